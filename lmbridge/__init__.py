@@ -1,0 +1,1 @@
+"""lmbridge: an async SDK for the language models on your own machine."""

@@ -1,0 +1,1 @@
+"""The agent layer: autonomous loops over a client that it knows by a Protocol. Empty until its release."""

@@ -1,0 +1,1 @@
+"""The command line (extra `cli`). Empty until its release."""

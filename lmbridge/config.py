@@ -1,0 +1,127 @@
+"""Options, checked when they are made, and the environment, read here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+
+from lmbridge.errors import LLMValidationError
+
+DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"  # not "localhost": that may try ::1 first and wait there
+
+
+def _seconds(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise LLMValidationError(
+            f"{type(instance).__name__}.{attribute.name} is {value!r}",
+            hint="give a positive number of seconds, or None to switch the limit off",
+        )
+
+
+def _count(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LLMValidationError(
+            f"{type(instance).__name__}.{attribute.name} is {value!r}", hint="give a whole number of 1 or more"
+        )
+
+
+def _not_yet(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        raise LLMValidationError(
+            f"{type(instance).__name__}.{attribute.name} is {value!r}, but this version does not schedule models yet",
+            hint="leave it None; until then, send requests for different models one after another",
+        )
+
+
+def _duration(default: float | None) -> Any:
+    return attrs.field(default=default, validator=_seconds)
+
+
+@attrs.frozen(kw_only=True)
+class Timeouts:
+    """How long to wait for what, in seconds; None switches a limit off."""
+
+    connect: float | None = _duration(5)
+    """For the socket to be connected."""
+    load: float | None = _duration(300)
+    """For a server that answers "loading": from its first such answer to its first other one."""
+    first_byte: float | None = _duration(600)
+    """For the first event of a stream, or for the whole of a plain reply, in each attempt."""
+    idle: float | None = _duration(300)
+    """The longest gap between two events of a stream. Comments and pings are no events."""
+    total: float | None = _duration(None)
+    """From admission to the end of the body, retries and polls included."""
+
+
+@attrs.frozen(kw_only=True)
+class Limits:
+    """How much may be going on at one server at a time."""
+
+    max_concurrency: int = attrs.field(default=10, validator=_count)
+    """Generations in flight."""
+    max_loaded_models: int | None = attrs.field(default=None, validator=_not_yet)
+    """Models with generations in flight; None: as many as are asked for."""
+    max_wait: float | None = _duration(30.0)
+    """Seconds after which a request that waits for its model is overdue."""
+    max_queue: float | None = _duration(600.0)
+    """Seconds that a request may wait to be admitted; None: as long as it takes."""
+
+
+def default_api_base() -> str:
+    """`LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else LM Studio's own default."""
+    if base := os.environ.get("LMBRIDGE_API_BASE"):
+        return base
+    host, port = os.environ.get("LMSTUDIO_HOST"), os.environ.get("LMSTUDIO_PORT")
+    if not host and not port:
+        return DEFAULT_API_BASE
+    host = host or "127.0.0.1"
+    if "://" not in host:
+        host = f"http://[{host}]" if host.count(":") > 1 and not host.startswith("[") else f"http://{host}"
+    return host if urlsplit(host).port else f"{host}:{port or 1234}"
+
+
+def default_api_key() -> str | None:
+    """`LM_API_TOKEN`, the name that LM Studio's documentation and SDKs use."""
+    return os.environ.get("LM_API_TOKEN") or None
+
+
+def default_model() -> str | None:
+    """`DEFAULT_MODEL`."""
+    return os.environ.get("DEFAULT_MODEL") or None
+
+
+def normalize_api_base(api_base: str) -> str:
+    """The base URL with `/v1` and without a trailing slash.
+
+    Raises:
+        LLMValidationError: it is no http(s) URL, or holds credentials, a query or a fragment.
+    """
+    hint = f"give it like {DEFAULT_API_BASE!r}"
+    if not isinstance(api_base, str) or not api_base.strip():
+        raise LLMValidationError(f"api_base is {api_base!r}", hint=hint)
+    try:
+        parts = urlsplit(api_base.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError as exc:
+        raise LLMValidationError(f"api_base {api_base!r} is no URL: {exc}", exc, hint=hint) from exc
+    if parts.username is not None or parts.password is not None:
+        # The URL is not repeated here: it holds a secret.
+        raise LLMValidationError("api_base holds credentials", hint="give the key by api_key=, the URL without it")
+    if parts.query or parts.fragment:
+        raise LLMValidationError("api_base has a query or a fragment", hint=hint)
+    if parts.scheme not in ("http", "https") or not host:
+        raise LLMValidationError(f"api_base {api_base!r} is no http or https URL", hint=hint)
+    path = parts.path.rstrip("/")
+    if not _is_version(path.rpartition("/")[2]):
+        path += "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _is_version(segment: str) -> bool:
+    return segment[:1] == "v" and segment[1:].isdigit()

@@ -1,0 +1,1 @@
+"""The MCP layer (extra `mcp`): MCP servers' tools in, the bridge's tools out. Empty until its release."""
