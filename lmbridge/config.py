@@ -27,7 +27,8 @@ def _seconds(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 def _count(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LLMValidationError(
-            f"{type(instance).__name__}.{attribute.name} is {value!r}", hint="give a whole number of 1 or more"
+            f"{type(instance).__name__}.{attribute.name} is {value!r}",
+            hint="give a whole number of 1 or more",
         )
 
 

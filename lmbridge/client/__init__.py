@@ -1,0 +1,6 @@
+"""The client layer: it knows the servers' APIs, and returns plain dicts or streams of them."""
+
+from lmbridge.client.llm import LLMClient
+from lmbridge.client.stream import ChatStream, collect
+
+__all__ = ["ChatStream", "LLMClient", "collect"]

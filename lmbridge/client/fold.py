@@ -1,0 +1,226 @@
+"""Chunks folded into the reply that the plain call would have returned."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import msgspec
+
+from lmbridge.errors import LLMStreamError
+from lmbridge.types import ChatCompletion
+
+_TEXTS: Final = frozenset({"content", "reasoning_content", "reasoning", "refusal"})
+_JSON_SPACE: Final = " \t\r\n"
+
+
+class Fold:
+    """A reply so far.
+
+    Chunks are added as they arrive; what they held is kept as text, not as chunks.
+
+    Attributes:
+        has_delta: Whether any chunk added anything to a message, be it only its role.
+    """
+
+    def __init__(self) -> None:
+        self.has_delta = False
+        self._width = -1  # number of fields of a chunk whose fields are in _head already
+        self._head: dict[str, Any] = {}
+        self._usage: Any = None
+        self._choices: dict[int, _Choice] = {}
+        self._content = io.StringIO()  # of choice 0, for the short way of `add`
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was any chunk."""
+        return self._width >= 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer that began has its finish reason."""
+        return bool(self._choices) and all(choice.finish_reason is not None for choice in self._choices.values())
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Adds a chunk.
+
+        Raises:
+            LLMStreamError: it is no chat completion chunk.
+        """
+        # The short way: one more piece of text, in a chunk with the fields of the one before. Nearly all are.
+        try:
+            (choice,) = chunk["choices"]
+            delta = choice["delta"]
+            text = delta["content"]
+            short = (
+                len(delta) == 1
+                and len(chunk) == self._width
+                and choice["finish_reason"] is None
+                and choice["index"] == 0
+                and choice.get("logprobs") is None
+            )
+        except (KeyError, TypeError, ValueError):
+            short = False
+            text = None
+        if short and type(text) is str:
+            self.has_delta = True
+            self._content.write(text)
+            return
+        try:
+            self._add(chunk)
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
+
+    def _add(self, chunk: Mapping[str, Any]) -> None:
+        self._width = len(chunk)
+        self._head.update((key, value) for key, value in chunk.items() if key not in ("choices", "usage"))
+        self._usage = chunk.get("usage") or self._usage
+        for part in chunk.get("choices") or ():
+            index = part.get("index") or 0
+            choice = self._choices.get(index)
+            if choice is None:
+                choice = self._choices[index] = _Choice(self._content if index == 0 else io.StringIO())
+            self.has_delta |= choice.add(part)
+
+    def reply(self) -> ChatCompletion:
+        """The reply so far, as a new dict. Usage that no chunk told is None."""
+        choices = [choice.reply(index) for index, choice in sorted(self._choices.items())]
+        reply = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage}
+        return cast("ChatCompletion", reply)
+
+
+class _Choice:
+    """One of the answers."""
+
+    def __init__(self, content: io.StringIO) -> None:
+        self.finish_reason: str | None = None
+        self._role = "assistant"
+        self._texts = {"content": content}
+        self._other: dict[str, Any] = {}  # of the message
+        self._outer: dict[str, Any] = {}  # of the choice
+        self._calls = ToolCalls()
+
+    def add(self, part: Mapping[str, Any]) -> bool:
+        """Adds a chunk's choice; tells whether it held any delta."""
+        delta = part.get("delta") or {}
+        for key, value in delta.items():
+            if value is None:
+                continue
+            if key in _TEXTS:
+                self._texts.setdefault(key, io.StringIO()).write(value)
+            elif key == "role":
+                self._role = value or self._role
+            elif key == "tool_calls":
+                for piece in value:
+                    self._calls.add(piece)
+            else:
+                self._other[key] = _joined(self._other.get(key), value)
+        for key, value in part.items():
+            if key == "finish_reason":
+                self.finish_reason = value or self.finish_reason
+            elif key not in ("index", "delta") and value is not None:
+                self._outer[key] = _joined(self._outer.get(key), value)
+        return bool(delta)
+
+    def reply(self, index: int) -> dict[str, Any]:
+        message = {"role": self._role, **{key: text.getvalue() for key, text in self._texts.items()}, **self._other}
+        if calls := self._calls.calls():
+            message["tool_calls"] = calls
+        return {"index": index, "message": message, "finish_reason": self.finish_reason, **self._outer}
+
+
+class ToolCalls:
+    """Tool calls, put together from the pieces that servers send.
+
+    A piece belongs to the call with its id; without an id, to the one with its index; without either, to the last.
+    Servers break each of these rules: no ids (Ollama), index 0 for every call, no index, the name in every piece
+    (llama-cpp-python), arguments as an object, all in one piece. So a new id begins a new call whatever its index,
+    and so does a name, without an id, for a call whose arguments are complete.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def add(self, piece: Mapping[str, Any]) -> None:
+        """Adds one entry of a delta's `tool_calls`."""
+        function = piece.get("function") or {}
+        call_id, index, name = piece.get("id") or None, piece.get("index"), function.get("name") or None
+        call = self._find(call_id, index, name)
+        if call is None:
+            call = _Call(call_id, index)
+            self._calls.append(call)
+        call.add(call_id, name, function.get("arguments"))
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls so far, in the order in which they began; missing ids are made up."""
+        return [call.reply() for call in self._calls]
+
+    def _find(self, call_id: str | None, index: int | None, name: str | None) -> _Call | None:
+        if not self._calls:
+            return None
+        if call_id is not None:
+            same = next((call for call in self._calls if call.id == call_id), None)
+            if same is not None:
+                return same
+        found: _Call | None
+        if index is None:
+            found = self._calls[-1]
+        else:
+            found = next((call for call in reversed(self._calls) if call.index == index), None)
+        if found is None or (call_id is not None and found.id is not None):
+            return None
+        return None if name is not None and found.is_whole() else found
+
+
+class _Call:
+    def __init__(self, call_id: str | None, index: int | None) -> None:
+        self.id = call_id
+        self.index = index
+        self._name = ""
+        self._arguments = io.StringIO()
+        self._made_up = ""
+
+    def add(self, call_id: str | None, name: str | None, arguments: Any) -> None:
+        self.id = self.id or call_id
+        if name is not None and not self._name.endswith(name):  # a name that comes again with every piece is one name
+            self._name += name
+        if isinstance(arguments, str):
+            self._arguments.write(arguments)
+        elif arguments is not None:
+            self._arguments.write(msgspec.json.encode(arguments).decode())
+
+    def is_whole(self) -> bool:
+        """Whether it has a name, and arguments that are JSON to their end."""
+        text = self._arguments.getvalue().strip(_JSON_SPACE)
+        if not self._name or not text:
+            return False
+        try:
+            msgspec.json.decode(text)
+        except msgspec.DecodeError:
+            return False
+        return True
+
+    def reply(self) -> dict[str, Any]:
+        if self.id is None and not self._made_up:
+            self._made_up = f"call_{uuid.uuid4().hex[:24]}"
+        return {
+            "id": self.id or self._made_up,
+            "type": "function",
+            "function": {"name": self._name, "arguments": self._arguments.getvalue()},
+        }
+
+
+def _joined(old: Any, new: Any) -> Any:
+    """A field that is not known: lists grow, dicts of lists (`logprobs`) too, anything else is replaced."""
+    if isinstance(old, list) and isinstance(new, list):
+        return [*old, *new]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _joined(old.get(key), value) for key, value in new.items()}}
+    return new
+
+
+def _preview(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,270 @@
+"""A streamed chat completion: the stream object, and `collect`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
+from types import TracebackType
+from typing import Any, Final, Self, cast
+
+from lmbridge.client import failures
+from lmbridge.client.fold import Fold
+from lmbridge.client.names import ModelNames
+from lmbridge.client.wire import decode_json, decode_strictly
+from lmbridge.errors import (
+    LLMError,
+    LLMStreamError,
+    LLMTimeoutError,
+    ModelChangedDuringExecutionError,
+    TaskCancelledError,
+)
+from lmbridge.transport import Event, EventStream, NamedEvent
+from lmbridge.types import ChatCompletion, ChatCompletionChunk
+
+logger = logging.getLogger("lmbridge.client")
+
+_DONE: Final = b"[DONE]"
+_CUT_HINT: Final = "the server stopped, crashed or was cut off; what had arrived is in .partial"
+
+
+class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
+    """The chunks of one reply, as the server sent them.
+
+    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
+    finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
+    that the server stops generating, and gives its place back.
+
+    Raises (while it is iterated):
+        LLMStreamError: it was cut off, or the server reported an error that is none of those below.
+        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: the server reported one.
+        LLMTimeoutError: phase "first_byte", "idle" or "total".
+        ModelMismatchError: another model answers (`model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: the model's name changed between two chunks.
+        TaskCancelledError: it was closed, by another task or before its end.
+    """
+
+    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact) -> None:
+        self._events = events
+        self._names = names
+        self._redact = redact
+        self._ready: deque[ChatCompletionChunk] = deque()
+        self._fold = Fold()
+        self._model: str | None = None
+        self._done = False
+        self._fault: LLMError | None = None
+
+    def __repr__(self) -> str:
+        state = "failed" if self._fault else "ended" if self._events.closed else "open"
+        return f"<{type(self).__name__} model={self._model!r} {state}>"
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        ready = self._ready
+        if not ready:
+            await self._fill()
+        return ready.popleft()
+
+    async def asend(self, value: None) -> ChatCompletionChunk:
+        """The next chunk; a stream takes no values."""
+        if value is not None:
+            raise TypeError("a ChatStream takes no values; iterate it")
+        return await self.__anext__()
+
+    async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> ChatCompletionChunk:
+        """Closes the stream and raises."""
+        await self.aclose()
+        error = typ if isinstance(typ, BaseException) else typ() if val is None else val
+        raise error.with_traceback(tb) if tb is not None else error
+
+    async def aclose(self) -> None:
+        """Closes the stream, from any task; idempotent.
+
+        Before its end the connection is closed, and whoever reads, now or later, gets `TaskCancelledError`.
+        """
+        if self._done and not self._ready:
+            await self._events.drain()
+        elif self._fault is None and not (self._events.closed and self._is_over()):
+            self._fail(TaskCancelledError("the stream was closed before its end"))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    # Reading
+
+    async def _fill(self) -> None:
+        """Waits until there is a chunk; raises the end of the stream, whichever it is."""
+        while not self._ready:
+            if self._fault is not None:
+                raise self._fault
+            if self._done:
+                await self._events.drain()
+                raise StopAsyncIteration
+            events = await self._read()
+            self._take(events)
+            if self._events.ended and not self._done and self._fault is None:
+                self._end()
+
+    async def _read(self) -> list[Event]:
+        try:
+            return await self._events.read()
+        except (LLMStreamError, LLMTimeoutError) as error:
+            if not self._fold.finished:
+                self._fail(error)
+                raise
+            logger.debug("after the finish reason: %s", error)
+            self._done = True
+            return []
+        except LLMError as error:
+            self._fail(error)
+            raise
+        except asyncio.CancelledError:
+            self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
+            raise
+
+    def _take(self, events: list[Event]) -> None:
+        """Turns events into chunks, up to the end of the stream or to what is wrong with it."""
+        add, ready = self._fold.add, self._ready
+        for event in events:
+            chunk: Any = None
+            try:
+                chunk = decode_strictly(event)  # type: ignore[arg-type]  # an event with a name is a TypeError
+                usual = "choices" in chunk and "error" not in chunk
+            except (TypeError, ValueError):
+                usual = False
+            if not usual:
+                chunk = self._read_unusual(event)
+                if self._done or self._fault is not None:
+                    return
+                if chunk is None:
+                    continue
+            try:
+                if chunk.get("model") != self._model:
+                    self._note_model(chunk.get("model"))
+                add(chunk)
+            except LLMError as error:
+                self._fail_later(error)
+                return
+            ready.append(chunk)
+
+    def _read_unusual(self, event: Event) -> ChatCompletionChunk | None:
+        """A chunk, or None for the end of the stream, an error (then `_fault` is set) or nothing at all."""
+        name, data = (event.name, event.data) if isinstance(event, NamedEvent) else ("", event)
+        data = data.strip()
+        if data == _DONE:
+            self._finish()
+            return None
+        if not data and name != "error":
+            return None
+        text = data.decode("utf-8", "replace")
+        try:
+            value = decode_json(data)
+        except ValueError:
+            if not self._events.ended:  # else the end of the body cut it off, and that is told instead
+                self._report(text)
+            return None
+        if not isinstance(value, dict) or name == "error" or failures.is_error(value):
+            self._report(text)
+            return None
+        return cast("ChatCompletionChunk", value)
+
+    def _note_model(self, model: str | None) -> None:
+        """Notes the name of the model that answers.
+
+        Raises:
+            ModelMismatchError: it is not the one that was asked for, and that is to be an error.
+            ModelChangedDuringExecutionError: it is not the one of the chunks before.
+        """
+        if not model:
+            return
+        if self._model is not None:
+            raise ModelChangedDuringExecutionError(
+                f"the reply began with model {self._model!r} and went on with {model!r}",
+                self._model,
+                model,
+                hint="the server swapped models in mid-stream; send requests for different models one after another",
+            )
+        self._names.check(self._events.call.request.model, model)
+        self._model = model
+
+    # Endings
+
+    def _is_over(self) -> bool:
+        return self._done or self._fold.finished
+
+    def _finish(self) -> None:
+        if self._fold.has_delta:
+            self._done = True
+        else:
+            self._fail_later(
+                LLMStreamError(
+                    "the stream ended without a single piece of an answer",
+                    hint="the prompt may be longer than the loaded context, which LM Studio answers like this;"
+                    " shorten it, or load the model with a longer context",
+                )
+            )
+
+    def _end(self) -> None:
+        """The body ended: that is the end of the reply only after a finish reason."""
+        if self._fold.finished:
+            self._finish()
+        elif stray := self._events.stray:
+            self._report(stray)
+        else:
+            self._fail_later(
+                LLMStreamError("the stream was cut off: it ended without [DONE] or a finish reason", hint=_CUT_HINT)
+            )
+
+    def _report(self, text: str) -> None:
+        said = failures.read(self._redact(text))
+        self._fail_later(failures.error_of_event(said, self._events.call.context()))
+
+    def _fail_later(self, error: LLMError) -> None:
+        """Fails once the chunks before have been handed out; the connection is closed now."""
+        error.context = {**self._events.call.context(), **error.context}
+        error.status = self._events.status
+        error.partial = self._partial()
+        self._fault = error
+        self._events.abort(error)
+
+    def _fail(self, error: LLMError) -> None:
+        self._ready.clear()
+        self._fail_later(error)
+
+    def _partial(self) -> ChatCompletion | None:
+        return self._fold.reply() if self._fold.begun else None
+
+
+async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion:
+    """Folds a stream of chunks into the dict that the plain call would have returned.
+
+    Content, reasoning and tool calls are joined, usage and finish reason kept; usage that the stream did not tell is
+    None (servers tell it when asked with `stream_options={"include_usage": True}`). The stream is closed if an error
+    interrupts it.
+
+    Args:
+        stream: A `ChatStream`, or any other iterable of chunks.
+
+    Raises:
+        LLMError: what iterating the stream raises.
+        LLMStreamError: a chunk is none, or there was none at all.
+    """
+    fold = Fold()
+    try:
+        async for chunk in stream:
+            fold.add(chunk)
+    except BaseException:
+        if isinstance(stream, AsyncGenerator):
+            await stream.aclose()
+        raise
+    if not fold.begun:
+        raise LLMStreamError("there was no chunk to collect", hint="has the stream been read already?")
+    return fold.reply()

@@ -1,0 +1,109 @@
+"""Arguments checked and encoded before anything is sent; JSON of replies decoded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from lmbridge.errors import LLMValidationError
+
+_encode = msgspec.json.Encoder().encode
+decode_strictly = msgspec.json.Decoder().decode
+"""Decodes proper JSON, fast; raises `ValueError`, or `TypeError` for what is no bytes."""
+_EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
+
+
+def checked_model(model: str | None) -> str | None:
+    """A model's name, or None for the server's choice.
+
+    Raises:
+        LLMValidationError: it is empty or no string.
+    """
+    if model is not None and (not isinstance(model, str) or not model.strip()):
+        raise LLMValidationError(
+            f"model is {model!r}", hint="give a name out of list_models(), or None for the client's default"
+        )
+    return model
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that these can be the messages of a chat.
+
+    Raises:
+        LLMValidationError: none, or one without a role, or with content that is no text and no parts.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes | bytearray):
+        raise LLMValidationError(f"messages is {_kind(messages)}", hint=f"give a list of messages, like {_EXAMPLE}")
+    if not messages:
+        raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise LLMValidationError(
+                f"messages[{number}] is {_kind(message)}", hint=f"give a dict for each message, like {_EXAMPLE}"
+            )
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise LLMValidationError(
+                f"messages[{number}] has no role", hint="add 'role': 'system', 'user', 'assistant' or 'tool'"
+            )
+        if content is not None and not isinstance(content, str | list | tuple):
+            raise LLMValidationError(
+                f"messages[{number}]['content'] is {_kind(content)}", hint="give a string, or a list of content parts"
+            )
+
+
+def encode_body(body: Mapping[str, Any]) -> bytes:
+    """The body as JSON.
+
+    Raises:
+        LLMValidationError: it holds something that JSON does not have; the text says where.
+    """
+    for name, value in body.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LLMValidationError(f"{name} is {value!r}, which JSON does not have", hint="give a finite number")
+    try:
+        return _encode(body)
+    except (TypeError, ValueError, RecursionError) as exc:
+        where, value = _culprit(body)
+        raise LLMValidationError(
+            f"{where} is {_kind(value)}, which cannot be sent as JSON: {exc}",
+            exc,
+            hint="give strings, numbers, booleans, None, lists and dicts with string keys",
+        ) from exc
+
+
+def decode_json(data: bytes) -> Any:
+    """Decodes JSON, and what servers send for it: NaN, Infinity, halves of surrogate pairs, bytes that are no UTF-8.
+
+    A bad byte becomes U+FFFD.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return decode_strictly(data)
+    except ValueError:
+        return json.loads(data.decode("utf-8", "replace"))
+
+
+def _culprit(value: Any, where: str = "", depth: int = 0) -> tuple[str, Any]:
+    """The path to the innermost part that cannot be encoded, and that part."""
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        parts = [(f"{where}[{key!r}]" if where else str(key), part) for key, part in value.items()]
+    elif isinstance(value, list | tuple):
+        parts = [(f"{where}[{number}]", part) for number, part in enumerate(value)]
+    for path, part in parts:
+        try:
+            _encode(part)
+        except (TypeError, ValueError, RecursionError):
+            return (path, part) if depth > 50 else _culprit(part, path, depth + 1)
+    return where or "the request", value
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"

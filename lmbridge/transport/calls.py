@@ -1,0 +1,158 @@
+"""A request, its answer, and the bookkeeping between them: attempts, deadlines, waits. No socket here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import attrs
+
+from lmbridge.config import Timeouts
+from lmbridge.errors import LLMTimeoutError
+from lmbridge.transport.retry import (
+    MAX_RETRIES,
+    MAX_RETRY_AFTER,
+    Classify,
+    Verdict,
+    poll_waits,
+    retry_waits,
+)
+from lmbridge.transport.scheduler import Place, Scheduler
+
+Phase = Literal["connect", "queue", "load", "first_byte", "idle", "total"]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """What to send, and how to treat it."""
+
+    operation: str
+    """For people: "chat completion"."""
+    method: str
+    path: str
+    """Below the base URL: "/chat/completions"."""
+    classify: Classify
+    timeouts: Timeouts
+    max_retries: int
+    body: bytes | None = None
+    """JSON."""
+    model: str | None = None
+    queued: bool = True
+    """Whether it is a generation, which waits for a place."""
+
+
+@attrs.frozen(kw_only=True)
+class Reply:
+    """A whole answer, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    context: dict[str, Any]
+    """For errors: what was tried, where, how often, how long."""
+    retry_after: float | None = None
+    """Seconds that the server asked to wait."""
+
+
+class Call:
+    """One request under way, from its admission to the end of its body."""
+
+    def __init__(self, request: Request, url: str, scheduler: Scheduler, place: Place | None) -> None:
+        self.request = request
+        self.place = place
+        self.attempts = 0
+        self.retries = 0
+        self._url = url
+        self._scheduler = scheduler
+        self._clock = asyncio.get_running_loop().time
+        self._started = self._clock()
+        self.attempted = self._started
+        self.total_deadline = self._started + _or_infinity(request.timeouts.total)
+        self._load_deadline = math.inf
+        self._waits = retry_waits()
+        self._polls = poll_waits()
+
+    def context(self) -> dict[str, Any]:
+        """What errors say about it."""
+        return {
+            "operation": self.request.operation,
+            "url": self._url,
+            "model": self.request.model,
+            "attempts": self.attempts,
+            "seconds": self._clock() - self._started,
+        }
+
+    def begin_attempt(self) -> float:
+        """Counts an attempt; returns the loop's time at which its answer must be there."""
+        self.attempts += 1
+        self.attempted = self._clock()
+        return self.first_byte_deadline
+
+    @property
+    def first_byte_deadline(self) -> float:
+        """When the first event, or the whole plain reply, is due."""
+        return min(self.attempted + _or_infinity(self.request.timeouts.first_byte), self.total_deadline)
+
+    def wait_before_next(self, verdict: Verdict, retry_after: float | None) -> float | None:
+        """Seconds to wait before the next attempt, or None if there is to be none.
+
+        Raises:
+            LLMTimeoutError: phase "load": the server has been loading for too long.
+        """
+        now = self._clock()
+        if verdict is Verdict.POLL:
+            wait = self._wait_for_loading(now)
+        elif verdict is Verdict.RETRY and self.retries < min(self.request.max_retries, MAX_RETRIES):
+            if retry_after is not None and retry_after > MAX_RETRY_AFTER:
+                return None
+            wait = next(self._waits) + (retry_after or 0.0)
+        else:
+            return None
+        if now + wait >= self.total_deadline:
+            return None
+        self._load_deadline = self._load_deadline if verdict is Verdict.POLL else math.inf
+        self.retries += verdict is Verdict.RETRY
+        return wait
+
+    def _wait_for_loading(self, now: float) -> float:
+        budget = self.request.timeouts.load
+        if self._load_deadline == math.inf:
+            self._load_deadline = now + _or_infinity(budget)
+        if now >= self._load_deadline:
+            raise self.timed_out("load")
+        return min(next(self._polls), self._load_deadline - now)
+
+    def timed_out(self, phase: Phase, cause: BaseException | None = None) -> LLMTimeoutError:
+        """The error for a limit that ran out."""
+        limit = getattr(self.request.timeouts, phase)
+        what, hint = _PHASES[phase]
+        return LLMTimeoutError(f"{what} within {limit:g} s", cause, phase=phase, hint=hint, context=self.context())
+
+    def release(self) -> None:
+        """Gives its place back; a second time does nothing."""
+        if self.place is not None:
+            self._scheduler.release(self.place)
+
+
+_PHASES = {
+    "connect": (
+        "no connection",
+        "check that the address is right and the host is up, or raise Timeouts.connect",
+    ),
+    "load": (
+        "the server is still loading its model, not ready",
+        "raise Timeouts.load, or load the model first",
+    ),
+    "first_byte": (
+        "no answer",
+        "the server may be busy with other requests, a long prompt or loading; raise Timeouts.first_byte",
+    ),
+    "idle": ("no further event", "the server may have hung; raise Timeouts.idle if its model is that slow"),
+    "total": ("no end", "raise Timeouts.total, or ask for fewer tokens"),
+}
+
+
+def _or_infinity(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds

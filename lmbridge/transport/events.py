@@ -1,0 +1,237 @@
+"""An event stream under way: read, timed, closed, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import warnings
+import weakref
+from typing import Final, Protocol
+
+from lmbridge.errors import LLMError, LLMStreamError
+from lmbridge.transport.calls import Call, Phase
+from lmbridge.transport.sse import Event, SSEDecoder
+
+DRAIN: Final = 0.25
+"""Seconds to wait, after a stream's last event, for the end of its body: then its connection can be used again."""
+
+
+class Body(Protocol):
+    """The bytes of a response (aiohttp's `StreamReader`)."""
+
+    async def readany(self) -> bytes:
+        """What has arrived, at least one byte; nothing at the end."""
+
+    def at_eof(self) -> bool:
+        """Whether all has been read."""
+
+
+class Response(Protocol):
+    """What is left to be read, and the way to stop it (aiohttp's `ClientResponse`)."""
+
+    status: int
+
+    @property
+    def content(self) -> Body:
+        """The body."""
+
+    def close(self) -> None:
+        """Closes the connection now; a reader that waits is woken with an error."""
+
+
+class EventStream:
+    """The events of one response, for one reader at a time.
+
+    It holds its call's place until the body has ended or the connection is closed. One timer serves all its
+    limits: it is moved only when it fires, so that a read costs no timer of its own.
+
+    Args:
+        call: The request that it answers.
+        response: Its response, head read.
+        broken: What the body raises if the connection breaks; `OSError` is among it.
+        first: Bytes of the body that were read already.
+    """
+
+    _loop: asyncio.AbstractEventLoop | None = None  # until it is really open, for __del__
+
+    def __init__(self, call: Call, response: Response, broken: tuple[type[Exception], ...], first: bytes = b"") -> None:
+        self.call = call
+        self.status: Final = response.status
+        self.ended = False
+        """Whether the body has been read to its end."""
+        self._response = response
+        self._content = response.content
+        self._broken = broken
+        self._first = first
+        self._decoder = SSEDecoder()
+        self._fault: LLMError | None = None
+        self._reading = False
+        self._idle = call.request.timeouts.idle
+        self._event_seen = False
+        self._deadline = math.inf  # of the wait that is going on
+        self._phase: Phase = "first_byte"
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def stray(self) -> str:
+        """What the body held beside events and comments."""
+        return self._decoder.stray
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will come: it ended, or it was aborted."""
+        return self._loop is None
+
+    async def read(self) -> list[Event]:
+        """The next events, at least one; an empty list if the body has ended.
+
+        Raises:
+            LLMTimeoutError: phase "first_byte", "idle" or "total".
+            LLMStreamError: the connection broke, or an event is too large.
+            LLMError: the one that it was aborted with.
+        """
+        if self._fault is not None:
+            raise self._fault
+        if self._loop is None:
+            return []
+        if self._reading:
+            raise RuntimeError("another task is reading this stream; only one at a time can")
+        self._reading = True
+        try:
+            return await self._read(self._loop)
+        except BaseException as exc:
+            self.abort()
+            if self._fault is not None and isinstance(exc, self._broken):
+                raise self._fault from None  # that exception is only the sound of our own closing
+            if isinstance(exc, self._broken):
+                raise self._cut(exc) from exc
+            raise
+        finally:
+            self._reading = False
+            self._deadline = math.inf
+
+    async def _read(self, loop: asyncio.AbstractEventLoop) -> list[Event]:
+        now = loop.time()
+        self._expect(loop, now)
+        if self.call.place is not None:
+            self.call.place.touch(now)
+        while True:
+            data, self._first = self._first, b""
+            if not data:
+                data = await self._content.readany()
+            if not data:
+                self._end()
+                return self._decoder.close()
+            if events := self._decoder.feed(data):
+                self._event_seen = True
+                return events
+
+    async def drain(self) -> None:
+        """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""
+        if self._loop is None:
+            return
+        try:
+            if not self._content.at_eof():
+                async with asyncio.timeout(DRAIN):
+                    while await self._content.readany():
+                        pass
+        except self._broken:  # a TimeoutError is an OSError
+            self.abort()
+        except BaseException:
+            self.abort()
+            raise
+        else:
+            self._end()
+
+    def abort(self, fault: LLMError | None = None) -> None:
+        """Closes the connection and gives the place back, now. A reader, now or later, gets `fault`."""
+        if self._loop is not None:
+            self._fault = fault
+            self._response.close()
+            self._finish()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._finish()
+
+    def _finish(self) -> None:
+        self._loop = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.call.release()
+
+    # Time
+
+    def _expect(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
+        """Sets the deadline for the wait that begins."""
+        call = self.call
+        if not self._event_seen:
+            deadline = call.first_byte_deadline
+        elif self._idle is None:
+            deadline = call.total_deadline
+        else:
+            deadline = min(now + self._idle, call.total_deadline)
+        self._deadline = deadline
+        if deadline == math.inf:
+            return
+        if self._timer is None or self._timer.when() > deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = loop.call_at(deadline, _on_timer, weakref.ref(self))
+
+    def _check_deadline(self) -> None:
+        loop, self._timer = self._loop, None
+        if loop is None or self._deadline == math.inf:
+            return  # nobody is waiting; the next wait sets a timer again
+        if loop.time() < self._deadline:
+            self._timer = loop.call_at(self._deadline, _on_timer, weakref.ref(self))
+            return
+        phase: Phase = "idle" if self._event_seen else "first_byte"
+        self.abort(self.call.timed_out("total" if self._deadline >= self.call.total_deadline else phase))
+
+    def _cut(self, exc: BaseException) -> LLMStreamError:
+        return LLMStreamError(
+            f"the connection broke in mid-stream: {exc or type(exc).__name__}",
+            exc,
+            hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
+            status=self.status,
+            context=self.call.context(),
+        )
+
+    def __del__(self) -> None:
+        loop = self._loop
+        if loop is None:
+            return
+        warnings.warn(
+            f"unclosed stream of {self.call.request.operation} with model {self.call.request.model!r}:"
+            " read it to its end, or leave it by `async with` or `aclose()`",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
+        if loop.is_closed():
+            return
+        try:
+            here = asyncio.get_running_loop() is loop
+        except RuntimeError:
+            here = False
+        self._loop = None
+        if self._timer is not None:
+            self._timer.cancel()
+        if here:
+            _abandon(self._response, self.call)
+        else:  # collected in another thread, or between two runs of the loop
+            loop.call_soon_threadsafe(_abandon, self._response, self.call)
+
+
+def _on_timer(reference: weakref.ref[EventStream]) -> None:
+    # Weak, because a timer must not keep alive a stream that was dropped.
+    if (stream := reference()) is not None:
+        stream._check_deadline()  # noqa: SLF001 - its own timer
+
+
+def _abandon(response: Response, call: Call) -> None:
+    response.close()
+    call.release()

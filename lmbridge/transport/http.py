@@ -1,0 +1,452 @@
+"""One server origin: a pooled session, admission, retries. The only importer of `aiohttp`."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import math
+import os
+import ssl as ssl_module
+import warnings
+import weakref
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from types import SimpleNamespace, TracebackType
+from typing import Any, Final, Self, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import attrs
+from yarl import URL
+
+from lmbridge._version import __version__
+from lmbridge.config import Limits, default_api_base, default_api_key, normalize_api_base
+from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, TaskCancelledError
+from lmbridge.transport.calls import Call, Reply, Request
+from lmbridge.transport.events import EventStream
+from lmbridge.transport.retry import Verdict, parse_retry_after
+from lmbridge.transport.scheduler import Scheduler
+
+logger = logging.getLogger("lmbridge.transport")
+
+KEEPALIVE: Final = 4.0
+"""Seconds that an idle socket is kept: LM Studio and llama.cpp drop theirs after 5."""
+
+_SECRET_LENGTH: Final = 4  # a shorter key hides nothing, and would be found in every second word
+_JSON: Final = {"Content-Type": "application/json"}
+_BROKEN: Final = (aiohttp.ClientError, OSError)
+_T = TypeVar("_T")
+_Receive = Callable[[Call, aiohttp.ClientResponse], Awaitable[_T]]
+
+
+class Transport:
+    """Connections to one server, and the order in which they are used.
+
+    Clients that share a transport share its limits. It opens with its first request, in the loop of that request;
+    `close` returns it to unopened.
+
+    Args:
+        api_base: The server, with or without `/v1`. Default: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and
+            `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`.
+        api_key: Sent as a bearer token. Default: `LM_API_TOKEN`.
+        limits: How much may be going on at a time.
+        ssl: A context for https in place of the default verification.
+        trust_env: Whether to use the environment's proxies and netrc. Loopback is never proxied.
+
+    Raises:
+        LLMValidationError: an argument cannot be right.
+    """
+
+    def __init__(
+        self,
+        api_base: str | None = None,
+        *,
+        api_key: str | None = None,
+        limits: Limits | None = None,
+        ssl: ssl_module.SSLContext | None = None,
+        trust_env: bool = False,
+    ) -> None:
+        self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
+        self.api_key: Final = _checked_key(default_api_key() if api_key is None else api_key)
+        self.limits: Final = Limits() if limits is None else _checked("limits", limits, Limits)
+        self._ssl = None if ssl is None else _checked("ssl", ssl, ssl_module.SSLContext)
+        self._trust_env = trust_env and not _is_loopback(self.api_base)
+        self._urls: dict[str, URL] = {}
+        self._opened: _Opened | None = None
+        self.retries = 0
+        """Attempts beyond the first of each request, polls of a loading server not counted."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.api_base}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Generations under way."""
+        return self._opened.scheduler.in_flight if self._opened else 0
+
+    @property
+    def queued(self) -> int:
+        """Generations that wait for a place."""
+        return self._opened.scheduler.queued if self._opened else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is under way or waits."""
+        opened = self._opened
+        return opened is not None and bool(opened.requests or opened.scheduler.in_flight or opened.scheduler.queued)
+
+    def redact(self, text: str) -> str:
+        """The text without the key, which some servers repeat in their errors."""
+        key = self.api_key
+        return text if key is None or len(key) < _SECRET_LENGTH else text.replace(key, "[api_key]")
+
+    async def request(self, request: Request) -> Reply:
+        """Sends a request and reads its whole answer.
+
+        Raises:
+            LLMConnectionError: nobody there, or the connection broke.
+            LLMTimeoutError: a limit ran out.
+            TaskCancelledError: the transport was closed meanwhile.
+        """
+        opened = self._open()
+        opened.requests += 1
+        try:
+            call = await self._admit(opened, request)
+            try:
+                return await self._perform(opened, call, _receive_reply)
+            finally:
+                call.release()
+        finally:
+            opened.requests -= 1
+
+    async def stream(self, request: Request) -> EventStream | Reply:
+        """Sends a request for an event stream; an answer that is none comes as a whole `Reply`.
+
+        The event stream owns the request's place until it is closed.
+
+        Raises:
+            LLMConnectionError: nobody there, or the connection broke.
+            LLMTimeoutError: a limit ran out.
+            TaskCancelledError: the transport was closed meanwhile.
+        """
+        opened = self._open()
+        call = await self._admit(opened, request)
+        try:
+            answer = await self._perform(opened, call, _receive_events)
+        except BaseException:
+            call.release()
+            raise
+        if isinstance(answer, EventStream):
+            opened.streams.add(answer)
+        else:
+            call.release()
+        return answer
+
+    async def close(self) -> None:
+        """Ends what is in flight with `TaskCancelledError` and closes every connection; idempotent.
+
+        Raises:
+            LLMError: it is open in another loop that is still alive.
+        """
+        opened, self._opened = self._opened, None
+        if opened is None:
+            return
+        if opened.loop.is_closed():
+            opened.drop()
+            return
+        if opened.loop is not asyncio.get_running_loop():
+            self._opened = opened
+            raise _wrong_loop()
+        await opened.close()
+
+    # One request
+
+    async def _admit(self, opened: _Opened, request: Request) -> Call:
+        place = await opened.scheduler.acquire(request.model) if request.queued else None
+        return Call(request, f"{self.api_base}{request.path}", opened.scheduler, place)
+
+    async def _perform(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply:
+        while True:
+            if opened.closed.done():
+                raise _cancelled(call)
+            answer = await self._attempt(opened, call, receive)
+            if not isinstance(answer, Reply | _Failure):
+                return answer
+            if opened.closed.done():
+                raise _cancelled(call)
+            wait = self._wait_before_next(call, answer)
+            if wait is None:
+                break
+            await asyncio.wait((opened.closed,), timeout=wait)
+        if isinstance(answer, _Failure):
+            raise answer.error
+        return answer
+
+    def _wait_before_next(self, call: Call, answer: Reply | _Failure) -> float | None:
+        """Seconds to wait before the next attempt, or None if this answer stands."""
+        if isinstance(answer, _Failure):
+            verdict, retry_after, why = answer.verdict, None, answer.error.message
+        elif answer.status < 400:
+            return None
+        else:
+            verdict = call.request.classify(answer.status, answer.headers, answer.body)
+            retry_after, why = answer.retry_after, f"status {answer.status}"
+        wait = call.wait_before_next(verdict, retry_after)
+        if wait is not None:
+            self.retries += verdict is Verdict.RETRY
+            logger.info("%s: %s; %s in %.2f s", call.request.operation, why, verdict.value, wait)
+        return wait
+
+    async def _attempt(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply | _Failure:
+        caught: Exception
+        deadline = call.begin_attempt()
+        try:
+            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+                response = await self._send(opened, call)
+                try:
+                    return await receive(call, response)
+                except BaseException:
+                    response.close()
+                    raise
+        except _BROKEN as exc:
+            caught = exc
+        # Out of the handler, so that no error's context leads to an exception of aiohttp's that holds our headers.
+        return _failure(call, caught)
+
+    async def _send(self, opened: _Opened, call: Call) -> aiohttp.ClientResponse:
+        """Sends it; once more, at once, if a kept connection turns out to be dead before any byte of a reply."""
+        request = call.request
+        trace = SimpleNamespace(reused=False)
+        resent = False
+        while True:
+            try:
+                return await opened.session.request(
+                    request.method,
+                    self._url(request.path),
+                    data=request.body,
+                    headers=_JSON if request.body is not None else None,
+                    allow_redirects=False,
+                    timeout=_client_timeout(request.timeouts.connect),
+                    trace_request_ctx=trace,
+                )
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                if resent or not trace.reused or opened.closed.done():
+                    raise
+                resent, trace.reused = True, False
+
+    def _url(self, path: str) -> URL:
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = URL(self.api_base + path, encoded=True)
+        return url
+
+    # The session
+
+    def _open(self) -> _Opened:
+        loop = asyncio.get_running_loop()
+        opened = self._opened
+        if opened is not None and opened.loop is not loop:
+            if not opened.loop.is_closed():
+                raise _wrong_loop()
+            opened.drop()
+            opened = None
+        if opened is None:
+            opened = self._opened = _Opened(loop, self._session(), Scheduler(self.limits))
+        return opened
+
+    def _session(self) -> aiohttp.ClientSession:
+        headers = {"User-Agent": f"lmbridge/{__version__}"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_note_reuse)
+        return aiohttp.ClientSession(
+            # The scheduler is the queue; the two more are for what does not queue (health, model lists).
+            connector=aiohttp.TCPConnector(
+                limit=self.limits.max_concurrency + 2, keepalive_timeout=KEEPALIVE, ssl=self._ssl or True
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=None),  # aiohttp's own default cuts every answer at 300 s
+            trace_configs=[tracing],
+            trust_env=self._trust_env,
+        )
+
+
+@attrs.define(eq=False)
+class _Opened:
+    """What lives in one event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    session: aiohttp.ClientSession
+    scheduler: Scheduler
+    closed: asyncio.Future[None] = attrs.field(init=False)
+    streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
+    requests: int = attrs.field(init=False, default=0)
+    """Plain ones under way, queued or not."""
+
+    @closed.default
+    def _unclosed(self) -> asyncio.Future[None]:
+        return self.loop.create_future()
+
+    async def close(self) -> None:
+        self.closed.set_result(None)
+        for stream in list(self.streams):
+            stream.abort(_cancelled(stream.call))
+        self.scheduler.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        await self.session.close()
+
+    def drop(self) -> None:
+        """Lets go of a session whose loop is closed: nothing of it can be closed properly any more."""
+        warnings.warn(
+            "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
+            ResourceWarning,
+            stacklevel=4,
+        )
+        connector = self.session.connector
+        self.session.detach()
+        if connector is not None:
+            _ = connector.close()  # marks it closed; with a closed loop there is nothing to wait for
+
+
+@attrs.frozen
+class _Failure:
+    """An attempt without an answer."""
+
+    error: LLMError
+    verdict: Verdict
+
+
+async def _receive_reply(call: Call, response: aiohttp.ClientResponse) -> Reply:
+    body = await response.read()
+    headers = response.headers
+    return Reply(
+        status=response.status,
+        headers=headers,
+        body=body,
+        context=call.context(),
+        retry_after=parse_retry_after(headers) if response.status >= 400 else None,
+    )
+
+
+async def _receive_events(call: Call, response: aiohttp.ClientResponse) -> EventStream | Reply:
+    if response.status >= 300:
+        return await _receive_reply(call, response)
+    if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
+        return EventStream(call, response, _BROKEN)
+    # Mislabelled, or no stream at all (an error with status 200, a plain completion): its first bytes tell.
+    first = await response.content.readany()
+    if first.lstrip(b"\xef\xbb\xbf\r\n").startswith((b"data:", b"event:", b"id:", b"retry:", b":")):
+        return EventStream(call, response, _BROKEN, first)
+    reply = await _receive_reply(call, response)
+    return attrs.evolve(reply, body=first + reply.body)
+
+
+async def _note_reuse(
+    _session: aiohttp.ClientSession, trace: SimpleNamespace, _params: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    trace.trace_request_ctx.reused = True
+
+
+@lru_cache(maxsize=16)
+def _client_timeout(connect: float | None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect)
+
+
+# Errors
+
+_START: Final = "start the server there, or pass the right api_base"
+# What aiohttp raises, most specific first: what it means, whether to try again, what to do.
+_FAILURES: Final[tuple[tuple[type[Exception], str, Verdict, str | None], ...]] = (
+    (aiohttp.ClientConnectorDNSError, "the host name cannot be resolved", Verdict.FAIL, "check api_base"),
+    (
+        aiohttp.ClientConnectorCertificateError,
+        "the server's certificate is not trusted",
+        Verdict.FAIL,
+        "pass ssl=ssl.create_default_context(cafile=...) with the authority that signed it",
+    ),
+    (aiohttp.ClientSSLError, "no TLS connection", Verdict.FAIL, "check whether api_base is https or http"),
+    (aiohttp.ClientProxyConnectionError, "the proxy cannot be reached", Verdict.RETRY, "check HTTP(S)_PROXY"),
+    (aiohttp.ClientConnectorError, "could not connect", Verdict.RETRY, _START),
+    (
+        aiohttp.ServerDisconnectedError,
+        "the server closed the connection without an answer",
+        Verdict.RETRY,
+        None,
+    ),
+    (aiohttp.ClientPayloadError, "the connection broke in the middle of the answer", Verdict.FAIL, None),
+    (aiohttp.ClientResponseError, "what answers there does not speak proper HTTP", Verdict.FAIL, _START),
+    (aiohttp.ClientConnectionError, "the connection broke before an answer", Verdict.RETRY, None),
+    (OSError, "the connection broke before an answer", Verdict.RETRY, None),
+    (Exception, "the request could not be sent", Verdict.FAIL, None),
+)
+
+
+def _failure(call: Call, exc: Exception) -> _Failure:
+    if isinstance(exc, aiohttp.ConnectionTimeoutError):
+        return _Failure(call.timed_out("connect", exc), Verdict.FAIL)
+    if isinstance(exc, TimeoutError):
+        total = call.first_byte_deadline == call.total_deadline
+        return _Failure(call.timed_out("total" if total else "first_byte", exc), Verdict.FAIL)
+    _, what, verdict, hint = next(row for row in _FAILURES if isinstance(exc, row[0]))
+    cause: BaseException | None = exc
+    if isinstance(exc, aiohttp.ClientResponseError):
+        cause = exc.__cause__  # aiohttp's own exception has our request's headers in its repr
+    told = f"{what}: {_reason(exc)}"
+    return _Failure(LLMConnectionError(told, cause, hint=hint, context=call.context()), verdict)
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, aiohttp.ClientResponseError):
+        return exc.message
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        exc = exc.os_error
+    if isinstance(exc, ConnectionError) and exc.errno:
+        return os.strerror(exc.errno)  # asyncio's own text is "Connect call failed (address)"
+    return str(exc) or type(exc).__name__
+
+
+def _cancelled(call: Call) -> TaskCancelledError:
+    return TaskCancelledError("the client was closed meanwhile", context=call.context())
+
+
+def _wrong_loop() -> LLMError:
+    return LLMError(
+        "this client is open in another event loop that is still alive",
+        hint="make one client for each loop, or close() this one in the loop that used it first",
+    )
+
+
+# Arguments
+
+
+def _checked(name: str, value: _T, kind: type[Any]) -> _T:
+    if not isinstance(value, kind):
+        raise LLMValidationError(f"{name} is {value!r}", hint=f"give a {kind.__name__}, or None for the default")
+    return value
+
+
+def _checked_key(key: str | None) -> str | None:
+    if key is None:
+        return None
+    if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
+        # The value is not repeated: it is meant to be a secret.
+        raise LLMValidationError("api_key is no key", hint="give a string of printable ASCII without spaces")
+    return key
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,160 @@
+"""Server-sent events: bytes in, events out. No socket, no loop, no clock.
+
+The field rules are those of the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with three
+differences that real servers ask for: an event that the end of the body cut off from its blank line is still
+handed out by `close`; lines that are no field at all are kept in `stray` (llama.cpp's router ends a broken stream
+with a bare "proxy error: ..." line); and an event may have at most `max_size` bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from lmbridge.errors import LLMStreamError
+
+MAX_EVENT_SIZE: Final = 100 * 2**20
+_MAX_STRAY: Final = 4096
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+@attrs.frozen
+class NamedEvent:
+    """An event with an `event:` field; one without is handed out as its bare data."""
+
+    name: str
+    data: bytes
+
+
+Event = bytes | NamedEvent
+
+
+class SSEDecoder:
+    """Turns the bytes of an event stream, cut anywhere, into events.
+
+    Data is handed out as bytes, lines joined by a line feed. Comments, `id:` and `retry:` are dropped, and so are
+    events without data.
+
+    Args:
+        max_size: Bytes that one event, or one unfinished line, may have.
+    """
+
+    def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
+        self._max_size = max_size
+        self._head: bytes | None = b""  # None once the start of the stream is known not to be a BOM
+        self._after_cr = False
+        self._tail: list[bytes] = []  # pieces of an unfinished line: joined once, however many there are
+        self._size = 0
+        self._data: bytes | None = None
+        self._more: list[bytes] = []
+        self._name: str | None = None
+        self._stray = b""
+
+    @property
+    def stray(self) -> str:
+        """The lines that were no field and no comment, up to 4 KiB of them."""
+        return self._stray.decode("utf-8", "replace").strip()
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that these bytes complete.
+
+        Raises:
+            LLMStreamError: an event is larger than `max_size`.
+        """
+        if self._head is not None:
+            data = self._without_bom(data)
+        if self._after_cr or b"\r" in data:
+            data = self._with_line_feeds(data)
+        if b"\n" not in data:
+            self._keep(data)
+            return []
+        if self._tail:
+            self._tail.append(data)
+            data = b"".join(self._tail)
+            self._size -= sum(map(len, self._tail[:-1]))
+            self._tail.clear()
+        lines = data.split(b"\n")
+        if rest := lines.pop():
+            self._keep(rest)
+        return self._interpret(lines)
+
+    def close(self) -> list[Event]:
+        """The event that the end of the body cut off, if there is one."""
+        lines = [*self._head_left(), b"".join(self._tail), b""]
+        self._tail.clear()
+        return self._interpret(lines)
+
+    def _interpret(self, lines: list[bytes]) -> list[Event]:
+        events: list[Event] = []
+        payload = self._data
+        for line in lines:
+            if not line:
+                if payload:
+                    plain = self._name is None and not self._more
+                    events.append(payload if plain else self._special(payload))
+                elif self._more:
+                    events.append(self._special(b""))
+                payload = None
+                self._name = None
+            elif line[:6] == b"data: " and payload is None:
+                payload = line[6:]
+            else:
+                self._data = payload
+                self._field(line)
+                payload = self._data
+        self._data = payload
+        return events
+
+    def _special(self, payload: bytes) -> Event:
+        """An event with a name, or with more than one line of data."""
+        if self._more:
+            payload = b"\n".join([payload, *self._more])
+            self._size -= sum(map(len, self._more))
+            self._more.clear()
+        return payload if self._name is None else NamedEvent(self._name, payload)
+
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if name == b"data":
+            if self._data is None:
+                self._data = value
+            else:
+                self._grow(len(value))
+                self._more.append(value)
+        elif name == b"event":
+            self._name = value.decode("utf-8", "replace") or None
+        elif name not in (b"", b"id", b"retry") and len(self._stray) < _MAX_STRAY:
+            self._stray += line[: _MAX_STRAY - len(self._stray)] + b"\n"
+
+    def _keep(self, rest: bytes) -> None:
+        if rest:
+            self._grow(len(rest))
+            self._tail.append(rest)
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self._max_size:
+            raise LLMStreamError(f"the stream holds an event of more than {self._max_size} bytes")
+
+    def _without_bom(self, data: bytes) -> bytes:
+        head = (self._head or b"") + data
+        if len(head) < len(_BOM) and _BOM.startswith(head):
+            self._head = head
+            return b""
+        self._head = None
+        return head.removeprefix(_BOM)
+
+    def _head_left(self) -> list[bytes]:
+        head, self._head = self._head, None
+        return [head] if head else []
+
+    def _with_line_feeds(self, data: bytes) -> bytes:
+        """The bytes with each line ending as one LF. A CR ends its line at once: its LF may never come."""
+        if self._after_cr and data:
+            data = data.removeprefix(b"\n")
+            self._after_cr = False
+        if data.endswith(b"\r"):
+            self._after_cr = True
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
