@@ -198,7 +198,7 @@ def error_of_reply(reply: Reply, redact: Redact) -> LLMError:
     told = f"the server answered {reply.status}{but}: {shortened(said.message) or 'with an empty body'}"
     if 300 <= reply.status < 400:
         told = f"the server redirects ({reply.status}) to {_without_query(reply.headers.get('Location', 'nowhere'))}"
-    error = _make(kind, told, said, ErrorDetails(context=reply.context, status=reply.status))
+    error = _make(kind, told, said, ErrorDetails(context=reply.call.context(), status=reply.status))
     if 300 <= reply.status < 400:
         error.hint = "redirects are not followed, lest key and prompt go elsewhere; set api_base to the target"
     if isinstance(error, LLMResponseError):

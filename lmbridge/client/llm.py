@@ -315,14 +315,14 @@ class LLMClient:
             hint="check that api_base is an OpenAI-compatible server",
             status=reply.status,
             body=text,
-            context=reply.context,
+            context=reply.call.context(),
         )
 
     def _check_name(self, request: Request, reply: Reply, value: Mapping[str, Any]) -> None:
         try:
             self._names.check(request.model, value.get("model"))
         except LLMError as error:
-            error.context, error.status = dict(reply.context), reply.status
+            error.context, error.status = reply.call.context(), reply.status
             error.partial = value
             raise
 

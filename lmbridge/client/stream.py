@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
@@ -49,8 +48,11 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._events = events
         self._names = names
         self._redact = redact
-        self._ready: deque[ChatCompletionChunk] = deque()
+        # Events are decoded as they are handed out, not as they arrive: hundreds of decoded chunks waiting at a time
+        # would keep the garbage collector busy for a third of the whole cost.
+        self._left: Iterator[Event] = iter(())
         self._fold = Fold()
+        self._add = self._fold.add
         self._model: str | None = None
         self._done = False
         self._fault: LLMError | None = None
@@ -63,10 +65,20 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         return self
 
     async def __anext__(self) -> ChatCompletionChunk:
-        ready = self._ready
-        if not ready:
-            await self._fill()
-        return ready.popleft()
+        while True:
+            for event in self._left:  # an iterator: it goes on where the last chunk was
+                chunk: Any = None
+                try:
+                    chunk = decode_strictly(event)  # type: ignore[arg-type]
+                    usual = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
+                except (KeyError, TypeError, ValueError):  # an event with a name is a TypeError
+                    usual = False
+                if usual:
+                    self._add(chunk)
+                    return chunk  # type: ignore[no-any-return]
+                if (other := self._read_unusual(event)) is not None:
+                    return other
+            await self._read_more()
 
     async def asend(self, value: None) -> ChatCompletionChunk:
         """The next chunk; a stream takes no values."""
@@ -85,9 +97,9 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
         Before its end the connection is closed, and whoever reads, now or later, gets `TaskCancelledError`.
         """
-        if self._done and not self._ready:
+        if self._done:
             await self._events.drain()
-        elif self._fault is None and not (self._events.closed and self._is_over()):
+        elif self._fault is None:
             self._fail(TaskCancelledError("the stream was closed before its end"))
 
     async def __aenter__(self) -> Self:
@@ -100,81 +112,57 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     # Reading
 
-    async def _fill(self) -> None:
-        """Waits until there is a chunk; raises the end of the stream, whichever it is."""
-        while not self._ready:
-            if self._fault is not None:
-                raise self._fault
-            if self._done:
-                await self._events.drain()
-                raise StopAsyncIteration
-            events = await self._read()
-            self._take(events)
-            if self._events.ended and not self._done and self._fault is None:
-                self._end()
-
-    async def _read(self) -> list[Event]:
+    async def _read_more(self) -> None:
+        """Waits for more events; raises the end of the stream, whichever it is."""
+        if self._fault is not None:
+            raise self._fault
+        if not self._done and self._events.ended:
+            self._end_of_body()
+        if self._done:
+            await self._events.drain()
+            raise StopAsyncIteration
         try:
-            return await self._events.read()
+            self._left = iter(await self._events.read())
         except (LLMStreamError, LLMTimeoutError) as error:
             if not self._fold.finished:
-                self._fail(error)
-                raise
+                raise self._fail(error) from error.__cause__
             logger.debug("after the finish reason: %s", error)
             self._done = True
-            return []
         except LLMError as error:
-            self._fail(error)
-            raise
+            raise self._fail(error) from error.__cause__
         except asyncio.CancelledError:
             self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
 
-    def _take(self, events: list[Event]) -> None:
-        """Turns events into chunks, up to the end of the stream or to what is wrong with it."""
-        add, ready = self._fold.add, self._ready
-        for event in events:
-            chunk: Any = None
-            try:
-                chunk = decode_strictly(event)  # type: ignore[arg-type]  # an event with a name is a TypeError
-                usual = "choices" in chunk and "error" not in chunk
-            except (TypeError, ValueError):
-                usual = False
-            if not usual:
-                chunk = self._read_unusual(event)
-                if self._done or self._fault is not None:
-                    return
-                if chunk is None:
-                    continue
-            try:
-                if chunk.get("model") != self._model:
-                    self._note_model(chunk.get("model"))
-                add(chunk)
-            except LLMError as error:
-                self._fail_later(error)
-                return
-            ready.append(chunk)
-
     def _read_unusual(self, event: Event) -> ChatCompletionChunk | None:
-        """A chunk, or None for the end of the stream, an error (then `_fault` is set) or nothing at all."""
+        """The chunk of an event that is not just one more piece of the same reply; None for the end, or for nothing.
+
+        Raises:
+            LLMError: the event reports an error, or is one.
+        """
         name, data = (event.name, event.data) if isinstance(event, NamedEvent) else ("", event)
         data = data.strip()
         if data == _DONE:
             self._finish()
+            self._left = iter(())
             return None
         if not data and name != "error":
             return None
         text = data.decode("utf-8", "replace")
         try:
-            value = decode_json(data)
+            chunk = decode_json(data)
         except ValueError:
-            if not self._events.ended:  # else the end of the body cut it off, and that is told instead
-                self._report(text)
-            return None
-        if not isinstance(value, dict) or name == "error" or failures.is_error(value):
-            self._report(text)
-            return None
-        return cast("ChatCompletionChunk", value)
+            if self._events.ended:
+                return None  # the end of the body cut it off: that is told when the body's end is
+            raise self._report(text) from None
+        if not isinstance(chunk, dict) or name == "error" or failures.is_error(chunk):
+            raise self._report(text)
+        try:
+            self._note_model(chunk.get("model"))
+            self._add(chunk)
+        except LLMError as error:
+            raise self._fail(error) from error.__cause__
+        return cast("ChatCompletionChunk", chunk)
 
     def _note_model(self, model: str | None) -> None:
         """Notes the name of the model that answers.
@@ -183,7 +171,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             ModelMismatchError: it is not the one that was asked for, and that is to be an error.
             ModelChangedDuringExecutionError: it is not the one of the chunks before.
         """
-        if not model:
+        if not model or model == self._model:
             return
         if self._model is not None:
             raise ModelChangedDuringExecutionError(
@@ -197,47 +185,41 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     # Endings
 
-    def _is_over(self) -> bool:
-        return self._done or self._fold.finished
-
     def _finish(self) -> None:
-        if self._fold.has_delta:
-            self._done = True
-        else:
-            self._fail_later(
+        if not self._fold.has_delta:
+            raise self._fail(
                 LLMStreamError(
                     "the stream ended without a single piece of an answer",
                     hint="the prompt may be longer than the loaded context, which LM Studio answers like this;"
                     " shorten it, or load the model with a longer context",
                 )
             )
+        self._done = True
 
-    def _end(self) -> None:
+    def _end_of_body(self) -> None:
         """The body ended: that is the end of the reply only after a finish reason."""
         if self._fold.finished:
             self._finish()
         elif stray := self._events.stray:
-            self._report(stray)
+            raise self._report(stray)
         else:
-            self._fail_later(
+            raise self._fail(
                 LLMStreamError("the stream was cut off: it ended without [DONE] or a finish reason", hint=_CUT_HINT)
             )
 
-    def _report(self, text: str) -> None:
+    def _report(self, text: str) -> LLMError:
         said = failures.read(self._redact(text))
-        self._fail_later(failures.error_of_event(said, self._events.call.context()))
+        return self._fail(failures.error_of_event(said, self._events.call.context()))
 
-    def _fail_later(self, error: LLMError) -> None:
-        """Fails once the chunks before have been handed out; the connection is closed now."""
+    def _fail(self, error: LLMError) -> LLMError:
+        """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
         error.context = {**self._events.call.context(), **error.context}
         error.status = self._events.status
         error.partial = self._partial()
         self._fault = error
+        self._left = iter(())
         self._events.abort(error)
-
-    def _fail(self, error: LLMError) -> None:
-        self._ready.clear()
-        self._fail_later(error)
+        return error
 
     def _partial(self) -> ChatCompletion | None:
         return self._fold.reply() if self._fold.begun else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -16,6 +16,7 @@ from lmbridge.transport.retry import (
     MAX_RETRY_AFTER,
     Classify,
     Verdict,
+    parse_retry_after,
     poll_waits,
     retry_waits,
 )
@@ -24,7 +25,7 @@ from lmbridge.transport.scheduler import Place, Scheduler
 Phase = Literal["connect", "queue", "load", "first_byte", "idle", "total"]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True, eq=False)
 class Request:
     """What to send, and how to treat it."""
 
@@ -43,19 +44,6 @@ class Request:
     """Whether it is a generation, which waits for a place."""
 
 
-@attrs.frozen(kw_only=True)
-class Reply:
-    """A whole answer, whatever its status."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    context: dict[str, Any]
-    """For errors: what was tried, where, how often, how long."""
-    retry_after: float | None = None
-    """Seconds that the server asked to wait."""
-
-
 class Call:
     """One request under way, from its admission to the end of its body."""
 
@@ -71,8 +59,8 @@ class Call:
         self.attempted = self._started
         self.total_deadline = self._started + _or_infinity(request.timeouts.total)
         self._load_deadline = math.inf
-        self._waits = retry_waits()
-        self._polls = poll_waits()
+        self._waits: Iterator[float] | None = None
+        self._polls: Iterator[float] | None = None
 
     def context(self) -> dict[str, Any]:
         """What errors say about it."""
@@ -107,6 +95,7 @@ class Call:
         elif verdict is Verdict.RETRY and self.retries < min(self.request.max_retries, MAX_RETRIES):
             if retry_after is not None and retry_after > MAX_RETRY_AFTER:
                 return None
+            self._waits = self._waits or retry_waits()
             wait = next(self._waits) + (retry_after or 0.0)
         else:
             return None
@@ -122,6 +111,7 @@ class Call:
             self._load_deadline = now + _or_infinity(budget)
         if now >= self._load_deadline:
             raise self.timed_out("load")
+        self._polls = self._polls or poll_waits()
         return min(next(self._polls), self._load_deadline - now)
 
     def timed_out(self, phase: Phase, cause: BaseException | None = None) -> LLMTimeoutError:
@@ -134,6 +124,21 @@ class Call:
         """Gives its place back; a second time does nothing."""
         if self.place is not None:
             self._scheduler.release(self.place)
+
+
+@attrs.define(kw_only=True, eq=False)
+class Reply:
+    """A whole answer, whatever its status."""
+
+    call: Call
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds that the server asked to wait."""
+        return parse_retry_after(self.headers)
 
 
 _PHASES = {
