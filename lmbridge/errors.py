@@ -76,7 +76,7 @@ class LLMError(Exception):
         self.context: dict[str, Any] = dict(details.get("context") or {})
         self.status = details.get("status")
         self.body = details.get("body")
-        self.partial = details.get("partial")
+        self.partial: Any = details.get("partial")
         self.timestamp = datetime.now(UTC)
         self.__cause__ = original_exception
 

@@ -74,7 +74,11 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 except (KeyError, TypeError, ValueError):  # an event with a name is a TypeError
                     usual = False
                 if usual:
-                    self._add(chunk)
+                    try:
+                        self._add(chunk)
+                    except LLMError as error:
+                        self._fail(error)
+                        raise
                     return chunk  # type: ignore[no-any-return]
                 if (other := self._read_unusual(event)) is not None:
                     return other
@@ -125,11 +129,13 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             self._left = iter(await self._events.read())
         except (LLMStreamError, LLMTimeoutError) as error:
             if not self._fold.finished:
-                raise self._fail(error) from error.__cause__
+                self._fail(error)
+                raise
             logger.debug("after the finish reason: %s", error)
             self._done = True
         except LLMError as error:
-            raise self._fail(error) from error.__cause__
+            self._fail(error)
+            raise
         except asyncio.CancelledError:
             self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
@@ -161,7 +167,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             self._note_model(chunk.get("model"))
             self._add(chunk)
         except LLMError as error:
-            raise self._fail(error) from error.__cause__
+            self._fail(error)
+            raise
         return cast("ChatCompletionChunk", chunk)
 
     def _note_model(self, model: str | None) -> None:

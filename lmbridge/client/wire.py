@@ -87,7 +87,12 @@ def decode_json(data: bytes) -> Any:
     try:
         return decode_strictly(data)
     except ValueError:
-        return json.loads(data.decode("utf-8", "replace"))
+        text = data.decode("utf-8", "replace")
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        reason = str(exc)
+    raise ValueError(reason)  # not chained: json's own exception holds the whole text, and that may hold a secret
 
 
 def _culprit(value: Any, where: str = "", depth: int = 0) -> tuple[str, Any]:

@@ -23,7 +23,7 @@ from yarl import URL
 
 from lmbridge._version import __version__
 from lmbridge.config import Limits, default_api_base, default_api_key, normalize_api_base
-from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, TaskCancelledError
+from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
@@ -162,12 +162,12 @@ class Transport:
         if opened is None:
             return
         if opened.loop.is_closed():
-            opened.drop()
-            return
-        if opened.loop is not asyncio.get_running_loop():
+            _warn_of_closed_loop()
+        elif opened.loop is not asyncio.get_running_loop():
             self._opened = opened
             raise _wrong_loop()
-        await opened.close()
+        else:
+            await opened.close()
 
     # One request
 
@@ -201,7 +201,12 @@ class Transport:
         else:
             verdict = call.request.classify(answer.status, answer.headers, answer.body)
             retry_after, why = answer.retry_after, f"status {answer.status}"
-        wait = call.wait_before_next(verdict, retry_after)
+        try:
+            wait = call.wait_before_next(verdict, retry_after)
+        except LLMTimeoutError as error:
+            if isinstance(answer, Reply):
+                error.status, error.body = answer.status, self.redact(answer.body.decode("utf-8", "replace"))
+            raise
         if wait is not None:
             self.retries += verdict is Verdict.RETRY
             logger.info("%s: %s; %s in %.2f s", call.request.operation, why, verdict.value, wait)
@@ -257,7 +262,7 @@ class Transport:
         if opened is not None and opened.loop is not loop:
             if not opened.loop.is_closed():
                 raise _wrong_loop()
-            opened.drop()
+            _warn_of_closed_loop()
             opened = None
         if opened is None:
             opened = self._opened = _Opened(loop, self._session(), Scheduler(self.limits))
@@ -301,18 +306,6 @@ class _Opened:
             stream.abort(_cancelled(stream.call))
         self.scheduler.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
         await self.session.close()
-
-    def drop(self) -> None:
-        """Lets go of a session whose loop is closed: nothing of it can be closed properly any more."""
-        warnings.warn(
-            "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
-            ResourceWarning,
-            stacklevel=4,
-        )
-        connector = self.session.connector
-        self.session.detach()
-        if connector is not None:
-            _ = connector.close()  # marks it closed; with a closed loop there is nothing to wait for
 
 
 @attrs.frozen
@@ -424,6 +417,15 @@ def _reason(exc: Exception) -> str:
 
 def _cancelled(call: Call) -> TaskCancelledError:
     return TaskCancelledError("the client was closed meanwhile", context=call.context())
+
+
+def _warn_of_closed_loop() -> None:
+    # Nothing of that session can be closed properly any more; its sockets are closed when it is collected.
+    warnings.warn(
+        "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
+        ResourceWarning,
+        stacklevel=4,
+    )
 
 
 def _wrong_loop() -> LLMError:

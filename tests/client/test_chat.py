@@ -1,0 +1,221 @@
+"""Plain chat completions, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from typing import Any
+
+import pytest
+
+from lmbridge import (
+    Limits,
+    LLMClient,
+    LLMError,
+    LLMResponseError,
+    LLMValidationError,
+    ModelMismatchError,
+    Timeouts,
+    Transport,
+    collect,
+)
+from lmbridge.testing import ScriptedServer, answer, reply
+from tests.support import MESSAGES
+
+
+async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    sent = {"choices": [{"message": {"content": "Hi", "odd": [1]}}], "model": "test-model", "strange": {"a": None}}
+    scripted_server.script(reply(200, sent))
+    assert await client.chat_completion(MESSAGES) == sent
+
+
+async def test_nothing_is_added_to_a_request(scripted_server: ScriptedServer) -> None:
+    async with LLMClient(scripted_server.api_base) as client:
+        await client.chat_completion(MESSAGES)
+        await client.chat_completion(MESSAGES, model="m", temperature=0, stop=None, anything={"x": [1]})
+        await collect(await client.chat_completion(MESSAGES, stream=True))
+    assert [request.json for request in scripted_server.requests] == [
+        {"messages": MESSAGES},
+        {"messages": MESSAGES, "model": "m", "temperature": 0, "stop": None, "anything": {"x": [1]}},
+        {"messages": MESSAGES, "stream": True},
+    ]
+    assert scripted_server.requests[0].path == "/v1/chat/completions"
+    assert scripted_server.requests[0].headers["content-type"] == "application/json"
+
+
+async def test_defaults_come_from_the_environment(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.origin)
+    monkeypatch.setenv("DEFAULT_MODEL", "from-environment")
+    monkeypatch.setenv("LM_API_TOKEN", "secret-token")
+    async with LLMClient() as client:
+        assert client.model == "from-environment"
+        await client.chat_completion(MESSAGES)
+        await client.chat_completion(MESSAGES, model="explicit")
+    first, second = scripted_server.requests
+    assert (first.json["model"], second.json["model"]) == ("from-environment", "explicit")
+    assert first.headers["authorization"] == "Bearer secret-token"
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+async def test_a_base_url_needs_no_v1(scripted_server: ScriptedServer, suffix: str) -> None:
+    async with LLMClient(scripted_server.origin + suffix) as client:
+        await client.chat_completion(MESSAGES)
+        assert client.api_base == scripted_server.api_base
+
+
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "messages is None; give a list of messages"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": "Hello"}, "messages is of type str"),
+    ({"messages": ["Hello"]}, r"messages\[0\] is of type str"),
+    ({"messages": [{"content": "Hello"}]}, r"messages\[0\] has no role; add 'role'"),
+    ({"messages": [{"role": "user", "content": b"Hello"}]}, r"messages\[0\]\['content'\] is of type bytes"),
+    ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\['content'\] is of type int"),
+    ({"messages": [{"role": "user", "content": [{"x": object()}]}]}, r"messages\[0\]\['content'\]\[0\]\['x'\]"),
+    ({"messages": MESSAGES, "seed": object()}, "seed is of type object, which cannot be sent as JSON"),
+    ({"messages": MESSAGES, "temperature": float("nan")}, "temperature is nan"),
+    ({"messages": MESSAGES, "stop": "\ud83d"}, "stop is of type str, which cannot be sent as JSON"),
+    ({"messages": MESSAGES, "model": ""}, r"model is ''; give a name out of list_models\(\)"),
+    ({"messages": MESSAGES, "model": 7}, "model is 7"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD_REQUESTS)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_bad_input_is_refused_before_anything_is_sent(
+    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], told: str, stream: bool
+) -> None:
+    with pytest.raises(LLMValidationError, match=told) as caught:
+        await client.chat_completion(**arguments, stream=stream)
+    assert isinstance(caught.value, ValueError)
+    assert scripted_server.connections == 0
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"api_base": "localhost:1234"}, "no http or https URL; give it like 'http://127.0.0.1:1234/v1'"),
+    ({"api_base": ""}, "api_base is ''"),
+    ({"api_base": 7}, "api_base is 7"),
+    ({"api_base": "ftp://x"}, "no http or https URL"),
+    ({"api_base": "http://x:99999"}, "is no URL"),
+    ({"model": " "}, "model is ' '"),
+    ({"api_key": "two words"}, "api_key is no key"),
+    ({"api_key": "new\nline"}, "api_key is no key"),
+    ({"timeout": 5}, "timeout is 5; give a Timeouts"),
+    ({"max_retries": -1}, "max_retries is -1"),
+    ({"max_retries": 1.5}, "max_retries is 1.5"),
+    ({"limits": 5}, "limits is 5; give a Limits"),
+    ({"model_mismatch": "explode"}, "model_mismatch is 'explode'; give 'warn', 'raise' or 'ignore'"),
+    ({"ssl": False}, "ssl is False; give a SSLContext"),
+    ({"transport": Transport("http://x"), "api_base": "http://y"}, "api_base given beside transport="),
+    ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "key"}, "api_key and limits given beside"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), BAD_OPTIONS)
+def test_a_bad_option_is_refused_when_the_client_is_made(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(LLMValidationError, match=told) as caught:
+        LLMClient(**options)
+    assert "words" not in str(caught.value)  # a key is not repeated, not even a wrong one
+
+
+def test_a_negative_timeout_is_refused_when_it_is_made() -> None:
+    with pytest.raises(LLMValidationError, match=r"Timeouts\.idle is -1; give a positive number of seconds"):
+        Timeouts(idle=-1)
+
+
+def test_good_options_are_taken() -> None:
+    context = ssl.create_default_context()
+    client = LLMClient("https://x", "m", "key", ssl=context, trust_env=True, max_retries=0, model_mismatch="raise")
+    assert client.api_base == "https://x/v1"
+    assert "key" not in repr(client)
+
+
+# Another model
+
+
+async def test_another_model_is_logged_once_a_pair(
+    scripted_server: ScriptedServer, client: LLMClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    scripted_server.default = answer("x", model="other")
+    with caplog.at_level(logging.WARNING, "lmbridge"):
+        for _ in range(3):
+            await client.chat_completion(MESSAGES)
+            await collect(await client.chat_completion(MESSAGES, stream=True))
+        await client.chat_completion(MESSAGES, model="third")
+    assert len(caplog.records) == 2
+    assert "asked for model 'test-model', but 'other' answered" in caplog.text
+
+
+async def test_another_model_can_be_an_error(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer("x", model="other")
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="raise") as client:
+        with pytest.raises(ModelMismatchError) as plain:
+            await client.chat_completion(MESSAGES)
+        stream = await client.chat_completion(MESSAGES, stream=True)
+        with pytest.raises(ModelMismatchError) as streamed:
+            await anext(stream)
+        assert client._transport.in_flight == 0
+    for caught in (plain, streamed):
+        assert (caught.value.asked, caught.value.served) == ("test-model", "other")
+        assert caught.value.status == 200
+        assert scripted_server.api_base in str(caught.value)
+    assert plain.value.partial["choices"][0]["message"]["content"] == "x"  # nothing is lost
+
+
+@pytest.mark.parametrize("served", ["test-model", "test-model:2", "test-model@q4_k_m", None])
+async def test_an_instance_or_a_quantization_is_the_same_model(
+    scripted_server: ScriptedServer, served: str | None
+) -> None:
+    scripted_server.default = reply(200, {"choices": [{"message": {"content": "x"}}], "model": served})
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="raise") as client:
+        await client.chat_completion(MESSAGES)
+
+
+# Lists and health
+
+
+async def test_models_are_listed_by_id(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.models = ["a", "b:2", "c@q4"]
+    assert await client.list_models() == ["a", "b:2", "c@q4"]
+
+
+@pytest.mark.parametrize("body", [{"data": None}, {"data": [1]}, {"data": [{}]}, {"models": []}, [], "x"])
+async def test_a_list_of_models_that_is_none_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient, body: Any
+) -> None:
+    scripted_server.on_path("/v1/models", reply(200, body))
+    with pytest.raises(LLMResponseError, match="something that is not"):
+        await client.list_models()
+
+
+async def test_health_is_true_where_models_are_listed(client: LLMClient) -> None:
+    assert await client.health_check() is True
+
+
+@pytest.mark.parametrize("status", [500, 502, 503])
+async def test_health_is_false_while_the_server_loads_or_fails(
+    scripted_server: ScriptedServer, client: LLMClient, status: int
+) -> None:
+    scripted_server.on_path("/v1/models", reply(status, {"error": {"message": "Loading model"}}))
+    assert await client.health_check() is False
+    assert len(scripted_server.requests) == 1  # it neither retries nor polls
+
+
+async def test_health_is_false_where_nobody_is() -> None:
+    async with ScriptedServer() as gone:
+        pass
+    async with LLMClient(gone.api_base) as client:
+        assert await client.health_check() is False
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [(401, {"error": "no"}), (404, {"error": "what?"}), (200, {"error": "Unexpected endpoint"})]
+)
+async def test_health_is_an_error_where_something_else_answers(
+    scripted_server: ScriptedServer, client: LLMClient, status: int, body: dict[str, str]
+) -> None:
+    scripted_server.on_path("/v1/models", reply(status, body))
+    with pytest.raises(LLMError):
+        await client.health_check()

@@ -1,0 +1,213 @@
+"""Clients opened, closed, moved to another server, shared, and used in several loops."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from lmbridge import Limits, LLMClient, LLMError, LLMValidationError, TaskCancelledError, Transport, collect
+from lmbridge.testing import ScriptedServer, answer, reply, stall
+from tests.support import MESSAGES, piece, read_text
+
+
+async def test_close_ends_a_stream_with_what_had_arrived(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=[piece("a"), piece("b")]))
+    stream = await client.chat_completion(MESSAGES, stream=True)
+    await anext(stream)
+    await anext(stream)
+    reader = asyncio.create_task(read_text(stream))
+    await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(TaskCancelledError, match="the client was closed") as caught:
+        await reader
+    assert caught.value.partial["choices"][0]["message"]["content"] == "ab"
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_close_ends_plain_requests_and_those_that_queue(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = stall()
+    client = LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=2))
+    asked = [asyncio.create_task(client.chat_completion(MESSAGES)) for _ in range(5)]
+    await scripted_server.wait_until(lambda: scripted_server.in_flight == 2)
+    await client.close()
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(result) for result in results] == [TaskCancelledError] * 5
+    assert len(scripted_server.requests) == 2
+
+
+async def test_close_ends_the_wait_before_a_retry(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = reply(429, {"error": "slow down"}, {"Retry-After": "50"})
+    client = LLMClient(scripted_server.api_base)
+    asked = asyncio.create_task(client.chat_completion(MESSAGES))
+    await scripted_server.wait_until(lambda: scripted_server.requests and scripted_server.requests[0].finished)
+    await asyncio.sleep(0.05)  # until the client has read the answer and waits
+    await client.close()
+    with pytest.raises(TaskCancelledError):
+        await asked
+    assert len(scripted_server.requests) == 1
+
+
+async def test_a_closed_client_opens_again_and_closes_twice(scripted_server: ScriptedServer) -> None:
+    client = LLMClient(scripted_server.api_base)
+    await client.close()
+    for _ in range(2):
+        assert (await client.chat_completion(MESSAGES))["choices"]
+        await client.close()
+        await client.close()
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
+async def test_an_unused_client_needs_no_loop_and_no_closing() -> None:
+    LLMClient("http://127.0.0.1:1")
+    await asyncio.to_thread(LLMClient, "http://127.0.0.1:1")
+
+
+async def test_api_base_can_be_set_while_a_stream_ends_on_the_old_one(scripted_server: ScriptedServer) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("from the old one", gate=gate))
+    async with ScriptedServer() as other, LLMClient(scripted_server.api_base, api_key="key") as client:
+        other.default = answer("from the other")
+        stream = await client.chat_completion(MESSAGES, stream=True)
+        client.api_base = other.origin
+        assert client.api_base == other.api_base
+        reply = await client.chat_completion(MESSAGES)
+        assert reply["choices"][0]["message"]["content"] == "from the other"
+        assert other.requests[0].headers["authorization"] == "Bearer key"
+        gate.set()
+        assert await read_text(stream) == "from the old one"
+        await client.chat_completion(MESSAGES)
+        await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)  # it is not kept for ever
+
+
+async def test_a_plain_request_ends_on_the_old_server_too(scripted_server: ScriptedServer) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("from the old one", gate=gate))
+    async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
+        asked = asyncio.create_task(client.chat_completion(MESSAGES))
+        await scripted_server.wait_until(lambda: scripted_server.in_flight)
+        client.api_base = other.api_base
+        await client.list_models()
+        gate.set()
+        assert (await asked)["choices"][0]["message"]["content"] == "from the old one"
+
+
+async def test_close_closes_the_old_servers_as_well(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(stall(after=[piece("a")]))
+    client = LLMClient(scripted_server.api_base)
+    stream = await client.chat_completion(MESSAGES, stream=True)
+    client.api_base = "http://127.0.0.1:1"
+    await client.close()
+    with pytest.raises(TaskCancelledError):
+        await read_text(stream)
+
+
+async def test_a_wrong_api_base_is_refused_and_changes_nothing(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    with pytest.raises(LLMValidationError):
+        client.api_base = "nonsense"
+    assert client.api_base == scripted_server.api_base
+    assert await client.health_check()
+
+
+async def test_clients_that_share_a_transport_share_its_limits_and_leave_it_open(
+    scripted_server: ScriptedServer,
+) -> None:
+    async with Transport(scripted_server.api_base, limits=Limits(max_concurrency=2)) as transport:
+        clients = [LLMClient(transport=transport, model=f"m{number}") for number in range(4)]
+        await asyncio.gather(*[client.chat_completion(MESSAGES) for client in clients for _ in range(5)])
+        assert scripted_server.max_in_flight == 2
+        await clients[0].close()
+        assert await clients[1].health_check()
+        with pytest.raises(LLMValidationError, match="api_base cannot be set"):
+            clients[1].api_base = "http://127.0.0.1:1"
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
+# Loops
+
+
+class ServerThread:
+    """A scripted server in a loop of its own, for clients in several loops."""
+
+    def __enter__(self) -> str:
+        self._ready: asyncio.Future[str]
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+        self._thread.start()
+        self._started.wait()
+        return self._api_base
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        async with ScriptedServer() as server:
+            server.default = answer("Hi")
+            self._api_base = server.api_base
+            self._started.set()
+            await self._stop.wait()
+
+
+UNCLOSED = """
+import asyncio, sys, warnings
+from lmbridge import LLMClient, collect
+client = LLMClient(sys.argv[1])
+async def ask():
+    print((await collect(await client.chat_completion([{"role": "user", "content": "x"}], stream=True)))["model"])
+async def ask_and_close():
+    async with client:
+        await ask()
+asyncio.run(ask())
+asyncio.run(ask())
+asyncio.run(client.close())
+asyncio.run(ask_and_close())
+"""
+
+
+def test_a_client_that_was_not_closed_before_its_loop_warns_and_works_on() -> None:
+    # In a process of its own: asyncio and aiohttp warn as well, whenever the dead loop's sockets are collected.
+    with ServerThread() as api_base:
+        run = subprocess.run(
+            [sys.executable, "-W", "default::ResourceWarning", "-c", UNCLOSED, api_base],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        )
+    assert run.stdout.split() == ["test-model"] * 3
+    assert run.stderr.count("ResourceWarning: an lmbridge client was not closed before its event loop was") == 2
+
+
+def test_a_client_that_was_closed_works_in_the_next_loop() -> None:
+    with ServerThread() as api_base:
+        client = LLMClient(api_base)
+        for _ in range(3):
+            asyncio.run(closing(client))
+
+
+async def test_a_second_live_loop_is_a_clear_error(client: LLMClient) -> None:
+    await client.chat_completion(MESSAGES)
+
+    def elsewhere() -> None:
+        for use in (client.chat_completion(MESSAGES), client.close()):
+            with pytest.raises(LLMError, match="another event loop that is still alive; make one client for each loop"):
+                asyncio.run(use)
+
+    await asyncio.to_thread(elsewhere)
+    assert (await client.chat_completion(MESSAGES))["choices"]
+
+
+async def collecting(client: LLMClient) -> None:
+    await collect(await client.chat_completion(MESSAGES, stream=True))
+
+
+async def closing(client: LLMClient) -> None:
+    async with client:
+        await collecting(client)

@@ -1,0 +1,487 @@
+"""Streams: handed out as they come, whole or an error, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator
+
+import msgspec
+import pytest
+
+from lmbridge import (
+    ChatStream,
+    LLMClient,
+    LLMStreamError,
+    LLMTimeoutError,
+    ModelChangedDuringExecutionError,
+    TaskCancelledError,
+    Timeouts,
+    collect,
+)
+from lmbridge.testing import Exchange, ScriptedServer, answer, sse, stall
+from tests.support import MESSAGES, piece, read_text, text_of
+
+HALF = (piece("Hel"), piece("lo"))
+
+
+async def opened(client: LLMClient) -> ChatStream:
+    return await client.chat_completion(MESSAGES, stream=True)
+
+
+def in_flight(client: LLMClient) -> int:
+    return client._transport.in_flight
+
+
+def partial_text(error: BaseException) -> str:
+    partial = getattr(error, "partial", None)
+    assert partial is not None
+    text = partial["choices"][0]["message"]["content"]
+    assert isinstance(text, str)
+    return text
+
+
+# Whole
+
+
+async def test_chunks_are_handed_out_while_the_server_still_writes(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
+    stream = await opened(client)
+    seen = [text_of(await anext(stream)), text_of(await anext(stream))]
+    assert seen == ["", "one "]
+    assert not scripted_server.requests[0].finished
+    gate.set()
+    assert await read_text(stream) == "two"
+
+
+async def test_a_chunk_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    sent = [
+        piece("a", strange={"deep": [1, 2.5, None]}),
+        piece("b", finish_reason="stop", timings={"n": 1}),
+        {"choices": [], "usage": {"prompt_tokens": 3}},
+    ]
+    scripted_server.script(sse(*sent, done=True))
+    assert [chunk async for chunk in await opened(client)] == sent
+
+
+async def test_a_finish_reason_ends_a_stream_without_done(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(*HALF, piece(finish_reason="stop")))
+    assert await read_text(await opened(client)) == "Hello"
+
+
+async def test_done_ends_a_stream_without_a_finish_reason(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(*HALF, done=True))
+    reply = await collect(await opened(client))
+    assert reply["choices"][0]["finish_reason"] is None
+
+
+async def test_a_connection_that_breaks_after_the_finish_reason_breaks_no_answer(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(sse(*HALF, piece(finish_reason="stop"), end=False))
+    assert await read_text(await opened(client)) == "Hello"
+
+
+async def test_one_of_two_answers_cut_off_is_a_cut_stream(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    second = {"index": 1, "delta": {"content": "x"}, "finish_reason": None}
+    scripted_server.script(sse(piece("a"), piece("b", choices=[second]), piece(finish_reason="stop")))
+    with pytest.raises(LLMStreamError):
+        await read_text(await opened(client))
+
+
+async def test_a_stream_that_ended_stays_ended(client: LLMClient) -> None:
+    stream = await opened(client)
+    await read_text(stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    await stream.aclose()
+    assert await read_text(stream) == ""
+
+
+async def test_an_event_of_megabytes_arrives_whole(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    long = "x" * 3_000_000
+    scripted_server.script(sse(piece(long), piece(finish_reason="stop"), done=True))
+    assert await read_text(await opened(client)) == long
+
+
+async def test_a_bad_byte_is_replaced_and_ends_nothing(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    bad = msgspec.json.encode(piece("a?b")).replace(b"a?b", b"a\xffb")
+    scripted_server.script(sse(b"data: " + bad + b"\n\n", piece(finish_reason="stop"), done=True))
+    assert await read_text(await opened(client)) == "a\ufffdb"
+
+
+async def test_what_only_python_calls_json_is_read(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    odd = msgspec.json.encode(piece("a", score=0)).replace(b'"score":0', b'"score":-Infinity')
+    scripted_server.script(sse(b"data: " + odd + b"\n\n", piece(finish_reason="stop"), done=True))
+    assert await read_text(await opened(client)) == "a"
+
+
+async def test_events_without_data_pings_and_named_events_are_no_trouble(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    named = b"event: message\ndata: " + msgspec.json.encode(piece("!")) + b"\n\n"
+    scripted_server.script(
+        sse(": ping\n\n", "retry: 5\n\n", "data:\n\n", "data:  \n\n", piece("Hi"), named, piece(finish_reason="stop"))
+    )
+    assert await read_text(await opened(client)) == "Hi!"
+
+
+async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    stream = await opened(client)
+    assert isinstance(stream, AsyncGenerator)
+    await stream.asend(None)
+    with pytest.raises(TypeError, match="no values"):
+        await stream.asend("x")  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        await stream.athrow(KeyError("thrown in"))
+    await scripted_server.wait_until(lambda: scripted_server.aborts or scripted_server.requests[0].finished)
+    assert in_flight(client) == 0
+
+
+# Cut
+
+
+@pytest.mark.parametrize("ends_properly", [True, False])
+async def test_a_stream_cut_at_any_byte_is_never_taken_for_whole(
+    scripted_server: ScriptedServer, client: LLMClient, ends_properly: bool
+) -> None:
+    events = [b"data: " + msgspec.json.encode(chunk) for chunk in (*HALF, piece(finish_reason="stop"))]
+    body = b"".join(event + b"\n\n" for event in events)
+    needed = [len(events[0]), len(events[0]) + 2 + len(events[1])]  # bytes until an event's JSON is whole
+    if not ends_properly:
+        needed = [bytes_ + 2 for bytes_ in needed]  # a broken connection leaves nothing but finished events
+    for cut in range(0, len(body) - 2, 3):
+        scripted_server.script(sse(body[:cut], end=ends_properly))
+        stream = await opened(client)
+        with pytest.raises(LLMStreamError) as caught:
+            await read_text(stream)
+        arrived = sum(cut >= bytes_ for bytes_ in needed)
+        if arrived:
+            assert partial_text(caught.value) == ("Hel", "Hello")[arrived - 1]
+        else:
+            assert caught.value.partial is None
+    assert in_flight(client) == 0
+
+
+async def test_a_stream_without_a_delta_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    for events in ((), (piece(finish_reason="stop"),), ({"choices": [], "usage": {"prompt_tokens": 9000}},)):
+        scripted_server.script(sse(*events, done=True))
+        with pytest.raises(LLMStreamError, match="without a single piece of an answer"):
+            await read_text(await opened(client))
+
+
+async def test_a_chunk_of_an_unknown_shape_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    for choices in ("text", [1], [{"delta": "text"}], [{"delta": {"content": 7}}]):
+        scripted_server.script(sse(*HALF, piece(choices=choices), piece(finish_reason="stop"), done=True))
+        with pytest.raises(LLMStreamError, match="unknown shape") as caught:
+            await read_text(await opened(client))
+        assert partial_text(caught.value).startswith("Hello")
+    assert in_flight(client) == 0
+
+
+async def test_an_error_comes_after_the_chunks_before_it_and_comes_again(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(sse(*HALF, {"error": {"message": "Compute error."}}))
+    stream = await opened(client)
+    assert [text_of(await anext(stream)), text_of(await anext(stream))] == ["Hel", "lo"]
+    with pytest.raises(LLMStreamError, match=r"Compute error\.") as first:
+        await anext(stream)
+    with pytest.raises(LLMStreamError) as second:
+        await anext(stream)
+    assert second.value is first.value
+    assert partial_text(first.value) == "Hello"
+    assert first.value.status == 200
+
+
+async def test_an_error_says_what_was_tried(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(*HALF))
+    with pytest.raises(LLMStreamError) as caught:
+        await read_text(await opened(client))
+    told = str(caught.value)
+    assert f"chat completion with model 'test-model' at {scripted_server.api_base}/chat/completions" in told
+    assert "without [DONE] or a finish reason (after 1 attempt, " in told
+
+
+async def test_a_model_that_changes_in_mid_reply_is_an_error_whatever_the_setting(
+    scripted_server: ScriptedServer,
+) -> None:
+    scripted_server.script(sse(piece("a"), piece("b", model="other"), piece(finish_reason="stop"), done=True))
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as client:
+        with pytest.raises(ModelChangedDuringExecutionError) as caught:
+            await read_text(await opened(client))
+    assert (caught.value.old_model, caught.value.new_model) == ("test-model", "other")
+    assert partial_text(caught.value) == "a"
+
+
+# Left early
+
+
+async def test_break_and_drop_closes_the_connection_at_once(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=HALF))
+
+    async def take_one() -> None:
+        async for _ in await opened(client):
+            break
+
+    with pytest.warns(ResourceWarning, match="unclosed stream of chat completion with model 'test-model'"):
+        await take_one()
+    assert in_flight(client) == 0  # synchronously
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_a_stream_dropped_in_a_cycle_is_closed_when_it_is_collected(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    await anext(stream)
+    cycle: list[object] = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    with pytest.warns(ResourceWarning, match="unclosed stream"):
+        await asyncio.to_thread(gc.collect)  # in another thread, as the collector may
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    assert in_flight(client) == 0
+
+
+async def test_leaving_the_context_closes_the_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=HALF), stall(after=HALF))
+    async with await opened(client) as stream:
+        await anext(stream)
+    await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 1)
+    with pytest.raises(KeyError):
+        async with await opened(client) as stream:
+            raise KeyError
+    await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 2)
+    assert in_flight(client) == 0
+
+
+async def test_a_stream_that_was_closed_early_never_looks_whole(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    await anext(stream)
+    await stream.aclose()
+    await stream.aclose()
+    with pytest.raises(TaskCancelledError, match="closed before its end") as caught:
+        await collect(stream)
+    assert partial_text(caught.value) == "Hel"
+
+
+async def test_aclose_from_another_task_wakes_the_reader(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    waiting = asyncio.Event()
+
+    async def read() -> None:
+        await anext(stream)
+        await anext(stream)
+        waiting.set()
+        await anext(stream)
+
+    reader = asyncio.create_task(read())
+    await waiting.wait()
+    await asyncio.sleep(0)  # into its wait
+    await stream.aclose()
+    with pytest.raises(TaskCancelledError) as caught:
+        await reader
+    assert partial_text(caught.value) == "Hello"
+    assert not reader.cancelled()
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_cancelling_the_reader_closes_the_connection_and_stays_a_cancel(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    reader = asyncio.create_task(read_text(stream))
+    await scripted_server.wait_until(lambda: scripted_server.in_flight)
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert in_flight(client) == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    with pytest.raises(TaskCancelledError):
+        await anext(stream)
+
+
+async def test_a_timeout_of_the_callers_closes_the_connection(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(0.05):
+            await read_text(await opened(client))
+    assert not isinstance(caught.value, LLMTimeoutError)
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_two_readers_at_a_time_are_refused(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
+    stream = await opened(client)
+    await anext(stream)
+    await anext(stream)
+    reader = asyncio.create_task(read_text(stream))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="another task is reading"):
+        await anext(stream)
+    gate.set()
+    assert await reader == "two"  # and the one that was there first is not disturbed
+
+
+async def test_collect_closes_the_stream_that_it_gives_up(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    collecting = asyncio.create_task(collect(stream))
+    await asyncio.sleep(0)
+    collecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await collecting
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    assert in_flight(client) == 0
+
+
+async def test_collect_makes_the_dict_of_the_plain_call(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
+    scripted_server.default = answer("Hi there", tool_calls=calls, reasoning="think of it")
+    plain = await client.chat_completion(MESSAGES)
+    folded = await collect(await client.chat_completion(MESSAGES, stream=True, stream_options={"include_usage": True}))
+    assert {**folded, "id": None} == {**plain, "id": None}
+
+
+async def test_there_must_be_something_to_collect(client: LLMClient) -> None:
+    stream = await opened(client)
+    await collect(stream)
+    with pytest.raises(LLMStreamError, match="no chunk to collect"):
+        await collect(stream)
+
+
+# Connections
+
+
+async def test_streams_one_after_another_share_a_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    for _ in range(5):
+        await read_text(await opened(client))
+    assert scripted_server.connections == 1
+
+
+async def test_the_end_of_the_body_is_waited_for_a_bounded_moment(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=[*HALF, piece(finish_reason="stop"), "data: [DONE]\n\n"]))
+    assert await read_text(await opened(client)) == "Hello"
+    assert in_flight(client) == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_a_cancel_while_draining_gives_the_connection_up(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=[*HALF, piece(finish_reason="stop"), "data: [DONE]\n\n"]))
+    stream = await opened(client)
+    for _ in range(3):
+        await anext(stream)
+    reader = asyncio.create_task(read_text(stream))
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert in_flight(client) == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+# Time
+
+
+@pytest.mark.parametrize("ping", ["", ": ping\n\n"])
+async def test_the_first_event_has_a_limit_that_pings_do_not_move(scripted_server: ScriptedServer, ping: str) -> None:
+    async def pings(exchange: Exchange) -> None:
+        await exchange.start()
+        while True:
+            await exchange.send(ping.encode())
+            await asyncio.sleep(0.01)
+
+    scripted_server.script(pings)
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.1)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no answer within 0\.1 s") as caught:
+            await read_text(await opened(client))
+    assert caught.value.phase == "first_byte"
+    assert caught.value.partial is None
+    assert isinstance(caught.value, TimeoutError)
+
+
+@pytest.mark.parametrize("ping", ["", ": ping\n\n"])
+async def test_the_gap_between_events_has_a_limit_that_pings_do_not_move(
+    scripted_server: ScriptedServer, ping: str
+) -> None:
+    async def pings(exchange: Exchange) -> None:
+        await exchange.chunk(piece("a"))
+        while True:
+            await exchange.send(ping.encode())
+            await asyncio.sleep(0.01)
+
+    scripted_server.script(pings)
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.1)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no further event within 0\.1 s") as caught:
+            await read_text(await opened(client))
+    assert caught.value.phase == "idle"
+    assert partial_text(caught.value) == "a"
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_events_that_keep_coming_move_the_limit_between_them(scripted_server: ScriptedServer) -> None:
+    async def steady(exchange: Exchange) -> None:
+        for _ in range(6):
+            await exchange.chunk(piece("a"))
+            await asyncio.sleep(0.1)
+        await exchange.chunk(piece(finish_reason="stop"))
+
+    scripted_server.script(steady)
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.4)) as client:
+        assert await read_text(await opened(client)) == "aaaaaa"
+
+
+async def test_a_slow_reader_is_no_slow_server(scripted_server: ScriptedServer) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.1)) as client:
+        stream = await opened(client)
+        await anext(stream)
+        await anext(stream)
+        reader = asyncio.create_task(read_text(stream))
+        await asyncio.sleep(0)
+        gate.set()
+        assert await reader == "two"
+        scripted_server.script(answer("three"))
+        stream = await opened(client)
+        await anext(stream)
+        await asyncio.sleep(0.3)  # the reader's own time, longer than the limit, while all is there to be read
+        assert await read_text(stream) == "three"
+
+
+async def test_the_whole_has_a_limit_of_its_own(scripted_server: ScriptedServer) -> None:
+    async def endless(exchange: Exchange) -> None:
+        while True:
+            await exchange.chunk(piece("a"))
+            await asyncio.sleep(0.01)
+
+    scripted_server.script(endless)
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=None, total=0.2)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no end within 0\.2 s") as caught:
+            await read_text(await opened(client))
+    assert caught.value.phase == "total"
+    assert set(partial_text(caught.value)) == {"a"}
+
+
+async def test_limits_can_be_off(scripted_server: ScriptedServer) -> None:
+    off = Timeouts(connect=None, load=None, first_byte=None, idle=None, total=None)
+    async with LLMClient(scripted_server.api_base, timeout=off) as client:
+        assert await read_text(await opened(client)) == "Hello from the scripted server."

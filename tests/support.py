@@ -1,0 +1,89 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
+from typing import Any
+
+from lmbridge.types import ChatCompletionChunk
+
+MESSAGES = [{"role": "user", "content": "Say hello."}]
+
+
+def piece(text: str | None = None, *, finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A chunk with some content, or with an empty delta; `fields` replace those of the chunk."""
+    delta = {} if text is None else {"content": text}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return {"object": "chat.completion.chunk", "model": "test-model", "choices": [choice], **fields}
+
+
+def text_of(chunk: Mapping[str, Any]) -> str:
+    """A chunk's content."""
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+async def read_text(stream: AsyncIterable[ChatCompletionChunk]) -> str:
+    """All content of a stream."""
+    return "".join([text_of(chunk) async for chunk in stream])
+
+
+class Steps:
+    """Awaits a coroutine and counts where it waits; cancels its task at the n-th of these places.
+
+    Args:
+        coroutine: What to run.
+        cancel_at: Which wait is cancelled, from 1; 0 cancels none.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], cancel_at: int = 0) -> None:
+        self.count = 0
+        self._coroutine = coroutine
+        self._cancel_at = cancel_at
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        step: Callable[[], Any] = lambda: self._coroutine.send(None)  # noqa: E731
+        while True:
+            try:
+                waited_for = step()
+            except StopIteration as stop:
+                return stop.value
+            self.count += 1
+            if self.count == self._cancel_at:
+                loop.call_soon(task.cancel)
+            try:
+                value = yield waited_for
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the coroutine's
+                step = lambda error=error: self._coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
+            else:
+                step = lambda value=value: self._coroutine.send(value)  # type: ignore[misc]  # noqa: E731
+
+
+async def cancel_at_each_step(
+    run: Callable[[], Coroutine[Any, Any, Any]], after: Callable[[], Awaitable[None]], *, at_least: int
+) -> None:
+    """Runs something over and over, cancelled at its 1st, 2nd, ... wait, until a run comes to its end.
+
+    Args:
+        run: Makes the coroutine.
+        after: Checked after each cancelled run.
+        at_least: Waits that there must have been, so that the test cannot pass by cancelling nothing.
+    """
+    cancel_at = 0
+    while True:
+        cancel_at += 1
+        steps = Steps(run(), cancel_at)
+        task = asyncio.ensure_future(_awaited(steps))
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()
+            break
+        await after()
+    assert cancel_at > at_least, f"only {cancel_at - 1} waits were cancelled"
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable

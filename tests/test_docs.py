@@ -1,0 +1,195 @@
+"""Every Python block of the README and of docs/ runs, and what stands under it is what it prints.
+
+The blocks of a page run in order, in one namespace, against a scripted server that the environment names. An HTML
+comment on the line before a block says otherwise:
+
+- `<!-- before: CODE -->`: the scripted server is told something first (`server`, and the names of `lmbridge.testing`);
+- `<!-- program -->`: it is a whole program, and runs in an interpreter of its own;
+- `<!-- file: NAME -->`: it is a file for pytest, which is run once all files of the page are there;
+- `<!-- real -->`: it runs the embedded server, in a test of its own.
+
+A `text` block right after a block that runs here is its output. Ports and seconds are not compared.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lmbridge import LLMClient, testing
+from lmbridge.testing import ScriptedServer
+from lmbridge.testing.completions import completion_chunk
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>\w+)(?:: (?P<value>[^\n]+))? -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$"
+    r"(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    mark: str | None
+    value: str
+    language: str
+    code: str
+    output: str | None
+    line: int
+
+
+def blocks(page: Path, *marks: str | None) -> list[Block]:
+    """The Python blocks with one of these marks (None: with none)."""
+    return [block for block in all_blocks(page) if block.language == "python" and block.mark in marks]
+
+
+def all_blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(
+            found["mark"],
+            found["value"] or "",
+            found["language"],
+            found["code"],
+            found["output"],
+            text.count("\n", 0, found.start("code")) + 1,
+        )
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def pages(*marks: str | None) -> list[Any]:
+    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, *marks)]
+
+
+async def execute(code: str, page: Path, line: int, namespace: dict[str, Any]) -> None:
+    """Runs code that may await outside of functions; a traceback shows the lines of the page."""
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    compiled = compile("\n" * (line - 1) + code, str(page), "exec", flags, dont_inherit=True)
+    outcome = eval(compiled, namespace)
+    if inspect.isawaitable(outcome):
+        await outcome
+
+
+async def close(namespace: dict[str, Any]) -> None:
+    for value in namespace.values():
+        if isinstance(value, LLMClient):
+            await value.close()
+
+
+def comparable(text: str) -> str:
+    return re.sub(r"\d+\.\d\d s", "0.00 s", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:0", text))
+
+
+def chunk(text: str) -> dict[str, Any]:
+    return completion_chunk("chatcmpl-1", "qwen3-4b", {"content": text})
+
+
+@pytest.mark.usefixtures("no_waits")
+@pytest.mark.parametrize("page", pages(None, "before"))
+async def test_the_blocks_of_a_page_run(
+    page: Path, scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
+    monkeypatch.setenv("DEFAULT_MODEL", "test-model")
+    names = {name: getattr(testing, name) for name in testing.__all__} | {"server": scripted_server, "chunk": chunk}
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    try:
+        for block in blocks(page, None, "before"):
+            exec(block.value, names.copy())
+            await execute(block.code, page, block.line, namespace)
+            printed = capsys.readouterr().out
+            if block.output is not None:
+                assert comparable(printed) == comparable(block.output), f"{page.name}:{block.line}"
+    finally:
+        await close(namespace)
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
+@pytest.mark.parametrize("page", pages("program"))
+async def test_the_programs_of_a_page_run(page: Path, scripted_server: ScriptedServer) -> None:
+    env = os.environ | {"LMBRIDGE_API_BASE": scripted_server.api_base, "DEFAULT_MODEL": "test-model"}
+    for block in blocks(page, "program"):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "error", "-c", block.code, env=env, stdout=asyncio.subprocess.PIPE
+        )
+        printed, _ = await process.communicate()
+        assert process.returncode == 0
+        assert printed.decode() == "Hello from the scripted server."
+
+
+@pytest.mark.parametrize("page", pages("file"))
+def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester) -> None:
+    files = blocks(page, "file")
+    for block in files:
+        (pytester.path / block.value).write_text(block.code)
+    pytester.makeini("[pytest]\nasyncio_mode = auto\nfilterwarnings = error")
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=sum(block.code.count("def test_") for block in files))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("page", pages("real"))
+async def test_the_blocks_of_a_page_run_on_the_embedded_server(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    try:
+        for block in blocks(page, "real"):
+            await execute(block.code, page, block.line, namespace)
+    finally:
+        await close(namespace)
+
+
+def test_no_block_is_left_out() -> None:
+    for page in PAGES:
+        found = all_blocks(page)
+        assert {block.mark for block in found} <= {None, "before", "program", "file", "real"}, page.name
+        assert {block.language for block in found} <= {"python", "shell", "text"}, page.name
+        outputs = sum(block.output is not None for block in found)
+        assert page.read_text().count("```") == 2 * (len(found) + outputs), page.name
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    first, *others = (block for block in all_blocks(ROOT / "README.md") if block.language == "shell")
+    assert (ROOT / "README.md").read_text().startswith("```shell\nmake demo")
+    assert [line.split("#")[0].split() for line in first.code.splitlines()] == [["make", "demo"], ["make", "test"]]
+    assert "examples/quickstart.py" in others[0].code
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_commands_name_what_there_is(page: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
+    for block in all_blocks(page):
+        if block.language == "shell":
+            assert set(re.findall(r"^make (?:\w+=\S+ )?(\w+)", block.code, re.MULTILINE)) <= targets
+            assert {name for names in re.findall(r"\[([\w,]+)\]", block.code) for name in names.split(",")} <= extras
+            assert set(re.findall(r"nox -s (\w+)", block.code)) <= sessions
+            assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:examples|tests)/\S+\.py", block.code))
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in (*PAGES, ROOT / "CHANGELOG.md")])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": {page.name}\n" in navigation for page in PAGES if page.parent.name == "docs")
