@@ -28,84 +28,139 @@ from lmbridge.transport import Reply, Verdict
 
 _SHOWN: Final = 500
 """Characters of a body that an error's text repeats; all of it is in `.body`."""
+_SEARCHED: Final = 10_000
+"""Characters of a message that are searched for known words."""
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns), re.IGNORECASE | re.DOTALL)
 
 
-_LOADING: Final = _any(r"\bloading\b(?!.{0,40}\b(failed|stopped|error))")
-_NOTHING_LOADED: Final = _any(r"no models? (are |is )?(currently )?loaded", r"\bmodel is not loaded")
-_EVICTED: Final = _any(r"\bmodel (is |was |has been )?unloaded")
+# What an error's message, type and code are searched for: `Said.words`. Never a reply.
+
+_NOTHING_LOADED: Final = _any(
+    r"\bno models? (are |is )?(currently )?loaded\b",  # LM Studio
+    r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
+)
+_EVICTED: Final = _any(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
 _NOT_LOADED: Final = _any(
-    r"insufficient system resources",
-    r"out of memory",
-    r"failed to load",
-    r"error loading model",
-    r"model loading (was stopped|failed)",
-    r"model_load_failed",
-    r"model (has )?crashed",
+    r"\binsufficient system resources\b",  # LM Studio's guardrails
+    r"\brequires more (system |gpu )?memory\b",  # Ollama
+    r"\bout of memory\b",
+    r"\bmodel loading (was )?(stopped|aborted|failed)\b",
+    r"\b(failed to|unable to|could not) load (the )?model\b",  # LM Studio, Ollama, LocalAI
+    r"\bmodel \S{1,200} failed to load\b",  # llama.cpp's router: "model name=x failed to load"
+    r"\berror (while )?loading (the )?model\b",
+    r"\bmodel_load_failed\b",
+    r"\bmodel (has )?crashed\b",
+    r"\bunknown exception during inferencing\b",  # LM Studio, before it named crashes
+    r"\brunner (process )?has (terminated|unexpectedly stopped)\b",  # Ollama
 )
 _CONTEXT: Final = _any(
-    r"exceed_context_size",
-    r"context_length_exceeded",
-    r"exceeds? the (available |model'?s? )?(maximum )?context",
-    r"maximum context length",
-    r"greater than the context length",
-    r"context the overflows",  # LM Studio's own word order
-    r"context overflows",
-    r"reached context length",
-    r"context size has been exceeded",
-    r"n_keep: ?\d+ ?>= ?n_ctx",
+    r"\bexceed_context_size_error\b",  # llama.cpp
+    r"\bcontext_length_exceeded\b",  # OpenAI, llama-cpp-python
+    # Not "must not exceed": that is about a parameter.
+    r"(?<!not )\bexceed(s|ed)? (\S{1,40} ){0,3}context (length|size|window)\b",  # llama.cpp, Ollama, SGLang
+    r"\bcontext (length|size|window) (has been )?exceeded\b",  # llama.cpp and MLX, while they generate
+    r"\bmaximum context length is \d",  # OpenAI, vLLM, llama-cpp-python
+    r"\b(greater|longer) than the (model's )?(context|maximum model) length\b",  # LM Studio, SGLang, vLLM
+    r"\bnot fit in(to)? (the )?context\b",  # MLX
+    r"\btoo long to fit into the model \(context\b",  # vLLM
+    r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
+    r"\breached context length of \d",  # LM Studio
+    r"\bn_keep: ?\d+ ?>= ?n_ctx\b",  # LM Studio
 )
 _NOT_FOUND: Final = _any(
     r"\bmodel_not_found\b",
-    r"invalid model identifier",
-    r"\bmodel ['\"`]?[^'\"`\n]{1,200}['\"`]? (was )?(not found|does not exist)",
+    r"\binvalid model identifier\b",  # LM Studio
+    r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
+    r"\bmodel \S{0,200}[\d/:@]\S{0,200} (was )?(not found|does not exist)\b",  # without quotes it has to look like a name
+    r"\bmodel (was )?not found\b",
+    r"\bcould not find (real )?modelid for\b",  # llama-swap
+    r"\binvalid model name passed\b",  # litellm
 )
+_LOADING: Final = _any(r"\bloading\b")
+_LOADING_FAILED: Final = _any(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
+# In the type and the code alone: an error's text may speak of any of these.
+_REFUSED: Final = _any(r"invalid_api_key", r"authentication_?error", r"unauthorized")
+_TOO_MANY: Final = _any(r"rate_?limit")
+
 # 500s that come again however often they are asked for: mistakes in the request, named by llama.cpp and its templates.
-_DETERMINISTIC: Final = _any(
-    r"failed to parse",
-    r"parse[_ ]error",
-    r"jinja",
-    r"template",
-    r"system message must be",
-    r"roles must alternate",
-    r"no user query found",
-    r"image input is not supported",
-    r"grammar",
-    r"json ?schema",
-    r"unrecognized schema",
-    r"validation error",
-    r"invalid[ _]request",
-    r"expected .{0,80} got",
-    r"does not match the expected",
+_MISTAKE: Final = _any(
+    r"\[json\.exception\.",
+    r"\bjinja\b",
+    r"\btemplate\b",
+    r"\bsystem message must be\b",
+    r"\broles must alternate\b",
+    r"\bno user query found\b",
+    r"\b(image|audio) input is not supported\b",
+    r"\btoo large to process\b",
+    r"\bgrammar\b",
+    r"\bjson ?schema\b",
+    r"\bunrecognized schema\b",
+    r"\binvalid[ _]request",
+    r"\bexpected .{1,80}\bgot\b",
+    r"\bdoes not match the expected\b",
+    r"\btool with name .{1,80} not found\b",  # llama-cpp-python, as is the next
+    r"\bcan only concatenate str\b",
 )
-_UNKNOWN_PATH: Final = _any(r"unexpected endpoint or method")
+# These say what is wrong with the request by repeating it: the rest of their words are the caller's.
+_REPEATS_REQUEST: Final = _any(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
+# Neither a page nor half a JSON object is what a server says; words in it may be anybody's.
+_PAGE: Final = _any(r"\s*<(!doctype|\?xml|html|head|body)\b")
+_BROKEN_JSON: Final = _any(r"\s*(\{|\[\s*[\[{\"])")
+
+_STATUS: Final = re.compile(r"[1-5]\d\d")
+
+_UNKNOWN_PATH: Final = _any(
+    r"unexpected endpoint or method",  # LM Studio, with status 200
+    r"^((file|page|route|path) )?not found\.?$",  # llama.cpp, FastAPI
+    r"^404 page not found$",  # Ollama
+    r"^method not allowed\.?$",
+    r"^invalid url\b",
+    r"^cannot (get|post) /",
+)
 
 _LISTED: Final = (
     re.compile(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
     re.compile(r"your models:\s*(?P<names>.+)", re.IGNORECASE | re.DOTALL),  # one a line
 )
+_QUOTED: Final = re.compile(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
-    re.compile(pattern)
+    re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"n_keep: ?(\d+)",
-        r"\((\d+)(?: tokens)? in (?:the messages|your prompt)",
-        r"requested (\d+) tokens",
+        r"\bn_prompt_tokens\W+(\d{1,18})",  # llama.cpp's field, in a text that repeats its JSON
+        r"\bn_keep: ?(\d{1,18})",
+        r"\bkeep the first (\d{1,18}) tokens",
+        r"\((\d{1,18})(?: tokens)? in (?:the messages|your prompt)",
+        r"(\d{1,18}) input tokens",
+        r"(\d{1,18}) tokens from the input",
+        r"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?)(\d{1,18})",
+        r"\brequested (\d{1,18}) tokens",
     )
 )
-_CONTEXT_LENGTH: Final = (
-    re.compile(r"n_ctx: ?(\d+)"),
-    re.compile(r"context (?:length|size)(?: is| of)? ?\(?(\d+)", re.IGNORECASE),
+_CONTEXT_LENGTH: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\bn_ctx\W+(\d{1,18})",
+        r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d{1,18})",
+        r"\bmaximum model length of (\d{1,18})",
+    )
 )
 
+_PATH_HINT: Final = "the server does not know this path; check api_base"
 _LOAD_HINT: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
 _EVICTED_HINT: Final = (
-    "the server dropped the model, maybe because another one was asked for meanwhile: a server that holds one model"
-    " wants requests for different models one after another"
+    "the server dropped the model, maybe for another one that was asked for meanwhile; without"
+    " Limits(max_loaded_models=...) requests for different models are not kept apart"
 )
-_CONTEXT_HINT: Final = "shorten the messages, lower max_tokens, or load the model with a longer context"
+_HINTS: Final[Mapping[type[LLMError], str]] = {
+    LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
+    LLMRateLimitError: "send fewer requests at a time (Limits.max_concurrency), or wait",
+    ContextLengthExceededError: "shorten the messages, lower max_tokens, or load the model with a longer context",
+    ModelLoadError: "see the server's own log; a smaller model or a shorter context needs less memory",
+    ModelNotFoundError: "list_models() tells what the server has",
+}
 
 
 Redact = Callable[[str], str]
@@ -120,63 +175,77 @@ class Said:
     text: str
     """The whole body."""
     kind: str = ""
-    """Its `type` and `code`, as far as they are words."""
+    """Its `type` and `code`."""
     code: int | None = None
     fields: Mapping[str, Any] = attrs.field(factory=dict)
+    is_bare: bool = False
+    """Whether it is no JSON."""
 
     @property
-    def all_words(self) -> str:
-        """The message with the type and the code, for the patterns."""
-        return f"{self.message} {self.kind}"
+    def words(self) -> str:
+        """What the patterns look at: message, type and code, but no text that repeats somebody else's words."""
+        repeats = _REPEATS_REQUEST.match(self.message) or (
+            self.is_bare and (_PAGE.match(self.message) or _BROKEN_JSON.match(self.message))
+        )
+        return self.kind if repeats else f"{self.message[:_SEARCHED]} {self.kind}"
 
 
 def read(text: str) -> Said:
     """Reads an error out of a body: JSON of any of the known shapes, or bare text."""
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return Said(text.strip(), text, is_bare=True)
+    if isinstance(value, str):
+        return Said(value.strip(), text)
+    if not isinstance(value, Mapping):
         return Said(text.strip(), text)
-    if isinstance(value, Mapping):
-        inner = value.get("error")
-        if isinstance(inner, str) and inner:
-            return Said(inner, text, fields=value)
+    inner = value.get("error")
+    if isinstance(inner, str) and inner:
+        message, fields = inner, value
+    else:
         fields = inner if isinstance(inner, Mapping) and inner else value
-        message = next(_messages(fields, value), None) or text
-        code = fields.get("code")
-        words = " ".join(str(fields[key]) for key in ("type", "code") if isinstance(fields.get(key), str))
-        number = code if isinstance(code, int) and not isinstance(code, bool) else None
-        return Said(message, text, words, number, fields)
-    return Said(value if isinstance(value, str) else text.strip(), text)
+        whole = _json(inner) if isinstance(inner, Mapping | list) and inner else text.strip()
+        message = next(_messages(fields, value), whole)
+    marks = [str(mark) for key in ("type", "code") if isinstance(mark := fields.get(key), str | int)]
+    number = next((int(mark) for mark in reversed(marks) if _STATUS.fullmatch(mark)), None)
+    return Said(message, text, " ".join(marks), number, fields)
 
 
 def is_error(value: Mapping[str, Any]) -> bool:
     """Whether a parsed body or event reports an error instead of being a reply."""
-    if value.get("error"):
+    error = value.get("error")
+    if error or value.get("object") == "error":
         return True
-    return value.get("object") == "error" or ("choices" not in value and any(_messages(value)))
+    if any(key in value for key in ("choices", "data", "output", "models")):
+        return False
+    return error not in (None, False) or any(isinstance(value.get(key), str | list) and value[key] for key in _TOLD_BY)
 
 
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
     """Whether an HTTP error is worth asking again: the transport's `Classify`."""
     said = read(body.decode("utf-8", "replace"))
-    if _NOTHING_LOADED.search(said.all_words):
+    if _NOTHING_LOADED.search(said.words):
         return Verdict.FAIL
-    if status == 503 and _LOADING.search(said.all_words):
+    if status == 503 and _LOADING.search(said.words) and not _LOADING_FAILED.search(said.words):
         return Verdict.POLL
     if status in (408, 429, 502, 503, 504):
         return Verdict.RETRY
-    if status == 500 and type_of_error(said, status) is None and not _DETERMINISTIC.search(said.all_words):
+    if status == 500 and type_of_error(said, status) is None and not _is_mistake(said):
         return Verdict.RETRY
     return Verdict.FAIL
 
 
+def _is_mistake(said: Said) -> bool:
+    return bool(_REPEATS_REQUEST.match(said.message) or _MISTAKE.search(said.words))
+
+
 def type_of_error(said: Said, status: int | None) -> type[LLMError] | None:
     """The class that the body, or else the status, names; None for just any error."""
-    words = said.all_words
     code = status if status is not None and status >= 400 else said.code
-    if code in (401, 403) or "invalid_api_key" in words or "authentication_error" in words:
+    if code in (401, 403) or _REFUSED.search(said.kind):
         return LLMAuthenticationError
-    if code == 429:
+    if code == 429 or _TOO_MANY.search(said.kind):
         return LLMRateLimitError
     for pattern, kind in (
         (_CONTEXT, ContextLengthExceededError),
@@ -185,7 +254,7 @@ def type_of_error(said: Said, status: int | None) -> type[LLMError] | None:
         (_NOT_LOADED, ModelLoadError),
         (_NOT_FOUND, ModelNotFoundError),
     ):
-        if pattern.search(words):
+        if pattern.search(said.words):
             return kind
     return None
 
@@ -193,14 +262,16 @@ def type_of_error(said: Said, status: int | None) -> type[LLMError] | None:
 def error_of_reply(reply: Reply, redact: Redact) -> LLMError:
     """The error for a whole answer that is not the reply that was asked for."""
     said = read(redact(reply.body.decode("utf-8", "replace")))
+    details = ErrorDetails(context=reply.call.context(), status=reply.status)
+    if 300 <= reply.status < 400:
+        target = _without_query(redact(reply.headers.get("Location", "nowhere")))
+        details["hint"] = "redirects are not followed, lest key and prompt go elsewhere; set api_base to the target"
+        details["body"] = said.text
+        return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
     kind = type_of_error(said, reply.status) or LLMResponseError
     but = ", but with an error" if reply.status < 300 else ""
     told = f"the server answered {reply.status}{but}: {shortened(said.message) or 'with an empty body'}"
-    if 300 <= reply.status < 400:
-        told = f"the server redirects ({reply.status}) to {_without_query(reply.headers.get('Location', 'nowhere'))}"
-    error = _make(kind, told, said, ErrorDetails(context=reply.call.context(), status=reply.status))
-    if 300 <= reply.status < 400:
-        error.hint = "redirects are not followed, lest key and prompt go elsewhere; set api_base to the target"
+    error = _make(kind, told, said, details)
     if isinstance(error, LLMResponseError):
         error.retry_after = reply.retry_after
     return error
@@ -213,9 +284,11 @@ def error_of_event(said: Said, context: Mapping[str, Any]) -> LLMError:
 
 
 def _make(kind: type[LLMError], told: str, said: Said, details: ErrorDetails) -> LLMError:
-    details = {**details, "body": said.text, "hint": _hint(kind, said)}
+    details = {**details, "body": said.text, "hint": _hint(kind, said, details.get("status"))}
     if kind is ModelNotFoundError:
         asked = (details.get("context") or {}).get("model")
+        if asked is None and (named := _QUOTED.search(said.message)):
+            asked = named[1]
         return ModelNotFoundError(asked, _listed_models(said.message), **details)
     if kind is ContextLengthExceededError:
         prompt, length = _tokens(said)
@@ -223,31 +296,38 @@ def _make(kind: type[LLMError], told: str, said: Said, details: ErrorDetails) ->
     return kind(told, **details)
 
 
-def _hint(kind: type[LLMError], said: Said) -> str | None:
-    if _UNKNOWN_PATH.search(said.message):
-        return "the server does not know this path; check api_base"
-    if _EVICTED.search(said.all_words):
-        return _EVICTED_HINT
-    if _NOTHING_LOADED.search(said.all_words):
-        return _LOAD_HINT
-    return {
-        LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
-        LLMRateLimitError: "send fewer requests at a time (Limits.max_concurrency), or wait",
-        ContextLengthExceededError: _CONTEXT_HINT,
-        ModelLoadError: "see the server's own log; a smaller model or a shorter context needs less memory",
-        ModelNotFoundError: "list_models() tells what the server has",
-    }.get(kind)
+def _hint(kind: type[LLMError], said: Said, status: int | None) -> str | None:
+    if kind is ModelLoadError:
+        if _EVICTED.search(said.words):
+            return _EVICTED_HINT
+        if _NOTHING_LOADED.search(said.words):
+            return _LOAD_HINT
+    elif kind not in _HINTS:
+        no_words = not said.message or (said.is_bare and _PAGE.match(said.message))
+        if _UNKNOWN_PATH.search(said.message) or (status in (404, 405) and no_words):
+            return _PATH_HINT
+    return _HINTS.get(kind)
+
+
+_TOLD_BY: Final = ("message", "detail", "details", "error_description")
+"""Fields that may hold an error's message: OpenAI, vLLM, FastAPI, and what wraps them."""
 
 
 def _messages(*places: Mapping[str, Any]) -> Iterator[str]:
-    """The texts that may be an error's message: OpenAI, vLLM, FastAPI, and what wraps them."""
-    for fields in places:
-        for key in ("message", "detail", "details", "error_description"):
-            value = fields.get(key)
-            if isinstance(value, str) and value:
-                yield value
-            elif isinstance(value, list | Mapping) and value:
-                yield json.dumps(value)
+    for value in (fields.get(key) for fields in places for key in _TOLD_BY):
+        if isinstance(value, str) and value:
+            yield value
+        elif isinstance(value, list | Mapping) and value:
+            yield _json([_without_input(item) for item in value] if isinstance(value, list) else value)
+
+
+def _without_input(item: object) -> object:
+    """An item of FastAPI's list of what is wrong with a request, without the part of the request that it repeats."""
+    return {key: value for key, value in item.items() if key != "input"} if isinstance(item, Mapping) else item
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _listed_models(message: str) -> list[str]:
@@ -263,8 +343,8 @@ def _tokens(said: Said) -> tuple[int | None, int | None]:
     """Tokens of the prompt, and of the context, as llama.cpp tells them in fields and others in their text."""
     prompt, length = said.fields.get("n_prompt_tokens"), said.fields.get("n_ctx")
     return (
-        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, said.text),
-        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, said.text),
+        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, said.message),
+        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, said.message),
     )
 
 

@@ -85,7 +85,7 @@ class LLMClient:
             "trust_env": trust_env,
         }
         if transport is not None:
-            given = [name for name, value in own.items() if value]
+            given = [name for name, value in own.items() if value not in (None, False)]
             if given:
                 raise LLMValidationError(
                     f"{' and '.join(given)} given beside transport=", hint="give them to the Transport instead"

@@ -131,6 +131,10 @@ class EventStream:
         """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""
         if self._loop is None:
             return
+        if self._reading:  # by another task: it is woken by the closing
+            self.abort()
+            return
+        self._reading = True
         try:
             if not self._content.at_eof():
                 async with asyncio.timeout(DRAIN):
@@ -143,6 +147,8 @@ class EventStream:
             raise
         else:
             self._end()
+        finally:
+            self._reading = False
 
     def abort(self, fault: LLMError | None = None) -> None:
         """Closes the connection and gives the place back, now. A reader, now or later, gets `fault`."""
@@ -152,8 +158,9 @@ class EventStream:
             self._finish()
 
     def _end(self) -> None:
-        self.ended = True
-        self._finish()
+        if self._loop is not None:
+            self.ended = True
+            self._finish()
 
     def _finish(self) -> None:
         self._loop = None

@@ -146,10 +146,13 @@ class Transport:
         except BaseException:
             call.release()
             raise
-        if isinstance(answer, EventStream):
-            opened.streams.add(answer)
-        else:
+        if not isinstance(answer, EventStream):
             call.release()
+        elif opened.closed.done():
+            answer.abort()
+            raise _cancelled(call)
+        else:
+            opened.streams.add(answer)
         return answer
 
     async def close(self) -> None:
@@ -172,8 +175,13 @@ class Transport:
     # One request
 
     async def _admit(self, opened: _Opened, request: Request) -> Call:
-        place = await opened.scheduler.acquire(request.model) if request.queued else None
-        return Call(request, f"{self.api_base}{request.path}", opened.scheduler, place)
+        url = f"{self.api_base}{request.path}"
+        try:
+            place = await opened.scheduler.acquire(request.model) if request.queued else None
+        except LLMError as error:
+            error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
+            raise
+        return Call(request, url, opened.scheduler, place)
 
     async def _perform(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply:
         while True:
@@ -182,14 +190,12 @@ class Transport:
             answer = await self._attempt(opened, call, receive)
             if not isinstance(answer, Reply | _Failure):
                 return answer
-            if opened.closed.done():
-                raise _cancelled(call)
-            wait = self._wait_before_next(call, answer)
+            wait = None if opened.closed.done() else self._wait_before_next(call, answer)
             if wait is None:
                 break
             await asyncio.wait((opened.closed,), timeout=wait)
         if isinstance(answer, _Failure):
-            raise answer.error
+            raise _cancelled(call) if opened.closed.done() else answer.error
         return answer
 
     def _wait_before_next(self, call: Call, answer: Reply | _Failure) -> float | None:
@@ -243,7 +249,7 @@ class Transport:
                     allow_redirects=False,
                     timeout=_client_timeout(request.timeouts.connect),
                 )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError):
                 if resent or not _kept.get() or opened.closed.done():
                     raise
                 resent = True

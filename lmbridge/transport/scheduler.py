@@ -128,7 +128,7 @@ class Scheduler:
             for place in sorted(self._places, key=lambda place: place.since)
         ]
         return LLMTimeoutError(
-            f"{what}; the {len(holders)} places are held by: {', '.join(holders)}",
+            f"{what}; {len(holders)} of {self._limits.max_concurrency} places are held by: {', '.join(holders)}",
             phase="queue",
             hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
             context={"holders": holders},

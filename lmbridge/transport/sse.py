@@ -1,9 +1,10 @@
 """Server-sent events: bytes in, events out. No socket, no loop, no clock.
 
-The field rules are those of the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with three
+The field rules are those of the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with four
 differences that real servers ask for: an event that the end of the body cut off from its blank line is still
-handed out by `close`; lines that are no field at all are kept in `stray` (llama.cpp's router ends a broken stream
-with a bare "proxy error: ..." line); and an event may have at most `max_size` bytes.
+handed out by `close`; an event with neither data nor a name is skipped even if it has an empty `data:` line; lines
+that are no field at all are kept in `stray` (llama.cpp's router ends a broken stream with a bare "proxy error: ..."
+line); and lines and events may have at most `max_size` bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class SSEDecoder:
     events without data.
 
     Args:
-        max_size: Bytes that one event, or one unfinished line, may have.
+        max_size: Bytes that a line, or the data of an event, may have.
     """
 
     def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
@@ -45,9 +46,10 @@ class SSEDecoder:
         self._head: bytes | None = b""  # None once the start of the stream is known not to be a BOM
         self._after_cr = False
         self._tail: list[bytes] = []  # pieces of an unfinished line: joined once, however many there are
-        self._size = 0
+        self._tail_size = 0
         self._data: bytes | None = None
-        self._more: list[bytes] = []
+        self._more: list[bytes] = []  # its further lines
+        self._size = 0  # of all of them, joined
         self._name: str | None = None
         self._stray = b""
 
@@ -60,7 +62,7 @@ class SSEDecoder:
         """The events that these bytes complete.
 
         Raises:
-            LLMStreamError: an event is larger than `max_size`.
+            LLMStreamError: a line or an event is larger than `max_size`.
         """
         if self._head is not None:
             data = self._without_bom(data)
@@ -72,11 +74,13 @@ class SSEDecoder:
         if self._tail:
             self._tail.append(data)
             data = b"".join(self._tail)
-            self._size -= sum(map(len, self._tail[:-1]))
             self._tail.clear()
+            self._tail_size = 0
         lines = data.split(b"\n")
         if rest := lines.pop():
             self._keep(rest)
+        if len(data) > self._max_size:
+            self._check(max(map(len, lines)))
         return self._interpret(lines)
 
     def close(self) -> list[Event]:
@@ -93,8 +97,8 @@ class SSEDecoder:
                 if payload:
                     plain = self._name is None and not self._more
                     events.append(payload if plain else self._special(payload))
-                elif self._more:
-                    events.append(self._special(b""))
+                elif payload is not None and (self._more or self._name is not None):
+                    events.append(self._special(payload))
                 payload = None
                 self._name = None
             elif line[:6] == b"data: " and payload is None:
@@ -110,7 +114,6 @@ class SSEDecoder:
         """An event with a name, or with more than one line of data."""
         if self._more:
             payload = b"\n".join([payload, *self._more])
-            self._size -= sum(map(len, self._more))
             self._more.clear()
         return payload if self._name is None else NamedEvent(self._name, payload)
 
@@ -121,7 +124,8 @@ class SSEDecoder:
             if self._data is None:
                 self._data = value
             else:
-                self._grow(len(value))
+                self._size = 1 + len(value) + (self._size if self._more else len(self._data))
+                self._check(self._size)
                 self._more.append(value)
         elif name == b"event":
             self._name = value.decode("utf-8", "replace") or None
@@ -130,12 +134,12 @@ class SSEDecoder:
 
     def _keep(self, rest: bytes) -> None:
         if rest:
-            self._grow(len(rest))
+            self._tail_size += len(rest)
+            self._check(self._tail_size)
             self._tail.append(rest)
 
-    def _grow(self, size: int) -> None:
-        self._size += size
-        if self._size > self._max_size:
+    def _check(self, size: int) -> None:
+        if size > self._max_size:
             raise LLMStreamError(f"the stream holds an event of more than {self._max_size} bytes")
 
     def _without_bom(self, data: bytes) -> bytes:

@@ -167,7 +167,9 @@ async def test_a_name_that_cannot_be_resolved_is_told_so(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", no_such_host)
     async with LLMClient("http://no-such-host.invalid") as client:
-        with pytest.raises(LLMConnectionError, match=r"cannot be resolved: .*Name or service not known.*check api_base"):
+        with pytest.raises(
+            LLMConnectionError, match=r"cannot be resolved: .*Name or service not known.*check api_base"
+        ):
             await client.chat_completion(MESSAGES)
 
 
@@ -404,6 +406,7 @@ async def test_a_request_that_is_not_admitted_in_time_is_told_who_holds_the_plac
             with pytest.raises(LLMTimeoutError, match=r"held by: m for \d+ s \(unread for \d+ s\)") as caught:
                 await asked
         assert caught.value.phase == "queue"
+        assert str(caught.value).startswith(f"chat completion with model 'm' at {scripted_server.api_base}/chat")
         assert (await client.chat_completion(MESSAGES))["choices"]
     assert len(scripted_server.requests) == 2
 

@@ -398,6 +398,22 @@ async def test_a_cancel_while_draining_gives_the_connection_up(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
+async def test_aclose_while_another_task_drains_gives_the_connection_up(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    last = b"data: " + msgspec.json.encode(piece(finish_reason="stop")) + b"\n\ndata: [DONE]\n\n"
+    scripted_server.script(stall(after=[*HALF, last]))
+    stream = await opened(client)
+    for _ in range(3):
+        await anext(stream)
+    reader = asyncio.create_task(read_text(stream))
+    await asyncio.sleep(0)
+    await stream.aclose()
+    assert in_flight(client) == 0
+    assert await reader == ""
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
 # Time
 
 
