@@ -1,0 +1,38 @@
+"""Doubles to test with: a scripted server on a real socket, and what it can be told to do.
+
+Example::
+
+    from lmbridge.testing import ScriptedServer, answer, reply
+
+    async with ScriptedServer() as server:
+        server.script(reply(503, {"error": "busy"}), answer("Hello"))
+        ...  # point a client at server.api_base
+        assert [request.path for request in server.requests] == ["/v1/chat/completions"] * 2
+
+What it is to do with a request is any async function of an `Exchange`::
+
+    async def break_off(exchange: Exchange) -> None:
+        await exchange.delta("Hel")
+        exchange.reset()
+
+`lmbridge.testing.fixtures` has the same as a pytest fixture.
+"""
+
+from lmbridge.testing.behaviours import answer, hang_up, raw, reply, reset, sse, stall
+from lmbridge.testing.exchange import Behaviour, Exchange
+from lmbridge.testing.server import ScriptedServer
+from lmbridge.testing.wire import Request
+
+__all__ = [
+    "Behaviour",
+    "Exchange",
+    "Request",
+    "ScriptedServer",
+    "answer",
+    "hang_up",
+    "raw",
+    "reply",
+    "reset",
+    "sse",
+    "stall",
+]

@@ -1,0 +1,49 @@
+"""The shapes of OpenAI's chat completions, as plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+CREATED: Final = 1_767_225_600  # 2026-01-01: the same in every run
+
+
+def completion(
+    reply_id: str,
+    model: str,
+    message: Mapping[str, Any],
+    *,
+    finish_reason: str | None,
+    usage: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A whole reply."""
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish_reason}
+    return {**_head(reply_id, model, "chat.completion"), "choices": [choice], "usage": dict(usage)}
+
+
+def completion_chunk(
+    reply_id: str, model: str, delta: Mapping[str, Any], *, finish_reason: str | None = None
+) -> dict[str, Any]:
+    """One chunk of a stream."""
+    choice = {"index": 0, "delta": dict(delta), "finish_reason": finish_reason}
+    return {**_head(reply_id, model, "chat.completion.chunk"), "choices": [choice]}
+
+
+def usage_chunk(reply_id: str, model: str, usage: Mapping[str, Any]) -> dict[str, Any]:
+    """The chunk that ends a stream whose request has `stream_options.include_usage`: it has no choices."""
+    return {**_head(reply_id, model, "chat.completion.chunk"), "choices": [], "usage": dict(usage)}
+
+
+def model_list(models: list[str]) -> dict[str, Any]:
+    """What `GET /v1/models` answers."""
+    data = [{"id": model, "object": "model", "owned_by": "lmbridge.testing"} for model in models]
+    return {"object": "list", "data": data}
+
+
+def error(message: str, kind: str) -> dict[str, Any]:
+    """The body of a reply that says no."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def _head(reply_id: str, model: str, kind: str) -> dict[str, Any]:
+    return {"id": reply_id, "object": kind, "created": CREATED, "model": model}

@@ -1,0 +1,13 @@
+"""Raw connections, as the fixtures of `conftest.py` make them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from lmbridge.testing import ScriptedServer
+
+Client: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Dial: TypeAlias = Callable[[ScriptedServer], Awaitable[Client]]
+Post: TypeAlias = Callable[..., Awaitable[Client]]
