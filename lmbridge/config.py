@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
@@ -84,7 +84,10 @@ def default_api_base() -> str:
     host = host or "127.0.0.1"
     if "://" not in host:
         host = f"http://[{host}]" if host.count(":") > 1 and not host.startswith("[") else f"http://{host}"
-    return host if urlsplit(host).port else f"{host}:{port or 1234}"
+    parts = _split(host)
+    if not isinstance(parts, SplitResult) or parts.port is not None:
+        return host  # with its own port, or else for `normalize_api_base` to complain of
+    return parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{port or 1234}").geturl()
 
 
 def default_api_key() -> str | None:
@@ -104,24 +107,36 @@ def normalize_api_base(api_base: str) -> str:
         LLMValidationError: it is no http(s) URL, or holds credentials, a query or a fragment.
     """
     hint = f"give it like {DEFAULT_API_BASE!r}"
-    if not isinstance(api_base, str) or not api_base.strip():
-        raise LLMValidationError(f"api_base is {api_base!r}", hint=hint)
-    try:
-        parts = urlsplit(api_base.strip())
-        host, _ = parts.hostname, parts.port
-    except ValueError as exc:
-        raise LLMValidationError(f"api_base {api_base!r} is no URL: {exc}", exc, hint=hint) from exc
+    told = repr(api_base)
+    secret = "@" in told or "?" in told  # then nothing of it is repeated: it may hold a password or a key
+    if secret:
+        told = "'...'"
+    if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
+        raise LLMValidationError(f"api_base is {told}", hint=hint)
+    parts = _split(api_base)
+    if not isinstance(parts, SplitResult):
+        reason = "" if secret else f": {parts}"
+        raise LLMValidationError(f"api_base {told} is no URL{reason}", None if secret else parts, hint=hint)
     if parts.username is not None or parts.password is not None:
-        # The URL is not repeated here: it holds a secret.
         raise LLMValidationError("api_base holds credentials", hint="give the key by api_key=, the URL without it")
     if parts.query or parts.fragment:
         raise LLMValidationError("api_base has a query or a fragment", hint=hint)
-    if parts.scheme not in ("http", "https") or not host:
-        raise LLMValidationError(f"api_base {api_base!r} is no http or https URL", hint=hint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise LLMValidationError(f"api_base {told} is no http or https URL", hint=hint)
     path = parts.path.rstrip("/")
     if not _is_version(path.rpartition("/")[2]):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _split(url: str) -> SplitResult | ValueError:
+    """The parts of a URL, or why it is none: returned, because what it says may have to stay unsaid."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.hostname, parts.port
+    except ValueError as exc:
+        return exc
+    return parts
 
 
 def _is_version(segment: str) -> bool:

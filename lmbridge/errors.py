@@ -78,7 +78,8 @@ class LLMError(Exception):
         self.body = details.get("body")
         self.partial: Any = details.get("partial")
         self.timestamp = datetime.now(UTC)
-        self.__cause__ = original_exception
+        if original_exception is not None:  # to set None would hide the exception that is being handled
+            self.__cause__ = original_exception
 
     @property
     def original_exception(self) -> BaseException | None:
@@ -110,7 +111,10 @@ class LLMError(Exception):
         return f" (after {', '.join(parts)})" if parts else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, self.__dict__.copy(), _portable(self.__cause__))
+        return _rebuild, (type(self), _portable(self.args), _portable(self.__dict__), _portable(self.__cause__))
+
+    def __copy__(self) -> LLMError:
+        return _rebuild(type(self), self.args, self.__dict__, self.__cause__)
 
 
 def _rebuild(
@@ -120,19 +124,30 @@ def _rebuild(
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
-    error.__cause__ = cause
+    if cause is not None:
+        error.__cause__ = cause
     return error
 
 
-def _portable(cause: BaseException | None) -> BaseException | None:
-    """The cause, or a plain exception with its text where it cannot be pickled."""
-    if cause is None:
-        return None
+def _portable(value: Any) -> Any:
+    """The value; where it cannot be pickled, its parts that can, and of the others their text."""
+    if isinstance(value, LLMError) and type(value).__module__ == __name__:
+        return value  # which does the same for itself
     try:
-        pickle.loads(pickle.dumps(cause))  # noqa: S301 - our own bytes, made in the line itself
+        pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes, made in the line itself
     except Exception:  # noqa: BLE001 - a foreign class may raise anything here; its text is kept
-        return Exception(f"{type(cause).__name__}: {cause}")
-    return cause
+        if isinstance(value, BaseException):
+            return Exception(_told(value))
+        if isinstance(value, dict):
+            return {key: _portable(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [_portable(part) for part in value] if isinstance(value, list) else tuple(map(_portable, value))
+        return repr(value)
+    return value
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class LLMConnectionError(LLMError, ConnectionError):
@@ -250,12 +265,12 @@ class ModelNotFoundError(LLMValidationError):
         super().__init__(self._describe(), original_exception, **details)
 
     def _describe(self) -> str:
-        text = f"model {self.model_name!r} not found"
-        close = difflib.get_close_matches(self.model_name or "", self.available_models)
-        if close:
-            text += f"; did you mean {' or '.join(map(repr, close))}?"
+        text = f"model {self.model_name!r} not found" if self.model_name else "model not found"
+        names = {name.casefold(): name for name in self.available_models}
+        if close := difflib.get_close_matches((self.model_name or "").casefold(), names):
+            text += f" (did you mean {' or '.join(repr(names[match]) for match in close)}?)"
         if self.available_models:
-            text += f" There are: {', '.join(self.available_models)}"
+            text += f"; there are: {', '.join(self.available_models)}"
         return text
 
 
@@ -385,5 +400,5 @@ class MultiMCPError(MCPError):
         **details: Unpack[ErrorDetails],
     ) -> None:
         self.errors = dict(errors or {})
-        told = "; ".join(f"{server}: {error}" for server, error in self.errors.items())
+        told = "; ".join(f"{server}: {str(error) or _told(error)}" for server, error in self.errors.items())
         super().__init__(message or f"MCP servers failed: {told}", original_exception, **details)

@@ -8,7 +8,7 @@ comment on the line before a block says otherwise:
 - `<!-- file: NAME -->`: it is a file for pytest, which is run once all files of the page are there;
 - `<!-- real -->`: it runs the embedded server, in a test of its own.
 
-A `text` block right after a block that runs here is its output. Ports and seconds are not compared.
+A `text` block right after a block is its output. Ports and seconds are not compared.
 """
 
 from __future__ import annotations
@@ -74,48 +74,74 @@ def pages(*marks: str | None) -> list[Any]:
     return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, *marks)]
 
 
-async def execute(code: str, page: Path, line: int, namespace: dict[str, Any]) -> None:
+async def execute(block: Block, page: Path, namespace: dict[str, Any]) -> None:
     """Runs code that may await outside of functions; a traceback shows the lines of the page."""
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    compiled = compile("\n" * (line - 1) + code, str(page), "exec", flags, dont_inherit=True)
-    outcome = eval(compiled, namespace)
+    source = "\n" * (block.line - 1) + block.code
+    code = compile(source, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    outcome = eval(code, namespace)
     if inspect.isawaitable(outcome):
         await outcome
 
 
-async def close(namespace: dict[str, Any]) -> None:
-    for value in namespace.values():
-        if isinstance(value, LLMClient):
-            await value.close()
+def check_output(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = capsys.readouterr().out
+    if block.output is not None:
+        assert comparable(printed) == comparable(block.output)
 
 
 def comparable(text: str) -> str:
     return re.sub(r"\d+\.\d\d s", "0.00 s", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:0", text))
 
 
+async def close_clients(namespace: dict[str, Any]) -> None:
+    for value in namespace.values():
+        if isinstance(value, LLMClient):
+            await value.close()
+
+
 def chunk(text: str) -> dict[str, Any]:
     return completion_chunk("chatcmpl-1", "qwen3-4b", {"content": text})
+
+
+@pytest.fixture
+def namespace() -> dict[str, Any]:
+    """What the blocks of a page define."""
+    return {"__name__": "__main__"}
 
 
 @pytest.mark.usefixtures("no_waits")
 @pytest.mark.parametrize("page", pages(None, "before"))
 async def test_the_blocks_of_a_page_run(
-    page: Path, scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path,
+    namespace: dict[str, Any],
+    scripted_server: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
     monkeypatch.setenv("DEFAULT_MODEL", "test-model")
-    names = {name: getattr(testing, name) for name in testing.__all__} | {"server": scripted_server, "chunk": chunk}
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    known = {name: getattr(testing, name) for name in testing.__all__} | {"server": scripted_server, "chunk": chunk}
     try:
         for block in blocks(page, None, "before"):
-            exec(block.value, names.copy())
-            await execute(block.code, page, block.line, namespace)
-            printed = capsys.readouterr().out
-            if block.output is not None:
-                assert comparable(printed) == comparable(block.output), f"{page.name}:{block.line}"
+            exec(block.value, known.copy())
+            await execute(block, page, namespace)
+            check_output(block, capsys)
     finally:
-        await close(namespace)
-    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+        await close_clients(namespace)
+    await scripted_server.wait_until(lambda: not scripted_server.open_connections)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("page", pages("real"))
+async def test_the_blocks_of_a_page_run_on_the_embedded_server(
+    page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        for block in blocks(page, "real"):
+            await execute(block, page, namespace)
+            check_output(block, capsys)
+    finally:
+        await close_clients(namespace)
 
 
 @pytest.mark.parametrize("page", pages("program"))
@@ -135,20 +161,11 @@ def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester
     files = blocks(page, "file")
     for block in files:
         (pytester.path / block.value).write_text(block.code)
-    pytester.makeini("[pytest]\nasyncio_mode = auto\nfilterwarnings = error")
+    pytester.makeini(
+        "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nfilterwarnings = error"
+    )
     result = pytester.runpytest_subprocess()
     result.assert_outcomes(passed=sum(block.code.count("def test_") for block in files))
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("page", pages("real"))
-async def test_the_blocks_of_a_page_run_on_the_embedded_server(page: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": page.stem}
-    try:
-        for block in blocks(page, "real"):
-            await execute(block.code, page, block.line, namespace)
-    finally:
-        await close(namespace)
 
 
 def test_no_block_is_left_out() -> None:

@@ -74,8 +74,8 @@ _NOT_FOUND: Final = _any(
     r"\bmodel_not_found\b",
     r"\binvalid model identifier\b",  # LM Studio
     r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
-    r"\bmodel \S{0,200}[\d/:@]\S{0,200} (was )?(not found|does not exist)\b",  # without quotes it has to look like a name
-    r"\bmodel (was )?not found\b",
+    r"\bmodel \S{0,99}[\d/:@]\S{0,99} (was )?(not found|does not exist)\b",  # no quotes: it has to look like a name
+    r"^(the )?(requested )?model (was )?not found\b",
     r"\bcould not find (real )?modelid for\b",  # llama-swap
     r"\binvalid model name passed\b",  # litellm
 )
@@ -129,25 +129,26 @@ _QUOTED: Final = re.compile(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"\bn_prompt_tokens\W+(\d{1,18})",  # llama.cpp's field, in a text that repeats its JSON
-        r"\bn_keep: ?(\d{1,18})",
-        r"\bkeep the first (\d{1,18}) tokens",
-        r"\((\d{1,18})(?: tokens)? in (?:the messages|your prompt)",
-        r"(\d{1,18}) input tokens",
-        r"(\d{1,18}) tokens from the input",
-        r"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?)(\d{1,18})",
-        r"\brequested (\d{1,18}) tokens",
+        r"\bn_prompt_tokens\W+(\d+)",  # llama.cpp's field, in a text that repeats its JSON
+        r"\bn_keep: ?(\d+)",
+        r"\bkeep the first (\d+) tokens",
+        r"\((\d+)(?: tokens)? in (?:the messages|your prompt)",
+        r"(\d+) input tokens",
+        r"(\d+) tokens from the input",
+        r"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?)(\d+)",
+        r"\brequested (\d+) tokens",
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"\bn_ctx\W+(\d{1,18})",
-        r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d{1,18})",
-        r"\bmaximum model length of (\d{1,18})",
+        r"\bn_ctx\W+(\d+)",
+        r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d+)",
+        r"\bmaximum model length of (\d+)",
     )
 )
 
+_SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
 _LOAD_HINT: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
 _EVICTED_HINT: Final = (
@@ -184,28 +185,29 @@ class Said:
     @property
     def words(self) -> str:
         """What the patterns look at: message, type and code, but no text that repeats somebody else's words."""
-        repeats = _REPEATS_REQUEST.match(self.message) or (
-            self.is_bare and (_PAGE.match(self.message) or _BROKEN_JSON.match(self.message))
+        is_foreign = (
+            _REPEATS_REQUEST.match(self.message)
+            or _PAGE.match(self.message)
+            or (self.is_bare and _BROKEN_JSON.match(self.message))
         )
-        return self.kind if repeats else f"{self.message[:_SEARCHED]} {self.kind}"
+        return self.kind if is_foreign else f"{self.message[:_SEARCHED]} {self.kind}"
 
 
 def read(text: str) -> Said:
     """Reads an error out of a body: JSON of any of the known shapes, or bare text."""
+    bare = text.removeprefix("\ufeff").strip()
     try:
-        value = json.loads(text.removeprefix("\ufeff"))
+        value = json.loads(bare)
     except (ValueError, RecursionError):
-        return Said(text.strip(), text, is_bare=True)
-    if isinstance(value, str):
-        return Said(value.strip(), text)
+        return Said(bare, text, is_bare=True)
     if not isinstance(value, Mapping):
-        return Said(text.strip(), text)
+        return Said(value.strip() if isinstance(value, str) else bare, text)
     inner = value.get("error")
     if isinstance(inner, str) and inner:
         message, fields = inner, value
     else:
         fields = inner if isinstance(inner, Mapping) and inner else value
-        whole = _json(inner) if isinstance(inner, Mapping | list) and inner else text.strip()
+        whole = _json(inner) if isinstance(inner, Mapping | list) and inner else bare
         message = next(_messages(fields, value), whole)
     marks = [str(mark) for key in ("type", "code") if isinstance(mark := fields.get(key), str | int)]
     number = next((int(mark) for mark in reversed(marks) if _STATUS.fullmatch(mark)), None)
@@ -219,7 +221,9 @@ def is_error(value: Mapping[str, Any]) -> bool:
         return True
     if any(key in value for key in ("choices", "data", "output", "models")):
         return False
-    return error not in (None, False) or any(isinstance(value.get(key), str | list) and value[key] for key in _TOLD_BY)
+    if error not in (None, False) or value.get("detail"):
+        return True
+    return any(isinstance(value.get(key), str) and value[key] for key in _TOLD_BY)
 
 
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
@@ -269,12 +273,22 @@ def error_of_reply(reply: Reply, redact: Redact) -> LLMError:
         details["body"] = said.text
         return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
     kind = type_of_error(said, reply.status) or LLMResponseError
-    but = ", but with an error" if reply.status < 300 else ""
-    told = f"the server answered {reply.status}{but}: {shortened(said.message) or 'with an empty body'}"
+    told = f"the server answered {reply.status}{_what_it_said(said, reply.status, kind)}"
     error = _make(kind, told, said, details)
     if isinstance(error, LLMResponseError):
         error.retry_after = reply.retry_after
     return error
+
+
+def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
+    text = shortened(said.message)
+    if not text:
+        return " with an empty body"
+    if status >= 300:
+        return f": {text}"
+    if said.is_bare and kind is LLMResponseError:
+        return f" with something that is neither JSON nor an event stream: {text}"
+    return f", but with an error: {text}"
 
 
 def error_of_event(said: Said, context: Mapping[str, Any]) -> LLMError:
@@ -303,9 +317,11 @@ def _hint(kind: type[LLMError], said: Said, status: int | None) -> str | None:
         if _NOTHING_LOADED.search(said.words):
             return _LOAD_HINT
     elif kind not in _HINTS:
-        no_words = not said.message or (said.is_bare and _PAGE.match(said.message))
+        no_words = not said.message or _PAGE.match(said.message)
         if _UNKNOWN_PATH.search(said.message) or (status in (404, 405) and no_words):
             return _PATH_HINT
+        if status is not None and status < 300 and said.is_bare:
+            return _SERVER_HINT
     return _HINTS.get(kind)
 
 
@@ -315,10 +331,12 @@ _TOLD_BY: Final = ("message", "detail", "details", "error_description")
 
 def _messages(*places: Mapping[str, Any]) -> Iterator[str]:
     for value in (fields.get(key) for fields in places for key in _TOLD_BY):
-        if isinstance(value, str) and value:
+        if isinstance(value, Mapping) and value:
+            yield next(_messages(value), _json(value))
+        elif isinstance(value, list) and value:
+            yield _json([_without_input(item) for item in value])
+        elif isinstance(value, str) and value:
             yield value
-        elif isinstance(value, list | Mapping) and value:
-            yield _json([_without_input(item) for item in value] if isinstance(value, list) else value)
 
 
 def _without_input(item: object) -> object:
@@ -350,7 +368,7 @@ def _tokens(said: Said) -> tuple[int | None, int | None]:
 
 def _first_number(patterns: tuple[re.Pattern[str], ...], text: str) -> int | None:
     found = next(filter(None, (pattern.search(text) for pattern in patterns)), None)
-    return int(found[1]) if found else None
+    return int(found[1]) if found and len(found[1]) < 19 else None  # int() refuses thousands of digits
 
 
 def shortened(text: str) -> str:

@@ -22,21 +22,18 @@ class Fold:
     Chunks are added as they arrive; what they held is kept as text, not as chunks.
 
     Attributes:
+        begun: Whether there was any chunk.
         has_delta: Whether any chunk added anything to a message, be it only its role.
     """
 
     def __init__(self) -> None:
         self.has_delta = False
-        self._width = -1  # number of fields of a chunk whose fields are in _head already
+        self.begun = False
+        self._width = -1  # number of fields of a chunk that may go the short way: those of the one before
         self._head: dict[str, Any] = {}
         self._usage: Any = None
         self._choices: dict[int, _Choice] = {}
         self._content = io.StringIO()  # of choice 0, for the short way of `add`
-
-    @property
-    def begun(self) -> bool:
-        """Whether there was any chunk."""
-        return self._width >= 0
 
     @property
     def finished(self) -> bool:
@@ -59,7 +56,7 @@ class Fold:
                 and len(chunk) == self._width
                 and choice["finish_reason"] is None
                 and choice["index"] == 0
-                and choice.get("logprobs") is None
+                and (len(choice) == 3 or (len(choice) == 4 and choice["logprobs"] is None))
             )
         except (KeyError, TypeError, ValueError):
             short = False
@@ -74,15 +71,21 @@ class Fold:
             raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
 
     def _add(self, chunk: Mapping[str, Any]) -> None:
-        self._width = len(chunk)
-        self._head.update((key, value) for key, value in chunk.items() if key not in ("choices", "usage"))
+        self.begun = True
+        for key, value in chunk.items():
+            if key not in ("choices", "usage") and (value not in (None, "") or key not in self._head):
+                self._head[key] = value
         self._usage = chunk.get("usage") or self._usage
         for part in chunk.get("choices") or ():
             index = part.get("index") or 0
             choice = self._choices.get(index)
             if choice is None:
+                if not isinstance(index, int):
+                    raise TypeError("an index is no number")
                 choice = self._choices[index] = _Choice(self._content if index == 0 else io.StringIO())
             self.has_delta |= choice.add(part)
+        # Where there is no choice 0 yet, or every chunk tells the usage (vLLM can), the short way would lose something.
+        self._width = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
 
     def reply(self) -> ChatCompletion:
         """The reply so far, as a new dict. Usage that no chunk told is None."""
@@ -116,19 +119,20 @@ class _Choice:
                 for piece in value:
                     self._calls.add(piece)
             else:
-                self._other[key] = _joined(self._other.get(key), value)
+                _join(self._other, key, value)
         for key, value in part.items():
             if key == "finish_reason":
                 self.finish_reason = value or self.finish_reason
             elif key not in ("index", "delta") and value is not None:
-                self._outer[key] = _joined(self._outer.get(key), value)
+                _join(self._outer, key, value)
         return bool(delta)
 
     def reply(self, index: int) -> dict[str, Any]:
-        message = {"role": self._role, **{key: text.getvalue() for key, text in self._texts.items()}, **self._other}
+        texts = {key: text.getvalue() for key, text in self._texts.items()}
+        message = {"role": self._role, **texts, **_copied(self._other)}
         if calls := self._calls.calls():
             message["tool_calls"] = calls
-        return {"index": index, "message": message, "finish_reason": self.finish_reason, **self._outer}
+        return {"index": index, "message": message, "finish_reason": self.finish_reason, **_copied(self._outer)}
 
 
 class ToolCalls:
@@ -137,7 +141,7 @@ class ToolCalls:
     A piece belongs to the call with its id; without an id, to the one with its index; without either, to the last.
     Servers break each of these rules: no ids (Ollama), index 0 for every call, no index, the name in every piece
     (llama-cpp-python), arguments as an object, all in one piece. So a new id begins a new call whatever its index,
-    and so does a name, without an id, for a call whose arguments are complete.
+    and so does, without an id, a name for a call whose arguments are complete or that has another name.
     """
 
     def __init__(self) -> None:
@@ -151,7 +155,7 @@ class ToolCalls:
         if call is None:
             call = _Call(call_id, index)
             self._calls.append(call)
-        call.add(call_id, name, function.get("arguments"))
+        call.add(piece, call_id, name, function.get("arguments"))
 
     def calls(self) -> list[dict[str, Any]]:
         """The calls so far, in the order in which they began; missing ids are made up."""
@@ -169,9 +173,11 @@ class ToolCalls:
             found = self._calls[-1]
         else:
             found = next((call for call in reversed(self._calls) if call.index == index), None)
+        if found is None and call_id is None and name is None:
+            return self._calls[-1]  # what brings neither an id nor a name does not begin a call
         if found is None or (call_id is not None and found.id is not None):
             return None
-        return None if name is not None and found.is_whole() else found
+        return None if name is not None and found.is_complete_before(name) else found
 
 
 class _Call:
@@ -181,9 +187,13 @@ class _Call:
         self._name = ""
         self._arguments = io.StringIO()
         self._made_up = ""
+        self._other: dict[str, Any] = {}
 
-    def add(self, call_id: str | None, name: str | None, arguments: Any) -> None:
+    def add(self, piece: Mapping[str, Any], call_id: str | None, name: str | None, arguments: Any) -> None:
         self.id = self.id or call_id
+        for key, value in piece.items():
+            if key not in ("id", "index", "type", "function") and value is not None:
+                _join(self._other, key, value)
         if name is not None and not self._name.endswith(name):  # a name that comes again with every piece is one name
             self._name += name
         if isinstance(arguments, str):
@@ -191,11 +201,16 @@ class _Call:
         elif arguments is not None:
             self._arguments.write(msgspec.json.encode(arguments).decode())
 
-    def is_whole(self) -> bool:
-        """Whether it has a name, and arguments that are JSON to their end."""
-        text = self._arguments.getvalue().strip(_JSON_SPACE)
-        if not self._name or not text:
+    def is_complete_before(self, name: str) -> bool:
+        """Whether a name that comes without an id of its own is that of another call.
+
+        It is if this one has arguments that are JSON to their end, or, where the server gives no ids, another name.
+        """
+        if not self._name:
             return False
+        if self.id is None and name != self._name:
+            return True
+        text = self._arguments.getvalue().strip(_JSON_SPACE)
         try:
             msgspec.json.decode(text)
         except msgspec.DecodeError:
@@ -209,16 +224,35 @@ class _Call:
             "id": self.id or self._made_up,
             "type": "function",
             "function": {"name": self._name, "arguments": self._arguments.getvalue()},
+            **_copied(self._other),
         }
 
 
-def _joined(old: Any, new: Any) -> Any:
-    """A field that is not known: lists grow, dicts of lists (`logprobs`) too, anything else is replaced."""
-    if isinstance(old, list) and isinstance(new, list):
-        return [*old, *new]
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {**old, **{key: _joined(old.get(key), value) for key, value in new.items()}}
-    return new
+def _join(fields: dict[str, Any], key: str, new: Any) -> None:
+    """Adds to a field that is not known: lists grow, dicts of lists (`logprobs`) too, anything else is replaced.
+
+    The lists and dicts that grow are the fold's own, never those of a chunk.
+    """
+    old = fields.get(key)
+    if isinstance(new, list):
+        if isinstance(old, list):
+            old.extend(new)
+        else:
+            fields[key] = list(new)
+    elif isinstance(new, dict):
+        if not isinstance(old, dict):
+            old = fields[key] = {}
+        for inner, value in new.items():
+            _join(old, inner, value)
+    elif new is not None or key not in fields:
+        fields[key] = new
+
+
+def _copied(fields: Mapping[str, Any]) -> dict[str, Any]:
+    copied: dict[str, Any] = {}
+    for key, value in fields.items():
+        _join(copied, key, value)
+    return copied
 
 
 def _preview(value: object) -> str:

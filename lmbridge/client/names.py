@@ -41,13 +41,15 @@ class ModelNames:
         self._mode = mode
         self._logged: set[tuple[str, str]] = set()
 
-    def check(self, asked: str | None, served: str | None) -> None:
-        """Compares the two; nothing to compare is no mismatch.
+    def check(self, asked: str | None, served: object) -> None:
+        """Compares the two; nothing to compare, or no name at all, is no mismatch.
 
         Raises:
             ModelMismatchError: they differ, and that is to be an error.
         """
-        if self._mode == "ignore" or not asked or not served or is_same_model(asked, served):
+        if self._mode == "ignore" or not asked or not served or not isinstance(served, str):
+            return
+        if is_same_model(asked, served):
             return
         if self._mode == "raise":
             raise ModelMismatchError(asked=asked, served=served, hint=_HINT)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from lmbridge.errors import LLMValidationError
 
-_encode = msgspec.json.Encoder().encode
+
+def _as_builtin(value: Any) -> Any:
+    """A mapping or a sequence of any other class, as JSON knows it."""
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, list | tuple):
+        return list(value)
+    raise TypeError(f"it has nothing for a {type(value).__name__}")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_as_builtin).encode
 decode_strictly = msgspec.json.Decoder().decode
 """Decodes proper JSON, fast; raises `ValueError`, or `TypeError` for what is no bytes."""
 _EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
@@ -62,11 +72,8 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     Raises:
         LLMValidationError: it holds something that JSON does not have; the text says where.
     """
-    for name, value in body.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise LLMValidationError(f"{name} is {value!r}, which JSON does not have", hint="give a finite number")
     try:
-        return _encode(body)
+        data = _encode(body)
     except (TypeError, ValueError, RecursionError) as exc:
         where, value = _culprit(body)
         raise LLMValidationError(
@@ -74,6 +81,9 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
             exc,
             hint="give strings, numbers, booleans, None, lists and dicts with string keys",
         ) from exc
+    if b"null" in data:  # which is also what became of NaN and Infinity
+        _check_finite(body)
+    return data
 
 
 def decode_json(data: bytes) -> Any:
@@ -86,23 +96,40 @@ def decode_json(data: bytes) -> Any:
     """
     try:
         return decode_strictly(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = data.decode("utf-8", "replace")
     try:
         return json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         reason = str(exc)
     raise ValueError(reason)  # not chained: json's own exception holds the whole text, and that may hold a secret
 
 
+def _check_finite(body: Mapping[str, Any]) -> None:
+    left: list[tuple[str, Any]] = [("", body)]
+    while left:
+        for where, value in _parts(*left.pop()):
+            if not isinstance(value, float):
+                left.append((where, value))
+            elif not math.isfinite(value):
+                raise LLMValidationError(f"{where} is {value!r}, which JSON does not have", hint="give a finite number")
+
+
+def _parts(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of a value, each behind the path to it."""
+    if isinstance(value, str | bytes | bytearray):
+        return
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield f"{where}[{key!r}]" if where else str(key), part
+    elif isinstance(value, Sequence):
+        for number, part in enumerate(value):
+            yield f"{where}[{number}]", part
+
+
 def _culprit(value: Any, where: str = "", depth: int = 0) -> tuple[str, Any]:
     """The path to the innermost part that cannot be encoded, and that part."""
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, Mapping):
-        parts = [(f"{where}[{key!r}]" if where else str(key), part) for key, part in value.items()]
-    elif isinstance(value, list | tuple):
-        parts = [(f"{where}[{number}]", part) for number, part in enumerate(value)]
-    for path, part in parts:
+    for path, part in _parts(where, value):
         try:
             _encode(part)
         except (TypeError, ValueError, RecursionError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import math
 import os
 import ssl as ssl_module
 import warnings
@@ -25,6 +24,7 @@ from lmbridge._version import __version__
 from lmbridge.config import Limits, default_api_base, default_api_key, normalize_api_base
 from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.calls import Call, Reply, Request
+from lmbridge.transport.deadline import Deadline
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Scheduler
@@ -188,7 +188,7 @@ class Transport:
             if opened.closed.done():
                 raise _cancelled(call)
             answer = await self._attempt(opened, call, receive)
-            if not isinstance(answer, Reply | _Failure):
+            if not isinstance(answer, (Reply, _Failure)):
                 return answer
             wait = None if opened.closed.done() else self._wait_before_next(call, answer)
             if wait is None:
@@ -220,9 +220,8 @@ class Transport:
 
     async def _attempt(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply | _Failure:
         caught: Exception
-        deadline = call.begin_attempt()
         try:
-            async with asyncio.timeout_at(None if deadline == math.inf else deadline):
+            with Deadline(opened.loop, call.begin_attempt()):
                 response = await self._send(opened, call)
                 try:
                     return await receive(call, response)

@@ -1,0 +1,48 @@
+# make demo    a real model streams an answer to the terminal
+# make test    every check and every test
+# make lint    the checks alone
+# make clean   removes what these have made
+#
+# `demo` and `test` each make a virtual environment of their own and install what they need, once. They use the first
+# fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a `make clean`).
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+
+ifndef PYTHON
+PYTHON := $(shell for each in python3.13 python3.12 python3.11 python3; do \
+	if $$each -c '$(FIT)' 2>/dev/null; then echo $$each; break; fi; done)
+endif
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: .venv-demo/installed
+	@.venv-demo/bin/python examples/quickstart.py
+
+test: lint
+	.venv-test/bin/python -m pytest
+
+lint: .venv-test/installed
+	.venv-test/bin/ruff check
+	.venv-test/bin/ruff format --check
+	.venv-test/bin/mypy
+
+clean:
+	rm -rf .venv-demo .venv-test dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
+.venv-demo/installed: EXTRAS := local
+.venv-test/installed: EXTRAS := local,dev
+.venv-demo/installed .venv-test/installed: pyproject.toml
+	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
+		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
+		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \
+		echo "Elsewhere: https://www.python.org/downloads/, or make PYTHON=/path/to/python3.11"; \
+		exit 1; } >&2
+	@echo "installing lmbridge[$(EXTRAS)] into $(@D), once"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""Streams an answer to the terminal, from a real model that comes with `lmbridge[local]`.
+
+    python examples/quickstart.py
+    python examples/quickstart.py "What is a llama?"
+    python examples/quickstart.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "What is a llama?"
+
+With `--api-base`, or LMBRIDGE_API_BASE in the environment, it asks that server instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from lmbridge import LLMClient, LLMError, LocalServer
+
+PROMPT = "Give me three tips for a good night's sleep."
+
+
+@asynccontextmanager
+async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
+    """A client of the server at `api_base`, or else of one that is started here."""
+    if api_base:
+        async with LLMClient(api_base, model) as client:
+            yield client
+    else:
+        async with LocalServer() as server, LLMClient(server.api_base, server.model) as client:
+            yield client
+
+
+async def show_answer(client: LLMClient, prompt: str) -> None:
+    """Prints the prompt, each chunk as it arrives, then the model, its tokens and the time."""
+    print(f"> {prompt}\n")
+    began = time.perf_counter()
+    stream = await client.chat_completion(
+        [{"role": "user", "content": prompt}],
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0,
+        max_tokens=300,
+    )
+    model, tokens = client.model, None
+    async for chunk in stream:
+        for choice in chunk.get("choices", ()):
+            print(choice.get("delta", {}).get("content") or "", end="", flush=True)
+        model = chunk.get("model", model)
+        if usage := chunk.get("usage"):
+            tokens = usage.get("completion_tokens")
+    print(f"\n\n{model}: {tokens or '?'} tokens in {time.perf_counter() - began:.1f} s")
+
+
+async def main() -> None:
+    """Reads the arguments and shows the answer."""
+    parser = argparse.ArgumentParser(description="Streams a model's answer to the terminal.")
+    parser.add_argument("prompt", nargs="?", default=PROMPT)
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    args = parser.parse_args()
+    async with connect(args.api_base, args.model) as client:
+        await show_answer(client, args.prompt)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lmbridge").setLevel(logging.INFO)  # says so when it fetches the model
+    try:
+        asyncio.run(main())
+    except (LLMError, ImportError) as error:
+        sys.exit(f"quickstart: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""Child processes: run to their end, or ended; what they left in their log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from asyncio.subprocess import Process
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import IO
+
+from lmbridge.local.shield import settle
+
+_TAIL_BYTES = 4096
+_TAIL_LINES = 10
+
+
+def tail(log: IO[bytes]) -> str:
+    """The last lines of the log of a child that has ended (reading moves the place where it would write)."""
+    size = log.seek(0, os.SEEK_END)
+    log.seek(max(0, size - _TAIL_BYTES))
+    lines = log.read().decode(errors="replace").splitlines()
+    return "\n".join(line.rstrip() for line in lines[-_TAIL_LINES:])
+
+
+async def run(*command: str, log: IO[bytes], env: Mapping[str, str]) -> int:
+    """Runs a command to its end and returns its exit status; a cancel kills it."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
+    )
+    try:
+        return await process.wait()
+    except BaseException:
+        await end(process)
+        raise
+
+
+async def end(process: Process, *, grace: float = 0.0) -> None:
+    """Closes the child's stdin, kills it if it is still there after the grace (in seconds), and reaps it.
+
+    A cancel has to wait for that.
+    """
+    await settle(_end(process, grace))
+
+
+async def _end(process: Process, grace: float) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        async with asyncio.timeout(grace):
+            await process.wait()
+    except TimeoutError:
+        kill(process)
+        await process.wait()
+    if process.stdout is not None:
+        await process.stdout.read()  # asyncio closes its end of the pipe at the end of the data, not before
+
+
+def kill(process: Process) -> None:
+    """Kills the child, if it is still there; it is not reaped yet."""
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+def describe_exit(returncode: int | None) -> str:
+    """How the child ended, in words."""
+    if returncode is None or returncode >= 0:
+        return f"ended with status {returncode}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"was killed by signal {-returncode}"

@@ -1,0 +1,1090 @@
+"""What servers say when something is wrong, what is made of it, and what must never be taken for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge import (
+    ContextLengthExceededError,
+    LLMAuthenticationError,
+    LLMClient,
+    LLMError,
+    LLMRateLimitError,
+    LLMResponseError,
+    LLMStreamError,
+    LLMValidationError,
+    ModelChangedDuringExecutionError,
+    ModelLoadError,
+    ModelMismatchError,
+    ModelNotFoundError,
+    Timeouts,
+    collect,
+)
+from lmbridge.client import failures
+from lmbridge.client.stream import ChatStream
+from lmbridge.testing import Behaviour, ScriptedServer, answer, reply, sse
+from lmbridge.transport import Verdict
+from tests.support import MESSAGES, piece, text_of
+
+Body = str | Mapping[str, Any] | list[Any]
+
+POLL, RETRY, FAIL = Verdict.POLL, Verdict.RETRY, Verdict.FAIL
+
+
+def told(message: str, kind: str | None = "invalid_request_error", code: Any = None, **fields: Any) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code, **fields}}
+
+
+@attrs.frozen
+class Wording:
+    """What a server says, and what is to be made of it."""
+
+    status: int
+    body: Body
+    kind: type[LLMError] = LLMResponseError
+    hint: str | None = None
+    """A part of it; None for no hint."""
+    verdict: Verdict = FAIL
+    by_status: bool = False
+    """Whether the status alone tells the class, so that in a stream it is just any error."""
+    attributes: dict[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def text(self) -> str:
+        return self.body if isinstance(self.body, str) else json.dumps(self.body)
+
+    @property
+    def kind_in_stream(self) -> type[LLMError]:
+        return LLMStreamError if self.by_status or self.kind is LLMResponseError else self.kind
+
+
+def overflow(body: Body, prompt: int | None, length: int | None, status: int = 400) -> Wording:
+    tokens = {"prompt_tokens": prompt, "context_length": length}
+    return Wording(status, body, ContextLengthExceededError, "shorten the messages", attributes=tokens)
+
+
+def not_found(body: Body, available: Iterable[str] = (), status: int = 400) -> Wording:
+    named = {"model_name": "test-model", "available_models": list(available)}
+    return Wording(status, body, ModelNotFoundError, "list_models()", attributes=named)
+
+
+def not_loaded(body: Body, hint: str = "see the server's own log", status: int = 400) -> Wording:
+    return Wording(status, body, ModelLoadError, hint)
+
+
+LOAD_FIRST: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
+DROPPED: Final = "Limits(max_loaded_models=...)"
+N_CTX: Final = {"type": "exceed_context_size_error", "n_prompt_tokens": 40536, "n_ctx": 32768}
+
+WORDINGS: Final = {
+    # LM Studio
+    "bad parameter": Wording(400, {"error": "'response_format.type' must be 'json_schema' or 'text'"}),
+    "bad tool choice": Wording(400, {"error": "Invalid tool_choice type: 'object'. Supported: none, auto, required"}),
+    "bad messages": Wording(400, {"error": "Invalid 'messages' in payload"}),
+    "bad image": Wording(400, {"error": "'url' field must be a base64 encoded image."}),
+    "zod": Wording(400, told("Required", "invalid_request_error", "invalid_type", param="tools.0.name")),
+    "identifier": not_found(
+        told('Invalid model identifier "x". Please specify a valid downloaded model (e.g., a/b, c@q4_k_m, d-2).'),
+        ["a/b", "c@q4_k_m", "d-2"],
+    ),
+    "your models": not_found(
+        told(
+            'Model "x" not found. Please specify a valid model.\n\nYour models:\n\na/b\n  c:2\n', code="model_not_found"
+        ),
+        ["a/b", "c:2"],
+        status=404,
+    ),
+    "code alone": not_found(told("It is not there.", code="model_not_found"), status=404),
+    "no models": not_loaded(
+        {"error": "No models loaded. Please load a model in the developer page or use the 'lms load' command."},
+        LOAD_FIRST,
+    ),
+    "no models, as an object": not_loaded(told("No models loaded. Please load a model."), LOAD_FIRST, status=404),
+    "no token": Wording(
+        401,
+        told("An LM Studio API token is required to make requests.", "invalid_request", "invalid_api_key"),
+        LLMAuthenticationError,
+        "pass api_key=, or set LM_API_TOKEN",
+    ),
+    "unexpected endpoint": Wording(
+        200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}, hint="check api_base"
+    ),
+    "compute": Wording(200, {"error": {"message": "Compute error."}, "message": "Compute error."}),
+    "n_keep": overflow(
+        {
+            "error": "The number of tokens to keep from the initial prompt is greater than the context length (n_keep:"
+            " 5228>= n_ctx: 4096). Try to load the model with a larger context length, or provide a shorter input"
+        },
+        5228,
+        4096,
+    ),
+    "the overflows": overflow(
+        {
+            "error": "<LM Studio error> Trying to keep the first 15857 tokens when context the overflows. However, the"
+            " model is loaded with context length of only 4096 tokens, which is not enough. Try to load the model with"
+            " a larger context length, or provide a shorter input. Error Data: n/a, Additional Data: n/a"
+        },
+        15857,
+        4096,
+    ),
+    "reached": overflow(
+        {
+            "error": "Reached context length of 4096 tokens with model (arch: gpt-oss) that does not currently support"
+            " mid-generation context overflow. Try reloading with a larger context length."
+        },
+        None,
+        4096,
+    ),
+    "exceeded": overflow({"error": "Context size has been exceeded."}, None, None, status=500),
+    "mlx": overflow(
+        {
+            "error": "Input does not fit in context length. The input has 359277 tokens, but the context length only"
+            " supports 262144 tokens.. Error Data: n/a, Additional Data: n/a"
+        },
+        359277,
+        262144,
+    ),
+    "engine protocol, context": overflow(
+        {"error": f"Engine protocol predict request returned 400: {json.dumps({'error': N_CTX})}. Error Data: n/a"},
+        40536,
+        32768,
+    ),
+    "engine protocol": Wording(
+        500, {"error": 'Engine protocol predict stream returned an error: {"code":500,"message":"?"}'}, verdict=RETRY
+    ),
+    "resources": not_loaded(
+        {
+            "error": "Model loading was stopped due to insufficient system resources. Under the current settings, this"
+            " model requires approximately 273.25 GB of memory"
+        }
+    ),
+    "resources, older": not_loaded(told("Model loading aborted due to insufficient system resources.")),
+    "load": not_loaded({"error": 'Failed to load model "qwen/qwen3-coder-30b". Error: Operation canceled.'}),
+    "load, bare": not_loaded(told("Failed to load model"), status=500),
+    "load, exit code": not_loaded({"error": "Error loading model. (Exit code: 18446744072635812000)."}, status=500),
+    "load, code": not_loaded(told("SIGABRT", "internal_error", "model_load_failed"), status=500),
+    "crash": not_loaded(
+        {"error": "The model has crashed without additional information. (Exit code: null). Error Data: n/a"}
+    ),
+    "crash, short": not_loaded({"error": "model crashed"}, status=500),
+    "crash, older": not_loaded(
+        {"error": "<LM Studio error> Unknown exception during inferencing.. Error Data: n/a, Additional Data: n/a"}
+    ),
+    "unloaded": not_loaded({"error": "Model unloaded."}, DROPPED),
+    "is unloaded": not_loaded(told("Model is unloaded."), DROPPED, status=500),
+    "template": Wording(
+        400, {"error": "Error rendering prompt with jinja template: ... Error Data: n/a, Additional Data: n/a"}
+    ),
+    # llama.cpp; what else it says is among the captures
+    "router, not found": not_found(told("model 'no-such' not found", code=400)),
+    "router, not loaded": not_loaded(told("model is not loaded", code=400), LOAD_FIRST),
+    "router, broken": not_loaded(told("model name=broken failed to load", "server_error", 500), status=500),
+    "context": overflow(told("the request exceeds the available context size, try increasing it"), None, None),
+    "context, text alone": overflow(
+        told("request (40031 tokens) exceeds the available context size (2048 tokens), try increasing it"), 40031, 2048
+    ),
+    "context, fields": overflow({"error": {"message": "no", **N_CTX}}, 40536, 32768),
+    "context, wrapped": overflow(json.dumps({"error": {"message": "no", **N_CTX}, "status": 400}), 40536, 32768),
+    "generating": overflow(told("Context size has been exceeded.", "server_error", 500), None, None, status=500),
+    # Ollama
+    "ollama": not_found(told('model "x" not found, try pulling it first', "api_error"), status=404),
+    "ollama, native": not_found({"error": "model 'x:7b' not found"}, status=404),
+    "ollama, memory": not_loaded(
+        told("model requires more system memory (5.3 GiB) than is available (3.3 GiB)", "api_error"), status=500
+    ),
+    "ollama, runner": not_loaded(told("llama runner process has terminated: exit status 2", "api_error"), status=500),
+    "ollama, stopped": not_loaded(
+        told("model runner has unexpectedly stopped, this may be due to resource limitations"), status=500
+    ),
+    "ollama, blob": not_loaded(told("unable to load model: blobs/sha256-1234", "api_error"), status=500),
+    "ollama, context": overflow(told("the input length exceeds the context length", "api_error"), None, None),
+    "ollama, path": Wording(404, "404 page not found", hint="check api_base"),
+    "ollama, full": Wording(
+        503, told("server busy, please try again. maximum pending requests exceeded", "api_error"), verdict=RETRY
+    ),
+    # vLLM
+    "vllm, older": not_found(
+        {
+            "object": "error",
+            "message": "The model `x` does not exist.",
+            "type": "NotFoundError",
+            "param": None,
+            "code": 404,
+        },
+        status=404,
+    ),
+    "vllm": not_found(told("The model `x` does not exist.", "NotFoundError", 404), status=404),
+    "vllm, no key": Wording(401, {"error": "Unauthorized"}, LLMAuthenticationError, "pass api_key=", by_status=True),
+    "vllm, context": overflow(
+        told(
+            "This model's maximum context length is 8192 tokens. However, you requested 9500 tokens (9000 in the"
+            " messages, 500 in the completion). Please reduce the length of the messages or completion."
+        ),
+        9000,
+        8192,
+    ),
+    "vllm, max_tokens": overflow(
+        told(
+            "'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 32768"
+            " tokens and your request has 1200 input tokens (32000 > 32768 - 1200)."
+        ),
+        1200,
+        32768,
+    ),
+    "vllm, prompt": overflow(
+        told("The decoder prompt (length 17772) is longer than the maximum model length of 16384."), 17772, 16384
+    ),
+    "vllm, too long": overflow(
+        told("The prompt (total length 25938) is too long to fit into the model (context length 4096)."), 25938, 4096
+    ),
+    "vllm, memory": not_loaded(
+        told("CUDA out of memory. Tried to allocate 2.00 GiB", "InternalServerError"), status=500
+    ),
+    # Others
+    "openai, context": overflow(told("Your input exceeds the context window of this model."), None, None),
+    "sglang": overflow(
+        told(
+            "Requested token count exceeds the model's maximum context length of 8192 tokens. You requested a total of"
+            " 9100 tokens: 9000 tokens from the input messages and 100 tokens for the completion."
+        ),
+        9000,
+        8192,
+    ),
+    "sglang, input": overflow(
+        told("The input (9001 tokens) is longer than the model's context length (8192 tokens)."), 9001, 8192
+    ),
+    "llama-swap": not_found({"error": "could not find real modelID for x"}),
+    "litellm": not_found(told("Invalid model name passed in model=x. Call `/v1/models` to view available models")),
+    "litellm, code in words": Wording(
+        429, told("slow down", "None", "429"), LLMRateLimitError, "Limits.max_concurrency", RETRY
+    ),
+    "rate": Wording(
+        429, {"error": "Too many requests"}, LLMRateLimitError, "Limits.max_concurrency", RETRY, by_status=True
+    ),
+    "rate, in its type": Wording(
+        400, told("slow down", "rate_limit_error"), LLMRateLimitError, "Limits.max_concurrency"
+    ),
+    "forbidden": Wording(403, {"error": "no"}, LLMAuthenticationError, "set LM_API_TOKEN", by_status=True),
+    "fastapi": Wording(404, {"detail": "Not Found"}, hint="check api_base"),
+    "fastapi, method": Wording(405, {"detail": "Method Not Allowed"}, hint="check api_base"),
+    "fastapi, object": not_found({"detail": {"message": 'model "x" not found'}}),
+    "fastapi, list": Wording(422, {"detail": [{"loc": ["body", "model"], "msg": "Field required", "type": "missing"}]}),
+    "proxy": Wording(502, "Bad Gateway", verdict=RETRY),
+    "proxy, empty": Wording(504, "", verdict=RETRY),
+    "guardrails": Wording(400, {"code": 400, "details": "unsuitable content"}),
+    "list": Wording(400, {"error": ["no such thing"]}),
+    "true": Wording(400, {"error": True, "message": "no such thing"}),
+}
+
+
+def each_wording(wordings: Mapping[str, Wording]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("wording", [pytest.param(wording, id=name) for name, wording in wordings.items()])
+
+
+async def fail(server: ScriptedServer, behaviour: Behaviour, *, stream: bool = False, **options: Any) -> LLMError:
+    """The error of one request, asked for once; of a stream it has to come from the `await`."""
+    server.script(behaviour)
+    async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
+        with pytest.raises(LLMError) as caught:
+            await client.chat_completion(MESSAGES, stream=stream)
+    assert len(server.requests) == 1
+    return caught.value
+
+
+async def break_off(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
+    """The error that iterating a stream ends with, and the chunks before it."""
+    server.script(behaviour)
+    chunks: list[Any] = []
+    async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
+        stream = await client.chat_completion(MESSAGES, stream=True)
+        with pytest.raises(LLMError) as caught:
+            await read_into(chunks, stream)
+        with pytest.raises(type(caught.value)) as again:
+            await anext(stream)
+        assert again.value is caught.value
+    return caught.value, chunks
+
+
+async def read_into(chunks: list[Any], stream: ChatStream) -> None:
+    async for each in stream:
+        chunks.append(each)  # noqa: PERF401 - a comprehension would lose them to the error
+
+
+def check(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
+    assert type(error) is kind
+    assert error.body == wording.text
+    assert {name: getattr(error, name) for name in wording.attributes} == wording.attributes
+    if wording.hint is None:
+        assert error.hint is None
+    else:
+        assert wording.hint in (error.hint or "")
+        assert str(error).endswith(f"; {error.hint}")
+    assert error.context["model"] == "test-model"
+
+
+# Replies
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@each_wording(WORDINGS)
+async def test_what_a_server_answers_names_its_error(
+    scripted_server: ScriptedServer, wording: Wording, stream: bool
+) -> None:
+    error = await fail(
+        scripted_server, reply(wording.status, wording.text, content_type="application/json"), stream=stream
+    )
+    check(error, wording, wording.kind)
+    assert error.status == wording.status
+    assert error.partial is None
+
+
+@each_wording(WORDINGS)
+def test_what_a_server_answers_tells_whether_to_ask_again(wording: Wording) -> None:
+    assert failures.classify(wording.status, {}, wording.text.encode()) is wording.verdict
+
+
+async def test_an_error_repeats_what_the_server_said(scripted_server: ScriptedServer) -> None:
+    error = await fail(scripted_server, reply(400, {"error": "Invalid 'messages' in payload"}))
+    assert error.message == "the server answered 400: Invalid 'messages' in payload"
+
+
+async def test_an_error_with_status_200_says_so(scripted_server: ScriptedServer) -> None:
+    error = await fail(scripted_server, reply(200, {"error": "Invalid 'messages' in payload"}))
+    assert error.message == "the server answered 200, but with an error: Invalid 'messages' in payload"
+
+
+@pytest.mark.parametrize("body", [b"", b" \n", b"\xef\xbb\xbf"])
+async def test_an_error_without_a_word_says_so(scripted_server: ScriptedServer, body: bytes) -> None:
+    error = await fail(scripted_server, reply(418, body))
+    assert error.message == "the server answered 418 with an empty body"
+    assert type(error) is LLMResponseError
+
+
+async def test_a_long_text_is_told_in_part_and_kept_whole(scripted_server: ScriptedServer) -> None:
+    text = "no " * 1000
+    error = await fail(scripted_server, reply(400, {"error": text}))
+    assert error.message == f"the server answered 400: {text[:500]}... (3000 characters)"
+    assert error.body == json.dumps({"error": text}, separators=(",", ":"))
+
+
+async def test_a_model_that_the_caller_did_not_name_is_named_by_the_server(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(reply(404, {"error": "model 'tiny' not found"}))
+    async with LLMClient(scripted_server.api_base) as client:
+        with pytest.raises(ModelNotFoundError, match="model 'tiny' not found") as caught:
+            await client.chat_completion(MESSAGES)
+    assert caught.value.model_name == "tiny"
+
+
+async def test_a_missing_model_has_its_close_matches_in_the_text(scripted_server: ScriptedServer) -> None:
+    text = 'Invalid model identifier "x". Please specify a valid downloaded model (e.g., test-model-2, other, ...).'
+    error = await fail(scripted_server, reply(400, told(text)))
+    assert "did you mean 'test-model-2'?" in error.message
+    assert "there are: test-model-2, other" in error.message.lower()
+
+
+@pytest.mark.parametrize("status", [429, 400])
+async def test_the_wait_that_a_server_asks_for_is_kept(scripted_server: ScriptedServer, status: int) -> None:
+    error = await fail(scripted_server, reply(status, {"error": "busy"}, {"Retry-After": "17"}))
+    assert isinstance(error, LLMResponseError)
+    assert error.retry_after == 17
+
+
+async def test_a_redirect_is_never_taken_for_what_its_page_says(scripted_server: ScriptedServer) -> None:
+    error = await fail(
+        scripted_server, reply(307, "model 'x' not found", {"Location": "http://user:pass@other/v1?key=secret"})
+    )
+    assert type(error) is LLMResponseError
+    assert error.message == "the server redirects (307) to http://other/v1"
+    assert "redirects are not followed" in (error.hint or "")
+    assert (error.status, error.body) == (307, "model 'x' not found")
+
+
+async def test_a_key_that_the_server_repeats_is_not_shown(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = reply(401, told("Incorrect API key provided: sk-secret-1"))
+    async with LLMClient(scripted_server.api_base, api_key="sk-secret-1") as client:
+        with pytest.raises(LLMAuthenticationError) as caught:
+            await client.chat_completion(MESSAGES)
+    assert "sk-secret" not in f"{caught.value} {caught.value.body} {vars(caught.value)}"
+    assert "[api_key]" in str(caught.value)
+
+
+# Asking again
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [(408, RETRY), (429, RETRY), (500, RETRY), (502, RETRY), (503, RETRY), (504, RETRY)]
+    + [(status, FAIL) for status in (400, 401, 403, 404, 405, 409, 413, 418, 422, 425, 501, 505, 529)],
+)
+@pytest.mark.parametrize(
+    "body", [b"", b'{"error": "try later"}', b"<html>Loading...</html>", b'{"error": {}}', b"\xff"]
+)
+def test_the_status_decides_where_the_body_says_nothing(status: int, verdict: Verdict, body: bytes) -> None:
+    assert failures.classify(status, {}, body) is verdict
+
+
+LOADING: Final = (
+    told("Loading model", "unavailable_error", 503),  # llama.cpp
+    {"message": "Loading model", "type": "unavailable_error", "code": 503},
+    {"error": "Model meta-llama/Llama-2-70b-chat is currently loading", "estimated_time": 20.0},  # Hugging Face
+    {"error": "loading"},
+    {"status": "loading model"},
+    "model is still loading, please wait",
+)
+
+
+@pytest.mark.parametrize("body", LOADING)
+def test_a_503_that_says_loading_is_polled(body: Body) -> None:
+    text = body if isinstance(body, str) else json.dumps(body)
+    assert failures.classify(503, {}, text.encode()) is POLL
+
+
+@pytest.mark.parametrize("body", LOADING)
+@pytest.mark.parametrize("status", [400, 404, 408, 409, 429, 500, 502, 504])
+def test_no_other_status_is_polled(status: int, body: Body) -> None:
+    text = body if isinstance(body, str) else json.dumps(body)
+    assert failures.classify(status, {}, text.encode()) is not POLL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error loading model. (Exit code: 1)",
+        "Model loading was stopped due to insufficient system resources",
+        "Model loading failed",
+        "Loading of the model has failed",
+        "Failed to load model while loading its tensors",
+        "Failure while loading weights",
+        "the model is downloading",
+        '<!DOCTYPE html><title>503</title><img loading="lazy">',
+        "<html><body>Loading...</body></html>",
+        "uploading is off",
+    ],
+)
+def test_a_load_that_failed_and_a_page_are_not_polled(text: str) -> None:
+    assert failures.classify(503, {}, text.encode()) is RETRY
+    assert failures.classify(503, {}, json.dumps({"error": text}).encode()) is RETRY
+
+
+@pytest.mark.parametrize("status", [400, 404, 408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("text", ["No models loaded. Please load a model", "no model is currently loaded"])
+def test_where_no_model_is_loaded_asking_again_does_not_help(status: int, text: str) -> None:
+    assert failures.classify(status, {}, json.dumps({"error": text}).encode()) is FAIL
+
+
+async def test_a_server_that_loads_is_polled_until_it_answers(
+    scripted_server: ScriptedServer, no_waits: list[float]
+) -> None:
+    scripted_server.script(*[reply(503, told("Loading model", "unavailable_error", 503))] * 4, answer("Hi"))
+    async with LLMClient(scripted_server.api_base, max_retries=0, timeout=Timeouts(load=60)) as client:
+        whole = await client.chat_completion(MESSAGES)
+    assert whole["choices"][0]["message"]["content"] == "Hi"
+    assert len(scripted_server.requests) == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Failed to parse tools: Missing tool function: {}",
+        "Failed to parse tool call arguments as JSON: [json.exception.parse_error.101] parse error at line 1, column 9",
+        "Failed to parse messages: Missing 'content'",
+        "[json.exception.type_error.302] type must be number, but is string",
+        "failed to parse grammar",
+        "JSON schema error at #: unrecognized type frobnicate",
+        "JSON schema conversion failed:\nUnrecognized schema: {}",
+        "Error resolving ref #/$defs/x: $defs not in {}: invalid request",
+        "Unable to generate parser for this template. Automatic parser generation failed",
+        "\n------------\nWhile executing CallExpression at line 1\nError: Jinja Exception: roles must alternate",
+        "System message must be at the beginning. at row 12, column 9",
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+        "No user query found in messages.",
+        "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj",
+        "audio input is not supported",
+        "input is too large to process. increase the physical batch size",
+        "The model produced output that does not match the expected peg-native format",
+        "1 validation error:\n  {'type': 'float_parsing'}",
+        "Tool with name 'zzz' not found in tools",
+        'can only concatenate str (not "list") to str',
+        "Expected 'content' to be a string or an array, got null",
+        "template: :3:12: executing",
+    ],
+)
+def test_a_500_about_a_mistake_in_the_request_is_not_retried(text: str) -> None:
+    body = json.dumps(told(text, "server_error", 500)).encode()
+    assert failures.classify(500, {}, body) is FAIL
+    assert failures.classify(503, {}, body) is RETRY
+    assert failures.type_of_error(failures.read(body.decode()), 500) is None
+
+
+def test_a_500_of_the_type_for_mistakes_is_not_retried() -> None:
+    assert failures.classify(500, {}, json.dumps(told("no", "invalid_request_error")).encode()) is FAIL
+    assert failures.classify(500, {}, json.dumps(told("no", "server_error")).encode()) is RETRY
+
+
+# What is no sign of a failure
+
+SCARES: Final = (
+    "CUDA out of memory",
+    "model 'x' not found",
+    "Loading model",
+    "No models loaded. Please load a model",
+    "Model unloaded.",
+    "The model has crashed without additional information.",
+    "This model's maximum context length is 8 tokens",
+    "exceed_context_size_error",
+    "invalid_api_key",
+    "proxy error: Failed to read connection",
+    '{"error": {"message": "model crashed", "code": 500}}',
+    '{"error": "model crashed"}',
+    'data: {"error": "model crashed"}\n\nevent: error\ndata: {"message": "model crashed"}\n\n',
+    "error",
+    "[DONE]",
+    "data: [DONE]\n\n",
+)
+
+
+@pytest.mark.parametrize("text", SCARES)
+async def test_words_in_a_reply_are_no_error(scripted_server: ScriptedServer, client: LLMClient, text: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "error", "arguments": json.dumps({"error": text})}}
+    extra = {"error": None, "detail": text, "message": text, "stats": {"error": text}}
+    scripted_server.default = answer(text, chunks=list(text), tool_calls=[call], reasoning=text, extra=extra)
+    whole = await client.chat_completion(MESSAGES)
+    message = whole["choices"][0]["message"]
+    assert message["content"] == text
+    async with await client.chat_completion(MESSAGES, stream=True) as stream:
+        folded = (await collect(stream))["choices"][0]["message"]
+    assert {**folded} == {**message}
+    assert folded["reasoning_content"] == text
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        piece("Hi", error=None),
+        piece("Hi", error={}),
+        piece("Hi", error=""),
+        piece("Hi", error=False),
+        {**piece("Hi"), "message": "fine", "detail": "fine", "type": "chunk", "code": 200},
+    ],
+)
+async def test_a_chunk_with_an_empty_error_is_a_chunk(
+    scripted_server: ScriptedServer, client: LLMClient, chunk: dict[str, Any]
+) -> None:
+    scripted_server.script(sse(chunk, piece(finish_reason="stop"), done=True))
+    async with await client.chat_completion(MESSAGES, stream=True) as stream:
+        assert [text_of(each) async for each in stream] == ["Hi", ""]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "'max_tokens' must be at least 1, got 0.",
+        "max_tokens must not exceed the context length",
+        "num_ctx cannot exceed the model's maximum context window",
+        "'temperature' must be between 0 and 2",
+        "Unknown parameter: 'context_length'",
+        "'model' is required",
+        "model name is missing from the request",
+        "Missing required parameter: 'model'",
+        "the model parameter must be a string, not found",
+        "the parameter 'top_k' of this model does not exist",
+        "'model' does not exist in the request",
+        "the chat template of the model was not found",
+        "model template not found",
+        "tool 'search' not found",
+        "Tool with name 'zzz' not found in tools",
+        "the model called a tool that does not exist",
+        "File Not Found",
+        "Previous response with id 'resp_1' not found.",
+        "Failed to load image: not a PNG",
+        "the model cannot read images: failed to load image",
+        "Invalid value for 'logit_bias': 'loading' is no token",
+        "does not support tools",
+        "'n_ctx' is not a parameter of this endpoint",
+        "JSON schema error at #: cannot resolve $ref #/nope, nope not found",
+        "stop: too many",
+    ],
+)
+@pytest.mark.parametrize("as_object", [True, False])
+async def test_a_bad_parameter_is_just_that(scripted_server: ScriptedServer, message: str, as_object: bool) -> None:
+    body = told(message) if as_object else {"error": message}
+    error = await fail(scripted_server, reply(400, body))
+    assert type(error) is LLMResponseError
+    assert error.message == f"the server answered 400: {message}"
+    assert failures.classify(400, {}, json.dumps(body).encode()) is FAIL
+
+
+@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_request_that_the_server_repeats_is_not_its_own_words(text: str, status: int) -> None:
+    bodies: list[Body] = [
+        told(f"Failed to parse tools: Missing tool function; tools = {json.dumps([text])}"),
+        told(f"Failed to parse messages: Missing 'role'; messages = {json.dumps([text])}"),
+        told(f"7 validation errors:\n  {{'type': 'literal_error', 'loc': ('body', 'messages', 0), 'input': {text!r}}}"),
+        told(f"[{{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required', 'input': {text!r}}}]"),
+        {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required", "input": text}]},
+    ]
+    for body in bodies:
+        said = failures.read(json.dumps(body))
+        assert failures.type_of_error(said, status) is None
+        assert failures.classify(status, {}, said.text.encode()) in (FAIL, RETRY)
+
+
+@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("status", [200, 400, 500])
+async def test_a_page_is_no_server_of_models(scripted_server: ScriptedServer, text: str, status: int) -> None:
+    page = f"\n<!DOCTYPE html><html><title>Oops</title><p>{text}</p></html>"
+    for stream in (False, True):
+        scripted_server.requests.clear()
+        error = await fail(scripted_server, reply(status, page, content_type="text/html"), stream=stream)
+        assert type(error) is LLMResponseError
+        assert "Oops" in error.message
+        assert error.body == page
+
+
+@pytest.mark.parametrize("text", SCARES)
+async def test_half_a_chunk_is_not_searched_for_words(scripted_server: ScriptedServer, text: str) -> None:
+    half = json.dumps(piece(text))[:-3]
+    error, chunks = await break_off(scripted_server, sse(piece("Hi"), f"data: {half}\n\n", piece("there"), done=True))
+    assert type(error) is LLMStreamError
+    assert [text_of(each) for each in chunks] == ["Hi"]
+    assert error.body == half
+
+
+@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("end", [None, -3])
+async def test_a_completion_in_place_of_a_stream_is_not_searched_for_words(
+    scripted_server: ScriptedServer, text: str, end: int | None
+) -> None:
+    whole = {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": text}}], "error": None}
+    body = json.dumps(whole)[:end]
+    error = await fail(scripted_server, reply(200, body, content_type="application/json"), stream=True)
+    assert type(error) is LLMResponseError
+    assert error.body == body
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"error": "x"}, True),
+        ({"error": {"message": "x"}}, True),
+        ({"error": {"message": "x"}, "choices": []}, True),
+        ({"error": {}}, True),
+        ({"error": ""}, True),
+        ({"error": None}, False),
+        ({"error": False}, False),
+        ({"error": {}, "choices": []}, False),
+        ({"object": "error", "message": "x"}, True),
+        ({"object": "error"}, True),
+        ({"message": "x"}, True),
+        ({"detail": "x"}, True),
+        ({"detail": [{"msg": "x"}]}, True),
+        ({"code": 400, "details": "x"}, True),
+        ({"message": ""}, False),
+        ({"message": {"role": "assistant", "content": "x"}}, False),
+        ({"message": "x", "choices": []}, False),
+        ({"message": "x", "data": []}, False),
+        ({"message": "x", "output": []}, False),
+        ({"message": "x", "models": []}, False),
+        ({"details": {"family": "llama"}, "model_info": {}}, False),
+        ({}, False),
+        ({"status": "ok"}, False),
+    ],
+)
+def test_an_error_is_told_from_a_reply(value: dict[str, Any], expected: bool) -> None:
+    assert failures.is_error(value) is expected
+
+
+# In a stream
+
+
+@pytest.mark.parametrize("before", [(), ("Hel", "lo")], ids=["at once", "after some text"])
+@each_wording({name: wording for name, wording in WORDINGS.items() if wording.text})
+async def test_what_a_stream_says_names_its_error(
+    scripted_server: ScriptedServer, wording: Wording, before: tuple[str, ...]
+) -> None:
+    event = "".join(f"data: {line}\n" for line in wording.text.split("\n"))
+    error, chunks = await break_off(scripted_server, sse(*map(piece, before), f"{event}\n", done=True))
+    kind = wording.kind_in_stream
+    check(error, wording if kind is wording.kind else attrs.evolve(wording, hint=error.hint), kind)
+    assert [text_of(each) for each in chunks] == list(before)
+    assert error.status == 200
+    if before:
+        assert error.partial["choices"][0]["message"]["content"] == "Hello"
+        assert error.partial["choices"][0]["finish_reason"] is None
+    else:
+        assert error.partial is None
+
+
+SHAPES: Final[dict[str, tuple[str, type[LLMError], str, str]]] = {
+    # The events' bytes, the class, what is told, the body.
+    "object": ('data: {"error": {"message": "no"}}\n\n', LLMStreamError, "no", '{"error": {"message": "no"}}'),
+    "object with a code": ('data: {"error": {"code": 401, "message": "no"}}\n\n', LLMAuthenticationError, "no", ""),
+    "object with 429": ('data: {"error": {"code": 429, "message": "no"}}\n\n', LLMRateLimitError, "no", ""),
+    "object with a type": (
+        'data: {"error": {"type": "authentication_error", "message": "no"}}\n\n',
+        LLMAuthenticationError,
+        "no",
+        "",
+    ),
+    "string": ('data: {"error": "model crashed"}\n\n', ModelLoadError, "model crashed", '{"error": "model crashed"}'),
+    "empty object": ('data: {"error": {}}\n\n', LLMStreamError, '{"error": {}}', '{"error": {}}'),
+    "empty string": ('data: {"error": ""}\n\n', LLMStreamError, '{"error": ""}', '{"error": ""}'),
+    "true": ('data: {"error": true, "message": "no"}\n\n', LLMStreamError, "no", ""),
+    "list": ('data: {"error": ["no"]}\n\n', LLMStreamError, '["no"]', ""),
+    "LM Studio": (
+        'data: {"error":{"message":"Compute error."},"message":"Compute error."}\n\n',
+        LLMStreamError,
+        "Compute error.",
+        "",
+    ),
+    "vLLM, older": ('data: {"object":"error","message":"no","type":"X","code":400}\n\n', LLMStreamError, "no", ""),
+    "message": ('data: {"message": "Model unloaded."}\n\n', ModelLoadError, "Model unloaded.", ""),
+    "detail": ('data: {"detail": "no"}\n\n', LLMStreamError, "no", '{"detail": "no"}'),
+    "event": ('event: error\ndata: {"code": 400, "details": "no"}\n\n', LLMStreamError, "no", ""),
+    "event, unknown fields": ('event: error\ndata: {"a": 1}\n\n', LLMStreamError, '{"a": 1}', '{"a": 1}'),
+    "event with an error": (
+        'event: error\ndata: {"error": "Model unloaded."}\n\n',
+        ModelLoadError,
+        "Model unloaded.",
+        "",
+    ),
+    "event, bare text": ("event: error\ndata: model crashed\n\n", ModelLoadError, "model crashed", "model crashed"),
+    "event, a chunk": ('event: error\ndata: {"choices": []}\n\n', LLMStreamError, '{"choices": []}', ""),
+    "event, lines": (
+        "event: error\ndata: model\ndata: crashed\n\n",
+        LLMStreamError,
+        "model\ncrashed",
+        "model\ncrashed",
+    ),
+    "other event": ('event: oops\ndata: {"error": "no"}\n\n', LLMStreamError, "no", '{"error": "no"}'),
+    "bare text": ("data: Internal Server Error\n\n", LLMStreamError, "Internal Server Error", "Internal Server Error"),
+    "JSON string": ('data: "model crashed"\n\n', ModelLoadError, "model crashed", '"model crashed"'),
+    "JSON null": ("data: null\n\n", LLMStreamError, "null", "null"),
+    "JSON list": ('data: [{"choices": []}]\n\n', LLMStreamError, '[{"choices": []}]', '[{"choices": []}]'),
+    "beside a choice": (
+        'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}],"error":{"message":"no"}}\n\n',
+        LLMStreamError,
+        "no",
+        "",
+    ),
+    "no space": ('data:{"error":"no"}\r\n\r\n', LLMStreamError, "no", '{"error":"no"}'),
+}
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("before", [(), ("Hel", "lo")], ids=["at once", "after some text"])
+@pytest.mark.parametrize(
+    ("event", "kind", "message", "body"), [pytest.param(*shape, id=name) for name, shape in SHAPES.items()]
+)
+async def test_an_error_in_a_stream_is_never_its_end(
+    scripted_server: ScriptedServer,
+    event: str,
+    kind: type[LLMError],
+    message: str,
+    body: str,
+    before: tuple[str, ...],
+    done: bool,
+) -> None:
+    error, chunks = await break_off(scripted_server, sse(*map(piece, before), event, done=done))
+    assert type(error) is kind
+    assert error.message == f"the server ended the stream: {message}"
+    assert error.status == 200
+    assert error.body == (body or event.partition("data: ")[2].strip())
+    assert [text_of(each) for each in chunks] == list(before)
+    assert (error.partial or {}).get("choices", [{}])[0].get("message", {}).get("content") == (
+        "Hello" if before else None
+    )
+
+
+async def test_lines_that_are_no_events_tell_why_a_stream_was_cut_off(scripted_server: ScriptedServer) -> None:
+    error, _ = await break_off(scripted_server, sse(piece("Hi"), "proxy error: Model unloaded."))
+    assert type(error) is ModelLoadError
+    assert error.message == "the server ended the stream: proxy error: Model unloaded."
+    assert error.body == "proxy error: Model unloaded."
+    assert error.partial["choices"][0]["message"]["content"] == "Hi"
+
+
+async def test_an_error_after_the_finish_reason_is_an_error(scripted_server: ScriptedServer) -> None:
+    error, chunks = await break_off(
+        scripted_server,
+        sse(piece("Hi"), piece(finish_reason="stop"), 'data: {"error": "Model unloaded."}\n\n', done=True),
+    )
+    assert type(error) is ModelLoadError
+    assert len(chunks) == 2
+    assert error.partial["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 9000, "completion_tokens": 0, "total_tokens": 9000}])
+async def test_a_stream_without_a_single_delta_is_an_error(
+    scripted_server: ScriptedServer, usage: dict[str, int] | None
+) -> None:
+    # What LM Studio does with a prompt that is longer than the context: all well but for the answer.
+    empty: dict[str, Any] = {"object": "chat.completion.chunk", "model": "test-model", "choices": [], "usage": usage}
+    error, _ = await break_off(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
+    assert type(error) is LLMStreamError
+    assert "without a single piece of an answer" in error.message
+    assert "longer than the loaded context" in (error.hint or "")
+    assert error.partial["usage"] == usage
+
+
+# Something else than a stream
+
+NO_STREAMS: Final[dict[str, tuple[str, str, type[LLMError], str]]] = {
+    # Content-Type, body, class, a part of the message.
+    "error object": ("application/json", '{"error": {"message": "no"}}', LLMResponseError, "but with an error: no"),
+    "error string": (
+        "application/json",
+        '{"error": "Model unloaded."}',
+        ModelLoadError,
+        "with an error: Model unloaded.",
+    ),
+    "top-level message": ("application/json", '{"message": "no"}', LLMResponseError, "but with an error: no"),
+    "bare string": ("application/json", '"Model unloaded."', ModelLoadError, "with an error: Model unloaded."),
+    "bare text": ("text/plain", "model 'x' not found", ModelNotFoundError, "model 'test-model' not found"),
+    "completion": ("application/json", '{"choices": [{"message": {}}]}', LLMResponseError, "is not an event stream"),
+    "no completion": ("application/json", '{"status": "ok"}', LLMResponseError, "is not an event stream"),
+    "list": ("application/json", "[]", LLMResponseError, "[]"),
+    "page": (
+        "text/html",
+        "<html><p>Welcome</p></html>",
+        LLMResponseError,
+        "neither JSON nor an event stream: <html><p>",
+    ),
+    "nothing": ("application/json", "", LLMResponseError, "with an empty body"),
+    "nothing, untyped": ("", "", LLMResponseError, "200 with an empty body"),
+    "error, untyped": ("", '{"error": "Model unloaded."}', ModelLoadError, "with an error: Model unloaded."),
+}
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "kind", "message"), [pytest.param(*each, id=name) for name, each in NO_STREAMS.items()]
+)
+async def test_something_else_in_place_of_a_stream_is_an_error_of_the_await(
+    scripted_server: ScriptedServer, content_type: str, body: str, kind: type[LLMError], message: str
+) -> None:
+    error = await fail(scripted_server, reply(200, body, content_type=content_type), stream=True)
+    assert type(error) is kind
+    assert message in error.message
+    assert (error.status, error.body) == (200, body)
+    is_foreign = kind is LLMResponseError and "with an error" not in message and body != "[]"
+    assert (error.hint == "check that api_base is an OpenAI-compatible server") is is_foreign
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream", ""])
+async def test_a_stream_under_another_name_is_a_stream(
+    scripted_server: ScriptedServer, client: LLMClient, content_type: str
+) -> None:
+    scripted_server.script(sse(piece("Hi"), piece(finish_reason="stop"), content_type=content_type, done=True))
+    async with await client.chat_completion(MESSAGES, stream=True) as stream:
+        assert [text_of(each) async for each in stream] == ["Hi", ""]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
+async def test_an_error_in_a_stream_under_any_name_is_an_error(
+    scripted_server: ScriptedServer, content_type: str
+) -> None:
+    error, _ = await break_off(
+        scripted_server, sse('data: {"error": "Model unloaded."}\n\n', content_type=content_type, done=True)
+    )
+    assert type(error) is ModelLoadError
+
+
+@pytest.mark.parametrize("body", ["{}", '{"error": "Model unloaded."}', "Model unloaded.", '"Model unloaded."'])
+async def test_json_that_is_called_a_stream_is_never_a_reply(scripted_server: ScriptedServer, body: str) -> None:
+    error, chunks = await break_off(scripted_server, sse(body))
+    assert isinstance(error, LLMStreamError | ModelLoadError)
+    assert isinstance(error, ModelLoadError) == ("Model" in body)
+    assert chunks == []
+    assert error.body == body
+
+
+# Something else than a reply
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "something that is not JSON: ''"),
+        (b"Hello", "something that is not JSON: 'Hello'"),
+        (b"<html></html>", "something that is not JSON: '<html></html>'"),
+        (b'{"choices": [{"mess', "something that is not JSON"),
+        (b"[]", "something that is not a JSON object: '[]'"),
+        (b"null", "something that is not a JSON object: 'null'"),
+        (b'"Hello"', "something that is not a JSON object"),
+        (b"{}", "something that is not a completion: '{}'"),
+        (b'{"choices": []}', "something that is not a completion"),
+        (b'{"choices": null}', "something that is not a completion"),
+        (b'{"choices": [], "usage": {"prompt_tokens": 9}}', "something that is not a completion"),
+        (b'{"status": "ok"}', "something that is not a completion"),
+    ],
+)
+async def test_a_reply_that_is_none_is_an_error(scripted_server: ScriptedServer, body: bytes, message: str) -> None:
+    error = await fail(scripted_server, reply(200, body, content_type="application/json"))
+    assert type(error) is LLMResponseError
+    assert message in error.message
+    assert "check that api_base is an OpenAI-compatible server" in (error.hint or "")
+    assert (error.status, error.body) == (200, body.decode())
+
+
+# Names of models
+
+SAME: Final = [
+    ("test-model", "test-model"),
+    ("test-model", "test-model:2"),
+    ("test-model", "test-model@q4_k_m"),
+    ("test-model", "test-model@q4_k_m:2"),
+    ("qwen3:8b", "qwen3:8b"),
+    ("qwen3:8b", "qwen3:8b:2"),
+    ("test-model", ""),
+    ("test-model", None),
+    (None, "anything"),
+]
+OTHER: Final = [
+    ("test-model", "other"),
+    ("test-model", "test-model-2"),
+    ("test-model", "test-model:latest"),
+    ("test-model:2", "test-model"),
+    ("test-model@q4", "test-model@q8"),
+    ("qwen3:8b", "qwen3:14b"),
+    ("qwen3:8", "qwen3:80"),
+    ("qwen3", "qwen3:8b"),
+    ("Test-Model", "test-model"),
+    ("a/test-model", "test-model"),
+]
+
+
+async def served(server: ScriptedServer, asked: str | None, name: str | None, mode: Any, *, stream: bool) -> Any:
+    """The folded reply of a model that calls itself by this name."""
+    server.script(answer("Hi", extra={"model": name}))
+    async with LLMClient(server.api_base, asked, model_mismatch=mode) as client:
+        whole: Any = await client.chat_completion(MESSAGES, stream=stream)
+        return await collect(whole) if stream else whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("asked", "name"), SAME)
+async def test_a_model_that_answers_to_its_name_is_no_mismatch(
+    scripted_server: ScriptedServer, asked: str | None, name: str | None, stream: bool
+) -> None:
+    whole = await served(scripted_server, asked, name, "raise", stream=stream)
+    assert whole["choices"][0]["message"]["content"] == "Hi"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("asked", "name"), OTHER)
+async def test_a_mismatch_can_be_an_error(scripted_server: ScriptedServer, asked: str, name: str, stream: bool) -> None:
+    with pytest.raises(ModelMismatchError, match="asked for model") as caught:
+        await served(scripted_server, asked, name, "raise", stream=stream)
+    assert (caught.value.asked, caught.value.served, caught.value.status) == (asked, name, 200)
+    assert isinstance(caught.value, LLMValidationError)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_mismatch_is_logged_once_for_each_pair(
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    async with LLMClient(scripted_server.api_base, "test-model") as client:
+        for name in ("one", "one", "two", "one"):
+            scripted_server.script(answer("Hi", model=name))
+            whole: Any = await client.chat_completion(MESSAGES, stream=stream)
+            if stream:
+                await collect(whole)
+    assert [record.args for record in caplog.records if record.levelno == logging.WARNING] == [
+        ("test-model", "one", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]
+        ("test-model", "two", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_mismatch_can_be_ignored(
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    await served(scripted_server, "test-model", "other", "ignore", stream=stream)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", ["warn", "ignore"])
+async def test_a_name_that_changes_between_chunks_is_always_an_error(
+    scripted_server: ScriptedServer, mode: str
+) -> None:
+    behaviour = sse(piece("Hel"), piece("lo", model=None), piece("!", model="other"), done=True)
+    error, chunks = await break_off(scripted_server, behaviour, model_mismatch=mode)
+    assert isinstance(error, ModelChangedDuringExecutionError)
+    assert (error.old_model, error.new_model, error.status) == ("test-model", "other", 200)
+    assert error.partial["choices"][0]["message"]["content"] == "Hello"
+    assert error.partial["model"] == "test-model"
+    assert len(chunks) == 2
+
+
+async def test_chunks_without_a_name_change_nothing(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    nameless = piece("b", finish_reason="stop")
+    del nameless["model"]
+    scripted_server.script(sse(piece("a", model=None), piece("a"), nameless, piece("c", model=""), done=True))
+    async with await client.chat_completion(MESSAGES, stream=True) as stream:
+        assert [text_of(each) async for each in stream] == ["a", "a", "b", "c"]
+
+
+# Whatever a server sends
+
+JSON: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(SCARES),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "message", "detail", "type", "code", "choices", "n_ctx", "object"]), inner
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@given(JSON, st.sampled_from([200, 400, 401, 429, 500, 503]))
+def test_any_json_can_be_read(value: Any, status: int) -> None:
+    said = failures.read(json.dumps(value))
+    assert isinstance(said.message, str)
+    assert isinstance(failures.classify(status, {}, json.dumps(value).encode()), Verdict)
+    kind = failures.type_of_error(said, status)
+    assert kind is None or issubclass(kind, LLMError)
+    assert isinstance(failures.error_of_event(said, {}), kind if status == 200 and kind else LLMError)
+    if isinstance(value, dict):
+        assert failures.is_error(value) in (True, False)
+
+
+@given(st.binary())
+def test_any_bytes_can_be_read(body: bytes) -> None:
+    assert isinstance(failures.classify(500, {}, body), Verdict)
+    assert failures.read(body.decode("utf-8", "replace")).text == body.decode("utf-8", "replace")
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 200_000,
+        '{"error":' * 200_000,
+        json.dumps({"error": "model " + "1" * 2_000_000}),
+        json.dumps({"error": "exceeds " + "a " * 1_000_000}),
+        json.dumps({"error": "model '" * 300_000}),
+        json.dumps({"error": "expected " * 200_000}),
+        json.dumps(
+            {"error": {"message": "n_ctx: " + "9" * 10_000 + " exceed_context_size_error", "code": "9" * 10_000}}
+        ),
+        " " * 2_000_000,
+        "Your models:" + "\n-" * 500_000 + " model 'x' not found",
+    ],
+    ids=["brackets", "braces", "digits", "words", "quotes", "expected", "numbers", "spaces", "models"],
+)
+def test_a_hostile_body_takes_no_time(text: str) -> None:
+    for status in (200, 400, 500, 503):
+        assert isinstance(failures.classify(status, {}, text.encode()), Verdict)
+    assert isinstance(failures.error_of_event(failures.read(text), {}), LLMError)

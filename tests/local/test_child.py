@@ -1,0 +1,200 @@
+"""The child process itself, with a stand-in for llama.cpp: its handshake, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmbridge.local.server import _HERE
+from tests.local.conftest import Witness
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+_CHILD = [sys.executable, "-P", str(_HERE / "child.py")]
+_OPTIONS = {
+    "parent": os.getpid(),
+    "model": "/some/where.gguf",
+    "alias": "tiny",
+    "n_ctx": 512,
+    "n_parallel": 2,
+    "threads": 3,
+    "chat_template": "{{ messages }}",
+    "embeddings": True,
+    "pooling": 1,
+    "api_key": "a secret",
+}
+_STAND_IN = """\
+import ctypes, json, os, signal, socket, types
+print("noise of the import", flush=True)
+connection = socket.create_connection(("127.0.0.1", int(os.environ["WITNESS"])))
+def tell(word): connection.sendall(f"{{word}}\\n".encode())
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = (types.SimpleNamespace() for _ in range(3))
+class Server:
+    listening_address = "http://127.0.0.1:1"
+    def __init__(self, params):
+        os.write(1, b"noise of the library\\n")
+        tell(os.getpid())
+        BODY
+"""
+_SHOW = "tell(json.dumps(vars(params), default=lambda value: sorted(value) if type(value) is set else vars(value)))"
+_HOLD_THE_GIL = "ctypes.PyDLL(None).pause()"
+
+StandIn = Callable[[str], dict[str, str]]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, witness: Witness) -> StandIn:
+    """Writes an `xllamacpp` whose server does as told; returns the environment in which it is the one."""
+
+    def write(body: str) -> dict[str, str]:
+        (tmp_path / "xllamacpp.py").write_text(_STAND_IN.replace("{{", "{").replace("}}", "}").replace("BODY", body))
+        return os.environ | {"PYTHONPATH": str(tmp_path), "WITNESS": str(witness.port)}
+
+    return write
+
+
+async def _start(env: dict[str, str], **options: Any) -> Process:
+    process = await asyncio.create_subprocess_exec(*_CHILD, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(_OPTIONS | options).encode() + b"\n")
+    return process
+
+
+async def _end(process: Process) -> tuple[bytes, bytes]:
+    """Closes its stdin, if that is a pipe, and waits for its end."""
+    async with asyncio.timeout(20):
+        return await process.communicate(b"" if process.stdin else None)
+
+
+async def _reply(process: Process) -> Any:
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        return json.loads(await process.stdout.readline())
+
+
+async def test_noise_does_not_disturb_the_handshake(stand_in: StandIn) -> None:
+    process = await _start(stand_in("pass"))
+    assert await _reply(process) == {"address": "http://127.0.0.1:1"}
+    out, err = await _end(process)
+    assert out == b""
+    assert err == b"noise of the import\nnoise of the library\n"
+    assert process.returncode == 0
+
+
+async def test_options_reach_llama_cpp(stand_in: StandIn, witness: Witness) -> None:
+    process = await _start(stand_in(_SHOW))
+    await witness.come()
+    params = json.loads(await witness.word())
+    assert params.pop("model") == {"path": "/some/where.gguf"}
+    assert params.pop("cpuparams") == params.pop("cpuparams_batch") == {"n_threads": 3}
+    expected = {
+        "model_alias": ["tiny"],
+        "chat_template": "{{ messages }}",
+        "n_ctx": 512,
+        "n_parallel": 2,
+        "embedding": True,
+        "pooling_type": 1,
+        "api_keys": ["a secret"],
+        "sse_ping_interval": 1,
+        "ui": False,
+    }
+    assert params.items() >= expected.items()
+    await _end(process)
+
+
+async def test_a_model_that_cannot_be_loaded_is_a_reply(stand_in: StandIn) -> None:
+    process = await _start(stand_in("raise RuntimeError('torn')"))
+    assert await _reply(process) == {"error": "torn"}
+    await _end(process)
+    assert process.returncode == 1
+
+
+async def test_it_ends_when_the_parent_has_gone_before_the_handshake(stand_in: StandIn) -> None:
+    process = await _start(stand_in("pass"), parent=os.getppid())
+    out, _ = await _end(process)
+    assert out == b""
+    assert process.returncode == (1 if sys.platform == "linux" else 0)
+
+
+async def test_ctrl_c_is_for_the_parent(stand_in: StandIn) -> None:
+    process = await _start(stand_in("pass"))
+    await _reply(process)
+    process.send_signal(signal.SIGINT)
+    await _end(process)
+    assert process.returncode == 0
+
+
+_PARENT = """\
+import asyncio, sys
+from lmbridge.local import LocalServer, server
+server._check_machine = lambda: None
+async def main():
+    async with LocalServer(sys.argv[1], start_timeout=None):
+        print("ready", flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_parent_takes_the_running_child_along(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _PARENT, str(gguf), stdout=PIPE, env=stand_in("pass")
+    )
+    await witness.come()
+    assert parent.stdout is not None
+    async with asyncio.timeout(20):
+        assert await parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    await _end(parent)
+    await witness.gone()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+async def test_a_killed_parent_takes_the_loading_child_along(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _PARENT, str(gguf), stdout=PIPE, env=stand_in(_HOLD_THE_GIL)
+    )
+    await witness.come()
+    parent.kill()
+    await _end(parent)
+    await witness.gone()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+async def test_a_running_child_survives_the_thread_that_started_it(stand_in: StandIn) -> None:
+    env = stand_in("pass")
+    started: list[tuple[int, subprocess.Popen[bytes]]] = []
+
+    def start() -> None:
+        process = subprocess.Popen(_CHILD, stdin=PIPE, stdout=PIPE, env=env)
+        started.append((threading.get_native_id(), process))
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(_OPTIONS).encode() + b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join(20)
+    [(thread_id, process)] = started
+    with process:
+        # `join` returns a moment before the kernel is done with the thread and sends the signal.
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/self/task/{thread_id}").exists():
+            assert time.monotonic() < deadline
+    assert process.returncode == 0  # on the end of its stdin, not by a signal

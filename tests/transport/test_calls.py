@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+import pytest
+
+from lmbridge.config import Limits, Timeouts
+from lmbridge.errors import LLMTimeoutError
+from lmbridge.transport.calls import Call, Phase, Reply, Request
+from lmbridge.transport.retry import Verdict
+from lmbridge.transport.scheduler import Scheduler
+
+RETRY, POLL, FAIL = Verdict.RETRY, Verdict.POLL, Verdict.FAIL
+UNLIMITED = Timeouts(connect=None, load=None, first_byte=None, idle=None, total=None)
+
+
+class Clock:
+    """The loop's time, which passes when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+    return clock
+
+
+@pytest.fixture
+def full_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait is as long as jitter allows."""
+    monkeypatch.setattr("backoff.full_jitter", lambda ceiling: ceiling)
+
+
+def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: Any) -> Call:
+    request = Request(
+        operation="chat completion",
+        method="POST",
+        path="/chat/completions",
+        classify=lambda *_: FAIL,
+        timeouts=timeouts,
+        max_retries=max_retries,
+        model="m",
+    )
+    return Call(attrs.evolve(request, **options), "http://x/v1/chat/completions", Scheduler(Limits()), None)
+
+
+def waits(call: Call, clock: Clock, verdict: Verdict, retry_after: float | None = None) -> Iterator[float]:
+    """Asks what to do about the same answer again and again, and does it."""
+    while (wait := call.wait_before_next(verdict, retry_after)) is not None:
+        yield wait
+        clock.wait(wait)
+        call.begin_attempt()
+
+
+# Retries
+
+
+@pytest.mark.parametrize(("asked_for", "retries"), [(0, 0), (1, 1), (2, 2), (5, 5), (6, 5), (1000, 5)])
+async def test_there_are_as_many_retries_as_asked_for_but_no_more_than_5(
+    clock: Clock, asked_for: int, retries: int
+) -> None:
+    call = a_call(max_retries=asked_for)
+    assert len(list(waits(call, clock, RETRY))) == retries == call.retries
+
+
+@pytest.mark.usefixtures("full_waits")
+async def test_waits_grow_from_retry_to_retry(clock: Clock) -> None:
+    assert list(waits(a_call(), clock, RETRY)) == [0.5, 1.0, 2.0, 4.0, 8.0]
+
+
+async def test_an_answer_that_stands_is_not_waited_for(clock: Clock) -> None:
+    call = a_call()
+    assert call.wait_before_next(FAIL, None) is None
+    assert call.wait_before_next(FAIL, 1.0) is None
+    assert call.retries == 0
+
+
+async def test_jitter_never_shortens_the_wait_that_the_server_asked_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backoff.full_jitter", lambda ceiling: 0.0)
+    assert list(waits(a_call(), clock, RETRY, 7.0)) == [7.0] * 5
+    monkeypatch.setattr("backoff.full_jitter", lambda ceiling: ceiling)
+    assert list(waits(a_call(), clock, RETRY, 7.0)) == [7.5, 8.0, 9.0, 11.0, 15.0]
+
+
+@pytest.mark.usefixtures("no_waits")
+async def test_a_server_may_ask_for_a_minute_and_beyond_that_the_answer_stands(clock: Clock) -> None:
+    assert a_call().wait_before_next(RETRY, 60.0) == 60.0
+    call = a_call()
+    for retry_after in (60.01, 3600.0, math.inf):
+        assert call.wait_before_next(RETRY, retry_after) is None
+    assert call.retries == 0
+
+
+# Loading
+
+
+async def test_polls_are_no_retries(clock: Clock) -> None:
+    call = a_call(Timeouts(load=300), max_retries=1)
+    polls = [wait for wait, _ in zip(waits(call, clock, POLL), range(20), strict=False)]
+    assert (polls[0], polls[-1], call.retries) == (0.5, 2.0, 0)
+    assert call.wait_before_next(RETRY, None) is not None
+    assert call.retries == 1
+
+
+async def test_a_server_that_never_stops_loading_is_given_up_when_the_budget_is_spent(clock: Clock) -> None:
+    call = a_call(Timeouts(load=10))
+    started = clock()
+    with pytest.raises(LLMTimeoutError, match="still loading its model, not ready within 10 s") as caught:
+        list(waits(call, clock, POLL))
+    assert caught.value.phase == "load"
+    assert clock() - started == pytest.approx(10)
+    assert caught.value.context["seconds"] == pytest.approx(10)
+    assert caught.value.context["attempts"] == call.attempts
+
+
+async def test_the_last_poll_is_made_when_the_budget_ends_and_not_before(clock: Clock) -> None:
+    polls = waits(a_call(Timeouts(load=3)), clock, POLL)
+    assert [next(polls) for _ in range(4)] == [0.5, 0.75, 1.125, 0.625]
+    with pytest.raises(LLMTimeoutError):
+        next(polls)
+
+
+async def test_the_budget_for_loading_begins_with_the_first_loading_answer(clock: Clock) -> None:
+    call = a_call(Timeouts(load=10))
+    clock.wait(1000)
+    assert call.wait_before_next(POLL, None) == 0.5
+    clock.wait(9.9)
+    assert call.wait_before_next(POLL, None) == pytest.approx(0.1)
+    clock.wait(0.2)
+    with pytest.raises(LLMTimeoutError):
+        call.wait_before_next(POLL, None)
+
+
+async def test_another_answer_in_between_ends_the_loading(clock: Clock) -> None:
+    call = a_call(Timeouts(load=10))
+    for _ in range(3):
+        assert call.wait_before_next(POLL, None) is not None
+        clock.wait(9)
+        assert call.wait_before_next(RETRY, None) is not None
+        clock.wait(9)
+
+
+async def test_without_a_budget_loading_may_take_as_long_as_it_takes(clock: Clock) -> None:
+    call = a_call(Timeouts(load=None))
+    for _ in range(5):
+        assert call.wait_before_next(POLL, None) is not None
+        clock.wait(1e6)
+
+
+async def test_a_poll_comes_at_its_own_pace_whatever_retry_after_says(clock: Clock) -> None:
+    call = a_call()
+    assert call.wait_before_next(POLL, 30.0) == 0.5
+    assert call.wait_before_next(POLL, 3600.0) == 0.75
+
+
+# The whole
+
+
+@pytest.mark.usefixtures("full_waits")
+async def test_a_wait_that_would_pass_the_total_limit_is_not_begun(clock: Clock) -> None:
+    call = a_call(Timeouts(total=3.5, load=None))
+    assert list(waits(call, clock, RETRY)) == [0.5, 1.0]  # the next is 2 s, and would end at 3.5 s
+    assert call.retries == 2
+    assert a_call(Timeouts(total=3.6)).wait_before_next(RETRY, 3.0) == 3.5
+    assert a_call(Timeouts(total=3.5)).wait_before_next(RETRY, 3.0) is None
+    call = a_call(Timeouts(total=3, load=None))
+    polls = list(waits(call, clock, POLL))
+    assert polls == [0.5, 0.75, 1.125]
+    assert call.wait_before_next(POLL, None) is None
+
+
+async def test_the_total_limit_begins_with_the_call_and_the_one_for_an_answer_with_each_attempt(clock: Clock) -> None:
+    call = a_call(Timeouts(first_byte=10, total=25))
+    assert call.total_deadline == 1025
+    assert call.begin_attempt() == 1010
+    clock.wait(12)
+    assert call.begin_attempt() == 1022
+    clock.wait(10)
+    assert call.begin_attempt() == call.first_byte_deadline == 1025
+    assert call.attempts == 3
+
+
+async def test_without_limits_there_is_no_deadline(clock: Clock) -> None:
+    call = a_call()
+    assert call.begin_attempt() == call.first_byte_deadline == call.total_deadline == math.inf
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [
+        ("connect", "no connection within 1 s"),
+        ("load", "the server is still loading its model, not ready within 2 s"),
+        ("first_byte", "no answer within 3 s"),
+        ("idle", "no further event within 0.4 s"),
+        ("total", "no end within 5 s"),
+    ],
+)
+async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phase: Phase, told: str) -> None:
+    call = a_call(Timeouts(connect=1, load=2, first_byte=3, idle=0.4, total=5))
+    call.begin_attempt()
+    clock.wait(2.5)
+    cause = TimeoutError()
+    error = call.timed_out(phase, cause)
+    assert (error.phase, error.__cause__) == (phase, cause)
+    prefix = "chat completion with model 'm' at http://x/v1/chat/completions: "
+    assert str(error).startswith(f"{prefix}{told} (after 1 attempt, 2.50 s); ")
+    assert f"Timeouts.{phase}" in str(error)
+
+
+# Its place, its answer
+
+
+async def test_a_call_gives_its_place_back_once() -> None:
+    scheduler = Scheduler(Limits())
+    call = Call(a_call().request, "http://x", scheduler, await scheduler.acquire("m"))
+    other = await scheduler.acquire("m")
+    call.release()
+    call.release()
+    assert scheduler.in_flight == 1
+    scheduler.release(other)
+    a_call().release()  # one that needs no place has none to give
+
+
+async def test_a_reply_knows_for_how_long_the_server_asked_to_wait() -> None:
+    reply = Reply(call=a_call(), status=429, headers={"Retry-After": "1.5"}, body=b"")
+    assert reply.retry_after == 1.5
+    assert attrs.evolve(reply, headers={}).retry_after is None
