@@ -132,6 +132,7 @@ async def test_the_blocks_of_a_page_run(
 
 
 @pytest.mark.real
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", pages("real"))
 async def test_the_blocks_of_a_page_run_on_the_embedded_server(
     page: Path, namespace: dict[str, Any], capsys: pytest.CaptureFixture[str]

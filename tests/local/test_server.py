@@ -25,6 +25,11 @@ from tests.local.conftest import HANG, SERVE, Script, Witness
 from tests.support import cancel_at_each_step
 
 
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_GRACE", 0.05)
+
+
 async def test_it_has_an_address_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
@@ -124,14 +129,14 @@ async def test_a_child_that_dies_is_quoted(script: Script, gguf: Path, witness: 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 async def test_a_child_that_is_killed_is_said_to_be(script: Script, gguf: Path) -> None:
     script("os.kill(os.getpid(), signal.SIGILL)")
-    with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready, and left no word$"):
+    with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready and left no word$"):
         await LocalServer(gguf).__aenter__()
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("reply('hello\\n')", r"it said b'hello\\n', no address, and left no word$"),
+        ("reply('hello\\n')", r"it said b'hello\\n', no address and left no word$"),
         ("reply('[1]\\n')", r"it said b'\[1\]\\n', no address"),
         ("reply('{}\\n')", r"it said b'{}\\n', no address"),
         ("reply('{\"address\": 5}\\n')", "no address"),
@@ -141,7 +146,7 @@ async def test_a_child_that_is_killed_is_said_to_be(script: Script, gguf: Path) 
     ids=["text", "array", "object", "number", "bytes", "endless"],
 )
 async def test_a_child_that_talks_nonsense_is_ended(
-    script: Script, gguf: Path, witness: Witness, body: str, message: str
+    script: Script, gguf: Path, witness: Witness, body: str, message: str, short_grace: None
 ) -> None:
     script(f"{body}\n{HANG}")
     with pytest.raises(LLMConnectionError, match=message):
@@ -150,9 +155,11 @@ async def test_a_child_that_talks_nonsense_is_ended(
 
 
 @pytest.mark.parametrize("body", [HANG, f"os.close(1)\n{HANG}"], ids=["silent", "closed"])
-async def test_a_child_that_hangs_is_ended(script: Script, gguf: Path, witness: Witness, body: str) -> None:
+async def test_a_child_that_hangs_is_ended(
+    script: Script, gguf: Path, witness: Witness, body: str, short_grace: None
+) -> None:
     script(body)
-    with pytest.raises(LLMConnectionError, match=r"it was not ready within 0\.3 s, and left no word$") as caught:
+    with pytest.raises(LLMConnectionError, match=r"it was not ready within 0\.3 s and left no word$") as caught:
         await LocalServer(gguf, start_timeout=0.3).__aenter__()
     assert isinstance(caught.value.__cause__, TimeoutError)
     witness.assert_reaped()
@@ -235,9 +242,8 @@ async def test_a_cancel_anywhere_leaves_no_child(script: Script, gguf: Path, wit
 
 
 async def test_a_child_that_does_not_heed_is_killed(
-    script: Script, gguf: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+    script: Script, gguf: Path, witness: Witness, short_grace: None
 ) -> None:
-    monkeypatch.setattr(server, "_GRACE", 0.05)
     script(f"{SERVE}\n{HANG}")
     async with LocalServer(gguf):
         pass
@@ -245,9 +251,8 @@ async def test_a_child_that_does_not_heed_is_killed(
 
 
 async def test_a_cancelled_close_still_ends_the_child(
-    script: Script, gguf: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+    script: Script, gguf: Path, witness: Witness, short_grace: None
 ) -> None:
-    monkeypatch.setattr(server, "_GRACE", 0.05)
     script(f"{SERVE}; tell('told to go')\n{HANG}")
     local = LocalServer(gguf)
     await local.__aenter__()
@@ -302,7 +307,7 @@ async def test_a_server_that_crashed_is_reported_at_the_end(
     with caplog.at_level(logging.WARNING, "lmbridge.local"):
         async with LocalServer(gguf):
             await witness.gone()
-    assert caplog.messages == ["the server of tiny ended with status 7: assertion failed"]
+    assert caplog.messages == ["the server of tiny ended with status 7; its last words:\nassertion failed"]
 
 
 async def test_one_that_was_never_closed_says_so(script: Script, gguf: Path, witness: Witness) -> None:

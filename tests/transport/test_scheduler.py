@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmbridge.config import Limits
+from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
+from lmbridge.transport.scheduler import Place, Scheduler, _Waiter
+
+
+class Clock:
+    """The loop's time, which passes when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+    return clock
+
+
+Complaints = list[dict[str, Any]]
+
+
+@pytest.fixture
+async def complaints() -> Complaints:
+    """What the loop logs: exceptions that nobody saw."""
+    complaints: Complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    return complaints
+
+
+def a_scheduler(max_concurrency: int = 1, max_queue: float | None = 600.0) -> Scheduler:
+    return Scheduler(Limits(max_concurrency=max_concurrency, max_queue=max_queue))
+
+
+def ask(scheduler: Scheduler, model: str | None = "m") -> asyncio.Task[Place]:
+    """A task of its own that asks for a place."""
+    return asyncio.create_task(scheduler.acquire(model))
+
+
+async def turns(count: int = 3) -> None:
+    """Lets everything that is ready run, and what becomes ready by it."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def held_by_others(scheduler: Scheduler, count: int = 1) -> list[Place]:
+    return [await ask(scheduler) for _ in range(count)]
+
+
+# Order
+
+
+async def test_a_free_place_is_given_without_waiting() -> None:
+    scheduler = a_scheduler(2)
+    asking = scheduler.acquire("a")
+    with pytest.raises(StopIteration) as given:
+        asking.send(None)
+    assert (given.value.value.model, scheduler.in_flight, scheduler.queued) == ("a", 1, 0)
+
+
+async def test_no_more_are_in_flight_than_allowed_and_the_others_go_in_the_order_in_which_they_came() -> None:
+    scheduler = a_scheduler(3)
+    tasks = [ask(scheduler, str(number)) for number in range(10)]
+    for done in range(3, 11):
+        await turns()
+        assert [task.done() for task in tasks] == [True] * done + [False] * (10 - done)
+        assert (scheduler.in_flight, scheduler.queued) == (3, 10 - done)
+        scheduler.release(tasks[done - 2].result())
+    assert [(await task).model for task in tasks] == [str(number) for number in range(10)]
+
+
+async def test_who_comes_in_the_moment_in_which_a_place_is_free_stands_behind_those_who_wait() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    first = ask(scheduler)
+    await turns()
+    scheduler.release(place)
+    last = ask(scheduler)
+    await turns()
+    assert (first.done(), last.done()) == (True, False)
+    scheduler.release(first.result())
+    assert (await last).model == "m"
+
+
+async def test_a_place_may_be_given_back_twice() -> None:
+    scheduler = a_scheduler(2)
+    place, _ = await held_by_others(scheduler, 2)
+    tasks = [ask(scheduler), ask(scheduler)]
+    await turns()
+    scheduler.release(place)
+    scheduler.release(place)
+    await turns()
+    scheduler.release(place)
+    assert [task.done() for task in tasks] == [True, False]
+    assert (scheduler.in_flight, scheduler.queued) == (2, 1)
+    tasks[1].cancel()
+
+
+async def test_a_place_of_another_scheduler_is_none_here() -> None:
+    scheduler = a_scheduler()
+    await held_by_others(scheduler)
+    (stranger,) = await held_by_others(a_scheduler())
+    scheduler.release(stranger)
+    assert scheduler.in_flight == 1
+
+
+# Cancels
+
+
+async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    tasks = [ask(scheduler) for _ in range(3)]
+    await turns()
+    tasks[0].cancel()
+    await turns()
+    assert (tasks[0].cancelled(), scheduler.queued) == (True, 2)
+    scheduler.release(place)
+    await turns()
+    assert (tasks[1].done(), tasks[2].done()) == (True, False)
+    scheduler.release(tasks[1].result())
+    await tasks[2]
+
+
+async def test_a_place_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    tasks = [ask(scheduler), ask(scheduler)]
+    await turns()
+    tasks[0].cancel()
+    scheduler.release(place)  # before the cancelled task has run
+    await turns()
+    assert (tasks[0].cancelled(), tasks[1].done()) == (True, True)
+
+
+async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_place_passes_it_on() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    tasks = [ask(scheduler) for _ in range(4)]
+    await turns()
+    scheduler.release(place)
+    for task in tasks[:3]:
+        task.cancel()
+    await turns(6)
+    assert [task.cancelled() for task in tasks] == [True, True, True, False]
+    scheduler.release(tasks[3].result())
+    assert (scheduler.in_flight, scheduler.queued) == (0, 0)
+
+
+async def test_a_place_that_nobody_takes_is_free_again() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    task = ask(scheduler)
+    await turns()
+    scheduler.release(place)
+    task.cancel()
+    await turns()
+    assert (task.cancelled(), scheduler.in_flight) == (True, 0)
+    assert (await scheduler.acquire("next")).model == "next"
+
+
+async def test_a_caller_may_wait_no_longer_than_it_wants() -> None:
+    scheduler = a_scheduler()
+    await held_by_others(scheduler)
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(0):
+            await scheduler.acquire("m")
+    assert type(caught.value) is TimeoutError
+    assert scheduler.queued == 0
+
+
+async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    tasks = [ask(scheduler) for _ in range(10_000)]
+    await turns()
+    assert scheduler.queued == 10_000
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+    del task, tasks
+    assert scheduler.queued == 0
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, _Waiter)]
+    scheduler.release(place)
+    assert (await scheduler.acquire("m"), scheduler.in_flight)[1] == 1
+
+
+# Limits of waiting
+
+
+async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_the_places(clock: Clock) -> None:
+    scheduler = a_scheduler(2, max_queue=60)
+    old = await ask(scheduler, "qwen")
+    clock.wait(40)
+    await ask(scheduler, None)
+    clock.wait(8)
+    old.touch(clock())
+    task = ask(scheduler)
+    await turns()
+    clock.wait(59.5)
+    await turns()
+    assert not task.done()
+    clock.wait(0.5)
+    with pytest.raises(LLMTimeoutError) as caught:
+        await task
+    assert caught.value.phase == "queue"
+    holders = ["qwen for 108 s (unread for 60 s)", "no model named for 68 s (unread for 68 s)"]
+    assert caught.value.context["holders"] == holders
+    assert f"not admitted within 60 s; 2 of 2 places are held by: {', '.join(holders)}; " in str(caught.value)
+    assert "Limits.max_queue" in str(caught.value)
+    assert (scheduler.in_flight, scheduler.queued) == (2, 0)
+
+
+async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
+    scheduler = a_scheduler(1, max_queue=60)
+    (place,) = await held_by_others(scheduler)
+    early = ask(scheduler)
+    await turns()
+    clock.wait(30)
+    late = ask(scheduler)
+    await turns()
+    clock.wait(30)
+    with pytest.raises(LLMTimeoutError):
+        await early
+    assert not late.done()
+    scheduler.release(place)
+    await late
+
+
+async def test_who_got_a_place_in_time_keeps_it(clock: Clock, complaints: Complaints) -> None:
+    scheduler = a_scheduler(1, max_queue=60)
+    (place,) = await held_by_others(scheduler)
+    task = ask(scheduler)
+    await turns()
+    asyncio.get_running_loop().call_at(clock() + 59.9, scheduler.release, place)  # just before the timer of `task`
+    clock.wait(60)
+    assert (await task).model == "m"
+    clock.wait(600)
+    await turns()
+    assert (scheduler.in_flight, complaints) == (1, [])
+
+
+async def test_a_place_that_is_free_too_late_goes_to_the_next(clock: Clock) -> None:
+    scheduler = a_scheduler(1, max_queue=60)
+    (place,) = await held_by_others(scheduler)
+    late = ask(scheduler)
+    await turns()
+    clock.wait(30)
+    following = ask(scheduler)
+    await turns()
+    asyncio.get_running_loop().call_at(clock() + 30, scheduler.release, place)  # right behind the timer of `late`
+    clock.wait(30)
+    with pytest.raises(LLMTimeoutError):
+        await late
+    assert (await following).model == "m"
+
+
+async def test_without_max_queue_waiting_takes_as_long_as_it_takes(clock: Clock) -> None:
+    scheduler = a_scheduler(1, max_queue=None)
+    (place,) = await held_by_others(scheduler)
+    task = ask(scheduler)
+    await turns()
+    clock.wait(1e9)
+    await turns()
+    assert not task.done()
+    scheduler.release(place)
+    await task
+
+
+async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
+    scheduler = a_scheduler(2, max_queue=None)
+    mine = [await scheduler.acquire("a"), await scheduler.acquire("b")]
+    for _ in range(2):
+        with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 2 of 2 places are held") as e:
+            await scheduler.acquire("c")
+        assert e.value.phase == "queue"
+    assert (scheduler.in_flight, scheduler.queued) == (2, 0)
+    other = ask(scheduler)  # which can wait: this task gives its places back some time
+    await turns()
+    scheduler.release(mine[0])
+    await other
+    scheduler.release(mine[1])
+    assert (await scheduler.acquire("d")).model == "d"
+
+
+async def test_a_task_with_a_place_of_its_own_waits_where_another_task_holds_one_too() -> None:
+    scheduler = a_scheduler(2, max_queue=None)
+    await scheduler.acquire("mine")
+    (others,) = await held_by_others(scheduler)
+    asyncio.get_running_loop().call_soon(scheduler.release, others)
+    assert (await scheduler.acquire("mine too")).model == "mine too"
+
+
+async def test_the_holder_of_a_place_is_the_task_that_last_read_its_stream() -> None:
+    scheduler = a_scheduler(1, max_queue=None)
+    place = await scheduler.acquire("opened here")
+
+    async def read() -> None:
+        place.touch(0.0)
+        with pytest.raises(LLMTimeoutError):
+            await scheduler.acquire("of the reader")
+
+    await asyncio.create_task(read())
+    asyncio.get_running_loop().call_soon(scheduler.release, place)
+    assert (await scheduler.acquire("of the opener")).model == "of the opener"
+
+
+async def test_the_holder_of_a_place_that_was_waited_for_is_the_task_that_waited() -> None:
+    scheduler = a_scheduler(1, max_queue=None)
+    place = await scheduler.acquire("first")
+
+    async def wait() -> Place:
+        place = await scheduler.acquire("second")
+        with pytest.raises(LLMTimeoutError):
+            await scheduler.acquire("third")
+        return place
+
+    task = asyncio.create_task(wait())
+    await turns()
+    scheduler.release(place)
+    asyncio.get_running_loop().call_soon(scheduler.release, await task)
+    assert (await scheduler.acquire("fourth")).model == "fourth"
+
+
+# The end
+
+
+def closed() -> LLMError:
+    return TaskCancelledError("closed")
+
+
+async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    tasks = [ask(scheduler) for _ in range(3)]
+    await turns()
+    scheduler.fail_waiters(closed)
+    assert (scheduler.in_flight, scheduler.queued) == (1, 0)
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in errors] == [TaskCancelledError] * 3
+    assert len({id(error) for error in errors}) == 3
+    scheduler.release(place)
+    assert (await ask(scheduler)).model == "m"
+
+
+async def test_who_got_a_place_just_before_keeps_it() -> None:
+    scheduler = a_scheduler()
+    (place,) = await held_by_others(scheduler)
+    task = ask(scheduler)
+    await turns()
+    scheduler.release(place)
+    scheduler.fail_waiters(closed)
+    assert (await task).model == "m"
+
+
+async def test_a_cancel_in_the_moment_of_an_error_stays_a_cancel_and_nothing_is_logged(complaints: Complaints) -> None:
+    scheduler = a_scheduler()
+    await held_by_others(scheduler)
+    for cancel_first in (True, False):
+        task = ask(scheduler)
+        await turns()
+        if cancel_first:
+            task.cancel()
+        scheduler.fail_waiters(closed)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        del task
+        gc.collect()
+    assert complaints == []
+
+
+# Anything in any order
+
+Kind = Literal["arrive", "finish", "cancel"]
+_steps = st.lists(
+    st.lists(st.tuples(st.sampled_from(["arrive", "arrive", "finish", "cancel"]), st.integers(0, 9)), max_size=6),
+    max_size=20,
+)
+
+
+@settings(deadline=None)
+@given(limit=st.integers(1, 4), steps=_steps)
+def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none_is_lost(
+    limit: int, steps: list[list[tuple[Kind, int]]]
+) -> None:
+    async def run() -> None:
+        scheduler = a_scheduler(limit, max_queue=None)
+        requests: list[asyncio.Task[Place]] = []  # in the order in which they came, without those that are over
+        for step in steps:
+            for kind, number in step:  # all in one turn of the loop
+                if kind == "arrive":
+                    requests.append(ask(scheduler))
+                elif requests:
+                    request = requests[number % len(requests)]
+                    if not request.done() and kind == "cancel":
+                        request.cancel()
+                    elif request.done() and kind == "finish":
+                        requests.remove(request)
+                        scheduler.release(request.result())
+                assert scheduler.in_flight <= limit
+            await turns(10)
+            requests = [request for request in requests if not request.cancelled()]
+            given_places = min(limit, len(requests))
+            assert (scheduler.in_flight, scheduler.queued) == (given_places, len(requests) - given_places)
+            waiting = len(requests) - given_places
+            assert [request.done() for request in requests] == [True] * given_places + [False] * waiting
+        for request in requests:
+            scheduler.release(await request)
+        assert (scheduler.in_flight, scheduler.queued) == (0, 0)
+
+    asyncio.run(run())
