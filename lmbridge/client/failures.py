@@ -152,8 +152,8 @@ _SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
 _LOAD_HINT: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
 _EVICTED_HINT: Final = (
-    "the server dropped the model, maybe for another one that was asked for meanwhile; without"
-    " Limits(max_loaded_models=...) requests for different models are not kept apart"
+    "the server dropped the model, maybe for another one that was asked for meanwhile; on a server that holds one"
+    " model, send requests for different models one after another"
 )
 _HINTS: Final[Mapping[type[LLMError], str]] = {
     LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",

@@ -52,7 +52,7 @@ class Call:
         self.place = place
         self.attempts = 0
         self.retries = 0
-        self._url = url
+        self.url = url
         self._scheduler = scheduler
         self._clock = asyncio.get_running_loop().time
         self._started = self._clock()
@@ -66,7 +66,7 @@ class Call:
         """What errors say about it."""
         return {
             "operation": self.request.operation,
-            "url": self._url,
+            "url": self.url,
             "model": self.request.model,
             "attempts": self.attempts,
             "seconds": self._clock() - self._started,

@@ -200,7 +200,7 @@ class EventStream:
 
     def _cut(self, exc: BaseException) -> LLMStreamError:
         return LLMStreamError(
-            f"the connection broke in mid-stream: {exc or type(exc).__name__}",
+            "the connection broke in mid-stream",
             exc,
             hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
             status=self.status,

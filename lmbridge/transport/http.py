@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import attrs
-from yarl import URL
 
 from lmbridge._version import __version__
 from lmbridge.config import Limits, default_api_base, default_api_key, normalize_api_base
@@ -73,13 +72,16 @@ class Transport:
         self.limits: Final = Limits() if limits is None else _checked("limits", limits, Limits)
         self._ssl = None if ssl is None else _checked("ssl", ssl, ssl_module.SSLContext)
         self._trust_env = trust_env and not _is_loopback(self.api_base)
-        self._urls: dict[str, URL] = {}
         self._opened: _Opened | None = None
         self.retries = 0
         """Attempts beyond the first of each request, polls of a loading server not counted."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_opened", None) is not None:
+            warnings.warn(f"unclosed {self!r}; close its client, or use `async with`", ResourceWarning, 2, source=self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -220,6 +222,7 @@ class Transport:
 
     async def _attempt(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply | _Failure:
         caught: Exception
+        response: aiohttp.ClientResponse | None = None
         try:
             with Deadline(opened.loop, call.begin_attempt()):
                 response = await self._send(opened, call)
@@ -231,7 +234,9 @@ class Transport:
         except _BROKEN as exc:
             caught = exc
         # Out of the handler, so that no error's context leads to an exception of aiohttp's that holds our headers.
-        return _failure(call, caught)
+        failure = _failure(call, caught)
+        failure.error.status = response.status if response is not None else None
+        return failure
 
     async def _send(self, opened: _Opened, call: Call) -> aiohttp.ClientResponse:
         """Sends it; once more, at once, if a kept connection turns out to be dead before any byte of a reply."""
@@ -242,7 +247,7 @@ class Transport:
             try:
                 return await opened.session.request(
                     request.method,
-                    self._url(request.path),
+                    call.url,
                     data=request.body,
                     headers=_JSON if request.body is not None else None,
                     allow_redirects=False,
@@ -252,12 +257,6 @@ class Transport:
                 if resent or not _kept.get() or opened.closed.done():
                     raise
                 resent = True
-
-    def _url(self, path: str) -> URL:
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = URL(self.api_base + path, encoded=True)
-        return url
 
     # The session
 
@@ -406,17 +405,22 @@ def _failure(call: Call, exc: Exception) -> _Failure:
     cause: BaseException | None = exc
     if isinstance(exc, aiohttp.ClientResponseError):
         cause = exc.__cause__  # aiohttp's own exception has our request's headers in its repr
-    told = f"{what}: {_reason(exc)}"
-    return _Failure(LLMConnectionError(told, cause, hint=hint, context=call.context()), verdict)
+    reason = _reason(exc)
+    return _Failure(
+        LLMConnectionError(f"{what}: {reason}" if reason else what, cause, hint=hint, context=call.context()), verdict
+    )
 
 
 def _reason(exc: Exception) -> str:
+    """What the exception adds to what its class says, in words for people."""
     if isinstance(exc, aiohttp.ClientResponseError):
         return exc.message
+    if isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        return ""
     if isinstance(exc, aiohttp.ClientConnectorError):
         exc = exc.os_error
-    if isinstance(exc, ConnectionError) and exc.errno:
-        return os.strerror(exc.errno)  # asyncio's own text is "Connect call failed (address)"
+    if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
+        return os.strerror(exc.errno)
     return str(exc) or type(exc).__name__
 
 

@@ -39,7 +39,7 @@ _STAND_IN = """\
 import ctypes, json, os, signal, socket, types
 print("noise of the import", flush=True)
 connection = socket.create_connection(("127.0.0.1", int(os.environ["WITNESS"])))
-def tell(word): connection.sendall(f"{{word}}\\n".encode())
+def tell(word): connection.sendall(f"{word}\\n".encode())
 class CommonParams:
     def __init__(self):
         self.model, self.cpuparams, self.cpuparams_batch = (types.SimpleNamespace() for _ in range(3))
@@ -61,7 +61,7 @@ def stand_in(tmp_path: Path, witness: Witness) -> StandIn:
     """Writes an `xllamacpp` whose server does as told; returns the environment in which it is the one."""
 
     def write(body: str) -> dict[str, str]:
-        (tmp_path / "xllamacpp.py").write_text(_STAND_IN.replace("{{", "{").replace("}}", "}").replace("BODY", body))
+        (tmp_path / "xllamacpp.py").write_text(_STAND_IN.replace("BODY", body))
         return os.environ | {"PYTHONPATH": str(tmp_path), "WITNESS": str(witness.port)}
 
     return write

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -132,7 +133,7 @@ async def test_a_close_does_not_wait_for_a_stream(http: aiohttp.ClientSession) -
                 pass
 
 
-async def test_a_file_that_llama_cpp_refuses_is_reported_with_its_words(tmp_path: Any) -> None:
+async def test_a_file_that_llama_cpp_refuses_is_reported_with_its_words(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(1000))
     with pytest.raises(
@@ -141,7 +142,7 @@ async def test_a_file_that_llama_cpp_refuses_is_reported_with_its_words(tmp_path
         await LocalServer(path).__aenter__()
 
 
-async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, tmp_path: Any) -> None:
+async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, tmp_path: Path) -> None:
     template = tmp_path / "fixed.jinja"
     template.write_text("<|im_start|>user\nWhat is the opposite of hot?<|im_end|>\n<|im_start|>assistant\n")
     path = await locate()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,28 +12,10 @@ from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.calls import Call, Phase, Reply, Request
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Scheduler
+from tests.transport.clock import Clock
 
 RETRY, POLL, FAIL = Verdict.RETRY, Verdict.POLL, Verdict.FAIL
 UNLIMITED = Timeouts(connect=None, load=None, first_byte=None, idle=None, total=None)
-
-
-class Clock:
-    """The loop's time, which passes when the test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
-    return clock
 
 
 @pytest.fixture

@@ -11,26 +11,7 @@ from hypothesis import strategies as st
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.scheduler import Place, Scheduler, _Waiter
-
-
-class Clock:
-    """The loop's time, which passes when the test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
-    return clock
-
+from tests.transport.clock import Clock
 
 Complaints = list[dict[str, Any]]
 

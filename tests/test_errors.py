@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import pytest
+
+from lmbridge import errors
+from lmbridge.errors import (
+    ContextLengthExceededError,
+    ErrorDetails,
+    LLMAuthenticationError,
+    LLMConnectionError,
+    LLMError,
+    LLMRateLimitError,
+    LLMResponseError,
+    LLMStreamError,
+    LLMTimeoutError,
+    LLMValidationError,
+    MaxRoundsExceededError,
+    MCPConnectionError,
+    MCPError,
+    ModelChangedDuringExecutionError,
+    ModelLoadError,
+    ModelMismatchError,
+    ModelNotFoundError,
+    MultiMCPError,
+    RunIncompleteError,
+    TaskCancelledError,
+    ToolError,
+)
+
+BASES: dict[type[LLMError], tuple[type[BaseException], ...]] = {
+    LLMError: (Exception,),
+    LLMConnectionError: (LLMError, ConnectionError),
+    LLMTimeoutError: (LLMError, TimeoutError),
+    LLMResponseError: (LLMError,),
+    LLMAuthenticationError: (LLMResponseError,),
+    LLMRateLimitError: (LLMResponseError,),
+    ContextLengthExceededError: (LLMResponseError,),
+    ModelLoadError: (LLMResponseError,),
+    LLMStreamError: (LLMError,),
+    LLMValidationError: (LLMError, ValueError),
+    ModelNotFoundError: (LLMValidationError,),
+    ModelMismatchError: (LLMValidationError,),
+    TaskCancelledError: (LLMError,),
+    ModelChangedDuringExecutionError: (TaskCancelledError,),
+    RunIncompleteError: (LLMError,),
+    MaxRoundsExceededError: (RunIncompleteError,),
+    ToolError: (LLMError,),
+    MCPError: (LLMError,),
+    MCPConnectionError: (MCPError,),
+    MultiMCPError: (MCPError,),
+}
+# The arguments that a class has beside the message, the cause and the details that all have.
+OWN: dict[type[LLMError], dict[str, Any]] = {
+    LLMTimeoutError: {"phase": "idle"},
+    LLMResponseError: {"retry_after": 3.0},
+    LLMAuthenticationError: {"retry_after": 3.0},
+    LLMRateLimitError: {"retry_after": 3.0},
+    ModelLoadError: {"retry_after": 3.0},
+    ContextLengthExceededError: {"prompt_tokens": 9000, "context_length": 4096, "retry_after": 3.0},
+    ModelNotFoundError: {"model_name": "lama", "available_models": ["llama", "qwen"]},
+    ModelMismatchError: {"asked": "a", "served": "b"},
+    ModelChangedDuringExecutionError: {"old_model": "a", "new_model": "b"},
+    RunIncompleteError: {"result": {"text": "so far", "rounds": 3}},
+    MaxRoundsExceededError: {"result": {"text": "so far", "rounds": 3}},
+    MCPConnectionError: {"server": "files"},
+    MultiMCPError: {"errors": {"files": MCPConnectionError("no such program", server="files"), "web": OSError(2, "x")}},
+}
+DETAILS: ErrorDetails = {
+    "hint": "try again",
+    "context": {"operation": "chat completion", "url": "http://x/v1", "model": "m", "attempts": 2, "seconds": 1.25},
+    "status": 503,
+    "body": '{"error": "crashed"}',
+    "partial": {"choices": [{"message": {"content": "Hel"}}]},
+}
+
+every_class = pytest.mark.parametrize("kind", BASES, ids=lambda kind: kind.__name__)
+Copier = Callable[[LLMError], LLMError]
+
+
+def pickled(error: LLMError) -> LLMError:
+    return cast("LLMError", pickle.loads(pickle.dumps(error)))
+
+
+every_copy = pytest.mark.parametrize("copied", [pickled, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+
+
+def make(kind: type[LLMError], cause: BaseException | None = None) -> LLMError:
+    """An error that has everything that it can have."""
+    own = OWN.get(kind, {})
+    if kind is ModelNotFoundError:
+        return ModelNotFoundError(**own, original_exception=cause, **DETAILS)
+    return kind("it broke", original_exception=cause, **own, **DETAILS)
+
+
+class Unpicklable:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> str:
+        raise TypeError("not to be pickled")
+
+
+class OfTwoArgumentsError(Exception):
+    """It can be pickled, but not be made again from it."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+# The tree
+
+
+def test_the_tree_is_the_one_that_was_promised() -> None:
+    found = {
+        kind: kind.__bases__
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, BaseException)
+    }
+    assert found == BASES
+
+
+@every_class
+def test_no_error_is_a_cancellation_and_each_is_an_ordinary_exception(kind: type[LLMError]) -> None:
+    assert issubclass(kind, Exception)
+    assert not issubclass(kind, asyncio.CancelledError)
+
+
+def test_callers_can_catch_the_builtins_that_they_know() -> None:
+    for kind, builtin in (
+        (LLMConnectionError, OSError),
+        (LLMTimeoutError, asyncio.TimeoutError),
+        (LLMValidationError, ValueError),
+    ):
+        with pytest.raises(builtin, match="it broke"):
+            raise kind("it broke")
+
+
+@every_class
+def test_every_class_is_in_the_tree_of_the_documentation(kind: type[LLMError]) -> None:
+    assert f" {kind.__name__}" in (errors.__doc__ or "")
+
+
+# Attributes
+
+
+@every_class
+def test_every_error_has_what_it_was_given(kind: type[LLMError]) -> None:
+    cause = ValueError("deeper")
+    before = datetime.now(UTC)
+    error = make(kind, cause)
+    assert before <= error.timestamp <= datetime.now(UTC)
+    assert error.__cause__ is error.original_exception is cause
+    for name, value in {**DETAILS, **OWN.get(kind, {})}.items():
+        assert getattr(error, name) == value
+    assert error.message == error.args[0]
+    if kind is not ModelNotFoundError:
+        assert error.message == "it broke"
+
+
+@every_class
+def test_every_error_can_be_made_without_arguments_or_with_what_it_is_about(kind: type[LLMError]) -> None:
+    error = ModelNotFoundError("lama") if kind is ModelNotFoundError else kind()
+    assert str(error) == error.message != ""
+    assert (error.hint, error.context, error.status, error.body, error.partial) == (None, {}, None, None, None)
+    assert error.__cause__ is None
+
+
+def test_the_second_argument_is_the_exception_behind_it() -> None:
+    cause = OSError("no route")
+    assert LLMError("it broke", cause).__cause__ is cause
+    assert ModelNotFoundError("lama", ["llama"], cause).__cause__ is cause
+    assert ModelChangedDuringExecutionError("it broke", "a", "b", cause).__cause__ is cause
+
+
+def test_an_error_that_is_raised_from_another_has_it_as_original_exception() -> None:
+    cause = ValueError("deeper")
+    with pytest.raises(ToolError) as caught:
+        raise ToolError("it broke") from cause
+    assert caught.value.original_exception is cause
+
+
+def test_an_error_that_is_raised_while_another_is_handled_does_not_hide_it() -> None:
+    def handle() -> None:
+        try:
+            raise ValueError("deeper")
+        except ValueError:
+            raise ToolError("it broke")  # noqa: B904 - on purpose
+
+    with pytest.raises(ToolError) as caught:
+        handle()
+    assert "ValueError: deeper" in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_context_is_the_errors_own() -> None:
+    given = {"model": "m"}
+    error = LLMError("it broke", context=given)
+    error.context["attempts"] = 1
+    assert given == {"model": "m"}
+
+
+@pytest.mark.parametrize("kind", [RunIncompleteError, MaxRoundsExceededError])
+def test_the_result_of_an_incomplete_run_is_its_partial_too(kind: type[RunIncompleteError]) -> None:
+    result = object()
+    assert kind(result=result).partial is kind(result=result).result is result
+    assert kind(result=result, partial="other").partial == "other"
+    assert kind().partial is None
+
+
+def test_the_errors_of_several_servers_are_kept_by_name() -> None:
+    failed: dict[str, BaseException] = {"files": MCPConnectionError("no such program"), "web": TimeoutError()}
+    error = MultiMCPError(errors=failed)
+    assert error.errors == failed
+    assert error.errors is not failed
+    assert str(error) == "MCP servers failed: files: no such program; web: TimeoutError"
+    assert str(MultiMCPError("nothing started", errors=failed)) == "nothing started"
+
+
+# What an error says
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ({}, "it broke"),
+        ({"hint": "try again"}, "it broke; try again"),
+        ({"context": {"operation": "chat completion"}}, "chat completion: it broke"),
+        ({"context": {"model": "m"}}, "request with model 'm': it broke"),
+        ({"context": {"url": "http://x/v1"}}, "request at http://x/v1: it broke"),
+        (
+            {"context": {"operation": "chat completion", "model": "m", "url": "http://x/v1"}},
+            "chat completion with model 'm' at http://x/v1: it broke",
+        ),
+        ({"context": {"attempts": 1}}, "it broke (after 1 attempt)"),
+        ({"context": {"attempts": 3}}, "it broke (after 3 attempts)"),
+        ({"context": {"attempts": 0}}, "it broke (after 0 attempts)"),
+        ({"context": {"seconds": 0.004}}, "it broke (after 0.00 s)"),
+        ({"context": {"operation": None, "model": None, "url": None, "attempts": None, "seconds": None}}, "it broke"),
+        ({"context": {"holders": ["secret"]}, "status": 401, "body": "secret", "partial": "secret"}, "it broke"),
+        (
+            DETAILS,
+            "chat completion with model 'm' at http://x/v1: it broke (after 2 attempts, 1.25 s); try again",
+        ),
+    ],
+)
+def test_an_error_reads_as_one_sentence(details: ErrorDetails, told: str) -> None:
+    assert str(LLMError("it broke", **details)) == told
+
+
+@every_class
+def test_every_error_reads_as_one_sentence(kind: type[LLMError]) -> None:
+    error = make(kind)
+    start = "chat completion with model 'm' at http://x/v1: "
+    assert str(error) == f"{start}{error.message} (after 2 attempts, 1.25 s); try again"
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "told"),
+    [
+        ("lama", [], "model 'lama' not found"),
+        ("gpt-4o", ["llama", "qwen"], "model 'gpt-4o' not found; there are: llama, qwen"),
+        ("lama", ["qwen", "llama"], "model 'lama' not found (did you mean 'llama'?); there are: qwen, llama"),
+        ("LLAMA", ["qwen", "llama"], "model 'LLAMA' not found (did you mean 'llama'?); there are: qwen, llama"),
+        ("qwen3-8b", ["Qwen3-8B"], "model 'qwen3-8b' not found (did you mean 'Qwen3-8B'?); there are: Qwen3-8B"),
+        ("ab1", ["ab2", "ab3"], "model 'ab1' not found (did you mean 'ab3' or 'ab2'?); there are: ab2, ab3"),
+        (None, ["llama"], "model not found; there are: llama"),
+    ],
+)
+def test_a_model_that_was_not_found_is_told_with_close_matches_and_what_there_is(
+    name: str | None, models: list[str], told: str
+) -> None:
+    assert str(ModelNotFoundError(name, models)) == told
+
+
+def test_a_mismatch_and_a_change_tell_both_models() -> None:
+    assert str(ModelMismatchError(asked="a", served="b")) == "asked for model 'a', but 'b' answered"
+    changed = ModelChangedDuringExecutionError(old_model="a", new_model="b")
+    assert str(changed) == "the model changed from 'a' to 'b'"
+
+
+# Copies
+
+
+@every_class
+@every_copy
+def test_a_copy_has_everything(kind: type[LLMError], copied: Copier) -> None:
+    error = make(kind, ValueError("deeper"))
+    error.add_note("noted")
+    other = copied(error)
+    assert other is not error
+    assert type(other) is kind
+    assert (str(other), repr(other), other.args) == (str(error), repr(error), error.args)
+    assert repr(other.__cause__) == "ValueError('deeper')"
+    theirs, ours = vars(other).copy(), vars(error).copy()
+    assert ours["__notes__"] == ["noted"]
+    assert repr(theirs.pop("errors", None)) == repr(ours.pop("errors", None))
+    assert theirs == ours
+
+
+@every_class
+@every_copy
+def test_a_copy_without_a_cause_has_none(kind: type[LLMError], copied: Copier) -> None:
+    other = copied(make(kind))
+    assert other.__cause__ is None
+    assert not other.__suppress_context__
+
+
+@every_copy
+def test_a_change_to_a_copy_does_not_change_the_original(copied: Copier) -> None:
+    error = make(LLMError)
+    copied(error).hint = "another"
+    assert error.hint == "try again"
+
+
+def test_a_shallow_copy_shares_what_cannot_be_pickled() -> None:
+    cause, partial = OfTwoArgumentsError("it broke", "x"), Unpicklable("so far")
+    other = copy.copy(LLMError("it broke", cause, partial=partial))
+    assert other.__cause__ is cause
+    assert other.partial is partial
+
+
+def test_the_causes_of_causes_survive_pickling() -> None:
+    deepest = LLMTimeoutError("no answer", OSError(110, "timed out"), phase="idle")
+    error = pickled(LLMError("it broke", LLMConnectionError("cut off", deepest)))
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(repr(cause))
+        cause = cause.__cause__
+    assert causes == [
+        "LLMError('it broke')",
+        "LLMConnectionError('cut off')",
+        "LLMTimeoutError('no answer')",
+        "TimeoutError(110, 'timed out')",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (OfTwoArgumentsError("it broke", "x"), "OfTwoArgumentsError: it broke at x"),
+        (ValueError(Unpicklable("this")), "ValueError: this"),
+        (type("LocalError", (Exception,), {})(), "LocalError"),
+    ],
+)
+def test_of_a_cause_that_cannot_be_pickled_its_text_survives(cause: BaseException, told: str) -> None:
+    other = pickled(LLMError("it broke", cause)).__cause__
+    assert type(other) is Exception
+    assert str(other) == told
+
+
+@every_class
+def test_what_cannot_be_pickled_is_left_behind_as_text_and_all_else_survives(kind: type[LLMError]) -> None:
+    error = make(kind)
+    error.partial = Unpicklable("so far")
+    error.context["tools"] = {"now": [1, (2, Unpicklable("a function"))]}
+    error.__cause__ = ValueError(Unpicklable("this"))
+    other = pickled(error)
+    assert other.partial == "so far"
+    assert other.context == {**error.context, "tools": {"now": [1, (2, "a function")]}}
+    assert str(other.__cause__) == "ValueError: this"
+    assert (str(other), other.status, other.body) == (str(error), error.status, error.body)
+
+
+def test_of_the_errors_of_several_servers_each_survives_as_far_as_it_can() -> None:
+    failed = {"a": OfTwoArgumentsError("it broke", "x"), "b": MCPConnectionError("no such program", server="b")}
+    other = pickled(MultiMCPError(errors=failed))
+    assert isinstance(other, MultiMCPError)
+    assert str(other.errors["a"]) == "OfTwoArgumentsError: it broke at x"
+    assert cast("MCPConnectionError", other.errors["b"]).server == "b"
+
+
+def test_a_result_that_cannot_be_pickled_does_not_stop_its_error() -> None:
+    other = pickled(MaxRoundsExceededError("25 rounds", result=Unpicklable("RunResult(...)")))
+    assert isinstance(other, MaxRoundsExceededError)
+    assert other.result == other.partial == "RunResult(...)"
+
+
+def test_a_long_chain_of_causes_does_not_take_exponential_time() -> None:
+    error = LLMError("0")
+    for number in range(1, 60):
+        error = LLMError(str(number), error)
+    assert str(pickled(error)) == "59"

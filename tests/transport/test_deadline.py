@@ -1,0 +1,83 @@
+"""A deadline makes a timeout of its own cancel, and of nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+
+from lmbridge.transport.deadline import Deadline
+
+
+async def wait_until(when: float) -> str:
+    loop = asyncio.get_running_loop()
+    with Deadline(loop, when):
+        await asyncio.sleep(0.01)
+        return "in time"
+
+
+async def test_what_is_in_time_is_left_alone() -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    for when in (math.inf, loop.time() + 50):
+        assert await wait_until(when) == "in time"
+    assert task.cancelling() == 0
+
+
+async def test_what_is_late_is_a_timeout_and_no_cancel() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    with pytest.raises(TimeoutError) as caught:
+        await wait_until(asyncio.get_running_loop().time())
+    assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+    assert task.cancelling() == 0
+    await asyncio.sleep(0)  # and nothing of it is left for the next wait
+
+
+async def test_a_cancel_by_the_caller_stays_a_cancel() -> None:
+    task = asyncio.create_task(wait_until(math.inf))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("deadline_first", [True, False])
+async def test_a_cancel_by_the_caller_at_the_same_moment_wins(deadline_first: bool) -> None:
+    loop = asyncio.get_running_loop()
+    entered: asyncio.Future[Deadline] = loop.create_future()
+
+    async def work() -> None:
+        with Deadline(loop, loop.time() + 50) as deadline:
+            entered.set_result(deadline)
+            await asyncio.sleep(50)
+
+    task = asyncio.create_task(work())
+    deadline = await entered
+    if deadline_first:
+        deadline._reach()
+    task.cancel()
+    if not deadline_first:
+        deadline._reach()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+
+
+async def test_an_error_in_the_block_goes_on_as_it_is() -> None:
+    loop = asyncio.get_running_loop()
+    with pytest.raises(KeyError):  # noqa: SIM117 - the deadline is what is tested
+        with Deadline(loop, loop.time() + 50):
+            raise KeyError
+
+
+async def test_a_deadline_in_a_timeout_and_a_timeout_in_a_deadline_each_tell_their_own() -> None:
+    loop = asyncio.get_running_loop()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(50):
+            await wait_until(loop.time())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await wait_until(loop.time() + 50)
