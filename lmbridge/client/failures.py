@@ -68,7 +68,6 @@ _CONTEXT: Final = _any(
     r"\btoo long to fit into the model \(context\b",  # vLLM
     r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
     r"\breached context length of \d",  # LM Studio
-    r"\bn_keep: ?\d+ ?>= ?n_ctx\b",  # LM Studio
 )
 _NOT_FOUND: Final = _any(
     r"\bmodel_not_found\b",
@@ -136,7 +135,6 @@ _PROMPT_TOKENS: Final = tuple(
         r"(\d+) input tokens",
         r"(\d+) tokens from the input",
         r"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?)(\d+)",
-        r"\brequested (\d+) tokens",
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
@@ -180,7 +178,7 @@ class Said:
     code: int | None = None
     fields: Mapping[str, Any] = attrs.field(factory=dict)
     is_bare: bool = False
-    """Whether it is no JSON."""
+    """Whether it is no JSON object."""
 
     @property
     def words(self) -> str:
@@ -201,17 +199,20 @@ def read(text: str) -> Said:
     except (ValueError, RecursionError):
         return Said(bare, text, is_bare=True)
     if not isinstance(value, Mapping):
-        return Said(value.strip() if isinstance(value, str) else bare, text)
+        return Said(value.strip() if isinstance(value, str) else bare, text, is_bare=True)
     inner = value.get("error")
     if isinstance(inner, str) and inner:
         message, fields = inner, value
     else:
-        fields = inner if isinstance(inner, Mapping) and inner else value
+        fields = inner if isinstance(inner, Mapping) else value
         whole = _json(inner) if isinstance(inner, Mapping | list) and inner else bare
         message = next(_messages(fields, value), whole)
-    marks = [str(mark) for key in ("type", "code") if isinstance(mark := fields.get(key), str | int)]
-    number = next((int(mark) for mark in reversed(marks) if _STATUS.fullmatch(mark)), None)
-    return Said(message, text, " ".join(marks), number, fields)
+    kind, code = _mark(fields.get("type")), _mark(fields.get("code"))
+    return Said(message, text, f"{kind} {code}", int(code) if _STATUS.fullmatch(code) else None, fields)
+
+
+def _mark(value: object) -> str:
+    return str(value)[:100] if isinstance(value, str | int) else ""
 
 
 def is_error(value: Mapping[str, Any]) -> bool:
@@ -287,7 +288,7 @@ def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
     if status >= 300:
         return f": {text}"
     if said.is_bare and kind is LLMResponseError:
-        return f" with something that is neither JSON nor an event stream: {text}"
+        return f" with something that is neither a JSON object nor an event stream: {text}"
     return f", but with an error: {text}"
 
 
@@ -325,7 +326,7 @@ def _hint(kind: type[LLMError], said: Said, status: int | None) -> str | None:
     return _HINTS.get(kind)
 
 
-_TOLD_BY: Final = ("message", "detail", "details", "error_description")
+_TOLD_BY: Final = ("message", "detail", "details")
 """Fields that may hold an error's message: OpenAI, vLLM, FastAPI, and what wraps them."""
 
 

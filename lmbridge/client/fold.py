@@ -56,7 +56,7 @@ class Fold:
                 and len(chunk) == self._width
                 and choice["finish_reason"] is None
                 and choice["index"] == 0
-                and (len(choice) == 3 or (len(choice) == 4 and choice["logprobs"] is None))
+                and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
             )
         except (KeyError, TypeError, ValueError):
             short = False
@@ -84,7 +84,7 @@ class Fold:
                     raise TypeError("an index is no number")
                 choice = self._choices[index] = _Choice(self._content if index == 0 else io.StringIO())
             self.has_delta |= choice.add(part)
-        # Where there is no choice 0 yet, or every chunk tells the usage (vLLM can), the short way would lose something.
+        # The short way makes no choice, and reads no usage, which some servers tell in each chunk.
         self._width = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
 
     def reply(self) -> ChatCompletion:

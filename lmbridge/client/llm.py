@@ -269,8 +269,12 @@ class LLMClient:
     async def _plain(self, request: Request) -> dict[str, Any]:
         reply = await self._transport.request(request)
         value = self._value(reply)
-        if not value.get("choices"):
-            raise self._not(reply, "a completion")
+        try:
+            whole = isinstance(value["choices"][0]["message"], dict)
+        except (KeyError, TypeError, IndexError):
+            whole = False
+        if not whole:
+            raise self._not(reply, "a chat completion")
         self._check_name(request, reply, value)
         return value
 
@@ -285,28 +289,16 @@ class LLMClient:
 
     def _value(self, reply: Reply) -> dict[str, Any]:
         """The reply's JSON object; an error is raised."""
-        if not 200 <= reply.status < 300:
-            raise failures.error_of_reply(reply, self._transport.redact)
-        try:
-            value = decode_json(reply.body)
-        except ValueError as exc:
-            raise self._not(reply, "JSON") from exc
-        if not isinstance(value, dict):
-            raise self._not(reply, "a JSON object")
-        if failures.is_error(value):
+        value = _object_in(reply)
+        if value is None:
             raise failures.error_of_reply(reply, self._transport.redact)
         return value
 
     def _no_stream(self, reply: Reply) -> LLMError:
         """The error for a whole answer to a request for a stream."""
-        if 200 <= reply.status < 300:
-            try:
-                value = decode_json(reply.body)
-            except ValueError:
-                value = None
-            if isinstance(value, dict) and not failures.is_error(value):
-                return self._not(reply, "an event stream")
-        return failures.error_of_reply(reply, self._transport.redact)
+        if _object_in(reply) is None:
+            return failures.error_of_reply(reply, self._transport.redact)
+        return self._not(reply, "an event stream")
 
     def _not(self, reply: Reply, what: str) -> LLMResponseError:
         text = self._transport.redact(reply.body.decode("utf-8", "replace"))
@@ -331,6 +323,17 @@ class LLMClient:
         for transport in [each for each in self._retired if not each.busy]:
             self._retired.remove(transport)
             await transport.close()
+
+
+def _object_in(reply: Reply) -> dict[str, Any] | None:
+    """The JSON object of a reply, or None for what is an error or no JSON object."""
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        value = decode_json(reply.body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and not failures.is_error(value) else None
 
 
 def _never_again(_status: int, _headers: Mapping[str, str], _body: bytes) -> Verdict:

@@ -71,7 +71,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 try:
                     chunk = decode_strictly(event)  # type: ignore[arg-type]
                     usual = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
-                except (KeyError, TypeError, ValueError):  # an event with a name is a TypeError
+                except (KeyError, TypeError, ValueError, RecursionError):  # an event with a name is a TypeError
                     usual = False
                 if usual:
                     try:
@@ -158,7 +158,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         try:
             chunk = decode_json(data)
         except ValueError:
-            if self._events.ended:
+            if self._events.ended and text.startswith(("{", "[")):
                 return None  # the end of the body cut it off: that is told when the body's end is
             raise self._report(text) from None
         if not isinstance(chunk, dict) or name == "error" or failures.is_error(chunk):
@@ -193,6 +193,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     # Endings
 
     def _finish(self) -> None:
+        if (stray := self._events.stray) and not self._fold.finished:
+            raise self._report(stray)
         if not self._fold.has_delta:
             raise self._fail(
                 LLMStreamError(

@@ -87,7 +87,7 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
 
 
 def decode_json(data: bytes) -> Any:
-    """Decodes JSON, and what servers send for it: NaN, Infinity, halves of surrogate pairs, bytes that are no UTF-8.
+    """Decodes JSON, and what servers send for it: NaN, half a surrogate pair, a byte that is no UTF-8, a BOM.
 
     A bad byte becomes U+FFFD.
 
@@ -97,7 +97,7 @@ def decode_json(data: bytes) -> Any:
     try:
         return decode_strictly(data)
     except (ValueError, RecursionError):
-        text = data.decode("utf-8", "replace")
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:

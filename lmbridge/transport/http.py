@@ -35,6 +35,7 @@ KEEPALIVE: Final = 4.0
 
 _SECRET_LENGTH: Final = 4  # a shorter key hides nothing, and would be found in every second word
 _JSON: Final = {"Content-Type": "application/json"}
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BROKEN: Final = (aiohttp.ClientError, OSError)
 _T = TypeVar("_T")
 _Receive = Callable[[Call, aiohttp.ClientResponse], Awaitable[_T]]
@@ -331,12 +332,24 @@ async def _receive_events(call: Call, response: aiohttp.ClientResponse) -> Event
     if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
         return EventStream(call, response, _BROKEN)
     # Mislabelled, or no stream at all (an error with status 200, a plain completion): its first bytes tell.
-    first = await response.content.readany()
-    if first.lstrip(b"\xef\xbb\xbf\r\n").startswith((b"data:", b"event:", b"id:", b"retry:", b":")):
+    first = b""
+    while not _tells(first) and (more := await response.content.readany()):
+        first += more
+    if _begun(first).startswith(_FIELDS):
         return EventStream(call, response, _BROKEN, first)
     reply = await _receive_reply(call, response)
     reply.body = first + reply.body
     return reply
+
+
+def _tells(first: bytes) -> bool:
+    """Whether the first bytes of a body are enough to know an event stream by."""
+    begun = _begun(first)
+    return begun != b"" and not any(field.startswith(begun) and field != begun for field in _FIELDS)
+
+
+def _begun(first: bytes) -> bytes:
+    return first.lstrip(b"\xef\xbb\xbf\r\n")
 
 
 _kept: ContextVar[bool] = ContextVar("lmbridge_kept", default=False)

@@ -14,6 +14,7 @@ from lmbridge import (
     LLMError,
     LLMResponseError,
     LLMValidationError,
+    ModelLoadError,
     ModelMismatchError,
     Timeouts,
     Transport,
@@ -133,6 +134,35 @@ def test_good_options_are_taken() -> None:
     assert "key" not in repr(client)
 
 
+@pytest.mark.parametrize(
+    "body", [{}, {"choices": []}, {"choices": [{}]}, {"choices": [None]}, {"choices": {"a": 1}}, {"choices": "x"}, []]
+)
+async def test_a_reply_that_is_no_completion_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient, body: Any
+) -> None:
+    scripted_server.script(reply(200, body))
+    with pytest.raises(LLMResponseError) as caught:
+        await client.chat_completion(MESSAGES)
+    assert caught.value.status == 200
+    assert caught.value.body is not None
+
+
+@pytest.mark.parametrize("body", ["Model unloaded.", '"Model unloaded."'])
+async def test_bare_text_in_place_of_a_reply_names_its_error(
+    scripted_server: ScriptedServer, client: LLMClient, body: str
+) -> None:
+    scripted_server.script(reply(200, body))
+    with pytest.raises(ModelLoadError):
+        await client.chat_completion(MESSAGES)
+
+
+async def test_a_byte_order_mark_before_a_reply_is_no_trouble(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(reply(200, b'\xef\xbb\xbf{"choices": [{"message": {"content": "Hi"}}]}'))
+    assert (await client.chat_completion(MESSAGES))["choices"][0]["message"]["content"] == "Hi"
+
+
 # Another model
 
 
@@ -187,7 +217,7 @@ async def test_a_list_of_models_that_is_none_is_an_error(
     scripted_server: ScriptedServer, client: LLMClient, body: Any
 ) -> None:
     scripted_server.on_path("/v1/models", reply(200, body))
-    with pytest.raises(LLMResponseError, match="something that is not"):
+    with pytest.raises(LLMResponseError, match="something that is n"):
         await client.list_models()
 
 

@@ -82,7 +82,7 @@ def not_loaded(body: Body, hint: str = "see the server's own log", status: int =
 
 
 LOAD_FIRST: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
-DROPPED: Final = "Limits(max_loaded_models=...)"
+DROPPED: Final = "maybe for another one that was asked for meanwhile"
 N_CTX: Final = {"type": "exceed_context_size_error", "n_prompt_tokens": 40536, "n_ctx": 32768}
 
 WORDINGS: Final = {
@@ -104,6 +104,7 @@ WORDINGS: Final = {
         status=404,
     ),
     "code alone": not_found(told("It is not there.", code="model_not_found"), status=404),
+    "not there": not_found({"error": "Model not found"}, status=404),
     "no models": not_loaded(
         {"error": "No models loaded. Please load a model in the developer page or use the 'lms load' command."},
         LOAD_FIRST,
@@ -169,6 +170,8 @@ WORDINGS: Final = {
     ),
     "resources, older": not_loaded(told("Model loading aborted due to insufficient system resources.")),
     "load": not_loaded({"error": 'Failed to load model "qwen/qwen3-coder-30b". Error: Operation canceled.'}),
+    "resources, short": not_loaded({"error": "insufficient system resources"}),
+    "loading failed": not_loaded({"error": "Model loading failed."}),
     "load, bare": not_loaded(told("Failed to load model"), status=500),
     "load, exit code": not_loaded({"error": "Error loading model. (Exit code: 18446744072635812000)."}, status=500),
     "load, code": not_loaded(told("SIGABRT", "internal_error", "model_load_failed"), status=500),
@@ -240,6 +243,14 @@ WORDINGS: Final = {
         1200,
         32768,
     ),
+    "vllm, newer": overflow(
+        told(
+            "This model's maximum context length is 8192 tokens. However, you requested 500 output tokens and your"
+            " prompt contains at least 9001 input tokens, for a total of at least 9501 tokens."
+        ),
+        9001,
+        8192,
+    ),
     "vllm, prompt": overflow(
         told("The decoder prompt (length 17772) is longer than the maximum model length of 16384."), 17772, 16384
     ),
@@ -250,6 +261,11 @@ WORDINGS: Final = {
         told("CUDA out of memory. Tried to allocate 2.00 GiB", "InternalServerError"), status=500
     ),
     # Others
+    "openai, path": Wording(404, told("Invalid URL (POST /chat/completions)"), hint="check api_base"),
+    "express": Wording(404, {"error": "Cannot POST /v1/chat/completions"}, hint="check api_base"),
+    "code for the context": overflow(told("It is too long.", code="context_length_exceeded"), None, None),
+    "no quotes": not_found({"error": "Model qwen3:8b does not exist"}, status=404),
+    "message beside": not_loaded({"error": {"code": 500}, "message": "Model unloaded."}, DROPPED),
     "openai, context": overflow(told("Your input exceeds the context window of this model."), None, None),
     "sglang": overflow(
         told(
@@ -388,6 +404,8 @@ async def test_a_missing_model_has_its_close_matches_in_the_text(scripted_server
     text = 'Invalid model identifier "x". Please specify a valid downloaded model (e.g., test-model-2, other, ...).'
     error = await fail(scripted_server, reply(400, told(text)))
     assert "did you mean 'test-model-2'?" in error.message
+    assert isinstance(error, ModelNotFoundError)
+    assert error.available_models == ["test-model-2", "other"]
     assert "there are: test-model-2, other" in error.message.lower()
 
 
@@ -408,13 +426,31 @@ async def test_a_redirect_is_never_taken_for_what_its_page_says(scripted_server:
     assert (error.status, error.body) == (307, "model 'x' not found")
 
 
-async def test_a_key_that_the_server_repeats_is_not_shown(scripted_server: ScriptedServer) -> None:
-    scripted_server.default = reply(401, told("Incorrect API key provided: sk-secret-1"))
-    async with LLMClient(scripted_server.api_base, api_key="sk-secret-1") as client:
-        with pytest.raises(LLMAuthenticationError) as caught:
-            await client.chat_completion(MESSAGES)
-    assert "sk-secret" not in f"{caught.value} {caught.value.body} {vars(caught.value)}"
-    assert "[api_key]" in str(caught.value)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        reply(401, told("Incorrect API key provided: sk-secret-1")),
+        reply(307, "sk-secret-1", {"Location": "http://other/sk-secret-1/v1"}),
+        reply(200, {"error": "Incorrect API key provided: sk-secret-1"}),
+    ],
+)
+async def test_a_key_that_the_server_repeats_is_not_shown(
+    scripted_server: ScriptedServer, behaviour: Behaviour, stream: bool
+) -> None:
+    error = await fail(scripted_server, behaviour, stream=stream, api_key="sk-secret-1")
+    assert "sk-secret" not in f"{error} {error.body} {vars(error)}"
+    assert "[api_key]" in str(error)
+
+
+@pytest.mark.parametrize("status", [404, 405])
+@pytest.mark.parametrize("body", ["", "<html><h1>404 Not Found</h1></html>", '{"error": "Not Found"}'])
+async def test_a_path_that_is_not_there_hints_at_the_address(
+    scripted_server: ScriptedServer, status: int, body: str
+) -> None:
+    error = await fail(scripted_server, reply(status, body))
+    assert type(error) is LLMResponseError
+    assert error.hint == "the server does not know this path; check api_base"
 
 
 # Asking again
@@ -499,6 +535,9 @@ async def test_a_server_that_loads_is_polled_until_it_answers(
         "Failed to parse messages: Missing 'content'",
         "[json.exception.type_error.302] type must be number, but is string",
         "failed to parse grammar",
+        "Cannot use custom grammar constraints with tools.",
+        "Jinja Exception: what now?",
+        "Unrecognized schema: {}",
         "JSON schema error at #: unrecognized type frobnicate",
         "JSON schema conversion failed:\nUnrecognized schema: {}",
         "Error resolving ref #/$defs/x: $defs not in {}: invalid request",
@@ -772,7 +811,7 @@ SHAPES: Final[dict[str, tuple[str, type[LLMError], str, str]]] = {
     "JSON null": ("data: null\n\n", LLMStreamError, "null", "null"),
     "JSON list": ('data: [{"choices": []}]\n\n', LLMStreamError, '[{"choices": []}]', '[{"choices": []}]'),
     "beside a choice": (
-        'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}],"error":{"message":"no"}}\n\n',
+        'data: {"model":"test-model","choices":[{"index":0,"delta":{"content":""}}],"error":{"message":"no"}}\n\n',
         LLMStreamError,
         "no",
         "",
@@ -812,6 +851,21 @@ async def test_lines_that_are_no_events_tell_why_a_stream_was_cut_off(scripted_s
     assert error.message == "the server ended the stream: proxy error: Model unloaded."
     assert error.body == "proxy error: Model unloaded."
     assert error.partial["choices"][0]["message"]["content"] == "Hi"
+
+
+async def test_pings_are_no_words(scripted_server: ScriptedServer) -> None:
+    error, _ = await break_off(scripted_server, sse(piece("Hi"), ":\n\n", ": ping\n\n", "id: 1\nretry: 5\n\n"))
+    assert type(error) is LLMStreamError
+    assert error.message == "the stream was cut off: it ended without [DONE] or a finish reason"
+    assert error.body is None
+
+
+async def test_a_key_that_a_stream_repeats_is_not_shown(scripted_server: ScriptedServer) -> None:
+    event = 'data: {"error": {"code": 401, "message": "Incorrect API key provided: sk-secret-1"}}\n\n'
+    for behaviour in (sse(event), sse(piece("Hi"), event), sse("upstream: sk-secret-1")):
+        error, _ = await break_off(scripted_server, behaviour, api_key="sk-secret-1")
+        assert "sk-secret" not in f"{error} {error.body} {vars(error)}"
+        assert "[api_key]" in str(error)
 
 
 async def test_an_error_after_the_finish_reason_is_an_error(scripted_server: ScriptedServer) -> None:
@@ -858,7 +912,7 @@ NO_STREAMS: Final[dict[str, tuple[str, str, type[LLMError], str]]] = {
         "text/html",
         "<html><p>Welcome</p></html>",
         LLMResponseError,
-        "neither JSON nor an event stream: <html><p>",
+        "neither a JSON object nor an event stream: <html><p>",
     ),
     "nothing": ("application/json", "", LLMResponseError, "with an empty body"),
     "nothing, untyped": ("", "", LLMResponseError, "200 with an empty body"),
@@ -876,15 +930,17 @@ async def test_something_else_in_place_of_a_stream_is_an_error_of_the_await(
     assert type(error) is kind
     assert message in error.message
     assert (error.status, error.body) == (200, body)
-    is_foreign = kind is LLMResponseError and "with an error" not in message and body != "[]"
+    is_foreign = kind is LLMResponseError and "with an error" not in message
     assert (error.hint == "check that api_base is an OpenAI-compatible server") is is_foreign
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream", ""])
+@pytest.mark.parametrize("start", ["", ":\n\n", "event: message\n", "id: 1\n", "retry: 5\n", "\r\n", "\ufeff"])
 async def test_a_stream_under_another_name_is_a_stream(
-    scripted_server: ScriptedServer, client: LLMClient, content_type: str
+    scripted_server: ScriptedServer, client: LLMClient, start: str, content_type: str
 ) -> None:
-    scripted_server.script(sse(piece("Hi"), piece(finish_reason="stop"), content_type=content_type, done=True))
+    first = f"{start}data: {json.dumps(piece('Hi'))}\n\n"
+    scripted_server.script(sse(first, piece(finish_reason="stop"), content_type=content_type, done=True))
     async with await client.chat_completion(MESSAGES, stream=True) as stream:
         assert [text_of(each) async for each in stream] == ["Hi", ""]
 
@@ -914,18 +970,18 @@ async def test_json_that_is_called_a_stream_is_never_a_reply(scripted_server: Sc
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "something that is not JSON: ''"),
-        (b"Hello", "something that is not JSON: 'Hello'"),
-        (b"<html></html>", "something that is not JSON: '<html></html>'"),
-        (b'{"choices": [{"mess', "something that is not JSON"),
-        (b"[]", "something that is not a JSON object: '[]'"),
-        (b"null", "something that is not a JSON object: 'null'"),
-        (b'"Hello"', "something that is not a JSON object"),
-        (b"{}", "something that is not a completion: '{}'"),
-        (b'{"choices": []}', "something that is not a completion"),
-        (b'{"choices": null}', "something that is not a completion"),
-        (b'{"choices": [], "usage": {"prompt_tokens": 9}}', "something that is not a completion"),
-        (b'{"status": "ok"}', "something that is not a completion"),
+        (b"", "200 with an empty body"),
+        (b"Hello", "neither a JSON object nor an event stream: Hello"),
+        (b"<html></html>", "neither a JSON object nor an event stream: <html></html>"),
+        (b'{"choices": [{"mess', "neither a JSON object nor an event stream"),
+        (b"[]", "neither a JSON object nor an event stream: []"),
+        (b"null", "neither a JSON object nor an event stream: null"),
+        (b'"Hello"', "neither a JSON object nor an event stream: Hello"),
+        (b"{}", "something that is not a chat completion: '{}'"),
+        (b'{"choices": []}', "something that is not a chat completion"),
+        (b'{"choices": null}', "something that is not a chat completion"),
+        (b'{"choices": [], "usage": {"prompt_tokens": 9}}', "something that is not a chat completion"),
+        (b'{"status": "ok"}', "something that is not a chat completion"),
     ],
 )
 async def test_a_reply_that_is_none_is_an_error(scripted_server: ScriptedServer, body: bytes, message: str) -> None:
@@ -1076,9 +1132,7 @@ def test_any_bytes_can_be_read(body: bytes) -> None:
         json.dumps({"error": "exceeds " + "a " * 1_000_000}),
         json.dumps({"error": "model '" * 300_000}),
         json.dumps({"error": "expected " * 200_000}),
-        json.dumps(
-            {"error": {"message": "n_ctx: " + "9" * 10_000 + " exceed_context_size_error", "code": "9" * 10_000}}
-        ),
+        json.dumps({"error": {"message": "exceed_context_size_error n_ctx: " + "9" * 9_000, "code": "9" * 10_000}}),
         " " * 2_000_000,
         "Your models:" + "\n-" * 500_000 + " model 'x' not found",
     ],

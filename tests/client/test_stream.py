@@ -217,6 +217,34 @@ async def test_a_model_that_changes_in_mid_reply_is_an_error_whatever_the_settin
     assert partial_text(caught.value) == "a"
 
 
+async def test_json_nested_beyond_reason_is_an_error_like_any_other(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(sse(*HALF, "data: " + "[" * 100_000 + "\n\n", done=True))
+    with pytest.raises(LLMStreamError) as caught:
+        await read_text(await opened(client))
+    assert partial_text(caught.value) == "Hello"
+    assert in_flight(client) == 0
+
+
+async def test_bare_text_is_an_error_even_where_done_follows(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    for last in ("proxy error: it is gone\n\n", "data: it is gone"):
+        scripted_server.script(sse(*HALF, last, done=last.endswith("\n")))
+        with pytest.raises(LLMStreamError, match="it is gone"):
+            await read_text(await opened(client))
+
+
+async def test_a_mislabelled_stream_is_known_by_its_first_bytes_however_they_are_cut(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    body = b"\xef\xbb\xbf\ndata: " + msgspec.json.encode(piece("Hi", finish_reason="stop")) + b"\n\n"
+    pieces = [body[place : place + 1] for place in range(12)] + [body[12:]]
+    scripted_server.script(sse(*pieces, content_type="application/json"))
+    assert await read_text(await opened(client)) == "Hi"
+
+
 # Left early
 
 
