@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
 from lmbridge.errors import LLMValidationError
+
+_T = TypeVar("_T")
 
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"  # not "localhost": that may try ::1 first and wait there
 
@@ -108,7 +111,7 @@ def normalize_api_base(api_base: str) -> str:
     """
     hint = f"give it like {DEFAULT_API_BASE!r}"
     told = repr(api_base)
-    secret = "@" in told or "?" in told  # then nothing of it is repeated: it may hold a password or a key
+    secret = any(mark in told for mark in "@?#")  # it may be: a password or a key
     if secret:
         told = "'...'"
     if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
@@ -141,3 +144,37 @@ def _split(url: str) -> SplitResult | ValueError:
 
 def _is_version(segment: str) -> bool:
     return segment[:1] == "v" and segment[1:].isdigit()
+
+
+def checked(name: str, value: _T, kind: type[Any]) -> _T:
+    """The value of an option, if it is of its kind.
+
+    Raises:
+        LLMValidationError: it is not.
+    """
+    if not isinstance(value, kind):
+        raise LLMValidationError(f"{name} is {value!r}", hint=f"give a {kind.__name__}, or None for the default")
+    return value
+
+
+def checked_key(key: str | None) -> str | None:
+    """An API key that fits into a header, or None.
+
+    Raises:
+        LLMValidationError: it does not.
+    """
+    if key is None:
+        return None
+    if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
+        # The value is not repeated: it is meant to be a secret.
+        raise LLMValidationError("api_key is no key", hint="give a string of printable ASCII without spaces")
+    return key
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this machine's loopback interface."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import ssl as ssl_module
@@ -14,19 +13,27 @@ from contextvars import ContextVar
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import attrs
 
 from lmbridge._version import __version__
-from lmbridge.config import Limits, default_api_base, default_api_key, normalize_api_base
-from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
+from lmbridge.config import (
+    Limits,
+    checked,
+    checked_key,
+    default_api_base,
+    default_api_key,
+    is_loopback,
+    normalize_api_base,
+)
+from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import Deadline
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Scheduler
+from lmbridge.transport.sse import begins_event_stream
 
 logger = logging.getLogger("lmbridge.transport")
 
@@ -35,7 +42,6 @@ KEEPALIVE: Final = 4.0
 
 _SECRET_LENGTH: Final = 4  # a shorter key hides nothing, and would be found in every second word
 _JSON: Final = {"Content-Type": "application/json"}
-_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BROKEN: Final = (aiohttp.ClientError, OSError)
 _T = TypeVar("_T")
 _Receive = Callable[[Call, aiohttp.ClientResponse], Awaitable[_T]]
@@ -69,10 +75,10 @@ class Transport:
         trust_env: bool = False,
     ) -> None:
         self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
-        self.api_key: Final = _checked_key(default_api_key() if api_key is None else api_key)
-        self.limits: Final = Limits() if limits is None else _checked("limits", limits, Limits)
-        self._ssl = None if ssl is None else _checked("ssl", ssl, ssl_module.SSLContext)
-        self._trust_env = trust_env and not _is_loopback(self.api_base)
+        self.api_key: Final = checked_key(default_api_key() if api_key is None else api_key)
+        self.limits: Final = Limits() if limits is None else checked("limits", limits, Limits)
+        self._ssl = None if ssl is None else checked("ssl", ssl, ssl_module.SSLContext)
+        self._trust_env = trust_env and not is_loopback(self.api_base)
         self._opened: _Opened | None = None
         self.retries = 0
         """Attempts beyond the first of each request, polls of a loading server not counted."""
@@ -333,23 +339,13 @@ async def _receive_events(call: Call, response: aiohttp.ClientResponse) -> Event
         return EventStream(call, response, _BROKEN)
     # Mislabelled, or no stream at all (an error with status 200, a plain completion): its first bytes tell.
     first = b""
-    while not _tells(first) and (more := await response.content.readany()):
+    while (known := begins_event_stream(first)) is None and (more := await response.content.readany()):
         first += more
-    if _begun(first).startswith(_FIELDS):
+    if known:
         return EventStream(call, response, _BROKEN, first)
     reply = await _receive_reply(call, response)
     reply.body = first + reply.body
     return reply
-
-
-def _tells(first: bytes) -> bool:
-    """Whether the first bytes of a body are enough to know an event stream by."""
-    begun = _begun(first)
-    return begun != b"" and not any(field.startswith(begun) and field != begun for field in _FIELDS)
-
-
-def _begun(first: bytes) -> bytes:
-    return first.lstrip(b"\xef\xbb\xbf\r\n")
 
 
 _kept: ContextVar[bool] = ContextVar("lmbridge_kept", default=False)
@@ -455,29 +451,3 @@ def _wrong_loop() -> LLMError:
         "this client is open in another event loop that is still alive",
         hint="make one client for each loop, or close() this one in the loop that used it first",
     )
-
-
-# Arguments
-
-
-def _checked(name: str, value: _T, kind: type[Any]) -> _T:
-    if not isinstance(value, kind):
-        raise LLMValidationError(f"{name} is {value!r}", hint=f"give a {kind.__name__}, or None for the default")
-    return value
-
-
-def _checked_key(key: str | None) -> str | None:
-    if key is None:
-        return None
-    if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
-        # The value is not repeated: it is meant to be a secret.
-        raise LLMValidationError("api_key is no key", hint="give a string of printable ASCII without spaces")
-    return key
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

@@ -17,7 +17,16 @@ from lmbridge.errors import LLMStreamError
 
 MAX_EVENT_SIZE: Final = 100 * 2**20
 _MAX_STRAY: Final = 4096
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BOM: Final = b"\xef\xbb\xbf"
+
+
+def begins_event_stream(first: bytes) -> bool | None:
+    """Whether a body that begins with these bytes is an event stream; None if they are too few to tell."""
+    begun = first.lstrip(_BOM + b"\r\n")
+    if not begun or any(field.startswith(begun) and field != begun for field in _FIELDS):
+        return None
+    return begun.startswith(_FIELDS)
 
 
 @attrs.frozen

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import attrs
+import pytest
+
+from lmbridge.config import (
+    DEFAULT_API_BASE,
+    Limits,
+    Timeouts,
+    default_api_base,
+    default_api_key,
+    default_model,
+    normalize_api_base,
+)
+from lmbridge.errors import LLMValidationError
+
+DURATIONS = [
+    *((Timeouts, name) for name in ("connect", "load", "first_byte", "idle", "total")),
+    *((Limits, name) for name in ("max_wait", "max_queue")),
+]
+
+
+# Options
+
+
+def test_the_defaults_are_those_that_were_promised() -> None:
+    assert attrs.asdict(Timeouts()) == {"connect": 5, "load": 300, "first_byte": 600, "idle": 300, "total": None}
+    assert attrs.asdict(Limits()) == {
+        "max_concurrency": 10,
+        "max_loaded_models": None,
+        "max_wait": 30.0,
+        "max_queue": 600.0,
+    }
+    assert DEFAULT_API_BASE == "http://127.0.0.1:1234/v1"
+
+
+@pytest.mark.parametrize(("kind", "name"), DURATIONS)
+@pytest.mark.parametrize("seconds", [1, 0.001, 1e9, None])
+def test_a_duration_is_a_positive_number_of_seconds_or_none(kind: type[Any], name: str, seconds: float | None) -> None:
+    assert getattr(kind(**{name: seconds}), name) == seconds
+
+
+@pytest.mark.parametrize(("kind", "name"), DURATIONS)
+@pytest.mark.parametrize("seconds", [0, -1, math.inf, math.nan, True, "5", [5]])
+def test_any_other_duration_is_refused_by_name(kind: type[Any], name: str, seconds: object) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        kind(**{name: seconds})
+    told = f"{kind.__name__}.{name} is {seconds!r}; give a positive number of seconds, or None to switch the limit off"
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, math.inf, True, None, "1"])
+def test_a_number_of_places_is_a_whole_number_of_one_or_more(count: Any) -> None:
+    assert Limits(max_concurrency=1).max_concurrency == 1
+    with pytest.raises(LLMValidationError) as caught:
+        Limits(max_concurrency=count)
+    assert str(caught.value) == f"Limits.max_concurrency is {count!r}; give a whole number of 1 or more"
+
+
+@pytest.mark.parametrize("kind", [Timeouts, Limits])
+def test_options_are_given_by_name_and_do_not_change(kind: type[Any]) -> None:
+    with pytest.raises(TypeError):
+        kind(5)
+    options = kind()
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        options.max_queue = 1
+    assert kind() == options
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_options_are_copied_with_changes_that_are_checked_too() -> None:
+    assert attrs.evolve(Timeouts(idle=1), total=9) == Timeouts(idle=1, total=9)
+    with pytest.raises(LLMValidationError, match=r"Timeouts\.total is 0"):
+        attrs.evolve(Timeouts(), total=0)
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("settings", "api_base"),
+    [
+        ({}, "http://127.0.0.1:1234/v1"),
+        ({"LMBRIDGE_API_BASE": "https://box/api/v1"}, "https://box/api/v1"),
+        ({"LMBRIDGE_API_BASE": "http://a", "LMSTUDIO_HOST": "b", "LMSTUDIO_PORT": "9"}, "http://a/v1"),
+        ({"LMBRIDGE_API_BASE": "", "LMSTUDIO_HOST": "b"}, "http://b:1234/v1"),
+        ({"LMSTUDIO_HOST": "b", "LMSTUDIO_PORT": "9"}, "http://b:9/v1"),
+        ({"LMSTUDIO_PORT": "9"}, "http://127.0.0.1:9/v1"),
+        ({"LMSTUDIO_HOST": "", "LMSTUDIO_PORT": ""}, "http://127.0.0.1:1234/v1"),
+        ({"LMSTUDIO_HOST": "b:7"}, "http://b:7/v1"),
+        ({"LMSTUDIO_HOST": "b:7", "LMSTUDIO_PORT": "9"}, "http://b:7/v1"),
+        ({"LMSTUDIO_HOST": "b:"}, "http://b:1234/v1"),
+        ({"LMSTUDIO_HOST": "https://b"}, "https://b:1234/v1"),
+        ({"LMSTUDIO_HOST": "https://b:443/"}, "https://b:443/v1"),
+        ({"LMSTUDIO_HOST": "http://b/"}, "http://b:1234/v1"),
+        ({"LMSTUDIO_HOST": "b/proxy", "LMSTUDIO_PORT": "9"}, "http://b:9/proxy/v1"),
+        ({"LMSTUDIO_HOST": "192.168.0.7"}, "http://192.168.0.7:1234/v1"),
+        ({"LMSTUDIO_HOST": "::1"}, "http://[::1]:1234/v1"),
+        ({"LMSTUDIO_HOST": "[::1]", "LMSTUDIO_PORT": "9"}, "http://[::1]:9/v1"),
+        ({"LMSTUDIO_HOST": "[::1]:7"}, "http://[::1]:7/v1"),
+    ],
+)
+def test_the_server_comes_from_the_environment(
+    settings: dict[str, str], api_base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert normalize_api_base(default_api_base()) == api_base
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"LMBRIDGE_API_BASE": "box"},
+        {"LMSTUDIO_PORT": "http"},
+        {"LMSTUDIO_PORT": "99999"},
+        {"LMSTUDIO_HOST": "b:http"},
+        {"LMSTUDIO_HOST": "http://b:99999"},
+        {"LMSTUDIO_HOST": "[::1"},
+        {"LMSTUDIO_HOST": "me:secret@b"},
+        {"LMSTUDIO_HOST": "http://me:secret@b:http"},
+    ],
+)
+def test_what_cannot_be_right_in_the_environment_is_refused_as_an_argument_is(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LLMValidationError, match=r"^api_base") as caught:
+        normalize_api_base(default_api_base())
+    assert "secret" not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("LM_API_TOKEN", default_api_key), ("DEFAULT_MODEL", default_model)], ids=["key", "model"]
+)
+def test_key_and_model_come_from_the_environment_and_empty_is_as_good_as_unset(
+    name: str, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read() is None
+    monkeypatch.setenv(name, "")
+    assert read() is None
+    monkeypatch.setenv(name, "x")
+    assert read() == "x"
+
+
+# The base URL
+
+
+@pytest.mark.parametrize(
+    ("given", "api_base"),
+    [
+        ("http://127.0.0.1:1234", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/v1", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/v1/", "http://127.0.0.1:1234/v1"),
+        ("http://127.0.0.1:1234/v1//", "http://127.0.0.1:1234/v1"),
+        ("http://box", "http://box/v1"),
+        ("HTTPS://Box.Example:8443/", "https://Box.Example:8443/v1"),
+        ("https://box/llm", "https://box/llm/v1"),
+        ("https://box/llm/v1", "https://box/llm/v1"),
+        ("https://box/v4", "https://box/v4"),
+        ("https://box/v1beta", "https://box/v1beta/v1"),
+        ("https://box/v1/llm", "https://box/v1/llm/v1"),
+        ("https://box/@team", "https://box/@team/v1"),
+        ("http://[::1]:1234", "http://[::1]:1234/v1"),
+        ("http://[fe80::1]/v1/", "http://[fe80::1]/v1"),
+    ],
+)
+def test_a_base_url_ends_in_its_version_without_a_slash(given: str, api_base: str) -> None:
+    assert normalize_api_base(given) == api_base
+    assert normalize_api_base(api_base) == api_base
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", "api_base is ''"),
+        (" ", "api_base is ' '"),
+        (None, "api_base is None"),
+        (1234, "api_base is 1234"),
+        (b"http://box", "api_base is b'http://box'"),
+        ("http://two words", "api_base is 'http://two words'"),
+        ("http://box\n", "api_base is 'http://box\\n'"),
+        ("http://b\x7fox", "api_base is 'http://b\\x7fox'"),
+        ("http://b\u2028ox", "api_base is 'http://b\\u2028ox'"),
+        ("localhost", "api_base 'localhost' is no http or https URL"),
+        ("localhost:1234", "api_base 'localhost:1234' is no http or https URL"),
+        ("127.0.0.1:1234/v1", "api_base '127.0.0.1:1234/v1' is no http or https URL"),
+        ("//box", "api_base '//box' is no http or https URL"),
+        ("http://", "api_base 'http://' is no http or https URL"),
+        ("http:///v1", "api_base 'http:///v1' is no http or https URL"),
+        ("http://:1234", "api_base 'http://:1234' is no http or https URL"),
+        ("ftp://box", "api_base 'ftp://box' is no http or https URL"),
+        ("http://box:99999", "api_base 'http://box:99999' is no URL: Port out of range 0-65535"),
+        ("http://box:port", "api_base 'http://box:port' is no URL: Port could not be cast to integer value as 'port'"),
+        ("http://[::1", "api_base 'http://[::1' is no URL: Invalid IPv6 URL"),
+        ("http://box/v1?x=1", "api_base has a query or a fragment"),
+        ("http://box/v1#top", "api_base has a query or a fragment"),
+    ],
+)
+def test_anything_else_is_refused_with_an_example(given: Any, told: str) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        normalize_api_base(given)
+    assert str(caught.value) == f"{told}; give it like 'http://127.0.0.1:1234/v1'"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "http://me:secret@box",
+        "http://secret@box",
+        "http://:secret@box:1234/v1",
+        "http://me:secret@box:port",
+        "http://me:secret@box:99999",
+        "http://me:secret@[::1",
+        "http://me:secret@box two",
+        "http://me:secret@\u2100.com",  # whose normal form has a slash
+        "me:secret@box:1234",
+        "https:me:secret@box",
+        "ftp://me:secret@box",
+        b"http://me:secret@box",
+        "http://box?key=secret",
+        "http://box:99999?key=secret",
+        "box:1234?key=secret",
+        "http://box#secret",
+        "http://box:99999#secret",
+    ],
+)
+def test_a_secret_in_a_base_url_is_refused_and_never_repeated(given: Any) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        normalize_api_base(given)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in f"{error!s} {error!r} {error.__dict__}"
+        error = error.__cause__ or error.__context__
+
+
+def test_credentials_are_answered_with_where_to_put_them() -> None:
+    with pytest.raises(LLMValidationError, match=r"^api_base holds credentials; give the key by api_key="):
+        normalize_api_base("http://me:secret@box")
+
+
+def test_a_limit_that_this_version_cannot_keep_is_refused() -> None:
+    with pytest.raises(LLMValidationError, match=r"max_loaded_models is 1, but this version does not schedule"):
+        Limits(max_loaded_models=1)
