@@ -30,8 +30,14 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
         async with LLMClient(api_base, model) as client:
             yield client
     else:
-        async with LocalServer() as server, LLMClient(server.api_base, server.model) as client:
+        progress = show_progress if sys.stderr.isatty() else None
+        async with LocalServer(progress=progress) as server, LLMClient(server.api_base, server.model) as client:
             yield client
+
+
+def show_progress(done: int, total: int) -> None:
+    """Prints how much of the model has been fetched; what is printed next takes the place of that line."""
+    print(f"{done / 1e6:4.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr, flush=True)
 
 
 async def show_answer(client: LLMClient, prompt: str) -> None:

@@ -19,8 +19,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> None:
     """Serves until stdin ends."""
-    # A terminal sends Ctrl-C to the parent as well, which decides what it means.
+    # A terminal sends Ctrl-C, and a service manager SIGTERM, to the parent as well, which decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints from here on goes to the log: nobody takes it for the reply
     options = json.loads(sys.stdin.buffer.readline())
@@ -43,6 +44,7 @@ def main() -> None:
 def _params(params: Any, options: dict[str, Any]) -> Any:
     params.model.path = options["model"]
     params.model_alias = {options["alias"]}
+    params.port = options["port"]
     params.chat_template = options["chat_template"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     params.n_ctx = options["n_ctx"]

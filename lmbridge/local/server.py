@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import inspect
 import json
 import logging
 import math
 import os
 import platform
+import socket
 import sys
 import tempfile
 import time
@@ -20,19 +22,20 @@ from types import TracebackType
 from typing import IO, Any, ClassVar, Self
 
 from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, ModelLoadError, ModelNotFoundError
-from lmbridge.local.model import SMOLLM2, locate
+from lmbridge.local.model import SMOLLM2, Progress, locate
 from lmbridge.local.process import describe_exit, end, tail
 from lmbridge.local.shield import settle
 
 _LOG = logging.getLogger("lmbridge.local")
 _HERE = Path(__file__).parent
+_HOST = "127.0.0.1"  # llama.cpp's default
 _GRACE = 1.0  # seconds for the child to see that its stdin has ended; it exits at once then
 _CPU_FEATURES = frozenset({"avx2", "f16c", "fma"})  # what xllamacpp's wheels for x86-64 are compiled for
 _POOLING_OF_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
 
 
 class LocalServer:
-    """A real llama.cpp server on a free port of the loopback interface, ready when `async with` enters.
+    """A real llama.cpp server on a port of the loopback interface, ready when `async with` enters.
 
     It is a child process and does not outlive this one, however this one ends. After `close` the object can be
     entered again. Needs the extra `local`; its wheels need a CPU with AVX2 on x86-64.
@@ -51,6 +54,9 @@ class LocalServer:
         embeddings: Whether to serve `/v1/embeddings` as well. The default model pools its tokens' vectors by their
             mean, another model as its file says; where the file says nothing, the server answers with a 400.
         api_key: Key that requests must bring, or None.
+        port: TCP port to listen on; 0 for any that is free.
+        progress: Called while the default model is fetched, with the bytes that are here and the bytes in all, in the
+            event loop, about ten times a second, and not at all if nothing is fetched. None for a line in the log.
         start_timeout: Seconds that the server may take to load the model, which was fetched before; None for any.
 
     Attributes:
@@ -72,16 +78,21 @@ class LocalServer:
         chat_template: str | os.PathLike[str] | None = None,
         embeddings: bool = False,
         api_key: str | None = None,
+        port: int = 0,
+        progress: Progress | None = None,
         start_timeout: float | None = 120.0,
     ) -> None:
         self._path = None if model is None else _path("model", model)
         self._template = None if chat_template is None else _path("chat_template", chat_template)
         if self._path is None and self._template is None:
             self._template = _HERE / "smollm2_tools.jinja"
+        self._port = _port(port)
+        self._progress = None if progress is None else _function("progress", progress)
         self._start_timeout = None if start_timeout is None else _seconds("start_timeout", start_timeout)
         self.model = SMOLLM2.name if self._path is None else self._path.stem
         self._options = {
             "alias": self.model,
+            "port": self._port,
             "n_ctx": _count("n_ctx", n_ctx),
             "n_parallel": _count("n_parallel", n_parallel),
             "threads": _default_threads() if threads is None else _count("threads", threads),
@@ -91,6 +102,7 @@ class LocalServer:
         }
         self._lock = asyncio.Lock()
         self._running: AsyncExitStack | None = None
+        self._process: Process | None = None
         self._address: str | None = None
 
     @property
@@ -101,7 +113,7 @@ class LocalServer:
             LLMError: it is not running.
         """
         if self._address is None:
-            raise LLMError(f"{self!r} is not running", hint="enter it with `async with`")
+            raise self._not_running()
         return f"{self._address}/v1"
 
     async def __aenter__(self) -> Self:
@@ -111,7 +123,8 @@ class LocalServer:
             ImportError: the extra `local` is not installed.
             ModelNotFoundError: there is no such file, or no way to fetch the default model.
             ModelLoadError: the file is no GGUF, or llama.cpp cannot load it.
-            LLMConnectionError: the server did not start, or the default model could not be downloaded.
+            LLMConnectionError: the port is taken, the server did not start, or the default model could not be
+                downloaded.
             LLMError: it is running already.
         """
         async with self._lock:
@@ -128,9 +141,19 @@ class LocalServer:
     async def close(self) -> None:
         """Ends the server, within seconds and whatever it is doing: streams in flight break off."""
         async with self._lock:
-            running, self._running, self._address = self._running, None, None
+            running, self._running, self._process, self._address = self._running, None, None, None
             if running is not None:
                 await running.aclose()
+
+    async def wait(self) -> None:
+        """Waits until the server has ended, by `close` or of itself; of a crash `close` logs the last words.
+
+        Raises:
+            LLMError: it is not running.
+        """
+        if self._process is None:
+            raise self._not_running()
+        await self._process.wait()
 
     def __repr__(self) -> str:
         return f"<LocalServer {self.model!r}{f' at {self._address}' if self._address else ''}>"
@@ -139,16 +162,20 @@ class LocalServer:
         if getattr(self, "_running", None) is not None:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
+    def _not_running(self) -> LLMError:
+        return LLMError(f"{self!r} is not running", hint="enter it with `async with`")
+
     async def _start(self) -> None:
         await settle(asyncio.to_thread(_check_machine))
-        path = await locate() if self._path is None else self._path
+        _check_port(self._port)  # cheap: before a model is fetched for nothing
+        path = await locate(progress=self._progress) if self._path is None else self._path
         began = time.monotonic()
         async with AsyncExitStack() as stack:
             log, options = await settle(asyncio.to_thread(self._prepare, path, stack))
             process = await settle(self._spawn(log, stack))
             address = await self._handshake(process, log, options)
             stack.push_async_callback(_stop, self.model, process, log)
-            self._running, self._address = stack.pop_all(), address
+            self._running, self._process, self._address = stack.pop_all(), process, address
         _LOG.info("%s serves %s after %.2f s", address, self.model, time.monotonic() - began)
 
     def _prepare(self, path: Path, stack: AsyncExitStack) -> tuple[IO[bytes], dict[str, Any]]:
@@ -182,7 +209,9 @@ class LocalServer:
             raise await self._failure(LLMConnectionError, reason, process, log)
         reply = _parse(line)
         if "error" in reply:
-            raise await self._failure(ModelLoadError, f"llama.cpp cannot load {options['model']}", process, log)
+            failure = await self._failure(ModelLoadError, f"llama.cpp cannot load {options['model']}", process, log)
+            _check_port(self._port)  # taken since we looked? llama.cpp's reply is the same
+            raise failure
         address = reply.get("address")
         if not isinstance(address, str):
             raise await self._failure(LLMConnectionError, f"it said {line[:80]!r}, no address", process, log)
@@ -249,6 +278,22 @@ def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return _CPU_FEATURES
 
 
+def _check_port(port: int) -> None:
+    if not port:
+        return
+    with socket.socket() as probe:
+        if os.name == "posix":  # as llama.cpp does: connections of a server that has gone are no obstacle
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((_HOST, port))
+        except OSError as exc:
+            raise LLMConnectionError(
+                f"cannot listen on port {port} of {_HOST}: {exc.strerror}",
+                exc,
+                hint="free it, give another one, or 0 for any that is free",
+            ) from exc
+
+
 def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise ModelNotFoundError(str(path), hint="give the path of a GGUF file")
@@ -287,6 +332,18 @@ def _path(name: str, value: object) -> Path:
 def _count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LLMValidationError(f"{name} is {value!r}", hint="give a whole number of 1 or more")
+    return value
+
+
+def _port(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65_535:
+        raise LLMValidationError(f"port is {value!r}", hint="give a whole number up to 65535, 0 for any that is free")
+    return value
+
+
+def _function(name: str, value: Progress) -> Progress:
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        raise LLMValidationError(f"{name} is {value!r}", hint="give a plain function, not an async one, or None")
     return value
 
 

@@ -27,6 +27,7 @@ _OPTIONS = {
     "parent": os.getpid(),
     "model": "/some/where.gguf",
     "alias": "tiny",
+    "port": 8123,
     "n_ctx": 512,
     "n_parallel": 2,
     "threads": 3,
@@ -103,6 +104,7 @@ async def test_options_reach_llama_cpp(stand_in: StandIn, witness: Witness) -> N
     assert params.pop("cpuparams") == params.pop("cpuparams_batch") == {"n_threads": 3}
     expected = {
         "model_alias": ["tiny"],
+        "port": 8123,
         "chat_template": "{{ messages }}",
         "n_ctx": 512,
         "n_parallel": 2,
@@ -130,10 +132,11 @@ async def test_it_ends_when_the_parent_has_gone_before_the_handshake(stand_in: S
     assert process.returncode == (1 if sys.platform == "linux" else 0)
 
 
-async def test_ctrl_c_is_for_the_parent(stand_in: StandIn) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_signals_that_mean_all_are_for_the_parent(stand_in: StandIn, number: signal.Signals) -> None:
     process = await _start(stand_in("pass"))
     await _reply(process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     await _end(process)
     assert process.returncode == 0
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
+import io
 import logging
 import os
+import shutil
 import stat
 import sys
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import pytest_asyncio
@@ -20,34 +23,15 @@ from aiohttp import web
 
 from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelNotFoundError
 from lmbridge.local import model as module
-from lmbridge.local.model import SMOLLM2, PackagedModel, locate
+from lmbridge.local.model import SMOLLM2, PackagedModel, Progress, locate
 from tests.local.conftest import Witness
 from tests.support import cancel_at_each_step
 
 _CONTENT = b"GGUF" + os.urandom(3_000_000)
-_TINY = PackagedModel(
-    name="tiny",
-    requirement="lmbridge-tiny-model==1.0",
-    module="lmbridge_tiny_model",
-    file="tiny.gguf",
-    size=len(_CONTENT),
-    sha256=hashlib.sha256(_CONTENT).hexdigest(),
-)
 _WHEEL = "lmbridge_tiny_model-1.0-py3-none-any.whl"
-_PROCESS = f"""\
-import asyncio
-from lmbridge.local import model
-locked = model._locked
-def reporting(file):
-    got = locked(file)
-    if not got: print("waiting", flush=True)
-    return got
-model._locked = reporting
-print(asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r}))).read_bytes()[:4], flush=True)
-"""
 
 
-def _write_wheel(path: Path, *, member: str = "lmbridge_tiny_model/tiny.gguf", requires: str = "") -> None:
+def _write_wheel(path: Path | IO[bytes], *, member: str = "lmbridge_tiny_model/tiny.gguf", requires: str = "") -> None:
     files = {
         "lmbridge_tiny_model/__init__.py": b"raise RuntimeError('imported')",
         member: _CONTENT,
@@ -64,6 +48,44 @@ def _write_wheel(path: Path, *, member: str = "lmbridge_tiny_model/tiny.gguf", r
         for name, data in files.items():
             archive.writestr(name, data)
         archive.writestr("lmbridge_tiny_model-1.0.dist-info/RECORD", record)
+
+
+def _wheel() -> bytes:
+    file = io.BytesIO()
+    _write_wheel(file)
+    return file.getvalue()
+
+
+_TINY = PackagedModel(
+    name="tiny",
+    requirement="lmbridge-tiny-model==1.0",
+    wheel_size=len(_wheel()),
+    module="lmbridge_tiny_model",
+    file="tiny.gguf",
+    size=len(_CONTENT),
+    sha256=hashlib.sha256(_CONTENT).hexdigest(),
+)
+_PROCESS = f"""\
+import asyncio
+from lmbridge.local import model
+locked = model._locked
+def reporting(file):
+    got = locked(file)
+    if not got: print("waiting", flush=True)
+    return got
+model._locked = reporting
+print(asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r}))).read_bytes()[:4], flush=True)
+"""
+_LIMITED = f"""\
+import asyncio, resource
+from lmbridge import LLMError
+from lmbridge.local import model
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try:
+    asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r})))
+except LLMError as error:
+    print(type(error).__name__, error)
+"""
 
 
 @pytest.fixture
@@ -97,6 +119,7 @@ class Index:
         self.may_answer = asyncio.Event()
         self.dropped = asyncio.Event()
         self.downloads = 0
+        self.breaks_off = False
         self._wheel = wheel
 
     async def page(self, request: web.Request) -> web.Response:
@@ -109,6 +132,9 @@ class Index:
         await response.prepare(request)
         await response.write(data[:500_000])
         self.asked.set()
+        if self.breaks_off and request.transport:
+            request.transport.close()
+            return response
         try:
             await self.may_answer.wait()
         except asyncio.CancelledError:
@@ -151,7 +177,7 @@ async def test_it_is_fetched_once_and_nothing_else_stays(
     assert path == cache / "tiny.gguf"
     assert path.read_bytes() == _CONTENT
     assert _left(cache) == ["tiny.gguf", "tiny.lock"]
-    assert caplog.messages == [f"fetching lmbridge-tiny-model==1.0 into {cache}, once"]
+    assert caplog.messages == [f"fetching lmbridge-tiny-model==1.0 (3 MB) into {cache}, once"]
     (wheels / _WHEEL).unlink()
     assert await locate(_TINY) == path
 
@@ -207,6 +233,143 @@ def test_a_torn_wheel_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "tiny.gguf").exists()
 
 
+async def test_a_download_that_breaks_off_is_told_and_can_be_repeated(index: Index, cache: Path) -> None:
+    index.breaks_off = True
+    with pytest.raises(LLMConnectionError, match=r"^could not download lmbridge-tiny-model==1\.0: (?s:.+); run `pip"):
+        await locate(_TINY)
+    assert index.downloads >= 1
+    assert _left(cache) == ["tiny.lock"]
+    index.breaks_off = False
+    index.may_answer.set()
+    assert (await locate(_TINY)).read_bytes() == _CONTENT
+
+
+async def test_a_disk_without_room_for_it_is_told_before_the_download(
+    wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    monkeypatch.setattr(module, "_download_command", lambda *_: pytest.fail("a download was begun"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
+    with pytest.raises(LLMError, match=r"cannot keep the model in .*: .*5 MB are free, 6 MB are needed") as caught:
+        await locate(_TINY)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.ENOSPC
+    assert _left(cache) == ["tiny.lock"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full")
+async def test_a_disk_that_is_full_when_the_model_is_written_is_told(
+    wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    publish = module._publish
+
+    def publish_to_a_full_disk(model: PackagedModel, folder: Path, cached: Path) -> None:
+        (folder / "part").symlink_to("/dev/full")
+        publish(model, folder, cached)
+
+    monkeypatch.setattr(module, "_publish", publish_to_a_full_disk)
+    with pytest.raises(
+        LLMError, match=r"cannot keep the model in .*No space left on device; run `pip install"
+    ) as caught:
+        await locate(_TINY)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert _left(cache) == ["tiny.lock"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+async def test_a_disk_that_is_full_during_the_download_is_told(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _LIMITED), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    async with asyncio.timeout(50):
+        output, _ = await process.communicate()
+    text = output.decode()
+    assert text.startswith("LLMConnectionError could not download lmbridge-tiny-model==1.0: "), text
+    assert os.strerror(errno.EFBIG) in text
+    assert _left(cache) == ["tiny.lock"]
+
+
+async def test_a_cached_model_needs_no_network_and_no_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    (cache / "tiny.gguf").write_bytes(_CONTENT)
+    monkeypatch.setattr(module, "_fetch", lambda *_: pytest.fail("a fetch was begun"))
+    told: list[tuple[int, int]] = []
+    assert await locate(_TINY, lambda done, total: told.append((done, total))) == cache / "tiny.gguf"
+    assert told == []
+    assert _left(cache) == ["tiny.gguf"]
+
+
+async def test_progress_is_told_while_it_is_fetched_by_whomever(index: Index, cache: Path) -> None:
+    loop, partly = asyncio.get_running_loop(), [asyncio.Event(), asyncio.Event()]
+    told: list[list[tuple[int, int]]] = [[], []]
+
+    def teller(number: int) -> Progress:
+        def tell(done: int, total: int) -> None:
+            assert asyncio.get_running_loop() is loop
+            told[number].append((done, total))
+            partly[number].set()
+
+        return tell
+
+    fetches = [asyncio.create_task(locate(_TINY, teller(number))) for number in range(2)]
+    async with asyncio.timeout(50):
+        await asyncio.gather(*(event.wait() for event in partly))
+        index.may_answer.set()
+        await asyncio.gather(*fetches)
+    assert index.downloads == 1
+    for steps in told:
+        assert 0 < steps[0][0] <= 500_000
+        assert steps[-1] == (_TINY.wheel_size, _TINY.wheel_size)
+        assert steps == sorted(set(steps))
+        assert {total for _, total in steps} == {_TINY.wheel_size}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
+async def test_progress_is_told_of_what_uv_unpacks(
+    tmp_path: Path, cache: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_wheel(tmp_path / _WHEEL)
+    uv = _without_pip(monkeypatch, tmp_path) / "uv"
+    uv.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, socket, sys, tempfile\n"
+        "folder = pathlib.Path(tempfile.mkdtemp(), 'lmbridge_tiny_model')\n"
+        "folder.mkdir()\n"
+        "(folder / 'tiny.gguf').write_bytes(bytes(1_000_000))\n"
+        f"connection = socket.create_connection(('127.0.0.1', {witness.port}))\n"
+        "connection.sendall(f'{os.getpid()}\\n'.encode())\n"
+        "connection.recv(1)\n"
+    )
+    uv.chmod(stat.S_IRWXU)
+    told: list[tuple[int, int]] = []
+    enough = asyncio.Event()
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        enough.set()
+
+    fetch = asyncio.create_task(locate(_TINY, tell))
+    async with asyncio.timeout(30):
+        await enough.wait()
+    fetch.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetch
+    assert told == [(1_000_000, len(_CONTENT))]
+
+
+async def test_a_failure_of_the_progress_display_ends_the_fetch(index: Index, cache: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await locate(_TINY, fail)
+    async with asyncio.timeout(30):
+        await index.dropped.wait()
+    assert _left(cache) == ["tiny.lock"]
+
+
 async def test_without_a_network_pip_is_quoted(cache: Path) -> None:
     with pytest.raises(LLMConnectionError) as caught:
         await locate(_TINY)
@@ -250,7 +413,7 @@ async def test_a_cancel_anywhere_leaves_nothing(
 
     async def run() -> None:
         (cache / "tiny.gguf").unlink(missing_ok=True)
-        await locate(_TINY)
+        await locate(_TINY, lambda done, total: None)
 
     async def after() -> None:
         await witness.gone()

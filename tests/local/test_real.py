@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from lmbridge.errors import ModelLoadError
+from lmbridge.errors import LLMConnectionError, ModelLoadError
 from lmbridge.local import LocalServer
 from lmbridge.local.model import locate
 
@@ -152,6 +153,67 @@ async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, t
         async with http.get(f"{server.api_base}/models") as response:
             assert [model["id"] for model in (await response.json())["data"]] == [server.model]
     assert "cold" in choice["message"]["content"].lower()
+
+
+async def _get(http: aiohttp.ClientSession, server: LocalServer, path: str) -> Any:
+    async with http.get(server.api_base.replace("v1", path)) as response:
+        assert response.status == 200
+        return await response.json()
+
+
+async def test_n_ctx_and_n_parallel_are_what_the_server_has(http: aiohttp.ClientSession) -> None:
+    async with LocalServer(n_ctx=512, n_parallel=3) as server:
+        props = await _get(http, server, "props")
+        assert props["total_slots"] == len(await _get(http, server, "slots")) == 3
+        assert props["default_generation_settings"]["n_ctx"] == 512
+        body = {"messages": [{"role": "user", "content": "sea " * 600}]}
+        async with http.post(f"{server.api_base}/chat/completions", json=body) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["type"] == "exceed_context_size_error"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+async def test_threads_are_as_many_as_asked_for(http: aiohttp.ClientSession) -> None:
+    counts = []
+    for threads in (1, 3):
+        async with LocalServer(threads=threads) as server:
+            await _complete(http, server, messages=STORY, max_tokens=2)
+            assert server._process is not None
+            counts.append(len(list(Path(f"/proc/{server._process.pid}/task").iterdir())))
+    assert counts[1] - counts[0] == 2
+
+
+async def test_a_port_can_be_given_and_taken_again_at_once(http: aiohttp.ClientSession) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = LocalServer(port=port, n_ctx=512)
+    for _ in range(2):
+        async with server:
+            assert server.api_base == f"http://127.0.0.1:{port}/v1"
+            await _complete(http, server, messages=STORY, max_tokens=2)
+            with pytest.raises(LLMConnectionError, match=f"cannot listen on port {port} of"):
+                await LocalServer(port=port).__aenter__()
+
+
+async def test_llama_cpp_says_that_a_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmbridge.local.server._check_port", lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ModelLoadError, match=rf"last words:\n(?s:.*)couldn't bind(?s:.*)port: {port}"):
+            await LocalServer(port=port).__aenter__()
+
+
+async def test_a_cached_model_is_served_without_a_network(
+    http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await locate()
+    with socket.socket() as nobody:  # bound, and not listening: connections are refused
+        nobody.bind(("127.0.0.1", 0))
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        async with LocalServer(n_ctx=512) as server:
+            await _complete(http, server, messages=STORY, max_tokens=2)
 
 
 _PARENT = """\

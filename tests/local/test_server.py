@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,13 @@ from tests.support import cancel_at_each_step
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_GRACE", 0.05)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port on which somebody else listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
 
 
 async def test_it_has_an_address_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
@@ -56,14 +65,23 @@ async def test_the_child_gets_all_options_and_shows_none(
     template.write_text("{{ messages }} é", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     local = LocalServer(
-        gguf.name, n_ctx=512, n_parallel=2, threads=3, chat_template=template, embeddings=True, api_key="a secret"
+        gguf.name,
+        n_ctx=512,
+        n_parallel=2,
+        threads=3,
+        chat_template=template,
+        embeddings=True,
+        api_key="a secret",
+        port=_free_port(),
     )
+    port = local._port
     async with local:
         seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen.pop("options") == {
         "parent": os.getpid(),
         "model": str(gguf),
         "alias": "tiny",
+        "port": port,
         "n_ctx": 512,
         "n_parallel": 2,
         "threads": 3,
@@ -74,6 +92,12 @@ async def test_the_child_gets_all_options_and_shows_none(
     }
     assert "a secret" not in json.dumps(seen)
     assert str(tmp_path) not in seen["path"]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 1), (6, 3), (16, 8), (64, 8)], ids=str)
@@ -105,6 +129,12 @@ def test_the_default_model_gets_the_template_and_the_pooling_that_it_needs(tmp_p
         ({"model": ""}, "model is ''; give the path"),
         ({"model": 7}, "model is 7"),
         ({"chat_template": b"x"}, "chat_template is b'x'"),
+        ({"port": -1}, "port is -1; give a whole number up to 65535, 0 for any that is free"),
+        ({"port": 65_536}, "port is 65536"),
+        ({"port": "8080"}, "port is '8080'"),
+        ({"port": True}, "port is True"),
+        ({"progress": 5}, "progress is 5; give a plain function"),
+        ({"progress": asyncio.sleep}, "progress is .*, not an async one, or None"),
         ({"api_key": " "}, "api_key is no key"),
         ({"api_key": 1234567}, "api_key is no key; give text that is not blank, or None$"),
     ],
@@ -163,6 +193,90 @@ async def test_a_child_that_hangs_is_ended(
         await LocalServer(gguf, start_timeout=0.3).__aenter__()
     assert isinstance(caught.value.__cause__, TimeoutError)
     witness.assert_reaped()
+
+
+async def test_a_child_that_hangs_is_quoted(script: Script, gguf: Path, witness: Witness, short_grace: None) -> None:
+    script(f"print('loading layer 7', file=sys.stderr, flush=True); tell('said'); {HANG}")
+    start = asyncio.create_task(LocalServer(gguf, start_timeout=3).__aenter__())
+    await witness.come()
+    assert await witness.word() == "said"
+    with pytest.raises(
+        LLMConnectionError, match=r"'tiny': it was not ready within 3 s; its last words:\nloading layer 7$"
+    ):
+        await start
+    witness.assert_reaped()
+
+
+async def test_a_taken_port_is_named_before_anything_is_fetched_or_started(
+    script: Script, gguf: Path, witness: Witness, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locate(**_: Any) -> Path:
+        pytest.fail("a model was looked for")
+
+    monkeypatch.setattr(server, "locate", locate)
+    script(SERVE)
+    for model in (gguf, None):
+        with pytest.raises(
+            LLMConnectionError, match=rf"^cannot listen on port {taken_port} of 127\.0\.0\.1: .*in use; free it, give"
+        ) as caught:
+            await LocalServer(model, port=taken_port).__aenter__()
+        assert isinstance(caught.value.__cause__, OSError)
+    assert witness.pids == []
+
+
+async def test_a_port_that_is_taken_while_the_model_loads_is_named(
+    script: Script, gguf: Path, witness: Witness, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, looks = server._check_port, 0
+
+    def first_it_is_free(port: int) -> None:
+        nonlocal looks
+        looks += 1
+        if looks > 1:
+            look(port)
+
+    monkeypatch.setattr(server, "_check_port", first_it_is_free)
+    script("reply(json.dumps({'error': 'Failed to init server, please check the input params.'}) + '\\n')")
+    with pytest.raises(LLMConnectionError, match=f"cannot listen on port {taken_port} of"):
+        await LocalServer(gguf, port=taken_port).__aenter__()
+    witness.assert_reaped()
+
+
+async def test_the_progress_of_a_fetch_is_passed_on(
+    script: Script, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locate(*, progress: Any) -> Path:
+        progress(1, 2)
+        return gguf
+
+    monkeypatch.setattr(server, "locate", locate)
+    script(SERVE)
+    told: list[tuple[int, int]] = []
+    async with LocalServer(progress=lambda done, total: told.append((done, total))):
+        assert told == [(1, 2)]
+
+
+async def test_its_end_can_be_waited_for(script: Script, gguf: Path, witness: Witness) -> None:
+    local = LocalServer(gguf)
+    script(SERVE)
+    with pytest.raises(LLMError, match="is not running; enter it"):
+        await local.wait()
+    async with local:
+        waiting = asyncio.create_task(local.wait())
+        await asyncio.sleep(0)
+        await local.close()
+        await waiting
+    script("sys.stdin.readline(); serve(); sys.stdin.readline(); sys.exit(3)")
+    async with local:
+        waiting = asyncio.create_task(local.wait())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert local.api_base
+    script("sys.stdin.readline(); serve()")
+    async with local:
+        await local.wait()
 
 
 async def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(script: Script, gguf: Path) -> None:
