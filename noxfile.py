@@ -15,7 +15,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
-    session.install("-e", ".[local,dev]", "aiohttp==3.14.0")
+    session.install("-e", ".[local,dev]", "aiohttp==3.13.0")
     session.run("python", "-m", "pytest", *session.posargs)
 
 

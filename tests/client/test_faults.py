@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
+from blockbuster import BlockBuster
 
 from lmbridge import (
     Limits,
@@ -354,7 +355,10 @@ async def test_loopback_is_never_proxied(
         assert not proxy.requests
 
 
-async def test_a_proxy_is_used_only_if_the_environment_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_is_used_only_if_the_environment_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, no_blocking_calls: BlockBuster
+) -> None:
+    no_blocking_calls.deactivate()  # aiohttp 3.13 looks for a .netrc in the event loop
     async with ScriptedServer() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.origin)
         proxy.default = answer("through the proxy")
