@@ -11,9 +11,12 @@ from lmbridge.config import (
     DEFAULT_API_BASE,
     Limits,
     Timeouts,
+    checked,
+    checked_key,
     default_api_base,
     default_api_key,
     default_model,
+    is_loopback,
     normalize_api_base,
 )
 from lmbridge.errors import LLMValidationError
@@ -248,3 +251,44 @@ def test_credentials_are_answered_with_where_to_put_them() -> None:
 def test_a_limit_that_this_version_cannot_keep_is_refused() -> None:
     with pytest.raises(LLMValidationError, match=r"max_loaded_models is 1, but this version does not schedule"):
         Limits(max_loaded_models=1)
+
+
+def test_an_option_of_another_kind_is_refused_by_name() -> None:
+    limits = Limits()
+    assert checked("limits", limits, Limits) is limits
+    with pytest.raises(LLMValidationError) as caught:
+        checked("limits", 5, Limits)
+    assert str(caught.value) == "limits is 5; give a Limits, or None for the default"
+
+
+@pytest.mark.parametrize("key", ["sk-1234", "x", "!~", None])
+def test_a_key_is_printable_ascii_or_none(key: str | None) -> None:
+    assert checked_key(key) == key
+
+
+@pytest.mark.parametrize("key", ["", " ", "a secret", "secret\n", "secret\r\nX-Evil: 1", "sécret", b"secret", 7])
+def test_any_other_key_is_refused_and_never_repeated(key: Any) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        checked_key(key)
+    assert str(caught.value) == "api_key is no key; give a string of printable ASCII without spaces"
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://127.0.0.1:1234/v1", True),
+        ("http://127.8.9.10", True),
+        ("http://[::1]:1234", True),
+        ("http://localhost", True),
+        ("http://LOCALHOST:1234", True),
+        ("http://box.localhost", True),
+        ("http://192.168.0.7", False),
+        ("http://[fe80::1]", False),
+        ("http://box", False),
+        ("http://localhost.example", False),
+        ("http://127.0.0.1.example", False),
+        ("http://notlocalhost", False),
+    ],
+)
+def test_loopback_is_what_never_leaves_this_machine(url: str, loopback: bool) -> None:
+    assert is_loopback(url) is loopback

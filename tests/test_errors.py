@@ -118,6 +118,14 @@ class OfTwoArgumentsError(Exception):
         super().__init__(f"{what} at {where}")
 
 
+class OfAUserError(ToolError):
+    """A subclass whose constructor takes other arguments."""
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}", hint="look it up")
+        self.code = code
+
+
 # The tree
 
 
@@ -244,7 +252,8 @@ def test_the_errors_of_several_servers_are_kept_by_name() -> None:
         ({"context": {"attempts": 1}}, "it broke (after 1 attempt)"),
         ({"context": {"attempts": 3}}, "it broke (after 3 attempts)"),
         ({"context": {"attempts": 0}}, "it broke (after 0 attempts)"),
-        ({"context": {"seconds": 0.004}}, "it broke (after 0.00 s)"),
+        ({"context": {"seconds": 0.0}}, "it broke (after 0.00 s)"),
+        ({"context": {"seconds": 61.238}}, "it broke (after 61.24 s)"),
         ({"context": {"operation": None, "model": None, "url": None, "attempts": None, "seconds": None}}, "it broke"),
         ({"context": {"holders": ["secret"]}, "status": 401, "body": "secret", "partial": "secret"}, "it broke"),
         (
@@ -271,7 +280,7 @@ def test_every_error_reads_as_one_sentence(kind: type[LLMError]) -> None:
         ("gpt-4o", ["llama", "qwen"], "model 'gpt-4o' not found; there are: llama, qwen"),
         ("lama", ["qwen", "llama"], "model 'lama' not found (did you mean 'llama'?); there are: qwen, llama"),
         ("LLAMA", ["qwen", "llama"], "model 'LLAMA' not found (did you mean 'llama'?); there are: qwen, llama"),
-        ("qwen3-8b", ["Qwen3-8B"], "model 'qwen3-8b' not found (did you mean 'Qwen3-8B'?); there are: Qwen3-8B"),
+        ("phi-4", ["PHI-4"], "model 'phi-4' not found (did you mean 'PHI-4'?); there are: PHI-4"),
         ("ab1", ["ab2", "ab3"], "model 'ab1' not found (did you mean 'ab3' or 'ab2'?); there are: ab2, ab3"),
         (None, ["llama"], "model not found; there are: llama"),
     ],
@@ -384,6 +393,13 @@ def test_a_result_that_cannot_be_pickled_does_not_stop_its_error() -> None:
     other = pickled(MaxRoundsExceededError("25 rounds", result=Unpicklable("RunResult(...)")))
     assert isinstance(other, MaxRoundsExceededError)
     assert other.result == other.partial == "RunResult(...)"
+
+
+@every_copy
+def test_an_error_of_a_users_own_class_is_copied_too(copied: Copier) -> None:
+    error = OfAUserError(code=7)
+    assert vars(copied(error)) == vars(error)
+    assert str(copied(error)) == "code 7; look it up"
 
 
 def test_a_long_chain_of_causes_does_not_take_exponential_time() -> None:

@@ -377,15 +377,16 @@ _steps = st.lists(
 )
 
 
-@settings(deadline=None)
-@given(limit=st.integers(1, 4), steps=_steps)
+@settings(deadline=None, max_examples=200)
+@given(limit=st.integers(1, 4), arrivals=st.integers(0, 8), steps=_steps)
 def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none_is_lost(
-    limit: int, steps: list[list[tuple[Kind, int]]]
+    limit: int, arrivals: int, steps: list[list[tuple[Kind, int]]]
 ) -> None:
     async def run() -> None:
         scheduler = a_scheduler(limit, max_queue=None)
         requests: list[asyncio.Task[Place]] = []  # in the order in which they came, without those that are over
-        for step in steps:
+        rush: list[tuple[Kind, int]] = [("arrive", 0)] * arrivals
+        for step in [rush, *steps]:
             for kind, number in step:  # all in one turn of the loop
                 if kind == "arrive":
                     requests.append(ask(scheduler))
@@ -403,8 +404,10 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
             assert (scheduler.in_flight, scheduler.queued) == (given_places, len(requests) - given_places)
             waiting = len(requests) - given_places
             assert [request.done() for request in requests] == [True] * given_places + [False] * waiting
-        for request in requests:
-            scheduler.release(await request)
+        while requests:
+            assert requests[0].done()
+            scheduler.release(requests.pop(0).result())
+            await turns()
         assert (scheduler.in_flight, scheduler.queued) == (0, 0)
 
     asyncio.run(run())

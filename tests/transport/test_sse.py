@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmbridge.errors import LLMStreamError
 from lmbridge.transport import Event, NamedEvent, SSEDecoder
-from lmbridge.transport.sse import MAX_EVENT_SIZE
+from lmbridge.transport.sse import MAX_EVENT_SIZE, begins_event_stream
 
 BOM = b"\xef\xbb\xbf"
 
@@ -211,6 +211,30 @@ def test_an_event_is_handed_out_as_soon_as_its_blank_line_is_there() -> None:
     assert decoder.feed(b"ta: 3\n\n") == [b"3"]
 
 
+# The beginning of the body
+
+
+@pytest.mark.parametrize("line", [b"data: {}", b"data:{}", b"event: x", b"id: 1", b"retry: 1", b": ping", b":"])
+@pytest.mark.parametrize("before", [b"", b"\n", b"\r\n", BOM, BOM + b"\n\n"])
+def test_a_body_that_begins_with_a_field_or_a_comment_is_an_event_stream(before: bytes, line: bytes) -> None:
+    body = before + line + b"\n"
+    verdicts = [begins_event_stream(body[:end]) for end in range(len(body) + 1)]
+    assert verdicts[-1] is True
+    assert False not in verdicts  # however little of it has arrived
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b'{"error": "x"}', b"<html>", b"proxy error: x", b"dat_", b"events", b" data: x"]
+)
+def test_a_body_that_begins_with_anything_else_is_none(body: bytes) -> None:
+    assert begins_event_stream(body) is begins_event_stream(b"\r\n" + body) is False
+
+
+@pytest.mark.parametrize("body", [b"", b"\n\r\n", BOM[:1], BOM, b"d", b"data", b"even", b"i", BOM + b"retry"])
+def test_a_body_of_which_too_little_is_there_may_be_one(body: bytes) -> None:
+    assert begins_event_stream(body) is None
+
+
 # Sizes
 
 
@@ -302,6 +326,7 @@ _names = st.sampled_from([b"data", b"event", b"id", b"retry", b"", b"foo", b"Dat
 _separators = st.sampled_from([b": ", b":", b":  ", b" ", b""])
 _lines = st.one_of(
     st.just(b""),
+    st.sampled_from([b"", b"data", b"data:", b"event: x", b"event:"]),
     st.builds(b"data: ".__add__, _texts),
     st.tuples(_names, _separators, st.one_of(_texts, _anything)).map(b"".join),
     _anything,

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from lmbridge.client.names import ModelNames, is_same_model
+from lmbridge.errors import ModelMismatchError
+
+
+@pytest.mark.parametrize(
+    "served", ["qwen3-8b", "qwen3-8b:2", "qwen3-8b:15", "qwen3-8b@q4_k_m", "qwen3-8b@8bit", "qwen3-8b@q4_k_m:2"]
+)
+def test_a_quantisation_or_an_instance_of_the_model_is_that_model(served: str) -> None:
+    assert is_same_model("qwen3-8b", served)
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ("qwen3-8b", "qwen3-80b"),
+        ("qwen3-8b", "qwen3-8b-instruct"),
+        ("qwen3-8b", "qwen3-8"),
+        ("qwen3-8b", "Qwen3-8B"),
+        ("qwen3-8b", "org/qwen3-8b"),
+        ("qwen3-8b", "qwen3-8b:latest"),
+        ("qwen3-8b", "qwen3-8b:"),
+        ("qwen3-8b", "qwen3-8b@"),
+        ("qwen3-8b", "qwen3-8b:2:3"),
+        ("qwen3-8b", "qwen3-8b:2@q4"),
+        ("qwen3-8b", "qwen3-8b@q4@q8"),
+        ("qwen3-8b", "qwen3-8b 2"),
+        ("qwen3-8b@q4", "qwen3-8b"),
+        ("qwen3-8b@q4", "qwen3-8b@q8"),
+        ("qwen3-8b:2", "qwen3-8b"),
+        ("a.c", "abc"),
+    ],
+)
+def test_any_other_name_is_another_model(asked: str, served: str) -> None:
+    assert not is_same_model(asked, served)
+
+
+def test_a_name_with_a_quantisation_is_itself() -> None:
+    assert is_same_model("qwen3-8b@q4", "qwen3-8b@q4")
+    assert is_same_model("qwen3-8b@q4", "qwen3-8b@q4:2")
+    assert is_same_model("llama3:8", "llama3:8")
+
+
+def test_raise_raises_with_both_names_and_what_to_do() -> None:
+    names = ModelNames("raise")
+    for _ in range(2):
+        with pytest.raises(ModelMismatchError, match=r"asked for model 'a', but 'b' answered; .*load the model") as e:
+            names.check("a", "b")
+        assert (e.value.asked, e.value.served) == ("a", "b")
+    names.check("a", "a@q4:2")
+
+
+def test_warn_logs_each_pair_once(caplog: pytest.LogCaptureFixture) -> None:
+    names = ModelNames("warn")
+    for _ in range(3):
+        names.check("a", "b")
+        names.check("a", "c")
+        names.check("a", "a:2")
+    assert [(record.name, record.levelno) for record in caplog.records] == [("lmbridge.client", logging.WARNING)] * 2
+    assert [message.split(";")[0] for message in caplog.messages] == [
+        "asked for model 'a', but 'b' answered",
+        "asked for model 'a', but 'c' answered",
+    ]
+    ModelNames("warn").check("a", "b")  # another client's names
+    assert len(caplog.records) == 3
+
+
+def test_ignore_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ModelNames("ignore").check("a", "b")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("asked", [None, ""])
+def test_who_asks_for_no_model_in_particular_gets_no_mismatch(asked: str | None) -> None:
+    ModelNames("raise").check(asked, "b")
+
+
+@pytest.mark.parametrize("served", [None, "", 7, ["b"], {"id": "b"}])
+def test_a_reply_that_names_no_model_is_no_mismatch(served: Any) -> None:
+    ModelNames("raise").check("a", served)
+
+
+@pytest.mark.parametrize("mode", ["error", "", None, True, ["warn"]])
+def test_any_other_mode_is_refused(mode: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model_mismatch is .*; give 'warn', 'raise' or 'ignore'$"):
+        ModelNames(mode)

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import collections
+import json
+import math
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmbridge.client.wire import check_messages, checked_model, decode_json, decode_strictly, encode_body
+from lmbridge.errors import LLMValidationError
+
+USER = {"role": "user", "content": "Hello"}
+EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("model", ["m", "org/model@q4_k_m:2", None])
+def test_a_model_is_a_name_or_none(model: str | None) -> None:
+    assert checked_model(model) == model
+
+
+@pytest.mark.parametrize("model", ["", " ", 7, b"m", ["m"]])
+def test_any_other_model_is_refused(model: Any) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        checked_model(model)
+    told = f"model is {model!r}; give a name out of list_models(), or None for the client's default"
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER],
+        (USER,),
+        [types.MappingProxyType(USER)],
+        collections.deque([USER]),
+        [{"role": "assistant", "content": None, "tool_calls": []}],
+        [{"role": "assistant"}],
+        [{"role": "user", "content": ""}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+        [{"role": "user", "content": ({"type": "text", "text": "Hello"},)}],
+        [{"role": "a role of the future", "content": "x", "name": "y"}],
+    ],
+)
+def test_messages_are_a_sequence_of_mappings_with_a_role(messages: Any) -> None:
+    check_messages(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        (None, f"messages is None; give a list of messages, like {EXAMPLE}"),
+        ("Hello", f"messages is of type str; give a list of messages, like {EXAMPLE}"),
+        (b"Hello", f"messages is of type bytes; give a list of messages, like {EXAMPLE}"),
+        (USER, f"messages is of type dict; give a list of messages, like {EXAMPLE}"),
+        (iter([USER]), f"messages is of type list_iterator; give a list of messages, like {EXAMPLE}"),
+        ({1}, f"messages is of type set; give a list of messages, like {EXAMPLE}"),
+        ([], f"messages is empty; give at least one message, like {EXAMPLE}"),
+        ((), f"messages is empty; give at least one message, like {EXAMPLE}"),
+        ([USER, "Hello"], f"messages[1] is of type str; give a dict for each message, like {EXAMPLE}"),
+        ([None], f"messages[0] is None; give a dict for each message, like {EXAMPLE}"),
+        ([USER, USER, {}], "messages[2] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
+        ([{"role": ""}], "messages[0] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
+        ([{"role": 1}], "messages[0] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
+        (
+            [{"role": "user", "content": 7}],
+            "messages[0]['content'] is of type int; give a string, or a list of content parts",
+        ),
+        (
+            [USER, {"role": "user", "content": {"type": "text"}}],
+            "messages[1]['content'] is of type dict; give a string, or a list of content parts",
+        ),
+        (
+            [{"role": "user", "content": b"Hello"}],
+            "messages[0]['content'] is of type bytes; give a string, or a list of content parts",
+        ),
+    ],
+)
+def test_other_messages_are_refused_with_the_place_and_what_to_give(messages: Any, told: str) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        check_messages(messages)
+    assert str(caught.value) == told
+
+
+# Bodies
+
+
+@attrs.frozen
+class Point:
+    x: int
+
+
+class Struct(msgspec.Struct):
+    y: int
+
+
+def test_a_body_is_sent_as_it_is_in_its_order() -> None:
+    body = {"messages": [USER], "b": 1, "a": [1.5, True, None, {"deep": {"er": "é\u2028"}}], "big": 2**70}
+    assert encode_body(body) == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def test_any_mapping_and_any_sequence_is_sent_as_what_it_is() -> None:
+    body = {
+        "proxy": types.MappingProxyType({"a": collections.UserDict(b=1)}),
+        "chain": collections.ChainMap({"a": 1}, {"b": 2}),
+        "deque": collections.deque([1, (2, range(3))]),
+        "attrs": Point(1),
+        "struct": Struct(2),
+        "keys": {1: "a"},
+    }
+    assert decode_json(encode_body(types.MappingProxyType(body))) == {
+        "proxy": {"a": {"b": 1}},
+        "chain": {"a": 1, "b": 2},
+        "deque": [1, [2, [0, 1, 2]]],
+        "attrs": {"x": 1},
+        "struct": {"y": 2},
+        "keys": {"1": "a"},
+    }
+
+
+class Odd:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({"tools": Odd()}, "tools is of type Odd"),
+        ({"n": 1, "tools": [1, {"a b": [Odd()]}]}, "tools[1]['a b'][0] is of type Odd"),
+        ({"tools": (1, types.MappingProxyType({"f": print}))}, "tools[1]['f'] is of type builtin_function_or_method"),
+        ({"deque": collections.deque([Odd()])}, "deque[0] is of type Odd"),
+        ({"user": "\ud800"}, "user is of type str"),
+        ({"messages": [{"role": "user", "content": "half \udc00"}]}, "messages[0]['content'] is of type str"),
+        ({"logit_bias": {(1, 2): 3}}, "logit_bias is of type dict"),
+        ({"metadata": {None: 3}}, "metadata is of type dict"),
+        ({"messages": [{"x": 1, frozenset(): 2}]}, "messages[0] is of type dict"),
+        ({("a", "b"): 1}, "the request is of type dict"),
+    ],
+)
+def test_what_json_does_not_have_is_refused_with_its_place(body: Mapping[Any, Any], where: str) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        encode_body(body)
+    assert str(caught.value).startswith(f"{where}, which cannot be sent as JSON: ")
+    assert str(caught.value).endswith("; give strings, numbers, booleans, None, lists and dicts with string keys")
+    assert "Odd object" not in str(caught.value)
+    assert "recursion" not in str(caught.value)
+
+
+def test_a_body_that_holds_itself_is_refused() -> None:
+    tools: list[Any] = []
+    tools.append(tools)
+    with pytest.raises(LLMValidationError, match=r"^tools\[0\].* is of type list, which cannot be sent as JSON"):
+        encode_body({"tools": tools})
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": -math.inf}, "temperature is -inf"),
+        ({"seed": None, "logit_bias": {"1": 1.0, "2": math.inf}}, "logit_bias['2'] is inf"),
+        ({"tools": [{"a": (0.5, math.nan)}]}, "tools[0]['a'][1] is nan"),
+        ({"tools": types.MappingProxyType({"a": collections.deque([math.nan])})}, "tools['a'][0] is nan"),
+    ],
+)
+def test_nan_and_infinity_are_refused_wherever_they_are_and_never_sent_as_null(body: dict[str, Any], told: str) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        encode_body(body)
+    assert str(caught.value) == f"{told}, which JSON does not have; give a finite number"
+
+
+def test_null_is_sent_where_it_was_given() -> None:
+    body = {"stop": None, "messages": [{"role": "assistant", "content": None}, {"role": "user", "content": "null"}]}
+    assert json.loads(encode_body(body)) == body
+
+
+def test_a_deep_body_is_sent_or_refused_but_never_a_recursion_error() -> None:
+    for depth in range(0, 1200, 50):
+        value: Any = None
+        for _ in range(depth):
+            value = [value]
+        try:
+            data = encode_body({"x": value})
+        except LLMValidationError:
+            assert depth > 100
+        else:
+            assert data.count(b"[") == depth
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None)
+@given(body=st.dictionaries(st.text(), _json, max_size=4))
+def test_what_was_encoded_is_decoded_as_it_was(body: dict[str, Any]) -> None:
+    assert decode_json(encode_body(body)) == json.loads(encode_body(body)) == body
+
+
+# Replies
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (b'{"a": [1, 2.5, null, true, "x"]}', {"a": [1, 2.5, None, True, "x"]}),
+        (b' "\xc3\xa9" \n', "é"),
+        (b'{"logprob": -Infinity, "p": Infinity}', {"logprob": -math.inf, "p": math.inf}),
+        (b'{"a": 1e999}', {"a": math.inf}),
+        (rb'"\ud83d"', "\ud83d"),
+        (rb'"\ud83d\ude42"', "🙂"),
+        (b'"a\xffb"', "a\ufffdb"),
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        (b'{"a": "\xe6\x97"}', {"a": "\ufffd"}),
+    ],
+)
+def test_replies_are_read_as_servers_send_them(data: bytes, value: object) -> None:
+    assert decode_json(data) == value
+
+
+def test_not_a_number_is_read_too() -> None:
+    assert math.isnan(decode_json(b"[NaN]")[0])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b" ", b"{", b"secret", b"{'a': 1}", b'{"a": 1}secret', b"\xff\xfe", b"[" * 100_000, b"1" * 5000]
+)
+def test_what_is_no_json_is_a_value_error_that_does_not_repeat_it(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        decode_json(data)
+    assert "secret" not in f"{caught.value} {vars(caught.value)}"
+    assert caught.value.__cause__ is None
+
+
+def test_the_strict_decoder_takes_events_with_names_for_a_type_error() -> None:
+    with pytest.raises(TypeError):
+        decode_strictly(Odd())  # type: ignore[arg-type]
