@@ -26,6 +26,9 @@ class Fold:
         has_delta: Whether any chunk added anything to a message, be it only its role.
     """
 
+    # Slots, here and wherever there is one of a kind for each open stream: a thousand may be open.
+    __slots__ = ("_choices", "_content", "_head", "_usage", "_width", "begun", "has_delta")
+
     def __init__(self) -> None:
         self.has_delta = False
         self.begun = False
@@ -97,6 +100,8 @@ class Fold:
 class _Choice:
     """One of the answers."""
 
+    __slots__ = ("_calls", "_other", "_outer", "_role", "_texts", "finish_reason")
+
     def __init__(self, content: io.StringIO) -> None:
         self.finish_reason: str | None = None
         self._role = "assistant"
@@ -143,6 +148,8 @@ class ToolCalls:
     (llama-cpp-python), arguments as an object, all in one piece. So a new id begins a new call whatever its index,
     and so does, without an id, a name for a call whose arguments are complete or that has another name.
     """
+
+    __slots__ = ("_calls",)
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []

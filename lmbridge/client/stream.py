@@ -44,6 +44,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         TaskCancelledError: it was closed, by another task or before its end.
     """
 
+    __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
+
     def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact) -> None:
         self._events = events
         self._names = names

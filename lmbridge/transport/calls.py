@@ -47,6 +47,22 @@ class Request:
 class Call:
     """One request under way, from its admission to the end of its body."""
 
+    __slots__ = (
+        "_clock",
+        "_load_deadline",
+        "_polls",
+        "_scheduler",
+        "_started",
+        "_waits",
+        "attempted",
+        "attempts",
+        "place",
+        "request",
+        "retries",
+        "total_deadline",
+        "url",
+    )
+
     def __init__(self, request: Request, url: str, scheduler: Scheduler, place: Place | None) -> None:
         self.request = request
         self.place = place

@@ -52,7 +52,24 @@ class EventStream:
         first: Bytes of the body that were read already.
     """
 
-    _loop: asyncio.AbstractEventLoop | None = None  # until it is really open, for __del__
+    __slots__ = (
+        "__weakref__",
+        "_broken",
+        "_content",
+        "_deadline",
+        "_decoder",
+        "_event_seen",
+        "_fault",
+        "_first",
+        "_idle",
+        "_loop",
+        "_reading",
+        "_response",
+        "_timer",
+        "call",
+        "ended",
+        "status",
+    )
 
     def __init__(self, call: Call, response: Response, broken: tuple[type[Exception], ...], first: bytes = b"") -> None:
         self.call = call
@@ -69,9 +86,8 @@ class EventStream:
         self._idle = call.request.timeouts.idle
         self._event_seen = False
         self._deadline = math.inf  # of the wait that is going on
-        self._phase: Phase = "first_byte"
         self._timer: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()  # None once it is closed
 
     @property
     def stray(self) -> str:
@@ -208,7 +224,7 @@ class EventStream:
         )
 
     def __del__(self) -> None:
-        loop = self._loop
+        loop = getattr(self, "_loop", None)  # it may not have come that far
         if loop is None:
             return
         warnings.warn(

@@ -50,6 +50,8 @@ class SSEDecoder:
         max_size: Bytes that a line, or the data of an event, may have.
     """
 
+    __slots__ = ("_after_cr", "_data", "_head", "_max_size", "_more", "_name", "_size", "_stray", "_tail", "_tail_size")
+
     def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
         self._max_size = max_size
         self._head: bytes | None = b""  # None once the start of the stream is known not to be a BOM
