@@ -295,7 +295,8 @@ def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
 def error_of_event(said: Said, context: Mapping[str, Any]) -> LLMError:
     """The error for an event, or for bare text, that ends a stream."""
     kind = type_of_error(said, None) or LLMStreamError
-    return _make(kind, f"the server ended the stream: {shortened(said.message)}", said, ErrorDetails(context=context))
+    what = f": {shortened(said.message)}" if said.message else " with an error that has no text"
+    return _make(kind, f"the server ended the stream{what}", said, ErrorDetails(context=context))
 
 
 def _make(kind: type[LLMError], told: str, said: Said, details: ErrorDetails) -> LLMError:

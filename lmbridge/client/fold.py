@@ -21,15 +21,19 @@ class Fold:
 
     Chunks are added as they arrive; what they held is kept as text, not as chunks.
 
+    Args:
+        answers: How many choices there are to be.
+
     Attributes:
         begun: Whether there was any chunk.
         has_delta: Whether any chunk added anything to a message, be it only its role.
     """
 
     # Slots, here and wherever there is one of a kind for each open stream: a thousand may be open.
-    __slots__ = ("_choices", "_content", "_head", "_usage", "_width", "begun", "has_delta")
+    __slots__ = ("_answers", "_choices", "_content", "_head", "_usage", "_width", "begun", "has_delta")
 
-    def __init__(self) -> None:
+    def __init__(self, answers: int = 1) -> None:
+        self._answers = answers
         self.has_delta = False
         self.begun = False
         self._width = -1  # number of fields of a chunk that may go the short way: those of the one before
@@ -40,8 +44,10 @@ class Fold:
 
     @property
     def finished(self) -> bool:
-        """Whether every answer that began has its finish reason."""
-        return bool(self._choices) and all(choice.finish_reason is not None for choice in self._choices.values())
+        """Whether all answers, and every one that began beyond them, have their finish reason."""
+        return len(self._choices) >= self._answers and all(
+            choice.finish_reason is not None for choice in self._choices.values()
+        )
 
     def add(self, chunk: Mapping[str, Any]) -> None:
         """Adds a chunk.
@@ -100,7 +106,7 @@ class Fold:
 class _Choice:
     """One of the answers."""
 
-    __slots__ = ("_calls", "_other", "_outer", "_role", "_texts", "finish_reason")
+    __slots__ = ("_calls", "_function", "_other", "_outer", "_role", "_texts", "finish_reason")
 
     def __init__(self, content: io.StringIO) -> None:
         self.finish_reason: str | None = None
@@ -109,6 +115,7 @@ class _Choice:
         self._other: dict[str, Any] = {}  # of the message
         self._outer: dict[str, Any] = {}  # of the choice
         self._calls = ToolCalls()
+        self._function: _Call | None = None  # `function_call`, which came before tool calls
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a chunk's choice; tells whether it held any delta."""
@@ -123,6 +130,9 @@ class _Choice:
             elif key == "tool_calls":
                 for piece in value:
                     self._calls.add(piece)
+            elif key == "function_call":
+                self._function = self._function or _Call(None, None)
+                self._function.add({}, None, value.get("name"), value.get("arguments"))
             else:
                 _join(self._other, key, value)
         for key, value in part.items():
@@ -137,6 +147,8 @@ class _Choice:
         message = {"role": self._role, **texts, **_copied(self._other)}
         if calls := self._calls.calls():
             message["tool_calls"] = calls
+        if self._function is not None:
+            message["function_call"] = self._function.reply()["function"]
         return {"index": index, "message": message, "finish_reason": self.finish_reason, **_copied(self._outer)}
 
 

@@ -185,7 +185,8 @@ class LLMClient:
         if self._retired:
             await self._close_retired()
         if stream:
-            return await self._stream(request)
+            answers = params.get("n")
+            return await self._stream(request, answers if isinstance(answers, int) else 1)
         return cast("ChatCompletion", await self._plain(request))
 
     async def list_models(self) -> list[str]:
@@ -278,12 +279,12 @@ class LLMClient:
         self._check_name(request, reply, value)
         return value
 
-    async def _stream(self, request: Request) -> ChatStream:
+    async def _stream(self, request: Request, answers: int) -> ChatStream:
         transport = self._transport
         answer = await transport.stream(request)
         if isinstance(answer, Reply):
             raise self._no_stream(answer)
-        return ChatStream(answer, self._names, transport.redact)
+        return ChatStream(answer, self._names, transport.redact, answers)
 
     # Replies
 

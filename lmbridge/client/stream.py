@@ -46,14 +46,14 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
 
-    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact) -> None:
+    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact, answers: int = 1) -> None:
         self._events = events
         self._names = names
         self._redact = redact
         # Events are decoded as they are handed out, not as they arrive: hundreds of decoded chunks waiting at a time
         # would keep the garbage collector busy for a third of the whole cost.
         self._left: Iterator[Event] = iter(())
-        self._fold = Fold()
+        self._fold = Fold(answers)
         self._add = self._fold.add
         self._model: str | None = None
         self._done = False
@@ -160,7 +160,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         try:
             chunk = decode_json(data)
         except ValueError:
-            if self._events.ended and text.startswith(("{", "[")):
+            if self._events.ended and name != "error" and text.startswith(("{", "[")):
                 return None  # the end of the body cut it off: that is told when the body's end is
             raise self._report(text) from None
         if not isinstance(chunk, dict) or name == "error" or failures.is_error(chunk):

@@ -22,7 +22,7 @@ from lmbridge.transport.retry import (
 )
 from lmbridge.transport.scheduler import Place, Scheduler
 
-Phase = Literal["connect", "queue", "load", "first_byte", "idle", "total"]
+Phase = Literal["connect", "load", "first_byte", "idle", "total"]
 
 
 @attrs.define(kw_only=True, eq=False)

@@ -92,6 +92,32 @@ async def test_one_of_two_answers_cut_off_is_a_cut_stream(scripted_server: Scrip
         await read_text(await opened(client))
 
 
+async def test_an_answer_of_two_that_never_began_is_a_cut_stream(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.default = sse(piece("a"), piece(finish_reason="stop"))
+    assert await read_text(await opened(client)) == "a"
+    with pytest.raises(LLMStreamError, match="cut off"):
+        await read_text(await client.chat_completion(MESSAGES, stream=True, n=2))
+
+
+@pytest.mark.parametrize("data", ["data:\n\n", 'data: {"message": "cu'])
+async def test_an_error_event_is_an_error_whatever_is_left_of_it(
+    scripted_server: ScriptedServer, client: LLMClient, data: str
+) -> None:
+    scripted_server.script(sse(*HALF, "event: error\n" + data))
+    with pytest.raises(LLMStreamError, match="the server ended the stream"):
+        await read_text(await opened(client))
+
+
+async def test_the_old_way_to_call_a_function_is_folded_too(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    pieces: list[dict[str, str]] = [{"name": "f", "arguments": ""}, {"arguments": '{"a"'}, {"arguments": ": 1}"}]
+    deltas = [piece(choices=[{"index": 0, "delta": {"function_call": each}, "finish_reason": None}]) for each in pieces]
+    scripted_server.script(sse(*deltas, piece(finish_reason="function_call"), done=True))
+    message = (await collect(await opened(client)))["choices"][0]["message"]
+    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}  # type: ignore[typeddict-item]
+
+
 async def test_a_stream_that_ended_stays_ended(client: LLMClient) -> None:
     stream = await opened(client)
     await read_text(stream)

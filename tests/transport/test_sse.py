@@ -221,6 +221,7 @@ def test_a_body_that_begins_with_a_field_or_a_comment_is_an_event_stream(before:
     verdicts = [begins_event_stream(body[:end]) for end in range(len(body) + 1)]
     assert verdicts[-1] is True
     assert False not in verdicts  # however little of it has arrived
+    assert begins_event_stream(before + line.partition(b":")[0] + b":") is True
 
 
 @pytest.mark.parametrize(
