@@ -136,7 +136,7 @@ def _split(url: str) -> SplitResult | ValueError:
     """The parts of a URL, or why it is none: returned, because what it says may have to stay unsaid."""
     try:
         parts = urlsplit(url)
-        _ = parts.hostname, parts.port
+        _ = (parts.hostname or "").encode("idna"), parts.port
     except ValueError as exc:
         return exc
     return parts
@@ -173,8 +173,9 @@ def checked_key(key: str | None) -> str | None:
 
 def is_loopback(url: str) -> bool:
     """Whether a URL's host is this machine's loopback interface."""
-    host = urlsplit(url).hostname or ""
+    host = (urlsplit(url).hostname or "").removesuffix(".")
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")

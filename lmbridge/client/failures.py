@@ -379,4 +379,4 @@ def shortened(text: str) -> str:
 
 
 def _without_query(location: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", location.partition("?")[0])
+    return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", location, maxsplit=1)[0])

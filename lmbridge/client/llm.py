@@ -13,7 +13,7 @@ from lmbridge.client import failures
 from lmbridge.client.names import Mismatch, ModelNames
 from lmbridge.client.stream import ChatStream
 from lmbridge.client.wire import check_messages, checked_model, decode_json, encode_body
-from lmbridge.config import Limits, Timeouts, default_model
+from lmbridge.config import Limits, Timeouts, checked, default_model, normalize_api_base
 from lmbridge.errors import (
     LLMConnectionError,
     LLMError,
@@ -85,6 +85,7 @@ class LLMClient:
             "trust_env": trust_env,
         }
         if transport is not None:
+            checked("transport", transport, Transport)
             given = [name for name, value in own.items() if value not in (None, False)]
             if given:
                 raise LLMValidationError(
@@ -123,8 +124,9 @@ class LLMClient:
                 "api_base cannot be set: the transport was given, and others may use it",
                 hint="make another client for another server",
             )
+        api_base = normalize_api_base(api_base)
         self._retired.append(self._transport)
-        self._transport = Transport(**{**self._options, "api_base": api_base})
+        self._transport = Transport(**{**self._options, "api_base": api_base, "api_key": self._transport.api_key})
 
     @overload
     async def chat_completion(
@@ -200,10 +202,11 @@ class LLMClient:
             await self._close_retired()
         reply = await self._transport.request(request)
         value = self._value(reply)
-        try:
-            return [entry["id"] for entry in value["data"]]
-        except (KeyError, TypeError) as exc:
-            raise self._not(reply, "a list of models") from exc
+        entries = value.get("data")
+        ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries or ()]
+        if not isinstance(entries, list) or not all(isinstance(each, str) for each in ids):
+            raise self._not(reply, "a list of models")
+        return cast("list[str]", ids)
 
     async def health_check(self) -> bool:
         """Whether the server is there and serves requests. It neither queues nor retries, and takes 5 s at most.
@@ -233,10 +236,11 @@ class LLMClient:
 
         A later request opens the client again.
         """
-        retired, self._retired = self._retired, []
         try:
-            for transport in retired:
+            for transport in list(self._retired):
                 await transport.close()
+                if transport in self._retired:
+                    self._retired.remove(transport)
         finally:
             if self._owns_transport:
                 await self._transport.close()
@@ -316,14 +320,16 @@ class LLMClient:
             self._names.check(request.model, value.get("model"))
         except LLMError as error:
             error.context, error.status = reply.call.context(), reply.status
+            error.body = self._transport.redact(reply.body.decode("utf-8", "replace"))
             error.partial = value
             raise
 
     async def _close_retired(self) -> None:
         """Closes the servers before the present one whose last request has ended."""
-        for transport in [each for each in self._retired if not each.busy]:
-            self._retired.remove(transport)
-            await transport.close()
+        # Looked for afresh after each wait: another task may have closed some meanwhile.
+        while (idle := next((each for each in self._retired if not each.busy), None)) is not None:
+            self._retired.remove(idle)
+            await idle.close()
 
 
 def _object_in(reply: Reply) -> dict[str, Any] | None:

@@ -192,6 +192,12 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         self._names.check(self._events.call.request.model, model)
         self._model = model
 
+    async def _collect(self) -> ChatCompletion:
+        async with self:
+            async for _ in self:
+                pass
+        return self._fold.reply()
+
     # Endings
 
     def _finish(self) -> None:
@@ -224,6 +230,8 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
+        error.message = self._redact(error.message)  # it may quote a chunk
+        error.args = (error.message,)
         error.context = {**self._events.call.context(), **error.context}
         error.status = self._events.status
         error.partial = self._partial()
@@ -241,7 +249,7 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion:
 
     Content, reasoning and tool calls are joined, usage and finish reason kept; usage that the stream did not tell is
     None (servers tell it when asked with `stream_options={"include_usage": True}`). The stream is closed if an error
-    interrupts it.
+    interrupts it. Of a `ChatStream` it is the whole reply, also if some or all of it was read before.
 
     Args:
         stream: A `ChatStream`, or any other iterable of chunks.
@@ -250,11 +258,15 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion:
         LLMError: what iterating the stream raises.
         LLMStreamError: a chunk is none, or there was none at all.
     """
+    if isinstance(stream, ChatStream):
+        return await stream._collect()  # noqa: SLF001 - it has folded what was read of it before
     fold = Fold()
     try:
         async for chunk in stream:
             fold.add(chunk)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, LLMError) and error.partial is None and fold.begun:
+            error.partial = fold.reply()
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()
         raise

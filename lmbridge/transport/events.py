@@ -110,6 +110,8 @@ class EventStream:
         if self._fault is not None:
             raise self._fault
         if self._loop is None:
+            if not self.ended:
+                raise self._given_up()
             return []
         if self._reading:
             raise RuntimeError("another task is reading this stream; only one at a time can")
@@ -118,17 +120,19 @@ class EventStream:
             return await self._read(self._loop)
         except BaseException as exc:
             self.abort()
-            if self._fault is not None and isinstance(exc, self._broken):
+            if isinstance(exc, LLMError) or not isinstance(exc, self._broken):
+                raise  # first, because our own timeouts are OSErrors as well
+            if self._fault is not None:
                 raise self._fault from None  # that exception is only the sound of our own closing
-            if isinstance(exc, self._broken):
-                raise self._cut(exc) from exc
-            raise
+            raise self._cut(exc) from exc
         finally:
             self._reading = False
             self._deadline = math.inf
 
     async def _read(self, loop: asyncio.AbstractEventLoop) -> list[Event]:
         now = loop.time()
+        if now >= self.call.total_deadline:  # also where there is always something to read, and no wait to time
+            raise self.call.timed_out("total")
         self._expect(loop, now)
         if self.call.place is not None:
             self.call.place.touch(now)
@@ -214,6 +218,9 @@ class EventStream:
         phase: Phase = "idle" if self._event_seen else "first_byte"
         self.abort(self.call.timed_out("total" if self._deadline >= self.call.total_deadline else phase))
 
+    def _given_up(self) -> LLMStreamError:
+        return LLMStreamError("the stream was given up", status=self.status, context=self.call.context())
+
     def _cut(self, exc: BaseException) -> LLMStreamError:
         return LLMStreamError(
             "the connection broke in mid-stream",
@@ -227,13 +234,19 @@ class EventStream:
         loop = getattr(self, "_loop", None)  # it may not have come that far
         if loop is None:
             return
-        warnings.warn(
-            f"unclosed stream of {self.call.request.operation} with model {self.call.request.model!r}:"
-            " read it to its end, or leave it by `async with` or `aclose()`",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
+        try:
+            self._abandon(loop)
+        finally:  # last, because it may be an error
+            warnings.warn(
+                f"unclosed stream of {self.call.request.operation} with model {self.call.request.model!r}:"
+                " read it to its end, or leave it by `async with` or `aclose()`",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Closes the connection and gives the place back, in the loop's own thread."""
         if loop.is_closed():
             return
         try:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import ssl as ssl_module
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import aiohttp
 import attrs
+from aiohttp.client_proto import ResponseHandler
 
 from lmbridge._version import __version__
 from lmbridge.config import (
@@ -79,6 +81,7 @@ class Transport:
         self.limits: Final = Limits() if limits is None else checked("limits", limits, Limits)
         self._ssl = None if ssl is None else checked("ssl", ssl, ssl_module.SSLContext)
         self._trust_env = trust_env and not is_loopback(self.api_base)
+        self._secret = None if self.api_key is None else _as_written(self.api_key)
         self._opened: _Opened | None = None
         self.retries = 0
         """Attempts beyond the first of each request, polls of a loading server not counted."""
@@ -116,8 +119,7 @@ class Transport:
 
     def redact(self, text: str) -> str:
         """The text without the key, which some servers repeat in their errors."""
-        key = self.api_key
-        return text if key is None or len(key) < _SECRET_LENGTH else text.replace(key, "[api_key]")
+        return text if self._secret is None else self._secret.sub("[api_key]", text)
 
     async def request(self, request: Request) -> Reply:
         """Sends a request and reads its whole answer.
@@ -238,10 +240,16 @@ class Transport:
                 except BaseException:
                     response.close()
                     raise
-        except _BROKEN as exc:
+        except (*_BROKEN, ValueError) as exc:  # a ValueError: a netrc's password beside our key, for one
             caught = exc
+        except asyncio.CancelledError:
+            # A session that closes cancels what waits for a connection or a name: that is no cancel by the caller.
+            task = asyncio.current_task()
+            if not opened.closed.done() or (task is not None and task.cancelling()):
+                raise
+            caught = ConnectionAbortedError()
         # Out of the handler, so that no error's context leads to an exception of aiohttp's that holds our headers.
-        failure = _failure(call, caught)
+        failure = _failure(call, caught, self.redact)
         failure.error.status = response.status if response is not None else None
         return failure
 
@@ -260,8 +268,9 @@ class Transport:
                     allow_redirects=False,
                     timeout=_client_timeout(request.timeouts.connect),
                 )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError):
-                if resent or not _kept.get() or opened.closed.done():
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as exc:
+                begun = not isinstance(getattr(exc, "message", ""), str)  # it has the part of a head that came
+                if begun or resent or not _kept.get() or opened.closed.done():
                     raise
                 resent = True
 
@@ -283,7 +292,7 @@ class Transport:
         headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        return aiohttp.ClientSession(
+        session = aiohttp.ClientSession(
             # The scheduler is the queue; the two more are for what does not queue (health, model lists).
             connector=_Connector(
                 limit=self.limits.max_concurrency + 2, keepalive_timeout=KEEPALIVE, ssl=self._ssl or True
@@ -293,6 +302,8 @@ class Transport:
             timeout=aiohttp.ClientTimeout(total=None),  # aiohttp's own default cuts every answer at 300 s
             trust_env=self._trust_env,
         )
+        session._retry_connection = False  # noqa: SLF001 - it sends a GET again on fresh connections, too; we do not
+        return session
 
 
 @attrs.define(eq=False)
@@ -352,11 +363,22 @@ _kept: ContextVar[bool] = ContextVar("lmbridge_kept", default=False)
 """Whether the request that this task sends went out on a connection that had served one before."""
 
 
+class _Protocol(ResponseHandler):
+    """Tells the reader of a body that its connection is gone, which aiohttp forgets after an error of framing."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        payload = getattr(self, "_payload", None)
+        super().connection_lost(exc)
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(aiohttp.ClientPayloadError("the framing of the body is broken"))
+
+
 class _Connector(aiohttp.TCPConnector):
     """Notes which connections are new. aiohttp's tracing tells that as well, at 10 microseconds a request."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]  # of its own subclass
         self._known: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
 
     async def connect(
@@ -404,7 +426,7 @@ _FAILURES: Final[tuple[tuple[type[Exception], str, Verdict, str | None], ...]] =
 )
 
 
-def _failure(call: Call, exc: Exception) -> _Failure:
+def _failure(call: Call, exc: Exception, redact: Callable[[str], str]) -> _Failure:
     if isinstance(exc, aiohttp.ConnectionTimeoutError):
         return _Failure(call.timed_out("connect", exc), Verdict.FAIL)
     if isinstance(exc, TimeoutError):
@@ -414,7 +436,9 @@ def _failure(call: Call, exc: Exception) -> _Failure:
     cause: BaseException | None = exc
     if isinstance(exc, aiohttp.ClientResponseError):
         cause = exc.__cause__  # aiohttp's own exception has our request's headers in its repr
-    reason = _reason(exc)
+    if redact(repr(cause)) != repr(cause):
+        cause = None  # a parser's errors quote the server, which may have quoted the key
+    reason = redact(_reason(exc))
     return _Failure(
         LLMConnectionError(f"{what}: {reason}" if reason else what, cause, hint=hint, context=call.context()), verdict
     )
@@ -428,9 +452,18 @@ def _reason(exc: Exception) -> str:
         return ""
     if isinstance(exc, aiohttp.ClientConnectorError):
         exc = exc.os_error
+    if isinstance(exc, ssl_module.SSLError):  # its errno is OpenSSL's, not the system's
+        return exc.reason or str(exc)
     if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
         return os.strerror(exc.errno)
     return str(exc) or type(exc).__name__
+
+
+def _as_written(key: str) -> re.Pattern[str] | None:
+    r"""Finds a key in a text, also as JSON may write it: with `\/`, or with `\u002B` for a plus."""
+    if len(key) < _SECRET_LENGTH:
+        return None
+    return re.compile("".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in key))
 
 
 def _cancelled(call: Call) -> TaskCancelledError:

@@ -6,6 +6,7 @@ Everything here runs in one event loop and changes state only between awaits, so
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 
 import attrs
@@ -21,14 +22,23 @@ class Place:
     model: str | None
     since: float
     """The loop's time at which it was given."""
-    task: asyncio.Task[object] | None
-    """Who holds it: the task that last read the stream, or the one that asked if nobody has."""
+    task: weakref.ref[asyncio.Task[object]] | None
+    """Who holds it: the task that last read the stream, or the one that asked if nobody has.
+
+    Weak: a task's result, or its traceback, may hold the very stream whose dropping gives the place back.
+    """
     last_read: float
 
     def touch(self, now: float) -> None:
         """Notes that the running task is reading."""
-        self.task = asyncio.current_task()
+        task = asyncio.current_task()
+        if not self.is_held_by(task):
+            self.task = None if task is None else weakref.ref(task)
         self.last_read = now
+
+    def is_held_by(self, task: asyncio.Task[object] | None) -> bool:
+        """Whether that is the task."""
+        return task is not None and self.task is not None and self.task() is task
 
 
 @attrs.define(eq=False)
@@ -101,7 +111,7 @@ class Scheduler:
 
     def _give(self, model: str | None, task: asyncio.Task[object] | None) -> Place:
         now = asyncio.get_running_loop().time()
-        place = Place(model, now, task, now)
+        place = Place(model, now, None if task is None else weakref.ref(task), now)
         self._places.add(place)
         return place
 
@@ -117,7 +127,7 @@ class Scheduler:
             waiter.future.set_exception(self._timed_out(f"not admitted within {limit:g} s"))
 
     def _refuse_waiting_for_oneself(self, task: asyncio.Task[object] | None) -> None:
-        if all(place.task is task for place in self._places):
+        if all(place.is_held_by(task) for place in self._places):
             raise self._timed_out("it would wait for ever, for streams of its own task")
 
     def _timed_out(self, what: str) -> LLMTimeoutError:

@@ -464,6 +464,7 @@ async def test_a_key_is_never_shown(scripted_server: ScriptedServer, caplog: pyt
                 reply(200, {"echo": key}),
                 sse(told),
                 sse(f"data: nonsense {key}\n\n"),
+                sse(piece(choices=key)),
                 sse(piece("a"), f"proxy error: {key}"),
                 raw(b"no HTTP\r\n\r\n"),
                 hang_up(),

@@ -411,11 +411,22 @@ async def test_collect_makes_the_dict_of_the_plain_call(scripted_server: Scripte
     assert {**folded, "id": None} == {**plain, "id": None}
 
 
-async def test_there_must_be_something_to_collect(client: LLMClient) -> None:
+async def test_what_was_read_before_is_part_of_what_is_collected(client: LLMClient) -> None:
     stream = await opened(client)
-    await collect(stream)
+    await anext(stream)
+    await anext(stream)
+    for _ in range(2):
+        reply = await collect(stream)
+        assert reply["choices"][0]["message"]["content"] == "Hello from the scripted server."
+
+
+async def test_there_must_be_something_to_collect() -> None:
+    async def nothing() -> AsyncGenerator[dict[str, object], None]:
+        return
+        yield {}
+
     with pytest.raises(LLMStreamError, match="no chunk to collect"):
-        await collect(stream)
+        await collect(nothing())
 
 
 # Connections
