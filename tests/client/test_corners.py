@@ -100,7 +100,7 @@ async def test_the_whole_has_a_limit_also_where_the_server_is_faster_than_the_re
     scripted_server: ScriptedServer,
 ) -> None:
     scripted_server.script(answer("", chunks=["a"] * 1000))
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=0.2)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=1)) as client:
         stream = await client.chat_completion(MESSAGES, stream=True)
 
         async def read_slowly() -> None:

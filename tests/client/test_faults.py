@@ -239,7 +239,7 @@ async def test_a_plain_reply_has_to_be_whole_in_time(scripted_server: ScriptedSe
 
 async def test_the_total_spans_attempts_and_their_waits(scripted_server: ScriptedServer, no_waits: list[float]) -> None:
     scripted_server.script(reply(503, {"error": "busy"}), stall())
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=0.2)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=1)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
             await client.chat_completion(MESSAGES)
     assert caught.value.phase == "total"

@@ -522,18 +522,18 @@ async def test_events_that_keep_coming_move_the_limit_between_them(scripted_serv
     async def steady(exchange: Exchange) -> None:
         for _ in range(6):
             await exchange.chunk(piece("a"))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         await exchange.chunk(piece(finish_reason="stop"))
 
     scripted_server.script(steady)
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.4)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=1)) as client:
         assert await read_text(await opened(client)) == "aaaaaa"
 
 
 async def test_a_slow_reader_is_no_slow_server(scripted_server: ScriptedServer) -> None:
     gate = asyncio.Event()
     scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.1)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.6)) as client:
         stream = await opened(client)
         await anext(stream)
         await anext(stream)
@@ -544,7 +544,7 @@ async def test_a_slow_reader_is_no_slow_server(scripted_server: ScriptedServer) 
         scripted_server.script(answer("three"))
         stream = await opened(client)
         await anext(stream)
-        await asyncio.sleep(0.3)  # the reader's own time, longer than the limit, while all is there to be read
+        await asyncio.sleep(0.8)  # the reader's own time, longer than the limit, while all is there to be read
         assert await read_text(stream) == "three"
 
 
@@ -555,8 +555,8 @@ async def test_the_whole_has_a_limit_of_its_own(scripted_server: ScriptedServer)
             await asyncio.sleep(0.01)
 
     scripted_server.script(endless)
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=None, total=0.2)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no end within 0\.2 s") as caught:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=None, total=0.6)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no end within 0\.6 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "total"
     assert set(partial_text(caught.value)) == {"a"}

@@ -120,8 +120,8 @@ async def test_the_whole_has_its_limit_beside_the_one_for_a_gap(scripted_server:
 
 async def test_a_gap_may_be_longer_than_the_wait_for_the_first_event(scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(after=HALF))
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.1, idle=0.3)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no further event within 0\.3 s") as caught:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.6, idle=1.2)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no further event within 1\.2 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "idle"
 
@@ -137,12 +137,12 @@ async def test_no_limit_runs_while_nobody_reads(scripted_server: ScriptedServer)
         await exchange.done()
 
     scripted_server.script(in_two_parts)
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.1)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.6)) as client:
         stream = await opened(client)
         await anext(stream)
         await anext(stream)  # which was waited for, with a limit
         gate.set()
-        await asyncio.sleep(0.3)  # the reader's own time, longer than the limit
+        await asyncio.sleep(0.8)  # the reader's own time, longer than the limit
         assert await read_text(stream) == "!"
 
 
@@ -150,7 +150,7 @@ async def test_a_server_that_says_nothing_more_after_the_finish_reason_breaks_no
     scripted_server: ScriptedServer,
 ) -> None:
     scripted_server.script(stall(after=[*HALF, piece(finish_reason="stop")]))
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.1)) as client:
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.5)) as client:
         assert await read_text(await opened(client)) == "Hello"
         assert in_flight(client) == 0
 
