@@ -1,12 +1,13 @@
 # make demo    a real model streams an answer to the terminal
 # make test    every check and every test
 # make lint    the checks alone
+# make bench   lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
 # make clean   removes what these have made
 #
-# `demo` and `test` each make a virtual environment of their own and install what they need, once. They use the first
-# fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a `make clean`).
+# `demo`, `test` and `bench` each make a virtual environment of their own and install what they need, once. They use
+# the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a `make clean`).
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 .DELETE_ON_ERROR:
 
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
@@ -30,13 +31,18 @@ lint: .venv-test/installed
 	.venv-test/bin/ruff format --check
 	.venv-test/bin/mypy
 
+bench: .venv-bench/installed
+	@.venv-bench/bin/python -m benchmarks \
+		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+
 clean:
-	rm -rf .venv-demo .venv-test dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv-demo .venv-test .venv-bench dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
 .venv-demo/installed: EXTRAS := local
 .venv-test/installed: EXTRAS := local,dev
-.venv-demo/installed .venv-test/installed: pyproject.toml
+.venv-bench/installed: EXTRAS := bench
+.venv-demo/installed .venv-test/installed .venv-bench/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

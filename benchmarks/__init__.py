@@ -1,0 +1,1 @@
+"""lmbridge beside its peers and beside the limit: `make bench`, or `python -m benchmarks`."""

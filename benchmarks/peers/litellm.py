@@ -1,0 +1,31 @@
+"""litellm, on the path that it has for OpenAI-compatible servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import litellm
+
+from benchmarks.peers.base import MESSAGES, Peer, read_objects
+
+
+class Client(Peer):
+    def __init__(self, base: str, at_once: int) -> None:  # noqa: ARG002 - it does not queue
+        litellm.suppress_debug_info = True
+        self._acompletion: Any = litellm.acompletion
+        self._options = {"api_base": base, "api_key": "none", "messages": MESSAGES, "timeout": 600.0}
+
+    async def ask(self, model: str) -> int:
+        reply = await self._acompletion(model=f"openai/{model}", **self._options)
+        return len(reply.choices[0].message.content)
+
+    async def stream(self, model: str) -> AsyncIterator[Any]:
+        stream: AsyncIterator[Any] = await self._acompletion(model=f"openai/{model}", stream=True, **self._options)
+        return stream
+
+    async def read(self, model: str) -> tuple[int, int]:
+        return await read_objects(await self.stream(model))
+
+    async def close(self) -> None:
+        pass  # its clients are its own

@@ -1,0 +1,23 @@
+"""The benchmarks run. How fast anything is, is none of a test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_row_of_the_benchmarks_yields_a_figure(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--rounds=1", "--peers=limit,lmbridge", "--json", str(figures)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(figures.read_text())
+    assert {key: each["failed"] for key, each in results.items() if each["failed"]} == {}
+    assert [key for key, each in results.items() if not each["figures"] or None in each["figures"].values()] == []
+    rows = {key.partition(" / ")[0].partition(" ")[0] for key in results}
+    assert rows >= {"stream", "request", "request-1000", "first", "memory", "import", "leave-break", "length", "age"}
+    assert {key.partition(" / ")[2] for key in results} == {"limit", "lmbridge"}
