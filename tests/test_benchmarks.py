@@ -12,8 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_every_row_of_the_benchmarks_yields_a_figure(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks", "--tiny", "--rounds=1", "--peers=limit,lmbridge", "--json", str(figures)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    options = ["--tiny", "--rounds=1", "--peers=limit,lmbridge", "--json", str(figures)]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert process.returncode == 0, process.stderr
     results = json.loads(figures.read_text())
     assert {key: each["failed"] for key, each in results.items() if each["failed"]} == {}
