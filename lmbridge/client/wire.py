@@ -46,12 +46,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         LLMValidationError: none, or one without a role, or with content that is no text and no parts.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes | bytearray):
+    if not isinstance(messages, (list, Sequence)) or isinstance(messages, (str, bytes, bytearray)):
         raise LLMValidationError(f"messages is {_kind(messages)}", hint=f"give a list of messages, like {_EXAMPLE}")
     if not messages:
         raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE}")
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, (dict, Mapping)):
             raise LLMValidationError(
                 f"messages[{number}] is {_kind(message)}", hint=f"give a dict for each message, like {_EXAMPLE}"
             )
@@ -60,7 +60,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise LLMValidationError(
                 f"messages[{number}] has no role", hint="add 'role': 'system', 'user', 'assistant' or 'tool'"
             )
-        if content is not None and not isinstance(content, str | list | tuple):
+        if content is not None and not isinstance(content, (str, list, tuple)):
             raise LLMValidationError(
                 f"messages[{number}]['content'] is {_kind(content)}", hint="give a string, or a list of content parts"
             )

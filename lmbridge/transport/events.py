@@ -203,10 +203,13 @@ class EventStream:
         self._deadline = deadline
         if deadline == math.inf:
             return
-        if self._timer is None or self._timer.when() > deadline:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = loop.call_at(deadline, _on_timer, weakref.ref(self))
+        if self._timer is not None:
+            if self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+        # Not later than the wait for the next event could end, so that it need not be moved for that one.
+        when = deadline if self._idle is None else min(deadline, now + self._idle)
+        self._timer = loop.call_at(when, _on_timer, weakref.ref(self))
 
     def _check_deadline(self) -> None:
         loop, self._timer = self._loop, None

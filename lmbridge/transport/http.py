@@ -132,7 +132,7 @@ class Transport:
         opened = self._open()
         opened.requests += 1
         try:
-            call = await self._admit(opened, request)
+            call = self._admit_now(opened, request) or await self._admit(opened, request)
             try:
                 return await self._perform(opened, call, _receive_reply)
             finally:
@@ -151,7 +151,7 @@ class Transport:
             TaskCancelledError: the transport was closed meanwhile.
         """
         opened = self._open()
-        call = await self._admit(opened, request)
+        call = self._admit_now(opened, request) or await self._admit(opened, request)
         try:
             answer = await self._perform(opened, call, _receive_events)
         except BaseException:
@@ -163,6 +163,7 @@ class Transport:
             answer.abort()
             raise _cancelled(call)
         else:
+            request.body = None  # it is not sent again, and a thousand open streams may have long prompts
             opened.streams.add(answer)
         return answer
 
@@ -185,10 +186,16 @@ class Transport:
 
     # One request
 
+    def _admit_now(self, opened: _Opened, request: Request) -> Call | None:
+        place = opened.scheduler.acquire_now(request.model) if request.queued else None
+        if place is None and request.queued:
+            return None
+        return Call(request, f"{self.api_base}{request.path}", opened.scheduler, place)
+
     async def _admit(self, opened: _Opened, request: Request) -> Call:
         url = f"{self.api_base}{request.path}"
         try:
-            place = await opened.scheduler.acquire(request.model) if request.queued else None
+            place = await opened.scheduler.acquire(request.model)
         except LLMError as error:
             error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
             raise

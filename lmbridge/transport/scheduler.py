@@ -69,15 +69,22 @@ class Scheduler:
         """Requests that wait for one."""
         return len(self._waiters)
 
+    def acquire_now(self, model: str | None) -> Place | None:
+        """A place, if one is free and nobody waits for it."""
+        if self._waiters or len(self._places) >= self._limits.max_concurrency:
+            return None
+        return self._give(model, asyncio.current_task())
+
     async def acquire(self, model: str | None) -> Place:
         """Waits for a place.
 
         Raises:
             LLMTimeoutError: phase "queue": `max_queue` ran out, or all places are held by the task that asks.
         """
+        place = self.acquire_now(model)
+        if place is not None:
+            return place
         task = asyncio.current_task()
-        if not self._waiters and len(self._places) < self._limits.max_concurrency:
-            return self._give(model, task)
         self._refuse_waiting_for_oneself(task)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(model, task, loop.create_future())

@@ -169,3 +169,19 @@ async def test_collect_closes_a_generator_that_it_gives_up() -> None:
     with pytest.raises(LLMStreamError, match="unknown shape"):
         await collect(chunks())
     assert closed == [True]
+
+
+async def test_a_late_first_event_does_not_put_off_the_limit_of_the_gap_after_it(
+    scripted_server: ScriptedServer,
+) -> None:
+    async def late(exchange: Exchange) -> None:
+        await exchange.start()
+        await asyncio.sleep(0.4)  # longer than a gap may be
+        await exchange.chunk(piece("a"))
+        await exchange.client_left()
+
+    scripted_server.script(late)
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=50, idle=0.2)) as client:
+        with pytest.raises(LLMTimeoutError, match=r"no further event within 0\.2 s"):
+            async with asyncio.timeout(10):
+                await read_text(await opened(client))
