@@ -69,7 +69,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # An extra is imported when it is asked for: the root stays light, and works without it.
     if name == "LocalServer":
-        from lmbridge.local import LocalServer  # noqa: PLC0415
+        from lmbridge.local import LocalServer  # noqa: PLC0415 - lazily, on purpose
 
         return LocalServer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

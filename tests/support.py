@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
 from typing import Any
 
+from lmbridge import ChatStream, LLMClient
 from lmbridge.types import ChatCompletionChunk
 
 MESSAGES = [{"role": "user", "content": "Say hello."}]
@@ -16,6 +17,20 @@ def piece(text: str | None = None, *, finish_reason: str | None = None, **fields
     delta = {} if text is None else {"content": text}
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return {"object": "chat.completion.chunk", "model": "test-model", "choices": [choice], **fields}
+
+
+HALF = (piece("Hel"), piece("lo"))
+"""A stream that has begun: chunks without a finish reason."""
+
+
+async def opened(client: LLMClient) -> ChatStream:
+    """A stream of the client's model."""
+    return await client.chat_completion(MESSAGES, stream=True)
+
+
+def in_flight(client: LLMClient) -> int:
+    """Places that the client's transport has given."""
+    return client._transport.in_flight
 
 
 def text_of(chunk: Mapping[str, Any]) -> str:

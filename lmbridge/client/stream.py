@@ -81,7 +81,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                     except LLMError as error:
                         self._fail(error)
                         raise
-                    return chunk  # type: ignore[no-any-return]
+                    return chunk  # type: ignore[no-any-return]  # no cast: it would be a call for each chunk
                 if (other := self._read_unusual(event)) is not None:
                     return other
             await self._read_more()

@@ -26,9 +26,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.testing import Behaviour, ScriptedServer, answer, hang_up, raw, reply, sse, stall
-from tests.support import MESSAGES, piece, read_text
-
-HALF = (piece("Hel"), piece("lo"))
+from tests.support import HALF, MESSAGES, piece, read_text
 
 
 async def test_a_stream_that_was_the_result_of_a_task_can_be_dropped(

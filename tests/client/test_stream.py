@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from lmbridge import (
-    ChatStream,
     LLMClient,
     LLMStreamError,
     LLMTimeoutError,
@@ -20,17 +19,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.testing import Exchange, ScriptedServer, answer, sse, stall
-from tests.support import MESSAGES, piece, read_text, text_of
-
-HALF = (piece("Hel"), piece("lo"))
-
-
-async def opened(client: LLMClient) -> ChatStream:
-    return await client.chat_completion(MESSAGES, stream=True)
-
-
-def in_flight(client: LLMClient) -> int:
-    return client._transport.in_flight
+from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, text_of
 
 
 def partial_text(error: BaseException) -> str:

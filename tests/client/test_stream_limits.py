@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lmbridge import (
-    ChatStream,
     Limits,
     LLMClient,
     LLMStreamError,
@@ -20,18 +19,7 @@ from lmbridge import (
 )
 from lmbridge.testing import Exchange, ScriptedServer, answer, stall
 from lmbridge.transport import http
-from tests.support import MESSAGES, piece, read_text
-
-HALF = (piece("Hel"), piece("lo"))
-
-
-async def opened(client: LLMClient) -> ChatStream:
-    return await client.chat_completion(MESSAGES, stream=True)
-
-
-def in_flight(client: LLMClient) -> int:
-    return client._transport.in_flight
-
+from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
 
 # Left early
 
