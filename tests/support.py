@@ -30,7 +30,7 @@ async def opened(client: LLMClient) -> ChatStream:
 
 def in_flight(client: LLMClient) -> int:
     """Places that the client's transport has given."""
-    return client._transport.in_flight
+    return client._server.transport.in_flight
 
 
 def text_of(chunk: Mapping[str, Any]) -> str:

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import ssl as ssl_module
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast, overload
 
-import attrs
-
-from lmbridge.client import failures
 from lmbridge.client.names import Mismatch, ModelNames
+from lmbridge.client.server import Server
 from lmbridge.client.stream import ChatStream
-from lmbridge.client.wire import check_messages, checked_model, decode_json, encode_body
-from lmbridge.config import Limits, Timeouts, checked, default_model, normalize_api_base
-from lmbridge.errors import (
-    LLMConnectionError,
-    LLMError,
-    LLMResponseError,
-    LLMTimeoutError,
-    LLMValidationError,
-)
-from lmbridge.transport import Reply, Request, Transport, Verdict
+from lmbridge.client.wire import check_messages, checked_model
+from lmbridge.config import Limits, Timeouts, checked, default_model
+from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
+from lmbridge.transport import Transport, Verdict
 from lmbridge.types import ChatCompletion
 
-DISCOVERY: Final = 10.0
-"""Seconds that a list of models may take, if `Timeouts.first_byte` is no less."""
 HEALTH: Final = 5.0
 """Seconds that a health check may take."""
 
@@ -70,31 +61,26 @@ class LLMClient:
         transport: Transport | None = None,
     ) -> None:
         self._model = checked_model(default_model() if model is None else model)
-        self._timeouts = Timeouts() if timeout is None else timeout
-        if not isinstance(self._timeouts, Timeouts):
+        timeouts = Timeouts() if timeout is None else timeout
+        if not isinstance(timeouts, Timeouts):
             raise LLMValidationError(f"timeout is {timeout!r}", hint="give a Timeouts, like Timeouts(first_byte=60)")
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise LLMValidationError(f"max_retries is {max_retries!r}", hint="give a whole number of 0 or more")
-        self._max_retries = max_retries
-        self._names = ModelNames(model_mismatch)
-        own: dict[str, Any] = {
-            "api_base": api_base,
-            "api_key": api_key,
-            "limits": limits,
-            "ssl": ssl,
-            "trust_env": trust_env,
-        }
+        names = ModelNames(model_mismatch)
+        own: dict[str, Any] = {"api_key": api_key, "limits": limits, "ssl": ssl, "trust_env": trust_env}
         if transport is not None:
             checked("transport", transport, Transport)
-            given = [name for name, value in own.items() if value not in (None, False)]
+            given = [name for name, value in {"api_base": api_base, **own}.items() if value not in (None, False)]
             if given:
                 raise LLMValidationError(
                     f"{' and '.join(given)} given beside transport=", hint="give them to the Transport instead"
                 )
-        self._owns_transport = transport is None
-        self._transport = Transport(**own) if transport is None else transport
-        self._options = own
-        self._retired: list[Transport] = []
+        again = None
+        if transport is None:
+            transport = Transport(api_base, **own)
+            # With the key as it is now: the environment may change meanwhile.
+            again = partial(Transport, **{**own, "api_key": transport.api_key})
+        self._server = Server(transport, again=again, timeouts=timeouts, max_retries=max_retries, names=names)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base} model={self._model!r}>"
@@ -115,18 +101,11 @@ class LLMClient:
     @property
     def api_base(self) -> str:
         """The server's base URL, with `/v1`. It may be set: later requests go there, streams under way end here."""
-        return self._transport.api_base
+        return self._server.transport.api_base
 
     @api_base.setter
     def api_base(self, api_base: str) -> None:
-        if not self._owns_transport:
-            raise LLMValidationError(
-                "api_base cannot be set: the transport was given, and others may use it",
-                hint="make another client for another server",
-            )
-        api_base = normalize_api_base(api_base)
-        self._retired.append(self._transport)
-        self._transport = Transport(**{**self._options, "api_base": api_base, "api_key": self._transport.api_key})
+        self._server.move(api_base)
 
     @overload
     async def chat_completion(
@@ -183,13 +162,22 @@ class LLMClient:
             body["model"] = asked
         if stream:
             body["stream"] = True
-        request = self._post("chat completion", "/chat/completions", body, asked)
-        if self._retired:
-            await self._close_retired()
+        server = self._server
+        request = server.post("chat completion", "/chat/completions", body, asked)
         if stream:
             answers = params.get("n")
-            return await self._stream(request, answers if isinstance(answers, int) else 1)
-        return cast("ChatCompletion", await self._plain(request))
+            events = await server.stream(request)
+            return ChatStream(events, server.names, server.transport.redact, answers if isinstance(answers, int) else 1)
+        reply = await server.request(request)
+        value = server.value(reply)
+        try:
+            whole = isinstance(value["choices"][0]["message"], dict)
+        except (KeyError, TypeError, IndexError):
+            whole = False
+        if not whole:
+            raise server.is_not(reply, "a chat completion")
+        server.check_name(reply, value)
+        return cast("ChatCompletion", value)
 
     async def list_models(self) -> list[str]:
         """The ids of the server's models (`GET /v1/models`); it does not queue behind generations.
@@ -197,15 +185,13 @@ class LLMClient:
         Raises:
             LLMError: as for `chat_completion`.
         """
-        request = self._get("model list", "/models", DISCOVERY, self._max_retries)
-        if self._retired:
-            await self._close_retired()
-        reply = await self._transport.request(request)
-        value = self._value(reply)
+        server = self._server
+        reply = await server.request(server.get("model list", "/models"))
+        value = server.value(reply)
         entries = value.get("data")
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries or ()]
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in ids):
-            raise self._not(reply, "a list of models")
+            raise server.is_not(reply, "a list of models")
         return cast("list[str]", ids)
 
     async def health_check(self) -> bool:
@@ -218,17 +204,15 @@ class LLMClient:
             LLMAuthenticationError: it is there, but refuses the key.
             LLMResponseError: something else answers there.
         """
-        request = self._get("health check", "/models", HEALTH, 0)
-        request = attrs.evolve(request, classify=_never_again)
-        if self._retired:
-            await self._close_retired()
+        server = self._server
+        request = server.get("health check", "/models", seconds=HEALTH, max_retries=0, classify=_never_again)
         try:
-            reply = await self._transport.request(request)
+            reply = await server.request(request)
         except (LLMConnectionError, LLMTimeoutError):
             return False
         if reply.status >= 500:
             return False
-        self._value(reply)
+        server.value(reply)
         return True
 
     async def close(self) -> None:
@@ -236,111 +220,7 @@ class LLMClient:
 
         A later request opens the client again.
         """
-        try:
-            for transport in list(self._retired):
-                await transport.close()
-                if transport in self._retired:
-                    self._retired.remove(transport)
-        finally:
-            if self._owns_transport:
-                await self._transport.close()
-
-    # Requests
-
-    def _post(self, operation: str, path: str, body: Mapping[str, Any], model: str | None) -> Request:
-        return Request(
-            operation=operation,
-            method="POST",
-            path=path,
-            body=encode_body(body),
-            model=model,
-            timeouts=self._timeouts,
-            max_retries=self._max_retries,
-            classify=failures.classify,
-        )
-
-    def _get(self, operation: str, path: str, seconds: float, max_retries: int) -> Request:
-        limit = self._timeouts.first_byte
-        return Request(
-            operation=operation,
-            method="GET",
-            path=path,
-            timeouts=attrs.evolve(self._timeouts, first_byte=seconds if limit is None else min(seconds, limit)),
-            max_retries=max_retries,
-            classify=failures.classify,
-            queued=False,
-        )
-
-    async def _plain(self, request: Request) -> dict[str, Any]:
-        reply = await self._transport.request(request)
-        value = self._value(reply)
-        try:
-            whole = isinstance(value["choices"][0]["message"], dict)
-        except (KeyError, TypeError, IndexError):
-            whole = False
-        if not whole:
-            raise self._not(reply, "a chat completion")
-        self._check_name(request, reply, value)
-        return value
-
-    async def _stream(self, request: Request, answers: int) -> ChatStream:
-        transport = self._transport
-        answer = await transport.stream(request)
-        if isinstance(answer, Reply):
-            raise self._no_stream(answer)
-        return ChatStream(answer, self._names, transport.redact, answers)
-
-    # Replies
-
-    def _value(self, reply: Reply) -> dict[str, Any]:
-        """The reply's JSON object; an error is raised."""
-        value = _object_in(reply)
-        if value is None:
-            raise failures.error_of_reply(reply, self._transport.redact)
-        return value
-
-    def _no_stream(self, reply: Reply) -> LLMError:
-        """The error for a whole answer to a request for a stream."""
-        if _object_in(reply) is None:
-            return failures.error_of_reply(reply, self._transport.redact)
-        return self._not(reply, "an event stream")
-
-    def _not(self, reply: Reply, what: str) -> LLMResponseError:
-        text = self._transport.redact(reply.body.decode("utf-8", "replace"))
-        return LLMResponseError(
-            f"the server answered {reply.status} with something that is not {what}: {failures.shortened(text)!r}",
-            hint="check that api_base is an OpenAI-compatible server",
-            status=reply.status,
-            body=text,
-            context=reply.call.context(),
-        )
-
-    def _check_name(self, request: Request, reply: Reply, value: Mapping[str, Any]) -> None:
-        try:
-            self._names.check(request.model, value.get("model"))
-        except LLMError as error:
-            error.context, error.status = reply.call.context(), reply.status
-            error.body = self._transport.redact(reply.body.decode("utf-8", "replace"))
-            error.partial = value
-            raise
-
-    async def _close_retired(self) -> None:
-        """Closes the servers before the present one whose last request has ended."""
-        # Looked for afresh after each wait: another task may have closed some meanwhile.
-        while (idle := next((each for each in self._retired if not each.busy), None)) is not None:
-            self._retired.remove(idle)
-            await idle.close()
-
-
-def _object_in(reply: Reply) -> dict[str, Any] | None:
-    """The JSON object of a reply, or None for what is an error or no JSON object."""
-    if not 200 <= reply.status < 300:
-        return None
-    try:
-        value = decode_json(reply.body)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and not failures.is_error(value) else None
+        await self._server.close()
 
 
 def _never_again(_status: int, _headers: Mapping[str, str], _body: bytes) -> Verdict:

@@ -33,7 +33,7 @@ class Request:
     """For people: "chat completion"."""
     method: str
     path: str
-    """Below the base URL: "/chat/completions"."""
+    """Below `/v1`: "/chat/completions"."""
     classify: Classify
     timeouts: Timeouts
     max_retries: int
@@ -42,6 +42,10 @@ class Request:
     model: str | None = None
     queued: bool = True
     """Whether it is a generation, which waits for a place."""
+    repeatable: bool = True
+    """Whether it may be sent again if the server may have begun with it. What is not goes out on a new connection."""
+    below_root: bool = False
+    """Whether the path is beside `/v1` and not below it: "/api/v1/models"."""
 
 
 class Call:

@@ -45,6 +45,10 @@ KEEPALIVE: Final = 4.0
 _SECRET_LENGTH: Final = 4  # a shorter key hides nothing, and would be found in every second word
 _JSON: Final = {"Content-Type": "application/json"}
 _BROKEN: Final = (aiohttp.ClientError, OSError)
+_NOT_BEGUN: Final = (429, 503)  # answers before any work
+_NOT_REPEATED: Final = (
+    "it was not sent again, because the server may have begun with it; look there before you repeat it"
+)
 _T = TypeVar("_T")
 _Receive = Callable[[Call, aiohttp.ClientResponse], Awaitable[_T]]
 
@@ -77,6 +81,7 @@ class Transport:
         trust_env: bool = False,
     ) -> None:
         self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
+        self._root = self.api_base.rpartition("/")[0]
         self.api_key: Final = checked_key(default_api_key() if api_key is None else api_key)
         self.limits: Final = Limits() if limits is None else checked("limits", limits, Limits)
         self._ssl = None if ssl is None else checked("ssl", ssl, ssl_module.SSLContext)
@@ -190,16 +195,19 @@ class Transport:
         place = opened.scheduler.acquire_now(request.model) if request.queued else None
         if place is None and request.queued:
             return None
-        return Call(request, f"{self.api_base}{request.path}", opened.scheduler, place)
+        return Call(request, self._url(request), opened.scheduler, place)
 
     async def _admit(self, opened: _Opened, request: Request) -> Call:
-        url = f"{self.api_base}{request.path}"
+        url = self._url(request)
         try:
             place = await opened.scheduler.acquire(request.model)
         except LLMError as error:
             error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
             raise
         return Call(request, url, opened.scheduler, place)
+
+    def _url(self, request: Request) -> str:
+        return f"{self._root if request.below_root else self.api_base}{request.path}"
 
     async def _perform(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply:
         while True:
@@ -220,11 +228,17 @@ class Transport:
         """Seconds to wait before the next attempt, or None if this answer stands."""
         if isinstance(answer, _Failure):
             verdict, retry_after, why = answer.verdict, None, answer.error.message
+            repeatable = call.request.repeatable or answer.unsent
         elif answer.status < 400:
             return None
         else:
             verdict = call.request.classify(answer.status, answer.headers, answer.body)
             retry_after, why = answer.retry_after, f"status {answer.status}"
+            repeatable = call.request.repeatable or answer.status in _NOT_BEGUN
+        if verdict is Verdict.RETRY and not repeatable:
+            if isinstance(answer, _Failure):
+                answer.error.hint = _NOT_REPEATED
+            return None
         try:
             wait = call.wait_before_next(verdict, retry_after)
         except LLMTimeoutError as error:
@@ -263,11 +277,12 @@ class Transport:
     async def _send(self, opened: _Opened, call: Call) -> aiohttp.ClientResponse:
         """Sends it; once more, at once, if a kept connection turns out to be dead before any byte of a reply."""
         request = call.request
+        session = opened.session if request.repeatable else opened.fresh_session(self._session)
         resent = False
         while True:
-            _kept.set(False)
+            newest = _newest.get()
             try:
-                return await opened.session.request(
+                return await session.request(
                     request.method,
                     call.url,
                     data=request.body,
@@ -277,7 +292,7 @@ class Transport:
                 )
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as exc:
                 begun = not isinstance(getattr(exc, "message", ""), str)  # it has the part of a head that came
-                if begun or resent or not _kept.get() or opened.closed.done():
+                if begun or resent or _newest.get() is not newest or opened.closed.done():
                     raise
                 resent = True
 
@@ -295,14 +310,16 @@ class Transport:
             opened = self._opened = _Opened(loop, self._session(), Scheduler(self.limits))
         return opened
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _session(self, *, keep: bool = True) -> aiohttp.ClientSession:
         headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         session = aiohttp.ClientSession(
             # The scheduler is the queue; the two more are for what does not queue (health, model lists).
             connector=_Connector(
-                limit=self.limits.max_concurrency + 2, keepalive_timeout=KEEPALIVE, ssl=self._ssl or True
+                limit=self.limits.max_concurrency + 2,
+                ssl=self._ssl or True,
+                **({"keepalive_timeout": KEEPALIVE} if keep else {"force_close": True}),
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
@@ -324,17 +341,28 @@ class _Opened:
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
     requests: int = attrs.field(init=False, default=0)
     """Plain ones under way, queued or not."""
+    _fresh: aiohttp.ClientSession | None = attrs.field(init=False, default=None)
 
     @closed.default
     def _unclosed(self) -> asyncio.Future[None]:
         return self.loop.create_future()
+
+    def fresh_session(self, make: Callable[..., aiohttp.ClientSession]) -> aiohttp.ClientSession:
+        """For what must not be sent twice: a kept connection may be dead, and only the sending would tell."""
+        if self._fresh is None:
+            self._fresh = make(keep=False)
+        return self._fresh
 
     async def close(self) -> None:
         self.closed.set_result(None)
         for stream in list(self.streams):
             stream.abort(_cancelled(stream.call))
         self.scheduler.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
-        await self.session.close()
+        try:
+            await self.session.close()
+        finally:
+            if self._fresh is not None:
+                await self._fresh.close()
 
 
 @attrs.frozen
@@ -343,6 +371,8 @@ class _Failure:
 
     error: LLMError
     verdict: Verdict
+    unsent: bool = False
+    """Whether the server has seen nothing of the request."""
 
 
 async def _receive_reply(call: Call, response: aiohttp.ClientResponse) -> Reply:
@@ -366,8 +396,8 @@ async def _receive_events(call: Call, response: aiohttp.ClientResponse) -> Event
     return reply
 
 
-_kept: ContextVar[bool] = ContextVar("lmbridge_kept", default=False)
-"""Whether the request that this task sends went out on a connection that had served one before."""
+_newest: ContextVar[object] = ContextVar("lmbridge_newest", default=None)
+"""Stands for the newest connection that was made for this task: no other than before, and a kept one was used."""
 
 
 class _Protocol(ResponseHandler):
@@ -381,22 +411,17 @@ class _Protocol(ResponseHandler):
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes which connections are new. aiohttp's tracing tells that as well, at 10 microseconds a request."""
+    """Notes when it makes a connection. aiohttp's tracing tells that as well, at 10 microseconds a request."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]  # of its own subclass
-        self._known: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
 
-    async def connect(
+    async def _create_connection(
         self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
-    ) -> aiohttp.connector.Connection:
-        connection = await super().connect(req, traces, timeout)
-        protocol = connection.protocol
-        if protocol is not None:
-            _kept.set(protocol in self._known)
-            self._known.add(protocol)
-        return connection
+    ) -> ResponseHandler:
+        _newest.set(object())
+        return await super()._create_connection(req, traces, timeout)
 
 
 @lru_cache(maxsize=16)
@@ -446,9 +471,8 @@ def _failure(call: Call, exc: Exception, redact: Callable[[str], str]) -> _Failu
     if redact(repr(cause)) != repr(cause):
         cause = None  # a parser's errors quote the server, which may have quoted the key
     reason = redact(_reason(exc))
-    return _Failure(
-        LLMConnectionError(f"{what}: {reason}" if reason else what, cause, hint=hint, context=call.context()), verdict
-    )
+    error = LLMConnectionError(f"{what}: {reason}" if reason else what, cause, hint=hint, context=call.context())
+    return _Failure(error, verdict, unsent=isinstance(exc, aiohttp.ClientConnectorError))
 
 
 def _reason(exc: Exception) -> str:

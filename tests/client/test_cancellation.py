@@ -29,8 +29,8 @@ async def test_a_cancel_anywhere_in_a_request_leaves_nothing_behind(
             await client.chat_completion(MESSAGES)
 
     async def after() -> None:
-        assert client._transport.in_flight == 0
-        assert client._transport.queued == 0
+        assert client._server.transport.in_flight == 0
+        assert client._server.transport.queued == 0
         scripted_server._script.clear()
         if fresh:
             await client.close()
@@ -62,8 +62,8 @@ async def test_a_cancel_anywhere_in_the_queue_passes_the_place_on(scripted_serve
         async def after() -> None:
             gate.set()
             await first
-            assert client._transport.in_flight == 0
-            assert client._transport.queued == 0
+            assert client._server.transport.in_flight == 0
+            assert client._server.transport.queued == 0
             assert (await client.chat_completion(MESSAGES))["choices"]
 
         await cancel_at_each_step(run, after, at_least=2)

@@ -187,7 +187,7 @@ async def test_another_model_can_be_an_error(scripted_server: ScriptedServer) ->
         stream = await client.chat_completion(MESSAGES, stream=True)
         with pytest.raises(ModelMismatchError) as streamed:
             await anext(stream)
-        assert client._transport.in_flight == 0
+        assert client._server.transport.in_flight == 0
     for caught in (plain, streamed):
         assert (caught.value.asked, caught.value.served) == ("test-model", "other")
         assert caught.value.status == 200

@@ -29,7 +29,7 @@ async def test_a_transport_that_is_dropped_unclosed_warns(scripted_server: Scrip
     await client.chat_completion(MESSAGES)
     # Called by hand: aiohttp's session warns and logs as well when it is collected.
     with pytest.warns(ResourceWarning, match="unclosed <Transport http.*>; close its client, or use `async with`"):
-        client._transport.__del__()
+        client._server.transport.__del__()
 
 
 async def test_a_client_that_closes_leaves_the_streams_of_a_shared_transport_alone(

@@ -18,7 +18,7 @@ from lmbridge import (
     ModelLoadError,
     Timeouts,
 )
-from lmbridge.client import llm
+from lmbridge.client import llm, server
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.transport import http
 from lmbridge.transport.sse import MAX_EVENT_SIZE
@@ -216,14 +216,14 @@ def test_no_limit_of_aiohttps_own_is_left() -> None:
 
 
 def test_lists_and_health_have_the_limits_that_were_promised() -> None:
-    assert (llm.DISCOVERY, llm.HEALTH) == (10, 5)
+    assert (server.DISCOVERY, llm.HEALTH) == (10, 5)
 
 
 async def test_a_list_and_a_health_check_do_not_take_as_long_as_a_generation_may(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted_server.on_path("/v1/models", stall())
-    monkeypatch.setattr(llm, "DISCOVERY", 0.05)
+    monkeypatch.setattr(server, "DISCOVERY", 0.05)
     monkeypatch.setattr(llm, "HEALTH", 0.05)
     assert await client.health_check() is False
     with pytest.raises(LLMTimeoutError) as caught:

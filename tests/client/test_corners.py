@@ -38,7 +38,7 @@ async def test_a_stream_that_was_the_result_of_a_task_can_be_dropped(
     with pytest.warns(ResourceWarning, match="unclosed stream"):  # noqa: PT031 - the last reference goes in there
         del asked
         gc.collect()
-    assert client._transport.in_flight == 0
+    assert client._server.transport.in_flight == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
@@ -58,7 +58,7 @@ async def test_a_stream_in_the_traceback_of_a_failed_task_can_be_dropped(
     with pytest.warns(ResourceWarning, match="unclosed stream"):  # noqa: PT031 - the last reference goes in there
         del failing
         gc.collect()
-    assert client._transport.in_flight == 0
+    assert client._server.transport.in_flight == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
@@ -75,7 +75,7 @@ async def test_break_and_drop_closes_the_connection_even_where_warnings_are_erro
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         await take_one()
-    assert client._transport.in_flight == 0
+    assert client._server.transport.in_flight == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 

@@ -183,7 +183,7 @@ async def test_a_loading_server_is_polled_without_counting_retries(
     scripted_server.script(*[LOADING] * 8, reply(500, {"error": "hiccup"}), LOADING, answer("Hi"))
     async with LLMClient(scripted_server.api_base, max_retries=1) as client:
         assert await ask(client, stream=True) == "Hi"
-        assert client._transport.retries == 1
+        assert client._server.transport.retries == 1
     assert len(scripted_server.requests) == 11
 
 
@@ -217,7 +217,7 @@ async def test_an_answer_that_does_not_come_is_a_timeout(scripted_server: Script
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.1)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
             await ask(client, stream)
-        assert client._transport.in_flight == 0
+        assert client._server.transport.in_flight == 0
     assert caught.value.phase == "first_byte"
     await scripted_server.wait_until(lambda: scripted_server.aborts)
     assert len(scripted_server.requests) == 1
@@ -299,7 +299,7 @@ async def test_a_kept_connection_that_is_dead_is_replaced_silently(
         with caplog.at_level(logging.INFO, "lmbridge"):
             assert await ask(client, stream) == "Hello from the scripted server."
         assert [request.refused for request in scripted_server.requests] == [False, True, False]
-        assert client._transport.retries == 0
+        assert client._server.transport.retries == 0
     assert not caplog.records
 
 
@@ -388,7 +388,7 @@ async def test_a_place_is_held_for_the_whole_stream_and_given_on_in_order(script
 
         waiting = [asyncio.create_task(ask_for(number)) for number in range(5)]
         await asyncio.sleep(0)
-        assert client._transport.queued == 5
+        assert client._server.transport.queued == 5
         assert await client.health_check()
         assert await client.list_models() == ["test-model"]  # these do not queue
         waiting[1].cancel()
@@ -445,7 +445,7 @@ async def test_places_come_back_however_a_request_ends(scripted_server: Scripted
         scripted_server.default = stall(after=[piece("a")])
         for _ in range(50):
             await (await client.chat_completion(MESSAGES, stream=True)).aclose()
-        assert client._transport.in_flight == 0
+        assert client._server.transport.in_flight == 0
         scripted_server.default = answer("Hi")
         assert await ask(client, stream=True) == "Hi"
 

@@ -122,7 +122,7 @@ async def test_leaving_a_stream_early_frees_its_slot(
         warnings.simplefilter("ignore", ResourceWarning)
         await leave(await begin())
         gc.collect()
-    assert client._transport.in_flight == 0
+    assert client._server.transport.in_flight == 0
     await until_idle(local_server)
 
 
@@ -226,4 +226,4 @@ async def test_a_hundred_streams_at_a_time_are_all_whole(client: LLMClient) -> N
 
     reasons = await asyncio.gather(*[one(number) for number in range(100)])
     assert set(reasons) <= {"length", "stop"}
-    assert client._transport.in_flight == 0
+    assert client._server.transport.in_flight == 0
