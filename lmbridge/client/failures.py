@@ -218,6 +218,8 @@ def _mark(value: object) -> str:
 def is_error(value: Mapping[str, Any]) -> bool:
     """Whether a parsed body or event reports an error instead of being a reply."""
     error = value.get("error")
+    if error is None and "choices" in value and value.get("object") != "error":
+        return False  # nearly all
     if error or value.get("object") == "error":
         return True
     if any(key in value for key in ("choices", "data", "output", "models")):

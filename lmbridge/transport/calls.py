@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import attrs
 
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMTimeoutError
+from lmbridge.transport.deadline import Deadline, Watch
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -48,11 +48,11 @@ class Request:
     """Whether the path is beside `/v1` and not below it: "/api/v1/models"."""
 
 
-class Call:
-    """One request under way, from its admission to the end of its body."""
+class Call(Deadline):
+    """One request under way, from its admission to the end of its body; and the deadline of each of its attempts."""
 
+    # One object for both: with many requests at a time, what costs is how many objects the collector has to look at.
     __slots__ = (
-        "_clock",
         "_load_deadline",
         "_polls",
         "_scheduler",
@@ -67,15 +67,15 @@ class Call:
         "url",
     )
 
-    def __init__(self, request: Request, url: str, scheduler: Scheduler, place: Place | None) -> None:
+    def __init__(self, request: Request, url: str, scheduler: Scheduler, place: Place | None, watch: Watch) -> None:
+        super().__init__(watch, math.inf)
         self.request = request
         self.place = place
         self.attempts = 0
         self.retries = 0
         self.url = url
         self._scheduler = scheduler
-        self._clock = asyncio.get_running_loop().time
-        self._started = self._clock()
+        self._started = watch.time()
         self.attempted = self._started
         self.total_deadline = self._started + _or_infinity(request.timeouts.total)
         self._load_deadline = math.inf
@@ -89,14 +89,16 @@ class Call:
             "url": self.url,
             "model": self.request.model,
             "attempts": self.attempts,
-            "seconds": self._clock() - self._started,
+            "seconds": self.watch.time() - self._started,
         }
 
-    def begin_attempt(self) -> float:
-        """Counts an attempt; returns the loop's time at which its answer must be there."""
+    def begin_attempt(self) -> Self:
+        """Counts an attempt; returns the deadline for its answer, to be entered."""
         self.attempts += 1
-        self.attempted = self._clock()
-        return self.first_byte_deadline
+        self.attempted = self.watch.time()
+        self.when = self.first_byte_deadline
+        self._reached = False
+        return self
 
     @property
     def first_byte_deadline(self) -> float:
@@ -109,7 +111,7 @@ class Call:
         Raises:
             LLMTimeoutError: phase "load": the server has been loading for too long.
         """
-        now = self._clock()
+        now = self.watch.time()
         if verdict is Verdict.POLL:
             wait = self._wait_for_loading(now)
         elif verdict is Verdict.RETRY and self.retries < min(self.request.max_retries, MAX_RETRIES):

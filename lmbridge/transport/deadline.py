@@ -1,11 +1,82 @@
-"""A deadline for a block of code, four microseconds a request cheaper than `asyncio.timeout_at`."""
+"""Deadlines behind one timer of the loop: a timer each is microseconds a request, and a heap of cancelled ones."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Final, Protocol, Self
+
+
+class Timed(Protocol):
+    """What may be late."""
+
+    when: float
+    """The loop's time at which it is; infinity for never."""
+
+    def reach(self) -> None:
+        """It is."""
+
+
+class Watch:
+    """The deadlines of one loop. Its timer is moved for an earlier one, and otherwise only when it fires.
+
+    Args:
+        loop: The running loop.
+        others: Looked at beside the deadlines; they tell it by `expect` when they have something to wait for.
+    """
+
+    __slots__ = ("_at", "_deadlines", "_loop", "_others", "_timer", "time")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, others: Iterable[Timed] = ()) -> None:
+        self._loop = loop
+        self.time: Final = loop.time
+        """The loop's clock, looked up once."""
+        self._others = others
+        self._deadlines: dict[Timed, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._at = math.inf
+
+    def add(self, deadline: Timed) -> None:
+        """Watches it until it is late or discarded."""
+        self._deadlines[deadline] = None
+        if deadline.when < self._at:
+            self._set(deadline.when)
+
+    def discard(self, deadline: Timed) -> None:
+        """Watches it no longer."""
+        self._deadlines.pop(deadline, None)
+
+    def expect(self, when: float) -> None:
+        """Looks at all of them at that time, or before."""
+        if when < self._at:
+            self._set(when)
+
+    def close(self) -> None:
+        """Stops its timer."""
+        self._set(math.inf)
+
+    def _set(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._at = when
+        self._timer = None if when == math.inf else self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        now = self.time()
+        self._timer, self._at = None, math.inf
+        late = []
+        next_one = math.inf
+        for each in (*self._deadlines, *self._others):
+            if each.when <= now:
+                late.append(each)
+            else:
+                next_one = min(next_one, each.when)
+        self._set(next_one)
+        for each in late:
+            self.discard(each)
+            each.reach()
 
 
 class Deadline:
@@ -15,39 +86,35 @@ class Deadline:
     also one that comes at the same moment.
 
     Args:
-        loop: The running loop.
+        watch: The watch of the running loop.
         when: Its time; infinity for no deadline.
     """
 
-    __slots__ = ("_before", "_handle", "_loop", "_reached", "_task", "_when")
+    __slots__ = ("_before", "_reached", "_task", "watch", "when")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
-        self._loop = loop
-        self._when = when
+    def __init__(self, watch: Watch, when: float) -> None:
+        self.watch = watch
+        self.when = when
         self._reached = False
 
     def __enter__(self) -> Self:
-        if self._when == math.inf:
-            self._handle = None
-            return self
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a deadline needs a task to cancel")
         self._task = task
         self._before = task.cancelling()
-        self._handle = self._loop.call_at(self._when, self._reach)
+        if self.when != math.inf:
+            self.watch.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._handle is None:
-            return
-        self._handle.cancel()
-        self._handle = None
+        self.watch.discard(self)
         if self._reached and self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
-    def _reach(self) -> None:
+    def reach(self) -> None:
+        """Cancels the task."""
         self._reached = True
         self._task.cancel()

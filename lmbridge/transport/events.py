@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import warnings
-import weakref
 from typing import Final, Protocol
 
 from lmbridge.errors import LLMError, LLMStreamError
@@ -42,8 +41,8 @@ class Response(Protocol):
 class EventStream:
     """The events of one response, for one reader at a time.
 
-    It holds its call's place until the body has ended or the connection is closed. One timer serves all its
-    limits: it is moved only when it fires, so that a read costs no timer of its own.
+    It holds its call's place until the body has ended or the connection is closed. Its call's watch must know it, for
+    its limits: a read costs no timer of its own.
 
     Args:
         call: The request that it answers.
@@ -56,7 +55,6 @@ class EventStream:
         "__weakref__",
         "_broken",
         "_content",
-        "_deadline",
         "_decoder",
         "_event_seen",
         "_fault",
@@ -65,10 +63,10 @@ class EventStream:
         "_loop",
         "_reading",
         "_response",
-        "_timer",
         "call",
         "ended",
         "status",
+        "when",
     )
 
     def __init__(self, call: Call, response: Response, broken: tuple[type[Exception], ...], first: bytes = b"") -> None:
@@ -85,8 +83,8 @@ class EventStream:
         self._reading = False
         self._idle = call.request.timeouts.idle
         self._event_seen = False
-        self._deadline = math.inf  # of the wait that is going on
-        self._timer: asyncio.TimerHandle | None = None
+        self.when = math.inf
+        """The deadline of the wait that is going on."""
         self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()  # None once it is closed
 
     @property
@@ -117,7 +115,17 @@ class EventStream:
             raise RuntimeError("another task is reading this stream; only one at a time can")
         self._reading = True
         try:
-            return await self._read(self._loop)
+            self._expect(self._loop.time())
+            while True:
+                data, self._first = self._first, b""
+                if not data:
+                    data = await self._content.readany()
+                if not data:
+                    self._end()
+                    return self._decoder.close()
+                if events := self._decoder.feed(data):
+                    self._event_seen = True
+                    return events
         except BaseException as exc:
             self.abort()
             if isinstance(exc, LLMError) or not isinstance(exc, self._broken):
@@ -127,25 +135,7 @@ class EventStream:
             raise self._cut(exc) from exc
         finally:
             self._reading = False
-            self._deadline = math.inf
-
-    async def _read(self, loop: asyncio.AbstractEventLoop) -> list[Event]:
-        now = loop.time()
-        if now >= self.call.total_deadline:  # also where there is always something to read, and no wait to time
-            raise self.call.timed_out("total")
-        self._expect(loop, now)
-        if self.call.place is not None:
-            self.call.place.touch(now)
-        while True:
-            data, self._first = self._first, b""
-            if not data:
-                data = await self._content.readany()
-            if not data:
-                self._end()
-                return self._decoder.close()
-            if events := self._decoder.feed(data):
-                self._event_seen = True
-                return events
+            self.when = math.inf
 
     async def drain(self) -> None:
         """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""
@@ -184,42 +174,29 @@ class EventStream:
 
     def _finish(self) -> None:
         self._loop = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         self.call.release()
 
     # Time
 
-    def _expect(self, loop: asyncio.AbstractEventLoop, now: float) -> None:
-        """Sets the deadline for the wait that begins."""
+    def _expect(self, now: float) -> None:
+        """Sets the deadline for the wait that begins, and notes who waits."""
         call = self.call
+        if now >= call.total_deadline:  # also where there is always something to read, and no wait to time
+            raise call.timed_out("total")
+        if call.place is not None:
+            call.place.touch(now)
         if not self._event_seen:
-            deadline = call.first_byte_deadline
+            self.when = call.first_byte_deadline
         elif self._idle is None:
-            deadline = call.total_deadline
+            self.when = call.total_deadline
         else:
-            deadline = min(now + self._idle, call.total_deadline)
-        self._deadline = deadline
-        if deadline == math.inf:
-            return
-        if self._timer is not None:
-            if self._timer.when() <= deadline:
-                return
-            self._timer.cancel()
-        # Not later than the wait for the next event could end, so that it need not be moved for that one.
-        when = deadline if self._idle is None else min(deadline, now + self._idle)
-        self._timer = loop.call_at(when, _on_timer, weakref.ref(self))
+            self.when = min(now + self._idle, call.total_deadline)
+        call.watch.expect(self.when)
 
-    def _check_deadline(self) -> None:
-        loop, self._timer = self._loop, None
-        if loop is None or self._deadline == math.inf:
-            return  # nobody is waiting; the next wait sets a timer again
-        if loop.time() < self._deadline:
-            self._timer = loop.call_at(self._deadline, _on_timer, weakref.ref(self))
-            return
+    def reach(self) -> None:
+        """The wait has been too long."""
         phase: Phase = "idle" if self._event_seen else "first_byte"
-        self.abort(self.call.timed_out("total" if self._deadline >= self.call.total_deadline else phase))
+        self.abort(self.call.timed_out("total" if self.when >= self.call.total_deadline else phase))
 
     def _given_up(self) -> LLMStreamError:
         return LLMStreamError("the stream was given up", status=self.status, context=self.call.context())
@@ -257,18 +234,10 @@ class EventStream:
         except RuntimeError:
             here = False
         self._loop = None
-        if self._timer is not None:
-            self._timer.cancel()
         if here:
             _abandon(self._response, self.call)
         else:  # collected in another thread, or between two runs of the loop
             loop.call_soon_threadsafe(_abandon, self._response, self.call)
-
-
-def _on_timer(reference: weakref.ref[EventStream]) -> None:
-    # Weak, because a timer must not keep alive a stream that was dropped.
-    if (stream := reference()) is not None:
-        stream._check_deadline()  # noqa: SLF001 - its own timer
 
 
 def _abandon(response: Response, call: Call) -> None:

@@ -9,7 +9,7 @@ import re
 import ssl as ssl_module
 import warnings
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from types import TracebackType
@@ -31,10 +31,10 @@ from lmbridge.config import (
 )
 from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.calls import Call, Reply, Request
-from lmbridge.transport.deadline import Deadline
+from lmbridge.transport.deadline import Watch
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
-from lmbridge.transport.scheduler import Scheduler
+from lmbridge.transport.scheduler import Place, Scheduler
 from lmbridge.transport.sse import begins_event_stream
 
 logger = logging.getLogger("lmbridge.transport")
@@ -45,6 +45,7 @@ KEEPALIVE: Final = 4.0
 _SECRET_LENGTH: Final = 4  # a shorter key hides nothing, and would be found in every second word
 _JSON: Final = {"Content-Type": "application/json"}
 _BROKEN: Final = (aiohttp.ClientError, OSError)
+_LOST: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError)
 _NOT_BEGUN: Final = (429, 503)  # answers before any work
 _NOT_REPEATED: Final = (
     "it was not sent again, because the server may have begun with it; look there before you repeat it"
@@ -126,7 +127,9 @@ class Transport:
         """The text without the key, which some servers repeat in their errors."""
         return text if self._secret is None else self._secret.sub("[api_key]", text)
 
-    async def request(self, request: Request) -> Reply:
+    # These two are no coroutines themselves: each that waits is one more object for the garbage collector to look at.
+
+    def request(self, request: Request) -> Coroutine[Any, Any, Reply]:
         """Sends a request and reads its whole answer.
 
         Raises:
@@ -134,18 +137,9 @@ class Transport:
             LLMTimeoutError: a limit ran out.
             TaskCancelledError: the transport was closed meanwhile.
         """
-        opened = self._open()
-        opened.requests += 1
-        try:
-            call = self._admit_now(opened, request) or await self._admit(opened, request)
-            try:
-                return await self._perform(opened, call, _receive_reply)
-            finally:
-                call.release()
-        finally:
-            opened.requests -= 1
+        return self._perform(request, _receive_reply)
 
-    async def stream(self, request: Request) -> EventStream | Reply:
+    def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
         """Sends a request for an event stream; an answer that is none comes as a whole `Reply`.
 
         The event stream owns the request's place until it is closed.
@@ -155,22 +149,7 @@ class Transport:
             LLMTimeoutError: a limit ran out.
             TaskCancelledError: the transport was closed meanwhile.
         """
-        opened = self._open()
-        call = self._admit_now(opened, request) or await self._admit(opened, request)
-        try:
-            answer = await self._perform(opened, call, _receive_events)
-        except BaseException:
-            call.release()
-            raise
-        if not isinstance(answer, EventStream):
-            call.release()
-        elif opened.closed.done():
-            answer.abort()
-            raise _cancelled(call)
-        else:
-            request.body = None  # it is not sent again, and a thousand open streams may have long prompts
-            opened.streams.add(answer)
-        return answer
+        return self._perform(request, _receive_events)
 
     async def close(self) -> None:
         """Ends what is in flight with `TaskCancelledError` and closes every connection; idempotent.
@@ -191,46 +170,56 @@ class Transport:
 
     # One request
 
-    def _admit_now(self, opened: _Opened, request: Request) -> Call | None:
-        place = opened.scheduler.acquire_now(request.model) if request.queued else None
-        if place is None and request.queued:
-            return None
-        return Call(request, self._url(request), opened.scheduler, place)
-
-    async def _admit(self, opened: _Opened, request: Request) -> Call:
-        url = self._url(request)
+    async def _perform(self, request: Request, receive: _Receive[_T]) -> _T | Reply:
+        opened = self._open()
+        url = f"{self._root if request.below_root else self.api_base}{request.path}"
+        opened.requests += 1
         try:
-            place = await opened.scheduler.acquire(request.model)
+            place = None
+            if request.queued:
+                place = opened.scheduler.acquire_now(request.model) or await self._queue(opened, request, url)
+            call = Call(request, url, opened.scheduler, place, opened.watch)
+            try:
+                answer = await self._attempt(opened, call, receive)
+                while isinstance(answer, _Failure) or (isinstance(answer, Reply) and answer.status >= 400):
+                    wait = None if opened.closed.done() else self._wait_before_next(call, answer)
+                    if wait is None:
+                        break
+                    await asyncio.wait((opened.closed,), timeout=wait)
+                    answer = await self._attempt(opened, call, receive)
+                if isinstance(answer, EventStream):
+                    self._keep(opened, answer)
+                    return answer
+                if isinstance(answer, _Failure):
+                    raise _cancelled(call) if opened.closed.done() else answer.error
+            except BaseException:
+                call.release()
+                raise
+            call.release()
+            return answer
+        finally:
+            opened.requests -= 1
+
+    async def _queue(self, opened: _Opened, request: Request, url: str) -> Place:
+        try:
+            return await opened.scheduler.acquire(request.model)
         except LLMError as error:
             error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
             raise
-        return Call(request, url, opened.scheduler, place)
 
-    def _url(self, request: Request) -> str:
-        return f"{self._root if request.below_root else self.api_base}{request.path}"
-
-    async def _perform(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply:
-        while True:
-            if opened.closed.done():
-                raise _cancelled(call)
-            answer = await self._attempt(opened, call, receive)
-            if not isinstance(answer, (Reply, _Failure)):
-                return answer
-            wait = None if opened.closed.done() else self._wait_before_next(call, answer)
-            if wait is None:
-                break
-            await asyncio.wait((opened.closed,), timeout=wait)
-        if isinstance(answer, _Failure):
-            raise _cancelled(call) if opened.closed.done() else answer.error
-        return answer
+    def _keep(self, opened: _Opened, stream: EventStream) -> None:
+        """Hands a stream over, with its place."""
+        if opened.closed.done():
+            stream.abort()
+            raise _cancelled(stream.call)
+        stream.call.request.body = None  # it is not sent again, and a thousand open streams may have long prompts
+        opened.streams.add(stream)
 
     def _wait_before_next(self, call: Call, answer: Reply | _Failure) -> float | None:
         """Seconds to wait before the next attempt, or None if this answer stands."""
         if isinstance(answer, _Failure):
             verdict, retry_after, why = answer.verdict, None, answer.error.message
             repeatable = call.request.repeatable or answer.unsent
-        elif answer.status < 400:
-            return None
         else:
             verdict = call.request.classify(answer.status, answer.headers, answer.body)
             retry_after, why = answer.retry_after, f"status {answer.status}"
@@ -251,11 +240,22 @@ class Transport:
         return wait
 
     async def _attempt(self, opened: _Opened, call: Call, receive: _Receive[_T]) -> _T | Reply | _Failure:
+        if opened.closed.done():
+            raise _cancelled(call)
+        session = opened.session if call.request.repeatable else opened.fresh_session(self._session)
         caught: Exception
         response: aiohttp.ClientResponse | None = None
         try:
-            with Deadline(opened.loop, call.begin_attempt()):
-                response = await self._send(opened, call)
+            with call.begin_attempt():
+                newest = _newest.get()
+                try:
+                    response = await _send(session, call)
+                except _LOST as exc:
+                    # Once more, at once, if a kept connection turned out to be dead before any byte of a reply.
+                    begun = not isinstance(getattr(exc, "message", ""), str)  # it has the part of a head that came
+                    if begun or _newest.get() is not newest or opened.closed.done():
+                        raise
+                    response = await _send(session, call)
                 try:
                     return await receive(call, response)
                 except BaseException:
@@ -273,28 +273,6 @@ class Transport:
         failure = _failure(call, caught, self.redact)
         failure.error.status = response.status if response is not None else None
         return failure
-
-    async def _send(self, opened: _Opened, call: Call) -> aiohttp.ClientResponse:
-        """Sends it; once more, at once, if a kept connection turns out to be dead before any byte of a reply."""
-        request = call.request
-        session = opened.session if request.repeatable else opened.fresh_session(self._session)
-        resent = False
-        while True:
-            newest = _newest.get()
-            try:
-                return await session.request(
-                    request.method,
-                    call.url,
-                    data=request.body,
-                    headers=_JSON if request.body is not None else None,
-                    allow_redirects=False,
-                    timeout=_client_timeout(request.timeouts.connect),
-                )
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as exc:
-                begun = not isinstance(getattr(exc, "message", ""), str)  # it has the part of a head that came
-                if begun or resent or _newest.get() is not newest or opened.closed.done():
-                    raise
-                resent = True
 
     # The session
 
@@ -341,11 +319,16 @@ class _Opened:
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
     requests: int = attrs.field(init=False, default=0)
     """Plain ones under way, queued or not."""
+    watch: Watch = attrs.field(init=False)
     _fresh: aiohttp.ClientSession | None = attrs.field(init=False, default=None)
 
     @closed.default
     def _unclosed(self) -> asyncio.Future[None]:
         return self.loop.create_future()
+
+    @watch.default
+    def _watch_over_streams(self) -> Watch:
+        return Watch(self.loop, self.streams)
 
     def fresh_session(self, make: Callable[..., aiohttp.ClientSession]) -> aiohttp.ClientSession:
         """For what must not be sent twice: a kept connection may be dead, and only the sending would tell."""
@@ -363,6 +346,7 @@ class _Opened:
         finally:
             if self._fresh is not None:
                 await self._fresh.close()
+            self.watch.close()
 
 
 @attrs.frozen
@@ -373,6 +357,18 @@ class _Failure:
     verdict: Verdict
     unsent: bool = False
     """Whether the server has seen nothing of the request."""
+
+
+def _send(session: aiohttp.ClientSession, call: Call) -> Awaitable[aiohttp.ClientResponse]:
+    request = call.request
+    return session.request(
+        request.method,
+        call.url,
+        data=request.body,
+        headers=_JSON if request.body is not None else None,
+        allow_redirects=False,
+        timeout=_client_timeout(request.timeouts.connect),
+    )
 
 
 async def _receive_reply(call: Call, response: aiohttp.ClientResponse) -> Reply:

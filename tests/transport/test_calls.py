@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.calls import Call, Phase, Reply, Request
+from lmbridge.transport.deadline import Watch
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Scheduler
 from tests.transport.clock import Clock
@@ -34,7 +36,13 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
         max_retries=max_retries,
         model="m",
     )
-    return Call(attrs.evolve(request, **options), "http://x/v1/chat/completions", Scheduler(Limits()), None)
+    return Call(
+        attrs.evolve(request, **options),
+        "http://x/v1/chat/completions",
+        Scheduler(Limits()),
+        None,
+        Watch(asyncio.get_running_loop()),
+    )
 
 
 def waits(call: Call, clock: Clock, verdict: Verdict, retry_after: float | None = None) -> Iterator[float]:
@@ -171,17 +179,17 @@ async def test_a_wait_that_would_pass_the_total_limit_is_not_begun(clock: Clock)
 async def test_the_total_limit_begins_with_the_call_and_the_one_for_an_answer_with_each_attempt(clock: Clock) -> None:
     call = a_call(Timeouts(first_byte=10, total=25))
     assert call.total_deadline == 1025
-    assert call.begin_attempt() == 1010
+    assert call.begin_attempt().when == 1010
     clock.wait(12)
-    assert call.begin_attempt() == 1022
+    assert call.begin_attempt().when == 1022
     clock.wait(10)
-    assert call.begin_attempt() == call.first_byte_deadline == 1025
+    assert call.begin_attempt().when == call.first_byte_deadline == 1025
     assert call.attempts == 3
 
 
 async def test_without_limits_there_is_no_deadline(clock: Clock) -> None:
     call = a_call()
-    assert call.begin_attempt() == call.first_byte_deadline == call.total_deadline == math.inf
+    assert call.begin_attempt().when == call.first_byte_deadline == call.total_deadline == math.inf
 
 
 @pytest.mark.parametrize(
@@ -211,7 +219,9 @@ async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phas
 
 async def test_a_call_gives_its_place_back_once() -> None:
     scheduler = Scheduler(Limits())
-    call = Call(a_call().request, "http://x", scheduler, await scheduler.acquire("m"))
+    call = Call(
+        a_call().request, "http://x", scheduler, await scheduler.acquire("m"), Watch(asyncio.get_running_loop())
+    )
     other = await scheduler.acquire("m")
     call.release()
     call.release()
