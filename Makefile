@@ -24,6 +24,7 @@ demo: .venv-demo/installed
 	@.venv-demo/bin/python examples/quickstart.py
 
 test: lint
+	.venv-test/bin/nox --session aioresponses
 	.venv-test/bin/python -m pytest
 
 lint: .venv-test/installed

@@ -1,10 +1,10 @@
-"""What `make test` does not: other Pythons, the oldest aiohttp, the documentation as a site."""
+"""What needs an environment of its own: other Pythons, older aiohttps, the documentation as a site."""
 
 from __future__ import annotations
 
 import nox
 
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "tests", "aioresponses"]
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
@@ -17,6 +17,14 @@ def tests(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     session.install("-e", ".[local,dev]", "aiohttp==3.13.0")
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+# Part of `make test`, so it takes the Python that is there and the few packages that its tests need.
+@nox.session(reuse_venv=True)
+def aioresponses(session: nox.Session) -> None:
+    packages = ["aioresponses", "blockbuster", "pytest", "pytest-asyncio", "pytest-timeout"]
+    session.install("-e", ".", "aiohttp<3.14", *packages)
+    session.run("python", "-m", "pytest", "tests/aioresponses", *session.posargs)
 
 
 @nox.session(python="3.11")

@@ -39,7 +39,11 @@ def test_the_contracts_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("library", "importer"),
-    [("aiohttp", "lmbridge/transport/http.py"), ("backoff", "lmbridge/transport/retry.py")],
+    [
+        ("aiohttp", "lmbridge/transport/http.py"),
+        ("backoff", "lmbridge/transport/retry.py"),
+        ("cachetools", "lmbridge/client/models.py"),
+    ],
 )
 def test_one_file_imports_the_library(library: str, importer: str) -> None:
     assert importers(library) == [importer]

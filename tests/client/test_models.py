@@ -1,0 +1,732 @@
+"""`ModelValidator`: what it keeps, for how long, and who shares a request with whom."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from lmbridge import (
+    CacheStats,
+    LLMClient,
+    LLMConnectionError,
+    LLMError,
+    LLMResponseError,
+    LLMValidationError,
+    ModelNotFoundError,
+    ModelValidator,
+    TaskCancelledError,
+)
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, reply, stall
+from tests.support import cancel_at_each_step
+
+MODELS = "/v1/models"
+
+
+class Clock:
+    """A timer that goes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gate:
+    """A model list that waits to be let through, once or for good."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = models
+        self.opened = asyncio.Event()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        await self.opened.wait()
+        await reply(200, {"data": [{"id": model} for model in self.models]})(exchange)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest_asyncio.fixture
+async def validator(scripted_server: ScriptedServer, clock: Clock) -> AsyncIterator[ModelValidator]:
+    async with ModelValidator(scripted_server.api_base, timer=clock) as validator:
+        yield validator
+
+
+def own_tasks() -> set[asyncio.Task[Any]]:
+    """Tasks that the package has started."""
+    return {task for task in asyncio.all_tasks() if "ModelValidator" in repr(task.get_coro())}
+
+
+async def asking(
+    validator: ModelValidator, server: ScriptedServer, callers: int, requests: int = 1
+) -> list[asyncio.Task[list[str]]]:
+    """Callers that all wait, and as many requests at the server."""
+    tasks = [asyncio.create_task(validator.get_available_models()) for _ in range(callers)]
+    await server.wait_until(lambda: len(server.requests) == requests)
+    return tasks
+
+
+# What is kept
+
+
+async def test_a_list_is_asked_for_once(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    scripted_server.models = ["a", "b"]
+    for _ in range(3):
+        assert await validator.get_available_models() == ["a", "b"]
+    assert len(scripted_server.requests) == 1
+    assert validator.cache_stats() == CacheStats(hits=2, misses=1, expirations=0, size=1, maxsize=100, ttl=600)
+
+
+async def test_a_new_validator_has_kept_nothing() -> None:
+    stats = ModelValidator(ttl=5, maxsize=3).cache_stats()
+    assert stats == CacheStats(hits=0, misses=0, expirations=0, size=0, maxsize=3, ttl=5)
+
+
+async def test_the_list_is_the_callers_own(validator: ModelValidator) -> None:
+    for _ in range(2):
+        models = await validator.get_available_models()
+        assert models == ["test-model"]
+        models.clear()
+
+
+async def test_a_list_is_kept_for_its_time_and_no_longer(
+    scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
+) -> None:
+    await validator.get_available_models()
+    scripted_server.models = ["new"]
+    clock.now += 599.9
+    assert await validator.get_available_models() == ["test-model"]
+    clock.now += 0.1
+    assert await validator.get_available_models() == ["new"]
+    stats = validator.cache_stats()
+    assert (stats.hits, stats.misses, stats.expirations, stats.size) == (1, 2, 1, 1)
+
+
+async def test_an_expired_list_is_counted_once(validator: ModelValidator, clock: Clock) -> None:
+    await validator.get_available_models()
+    clock.now += 600
+    for _ in range(2):
+        assert (validator.cache_stats().size, validator.cache_stats().expirations) == (0, 1)
+    await validator.get_available_models()
+    assert validator.cache_stats().expirations == 1
+
+
+async def test_a_list_is_kept_from_its_arrival_on(
+    scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
+) -> None:
+    gate = Gate("a")
+    scripted_server.on_path(MODELS, gate)
+    (caller,) = await asking(validator, scripted_server, 1)
+    clock.now += 400
+    gate.opened.set()
+    await caller
+    clock.now += 400
+    assert await validator.get_available_models() == ["a"]
+    assert len(scripted_server.requests) == 1
+
+
+async def test_no_list_expires_uncounted(scripted_server: ScriptedServer) -> None:
+    ticks = iter(range(1_000_000))  # each look at the clock is a second later
+    async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
+        validator = ModelValidator(client=client, ttl=3, timer=lambda: next(ticks))
+        for number in range(60):
+            client.api_base = other.api_base if number % 3 else scripted_server.api_base
+            await validator.get_available_models()
+        stats = validator.cache_stats()
+        assert stats.misses == len(scripted_server.requests + other.requests) == stats.expirations + stats.size
+
+
+async def test_invalidate_forgets(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    await validator.get_available_models()
+    scripted_server.models = ["new"]
+    validator.invalidate()
+    assert validator.cache_stats().size == 0
+    assert await validator.get_available_models() == ["new"]
+    assert validator.cache_stats().expirations == 0
+
+
+async def test_a_list_that_comes_after_invalidate_is_not_kept(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    old, new = Gate("old"), Gate("new")
+    scripted_server.on_path(MODELS, old)
+    before = await asking(validator, scripted_server, 2)
+    validator.invalidate()
+    scripted_server.on_path(MODELS, new)
+    after = await asking(validator, scripted_server, 2, requests=2)
+    new.opened.set()
+    assert await asyncio.gather(*after) == [["new"], ["new"]]
+    old.opened.set()
+    assert await asyncio.gather(*before) == [["old"], ["old"]]
+    assert await validator.get_available_models() == ["new"]
+    assert len(scripted_server.requests) == 2
+
+
+async def test_each_server_has_its_list(scripted_server: ScriptedServer, clock: Clock) -> None:
+    async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
+        validator = ModelValidator(client=client, timer=clock)
+        for _ in range(2):
+            client.api_base = scripted_server.api_base
+            assert await validator.get_available_models() == ["test-model"]
+            client.api_base = other.api_base
+            assert await validator.get_available_models() == ["other"]
+        assert (len(scripted_server.requests), len(other.requests)) == (1, 1)
+        clock.now += 600
+        assert await validator.get_available_models() == ["other"]
+        assert (validator.cache_stats().expirations, validator.cache_stats().size) == (2, 1)
+
+
+async def test_a_list_that_makes_room_for_another_is_no_expiration(scripted_server: ScriptedServer) -> None:
+    async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
+        validator = ModelValidator(client=client, maxsize=1)
+        for server in (scripted_server, other, scripted_server):
+            client.api_base = server.api_base
+            await validator.get_available_models()
+        stats = validator.cache_stats()
+        assert (stats.misses, stats.expirations, stats.size, stats.maxsize) == (3, 0, 1, 1)
+
+
+async def test_a_list_under_way_while_the_client_moves_is_kept_for_neither_server(
+    scripted_server: ScriptedServer,
+) -> None:
+    gate = Gate("old")
+    scripted_server.on_path(MODELS, gate)
+    async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
+        validator = ModelValidator(client=client)
+        (before,) = await asking(validator, scripted_server, 1)
+        client.api_base = other.api_base
+        assert await validator.get_available_models() == ["other"]
+        gate.opened.set()
+        assert await before == ["old"]
+        assert await validator.get_available_models() == ["other"]
+        assert validator.cache_stats().size == 1
+
+
+async def test_a_client_that_moves_at_once_is_not_believed_about_the_old_server(
+    scripted_server: ScriptedServer,
+) -> None:
+    async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
+        validator = ModelValidator(client=client)
+        asked = asyncio.create_task(validator.get_available_models())
+        asyncio.get_running_loop().call_soon(setattr, client, "api_base", other.api_base)
+        await asked
+        client.api_base = scripted_server.api_base
+        assert await validator.get_available_models() == ["test-model"]
+
+
+# Failures
+
+
+@pytest.mark.usefixtures("no_waits")
+async def test_a_failure_reaches_all_who_wait_and_is_not_kept(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.on_path(MODELS, reply(500, {"error": "broken"}))
+    results = await asyncio.gather(*[validator.get_available_models() for _ in range(3)], return_exceptions=True)
+    assert [type(result) for result in results] == [LLMResponseError] * 3
+    failed = len(scripted_server.requests)
+    scripted_server.on_path(MODELS, reply(200, {"data": [{"id": "back"}]}))
+    assert await validator.get_available_models() == ["back"]
+    assert len(scripted_server.requests) == failed + 1
+    stats = validator.cache_stats()
+    assert (stats.hits, stats.misses, stats.size) == (0, 4, 1)
+
+
+async def test_a_reply_that_is_no_list_of_models_is_not_kept(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.on_path(MODELS, reply(200, {"data": [{"name": "a"}]}))
+    for _ in range(2):
+        with pytest.raises(LLMResponseError, match="not a list of models"):
+            await validator.get_available_models()
+    assert validator.cache_stats().size == 0
+
+
+@pytest.mark.usefixtures("no_waits")
+async def test_a_failed_fresh_look_does_not_say_not_found(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    await validator.get_available_models()
+    scripted_server.on_path(MODELS, hang_up())
+    with pytest.raises(LLMConnectionError):
+        await validator.validate_model("new")
+    assert await validator.get_available_models() == ["test-model"]
+
+
+# One request for all
+
+
+async def test_callers_at_the_same_time_share_a_request(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    results = await asyncio.gather(*[validator.get_available_models() for _ in range(50)])
+    assert results == [["test-model"]] * 50
+    assert len({id(result) for result in results}) == 50
+    assert len(scripted_server.requests) == 1
+    assert (validator.cache_stats().hits, validator.cache_stats().misses) == (0, 50)
+
+
+@pytest.mark.parametrize("cancelled", [0, 1, 2])
+async def test_a_cancelled_caller_does_not_fail_the_others(
+    scripted_server: ScriptedServer, validator: ModelValidator, cancelled: int
+) -> None:
+    gate = Gate("a")
+    scripted_server.on_path(MODELS, gate)
+    callers = await asking(validator, scripted_server, 3)
+    callers[cancelled].cancel()
+    await asyncio.wait([callers[cancelled]])
+    assert callers.pop(cancelled).cancelled()
+    gate.opened.set()
+    assert await asyncio.gather(*callers) == [["a"], ["a"]]
+    assert len(scripted_server.requests) == 1
+    assert not scripted_server.aborts
+
+
+async def test_the_request_is_cancelled_with_its_last_caller(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.on_path(MODELS, stall())
+    callers = await asking(validator, scripted_server, 3)
+    for caller in callers:
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+    assert not own_tasks()
+    await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 1)
+
+
+async def test_nobody_joins_a_request_that_is_being_cancelled(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.on_path(MODELS, stall())
+    (caller,) = await asking(validator, scripted_server, 1)
+    scripted_server.on_path(MODELS, reply(200, {"data": [{"id": "a"}]}))
+    caller.cancel()
+    await asyncio.sleep(0)  # one turn: the caller has cancelled the request, which has not ended yet
+    assert own_tasks()
+    assert await validator.get_available_models() == ["a"]
+
+
+async def test_a_timeout_of_the_caller_is_a_timeout(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    scripted_server.on_path(MODELS, stall())
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await validator.get_available_models()
+    assert not own_tasks()
+
+
+async def test_a_caller_may_be_cancelled_anywhere(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    async def ask() -> None:
+        validator.invalidate()
+        await validator.validate_model("test-model")
+
+    async def check() -> None:
+        assert not own_tasks()
+
+    await cancel_at_each_step(ask, check, at_least=1)
+    assert await validator.get_available_models() == ["test-model"]
+
+
+class Stubborn(LLMClient):
+    """A client whose requests do not end at once when they are cancelled, and then with an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.cancelled, self.released = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def list_models(self) -> list[str]:
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+            await self.released.wait()
+            raise LLMConnectionError("broken")
+
+
+async def test_a_caller_waits_for_the_end_of_the_request_that_it_cancelled() -> None:
+    client = Stubborn()
+    caller = asyncio.create_task(ModelValidator(client=client).get_available_models())
+    await client.asked.wait()
+    caller.cancel()
+    await client.cancelled.wait()
+    assert not caller.done()
+    client.released.set()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert not own_tasks()
+
+
+async def test_a_caller_that_is_cancelled_twice_waits_no_longer_and_nobody_complains() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    client = Stubborn()
+    caller = asyncio.create_task(ModelValidator(client=client).get_available_models())
+    await client.asked.wait()
+    caller.cancel()
+    await client.cancelled.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    (request,) = own_tasks()
+    client.released.set()
+    await asyncio.wait([request])
+    del caller, request
+    gc.collect()
+    assert complaints == []
+
+
+# Whether a model is there
+
+
+@pytest.mark.parametrize("model", ["a", "org/a-1.5", "a:8", "a:latest", "a@q4_k_m", "a@q4_k_m:2", "Ä"])
+async def test_an_id_is_compared_as_it_is(
+    scripted_server: ScriptedServer, validator: ModelValidator, model: str
+) -> None:
+    scripted_server.models = ["b", model]
+    assert await validator.validate_model(model) == model
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed", "found"),
+    [
+        ("a", ["b", "a@q4_k_m"], "a@q4_k_m"),
+        ("a", ["a@q4_k_m", "a"], "a"),
+        ("a", ["a@q4_k_m", "a@q8_0"], "a"),
+        ("a:2", ["a:2@q4"], "a:2@q4"),
+        ("a", ["a:8b", "a:latest"], "a:latest"),
+        ("a", ["a:latest", "a"], "a"),
+    ],
+)
+async def test_a_name_stands_for_its_quantisation_and_for_its_latest_tag(
+    scripted_server: ScriptedServer, validator: ModelValidator, asked: str, listed: list[str], found: str
+) -> None:
+    scripted_server.models = listed
+    assert await validator.validate_model(asked) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "listed"),
+    [
+        ("a", "a:8"),
+        ("a:8", "a"),
+        ("a:latest", "a"),
+        ("a:8", "a:latest"),
+        ("a@q4", "a"),
+        ("a@q4", "a@q8"),
+        ("a", "ab@q4"),
+        ("a", "A"),
+        ("a", "a@"),
+        ("a ", "a"),
+    ],
+)
+async def test_another_name_is_another_model(
+    scripted_server: ScriptedServer, validator: ModelValidator, asked: str, listed: str
+) -> None:
+    scripted_server.models = [listed]
+    with pytest.raises(ModelNotFoundError):
+        await validator.validate_model(asked)
+
+
+async def test_not_found_says_what_there_is_and_what_comes_close(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.models = ["qwen3-4b", "gemma-3"]
+    with pytest.raises(ModelNotFoundError) as caught:
+        await validator.validate_model("qwen3-4")
+    error = caught.value
+    assert (error.model_name, error.available_models) == ("qwen3-4", ["qwen3-4b", "gemma-3"])
+    assert str(error) == (
+        f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); there are:"
+        " qwen3-4b, gemma-3; load or download it on the server, or ask for one that is there"
+    )
+    assert len(scripted_server.requests) == 1  # what has just been asked for is fresh
+
+
+async def test_a_model_that_is_in_the_kept_list_is_not_asked_for_again(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    await validator.get_available_models()
+    scripted_server.models = []
+    assert await validator.validate_model("test-model") == "test-model"
+    assert (validator.cache_stats().hits, validator.cache_stats().misses) == (1, 1)
+
+
+async def test_a_model_that_is_missing_from_the_kept_list_is_looked_up_afresh(
+    scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
+) -> None:
+    await validator.get_available_models()
+    scripted_server.models = ["test-model", "new"]
+    clock.now += 500
+    assert await validator.validate_model("new") == "new"
+    clock.now += 500
+    assert await validator.get_available_models() == ["test-model", "new"]  # the fresh list is the one that is kept
+    assert len(scripted_server.requests) == 2
+    stats = validator.cache_stats()
+    assert (stats.hits, stats.misses, stats.expirations) == (1, 2, 0)
+
+
+async def test_a_list_that_is_too_old_vouches_for_no_model(
+    scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
+) -> None:
+    await validator.validate_model("test-model")
+    scripted_server.models = ["new"]
+    clock.now += 600
+    with pytest.raises(ModelNotFoundError):
+        await validator.validate_model("test-model")
+    assert (validator.cache_stats().hits, validator.cache_stats().expirations) == (0, 1)
+
+
+async def test_not_found_is_not_kept_either(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    with pytest.raises(ModelNotFoundError):
+        await validator.validate_model("new")
+    scripted_server.models = ["new"]
+    assert await validator.validate_model("new") == "new"
+
+
+async def test_fresh_looks_at_the_same_time_share_a_request(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    await validator.get_available_models()
+    looks = [validator.validate_model(name) for name in ("a", "b", "test-model") * 5]
+    results = await asyncio.gather(*looks, return_exceptions=True)
+    assert [type(result) for result in results] == [ModelNotFoundError, ModelNotFoundError, str] * 5
+    assert len(scripted_server.requests) == 2
+
+
+async def test_a_server_without_models_has_none(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    scripted_server.models = []
+    assert await validator.get_available_models() == []
+    assert await validator.get_available_models() == []
+    assert len(scripted_server.requests) == 1
+    with pytest.raises(ModelNotFoundError, match="model 'a' not found; load or download it"):
+        await validator.validate_model("a")
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 3, ["test-model"], b"test-model"])
+async def test_a_name_that_is_none_is_refused_before_anything_is_sent(
+    scripted_server: ScriptedServer, validator: ModelValidator, name: Any
+) -> None:
+    with pytest.raises(LLMValidationError, match=r"model is .*; give a name out of get_available_models") as caught:
+        await validator.validate_model(name)
+    assert not isinstance(caught.value, ModelNotFoundError)
+    assert not scripted_server.requests
+
+
+# Closing
+
+
+async def test_close_ends_a_request_under_way(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    scripted_server.on_path(MODELS, stall())
+    callers = await asking(validator, scripted_server, 2)
+    await validator.close()
+    assert not own_tasks()
+    results = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(result) for result in results] == [TaskCancelledError] * 2
+    assert str(results[0]) == f"model list at {scripted_server.api_base}: the validator was closed meanwhile"
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_close_waits_for_the_end_of_the_request() -> None:
+    client = Stubborn()
+    validator = ModelValidator(client=client)
+    caller = asyncio.create_task(validator.get_available_models())
+    await client.asked.wait()
+    closing = asyncio.create_task(validator.close())
+    await client.cancelled.wait()
+    assert not closing.done()
+    client.released.set()
+    await closing
+    assert not own_tasks()
+    with pytest.raises(LLMConnectionError):
+        await caller
+
+
+async def test_a_close_that_is_cancelled_closes_the_client_all_the_same(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.transport.http.KEEPALIVE", 60)  # so that connections do not just run out
+    gate = Gate()
+    scripted_server.on_path(MODELS, gate)
+    validator = ModelValidator(scripted_server.api_base)
+    callers = await asking(validator, scripted_server, 1)
+    validator.invalidate()
+    scripted_server.on_path(MODELS, stall())
+    callers += await asking(validator, scripted_server, 1, requests=2)
+    gate.opened.set()
+    await callers[0]  # so that there is an idle connection as well
+    closing = asyncio.create_task(validator.close())
+    asyncio.get_running_loop().call_soon(closing.cancel)
+    await asyncio.wait([closing, callers[1]])
+    assert closing.cancelled()
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
+async def test_a_closed_validator_opens_again_and_closes_twice(scripted_server: ScriptedServer) -> None:
+    validator = ModelValidator(scripted_server.api_base)
+    await validator.close()
+    for _ in range(2):
+        validator.invalidate()
+        assert await validator.get_available_models() == ["test-model"]
+        await validator.close()
+        await validator.close()
+        await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
+async def test_a_given_client_stays_open(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    async with ModelValidator(client=client) as validator:
+        await validator.get_available_models()
+    await client.list_models()
+    assert [request.connection for request in scripted_server.requests] == [1, 1]
+
+
+async def test_a_request_to_a_given_client_ends_with_the_validator(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.on_path(MODELS, stall())
+    async with ModelValidator(client=client) as validator:
+        (caller,) = await asking(validator, scripted_server, 1)
+    with pytest.raises(TaskCancelledError):
+        await caller
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_the_client_that_is_closed_ends_the_request_too(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.on_path(MODELS, stall())
+    validator = ModelValidator(client=client)
+    (caller,) = await asking(validator, scripted_server, 1)
+    await client.close()
+    with pytest.raises(TaskCancelledError, match="the client was closed"):
+        await caller
+
+
+async def test_close_may_be_cancelled_anywhere(scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path(MODELS, stall())
+    validator = ModelValidator(scripted_server.api_base)
+    callers: list[asyncio.Task[list[str]]] = []
+
+    async def close() -> None:
+        callers[:] = [asyncio.create_task(validator.get_available_models())]
+        seen = len(scripted_server.requests)
+        await scripted_server.wait_until(lambda: len(scripted_server.requests) > seen)
+        await validator.close()
+
+    async def check() -> None:
+        await validator.close()
+        results = await asyncio.gather(*callers, return_exceptions=True)
+        assert [type(result) for result in results] == [TaskCancelledError]
+        assert not own_tasks()
+
+    await cancel_at_each_step(close, check, at_least=2)
+    await check()
+
+
+# Loops
+
+
+async def elsewhere(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """The result of a coroutine in another loop, while this one lives."""
+    return await asyncio.to_thread(lambda: asyncio.run(make()))
+
+
+async def test_a_request_belongs_to_its_loop(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+    gate = Gate("a")
+    scripted_server.on_path(MODELS, gate)
+    (caller,) = await asking(validator, scripted_server, 1)
+    with pytest.raises(LLMError, match="this client is open in another event loop"):
+        await elsewhere(validator.get_available_models)
+    gate.opened.set()
+    assert await caller == ["a"]
+    assert await elsewhere(validator.get_available_models) == ["a"]  # what is kept belongs to no loop
+
+
+async def test_close_leaves_the_requests_of_another_loop_alone(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    gate = Gate("a")
+    scripted_server.on_path(MODELS, gate)
+    validator = ModelValidator(client=client)
+    (caller,) = await asking(validator, scripted_server, 1)
+    await elsewhere(validator.close)
+    gate.opened.set()
+    assert await caller == ["a"]
+
+
+# Loaded
+
+
+def lm_studio(*loaded: str) -> Behaviour:
+    """LM Studio's own list, of which these are loaded."""
+    models: list[dict[str, Any]] = [
+        {"type": "llm", "key": name, "loaded_instances": [{"id": name, "config": {}}] if name in loaded else []}
+        for name in ("a", "b@q4_k_m")
+    ]
+    return reply(200, {"models": models})
+
+
+async def test_what_is_loaded_is_told_from_what_is_downloaded_and_is_not_cached(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
+    scripted_server.models = ["a", "b@q4_k_m"]
+    for loaded in (["a"], ["a", "b@q4_k_m"], []):
+        scripted_server.on_path("/api/v1/models", lm_studio(*loaded))
+        assert await validator.get_loaded_models() == loaded
+        assert await validator.get_available_models() == ["a", "b@q4_k_m"]
+    stats = validator.cache_stats()
+    assert (stats.hits, stats.misses) == (2, 1)
+
+
+async def test_a_server_that_does_not_say_what_is_loaded_is_not_guessed_at(validator: ModelValidator) -> None:
+    assert await validator.get_loaded_models() is None
+
+
+@pytest.mark.usefixtures("no_waits")
+async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> None:
+    async with ModelValidator("http://127.0.0.1:1") as validator:
+        with pytest.raises(LLMConnectionError):
+            await validator.get_loaded_models()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ttl": 0}, "ttl is 0; give a positive number of seconds"),
+        ({"ttl": -1}, "ttl is -1"),
+        ({"ttl": True}, "ttl is True"),
+        ({"ttl": None}, "ttl is None"),
+        ({"ttl": float("nan")}, "ttl is nan"),
+        ({"ttl": float("inf")}, "ttl is inf"),
+        ({"maxsize": 0}, "maxsize is 0; give a whole number of 1 or more"),
+        ({"maxsize": 1.5}, r"maxsize is 1\.5"),
+        ({"maxsize": True}, "maxsize is True"),
+        ({"timer": 3}, "timer is 3; give a function"),
+        ({"client": "http://127.0.0.1:1"}, "client is 'http.*; give an LLMClient"),
+        ({"api_base": "nonsense"}, "api_base 'nonsense'"),
+        ({"api_base": "http://127.0.0.1:1", "client": LLMClient("http://127.0.0.1:1")}, "api_base given beside client"),
+    ],
+)
+def test_an_argument_that_cannot_be_right_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(LLMValidationError, match=told):
+        ModelValidator(**options)
+
+
+def test_the_repr_names_the_server() -> None:
+    assert repr(ModelValidator("http://127.0.0.1:1")) == "<ModelValidator http://127.0.0.1:1/v1>"
+
+
+def test_the_server_is_the_environments_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMBRIDGE_API_BASE", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9/v1" in repr(ModelValidator())
