@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmbridge import LLMClient, LLMValidationError, image_part
+from lmbridge.testing import ScriptedServer
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
+JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + bytes(range(256))
+GIF = b"GIF89a\x01\x00\x01\x00\x00\x00\x00;"
+WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L\x0d\x00\x00\x00"
+
+
+def data_url(data: bytes, label: str) -> str:
+    return f"data:{label};base64,{base64.b64encode(data).decode()}"
+
+
+def part(data: bytes, label: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(data, label)}}
+
+
+@pytest.mark.parametrize(("data", "kind"), [(PNG, "image/png"), (JPEG, "image/jpeg")])
+def test_an_image_becomes_a_data_url_wherever_it_comes_from(tmp_path: Path, data: bytes, kind: str) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    sources: list[Any] = [path, str(path), data, bytearray(data), memoryview(data), data_url(data, kind)]
+    assert [image_part(source) for source in sources] == [part(data, kind)] * 6
+
+
+def test_what_it_is_its_bytes_say_not_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(JPEG)
+    assert image_part(path) == part(JPEG, "image/jpeg")
+    assert image_part(data_url(JPEG, "image/png")) == part(JPEG, "image/jpeg")
+    assert image_part(data_url(JPEG, "image/jpg")) == part(JPEG, "image/jpeg")
+    assert image_part(data_url(PNG, "IMAGE/PNG").replace("data:", "DATA:")) == part(PNG, "image/png")
+
+
+@pytest.mark.parametrize("data", [GIF, WEBP, PNG[:4], b"<svg/>", b"\x00" + PNG])
+def test_other_images_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    for source in (data, path, data_url(data, "image/png")):
+        with pytest.raises(LLMValidationError, match=r"begins with .*, which is neither PNG nor JPEG; convert it"):
+            image_part(source)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.png", str(tmp_path / "missing.png")):
+        with pytest.raises(LLMValidationError, match=r"cannot read the image '.*missing\.png': No such file") as caught:
+            image_part(path)
+        assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(LLMValidationError, match=r"Is a directory|Permission denied"):
+        image_part(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://example.com/a.png"])
+def test_urls_are_not_fetched(url: str) -> None:
+    with pytest.raises(LLMValidationError, match=r"the image is a URL, '.*'; fetch it first"):
+        image_part(url)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (b"", "the image is empty; give a path"),
+        ("", "the image is an empty string"),
+        ("a\0b.png", "cannot read the image 'a\\\\x00b.png': embedded null byte"),
+        (base64.b64encode(PNG * 100).decode(), "cannot read the image 'iVBOR.*\\.\\.\\.': File name too long"),
+        (None, "the image is of type NoneType"),
+        (3, "the image is of type int"),
+        ("data:image/webp;base64,AAAA", "labelled 'image/webp', no PNG or JPEG; convert"),
+        ("data:text/plain,hello", "labelled 'text/plain'"),
+        ("data:", "labelled ''"),
+        ("data:image/png,iVBORw0KGgo=", "the data URL holds no base64; give"),
+        ("data:image/png;base64,AAA", "the data URL holds no base64: Incorrect padding"),
+        ("data:image/png;base64,iVBO Rw0K", "the data URL holds no base64"),
+        ("data:image/png;base64,", "the image is empty"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_to_give(source: Any, told: str) -> None:
+    with pytest.raises(LLMValidationError, match=told) as caught:
+        image_part(source)
+    assert caught.value.hint
+    assert len(str(caught.value)) < 500
+
+
+async def test_in_an_event_loop_the_file_is_read_by_a_thread(
+    tmp_path: Path, scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    path = tmp_path / "picture.png"
+    await asyncio.to_thread(path.write_bytes, PNG)
+    shown = await asyncio.to_thread(image_part, path)
+    await client.chat_completion([{"role": "user", "content": [{"type": "text", "text": "What is it?"}, shown]}])
+    (request,) = scripted_server.requests
+    assert request.json["messages"][0]["content"][1] == part(PNG, "image/png")

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lmbridge import LLMClient, ReasoningSplitter, collect, split_reasoning
+from lmbridge.client.fold import Fold
+from lmbridge.testing import ScriptedServer, answer, reply
+from tests.support import MESSAGES
+
+CAPTURES = Path(__file__).parent.parent / "data" / "captures" / "reasoning"
+
+
+def chunk(_index: Any = 0, **delta: Any) -> dict[str, Any]:
+    return {"choices": [{"index": _index, "delta": delta, "finish_reason": None}]}
+
+
+def a_reply(content: str | None, **message: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content, **message}}]}
+
+
+def streamed(chunks: Sequence[dict[str, Any]], *, starts_in_reasoning: bool = False) -> tuple[str, str]:
+    """Reasoning and text of a stream, as a splitter tells them."""
+    splitter = ReasoningSplitter(starts_in_reasoning=starts_in_reasoning)
+    pieces = [piece for each in chunks for piece in splitter.feed(each)] + splitter.close()
+    assert splitter.close() == []
+    assert all(text for _, text in pieces)
+    joined = ["".join(text for kind, text in pieces if kind == which) for which in ("reasoning", "text")]
+    return joined[0], joined[1]
+
+
+SPLITS = [
+    ("Hello.", "", "Hello."),
+    ("", "", ""),
+    ("  \n", "", "  \n"),
+    ("<think>Hm.</think>Hello.", "Hm.", "Hello."),
+    ("\n <think>\nHm.\n</think>\n\nHello.\n", "\nHm.\n", "Hello.\n"),
+    ("<think></think>Hello.", "", "Hello."),
+    ("<think>Hm.", "Hm.", ""),
+    ("<think>1 < 2 </thin", "1 < 2 </thin", ""),
+    ("<think>a </ think> </th</think>b", "a </ think> </th", "b"),
+    ("<think>Hm.</think>  \n", "Hm.", ""),
+    ("<thi", "", "<thi"),
+    ("<thinking>Hm.</thinking>Hello.", "", "<thinking>Hm.</thinking>Hello."),
+    ("Write <think>so</think>.", "", "Write <think>so</think>."),
+    ("<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
+    ("<think><think>a</think>b</think>c", "<think>a", "b</think>c"),
+]
+
+
+@pytest.mark.parametrize(("content", "reasoning", "text"), SPLITS)
+def test_a_think_block_at_the_start_is_reasoning_and_nothing_else_is(content: str, reasoning: str, text: str) -> None:
+    assert split_reasoning(a_reply(content)) == (reasoning, text)
+    assert streamed([chunk(content=content)]) == (reasoning, text)
+    assert streamed([chunk(content=character) for character in content]) == (reasoning, text)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_has_two_names(key: str) -> None:
+    assert split_reasoning(a_reply("Hello.", **{key: "Hm."})) == ("Hm.", "Hello.")
+    chunks = [chunk(role="assistant", content=None), chunk(**{key: "H"}), chunk(**{key: "m."}), chunk(content="Hello.")]
+    assert streamed(chunks) == ("Hm.", "Hello.")
+
+
+def test_reasoning_under_both_names_is_told_once() -> None:
+    assert split_reasoning(a_reply("Hello.", reasoning_content="Hm.", reasoning="Hm.")).reasoning == "Hm."
+    assert streamed([chunk(reasoning_content="Hm.", reasoning="Hm.")]) == ("Hm.", "")
+
+
+def test_pieces_come_as_soon_as_they_are_known() -> None:
+    splitter = ReasoningSplitter()
+    contents = [" ", "<th", "ink>Let me", " think <", "/b> </thi", "nk>\n", "\n", "Hel", "lo </think>"]
+    pieces = [[tuple(piece) for piece in splitter.feed(chunk(content=content))] for content in contents]
+    assert pieces == [
+        [],
+        [],
+        [("reasoning", "Let me")],
+        [("reasoning", " think ")],
+        [("reasoning", "</b> ")],
+        [],
+        [],
+        [("text", "Hel")],
+        [("text", "lo </think>")],
+    ]
+
+
+def test_one_chunk_may_hold_all_kinds() -> None:
+    splitter = ReasoningSplitter()
+    pieces = splitter.feed(chunk(reasoning="a", content="<think>b</think>c"))
+    assert [tuple(piece) for piece in pieces] == [("reasoning", "a"), ("reasoning", "b"), ("text", "c")]
+
+
+def test_a_block_that_the_prompt_opened_is_reasoning_where_that_is_known() -> None:
+    content = "I think.\n</think>\n\nHello."
+    assert split_reasoning(a_reply(content)) == ("I think.\n", "Hello.")
+    assert split_reasoning(a_reply("</think>Hello.")) == ("", "Hello.")
+    characters = [chunk(content=character) for character in content]
+    assert streamed(characters, starts_in_reasoning=True) == ("I think.\n", "Hello.")
+    assert streamed(characters) == ("", content)  # what was handed out as text stays text
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>Hm.</think>Hello.", ("Hm.", "Hello.")),  # the template opens it, and the model as well
+        ("</think>Hello.", ("", "Hello.")),
+        ("Hm.", ("Hm.", "")),
+        ("<thi", ("<thi", "")),
+    ],
+)
+def test_a_stream_that_starts_in_reasoning_ends_it_once(content: str, expected: tuple[str, str]) -> None:
+    assert streamed([chunk(content=content)], starts_in_reasoning=True) == expected
+    assert streamed([chunk(content=character) for character in content], starts_in_reasoning=True) == expected
+
+
+def test_a_server_that_sends_reasoning_by_itself_has_ended_it() -> None:
+    chunks = [chunk(reasoning_content="Hm."), chunk(content="Hello.")]
+    assert streamed(chunks, starts_in_reasoning=True) == ("Hm.", "Hello.")
+    assert split_reasoning(a_reply("The tag </think> ends it.", reasoning="Hm.")).text == "The tag </think> ends it."
+
+
+def test_other_answers_are_not_mixed_in() -> None:
+    chunks = [
+        chunk(content="<think>a"),
+        chunk(1, content="<think>b</think>c", reasoning="d"),
+        chunk(content="</think>e"),
+    ]
+    assert streamed(chunks) == ("a", "e")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{}, {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, chunk(), chunk(content=3)],
+)
+def test_chunks_and_replies_without_text_are_no_obstacle(odd: dict[str, Any]) -> None:
+    assert streamed([odd, chunk(content="<think>a"), odd, chunk(content="</think>b"), odd]) == ("a", "b")
+    assert split_reasoning(odd) == ("", "")
+
+
+def test_chunks_and_replies_stay_as_they_are() -> None:
+    chunks = [chunk(content="<think>a"), chunk(reasoning="b", content="</think>c")]
+    reply = a_reply("<think>a</think>c", reasoning="b")
+    before = copy.deepcopy((chunks, reply))
+    streamed(chunks)
+    split_reasoning(reply)
+    assert (chunks, reply) == before
+
+
+CONTENTS = st.lists(
+    st.sampled_from(["<think>", "</think>", "<", "/", ">", "think", "\n", " ", "a", "🙂", "<think", "</think"])
+).map("".join)
+
+
+@given(content=CONTENTS, reasoning=CONTENTS, cuts=st.lists(st.integers(0, 80)), key=st.sampled_from(["reasoning", ""]))
+@example(content="<think>a</think>\nb", reasoning="", cuts=[3, 9, 12], key="")
+def test_a_stream_cut_anywhere_splits_as_its_whole_reply_does(
+    content: str, reasoning: str, cuts: list[int], key: str
+) -> None:
+    bounds = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
+    chunks = [chunk(**{key: reasoning})] if key else []
+    chunks += [chunk(content=content[start:end]) for start, end in pairwise(bounds)]
+    fold = Fold()
+    for each in chunks or [chunk()]:
+        fold.add(each)
+    before, close, _ = content.partition("</think>")
+    is_known = bool(close) and "<think>" not in before
+    assert streamed(chunks, starts_in_reasoning=is_known) == split_reasoning(fold.reply())
+
+
+@pytest.mark.parametrize("name", ["", "_budget3"])
+def test_a_real_server_s_reasoning_is_found_in_both(name: str) -> None:
+    plain = json.loads((CAPTURES / f"nonstream{name}.json").read_text())
+    lines = (CAPTURES / f"stream{name}.txt").read_text().splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert split_reasoning(plain).reasoning
+    assert streamed(chunks) == split_reasoning(plain)
+
+
+async def test_a_client_s_stream_and_its_collected_reply_split_alike(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.default = answer("Hello to you.", reasoning="Be kind, be brief.")
+    stream = await client.chat_completion(MESSAGES, stream=True)
+    splitter = ReasoningSplitter()
+    kinds = [piece.kind async for each in stream for piece in splitter.feed(each)]
+    assert kinds == ["reasoning"] * 4 + ["text"] * 3
+    assert split_reasoning(await collect(stream)) == ("Be kind, be brief.", "Hello to you.")
+    assert split_reasoning(await client.chat_completion(MESSAGES)) == ("Be kind, be brief.", "Hello to you.")
+
+
+async def test_usage_that_nobody_told_is_none(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("Hello."), reply(200, a_reply("Hello.")))
+    assert (await collect(await client.chat_completion(MESSAGES, stream=True)))["usage"] is None
+    assert (await client.chat_completion(MESSAGES)).get("usage") is None
