@@ -1,0 +1,34 @@
+"""A pool of clients against a real llama.cpp server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lmbridge import LLMClientPool, LocalServer, PoolStats, collect
+from tests.real.conftest import API_KEY
+
+pytestmark = pytest.mark.real
+
+
+async def test_thirty_tasks_over_four_clients_each_get_their_answer(local_server: LocalServer) -> None:
+    async with LLMClientPool(
+        4, api_base=local_server.api_base, model=local_server.model, api_key=API_KEY, model_mismatch="raise"
+    ) as pool:
+
+        async def ask(number: int) -> int:
+            prompt = "word " * (number + 1)  # a length of its own: the server counts it, and so says whose answer it is
+            messages = [{"role": "user", "content": prompt}]
+            async with pool.client() as client:
+                assert pool.stats().in_use <= 4
+                stream = await client.chat_completion(
+                    messages, stream=True, max_tokens=4, stream_options={"include_usage": True}
+                )
+                usage = (await collect(stream))["usage"]
+            assert usage is not None
+            return usage["prompt_tokens"]
+
+        tokens = await asyncio.gather(*map(ask, range(30)))
+        assert pool.stats() == PoolStats(size=4, in_use=0, waiting=0)
+    assert [count - tokens[0] for count in tokens] == list(range(30))

@@ -1,0 +1,42 @@
+"""What a real llama.cpp server tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from lmbridge import LLMAuthenticationError, LLMClient, LLMResponseError, LocalServer, ModelInfo, ServerInfo
+
+pytestmark = pytest.mark.real
+
+
+async def test_llama_cpp_tells_its_slots_and_its_context(local_server: LocalServer, client: LLMClient) -> None:
+    model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4)
+    assert await client.server_info() == ServerInfo(kind="llama.cpp", models=(model,), context_length=4096, slots=4)
+
+
+async def test_a_wrong_key_is_a_named_error(local_server: LocalServer) -> None:
+    async with LLMClient(local_server.api_base, api_key="sk-wrong") as client:
+        with pytest.raises(LLMAuthenticationError, match="pass api_key="):
+            await client.server_info()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.lmstudio.models(),
+        lambda client: client.lmstudio.load("smollm2", context_length=2048),
+        lambda client: client.lmstudio.unload("smollm2"),
+        lambda client: anext(client.lmstudio.download("smollm2")),
+    ],
+    ids=["models", "load", "unload", "download"],
+)
+async def test_llama_cpp_is_told_not_to_be_lm_studio(
+    client: LLMClient, call: Callable[[LLMClient], Awaitable[Any]]
+) -> None:
+    with pytest.raises(LLMResponseError, match=r"\(it calls itself 'llama.cpp'\) is not LM Studio") as caught:
+        await call(client)
+    assert caught.value.status == 404
+    assert await client.health_check()
