@@ -28,18 +28,12 @@ def _seconds(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 
 
 def _count(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is None and attribute.default is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LLMValidationError(
             f"{type(instance).__name__}.{attribute.name} is {value!r}",
             hint="give a whole number of 1 or more",
-        )
-
-
-def _not_yet(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        raise LLMValidationError(
-            f"{type(instance).__name__}.{attribute.name} is {value!r}, but this version does not schedule models yet",
-            hint="leave it None; until then, send requests for different models one after another",
         )
 
 
@@ -69,10 +63,10 @@ class Limits:
 
     max_concurrency: int = attrs.field(default=10, validator=_count)
     """Generations in flight."""
-    max_loaded_models: int | None = attrs.field(default=None, validator=_not_yet)
-    """Models with generations in flight; None: as many as are asked for."""
+    max_loaded_models: int | None = attrs.field(default=None, validator=_count)
+    """Models with generations in flight, for a server that holds no more; None: as many as are asked for."""
     max_wait: float | None = _duration(30.0)
-    """Seconds after which a request that waits for its model is overdue."""
+    """Seconds after which a request that waits for its model is overdue; None: never, whatever goes on."""
     max_queue: float | None = _duration(600.0)
     """Seconds that a request may wait to be admitted; None: as long as it takes."""
 

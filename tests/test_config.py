@@ -248,11 +248,6 @@ def test_credentials_are_answered_with_where_to_put_them() -> None:
         normalize_api_base("http://me:secret@box")
 
 
-def test_a_limit_that_this_version_cannot_keep_is_refused() -> None:
-    with pytest.raises(LLMValidationError, match=r"max_loaded_models is 1, but this version does not schedule"):
-        Limits(max_loaded_models=1)
-
-
 def test_an_option_of_another_kind_is_refused_by_name() -> None:
     limits = Limits()
     assert checked("limits", limits, Limits) is limits

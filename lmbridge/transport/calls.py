@@ -10,6 +10,7 @@ import attrs
 
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMTimeoutError
+from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, Watch
 from lmbridge.transport.retry import (
     MAX_RETRIES,
@@ -20,7 +21,7 @@ from lmbridge.transport.retry import (
     poll_waits,
     retry_waits,
 )
-from lmbridge.transport.scheduler import Place, Scheduler
+from lmbridge.transport.scheduler import Place
 
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]
 
@@ -53,9 +54,9 @@ class Call(Deadline):
 
     # One object for both: with many requests at a time, what costs is how many objects the collector has to look at.
     __slots__ = (
+        "_admission",
         "_load_deadline",
         "_polls",
-        "_scheduler",
         "_started",
         "_waits",
         "attempted",
@@ -67,14 +68,14 @@ class Call(Deadline):
         "url",
     )
 
-    def __init__(self, request: Request, url: str, scheduler: Scheduler, place: Place | None, watch: Watch) -> None:
+    def __init__(self, request: Request, url: str, admission: Admission, place: Place | None, watch: Watch) -> None:
         super().__init__(watch, math.inf)
         self.request = request
         self.place = place
         self.attempts = 0
         self.retries = 0
         self.url = url
-        self._scheduler = scheduler
+        self._admission = admission
         self._started = watch.time()
         self.attempted = self._started
         self.total_deadline = self._started + _or_infinity(request.timeouts.total)
@@ -145,7 +146,17 @@ class Call(Deadline):
     def release(self) -> None:
         """Gives its place back; a second time does nothing."""
         if self.place is not None:
-            self._scheduler.release(self.place)
+            self._admission.release(self.place)
+
+    def answered(self) -> None:
+        """Notes its first answer: others may be waiting for the model to be loaded."""
+        if self.place is not None and self.place.is_loader:
+            self._admission.answered(self.place)
+
+    def cool(self) -> None:
+        """Notes that its model is not loaded, whatever was thought: the next request for it goes alone."""
+        if self.place is not None:
+            self._admission.cool(self.request.model)
 
 
 @attrs.define(kw_only=True, eq=False)

@@ -21,6 +21,9 @@ class Body(Protocol):
     async def readany(self) -> bytes:
         """What has arrived, at least one byte; nothing at the end."""
 
+    def read_nowait(self) -> bytes:
+        """What has arrived, if anything."""
+
     def at_eof(self) -> bool:
         """Whether all has been read."""
 
@@ -125,6 +128,7 @@ class EventStream:
                     return self._decoder.close()
                 if events := self._decoder.feed(data):
                     self._event_seen = True
+                    self.call.answered()
                     return events
         except BaseException as exc:
             self.abort()
@@ -136,6 +140,24 @@ class EventStream:
         finally:
             self._reading = False
             self.when = math.inf
+
+    def look(self) -> bool:
+        """Sees whether the first event has arrived, though nobody may be reading; tells whether to look again later.
+
+        What arrived is kept for the reader.
+        """
+        if self._loop is None or self._event_seen or self.call.place is None or not self.call.place.is_loader:
+            return False
+        if not self._reading:
+            try:
+                self._first += self._content.read_nowait()
+                seen = bool(SSEDecoder().feed(self._first))
+            except (LLMError, *self._broken):  # type: ignore[misc]  # it is a tuple of classes
+                return False  # the reader will meet it
+            if seen:
+                self.call.answered()
+                return False
+        return not self._content.at_eof()
 
     async def drain(self) -> None:
         """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""

@@ -30,11 +30,12 @@ from lmbridge.config import (
     normalize_api_base,
 )
 from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, TaskCancelledError
+from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import Watch
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
-from lmbridge.transport.scheduler import Place, Scheduler
+from lmbridge.transport.scheduler import Place
 from lmbridge.transport.sse import begins_event_stream
 
 logger = logging.getLogger("lmbridge.transport")
@@ -110,18 +111,18 @@ class Transport:
     @property
     def in_flight(self) -> int:
         """Generations under way."""
-        return self._opened.scheduler.in_flight if self._opened else 0
+        return self._opened.admission.in_flight if self._opened else 0
 
     @property
     def queued(self) -> int:
         """Generations that wait for a place."""
-        return self._opened.scheduler.queued if self._opened else 0
+        return self._opened.admission.queued if self._opened else 0
 
     @property
     def busy(self) -> bool:
         """Whether any request is under way or waits."""
         opened = self._opened
-        return opened is not None and bool(opened.requests or opened.scheduler.in_flight or opened.scheduler.queued)
+        return opened is not None and bool(opened.requests or opened.admission.in_flight or opened.admission.queued)
 
     def redact(self, text: str) -> str:
         """The text without the key, which some servers repeat in their errors."""
@@ -177,8 +178,8 @@ class Transport:
         try:
             place = None
             if request.queued:
-                place = opened.scheduler.acquire_now(request.model) or await self._queue(opened, request, url)
-            call = Call(request, url, opened.scheduler, place, opened.watch)
+                place = opened.admission.acquire_now(request.model) or await self._queue(opened, request, url)
+            call = Call(request, url, opened.admission, place, opened.watch)
             try:
                 answer = await self._attempt(opened, call, receive)
                 while isinstance(answer, _Failure) or (isinstance(answer, Reply) and answer.status >= 400):
@@ -192,6 +193,8 @@ class Transport:
                     return answer
                 if isinstance(answer, _Failure):
                     raise _cancelled(call) if opened.closed.done() else answer.error
+                if isinstance(answer, Reply) and answer.status < 400:
+                    call.answered()
             except BaseException:
                 call.release()
                 raise
@@ -202,7 +205,7 @@ class Transport:
 
     async def _queue(self, opened: _Opened, request: Request, url: str) -> Place:
         try:
-            return await opened.scheduler.acquire(request.model)
+            return await opened.admission.acquire(request.model)
         except LLMError as error:
             error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
             raise
@@ -285,7 +288,7 @@ class Transport:
             _warn_of_closed_loop()
             opened = None
         if opened is None:
-            opened = self._opened = _Opened(loop, self._session(), Scheduler(self.limits))
+            opened = self._opened = _Opened(loop, self._session(), Admission(self.limits))
         return opened
 
     def _session(self, *, keep: bool = True) -> aiohttp.ClientSession:
@@ -314,7 +317,7 @@ class _Opened:
 
     loop: asyncio.AbstractEventLoop
     session: aiohttp.ClientSession
-    scheduler: Scheduler
+    admission: Admission
     closed: asyncio.Future[None] = attrs.field(init=False)
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
     requests: int = attrs.field(init=False, default=0)
@@ -340,7 +343,7 @@ class _Opened:
         self.closed.set_result(None)
         for stream in list(self.streams):
             stream.abort(_cancelled(stream.call))
-        self.scheduler.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
         try:
             await self.session.close()
         finally:
@@ -380,13 +383,13 @@ async def _receive_events(call: Call, response: aiohttp.ClientResponse) -> Event
     if response.status >= 300:
         return await _receive_reply(call, response)
     if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
-        return EventStream(call, response, _BROKEN)
+        return _event_stream(call, response)
     # Mislabelled, or no stream at all (an error with status 200, a plain completion): its first bytes tell.
     first = b""
     while (known := begins_event_stream(first)) is None and (more := await response.content.readany()):
         first += more
     if known:
-        return EventStream(call, response, _BROKEN, first)
+        return _event_stream(call, response, first)
     reply = await _receive_reply(call, response)
     reply.body = first + reply.body
     return reply
@@ -396,8 +399,28 @@ _newest: ContextVar[object] = ContextVar("lmbridge_newest", default=None)
 """Stands for the newest connection that was made for this task: no other than before, and a kept one was used."""
 
 
+def _event_stream(call: Call, response: aiohttp.ClientResponse, first: bytes = b"") -> EventStream:
+    stream = EventStream(call, response, _BROKEN, first)
+    protocol = None if response.connection is None else response.connection.protocol
+    if stream.look() and isinstance(protocol, _Protocol):
+        protocol.look = weakref.WeakMethod(stream.look)
+    return stream
+
+
 class _Protocol(ResponseHandler):
-    """Tells the reader of a body that its connection is gone, which aiohttp forgets after an error of framing."""
+    """Lets a stream that nobody reads know that something has arrived, if its first event lets others go.
+
+    And tells the reader of a body that its connection is gone, which aiohttp forgets after an error of framing.
+    """
+
+    look: weakref.WeakMethod[Callable[[], bool]] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.look is not None:
+            look = self.look()
+            if look is None or not look():
+                self.look = None
 
     def connection_lost(self, exc: BaseException | None) -> None:
         payload = getattr(self, "_payload", None)

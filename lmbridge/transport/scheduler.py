@@ -1,33 +1,58 @@
-"""Admission: who may generate now, and who waits.
+"""Who may generate now, and who waits: the rules, as a state machine without a loop, a clock or a lock.
 
-Everything here runs in one event loop and changes state only between awaits, so it needs no lock.
+Requests arrive, are admitted by `admit`, and leave; the caller says what time it is. The rules:
+
+- At most `max_concurrency` requests are in flight. Of those that may go, the one that came first goes first.
+- With `max_loaded_models` at most that many models are *active*; only requests for active models are in flight. A model
+  becomes active where there is room, or in the place of one that has nothing in flight and nobody waiting.
+- A request whose model is not active is *overdue* after `max_wait`. Then the model that has been active longest is
+  *drained*: what comes for it now waits, what is in flight ends in peace, and its place goes to the first that waits.
+- All that wait for a model when it becomes active are its *batch*. No drain holds back a batch, and none begins before
+  every batch has been admitted: so nobody waits longer than `max_wait` and one batch for each other model ahead.
+- A model that has just become active is *cold*: its first request goes alone, lest the server load it several times
+  over, and the others follow when that one has its first answer. If it fails, the next one goes alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import logging
+import math
 import weakref
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from typing import Final, Literal
 
 import attrs
 
 from lmbridge.config import Limits
-from lmbridge.errors import LLMError, LLMTimeoutError
+
+logger = logging.getLogger("lmbridge.transport")
 
 
 @attrs.define(eq=False)
 class Place:
-    """The right to have one generation in flight."""
+    """One request's right to be in flight, from its arrival to its end."""
 
     model: str | None
-    since: float
-    """The loop's time at which it was given."""
-    task: weakref.ref[asyncio.Task[object]] | None
+    arrived: float
+    """When it came, by the loop's clock."""
+    task: weakref.ref[asyncio.Task[object]] | None = None
     """Who holds it: the task that last read the stream, or the one that asked if nobody has.
 
     Weak: a task's result, or its traceback, may hold the very stream whose dropping gives the place back.
     """
-    last_read: float
+    since: float = math.inf
+    """When it was admitted."""
+    last_read: float = math.inf
+    state: Literal["new", "waiting", "in flight", "over"] = "new"
+    is_loader: bool = False
+    """Whether others wait for its first answer."""
+    future: asyncio.Future[None] | None = None
+    """What its task waits for."""
+    group: Group | None = None
+    in_batch: bool = False
+    number: int = 0
 
     def touch(self, now: float) -> None:
         """Notes that the running task is reading."""
@@ -40,113 +65,267 @@ class Place:
         """Whether that is the task."""
         return task is not None and self.task is not None and self.task() is task
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its wait has ended without it: it was cancelled a moment ago, or timed out."""
+        return self.future is not None and self.future.done()
+
 
 @attrs.define(eq=False)
-class _Waiter:
+class Group:
+    """The requests that need the same model; all requests, where models are not limited."""
+
     model: str | None
-    task: asyncio.Task[object] | None
-    future: asyncio.Future[Place]
+    is_active: bool = False
+    is_warm: bool = False
+    in_flight: int = 0
+    loader: Place | None = None
+    waiting: OrderedDict[Place, None] = attrs.field(factory=OrderedDict)  # a queue that anyone can leave
+    batch: int = 0
+    """How many of those that wait were there when it became active."""
+    idle_since: float = -math.inf
 
 
 class Scheduler:
-    """First come, first served, `max_concurrency` at a time.
+    """The state machine.
 
-    A waiter costs O(1), a cancelled one nothing, and nothing polls.
+    Args:
+        limits: See the rules.
     """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._places: set[Place] = set()
-        self._waiters: dict[_Waiter, None] = {}  # a queue from which any one can leave
+        self.limits = limits
+        self.in_flight: Final[dict[Place, None]] = {}
+        self.waiting: Final[OrderedDict[Place, None]] = OrderedDict()
+        """In the order in which they came."""
+        self.swaps: Final[Counter[str | None]] = Counter()
+        """How often each model became active in the place of another."""
+        self.turns = 0
+        """Counts activations and drains: what may have made a wait hopeless."""
+        self._count = 0
+        self.limit(limits)
 
-    @property
-    def in_flight(self) -> int:
-        """Places given."""
-        return len(self._places)
+    def limit(self, limits: Limits) -> None:
+        """Other limits, from now on; nothing in flight is touched."""
+        self.limits = limits
+        self._groups: dict[str | None, Group] = {}
+        self._active: dict[Group, None] = {}  # the one that has been active longest comes first
+        self._draining: Group | None = None
+        self._batches = 0  # members, of all batches, that still wait
+        self._outside: list[tuple[int, Place]] = []  # heap of those whose group is not active, and of some stale ones
+        if limits.max_loaded_models is None:
+            self._everything = Group(None, is_active=True, is_warm=True)
+            self._active[self._everything] = None
+        for place in self.in_flight:
+            group = self._join(place)
+            group.in_flight += 1
+            group.is_active = group.is_warm = True
+            self._active[group] = None
+        for place in self.waiting:
+            place.in_batch = False
+            self._queue(place)
 
-    @property
-    def queued(self) -> int:
-        """Requests that wait for one."""
-        return len(self._waiters)
+    # What happens
 
-    def acquire_now(self, model: str | None) -> Place | None:
-        """A place, if one is free and nobody waits for it."""
-        if self._waiters or len(self._places) >= self._limits.max_concurrency:
+    def take(self, place: Place, now: float) -> bool:
+        """Admits a request that comes now, if that changes nothing else; tells whether it did."""
+        if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
+            return False
+        group = self._join(place)
+        if not (group.is_active and group.is_warm):
+            self._forget_if_unused(group)
+            return False
+        self._give(place, group, now)
+        return True
+
+    def arrive(self, place: Place) -> None:
+        """A request comes; `admit` tells when it goes."""
+        self._count += 1
+        place.number, place.state = self._count, "waiting"
+        self.waiting[place] = None
+        self._queue(place)
+
+    def admit(self, now: float) -> list[Place]:
+        """Those who may go now, in order; they are in flight from here on."""
+        admitted: list[Place] = []
+        while len(self.in_flight) < self.limits.max_concurrency and self.waiting:
+            self._choose_drain(now)
+            place = self._next()
+            if place is None or place.group is None:
+                break
+            self._unqueue(place, place.group)
+            self._give(place, place.group, now)
+            admitted.append(place)
+        self._choose_drain(now)
+        return admitted
+
+    def leave(self, place: Place, now: float) -> bool:
+        """A request waits no longer, or is over; tells whether it had not left before."""
+        group = place.group
+        if group is None or place not in (self.waiting if place.state == "waiting" else self.in_flight):
+            return False
+        if place.state == "waiting":
+            self._unqueue(place, group)
+        else:
+            del self.in_flight[place]
+            group.in_flight -= 1
+            group.idle_since = now
+            if group.loader is place:
+                group.loader = None
+        place.state, place.is_loader, place.group = "over", False, None
+        self._forget_if_unused(group)
+        return True
+
+    def answered(self, place: Place, now: float) -> None:
+        """The first answer to a request is there: its model is loaded."""
+        place.is_loader = False
+        group = place.group
+        if group is not None and group.loader is place:
+            group.is_warm, group.loader = True, None
+            logger.info("model %r is there, %.1f s after its first request went", group.model, now - place.since)
+
+    def cool(self, model: str | None) -> None:
+        """The server has dropped a model, or never had it: the next request for it goes alone."""
+        group = self._groups.get(model)
+        if group is not None:
+            group.is_warm = False
+
+    # What is asked
+
+    def is_hopeless(self, place: Place, task: asyncio.Task[object] | None) -> bool:
+        """Whether a waiting request can go only when its own task gives places back."""
+        own = [each for each in self.in_flight if each.is_held_by(task)]
+        group = place.group
+        if not own or place.state != "waiting" or group is None:
+            return False
+        if len(own) >= self.limits.max_concurrency:
+            return True
+        own_groups = {each.group for each in own}
+        if group.is_active:
+            return group is self._draining and not place.in_batch and group in own_groups
+        return not self._has_room() and own_groups.issuperset(self._active)
+
+    def next_overdue(self, now: float) -> float:
+        """When somebody becomes overdue who is not yet, and that matters; else infinity."""
+        first = self._first_outside()
+        if first is None or self._draining is not None or self.limits.max_wait is None:
+            return math.inf
+        when = first.arrived + self.limits.max_wait
+        return when if when > now else math.inf  # the drain waits for a batch, and begins when that has been admitted
+
+    # The rules
+
+    def _next(self) -> Place | None:
+        """Who goes next, if anyone may; its group is active then."""
+        heads = [head for group in self._active if (head := self._head(group)) is not None]
+        inside = min(heads, key=lambda place: place.number, default=None)
+        outside = self._first_outside()
+        if outside is None or outside.group is None or (inside is not None and inside.number < outside.number):
+            return inside
+        if not self._make_room_for(outside.group):
+            return inside
+        self._activate(outside.group)
+        return outside
+
+    def _head(self, group: Group) -> Place | None:
+        """The first that waits for an active model, if it may go."""
+        if (not group.is_warm and group.loader is not None) or (group is self._draining and not group.batch):
             return None
-        return self._give(model, asyncio.current_task())
+        while group.waiting:
+            place = next(iter(group.waiting))
+            if not place.is_abandoned:
+                return place
+            self.leave(place, -math.inf)
+        return None
 
-    async def acquire(self, model: str | None) -> Place:
-        """Waits for a place.
+    def _first_outside(self) -> Place | None:
+        """The first that waits for a model that is not active."""
+        while self._outside:
+            place = self._outside[0][1]
+            if place.state == "waiting" and place.is_abandoned:
+                self.leave(place, -math.inf)
+            if place.state == "waiting" and place.group is not None and not place.group.is_active:
+                return place
+            heapq.heappop(self._outside)
+        return None
 
-        Raises:
-            LLMTimeoutError: phase "queue": `max_queue` ran out, or all places are held by the task that asks.
-        """
-        place = self.acquire_now(model)
-        if place is not None:
-            return place
-        task = asyncio.current_task()
-        self._refuse_waiting_for_oneself(task)
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(model, task, loop.create_future())
-        self._waiters[waiter] = None
-        limit = self._limits.max_queue
-        timer = None if limit is None else loop.call_later(limit, self._expire, waiter, limit)
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
-                self.release(waiter.future.result())  # given in the same moment: pass it on
-            raise
-        finally:
-            self._waiters.pop(waiter, None)
-            if timer is not None:
-                timer.cancel()
+    def _choose_drain(self, now: float) -> None:
+        first = self._first_outside()
+        limit = self.limits.max_wait
+        if first is None or limit is None or now - first.arrived < limit:
+            self._draining = None  # whoever was overdue has left
+        elif self._draining is None and not self._batches and not self._has_room():
+            self._draining = next(iter(self._active))
+            self.turns += 1
+            logger.info("model %r is drained: %r has waited %.0f s", self._draining.model, first.model, limit)
 
-    def release(self, place: Place) -> None:
-        """Gives a place back; a second time does nothing."""
-        if place in self._places:
-            self._places.remove(place)
-            self._admit()
+    def _give(self, place: Place, group: Group, now: float) -> None:
+        place.state, place.since, place.last_read = "in flight", now, now
+        self.in_flight[place] = None
+        group.in_flight += 1
+        if not group.is_warm:
+            group.loader = place
+            place.is_loader = True
 
-    def fail_waiters(self, error: Callable[[], LLMError]) -> None:
-        """Ends every wait with an error of its own."""
-        waiters = list(self._waiters)
-        self._waiters.clear()
-        for waiter in waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(error())
+    # Queues and groups
 
-    def _give(self, model: str | None, task: asyncio.Task[object] | None) -> Place:
-        now = asyncio.get_running_loop().time()
-        place = Place(model, now, None if task is None else weakref.ref(task), now)
-        self._places.add(place)
-        return place
+    def _join(self, place: Place) -> Group:
+        if self.limits.max_loaded_models is None:
+            group = self._everything
+        else:
+            found = self._groups.get(place.model)
+            group = found or self._groups.setdefault(place.model, Group(place.model))
+        place.group = group
+        return group
 
-    def _admit(self) -> None:
-        while self._waiters and len(self._places) < self._limits.max_concurrency:
-            waiter = next(iter(self._waiters))
-            del self._waiters[waiter]
-            if not waiter.future.done():
-                waiter.future.set_result(self._give(waiter.model, waiter.task))
+    def _queue(self, place: Place) -> None:
+        group = self._join(place)
+        group.waiting[place] = None
+        if not group.is_active:
+            heapq.heappush(self._outside, (place.number, place))
 
-    def _expire(self, waiter: _Waiter, limit: float) -> None:
-        if not waiter.future.done():
-            waiter.future.set_exception(self._timed_out(f"not admitted within {limit:g} s"))
+    def _unqueue(self, place: Place, group: Group) -> None:
+        del self.waiting[place], group.waiting[place]
+        if place.in_batch:
+            place.in_batch = False
+            group.batch -= 1
+            self._batches -= 1
 
-    def _refuse_waiting_for_oneself(self, task: asyncio.Task[object] | None) -> None:
-        if all(place.is_held_by(task) for place in self._places):
-            raise self._timed_out("it would wait for ever, for streams of its own task")
+    def _has_room(self) -> bool:
+        limit = self.limits.max_loaded_models
+        return limit is None or len(self._active) < limit
 
-    def _timed_out(self, what: str) -> LLMTimeoutError:
-        now = asyncio.get_running_loop().time()
-        holders = [
-            f"{place.model or 'no model named'} for {now - place.since:.0f} s"
-            f" (unread for {now - place.last_read:.0f} s)"
-            for place in sorted(self._places, key=lambda place: place.since)
-        ]
-        return LLMTimeoutError(
-            f"{what}; {len(holders)} of {self._limits.max_concurrency} places are held by: {', '.join(holders)}",
-            phase="queue",
-            hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
-            context={"holders": holders},
-        )
+    def _make_room_for(self, group: Group) -> bool:
+        """Sees that one more model can be active, in the place of one that nobody needs if it must be."""
+        while not self._has_room():
+            unneeded = [each for each in self._active if not each.in_flight and self._head(each) is None]
+            if not unneeded:
+                return False
+            gone = min(unneeded, key=lambda each: each.idle_since)
+            self._deactivate(gone)
+            if self._has_room():
+                self.swaps[group.model] += 1
+                logger.info("swap: %r gives way to %r, for which %d wait", gone.model, group.model, len(group.waiting))
+        return True
+
+    def _activate(self, group: Group) -> None:
+        group.is_active = True
+        self._active[group] = None
+        self.turns += 1
+        group.batch = len(group.waiting)
+        self._batches += group.batch
+        for place in group.waiting:
+            place.in_batch = True
+
+    def _deactivate(self, group: Group) -> None:
+        if group is self._draining:
+            self._draining = None
+        del self._active[group]
+        group.is_active = group.is_warm = False
+        for place in group.waiting:
+            heapq.heappush(self._outside, (place.number, place))
+        self._forget_if_unused(group)
+
+    def _forget_if_unused(self, group: Group) -> None:
+        if not (group.is_active or group.in_flight or group.waiting):
+            self._groups.pop(group.model, None)

@@ -10,10 +10,10 @@ import pytest
 
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMTimeoutError
+from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Phase, Reply, Request
 from lmbridge.transport.deadline import Watch
 from lmbridge.transport.retry import Verdict
-from lmbridge.transport.scheduler import Scheduler
 from tests.transport.clock import Clock
 
 RETRY, POLL, FAIL = Verdict.RETRY, Verdict.POLL, Verdict.FAIL
@@ -39,7 +39,7 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
     return Call(
         attrs.evolve(request, **options),
         "http://x/v1/chat/completions",
-        Scheduler(Limits()),
+        Admission(Limits()),
         None,
         Watch(asyncio.get_running_loop()),
     )
@@ -218,15 +218,15 @@ async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phas
 
 
 async def test_a_call_gives_its_place_back_once() -> None:
-    scheduler = Scheduler(Limits())
+    admission = Admission(Limits())
     call = Call(
-        a_call().request, "http://x", scheduler, await scheduler.acquire("m"), Watch(asyncio.get_running_loop())
+        a_call().request, "http://x", admission, await admission.acquire("m"), Watch(asyncio.get_running_loop())
     )
-    other = await scheduler.acquire("m")
+    other = await admission.acquire("m")
     call.release()
     call.release()
-    assert scheduler.in_flight == 1
-    scheduler.release(other)
+    assert admission.in_flight == 1
+    admission.release(other)
     a_call().release()  # one that needs no place has none to give
 
 

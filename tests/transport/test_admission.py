@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
-from lmbridge.transport.scheduler import Place, Scheduler, _Waiter
+from lmbridge.transport.admission import Admission
+from lmbridge.transport.scheduler import Place
 from tests.transport.clock import Clock
 
 Complaints = list[dict[str, Any]]
@@ -24,13 +25,13 @@ async def complaints() -> Complaints:
     return complaints
 
 
-def a_scheduler(max_concurrency: int = 1, max_queue: float | None = 600.0) -> Scheduler:
-    return Scheduler(Limits(max_concurrency=max_concurrency, max_queue=max_queue))
+def an_admission(max_concurrency: int = 1, max_queue: float | None = 600.0) -> Admission:
+    return Admission(Limits(max_concurrency=max_concurrency, max_queue=max_queue))
 
 
-def ask(scheduler: Scheduler, model: str | None = "m") -> asyncio.Task[Place]:
+def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Place]:
     """A task of its own that asks for a place."""
-    return asyncio.create_task(scheduler.acquire(model))
+    return asyncio.create_task(admission.acquire(model))
 
 
 async def turns(count: int = 3) -> None:
@@ -39,161 +40,161 @@ async def turns(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-async def held_by_others(scheduler: Scheduler, count: int = 1) -> list[Place]:
-    return [await ask(scheduler) for _ in range(count)]
+async def held_by_others(admission: Admission, count: int = 1) -> list[Place]:
+    return [await ask(admission) for _ in range(count)]
 
 
 # Order
 
 
 async def test_a_free_place_is_given_without_waiting() -> None:
-    scheduler = a_scheduler(2)
-    asking = scheduler.acquire("a")
+    admission = an_admission(2)
+    asking = admission.acquire("a")
     with pytest.raises(StopIteration) as given:
         asking.send(None)
-    assert (given.value.value.model, scheduler.in_flight, scheduler.queued) == ("a", 1, 0)
+    assert (given.value.value.model, admission.in_flight, admission.queued) == ("a", 1, 0)
 
 
 async def test_no_more_are_in_flight_than_allowed_and_the_others_go_in_the_order_in_which_they_came() -> None:
-    scheduler = a_scheduler(3)
-    tasks = [ask(scheduler, str(number)) for number in range(10)]
+    admission = an_admission(3)
+    tasks = [ask(admission, str(number)) for number in range(10)]
     for done in range(3, 11):
         await turns()
         assert [task.done() for task in tasks] == [True] * done + [False] * (10 - done)
-        assert (scheduler.in_flight, scheduler.queued) == (3, 10 - done)
-        scheduler.release(tasks[done - 2].result())
+        assert (admission.in_flight, admission.queued) == (3, 10 - done)
+        admission.release(tasks[done - 2].result())
     assert [(await task).model for task in tasks] == [str(number) for number in range(10)]
 
 
 async def test_who_comes_in_the_moment_in_which_a_place_is_free_stands_behind_those_who_wait() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    first = ask(scheduler)
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    first = ask(admission)
     await turns()
-    scheduler.release(place)
-    last = ask(scheduler)
+    admission.release(place)
+    last = ask(admission)
     await turns()
     assert (first.done(), last.done()) == (True, False)
-    scheduler.release(first.result())
+    admission.release(first.result())
     assert (await last).model == "m"
 
 
 async def test_a_place_may_be_given_back_twice() -> None:
-    scheduler = a_scheduler(2)
-    place, _ = await held_by_others(scheduler, 2)
-    tasks = [ask(scheduler), ask(scheduler)]
+    admission = an_admission(2)
+    place, _ = await held_by_others(admission, 2)
+    tasks = [ask(admission), ask(admission)]
     await turns()
-    scheduler.release(place)
-    scheduler.release(place)
+    admission.release(place)
+    admission.release(place)
     await turns()
-    scheduler.release(place)
+    admission.release(place)
     assert [task.done() for task in tasks] == [True, False]
-    assert (scheduler.in_flight, scheduler.queued) == (2, 1)
+    assert (admission.in_flight, admission.queued) == (2, 1)
     tasks[1].cancel()
 
 
 async def test_a_place_of_another_scheduler_is_none_here() -> None:
-    scheduler = a_scheduler()
-    await held_by_others(scheduler)
-    (stranger,) = await held_by_others(a_scheduler())
-    scheduler.release(stranger)
-    assert scheduler.in_flight == 1
+    admission = an_admission()
+    await held_by_others(admission)
+    (stranger,) = await held_by_others(an_admission())
+    admission.release(stranger)
+    assert admission.in_flight == 1
 
 
 # Cancels
 
 
 async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    tasks = [ask(scheduler) for _ in range(3)]
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    tasks = [ask(admission) for _ in range(3)]
     await turns()
     tasks[0].cancel()
     await turns()
-    assert (tasks[0].cancelled(), scheduler.queued) == (True, 2)
-    scheduler.release(place)
+    assert (tasks[0].cancelled(), admission.queued) == (True, 2)
+    admission.release(place)
     await turns()
     assert (tasks[1].done(), tasks[2].done()) == (True, False)
-    scheduler.release(tasks[1].result())
+    admission.release(tasks[1].result())
     await tasks[2]
 
 
 async def test_a_place_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    tasks = [ask(scheduler), ask(scheduler)]
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    tasks = [ask(admission), ask(admission)]
     await turns()
     tasks[0].cancel()
-    scheduler.release(place)  # before the cancelled task has run
+    admission.release(place)  # before the cancelled task has run
     await turns()
     assert (tasks[0].cancelled(), tasks[1].done()) == (True, True)
 
 
 async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_place_passes_it_on() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    tasks = [ask(scheduler) for _ in range(4)]
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    tasks = [ask(admission) for _ in range(4)]
     await turns()
-    scheduler.release(place)
+    admission.release(place)
     for task in tasks[:3]:
         task.cancel()
     await turns(6)
     assert [task.cancelled() for task in tasks] == [True, True, True, False]
-    scheduler.release(tasks[3].result())
-    assert (scheduler.in_flight, scheduler.queued) == (0, 0)
+    admission.release(tasks[3].result())
+    assert (admission.in_flight, admission.queued) == (0, 0)
 
 
 async def test_a_place_that_nobody_takes_is_free_again() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    task = ask(scheduler)
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    task = ask(admission)
     await turns()
-    scheduler.release(place)
+    admission.release(place)
     task.cancel()
     await turns()
-    assert (task.cancelled(), scheduler.in_flight) == (True, 0)
-    assert (await scheduler.acquire("next")).model == "next"
+    assert (task.cancelled(), admission.in_flight) == (True, 0)
+    assert (await admission.acquire("next")).model == "next"
 
 
 async def test_a_caller_may_wait_no_longer_than_it_wants() -> None:
-    scheduler = a_scheduler()
-    await held_by_others(scheduler)
+    admission = an_admission()
+    await held_by_others(admission)
     with pytest.raises(TimeoutError) as caught:
         async with asyncio.timeout(0):
-            await scheduler.acquire("m")
+            await admission.acquire("m")
     assert type(caught.value) is TimeoutError
-    assert scheduler.queued == 0
+    assert admission.queued == 0
 
 
 async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    tasks = [ask(scheduler) for _ in range(10_000)]
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    tasks = [ask(admission) for _ in range(10_000)]
     await turns()
-    assert scheduler.queued == 10_000
+    assert admission.queued == 10_000
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
     assert all(task.cancelled() for task in tasks)
     del task, tasks
-    assert scheduler.queued == 0
+    assert admission.queued == 0
     gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, _Waiter)]
-    scheduler.release(place)
-    assert (await scheduler.acquire("m"), scheduler.in_flight)[1] == 1
+    assert not [each for each in gc.get_objects() if isinstance(each, Place) and each.state == "waiting"]
+    admission.release(place)
+    assert (await admission.acquire("m"), admission.in_flight)[1] == 1
 
 
 # Limits of waiting
 
 
 async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_the_places(clock: Clock) -> None:
-    scheduler = a_scheduler(2, max_queue=60)
-    old = await ask(scheduler, "qwen")
+    admission = an_admission(2, max_queue=60)
+    old = await ask(admission, "qwen")
     clock.wait(40)
-    await ask(scheduler, None)
+    await ask(admission, None)
     clock.wait(8)
     old.touch(clock())
-    task = ask(scheduler)
+    task = ask(admission)
     await turns()
     clock.wait(59.5)
     await turns()
@@ -206,47 +207,47 @@ async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_t
     assert caught.value.context["holders"] == holders
     assert f"not admitted within 60 s; 2 of 2 places are held by: {', '.join(holders)}; " in str(caught.value)
     assert "Limits.max_queue" in str(caught.value)
-    assert (scheduler.in_flight, scheduler.queued) == (2, 0)
+    assert (admission.in_flight, admission.queued) == (2, 0)
 
 
 async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
-    scheduler = a_scheduler(1, max_queue=60)
-    (place,) = await held_by_others(scheduler)
-    early = ask(scheduler)
+    admission = an_admission(1, max_queue=60)
+    (place,) = await held_by_others(admission)
+    early = ask(admission)
     await turns()
     clock.wait(30)
-    late = ask(scheduler)
+    late = ask(admission)
     await turns()
     clock.wait(30)
     with pytest.raises(LLMTimeoutError):
         await early
     assert not late.done()
-    scheduler.release(place)
+    admission.release(place)
     await late
 
 
 async def test_who_got_a_place_in_time_keeps_it(clock: Clock, complaints: Complaints) -> None:
-    scheduler = a_scheduler(1, max_queue=60)
-    (place,) = await held_by_others(scheduler)
-    task = ask(scheduler)
+    admission = an_admission(1, max_queue=60)
+    (place,) = await held_by_others(admission)
+    task = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 59.9, scheduler.release, place)  # just before the timer of `task`
+    asyncio.get_running_loop().call_at(clock() + 59.9, admission.release, place)  # just before the timer of `task`
     clock.wait(60)
     assert (await task).model == "m"
     clock.wait(600)
     await turns()
-    assert (scheduler.in_flight, complaints) == (1, [])
+    assert (admission.in_flight, complaints) == (1, [])
 
 
 async def test_a_place_that_is_free_too_late_goes_to_the_next(clock: Clock) -> None:
-    scheduler = a_scheduler(1, max_queue=60)
-    (place,) = await held_by_others(scheduler)
-    late = ask(scheduler)
+    admission = an_admission(1, max_queue=60)
+    (place,) = await held_by_others(admission)
+    late = ask(admission)
     await turns()
     clock.wait(30)
-    following = ask(scheduler)
+    following = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 30, scheduler.release, place)  # right behind the timer of `late`
+    asyncio.get_running_loop().call_at(clock() + 30, admission.release, place)  # right behind the timer of `late`
     clock.wait(30)
     with pytest.raises(LLMTimeoutError):
         await late
@@ -254,70 +255,70 @@ async def test_a_place_that_is_free_too_late_goes_to_the_next(clock: Clock) -> N
 
 
 async def test_without_max_queue_waiting_takes_as_long_as_it_takes(clock: Clock) -> None:
-    scheduler = a_scheduler(1, max_queue=None)
-    (place,) = await held_by_others(scheduler)
-    task = ask(scheduler)
+    admission = an_admission(1, max_queue=None)
+    (place,) = await held_by_others(admission)
+    task = ask(admission)
     await turns()
     clock.wait(1e9)
     await turns()
     assert not task.done()
-    scheduler.release(place)
+    admission.release(place)
     await task
 
 
 async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
-    scheduler = a_scheduler(2, max_queue=None)
-    mine = [await scheduler.acquire("a"), await scheduler.acquire("b")]
+    admission = an_admission(2, max_queue=None)
+    mine = [await admission.acquire("a"), await admission.acquire("b")]
     for _ in range(2):
         with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 2 of 2 places are held") as e:
-            await scheduler.acquire("c")
+            await admission.acquire("c")
         assert e.value.phase == "queue"
-    assert (scheduler.in_flight, scheduler.queued) == (2, 0)
-    other = ask(scheduler)  # which can wait: this task gives its places back some time
+    assert (admission.in_flight, admission.queued) == (2, 0)
+    other = ask(admission)  # which can wait: this task gives its places back some time
     await turns()
-    scheduler.release(mine[0])
+    admission.release(mine[0])
     await other
-    scheduler.release(mine[1])
-    assert (await scheduler.acquire("d")).model == "d"
+    admission.release(mine[1])
+    assert (await admission.acquire("d")).model == "d"
 
 
 async def test_a_task_with_a_place_of_its_own_waits_where_another_task_holds_one_too() -> None:
-    scheduler = a_scheduler(2, max_queue=None)
-    await scheduler.acquire("mine")
-    (others,) = await held_by_others(scheduler)
-    asyncio.get_running_loop().call_soon(scheduler.release, others)
-    assert (await scheduler.acquire("mine too")).model == "mine too"
+    admission = an_admission(2, max_queue=None)
+    await admission.acquire("mine")
+    (others,) = await held_by_others(admission)
+    asyncio.get_running_loop().call_soon(admission.release, others)
+    assert (await admission.acquire("mine too")).model == "mine too"
 
 
 async def test_the_holder_of_a_place_is_the_task_that_last_read_its_stream() -> None:
-    scheduler = a_scheduler(1, max_queue=None)
-    place = await scheduler.acquire("opened here")
+    admission = an_admission(1, max_queue=None)
+    place = await admission.acquire("opened here")
 
     async def read() -> None:
         place.touch(0.0)
         with pytest.raises(LLMTimeoutError):
-            await scheduler.acquire("of the reader")
+            await admission.acquire("of the reader")
 
     await asyncio.create_task(read())
-    asyncio.get_running_loop().call_soon(scheduler.release, place)
-    assert (await scheduler.acquire("of the opener")).model == "of the opener"
+    asyncio.get_running_loop().call_soon(admission.release, place)
+    assert (await admission.acquire("of the opener")).model == "of the opener"
 
 
 async def test_the_holder_of_a_place_that_was_waited_for_is_the_task_that_waited() -> None:
-    scheduler = a_scheduler(1, max_queue=None)
-    place = await scheduler.acquire("first")
+    admission = an_admission(1, max_queue=None)
+    place = await admission.acquire("first")
 
     async def wait() -> Place:
-        place = await scheduler.acquire("second")
+        place = await admission.acquire("second")
         with pytest.raises(LLMTimeoutError):
-            await scheduler.acquire("third")
+            await admission.acquire("third")
         return place
 
     task = asyncio.create_task(wait())
     await turns()
-    scheduler.release(place)
-    asyncio.get_running_loop().call_soon(scheduler.release, await task)
-    assert (await scheduler.acquire("fourth")).model == "fourth"
+    admission.release(place)
+    asyncio.get_running_loop().call_soon(admission.release, await task)
+    assert (await admission.acquire("fourth")).model == "fourth"
 
 
 # The end
@@ -328,38 +329,38 @@ def closed() -> LLMError:
 
 
 async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    tasks = [ask(scheduler) for _ in range(3)]
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    tasks = [ask(admission) for _ in range(3)]
     await turns()
-    scheduler.fail_waiters(closed)
-    assert (scheduler.in_flight, scheduler.queued) == (1, 0)
+    admission.fail_waiters(closed)
+    assert (admission.in_flight, admission.queued) == (1, 0)
     errors = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(error) for error in errors] == [TaskCancelledError] * 3
     assert len({id(error) for error in errors}) == 3
-    scheduler.release(place)
-    assert (await ask(scheduler)).model == "m"
+    admission.release(place)
+    assert (await ask(admission)).model == "m"
 
 
 async def test_who_got_a_place_just_before_keeps_it() -> None:
-    scheduler = a_scheduler()
-    (place,) = await held_by_others(scheduler)
-    task = ask(scheduler)
+    admission = an_admission()
+    (place,) = await held_by_others(admission)
+    task = ask(admission)
     await turns()
-    scheduler.release(place)
-    scheduler.fail_waiters(closed)
+    admission.release(place)
+    admission.fail_waiters(closed)
     assert (await task).model == "m"
 
 
 async def test_a_cancel_in_the_moment_of_an_error_stays_a_cancel_and_nothing_is_logged(complaints: Complaints) -> None:
-    scheduler = a_scheduler()
-    await held_by_others(scheduler)
+    admission = an_admission()
+    await held_by_others(admission)
     for cancel_first in (True, False):
-        task = ask(scheduler)
+        task = ask(admission)
         await turns()
         if cancel_first:
             task.cancel()
-        scheduler.fail_waiters(closed)
+        admission.fail_waiters(closed)
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
@@ -383,31 +384,31 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
     limit: int, arrivals: int, steps: list[list[tuple[Kind, int]]]
 ) -> None:
     async def run() -> None:
-        scheduler = a_scheduler(limit, max_queue=None)
+        admission = an_admission(limit, max_queue=None)
         requests: list[asyncio.Task[Place]] = []  # in the order in which they came, without those that are over
         rush: list[tuple[Kind, int]] = [("arrive", 0)] * arrivals
         for step in [rush, *steps]:
             for kind, number in step:  # all in one turn of the loop
                 if kind == "arrive":
-                    requests.append(ask(scheduler))
+                    requests.append(ask(admission))
                 elif requests:
                     request = requests[number % len(requests)]
                     if not request.done() and kind == "cancel":
                         request.cancel()
                     elif request.done() and kind == "finish":
                         requests.remove(request)
-                        scheduler.release(request.result())
-                assert scheduler.in_flight <= limit
+                        admission.release(request.result())
+                assert admission.in_flight <= limit
             await turns(10)
             requests = [request for request in requests if not request.cancelled()]
             given_places = min(limit, len(requests))
-            assert (scheduler.in_flight, scheduler.queued) == (given_places, len(requests) - given_places)
+            assert (admission.in_flight, admission.queued) == (given_places, len(requests) - given_places)
             waiting = len(requests) - given_places
             assert [request.done() for request in requests] == [True] * given_places + [False] * waiting
         while requests:
             assert requests[0].done()
-            scheduler.release(requests.pop(0).result())
+            admission.release(requests.pop(0).result())
             await turns()
-        assert (scheduler.in_flight, scheduler.queued) == (0, 0)
+        assert (admission.in_flight, admission.queued) == (0, 0)
 
     asyncio.run(run())

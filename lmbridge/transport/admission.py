@@ -1,0 +1,164 @@
+"""Waiting to be admitted: the scheduler's rules in an event loop.
+
+Everything here runs in one loop and changes state only between awaits, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import weakref
+from collections.abc import Callable
+
+from lmbridge.config import Limits
+from lmbridge.errors import LLMError, LLMTimeoutError
+from lmbridge.transport.scheduler import Place, Scheduler
+
+
+class Admission:
+    """Gives places to those who ask, as the scheduler says. A cancelled waiter costs nothing, and nothing polls.
+
+    Args:
+        limits: How much may be going on.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.scheduler = Scheduler(limits)
+        self._waiters: dict[asyncio.Task[object], Place] = {}
+        self._timer: asyncio.TimerHandle | None = None  # for the next that will be overdue
+        self._turns = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Places given."""
+        return len(self.scheduler.in_flight)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for one."""
+        return len(self.scheduler.waiting)
+
+    def acquire_now(self, model: str | None) -> Place | None:
+        """A place, if there is one that nobody else has to be asked for."""
+        now = asyncio.get_running_loop().time()
+        task = asyncio.current_task()
+        place = Place(model, now, None if task is None else weakref.ref(task))
+        return place if self.scheduler.take(place, now) else None
+
+    async def acquire(self, model: str | None) -> Place:
+        """Waits for a place.
+
+        Raises:
+            LLMTimeoutError: phase "queue": `max_queue` ran out, or it would have to wait for places of its own task.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        place = Place(model, loop.time(), None if task is None else weakref.ref(task))
+        self.scheduler.arrive(place)
+        self._admit(loop)
+        if place.state == "in flight":
+            return place
+        if self.scheduler.is_hopeless(place, task):
+            self.release(place)
+            raise self._hopeless()
+        place.future = loop.create_future()
+        if task is not None:
+            self._waiters[task] = place
+        limit = self.scheduler.limits.max_queue
+        timer = None if limit is None else loop.call_later(limit, self._expire, place, limit)
+        try:
+            await place.future
+        except BaseException:
+            self.release(place)  # it may have been given in the same moment: pass it on
+            raise
+        finally:
+            place.future = None
+            if task is not None:
+                self._waiters.pop(task, None)
+            if timer is not None:
+                timer.cancel()
+        return place
+
+    def release(self, place: Place) -> None:
+        """Gives a place back, or waits for it no longer; a second time does nothing."""
+        loop = asyncio.get_running_loop()
+        if self.scheduler.leave(place, loop.time()):
+            self._admit(loop)
+
+    def answered(self, place: Place) -> None:
+        """The first answer to a request is there."""
+        loop = asyncio.get_running_loop()
+        self.scheduler.answered(place, loop.time())
+        self._admit(loop)
+
+    def cool(self, model: str | None) -> None:
+        """The server has dropped a model, or never had it."""
+        self.scheduler.cool(model)
+
+    def limit(self, limits: Limits) -> None:
+        """Other limits, from now on; nothing in flight is touched."""
+        self.scheduler.limit(limits)
+        self._admit(asyncio.get_running_loop())
+
+    def fail_waiters(self, error: Callable[[], LLMError]) -> None:
+        """Ends every wait with an error of its own."""
+        waiting = list(self.scheduler.waiting)
+        for place in waiting:  # all of them, before the leaving of one lets another go
+            _fail(place, error())
+        for place in waiting:
+            self.release(place)
+
+    def _admit(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for place in self.scheduler.admit(now):
+            if place.future is not None and not place.future.done():
+                place.future.set_result(None)
+        if self._turns != self.scheduler.turns:
+            self._turns = self.scheduler.turns
+            self._tell_the_hopeless()
+        when = self.scheduler.next_overdue(now)
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = None if when == math.inf else loop.call_at(when, self._look_again, loop)
+
+    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._admit(loop)
+
+    def _tell_the_hopeless(self) -> None:
+        """Ends the waits that a drain, or a change of models, has made to wait for themselves."""
+        for held in list(self.scheduler.in_flight):
+            task = held.task() if held.task is not None else None
+            waiter = None if task is None else self._waiters.get(task)
+            if waiter is not None and not waiter.is_abandoned and self.scheduler.is_hopeless(waiter, task):
+                _fail(waiter, self._hopeless())
+                self.release(waiter)
+
+    def _expire(self, place: Place, limit: float) -> None:
+        if not place.is_abandoned:
+            _fail(place, self._timed_out(f"not admitted within {limit:g} s"))
+            self.release(place)
+
+    def _hopeless(self) -> LLMTimeoutError:
+        return self._timed_out("it would wait for ever, for streams of its own task")
+
+    def _timed_out(self, what: str) -> LLMTimeoutError:
+        now = asyncio.get_running_loop().time()
+        limits = self.scheduler.limits
+        holders = [
+            f"{place.model or 'no model named'} for {now - place.since:.0f} s"
+            f" (unread for {now - place.last_read:.0f} s)"
+            for place in self.scheduler.in_flight
+        ]
+        return LLMTimeoutError(
+            f"{what}; {len(holders)} of {limits.max_concurrency} places are held by: {', '.join(holders)}",
+            phase="queue",
+            hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
+            context={"holders": holders},
+        )
+
+
+def _fail(place: Place, error: LLMError) -> None:
+    if place.future is not None and not place.future.done():
+        place.future.set_exception(error)
