@@ -5,7 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmbridge._version import __version__
-from lmbridge.client import ChatStream, LLMClient, collect
+from lmbridge.client import (
+    CacheStats,
+    ChatStream,
+    LLMClient,
+    LLMClientPool,
+    ModelInfo,
+    ModelValidator,
+    PoolStats,
+    ReasoningSplitter,
+    ResponseEvent,
+    ResponseStream,
+    ServerInfo,
+    TextStream,
+    collect,
+    image_part,
+    split_reasoning,
+)
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -35,10 +51,12 @@ if TYPE_CHECKING:
     from lmbridge.local import LocalServer
 
 __all__ = [
+    "CacheStats",
     "ChatStream",
     "ContextLengthExceededError",
     "LLMAuthenticationError",
     "LLMClient",
+    "LLMClientPool",
     "LLMConnectionError",
     "LLMError",
     "LLMRateLimitError",
@@ -52,17 +70,27 @@ __all__ = [
     "MCPError",
     "MaxRoundsExceededError",
     "ModelChangedDuringExecutionError",
+    "ModelInfo",
     "ModelLoadError",
     "ModelMismatchError",
     "ModelNotFoundError",
+    "ModelValidator",
     "MultiMCPError",
+    "PoolStats",
+    "ReasoningSplitter",
+    "ResponseEvent",
+    "ResponseStream",
     "RunIncompleteError",
+    "ServerInfo",
     "TaskCancelledError",
+    "TextStream",
     "Timeouts",
     "ToolError",
     "Transport",
     "__version__",
     "collect",
+    "image_part",
+    "split_reasoning",
 ]
 
 

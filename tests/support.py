@@ -43,6 +43,12 @@ async def read_text(stream: AsyncIterable[ChatCompletionChunk]) -> str:
     return "".join([text_of(chunk) async for chunk in stream])
 
 
+async def turns(count: int = 3) -> None:
+    """Lets everything that is ready run, and what becomes ready by it."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 class Steps:
     """Awaits a coroutine and counts where it waits; cancels its task at the n-th of these places.
 

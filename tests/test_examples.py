@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from lmbridge.testing import ScriptedServer, answer, reply
+from lmbridge.testing import Exchange, ScriptedServer, answer, reply
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOX = "The quick brown fox jumps over the lazy dog."
@@ -85,7 +86,7 @@ async def test_quickstart_takes_the_server_of_the_environment(scripted_server: S
     assert "gemma-3-4b: " in outcome.output
 
 
-@pytest.mark.parametrize("example", ["quickstart.py", "streaming.py"])
+@pytest.mark.parametrize("example", ["pool.py", "quickstart.py", "streaming.py", "structured_output.py"])
 async def test_an_error_is_told_in_a_line(example: str, scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(400, {"error": "no such thing"})
     outcome = await run(example, "--api-base", scripted_server.api_base)
@@ -116,6 +117,92 @@ async def test_streaming_stops_a_stream_that_goes_on(scripted_server: ScriptedSe
     assert scripted_server.aborts == scripted_server.requests[:3]
 
 
+async def test_pool_asks_every_question_with_as_many_clients_as_it_may_have(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(FOX)
+    outcome = await run(
+        "pool.py", "--api-base", scripted_server.api_base, "--models", "qwen3-4b", "gemma-3-4b", "--size", "3"
+    )
+    assert (outcome.status, outcome.errors) == (0, "")
+    lines = outcome.output.splitlines()
+    assert len(lines) == 12
+    assert all(line.endswith(f": {FOX}") for line in lines)
+    assert lines[0].startswith("[3 of 3 in use, 9 waiting] ")
+    models = Counter(request.json["model"] for request in scripted_server.requests)
+    assert models == {"qwen3-4b": 6, "gemma-3-4b": 6}
+    assert scripted_server.max_in_flight <= 3
+
+
+async def test_structured_output_prints_the_instance(scripted_server: ScriptedServer) -> None:
+    trip = '{"passenger": "Ada", "city": "Oslo", "seats": %s}'
+    wrong, right = (f'{{"transport": "train", "trips": [{trip % seats}]}}' for seats in ("0", "2"))
+    scripted_server.script(answer(wrong), answer(right))
+    outcome = await run("structured_output.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "Oslo!")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output == "> Oslo!\n\nby train\n- Ada to Oslo, seats: 2\n"
+    assert len(scripted_server.requests) == 2
+
+
+async def test_structured_output_shows_an_answer_that_stays_wrong(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer('{"transport": "ship"}')
+    outcome = await run("structured_output.py", "--api-base", scripted_server.api_base)
+    assert outcome.status == 1
+    assert "the answer is no Booking: $.transport: " in outcome.errors
+    assert outcome.errors.endswith('\nthe answer was: {"transport": "ship"}\n')
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_structured_output_runs_on_the_embedded_server() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("structured_output.py")
+    assert outcome.status == 0, outcome.errors
+    assert "\nby " in outcome.output
+    assert "\n- " in outcome.output
+
+
+async def embed_by_words(exchange: Exchange) -> None:
+    """Embeds a text as how often it has each of some words."""
+    words = ("cat", "price", "sea")
+    vectors = [[text.lower().count(word) + 0.01 for word in words] for text in exchange.request.json["input"]]
+    data = [{"index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    await reply(200, {"object": "list", "data": data, "model": exchange.model})(exchange)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A folder of text."""
+    (tmp_path / "animals.md").write_text("# Animals\n\nThe cat of a cat is a cat.\n\n## At sea\n\nThere is the sea.\n")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "money.txt").write_text("A price is a price.\n\nThe cat has its price.\n" + "price " * 200)
+    (tmp_path / "code.py").write_text("cat = 1")
+    return tmp_path
+
+
+async def test_embeddings_search_prints_what_is_nearest(scripted_server: ScriptedServer, notes: Path) -> None:
+    scripted_server.on_path("/v1/embeddings", embed_by_words)
+    outcome = await run(
+        "embeddings_search.py", "--api-base", scripted_server.api_base, "--top", "2", "Which cat?", str(notes)
+    )
+    assert (outcome.status, outcome.errors) == (0, "")
+    head, first, second = outcome.output.split("\n\n")
+    assert head == "> Which cat?  (4 passages)"
+    assert first == "1.000  animals.md:1\n  # Animals The cat of a cat is a cat."
+    assert "  deep/money.txt:3\n  The cat has its price. price price" in second
+    assert second.endswith("...\n")
+
+
+async def test_embeddings_search_tells_an_error_in_a_line(scripted_server: ScriptedServer, notes: Path) -> None:
+    scripted_server.default = reply(501, {"error": "This server does not support embeddings."})
+    command = ("embeddings_search.py", "--api-base", scripted_server.api_base, "Which cat?")
+    outcome = await run(*command, str(notes))
+    assert outcome.status == 1
+    assert outcome.errors.startswith(f"embeddings_search: embeddings at {scripted_server.api_base}/embeddings: ")
+    assert len(outcome.errors.splitlines()) == 1
+    outcome = await run(*command, str(notes / "nothing"))
+    assert outcome.status == 1
+    assert outcome.errors.startswith("embeddings_search: no .md or .txt files with text in ")
+
+
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_quickstart_streams_from_the_embedded_server() -> None:
@@ -136,3 +223,22 @@ async def test_streaming_runs_on_the_embedded_server() -> None:
     outcome = await run("streaming.py")
     assert outcome.status == 0, outcome.errors
     assert outcome.output.count("\n== ") == 5
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_pool_runs_on_the_embedded_server() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("pool.py")
+    assert outcome.status == 0, outcome.errors
+    assert len(outcome.output.splitlines()) == 12
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_embeddings_search_runs_on_the_embedded_server(notes: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("embeddings_search.py", "A price is a price.", str(notes))
+    assert outcome.status == 0, outcome.errors
+    assert outcome.output.startswith("> A price is a price.  (4 passages)\n\n1.000  deep/money.txt:1\n")
+    assert len(outcome.output.split("\n\n")) == 4

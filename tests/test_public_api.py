@@ -12,7 +12,7 @@ import pytest
 import lmbridge
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lmbridge.__path__, "lmbridge."))
-LAZY = {"aiohttp_sse_client", "cachetools", "mcp", "opentelemetry", "pytest", "rich", "typer", "xllamacpp"}
+LAZY = {"aiohttp_sse_client", "mcp", "opentelemetry", "pytest", "rich", "typer", "xllamacpp"}
 
 
 def python(code: str) -> str:

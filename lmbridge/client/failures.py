@@ -21,7 +21,9 @@ from lmbridge.errors import (
     LLMRateLimitError,
     LLMResponseError,
     LLMStreamError,
+    ModelChangedDuringExecutionError,
     ModelLoadError,
+    ModelMismatchError,
     ModelNotFoundError,
 )
 from lmbridge.transport import Reply, Verdict
@@ -151,7 +153,7 @@ _PATH_HINT: Final = "the server does not know this path; check api_base"
 _LOAD_HINT: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
 _EVICTED_HINT: Final = (
     "the server dropped the model, maybe for another one that was asked for meanwhile; on a server that holds one"
-    " model, send requests for different models one after another"
+    ' model, switch model scheduling on with Limits(max_loaded_models=1), or limits="auto"'
 )
 _HINTS: Final[Mapping[type[LLMError], str]] = {
     LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
@@ -160,6 +162,11 @@ _HINTS: Final[Mapping[type[LLMError], str]] = {
     ModelLoadError: "see the server's own log; a smaller model or a shorter context needs less memory",
     ModelNotFoundError: "list_models() tells what the server has",
 }
+
+
+def is_about_loading(error: LLMError) -> bool:
+    """Whether it shows that the model is not loaded, or no longer."""
+    return isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError)
 
 
 Redact = Callable[[str], str]

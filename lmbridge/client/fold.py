@@ -12,7 +12,7 @@ import msgspec
 from lmbridge.errors import LLMStreamError
 from lmbridge.types import ChatCompletion
 
-_TEXTS: Final = frozenset({"content", "reasoning_content", "reasoning", "refusal"})
+_TEXTS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
 _JSON_SPACE: Final = " \t\r\n"
 
 
@@ -103,18 +103,61 @@ class Fold:
         return cast("ChatCompletion", reply)
 
 
+class TextFold(Fold):
+    """A text completion so far: a chat completion whose content is called text, and is no message's."""
+
+    __slots__ = ()
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Adds a chunk.
+
+        Raises:
+            LLMStreamError: it is no text completion chunk.
+        """
+        try:
+            choices = [_as_delta(choice) for choice in chunk.get("choices") or ()]
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
+        super().add({**chunk, "choices": choices})
+
+    def reply(self) -> Any:
+        """The reply so far, as a new dict. Usage that no chunk told is None."""
+        reply: dict[str, Any] = {**super().reply(), "object": "text_completion"}
+        reply["choices"] = [
+            {"text": choice.pop("message")["content"], "logprobs": None, **choice} for choice in reply["choices"]
+        ]
+        return reply
+
+
+def _as_delta(choice: Mapping[str, Any]) -> dict[str, Any]:
+    part = dict(choice)
+    part["delta"] = {"content": part.pop("text")} if "text" in part else {}
+    return part
+
+
+def fold_for(chunk: object) -> Fold:
+    """The fold for the stream that begins with this chunk."""
+    try:
+        is_text = chunk["object"] == "text_completion" or "text" in chunk["choices"][0]  # type: ignore[index]  # whatever it is
+    except (KeyError, TypeError, IndexError):
+        is_text = False
+    return TextFold() if is_text else Fold()
+
+
 class _Choice:
     """One of the answers."""
 
-    __slots__ = ("_calls", "_function", "_other", "_outer", "_role", "_texts", "finish_reason")
+    __slots__ = ("_calls", "_content", "_function", "_other", "_outer", "_role", "_texts", "finish_reason")
 
     def __init__(self, content: io.StringIO) -> None:
         self.finish_reason: str | None = None
         self._role = "assistant"
-        self._texts = {"content": content}
-        self._other: dict[str, Any] = {}  # of the message
-        self._outer: dict[str, Any] = {}  # of the choice
-        self._calls = ToolCalls()
+        self._content = content
+        # What most answers do not have is made when it comes.
+        self._texts: dict[str, io.StringIO] | None = None
+        self._other: dict[str, Any] | None = None  # of the message
+        self._outer: dict[str, Any] | None = None  # of the choice
+        self._calls: ToolCalls | None = None
         self._function: _Call | None = None  # `function_call`, which came before tool calls
 
     def add(self, part: Mapping[str, Any]) -> bool:
@@ -123,33 +166,39 @@ class _Choice:
         for key, value in delta.items():
             if value is None:
                 continue
-            if key in _TEXTS:
-                self._texts.setdefault(key, io.StringIO()).write(value)
+            if key == "content":
+                self._content.write(value)
             elif key == "role":
                 self._role = value or self._role
+            elif key in _TEXTS:
+                self._texts = self._texts or {}
+                self._texts.setdefault(key, io.StringIO()).write(value)
             elif key == "tool_calls":
+                self._calls = self._calls or ToolCalls()
                 for piece in value:
                     self._calls.add(piece)
             elif key == "function_call":
                 self._function = self._function or _Call(None, None)
                 self._function.add({}, None, value.get("name"), value.get("arguments"))
             else:
+                self._other = self._other or {}
                 _join(self._other, key, value)
         for key, value in part.items():
             if key == "finish_reason":
                 self.finish_reason = value or self.finish_reason
             elif key not in ("index", "delta") and value is not None:
+                self._outer = self._outer or {}
                 _join(self._outer, key, value)
         return bool(delta)
 
     def reply(self, index: int) -> dict[str, Any]:
-        texts = {key: text.getvalue() for key, text in self._texts.items()}
-        message = {"role": self._role, **texts, **_copied(self._other)}
-        if calls := self._calls.calls():
+        texts = {key: text.getvalue() for key, text in (self._texts or {}).items()}
+        message = {"role": self._role, "content": self._content.getvalue(), **texts, **_copied(self._other or {})}
+        if self._calls is not None and (calls := self._calls.calls()):
             message["tool_calls"] = calls
         if self._function is not None:
             message["function_call"] = self._function.reply()["function"]
-        return {"index": index, "message": message, "finish_reason": self.finish_reason, **_copied(self._outer)}
+        return {"index": index, "message": message, "finish_reason": self.finish_reason, **_copied(self._outer or {})}
 
 
 class ToolCalls:

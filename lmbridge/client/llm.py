@@ -6,16 +6,26 @@ import ssl as ssl_module
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, cast, overload
+from typing import Any, Final, Literal, Self, TypeVar, cast, overload
 
+from lmbridge.client import structured
+from lmbridge.client.auto import checked_limits
+from lmbridge.client.completions import TextStream, complete
+from lmbridge.client.embeddings import embed
+from lmbridge.client.inputs import Texts
+from lmbridge.client.lmstudio import LMStudio
 from lmbridge.client.names import Mismatch, ModelNames
+from lmbridge.client.responses import ResponseInput, ResponseStream, respond
 from lmbridge.client.server import Server
+from lmbridge.client.server_info import ServerInfo, describe
 from lmbridge.client.stream import ChatStream
 from lmbridge.client.wire import check_messages, checked_model
 from lmbridge.config import Limits, Timeouts, checked, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
-from lmbridge.transport import Transport, Verdict
-from lmbridge.types import ChatCompletion
+from lmbridge.transport import ClientStats, Transport, Verdict
+from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
+
+_T = TypeVar("_T")
 
 HEALTH: Final = 5.0
 """Seconds that a health check may take."""
@@ -34,7 +44,7 @@ class LLMClient:
         api_key: Sent as a bearer token. Default: `LM_API_TOKEN`.
         timeout: How long to wait for what.
         max_retries: Further attempts after refused connections and passing errors; at most 5 are made.
-        limits: How much may be going on at a time.
+        limits: How much may be going on at a time; "auto" asks the server (docs/model-scheduling.md says what).
         model_mismatch: What to do if another model answers than the one asked for: "warn" logs a line for each
             pair of names, "raise" raises `ModelMismatchError`, "ignore" does nothing.
         ssl: A context for https in place of the default verification.
@@ -54,7 +64,7 @@ class LLMClient:
         *,
         timeout: Timeouts | None = None,
         max_retries: int = 2,
-        limits: Limits | None = None,
+        limits: Limits | Literal["auto"] | None = None,
         model_mismatch: Mismatch = "warn",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
@@ -67,7 +77,7 @@ class LLMClient:
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise LLMValidationError(f"max_retries is {max_retries!r}", hint="give a whole number of 0 or more")
         names = ModelNames(model_mismatch)
-        own: dict[str, Any] = {"api_key": api_key, "limits": limits, "ssl": ssl, "trust_env": trust_env}
+        own: dict[str, Any] = {"api_key": api_key, "limits": checked_limits(limits), "ssl": ssl, "trust_env": trust_env}
         if transport is not None:
             checked("transport", transport, Transport)
             given = [name for name, value in {"api_base": api_base, **own}.items() if value not in (None, False)]
@@ -81,6 +91,7 @@ class LLMClient:
             # With the key as it is now: the environment may change meanwhile.
             again = partial(Transport, **{**own, "api_key": transport.api_key})
         self._server = Server(transport, again=again, timeouts=timeouts, max_retries=max_retries, names=names)
+        self._lmstudio = LMStudio(self._server)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base} model={self._model!r}>"
@@ -106,6 +117,11 @@ class LLMClient:
     @api_base.setter
     def api_base(self, api_base: str) -> None:
         self._server.move(api_base)
+
+    @property
+    def lmstudio(self) -> LMStudio:
+        """LM Studio's own API: what is loaded and how; load, unload, download. Other servers refuse it."""
+        return self._lmstudio
 
     @overload
     async def chat_completion(
@@ -156,14 +172,9 @@ class LLMClient:
             TaskCancelledError: the client was closed meanwhile.
         """
         check_messages(messages)
-        body: dict[str, Any] = {"messages": messages, **params}
-        asked = checked_model(model) or self._model
-        if asked is not None:
-            body["model"] = asked
-        if stream:
-            body["stream"] = True
         server = self._server
-        request = server.post("chat completion", "/chat/completions", body, asked)
+        asked = checked_model(model) or self._model
+        request = server.post("chat completion", "/chat/completions", _body(messages, asked, stream, params), asked)
         if stream:
             answers = params.get("n")
             events = await server.stream(request)
@@ -179,6 +190,158 @@ class LLMClient:
         server.check_name(reply, value)
         return cast("ChatCompletion", value)
 
+    @overload
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: Literal[False] = False, **params: Any
+    ) -> TextCompletion: ...
+
+    @overload
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: Literal[True], **params: Any
+    ) -> TextStream: ...
+
+    @overload
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: bool, **params: Any
+    ) -> TextCompletion | TextStream: ...
+
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
+    ) -> TextCompletion | TextStream:
+        """Asks how a text goes on, with no chat template around it (`POST /v1/completions`).
+
+        Args:
+            prompt: A string or token ids, or a list of these: `n` answers for each, in the order of their `index`.
+            model: The model; default: the client's.
+            stream: Whether to return a `TextStream` instead of the whole reply.
+            **params: Sent as they are: `max_tokens`, `temperature`, `stop`, ...
+
+        Raises:
+            LLMError: as for `chat_completion`.
+        """
+        return await complete(self._server, self._body({"prompt": prompt, **params}, model, stream), stream=stream)
+
+    async def embeddings(
+        self,
+        input: Texts,  # noqa: A002 - the API's own name
+        *,
+        model: str | None = None,
+        batch_size: int | None = None,
+        **params: Any,
+    ) -> Embeddings:
+        """Asks for the embeddings of texts (`POST /v1/embeddings`).
+
+        Args:
+            input: A string or token ids, or a list of these; none empty.
+            model: The model; default: the client's.
+            batch_size: How many texts a request may hold. More are sent in several requests, one after another, and
+                their replies made one: indices count through, usage is added up. Default: all in one.
+            **params: Sent as they are: `encoding_format`, `dimensions`, ...
+
+        Returns:
+            The server's reply; its `data` has one embedding for each text, in the order of the texts.
+
+        Raises:
+            LLMResponseError: an embedding is missing, or holds something else than finite numbers.
+            LLMError: as for `chat_completion`. There is never a part of the embeddings.
+        """
+        return await embed(self._server, self._body({"input": input, **params}, model), batch_size)
+
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[False] = False,
+        **params: Any,
+    ) -> Response: ...
+
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[True],
+        **params: Any,
+    ) -> ResponseStream: ...
+
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: bool,
+        **params: Any,
+    ) -> Response | ResponseStream: ...
+
+    async def create_response(
+        self,
+        input: ResponseInput,  # noqa: A002 - the API's own name
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: bool = False,
+        **params: Any,
+    ) -> Response | ResponseStream:
+        """Asks for a response, which the server may keep and go on from (`POST /v1/responses`).
+
+        A response that the server keeps is not made twice: unless `store=False` is given, a request is sent again
+        only after a refused connection, a 429 or a 503.
+
+        Args:
+            input: A string, or a list of items: messages, results of function calls.
+            model: The model; default: the client's.
+            previous_response_id: The `id` of the response to go on from.
+            stream: Whether to return a `ResponseStream` of named events instead of the whole response.
+            **params: Sent as they are: `instructions`, `max_output_tokens`, `tools` (flat ones), `store`, ...
+
+        Returns:
+            The response, or a stream of its events. Whether it is "completed" or "incomplete", its `status` says.
+
+        Raises:
+            LLMError: as for `chat_completion`, also for a response that failed.
+        """
+        body = self._body({"input": input, **params}, model, stream)
+        if previous_response_id is not None:
+            body["previous_response_id"] = previous_response_id
+        return await respond(self._server, body, stream=stream)
+
+    def _body(self, body: dict[str, Any], model: str | None, stream: bool = False) -> dict[str, Any]:
+        asked = checked_model(model) or self._model
+        if asked is not None:
+            body["model"] = asked
+        if stream:
+            body["stream"] = True
+        return body
+
+    async def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = None, **params: Any
+    ) -> _T:
+        """Asks for an answer of a type: its schema goes along, and what comes back is validated.
+
+        An answer that is none is sent back once, with what is wrong about it. The request is streamed, so that the
+        server stops when this is cancelled.
+
+        Args:
+            messages: As for `chat_completion`. Say in them what the fields mean: few servers show the model the schema.
+            type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
+            model: The model; default: the client's.
+            **params: Sent as they are; not `n`, `response_format` and `stream`.
+
+        Raises:
+            LLMValidationError: an argument cannot be right, and nothing was sent; or the answer is not what was asked
+                for: `.body` is its text, `.partial` the whole reply, `.context["path"]` the place of the fault.
+            LLMError: as for `chat_completion`, and what iterating its stream raises.
+        """
+        params = {"model": model, **params}
+        return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
+
     async def list_models(self) -> list[str]:
         """The ids of the server's models (`GET /v1/models`); it does not queue behind generations.
 
@@ -193,6 +356,27 @@ class LLMClient:
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in ids):
             raise server.is_not(reply, "a list of models")
         return cast("list[str]", ids)
+
+    async def server_info(self) -> ServerInfo:
+        """Which server it is, its version, what it has loaded, with how much context and how many slots.
+
+        It asks afresh each time: `GET /v1/models`, then what the server that this looks like has of its own. LM Studio:
+        `/api/v1/models` (before 0.4.0 `/api/v0/models` as well); llama.cpp: `/props` (a router: once more for each
+        loaded model); Ollama: `/api/version`, `/api/ps`; vLLM: `/version`. Each may take 10 s, and none queues behind
+        generations. What the server does not tell, or refuses to tell, is None.
+
+        Raises:
+            LLMAuthenticationError: it refuses the key.
+            LLMError: as for `chat_completion`.
+        """
+        return await describe(self._server, self._model)
+
+    def stats(self) -> ClientStats:
+        """What is in flight and waits, and how often models were swapped and requests repeated, also by model.
+
+        It counts all that goes through the client's transport; setting `api_base` begins anew.
+        """
+        return self._server.transport.stats()
 
     async def health_check(self) -> bool:
         """Whether the server is there and serves requests. It neither queues nor retries, and takes 5 s at most.
@@ -221,6 +405,15 @@ class LLMClient:
         A later request opens the client again.
         """
         await self._server.close()
+
+
+def _body(messages: Any, model: str | None, stream: bool, params: Mapping[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] = {"messages": messages, **params}
+    if model is not None:
+        body["model"] = model
+    if stream:
+        body["stream"] = True
+    return body
 
 
 def _never_again(_status: int, _headers: Mapping[str, str], _body: bytes) -> Verdict:

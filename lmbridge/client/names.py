@@ -41,18 +41,19 @@ class ModelNames:
         self._mode = mode
         self._logged: set[tuple[str, str]] = set()
 
-    def check(self, asked: str | None, served: object) -> None:
-        """Compares the two; nothing to compare, or no name at all, is no mismatch.
+    def check(self, asked: str | None, served: object) -> bool:
+        """Compares the two and tells whether they fit; nothing to compare, or no name at all, is no mismatch.
 
         Raises:
             ModelMismatchError: they differ, and that is to be an error.
         """
         if self._mode == "ignore" or not asked or not served or not isinstance(served, str):
-            return
+            return True
         if is_same_model(asked, served):
-            return
+            return True
         if self._mode == "raise":
             raise ModelMismatchError(asked=asked, served=served, hint=_HINT)
         if (asked, served) not in self._logged:
             self._logged.add((asked, served))
             logger.warning("asked for model %r, but %r answered; %s", asked, served, _HINT)
+        return False

@@ -9,10 +9,11 @@ import weakref
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final, Literal, NoReturn, Self, cast
 
 import attrs
 
+from lmbridge.client.auto import Auto
 from lmbridge.client.llm import LLMClient
 from lmbridge.client.names import Mismatch
 from lmbridge.client.wire import checked_model
@@ -79,7 +80,7 @@ class LLMClientPool:
         api_key: str | None = None,
         timeout: Timeouts | None = None,
         max_retries: int = 2,
-        limits: Limits | None = None,
+        limits: Limits | Literal["auto"] | None = None,
         model_mismatch: Mismatch = "warn",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
@@ -89,6 +90,8 @@ class LLMClientPool:
             raise LLMValidationError(f"pool_size is {pool_size!r}", hint="give a whole number of 1 or more")
         if limits is None and transport is None:
             limits = Limits(max_concurrency=pool_size)
+        elif limits == "auto":
+            limits = cast("Literal['auto']", Auto(at_most=pool_size))
         elif isinstance(limits, Limits):
             limits = attrs.evolve(limits, max_concurrency=min(limits.max_concurrency, pool_size))
         self._size = pool_size

@@ -131,7 +131,7 @@ class Server:
         """
         value = _object_in(reply)
         if value is None:
-            raise failures.error_of_reply(reply, self.transport.redact)
+            raise self._error_of(reply)
         return value
 
     def is_not(self, reply: Reply, what: str) -> LLMResponseError:
@@ -152,16 +152,24 @@ class Server:
             ModelMismatchError: they differ, and that is to be an error.
         """
         try:
-            self.names.check(reply.call.request.model, value.get("model"))
+            if not self.names.check(reply.call.request.model, value.get("model")):
+                reply.call.cool()
         except LLMError as error:
+            reply.call.cool()
             error.context, error.status, error.body = reply.call.context(), reply.status, self._text(reply)
             error.partial = value
             raise
 
     def _no_stream(self, answer: Reply) -> LLMError:
         if _object_in(answer) is None:
-            return failures.error_of_reply(answer, self.transport.redact)
+            return self._error_of(answer)
         return self.is_not(answer, "an event stream")
+
+    def _error_of(self, reply: Reply) -> LLMError:
+        error = failures.error_of_reply(reply, self.transport.redact)
+        if failures.is_about_loading(error):
+            reply.call.cool()
+        return error
 
     def _text(self, reply: Reply) -> str:
         return self.transport.redact(reply.body.decode("utf-8", "replace"))

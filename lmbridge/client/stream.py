@@ -1,4 +1,4 @@
-"""A streamed chat completion: the stream object, and `collect`."""
+"""Streamed replies: what all their streams have in common, that of a chat completion, and `collect`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast, overload
 
 from lmbridge.client import failures
-from lmbridge.client.fold import Fold
+from lmbridge.client.fold import Fold, fold_for
 from lmbridge.client.names import ModelNames
 from lmbridge.client.wire import decode_json, decode_strictly
 from lmbridge.errors import (
@@ -25,36 +25,56 @@ from lmbridge.types import ChatCompletion, ChatCompletionChunk
 logger = logging.getLogger("lmbridge.client")
 
 _DONE: Final = b"[DONE]"
+_NOTHING: Final[Iterator[Event]] = iter(())
 _CUT_HINT: Final = "the server stopped, crashed or was cut off; what had arrived is in .partial"
 
 
-class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
-    """The chunks of one reply, as the server sent them.
+_Item = TypeVar("_Item")
+_Reply_co = TypeVar("_Reply_co", covariant=True)
 
-    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
-    finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
-    that the server stops generating, and gives its place back.
 
-    Raises (while it is iterated):
-        LLMStreamError: it was cut off, or the server reported an error that is none of those below.
-        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: the server reported one.
-        LLMTimeoutError: phase "first_byte", "idle" or "total".
-        ModelMismatchError: another model answers (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: the model's name changed between two chunks.
-        TaskCancelledError: it was closed, by another task or before its end.
+class Folding(Protocol[_Reply_co]):
+    """A reply that grows by what its stream hands out."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was added."""
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether that held any piece of an answer."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the reply is whole, even if nothing more comes."""
+
+    def add(self, chunk: Mapping[str, Any], /) -> None:
+        """Adds what an event held; raises `LLMStreamError` if it is of an unknown shape."""
+
+    def reply(self) -> _Reply_co:
+        """The reply so far, as a new dict."""
+
+
+class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
+    """The pieces of one reply: the base of the streams of all endpoints.
+
+    Iterate it, once and by one task at a time; it is an async context manager too. Leaving it early, in any way,
+    closes the connection, so that the server stops generating, and gives its place back.
     """
 
     __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
 
-    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact, answers: int = 1) -> None:
+    def __init__(
+        self, events: EventStream, names: ModelNames, redact: failures.Redact, fold: Folding[_Reply_co]
+    ) -> None:
         self._events = events
         self._names = names
         self._redact = redact
         # Events are decoded as they are handed out, not as they arrive: hundreds of decoded chunks waiting at a time
         # would keep the garbage collector busy for a third of the whole cost.
-        self._left: Iterator[Event] = iter(())
-        self._fold = Fold(answers)
-        self._add = self._fold.add
+        self._left: Iterator[Event] = _NOTHING
+        self._fold = fold
+        self._add = fold.add
         self._model: str | None = None
         self._done = False
         self._fault: LLMError | None = None
@@ -66,7 +86,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> ChatCompletionChunk:
+    async def __anext__(self) -> _Item:
         while True:
             for event in self._left:  # an iterator: it goes on where the last chunk was
                 chunk: Any = None
@@ -82,17 +102,18 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                         self._fail(error)
                         raise
                     return chunk  # type: ignore[no-any-return]  # no cast: it would be a call for each chunk
-                if (other := self._read_unusual(event)) is not None:
+                other = self._add_unusual(chunk, event) if isinstance(chunk, dict) else self._read_unusual(event)
+                if other is not None:
                     return other
             await self._read_more()
 
-    async def asend(self, value: None) -> ChatCompletionChunk:
+    async def asend(self, value: None) -> _Item:
         """The next chunk; a stream takes no values."""
         if value is not None:
-            raise TypeError("a ChatStream takes no values; iterate it")
+            raise TypeError(f"a {type(self).__name__} takes no values; iterate it")
         return await self.__anext__()
 
-    async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> ChatCompletionChunk:
+    async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> _Item:
         """Closes the stream and raises."""
         await self.aclose()
         error = typ if isinstance(typ, BaseException) else typ() if val is None else val
@@ -142,7 +163,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
 
-    def _read_unusual(self, event: Event) -> ChatCompletionChunk | None:
+    def _read_unusual(self, event: Event) -> _Item | None:
         """The chunk of an event that is not just one more piece of the same reply; None for the end, or for nothing.
 
         Raises:
@@ -152,7 +173,7 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
         data = data.strip()
         if data == _DONE:
             self._finish()
-            self._left = iter(())
+            self._left = _NOTHING
             return None
         if not data and name != "error":
             return None
@@ -163,15 +184,25 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
             if self._events.ended and name != "error" and text.startswith(("{", "[")):
                 return None  # the end of the body cut it off: that is told when the body's end is
             raise self._report(text) from None
-        if not isinstance(chunk, dict) or name == "error" or failures.is_error(chunk):
+        if not isinstance(chunk, dict) or name == "error":
             raise self._report(text)
+        return self._add_unusual(chunk, data)
+
+    def _add_unusual(self, chunk: dict[str, Any], data: Event) -> _Item:
+        """Adds a chunk that begins the reply, or names no model.
+
+        Raises:
+            LLMError: it is no chunk, but reports an error; or it is a chunk of another reply.
+        """
+        if failures.is_error(chunk):
+            raise self._report(cast("bytes", data).strip().decode("utf-8", "replace"))
         try:
             self._note_model(chunk.get("model"))
             self._add(chunk)
         except LLMError as error:
             self._fail(error)
             raise
-        return cast("ChatCompletionChunk", chunk)
+        return cast("_Item", chunk)
 
     def _note_model(self, model: str | None) -> None:
         """Notes the name of the model that answers.
@@ -189,10 +220,11 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
                 model,
                 hint="the server swapped models in mid-stream; send requests for different models one after another",
             )
-        self._names.check(self._events.call.request.model, model)
+        if not self._names.check(self._events.call.request.model, model):
+            self._events.call.cool()
         self._model = model
 
-    async def _collect(self) -> ChatCompletion:
+    async def _collect(self) -> _Reply_co:
         async with self:
             async for _ in self:
                 pass
@@ -230,46 +262,80 @@ class ChatStream(AsyncGenerator[ChatCompletionChunk, None]):
 
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
+        if failures.is_about_loading(error):
+            self._events.call.cool()
         error.message = self._redact(error.message)  # it may quote a chunk
         error.args = (error.message,)
         error.context = {**self._events.call.context(), **error.context}
         error.status = self._events.status
         error.partial = self._partial()
         self._fault = error
-        self._left = iter(())
+        self._left = _NOTHING
         self._events.abort(error)
         return error
 
-    def _partial(self) -> ChatCompletion | None:
+    def _partial(self) -> _Reply_co | None:
         return self._fold.reply() if self._fold.begun else None
 
 
-async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion:
+class ChatStream(ReplyStream[ChatCompletionChunk, ChatCompletion]):
+    """The chunks of one chat completion, as the server sent them.
+
+    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
+    finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
+    that the server stops generating, and gives its place back.
+
+    Raises (while it is iterated):
+        LLMStreamError: it was cut off, or the server reported an error that is none of those below.
+        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: the server reported one.
+        LLMTimeoutError: phase "first_byte", "idle" or "total".
+        ModelMismatchError: another model answers (`model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: the model's name changed between two chunks.
+        TaskCancelledError: it was closed, by another task or before its end.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact, answers: int = 1) -> None:
+        super().__init__(events, names, redact, Fold(answers))
+
+
+@overload
+async def collect(stream: ReplyStream[Any, _Reply_co]) -> _Reply_co: ...
+
+
+@overload
+async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion: ...
+
+
+async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
     """Folds a stream of chunks into the dict that the plain call would have returned.
 
     Content, reasoning and tool calls are joined, usage and finish reason kept; usage that the stream did not tell is
     None (servers tell it when asked with `stream_options={"include_usage": True}`). The stream is closed if an error
-    interrupts it. Of a `ChatStream` it is the whole reply, also if some or all of it was read before.
+    interrupts it. Of a stream of ours it is the whole reply, also if some or all of it was read before.
 
     Args:
-        stream: A `ChatStream`, or any other iterable of chunks.
+        stream: A `ChatStream`, `TextStream` or `ResponseStream`, or any other iterable of the chunks of a chat or
+            text completion.
 
     Raises:
         LLMError: what iterating the stream raises.
         LLMStreamError: a chunk is none, or there was none at all.
     """
-    if isinstance(stream, ChatStream):
+    if isinstance(stream, ReplyStream):
         return await stream._collect()  # noqa: SLF001 - it has folded what was read of it before
-    fold = Fold()
+    fold: Fold | None = None
     try:
         async for chunk in stream:
+            fold = fold or fold_for(chunk)
             fold.add(chunk)
     except BaseException as error:
-        if isinstance(error, LLMError) and error.partial is None and fold.begun:
+        if isinstance(error, LLMError) and error.partial is None and fold is not None and fold.begun:
             error.partial = fold.reply()
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()
         raise
-    if not fold.begun:
+    if fold is None:
         raise LLMStreamError("there was no chunk to collect", hint="has the stream been read already?")
     return fold.reply()

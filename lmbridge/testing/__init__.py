@@ -15,17 +15,21 @@ What it is to do with a request is any async function of an `Exchange`::
         await exchange.delta("Hel")
         exchange.reset()
 
+`OneModelServer` is one that holds a single model, and kills what it is generating for the sake of the next.
+
 `lmbridge.testing.fixtures` has the same as a pytest fixture.
 """
 
 from lmbridge.testing.behaviours import answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.testing.exchange import Behaviour, Exchange
+from lmbridge.testing.one_model import OneModelServer
 from lmbridge.testing.server import ScriptedServer
 from lmbridge.testing.wire import Request
 
 __all__ = [
     "Behaviour",
     "Exchange",
+    "OneModelServer",
     "Request",
     "ScriptedServer",
     "answer",

@@ -26,6 +26,7 @@ def answer(
     tool_calls: Sequence[Mapping[str, Any]] | None = None,
     reasoning: str | None = None,
     gate: asyncio.Event | None = None,
+    pace: float = 0.0,
     extra: Mapping[str, Any] | None = None,
 ) -> Behaviour:
     """Answer as a chat completion: a plain one, or a stream if the request has `"stream": true`.
@@ -45,6 +46,7 @@ def answer(
         reasoning: For `reasoning_content`.
         gate: Awaited after the first chunk of content (or before the end, if there is none), and before a plain
             reply: lets a test hold the stream open.
+        pace: Seconds before each chunk of content; a plain reply takes as long as all of them.
         extra: More fields for the completion, or for each chunk.
     """
     return _Answer(
@@ -56,6 +58,7 @@ def answer(
         tool_calls=list(tool_calls or ()),
         reasoning=reasoning,
         gate=gate,
+        pace=pace,
         extra=dict(extra or {}),
     )
 
@@ -70,6 +73,7 @@ class _Answer:
     tool_calls: list[Mapping[str, Any]]
     reasoning: str | None
     gate: asyncio.Event | None
+    pace: float
     extra: dict[str, Any]
 
     async def __call__(self, exchange: Exchange) -> None:
@@ -87,13 +91,16 @@ class _Answer:
             message["tool_calls"] = self.tool_calls
         body = completion(exchange.reply_id, model, message, finish_reason=self.finish_reason, usage=self._usage())
         await self._hold()
+        await self._pace(len(self.chunks))
         await reply(200, body | self.extra)(exchange)
 
     async def _stream(self, exchange: Exchange, model: str) -> None:
         held = False
         for delta in self._deltas():
+            speaks = delta.get("content") is not None
+            await self._pace(speaks)
             await exchange.chunk(completion_chunk(exchange.reply_id, model, delta) | self.extra)
-            if "content" in delta and delta["content"] is not None and not held:
+            if speaks and not held:
                 held = True
                 await self._hold()
         if not held:
@@ -125,6 +132,10 @@ class _Answer:
             return self.usage
         tokens = len(self.chunks)
         return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+
+    async def _pace(self, chunks: int) -> None:
+        if self.pace and chunks:
+            await asyncio.sleep(self.pace * chunks)
 
     async def _hold(self) -> None:
         if self.gate is not None:

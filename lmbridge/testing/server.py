@@ -16,9 +16,10 @@ from lmbridge.testing.exchange import Behaviour, Exchange
 from lmbridge.testing.wire import BadRequest, Request
 
 _HOST: Final = "127.0.0.1"
-_ENDPOINTS: Final = frozenset(
+GENERATIONS: Final = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "messages", "responses")
 )
+"""The paths of what a model has to answer."""
 
 
 class ScriptedServer:
@@ -239,7 +240,7 @@ class ScriptedServer:
         model = request.fields.get("model")
         if isinstance(model, str) and model in self._by_model:
             return self._by_model[model]
-        return self.default if request.path in _ENDPOINTS else self._unknown(request)
+        return self.default if request.path in GENERATIONS else self._unknown(request)
 
     def _look_up(self, request: Request) -> Behaviour:
         if request.path == "/v1/models":

@@ -5,5 +5,17 @@ from lmbridge.transport.events import EventStream
 from lmbridge.transport.http import Transport
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder
+from lmbridge.transport.stats import ClientStats, ModelStats
 
-__all__ = ["Event", "EventStream", "NamedEvent", "Reply", "Request", "SSEDecoder", "Transport", "Verdict"]
+__all__ = [
+    "ClientStats",
+    "Event",
+    "EventStream",
+    "ModelStats",
+    "NamedEvent",
+    "Reply",
+    "Request",
+    "SSEDecoder",
+    "Transport",
+    "Verdict",
+]

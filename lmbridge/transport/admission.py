@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 
 from lmbridge.config import Limits
@@ -20,10 +21,11 @@ class Admission:
 
     Args:
         limits: How much may be going on.
+        swaps: Where to count the swaps to each model.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.scheduler = Scheduler(limits)
+    def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
+        self.scheduler = Scheduler(limits, swaps)
         self._waiters: dict[asyncio.Task[object], Place] = {}
         self._timer: asyncio.TimerHandle | None = None  # for the next that will be overdue
         self._turns = 0

@@ -9,6 +9,7 @@ import re
 import ssl as ssl_module
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -37,6 +38,7 @@ from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Place
 from lmbridge.transport.sse import begins_event_stream
+from lmbridge.transport.stats import ClientStats, ModelStats
 
 logger = logging.getLogger("lmbridge.transport")
 
@@ -52,6 +54,7 @@ _NOT_REPEATED: Final = (
     "it was not sent again, because the server may have begun with it; look there before you repeat it"
 )
 _T = TypeVar("_T")
+FindLimits = Callable[["Transport"], Awaitable[Limits]]
 _Receive = Callable[[Call, aiohttp.ClientResponse], Awaitable[_T]]
 
 
@@ -65,7 +68,8 @@ class Transport:
         api_base: The server, with or without `/v1`. Default: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and
             `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`.
         api_key: Sent as a bearer token. Default: `LM_API_TOKEN`.
-        limits: How much may be going on at a time.
+        limits: How much may be going on at a time; or a function that finds it out. That is called before the first
+            request, and again after a connection was refused or lost, for then the server may be another.
         ssl: A context for https in place of the default verification.
         trust_env: Whether to use the environment's proxies and netrc. Loopback is never proxied.
 
@@ -78,20 +82,21 @@ class Transport:
         api_base: str | None = None,
         *,
         api_key: str | None = None,
-        limits: Limits | None = None,
+        limits: Limits | FindLimits | None = None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
     ) -> None:
         self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
         self._root = self.api_base.rpartition("/")[0]
         self.api_key: Final = checked_key(default_api_key() if api_key is None else api_key)
-        self.limits: Final = Limits() if limits is None else checked("limits", limits, Limits)
+        self._find_limits = limits if callable(limits) else None
+        self.limits = Limits() if limits is None or callable(limits) else checked("limits", limits, Limits)
         self._ssl = None if ssl is None else checked("ssl", ssl, ssl_module.SSLContext)
         self._trust_env = trust_env and not is_loopback(self.api_base)
         self._secret = None if self.api_key is None else _as_written(self.api_key)
         self._opened: _Opened | None = None
-        self.retries = 0
-        """Attempts beyond the first of each request, polls of a loading server not counted."""
+        self._retries: Counter[str | None] = Counter()
+        self._swaps: Counter[str | None] = Counter()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base}>"
@@ -107,6 +112,28 @@ class Transport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def stats(self) -> ClientStats:
+        """What is going on, and the counts since this transport was made."""
+        admission = None if self._opened is None else self._opened.admission
+        in_flight = Counter(place.model for place in admission.scheduler.in_flight) if admission else Counter()
+        queued = Counter(place.model for place in admission.scheduler.waiting) if admission else Counter()
+        models = in_flight | queued | self._swaps | self._retries
+        return ClientStats(
+            in_flight=in_flight.total(),
+            queued=queued.total(),
+            swaps=self._swaps.total(),
+            retries=self._retries.total(),
+            by_model={
+                model: ModelStats(
+                    in_flight=in_flight[model],
+                    queued=queued[model],
+                    swaps=self._swaps[model],
+                    retries=self._retries[model],
+                )
+                for model in models
+            },
+        )
 
     @property
     def in_flight(self) -> int:
@@ -178,6 +205,8 @@ class Transport:
         try:
             place = None
             if request.queued:
+                if self._find_limits is not None and not opened.knows_limits:
+                    await self._know_limits(opened, self._find_limits)
                 place = opened.admission.acquire_now(request.model) or await self._queue(opened, request, url)
             call = Call(request, url, opened.admission, place, opened.watch)
             try:
@@ -202,6 +231,31 @@ class Transport:
             return answer
         finally:
             opened.requests -= 1
+
+    async def _know_limits(self, opened: _Opened, find: FindLimits) -> None:
+        if opened.finding is None:
+            opened.finding = opened.loop.create_task(self._look_for_limits(opened, find))
+        finding = opened.finding
+        await asyncio.wait((finding,))  # who is cancelled meanwhile leaves it to the others
+        if finding.cancelled():
+            raise TaskCancelledError("the client was closed while it asked for the server's limits")
+        finding.result()
+
+    async def _look_for_limits(self, opened: _Opened, find: FindLimits) -> None:
+        opened.knows_limits = True
+        try:
+            limits = await find(self)
+        except LLMError as error:
+            opened.knows_limits = False
+            if not opened.closed.done():
+                logger.warning("the server's limits are not known, so they stay %s: %s", self.limits, error)
+        else:
+            if limits != self.limits:
+                logger.info("the server's limits: %s", limits)
+                self.limits = limits
+                opened.admission.limit(limits)
+        finally:
+            opened.finding = None
 
     async def _queue(self, opened: _Opened, request: Request, url: str) -> Place:
         try:
@@ -238,7 +292,7 @@ class Transport:
                 error.status, error.body = answer.status, self.redact(answer.body.decode("utf-8", "replace"))
             raise
         if wait is not None:
-            self.retries += verdict is Verdict.RETRY
+            self._retries[call.request.model] += verdict is Verdict.RETRY
             logger.info("%s: %s; %s in %.2f s", call.request.operation, why, verdict.value, wait)
         return wait
 
@@ -258,6 +312,7 @@ class Transport:
                     begun = not isinstance(getattr(exc, "message", ""), str)  # it has the part of a head that came
                     if begun or _newest.get() is not newest or opened.closed.done():
                         raise
+                    opened.knows_limits = False
                     response = await _send(session, call)
                 try:
                     return await receive(call, response)
@@ -274,6 +329,8 @@ class Transport:
             caught = ConnectionAbortedError()
         # Out of the handler, so that no error's context leads to an exception of aiohttp's that holds our headers.
         failure = _failure(call, caught, self.redact)
+        if failure.verdict is Verdict.RETRY:
+            opened.knows_limits = False
         failure.error.status = response.status if response is not None else None
         return failure
 
@@ -288,7 +345,7 @@ class Transport:
             _warn_of_closed_loop()
             opened = None
         if opened is None:
-            opened = self._opened = _Opened(loop, self._session(), Admission(self.limits))
+            opened = self._opened = _Opened(loop, self._session(), Admission(self.limits, self._swaps))
         return opened
 
     def _session(self, *, keep: bool = True) -> aiohttp.ClientSession:
@@ -298,7 +355,7 @@ class Transport:
         session = aiohttp.ClientSession(
             # The scheduler is the queue; the two more are for what does not queue (health, model lists).
             connector=_Connector(
-                limit=self.limits.max_concurrency + 2,
+                limit=0 if self._find_limits is not None else self.limits.max_concurrency + 2,
                 ssl=self._ssl or True,
                 **({"keepalive_timeout": KEEPALIVE} if keep else {"force_close": True}),
             ),
@@ -323,6 +380,8 @@ class _Opened:
     requests: int = attrs.field(init=False, default=0)
     """Plain ones under way, queued or not."""
     watch: Watch = attrs.field(init=False)
+    knows_limits: bool = attrs.field(init=False, default=False)
+    finding: asyncio.Task[None] | None = attrs.field(init=False, default=None)
     _fresh: aiohttp.ClientSession | None = attrs.field(init=False, default=None)
 
     @closed.default
@@ -341,6 +400,9 @@ class _Opened:
 
     async def close(self) -> None:
         self.closed.set_result(None)
+        if self.finding is not None:
+            self.finding.cancel()
+            await asyncio.wait((self.finding,))
         for stream in list(self.streams):
             stream.abort(_cancelled(stream.call))
         self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))

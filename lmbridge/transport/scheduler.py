@@ -91,15 +91,15 @@ class Scheduler:
 
     Args:
         limits: See the rules.
+        swaps: Where to count how often each model became active in the place of another.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
         self.limits = limits
         self.in_flight: Final[dict[Place, None]] = {}
         self.waiting: Final[OrderedDict[Place, None]] = OrderedDict()
         """In the order in which they came."""
-        self.swaps: Final[Counter[str | None]] = Counter()
-        """How often each model became active in the place of another."""
+        self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
         self.turns = 0
         """Counts activations and drains: what may have made a wait hopeless."""
         self._count = 0

@@ -183,7 +183,7 @@ async def test_a_loading_server_is_polled_without_counting_retries(
     scripted_server.script(*[LOADING] * 8, reply(500, {"error": "hiccup"}), LOADING, answer("Hi"))
     async with LLMClient(scripted_server.api_base, max_retries=1) as client:
         assert await ask(client, stream=True) == "Hi"
-        assert client._server.transport.retries == 1
+        assert client.stats().retries == 1
     assert len(scripted_server.requests) == 11
 
 
@@ -299,7 +299,7 @@ async def test_a_kept_connection_that_is_dead_is_replaced_silently(
         with caplog.at_level(logging.INFO, "lmbridge"):
             assert await ask(client, stream) == "Hello from the scripted server."
         assert [request.refused for request in scripted_server.requests] == [False, True, False]
-        assert client._server.transport.retries == 0
+        assert client.stats().retries == 0
     assert not caplog.records
 
 

@@ -34,8 +34,7 @@ from lmbridge import (
 from lmbridge.client.pool import PooledClient
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
 from tests.client.test_lifecycle import ServerThread, collecting
-from tests.support import HALF, MESSAGES, cancel_at_each_step, opened, piece, read_text, text_of
-from tests.transport.test_scheduler import turns
+from tests.support import HALF, MESSAGES, cancel_at_each_step, opened, piece, read_text, text_of, turns
 
 NOWHERE = "http://127.0.0.1:1"
 

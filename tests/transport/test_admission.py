@@ -12,6 +12,7 @@ from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.scheduler import Place
+from tests.support import turns
 from tests.transport.clock import Clock
 
 Complaints = list[dict[str, Any]]
@@ -32,12 +33,6 @@ def an_admission(max_concurrency: int = 1, max_queue: float | None = 600.0) -> A
 def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Place]:
     """A task of its own that asks for a place."""
     return asyncio.create_task(admission.acquire(model))
-
-
-async def turns(count: int = 3) -> None:
-    """Lets everything that is ready run, and what becomes ready by it."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def held_by_others(admission: Admission, count: int = 1) -> list[Place]:
