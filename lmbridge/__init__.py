@@ -45,7 +45,7 @@ from lmbridge.errors import (
     TaskCancelledError,
     ToolError,
 )
-from lmbridge.transport import Transport
+from lmbridge.transport import ClientStats, ModelStats, Transport
 
 if TYPE_CHECKING:
     from lmbridge.local import LocalServer
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheStats",
     "ChatStream",
+    "ClientStats",
     "ContextLengthExceededError",
     "LLMAuthenticationError",
     "LLMClient",
@@ -74,6 +75,7 @@ __all__ = [
     "ModelLoadError",
     "ModelMismatchError",
     "ModelNotFoundError",
+    "ModelStats",
     "ModelValidator",
     "MultiMCPError",
     "PoolStats",
