@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
 from lmbridge._version import __version__
-from lmbridge.client import (
-    CacheStats,
-    ChatStream,
-    LLMClient,
-    LLMClientPool,
-    ModelInfo,
-    ModelValidator,
-    PoolStats,
-    ReasoningSplitter,
-    ResponseEvent,
-    ResponseStream,
-    ServerInfo,
-    TextStream,
-    collect,
-    image_part,
-    split_reasoning,
-)
+from lmbridge.client import ChatStream, LLMClient, collect
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -45,10 +30,19 @@ from lmbridge.errors import (
     TaskCancelledError,
     ToolError,
 )
-from lmbridge.transport import ClientStats, ModelStats, Transport
+from lmbridge.transport import Transport
 
 if TYPE_CHECKING:
+    from lmbridge.agent import Tool, ToolCall, ToolContext
+    from lmbridge.client.completions import TextStream
+    from lmbridge.client.images import image_part
+    from lmbridge.client.models import CacheStats, ModelValidator
+    from lmbridge.client.pool import LLMClientPool, PoolStats
+    from lmbridge.client.reasoning import ReasoningSplitter, split_reasoning
+    from lmbridge.client.responses import ResponseEvent, ResponseStream
+    from lmbridge.client.server_info import ModelInfo, ServerInfo
     from lmbridge.local import LocalServer
+    from lmbridge.transport.stats import ClientStats, ModelStats
 
 __all__ = [
     "CacheStats",
@@ -87,6 +81,9 @@ __all__ = [
     "TaskCancelledError",
     "TextStream",
     "Timeouts",
+    "Tool",
+    "ToolCall",
+    "ToolContext",
     "ToolError",
     "Transport",
     "__version__",
@@ -95,11 +92,34 @@ __all__ = [
     "split_reasoning",
 ]
 
+# What many programs do without, and what needs an extra, is imported when it is asked for: the root stays light.
+_LAZY: Final = {
+    "CacheStats": "lmbridge.client.models",
+    "ClientStats": "lmbridge.transport.stats",
+    "LLMClientPool": "lmbridge.client.pool",
+    "LocalServer": "lmbridge.local",
+    "ModelInfo": "lmbridge.client.server_info",
+    "ModelStats": "lmbridge.transport.stats",
+    "ModelValidator": "lmbridge.client.models",
+    "PoolStats": "lmbridge.client.pool",
+    "ReasoningSplitter": "lmbridge.client.reasoning",
+    "ResponseEvent": "lmbridge.client.responses",
+    "ResponseStream": "lmbridge.client.responses",
+    "ServerInfo": "lmbridge.client.server_info",
+    "TextStream": "lmbridge.client.completions",
+    "Tool": "lmbridge.agent",
+    "ToolCall": "lmbridge.agent",
+    "ToolContext": "lmbridge.agent",
+    "image_part": "lmbridge.client.images",
+    "split_reasoning": "lmbridge.client.reasoning",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # An extra is imported when it is asked for: the root stays light, and works without it.
-    if name == "LocalServer":
-        from lmbridge.local import LocalServer  # noqa: PLC0415 - lazily, on purpose
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
-        return LocalServer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -48,6 +48,7 @@ def test_the_contracts_are_kept() -> None:
         ("aiohttp", "lmbridge/transport/http.py"),
         ("backoff", "lmbridge/transport/retry.py"),
         ("cachetools", "lmbridge/client/models.py"),
+        ("jsonschema", "lmbridge/agent/schemas.py"),
     ],
 )
 def test_one_file_imports_the_library(library: str, importer: str) -> None:

@@ -64,7 +64,7 @@ def test_the_metadata_names_the_extras(metadata: Message) -> None:
 
 def test_the_default_install_needs_no_extra(metadata: Message) -> None:
     needed = {line.partition(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert needed == {"aiohttp", "aiohttp-sse-client", "attrs", "backoff", "cachetools", "msgspec"}
+    assert needed == {"aiohttp", "aiohttp-sse-client", "attrs", "backoff", "cachetools", "jsonschema", "msgspec"}
 
 
 def test_there_is_one_version(metadata: Message) -> None:

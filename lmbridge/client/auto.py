@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
 
 from lmbridge.client.names import ModelNames
 from lmbridge.client.server import Server
-from lmbridge.client.server_info import ServerInfo, describe
 from lmbridge.config import Limits, Timeouts, checked
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport import Transport
 from lmbridge.transport.http import FindLimits
+
+if TYPE_CHECKING:
+    from lmbridge.client.server_info import ServerInfo
 
 SLOTS: Final = 4
 """Generations at a time where LM Studio or a llama.cpp router does not tell: the default of both."""
@@ -47,6 +49,8 @@ class Auto:
 
     async def __call__(self, transport: Transport) -> Limits:
         """The limits, as the server is now."""
+        from lmbridge.client.server_info import describe  # noqa: PLC0415 - who does not ask need not wait for it
+
         server = Server(transport, again=None, timeouts=Timeouts(), max_retries=0, names=ModelNames("ignore"))
         limits = limits_of(await describe(server, None))
         return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self.at_most)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import attrs
@@ -34,18 +35,31 @@ _SEARCHED: Final = 10_000
 """Characters of a message that are searched for known words."""
 
 
-def _any(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(patterns), re.IGNORECASE | re.DOTALL)
+class _Words:
+    """Looks for any of some patterns. They are compiled when the first error comes: that takes milliseconds."""
+
+    def __init__(self, *patterns: str) -> None:
+        self.pattern: Final = "|".join(patterns)
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(self.pattern, re.IGNORECASE | re.DOTALL)
+
+    def search(self, text: str) -> re.Match[str] | None:
+        return self._compiled.search(text)
+
+    def match(self, text: str) -> re.Match[str] | None:
+        return self._compiled.match(text)
 
 
 # What an error's message, type and code are searched for: `Said.words`. Never a reply.
 
-_NOTHING_LOADED: Final = _any(
+_NOTHING_LOADED: Final = _Words(
     r"\bno models? (are |is )?(currently )?loaded\b",  # LM Studio
     r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
 )
-_EVICTED: Final = _any(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
-_NOT_LOADED: Final = _any(
+_EVICTED: Final = _Words(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
+_NOT_LOADED: Final = _Words(
     r"\binsufficient system resources\b",  # LM Studio's guardrails
     r"\brequires more (system |gpu )?memory\b",  # Ollama
     r"\bout of memory\b",
@@ -58,7 +72,7 @@ _NOT_LOADED: Final = _any(
     r"\bunknown exception during inferencing\b",  # LM Studio, before it named crashes
     r"\brunner (process )?has (terminated|unexpectedly stopped)\b",  # Ollama
 )
-_CONTEXT: Final = _any(
+_CONTEXT: Final = _Words(
     r"\bexceed_context_size_error\b",  # llama.cpp
     r"\bcontext_length_exceeded\b",  # OpenAI, llama-cpp-python
     # Not "must not exceed": that is about a parameter.
@@ -71,7 +85,7 @@ _CONTEXT: Final = _any(
     r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
     r"\breached context length of \d",  # LM Studio
 )
-_NOT_FOUND: Final = _any(
+_NOT_FOUND: Final = _Words(
     r"\bmodel_not_found\b",
     r"\binvalid model identifier\b",  # LM Studio
     r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
@@ -80,14 +94,14 @@ _NOT_FOUND: Final = _any(
     r"\bcould not find (real )?modelid for\b",  # llama-swap
     r"\binvalid model name passed\b",  # litellm
 )
-_LOADING: Final = _any(r"\bloading\b")
-_LOADING_FAILED: Final = _any(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
+_LOADING: Final = _Words(r"\bloading\b")
+_LOADING_FAILED: Final = _Words(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
 # In the type and the code alone: an error's text may speak of any of these.
-_REFUSED: Final = _any(r"invalid_api_key", r"authentication_?error", r"unauthorized")
-_TOO_MANY: Final = _any(r"rate_?limit")
+_REFUSED: Final = _Words(r"invalid_api_key", r"authentication_?error", r"unauthorized")
+_TOO_MANY: Final = _Words(r"rate_?limit")
 
 # 500s that come again however often they are asked for: mistakes in the request, named by llama.cpp and its templates.
-_MISTAKE: Final = _any(
+_MISTAKE: Final = _Words(
     r"\[json\.exception\.",
     r"\bjinja\b",
     r"\btemplate\b",
@@ -106,14 +120,14 @@ _MISTAKE: Final = _any(
     r"\bcan only concatenate str\b",
 )
 # These say what is wrong with the request by repeating it: the rest of their words are the caller's.
-_REPEATS_REQUEST: Final = _any(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
+_REPEATS_REQUEST: Final = _Words(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
 # Neither a page nor half a JSON object is what a server says; words in it may be anybody's.
-_PAGE: Final = _any(r"\s*<(!doctype|\?xml|html|head|body)\b")
-_BROKEN_JSON: Final = _any(r"\s*(\{|\[\s*[\[{\"])")
+_PAGE: Final = _Words(r"\s*<(!doctype|\?xml|html|head|body)\b")
+_BROKEN_JSON: Final = _Words(r"\s*(\{|\[\s*[\[{\"])")
 
-_STATUS: Final = re.compile(r"[1-5]\d\d")
+_STATUS: Final = _Words(r"[1-5]\d\d\Z")
 
-_UNKNOWN_PATH: Final = _any(
+_UNKNOWN_PATH: Final = _Words(
     r"unexpected endpoint or method",  # LM Studio, with status 200
     r"^((file|page|route|path) )?not found\.?$",  # llama.cpp, FastAPI
     r"^404 page not found$",  # Ollama
@@ -123,12 +137,12 @@ _UNKNOWN_PATH: Final = _any(
 )
 
 _LISTED: Final = (
-    re.compile(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
-    re.compile(r"your models:\s*(?P<names>.+)", re.IGNORECASE | re.DOTALL),  # one a line
+    _Words(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
+    _Words(r"your models:\s*(?P<names>.+)"),  # one a line
 )
-_QUOTED: Final = re.compile(r"['\"`]([^'\"`\n]{1,200})['\"`]")
+_QUOTED: Final = _Words(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
-    re.compile(pattern, re.IGNORECASE)
+    _Words(pattern)
     for pattern in (
         r"\bn_prompt_tokens\W+(\d+)",  # llama.cpp's field, in a text that repeats its JSON
         r"\bn_keep: ?(\d+)",
@@ -140,7 +154,7 @@ _PROMPT_TOKENS: Final = tuple(
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
-    re.compile(pattern, re.IGNORECASE)
+    _Words(pattern)
     for pattern in (
         r"\bn_ctx\W+(\d+)",
         r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d+)",
@@ -215,7 +229,7 @@ def read(text: str) -> Said:
         whole = _json(inner) if isinstance(inner, Mapping | list) and inner else bare
         message = next(_messages(fields, value), whole)
     kind, code = _mark(fields.get("type")), _mark(fields.get("code"))
-    return Said(message, text, f"{kind} {code}", int(code) if _STATUS.fullmatch(code) else None, fields)
+    return Said(message, text, f"{kind} {code}", int(code) if _STATUS.match(code) else None, fields)
 
 
 def _mark(value: object) -> str:
@@ -377,7 +391,7 @@ def _tokens(said: Said) -> tuple[int | None, int | None]:
     )
 
 
-def _first_number(patterns: tuple[re.Pattern[str], ...], text: str) -> int | None:
+def _first_number(patterns: tuple[_Words, ...], text: str) -> int | None:
     found = next(filter(None, (pattern.search(text) for pattern in patterns)), None)
     return int(found[1]) if found and len(found[1]) < 19 else None  # int() refuses thousands of digits
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import uuid
 from collections.abc import Mapping
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
 from lmbridge.errors import LLMStreamError
-from lmbridge.types import ChatCompletion
+
+if TYPE_CHECKING:
+    from lmbridge.types import ChatCompletion
 
 _TEXTS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
 _JSON_SPACE: Final = " \t\r\n"

@@ -6,24 +6,27 @@ import ssl as ssl_module
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
 
-from lmbridge.client import structured
 from lmbridge.client.auto import checked_limits
-from lmbridge.client.completions import TextStream, complete
-from lmbridge.client.embeddings import embed
-from lmbridge.client.inputs import Texts
-from lmbridge.client.lmstudio import LMStudio
 from lmbridge.client.names import Mismatch, ModelNames
-from lmbridge.client.responses import ResponseInput, ResponseStream, respond
 from lmbridge.client.server import Server
-from lmbridge.client.server_info import ServerInfo, describe
 from lmbridge.client.stream import ChatStream
 from lmbridge.client.wire import check_messages, checked_model
 from lmbridge.config import Limits, Timeouts, checked, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
-from lmbridge.transport import ClientStats, Transport, Verdict
-from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
+from lmbridge.transport import Transport, Verdict
+
+if TYPE_CHECKING:
+    from lmbridge.client.completions import TextStream
+    from lmbridge.client.inputs import Texts
+    from lmbridge.client.lmstudio import LMStudio
+    from lmbridge.client.responses import ResponseInput, ResponseStream
+    from lmbridge.client.server_info import ServerInfo
+    from lmbridge.transport.stats import ClientStats
+    from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
+
+# What serves one method that many programs never call is imported there: together it is a tenth of the import's time.
 
 _T = TypeVar("_T")
 
@@ -91,7 +94,7 @@ class LLMClient:
             # With the key as it is now: the environment may change meanwhile.
             again = partial(Transport, **{**own, "api_key": transport.api_key})
         self._server = Server(transport, again=again, timeouts=timeouts, max_retries=max_retries, names=names)
-        self._lmstudio = LMStudio(self._server)
+        self._lmstudio: LMStudio | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base} model={self._model!r}>"
@@ -121,6 +124,10 @@ class LLMClient:
     @property
     def lmstudio(self) -> LMStudio:
         """LM Studio's own API: what is loaded and how; load, unload, download. Other servers refuse it."""
+        if self._lmstudio is None:
+            from lmbridge.client.lmstudio import LMStudio
+
+            self._lmstudio = LMStudio(self._server)
         return self._lmstudio
 
     @overload
@@ -219,6 +226,8 @@ class LLMClient:
         Raises:
             LLMError: as for `chat_completion`.
         """
+        from lmbridge.client.completions import complete
+
         return await complete(self._server, self._body({"prompt": prompt, **params}, model, stream), stream=stream)
 
     async def embeddings(
@@ -245,6 +254,8 @@ class LLMClient:
             LLMResponseError: an embedding is missing, or holds something else than finite numbers.
             LLMError: as for `chat_completion`. There is never a part of the embeddings.
         """
+        from lmbridge.client.embeddings import embed
+
         return await embed(self._server, self._body({"input": input, **params}, model), batch_size)
 
     @overload
@@ -307,6 +318,8 @@ class LLMClient:
         Raises:
             LLMError: as for `chat_completion`, also for a response that failed.
         """
+        from lmbridge.client.responses import respond
+
         body = self._body({"input": input, **params}, model, stream)
         if previous_response_id is not None:
             body["previous_response_id"] = previous_response_id
@@ -339,6 +352,8 @@ class LLMClient:
                 for: `.body` is its text, `.partial` the whole reply, `.context["path"]` the place of the fault.
             LLMError: as for `chat_completion`, and what iterating its stream raises.
         """
+        from lmbridge.client import structured
+
         params = {"model": model, **params}
         return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
 
@@ -369,6 +384,8 @@ class LLMClient:
             LLMAuthenticationError: it refuses the key.
             LLMError: as for `chat_completion`.
         """
+        from lmbridge.client.server_info import describe
+
         return await describe(self._server, self._model)
 
     def stats(self) -> ClientStats:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, cast, overload
 
 from lmbridge.client import failures
 from lmbridge.client.fold import Fold, fold_for
@@ -20,7 +20,9 @@ from lmbridge.errors import (
     TaskCancelledError,
 )
 from lmbridge.transport import Event, EventStream, NamedEvent
-from lmbridge.types import ChatCompletion, ChatCompletionChunk
+
+if TYPE_CHECKING:
+    from lmbridge.types import ChatCompletion
 
 logger = logging.getLogger("lmbridge.client")
 
@@ -278,7 +280,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         return self._fold.reply() if self._fold.begun else None
 
 
-class ChatStream(ReplyStream[ChatCompletionChunk, ChatCompletion]):
+class ChatStream(ReplyStream["ChatCompletionChunk", "ChatCompletion"]):
     """The chunks of one chat completion, as the server sent them.
 
     Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a

@@ -5,13 +5,10 @@ from lmbridge.transport.events import EventStream
 from lmbridge.transport.http import Transport
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder
-from lmbridge.transport.stats import ClientStats, ModelStats
 
 __all__ = [
-    "ClientStats",
     "Event",
     "EventStream",
-    "ModelStats",
     "NamedEvent",
     "Reply",
     "Request",

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import aiohttp
 import attrs
@@ -38,9 +38,11 @@ from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.scheduler import Place
 from lmbridge.transport.sse import begins_event_stream
-from lmbridge.transport.stats import ClientStats, ModelStats
 
 logger = logging.getLogger("lmbridge.transport")
+
+if TYPE_CHECKING:
+    from lmbridge.transport.stats import ClientStats
 
 KEEPALIVE: Final = 4.0
 """Seconds that an idle socket is kept: LM Studio and llama.cpp drop theirs after 5."""
@@ -115,6 +117,8 @@ class Transport:
 
     def stats(self) -> ClientStats:
         """What is going on, and the counts since this transport was made."""
+        from lmbridge.transport.stats import ClientStats, ModelStats  # noqa: PLC0415 - a millisecond for whom asks
+
         admission = None if self._opened is None else self._opened.admission
         in_flight = Counter(place.model for place in admission.scheduler.in_flight) if admission else Counter()
         queued = Counter(place.model for place in admission.scheduler.waiting) if admission else Counter()

@@ -101,7 +101,7 @@ class Scheduler:
         """In the order in which they came."""
         self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
         self.turns = 0
-        """Counts activations and drains: what may have made a wait hopeless."""
+        """Counts activations, drains and other limits: what may have made a wait hopeless."""
         self._count = 0
         self.limit(limits)
 
@@ -113,13 +113,18 @@ class Scheduler:
         self._draining: Group | None = None
         self._batches = 0  # members, of all batches, that still wait
         self._outside: list[tuple[int, Place]] = []  # heap of those whose group is not active, and of some stale ones
+        self.turns += 1
         if limits.max_loaded_models is None:
             self._everything = Group(None, is_active=True, is_warm=True)
             self._active[self._everything] = None
         for place in self.in_flight:
             group = self._join(place)
             group.in_flight += 1
-            group.is_active = group.is_warm = True
+            group.is_active = True
+            place.is_loader = place.is_loader and limits.max_loaded_models is not None
+            if place.is_loader:
+                group.loader = place
+            group.is_warm = group.loader is None
             self._active[group] = None
         for place in self.waiting:
             place.in_batch = False
@@ -203,7 +208,8 @@ class Scheduler:
         own_groups = {each.group for each in own}
         if group.is_active:
             return group is self._draining and not place.in_batch and group in own_groups
-        return not self._has_room() and own_groups.issuperset(self._active)
+        limit = self.limits.max_loaded_models
+        return limit is not None and len(own_groups) >= limit  # all others may become idle, but not these
 
     def next_overdue(self, now: float) -> float:
         """When somebody becomes overdue who is not yet, and that matters; else infinity."""
@@ -252,7 +258,7 @@ class Scheduler:
     def _choose_drain(self, now: float) -> None:
         first = self._first_outside()
         limit = self.limits.max_wait
-        if first is None or limit is None or now - first.arrived < limit:
+        if first is None or limit is None or now < first.arrived + limit:  # to the bit what `next_overdue` says
             self._draining = None  # whoever was overdue has left
         elif self._draining is None and not self._batches and not self._has_room():
             self._draining = next(iter(self._active))
@@ -282,7 +288,7 @@ class Scheduler:
         group = self._join(place)
         group.waiting[place] = None
         if not group.is_active:
-            heapq.heappush(self._outside, (place.number, place))
+            self._put_outside(place)
 
     def _unqueue(self, place: Place, group: Group) -> None:
         del self.waiting[place], group.waiting[place]
@@ -323,8 +329,14 @@ class Scheduler:
         del self._active[group]
         group.is_active = group.is_warm = False
         for place in group.waiting:
-            heapq.heappush(self._outside, (place.number, place))
+            self._put_outside(place)
         self._forget_if_unused(group)
+
+    def _put_outside(self, place: Place) -> None:
+        heapq.heappush(self._outside, (place.number, place))
+        if len(self._outside) > 2 * len(self.waiting) + 8:  # most are stale, and one that waits long is before them
+            fresh = [each for each in self.waiting if each.group is not None and not each.group.is_active]
+            self._outside = [(each.number, each) for each in fresh]
 
     def _forget_if_unused(self, group: Group) -> None:
         if not (group.is_active or group.in_flight or group.waiting):
