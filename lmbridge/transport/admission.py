@@ -83,7 +83,7 @@ class Admission:
     def release(self, place: Place) -> None:
         """Gives a place back, or waits for it no longer; a second time does nothing."""
         loop = asyncio.get_running_loop()
-        if self.scheduler.leave(place, loop.time()):
+        if self.scheduler.leave(place, loop.time()) and self.scheduler.waiting:
             self._admit(loop)
 
     def answered(self, place: Place) -> None:
