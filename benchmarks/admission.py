@@ -55,7 +55,8 @@ async def main() -> None:
     for models in (1, 10_000):
         few, many = [min([await waiting(count, models) for _ in range(5)]) for count in (1_000, 10_000)]
         title = "one model" if models == 1 else "each its own model"
-        print(f"a request of 1,000 and of 10,000 that wait, {title:18} {few:6.1f} and {many:.1f} µs: {many / few:.2f} times")
+        growth = f"{few:6.1f} and {many:.1f} µs: {many / few:.2f} times"
+        print(f"a request of 1,000 and of 10,000 that wait, {title:18} {growth}")
 
 
 if __name__ == "__main__":
