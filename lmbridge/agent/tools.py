@@ -110,6 +110,11 @@ class Tool:
         """Makes keywords for the function of JSON values, or raises a `ValueError` that says what is wrong where."""
         return self._convert or validator(self.parameters, self.sent_parameters)
 
+    @property
+    def has_converter(self) -> bool:
+        """Whether `convert` is there at once. Where it is not, making it imports a library, which reads files."""
+        return self._convert is not None
+
     def _wrong(self, what: str, hint: str) -> LLMValidationError:
         return LLMValidationError(f"tool {self.name!r}: {what}", hint=hint)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final, Generic, TypeVar
 
@@ -12,6 +12,7 @@ import msgspec
 
 from lmbridge.client.failures import shortened
 from lmbridge.client.reasoning import split_reasoning
+from lmbridge.client.schemas import digestible, fault
 from lmbridge.client.stream import ChatStream, collect
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ChatCompletion
@@ -26,15 +27,6 @@ _CUT: Final = (
 )
 _REPEATED: Final = 8_000
 """Characters of a wrong answer that the model is shown again."""
-_FAULT: Final = re.compile(r"(?P<what>.*) - at (?P<path>`.*`)", re.DOTALL)
-
-_REF: Final = "#/$defs/"
-_DROPPED: Final = frozenset({"title", "default", "discriminator"})
-"""What no grammar needs. A default of null breaks chat templates; a discriminator points to what is inlined."""
-_FORMATS: Final = frozenset({"date", "date-time", "time", "uuid"})
-"""What llama.cpp and llguidance know; the latter refuses any other."""
-_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
-"""Patterns that every llama.cpp knows; to any other, older ones answer 400."""
 
 
 @attrs.frozen
@@ -107,7 +99,7 @@ def _read(reply: ChatCompletion, answer: Answer[T], context: Mapping[str, Any]) 
         elif not text:
             what, hint = _nothing(reply)
         else:
-            context["path"], reason = _fault(exc)
+            context["path"], reason = fault(exc)
             what = f"the answer is no {answer.name}: {context['path']}: {reason}"
             hint = "its text is in .body; say in the prompt what the fields are, or ask a larger model"
         raise LLMValidationError(what, exc, hint=hint, context=context, body=text, partial=reply) from exc
@@ -134,16 +126,6 @@ def _nothing(reply: ChatCompletion) -> tuple[str, str]:
     if split_reasoning(reply).reasoning:
         return "the model thought, but did not answer", "switch its thinking off; .partial has what it thought"
     return "the answer is empty", "ask again, or without parse: not every server and model can answer by a schema"
-
-
-def _fault(error: Exception) -> tuple[str, str]:
-    """The path of a fault, like `$.items[2].price`, and what is wrong there. msgspec tells both in its text only."""
-    text = str(error)
-    if not isinstance(error, msgspec.ValidationError):
-        return "$", f"it is no JSON: {text}"
-    found = _FAULT.fullmatch(text)
-    path, what = (found["path"].replace("`", ""), found["what"]) if found else ("$", text)
-    return path, shortened(what[:1].lower() + what[1:])
 
 
 def _correction(error: LLMValidationError) -> list[dict[str, Any]]:
@@ -183,70 +165,3 @@ def _answer_of(type_: Any) -> Answer[Any]:
 
 def _name(type_: object) -> str:
     return str(getattr(type_, "__name__", type_))
-
-
-def digestible(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema of msgspec as local servers take it.
-
-    Every `$ref` is replaced by what it points to, but those of types that hold themselves: llama.cpp follows these.
-    Objects take no other fields than theirs, and what some grammar trips over is left out: it narrows what a model can
-    write, while the type itself judges what it wrote. Source: llama.cpp's converter, and issues of LM Studio.
-
-    Args:
-        schema: What `msgspec.json.schema` returns.
-    """
-    definitions = schema.get("$defs", {})
-    endless = {name for name in definitions if name in _reached(name, definitions)}
-    inlined = {name: part for name, part in definitions.items() if name not in endless}
-    whole = _digested({key: value for key, value in schema.items() if key != "$defs"}, definitions, inlined)
-    if endless:
-        whole["$defs"] = {name: _digested(definitions[name], inlined, inlined) for name in sorted(endless)}
-    return whole
-
-
-def _digested(part: Mapping[str, Any], at_root: Mapping[str, Any], inlined: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a schema; what `at_root` has is put in place of a reference here, what `inlined` has further in."""
-    target = at_root.get(part.get("$ref", "").removeprefix(_REF))
-    if target is not None:
-        part = {**target, **{key: value for key, value in part.items() if key != "$ref"}}
-    digested: dict[str, Any] = {}
-    for key, value in part.items():
-        if key == "properties":
-            digested[key] = {name: _digested(each, inlined, inlined) for name, each in value.items()}
-        elif key in ("anyOf", "prefixItems"):
-            digested[key] = [_digested(each, inlined, inlined) for each in value]
-        elif _is_known(key, value, part):
-            digested[key] = _digested(value, inlined, inlined) if isinstance(value, Mapping) else value
-    if "properties" in part:
-        digested.setdefault("additionalProperties", False)
-    return digested
-
-
-def _is_known(key: str, value: Any, part: Mapping[str, Any]) -> bool:
-    """Whether every server takes this keyword."""
-    if key == "items":
-        return value is not False or "prefixItems" not in part  # llama.cpp answers 400 to the two together
-    if key == "pattern":
-        return _PATTERN.fullmatch(value) is not None
-    return key not in _DROPPED and (key != "format" or value in _FORMATS)
-
-
-def _reached(name: str, definitions: Mapping[str, Any]) -> set[str]:
-    """The definitions that a definition refers to, directly or not."""
-    reached: set[str] = set()
-    left = list(_references(definitions[name]))
-    while left:
-        if (each := left.pop()) not in reached:
-            reached.add(each)
-            left += _references(definitions[each])
-    return reached
-
-
-def _references(part: Any) -> Iterator[str]:
-    if isinstance(part, Mapping):
-        if isinstance(ref := part.get("$ref"), str):
-            yield ref.removeprefix(_REF)
-        part = list(part.values())
-    if isinstance(part, list):
-        for each in part:
-            yield from _references(each)

@@ -1,0 +1,222 @@
+"""One call of a tool: in a task or a thread of its own, within its time, and what came of it as text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import msgspec
+
+from lmbridge.errors import ToolError
+
+if TYPE_CHECKING:
+    from lmbridge.agent.tools import Tool, ToolContext
+
+logger = logging.getLogger("lmbridge.agent")
+
+_GRACE: Final = 5.0
+"""Seconds that a cancelled tool has for its clean-up."""
+_CANCELLED: Final = "it was cancelled from within"
+_tasks: Final[set[asyncio.Future[Any]]] = set()
+"""Tools that are running, be it after they were let go: asyncio itself does not keep its tasks."""
+
+
+@attrs.frozen
+class Outcome:
+    """What came of a call."""
+
+    text: str
+    """For the model."""
+    is_error: bool
+    raw: Any = attrs.field(repr=False)
+    """What the tool returned or raised; None if it ran out of time."""
+    seconds: float
+
+
+class _OutOfTimeError(Exception):
+    """A tool has not come to its end in time; the text says what that means."""
+
+
+async def call_tool(
+    tool: Tool, arguments: Mapping[str, Any], context: ToolContext, *, timeout: float | None, max_output: int
+) -> Outcome:
+    """Calls a tool; what it raises is an outcome as well.
+
+    An async tool is a task of its own: when its time is up, or the caller is cancelled, it is cancelled and awaited.
+    If it goes on all the same, it is let go after 5 seconds. A plain function has a thread of its own, not one of
+    asyncio's pool: those are few, so that some that hang would stop all others, and the interpreter waits for them
+    when it ends. Nothing can stop it; nobody waits for it either, and `context.cancelled()` tells it.
+
+    Args:
+        tool: The tool.
+        arguments: Its arguments, converted.
+        context: What it may know of the call.
+        timeout: Seconds that it may take, or None.
+        max_output: Characters of its output that are kept.
+    """
+    began = time.monotonic()
+    over = threading.Event()
+    asked = context.cancelled
+    context = attrs.evolve(context, cancelled=lambda: over.is_set() or asked())
+    call = partial(tool.function, **{**arguments, **dict.fromkeys(tool.context_names, context)})
+    deadline = None if timeout is None else began + timeout
+    raw: Any = None
+    try:
+        raw = await _result(call, deadline, timeout)
+        text, is_error = _text(raw), False
+    except _OutOfTimeError as exc:
+        text, is_error = str(exc), True
+    except Exception as exc:  # noqa: BLE001 - whatever a tool raises is for the model to read
+        raw, text, is_error = exc, _told(exc), True
+    finally:
+        over.set()
+    return Outcome(capped(text, max_output), is_error, raw, time.monotonic() - began)
+
+
+async def _result(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:
+    """What the tool returns, or raises."""
+    if inspect.iscoroutinefunction(call):
+        value = call()
+    else:
+        value = await _result_of_thread(call, deadline, timeout)
+        if not inspect.isawaitable(value):
+            return value
+    task = asyncio.ensure_future(value)
+    _tasks.add(task)
+    task.add_done_callback(_forget)
+    try:
+        done = await _wait(task, deadline)
+    finally:
+        has_ended = await _ended(task)
+    if done is None:
+        ending = "was cancelled" if has_ended else "does not let itself be cancelled, and may still be running"
+        raise _OutOfTimeError(f"it has not come to an end within {timeout:g} seconds, and {ending}")
+    if done.cancelled():  # not by us: something that it waited for was
+        raise ToolError(_CANCELLED)
+    return done.result()
+
+
+async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:
+    """The work when it is done, or None when its time is up."""
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    done, _ = await asyncio.wait({work}, timeout=timeout)
+    return work if done else None
+
+
+async def _ended(task: asyncio.Future[Any]) -> bool:
+    """Whether the task has ended; if it has not, it is cancelled and has a moment to end."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_GRACE)
+    if not task.done():
+        logger.warning("a tool goes on %g seconds after it was cancelled: %r", _GRACE, task)
+    return task.done()
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    _tasks.discard(task)
+    if not task.cancelled():
+        task.exception()  # else asyncio logs that nobody asked for it
+
+
+async def _result_of_thread(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:
+    """What a plain function returns, or raises."""
+    work = _in_thread(call)
+    done = None
+    try:
+        done = await _wait(work, deadline)
+    finally:
+        if done is None:
+            work.add_done_callback(_close)
+    if done is None:
+        late = f"it has not come to an end within {timeout:g} seconds; it may still be running, its result is lost"
+        raise _OutOfTimeError(late)
+    value, error = done.result()
+    if isinstance(error, asyncio.CancelledError):
+        raise ToolError(_CANCELLED, error)
+    if error is not None:
+        raise error
+    return value
+
+
+def _close(work: asyncio.Future[tuple[Any, BaseException | None]]) -> None:
+    """Closes a coroutine that a plain function returned and nobody will await: else Python warns of it."""
+    value, _ = work.result()
+    if inspect.iscoroutine(value):
+        value.close()
+
+
+def _in_thread(call: Callable[[], Any]) -> asyncio.Future[tuple[Any, BaseException | None]]:
+    """What the call returns and raises, as soon as it has; a cancel releases who waits, and nothing else."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = call()
+        except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(future.set_result, (value, error))
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="lmbridge-tool", daemon=True).start()
+    return future
+
+
+# Texts
+
+
+def _text(value: Any) -> str:
+    """A result for the model: a text as it is, anything else as JSON.
+
+    Raises:
+        ToolError: it has no place in JSON.
+    """
+    if isinstance(value, str):
+        text = str.__str__(value)  # of an enum, its value
+    else:
+        try:
+            text = msgspec.json.encode(value).decode()
+        except (TypeError, ValueError, RecursionError) as exc:
+            reason = str(exc).rpartition("\n")[2]
+            raise ToolError(f"it ran, but its result ({type(value).__name__}) is not JSON: {reason}", exc) from exc
+    return text
+
+
+def _told(error: BaseException) -> str:
+    """An exception for the model: its class and what it says, without where in the code."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_told(each) for each in error.exceptions)
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 - a tool's exception is a tool's code
+        said = ""
+    if isinstance(error, ToolError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def capped(text: str, most: int) -> str:
+    """The text, or its head and its tail around how much was left out.
+
+    Half a surrogate pair, which no request can hold, becomes a question mark.
+
+    Args:
+        text: Any text.
+        most: Characters of it that are kept.
+    """
+    if len(text) > most:
+        tail = most // 2
+        omitted = len(text) - most
+        text = f"{text[: most - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,450 @@
+"""Calls of tools: threads and tasks, their time, their cancels, and what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import datetime as dt
+import enum
+import functools
+import gc
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge import Tool, ToolContext, ToolError
+from lmbridge.agent import calling
+from lmbridge.agent.calling import Outcome, call_tool, capped
+from tests.support import cancel_at_each_step, turns
+
+
+async def call(
+    function: Callable[..., Any],
+    *,
+    timeout: float | None = 30,
+    max_output: int = 1_000,
+    cancelled: Callable[[], bool] = lambda: False,
+    **arguments: Any,
+) -> Outcome:
+    """What comes of a call of a function."""
+    context = ToolContext("run", "call", "tool", cancelled)
+    tool = Tool("tool", "", {}, function)
+    return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output)
+
+
+class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
+    A = "a"
+
+
+# Results
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        ("as it is", "as it is"),
+        ("", ""),
+        (Letter.A, "a"),
+        (None, "null"),
+        (5, "5"),
+        ([1, "ä"], '[1,"ä"]'),
+        ({"at": dt.date(2026, 1, 1)}, '{"at":"2026-01-01"}'),
+        ("half \ud800 a pair", "half ? a pair"),
+    ],
+)
+async def test_a_text_is_kept_and_anything_else_is_json(result: Any, text: str) -> None:
+    async def tool() -> Any:
+        return result
+
+    for function in (tool, lambda: result):
+        outcome = await call(function)
+        assert (outcome.text, outcome.is_error, outcome.raw) == (text, False, result)
+        assert outcome.seconds >= 0
+
+
+async def test_a_result_that_is_no_json_is_an_error_that_says_so() -> None:
+    outcome = await call(lambda: {"a": object()})
+    assert outcome.is_error
+    assert outcome.text.startswith("it ran, but its result (dict) is not JSON: ")
+    assert "\n" not in outcome.text
+
+
+async def test_the_arguments_are_keywords() -> None:
+    assert (await call(lambda a, b: a - b, b=1, a=3)).text == "2"
+
+
+def returns(tool: Callable[[], Any]) -> Any:
+    """A plain function that returns a coroutine."""
+    return tool()
+
+
+async def test_whatever_is_awaitable_in_the_end_is_awaited() -> None:
+    async def tool(text: str) -> str:
+        await asyncio.sleep(0)
+        return text
+
+    class Speaker:
+        async def __call__(self) -> str:
+            return await tool("object")
+
+    assert (await call(functools.partial(tool, "partial"))).text == "partial"
+    assert (await call(lambda: tool("plain"))).text == "plain"
+    assert (await call(Speaker())).text == "object"
+
+
+# Errors
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("no such city"), "ValueError: no such city"),
+        (ToolError("no such city", hint="ask for a larger one"), "no such city; ask for a larger one"),
+        (KeyError("a"), "KeyError: 'a'"),
+        (RuntimeError(), "RuntimeError"),
+        (StopIteration("x"), "RuntimeError: .*raised StopIteration"),
+        (TimeoutError("the tool's own"), "TimeoutError: the tool's own"),
+        (asyncio.CancelledError(), "it was cancelled from within"),
+        (ExceptionGroup("many", [ValueError("one"), OSError("two")]), "ValueError: one; OSError: two"),
+        (UnspeakableError(), "UnspeakableError"),
+    ],
+)
+async def test_what_a_tool_raises_is_text_without_a_traceback(error: BaseException, text: str) -> None:
+    def plain() -> None:
+        raise error
+
+    async def tool() -> None:
+        raise error
+
+    for function in (plain, tool):
+        outcome = await call(function)
+        assert outcome.is_error
+        assert outcome.text == text or text.startswith("RuntimeError: .*")
+        assert isinstance(outcome.raw, Exception)
+
+
+async def test_arguments_that_the_function_does_not_take_are_an_error_as_well() -> None:
+    async def tool() -> None: ...
+
+    assert "unexpected keyword argument 'a'" in (await call(tool, a=1)).text
+    assert "unexpected keyword argument 'a'" in (await call(lambda: 1, a=1)).text
+
+
+async def test_an_interrupt_in_a_thread_goes_on() -> None:
+    def tool() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await _in_no_task(call(tool))
+
+
+async def _in_no_task(coroutine: Any) -> Any:
+    """Awaited here: a task that an interrupt ends would stop the loop of the tests."""
+    return await coroutine
+
+
+# Threads
+
+
+async def test_a_plain_function_runs_in_a_thread_of_its_own_with_the_context_of_the_caller() -> None:
+    variable = contextvars.ContextVar("variable", default="none")
+    variable.set("mine")
+    seen: list[Any] = []
+
+    def tool() -> str:
+        thread = threading.current_thread()
+        seen.extend((thread is not threading.main_thread(), thread.daemon))
+        return variable.get()
+
+    assert (await call(tool)).text == "mine"
+    assert seen == [True, True]
+
+
+async def test_tools_that_hang_do_not_take_the_threads_of_others() -> None:
+    release = threading.Event()
+    hanging = [asyncio.ensure_future(call(lambda: release.wait(30))) for _ in range(50)]
+    try:
+        assert (await call(lambda: "done")).text == "done"
+    finally:
+        release.set()
+        await asyncio.gather(*hanging)
+
+
+async def test_a_thread_whose_time_is_up_is_left_and_told() -> None:
+    release, told = threading.Event(), threading.Event()
+
+    def tool(context: ToolContext) -> str:
+        release.wait(30)
+        if context.cancelled():
+            told.set()
+        return "too late"
+
+    outcome = await call(tool, timeout=0.01)
+    release.set()
+    assert outcome.is_error
+    assert outcome.raw is None
+    assert outcome.text == (
+        "it has not come to an end within 0.01 seconds; it may still be running, its result is lost"
+    )
+    assert await asyncio.to_thread(told.wait, 30)
+
+
+async def test_a_cancel_does_not_wait_for_a_thread() -> None:
+    started, release, told = asyncio.Event(), threading.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def tool(context: ToolContext) -> None:
+        loop.call_soon_threadsafe(started.set)
+        release.wait(30)
+        if context.cancelled():
+            told.set()
+
+    task = asyncio.ensure_future(call(tool))
+    await started.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert not release.is_set()
+    release.set()
+    assert await asyncio.to_thread(told.wait, 30)
+    await turns()
+
+
+def test_a_tool_that_hangs_does_not_keep_the_interpreter() -> None:
+    code = """
+import asyncio, threading
+from lmbridge import ToolContext
+from lmbridge.agent.toolset import Toolset
+def hang() -> None:
+    threading.Event().wait()
+async def main():
+    tools = await Toolset.collect([hang])
+    ready = tools.read({"function": {"name": "hang", "arguments": "{}"}})
+    print((await tools.call(ready, ToolContext("", "", "", lambda: False), timeout=0.01, max_output=100)).text)
+asyncio.run(main())
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
+    assert "may still be running" in process.stdout
+    assert not process.stderr
+
+
+async def test_a_call_sees_the_cancel_of_its_run() -> None:
+    is_over = False
+
+    async def tool(context: ToolContext) -> list[bool]:
+        nonlocal is_over
+        before = context.cancelled()
+        is_over = True
+        return [before, context.cancelled()]
+
+    assert (await call(tool, cancelled=lambda: is_over)).text == "[false,true]"
+
+
+# Tasks
+
+
+async def test_an_async_tool_whose_time_is_up_is_cancelled_and_awaited() -> None:
+    cleaned: list[str] = []
+
+    async def tool() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append("up")
+
+    outcome = await call(tool, timeout=0)
+    assert outcome.text == "it has not come to an end within 0 seconds, and was cancelled"
+    assert outcome.is_error
+    assert cleaned == ["up"] or not cleaned  # a task that never began has nothing to clean up
+    outcome = await call(tool, timeout=0.01)
+    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
+    assert "up" in cleaned
+
+
+async def test_the_time_of_a_plain_function_counts_for_what_it_returns() -> None:
+    outcome = await call(lambda: asyncio.Event().wait(), timeout=0.01)
+    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
+
+
+async def test_a_coroutine_that_comes_too_late_is_closed() -> None:
+    release, returned = threading.Event(), threading.Event()
+
+    async def late() -> None: ...
+
+    def tool() -> Any:
+        release.wait(30)
+        returned.set()
+        return late()
+
+    assert (await call(tool, timeout=0.01)).is_error
+    release.set()
+    await asyncio.to_thread(returned.wait, 30)
+    await asyncio.to_thread(_join_tools)
+    await turns()
+    gc.collect()
+
+
+def _join_tools() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "lmbridge-tool":
+            thread.join(30)
+
+
+async def test_without_a_timeout_a_tool_has_all_the_time() -> None:
+    assert (await call(lambda: 1, timeout=None)).text == "1"
+
+
+async def test_an_error_that_comes_with_a_cancel_is_not_complained_of() -> None:
+    complaints: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    go = asyncio.Event()
+
+    async def tool() -> None:
+        await go.wait()
+        loop.call_soon(callers[0].cancel)  # after the end of this task, before whoever awaits it goes on
+        raise ValueError("too late")
+
+    callers = [asyncio.ensure_future(call(tool))]
+    await turns()
+    go.set()
+    await asyncio.wait(callers)
+    assert callers.pop().cancelled()
+    gc.collect()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("ending", ["value", "error"])
+async def test_a_tool_that_ends_otherwise_when_it_is_cancelled_is_out_of_time_all_the_same(ending: str) -> None:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def tool() -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if ending == "error":
+                raise OSError("while cleaning up") from None
+        return "swallowed"
+
+    outcome = await call(tool, timeout=0.01)
+    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
+    gc.collect()  # an exception that nobody asked for is told when its task goes
+    assert complaints == []
+
+
+async def test_a_tool_that_does_not_let_itself_be_cancelled_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calling, "_GRACE", 0.01)
+    release = asyncio.Event()
+
+    async def stubborn() -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    with caplog.at_level(logging.WARNING, "lmbridge.agent"):
+        outcome = await call(stubborn, timeout=0.01)
+    assert outcome.text.endswith("does not let itself be cancelled, and may still be running")
+    assert "a tool goes on 0.01 seconds after it was cancelled" in caplog.text
+    (stray,) = calling._tasks
+    release.set()
+    await asyncio.wait([stray])
+    await turns()
+    assert not calling._tasks
+
+
+async def test_a_second_cancel_does_not_wait_for_a_stubborn_tool() -> None:
+    release, begun, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def stubborn() -> None:
+        begun.set()
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+
+    task = asyncio.ensure_future(call(stubborn))
+    await begun.wait()
+    task.cancel()
+    await cancelled.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    (stray,) = calling._tasks
+    release.set()
+    await asyncio.wait([stray])
+    await turns()
+
+
+async def test_wherever_it_is_cancelled_the_tool_has_ended_before() -> None:
+    running: list[int] = []
+
+    async def tool() -> None:
+        running.append(1)
+        try:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        finally:
+            await asyncio.sleep(0)
+            running.pop()
+
+    async def after() -> None:
+        assert running == []
+        assert not calling._tasks
+
+    await cancel_at_each_step(lambda: call(tool), after, at_least=1)
+    await cancel_at_each_step(lambda: call(functools.partial(returns, tool)), after, at_least=2)
+    gc.collect()  # a coroutine that was never awaited warns when it goes
+
+
+# The cap
+
+
+def test_output_beyond_the_cap_keeps_head_and_tail() -> None:
+    assert capped("abcdefghij", 10) == "abcdefghij"
+    assert capped("abcdefghij", 5) == "abc\n[... 5 characters omitted]\nij"
+    assert capped("abcdefghij", 1) == "a\n[... 9 characters omitted]\n"
+    assert capped("abcdefghij", 0) == "\n[... 10 characters omitted]\n"
+    assert capped("", 0) == ""
+
+
+@given(st.text(max_size=60), st.integers(0, 60))
+def test_the_cap_keeps_as_much_as_it_says_and_counts_exactly(text: str, most: int) -> None:
+    made = capped(text, most)
+    if len(text) <= most:
+        assert made == text
+        return
+    head, _, rest = made.partition(f"\n[... {len(text) - most} characters omitted]\n")
+    assert text.startswith(head)
+    assert text.endswith(rest)
+    assert len(head) + len(rest) == most
+    assert 0 <= len(head) - len(rest) <= 1
+
+
+async def test_results_and_errors_are_capped_and_the_raw_one_is_not() -> None:
+    outcome = await call(lambda: "x" * 50, max_output=10)
+    assert outcome.text == "xxxxx\n[... 40 characters omitted]\nxxxxx"
+    assert outcome.raw == "x" * 50
+
+    def tool() -> None:
+        raise ValueError("x" * 50)
+
+    assert "characters omitted" in (await call(tool, max_output=10)).text

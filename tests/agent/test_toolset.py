@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext
+from lmbridge.agent.tool_names import called_names, sent_names
+from lmbridge.agent.toolset import Fault, Ready, Toolset
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
+
+
+async def weather(city: str, days: int = 3) -> str:
+    """Forecasts the weather."""
+    return f"{days} days of rain in {city}"
+
+
+def now() -> str:
+    """Tells the time."""
+    return "12:00"
+
+
+def tool(name: str, server: str | None = None, parameters: dict[str, Any] | None = None) -> Tool:
+    return Tool(name, "", parameters or {}, lambda **_: name, server=server)
+
+
+class Provider:
+    """Something that has tools."""
+
+    def __init__(self, *tools: Tool, error: Exception | None = None) -> None:
+        self.tools = tools
+        self.error = error
+
+    async def list_tools(self) -> Sequence[Tool]:
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        return self.tools
+
+
+def wire(name: Any, arguments: Any = "{}", call_id: Any = "call_1") -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+async def ready(*tools: Any, name: str, arguments: Any = "{}") -> Ready:
+    read = (await Toolset.collect(tools)).read(wire(name, arguments))
+    assert isinstance(read, Ready)
+    return read
+
+
+async def fault(*tools: Any, name: Any, arguments: Any = "{}") -> Fault:
+    read = (await Toolset.collect(tools)).read(wire(name, arguments))
+    assert isinstance(read, Fault)
+    return read
+
+
+# Collecting
+
+
+async def test_functions_tools_and_providers_become_definitions_in_their_order() -> None:
+    tools = await Toolset.collect([weather, tool("By hand", parameters=CITY), Provider(tool("a.b"), tool("c")), now])
+    assert tools.names == ["weather", "by_hand", "a_b", "c", "now"]
+    assert [definition["function"]["name"] for definition in tools.definitions] == tools.names
+    assert tools.definitions[0] == {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Forecasts the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 3}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    assert tools.definitions[1]["function"]["parameters"] == CITY
+    assert json.loads(json.dumps(tools.definitions)) == tools.definitions
+
+
+async def test_no_tools_are_no_definitions() -> None:
+    tools = await Toolset.collect(())
+    assert (tools.definitions, tools.names) == ([], [])
+    assert tools.find_text_call('<tool_call>{"name": "x"}</tool_call>') is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "told"),
+    [
+        (weather, "tools is <function weather.*; give a list"),
+        ("weather", "tools is 'weather'; give a list"),
+        (["weather"], "'weather' is no tool"),
+        ([Provider], "<class '.*Provider'> is no tool"),
+        ([weather, weather], "there are two tools 'weather'; give one of them another name"),
+        ([tool("x", "a"), tool("x", "a")], "there are two tools 'a__x'"),
+        ([tool("x", "a"), tool("x", "b"), tool("a__x")], "there are two tools 'a__x'"),
+        ([{"type": "function"}], "{'type': 'function'} is no tool"),
+    ],
+)
+async def test_what_is_no_tool_is_refused(tools: Any, told: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^{told}"):
+        await Toolset.collect(tools)
+
+
+async def test_what_a_provider_raises_goes_on() -> None:
+    with pytest.raises(MCPError, match="gone"):
+        await Toolset.collect([weather, Provider(error=MCPError("gone"))])
+
+
+# Names
+
+
+def test_a_tool_is_called_by_its_own_name_where_that_is_unique() -> None:
+    tools = [tool("search", "web"), tool("search", "files"), tool("read", "files"), tool("search")]
+    assert called_names(tools) == ["web__search", "files__search", "read", "search"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("get_weather", "get_weather"),
+        ("getWeather", "get_weather"),
+        ("Get weather!", "get_weather"),
+        ("files/read.txt", "files_read_txt"),
+        ("my-server__tool", "my_server__tool"),
+        ("a" * 64, "a" * 64),
+        ("a" * 65, "a" * 57 + "_......"),
+        ("天気", "tool_......"),
+        ("é", "tool_......"),
+    ],
+)
+def test_a_name_is_sent_in_snake_case(name: str, sent: str) -> None:
+    made = sent_names([name])[name]
+    assert re.fullmatch(r"[a-z0-9_]{1,64}", made)
+    assert re.fullmatch(sent, made)
+
+
+def test_names_that_would_become_the_same_get_a_hash_but_for_the_one_that_is_one() -> None:
+    made = sent_names(["get_weather", "getWeather", "get-weather", "read.file", "read-file"])
+    assert made["get_weather"] == "get_weather"
+    assert re.fullmatch(r"get_weather_[0-9a-f]{6}", made["getWeather"])
+    assert re.fullmatch(r"read_file_[0-9a-f]{6}", made["read.file"])
+    assert len(set(made.values())) == 5
+
+
+def test_a_name_that_looks_like_a_hashed_one_stays_its_own() -> None:
+    hashed = sent_names(["a.b", "a-b"])["a.b"]
+    made = sent_names(["a.b", "a-b", hashed])
+    assert made[hashed] == hashed
+    assert made["a.b"] != hashed
+    assert len(set(made.values())) == 3
+
+
+def test_names_of_one_hash_do_not_depend_on_their_order_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = hashlib.sha256
+    monkeypatch.setattr("hashlib.sha256", lambda _: sha256(b"always this"))
+    made = sent_names(["a.b", "a-b", "a b"])
+    assert sent_names(["a b", "a.b", "a-b"]) == made
+    assert sorted(len(name) for name in made.values()) == [10, 11, 12]
+
+
+NAMES = st.lists(st.text("aAbB_.-1 é", min_size=1, max_size=6) | st.text(min_size=1, max_size=80), unique=True)
+
+
+@given(NAMES, st.randoms())
+def test_names_are_sent_as_servers_take_them_each_another_whatever_their_order(names: list[str], random: Any) -> None:
+    made = sent_names(names)
+    assert set(made) == set(names)
+    assert len(set(made.values())) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in made.values())
+    shuffled = names.copy()
+    random.shuffle(shuffled)
+    assert sent_names(shuffled) == made
+
+
+@pytest.mark.parametrize("asked", ["files_read", "Files.Read"])
+async def test_a_tool_may_be_asked_for_by_the_sent_name_or_its_own(asked: str) -> None:
+    read = await ready(tool("Files.Read"), name=asked)
+    assert read.call.name == "Files.Read"
+
+
+async def test_a_tool_of_several_servers_has_to_be_asked_for_with_its_server() -> None:
+    tools = (tool("Search", "Web"), tool("Search", "Files"))
+    for asked in ("web__search", "Web__Search"):
+        read = await ready(*tools, name=asked)
+        assert read.call.name == "Web__Search"
+        assert read.call.tool is tools[0]
+    wrong = await fault(*tools, name="Search")
+    assert wrong.text == "there is no tool 'Search'; there are: web__search, files__search"
+
+
+# Reading calls
+
+
+async def test_a_call_that_fits_can_be_made() -> None:
+    by_hand = tool("By hand", parameters=CITY)
+    read = await ready(by_hand, name="by_hand", arguments='{"city": "Ulm"}')
+    assert read.call == ToolCall("call_1", "By hand", {"city": "Ulm"}, by_hand)
+    assert read.arguments == {"city": "Ulm"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"city": "Ulm", "days": "2"}',
+        {"city": "Ulm", "days": 2.0},
+        '"{\\"city\\": \\"Ulm\\", \\"days\\": 2}"',
+        ' {"city": "Ulm", "days": 2}\n',
+    ],
+)
+@pytest.mark.parametrize("function", [weather, tool("weather", parameters=CITY)])
+async def test_what_can_mean_one_thing_only_is_set_right(arguments: Any, function: Any) -> None:
+    read = await ready(function, name="weather", arguments=arguments)
+    assert read.call.arguments == read.arguments == {"city": "Ulm", "days": 2}
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, "null", "{}"])
+async def test_no_arguments_are_none_where_none_are_needed(arguments: Any) -> None:
+    assert (await ready(now, name="now", arguments=arguments)).arguments == {}
+    wrong = await fault(weather, name="weather", arguments=arguments)
+    assert wrong.text == (
+        "the arguments for 'weather' are wrong: $: object missing required field `city`;"
+        " it takes: city, days (optional)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ('{"city": "Ulm"', "not valid JSON: Expecting ',' delimiter at line 1 column 15 (character 14), near '{\""),
+        ('{"city":\n "Ulm",\n}', "not valid JSON: "),
+        ("{'city': 'Ulm'}", "not valid JSON: Expecting property name enclosed in double quotes at line 1 column 2"),
+        ('{"city": "Ulm"} {"city": "Bonn"}', "not valid JSON: Extra data at line 1 column 17 (character 16), near"),
+        ('{"days": NaN}', "not valid JSON: JSON is malformed: invalid character (byte 9), in '{\"days\": NaN}'"),
+        ('{"city": "\\ud800"}', "not valid JSON: "),
+        ('{"days": 1e999}', "not valid JSON: Number out of range"),
+        ("[" * 10_000, "not valid JSON: "),
+        ("[1]", "they have to be a JSON object, not [1]"),
+        ("5", "they have to be a JSON object, not 5"),
+        ('"Ulm"', 'they have to be a JSON object, not "Ulm"'),
+    ],
+)
+async def test_arguments_that_are_no_json_object_are_told_with_the_place(arguments: str, told: str) -> None:
+    wrong = await fault(weather, name="weather", arguments=arguments)
+    assert wrong.bad_arguments
+    assert wrong.text.startswith(f"the arguments for 'weather' are wrong: {told}")
+    assert wrong.text.endswith("; it takes: city, days (optional)")
+    assert len(wrong.text) < 700
+
+
+async def test_of_long_arguments_the_place_is_quoted() -> None:
+    arguments = '{"city": "' + "x" * 10_000 + '" "days": 5, "more": "' + "y" * 10_000 + '"}'
+    wrong = await fault(weather, name="weather", arguments=arguments)
+    assert "(character 10012)" in wrong.text
+    assert 'xx" "days": 5' in wrong.text
+    assert len(wrong.text) < 500
+
+
+async def test_wrong_types_are_told_with_the_path() -> None:
+    wrong = await fault(weather, name="weather", arguments='{"city": 5}')
+    assert wrong == Fault(
+        "call_1",
+        "weather",
+        "the arguments for 'weather' are wrong: $.city: expected `str`, got `int`; it takes: city, days (optional)",
+        bad_arguments=False,
+    )
+    wrong = await fault(tool("weather", parameters=CITY), name="weather", arguments='{"city": 5}')
+    assert wrong.text.startswith("the arguments for 'weather' are wrong: $.city: 5 is not of type 'string'; ")
+    points = {"type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "integer"}}}
+    wrong = await fault(tool("p", parameters=points), name="p", arguments='{"at": "x"}')
+    assert wrong.text.endswith("$.at: 'x' is not of type 'integer'; it takes: at (optional)")
+    wrong = await fault(now, name="now", arguments='{"zone": "CET"}')
+    assert wrong.text.endswith("$: object contains unknown field `zone`; it takes none")
+    wrong = await fault(weather, name="weather", arguments='"{\\"city\\": 5}"')
+    assert wrong.bad_arguments
+
+
+async def test_an_unknown_tool_is_told_with_the_names_that_there_are() -> None:
+    wrong = await fault(now, weather, name="get_weather")
+    assert wrong == Fault(
+        "call_1", "get_weather", "there is no tool 'get_weather'; there are: weather, now", bad_arguments=False
+    )
+    assert (
+        await fault(now, name="x" * 5_000, arguments="{")
+    ).text == f"there is no tool '{'x' * 200}...'; there are: now"
+    assert (await fault(now, name="x", arguments="{")).bad_arguments
+    assert (await fault(name="x")).text == "there is no tool 'x': there are none"
+    many = await fault(*(tool(f"t{number}") for number in range(60)), name="zzz")
+    assert many.text.endswith("t49, and 10 more")
+
+
+@pytest.mark.parametrize(
+    "call", [{}, {"function": None}, {"id": None, "function": {}}, wire(None), wire(""), wire(5), {"function": "now"}]
+)
+async def test_a_call_of_any_shape_is_read(call: Any) -> None:
+    read = (await Toolset.collect([now])).read(call)
+    assert isinstance(read, Fault)
+    assert "there are: now" in read.text
+
+
+async def test_types_of_the_user_may_raise_anything() -> None:
+    class Odd:
+        def __init__(self) -> None: ...
+
+    def convert(_: Any) -> dict[str, Any]:
+        raise KeyError("inside")
+
+    deep = '{"city": ' + "[" * 700 + "]" * 700 + "}"
+    assert isinstance(await fault(tool("deep", parameters=CITY), name="deep", arguments=deep), Fault)
+    odd = Tool("odd", "", {}, Odd, _convert=convert)
+    assert "KeyError: 'inside'; it takes none" in (await fault(odd, name="odd")).text
+
+
+@given(st.text(max_size=60) | st.none() | st.integers() | st.dictionaries(st.text(max_size=3), st.integers()))
+def test_reading_never_raises(arguments: Any) -> None:
+    tools = Toolset([Tool.from_function(weather), tool("by hand", parameters=CITY)])
+    for name in tools.names:
+        assert isinstance(tools.read(wire(name, arguments)), Ready | Fault)
+
+
+# Calls as text
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+REQUEST = '[TOOL_REQUEST]{"name": "weather", "arguments": {"city": "Ulm"}}[END_TOOL_REQUEST]'
+
+
+@pytest.mark.parametrize(
+    "text", [CALL, REQUEST, f"\n{CALL}\n", f"<think>Ulm?</think>\n\n{CALL}", f"Ulm?</think>{CALL}"]
+)
+async def test_an_answer_that_is_a_call_is_one(text: str) -> None:
+    tools = await Toolset.collect([weather])
+    (call,) = tools.find_text_call(text) or []
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    read = tools.read(call)
+    assert isinstance(read, Ready)
+    assert read.arguments == {"city": "Ulm"}
+
+
+async def test_several_calls_are_several() -> None:
+    tools = await Toolset.collect([weather, tool("Other.Tool")])
+    other, bare = '{"name": "Other.Tool", "arguments": "{}"}', '{"name": "weather"}'
+    text = f"{CALL}\n<tool_call>{other}</tool_call><tool_call>{bare}</tool_call>"
+    calls = tools.find_text_call(text) or []
+    assert [call["function"] for call in calls] == [
+        {"name": "weather", "arguments": '{"city": "Ulm"}'},
+        {"name": "other_tool", "arguments": "{}"},
+        {"name": "weather", "arguments": "{}"},
+    ]
+    assert len({call["id"] for call in calls}) == 3
+
+
+async def test_what_stands_in_a_call_is_its_own() -> None:
+    arguments = {"city": "</think></tool_call><think>"}
+    text = f"<tool_call>{json.dumps({'name': 'weather', 'arguments': arguments})}</tool_call>"
+    (call,) = (await Toolset.collect([weather])).find_text_call(text) or []
+    assert json.loads(call["function"]["arguments"]) == arguments
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "It rains.",
+        f"I call it: {CALL}",
+        f"{CALL} That was it.",
+        f"```\n{CALL}\n```",
+        f"{CALL}{REQUEST}",
+        CALL.removesuffix("</tool_call>"),
+        CALL.replace("weather", "forecast"),
+        f"{CALL}{CALL.replace('weather', 'forecast')}",
+        CALL.replace("}}", "}"),
+        CALL.replace('"name"', '"tool"'),
+        CALL.replace('"weather"', "5"),
+        "<tool_call></tool_call>",
+        "<tool_call>[1]</tool_call>",
+        "<tool_call>" + "[" * 100_000,
+        f"<think>{CALL}</think>",
+        f"<think>{CALL}",
+        '{"name": "weather", "arguments": {"city": "Ulm"}}',
+        "<tool_call><function=weather></function></tool_call>",
+        "[TOOL_REQUEST]weather[END_TOOL_REQUEST]",
+    ],
+)
+async def test_any_other_answer_is_an_answer(text: str) -> None:
+    assert (await Toolset.collect([weather])).find_text_call(text) is None
+
+
+# Calling
+
+
+async def test_a_call_is_made_with_the_converted_arguments() -> None:
+    tools = await Toolset.collect([weather])
+    read = tools.read(wire("weather", '{"city": "Ulm"}'))
+    assert isinstance(read, Ready)
+    context = ToolContext("run", "call_1", "weather", lambda: False)
+    outcome = await tools.call(read, context, timeout=30, max_output=100)
+    assert (outcome.text, outcome.is_error) == ("3 days of rain in Ulm", False)
+    with pytest.raises(LLMValidationError, match="there is no tool 'x'"):
+        await tools.call(Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100)

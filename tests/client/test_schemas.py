@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge.client.schemas import digestible_parameters, resolved
+
+
+def part(schema: Any, **root: Any) -> Any:
+    """What becomes of a parameter's schema."""
+    return digestible_parameters({"type": "object", "properties": {"x": schema}, **root})["properties"]["x"]
+
+
+@pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"properties": None}, {"type": "any"}, {"$schema": 5}])
+def test_at_the_top_is_an_object(schema: dict[str, Any]) -> None:
+    assert digestible_parameters(schema) == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "array"}, {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}]
+)
+def test_parameters_that_are_no_object_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="it is not of an object"):
+        digestible_parameters(schema)
+
+
+def test_what_is_nested_without_measure_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(2_000):
+        schema = {"type": "object", "properties": {"x": schema}}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        digestible_parameters(schema)
+
+
+@pytest.mark.parametrize("place", ["$defs", "definitions"])
+def test_references_are_replaced_by_what_they_point_to(place: str) -> None:
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "title": "Point", "description": "A point."}
+    sent = part({"$ref": f"#/{place}/Point", "description": "Where."}, **{place: {"Point": point}})
+    assert sent == {"type": "object", "properties": {"x": {"type": "integer"}}, "description": "Where."}
+
+
+def test_references_may_point_anywhere_in_the_schema() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"$ref": "#/properties/a"}}}
+    assert digestible_parameters(schema)["properties"]["b"] == {"type": "string"}
+    assert part({"$ref": "#/$defs/a~1b~0%20c"}, **{"$defs": {"a/b~ c": {"type": "null"}}}) == {"type": "null"}
+    assert part({"$ref": "#/$defs/x/anyOf/1"}, **{"$defs": {"x": {"anyOf": [{}, {"type": "null"}]}}}) == {
+        "type": "null"
+    }
+
+
+@pytest.mark.parametrize(
+    "ref", ["http://127.0.0.1:9/x.json", "other.json#/a", "#/$defs/None", "#anchor", "#/properties/x/5", "#/type/y", ""]
+)
+def test_references_that_lead_nowhere_are_anything(ref: str) -> None:
+    assert part({"$ref": ref}) == {}
+
+
+def test_a_type_that_holds_itself_is_written_out_twice() -> None:
+    node = {"type": "object", "properties": {"value": {}, "next": {"$ref": "#/$defs/Node"}}}
+    once = {"type": "object", "properties": {"value": {}, "next": {"type": "object"}}}
+    twice = {"type": "object", "properties": {"value": {}, "next": once}}
+    assert part({"$ref": "#/$defs/Node"}, **{"$defs": {"Node": node}}) == twice
+    assert digestible_parameters(node | {"$defs": {"Node": node}})["properties"]["next"] == twice
+    assert "$ref" not in json.dumps(digestible_parameters({"properties": {"child": {"$ref": "#"}}}))
+
+
+def test_references_in_a_circle_are_anything() -> None:
+    assert part({"$ref": "#/$defs/a"}, **{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}) == {}
+
+
+def test_references_that_multiply_come_to_an_end() -> None:
+    names = [f"n{number}" for number in range(40)]
+    definitions: dict[str, Any] = {
+        name: {"type": "object", "properties": {each: {"$ref": f"#/$defs/{following}"} for each in "ab"}}
+        for name, following in zip(names, [*names[1:], "n0"], strict=True)
+    }
+    sent = part({"$ref": "#/$defs/n0"}, **{"$defs": definitions})
+    assert 1_000 < len(json.dumps(sent)) < 500_000
+
+
+def test_no_keyword_is_sent_that_some_server_trips_over() -> None:
+    assert part(
+        {
+            "$id": "x",
+            "$schema": "y",
+            "$comment": "z",
+            "title": "X",
+            "type": "string",
+            "format": "email",
+            "pattern": r"\d",
+            "not": {},
+            "if": {},
+            "then": {},
+            "propertyNames": {},
+            "x-order": 1,
+            "default": None,
+            "nullable": True,
+            "maxLength": 10_000,
+        }
+    ) == {"type": "string"}
+    known = {"type": "string", "format": "date", "pattern": "^a$", "maxLength": 10, "default": "a", "examples": ["b"]}
+    assert part(known) == known
+
+
+@pytest.mark.parametrize(
+    ("schema", "sent"),
+    [
+        (True, {}),
+        ({"const": 1}, {"enum": [1]}),
+        ({"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        (
+            {"type": ["integer", "null", "any"], "minimum": 0, "description": "How many."},
+            {"description": "How many.", "anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]},
+        ),
+        ({"type": ["string"]}, {"type": "string"}),
+        ({"type": ["string", "null"], "enum": ["a", None]}, {"enum": ["a", None]}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
+        ({"oneOf": [{"type": "string"}, True, False, 5]}, {"anyOf": [{"type": "string"}, {}]}),
+        ({"type": "any"}, {}),
+        ({"type": "string", "enum": []}, {"type": "string"}),
+        ({"type": "integer", "enum": list(range(1000))}, {"type": "integer"}),
+        ({"type": "object", "properties": None}, {"type": "object", "properties": {}}),
+        ({"type": "object", "additionalProperties": {}}, {"type": "object", "additionalProperties": True}),
+        (
+            {"type": "object", "additionalProperties": {"type": ["string"]}},
+            {"type": "object", "additionalProperties": {"type": "string"}},
+        ),
+        ({"type": "object", "additionalProperties": False}, {"type": "object", "additionalProperties": False}),
+        ({"type": "object", "properties": {"a": False, "b": {}}}, {"type": "object", "properties": {"b": {}}}),
+        (
+            {"type": "object", "properties": {"a": {}}, "required": ["a", "b", 1]},
+            {"type": "object", "properties": {"a": {}}, "required": ["a"]},
+        ),
+        ({"type": "string", "required": True}, {"type": "string"}),
+        ({"type": "array", "items": {"const": 1}}, {"type": "array", "items": {"enum": [1]}}),
+        ({"type": "array", "items": [{"type": "string"}]}, {"type": "array"}),
+        ({"type": "array", "prefixItems": [{}], "items": False}, {"type": "array", "prefixItems": [{}]}),
+        ({"type": "number", "minimum": 0, "exclusiveMinimum": True}, {"type": "number", "minimum": 0}),
+        (
+            {"type": "object", "properties": {"$ref": {"type": "string"}}},
+            {"type": "object", "properties": {"$ref": {"type": "string"}}},
+        ),
+    ],
+)
+def test_parts_are_made_such_that_every_server_takes_them(schema: Any, sent: Any) -> None:
+    assert part(schema) == sent
+
+
+def test_all_of_is_one_part() -> None:
+    named = {"allOf": [{"$ref": "#/$defs/Kind"}], "description": "Which.", "default": "a"}
+    assert part(named, **{"$defs": {"Kind": {"enum": ["a", "b"], "title": "Kind"}}}) == {
+        "enum": ["a", "b"],
+        "description": "Which.",
+        "default": "a",
+    }
+    first = {"properties": {"a": {}}, "required": ["a"], "additionalProperties": False}
+    second = {"properties": {"b": {}}, "required": ["b", "a"]}
+    assert digestible_parameters({"type": "object", "allOf": [first, second]}) == {
+        "type": "object",
+        "properties": {"a": {}, "b": {}},
+        "required": ["a", "b"],
+    }
+
+
+def test_alternatives_at_the_top_are_one_object() -> None:
+    circle = {"type": "object", "properties": {"kind": {"const": "circle"}, "r": {}}, "required": ["kind", "r"]}
+    square = {"type": "object", "properties": {"kind": {"const": "square"}, "a": {}}, "required": ["kind", "a"]}
+    assert digestible_parameters({"oneOf": [circle, square, {"type": "null"}], "description": "A shape."}) == {
+        "type": "object",
+        "properties": {"kind": {"anyOf": [{"enum": ["circle"]}, {"enum": ["square"]}]}, "r": {}, "a": {}},
+        "description": "A shape.",
+        "required": ["kind"],
+    }
+
+
+def test_objects_stay_as_open_as_they_are() -> None:
+    assert part({"type": "object", "properties": {"a": {}}}) == {"type": "object", "properties": {"a": {}}}
+
+
+def test_the_original_is_not_changed() -> None:
+    schema = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"x": {"const": 1}}}}}
+    before = json.dumps(schema)
+    digestible_parameters(schema)
+    assert json.dumps(schema) == before
+
+
+def test_a_reference_is_found_or_none() -> None:
+    root = {"$defs": {"A": {"type": "null"}}}
+    assert resolved(root, "#/$defs/A") == {"type": "null"}
+    assert resolved(root, "#") == root
+    assert resolved(root, "#A") is None
+
+
+_KEYWORDS = [
+    "$ref", "$defs", "definitions", "type", "properties", "required", "items", "prefixItems", "anyOf", "oneOf", "allOf",
+    "not", "enum", "const", "additionalProperties", "minimum", "exclusiveMinimum", "maxLength", "multipleOf", "pattern",
+    "format", "description", "default", "title", "$schema", "$id",
+]  # fmt: skip
+_TEXTS = ["#", "#/$defs/a", "#/definitions/a", "#/properties/a", "http://x/y", "object", "string", "any", "^a$", "["]
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.floats(allow_nan=False) | st.sampled_from(_TEXTS),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2)
+        | st.dictionaries(st.sampled_from(_KEYWORDS), inner, max_size=4)
+    ),
+    max_leaves=25,
+)
+SCHEMAS = st.dictionaries(st.sampled_from(_KEYWORDS), _VALUES, max_size=6)
+"""Schemas and what looks like one."""
+
+
+@given(SCHEMAS)
+def test_whatever_comes_in_what_is_sent_is_a_valid_schema_of_an_object(schema: dict[str, Any]) -> None:
+    try:
+        sent = digestible_parameters(schema)
+    except ValueError as exc:
+        assert str(exc) == "it is not of an object"  # noqa: PT017 - it need not be raised
+        return
+    assert sent["type"] == "object"
+    jsonschema.Draft202012Validator.check_schema(sent)
+    assert digestible_parameters(sent) == sent
