@@ -2,12 +2,14 @@
 # make test    every check and every test
 # make lint    the checks alone
 # make bench   lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
+# make swaps   requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
 # make clean   removes what these have made
 #
-# `demo`, `test` and `bench` each make a virtual environment of their own and install what they need, once. They use
-# the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a `make clean`).
+# `demo`, `test`, `bench` and `swaps` each make a virtual environment of their own and install what they need, once.
+# They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a
+# `make clean`).
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench swaps clean
 .DELETE_ON_ERROR:
 
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
@@ -36,14 +38,20 @@ bench: .venv-bench/installed
 	@.venv-bench/bin/python -m benchmarks \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 
+swaps: .venv-swaps/installed
+	@.venv-swaps/bin/python -m benchmarks.model_swaps $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+
 clean:
-	rm -rf .venv-demo .venv-test .venv-bench dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv-demo .venv-test .venv-bench .venv-swaps dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
 .venv-demo/installed: EXTRAS := local
 .venv-test/installed: EXTRAS := local,dev
 .venv-bench/installed: EXTRAS := bench
-.venv-demo/installed .venv-test/installed .venv-bench/installed: pyproject.toml
+.venv-swaps/installed: EXTRAS := local
+.venv-swaps/installed: ALSO := -r benchmarks/swaps.txt
+.venv-swaps/installed: benchmarks/swaps.txt
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \
@@ -51,5 +59,5 @@ clean:
 		exit 1; } >&2
 	@echo "installing lmbridge[$(EXTRAS)] into $(@D), once"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(ALSO)
 	@touch $@

@@ -1,4 +1,4 @@
-"""The ratios as bars on a logarithmic scale: an SVG that is readable on light and on dark pages."""
+"""SVGs that are readable on light and on dark pages; the ratios as bars on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -65,11 +65,25 @@ def chart(rows: Sequence[tuple[str, Mapping[str, float]]], titles: Mapping[str, 
         legend.append(f'<rect class="{name}" x="{at:.0f}" y="14" width="12" height="12"/>')
         legend.append(f'<text x="{at + 18:.0f}" y="25">{escape(title)}</text>')
         at += 42 + 7.5 * len(title)
-    light = "\n".join(f".{name} {{ fill: {COLOURS[name][0]} }}" for name in titles)
-    dark = "\n".join(f".{name} {{ fill: {COLOURS[name][1]} }}" for name in titles)
-    body = "\n".join([*legend, *grid, *parts])
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" role="img" \
-aria-label="Cost in multiples of the limit, on a logarithmic scale">
+    label = "Cost in multiples of the limit, on a logarithmic scale"
+    return page(_WIDTH, y, label, {name: COLOURS[name] for name in titles}, [*legend, *grid, *parts])
+
+
+def page(width: int, height: int, label: str, colours: Mapping[str, tuple[str, str]], parts: Sequence[str]) -> str:
+    """An SVG of these parts.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        label: What it says to those who cannot see it.
+        colours: By class: on light, on dark.
+        parts: The elements.
+    """
+    light = "\n".join(f".{name} {{ fill: {on_light} }}" for name, (on_light, _) in colours.items())
+    dark = "\n".join(f".{name} {{ fill: {on_dark} }}" for name, (_, on_dark) in colours.items())
+    body = "\n".join(parts)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
+aria-label="{escape(label)}">
 <style>
 text {{ font: 13px system-ui, sans-serif; fill: #1f2328 }}
 .small {{ font-size: 10.5px; fill: #59636e }}
@@ -84,7 +98,7 @@ line {{ stroke: #3d444d }}
 {dark}
 }}
 </style>
-<rect class="page" width="{_WIDTH}" height="{y}" rx="8"/>
+<rect class="page" width="{width}" height="{height}" rx="8"/>
 {body}
 </svg>
 """

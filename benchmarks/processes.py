@@ -37,7 +37,14 @@ def cores() -> tuple[int, int] | None:
     return (usable[0], usable[1]) if len(usable) > 1 else None
 
 
-class _Process:
+class Process:
+    """A Python process on one of the cores, spoken to by lines.
+
+    Args:
+        core: Which of `cores()`.
+        *args: For the interpreter.
+    """
+
     def __init__(self, core: int, *args: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, *args],
@@ -75,7 +82,7 @@ class _Process:
         self._process.stdin.flush()
 
 
-class Stub(_Process):
+class Stub(Process):
     """The server."""
 
     def __init__(self) -> None:
@@ -83,7 +90,7 @@ class Stub(_Process):
         self.port = int(self.read(10))
 
 
-class Worker(_Process):
+class Worker(Process):
     """A client in a process of its own."""
 
     def __init__(self, name: str, port: int) -> None:
@@ -109,7 +116,7 @@ class Worker(_Process):
 def measure_import(name: str, bound: float) -> float:
     """CPU milliseconds that the import of a client takes in a fresh process."""
     modules = PEERS[name].imports
-    with _Process(1, "-c", _IMPORT.format(modules)) as process:
+    with Process(1, "-c", _IMPORT.format(modules)) as process:
         line = process.read(bound)
     if not line:
         raise FailedError(f"cannot import {modules}")

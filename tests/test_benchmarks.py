@@ -23,3 +23,20 @@ def test_every_row_of_the_benchmarks_yields_a_figure(tmp_path: Path) -> None:
     rows = {key.partition(" / ")[0].partition(" ")[0] for key in results}
     assert rows >= {"stream", "request", "request-1000", "first", "memory", "import", "leave-break", "length", "age"}
     assert {key.partition(" / ")[2] for key in results} == {"limit", "lmbridge"}
+
+
+def test_the_benchmark_of_model_swaps_yields_whole_answers_and_their_losses(tmp_path: Path) -> None:
+    outcomes = tmp_path / "outcomes.json"
+    options = ["--only=killing", "--rounds=1", "--requests=12", "--json", str(outcomes)]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.model_swaps", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads(outcomes.read_text())
+    whole = {key: sum(kind == "whole" for kind, *_ in run[0]) for key, (run,) in results.items()}
+    assert whole["killing / at once / lmbridge"] == whole["killing / callers / lmbridge"] == 12
+    assert whole["killing / at once / openai-once"] < 12

@@ -157,8 +157,8 @@ class Exchange:
     async def _write(self, data: bytes) -> None:
         if self.ended:
             raise RuntimeError("the reply has ended")
-        self.started = True
         await self._connection.write(data)
+        self.started = True  # not before: a behaviour that was cancelled there has sent nothing
 
 
 Behaviour: TypeAlias = Callable[[Exchange], Awaitable[None]]

@@ -27,7 +27,6 @@ class _Instance:
 
     places: asyncio.Semaphore
     loaded: bool = False
-    loading: int = 0
     work: dict[asyncio.Task[None], Request] = attrs.field(factory=dict)
 
 
@@ -105,8 +104,12 @@ class OneModelServer(ScriptedServer):
 
     async def _serve_by_model(self, behaviour: Behaviour, exchange: Exchange) -> None:
         instance = self._instance(exchange.model)
+        if not instance.loaded:
+            self.loads.append(exchange.model)
+            self.double_loads += bool(instance.work)
         work = asyncio.create_task(self._generate(instance, behaviour, exchange))
         instance.work[work] = exchange.request
+        self._bell.ring()
         try:
             await asyncio.wait({work})
         except asyncio.CancelledError:  # the client left, or the server is being closed
@@ -138,21 +141,11 @@ class OneModelServer(ScriptedServer):
 
     async def _generate(self, instance: _Instance, behaviour: Behaviour, exchange: Exchange) -> None:
         if not instance.loaded:
-            await self._load(instance, exchange.model)
+            await asyncio.sleep(self._load_seconds)
+            instance.loaded = True
+            self._bell.ring()
         async with instance.places:
             await behaviour(exchange)
-
-    async def _load(self, instance: _Instance, model: str) -> None:
-        self.loads.append(model)
-        self.double_loads += bool(instance.loading)
-        instance.loading += 1
-        self._bell.ring()
-        try:
-            await asyncio.sleep(self._load_seconds)
-        finally:
-            instance.loading -= 1
-        instance.loaded = True
-        self._bell.ring()
 
     async def _kill(self, exchange: Exchange) -> None:
         ending = self._random.choice(self._endings)
@@ -160,9 +153,10 @@ class OneModelServer(ScriptedServer):
             return
         if ending == "reset":
             exchange.reset()
+        elif exchange.started and exchange.streamed:
+            if ending == "error":
+                await exchange.chunk({"error": {"message": _UNLOADED}, "message": _UNLOADED})
         elif ending == "error" and not exchange.started:
             await reply(400, {"error": _UNLOADED})(exchange)
-        elif ending == "error" and exchange.streamed:
-            await exchange.chunk({"error": {"message": _UNLOADED}, "message": _UNLOADED})
-        elif not exchange.streamed:
+        else:
             exchange.hang_up()

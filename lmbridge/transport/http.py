@@ -246,11 +246,9 @@ class Transport:
         finding.result()
 
     async def _look_for_limits(self, opened: _Opened, find: FindLimits) -> None:
-        opened.knows_limits = True
         try:
             limits = await find(self)
         except LLMError as error:
-            opened.knows_limits = False
             if not opened.closed.done():
                 logger.warning("the server's limits are not known, so they stay %s: %s", self.limits, error)
         else:
@@ -258,6 +256,7 @@ class Transport:
                 logger.info("the server's limits: %s", limits)
                 self.limits = limits
                 opened.admission.limit(limits)
+            opened.knows_limits = True
         finally:
             opened.finding = None
 

@@ -84,6 +84,8 @@ class Group:
     batch: int = 0
     """How many of those that wait were there when it became active."""
     idle_since: float = -math.inf
+    is_leaving: bool = False
+    """Whether it is one too many, since the limits were lowered: what is in flight ends, and nothing follows."""
 
 
 class Scheduler:
@@ -125,6 +127,7 @@ class Scheduler:
             if place.is_loader:
                 group.loader = place
             group.is_warm = group.loader is None
+            group.is_leaving = not (group in self._active or self._has_room())
             self._active[group] = None
         for place in self.waiting:
             place.in_batch = False
@@ -137,7 +140,7 @@ class Scheduler:
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
         group = self._join(place)
-        if not (group.is_active and group.is_warm):
+        if not (group.is_active and group.is_warm) or group.is_leaving:
             self._forget_if_unused(group)
             return False
         self._give(place, group, now)
@@ -177,6 +180,8 @@ class Scheduler:
             group.idle_since = now
             if group.loader is place:
                 group.loader = None
+            if group.is_leaving and not group.in_flight:
+                self._deactivate(group)
         place.state, place.is_loader, place.group = "over", False, None
         self._forget_if_unused(group)
         return True
@@ -207,7 +212,8 @@ class Scheduler:
             return True
         own_groups = {each.group for each in own}
         if group.is_active:
-            return group is self._draining and not place.in_batch and group in own_groups
+            held_back = group.is_leaving or (group is self._draining and not place.in_batch)
+            return held_back and group in own_groups
         limit = self.limits.max_loaded_models
         return limit is not None and len(own_groups) >= limit  # all others may become idle, but not these
 
@@ -235,7 +241,8 @@ class Scheduler:
 
     def _head(self, group: Group) -> Place | None:
         """The first that waits for an active model, if it may go."""
-        if (not group.is_warm and group.loader is not None) or (group is self._draining and not group.batch):
+        held_back = group.is_leaving or (group is self._draining and not group.batch)
+        if held_back or (not group.is_warm and group.loader is not None):
             return None
         while group.waiting:
             place = next(iter(group.waiting))
@@ -327,7 +334,7 @@ class Scheduler:
         if group is self._draining:
             self._draining = None
         del self._active[group]
-        group.is_active = group.is_warm = False
+        group.is_active = group.is_warm = group.is_leaving = False
         for place in group.waiting:
             self._put_outside(place)
         self._forget_if_unused(group)

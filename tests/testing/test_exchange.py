@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply
 from tests.testing.support import Dial, Post
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -378,3 +378,18 @@ async def test_a_behaviour_that_cannot_be_right_is_an_error(
     (error,) = server.errors
     assert isinstance(error, RuntimeError)
     server.errors.clear()
+
+
+async def test_a_head_that_was_cancelled_before_it_was_sent_leaves_the_reply_to_be_started(
+    server: ScriptedServer, post: Post
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        starting = asyncio.create_task(exchange.start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait({starting})
+        await reply(200, "whole")(exchange)
+
+    server.script(behave)
+    reader, _ = await post(server)
+    assert (await reader.readuntil(b"whole")).startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain")

@@ -12,7 +12,7 @@ from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.scheduler import Place
-from tests.support import turns
+from tests.support import cancel_at_each_step, turns
 from tests.transport.clock import Clock
 
 Complaints = list[dict[str, Any]]
@@ -364,6 +364,286 @@ async def test_a_cancel_in_the_moment_of_an_error_stays_a_cancel_and_nothing_is_
     assert complaints == []
 
 
+# Models
+
+
+def with_models(max_concurrency: int = 10, max_loaded_models: int = 1, **options: Any) -> Admission:
+    return Admission(Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, **options))
+
+
+async def loaded(admission: Admission, model: str) -> Place:
+    """A place of another task, answered."""
+    place = await ask(admission, model)
+    admission.answered(place)
+    return place
+
+
+async def test_a_first_request_that_is_cancelled_leaves_its_turn_to_the_next_at_whatever_moment() -> None:
+    for turns_before in range(4):
+        admission = with_models()
+        first, second, third = (ask(admission, "a") for _ in range(3))
+        await turns(turns_before)
+        first.cancel()
+        await turns()
+        if not first.cancelled():  # it had its place
+            admission.release(first.result())
+            await turns()
+        assert (second.done(), third.done()) == (True, False)
+        admission.answered(second.result())
+        await third
+
+
+@pytest.mark.parametrize("turns_before_release", [1, 2, 3])
+async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_it_has_its_place(turns_before_release: int) -> None:
+    admission = with_models()
+
+    async def release_soon(place: Place) -> None:
+        await turns(turns_before_release)
+        admission.release(place)
+
+    async def wait_for_b() -> None:
+        place = await admission.acquire("a")
+        place.task = None  # another's
+        releasing = asyncio.create_task(release_soon(place))
+        try:
+            admission.release(await admission.acquire("b"))
+        finally:
+            await releasing
+
+    async def all_is_given_back() -> None:
+        assert (admission.in_flight, admission.queued) == (0, 0)
+        (active,) = admission.scheduler._groups
+        assert active in {"a", "b"}
+
+    await cancel_at_each_step(wait_for_b, all_is_given_back, at_least=1)
+    await all_is_given_back()
+
+
+async def test_a_cancelled_waiter_at_the_head_makes_room_for_the_one_behind_it_in_the_same_moment() -> None:
+    admission = with_models(2)
+    place = await loaded(admission, "a")
+    first, second = ask(admission, "b"), ask(admission, "c")
+    await turns()
+    first.cancel()
+    admission.release(place)  # before the cancelled task has run
+    await turns()
+    assert (first.cancelled(), second.done()) == (True, True)
+    assert dict(admission.scheduler.swaps) == {"c": 1}
+
+
+async def test_a_place_that_changes_models_and_is_cancelled_in_the_same_moment_passes_on_the_turn() -> None:
+    admission = with_models(1)
+    place = await loaded(admission, "a")
+    tasks = [ask(admission, model) for model in "bbc"]
+    await turns()
+    admission.release(place)  # to the first of b
+    tasks[0].cancel()
+    await turns(6)
+    assert [task.done() for task in tasks] == [True, True, False]
+    admission.release(tasks[1].result())
+    assert (await tasks[2]).model == "c"
+
+
+async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when_that_one_leaves(clock: Clock) -> None:
+    admission = with_models(max_wait=30.0)
+    place = await loaded(admission, "a")
+    first = ask(admission, "b")
+    await turns()
+    assert admission._timer is not None
+    assert admission._timer.when() == clock() + 30
+    clock.wait(10)
+    second = ask(admission, "c")
+    await turns()
+    first.cancel()
+    await turns()
+    clock.wait(20)  # it rings for the one that has left
+    await turns()
+    late = ask(admission, "a")
+    await late
+    assert admission._timer.when() == clock() + 10
+    clock.wait(10)
+    await turns()
+    held_back = ask(admission, "a")
+    await turns()
+    assert (second.done(), held_back.done()) == (False, False)
+    admission.release(place)
+    admission.release(late.result())
+    await second
+    assert not held_back.done()
+    held_back.cancel()
+
+
+async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clock) -> None:
+    for start, max_wait in ((1000.1, 0.3), (0.1, 0.7), (1e6 + 1 / 3, 29.9)):
+        clock.now = start
+        admission = with_models(max_wait=max_wait)
+        await loaded(admission, "a")
+        waiting = ask(admission, "b")
+        await turns()
+        clock.now = start + max_wait
+        await turns()
+        held_back = ask(admission, "a")
+        await turns()
+        assert not held_back.done()
+        assert admission._timer is None, "it would ring for ever"
+        waiting.cancel()
+        held_back.cancel()
+        await turns()
+
+
+async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_at_once() -> None:
+    admission = with_models(max_queue=None)
+    mine = await admission.acquire("a")
+    with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 1 of 10 places") as caught:
+        await admission.acquire("b")
+    assert caught.value.phase == "queue"
+    assert (admission.in_flight, admission.queued) == (1, 0)
+    admission.release(mine)
+    assert (await admission.acquire("b")).model == "b"
+
+
+async def test_who_is_made_to_wait_for_itself_by_a_drain_is_told_when_that_begins(clock: Clock) -> None:
+    admission = with_models(2, max_queue=None, max_wait=30.0)
+
+    async def two_of_a() -> Place:
+        mine = await admission.acquire("a")
+        with pytest.raises(LLMTimeoutError, match="for ever"):
+            await admission.acquire("a")  # its turn would come after that of b
+        return mine
+
+    twice = asyncio.create_task(two_of_a())
+    await turns()
+    b = ask(admission, "b")
+    await turns()
+    clock.wait(29.9)
+    await turns()
+    assert not twice.done()
+    clock.wait(0.1)
+    await turns()
+    assert twice.done()
+    admission.release(await twice)
+    await b
+
+
+async def test_of_two_tasks_that_hold_a_model_each_one_waits_for_the_other_but_not_for_itself() -> None:
+    admission = with_models(max_loaded_models=2, max_queue=None)
+    others = await loaded(admission, "b")
+
+    async def ask_for_more_and_more() -> list[Place]:
+        places = [await admission.acquire("a"), await admission.acquire("c")]
+        with pytest.raises(LLMTimeoutError, match="for ever"):
+            await admission.acquire("d")
+        return places
+
+    task = asyncio.create_task(ask_for_more_and_more())
+    await turns()
+    assert (admission.in_flight, admission.queued, task.done()) == (2, 1, False)
+    admission.release(others)
+    assert [place.model for place in await task] == ["a", "c"]
+
+
+async def test_other_limits_let_those_go_who_waited_for_the_old_ones() -> None:
+    admission = with_models(1)
+    place = await loaded(admission, "a")
+    tasks = [ask(admission, model) for model in "ab"]
+    await turns()
+    admission.limit(Limits(max_concurrency=3, max_loaded_models=2))
+    await turns()
+    assert [task.done() for task in tasks] == [True, True]
+    assert admission.acquire_now("a") is None
+    admission.release(place)
+    assert admission.acquire_now("a") is not None
+
+
+async def test_other_limits_tell_those_who_now_wait_for_themselves() -> None:
+    admission = with_models(2, max_queue=None)
+
+    async def ask_twice() -> None:
+        await admission.acquire("a")  # whose answer the second one waits for
+        with pytest.raises(LLMTimeoutError, match=r"for ever.* 1 of 1 places"):
+            await admission.acquire("a")
+
+    task = asyncio.create_task(ask_twice())
+    await turns()
+    assert not task.done()
+    admission.limit(Limits(max_concurrency=1, max_loaded_models=1))
+    await task
+
+
+@pytest.mark.parametrize("before", [None, 300.0])
+async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, before: float | None) -> None:
+    admission = with_models(max_wait=before)
+    place = await loaded(admission, "a")
+    b = ask(admission, "b")
+    await turns()
+    clock.wait(20)
+    admission.limit(Limits(max_loaded_models=1, max_wait=30.0))
+    clock.wait(10)
+    await turns()
+    assert admission._timer is None, "it has not rung"
+    held_back = ask(admission, "a")
+    await turns()
+    assert not held_back.done()
+    admission.release(place)
+    await b
+    held_back.cancel()
+
+
+async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_place_and_since_when(clock: Clock) -> None:
+    admission = with_models(max_queue=42.0, max_wait=None)
+    await loaded(admission, "model")
+    waiting = ask(admission, "other")
+    await turns()
+    clock.wait(42)
+    with pytest.raises(LLMTimeoutError) as caught:
+        await waiting
+    assert caught.value.context["holders"] == ["model for 42 s (unread for 42 s)"]
+    assert "1 of 10 places are held by: model for 42 s (unread for 42 s)" in str(caught.value)
+    assert (admission.in_flight, admission.queued) == (1, 0)
+
+
+async def test_one_that_times_out_in_a_batch_lets_the_next_drain_begin(clock: Clock) -> None:
+    admission = with_models(1, max_queue=60.0, max_wait=30.0)
+    place = await loaded(admission, "a")
+    b, late_b, c = ask(admission, "b"), ask(admission, "b"), ask(admission, "c")
+    await turns()
+    clock.wait(50)
+    admission.release(place)
+    await b
+    clock.wait(10)
+    for task in (late_b, c):
+        with pytest.raises(LLMTimeoutError):
+            await task
+    admission.release(b.result())
+    assert (admission.in_flight, admission.queued) == (0, 0)
+
+
+async def test_all_that_wait_for_models_can_be_told_to_go() -> None:
+    admission = with_models()
+    place = await loaded(admission, "a")
+    tasks = [ask(admission, model) for model in "bcbd"]
+    await turns()
+    admission.fail_waiters(closed)
+    assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [TaskCancelledError] * 4
+    assert (admission.in_flight, admission.queued) == (1, 0)
+    admission.release(place)
+    assert set(admission.scheduler._groups) == {"a"}
+
+
+async def test_who_is_told_to_go_in_a_drain_does_not_let_those_go_that_it_held_back(clock: Clock) -> None:
+    admission = with_models(max_wait=30.0)
+    await loaded(admission, "a")
+    overdue = ask(admission, "b")
+    await turns()
+    clock.wait(30)
+    held_back = ask(admission, "a")
+    await turns()
+    admission.fail_waiters(closed)
+    errors = await asyncio.gather(overdue, held_back, return_exceptions=True)
+    assert [type(error) for error in errors] == [TaskCancelledError] * 2
+    assert (admission.in_flight, admission.queued) == (1, 0)
+
+
 # Anything in any order
 
 Kind = Literal["arrive", "finish", "cancel"]
@@ -407,3 +687,65 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
         assert (admission.in_flight, admission.queued) == (0, 0)
 
     asyncio.run(run())
+
+
+_many = st.tuples(
+    st.sampled_from(["arrive", "arrive", "answer", "finish", "finish", "cancel", "wait"]), st.integers(0, 11)
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    max_concurrency=st.integers(1, 4),
+    max_loaded_models=st.integers(1, 3),
+    steps=st.lists(st.lists(_many, max_size=6), max_size=20),
+)
+def test_with_models_too_whatever_happens_in_one_turn_no_place_and_no_waiter_is_lost(
+    max_concurrency: int, max_loaded_models: int, steps: list[list[tuple[str, int]]]
+) -> None:
+    async def run(clock: Clock) -> None:
+        admission = with_models(max_concurrency, max_loaded_models, max_queue=None)
+        requests: list[asyncio.Task[Place]] = []  # without those that are over
+
+        def happen(kind: str, number: int) -> None:
+            if kind == "arrive":
+                requests.append(ask(admission, "abcd"[number % 4]))
+            elif kind == "wait":
+                clock.wait(4 * number)
+            elif requests:
+                each = requests[number % len(requests)]
+                if kind == "cancel" and not each.done():
+                    each.cancel()
+                elif kind == "answer" and each.done() and not each.cancelled():
+                    admission.answered(each.result())
+                elif kind == "finish" and each.done() and not each.cancelled():
+                    requests.remove(each)
+                    admission.release(each.result())
+
+        def check() -> None:
+            going = [task.result() for task in requests if task.done()]
+            assert set(admission.scheduler.in_flight) == set(going)
+            assert admission.queued == len(requests) - len(going)
+            assert len(going) <= max_concurrency
+            assert len({place.model for place in going}) <= max_loaded_models
+            assert going or not requests, "all wait for nobody"
+
+        for step in steps:
+            for kind, number in step:  # all in one turn of the loop
+                happen(kind, number)
+            await turns(10)
+            requests = [task for task in requests if not task.cancelled()]
+            check()
+        while requests:
+            happen("finish", next(number for number, task in enumerate(requests) if task.done()))
+            await turns(5)
+            check()
+        assert set(admission.scheduler._groups) == {group.model for group in admission.scheduler._active}
+
+    async def with_clock() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            clock = Clock()
+            patch.setattr(asyncio.get_running_loop(), "time", clock)
+            await run(clock)
+
+    asyncio.run(with_clock())

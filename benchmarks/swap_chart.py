@@ -1,0 +1,56 @@
+"""What became of the requests, as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Final
+
+from benchmarks.chart import page
+
+COLOURS: Final = {
+    "whole": ("#0b7a4b", "#3ecf8e"),
+    "truncated": ("#bf8700", "#d29922"),
+    "failed": ("#cf222e", "#f85149"),
+    "wrong-model": ("#8250df", "#b392f0"),
+}
+"""On light, on dark."""
+_WIDTH: Final = 860
+_LEFT: Final = 220
+_RIGHT: Final = 150
+_BAR: Final = 18
+_STEP: Final = 24
+
+
+def swap_chart(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests: int) -> str:
+    """Draws it.
+
+    Args:
+        bars: Where, which client, how many of each kind, and a remark; those of one place follow each other.
+        requests: How many there are in each.
+    """
+    parts, at = [], 16.0
+    for kind in ("whole", "truncated", "failed", "wrong model"):
+        parts.append(f'<rect class="{_class(kind)}" x="{at:.0f}" y="14" width="12" height="12"/>')
+        parts.append(f'<text x="{at + 18:.0f}" y="25">{kind}</text>')
+        at += 46 + 7.5 * len(kind)
+    y, last = 36, ""
+    for place, client, counts, remark in bars:
+        if place != last:
+            y, last = y + 24, place
+            parts.append(f'<text x="16" y="{y}" font-weight="600">{escape(place)}</text>')
+            y += 10
+        parts.append(f'<text x="{_LEFT - 12}" y="{y + 13}" text-anchor="end">{escape(client)}</text>')
+        x = float(_LEFT)
+        for kind, count in counts.items():
+            width = (_WIDTH - _LEFT - _RIGHT) * count / requests
+            if count:
+                parts.append(f'<rect class="{_class(kind)}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}"/>')
+            x += width
+        parts.append(f'<text class="small" x="{_WIDTH - _RIGHT + 8}" y="{y + 13}">{escape(remark)}</text>')
+        y += _STEP
+    return page(_WIDTH, y + 10, "What became of the requests, by server and client", COLOURS, parts)
+
+
+def _class(kind: str) -> str:
+    return kind.replace(" ", "-")

@@ -1,0 +1,602 @@
+"""The rules of scheduling by model, one by one, and then all of them with anything happening in any order.
+
+Every step of a `Shell` is checked against a `Record`, which tells the rules a second time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmbridge.config import Limits
+from lmbridge.transport import scheduler as scheduler_module
+from tests.transport.schedule_machine import ScheduleMachine, Shell
+from tests.transport.schedule_record import Entry, Record
+
+
+def a_shell(
+    max_concurrency: int = 10, max_loaded_models: int | None = 1, max_wait: float | None = 30.0, start: float = 0.0
+) -> Shell:
+    limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
+    return Shell(limits, start=start)
+
+
+def come(shell: Shell, models: str, owner: str | None = None) -> list[Entry]:
+    return [shell.arrive(model, owner) for model in models]
+
+
+def finish(shell: Shell, *entries: Entry) -> None:
+    for entry in entries:
+        shell.end(entry)
+        shell.check()
+
+
+def going(shell: Shell) -> str:
+    """The models of what is in flight, in the order of admission."""
+    return "".join(str(entry.model) for entry in shell.record.in_flight)
+
+
+def a_warm(shell: Shell, models: str) -> list[Entry]:
+    """One request for each model, in flight and answered."""
+    entries = come(shell, models)
+    for entry in entries:
+        shell.answer(entry)
+    assert going(shell) == models
+    return entries
+
+
+# Places
+
+
+def test_without_a_limit_of_models_all_models_go_side_by_side_in_the_order_of_their_coming() -> None:
+    shell = a_shell(3, None)
+    entries = come(shell, "abcdab")
+    assert going(shell) == "abc"  # and no first request alone
+    finish(shell, entries[1])
+    assert going(shell) == "acd"
+    finish(shell, entries[3], entries[0])
+    assert going(shell) == "cab"
+
+
+def test_a_model_beyond_the_active_ones_waits_until_one_of_those_has_nothing_in_flight() -> None:
+    shell = a_shell(max_loaded_models=2)
+    a, b = a_warm(shell, "ab")
+    come(shell, "c")
+    (second_a,) = come(shell, "a")
+    assert going(shell) == "aba"
+    finish(shell, a)
+    assert going(shell) == "ba"
+    finish(shell, second_a)
+    assert going(shell) == "bc"
+    assert dict(shell.scheduler.swaps) == {"c": 1}
+    finish(shell, b)
+
+
+def test_the_model_that_has_been_idle_longest_gives_way() -> None:
+    shell = a_shell(max_loaded_models=2)
+    a, b = a_warm(shell, "ab")
+    finish(shell, b)
+    shell.wait(1)
+    finish(shell, a)
+    come(shell, "c")
+    assert shell.record.active == ["a", "c"]
+
+
+def test_a_model_that_becomes_active_where_there_is_room_is_no_swap() -> None:
+    shell = a_shell(max_loaded_models=2)
+    finish(shell, *a_warm(shell, "ab"))
+    finish(shell, *a_warm(shell, "ab"))
+    assert not shell.scheduler.swaps
+
+
+def test_requests_for_active_models_go_on_while_nobody_is_overdue() -> None:
+    shell = a_shell(2)
+    (a,) = a_warm(shell, "a")
+    come(shell, "b")
+    shell.wait(29.9)
+    for _ in range(5):
+        (late,) = come(shell, "a")
+        assert going(shell) == "aa"
+        finish(shell, a)
+        a = late
+    assert not shell.scheduler.swaps
+
+
+# Drains and batches
+
+
+def test_once_somebody_is_overdue_the_longest_active_model_takes_no_more_and_the_other_goes_on() -> None:
+    shell = a_shell(max_loaded_models=2)
+    a, _b = a_warm(shell, "ab")
+    come(shell, "c")
+    shell.wait(30)
+    come(shell, "ab")
+    assert going(shell) == "abb"
+    finish(shell, a)
+    assert going(shell) == "bbc"
+    assert [entry.model for entry in shell.record.waiting] == ["a"]
+
+
+def test_nothing_in_flight_is_touched_by_a_drain_however_long_it_takes() -> None:
+    shell = a_shell()
+    a, second = a_warm(shell, "aa")
+    come(shell, "b")
+    shell.wait(10_000)
+    assert going(shell) == "aa"
+    finish(shell, a)
+    shell.wait(10_000)
+    assert going(shell) == "a"
+    finish(shell, second)
+    assert going(shell) == "b"
+
+
+def test_who_waits_for_an_active_model_is_never_overdue() -> None:
+    shell = a_shell(1)
+    (a,) = a_warm(shell, "a")
+    come(shell, "a")
+    shell.wait(1000)
+    assert shell.timer == math.inf
+    assert not shell.record.draining
+    finish(shell, a)
+    assert going(shell) == "a"
+
+
+def test_without_max_wait_nobody_is_overdue() -> None:
+    shell = a_shell(max_wait=None)
+    a_warm(shell, "a")
+    come(shell, "b")
+    shell.wait(1e9)
+    come(shell, "a")
+    assert going(shell) == "aa"
+
+
+def test_a_drain_ends_when_whoever_was_overdue_has_left_and_those_held_back_go() -> None:
+    shell = a_shell()
+    a_warm(shell, "a")
+    (b,) = come(shell, "b")
+    shell.wait(30)
+    come(shell, "aa")
+    assert going(shell) == "a"
+    finish(shell, b)
+    assert going(shell) == "aaa"
+
+
+def test_a_drain_ends_when_another_model_has_given_way() -> None:
+    shell = a_shell(max_loaded_models=2)
+    _a, b = a_warm(shell, "ab")
+    come(shell, "c")
+    shell.wait(30)
+    come(shell, "a")
+    assert (going(shell), shell.record.draining) == ("ab", ["a"])
+    finish(shell, b)
+    assert (going(shell), shell.record.draining) == ("aca", [])
+
+
+def test_all_that_wait_for_a_model_when_it_becomes_active_go_before_the_next_drain_and_later_ones_do_not() -> None:
+    shell = a_shell(2)
+    (a,) = a_warm(shell, "a")
+    batch = come(shell, "bbbb")
+    come(shell, "c")
+    shell.wait(100)  # both are overdue
+    finish(shell, a)
+    shell.answer(batch[0])
+    come(shell, "b")
+    assert (going(shell), shell.record.draining) == ("bb", [])
+    finish(shell, batch[0])
+    assert shell.record.draining == []
+    finish(shell, batch[1])
+    assert (going(shell), shell.record.draining) == ("bb", ["b"])
+    finish(shell, batch[2], batch[3])
+    assert going(shell) == "c"
+
+
+def test_all_that_a_drain_holds_back_waits_behind_the_overdue_even_if_it_came_earlier() -> None:
+    # DESIGN: "later arrivals for it are held back, except members of its running batch"; read as later than the batch.
+    shell = a_shell(1)
+    (a,) = a_warm(shell, "a")
+    come(shell, "ab")
+    shell.wait(30)
+    finish(shell, a)
+    assert going(shell) == "b"
+
+
+def test_those_held_back_are_the_next_batch_in_the_order_of_their_coming() -> None:
+    shell = a_shell(3)
+    (a,) = a_warm(shell, "a")
+    (b,) = come(shell, "b")
+    shell.wait(30)
+    held_back = come(shell, "aaa")
+    finish(shell, a)
+    assert going(shell) == "b"
+    finish(shell, b)
+    shell.answer(held_back[0])
+    assert shell.record.in_flight == held_back
+    assert shell.record.epochs[-1].batch == tuple(held_back)
+
+
+def test_a_batch_whose_last_member_is_cancelled_does_not_hold_up_the_next_drain() -> None:
+    shell = a_shell()
+    (a,) = a_warm(shell, "a")
+    _, second = come(shell, "bb")
+    come(shell, "c")
+    shell.wait(100)
+    finish(shell, a)
+    assert (going(shell), shell.record.draining) == ("b", [])  # the second waits for the first one's answer
+    finish(shell, second)
+    assert shell.record.draining == ["b"]
+
+
+@pytest.mark.parametrize("start", [0.1, 0.7, 1000.1, 12345.678, 1e6 + 1 / 3])
+@pytest.mark.parametrize("max_wait", [0.1, 0.3, 1 / 3, 29.9, 30.0])
+def test_a_drain_begins_at_the_very_moment_for_which_the_timer_was_set(start: float, max_wait: float) -> None:
+    shell = a_shell(max_wait=max_wait, start=start)
+    a_warm(shell, "a")
+    come(shell, "b")
+    assert shell.timer == start + max_wait  # and here `timer - start` may be less than `max_wait`
+    shell.wait(shell.timer - start + 1e-9)
+    assert shell.record.draining == ["a"]
+    shell.check()
+
+
+# Cold models
+
+
+def test_the_first_request_to_a_cold_model_goes_alone_until_it_is_answered() -> None:
+    shell = a_shell(max_loaded_models=2)
+    first, *_ = come(shell, "aaabb")
+    assert going(shell) == "ab"
+    shell.answer(first)
+    assert going(shell) == "abaa"
+
+
+def test_if_the_first_request_fails_the_next_one_goes_alone() -> None:
+    shell = a_shell()
+    first, second, third, _ = come(shell, "aaaa")
+    finish(shell, first)
+    assert shell.record.in_flight == [second]
+    finish(shell, third)
+    assert shell.record.in_flight == [second]
+    shell.answer(second)
+    assert going(shell) == "aa"
+
+
+def test_a_model_is_cold_again_after_an_eviction() -> None:
+    shell = a_shell()
+    finish(shell, *a_warm(shell, "a"))
+    shell.cool("a")
+    first, _ = come(shell, "aa")
+    assert shell.record.in_flight == [first]
+    shell.cool("a")  # while it is being loaded: that changes nothing
+    shell.answer(first)
+    assert going(shell) == "aa"
+
+
+def test_a_model_is_cold_again_when_its_place_went_to_another() -> None:
+    shell = a_shell()
+    for model in "aba":
+        first, second = come(shell, model * 2)
+        assert shell.record.in_flight == [first]
+        shell.answer(first)
+        finish(shell, first, second)
+
+
+def test_an_idle_model_that_keeps_its_place_stays_warm() -> None:
+    shell = a_shell()
+    finish(shell, *a_warm(shell, "a"))
+    shell.wait(1e6)
+    come(shell, "aa")
+    assert going(shell) == "aa"
+
+
+# Other limits
+
+
+def test_other_limits_let_more_go_at_once_and_touch_nothing_in_flight() -> None:
+    shell = a_shell(1)
+    come(shell, "aab")
+    shell.limit(Limits(max_concurrency=3, max_loaded_models=2))
+    assert going(shell) == "ab"  # the first of a is not answered yet
+    shell.limit(Limits(max_concurrency=1, max_loaded_models=2))
+    shell.check()
+    assert going(shell) == "ab"
+    shell.limit(Limits(max_concurrency=3))
+    assert going(shell) == "aba"
+
+
+def test_models_in_flight_beyond_a_new_limit_end_in_peace_before_another_gets_a_place() -> None:
+    shell = a_shell(max_loaded_models=None)
+    a, b = come(shell, "ab")
+    shell.scheduler.limit(Limits(max_loaded_models=1))
+    c = scheduler_module.Place("c", 0.0)
+    shell.scheduler.arrive(c)
+    for entry, expected in ((a, "waiting"), (b, "in flight")):
+        assert (shell.scheduler.admit(0.0), c.state) == ([], "waiting")
+        shell.scheduler.leave(shell.places[entry], 0.0)
+        shell.scheduler.admit(0.0)
+        assert c.state == expected
+
+
+def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_them() -> None:
+    shell = a_shell(max_loaded_models=2)
+    a, b = a_warm(shell, "ab")
+    scheduler = shell.scheduler
+    scheduler.limit(Limits(max_loaded_models=1))
+    more = [scheduler_module.Place(model, 0.0) for model in "ba"]
+    for place in more:
+        assert not scheduler.take(place, 0.0) or place.model == "a"
+        if place.state == "new":
+            scheduler.arrive(place)
+    assert [place.state for place in more] == ["waiting", "waiting"]
+    assert scheduler.admit(0.0) == [more[1]]  # a stays
+    scheduler.leave(shell.places[b], 0.0)
+    assert scheduler.admit(0.0) == []
+    scheduler.leave(shell.places[a], 0.0)
+    scheduler.leave(more[1], 0.0)
+    assert scheduler.admit(0.0) == [more[0]]
+
+
+# Waiting for oneself
+
+
+def test_a_task_is_told_when_all_models_are_its_own_and_not_while_one_is_of_others() -> None:
+    shell = a_shell(max_loaded_models=2)
+    come(shell, "a", "mine")
+    (b,) = come(shell, "b", "other")
+    come(shell, "c", "mine")
+    assert not shell.told
+    finish(shell, b)
+    assert going(shell) == "ac"
+    (d,) = come(shell, "d", "mine")
+    assert shell.told == [d]
+
+
+def test_a_task_is_told_when_later_a_drain_makes_it_wait_for_itself() -> None:
+    shell = a_shell(2)
+    (a,) = come(shell, "a", "mine")
+    shell.answer(a)
+    (other,) = come(shell, "a")
+    (second,) = come(shell, "a", "mine")
+    come(shell, "b")
+    shell.wait(29.9)
+    assert not shell.told
+    shell.wait(0.1)
+    assert shell.told == [second]
+    finish(shell, other, a)
+    assert going(shell) == "b"
+
+
+def test_a_task_is_told_when_other_limits_make_it_wait_for_itself() -> None:
+    shell = a_shell(2)
+    come(shell, "a", "mine")
+    (second,) = come(shell, "a", "mine")  # waits for the answer to the first
+    assert not shell.told
+    shell.limit(Limits(max_concurrency=1, max_loaded_models=1))
+    assert shell.told == [second]
+
+
+# What is kept
+
+
+def test_those_that_come_and_leave_behind_one_that_waits_long_leave_nothing_behind() -> None:
+    shell = a_shell(max_wait=None)
+    a_warm(shell, "a")
+    come(shell, "b")
+    scheduler = shell.scheduler
+    for number in range(1000):
+        place = scheduler_module.Place(f"model {number}", 0.0)
+        scheduler.arrive(place)
+        assert scheduler.admit(0.0) == []
+        assert scheduler.leave(place, 0.0)
+        assert len(scheduler._outside) < 20
+    assert set(scheduler._groups) == {"a", "b"}
+
+
+def _lines_for(run: Callable[[], None]) -> int:
+    """How many lines of the scheduler run, each turn of a loop counted."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != scheduler_module.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def _in_turn(models: list[str], limits: Limits) -> None:
+    """All come at once, overdue from the start, and each goes as soon as another is over."""
+    scheduler = scheduler_module.Scheduler(limits)
+    for model in models:
+        scheduler.arrive(scheduler_module.Place(model, -1000.0))
+        scheduler.admit(0.0)
+    for _ in models:
+        place = next(iter(scheduler.in_flight))
+        scheduler.answered(place, 0.0)
+        assert scheduler.leave(place, 0.0)
+        scheduler.admit(0.0)
+        scheduler.next_overdue(0.0)
+    assert (len(scheduler.in_flight), len(scheduler.waiting)) == (0, 0)
+
+
+def _cancelled(models: list[str], limits: Limits, step: int) -> None:
+    """All but the first leave again while they wait; the last first, if `step` is -1."""
+    scheduler = scheduler_module.Scheduler(limits)
+    places = [scheduler_module.Place(model, 0.0) for model in models]
+    for place in places:
+        scheduler.arrive(place)
+        scheduler.admit(0.0)
+    for place in places[1:][::step]:
+        assert scheduler.leave(place, 0.0)
+        scheduler.admit(0.0)
+        scheduler.next_overdue(0.0)
+    assert (len(scheduler.in_flight), len(scheduler.waiting)) == (1, 0)
+
+
+ONE = Limits(max_concurrency=1, max_loaded_models=1)
+FOUR = Limits(max_concurrency=4, max_loaded_models=2)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(lambda count: _in_turn(["a"] * count, ONE), id="one model"),
+        pytest.param(lambda count: _in_turn(["a"] * count, Limits(max_concurrency=1)), id="no limit of models"),
+        pytest.param(lambda count: _in_turn([str(number) for number in range(count)], ONE), id="all different"),
+        pytest.param(lambda count: _in_turn([str(number) for number in range(count)], FOUR), id="all different, two"),
+        pytest.param(lambda count: _in_turn(["a", "b", "c"] * (count // 3), FOUR), id="three models in turn"),
+        pytest.param(lambda count: _cancelled(["a"] * count, ONE, 1), id="cancelled"),
+        pytest.param(lambda count: _cancelled(["a"] * count, ONE, -1), id="cancelled backwards"),
+        pytest.param(lambda count: _cancelled([str(i) for i in range(count)], ONE, 1), id="different, cancelled"),
+        pytest.param(lambda count: _cancelled([str(i) for i in range(count)], ONE, -1), id="different, backwards"),
+    ],
+)
+def test_ten_thousand_waiters_cost_no_more_each_than_a_thousand(run: Callable[[int], None]) -> None:
+    """In lines of Python, which leaves the heap's own comparisons: O(log n) for each push and pop."""
+    few, many = _lines_for(lambda: run(1_000)) / 1_000, _lines_for(lambda: run(10_000)) / 10_000
+    assert few > 10
+    assert many < 1.05 * few
+
+
+def test_each_waiter_is_pushed_to_the_heap_at_most_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = 0
+    push = heapq.heappush
+
+    def count(heap: list[Any], item: object) -> None:
+        nonlocal pushed
+        pushed += 1
+        push(heap, item)
+
+    monkeypatch.setattr("lmbridge.transport.scheduler.heapq.heappush", count)
+    _in_turn(["a", "b", "c"] * 1000, FOUR)
+    _in_turn([str(number) for number in range(3000)], ONE)
+    assert 0 < pushed <= 2 * 6000
+
+
+# How long a wait may be
+
+
+@st.composite
+def _jobs(draw: st.DrawFn) -> list[tuple[int, str, int, int]]:
+    """Requests: when they come, their model, and how long after their admission they are answered and over."""
+    gaps, times = st.sampled_from([0, 0, 0, 1, 5, 20]), st.sampled_from([0, 1, 3, 10, 40])
+    jobs, now = [], 0
+    for _ in range(draw(st.integers(1, 25))):
+        now += draw(gaps)
+        answered = draw(times)
+        jobs.append((now, draw(st.sampled_from("aaabbc")), answered, answered + 1 + draw(times)))
+    return jobs
+
+
+def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> Record:
+    """Runs requests against the clock, in whole seconds, until all are over."""
+    shell = Shell(limits, start=0.0)
+    events: list[tuple[float, int, str, Entry | int]] = [(job[0], -1, "come", n) for n, job in enumerate(jobs)]
+    heapq.heapify(events)
+    known: set[Entry] = set()
+    while events:
+        when, _, what, which = heapq.heappop(events)
+        shell.wait(when - shell.now)
+        if isinstance(which, int):
+            shell.arrive(jobs[which][1])
+        elif what == "answer":
+            shell.answer(which)
+        else:
+            shell.end(which)
+        shell.check()
+        for entry in shell.record.in_flight:
+            if entry not in known:
+                known.add(entry)
+                number = shell.record.arrived.index(entry)
+                heapq.heappush(events, (shell.now + jobs[number][2], 2 * number, "answer", entry))
+                heapq.heappush(events, (shell.now + jobs[number][3], 2 * number + 1, "end", entry))
+    assert len(shell.record.over) == len(jobs)
+    return shell.record
+
+
+def _ahead_of(entry: Entry, record: Record) -> list[Entry]:
+    """Those whose time in flight a request may have to wait for, from the moment in which it is overdue."""
+    overdue = _overdue(entry, record)
+    began = [each for each in record.epochs[: entry.epochs_before] if each.model != entry.model]
+    running = [each for each in began if each.began <= overdue][-1:]
+    later = [each for each in began if each.began >= overdue]
+    members = {member for epoch in running + later for member in epoch.batch}
+    own = {each for each in _before(entry, record) if each.model == entry.model}
+    in_flight = {each for each in record.arrived if each.admitted <= overdue < each.over}
+    ahead = members | own | in_flight
+    if record.max_models > 1:
+        ahead |= {each for member in members | {entry} for each in _before(member, record)}
+        ahead |= {each for epoch in later for each in record.arrived if each.admitted <= epoch.began < each.over}
+    return sorted(ahead, key=lambda each: each.admitted)
+
+
+def _before(entry: Entry, record: Record) -> list[Entry]:
+    return record.arrived[: record.arrived.index(entry)]
+
+
+def _overdue(entry: Entry, record: Record) -> float:
+    assert record.limits.max_wait is not None
+    return entry.arrived + record.limits.max_wait
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    jobs=_jobs(),
+    max_concurrency=st.integers(1, 4),
+    max_loaded_models=st.sampled_from([1, 1, 2]),
+    max_wait=st.sampled_from([1.0, 10.0, 30.0]),
+)
+def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
+    jobs: list[tuple[int, str, int, int]], max_concurrency: int, max_loaded_models: int, max_wait: float
+) -> None:
+    """The bound, exactly: from the moment in which a request is overdue until it goes, at each moment one of these is
+    in flight, so that it waits no longer than `max_wait` and the sum of their times in flight.
+
+    - What was in flight when it became overdue, and what then had still to come of the running batch.
+    - The batches of the models that became active since then and before it went: at most one for each other model.
+    - Those who came before it for its own model.
+
+    With more than one active model these share the places, first come first served, with requests for the models that
+    are active all the time, so that these count as well: who came before it, or before a member of those batches; and
+    what was in flight when one of those models became active.
+    """
+    limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
+    record = _simulate(limits, jobs)
+    record.check_history()
+    for entry in record.arrived:
+        reached = _overdue(entry, record)
+        for each in _ahead_of(entry, record):
+            if each.admitted <= reached:
+                reached = max(reached, each.over)
+        assert entry.admitted <= reached, f"{entry} waited until {entry.admitted} for nobody since {reached}"
+
+
+def test_the_bound_is_met_to_the_second() -> None:
+    limits = Limits(max_concurrency=1, max_loaded_models=1, max_wait=30.0)
+    # a is drained at 30 and its second request in flight then ends at 36; the batch of b takes 5 and 7, that of c 4.
+    jobs = [(0, "a", 1, 18), (1, "a", 1, 18), (2, "b", 1, 5), (2, "c", 1, 4), (2, "d", 1, 1), (3, "b", 1, 7)]
+    jobs += [(time, "a", 1, 18) for time in range(4, 31)] + [(time, "b", 1, 9) for time in range(40, 44)]
+    record = _simulate(limits, jobs)
+    admitted = {str(entry.model): entry.admitted for entry in reversed(record.arrived[:5])}
+    assert admitted == {"a": 0, "b": 36, "c": 36 + 5 + 7, "d": 36 + 5 + 7 + 4}
+
+
+# Anything in any order
+
+TestAnything = ScheduleMachine.TestCase
+TestAnything.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
