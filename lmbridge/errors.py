@@ -29,7 +29,6 @@ Where a builtin fits (`ConnectionError`, `TimeoutError`, `ValueError`) the class
 
 from __future__ import annotations
 
-import difflib
 import pickle
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -267,6 +266,8 @@ class ModelNotFoundError(LLMValidationError):
     def _describe(self) -> str:
         text = f"model {self.model_name!r} not found" if self.model_name else "model not found"
         names = {name.casefold(): name for name in self.available_models}
+        import difflib  # noqa: PLC0415 - not needed until a model is missing
+
         if close := difflib.get_close_matches((self.model_name or "").casefold(), names):
             text += f" (did you mean {' or '.join(repr(names[match]) for match in close)}?)"
         if self.available_models:

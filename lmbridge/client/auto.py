@@ -40,12 +40,15 @@ def limits_of(info: ServerInfo) -> Limits:
     return Limits()
 
 
-@attrs.frozen
 class Auto:
-    """Asks a transport's server for its limits."""
+    """Asks a transport's server for its limits.
 
-    at_most: float = math.inf
-    """Generations at a time, whatever the server can do."""
+    Args:
+        at_most: Generations at a time, whatever the server can do.
+    """
+
+    def __init__(self, at_most: float = math.inf) -> None:
+        self._at_most = at_most
 
     async def __call__(self, transport: Transport) -> Limits:
         """The limits, as the server is now."""
@@ -53,7 +56,7 @@ class Auto:
 
         server = Server(transport, again=None, timeouts=Timeouts(), max_retries=0, names=ModelNames("ignore"))
         limits = limits_of(await describe(server, None))
-        return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self.at_most)))
+        return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self._at_most)))
 
 
 def checked_limits(limits: Limits | Auto | Literal["auto"] | None) -> Limits | FindLimits | None:

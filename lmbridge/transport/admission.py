@@ -40,21 +40,24 @@ class Admission:
         """Requests that wait for one."""
         return len(self.scheduler.waiting)
 
-    def acquire_now(self, model: str | None) -> Place | None:
-        """A place, if there is one that nobody else has to be asked for."""
+    def acquire_now(self, model: str | None, *, plain: bool = False) -> Place | None:
+        """A place, if there is one that nobody else has to be asked for; see `acquire`."""
         now = asyncio.get_running_loop().time()
-        task = asyncio.current_task()
-        place = Place(model, now, None if task is None else weakref.ref(task))
+        place = Place(model, now, None if plain else _holder(asyncio.current_task()))
         return place if self.scheduler.take(place, now) else None
 
-    async def acquire(self, model: str | None) -> Place:
+    async def acquire(self, model: str | None, *, plain: bool = False) -> Place:
         """Waits for a place.
+
+        Args:
+            model: The model that is asked for.
+            plain: Whether its task waits until it gives the place back: so it will never ask for another meanwhile.
 
         Raises:
             LLMTimeoutError: phase "queue": `max_queue` ran out, or it would have to wait for places of its own task.
         """
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        place = Place(model, loop.time(), None if task is None else weakref.ref(task))
+        place = Place(model, loop.time(), None if plain else _holder(task))
         self.scheduler.arrive(place)
         self._admit(loop)
         if place.state == "in flight":
@@ -159,6 +162,10 @@ class Admission:
             hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
             context={"holders": holders},
         )
+
+
+def _holder(task: asyncio.Task[object] | None) -> weakref.ref[asyncio.Task[object]] | None:
+    return None if task is None else weakref.ref(task)
 
 
 def _fail(place: Place, error: LLMError) -> None:

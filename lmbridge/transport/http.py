@@ -211,7 +211,10 @@ class Transport:
             if request.queued:
                 if self._find_limits is not None and not opened.knows_limits:
                     await self._know_limits(opened, self._find_limits)
-                place = opened.admission.acquire_now(request.model) or await self._queue(opened, request, url)
+                plain = receive is _receive_reply
+                place = opened.admission.acquire_now(request.model, plain=plain) or await self._queue(
+                    opened, request, url, plain=plain
+                )
             call = Call(request, url, opened.admission, place, opened.watch)
             try:
                 answer = await self._attempt(opened, call, receive)
@@ -260,9 +263,9 @@ class Transport:
         finally:
             opened.finding = None
 
-    async def _queue(self, opened: _Opened, request: Request, url: str) -> Place:
+    async def _queue(self, opened: _Opened, request: Request, url: str, *, plain: bool) -> Place:
         try:
-            return await opened.admission.acquire(request.model)
+            return await opened.admission.acquire(request.model, plain=plain)
         except LLMError as error:
             error.context = {"operation": request.operation, "url": url, "model": request.model, **error.context}
             raise
@@ -417,14 +420,14 @@ class _Opened:
             self.watch.close()
 
 
-@attrs.frozen
 class _Failure:
     """An attempt without an answer."""
 
-    error: LLMError
-    verdict: Verdict
-    unsent: bool = False
-    """Whether the server has seen nothing of the request."""
+    def __init__(self, error: LLMError, verdict: Verdict, *, unsent: bool = False) -> None:
+        self.error = error
+        self.verdict = verdict
+        self.unsent = unsent
+        """Whether the server has seen nothing of the request."""
 
 
 def _send(session: aiohttp.ClientSession, call: Call) -> Awaitable[aiohttp.ClientResponse]:
