@@ -22,7 +22,7 @@ from lmbridge.errors import (
 from lmbridge.transport import Event, EventStream, NamedEvent
 
 if TYPE_CHECKING:
-    from lmbridge.types import ChatCompletion
+    from lmbridge.types import ChatCompletion, ChatCompletionChunk
 
 logger = logging.getLogger("lmbridge.client")
 
