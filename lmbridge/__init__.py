@@ -33,7 +33,25 @@ from lmbridge.errors import (
 from lmbridge.transport import Transport
 
 if TYPE_CHECKING:
-    from lmbridge.agent import Tool, ToolCall, ToolContext
+    from lmbridge.agent import (
+        Agent,
+        ReasoningDelta,
+        Round,
+        RoundFinished,
+        RoundStarted,
+        RunEvent,
+        RunFinished,
+        RunHandle,
+        RunResult,
+        RunStream,
+        TextDelta,
+        Tool,
+        ToolCall,
+        ToolCallFinished,
+        ToolCallStarted,
+        ToolContext,
+        ToolRecord,
+    )
     from lmbridge.client.completions import TextStream
     from lmbridge.client.images import image_part
     from lmbridge.client.models import CacheStats, ModelValidator
@@ -45,6 +63,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats, ModelStats
 
 __all__ = [
+    "Agent",
     "CacheStats",
     "ChatStream",
     "ClientStats",
@@ -73,18 +92,31 @@ __all__ = [
     "ModelValidator",
     "MultiMCPError",
     "PoolStats",
+    "ReasoningDelta",
     "ReasoningSplitter",
     "ResponseEvent",
     "ResponseStream",
+    "Round",
+    "RoundFinished",
+    "RoundStarted",
+    "RunEvent",
+    "RunFinished",
+    "RunHandle",
     "RunIncompleteError",
+    "RunResult",
+    "RunStream",
     "ServerInfo",
     "TaskCancelledError",
+    "TextDelta",
     "TextStream",
     "Timeouts",
     "Tool",
     "ToolCall",
+    "ToolCallFinished",
+    "ToolCallStarted",
     "ToolContext",
     "ToolError",
+    "ToolRecord",
     "Transport",
     "__version__",
     "collect",
@@ -94,6 +126,7 @@ __all__ = [
 
 # What many programs do without, and what needs an extra, is imported when it is asked for: the root stays light.
 _LAZY: Final = {
+    "Agent": "lmbridge.agent",
     "CacheStats": "lmbridge.client.models",
     "ClientStats": "lmbridge.transport.stats",
     "LLMClientPool": "lmbridge.client.pool",
@@ -102,14 +135,27 @@ _LAZY: Final = {
     "ModelStats": "lmbridge.transport.stats",
     "ModelValidator": "lmbridge.client.models",
     "PoolStats": "lmbridge.client.pool",
+    "ReasoningDelta": "lmbridge.agent",
     "ReasoningSplitter": "lmbridge.client.reasoning",
     "ResponseEvent": "lmbridge.client.responses",
     "ResponseStream": "lmbridge.client.responses",
+    "Round": "lmbridge.agent",
+    "RoundFinished": "lmbridge.agent",
+    "RoundStarted": "lmbridge.agent",
+    "RunEvent": "lmbridge.agent",
+    "RunFinished": "lmbridge.agent",
+    "RunHandle": "lmbridge.agent",
+    "RunResult": "lmbridge.agent",
+    "RunStream": "lmbridge.agent",
     "ServerInfo": "lmbridge.client.server_info",
+    "TextDelta": "lmbridge.agent",
     "TextStream": "lmbridge.client.completions",
     "Tool": "lmbridge.agent",
     "ToolCall": "lmbridge.agent",
+    "ToolCallFinished": "lmbridge.agent",
+    "ToolCallStarted": "lmbridge.agent",
     "ToolContext": "lmbridge.agent",
+    "ToolRecord": "lmbridge.agent",
     "image_part": "lmbridge.client.images",
     "split_reasoning": "lmbridge.client.reasoning",
 }

@@ -22,7 +22,7 @@ from lmbridge.errors import (
 from lmbridge.transport import Event, EventStream, NamedEvent
 
 if TYPE_CHECKING:
-    from lmbridge.types import ChatCompletion, ChatCompletionChunk
+    from lmbridge.types import ChatCompletion, ChatCompletionChunk  # noqa: F401 - in the quotes of a base class
 
 logger = logging.getLogger("lmbridge.client")
 

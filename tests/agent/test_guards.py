@@ -1,0 +1,78 @@
+"""What ends a run that does not come to its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
+from lmbridge.agent.source import TokenEstimate
+
+
+def test_the_third_time_warns_and_the_fifth_ends() -> None:
+    guard = RepetitionGuard()
+    told = [guard.note("f", {"a": 1, "b": 2} if n % 2 else {"b": 2, "a": 1}, "same") for n in range(4)]
+    assert [text == "same" for text in told] == [True, True, False, False]
+    assert not guard.tripped
+    guard.note("f", {"a": 1, "b": 2}, "same")
+    assert guard.tripped
+
+
+def test_a_cycle_of_two_calls_is_a_repetition_too() -> None:
+    guard = RepetitionGuard()
+    for _ in range(4):
+        guard.note("f", {}, "x")
+        guard.note("g", {}, "y")
+    assert not guard.tripped
+    assert "5 times" in guard.note("f", {}, "x")
+    assert guard.tripped
+
+
+@pytest.mark.parametrize("what", ["name", "arguments", "result"])
+def test_a_call_that_differs_is_another_one(what: str) -> None:
+    guard = RepetitionGuard()
+    for number in range(20):
+        name = f"f{number}" if what == "name" else "f"
+        arguments = {"n": number} if what == "arguments" else {}
+        result = str(number) if what == "result" else "x"
+        assert guard.note(name, arguments, result) == result
+    assert not guard.tripped
+
+
+def test_bad_calls_count_in_a_row() -> None:
+    guard = BadCallGuard(3)
+    for bad in (True, True, False, True, True):
+        guard.note(bad=bad)
+        assert not guard.tripped
+    guard.note(bad=True)
+    assert guard.tripped
+    guard.note(bad=False)
+    assert guard.tripped
+
+
+def test_a_budget_is_spent_when_its_limit_is_reached() -> None:
+    budget, unlimited = TokenBudget(10), TokenBudget(None)
+    for each in (budget, unlimited):
+        each.spend(9)
+        assert not each.is_spent
+        each.spend(1)
+    assert budget.is_spent
+    assert not unlimited.is_spent
+
+
+def test_an_estimate_learns_from_what_the_server_counted() -> None:
+    estimate = TokenEstimate()
+    assert estimate.tokens(3000) == 1000
+    estimate.learn(4000, 1000)
+    assert estimate.tokens(4000) == 1000
+    assert estimate.tokens(8000) == 2000
+    assert estimate.tokens(2000) == 500
+    assert estimate.size(100) == 400
+    estimate.learn(10_000, None)
+    assert estimate.tokens(4000) == 1000
+
+
+def test_a_short_prompt_does_not_say_how_many_tokens_a_byte_has() -> None:
+    estimate = TokenEstimate()
+    estimate.learn(40, 60)
+    assert estimate.tokens(40) == 60
+    assert estimate.tokens(3040) == 1060

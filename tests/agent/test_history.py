@@ -1,0 +1,150 @@
+"""The conversation of a run: valid at every moment, and cut in whole pieces."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge import LLMValidationError
+from lmbridge.agent.history import History, arguments_of, size_of
+from tests.agent.support import asks, asks_raw, check_valid, tool_texts
+
+
+def turn(history: History, *call_ids: str, text: str = "result") -> None:
+    opened = history.begin_turn("", [asks("f", call_id) for call_id in call_ids])
+    for call_id in call_ids:
+        opened.begin(call_id)
+        opened.answer(call_id, text)
+    history.end_turn()
+
+
+def test_an_open_turn_is_told_as_far_as_it_is_known() -> None:
+    history = History("Go.")
+    opened = history.begin_turn("So:", [asks("f", "1"), asks("f", "2"), asks("f", "3")])
+    opened.begin("1")
+    opened.begin("2")
+    opened.answer("2", "two")
+    for ended, told in (
+        (False, ["still running", "two", "still running"]),
+        (True, ["may still be", "two", "Not called"]),
+    ):
+        messages = history.snapshot(ended=ended)
+        check_valid(messages)
+        for text, expected in zip(tool_texts(messages), told, strict=True):
+            assert expected in text
+    assert history.sent() == [{"role": "user", "content": "Go."}]
+    history.end_turn()
+    check_valid(history.sent())
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1', "", "null", "[1]", "3", '"x"', "\ud800", "[" * 100_000])
+def test_malformed_arguments_are_replaced(arguments: str) -> None:
+    history = History("Go.")
+    history.begin_turn("", [asks_raw("f", arguments), asks_raw("", "{}", "2")])
+    message = history.snapshot(ended=True)[1]
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert message["tool_calls"][1]["function"]["name"] == "unknown"
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text()))
+def test_arguments_that_are_an_object_stay_as_they_are(arguments: dict[str, Any]) -> None:
+    text = json.dumps(arguments)
+    assert arguments_of(text) == text
+
+
+def test_there_is_one_leading_system_message() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": None},
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+    ]
+    kept = History("Go.", messages=messages).sent()
+    assert kept[0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
+    check_valid(kept)
+    replaced = History("Go.", messages=messages, system_prompt="Be exact.").sent()
+    assert replaced[0] == {"role": "system", "content": "Be exact."}
+    assert kept[1:] == replaced[1:]
+    assert kept[2] == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("before", "task", "joined"),
+    [
+        ("One.", "Two.", "One.\n\nTwo."),
+        ("One.", [{"type": "text", "text": "Two."}], [{"type": "text", "text": each} for each in ("One.", "Two.")]),
+        ([{"type": "text", "text": "One."}], "Two.", [{"type": "text", "text": each} for each in ("One.", "Two.")]),
+    ],
+)
+def test_there_are_never_two_user_messages_in_a_row(before: Any, task: Any, joined: Any) -> None:
+    history = History(task, messages=[{"role": "user", "content": before}])
+    assert history.sent() == history.snapshot(ended=True) == [{"role": "user", "content": joined}]
+
+
+def test_arguments_that_are_an_object_are_sent_as_text() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "x"},
+    ]
+    sent = History("Go.", messages=messages).sent()
+    assert sent[1]["tool_calls"][0]["function"]["arguments"] == '{"a":1}'
+    check_valid(sent)
+
+
+ASSISTANT = {"role": "assistant", "content": "", "tool_calls": [asks("f", "1")]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [ASSISTANT],
+        [RESULT],
+        [ASSISTANT, RESULT, RESULT],
+        [ASSISTANT, {"role": "user", "content": "x"}, RESULT],
+        [{**ASSISTANT, "tool_calls": [asks_raw("f", "{", "1")]}, RESULT],
+        [{**ASSISTANT, "tool_calls": [asks_raw("f", "[]", "1")]}, RESULT],
+        [{**ASSISTANT, "tool_calls": [asks_raw("", "{}", "1")]}, RESULT],
+        [{**ASSISTANT, "tool_calls": ["f"]}, RESULT],
+        [{"role": "user", "content": object()}],
+        ["x"],
+        "x",
+    ],
+)
+def test_messages_that_no_server_takes_are_told(messages: Any) -> None:
+    with pytest.raises(LLMValidationError) as caught:
+        History("Go.", messages=messages)
+    assert caught.value.hint
+
+
+def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -> None:
+    before = [
+        message
+        for number in range(3)
+        for message in ({"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"})
+    ]
+    history = History("Go.", system_prompt="Be kind.", messages=before)
+    for number in range(3):
+        turn(history, f"{number}a", f"{number}b", text=f"r{number}")
+    whole = history.snapshot(ended=True)
+    sizes = [history.size]
+    while history.trim(1):
+        check_valid(history.sent())
+        assert history.size == sum(map(size_of, history.sent())) < sizes[-1]
+        sizes.append(history.size)
+    left = history.sent()
+    assert [message["role"] for message in left] == ["system", "user", "assistant", "tool", "tool"]
+    assert (left[1]["content"], tool_texts(left)) == ("Go.", ["r2", "r2"])
+    assert len(sizes) == 6
+    assert history.snapshot(ended=True) == whole, "nothing is lost to the user"
+
+
+def test_an_image_counts_as_what_a_model_makes_of_it() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    assert size_of({"role": "user", "content": [{"type": "text", "text": "What?"}, image]}) < 5_000

@@ -1,0 +1,753 @@
+"""The rounds of a run, against a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from lmbridge import (
+    Agent,
+    ContextLengthExceededError,
+    LLMClient,
+    LLMClientPool,
+    LLMError,
+    LLMResponseError,
+    LLMTimeoutError,
+    LLMValidationError,
+    MaxRoundsExceededError,
+    ModelChangedDuringExecutionError,
+    Timeouts,
+    Tool,
+    ToolCall,
+    image_part,
+)
+from lmbridge.agent.switching import Ticket
+from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse
+from tests.agent.support import (
+    Gate,
+    add,
+    asks,
+    asks_raw,
+    calls,
+    check_valid,
+    generations,
+    sent,
+    told,
+    tool_texts,
+)
+from tests.support import in_flight, piece
+
+
+async def test_a_plain_answer_is_the_result(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("Hello there."))
+    result = await Agent(client).run("Hi.")
+    assert (result.text, result.stop_reason, result.rounds, result.model) == ("Hello there.", "stop", 1, "test-model")
+    assert result.messages == [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello there."},
+    ]
+    assert result.usage == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    assert result.tool_calls == ()
+    assert result.errors == {}
+
+
+async def test_a_tool_is_called_and_its_result_goes_back(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2), text="Let me see."), answer("It is 3."))
+    result = await Agent(client, tools=[add], system_prompt="Be exact.").run("What is 1 plus 2?")
+    assert result.text == "It is 3."
+    assert [(call.name, call.arguments) for call in result.tool_calls] == [("add", {"a": 1, "b": 2})]
+    assert sent(scripted_server)["messages"] == result.messages[:-1]
+    assert [message["role"] for message in result.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert result.messages[2]["content"] == "Let me see."
+    assert result.messages[3] == {"role": "tool", "tool_call_id": "call_1", "content": "3"}
+    assert result.usage == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    check_valid(result.messages)
+
+
+async def test_the_log_has_every_round(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2), reasoning="Add them."), answer("3"))
+    first, second = (await Agent(client, tools=[add]).run("1 + 2?")).log
+    assert (first.number, first.reasoning, first.finish_reason) == (1, "Add them.", "tool_calls")
+    ((record),) = first.tool_calls
+    assert (record.call.name, record.text, record.raw, record.is_error) == ("add", "3", 3, False)
+    assert (second.number, second.text, second.model, second.tool_calls) == (2, "3", "test-model", ())
+    assert second.usage == {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+
+
+async def test_every_generation_is_streamed_and_bounded(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
+    await Agent(client, tools=[add]).run("1 + 2?")
+    for number in range(2):
+        request = sent(scripted_server, number)
+        assert request["stream"] is True
+        assert request["stream_options"] == {"include_usage": True}
+        assert request["max_tokens"] == 8192
+        assert [tool["function"]["name"] for tool in request["tools"]] == ["add"]
+
+
+async def test_without_tools_none_are_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    await Agent(client, tools=[add], max_tokens=50).run("Hi.", tools=())
+    assert "tools" not in sent(scripted_server)
+    assert sent(scripted_server)["max_tokens"] == 50
+
+
+async def test_calls_count_whatever_the_finish_reason(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    for reason in ("stop", "length", "tool_calls", "function_call"):
+        scripted_server.script(calls(asks("add", a=1, b=2), finish_reason=reason), answer("3"))
+        assert (await Agent(client, tools=[add]).run("1 + 2?")).text == "3"
+
+
+async def test_a_client_is_leased_for_a_generation_and_not_for_a_tool(scripted_server: ScriptedServer) -> None:
+    gate = Gate()
+    scripted_server.script(calls(asks("wait")), answer("done"))
+    async with LLMClientPool(1, api_base=scripted_server.api_base, model="test-model") as pool:
+        handle = Agent(pool, tools=[gate.wait]).start("Wait.")
+        await gate.begun.wait()
+        assert pool.stats().in_use == 0
+        gate.open.set()
+        assert (await handle.result()).text == "done"
+        assert pool.stats().in_use == 0
+
+
+async def test_a_hundred_runs_share_a_pool_of_ten(scripted_server: ScriptedServer) -> None:
+    scripted_server.models = ["qwen/qwen3-coder-30b", "mistralai/magistral-small-2509"]
+
+    async def behave(exchange: Exchange) -> None:
+        messages = exchange.request.json["messages"]
+        if messages[-1]["role"] == "tool":
+            await answer(f"{exchange.model}: {messages[-1]['content']}")(exchange)
+        else:
+            number = int(messages[-1]["content"])
+            await calls(asks("add", a=number, b=1000))(exchange)
+
+    scripted_server.default = behave
+    async with LLMClientPool(10, api_base=scripted_server.api_base) as pool:
+        agent = Agent(pool, tools=[add])
+        models = [scripted_server.models[number % 2] for number in range(100)]
+        results = await asyncio.gather(*(agent.run(str(n), model=model) for n, model in enumerate(models)))
+    assert [result.text for result in results] == [f"{model}: {1000 + n}" for n, model in enumerate(models)]
+    assert scripted_server.max_in_flight <= 10
+
+
+# Calls that go wrong
+
+
+@pytest.mark.parametrize(
+    ("call", "told_to_the_model"),
+    [
+        (asks_raw("add", '{"a": 1, "b":'), "not valid JSON"),
+        (asks_raw("add", "[1, 2]"), "JSON object"),
+        (asks("add", a="x", b=2), "a"),
+        (asks("subtract", a=1, b=2), "there are: add"),
+        (asks_raw("", "{}"), "names no tool"),
+    ],
+)
+async def test_a_bad_call_goes_back_and_the_history_stays_valid(
+    scripted_server: ScriptedServer, client: LLMClient, call: dict[str, Any], told_to_the_model: str
+) -> None:
+    scripted_server.script(calls(call), calls(asks("add", "call_2", a=1, b=2)), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert result.text == "3"
+    assert told_to_the_model in tool_texts(result.messages)[0]
+    assert tool_texts(result.messages)[1] == "3"
+    for number in range(3):
+        check_valid(sent(scripted_server, number)["messages"])
+    check_valid(result.messages)
+
+
+async def test_bad_calls_in_a_row_end_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.default = calls(asks_raw("add", "{"))
+    result = await Agent(client, tools=[add], max_bad_calls=3).run("1 + 2?")
+    assert (result.stop_reason, result.rounds) == ("bad_calls", 3)
+    check_valid(result.messages)
+
+
+async def test_a_good_call_begins_the_count_of_bad_ones_anew(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    bad, good = asks_raw("add", "{"), asks("add", "call_2", a=1, b=2)
+    scripted_server.script(calls(bad), calls(good), calls(bad), answer("3"))
+    assert (await Agent(client, tools=[add], max_bad_calls=2).run("1 + 2?")).stop_reason == "stop"
+
+
+@pytest.mark.parametrize("cut", range(len('{"a": 1, "b": 2}')))
+async def test_a_call_that_was_cut_is_never_made(scripted_server: ScriptedServer, client: LLMClient, cut: int) -> None:
+    made: list[int] = []
+
+    def note(a: int = 0, b: int = 0) -> None:
+        """Notes."""
+        made.append(a + b)
+
+    whole = asks("note", "call_1", a=5, b=5)
+    scripted_server.script(
+        calls(whole, asks_raw("note", '{"a": 1, "b": 2}'[:cut], "call_2"), text="So:", finish_reason="length")
+    )
+    result = await Agent(client, tools=[note]).run("Note.")
+    assert (result.stop_reason, result.text, result.tool_calls, made) == ("length", "So:", (), [])
+    check_valid(result.messages)
+
+
+async def test_an_answer_that_was_cut_says_so(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("Once upon", finish_reason="length"))
+    result = await Agent(client).run("Tell a story.")
+    assert (result.stop_reason, result.text) == ("length", "Once upon")
+
+
+async def test_a_failing_tool_tells_the_model_and_does_not_stop_its_siblings(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    async def fail() -> None:
+        """Fails."""
+        raise OSError("disk full")
+
+    scripted_server.script(calls(asks("fail"), asks("add", "call_2", a=1, b=2)), answer("ok"))
+    result = await Agent(client, tools=[fail, add]).run("Go.")
+    failed, added = tool_texts(result.messages)
+    assert "disk full" in failed
+    assert added == "3"
+    assert [record.is_error for record in result.log[0].tool_calls] == [True, False]
+
+
+async def test_results_stand_in_the_order_of_the_calls(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    second_done = asyncio.Event()
+
+    async def first() -> str:
+        """Waits for the second."""
+        await second_done.wait()
+        return "first"
+
+    async def second() -> str:
+        """Lets the first go."""
+        second_done.set()
+        return "second"
+
+    scripted_server.script(calls(asks("first"), asks("second", "call_2")), answer("ok"))
+    result = await Agent(client, tools=[first, second]).run("Go.")
+    assert tool_texts(result.messages) == ["first", "second"]
+
+
+async def test_no_more_tools_run_at_a_time_than_allowed(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    running, most = 0, 0
+
+    async def work(number: int) -> int:
+        """Works."""
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        running -= 1
+        return number
+
+    scripted_server.script(calls(*(asks("work", f"call_{n}", number=n) for n in range(9))), answer("ok"))
+    result = await Agent(client, tools=[work], max_parallel_tools=3).run("Go.")
+    assert most == 3
+    assert tool_texts(result.messages) == [str(number) for number in range(9)]
+
+
+async def test_a_call_written_as_text_is_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    scripted_server.script(answer(text), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.log[0].text) == ("3", "")
+    assert result.messages[1]["content"] == ""
+    assert tool_texts(result.messages) == ["3"]
+
+
+async def test_a_call_quoted_in_an_answer_is_not_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    text = 'Write <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call> for that.'
+    scripted_server.script(answer(text))
+    result = await Agent(client, tools=[add]).run("How?")
+    assert (result.text, result.tool_calls) == (text, ())
+
+
+async def test_thinking_is_told_apart_and_not_sent_back(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(
+        calls(asks("add", a=1, b=2), text="<think>Hm.</think>Let me add."),
+        answer("<think>Done.</think>3"),
+    )
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.reasoning) == ("3", "Done.")
+    assert "think" not in json.dumps(sent(scripted_server)["messages"])
+
+
+async def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    chunk = '{"model": "test-model", "choices": [{"index": 0, "delta": %s, "finish_reason": null}]}'
+    text = chunk % '{"content": "half \\ud83d"}'
+    call = (
+        chunk % '{"tool_calls": [{"index": 0, "id": "x\\ud83d", "function": {"name": "f\\ud83d", "arguments": "{}"}}]}'
+    )
+    scripted_server.script(
+        sse(f"data: {text}\n\n", f"data: {call}\n\n", piece(finish_reason="tool_calls"), done=True), answer("Fine.")
+    )
+    result = await Agent(client, tools=[add]).run("Go.")
+    assert (result.text, result.messages[1]["content"], result.tool_calls[0].id) == ("Fine.", "half ?", "x?")
+    check_valid(result.messages)
+
+
+# Guards and budgets
+
+
+async def test_the_same_call_again_and_again_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.default = calls(asks("add", a=1, b=2))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.stop_reason, result.rounds) == ("repetition", 5)
+    warned = ["[This call was made" in text for text in tool_texts(result.messages)]
+    assert warned == [False, False, True, True, True]
+
+
+async def test_a_poll_whose_result_changes_goes_on(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    polls = iter(range(100))
+
+    async def poll() -> int:
+        """Polls."""
+        return next(polls)
+
+    scripted_server.script(*[calls(asks("poll"))] * 9, answer("ready"))
+    assert (await Agent(client, tools=[poll]).run("Wait.")).text == "ready"
+
+
+async def test_too_many_rounds_raise_with_the_result(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    numbers = iter(range(100))
+
+    async def behave(exchange: Exchange) -> None:
+        await calls(asks("add", a=next(numbers), b=0))(exchange)
+
+    scripted_server.default = behave
+    with pytest.raises(MaxRoundsExceededError, match="within 2 rounds") as caught:
+        await Agent(client, tools=[add], max_rounds=9).run("Go.", max_rounds=2)
+    result = caught.value.result
+    assert (result.rounds, result.stop_reason, len(result.log)) == (2, "max_rounds", 2)
+    assert caught.value.partial is result
+    assert tool_texts(result.messages) == ["0", "1"]
+    check_valid(result.messages)
+
+
+async def test_a_token_budget_ends_the_run_between_rounds(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    usage = {"prompt_tokens": 60, "completion_tokens": 1, "total_tokens": 61}
+    scripted_server.default = calls(asks("add", a=1, b=2), usage=usage)
+    result = await Agent(client, tools=[add], max_total_tokens=100).run("Go.")
+    assert (result.stop_reason, result.rounds, result.usage["total_tokens"]) == ("budget", 2, 122)
+    check_valid(result.messages)
+
+
+async def test_a_token_budget_counts_by_guess_where_the_server_tells_no_usage(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    chunk = piece(None)
+    chunk["choices"][0]["delta"] = {"tool_calls": [{"index": 0, **asks("add", a=1, b=2)}]}
+    scripted_server.default = sse(chunk, piece(finish_reason="tool_calls"), done=True)
+    result = await Agent(client, tools=[add], max_total_tokens=100).run("word " * 100)
+    assert (result.stop_reason, result.rounds) == ("budget", 1)
+    assert result.usage["total_tokens"] == 0
+    assert result.log[0].usage is None
+
+
+async def test_time_that_runs_out_in_a_tool_cuts_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    gate = Gate()
+    scripted_server.script(calls(asks("wait")))
+    result = await Agent(client, tools=[gate.wait], max_seconds=0.3).run("Wait.")
+    assert (result.stop_reason, gate.cancelled, gate.running) == ("budget", 1, 0)
+    assert "may still be running" in tool_texts(result.messages)[0]
+    check_valid(result.messages)
+
+
+async def test_time_that_runs_out_in_a_generation_keeps_what_there_is(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("Once upon a time", chunks=["Once ", "upon"], gate=asyncio.Event()))
+    result = await Agent(client, max_seconds=0.3).run("Tell a story.")
+    assert (result.stop_reason, result.text) == ("budget", "Once ")
+    assert result.messages[-1] == {"role": "assistant", "content": "Once "}
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    assert in_flight(client) == 0
+
+
+async def test_time_runs_out_while_a_run_waits_for_others_too(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    agent = Agent(client, max_seconds=0.1, switch_policy="drain")
+    other = Ticket(asked="other")
+    await agent._admission.enter(other)
+    result = await agent.run("Wait.")
+    assert (result.rounds, result.stop_reason) == (0, "budget")
+    agent._admission.leave(other)
+    assert agent._admission.is_idle
+    assert generations(scripted_server) == []
+
+
+async def test_a_clients_own_timeout_is_no_budget(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(answer("x", gate=asyncio.Event()))
+    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.1)) as client:
+        with pytest.raises(LLMTimeoutError) as caught:
+            await Agent(client, max_seconds=30).run("Go.")
+    assert caught.value.phase == "idle"
+    assert caught.value.partial.text == "x"
+    assert caught.value.partial.stop_reason == "error"
+
+
+# Empty answers
+
+
+async def test_an_empty_first_answer_is_asked_for_once_more(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer(" "), answer("Hello."))
+    result = await Agent(client).run("Hi.")
+    assert (result.text, result.rounds, len(generations(scripted_server))) == ("Hello.", 1, 2)
+    assert result.usage["total_tokens"] == 4
+    assert len(result.messages) == 2
+
+
+async def test_two_empty_first_answers_are_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.default = answer("", reasoning="Hm.")
+    with pytest.raises(LLMResponseError, match="nothing, twice") as caught:
+        await Agent(client, tools=[add]).run("Hi.")
+    assert len(generations(scripted_server)) == 2
+    assert caught.value.partial.reasoning == "Hm."
+    assert caught.value.partial.messages == [{"role": "user", "content": "Hi."}]
+
+
+async def test_an_empty_answer_after_a_tool_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""))
+    result = await Agent(client, tools=[add]).run("Add them, and say nothing.")
+    assert (result.text, result.stop_reason, result.rounds) == ("", "stop", 2)
+    check_valid(result.messages)
+
+
+# Errors
+
+
+async def test_an_error_carries_the_run_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), reply(400, {"error": {"message": "no grammar for you"}}))
+    with pytest.raises(LLMResponseError, match="no grammar") as caught:
+        await Agent(client, tools=[add]).run("1 + 2?")
+    partial = caught.value.partial
+    assert (partial.rounds, partial.stop_reason, len(partial.log)) == (2, "error", 1)
+    assert tool_texts(partial.messages) == ["3"]
+    scripted_server.script(answer("It is 3."))
+    resumed = await Agent(client, tools=[add]).run("Go on.", messages=partial.messages)
+    assert resumed.text == "It is 3."
+
+
+async def test_a_model_that_changes_between_rounds_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2), model="a"), answer("of another mind", model="b"))
+    with pytest.raises(ModelChangedDuringExecutionError) as caught:
+        await Agent(client, tools=[add]).run("1 + 2?")
+    assert (caught.value.old_model, caught.value.new_model) == ("a", "b")
+    assert caught.value.partial.text == ""
+    assert in_flight(client) == 0
+
+
+async def test_a_model_that_changes_inside_a_reply_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(sse(piece("Hel", model="a"), piece("lo", model="b"), done=True))
+    with pytest.raises(ModelChangedDuringExecutionError) as caught:
+        await Agent(client).run("Hi.")
+    assert caught.value.partial.text == "Hel"
+
+
+async def test_another_instance_of_the_model_is_the_same_model(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(
+        calls(asks("add", a=1, b=2), model="test-model:2"), answer("3", model="test-model"), answer("x")
+    )
+    assert (await Agent(client, tools=[add]).run("1 + 2?")).text == "3"
+
+
+# Approval
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_refused_call_is_not_made_and_the_model_is_told(
+    scripted_server: ScriptedServer, client: LLMClient, is_async: bool
+) -> None:
+    asked: list[ToolCall] = []
+
+    def approve(call: ToolCall) -> bool:
+        asked.append(call)
+        return call.arguments != {"a": 1, "b": 2}
+
+    async def approve_later(call: ToolCall) -> bool:
+        await asyncio.sleep(0)
+        return approve(call)
+
+    scripted_server.script(calls(asks("add", a=1, b=2), asks("add", "call_2", a=2, b=3)), answer("ok"))
+    result = await Agent(client, tools=[add], approve=approve_later if is_async else approve).run("Go.")
+    refused, made = tool_texts(result.messages)
+    assert refused.startswith("Refused")
+    assert made == "5"
+    assert [call.id for call in asked] == ["call_1", "call_2"]
+    assert asked[0].tool is not None
+
+
+async def test_an_exception_of_approve_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    def approve(call: ToolCall) -> bool:
+        raise KeyError("nobody")
+
+    scripted_server.script(calls(asks("add", a=1, b=2)))
+    with pytest.raises(LLMError, match="approve raised KeyError") as caught:
+        await Agent(client, tools=[add], approve=approve).run("Go.")
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert tool_texts(caught.value.partial.messages) == ["Not called: the run ended before."]
+    check_valid(caught.value.partial.messages)
+
+
+# Context
+
+
+async def test_max_tokens_is_what_is_left_of_the_context(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    await Agent(client).run("Hi.")
+    assert 3900 < sent(scripted_server)["max_tokens"] < 4096 - 64
+
+
+async def test_the_context_is_asked_for_once(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    agent = Agent(client)
+    await asyncio.gather(*(agent.run("Hi.") for _ in range(20)))
+    await agent.run("Hi.")
+    assert len([request for request in scripted_server.requests if request.path == "/v1/models"]) == 1
+
+
+def overflow(prompt: int, context: int) -> Any:
+    error = {"type": "exceed_context_size_error", "message": "too long", "n_prompt_tokens": prompt, "n_ctx": context}
+    return reply(400, {"error": {"code": 400, **error}})
+
+
+async def test_an_overflow_trims_the_oldest_turns_and_asks_again(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    def read(page: int) -> str:
+        """Reads a page."""
+        return f"page {page}: " + "word " * 200
+
+    turns = [calls(asks("read", f"call_{page}", page=page)) for page in range(6)]
+    scripted_server.script(*turns, overflow(2000, 1600), answer("All read."))
+    result = await Agent(client, tools=[read]).run("Read all pages.")
+    assert result.text == "All read."
+    messages = sent(scripted_server)["messages"]
+    check_valid(messages)
+    assert messages[0] == {"role": "user", "content": "Read all pages."}
+    assert 1 <= len(tool_texts(messages)) < 6
+    assert tool_texts(messages)[-1].startswith("page 5")
+    assert len(tool_texts(result.messages)) == 6, "what was not sent is not lost"
+
+
+async def test_an_overflow_that_cannot_be_trimmed_is_raised(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(overflow(5000, 1600))
+    with pytest.raises(ContextLengthExceededError) as caught:
+        await Agent(client, max_tokens=100).run("word " * 5000)
+    assert caught.value.partial.rounds == 1
+    assert len(generations(scripted_server)) == 1
+
+
+async def test_an_overflow_by_the_answer_alone_is_asked_for_a_shorter_one(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(overflow(10, 4096), answer("Hello."))
+    assert (await Agent(client).run("Hi.")).text == "Hello."
+    assert sent(scripted_server)["max_tokens"] == 4096 - 10 - 64
+
+
+async def test_history_is_trimmed_before_it_overflows_where_the_context_is_known(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 1000}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    before = [
+        message
+        for number in range(10)
+        for message in (
+            {"role": "user", "content": f"{number} " + "word " * 100},
+            {"role": "assistant", "content": "Yes."},
+        )
+    ]
+    result = await Agent(client, system_prompt="Be kind.").run("And now?", messages=before)
+    messages = sent(scripted_server)["messages"]
+    assert [messages[0]["role"], messages[1]["role"], messages[-1]["content"]] == ["system", "user", "And now?"]
+    assert 3 < len(messages) < 12
+    assert sent(scripted_server)["max_tokens"] >= 250, "a quarter of the context is for the answer"
+    assert len(result.messages) == 23
+
+
+async def test_what_cannot_be_trimmed_is_sent_for_the_server_to_judge(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 1000}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    assert (await Agent(client).run("word " * 2000)).stop_reason == "stop"
+    assert sent(scripted_server)["max_tokens"] == 16
+
+
+@pytest.mark.parametrize("context", [None, 100_000])
+async def test_an_overflow_without_numbers_trims_a_part(
+    scripted_server: ScriptedServer, client: LLMClient, context: int | None
+) -> None:
+    entry = {"id": "test-model", "owned_by": "vllm"} | ({} if context is None else {"max_model_len": context})
+    scripted_server.on_path("/v1/models", reply(200, {"data": [entry]}))
+    scripted_server.script(reply(400, {"error": {"type": "exceed_context_size_error", "message": "too long"}}))
+    before = [
+        message
+        for number in range(20)
+        for message in (
+            {"role": "user", "content": f"{number} " + "word " * 100},
+            {"role": "assistant", "content": "Yes."},
+        )
+    ]
+    await Agent(client).run("And now?", messages=before)
+    first, second = (len(sent(scripted_server, number)["messages"]) for number in range(2))
+    assert first == 41
+    assert 10 < second < 35
+
+
+# Going on
+
+
+async def test_a_run_goes_on_from_another(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    agent = Agent(client, tools=[add], system_prompt="Be exact.")
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"), answer("4"))
+    first = await agent.run("1 + 2?")
+    second = await agent.run("And one more?", messages=first.messages)
+    assert sent(scripted_server)["messages"] == [*first.messages, {"role": "user", "content": "And one more?"}]
+    assert second.messages[:-2] == first.messages
+    assert second.tool_calls == ()
+
+
+async def test_an_image_is_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    image = image_part("data:image/png;base64,iVBORw0KGgo=")
+    parts = [{"type": "text", "text": "What is this?"}, image]
+    await Agent(client).run(parts)
+    assert sent(scripted_server)["messages"][0]["content"] == parts
+
+
+async def test_a_provider_is_asked_at_each_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    class Provider:
+        asked = 0
+
+        async def list_tools(self) -> list[Tool]:
+            self.asked += 1
+            return [Tool.from_function(add)]
+
+    provider = Provider()
+    agent = Agent(client, tools=[provider])
+    for _ in range(2):
+        scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
+        assert (await agent.run("1 + 2?")).text == "3"
+    assert provider.asked == 2
+
+
+async def test_any_object_with_chat_completion_will_do() -> None:
+    class Double:
+        model = "double"
+        closed = 0
+
+        async def chat_completion(self, messages: Any, *, model: str | None, stream: Any, **params: Any) -> Any:
+            async def chunks() -> AsyncGenerator[dict[str, Any]]:
+                try:
+                    yield piece("Hel", model=model)
+                    yield piece("lo", model=model, finish_reason="stop")
+                finally:
+                    self.closed += 1
+
+            return chunks()
+
+    double = Double()
+    result = await Agent(double).run("Hi.")
+    assert (result.text, result.model, double.closed) == ("Hello", "double", 1)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_rounds": 0}, "max_rounds"),
+        ({"max_rounds": True}, "max_rounds"),
+        ({"max_tokens": "all"}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_seconds": 0}, "max_seconds"),
+        ({"max_seconds": float("nan")}, "max_seconds"),
+        ({"max_total_tokens": -1}, "max_total_tokens"),
+        ({"switch_policy": "maybe"}, "switch_policy"),
+        ({"system_prompt": " "}, "system_prompt"),
+        ({"tool_timeout": -1}, "tool_timeout"),
+        ({"max_parallel_tools": 0}, "max_parallel_tools"),
+        ({"approve": "yes"}, "approve"),
+        ({"model": ""}, "model"),
+        ({"tools": "add"}, "tools"),
+        ({"tools": [add, add]}, "two tools 'add'"),
+        ({"tools": [3]}, "3"),
+    ],
+)
+def test_an_option_that_cannot_be_right_is_told(client: LLMClient, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(LLMValidationError, match=named) as caught:
+        Agent(client, **options)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("client", [None, "http://localhost", LLMClient])
+def test_a_client_that_is_none_is_told(client: Any) -> None:
+    with pytest.raises(LLMValidationError, match="client is"):
+        Agent(client)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"task": ""},
+        {"task": None},
+        {"task": []},
+        {"task": ["text"]},
+        {"task": "half \ud83d"},
+        {"task": [{"type": "text", "text": object()}]},
+        {"task": "x", "max_rounds": 0},
+        {"task": "x", "max_tokens": "some"},
+        {"task": "x", "model": " "},
+        {"task": "x", "tools": [add, add]},
+        {"task": "x", "messages": "hello"},
+        {"task": "x", "messages": [{"content": "no role"}]},
+    ],
+)
+async def test_an_argument_that_cannot_be_right_is_told_before_anything_is_sent(
+    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any]
+) -> None:
+    agent = Agent(client)
+    for start in (agent.stream, agent.start):
+        with pytest.raises(LLMValidationError):
+            start(**arguments)
+    with pytest.raises(LLMValidationError):
+        await agent.run(**arguments)
+    assert scripted_server.requests == []
+
+
+async def test_the_events_tell_the_whole_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(
+        calls(asks("add", a=1, b=2), asks_raw("add", "{", "call_2"), reasoning="Hm."), answer("It is 3.")
+    )
+    events = await told(Agent(client, tools=[add]))
+    assert [type(event).__name__ for event in events] == [
+        "RoundStarted",
+        "ReasoningDelta",
+        "ToolCallStarted",
+        "ToolCallFinished",  # the one that cannot be made
+        "ToolCallFinished",
+        "RoundFinished",
+        "RoundStarted",
+        *["TextDelta"] * 3,
+        "RoundFinished",
+        "RunFinished",
+    ]
+    assert [event.call.id for event in events[2:5]] == ["call_1", "call_2", "call_1"]
+    assert [(event.text, event.is_error) for event in events[3:5]][1] == ("3", False)
+    assert "".join(event.text for event in events[7:10]) == "It is 3."
+    assert events[-1].result.text == "It is 3."

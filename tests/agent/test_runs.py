@@ -1,0 +1,316 @@
+"""Handles and event streams: who listens, who leaves, and what that does to the run."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from lmbridge import (
+    Agent,
+    LLMClient,
+    LLMResponseError,
+    RoundStarted,
+    RunFinished,
+    RunResult,
+    TaskCancelledError,
+    TextDelta,
+    ToolCallStarted,
+)
+from lmbridge.agent.channel import CAPACITY, Channel
+from lmbridge.testing import ScriptedServer, answer, reply
+from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, tool_texts
+from tests.support import in_flight, piece
+
+
+async def test_a_handle_tells_the_run_while_it_goes_on(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    gate = Gate()
+    scripted_server.script(calls(asks("wait"), text="Let me wait."), answer("done"))
+    handle = Agent(client, tools=[gate.wait]).start("Wait.")
+    assert not handle.done
+    await gate.begun.wait()
+    partial = handle.partial
+    assert (partial.stop_reason, partial.rounds, partial.text) == ("running", 1, "Let me wait.")
+    assert partial.usage["total_tokens"] > 0
+    for messages in (handle.messages, partial.messages):
+        check_valid(messages)
+        assert tool_texts(messages) == ["No result: the tool is still running."]
+    handle.messages.clear()
+    gate.open.set()
+    result = await handle.result()
+    assert result is await handle.result()
+    assert handle.done
+    assert handle.stop_reason == "stop"
+    assert handle.messages == result.messages == handle.partial.messages
+
+
+async def test_what_the_user_does_to_messages_does_not_touch_the_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    gate = Gate()
+    scripted_server.script(calls(asks("wait")), answer("done"))
+    before = [{"role": "user", "content": "One."}, {"role": "assistant", "content": "Two."}]
+    handle = Agent(client, tools=[gate.wait]).start("Wait.", messages=before)
+    await gate.begun.wait()
+    before[0]["content"] = "changed"
+    handle.messages[0]["content"] = "changed"
+    handle.messages[3]["tool_calls"].clear()
+    gate.open.set()
+    result = await handle.result()
+    assert result.messages[0]["content"] == "One."
+    check_valid(result.messages)
+
+
+async def test_a_run_goes_on_if_nobody_keeps_it_nor_its_agent() -> None:
+    waiting: list[weakref.ref[asyncio.Future[str]]] = []
+    told: list[str] = []
+
+    class Double:
+        """A client without sockets and timers, which would keep the run as well; it waits for what nobody knows."""
+
+        model = None
+
+        async def chat_completion(self, messages: Any, **options: Any) -> AsyncGenerator[dict[str, Any]]:
+            future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            waiting.append(weakref.ref(future))
+            told.append(await future)
+            return self.chunks()
+
+        async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
+            yield piece("done", finish_reason="stop")
+
+    agent = Agent(Double())
+    agent._source._contexts[None] = None  # so does the timer of that question
+    agent.start("Go.")
+    del agent
+    while not waiting:
+        await asyncio.sleep(0)
+    gc.collect()
+    future = waiting[0]()
+    assert future is not None
+    future.set_result("found")
+    while our_tasks():
+        await asyncio.sleep(0)
+    assert told == ["found"]
+
+
+async def test_a_stream_that_is_closed_behind_its_run_tells_no_more(client: LLMClient) -> None:
+    stream = Agent(client).stream("Go.")
+    assert isinstance(await anext(stream), RoundStarted)
+    await stream.handle.result()
+    await stream.aclose()
+    with pytest.raises(TaskCancelledError, match="closed before its end"):
+        await anext(stream)
+
+
+async def test_events_before_anybody_listens_are_dropped(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    gate = Gate()
+    scripted_server.script(calls(asks("wait")), answer("done"))
+    handle = Agent(client, tools=[gate.wait]).start("Wait.")
+    await gate.begun.wait()
+    events = handle.events()
+    gate.open.set()
+    names = [type(event).__name__ async for event in events]
+    assert names == ["ToolCallFinished", "RoundFinished", "RoundStarted", "TextDelta", "RoundFinished", "RunFinished"]
+
+
+async def test_several_listen_to_one_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("one two three"))
+    handle = Agent(client).start("Go.")
+
+    async def read() -> list[Any]:
+        return [event async for event in handle.events()]
+
+    first, second = await asyncio.gather(read(), read())
+    assert first == second
+    assert isinstance(first[-1], RunFinished)
+    assert first[-1].result is await handle.result()
+
+
+@pytest.mark.parametrize("how", ["break", "aclose", "cancel"])
+async def test_leaving_the_events_of_a_handle_detaches(
+    scripted_server: ScriptedServer, client: LLMClient, how: str
+) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("one two three", gate=gate))
+    handle = Agent(client).start("Go.")
+
+    async def listen() -> None:
+        async for event in handle.events():
+            if isinstance(event, TextDelta) and how == "break":
+                return
+
+    if how == "aclose":
+        async with handle.events() as events:
+            assert isinstance(await anext(events), RoundStarted)
+        with pytest.raises(TaskCancelledError, match="closed before its end") as caught:
+            await anext(events)
+        assert caught.value.partial.stop_reason == "running"
+    else:
+        listener = asyncio.create_task(listen())
+        await scripted_server.wait_until(lambda: scripted_server.in_flight)
+        if how == "cancel":
+            listener.cancel()
+        await asyncio.wait([listener])
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not handle._channel.is_heard
+    assert not handle.done
+    gate.set()
+    assert (await handle.result()).text == "one two three"
+
+
+@pytest.mark.parametrize("how", ["break", "aclose", "error"])
+async def test_leaving_the_stream_of_a_run_cancels_it(
+    scripted_server: ScriptedServer, client: LLMClient, how: str
+) -> None:
+    scripted_server.script(answer("one two three", gate=asyncio.Event()))
+    stream = Agent(client).stream("Go.")
+    if how == "aclose":
+        while not isinstance(await anext(stream), TextDelta):
+            pass
+        await stream.aclose()
+        await stream.aclose()
+    else:
+        with pytest.raises(KeyError) if how == "error" else pytest.raises(StopAsyncIteration):
+            async with stream:
+                async for event in stream:
+                    if isinstance(event, TextDelta):
+                        raise KeyError if how == "error" else StopAsyncIteration
+    handle = stream.handle
+    assert handle.done
+    assert our_tasks() == []
+    assert in_flight(client) == 0
+    assert handle.partial.text == "one"
+    assert handle.messages == [{"role": "user", "content": "Go."}]
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    with pytest.raises(TaskCancelledError):
+        await anext(stream)
+
+
+async def test_who_is_cancelled_while_it_leaves_waits_for_the_end_nevertheless(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    cleaning, finish = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        """Takes time to clean up."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaning.set()
+            await finish.wait()
+
+    scripted_server.script(calls(asks("work")))
+    stream = Agent(client, tools=[work]).stream("Go.")
+    while not isinstance(await anext(stream), ToolCallStarted):
+        pass
+    leaving = asyncio.create_task(stream.aclose())
+    await cleaning.wait()
+    leaving.cancel()
+    await asyncio.sleep(0)
+    assert not leaving.done()
+    finish.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert stream.handle.done
+
+
+async def test_a_stream_that_is_dropped_warns_and_cancels_its_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("one two three", gate=asyncio.Event()))
+    stream = Agent(client).stream("Go.")
+    handle = stream.handle
+    with pytest.warns(ResourceWarning, match="dropped before its end"):  # noqa: PT031 - it is dropped at the break
+        async for event in stream:
+            if isinstance(event, TextDelta):
+                del stream
+                break
+    with pytest.raises(TaskCancelledError, match="dropped"):
+        await handle.result()
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_a_stream_that_was_read_to_its_end_is_dropped_silently(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    agent = Agent(client)
+    async for event in agent.stream("Go."):
+        if isinstance(event, RunFinished):
+            break
+    stream = agent.stream("Go.")
+    events = [event async for event in stream]
+    assert isinstance(events[-1], RunFinished)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    await stream.aclose()
+    del stream
+    gc.collect()
+
+
+async def test_a_slow_listener_slows_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    words = CAPACITY * 3
+    scripted_server.script(answer("", chunks=[f"{number} " for number in range(words)]))
+    stream = Agent(client).stream("Count.")
+    while len(stream._events._waiting) < CAPACITY:
+        await asyncio.sleep(0)
+    await scripted_server.wait_until(lambda: not scripted_server.in_flight)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(stream._events._waiting) == CAPACITY
+    assert not stream.handle.done
+    text = "".join([event.text async for event in stream if isinstance(event, TextDelta)])
+    assert text == "".join(f"{number} " for number in range(words))
+
+
+async def test_the_last_event_needs_no_room(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("", chunks=["x"] * (CAPACITY - 2)))
+    stream = Agent(client).stream("Go.")  # RoundStarted, the text, RoundFinished
+    result = await stream.handle.result()
+    assert isinstance(result, RunResult)
+    assert isinstance([event async for event in stream][-1], RunFinished)
+
+
+async def test_an_error_comes_behind_the_events_before_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), reply(400, {"error": "no"}))
+    stream = Agent(client, tools=[add]).stream("Go.")
+    seen: list[str] = []
+    while "RoundFinished" not in seen or seen[-1] != "RoundStarted":
+        seen.append(type(await anext(stream)).__name__)
+    with pytest.raises(LLMResponseError):
+        await anext(stream)
+    with pytest.raises(LLMResponseError) as caught:
+        await anext(stream)
+    assert seen[-2:] == ["RoundFinished", "RoundStarted"]
+    assert caught.value.partial.rounds == 2
+
+
+async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    stream = Agent(client).stream("Go.")
+    assert isinstance(await stream.asend(None), RoundStarted)
+    with pytest.raises(TypeError):
+        await stream.asend(1)  # type: ignore[arg-type]  # what the test is about
+    with pytest.raises(KeyError):
+        await stream.athrow(KeyError("x"))
+    assert stream.handle.done
+    assert "RunStream of <RunHandle" in repr(stream)
+
+
+async def test_a_channel_without_room_lets_go_of_who_put_when_its_listener_leaves() -> None:
+    channel: Channel[int] = Channel()
+    subscription = channel.subscribe()
+    for number in range(CAPACITY):
+        await channel.put(number)
+    putting = asyncio.create_task(channel.put(CAPACITY))
+    await asyncio.sleep(0)
+    assert not putting.done()
+    subscription.leave()
+    await putting
+    assert not channel.is_heard
+    channel.close(discard=False)
+    assert await channel.subscribe().get() is None

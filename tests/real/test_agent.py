@@ -1,0 +1,188 @@
+"""Agents against a real llama.cpp server: its model calls tools, and stops when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from lmbridge import Agent, LLMClient, LLMClientPool, LocalServer, RunHandle, TaskCancelledError, TextDelta
+from lmbridge.client.stream import ChatStream
+from tests.agent.support import check_valid, tool_texts
+from tests.real.conftest import API_KEY
+from tests.real.test_real import busy_slots, until_idle
+
+pytestmark = pytest.mark.real
+
+
+class Greedy:
+    """A client whose model says the same each time.
+
+    Args:
+        client: What it asks.
+        params: Further parameters of each request.
+    """
+
+    def __init__(self, client: LLMClient, **params: Any) -> None:
+        self._client = client
+        self._params = {"temperature": 0, "seed": 1, **params}
+
+    @property
+    def model(self) -> str | None:
+        return self._client.model
+
+    async def chat_completion(self, messages: Any, *, model: str | None, stream: Any, **params: Any) -> ChatStream:
+        return await self._client.chat_completion(messages, model=model, stream=True, **{**params, **self._params})
+
+    async def server_info(self) -> Any:
+        return await self._client.server_info()
+
+
+class GreedyPool:
+    """The same for a pool."""
+
+    def __init__(self, pool: LLMClientPool) -> None:
+        self._pool = pool
+
+    @asynccontextmanager
+    async def client(self, model: str | None = None) -> AsyncGenerator[Greedy]:
+        async with self._pool.client(model) as client:
+            yield Greedy(client)
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+async def get_weather(city: str) -> str:
+    """Tells the current weather in a city.
+
+    Args:
+        city: Its name.
+    """
+    return f"21 degrees and sunny in {city}"
+
+
+async def test_a_tool_round_trip(client: LLMClient) -> None:
+    agent = Agent(Greedy(client), tools=[add, get_weather], max_tokens=80)
+    result = await agent.run("What is 317 plus 225?")
+    (call,) = result.tool_calls
+    assert (call.name, call.arguments) == ("add", {"a": 317, "b": 225})
+    assert tool_texts(result.messages) == ["542"]
+    assert "542" in result.text
+    assert (result.stop_reason, result.rounds) == ("stop", 2)
+    assert result.usage["total_tokens"] > 100
+    assert result.model == client.model
+    check_valid(result.messages)
+
+
+async def test_a_run_goes_on_with_another_question(client: LLMClient) -> None:
+    agent = Agent(Greedy(client), tools=[add, get_weather], max_tokens=80)
+    first = await agent.run("What is 317 plus 225?")
+    second = await agent.run("What is the weather in Paris?", messages=first.messages)
+    assert [call.name for call in second.tool_calls][:1] == ["get_weather"]
+    assert second.messages[: len(first.messages)] == first.messages
+    check_valid(second.messages)
+
+
+async def test_the_context_of_a_slot_bounds_the_answer(client: LLMClient) -> None:
+    agent = Agent(client)
+    context = await agent._source.context_length(client.model)
+    assert context is not None
+    assert 1024 <= context <= 8192
+
+
+@pytest.mark.timeout(240)  # two rounds each, on a model of two cores
+async def test_twenty_four_concurrent_agents_each_get_their_own_result(local_server: LocalServer) -> None:
+    async with LLMClientPool(
+        8, api_base=local_server.api_base, model=local_server.model, api_key=API_KEY, model_mismatch="raise"
+    ) as pool:
+        agent = Agent(GreedyPool(pool), tools=[add], max_tokens=40)
+        numbers = range(101, 125)
+        results = await asyncio.gather(*(agent.run(f"What is {number} plus 225?") for number in numbers))
+        assert pool.stats().in_use == 0
+    exact = 0
+    for number, result in zip(numbers, results, strict=True):
+        check_valid(result.messages)
+        for call, text in zip(result.tool_calls, tool_texts(result.messages), strict=True):
+            assert call.name == "add"
+            assert call.arguments is not None
+            assert json.loads(text) == call.arguments["a"] + call.arguments["b"]
+            assert text in result.text
+        exact += [call.arguments for call in result.tool_calls] == [{"a": number, "b": 225}]
+    assert exact >= 20, "a model this small may get a number wrong; nobody else's it gets"
+
+
+async def generating(agent: Agent) -> RunHandle:
+    """A run whose model is talking."""
+    handle = agent.start("Tell a long story about a lighthouse.")
+    async for event in handle.events():
+        if isinstance(event, TextDelta) and re.search(r"\w", event.text):
+            break
+    return handle
+
+
+@pytest.mark.parametrize("way", ["handle", "caller", "stream"])
+async def test_a_cancelled_run_frees_its_slot(local_server: LocalServer, client: LLMClient, way: str) -> None:
+    agent = Agent(Greedy(client, ignore_eos=True), max_tokens=3000)
+    if way == "stream":
+        async with agent.stream("Tell a long story about a lighthouse.") as stream:
+            async for event in stream:
+                if isinstance(event, TextDelta):
+                    assert await busy_slots(local_server) == 1
+                    break
+        partial = stream.handle.partial
+    else:
+        handle = await generating(agent)
+        assert await busy_slots(local_server) == 1
+        caller = asyncio.create_task(handle.result())
+        await asyncio.sleep(0)
+        if way == "caller":
+            caller.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+        else:
+            handle.cancel()
+            with pytest.raises(TaskCancelledError) as caught:
+                await caller
+            assert caught.value.partial.text
+        partial = handle.partial
+    assert partial.stop_reason == "cancelled"
+    assert partial.text
+    check_valid(partial.messages)
+    await until_idle(local_server)
+
+
+async def test_a_run_out_of_time_frees_its_slot(local_server: LocalServer, client: LLMClient) -> None:
+    agent = Agent(Greedy(client, ignore_eos=True), max_tokens=3000, max_seconds=1)
+    result = await agent.run("Tell a long story about a lighthouse.")
+    assert result.stop_reason == "budget"
+    await until_idle(local_server)
+
+
+async def test_a_conversation_longer_than_the_context_is_trimmed(client: LLMClient) -> None:
+    agent = Agent(Greedy(client), max_tokens=16)
+    before: list[dict[str, Any]] = [
+        message
+        for page in range(40)
+        for message in (
+            {"role": "user", "content": f"Page {page}? " + "word " * 300},
+            {"role": "assistant", "content": "Yes."},
+        )
+    ]
+    result = await agent.run("Hello.", messages=before)
+    assert result.text
+    assert len(result.messages) == 82
+    assert result.log[0].usage is not None
+    assert result.log[0].usage["prompt_tokens"] < 8192
