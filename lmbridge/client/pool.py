@@ -131,6 +131,11 @@ class LLMClientPool:
     ) -> None:
         await self.close()
 
+    @property
+    def model(self) -> str | None:
+        """The model of clients that are got without one."""
+        return self._client.model
+
     async def get_client(self, model: str | None = None) -> LLMClient:
         """Waits for a client; give it back with `release_client`, or by closing it.
 

@@ -70,6 +70,11 @@ async def name_the_model(exchange: Exchange) -> None:
 # What a client of a pool is
 
 
+async def test_the_model_of_a_pool_is_that_of_clients_got_without_one() -> None:
+    assert LLMClientPool(model="m").model == "m"
+    assert LLMClientPool().model is None
+
+
 async def test_a_client_asks_for_the_model_that_it_was_got_for(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
