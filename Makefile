@@ -12,6 +12,8 @@
 .PHONY: help demo test lint bench swaps clean
 .DELETE_ON_ERROR:
 
+NPM := tests/mcp/npm
+
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
 ifndef PYTHON
@@ -25,8 +27,8 @@ help:
 demo: .venv-demo/installed
 	@.venv-demo/bin/python examples/quickstart.py
 
-test: lint
-	.venv-test/bin/nox --session aioresponses
+test: lint $(NPM)/node_modules/.package-lock.json
+	.venv-test/bin/nox --session aioresponses mcp1
 	.venv-test/bin/python -m pytest
 
 lint: .venv-test/installed
@@ -42,11 +44,17 @@ swaps: .venv-swaps/installed
 	@.venv-swaps/bin/python -m benchmarks.model_swaps $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-bench .venv-swaps dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# MCP servers that tests run, in the versions of the lock file. Without npm, their tests are skipped.
+$(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(NPM) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo "there is no npm: tests of MCP servers from npm will be skipped" >&2; fi
 
 # Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
 .venv-demo/installed: EXTRAS := local
-.venv-test/installed: EXTRAS := local,dev
+.venv-test/installed: EXTRAS := local,mcp,dev
 .venv-bench/installed: EXTRAS := bench
 .venv-swaps/installed: EXTRAS := local
 .venv-swaps/installed: ALSO := -r benchmarks/swaps.txt

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import nox
 
-nox.options.sessions = ["lint", "tests", "aioresponses"]
+nox.options.sessions = ["lint", "tests", "aioresponses", "mcp1", "mcp2"]
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    session.install("-e", ".[local,dev]")
+    session.install("-e", ".[local,mcp,dev]")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
-    session.install("-e", ".[local,dev]", "aiohttp==3.13.0")
+    session.install("-e", ".[local,mcp,dev]", "aiohttp==3.13.0")
     session.run("python", "-m", "pytest", *session.posargs)
 
 
@@ -27,9 +27,26 @@ def aioresponses(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/aioresponses", *session.posargs)
 
 
+# Part of `make test` as well, which has the second major of the MCP SDK in its own environment.
+@nox.session(reuse_venv=True)
+def mcp1(session: nox.Session) -> None:
+    _mcp(session, "mcp<2")
+
+
+@nox.session(reuse_venv=True)
+def mcp2(session: nox.Session) -> None:
+    _mcp(session, "mcp>=2,<3")
+
+
+def _mcp(session: nox.Session, sdk: str) -> None:
+    packages = ["blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"]
+    session.install("-e", ".[mcp]", sdk, "mcp-server-git", "mcp-server-time", *packages)
+    session.run("python", "-m", "pytest", "tests/mcp", "tests/real/test_mcp.py", *session.posargs)
+
+
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    session.install("-e", ".[local,dev]")
+    session.install("-e", ".[local,mcp,dev]")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")

@@ -33,7 +33,7 @@ def main() -> None:
         server = xllamacpp.Server(_params(xllamacpp.CommonParams(), options))
     except RuntimeError as exc:
         _say(reply, {"error": str(exc)})
-        os._exit(1)
+        sys.exit(1)  # properly: a thread of llama.cpp may still have to write why
     _survive_thread_of_parent()
     _say(reply, {"address": server.listening_address})
     while os.read(0, 1024):

@@ -1,1 +1,26 @@
-"""The MCP layer (extra `mcp`): MCP servers' tools in, the bridge's tools out. Empty until its release."""
+"""The MCP layer (extra `mcp`): the tools of MCP servers, for agents.
+
+Importing it needs no extra; the first server that is started does.
+"""
+
+from lmbridge.mcp.config import McpConfig, ServerSpec, load_config
+from lmbridge.mcp.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
+from lmbridge.mcp.hub import McpHub, McpTools
+from lmbridge.mcp.results import McpText
+from lmbridge.mcp.servers import ServerState, ServerStatus
+
+__all__ = [
+    "McpConfig",
+    "McpEvent",
+    "McpHub",
+    "McpText",
+    "McpTools",
+    "ServerLog",
+    "ServerSpec",
+    "ServerState",
+    "ServerStateChanged",
+    "ServerStatus",
+    "ToolProgress",
+    "ToolsChanged",
+    "load_config",
+]

@@ -1,0 +1,407 @@
+"""The official SDK, behind one face for both of its majors; no other file imports it, and this one when it has to.
+
+What it gives is plain: definitions and results as the dicts of the wire. What it raises is one of three exceptions.
+The traps that shape this file: cancel scopes have to be left in the task that entered them, so that `open_session` is
+for an owner's task; a whole list of tools is refused for one bad definition; 1.x tells nobody that a call was
+cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from importlib import import_module
+from typing import Any, Final, Protocol
+
+import attrs
+
+from lmbridge._version import __version__
+from lmbridge.mcp.spec import ServerSpec
+from lmbridge.mcp.stdio import StdioLink
+from lmbridge.mcp.streams import Reading, Tap, Writing, request_numbers
+
+logger = logging.getLogger("lmbridge.mcp")
+
+NAME: Final = "lmbridge"
+"""What this client, and this package's own server, call themselves."""
+
+_CONNECT: Final = 30.0
+_SETTLE: Final = 1.0
+"""Seconds that telling a server of a cancel may take."""
+_CONNECTION_CLOSED: Final = -32000
+_CLOSED: Final = "the connection was closed"
+_OF_THE_TRANSPORT: Final = ("Session terminated", "Server returned an error response")
+"""Texts of errors that the SDK makes itself, with codes that servers use as well, of a session that is lost."""
+
+
+class SessionLostError(Exception):
+    """The session is of no use any more; the text says why."""
+
+
+class RefusedError(Exception):
+    """The server answered with an error; the text is its code and its message."""
+
+
+class BadReplyError(Exception):
+    """The server answered with something that is no answer."""
+
+
+@attrs.frozen
+class Listeners:
+    """What is told of a server's notifications."""
+
+    on_tools_changed: Callable[[], None]
+    on_log: Callable[[str, Any], None]
+
+
+class Session(Protocol):
+    """A session with a server. All methods raise `SessionLostError`, `RefusedError` and `BadReplyError`."""
+
+    server_name: str
+    protocol: str
+
+    async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
+        """A page of tools, each as it was sent: `tools`, `nextCursor`."""
+        ...
+
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any], on_progress: Callable[[float, float | None, str | None], None]
+    ) -> Mapping[str, Any]:
+        """The result of a call: `content`, `structuredContent`, `isError`. A cancel is told to the server."""
+        ...
+
+    async def watch(self) -> None:
+        """Listens for changes until it is cancelled, where notifications have to be asked for."""
+        ...
+
+
+def load() -> Any:
+    """The SDK. Its import takes half a second, so it is for a thread.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import mcp
+    except ImportError as exc:
+        raise ImportError("MCP servers need the official SDK: pip install lmbridge[mcp]") from exc
+    return mcp
+
+
+def is_v2() -> bool:
+    """Whether the SDK's major is the second."""
+    return hasattr(load(), "Client")
+
+
+@asynccontextmanager
+async def open_session(spec: ServerSpec, link: StdioLink | None, listeners: Listeners) -> AsyncIterator[Session]:
+    """A session with a server, for the task that enters and leaves it.
+
+    Args:
+        spec: The server.
+        link: The messages of its process, if it is one.
+        listeners: Told of its notifications.
+    """
+    tap = Tap()
+    transport = _http(spec, tap) if link is None else _stdio(link, tap)
+    opened = _open_v2(spec, transport, tap, listeners) if is_v2() else _open_v1(transport, tap, listeners)
+    try:
+        async with opened as session:
+            yield session
+    except Exception as exc:
+        if tap.refusal:
+            raise SessionLostError(tap.refusal) from exc
+        raise
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, in words, of the SDK's errors and those that it lets through."""
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = error.exceptions[0]
+    if (response := getattr(error, "response", None)) is not None and hasattr(response, "status_code"):
+        return f"it answered with HTTP status {response.status_code}"
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {error.filename!r}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+# Transports: streams of the SDK's messages
+
+
+_Streams = tuple[Reading, Writing]
+
+
+async def _nothing() -> None:
+    """The link is closed by its owner."""
+
+
+@asynccontextmanager
+async def _stdio(link: StdioLink, tap: Tap) -> AsyncIterator[_Streams]:
+    import anyio
+    from mcp.shared.message import SessionMessage
+
+    parse = _parser()
+
+    async def receive() -> Any:
+        while (message := await link.receive()) is not None:
+            try:
+                return SessionMessage(parse(message))
+            except ValueError as exc:  # no message of JSON-RPC, so that nothing can be said of it
+                logger.debug("a message was skipped: %s", exc)
+        raise anyio.EndOfStream
+
+    async def send(message: Any) -> None:
+        try:
+            await link.send(message.message.model_dump_json(by_alias=True, exclude_none=True).encode())
+        except ConnectionError as exc:
+            raise anyio.BrokenResourceError from exc
+
+    yield Reading(receive, tap, _nothing), Writing(send, _nothing)
+
+
+def _parser() -> Callable[[Mapping[str, Any]], Any]:
+    """Makes the SDK's messages of dicts; raises `ValueError` for what is none."""
+    if is_v2():
+        from mcp_types import jsonrpc_message_adapter
+
+        return jsonrpc_message_adapter.validate_python
+    from mcp.types import JSONRPCMessage
+
+    message: Any = JSONRPCMessage
+    return message.model_validate  # type: ignore[no-any-return]  # 1.x has another type there than 2.x
+
+
+@asynccontextmanager
+async def _http(spec: ServerSpec, tap: Tap) -> AsyncIterator[_Streams]:
+    from mcp.client.sse import sse_client
+    from mcp.client.streamable_http import streamable_http_client
+
+    client = await asyncio.to_thread(_client, spec, tap)  # it reads certificates
+    sse: Any = sse_client
+    if spec.transport == "sse":
+        opened = sse(spec.url, sse_read_timeout=None, httpx_client_factory=lambda **_: client)
+        async with opened as (reading, writing, *_):
+            yield _tapped(reading, writing, tap)
+    else:
+        opened = streamable_http_client(spec.url, http_client=client)
+        async with client, opened as (reading, writing, *_):
+            yield _tapped(reading, writing, tap)
+
+
+def _tapped(reading: Any, writing: Any, tap: Tap) -> _Streams:
+    return Reading(reading.receive, tap, reading.aclose), Writing(writing.send, writing.aclose)
+
+
+def _client(spec: ServerSpec, tap: Tap) -> Any:
+    """An HTTP client that sends what it is given to nobody else: no redirects, no proxies of the environment."""
+    httpx: Any = import_module("httpx2" if is_v2() else "httpx")
+
+    async def look(response: Any) -> None:
+        if response.is_redirect:
+            tap.refusal = f"it redirects to {response.headers.get('location')}, which is not followed"
+            raise httpx.TransportError(tap.refusal)
+        if response.request.method == "POST" or spec.transport == "sse":
+            is_wrong = response.status_code >= 400
+            tap.refusal = f"it answered with HTTP status {response.status_code}" if is_wrong else ""
+            tap.is_forgotten |= response.status_code == 404 and "mcp-session-id" in response.request.headers
+
+    return httpx.AsyncClient(
+        headers=dict(spec.headers),
+        timeout=httpx.Timeout(_CONNECT, read=None),  # a call has its own limit, and a stream of events none
+        follow_redirects=False,
+        trust_env=False,
+        event_hooks={"response": [look]},
+    )
+
+
+# Sessions
+
+
+@asynccontextmanager
+async def _open_v2(
+    spec: ServerSpec, transport: AbstractAsyncContextManager[_Streams], tap: Tap, listeners: Listeners
+) -> AsyncIterator[Session]:
+    import mcp
+
+    sdk: Any = mcp
+    client = sdk.Client(
+        transport,
+        # A stdio server that ignores the probe of the newest protocol would take ten seconds to connect.
+        mode="auto" if spec.transport == "http" else "legacy",
+        cache=None,
+        client_info=_info(),
+        logging_callback=_log_to(listeners),
+        message_handler=_notify(listeners),
+    )
+    async with client:
+        yield _SessionV2(client, tap, listeners)
+
+
+@asynccontextmanager
+async def _open_v1(
+    transport: AbstractAsyncContextManager[_Streams], tap: Tap, listeners: Listeners
+) -> AsyncIterator[Session]:
+    import mcp
+
+    sdk: Any = mcp
+    handlers = {"logging_callback": _log_to(listeners), "message_handler": _notify(listeners)}
+    async with (
+        transport as (reading, writing),
+        sdk.ClientSession(reading, writing, client_info=_info(), **handlers) as session,
+    ):
+        yield _SessionV1(session, await session.initialize(), tap)
+
+
+def _info() -> Any:
+    from mcp.types import Implementation
+
+    return Implementation(name=NAME, version=__version__)
+
+
+def _log_to(listeners: Listeners) -> Callable[[Any], Awaitable[None]]:
+    async def log(params: Any) -> None:
+        listeners.on_log(str(params.level), params.data)
+
+    return log
+
+
+def _notify(listeners: Listeners) -> Callable[[Any], Awaitable[None]]:
+    async def handle(message: Any) -> None:
+        if getattr(getattr(message, "root", message), "method", None) == "notifications/tools/list_changed":
+            listeners.on_tools_changed()
+
+    return handle
+
+
+class _SessionBase:
+    """What both majors have in common."""
+
+    server_name: str
+    protocol: str
+
+    def __init__(self, client: Any, tap: Tap, info: Any, protocol: Any) -> None:
+        self._client, self._tap = client, tap
+        self.server_name = str(getattr(info, "name", "") or "")
+        self.protocol = str(protocol)
+
+    async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
+        from pydantic import ValidationError
+
+        self._tap.page = None
+        try:
+            page = await self._answer(self._list(cursor))
+        except ValidationError as exc:
+            raise BadReplyError(f"its list of tools is none: {_brief(exc)}") from exc
+        return self._tap.page or _plain(page)
+
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any], on_progress: Callable[[float, float | None, str | None], None]
+    ) -> Mapping[str, Any]:
+        from pydantic import ValidationError
+
+        async def progress(done: float, total: float | None, message: str | None) -> None:
+            on_progress(done, total, message)
+
+        try:
+            return _plain(await self._answer(self._call(tool, dict(arguments), progress)))
+        except ValidationError as exc:
+            raise BadReplyError(f"the tool ran, but its result is none: {_brief(exc)}") from exc
+
+    async def watch(self) -> None:
+        """Waits: notifications come by themselves."""
+        await asyncio.get_running_loop().create_future()
+
+    async def _answer(self, request: Awaitable[Any]) -> Any:
+        """What a request gets; the SDK's errors as ours."""
+        import anyio
+        import mcp
+
+        sdk: Any = mcp
+        failure: type[Exception] = getattr(sdk, "MCPError", None) or sdk.McpError
+        try:
+            return await request
+        except failure as exc:
+            error: Any = getattr(exc, "error", exc)
+            if self._tap.is_forgotten:
+                raise SessionLostError("the server does not know the session any more") from exc
+            if error.code == _CONNECTION_CLOSED and "closed" in error.message.lower():
+                raise SessionLostError(_CLOSED) from exc
+            if any(error.message.startswith(text) for text in _OF_THE_TRANSPORT):
+                raise SessionLostError(error.message) from exc
+            raise RefusedError(f"{error.code}: {error.message}") from exc
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError) as exc:
+            raise SessionLostError(_CLOSED) from exc
+
+    async def _list(self, cursor: str | None) -> Any:
+        raise NotImplementedError
+
+    async def _call(self, tool: str, arguments: dict[str, Any], progress: Any) -> Any:
+        raise NotImplementedError
+
+
+class _SessionV2(_SessionBase):
+    def __init__(self, client: Any, tap: Tap, listeners: Listeners) -> None:
+        super().__init__(client, tap, client.server_info, client.protocol_version)
+        self._listeners = listeners
+
+    async def _list(self, cursor: str | None) -> Any:
+        return await self._client.list_tools(cursor=cursor)
+
+    async def _call(self, tool: str, arguments: dict[str, Any], progress: Any) -> Any:
+        return await self._client.call_tool(tool, arguments, progress_callback=progress)
+
+    async def watch(self) -> None:
+        from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+
+        changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
+        if self.protocol in MODERN_PROTOCOL_VERSIONS and changes:
+            async with self._client.listen(tools_list_changed=True) as subscription:
+                async for _ in subscription:
+                    self._listeners.on_tools_changed()
+        await super().watch()
+
+
+class _SessionV1(_SessionBase):
+    def __init__(self, client: Any, started: Any, tap: Tap) -> None:
+        super().__init__(client, tap, started.serverInfo, started.protocolVersion)
+
+    async def _list(self, cursor: str | None) -> Any:
+        return await self._client.list_tools(cursor)
+
+    async def _call(self, tool: str, arguments: dict[str, Any], progress: Any) -> Any:
+        numbers: list[Any] = []
+        token = request_numbers.set(numbers)
+        try:
+            return await self._client.call_tool(tool, arguments, progress_callback=progress)
+        except asyncio.CancelledError:
+            if numbers:
+                await self._cancel(numbers[0])
+            raise
+        finally:
+            request_numbers.reset(token)
+
+    async def _cancel(self, number: Any) -> None:
+        from mcp import types
+
+        sdk: Any = types
+        params = sdk.CancelledNotificationParams(requestId=number, reason="caller cancelled")
+        notification = sdk.ClientNotification(sdk.CancelledNotification(params=params))
+        with suppress(TimeoutError, Exception):  # it is a courtesy: the call is over in any case
+            async with asyncio.timeout(_SETTLE):
+                await self._client.send_notification(notification)
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    """The wire's dict of a model of the SDK's."""
+    plain: dict[str, Any] = model.model_dump(by_alias=True, mode="json", exclude_none=True)
+    return plain
+
+
+def _brief(error: Any) -> str:
+    """What is wrong first, of all that pydantic says."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,162 @@
+"""An MCP server on stdio in plain Python, with the faults that it is told in JSON: `{"hang": true}`.
+
+It is a program of its own and imports nothing but the standard library, so that it starts in 20 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+OPTIONS: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
+EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
+TEXT: dict[str, Any] = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+NAMES = ["echo", "die", "sleep", "big", "fails", "refuses", "nothing", "env", "count", "progress", "change", "parts"]
+lock = threading.Lock()
+added: list[dict[str, Any]] = []
+SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def send(message: dict[str, Any]) -> None:
+    raw(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+
+
+def raw(data: bytes) -> None:
+    with lock:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
+def note(text: str) -> None:
+    """Adds a line to the file that the test reads."""
+    with Path(OPTIONS["notes"]).open("a") as file:
+        file.write(text + "\n")
+
+
+def tools() -> list[Any]:
+    names = OPTIONS.get("tools", NAMES)
+    made = [{"name": name, "description": f"Does {name}.", "inputSchema": EMPTY} for name in names]
+    for tool in made:
+        if tool["name"] == "echo":
+            tool["inputSchema"] = TEXT
+        if tool["name"] in OPTIONS.get("idempotent", ()):
+            tool["annotations"] = {"idempotentHint": True}
+    return [*made, *OPTIONS.get("more_tools", []), *added]
+
+
+def text(*texts: str, **fields: Any) -> dict[str, Any]:
+    return {"content": [{"type": "text", "text": each} for each in texts], **fields}
+
+
+def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]) -> None:
+    if name in OPTIONS.get("noted", ()):
+        note(name)
+    if name in OPTIONS.get("die_at", ()):
+        sys.stderr.write("dying as told\n")
+        sys.stderr.flush()
+        if OPTIONS.get("once") and Path(OPTIONS["once"]).exists():
+            return send({"id": number, "result": text("alive again")})
+        if OPTIONS.get("once"):
+            Path(OPTIONS["once"]).touch()
+        os._exit(7)
+    result = text(str(arguments.get("text", name)))
+    if name == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "sleep":
+        return None
+    if name == "big":
+        return raw(
+            b'{"jsonrpc":"2.0","id":%d,"result":{"content":[],"x":"' % number + b"x" * OPTIONS["size"] + b'"}}\n'
+        )
+    if name == "fails":
+        result = text("no such file: a.txt", isError=True)
+    if name == "refuses":
+        return send({"id": number, "error": {"code": -32602, "message": "bad arguments"}})
+    if name == "nothing":
+        result = {}
+    if name == "env":
+        result = text(json.dumps(dict(os.environ)))
+    if name == "parts":
+        result = text("one", "two")
+    if name == "progress":
+        params = {"progressToken": meta.get("progressToken"), "progress": 1, "total": 2, "message": "half"}
+        send({"method": "notifications/progress", "params": params})
+        send({"method": "notifications/message", "params": {"level": "info", "data": "at work"}})
+    if name == "change":
+        added.append({"name": "new", "description": "Is new.", "inputSchema": EMPTY})
+        send({"method": "notifications/tools/list_changed"})
+    return send({"id": number, "result": result})
+
+
+def listed(number: Any, params: dict[str, Any]) -> None:
+    size = OPTIONS.get("page")
+    every = tools()
+    if OPTIONS.get("endless"):
+        return send({"id": number, "result": {"tools": every, "nextCursor": "again"}})
+    if not size:
+        return send({"id": number, "result": {"tools": every}})
+    begin = int(params.get("cursor", 0))
+    result: dict[str, Any] = {"tools": every[begin : begin + size]}
+    if begin + size < len(every):
+        result["nextCursor"] = str(begin + size)
+    return send({"id": number, "result": result})
+
+
+def handle(message: dict[str, Any]) -> None:
+    method, number, params = message.get("method"), message.get("id"), message.get("params") or {}
+    if method == "initialize":
+        if OPTIONS.get("hang"):
+            return
+        if OPTIONS.get("unterminated"):
+            raw(b"no line break here ")
+        info = {"name": OPTIONS.get("name", "scripted"), "version": "1"}
+        capabilities = {"tools": {"listChanged": True}, "logging": {}}
+        version = params["protocolVersion"]
+        send({"id": number, "result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}})
+    elif method == "tools/list":
+        listed(number, params)
+        if OPTIONS.get("die_after_list"):
+            os._exit(0)
+    elif method == "tools/call":
+        call(number, params["name"], params.get("arguments") or {}, params.get("_meta") or {})
+    elif method == "notifications/cancelled" and "notes" in OPTIONS:
+        note(f"cancelled {params.get('requestId')}")
+    elif number is not None:
+        send({"id": number, "error": {"code": -32601, "message": "no such method"}})
+
+
+def begin() -> None:
+    if OPTIONS.get("ignore_term"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if OPTIONS.get("grandchild"):
+        command = [sys.executable, "-I", "-S", "-c", SLEEPER]
+        note(f"grandchild {subprocess.Popen(command).pid}")
+    if OPTIONS.get("starts"):
+        note("started")
+    if OPTIONS.get("exit") is not None:
+        sys.stderr.write("missing API_KEY\n")
+        sys.exit(OPTIONS["exit"])
+    if OPTIONS.get("flood"):
+        sys.stderr.write("x" * 1000 + "\n" + "y" * OPTIONS["flood"] + "\n")
+        sys.stderr.flush()
+    if OPTIONS.get("garbage"):
+        raw(b"Welcome!\n\n{not json}\n[1, 2]\n\xff\xfe\x00 bytes\n")
+
+
+def main() -> None:
+    begin()
+    for line in sys.stdin:
+        handle(json.loads(line))
+    if OPTIONS.get("ignore_eof"):
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Servers on HTTP: headers, redirects, refusals, and sessions that end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from lmbridge import MultiMCPError, ToolError
+from lmbridge.mcp import ServerState
+from tests.mcp.conftest import MakeHub
+from tests.mcp.support import names, tool
+
+
+class HttpServer:
+    """An MCP server on streamable HTTP that answers with plain JSON.
+
+    Attributes:
+        requests: The headers of what came.
+        status: Answered in place of anything else.
+        location: Where it redirects to.
+        session: The session that it knows.
+        hold: Set when a call of `sleep` has arrived; it is not answered.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.status = 0
+        self.location = ""
+        self.session = "s1"
+        self.arrived = asyncio.Event()
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        self._server = TestServer(app)
+
+    async def start(self) -> None:
+        await self._server.start_server()
+
+    async def stop(self) -> None:
+        await self._server.close()
+
+    @property
+    def url(self) -> str:
+        return str(self._server.make_url("/mcp"))
+
+    async def handle(self, request: web.Request) -> web.Response:
+        self.requests.append(request.headers.copy())
+        if self.location:
+            raise web.HTTPTemporaryRedirect(self.location)
+        if self.status:
+            return web.Response(status=self.status, text="refused")
+        if request.method != "POST":
+            return web.Response(status=405 if request.method == "GET" else 200)
+        message = await request.json()
+        if message["method"] != "initialize" and request.headers.get("Mcp-Session-Id") not in (None, self.session):
+            return web.json_response(
+                {"jsonrpc": "2.0", "id": "x", "error": {"code": -32600, "message": "?"}}, status=404
+            )
+        if "id" not in message:
+            return web.Response(status=202)
+        return web.json_response(
+            {"jsonrpc": "2.0", "id": message["id"], **await self.answer(message)},
+            headers={"Mcp-Session-Id": self.session},
+        )
+
+    async def answer(self, message: Any) -> dict[str, Any]:
+        params = message.get("params") or {}
+        match message["method"]:
+            case "initialize":
+                info = {"name": "http", "version": "1"}
+                capabilities: dict[str, Any] = {"tools": {}}
+                version = params["protocolVersion"]
+                return {"result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}}
+            case "tools/list":
+                return {
+                    "result": {
+                        "tools": [{"name": each, "inputSchema": {"type": "object"}} for each in ("echo", "sleep")]
+                    }
+                }
+            case "tools/call" if params["name"] == "sleep":
+                self.arrived.set()
+                await asyncio.Event().wait()
+            case "tools/call":
+                return {"result": {"content": [{"type": "text", "text": params["arguments"]["text"]}]}}
+        return {"error": {"code": -32601, "message": "no such method"}}
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[HttpServer]:
+    server = HttpServer()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest_asyncio.fixture
+async def other() -> AsyncIterator[HttpServer]:
+    server = HttpServer()
+    await server.start()
+    yield server
+    await server.stop()
+
+
+async def test_a_server_on_http_is_called_with_its_headers(make_hub: MakeHub, server: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url, "headers": {"Authorization": "Bearer token"}}})
+    lease = await hub.tools()
+    assert names(lease.tools) == ["echo", "sleep"]
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert {request["Authorization"] for request in server.requests} == {"Bearer token"}
+    await hub.close()
+
+
+async def test_no_proxy_of_the_environment_is_used(
+    make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    hub = make_hub({"a": {"url": server.url}}, connect_timeout=5)
+    assert (await hub.tools()).tools
+    await hub.close()
+
+
+async def test_no_redirect_is_followed(make_hub: MakeHub, server: HttpServer, other: HttpServer) -> None:
+    server.location = other.url
+    hub = make_hub({"a": {"url": server.url, "headers": {"Authorization": "Bearer token"}}}, connect_timeout=5)
+    with pytest.raises(MultiMCPError) as caught:
+        await hub.tools()
+    assert other.requests == []
+    assert f"it redirects to {other.url}, which is not followed" in str(caught.value)
+
+
+async def test_a_redirect_to_the_same_origin_is_not_followed_either(make_hub: MakeHub, server: HttpServer) -> None:
+    server.location = "/elsewhere"
+    with pytest.raises(MultiMCPError, match="it redirects to /elsewhere"):
+        await make_hub({"a": {"url": server.url}}, connect_timeout=5).tools()
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+async def test_a_refusal_names_the_status(make_hub: MakeHub, server: HttpServer, status: int) -> None:
+    server.status = status
+    with pytest.raises(MultiMCPError, match=f"it answered with HTTP status {status}"):
+        await make_hub({"a": {"url": server.url}}, connect_timeout=5).tools()
+
+
+@pytest.mark.parametrize("path", ["/mcp", "/sse"])
+async def test_nobody_there_is_told(make_hub: MakeHub, path: str) -> None:
+    hub = make_hub({"a": {"url": f"http://127.0.0.1:9{path}"}}, connect_timeout=5)
+    with pytest.raises(MultiMCPError, match=r"could not be started: .*(connect|refused)"):
+        await hub.tools()
+
+
+async def test_a_session_that_the_server_forgot_is_lost_and_opened_again(make_hub: MakeHub, server: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.session = "s2"
+    with pytest.raises(ToolError, match="lost during the call"):
+        await tool(lease, "echo")(text="x")
+    assert hub.status()["a"].state == ServerState.LOST
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 2
+    await hub.close()
+
+
+async def test_a_call_on_http_that_takes_too_long_leaves_the_session(make_hub: MakeHub, server: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools(call_timeout=0.2)
+    with pytest.raises(ToolError, match="did not answer within"):
+        await tool(lease, "sleep")()
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
+    await hub.close()

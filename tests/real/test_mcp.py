@@ -1,0 +1,245 @@
+"""Real MCP servers, from PyPI and npm: their tools convert, calls work, and what befalls one of them hits no other."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from lmbridge import ToolContext, ToolError
+from lmbridge.agent.toolset import Ready, Toolset
+from lmbridge.mcp import McpEvent, McpHub, ToolProgress, guardian
+from tests.mcp.support import Recorder, names, scripted, tool
+
+pytestmark = pytest.mark.real
+
+NPM = Path(__file__).parent.parent / "mcp" / "npm"
+EVERYTHING = NPM / "node_modules/@modelcontextprotocol/server-everything/dist/index.js"
+MakeHub = Callable[..., McpHub]
+
+
+def python_server(module: str, *args: str) -> dict[str, Any]:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs {module.replace('_', '-')}, of lmbridge[dev]")
+    return {"command": sys.executable, "args": ["-m", module, *args]}
+
+
+def npm_server(name: str, *args: str, **env: str) -> dict[str, Any]:
+    program = NPM / "node_modules" / ".bin" / f"mcp-server-{name}"
+    if shutil.which("node") is None or not program.exists():
+        pytest.skip("needs node, and `npm ci --prefix tests/mcp/npm`")
+    return {"command": str(program), "args": list(args), "env": env}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with a file."""
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+    (folder / "notes.txt").write_text("of the file\n")
+    return folder
+
+
+@pytest.fixture
+def servers(folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """All five."""
+    return {
+        "time": python_server("mcp_server_time", "--local-timezone", "UTC"),
+        "git": python_server("mcp_server_git"),
+        "everything": npm_server("everything", "stdio"),
+        "filesystem": npm_server("filesystem", str(folder)),
+        "memory": npm_server("memory", MEMORY_FILE_PATH=str(tmp_path / "memory.json")),
+    }
+
+
+@pytest_asyncio.fixture
+async def make_hub(tmp_path: Path) -> AsyncIterator[MakeHub]:
+    """Makes a hub of some servers, which is closed in the end."""
+    hubs: list[McpHub] = []
+
+    def make(servers: Any, **options: Any) -> McpHub:
+        path = tmp_path / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": servers}))
+        hubs.append(McpHub(path, **options))
+        return hubs[-1]
+
+    yield make
+    for hub in hubs:
+        await hub.close()
+
+
+async def test_every_tool_of_every_server_converts(make_hub: MakeHub, servers: Any) -> None:
+    lease = await make_hub(servers).tools()
+    toolset = await Toolset.collect([lease])
+    counted = {server: sum(each.server == server for each in lease.tools) for server in servers}
+    assert counted["git"] >= 12
+    assert counted["filesystem"] >= 14
+    assert counted["memory"] >= 9
+    assert counted["everything"] >= 12
+    assert counted["time"] == 2
+    assert [each.reason for each in lease.left_out] == ["it can only be called as a task, which is not supported"]
+    assert len(toolset.definitions) == len(lease.tools)
+    assert all(each["function"]["parameters"]["type"] == "object" for each in toolset.definitions)
+
+
+async def test_calls_of_every_server_work(make_hub: MakeHub, servers: Any, folder: Path) -> None:
+    lease = await make_hub(servers).tools()
+    toolset = await Toolset.collect([lease])
+
+    async def call(name: str, **arguments: Any) -> str:
+        ready = toolset.read({"id": "1", "function": {"name": name, "arguments": json.dumps(arguments)}})
+        assert isinstance(ready, Ready), ready
+        context = ToolContext("run", "1", name, lambda: False)
+        outcome = await toolset.call(ready, context, timeout=30, max_output=10_000)
+        assert not outcome.is_error, outcome.text
+        return outcome.text
+
+    assert '"timezone": "Europe/Berlin"' in await call("get_current_time", timezone="Europe/Berlin")
+    assert "notes.txt" in await call("git_status", repo_path=str(folder))
+    assert await call("echo", message="hello") == "Echo: hello"
+    assert "5" in await call("get_sum", a="2", b=3)
+    assert "[image image/png, " in await call("get_tiny_image")
+    assert await call("read_text_file", path=str(folder / "notes.txt")) == "of the file\n"
+    entity = {"name": "lmbridge", "entityType": "package", "observations": ["is here"]}
+    await call("create_entities", entities=[entity])
+    assert "is here" in await call("read_graph")
+
+
+async def test_what_goes_wrong_is_told_in_the_servers_own_words(make_hub: MakeHub, servers: Any) -> None:
+    lease = await make_hub(servers).tools(["time", "filesystem"])
+    with pytest.raises(ToolError, match=r"(?i)invalid timezone"):
+        await tool(lease, "get_current_time")(timezone="Nowhere/Land")
+    with pytest.raises(ToolError, match=r"(?i)access denied"):
+        await tool(lease, "read_text_file")(path="/etc/passwd")
+
+
+async def test_destructive_hints_are_there_for_who_approves(make_hub: MakeHub, servers: Any) -> None:
+    lease = await make_hub(servers).tools(["filesystem", "git"])
+    hints = {each.name: each.annotations["destructiveHint"] for each in lease.tools}
+    assert hints["write_file"]
+    assert hints["git_reset"]
+    assert not hints["read_text_file"]
+    assert not hints["git_status"]
+
+
+async def test_several_fail_in_several_ways_and_the_others_work(make_hub: MakeHub, servers: Any) -> None:
+    faults = {
+        "missing": {"command": "no-such-server"},
+        "hanging": {**scripted({"hang": True}), "lmbridge": {"connectTimeout": 1}},
+        "dying": scripted({"exit": 1}),
+        "noisy": scripted({"garbage": True, "tools": ["parts"]}),
+    }
+    hub = make_hub({**faults, **servers})
+    lease = await hub.tools(on_error="continue")
+    assert set(lease.errors) == {"missing", "hanging", "dying"}
+    assert await tool(lease, "parts", "noisy")() == "one\ntwo"
+    assert "Echo: x" in await tool(lease, "echo")(message="x")
+
+
+async def test_one_that_is_killed_in_a_call_comes_back_and_disturbs_no_other(make_hub: MakeHub, servers: Any) -> None:
+    recorder: Recorder[McpEvent] = Recorder()
+    hub = make_hub({name: servers[name] for name in ("everything", "time")}, on_event=recorder)
+    lease = await hub.tools()
+    long = asyncio.create_task(tool(lease, "trigger-long-running-operation")(duration=1, steps=10))
+    await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
+    pid = hub.status()["everything"].pid
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    assert "UTC" in await tool(lease, "get_current_time")(timezone="UTC")
+    assert "completed" in await long  # it is declared idempotent, so it is made again
+    assert await tool(lease, "echo")(message="back") == "Echo: back"
+    assert {name: status.starts for name, status in hub.status().items()} == {"everything": 2, "time": 1}
+
+
+async def test_a_cancelled_call_leaves_the_session_usable(make_hub: MakeHub, servers: Any) -> None:
+    recorder: Recorder[McpEvent] = Recorder()
+    hub = make_hub({"everything": servers["everything"]}, on_event=recorder)
+    lease = await hub.tools()
+    long = asyncio.create_task(tool(lease, "trigger-long-running-operation")(duration=60, steps=600))
+    await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
+    long.cancel()
+    await asyncio.wait([long])
+    assert long.cancelled()
+    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    assert hub.status()["everything"].starts == 1
+
+
+async def test_a_hundred_runs_share_one_child_a_server(make_hub: MakeHub, servers: Any) -> None:
+    hub = make_hub(servers)
+
+    async def run(number: int) -> str:
+        lease = await hub.tools()
+        try:
+            return str(await tool(lease, "echo")(message=str(number)))
+        finally:
+            lease.release()
+
+    assert await asyncio.gather(*map(run, range(100))) == [f"Echo: {number}" for number in range(100)]
+    assert [status.starts for status in hub.status().values()] == [1] * len(servers)
+
+
+async def test_the_whole_tree_of_npx_is_gone_when_close_returns(make_hub: MakeHub, servers: Any) -> None:
+    del servers  # skips where they are missing
+    hub = make_hub(
+        {"a": {"command": "npx", "args": ["--no-install", "mcp-server-everything", "stdio"], "cwd": str(NPM)}}
+    )
+    lease = await hub.tools()
+    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    group = hub.status()["a"].pid
+    assert group
+    assert await asyncio.to_thread(members, group) > 1
+    await hub.close()
+    assert await asyncio.to_thread(guardian.is_gone, group)
+
+
+def members(group: int) -> int:
+    """How many processes a group has."""
+    return sum(guardian._runs_in(group, each) for each in Path("/proc").glob("[0-9]*"))
+
+
+@pytest_asyncio.fixture(params=["streamableHttp", "sse"])
+async def everything_url(request: pytest.FixtureRequest, servers: Any) -> AsyncIterator[str]:
+    """The URL of server-everything on HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = {**os.environ, "PORT": str(port)}
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        str(EVERYTHING),
+        request.param,
+        env=environ,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if str(port).encode() in line:
+            break
+    yield f"http://127.0.0.1:{port}/{'sse' if request.param == 'sse' else 'mcp'}"
+    process.kill()
+    await process.stdout.read()
+    await process.wait()
+
+
+async def test_servers_on_http_work(make_hub: MakeHub, everything_url: str) -> None:
+    recorder: Recorder[McpEvent] = Recorder()
+    hub = make_hub({"a": {"url": everything_url}}, on_event=recorder)
+    lease = await hub.tools()
+    assert "echo" in names(lease.tools)
+    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    await tool(lease, "trigger-long-running-operation")(duration=0.1, steps=2)
+    assert await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
+    await hub.close()
