@@ -78,7 +78,7 @@ def _is_embedding(value: object) -> bool:
 def _is_finite(numbers: list[Any]) -> bool:
     try:
         return math.isfinite(sum(numbers))  # one that is not makes the sum so, too
-    except TypeError:  # null, where the server had NaN
+    except (TypeError, OverflowError):  # null, where the server had NaN; a whole number that no float holds
         return False
 
 

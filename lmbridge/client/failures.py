@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge.client.wire import decode_json
 from lmbridge.errors import (
     ContextLengthExceededError,
     ErrorDetails,
@@ -248,6 +249,17 @@ def is_error(value: Mapping[str, Any]) -> bool:
     if error not in (None, False) or value.get("detail"):
         return True
     return any(isinstance(value.get(key), str) and value[key] for key in _TOLD_BY)
+
+
+def reports_error(data: bytes) -> bool:
+    """Whether a body with a good status, or the data of an event, reports an error, or is no JSON object at all."""
+    try:
+        value = decode_json(data)
+    except ValueError:
+        return True
+    if value is None:
+        return False  # llama.cpp sends one before each of several prompts
+    return not isinstance(value, dict) or is_error(value)
 
 
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:

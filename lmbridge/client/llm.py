@@ -367,7 +367,10 @@ class LLMClient:
         reply = await server.request(server.get("model list", "/models"))
         value = server.value(reply)
         entries = value.get("data")
-        ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries or ()]
+        if entries is None and "data" in value:
+            return []  # an Ollama without models
+        listed = entries if isinstance(entries, list) else [entries]
+        ids = [entry.get("id") if isinstance(entry, dict) else None for entry in listed]
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in ids):
             raise server.is_not(reply, "a list of models")
         return cast("list[str]", ids)

@@ -127,6 +127,7 @@ class LMStudio:
         server, transport, model = self._server, self._server.transport, body["model"]
         request = server.post("model download", f"{_V1}/download", body, model, **_ONCE)
         reply = await server.request(request)
+        closing = transport.closing
         value = await self._checked(reply, "status")
         while value["status"] not in _ENDED:
             job = value.get("job_id")
@@ -135,15 +136,13 @@ class LMStudio:
             if not isinstance(job, str):
                 raise server.is_not(reply, "the status of a download")
             yield cast("DownloadStatus", value)
-            await asyncio.sleep(POLL)
+            if closing is not None:
+                await asyncio.wait((closing,), timeout=POLL)
             if server.transport is not transport:
-                raise TaskCancelledError(
-                    "api_base was set while the model was being downloaded",
-                    hint="LM Studio goes on with it; call download again where it runs to see how far it is",
-                    context=reply.call.context(),
-                    partial=value,
-                )
-            path = f"{_V1}/download/status/{quote(job, safe='')}"
+                raise _left_alone("api_base was set, or the client was given back to its pool,", reply, value)
+            if closing is None or closing.done():  # to ask on would open the client again
+                raise _left_alone("the client was closed", reply, value)
+            path = f"{_V1}/download/status/{quote(job, safe='', errors='replace')}"
             reply = await server.request(server.get("model download", path, below_root=True, model=model))
             value = await self._checked(reply, "status")
         yield cast("DownloadStatus", value)
@@ -232,6 +231,15 @@ async def find(server: Server) -> Found:
     reply = await server.request(server.get("model list", _V0, below_root=True))
     models = _listed(server, reply, "data", {"id": str, "state": str})
     return Found(reply=reply, is_lmstudio=True, models=None if models is None else [_as_v1(each) for each in models])
+
+
+def _left_alone(why: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:
+    return TaskCancelledError(
+        f"{why} while the model was being downloaded",
+        hint="LM Studio goes on with it; call download again where it runs to see how far it is",
+        context=reply.call.context(),
+        partial=value,
+    )
 
 
 def _listed(server: Server, reply: Reply, field: str, shape: Mapping[str, type]) -> list[dict[str, Any]] | None:

@@ -88,6 +88,7 @@ class Server:
             timeouts=self._timeouts,
             max_retries=self._max_retries,
             classify=failures.classify,
+            reports_error=failures.reports_error,
             **how,
         )
 

@@ -155,8 +155,9 @@ async def _llama_cpp(server: Server, entries: Sequence[_Entry]) -> ServerInfo:
 async def _routed(server: Server, entry: _Entry) -> ModelInfo:
     if _of(entry.get("status")).get("value") not in _RESIDENT:
         return ModelInfo(id=entry["id"], loaded=False)
+    name = quote(entry["id"], safe="", errors="replace")  # JSON can name half a surrogate pair
     # It may have been unloaded meanwhile: it is not to be loaded again for this.
-    props = await _tells(server, f"/props?model={quote(entry['id'], safe='')}&autoload=false")
+    props = await _tells(server, f"/props?model={name}&autoload=false")
     return _llama_model(entry, props)
 
 

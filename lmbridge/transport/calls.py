@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import attrs
@@ -22,8 +22,13 @@ from lmbridge.transport.retry import (
     retry_waits,
 )
 from lmbridge.transport.scheduler import Place
+from lmbridge.transport.sse import Event, NamedEvent
 
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]
+
+
+def _never(_data: bytes) -> bool:
+    return False
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -45,6 +50,8 @@ class Request:
     """Whether it is a generation, which waits for a place."""
     repeatable: bool = True
     """Whether it may be sent again if the server may have begun with it. What is not goes out on a new connection."""
+    reports_error: Callable[[bytes], bool] = _never
+    """Whether a reply with a good status, or the data of an event, reports an error all the same."""
     below_root: bool = False
     """Whether the path is beside `/v1` and not below it: "/api/v1/models"."""
 
@@ -148,10 +155,15 @@ class Call(Deadline):
         if self.place is not None:
             self._admission.release(self.place)
 
-    def answered(self) -> None:
-        """Notes its first answer: others may be waiting for the model to be loaded."""
+    def answered(self, first: Event) -> None:
+        """Notes its first event, or its whole reply: others may be waiting for the model to be loaded.
+
+        What reports an error shows that it is not: then the next of them goes alone.
+        """
         if self.place is not None and self.place.is_loader:
-            self._admission.answered(self.place)
+            name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
+            if name != "error" and not self.request.reports_error(data):
+                self._admission.answered(self.place)
 
     def cool(self) -> None:
         """Notes that its model is not loaded, whatever was thought: the next request for it goes alone."""

@@ -110,10 +110,10 @@ class EventStream:
         """
         if self._fault is not None:
             raise self._fault
-        if self._loop is None:
-            if not self.ended:
-                raise self._given_up()
-            return []
+        if self._loop is None or self._loop.is_closed():
+            if self.ended:
+                return []
+            raise self._given_up()
         if self._reading:
             raise RuntimeError("another task is reading this stream; only one at a time can")
         self._reading = True
@@ -128,7 +128,7 @@ class EventStream:
                     return self._decoder.close()
                 if events := self._decoder.feed(data):
                     self._event_seen = True
-                    self.call.answered()
+                    self.call.answered(events[0])
                     return events
         except BaseException as exc:
             self.abort()
@@ -144,26 +144,32 @@ class EventStream:
     def look(self) -> bool:
         """Sees whether the first event has arrived, though nobody may be reading; tells whether to look again later.
 
-        What arrived is kept for the reader.
+        What arrived is kept for the reader. If it is an error, or nothing will come, the place is given back: others
+        wait for what has failed.
         """
         if self._loop is None or self._event_seen or self.call.place is None or not self.call.place.is_loader:
             return False
-        if not self._reading:
-            try:
-                self._first += self._content.read_nowait()
-                seen = bool(SSEDecoder().feed(self._first))
-            except (LLMError, *self._broken):  # type: ignore[misc]  # it is a tuple of classes
-                return False  # the reader will meet it
-            if seen:
-                self.call.answered()
-                return False
-        return not self._content.at_eof()
+        if self._reading:
+            return not self._content.at_eof()
+        try:
+            self._first += self._content.read_nowait()
+            events = SSEDecoder().feed(self._first)
+        except (LLMError, *self._broken):  # type: ignore[misc]  # it is a tuple of classes
+            self.call.release()  # the reader will meet it
+            return False
+        if events:
+            self.call.answered(events[0])
+        elif not self._content.at_eof():
+            return True
+        if self.call.place.is_loader:
+            self.call.release()
+        return False
 
     async def drain(self) -> None:
         """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""
         if self._loop is None:
             return
-        if self._reading:  # by another task: it is woken by the closing
+        if self._reading or self._loop.is_closed():  # by another task: it is woken by the closing
             self.abort()
             return
         self._reading = True
@@ -221,7 +227,9 @@ class EventStream:
         self.abort(self.call.timed_out("total" if self.when >= self.call.total_deadline else phase))
 
     def _given_up(self) -> LLMStreamError:
-        return LLMStreamError("the stream was given up", status=self.status, context=self.call.context())
+        why = "" if self._loop is None else ": the event loop that it was opened in is closed"
+        self.abort()
+        return LLMStreamError(f"the stream was given up{why}", status=self.status, context=self.call.context())
 
     def _cut(self, exc: BaseException) -> LLMStreamError:
         return LLMStreamError(

@@ -122,7 +122,7 @@ class Transport:
         admission = None if self._opened is None else self._opened.admission
         in_flight = Counter(place.model for place in admission.scheduler.in_flight) if admission else Counter()
         queued = Counter(place.model for place in admission.scheduler.waiting) if admission else Counter()
-        models = in_flight | queued | self._swaps | self._retries
+        models = dict.fromkeys([*self._retries, *self._swaps, *in_flight, *queued])
         return ClientStats(
             in_flight=in_flight.total(),
             queued=queued.total(),
@@ -154,6 +154,11 @@ class Transport:
         """Whether any request is under way or waits."""
         opened = self._opened
         return opened is not None and bool(opened.requests or opened.admission.in_flight or opened.admission.queued)
+
+    @property
+    def closing(self) -> asyncio.Future[None] | None:
+        """Done once what is open now is closed; None if nothing is."""
+        return None if self._opened is None else self._opened.closed
 
     def redact(self, text: str) -> str:
         """The text without the key, which some servers repeat in their errors."""
@@ -209,6 +214,7 @@ class Transport:
         try:
             place = None
             if request.queued:
+                self._retries.setdefault(request.model, 0)  # `stats` tells of each model that was asked for
                 if self._find_limits is not None and not opened.knows_limits:
                     await self._know_limits(opened, self._find_limits)
                 plain = receive is _receive_reply
@@ -230,7 +236,7 @@ class Transport:
                 if isinstance(answer, _Failure):
                     raise _cancelled(call) if opened.closed.done() else answer.error
                 if isinstance(answer, Reply) and answer.status < 400:
-                    call.answered()
+                    call.answered(answer.body)
             except BaseException:
                 call.release()
                 raise
@@ -252,6 +258,7 @@ class Transport:
         try:
             limits = await find(self)
         except LLMError as error:
+            opened.knows_limits = error.status is not None and error.status < 500  # it answered, and will not say more
             if not opened.closed.done():
                 logger.warning("the server's limits are not known, so they stay %s: %s", self.limits, error)
         else:
@@ -406,12 +413,17 @@ class _Opened:
 
     async def close(self) -> None:
         self.closed.set_result(None)
-        if self.finding is not None:
-            self.finding.cancel()
-            await asyncio.wait((self.finding,))
         for stream in list(self.streams):
             stream.abort(_cancelled(stream.call))
         self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        try:
+            if self.finding is not None:
+                self.finding.cancel()
+                await asyncio.wait((self.finding,))
+        finally:
+            await self._close_sessions()
+
+    async def _close_sessions(self) -> None:
         try:
             await self.session.close()
         finally:
@@ -476,7 +488,7 @@ def _event_stream(call: Call, response: aiohttp.ClientResponse, first: bytes = b
 
 
 class _Protocol(ResponseHandler):
-    """Lets a stream that nobody reads know that something has arrived, if its first event lets others go.
+    """Lets a stream that nobody reads know that something has arrived, or that nothing will, if others wait for it.
 
     And tells the reader of a body that its connection is gone, which aiohttp forgets after an error of framing.
     """
@@ -485,16 +497,20 @@ class _Protocol(ResponseHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.look is not None:
-            look = self.look()
-            if look is None or not look():
-                self.look = None
+        self._let_look()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         payload = getattr(self, "_payload", None)
         super().connection_lost(exc)
         if payload is not None and not payload.is_eof() and payload.exception() is None:
             payload.set_exception(aiohttp.ClientPayloadError("the framing of the body is broken"))
+        self._let_look()
+
+    def _let_look(self) -> None:
+        if self.look is not None:
+            look = self.look()
+            if look is None or not look():
+                self.look = None
 
 
 class _Connector(aiohttp.TCPConnector):

@@ -212,13 +212,20 @@ async def test_models_are_listed_by_id(scripted_server: ScriptedServer, client: 
     assert await client.list_models() == ["a", "b:2", "c@q4"]
 
 
-@pytest.mark.parametrize("body", [{"data": None}, {"data": [1]}, {"data": [{}]}, {"models": []}, [], "x"])
+@pytest.mark.parametrize(
+    "body", [{}, {"data": 5}, {"data": "x"}, {"data": [1]}, {"data": [{}]}, {"models": []}, [], "x"]
+)
 async def test_a_list_of_models_that_is_none_is_an_error(
     scripted_server: ScriptedServer, client: LLMClient, body: Any
 ) -> None:
     scripted_server.on_path("/v1/models", reply(200, body))
     with pytest.raises(LLMResponseError, match="something that is n"):
         await client.list_models()
+
+
+async def test_an_ollama_without_models_lists_none(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.on_path("/v1/models", reply(200, {"object": "list", "data": None}))
+    assert await client.list_models() == []
 
 
 async def test_health_is_true_where_models_are_listed(client: LLMClient) -> None:

@@ -109,6 +109,34 @@ def test_a_stream_that_outlives_its_loop_is_dropped_with_a_warning_and_no_traceb
     assert "Exception ignored in: <function EventStream.__del__" not in run.stderr
 
 
+KEPT = """
+import asyncio, sys
+from lmbridge import LLMClient, LLMStreamError, collect
+async def ask():
+    return await LLMClient(sys.argv[1]).chat_completion([{"role": "user", "content": "x"}], stream=True)
+async def read():
+    try:
+        await collect(stream)
+    except LLMStreamError as error:
+        print(error)
+    await stream.aclose()
+stream = asyncio.run(ask())
+asyncio.run(read())
+"""
+
+
+def test_a_stream_that_is_read_after_its_loop_was_closed_is_a_named_error() -> None:
+    with ServerThread() as api_base:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", KEPT, api_base],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        )
+    assert "the event loop that it was opened in is closed" in run.stdout
+
+
 async def test_limits_stay_when_the_server_changes(scripted_server: ScriptedServer) -> None:
     async with LLMClient("http://127.0.0.1:1", limits=Limits(max_concurrency=2)) as client:
         client.api_base = scripted_server.api_base

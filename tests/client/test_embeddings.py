@@ -115,7 +115,19 @@ async def test_a_reply_without_one_embedding_for_each_text_is_an_error(
 
 @pytest.mark.parametrize(
     "vector",
-    ["[1.0, null]", "[NaN, 1.0]", "[1.0, Infinity]", "null", "[]", '""', '["1"]', "[[1.0], []]", "[[null]]", "{}"],
+    [
+        "[1.0, null]",
+        "[NaN, 1.0]",
+        "[1.0, Infinity]",
+        "null",
+        "[]",
+        '""',
+        '["1"]',
+        "[[1.0], []]",
+        "[[null]]",
+        "{}",
+        f"[{10**400}]",
+    ],
 )
 async def test_an_embedding_that_is_not_finite_numbers_is_an_error(
     scripted_server: ScriptedServer, client: LLMClient, vector: str

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from lmbridge import (
+    ChatStream,
     ClientStats,
     Limits,
     LLMClient,
     LLMClientPool,
     LLMConnectionError,
+    LLMError,
     LLMTimeoutError,
     LLMValidationError,
     ModelInfo,
@@ -24,7 +26,7 @@ from lmbridge import (
     Transport,
 )
 from lmbridge.client.auto import limits_of
-from lmbridge.testing import Exchange, ScriptedServer, answer, hang_up, reply, sse, stall
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, reply, sse, stall
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, turns
 
 PROPS = {"total_slots": 2, "default_generation_settings": {"n_ctx": 4096}, "build_info": "b1-x"}
@@ -145,6 +147,14 @@ async def test_a_server_that_does_not_tell_is_used_all_the_same_and_asked_again(
     assert "the server's limits are not known" in caplog.text
 
 
+async def test_a_server_that_answers_without_telling_is_asked_once(scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path("/v1/models", reply(404, {"error": "not here"}))
+    async with LLMClient(scripted_server.api_base, "m", limits="auto") as client:
+        for _ in range(3):
+            await client.chat_completion(MESSAGES)
+    assert asked(scripted_server).count("/v1/models") == 1
+
+
 async def test_who_is_cancelled_while_the_server_is_asked_leaves_it_to_the_others(
     scripted_server: ScriptedServer,
 ) -> None:
@@ -176,6 +186,31 @@ async def test_closing_ends_the_asking_too(scripted_server: ScriptedServer) -> N
     with pytest.raises(TaskCancelledError):
         await waiting
     assert not [task for task in asyncio.all_tasks() if "Transport" in repr(task.get_coro())]
+
+
+async def test_a_close_that_is_cancelled_during_the_asking_has_closed_all_the_same(
+    scripted_server: ScriptedServer,
+) -> None:
+    client = LLMClient(scripted_server.api_base, "m", limits="auto")
+    scripted_server.script(stall(after=[piece("Hel", model="m")]))
+    stream = await opened(client)
+    scripted_server.script(hang_up())
+    with pytest.raises(LLMConnectionError):
+        await client.lmstudio.load("x")  # it may be another server now
+    scripted_server.on_path("/v1/models", stall())
+    seen = len(scripted_server.requests)
+    waiting = asyncio.create_task(client.chat_completion(MESSAGES))
+    await scripted_server.wait_until(lambda: len(scripted_server.requests) > seen)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing, waiting])
+    assert closing.cancelled()
+    with pytest.raises(TaskCancelledError):
+        await waiting
+    with pytest.raises(TaskCancelledError):
+        await read_text(stream)
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
 # What is going on
@@ -313,3 +348,53 @@ async def test_clients_of_one_transport_share_its_schedule(scripted_server: Scri
         assert a.stats().queued == b.stats().queued == 1
         await stream.aclose()
         await other
+
+
+async def failed_start(exchange: Exchange) -> None:
+    """A stream whose first event is an error."""
+    await exchange.start()
+    await exchange.send(b'event: error\ndata: {"error": {"message": "Failed to load model"}}\n\n')
+    await exchange.end()
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        failed_start,
+        sse({"error": "Failed to load model"}),
+        reply(200, {"error": "Failed to load model"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_after_a_first_answer_that_is_an_error_the_next_request_goes_alone(
+    scripted_server: ScriptedServer, failing: Behaviour, stream: bool
+) -> None:
+    scripted_server.default = failing
+    async with one_at_a_time(scripted_server) as client:
+
+        async def ask() -> None:
+            reply = await client.chat_completion(MESSAGES, stream=stream)
+            if isinstance(reply, ChatStream):
+                await read_text(reply)
+
+        results = await asyncio.gather(*[ask() for _ in range(6)], return_exceptions=True)
+    assert all(isinstance(result, LLMError) for result in results)
+    assert scripted_server.max_in_flight == 1
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [sse(": ping\n\n", end=False), sse(": ping\n\n"), sse(": ping\n\n", {"error": "Failed to load model"})],
+    ids=["cut", "empty", "error"],
+)
+async def test_who_waits_for_a_first_event_that_never_comes_goes_on_though_nobody_reads(
+    scripted_server: ScriptedServer, failing: Behaviour
+) -> None:
+    scripted_server.script(failing)
+    async with one_at_a_time(scripted_server) as client:
+        loader = await opened(client)  # and not read
+        await client.chat_completion(MESSAGES)
+        assert in_flight(client) == 0
+        with pytest.raises(LLMError):
+            await read_text(loader)
+    assert client.stats().by_model == {"m": ModelStats()}

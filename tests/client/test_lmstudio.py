@@ -13,6 +13,7 @@ from lmbridge import (
     Limits,
     LLMAuthenticationError,
     LLMClient,
+    LLMClientPool,
     LLMConnectionError,
     LLMRateLimitError,
     LLMResponseError,
@@ -24,7 +25,7 @@ from lmbridge import (
     Timeouts,
 )
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, reply, stall
-from tests.support import MESSAGES, cancel_at_each_step
+from tests.support import MESSAGES, cancel_at_each_step, turns
 
 V1: Final = "/api/v1/models"
 V0: Final = "/api/v0/models"
@@ -469,6 +470,13 @@ async def test_a_job_is_named_in_the_path_whatever_is_in_it(server: ScriptedServ
     assert len([each async for each in client.lmstudio.download("x")]) == 2
 
 
+async def test_a_job_whose_name_is_no_text_is_its_own_error(server: ScriptedServer, client: LLMClient) -> None:
+    job = r'{"status": "downloading", "job_id": "\ud800"}'
+    server.on_path(DOWNLOAD, reply(200, job, content_type="application/json"))
+    with pytest.raises(LLMResponseError, match="404"):
+        _ = [each async for each in client.lmstudio.download("x")]
+
+
 async def test_a_question_that_fails_for_the_moment_is_asked_again(
     server: ScriptedServer, client: LLMClient, no_waits: list[float]
 ) -> None:
@@ -512,6 +520,39 @@ async def test_a_download_is_not_looked_for_on_another_server(server: ScriptedSe
             await anext(download)
         assert other.requests == []
     assert caught.value.partial == status("downloading")
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+async def test_a_download_ends_when_its_client_is_closed_and_does_not_open_it_again(
+    server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch, sleeps: bool
+) -> None:
+    server.on_path(DOWNLOAD, reply(200, status("downloading")))
+    download = client.lmstudio.download("x")
+    await anext(download)
+    if sleeps:
+        monkeypatch.setattr("lmbridge.client.lmstudio.POLL", 600)
+        step = asyncio.ensure_future(anext(download))
+        await turns()
+        await client.close()
+    else:
+        await client.close()
+        step = asyncio.ensure_future(anext(download))
+    with pytest.raises(TaskCancelledError, match="the client was closed while") as caught:
+        await step
+    assert caught.value.partial == status("downloading")
+    assert len(server.requests) == 1
+    await server.wait_until(lambda: server.open_connections == 0)
+
+
+async def test_a_download_ends_when_its_client_goes_back_to_its_pool(server: ScriptedServer) -> None:
+    server.on_path(DOWNLOAD, reply(200, status("downloading")))
+    async with LLMClientPool(api_base=server.api_base) as pool:
+        async with pool.client() as client:
+            download = client.lmstudio.download("x")
+            await anext(download)
+        with pytest.raises(TaskCancelledError, match="given back to its pool"):
+            await anext(download)
+    assert len(server.requests) == 1
 
 
 async def test_the_key_is_in_no_error(server: ScriptedServer) -> None:

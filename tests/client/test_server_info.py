@@ -443,3 +443,10 @@ def test_it_is_a_frozen_value() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         told.slots = 4  # type: ignore[misc]  # to be refused at run time as well
     assert hash(told) == hash(ServerInfo(kind="unknown"))
+
+
+async def test_a_name_that_is_no_text_is_asked_about_all_the_same(scripted_server: ScriptedServer) -> None:
+    entry = r'{"data": [{"id": "\ud800", "owned_by": "llamacpp", "status": {"value": "loaded"}}]}'
+    scripted_server.on_path("/v1/models", reply(200, entry, content_type="application/json"))
+    async with LLMClient(scripted_server.api_base) as client:
+        assert (await client.server_info()).loaded_models == ("\ud800",)

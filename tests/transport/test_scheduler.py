@@ -542,6 +542,8 @@ def _ahead_of(entry: Entry, record: Record) -> list[Entry]:
     if record.max_models > 1:
         ahead |= {each for member in members | {entry} for each in _before(member, record)}
         ahead |= {each for epoch in later for each in record.arrived if each.admitted <= epoch.began < each.over}
+        whole = [max(member.admitted for member in epoch.batch) for epoch in running + later if epoch.batch]
+        ahead |= {each for moment in whole for each in record.arrived if each.admitted <= moment < each.over}
     return sorted(ahead, key=lambda each: each.admitted)
 
 
@@ -573,7 +575,8 @@ def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
 
     With more than one active model these share the places, first come first served, with requests for the models that
     are active all the time, so that these count as well: who came before it, or before a member of those batches; and
-    what was in flight when one of those models became active.
+    what was in flight when one of those models became active, or had its batch admitted: a cold model's batch waits for
+    its first answer, and no drain begins before.
     """
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
     record = _simulate(limits, jobs)
