@@ -9,7 +9,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -90,7 +90,8 @@ async def _result(call: Callable[[], Any], deadline: float | None, timeout: floa
         value = await _result_of_thread(call, deadline, timeout)
         if not inspect.isawaitable(value):
             return value
-    task = asyncio.ensure_future(value)
+    name = getattr(value, "__qualname__", type(value).__name__)
+    task = asyncio.create_task(_guarded(value), name=f"lmbridge-tool-{name}")
     _tasks.add(task)
     task.add_done_callback(_forget)
     try:
@@ -103,6 +104,16 @@ async def _result(call: Callable[[], Any], deadline: float | None, timeout: floa
     if done.cancelled():  # not by us: something that it waited for was
         raise ToolError(_CANCELLED)
     return done.result()
+
+
+async def _guarded(value: Awaitable[Any]) -> Any:
+    """What the tool returns, or raises: a `sys.exit` in it would end the event loop, and no run alone."""
+    try:
+        return await value
+    except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as exc:
+        raise ToolError(_told(exc), exc) from exc
 
 
 async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:
@@ -143,9 +154,11 @@ async def _result_of_thread(call: Callable[[], Any], deadline: float | None, tim
     value, error = done.result()
     if isinstance(error, asyncio.CancelledError):
         raise ToolError(_CANCELLED, error)
-    if error is not None:
+    if error is None:
+        return value
+    if isinstance(error, Exception | KeyboardInterrupt):
         raise error
-    return value
+    raise ToolError(_told(error), error)  # a `sys.exit`, which would end the event loop
 
 
 def _close(work: asyncio.Future[tuple[Any, BaseException | None]]) -> None:

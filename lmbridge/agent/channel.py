@@ -66,6 +66,7 @@ class Channel(Generic[T]):
 
     def __init__(self) -> None:
         self._subscriptions: list[Subscription[T]] = []
+        self._last: T | None = None
         self._is_closed = False
 
     @property
@@ -74,8 +75,10 @@ class Channel(Generic[T]):
         return bool(self._subscriptions)
 
     def subscribe(self) -> Subscription[T]:
-        """Begins to listen: to what comes from now on."""
+        """Begins to listen: to what comes from now on, and to the last event in any case."""
         subscription = Subscription(self)
+        if self._last is not None:
+            subscription.put_now(self._last)
         if self._is_closed:
             subscription.end(discard=False)
         else:
@@ -93,7 +96,8 @@ class Channel(Generic[T]):
             await subscription.put(event)
 
     def put_last(self, event: T) -> None:
-        """Tells all listeners the last event, for which there is always room."""
+        """Tells all listeners the last event, for which there is always room; those that come later, too."""
+        self._last = event
         for subscription in self._subscriptions:
             subscription.put_now(event)
 

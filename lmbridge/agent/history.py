@@ -20,6 +20,8 @@ _INTERRUPTED: Final = (
     " its effect."
 )
 _IMAGE_BYTES: Final = 3_000  # as much as a thousand tokens of text: what most models make of an image, at most
+_LONGEST_NAME: Final = 64
+"""Characters of the name in a call: no tool has a longer one, but a model may make one up, to be sent each time."""
 _PAIRS: Final = "each call of an assistant message must be answered by a message with role 'tool' right behind it"
 
 
@@ -170,11 +172,8 @@ def _call(call: Mapping[str, Any]) -> Message:
     """A call as it may be sent again: malformed arguments make llama.cpp answer 500 for ever (#25510)."""
     function = call["function"]
     arguments = arguments_of(function["arguments"])
-    return {
-        "id": call["id"],
-        "type": "function",
-        "function": {"name": function["name"] or "unknown", "arguments": arguments},
-    }
+    name = function["name"][:_LONGEST_NAME] or "unknown"
+    return {"id": str(call["id"]), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _result(call_id: str, text: str) -> Message:

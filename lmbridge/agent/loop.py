@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, TypeAlias
 
@@ -54,6 +54,8 @@ _MARGIN: Final = 64
 _LEAST_TOKENS: Final = 16
 _RESERVE: Final = 1024
 """Tokens for the answer that history is trimmed for, or a quarter of the context if that is less."""
+_BROKEN: Final = ("abort", "error", "content_filter")
+"""Finish reasons of an answer that is not whole: vLLM's and SGLang's, OpenRouter's, OpenAI's."""
 _REFUSED: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
 
 
@@ -226,9 +228,23 @@ class Loop:
         async with self._source.lease(record.model) as client:
             stream = await client.chat_completion(self._history.sent(), model=record.model, stream=True, **params)
             reply = await self._listen(stream)
+        self._check_whole(reply)
         record.end_reply(reply.text, reply.reasoning)
         self._count(reply, size)
         return reply
+
+    def _check_whole(self, reply: Reply) -> None:
+        """Looks for a finish reason that says that the answer is none.
+
+        Raises:
+            LLMResponseError: it is there.
+        """
+        if reply.finish_reason in _BROKEN and not reply.calls:
+            raise LLMResponseError(
+                f"the server broke the answer off, with the finish reason {reply.finish_reason!r}",
+                hint="look into the server's log; what had arrived is in .partial",
+                context={"operation": "agent run", "model": self._record.model},
+            )
 
     async def _listen(self, stream: Any) -> Reply:
         """Reads a stream to its end; leaving it in any other way closes it, so that the server stops."""
@@ -331,15 +347,14 @@ class Loop:
         self._record.calls += map(_as_call, asked)
         refused = [isinstance(each, Ready) and not await self._is_allowed(each.call) for each in asked]
         places = asyncio.Semaphore(self._settings.max_parallel_tools)
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._answer_call(each, is_refused, turn, places))
-                for each, is_refused in zip(asked, refused, strict=True)
-            ]
+        answers = [
+            self._answer_call(each, is_refused, turn, places) for each, is_refused in zip(asked, refused, strict=True)
+        ]
+        records = await _together(answers)
         self._history.end_turn()
         for each in asked:
             self._bad_calls.note(bad=isinstance(each, Fault))
-        return [task.result() for task in tasks]
+        return records
 
     async def _is_allowed(self, call: ToolCall) -> bool:
         if self._settings.approve is None:
@@ -387,12 +402,22 @@ class Loop:
         return record if text is record.text else attrs.evolve(record, text=text)
 
 
+async def _together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[ToolRecord]:
+    """Awaits them all, side by side; one alone, as there mostly is, needs no task of its own."""
+    if len(answers) == 1:
+        return [await answers[0]]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(each) for each in answers]
+    return [task.result() for task in tasks]
+
+
 def _sendable(value: Any) -> Any:
     """The value; where a text holds half a surrogate pair, which no request can hold, with a question mark for it."""
     try:
         msgspec.json.encode(value)
     except UnicodeEncodeError:
-        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        whole = json.loads(json.dumps(value))  # joins the two halves that came in two chunks
+        return json.loads(json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace"))
     return value
 
 

@@ -68,7 +68,7 @@ class Record:
     def cut(self) -> None:
         """The run ends in the middle: keeps what the model was saying."""
         if self._is_speaking and self.text:
-            self.history.answer(self.text)
+            self.history.answer(self.text.encode("utf-8", "replace").decode())  # half a surrogate pair cannot be sent
         self._is_speaking = False
 
     def result(self, stop_reason: StopReason) -> RunResult:

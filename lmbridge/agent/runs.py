@@ -131,9 +131,17 @@ class RunHandle:
         try:
             stop = await self._within_time()
             self._task.check()  # something on the way may have swallowed the cancel
-        except asyncio.CancelledError:
-            self._stop_reason = "cancelled"
-            raise
+        except asyncio.CancelledError as error:
+            self._stop_reason = "cancelled" if self._task.stopping else "error"
+            if self._task.stopping:
+                raise
+            raise LLMError(
+                "the run was not cancelled, but something that it waited for",
+                error,
+                hint="look for what `approve`, a provider of tools, or the client awaits",
+                context={"operation": "agent run", "model": self._record.model},
+                partial=self.partial,
+            ) from error
         except Exception as error:
             self._stop_reason = "error"
             if isinstance(error, LLMError):

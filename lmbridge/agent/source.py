@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -18,6 +20,8 @@ logger = logging.getLogger("lmbridge.agent")
 
 _DISCOVERY: Final = 5.0
 """Seconds that the question for the context length may take."""
+_AGAIN: Final = 60.0
+"""Seconds after which it is asked again, if nobody knew."""
 _TELLING: Final = 2_000
 """Bytes from which on a prompt says how many tokens a byte has: in a short one the template's own are too many."""
 
@@ -48,17 +52,22 @@ class ChatPool(Protocol):
 class Source:
     """A client or a pool, and what is known of the models there.
 
+    Args:
+        client: It.
+        timer: Seconds, for when to ask again.
+
     Raises:
         LLMValidationError: it is neither.
     """
 
-    def __init__(self, client: ChatClient | ChatPool) -> None:
+    def __init__(self, client: ChatClient | ChatPool, *, timer: Callable[[], float] = time.monotonic) -> None:
         is_client, is_pool = hasattr(client, "chat_completion"), hasattr(client, "client")
         if isinstance(client, type) or not (is_client or is_pool):
             raise LLMValidationError(f"client is {client!r}", hint="give an LLMClient or an LLMClientPool")
         self._client: Any = client
         self._is_pool = not is_client
-        self._contexts: dict[str | None, int | None] = {}
+        self._timer = timer
+        self._contexts: dict[str | None, tuple[int | None, float]] = {}
         self._asking: dict[str | None, asyncio.Lock] = {}
 
     @property
@@ -75,13 +84,18 @@ class Source:
     async def context_length(self, model: str | None) -> int | None:
         """Tokens that a request to the model may need, the answer included; None if the server does not tell.
 
-        The server is asked once for each model. What goes wrong then is left to the generation to tell.
+        The server is asked once for each model; if it did not tell, because the model was not loaded or the server
+        busy, again after a minute. What goes wrong then is left to the generation to tell.
         """
-        if model not in self._contexts:
+        if not self._is_known(model):
             async with self._asking.setdefault(model, asyncio.Lock()):
-                if model not in self._contexts:
-                    self._contexts[model] = await self._ask(model)
-        return self._contexts[model]
+                if not self._is_known(model):
+                    self._contexts[model] = await self._ask(model), self._timer()
+        return self._contexts[model][0]
+
+    def _is_known(self, model: str | None) -> bool:
+        context, asked = self._contexts.get(model, (None, -math.inf))
+        return context is not None or self._timer() - asked < _AGAIN
 
     async def _ask(self, model: str | None) -> int | None:
         try:
@@ -97,11 +111,12 @@ class Source:
 
 
 def _context_of(info: ServerInfo, model: str | None) -> int | None:
-    if model is not None:
-        for each in info.models:
-            if each.context_length is not None and is_same_model(model, each.id):
-                return each.context_length
-    return info.context_length
+    named = [each for each in info.models if model is not None and is_same_model(model, each.id)]
+    for each in named:
+        if each.context_length is not None:
+            return each.context_length
+    # Of a model that is not loaded yet, those that are say nothing.
+    return None if any(each.loaded is False for each in named) else info.context_length
 
 
 class TokenEstimate:

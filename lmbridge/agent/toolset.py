@@ -16,7 +16,7 @@ from lmbridge.agent.schemas import coerced
 from lmbridge.agent.text_calls import read_text_calls, wire_call
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
-from lmbridge.errors import LLMValidationError
+from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
 __all__ = ["Fault", "Outcome", "Ready", "Toolset"]
 
@@ -77,14 +77,15 @@ class Toolset:
         """The tools that were given, and those that providers have now.
 
         Raises:
-            LLMValidationError: something is no tool, or two cannot be told apart. What a provider raises goes on.
+            LLMValidationError: something is no tool, or two cannot be told apart.
+            ToolError: a provider raised something that is no `LLMError`, which goes on as it is.
         """
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
             raise LLMValidationError(f"tools is {tools!r}", hint="give a list of functions, Tools or providers")
         found: list[Tool] = []
         for each in tools:
             if not isinstance(each, type) and isinstance(each, ToolProvider):
-                found += [as_tool(tool) for tool in await each.list_tools()]
+                found += await _provided(each)
             else:
                 found.append(as_tool(each))
         if slow := [tool for tool in found if not tool.has_converter]:
@@ -153,6 +154,21 @@ class Toolset:
         listed = [*close, *(name for name in self.names if name not in close)]
         more = f", and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         return f"{what}; there are: {', '.join(listed[:_LISTED])}{more}"
+
+
+async def _provided(provider: ToolProvider) -> list[Tool]:
+    """The tools that a provider has now."""
+    try:
+        return [as_tool(tool) for tool in await provider.list_tools()]
+    except LLMError:
+        raise
+    except Exception as exc:
+        raise ToolError(
+            f"a provider of tools ({type(provider).__name__}) raised {type(exc).__name__}: {exc}",
+            exc,
+            hint="its list_tools() is to return a list of Tools",
+            context={"operation": "agent run"},
+        ) from exc
 
 
 def _prepare(tools: Sequence[Tool]) -> None:

@@ -264,7 +264,7 @@ class _Call:
         for key, value in piece.items():
             if key not in ("id", "index", "type", "function") and value is not None:
                 _join(self._other, key, value)
-        if name is not None and not self._name.endswith(name):  # a name that comes again with every piece is one name
+        if name is not None and name != self._name:  # a name that comes again with every piece is one name
             self._name += name
         if isinstance(arguments, str):
             self._arguments.write(arguments)

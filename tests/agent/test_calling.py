@@ -102,6 +102,10 @@ async def test_whatever_is_awaitable_in_the_end_is_awaited() -> None:
 # Errors
 
 
+class UnusualError(BaseException):
+    """What no `except Exception` catches."""
+
+
 class UnspeakableError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no")
@@ -119,6 +123,8 @@ class UnspeakableError(Exception):
         (asyncio.CancelledError(), "it was cancelled from within"),
         (ExceptionGroup("many", [ValueError("one"), OSError("two")]), "ValueError: one; OSError: two"),
         (UnspeakableError(), "UnspeakableError"),
+        (SystemExit("usage: tool"), "SystemExit: usage: tool"),
+        (UnusualError("odd"), "UnusualError: odd"),
     ],
 )
 async def test_what_a_tool_raises_is_text_without_a_traceback(error: BaseException, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import Agent, Limits, LLMClient, LLMClientPool, TaskCancelledError, ToolContext
+from lmbridge import Agent, Limits, LLMClient, LLMClientPool, LLMError, TaskCancelledError, ToolContext
 from lmbridge.agent.runs import RunHandle
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks
@@ -512,3 +512,15 @@ async def test_a_run_that_fails_unseen_is_logged_by_asyncio(scripted_server: Scr
     await asyncio.sleep(0)
     gc.collect()
     assert [context["message"] for context in seen] == ["Task exception was never retrieved"]
+
+
+async def test_a_cancel_from_within_is_no_cancel_of_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    async def approve(_: object) -> bool:
+        raise asyncio.CancelledError
+
+    scripted_server.script(calls(asks("add", a=1, b=2)))
+    with pytest.raises(LLMError, match="not cancelled, but something that it waited for") as caught:
+        await Agent(client, tools=[add], approve=approve).run("Go.")
+    assert not isinstance(caught.value, TaskCancelledError)
+    assert caught.value.partial.stop_reason == "error"
+    check_valid(caught.value.partial.messages)

@@ -148,3 +148,18 @@ def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -
 def test_an_image_counts_as_what_a_model_makes_of_it() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
     assert size_of({"role": "user", "content": [{"type": "text", "text": "What?"}, image]}) < 5_000
+
+
+def test_ids_that_are_numbers_and_names_without_end_become_what_servers_take() -> None:
+    history = History("Go.")
+    turn = history.begin_turn("", [{"id": 7, "function": {"name": "n" * 10_000, "arguments": "{}"}}])
+    turn.answer("7", "done")
+    history.end_turn()
+    messages = history.snapshot(ended=True)
+    check_valid(messages)
+    assert tool_texts(messages) == ["done"]
+    assert messages[1]["tool_calls"][0] == {
+        "id": "7",
+        "type": "function",
+        "function": {"name": "n" * 64, "arguments": "{}"},
+    }

@@ -26,7 +26,7 @@ from lmbridge import (
     image_part,
 )
 from lmbridge.agent.switching import Ticket
-from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse
+from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse, stall
 from tests.agent.support import (
     Gate,
     add,
@@ -289,6 +289,24 @@ async def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run(
     result = await Agent(client, tools=[add]).run("Go.")
     assert (result.text, result.messages[1]["content"], result.tool_calls[0].id) == ("Fine.", "half ?", "x?")
     check_valid(result.messages)
+
+
+async def test_a_character_that_came_in_two_halves_is_one(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    chunk = 'data: {"model": "test-model", "choices": [{"index": 0, "delta": {"content": "%s"}, "finish_reason": %s}]}'
+    chunks = (chunk % (r"\ud83d", "null"), chunk % (r"\ude00", '"stop"'))
+    scripted_server.script(sse(*(f"{each}\n\n" for each in chunks), done=True))
+    assert (await Agent(client).run("Go.")).text == "\N{GRINNING FACE}"
+
+
+async def test_a_run_that_is_cut_in_the_middle_of_a_character_has_a_valid_history(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    chunk = (
+        r'{"model": "test-model", "choices": [{"index": 0, "delta": {"content": "so \ud83d"}, "finish_reason": null}]}'
+    )
+    scripted_server.script(stall([f"data: {chunk}\n\n"]))
+    result = await Agent(client, max_seconds=0.3).run("Go.")
+    assert (result.stop_reason, result.messages[-1]["content"]) == ("budget", "so ?")
 
 
 # Guards and budgets
@@ -751,3 +769,13 @@ async def test_the_events_tell_the_whole_run(scripted_server: ScriptedServer, cl
     assert [(event.text, event.is_error) for event in events[3:5]][1] == ("3", False)
     assert "".join(event.text for event in events[7:10]) == "It is 3."
     assert events[-1].result.text == "It is 3."
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
+async def test_an_answer_that_the_server_broke_off_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str
+) -> None:
+    scripted_server.script(answer("Half of", finish_reason=reason))
+    with pytest.raises(LLMResponseError, match=f"finish reason '{reason}'") as caught:
+        await Agent(client).run("Go.")
+    assert caught.value.partial.text == "Half of"

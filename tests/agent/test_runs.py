@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -19,7 +20,9 @@ from lmbridge import (
     RunResult,
     TaskCancelledError,
     TextDelta,
+    Tool,
     ToolCallStarted,
+    ToolError,
 )
 from lmbridge.agent.channel import CAPACITY, Channel
 from lmbridge.testing import ScriptedServer, answer, reply
@@ -84,7 +87,7 @@ async def test_a_run_goes_on_if_nobody_keeps_it_nor_its_agent() -> None:
             yield piece("done", finish_reason="stop")
 
     agent = Agent(Double())
-    agent._source._contexts[None] = None  # so does the timer of that question
+    agent._source._contexts[None] = None, math.inf  # so does the timer of that question
     agent.start("Go.")
     del agent
     while not waiting:
@@ -314,3 +317,28 @@ async def test_a_channel_without_room_lets_go_of_who_put_when_its_listener_leave
     assert not channel.is_heard
     channel.close(discard=False)
     assert await channel.subscribe().get() is None
+
+
+async def test_who_listens_after_the_end_is_told_how_it_ended(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("Hello."), reply(400, {"error": "no"}))
+    agent = Agent(client)
+    handle = agent.start("Hi.")
+    result = await handle.result()
+    assert [event async for event in handle.events()] == [RunFinished(result)]
+    failed = agent.start("Hi.")
+    with pytest.raises(LLMResponseError):
+        await failed.result()
+    with pytest.raises(LLMResponseError):
+        await anext(failed.events())
+
+
+async def test_the_error_of_a_provider_has_the_run_so_far(client: LLMClient) -> None:
+    class Provider:
+        async def list_tools(self) -> list[Tool]:
+            raise OSError("gone")
+
+    with pytest.raises(ToolError, match="raised OSError: gone") as caught:
+        await Agent(client, tools=[Provider()]).run("Hi.")
+    assert caught.value.partial.stop_reason == "error"

@@ -59,6 +59,25 @@ async def test_a_server_that_does_not_tell_is_not_asked_again(error: Exception) 
     assert double.asked == 1
 
 
+async def test_who_could_not_tell_is_asked_again_after_a_minute() -> None:
+    now = 0.0
+    double = Double(LLMResponseError("busy"))
+    source = Source(double, timer=lambda: now)
+    assert await source.context_length("own") is None
+    double.info = INFO
+    now = 61.0
+    assert await source.context_length("own") == 4096
+    now = 1_000.0
+    assert await source.context_length("own") == 4096
+    assert double.asked == 2
+
+
+async def test_the_context_of_another_model_is_not_that_of_one_that_is_not_loaded() -> None:
+    models = (ModelInfo(id="loaded", loaded=True, context_length=2048), ModelInfo(id="other", loaded=False))
+    info = ServerInfo(kind="lmstudio", models=models, context_length=2048)
+    assert await Source(Double(info)).context_length("other") is None
+
+
 async def test_a_server_that_does_not_answer_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmbridge.agent.source._DISCOVERY", 0.01)
     double = Double(INFO)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext
+from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.toolset import Fault, Ready, Toolset
 
@@ -113,6 +113,9 @@ async def test_what_is_no_tool_is_refused(tools: Any, told: str) -> None:
 async def test_what_a_provider_raises_goes_on() -> None:
     with pytest.raises(MCPError, match="gone"):
         await Toolset.collect([weather, Provider(error=MCPError("gone"))])
+    with pytest.raises(ToolError, match="raised OSError: gone") as caught:
+        await Toolset.collect([weather, Provider(error=OSError("gone"))])
+    assert isinstance(caught.value.__cause__, OSError)
 
 
 # Names

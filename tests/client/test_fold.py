@@ -632,3 +632,10 @@ def test_the_calls_of_several_answers_are_kept_apart() -> None:
     choices = reply_of(call(0, "f"), call(1, "g"), call(0, "h"))["choices"]
     names = [[call["function"]["name"] for call in choice["message"]["tool_calls"]] for choice in choices]
     assert names == [["f", "h"], ["g"]]
+
+
+def test_a_name_in_pieces_keeps_one_that_is_how_it_already_ends() -> None:
+    first = {"index": 0, "id": "x", "function": {"name": "ad", "arguments": ""}}
+    second = {"index": 0, "function": {"name": "d", "arguments": "{}"}}
+    (call,) = calls_of([[first], [second]])
+    assert call["function"] == {"name": "add", "arguments": "{}"}
