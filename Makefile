@@ -3,13 +3,14 @@
 # make lint    the checks alone
 # make bench   lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
 # make swaps   requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
+# make agents  agent runs beside openai-agents and pydantic-ai; ROUNDS=3, WRITE=yes as above
 # make clean   removes what these have made
 #
-# `demo`, `test`, `bench` and `swaps` each make a virtual environment of their own and install what they need, once.
+# `demo`, `test`, `bench`, `swaps` and `agents` each make a virtual environment of their own and install what they need, once.
 # They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a
 # `make clean`).
 
-.PHONY: help demo test lint bench swaps clean
+.PHONY: help demo test lint bench swaps agents clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -43,8 +44,11 @@ bench: .venv-bench/installed
 swaps: .venv-swaps/installed
 	@.venv-swaps/bin/python -m benchmarks.model_swaps $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
 
+agents: .venv-agents/installed
+	@.venv-agents/bin/python -m benchmarks.agents $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+
 clean:
-	rm -rf $(NPM)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers that tests run, in the versions of the lock file. Without npm, their tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
@@ -59,13 +63,15 @@ $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
 .venv-swaps/installed: EXTRAS := local
 .venv-swaps/installed: ALSO := -r benchmarks/swaps.txt
 .venv-swaps/installed: benchmarks/swaps.txt
-.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed: pyproject.toml
+.venv-agents/installed: ALSO := -r benchmarks/agents.txt
+.venv-agents/installed: benchmarks/agents.txt
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \
 		echo "Elsewhere: https://www.python.org/downloads/, or make PYTHON=/path/to/python3.11"; \
 		exit 1; } >&2
-	@echo "installing lmbridge[$(EXTRAS)] into $(@D), once"
+	@echo "installing lmbridge$(if $(EXTRAS),[$(EXTRAS)]) into $(@D), once"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(ALSO)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(ALSO)
 	@touch $@

@@ -91,10 +91,16 @@ class Stub(Process):
 
 
 class Worker(Process):
-    """A client in a process of its own."""
+    """A client in a process of its own.
 
-    def __init__(self, name: str, port: int) -> None:
-        super().__init__(1, "-m", "benchmarks.worker", name, str(port))
+    Args:
+        name: Which client.
+        port: The server's.
+        module: Its program.
+    """
+
+    def __init__(self, name: str, port: int, module: str = "benchmarks.worker") -> None:
+        super().__init__(1, "-m", module, name, str(port))
 
     def measure(self, workload: str, arguments: Mapping[str, Any], bound: float) -> float | None:
         """A figure of a workload; None is "never".

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.peers import PEERS, versions
+from benchmarks.peers import PEERS, About, versions
 from benchmarks.processes import cores
 from benchmarks.rows import Row, Sweep
 from benchmarks.run import Result, Results, spread
@@ -20,11 +20,13 @@ TIMES: Final = "\N{MULTIPLICATION SIGN}"
 DASH: Final = "\N{EN DASH}"
 
 
-def machine(names: Iterable[str], rounds: int, load_before: float, seconds: float) -> list[str]:
+def machine(
+    names: Iterable[str], rounds: int, load_before: float, seconds: float, among: Mapping[str, About] = PEERS
+) -> list[str]:
     """What was measured with what, where and when."""
     pinned = cores()
     pinning = f"server on core {pinned[0]}, clients on core {pinned[1]}" if pinned else "nothing pinned"
-    found = versions(names)
+    found = versions(names, among)
     loads = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {rounds} rounds in {seconds / 60:.0f} minutes",

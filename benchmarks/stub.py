@@ -6,9 +6,11 @@ The model's name says what it answers:
   own, as servers send them; then `[DONE]`, then the end of the body in a write of its own. All but the last chunk
   have a word of text;
 - `stall-CHUNKS-TAG`: so many chunks in one write, and then silence. `GET /left/TAG` tells when its connection closed,
-  by the machine's monotonic clock.
+  by the machine's monotonic clock;
+- `agent-CALLS`: one tool call after another, until the conversation has so many results, then an answer. With
+  `-stall` behind it, that answer stalls. `GET /stalled` tells how many have. These are streamed or plain, as asked.
 
-Without `"stream": true` the answer to any model is a whole completion. It prints its port, and ends with its stdin.
+To other models, without `"stream": true` the answer is a whole completion. It prints its port, and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain, repeat
 from typing import Any, Final
 
@@ -33,6 +35,12 @@ _HEAD: Final = (
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
 _END: Final = b"0\r\n\r\n"
+_NOT_FOUND: Final = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+_RESULT: Final = re.compile(rb'"role" *: *"tool"')
+USAGE: Final = {"prompt_tokens": 36, "completion_tokens": 20, "total_tokens": 56}
+ANSWER: Final = "That is the sum of all these numbers."
+"""Of an agent's model."""
+_stalled: set[asyncio.Transport] = set()
 _left: dict[str, float] = {}
 
 
@@ -46,11 +54,11 @@ def completion(model: str) -> dict[str, Any]:
         "model": model,
         "system_fingerprint": "fp_8f2bdb1c",
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 36, "completion_tokens": 20, "total_tokens": 56},
+        "usage": USAGE,
     }
 
 
-def chunk(model: str, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+def chunk(model: str, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     """A chunk of a streamed one."""
     return {
         "id": "chatcmpl-8f2bdb1c0e4f4b7d9a61",
@@ -86,6 +94,31 @@ def _parts(model: str) -> tuple[bytes, bytes, bytes, bytes]:
     return first, one, other, _event(chunk(model, {}, "stop")) + _event(b"[DONE]")
 
 
+def _called(number: int, arguments: str) -> dict[str, Any]:
+    return {"id": f"call_{number}", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+@cache
+def _agent_reply(model: str, number: int, *, is_last: bool, streamed: bool) -> bytes:
+    """The answer, or the call of this number, which adds numbers that no other does."""
+    arguments = f'{{"a": {number}, "b": 12345}}'
+    if not streamed:
+        reply, calls = completion(model), [] if is_last else [_called(number, arguments)]
+        reply["choices"][0]["finish_reason"] = "stop" if is_last else "tool_calls"
+        reply["choices"][0]["message"] |= {"content": ANSWER if is_last else "", "tool_calls": calls}
+        return _json(reply)
+    first: dict[str, Any] = {"role": "assistant", "content": ""}
+    if is_last:
+        deltas = [first, *({"content": f"{word}{' ' * (word != 'numbers.')}"} for word in ANSWER.split())]
+    else:
+        pieces = ({"index": 0, "function": {"arguments": piece}} for piece in re.split(r"(?<= )", arguments))
+        start = {"index": 0, **_called(number, "")}
+        deltas = [first, *({"tool_calls": [each]} for each in (start, *pieces))]
+    usage = {**chunk(model, {}), "choices": [], "usage": USAGE}
+    last = chunk(model, {}, "stop" if is_last else "tool_calls")
+    return b"".join([_HEAD, *map(_event, [*(chunk(model, each) for each in deltas), last, usage, b"[DONE]"])])
+
+
 def _some(model: str, count: int) -> bytes:
     _, one, other, _ = _parts(model)
     return (other + one) * (count // 2) + other * (count % 2)
@@ -117,6 +150,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._writes = None
+        _stalled.discard(self._transport)
         if self._tag:
             _left[self._tag] = time.monotonic()
 
@@ -143,9 +177,17 @@ class Connection(asyncio.Protocol):
             tag = head[10:].split(b" ", 1)[0].decode()
             self._transport.write(_json({"left": _left.get(tag)}))
             return
+        if head.startswith(b"GET /stalled "):
+            self._transport.write(_json({"stalled": len(_stalled)}))
+            return
+        if head.startswith(b"GET "):
+            self._transport.write(_NOT_FOUND)
+            return
         found = _MODEL.search(body)
         model = found[1].decode() if found else "stub"
-        if not _STREAM.search(body):
+        if model.startswith("agent-"):
+            self._answer_agent(model, body)
+        elif not _STREAM.search(body):
             self._transport.write(_plain(model))
         elif model.startswith("stall-"):
             _, chunks, self._tag = model.split("-", 2)
@@ -153,6 +195,19 @@ class Connection(asyncio.Protocol):
         else:
             self._writes = _writes(model)
             self._write()
+
+    def _answer_agent(self, model: str, body: bytes) -> None:
+        calls, *stall = model.split("-")[1:]
+        number, streamed = len(_RESULT.findall(body)), bool(_STREAM.search(body))
+        is_last = number == int(calls)
+        if is_last and stall:
+            begun = _HEAD + _event(chunk(model, {"role": "assistant", "content": ""}))
+            self._transport.write(begun if streamed else b"")
+            _stalled.add(self._transport)
+            return
+        reply = _agent_reply(model, number, is_last=is_last, streamed=streamed)
+        self._writes = iter((reply, _END) if streamed else (reply,))
+        self._write()
 
     def _write(self) -> None:
         if self._paused or self._writes is None:

@@ -12,7 +12,7 @@ from benchmarks.peers import client
 from benchmarks.workloads import Bench
 
 
-async def obey(bench: Bench, command: dict[str, Any]) -> dict[str, Any]:
+async def obey(bench: object, command: dict[str, Any]) -> dict[str, Any]:
     bound = command.pop("bound")
     try:
         async with asyncio.timeout(bound):
@@ -24,17 +24,21 @@ async def obey(bench: Bench, command: dict[str, Any]) -> dict[str, Any]:
     return {"value": value}
 
 
-def main() -> None:
-    name, port = sys.argv[1], int(sys.argv[2])
+def serve(bench: object) -> None:
+    """Does what it is told with the methods of `bench`."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints is no answer
     with asyncio.Runner() as runner:
-        bench = Bench(lambda at_once: client(name, f"http://127.0.0.1:{port}/v1", at_once), port)
         for line in sys.stdin:
             answer = runner.run(obey(bench, json.loads(line)))
             answers.write(f"{json.dumps(answer)}\n")
         answers.flush()
         os._exit(0)  # the clients are not closed one by one
+
+
+def main() -> None:
+    name, port = sys.argv[1], int(sys.argv[2])
+    serve(Bench(lambda at_once: client(name, f"http://127.0.0.1:{port}/v1", at_once), port))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -60,10 +61,10 @@ class Bench:
 
         async def wave() -> int:
             for _, length in await _wave(at_once, lambda: peer.read(model)):
-                _check(length, expected)
+                check(length, expected)
             return at_once * chunks
 
-        return await _cpu(wave, seconds)
+        return await cpu(wave, seconds)
 
     async def requests(self, at_once: int, each: int, seconds: float) -> float:
         """CPU microseconds per plain request of `at_once` tasks that make `each` of them, one after the other."""
@@ -71,14 +72,14 @@ class Bench:
 
         async def task(times: int) -> None:
             for _ in range(times):
-                _check(await peer.ask("plain"), REPLY)
+                check(await peer.ask("plain"), REPLY)
 
         async def wave() -> int:
             await _wave(at_once, lambda: task(each))
             return at_once * each
 
         await _wave(at_once, lambda: task(min(each, 5)))
-        return await _cpu(wave, seconds)
+        return await cpu(wave, seconds)
 
     async def first_chunk(self, times: int) -> float:
         """Microseconds from the call to the first chunk on a warm connection: the median."""
@@ -116,11 +117,11 @@ class Bench:
 
         await open_more(1)
         gc.collect()
-        before = _resident()
+        before = resident()
         while len(readers) <= streams:
             await open_more(min(50, streams + 1 - len(readers)))
         gc.collect()
-        return (_resident() - before) / streams
+        return (resident() - before) / streams
 
     async def leave(self, how: str, times: int) -> float | None:
         """Milliseconds from leaving a stream until the server sees its connection closed: the median, or never."""
@@ -178,28 +179,24 @@ class Bench:
         until = time.monotonic() + NEVER
         while time.monotonic() < until:
             await asyncio.sleep(0.03)
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
-            writer.write(b"GET /left/%s HTTP/1.1\r\nHost: stub\r\n\r\n" % tag.encode())
-            line = (await reader.readuntil(b"}")).rpartition(b":")[2]
-            writer.close()
-            if line != b"null}":
-                return float(line[:-1])
+            if (seen := await ask_stub(self._port, f"left/{tag}")) is not None:
+                return float(seen)
         return None
 
     async def aged(self, before: int, requests: int) -> float:
         """CPU microseconds per plain request, one by one, once the client has made `before` of them."""
         peer = self._peer()
         while self._asked < before:
-            _check(await peer.ask("plain"), REPLY)
+            check(await peer.ask("plain"), REPLY)
             self._asked += 1
 
         async def more() -> int:
             for _ in range(requests):
-                _check(await peer.ask("plain"), REPLY)
+                check(await peer.ask("plain"), REPLY)
             self._asked += requests
             return requests
 
-        return await _cpu(more, 0)
+        return await cpu(more, 0)
 
     async def waiters(self, waiters: int, places: int, seconds: float) -> float:
         """CPU microseconds per plain request of so many that are made at once, of which `places` can go ahead."""
@@ -207,18 +204,27 @@ class Bench:
 
         async def wave() -> int:
             for length in await _wave(waiters, lambda: peer.ask("plain")):
-                _check(length, REPLY)
+                check(length, REPLY)
             return waiters
 
         await _wave(places, lambda: peer.ask("plain"))
-        return await _cpu(wave, seconds)
+        return await cpu(wave, seconds)
 
 
 async def _wave(count: int, make: Callable[[], Awaitable[Any]]) -> list[Any]:
     return [await make()] if count == 1 else await asyncio.gather(*(make() for _ in range(count)))
 
 
-async def _cpu(work: Callable[[], Awaitable[int]], seconds: float) -> float:
+async def ask_stub(port: int, what: str) -> Any:
+    """What the stub server tells of itself."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /%s HTTP/1.1\r\nHost: stub\r\n\r\n" % what.encode())
+    line = (await reader.readuntil(b"}")).rpartition(b"\r\n")[2]
+    writer.close()
+    return next(iter(json.loads(line).values()))
+
+
+async def cpu(work: Callable[[], Awaitable[int]], seconds: float) -> float:
     """CPU microseconds for each of what `work` says it did, over `seconds` of it or one turn."""
     gc.collect()
     done, spent, began = 0, 0.0, time.process_time()
@@ -228,12 +234,12 @@ async def _cpu(work: Callable[[], Awaitable[int]], seconds: float) -> float:
     return spent / done * 1e6
 
 
-def _check(length: int, expected: int) -> None:
+def check(length: int, expected: int) -> None:
     if length != expected:
         raise ValueError(f"a text of {length} characters, not of {expected}")
 
 
-def _resident() -> float:
+def resident() -> float:
     """KiB of memory that are this process's."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1024

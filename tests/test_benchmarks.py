@@ -40,3 +40,17 @@ def test_the_benchmark_of_model_swaps_yields_whole_answers_and_their_losses(tmp_
     whole = {key: sum(kind == "whole" for kind, *_ in run[0]) for key, (run,) in results.items()}
     assert whole["killing / at once / lmbridge"] == whole["killing / callers / lmbridge"] == 12
     assert whole["killing / at once / openai-once"] < 12
+
+
+def test_every_row_of_the_agent_benchmarks_yields_a_figure(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--tiny", "--rounds=1", "--peers=limit,plain,lmbridge", "--json", str(figures)]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.agents", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads(figures.read_text())
+    assert {key: each["failed"] for key, each in results.items() if each["failed"]} == {}
+    names, rows = ("limit", "plain", "lmbridge"), ("calls-1", "calls-20", "calls-100", "memory")
+    assert set(results) == {f"{row} / {name}" for row in rows for name in names}
+    assert all(each["figures"] for each in results.values())

@@ -86,7 +86,10 @@ async def test_quickstart_takes_the_server_of_the_environment(scripted_server: S
     assert "gemma-3-4b: " in outcome.output
 
 
-@pytest.mark.parametrize("example", ["pool.py", "quickstart.py", "streaming.py", "structured_output.py"])
+ANSWERING = ["agent_events.py", "cancellation.py", "quickstart.py", "streaming.py", "structured_output.py", "tools.py"]
+
+
+@pytest.mark.parametrize("example", [*ANSWERING, "pool.py", "switching.py"])
 async def test_an_error_is_told_in_a_line(example: str, scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(400, {"error": "no such thing"})
     outcome = await run(example, "--api-base", scripted_server.api_base)
@@ -158,6 +161,98 @@ async def test_structured_output_runs_on_the_embedded_server() -> None:
     assert outcome.status == 0, outcome.errors
     assert "\nby " in outcome.output
     assert "\n- " in outcome.output
+
+
+def tool_call(name: str, arguments: str, number: int = 1) -> dict[str, object]:
+    return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+async def test_tools_prints_each_call_and_what_the_model_was_told(scripted_server: ScriptedServer) -> None:
+    points = '{"latitudes": [48.40, 59.91], "longitudes": [9.99, 10.75]}'
+    scripted_server.script(
+        answer("", tool_calls=[tool_call("position", '{"city": "Ulm"}'), tool_call("position", '{"city": "Rome"}', 2)]),
+        answer("", tool_calls=[tool_call("distance", points, 3)]),
+        answer("", tool_calls=[tool_call("round", '{"value": 1281, "step": 10}', 4)]),
+        answer("About 1280 km."),
+    )
+    outcome = await run("tools.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "How far?")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert "{'city': 'Ulm'}) -> [48.4,9.99]\n" in outcome.output
+    assert "-> there is no 'Rome' here; cities: oslo, ulm, vienna\n" in outcome.output
+    assert "-> 1281 km\n" in outcome.output
+    assert "-> 1280" in outcome.output
+    assert outcome.output.endswith("\n\nAbout 1280 km.\n\nstop: 4 rounds, 4 calls\n")
+
+
+async def test_agent_events_shows_calls_and_text_without_a_status_line_for_a_file(
+    scripted_server: ScriptedServer,
+) -> None:
+    calls = [tool_call("count_people", '{"city": "Ulm"}'), tool_call("count_people", '{"city": "Paris"}', 2)]
+    scripted_server.script(answer("", tool_calls=calls), answer(FOX))
+    outcome = await run("agent_events.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert "+ count_people: 130,000\n" in outcome.output
+    assert "x count_people: KeyError: 'paris'\n" in outcome.output
+    assert f"{FOX}\n\nstop after 2 rounds, " in outcome.output
+
+
+async def test_agent_events_draws_its_status_line_on_a_terminal(scripted_server: ScriptedServer) -> None:
+    pty = pytest.importorskip("pty")
+    scripted_server.script(answer("", tool_calls=[tool_call("count_people", '{"city": "Ulm"}')]), answer(FOX))
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", str(EXAMPLES / "agent_events.py"), "--api-base", scripted_server.api_base),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    output, _ = await process.communicate()
+    drawn = await asyncio.to_thread(os.read, ours, 65536)
+    os.close(ours)
+    assert process.returncode == 0, drawn
+    assert b"running: count_people (" in drawn
+    assert b"+ count_people: 130,000" in output
+
+
+async def test_cancellation_stops_every_run_on_the_server_as_well(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(FOX, gate=asyncio.Event())
+    outcome = await run("cancellation.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output == (
+        "== by_handle\n-- stopped; 1 messages to go on with\n"
+        "== by_time\n-- cancelled after 3 characters\n"
+        "== by_a_sibling\n-- the power is out; the run: cancelled\n"
+        "== by_leaving\n-- left\n"
+        "== by_budget\n-- budget after 3 characters\n"
+    )
+    assert len(scripted_server.aborts) == 5
+
+
+async def test_switching_shows_what_each_policy_does(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(f"{FOX} " * 50, pace=0.002)
+    command = ("switching.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "--other", "gemma-3-4b")
+    outcome = await run(*command)
+    assert (outcome.status, outcome.errors) == (0, "")
+    whole, cut = "to its end (stop)", "not to its end: qwen3-4b -> gemma-3-4b"
+    assert outcome.output == (
+        f"== isolate\nfirst run: {whole}\nsecond run: {whole}\n"
+        f"== reject\nfirst run: {whole}\nsecond run: {cut}\n"
+        f"== cancel\nfirst run: {cut}\nsecond run: {whole}\n"
+        f"== drain\nfirst run: {whole}\nsecond run: {whole}\n"
+        f"== switch_model\nfirst run: {whole}\nthe agent's model: gemma-3-4b\n"
+    )
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("example", "sections"), [("tools.py", 0), ("agent_events.py", 0), ("cancellation.py", 5), ("switching.py", 5)]
+)
+async def test_agent_examples_run_on_the_embedded_server(example: str, sections: int) -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run(example)
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output.count("== ") >= sections
 
 
 async def embed_by_words(exchange: Exchange) -> None:

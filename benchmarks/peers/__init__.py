@@ -61,10 +61,10 @@ def environment() -> dict[str, str]:
     return {**env, **quiet, **ours, **heap}
 
 
-def versions(names: Iterable[str]) -> dict[str, str]:
+def versions(names: Iterable[str], among: Mapping[str, About] = PEERS) -> dict[str, str]:
     """The versions of all that these clients consist of, as far as they are installed."""
     found: dict[str, str] = {}
-    for distribution in (each for name in names for each in PEERS[name].distributions):
+    for distribution in (each for name in names for each in among[name].distributions):
         try:
             found[distribution] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,124 @@
+"""Ways of stopping a run, and what is left of it: a handle, a time limit, another task, a stream that is left.
+
+    python examples/cancellation.py
+    python examples/cancellation.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
+
+Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts the server of `lmbridge[local]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from lmbridge import Agent, LLMClient, LLMError, LocalServer, RunHandle, TaskCancelledError, TextDelta
+
+LONG = "Write a long story about a lighthouse and the people who live near it."
+
+
+@asynccontextmanager
+async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
+    """A client of the server at `api_base`, or else of one that is started here."""
+    if api_base:
+        async with LLMClient(api_base, model) as client:
+            yield client
+    else:
+        async with LocalServer() as server, LLMClient(server.api_base, server.model) as client:
+            yield client
+
+
+async def until_it_speaks(handle: RunHandle) -> None:
+    """Waits for the first text of a run; leaving the events of a handle does not stop it."""
+    async for event in handle.events():
+        if isinstance(event, TextDelta):
+            return
+
+
+async def by_handle(agent: Agent) -> None:
+    """`cancel` is the stop button: whoever waits for the result gets an error that has the run so far."""
+    handle = agent.start(LONG)
+    await until_it_speaks(handle)
+    handle.cancel()
+    try:
+        await handle.result()
+    except TaskCancelledError as error:
+        messages = error.partial.messages if error.partial else []
+        print(f"-- stopped; {len(messages)} messages to go on with")
+    else:
+        print("-- it had ended before")
+
+
+async def by_time(agent: Agent) -> None:
+    """`asyncio.timeout` works as everywhere; when it raises, the server has been told."""
+    handle = agent.start(LONG)
+    try:
+        async with asyncio.timeout(1):
+            await handle.result()
+    except TimeoutError:
+        print(f"-- {handle.stop_reason} after {len(handle.partial.text)} characters")
+    else:
+        print("-- it ended in time")
+
+
+async def by_budget(client: LLMClient) -> None:
+    """`max_seconds` is no error: the result has what there is, and says why it ended."""
+    result = await Agent(client, max_tokens=1000, max_seconds=1).run(LONG)
+    print(f"-- {result.stop_reason} after {len(result.text)} characters")
+
+
+async def by_a_sibling(agent: Agent) -> None:
+    """A task that fails takes the others of its group with it, runs included."""
+    handle = agent.start(LONG)
+
+    async def fail() -> None:
+        await until_it_speaks(handle)
+        raise RuntimeError("the power is out")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(handle.result())
+            group.create_task(fail())
+    except* RuntimeError as errors:
+        print(f"-- {errors.exceptions[0]}; the run: {handle.stop_reason}")
+
+
+async def by_leaving(agent: Agent) -> None:
+    """Leaving a stream of events early cancels its run and waits for the end of that."""
+    async with agent.stream(LONG) as events:
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+    print("-- left")
+
+
+async def show(client: LLMClient) -> None:
+    """Everything above."""
+    agent = Agent(client, max_tokens=1000)
+    for way in (by_handle, by_time, by_a_sibling, by_leaving):
+        print(f"== {way.__name__}")
+        await way(agent)
+    print("== by_budget")
+    await by_budget(client)
+
+
+async def main() -> None:
+    """Reads the arguments, and shows it."""
+    parser = argparse.ArgumentParser(description="Shows ways of stopping a run.")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    args = parser.parse_args()
+    async with connect(args.api_base, args.model) as client:
+        await show(client)
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except (LLMError, ImportError) as error:
+        sys.exit(f"cancellation: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
