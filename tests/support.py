@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
+from functools import partial
 from typing import Any
 
 from lmbridge import ChatStream, LLMClient
@@ -50,37 +51,33 @@ async def turns(count: int = 3) -> None:
 
 
 class Steps:
-    """Awaits a coroutine and counts where it waits; cancels its task at the n-th of these places.
+    """Awaits a coroutine and tells at each place where it waits.
 
     Args:
         coroutine: What to run.
-        cancel_at: Which wait is cancelled, from 1; 0 cancels none.
+        at_wait: Called with the number of the wait, from 1.
     """
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], cancel_at: int = 0) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], at_wait: Callable[[int], object]) -> None:
         self.count = 0
         self._coroutine = coroutine
-        self._cancel_at = cancel_at
+        self._at_wait = at_wait
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        task = asyncio.current_task()
-        assert task is not None
-        loop = asyncio.get_running_loop()
-        step: Callable[[], Any] = lambda: self._coroutine.send(None)  # noqa: E731
+        step: Callable[[], Any] = partial(self._coroutine.send, None)
         while True:
             try:
                 waited_for = step()
             except StopIteration as stop:
                 return stop.value
             self.count += 1
-            if self.count == self._cancel_at:
-                loop.call_soon(task.cancel)
+            self._at_wait(self.count)
             try:
                 value = yield waited_for
             except BaseException as error:  # noqa: BLE001 - whatever it is, it is the coroutine's
-                step = lambda error=error: self._coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
+                step = partial(self._coroutine.throw, error)
             else:
-                step = lambda value=value: self._coroutine.send(value)  # type: ignore[misc]  # noqa: E731
+                step = partial(self._coroutine.send, value)
 
 
 async def cancel_at_each_step(
@@ -96,8 +93,7 @@ async def cancel_at_each_step(
     cancel_at = 0
     while True:
         cancel_at += 1
-        steps = Steps(run(), cancel_at)
-        task = asyncio.ensure_future(_awaited(steps))
+        task = asyncio.ensure_future(_cancelled_at(run(), cancel_at))
         await asyncio.wait([task])
         if not task.cancelled():
             task.result()
@@ -106,5 +102,8 @@ async def cancel_at_each_step(
     assert cancel_at > at_least, f"only {cancel_at - 1} waits were cancelled"
 
 
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _cancelled_at(coroutine: Coroutine[Any, Any, Any], number: int) -> Any:
+    task = asyncio.current_task()
+    assert task is not None
+    soon = asyncio.get_running_loop().call_soon
+    return await Steps(coroutine, lambda count: soon(task.cancel) if count == number else None)

@@ -362,7 +362,7 @@ class Loop:
         try:
             answer = self._settings.approve(call)
             return bool(await answer if inspect.isawaitable(answer) else answer)
-        except Exception as exc:
+        except Exception as exc:  # code of the user, which may raise anything
             raise LLMError(
                 f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
                 exc,

@@ -142,7 +142,7 @@ class RunHandle:
                 context={"operation": "agent run", "model": self._record.model},
                 partial=self.partial,
             ) from error
-        except Exception as error:
+        except Exception as error:  # noted, not kept: whatever ended the run goes on
             self._stop_reason = "error"
             if isinstance(error, LLMError):
                 error.partial = self.partial
@@ -266,7 +266,7 @@ class RunStream(AsyncGenerator[RunEvent, None]):
         self._left = True
         if self._owns and not self._ended:
             # Not the events first: whoever reads them is to get the error of the run.
-            await self._run._leave(TaskCancelledError("the run was cancelled: its events were left"))  # noqa: SLF001
+            await self._run._leave(TaskCancelledError("the run was cancelled: its events were left"))  # noqa: SLF001 - its own run
         if not self._owns or self._run.done:
             self._events.leave()
 

@@ -162,7 +162,7 @@ async def _provided(provider: ToolProvider) -> list[Tool]:
         return [as_tool(tool) for tool in await provider.list_tools()]
     except LLMError:
         raise
-    except Exception as exc:
+    except Exception as exc:  # code of the user, which may raise anything
         raise ToolError(
             f"a provider of tools ({type(provider).__name__}) raised {type(exc).__name__}: {exc}",
             exc,

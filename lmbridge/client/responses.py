@@ -138,8 +138,7 @@ def _is_error(data: Mapping[str, Any]) -> bool:
 
 
 def _message_event() -> type[MessageEvent]:
-    # Only who streams responses needs it, and the root is to stay light.
-    from aiohttp_sse_client.client import MessageEvent  # noqa: PLC0415
+    from aiohttp_sse_client.client import MessageEvent  # noqa: PLC0415 - only who streams responses needs it
 
     return cast("type[MessageEvent]", MessageEvent)
 

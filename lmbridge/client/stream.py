@@ -93,7 +93,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             for event in self._left:  # an iterator: it goes on where the last chunk was
                 chunk: Any = None
                 try:
-                    chunk = decode_strictly(event)  # type: ignore[arg-type]
+                    chunk = decode_strictly(event)  # type: ignore[arg-type]  # see the except
                     usual = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
                 except (KeyError, TypeError, ValueError, RecursionError):  # an event with a name is a TypeError
                     usual = False

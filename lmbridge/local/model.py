@@ -89,7 +89,7 @@ def _cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "lmbridge"
     base = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification: a relative path there is to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "lmbridge"  # noqa: PTH117
+    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "lmbridge"  # noqa: PTH117 - of a string that may be empty
 
 
 def _find(model: PackagedModel, cached: Path) -> Path | None:

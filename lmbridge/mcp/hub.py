@@ -264,7 +264,7 @@ class McpHub:
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception:
+            except Exception:  # the listener's own: told in the log, and no reason to lose the server
                 logger.exception("on_event raised")
 
     def _check_loop(self) -> None:

@@ -110,7 +110,7 @@ async def open_session(spec: ServerSpec, link: StdioLink | None, listeners: List
     try:
         async with opened as session:
             yield session
-    except Exception as exc:
+    except Exception as exc:  # whatever the SDK made of it: the tap has seen the reason
         if tap.refusal:
             raise SessionLostError(tap.refusal) from exc
         raise

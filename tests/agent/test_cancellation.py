@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lmbridge import Agent, Limits, LLMClient, LLMClientPool, LLMError, TaskCanc
 from lmbridge.agent.runs import RunHandle
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks
-from tests.support import in_flight
+from tests.support import Steps, in_flight
 
 
 class Probe:
@@ -36,35 +36,14 @@ class Probe:
         probe = self
 
         async def probed(handle: RunHandle) -> Any:
-            return await _Watched(main(handle), probe)
+            return await Steps(main(handle), probe.step)
 
         monkeypatch.setattr(RunHandle, "_main", probed)
 
-    def step(self) -> None:
-        self.count += 1
-        if self.count == self.at:
+    def step(self, count: int) -> None:
+        self.count = count
+        if count == self.at:
             asyncio.get_running_loop().call_soon(self.act)
-
-
-class _Watched:
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], probe: Probe) -> None:
-        self._coroutine = coroutine
-        self._probe = probe
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        step: Callable[[], Any] = lambda: self._coroutine.send(None)  # noqa: E731
-        while True:
-            try:
-                waited_for = step()
-            except StopIteration as stop:
-                return stop.value
-            self._probe.step()
-            try:
-                value = yield waited_for
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the coroutine's
-                step = lambda error=error: self._coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
-            else:
-                step = lambda value=value: self._coroutine.send(value)  # type: ignore[misc]  # noqa: E731
 
 
 def check_cancelled(error: TaskCancelledError) -> None:

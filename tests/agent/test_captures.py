@@ -63,8 +63,6 @@ async def test_a_recorded_reply_is_a_round_of_a_run(scripted_server: ScriptedSer
 async def test_a_recorded_failure_is_an_error_with_the_run_so_far(
     scripted_server: ScriptedServer, capture: Capture
 ) -> None:
-    if not capture.is_stream:
-        pytest.skip("a plain reply")
     scripted_server.script(raw(*capture.as_recorded()))
     async with LLMClient(scripted_server.api_base, capture.model, max_retries=0, model_mismatch="ignore") as client:
         with pytest.raises(LLMError) as caught:
