@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
     from lmbridge.local import LocalServer
+    from lmbridge.mcp.dynamic import DynamicAutonomousAgent
     from lmbridge.transport.stats import ClientStats, ModelStats
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "ChatStream",
     "ClientStats",
     "ContextLengthExceededError",
+    "DynamicAutonomousAgent",
     "LLMAuthenticationError",
     "LLMClient",
     "LLMClientPool",
@@ -129,6 +131,7 @@ _LAZY: Final = {
     "Agent": "lmbridge.agent",
     "CacheStats": "lmbridge.client.models",
     "ClientStats": "lmbridge.transport.stats",
+    "DynamicAutonomousAgent": "lmbridge.mcp.dynamic",
     "LLMClientPool": "lmbridge.client.pool",
     "LocalServer": "lmbridge.local",
     "ModelInfo": "lmbridge.client.server_info",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeGuard
 
 from lmbridge.agent.history import History
@@ -12,7 +13,7 @@ from lmbridge.agent.settings import Approve, MaxTokens, Settings, Task, checked_
 from lmbridge.agent.source import ChatClient, ChatPool, Source
 from lmbridge.agent.switching import Admission, SwitchPolicy, Ticket
 from lmbridge.agent.tools import Tool, ToolProvider, as_tool
-from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.toolset import Equip, Equipment, Toolset
 from lmbridge.client.wire import checked_model
 from lmbridge.errors import LLMValidationError
 
@@ -186,11 +187,25 @@ class Agent:
         Raises:
             LLMValidationError: an argument cannot be right; nothing was sent.
         """
-        settings = self._settings.for_run(model=model, max_rounds=max_rounds, max_tokens=max_tokens)
         own = self._tools if tools is None else _Tools(tools)
+        return self._start(
+            task, own.equip, model=model, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+        )
+
+    def _start(
+        self,
+        task: Task,
+        equip: Equip,
+        *,
+        model: str | None,
+        max_rounds: int | None,
+        max_tokens: MaxTokens | None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RunHandle:
+        settings = self._settings.for_run(model=model, max_rounds=max_rounds, max_tokens=max_tokens)
         history = History(checked_task(task), system_prompt=settings.system_prompt, messages=messages)
         return RunHandle(
-            source=self._source, admission=self._admission, settings=settings, tools=own.collect, history=history
+            source=self._source, admission=self._admission, settings=settings, equip=equip, history=history
         )
 
     async def switch_model(self, model: str) -> None:
@@ -229,9 +244,10 @@ class _Tools:
         self._set = Toolset(own)
         self._has_providers = len(own) < len(self._tools)
 
-    async def collect(self) -> Toolset:
+    @asynccontextmanager
+    async def equip(self, _context: int | None) -> AsyncIterator[Equipment]:
         """The tools for a run that begins."""
-        return await Toolset.collect(self._tools) if self._has_providers else self._set
+        yield Equipment(await Toolset.collect(self._tools) if self._has_providers else self._set)
 
 
 def _is_provider(tool: AnyTool) -> TypeGuard[ToolProvider]:

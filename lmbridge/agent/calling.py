@@ -67,7 +67,8 @@ async def call_tool(
     over = threading.Event()
     asked = context.cancelled
     context = attrs.evolve(context, cancelled=lambda: over.is_set() or asked())
-    call = partial(tool.function, **{**arguments, **dict.fromkeys(tool.context_names, context)})
+    function, timeout = tool.within(timeout)
+    call = partial(function, **{**arguments, **dict.fromkeys(tool.context_names, context)})
     deadline = None if timeout is None else began + timeout
     raw: Any = None
     try:

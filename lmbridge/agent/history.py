@@ -92,6 +92,15 @@ class History:
         self._turn: Turn | None = None
         self.size = sum(map(size_of, (*self._head, *before)))
 
+    def tell(self, note: str) -> None:
+        """Adds to the leading system message."""
+        if not note:
+            return
+        self.size -= sum(map(size_of, self._head))
+        content = "\n\n".join([*(message["content"] for message in self._head), note])
+        self._head = [{"role": "system", "content": content}]
+        self.size += size_of(self._head[0])
+
     def sent(self) -> list[Message]:
         """The messages to send: a new list of the same dicts, which nobody changes."""
         groups = (*self._before, [self._task], *self._after)

@@ -108,6 +108,7 @@ class Loop:
         source: Where generations come from.
         settings: Its limits.
         tools: Its tools.
+        context: Tokens that a request to its model may need, the answer included, if they are known.
         record: Where it writes what it does.
         channel: Where it tells what it does.
         stopping: Whether the run has been cancelled; for tools that cannot be.
@@ -120,6 +121,7 @@ class Loop:
         source: Source,
         settings: Settings,
         tools: Toolset,
+        context: int | None,
         record: Record,
         channel: Channel[RunEvent],
         stopping: Callable[[], bool],
@@ -133,7 +135,7 @@ class Loop:
         self._channel = channel
         self._stopping = stopping
         self._estimate = TokenEstimate()
-        self._context: int | None = None
+        self._context = context
         self._tools_size = len(msgspec.json.encode(tools.definitions)) if tools.definitions else 0
         self._repetition = RepetitionGuard()
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
@@ -141,7 +143,6 @@ class Loop:
 
     async def run(self) -> StopReason:
         """Goes on until there is an answer, or a reason to end without."""
-        self._context = await self._source.context_length(self._record.model)
         while self._record.rounds < self._settings.max_rounds:
             stop = await self._round()
             if stop is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import attrs
 
 from lmbridge.agent.history import History
@@ -26,6 +28,8 @@ class Record:
     """The name in the first reply that had one."""
     rounds: int = 0
     calls: list[ToolCall] = attrs.field(factory=list)
+    errors: Mapping[str, Exception] = attrs.field(factory=dict)
+    """Sources of tools that failed."""
     log: list[Round] = attrs.field(factory=list)
     usage: Usage = attrs.field(factory=_no_usage)
     round_usage: Usage | None = None
@@ -82,6 +86,7 @@ class Record:
             tool_calls=tuple(self.calls),
             usage=Usage(**self.usage),
             reasoning=self.reasoning,
+            errors=dict(self.errors),
             log=tuple(self.log),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, Self
@@ -20,7 +20,7 @@ from lmbridge.agent.result import RunResult, StopReason
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import Source
 from lmbridge.agent.switching import Admission, Ticket
-from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.toolset import Equip, Toolset
 from lmbridge.errors import LLMError, MaxRoundsExceededError, TaskCancelledError
 
 # A ticket and not the run: sockets and timers keep the context that they were made in, and would keep all of the run.
@@ -44,15 +44,17 @@ class RunHandle:
         source: Source,
         admission: Admission,
         settings: Settings,
-        tools: Callable[[], Awaitable[Toolset]],
+        equip: Equip,
         history: History,
     ) -> None:
         asyncio.get_running_loop()  # or raises, before there is a coroutine that nobody awaits
         self.id: Final = uuid.uuid4().hex
+        self.begun: Final = asyncio.Event()
+        """Set when it has its tools, and when it has ended."""
         self._source = source
         self._admission = admission
         self._settings = settings
-        self._tools = tools
+        self._equip = equip
         self._record = Record(history)
         self._channel: Channel[RunEvent] = Channel()
         self.ticket: Final = Ticket(asked=settings.model, parent=current_ticket.get(), cancel=self._cancel)
@@ -173,21 +175,29 @@ class RunHandle:
     async def _admitted(self) -> StopReason:
         await self._admission.enter(self.ticket)
         try:
-            self._record.model = self.ticket.model
-            tools = await self._tools()
-            stopping = lambda: self._task.stopping  # noqa: E731 - a property as a function
-            loop = Loop(
-                self.id,
-                source=self._source,
-                settings=self._settings,
-                tools=tools,
-                record=self._record,
-                channel=self._channel,
-                stopping=stopping,
-            )
-            return await loop.run()
+            model = self._record.model = self.ticket.model
+            context = await self._source.context_length(model)
+            async with self._equip(context) as equipment:
+                self._record.errors = equipment.errors
+                self._record.history.tell(equipment.note)
+                self.begun.set()
+                return await self._rounds(equipment.tools, context)
         finally:
             self._admission.leave(self.ticket)
+
+    async def _rounds(self, tools: Toolset, context: int | None) -> StopReason:
+        stopping = lambda: self._task.stopping  # noqa: E731 - a property as a function
+        loop = Loop(
+            self.id,
+            source=self._source,
+            settings=self._settings,
+            tools=tools,
+            context=context,
+            record=self._record,
+            channel=self._channel,
+            stopping=stopping,
+        )
+        return await loop.run()
 
     def _complete(self, error: TaskCancelledError) -> None:
         self._stop_reason = "cancelled"
@@ -196,6 +206,7 @@ class RunHandle:
 
     def _close(self) -> None:
         _running.discard(self)
+        self.begun.set()
         if self._stop_reason == "running":  # it was cancelled before it began
             self._stop_reason = "cancelled" if self._task.was_cancelled else "error"
         self.ticket.cancel = _nothing

@@ -57,6 +57,11 @@ class Tool:
     _convert: Callable[[Mapping[str, Any]], dict[str, Any]] | None = attrs.field(
         default=None, kw_only=True, repr=False, alias="_convert"
     )
+    _timed: Callable[[float | None], Callable[..., Any]] | None = attrs.field(
+        default=None, kw_only=True, repr=False, alias="_timed"
+    )
+    """Makes the function for a call that may take so many seconds. It keeps to them itself: not all that it does is the
+    call, such as the restart of a server before it."""
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -114,6 +119,10 @@ class Tool:
     def has_converter(self) -> bool:
         """Whether `convert` is there at once. Where it is not, making it imports a library, which reads files."""
         return self._convert is not None
+
+    def within(self, seconds: float | None) -> tuple[Callable[..., Any], float | None]:
+        """The function for a call that may take so many seconds, and the seconds after which it is to be cut."""
+        return (self.function, seconds) if self._timed is None else (self._timed(seconds), None)
 
     def _wrong(self, what: str, hint: str) -> LLMValidationError:
         return LLMValidationError(f"tool {self.name!r}: {what}", hint=hint)

@@ -6,7 +6,8 @@ import asyncio
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, TypeAlias
 
 import attrs
 import msgspec
@@ -18,7 +19,7 @@ from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
-__all__ = ["Fault", "Outcome", "Ready", "Toolset"]
+__all__ = ["Equip", "Equipment", "Fault", "Outcome", "Ready", "Toolset"]
 
 _QUOTED: Final = 200
 """Characters of malformed arguments that the model is shown again."""
@@ -47,6 +48,21 @@ class Fault:
     """For the model: what is wrong, and what would be right."""
     bad_arguments: bool
     """Whether the arguments are no JSON object: sent to a server again, they make it fail."""
+
+
+@attrs.frozen
+class Equipment:
+    """What a run has to work with, from when it has its model to its end."""
+
+    tools: Toolset
+    note: str = ""
+    """For the leading system message."""
+    errors: Mapping[str, Exception] = attrs.field(factory=dict)
+    """Sources of tools that failed, by name."""
+
+
+Equip: TypeAlias = Callable[[int | None], AbstractAsyncContextManager[Equipment]]
+"""Called when a run begins, with the tokens of its model's context, if they are known; the block is the run."""
 
 
 class Toolset:

@@ -4,12 +4,14 @@ Importing it needs no extra; the first server that is started does.
 """
 
 from lmbridge.mcp.config import McpConfig, ServerSpec, load_config
+from lmbridge.mcp.dynamic import DynamicAutonomousAgent
 from lmbridge.mcp.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
 from lmbridge.mcp.hub import McpHub, McpTools
 from lmbridge.mcp.results import McpText
 from lmbridge.mcp.servers import ServerState, ServerStatus
 
 __all__ = [
+    "DynamicAutonomousAgent",
     "McpConfig",
     "McpEvent",
     "McpHub",

@@ -59,6 +59,11 @@ class McpConfig:
         where = f" in {self.path}" if self.path else ""
         return MCPError(f"there is no MCP server {name!r}; there are: {known}", hint=f"add it{where}" + self._skipped())
 
+    def none_enabled(self) -> MCPError:
+        """The error for who wants all servers that are enabled, where there are none."""
+        where = f"enable one in {self.path}" if self.path else "write a configuration"
+        return MCPError("no MCP server is enabled", hint=where + self._skipped())
+
     def _skipped(self) -> str:
         if self.untrusted is None:
             return "" if self.path else f"; looked for {', '.join(map(str, _searched()))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -67,16 +67,20 @@ def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) 
     if schema.get("type", "object") != "object":
         raise LLMValidationError(f"its inputSchema is of type {schema['type']!r}, not an object")
 
-    async def call(**arguments: Any) -> McpText:
-        is_idempotent = hints["idempotentHint"] is True
-        result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=timeout)
-        return McpText(text_of(result), result)
+    def timed(seconds: float | None) -> Callable[..., Awaitable[McpText]]:
+        async def call(**arguments: Any) -> McpText:
+            is_idempotent = hints["idempotentHint"] is True
+            result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=timeout or seconds)
+            return McpText(text_of(result), result)
+
+        return call
 
     return Tool(
         name,
         description_of(definition),
         clean_schema(schema),
-        call,
+        timed(None),
+        _timed=timed,
         annotations=hints,
         server=server.spec.name,
     )

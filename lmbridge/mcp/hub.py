@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -292,8 +292,3 @@ class McpHub:
 def _is_itself(config: McpConfig, name: str) -> bool:
     spec = config.servers.get(name)
     return spec is not None and spec.is_lmbridge
-
-
-def describe_errors(errors: Iterable[tuple[str, BaseException]]) -> str:
-    """Servers that are missing, for the model: their names, and what is wrong in a line each."""
-    return "\n".join(f"- {name}: {str(error).splitlines()[0]}" for name, error in errors)

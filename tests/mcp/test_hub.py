@@ -24,7 +24,6 @@ from lmbridge.mcp import (
     ToolsChanged,
 )
 from lmbridge.mcp.guardian import is_gone
-from lmbridge.mcp.hub import describe_errors
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import Recorder, gone, names, noted, scripted, tool
 
@@ -465,9 +464,3 @@ async def test_without_the_sdk_the_error_says_what_to_install(
     assert await hub.names() == ["a", "b"]
     with pytest.raises(ImportError, match=r"pip install lmbridge\[mcp\]"):
         await hub.tools()
-
-
-async def test_what_is_missing_can_be_told_to_the_model_in_a_line_each(make_hub: MakeHub) -> None:
-    lease = await make_hub({"a": {"exit": 1}, "b": {"command": "/nowhere/b"}}).tools(on_error="continue")
-    told = describe_errors(lease.errors.items()).splitlines()
-    assert [line.partition(":")[0] for line in told] == ["- a", "- b"]
