@@ -82,10 +82,15 @@ class Fold:
             raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
 
     def _add(self, chunk: Mapping[str, Any]) -> None:
-        self.begun = True
-        for key, value in chunk.items():
-            if key not in ("choices", "usage") and (value not in (None, "") or key not in self._head):
-                self._head[key] = value
+        if not self.begun:
+            self.begun = True
+            self._head = head = dict(chunk)
+            head.pop("choices", None)
+            head.pop("usage", None)
+        else:
+            for key, value in chunk.items():
+                if key not in ("choices", "usage") and (value not in (None, "") or key not in self._head):
+                    self._head[key] = value
         self._usage = chunk.get("usage") or self._usage
         for part in chunk.get("choices") or ():
             index = part.get("index") or 0

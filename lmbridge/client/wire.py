@@ -25,6 +25,11 @@ _encode = msgspec.json.Encoder(enc_hook=_as_builtin).encode
 decode_strictly = msgspec.json.Decoder().decode
 """Decodes proper JSON, fast; raises `ValueError`, or `TypeError` for what is no bytes."""
 _EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
+# For `isinstance`, the usual first: the abstract ones take their time.
+_MAPPING = (dict, Mapping)
+_SEQUENCE = (list, Sequence)
+_STRING = (str, bytes, bytearray)
+_CONTENT = (str, list, tuple)
 
 
 def checked_model(model: str | None) -> str | None:
@@ -46,12 +51,12 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         LLMValidationError: none, or one without a role, or with content that is no text and no parts.
     """
-    if not isinstance(messages, (list, Sequence)) or isinstance(messages, (str, bytes, bytearray)):
+    if not isinstance(messages, _SEQUENCE) or isinstance(messages, _STRING):
         raise LLMValidationError(f"messages is {_kind(messages)}", hint=f"give a list of messages, like {_EXAMPLE}")
     if not messages:
         raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE}")
     for number, message in enumerate(messages):
-        if not isinstance(message, (dict, Mapping)):
+        if not isinstance(message, _MAPPING):
             raise LLMValidationError(
                 f"messages[{number}] is {_kind(message)}", hint=f"give a dict for each message, like {_EXAMPLE}"
             )
@@ -60,7 +65,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise LLMValidationError(
                 f"messages[{number}] has no role", hint="add 'role': 'system', 'user', 'assistant' or 'tool'"
             )
-        if content is not None and not isinstance(content, (str, list, tuple)):
+        if content is not None and not isinstance(content, _CONTENT):
             raise LLMValidationError(
                 f"messages[{number}]['content'] is {_kind(content)}", hint="give a string, or a list of content parts"
             )

@@ -126,7 +126,7 @@ class EventStream:
                 if not data:
                     self._end()
                     return self._decoder.close()
-                if events := self._decoder.feed(data):
+                if events := self._decoder.feed(data if self._event_seen else self._begin(data)):
                     self._event_seen = True
                     self.call.answered(events[0])
                     return events
@@ -140,6 +140,14 @@ class EventStream:
         finally:
             self._reading = False
             self.when = math.inf
+
+    def _begin(self, data: bytes) -> bytes:
+        """The bytes of the first event, for which somebody waits; what came with it is left for the next read."""
+        end = data.find(b"\n\n") + 2
+        if end < 2:
+            return data
+        self._first = data[end:]
+        return data[:end]
 
     def look(self) -> bool:
         """Sees whether the first event has arrived, though nobody may be reading; tells whether to look again later.
@@ -214,7 +222,7 @@ class EventStream:
         if call.place is not None:
             call.place.touch(now)
         if not self._event_seen:
-            self.when = call.first_byte_deadline
+            self.when = call.when
         elif self._idle is None:
             self.when = call.total_deadline
         else:

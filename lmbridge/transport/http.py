@@ -481,9 +481,10 @@ _newest: ContextVar[object] = ContextVar("lmbridge_newest", default=None)
 
 def _event_stream(call: Call, response: aiohttp.ClientResponse, first: bytes = b"") -> EventStream:
     stream = EventStream(call, response, _BROKEN, first)
-    protocol = None if response.connection is None else response.connection.protocol
-    if stream.look() and isinstance(protocol, _Protocol):
-        protocol.look = weakref.WeakMethod(stream.look)
+    if call.place is not None and call.place.is_loader and stream.look() and response.connection is not None:
+        protocol = response.connection.protocol
+        if isinstance(protocol, _Protocol):
+            protocol.look = weakref.WeakMethod(stream.look)
     return stream
 
 
@@ -497,7 +498,14 @@ class _Protocol(ResponseHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._let_look()
+        if self.look is not None:
+            self._let_look()
+
+    def resume_reading(self, *how: Any, **more: Any) -> None:
+        # aiohttp 3.14 asks for it with each HTTP chunk that is read, and goes through the parser and the transport each
+        # time: a microsecond for each chunk of a stream. What is not paused has nothing to resume.
+        if self._reading_paused or getattr(self, "_buffer_paused", False):
+            super().resume_reading(*how, **more)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         payload = getattr(self, "_payload", None)

@@ -57,7 +57,7 @@ class Place:
     def touch(self, now: float) -> None:
         """Notes that the running task is reading."""
         task = asyncio.current_task()
-        if not self.is_held_by(task):
+        if self.task is None or self.task() is not task:
             self.task = None if task is None else weakref.ref(task)
         self.last_read = now
 

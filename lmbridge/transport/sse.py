@@ -154,6 +154,9 @@ class SSEDecoder:
             raise LLMStreamError(f"the stream holds an event of more than {self._max_size} bytes")
 
     def _without_bom(self, data: bytes) -> bytes:
+        if not self._head and data and data[0] != _BOM[0]:
+            self._head = None
+            return data
         head = (self._head or b"") + data
         if len(head) < len(_BOM) and _BOM.startswith(head):
             self._head = head

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 import time
 
 import aiohttp
+import msgspec
 import pytest
 
 from lmbridge import (
@@ -22,7 +24,7 @@ from lmbridge.client import llm, server
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.transport import http
 from lmbridge.transport.sse import MAX_EVENT_SIZE
-from tests.support import MESSAGES, piece, read_text
+from tests.support import MESSAGES, piece, read_text, turns
 
 
 async def no_such_host(*_: object, **__: object) -> object:
@@ -75,6 +77,24 @@ async def test_of_several_dead_connections_one_is_replaced_silently(scripted_ser
         with pytest.raises(LLMConnectionError, match="closed the connection without an answer"):
             await client.chat_completion(MESSAGES)
     assert len(scripted_server.requests) == 5
+
+
+@pytest.mark.parametrize("encoding", [b"identity", b"gzip"])
+async def test_a_stream_that_waited_for_its_reader_comes_whole(
+    scripted_server: ScriptedServer, client: LLMClient, encoding: bytes
+) -> None:
+    text = "word " * 1_000_000  # more than the sockets and aiohttp hold
+    events = b"".join(
+        b"data: %s\n\n" % msgspec.json.encode(piece(text[at : at + 20_000])) for at in range(0, len(text), 20_000)
+    )
+    body = events + b"data: [DONE]\n\n"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: %s\r\nConnection: close\r\n\r\n"
+    scripted_server.script(raw(head % encoding + (gzip.compress(body) if encoding == b"gzip" else body)))
+    async with await client.chat_completion(MESSAGES, stream=True) as stream:
+        first = await anext(stream)
+        await turns(100)
+        rest = [chunk["choices"][0]["delta"]["content"] async for chunk in stream]
+    assert (first["choices"][0]["delta"]["content"] or "") + "".join(rest) == text
 
 
 async def test_a_refused_connection_is_no_dead_one_and_not_tried_again_silently(
