@@ -146,7 +146,7 @@ class Connection(asyncio.Protocol):
     def abandon(self) -> None:
         """Close the socket and cancel the task, whatever they are at."""
         self.hung_up = True
-        if self._transport is not None:
+        if self._transport is not None and not self.lost:
             self._transport.abort()
         if self.task is not None:
             self.task.cancel()
