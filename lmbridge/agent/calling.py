@@ -42,6 +42,15 @@ class Outcome:
     seconds: float
 
 
+class _Flag:
+    """Set once, and read from any thread."""
+
+    __slots__ = ("is_set",)
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+
 class _OutOfTimeError(Exception):
     """A tool has not come to its end in time; the text says what that means."""
 
@@ -64,57 +73,84 @@ async def call_tool(
         max_output: Characters of its output that are kept.
     """
     began = time.monotonic()
-    over = threading.Event()
-    asked = context.cancelled
-    context = attrs.evolve(context, cancelled=lambda: over.is_set() or asked())
+    over = _Flag()
+    if tool.context_names:
+        asked = context.cancelled
+        context = attrs.evolve(context, cancelled=lambda: over.is_set or asked())
+        arguments = {**arguments, **dict.fromkeys(tool.context_names, context)}
     function, timeout = tool.within(timeout)
-    call = partial(function, **{**arguments, **dict.fromkeys(tool.context_names, context)})
+    call = partial(function, **arguments)
     deadline = None if timeout is None else began + timeout
     raw: Any = None
     try:
-        raw = await _result(call, deadline, timeout)
+        raw = await _result(call, tool.is_async, deadline, timeout)
         text, is_error = _text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
     except Exception as exc:  # noqa: BLE001 - whatever a tool raises is for the model to read
         raw, text, is_error = exc, _told(exc), True
     finally:
-        over.set()
+        over.is_set = True
     return Outcome(capped(text, max_output), is_error, raw, time.monotonic() - began)
 
 
-async def _result(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:
+async def _result(call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None) -> Any:
     """What the tool returns, or raises."""
-    if inspect.iscoroutinefunction(call):
+    if is_async:
         value = call()
     else:
         value = await _result_of_thread(call, deadline, timeout)
         if not inspect.isawaitable(value):
             return value
     name = getattr(value, "__qualname__", type(value).__name__)
-    task = asyncio.create_task(_guarded(value), name=f"lmbridge-tool-{name}")
+    over = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(_guarded(value, over), name=f"lmbridge-tool-{name}")
     _tasks.add(task)
-    task.add_done_callback(_forget)
+    task.add_done_callback(partial(_forget, over))
+    in_time = False
     try:
-        done = await _wait(task, deadline)
+        await _done(over, deadline)
+        in_time = task.done()
     finally:
-        has_ended = await _ended(task)
-    if done is None:
+        has_ended = task.done() or await _ended(task)
+    if not in_time:
         ending = "was cancelled" if has_ended else "does not let itself be cancelled, and may still be running"
         raise _OutOfTimeError(f"it has not come to an end within {timeout:g} seconds, and {ending}")
-    if done.cancelled():  # not by us: something that it waited for was
+    if task.cancelled():  # not by us: something that it waited for was
         raise ToolError(_CANCELLED)
-    return done.result()
+    return task.result()
 
 
-async def _guarded(value: Awaitable[Any]) -> Any:
-    """What the tool returns, or raises: a `sys.exit` in it would end the event loop, and no run alone."""
+async def _guarded(value: Awaitable[Any], over: asyncio.Future[None]) -> Any:
+    """What the tool returns, or raises: a `sys.exit` in it would end the event loop, and no run alone.
+
+    It tells its end itself: a callback of its task would take one turn of the loop more.
+    """
     try:
         return await value
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as exc:
         raise ToolError(_told(exc), exc) from exc
+    finally:
+        _set(over)
+
+
+def _set(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+async def _done(over: asyncio.Future[None], deadline: float | None) -> None:
+    """Waits for the end, or for the deadline."""
+    if deadline is None:
+        await over
+        return
+    timer = over.get_loop().call_later(max(0.0, deadline - time.monotonic()), _set, over)
+    try:
+        await over
+    finally:
+        timer.cancel()
 
 
 async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:
@@ -125,16 +161,16 @@ async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Fu
 
 
 async def _ended(task: asyncio.Future[Any]) -> bool:
-    """Whether the task has ended; if it has not, it is cancelled and has a moment to end."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_GRACE)
+    """Cancels the task, and tells whether it has ended after a moment."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=_GRACE)
     if not task.done():
         logger.warning("a tool goes on %g seconds after it was cancelled: %r", _GRACE, task)
     return task.done()
 
 
-def _forget(task: asyncio.Future[Any]) -> None:
+def _forget(over: asyncio.Future[None], task: asyncio.Future[Any]) -> None:
+    _set(over)  # one that was cancelled before it began has not told
     _tasks.discard(task)
     if not task.cancelled():
         task.exception()  # else asyncio logs that nobody asked for it

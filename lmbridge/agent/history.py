@@ -8,7 +8,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
-from lmbridge.client.wire import check_messages, encode_body
+from lmbridge.client.wire import CheckedMessages, check_messages, encode_body
 from lmbridge.errors import LLMValidationError
 
 Message = dict[str, Any]
@@ -90,21 +90,25 @@ class History:
         before.append(self._task)
         self._after: list[list[Message]] = []
         self._turn: Turn | None = None
+        self._sent: CheckedMessages | None = None  # until something else than its end changes
         self.size = sum(map(size_of, (*self._head, *before)))
 
     def tell(self, note: str) -> None:
         """Adds to the leading system message."""
         if not note:
             return
+        self._sent = None
         self.size -= sum(map(size_of, self._head))
         content = "\n\n".join([*(message["content"] for message in self._head), note])
         self._head = [{"role": "system", "content": content}]
         self.size += size_of(self._head[0])
 
-    def sent(self) -> list[Message]:
+    def sent(self) -> CheckedMessages:
         """The messages to send: a new list of the same dicts, which nobody changes."""
-        groups = (*self._before, [self._task], *self._after)
-        return [*self._head, *(message for group in groups for message in group)]
+        if self._sent is None:
+            groups = (self._head, *self._before, [self._task], *self._after)
+            self._sent = CheckedMessages(message for group in groups for message in group)
+        return CheckedMessages(self._sent)
 
     def snapshot(self, *, ended: bool) -> list[Message]:
         """A copy of the whole conversation, valid whatever is going on.
@@ -151,9 +155,12 @@ class History:
     def _append(self, messages: list[Message]) -> None:
         self._body.extend(messages)
         self._after.append(messages)
+        if self._sent is not None:
+            self._sent += messages
         self.size += sum(map(size_of, messages))
 
     def _drop(self, messages: list[Message]) -> None:
+        self._sent = None
         self.size -= sum(map(size_of, messages))
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from typing import Any, Final, TypeAlias
 
 import attrs
@@ -154,7 +154,8 @@ class Loop:
     async def _round(self) -> StopReason | None:
         began = time.monotonic()
         self._record.begin_round()
-        await self._tell(RoundStarted(self._record.rounds, self._record.model))
+        if self._channel.is_heard:
+            await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
         reply = await self._answer()
         calls = self._calls_of(reply)
         records: Sequence[ToolRecord] = ()
@@ -163,7 +164,8 @@ class Loop:
         else:
             self._history.answer(reply.text)
         done = self._logged(reply, records, time.monotonic() - began)
-        await self._tell(RoundFinished(done))
+        if self._channel.is_heard:
+            await self._channel.put(RoundFinished(done))
         if not calls:
             return "length" if reply.finish_reason == "length" else "stop"
         return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
@@ -182,10 +184,6 @@ class Loop:
         )
         record.log.append(done)
         return done
-
-    async def _tell(self, event: RunEvent) -> None:
-        if self._channel.is_heard:
-            await self._channel.put(event)
 
     # Asking
 
@@ -347,7 +345,8 @@ class Loop:
         asked = [self._tools.read(call) for call in calls]
         self._record.calls += map(_as_call, asked)
         refused = [isinstance(each, Ready) and not await self._is_allowed(each.call) for each in asked]
-        places = asyncio.Semaphore(self._settings.max_parallel_tools)
+        most = self._settings.max_parallel_tools
+        places = asyncio.Semaphore(most) if len(asked) > most else nullcontext()
         answers = [
             self._answer_call(each, is_refused, turn, places) for each, is_refused in zip(asked, refused, strict=True)
         ]
@@ -372,7 +371,7 @@ class Loop:
             ) from exc
 
     async def _answer_call(
-        self, asked: Ready | Fault, is_refused: bool, turn: Turn, places: asyncio.Semaphore
+        self, asked: Ready | Fault, is_refused: bool, turn: Turn, places: AbstractAsyncContextManager[None]
     ) -> ToolRecord:
         call = _as_call(asked)
         if isinstance(asked, Fault):
@@ -383,12 +382,14 @@ class Loop:
             async with places:
                 record = self._noted(await self._call(asked, turn))
         turn.answer(call.id, record.text)
-        await self._tell(ToolCallFinished(record))
+        if self._channel.is_heard:
+            await self._channel.put(ToolCallFinished(record))
         return record
 
     async def _call(self, ready: Ready, turn: Turn) -> ToolRecord:
         call, settings = ready.call, self._settings
-        await self._tell(ToolCallStarted(call))
+        if self._channel.is_heard:
+            await self._channel.put(ToolCallStarted(call))
         turn.begin(call.id)
         context = ToolContext(self._run_id, call.id, call.name, self._stopping)
         outcome = await self._tools.call(

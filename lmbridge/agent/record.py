@@ -93,7 +93,7 @@ class Record:
 
 def _sum(one: Usage, other: Usage) -> Usage:
     return {
-        "prompt_tokens": one.get("prompt_tokens", 0) + (other.get("prompt_tokens") or 0),
-        "completion_tokens": one.get("completion_tokens", 0) + (other.get("completion_tokens") or 0),
-        "total_tokens": one.get("total_tokens", 0) + (other.get("total_tokens") or 0),
+        "prompt_tokens": one["prompt_tokens"] + (other.get("prompt_tokens") or 0),
+        "completion_tokens": one["completion_tokens"] + (other.get("completion_tokens") or 0),
+        "total_tokens": one["total_tokens"] + (other.get("total_tokens") or 0),
     }

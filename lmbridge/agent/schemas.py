@@ -42,6 +42,8 @@ def coerced(value: Any, schema: Any) -> Any:
         value: A JSON value; it is not changed.
         schema: As made by `digestible_parameters`.
     """
+    if value is None or isinstance(value, int):
+        return value
     schema = _only(schema)
     wanted = _type_of(schema)
     if isinstance(value, str) and wanted is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
@@ -109,6 +110,11 @@ class Tool:
     def context_names(self) -> tuple[str, ...]:
         """The parameters that get a `ToolContext`."""
         return injected(self.function, ToolContext)
+
+    @cached_property
+    def is_async(self) -> bool:
+        """Whether the function is called in the event loop; any other one is in a thread of its own."""
+        return inspect.iscoroutinefunction(self.function)
 
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lmbridge.types import ChatCompletion
 
 _TEXTS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
+_USUAL: Final = frozenset({"index", "delta", "finish_reason"})
+"""What a choice of a chunk holds in any case."""
 _JSON_SPACE: Final = " \t\r\n"
 
 
@@ -57,11 +59,10 @@ class Fold:
         Raises:
             LLMStreamError: it is no chat completion chunk.
         """
-        # The short way: one more piece of text, in a chunk with the fields of the one before. Nearly all are.
+        # The short way: more text, or more arguments, in a chunk with the fields of the one before. Nearly all are.
         try:
             (choice,) = chunk["choices"]
             delta = choice["delta"]
-            text = delta["content"]
             short = (
                 len(delta) == 1
                 and len(chunk) == self._width
@@ -69,12 +70,14 @@ class Fold:
                 and choice["index"] == 0
                 and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
             )
-        except (KeyError, TypeError, ValueError):
-            short = False
-            text = None
+            text = delta.get("content")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            short, text, delta = False, None, {}
         if short and type(text) is str:
             self.has_delta = True
             self._content.write(text)
+            return
+        if short and self._choices[0].extend(delta.get("tool_calls")):
             return
         try:
             self._add(chunk)
@@ -82,15 +85,13 @@ class Fold:
             raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
 
     def _add(self, chunk: Mapping[str, Any]) -> None:
-        if not self.begun:
-            self.begun = True
-            self._head = head = dict(chunk)
-            head.pop("choices", None)
-            head.pop("usage", None)
+        self.begun = True
+        head, values = self._head, chunk.values()
+        if None in values or "" in values:
+            head.update({key: value for key, value in chunk.items() if value not in (None, "") or key not in head})
         else:
-            for key, value in chunk.items():
-                if key not in ("choices", "usage") and (value not in (None, "") or key not in self._head):
-                    self._head[key] = value
+            head.update(chunk)
+        head["choices"] = None  # they are kept elsewhere
         self._usage = chunk.get("usage") or self._usage
         for part in chunk.get("choices") or ():
             index = part.get("index") or 0
@@ -167,6 +168,10 @@ class _Choice:
         self._calls: ToolCalls | None = None
         self._function: _Call | None = None  # `function_call`, which came before tool calls
 
+    def extend(self, pieces: Any) -> bool:
+        """Adds pieces of calls that are more arguments of the last one, and tells whether they were."""
+        return self._calls is not None and type(pieces) is list and len(pieces) == 1 and self._calls.extend(pieces[0])
+
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a chunk's choice; tells whether it held any delta."""
         delta = part.get("delta") or {}
@@ -190,12 +195,12 @@ class _Choice:
             else:
                 self._other = self._other or {}
                 _join(self._other, key, value)
-        for key, value in part.items():
-            if key == "finish_reason":
-                self.finish_reason = value or self.finish_reason
-            elif key not in ("index", "delta") and value is not None:
-                self._outer = self._outer or {}
-                _join(self._outer, key, value)
+        self.finish_reason = part.get("finish_reason") or self.finish_reason
+        if not part.keys() <= _USUAL:
+            for key, value in part.items():
+                if key not in _USUAL and value is not None:
+                    self._outer = self._outer or {}
+                    _join(self._outer, key, value)
         return bool(delta)
 
     def reply(self, index: int) -> dict[str, Any]:
@@ -221,6 +226,18 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
+
+    def extend(self, piece: Any) -> bool:
+        """Adds an entry that is nothing but more arguments of the last call, and tells whether it was."""
+        try:
+            arguments, index = piece["function"]["arguments"], piece["index"]
+            plain = len(piece) == 2 and len(piece["function"]) == 1 and type(arguments) is str and index is not None
+        except (KeyError, TypeError):
+            return False
+        if plain and self._calls and self._calls[-1].index == index:
+            self._calls[-1].extend(arguments)
+            return True
+        return False
 
     def add(self, piece: Mapping[str, Any]) -> None:
         """Adds one entry of a delta's `tool_calls`."""
@@ -275,6 +292,9 @@ class _Call:
             self._arguments.write(arguments)
         elif arguments is not None:
             self._arguments.write(msgspec.json.encode(arguments).decode())
+
+    def extend(self, arguments: str) -> None:
+        self._arguments.write(arguments)
 
     def is_complete_before(self, name: str) -> bool:
         """Whether a name that comes without an id of its own is that of another call.

@@ -50,10 +50,13 @@ class ReasoningSplitter:
             if choice.get("index"):
                 continue
             part = choice.get("delta") or choice.get("message") or {}
-            if reasoning := _text(part, "reasoning_content") or _text(part, "reasoning"):
+            if len(part) == 1 and "tool_calls" in part:
+                continue
+            reasoning, content = part.get("reasoning_content") or part.get("reasoning"), part.get("content")
+            if reasoning and isinstance(reasoning, str):
                 self._starts_inside = False
                 pieces.append(Piece("reasoning", reasoning))
-            if content := _text(part, "content"):
+            if content and isinstance(content, str):
                 pieces += self._split(content)
         return pieces
 
@@ -115,18 +118,14 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
         reply: A chat completion.
     """
     (message, *_) = [choice.get("message") or {} for choice in reply.get("choices") or ()] or [{}]
-    before, close, _after = _text(message, "content").partition(_CLOSE)
+    content = message.get("content")
+    before, close, _after = (content if isinstance(content, str) else "").partition(_CLOSE)
     splitter = ReasoningSplitter(starts_in_reasoning=bool(close) and _OPEN not in before)
     pieces = splitter.feed(reply) + splitter.close()
     return SplitReply(
         "".join(piece.text for piece in pieces if piece.kind == "reasoning"),
         "".join(piece.text for piece in pieces if piece.kind == "text"),
     )
-
-
-def _text(part: Mapping[str, Any], key: str) -> str:
-    value = part.get(key)
-    return value if isinstance(value, str) else ""
 
 
 def _half_a_tag(content: str) -> int:

@@ -45,12 +45,18 @@ def checked_model(model: str | None) -> str | None:
     return model
 
 
+class CheckedMessages(list[dict[str, Any]]):
+    """Messages that whoever made them has checked: a conversation that grows is not checked anew with each request."""
+
+
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Checks that these can be the messages of a chat.
 
     Raises:
         LLMValidationError: none, or one without a role, or with content that is no text and no parts.
     """
+    if type(messages) is CheckedMessages:
+        return
     if not isinstance(messages, _SEQUENCE) or isinstance(messages, _STRING):
         raise LLMValidationError(f"messages is {_kind(messages)}", hint=f"give a list of messages, like {_EXAMPLE}")
     if not messages:

@@ -103,21 +103,24 @@ class SSEDecoder:
     def _interpret(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []
         payload = self._data
+        plain = self._name is None and not self._more
         for line in lines:
             if not line:
-                if payload:
-                    plain = self._name is None and not self._more
-                    events.append(payload if plain else self._special(payload))
-                elif payload is not None and (self._more or self._name is not None):
-                    events.append(self._special(payload))
+                if plain:
+                    if payload:
+                        events.append(payload)
+                else:
+                    if payload is not None:
+                        events.append(self._special(payload))
+                    self._name, plain = None, True
                 payload = None
-                self._name = None
             elif line[:6] == b"data: " and payload is None:
                 payload = line[6:]
             else:
                 self._data = payload
                 self._field(line)
                 payload = self._data
+                plain = self._name is None and not self._more
         self._data = payload
         return events
 

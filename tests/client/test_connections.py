@@ -93,7 +93,7 @@ async def test_a_stream_that_waited_for_its_reader_comes_whole(
     async with await client.chat_completion(MESSAGES, stream=True) as stream:
         first = await anext(stream)
         await turns(100)
-        rest = [chunk["choices"][0]["delta"]["content"] async for chunk in stream]
+        rest = [chunk["choices"][0]["delta"]["content"] or "" async for chunk in stream]
     assert (first["choices"][0]["delta"]["content"] or "") + "".join(rest) == text
 
 

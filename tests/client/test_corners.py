@@ -97,7 +97,7 @@ async def test_after_a_read_that_was_thrown_away_the_next_is_an_error_and_no_end
 async def test_the_whole_has_a_limit_also_where_the_server_is_faster_than_the_reader(
     scripted_server: ScriptedServer,
 ) -> None:
-    scripted_server.script(answer("", chunks=["a"] * 1000))
+    scripted_server.script(answer("", chunks=["a" * 2000] * 1000))  # more than can arrive at a time
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=1)) as client:
         stream = await client.chat_completion(MESSAGES, stream=True)
 
