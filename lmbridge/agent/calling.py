@@ -30,7 +30,7 @@ _tasks: Final[set[asyncio.Future[Any]]] = set()
 """Tools that are running, be it after they were let go: asyncio itself does not keep its tasks."""
 
 
-@attrs.frozen
+@attrs.define
 class Outcome:
     """What came of a call."""
 
@@ -103,8 +103,9 @@ async def _result(call: Callable[[], Any], is_async: bool, deadline: float | Non
         if not inspect.isawaitable(value):
             return value
     name = getattr(value, "__qualname__", type(value).__name__)
-    over = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(_guarded(value, over), name=f"lmbridge-tool-{name}")
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+    task = loop.create_task(_guarded(value, over), name=f"lmbridge-tool-{name}")
     _tasks.add(task)
     task.add_done_callback(partial(_forget, over))
     in_time = False

@@ -59,7 +59,7 @@ _BROKEN: Final = ("abort", "error", "content_filter")
 _REFUSED: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Reply:
     """What the model answered."""
 

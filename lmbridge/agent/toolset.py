@@ -27,7 +27,7 @@ _LISTED: Final = 50
 """Names that the model is told when it calls a tool that is not there."""
 
 
-@attrs.frozen
+@attrs.define
 class Ready:
     """A call that can be made."""
 

@@ -170,7 +170,7 @@ class _Choice:
 
     def extend(self, pieces: Any) -> bool:
         """Adds pieces of calls that are more arguments of the last one, and tells whether they were."""
-        return self._calls is not None and type(pieces) is list and len(pieces) == 1 and self._calls.extend(pieces[0])
+        return self._calls is not None and self._calls.extend(pieces)
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a chunk's choice; tells whether it held any delta."""
@@ -227,17 +227,19 @@ class ToolCalls:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
-    def extend(self, piece: Any) -> bool:
-        """Adds an entry that is nothing but more arguments of the last call, and tells whether it was."""
+    def extend(self, pieces: Any) -> bool:
+        """Adds a delta's `tool_calls` that are nothing but more arguments of the last call; tells whether they were."""
         try:
-            arguments, index = piece["function"]["arguments"], piece["index"]
-            plain = len(piece) == 2 and len(piece["function"]) == 1 and type(arguments) is str and index is not None
-        except (KeyError, TypeError):
+            (piece,) = pieces
+            function = piece["function"]
+            arguments = function["arguments"]
+            last = self._calls[-1]
+            if len(piece) != 2 or len(function) != 1 or type(arguments) is not str or piece["index"] != last.index:
+                return False
+        except (IndexError, KeyError, TypeError, ValueError):
             return False
-        if plain and self._calls and self._calls[-1].index == index:
-            self._calls[-1].extend(arguments)
-            return True
-        return False
+        last.arguments.write(arguments)
+        return True
 
     def add(self, piece: Mapping[str, Any]) -> None:
         """Adds one entry of a delta's `tool_calls`."""
@@ -277,7 +279,7 @@ class _Call:
         self.id = call_id
         self.index = index
         self._name = ""
-        self._arguments = io.StringIO()
+        self.arguments = io.StringIO()
         self._made_up = ""
         self._other: dict[str, Any] = {}
 
@@ -289,12 +291,9 @@ class _Call:
         if name is not None and name != self._name:  # a name that comes again with every piece is one name
             self._name += name
         if isinstance(arguments, str):
-            self._arguments.write(arguments)
+            self.arguments.write(arguments)
         elif arguments is not None:
-            self._arguments.write(msgspec.json.encode(arguments).decode())
-
-    def extend(self, arguments: str) -> None:
-        self._arguments.write(arguments)
+            self.arguments.write(msgspec.json.encode(arguments).decode())
 
     def is_complete_before(self, name: str) -> bool:
         """Whether a name that comes without an id of its own is that of another call.
@@ -305,7 +304,7 @@ class _Call:
             return False
         if self.id is None and name != self._name:
             return True
-        text = self._arguments.getvalue().strip(_JSON_SPACE)
+        text = self.arguments.getvalue().strip(_JSON_SPACE)
         try:
             msgspec.json.decode(text)
         except msgspec.DecodeError:
@@ -318,7 +317,7 @@ class _Call:
         return {
             "id": self.id or self._made_up,
             "type": "function",
-            "function": {"name": self._name, "arguments": self._arguments.getvalue()},
+            "function": {"name": self._name, "arguments": self.arguments.getvalue()},
             **_copied(self._other),
         }
 

@@ -19,6 +19,8 @@ from lmbridge.transport.scheduler import Place, Scheduler
 class Admission:
     """Gives places to those who ask, as the scheduler says. A cancelled waiter costs nothing, and nothing polls.
 
+    It is made in the loop that it is used in.
+
     Args:
         limits: How much may be going on.
         swaps: Where to count the swaps to each model.
@@ -26,6 +28,7 @@ class Admission:
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
         self.scheduler = Scheduler(limits, swaps)
+        self._loop = asyncio.get_running_loop()  # kept, because each look for it is a system call before Python 3.12
         self._waiters: dict[asyncio.Task[object], Place] = {}
         self._timer: asyncio.TimerHandle | None = None  # for the next that will be overdue
         self._turns = 0
@@ -42,8 +45,8 @@ class Admission:
 
     def acquire_now(self, model: str | None, *, plain: bool = False) -> Place | None:
         """A place, if there is one that nobody else has to be asked for; see `acquire`."""
-        now = asyncio.get_running_loop().time()
-        place = Place(model, now, None if plain else _holder(asyncio.current_task()))
+        now = self._loop.time()
+        place = Place(model, now, None if plain else _holder(asyncio.current_task(self._loop)))
         return place if self.scheduler.take(place, now) else None
 
     async def acquire(self, model: str | None, *, plain: bool = False) -> Place:
@@ -56,10 +59,10 @@ class Admission:
         Raises:
             LLMTimeoutError: phase "queue": `max_queue` ran out, or it would have to wait for places of its own task.
         """
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop, task = self._loop, asyncio.current_task(self._loop)
         place = Place(model, loop.time(), None if plain else _holder(task))
         self.scheduler.arrive(place)
-        self._admit(loop)
+        self._admit()
         if place.state == "in flight":
             return place
         if self.scheduler.is_hopeless(place, task):
@@ -85,15 +88,13 @@ class Admission:
 
     def release(self, place: Place) -> None:
         """Gives a place back, or waits for it no longer; a second time does nothing."""
-        loop = asyncio.get_running_loop()
-        if self.scheduler.leave(place, loop.time()) and self.scheduler.waiting:
-            self._admit(loop)
+        if self.scheduler.leave(place, self._loop.time()) and self.scheduler.waiting:
+            self._admit()
 
     def answered(self, place: Place) -> None:
         """The first answer to a request is there."""
-        loop = asyncio.get_running_loop()
-        self.scheduler.answered(place, loop.time())
-        self._admit(loop)
+        self.scheduler.answered(place, self._loop.time())
+        self._admit()
 
     def cool(self, model: str | None) -> None:
         """The server has dropped a model, or never had it."""
@@ -102,7 +103,7 @@ class Admission:
     def limit(self, limits: Limits) -> None:
         """Other limits, from now on; nothing in flight is touched."""
         self.scheduler.limit(limits)
-        self._admit(asyncio.get_running_loop())
+        self._admit()
 
     def fail_waiters(self, error: Callable[[], LLMError]) -> None:
         """Ends every wait with an error of its own."""
@@ -112,8 +113,8 @@ class Admission:
         for place in waiting:
             self.release(place)
 
-    def _admit(self, loop: asyncio.AbstractEventLoop) -> None:
-        now = loop.time()
+    def _admit(self) -> None:
+        now = self._loop.time()
         for place in self.scheduler.admit(now):
             if place.future is not None and not place.future.done():
                 place.future.set_result(None)
@@ -125,11 +126,11 @@ class Admission:
             if self._timer.when() <= when:
                 return
             self._timer.cancel()
-        self._timer = None if when == math.inf else loop.call_at(when, self._look_again, loop)
+        self._timer = None if when == math.inf else self._loop.call_at(when, self._look_again)
 
-    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _look_again(self) -> None:
         self._timer = None
-        self._admit(loop)
+        self._admit()
 
     def _tell_the_hopeless(self) -> None:
         """Ends the waits that a drain, or a change of models, has made to wait for themselves."""
@@ -149,7 +150,7 @@ class Admission:
         return self._timed_out("it would wait for ever, for streams of its own task")
 
     def _timed_out(self, what: str) -> LLMTimeoutError:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         limits = self.scheduler.limits
         holders = [
             f"{place.model or 'no model named'} for {now - place.since:.0f} s"

@@ -27,10 +27,10 @@ class Watch:
         others: Looked at beside the deadlines; they tell it by `expect` when they have something to wait for.
     """
 
-    __slots__ = ("_at", "_deadlines", "_loop", "_others", "_timer", "time")
+    __slots__ = ("_at", "_deadlines", "_others", "_timer", "loop", "time")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, others: Iterable[Timed] = ()) -> None:
-        self._loop = loop
+        self.loop: Final = loop
         self.time: Final = loop.time
         """The loop's clock, looked up once."""
         self._others = others
@@ -61,7 +61,7 @@ class Watch:
         if self._timer is not None:
             self._timer.cancel()
         self._at = when
-        self._timer = None if when == math.inf else self._loop.call_at(when, self._look)
+        self._timer = None if when == math.inf else self.loop.call_at(when, self._look)
 
     def _look(self) -> None:
         now = self.time()
@@ -98,7 +98,7 @@ class Deadline:
         self._reached = False
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self.watch.loop)
         if task is None:
             raise RuntimeError("a deadline needs a task to cancel")
         self._task = task

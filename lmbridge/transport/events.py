@@ -88,7 +88,7 @@ class EventStream:
         self._event_seen = False
         self.when = math.inf
         """The deadline of the wait that is going on."""
-        self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()  # None once it is closed
+        self._loop: asyncio.AbstractEventLoop | None = call.watch.loop  # None once it is closed
 
     @property
     def stray(self) -> str:
@@ -220,7 +220,7 @@ class EventStream:
         if now >= call.total_deadline:  # also where there is always something to read, and no wait to time
             raise call.timed_out("total")
         if call.place is not None:
-            call.place.touch(now)
+            call.place.touch(now, asyncio.current_task(call.watch.loop))
         if not self._event_seen:
             self.when = call.when
         elif self._idle is None:

@@ -54,9 +54,8 @@ class Place:
     in_batch: bool = False
     number: int = 0
 
-    def touch(self, now: float) -> None:
-        """Notes that the running task is reading."""
-        task = asyncio.current_task()
+    def touch(self, now: float, task: asyncio.Task[object] | None) -> None:
+        """Notes that a task is reading."""
         if self.task is None or self.task() is not task:
             self.task = None if task is None else weakref.ref(task)
         self.last_read = now

@@ -188,7 +188,7 @@ async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_t
     clock.wait(40)
     await ask(admission, None)
     clock.wait(8)
-    old.touch(clock())
+    old.touch(clock(), asyncio.current_task())
     task = ask(admission)
     await turns()
     clock.wait(59.5)
@@ -290,7 +290,7 @@ async def test_the_holder_of_a_place_is_the_task_that_last_read_its_stream() -> 
     place = await admission.acquire("opened here")
 
     async def read() -> None:
-        place.touch(0.0)
+        place.touch(0.0, asyncio.current_task())
         with pytest.raises(LLMTimeoutError):
             await admission.acquire("of the reader")
 
