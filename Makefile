@@ -1,19 +1,22 @@
-# make demo    a real model streams an answer to the terminal
-# make test    every check and every test
-# make lint    the checks alone
-# make bench   lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
-# make swaps   requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
-# make agents  agent runs beside openai-agents and pydantic-ai; ROUNDS=3, WRITE=yes as above
-# make clean   removes what these have made
+# make demo         a real model streams an answer to the terminal
+# make test         every check and every test
+# make lint         the checks alone
+# make bench        lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
+# make swaps        requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
+# make agents       agent runs beside openai-agents and pydantic-ai; ROUNDS=3, WRITE=yes as above
+# make mcp-bench    calls of MCP tools beside the official SDK's own; ROUNDS=3, WRITE=yes as above
+# make conformance  the official MCP conformance suite against the client and the server; it needs npm
+# make clean        removes what these have made
 #
-# `demo`, `test`, `bench`, `swaps` and `agents` each make a virtual environment of their own and install what they need, once.
-# They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names another (after a
-# `make clean`).
+# All but `clean` install what they need into virtual environments, once; `lint` shares that of `test`, and `conformance`
+# that of `mcp-bench`. They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names
+# another (after a `make clean`).
 
-.PHONY: help demo test lint bench swaps agents clean
+.PHONY: help demo test lint bench swaps agents mcp-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
+SUITE := tests/mcp/conformance
 
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
@@ -47,14 +50,24 @@ swaps: .venv-swaps/installed
 agents: .venv-agents/installed
 	@.venv-agents/bin/python -m benchmarks.agents $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
 
+mcp-bench: .venv-mcp/installed $(NPM)/node_modules/.package-lock.json
+	@.venv-mcp/bin/python -m benchmarks.mcp_calls $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+
+conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
+	@.venv-mcp/bin/python -m tests.mcp.conformance.run
+
 clean:
-	rm -rf $(NPM)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers that tests run, in the versions of the lock file. Without npm, their tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NPM) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
 	else echo "there is no npm: tests of MCP servers from npm will be skipped" >&2; fi
+
+# The suite, and a Node that is new enough for it where npm has one for this machine.
+$(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
+	@npm ci --prefix $(SUITE) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@
 
 # Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
 .venv-demo/installed: EXTRAS := local
@@ -65,7 +78,10 @@ $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
 .venv-swaps/installed: benchmarks/swaps.txt
 .venv-agents/installed: ALSO := -r benchmarks/agents.txt
 .venv-agents/installed: benchmarks/agents.txt
-.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed: pyproject.toml
+.venv-mcp/installed: EXTRAS := mcp
+.venv-mcp/installed: ALSO := -r benchmarks/mcp.txt
+.venv-mcp/installed: benchmarks/mcp.txt
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

@@ -54,3 +54,17 @@ def test_every_row_of_the_agent_benchmarks_yields_a_figure(tmp_path: Path) -> No
     names, rows = ("limit", "plain", "lmbridge"), ("calls-1", "calls-20", "calls-100", "memory")
     assert set(results) == {f"{row} / {name}" for row in rows for name in names}
     assert all(each["figures"] for each in results.values())
+
+
+def test_every_row_of_the_benchmark_of_mcp_calls_yields_a_figure(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--tiny", "--rounds=1", "--servers=stub,time", "--json", str(figures)]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.mcp_calls", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    results = json.loads(figures.read_text())
+    assert {key: each["failed"] for key, each in results.items() if each["failed"]} == {}
+    ways, rows = ("sdk", "again", "lmbridge", "agent"), ("cpu", "wall", "cpu-100", "cpu-long", "cpu-time", "wall-time")
+    assert set(results) == {f"{row} / {way}" for row in rows for way in ways}
+    assert all(each["figures"] for each in results.values())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lmbridge.testing import Exchange, ScriptedServer, answer, reply
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOX = "The quick brown fox jumps over the lazy dog."
@@ -89,7 +89,7 @@ async def test_quickstart_takes_the_server_of_the_environment(scripted_server: S
 ANSWERING = ["agent_events.py", "cancellation.py", "quickstart.py", "streaming.py", "structured_output.py", "tools.py"]
 
 
-@pytest.mark.parametrize("example", [*ANSWERING, "pool.py", "switching.py"])
+@pytest.mark.parametrize("example", [*ANSWERING, "mcp_one_server.py", "mcp_server.py", "pool.py", "switching.py"])
 async def test_an_error_is_told_in_a_line(example: str, scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(400, {"error": "no such thing"})
     outcome = await run(example, "--api-base", scripted_server.api_base)
@@ -253,6 +253,68 @@ async def test_agent_examples_run_on_the_embedded_server(example: str, sections:
     outcome = await run(example)
     assert (outcome.status, outcome.errors) == (0, "")
     assert outcome.output.count("== ") >= sections
+
+
+def asks_the_time() -> Behaviour:
+    """A reply that asks for the time in Berlin."""
+    function = {"name": "get_current_time", "arguments": '{"timezone": "Europe/Berlin"}'}
+    return answer("", tool_calls=[{"id": "call_1", "type": "function", "function": function}])
+
+
+async def test_mcp_one_server_shows_calls_and_the_answer(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(asks_the_time(), answer(FOX))
+    outcome = await run("mcp_one_server.py", "--api-base", scripted_server.api_base, "--model", "m", "What now?")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output.startswith(
+        "servers: time\n> What now?\n\nget_current_time({'timezone': 'Europe/Berlin'}) -> {"
+    )
+    assert outcome.output.endswith(f"}}\n\n{FOX}\n\nstop: 2 rounds, 1 calls\n")
+
+
+async def test_mcp_several_servers_goes_on_without_the_one_that_fails(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(asks_the_time(), answer(FOX))
+    outcome = await run("mcp_several_servers.py", "--api-base", scripted_server.api_base, "--model", "m", "What now?")
+    assert outcome.status == 0
+    assert outcome.errors.startswith("the run goes on without MCP server 'calendar': ")
+    assert len(outcome.errors.splitlines()) == 1
+    shown, raised, went_on = outcome.output.split("== ")
+    assert shown == "servers: time, git, calendar\n> What now?\n"
+    assert raised.startswith("raise\n-- calendar: MCP server 'calendar' could not be started: ")
+    assert "continue\n-- time: get_current_time({'timezone': 'Europe/Berlin'}) -> {" in went_on
+    assert went_on.endswith(f"}}\n{FOX}\n-- stop, without calendar\n")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("example", ["mcp_one_server.py", "mcp_several_servers.py"])
+async def test_mcp_examples_run_on_the_embedded_server(example: str) -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run(example)
+    assert outcome.status == 0, outcome.errors
+    assert "get_current_time({'timezone': " in outcome.output
+
+
+async def test_mcp_server_lists_its_tools_and_shows_progress(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(FOX)
+    outcome = await run("mcp_server.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "What now?")
+    assert (outcome.status, outcome.errors) == (0, "")
+    tools, question, text, summary = outcome.output.split("\n\n")
+    assert len(tools.splitlines()) == 10
+    assert "chat_completion: Asks a local language model for an answer.\n" in tools
+    assert question == "> What now?"
+    assert text.startswith(".. 1: started\n")
+    assert text.endswith(FOX)
+    assert summary == "qwen3-4b: stop\n"
+
+
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_mcp_server_runs_on_the_embedded_server() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("mcp_server.py")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert ": the model is answering: " in outcome.output
+    assert "\nsmollm2-135m-instruct: " in outcome.output
 
 
 async def embed_by_words(exchange: Exchange) -> None:

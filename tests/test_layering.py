@@ -49,11 +49,14 @@ def test_the_contracts_are_kept() -> None:
         ("backoff", "lmbridge/transport/retry.py"),
         ("cachetools", "lmbridge/client/models.py"),
         ("jsonschema", "lmbridge/agent/schemas.py"),
-        ("mcp", "lmbridge/mcp/sdk.py"),
     ],
 )
 def test_one_file_imports_the_library(library: str, importer: str) -> None:
     assert importers(library) == [importer]
+
+
+def test_one_folder_imports_the_sdk_of_mcp() -> None:
+    assert {Path(importer).parent.as_posix() for importer in importers("mcp")} == {"lmbridge/mcp/sdk"}
 
 
 @pytest.mark.parametrize("library", ["aioresponses", "pytest", "requests", "rich", "typer"])

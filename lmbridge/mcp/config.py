@@ -39,6 +39,7 @@ class McpConfig:
         broken: Those whose entry cannot be used, and why.
         disabled: Servers that are not enabled.
         untrusted: A file in the working directory that was skipped, because it may be anybody's.
+        searched: The places that were looked at, if there is no file.
         stamp: Changes when the file does.
     """
 
@@ -48,6 +49,7 @@ class McpConfig:
     broken: Mapping[str, MCPError] = attrs.field(factory=dict)
     disabled: tuple[str, ...] = ()
     untrusted: Path | None = None
+    searched: tuple[Path, ...] = attrs.field(default=(), eq=False)
     stamp: object = attrs.field(default=None, eq=False)
 
     def unknown(self, name: str) -> MCPError:
@@ -66,7 +68,7 @@ class McpConfig:
 
     def _skipped(self) -> str:
         if self.untrusted is None:
-            return "" if self.path else f"; looked for {', '.join(map(str, _searched()))}"
+            return "" if self.path else f"; looked for {', '.join(map(str, self.searched))}"
         return f"; {self.untrusted} was skipped: {_TRUST_HINT}"
 
 
@@ -90,7 +92,7 @@ def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bo
     """
     found, untrusted = find_config(path, trust_project=trust_project)
     if found is None:
-        return McpConfig(untrusted=untrusted)
+        return McpConfig(untrusted=untrusted, searched=tuple(_searched()))
     stamp = file_stamp(found)
     return attrs.evolve(_read(found), untrusted=untrusted, stamp=stamp)
 

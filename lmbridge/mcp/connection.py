@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Any, Final
 
 from lmbridge.mcp import sdk
@@ -45,11 +46,13 @@ class Connection:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.over: asyncio.Future[str] = loop.create_future()
+        self.over.add_done_callback(self._wake)
         self.tools: list[Any] = []
         self.began = loop.time()
         self._spec, self._emit = spec, emit
         self._link = StdioLink(spec, self.finish) if spec.transport == "stdio" else None
         self._session: Session | None = None
+        self._waiting: set[asyncio.Future[None]] = set()
         self._changed = False
         self._refreshing = asyncio.Lock()
         self.task = loop.create_task(self._own(), name=f"lmbridge-mcp-{spec.name}")
@@ -90,7 +93,7 @@ class Connection:
             if self._changed:
                 self._changed = False
                 try:
-                    self.tools = await self._request(self._list(), None)
+                    self.tools = await self._request(self._list, None)
                 except BaseException:
                     self._changed = True
                     raise
@@ -112,7 +115,9 @@ class Connection:
         def progress(done: float, total: float | None, message: str | None) -> None:
             self._emit(ToolProgress(self._spec.name, tool, done, total, message))
 
-        result: Mapping[str, Any] = await self._request(self._usable().call(tool, arguments, progress), timeout)
+        result: Mapping[str, Any] = await self._request(
+            partial(self._usable().call, tool, arguments, progress), timeout
+        )
         return result
 
     def _usable(self) -> Session:
@@ -120,15 +125,21 @@ class Connection:
             raise SessionLostError(self.over.result() if self.over.done() else "it is not connected")
         return self._session
 
-    async def _request(self, request: Any, timeout: float | None) -> Any:
+    async def _request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
         """What a request gets, for as long as the session lives."""
-        work = asyncio.ensure_future(request)
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        work = loop.create_task(_waking(request, woken))
+        self._waiting.add(woken)
         try:
-            await asyncio.wait({work, self.over}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await woken
         finally:
+            self._waiting.discard(woken)
             if not work.done():
                 await _cancelled(work)
-        if not work.cancelled():
+        if work.done() and not work.cancelled():
             try:
                 return work.result()
             except SessionLostError as exc:
@@ -137,6 +148,11 @@ class Connection:
         if self.over.done():
             raise SessionLostError(self.over.result())
         raise TimeoutError
+
+    def _wake(self, _: asyncio.Future[str]) -> None:
+        """Has all who wait for an answer see that there will be none."""
+        for woken in self._waiting:
+            _set(woken)
 
     async def _check(self, error: SessionLostError) -> None:
         """Returns if the session lives after all: a server may use the SDK's own words.
@@ -169,7 +185,7 @@ class Connection:
                 self.ready.set_result(None)
                 watching = asyncio.create_task(self._watch(self._session))
                 try:
-                    await self.over
+                    await asyncio.wait({self.over})  # a cancel of this task would cancel the future itself
                 finally:
                     await _cancelled(watching)
         except asyncio.CancelledError:
@@ -230,6 +246,19 @@ class Connection:
 
     def _on_log(self, level: str, data: Any) -> None:
         self._emit(ServerLog(self._spec.name, level, data))
+
+
+async def _waking(request: Callable[[], Awaitable[Any]], woken: asyncio.Future[None]) -> Any:
+    """What a request gets; who waits for it is told so at once, not by a callback of the task."""
+    try:
+        return await request()
+    finally:
+        _set(woken)
+
+
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 async def _cancelled(task: asyncio.Future[Any]) -> None:

@@ -12,6 +12,7 @@ from lmbridge.agent.tools import Tool
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.config import is_offered
 from lmbridge.mcp.results import McpText, clean_schema, description_of, hints_of, text_of
+from lmbridge.mcp.sdk import REFUSED
 from lmbridge.mcp.servers import McpServer
 
 _BYTES_PER_TOKEN: Final = 3
@@ -57,6 +58,8 @@ def tools_of(
 def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) -> Tool:
     if not isinstance(name, str) or not name:
         raise LLMValidationError("it has no name")
+    if REFUSED in definition:
+        raise LLMValidationError(str(definition[REFUSED]))
     execution = definition.get("execution")
     if isinstance(execution, Mapping) and execution.get("taskSupport") == "required":
         raise LLMValidationError("it can only be called as a task, which is not supported")

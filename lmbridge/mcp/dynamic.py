@@ -6,10 +6,10 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, Unpack, get_args, overload
 
 from lmbridge.agent.agent import Agent, AnyTool
 from lmbridge.agent.result import RunResult
@@ -17,13 +17,22 @@ from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.settings import Approve, MaxTokens, Task
 from lmbridge.agent.source import ChatClient, ChatPool
 from lmbridge.agent.switching import SwitchPolicy
-from lmbridge.agent.toolset import Equip, Equipment, Toolset
+from lmbridge.agent.toolset import Equipment, Toolset
 from lmbridge.client import LLMClient
-from lmbridge.errors import LLMValidationError, MCPError, MultiMCPError, RunIncompleteError, TaskCancelledError
+from lmbridge.errors import (
+    LLMValidationError,
+    MCPConnectionError,
+    MCPError,
+    MultiMCPError,
+    RunIncompleteError,
+    TaskCancelledError,
+)
 from lmbridge.mcp.events import McpEvent
 from lmbridge.mcp.hub import McpHub
 
 OnError: TypeAlias = Literal["raise", "continue"]
+_Failure: TypeAlias = Literal["raise", "continue", "single"]
+"""What becomes of a run if a server cannot be started; "single" raises the error of the only one."""
 Yes: TypeAlias = Literal[True]
 No: TypeAlias = Literal[False]
 
@@ -31,7 +40,7 @@ _SHARE: Final = 2
 """Of a context that is known, definitions of tools may take one part in so many."""
 _CLOSED: Final = "the run was cancelled: its agent was closed"
 _ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
-    "length": ("its last reply was cut at max_tokens", "raise max_tokens"),
+    "length": ("its last reply was cut, at max_tokens or the end of the context", "raise max_tokens, or ask for less"),
     "repetition": ("the model made the same call again and again", "say more plainly what is to be done"),
     "bad_calls": ("the model's calls could not be made", "give it fewer tools, or use another model"),
     "budget": ("max_seconds or max_total_tokens were used up", "raise them"),
@@ -102,14 +111,17 @@ class DynamicAutonomousAgent:
         on_mcp_event: Callable[[McpEvent], None] | None = None,
         **agent_options: Unpack[AgentOptions],
     ) -> None:
-        self._own_client = LLMClient(limits="auto") if client is None else None
-        self._agent = Agent(self._own_client or client, **agent_options)  # type: ignore[arg-type]  # one of them is there
+        self._own_client: LLMClient | None = None
+        if client is None:
+            client = self._own_client = LLMClient(limits="auto")
+        self._agent = Agent(client, **agent_options)
         self._tools = list(agent_options.get("tools", ()))
         self._make_hub = partial(
             McpHub, config_path, trust_project=trust_project, connect_timeout=connect_timeout, on_event=on_mcp_event
         )
         self._hub = self._make_hub()
         self._runs: weakref.WeakSet[RunHandle] = weakref.WeakSet()
+        self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._agent!r}>"
@@ -143,6 +155,10 @@ class DynamicAutonomousAgent:
     async def autonomous_with_mcp(
         self, mcp_name: str, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[RunOptions]
     ) -> RunStream: ...
+    @overload
+    async def autonomous_with_mcp(
+        self, mcp_name: str, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[RunOptions]
+    ) -> str | RunResult | RunStream: ...
     async def autonomous_with_mcp(
         self,
         mcp_name: str,
@@ -169,15 +185,15 @@ class DynamicAutonomousAgent:
             The answer; or the `RunResult`, or a stream of events which ends with `RunFinished(result)`.
 
         Raises:
-            MCPConnectionError: the server cannot be started.
-            MCPError: there is none of that name; nothing has been started.
+            MCPConnectionError: the server cannot be started; `.server` is its name.
+            MCPError: there is none of that name, or the file cannot be read; nothing has been started.
             RunIncompleteError: the run ended without an answer; with `full`, only as `MaxRoundsExceededError`.
-            LLMError: what else an agent's run raises. Each of these has the run so far in `.partial`.
+            LLMError: what else an agent's run raises, which has the run so far in `.partial`.
         """
         if not isinstance(mcp_name, str):
             raise LLMValidationError(f"mcp_name is {mcp_name!r}", hint="give the name of one server")
-        equip = self._equip([mcp_name], "raise", is_single=True)
-        return await self._run(equip, task, model, max_rounds, max_tokens, stream=stream, full=full)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_with_multiple_mcps(
@@ -191,6 +207,16 @@ class DynamicAutonomousAgent:
     async def autonomous_with_multiple_mcps(
         self, mcp_names: Sequence[str], task: Task, *, stream: Yes, full: No = ..., **options: Unpack[ManyOptions]
     ) -> RunStream: ...
+    @overload
+    async def autonomous_with_multiple_mcps(
+        self,
+        mcp_names: Sequence[str],
+        task: Task,
+        *,
+        stream: bool = ...,
+        full: bool = ...,
+        **options: Unpack[ManyOptions],
+    ) -> str | RunResult | RunStream: ...
     async def autonomous_with_multiple_mcps(
         self,
         mcp_names: Sequence[str],
@@ -224,10 +250,9 @@ class DynamicAutonomousAgent:
             MCPError: there is none of a name; nothing has been started.
             LLMError: as from `autonomous_with_mcp`.
         """
-        if not mcp_names:
-            raise LLMValidationError(f"mcp_names is {mcp_names!r}", hint="name one server or more")
-        equip = self._equip(mcp_names, on_mcp_error)
-        return await self._run(equip, task, model, max_rounds, max_tokens, stream=stream, full=full)
+        names, on_error = _checked_names(mcp_names), _checked_on_error(on_mcp_error)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        return await self._run(names, on_error, task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_discover_and_execute(
@@ -241,6 +266,10 @@ class DynamicAutonomousAgent:
     async def autonomous_discover_and_execute(
         self, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[ManyOptions]
     ) -> RunStream: ...
+    @overload
+    async def autonomous_discover_and_execute(
+        self, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[ManyOptions]
+    ) -> str | RunResult | RunStream: ...
     async def autonomous_discover_and_execute(
         self,
         task: Task,
@@ -271,23 +300,29 @@ class DynamicAutonomousAgent:
             MCPError: none is enabled, or the file cannot be read.
             LLMError: as from `autonomous_with_mcp`.
         """
-        if not await self._hub.names():
-            raise (await self._hub.reload()).none_enabled()
-        equip = self._equip(None, on_mcp_error)
-        return await self._run(equip, task, model, max_rounds, max_tokens, stream=stream, full=full)
+        on_error = _checked_on_error(on_mcp_error)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
         """Cancels the runs in flight, and waits until the servers' processes and the client of its own are gone.
 
-        A second time does nothing. A later run opens them again.
+        A second time does nothing. A later run opens them again. It is not cut short: if its caller is cancelled, or
+        is a tool of a run that it cancels, it goes on behind their back.
         """
-        hub, self._hub = self._hub, self._make_hub()
-        try:
-            await asyncio.gather(*(run._leave(TaskCancelledError(_CLOSED)) for run in self._runs))  # noqa: SLF001 - as above
-        finally:
-            await hub.close()
+        closing = self._close(self._hub, list(self._runs), self._closing)
+        self._hub = self._make_hub()
+        self._closing = asyncio.create_task(closing, name="lmbridge-agent-close")
+        await asyncio.shield(self._closing)
+
+    async def _close(self, hub: McpHub, runs: Sequence[RunHandle], before: asyncio.Task[None] | None) -> None:
+        async with AsyncExitStack() as stack:
             if self._own_client is not None:
-                await self._own_client.close()
+                stack.push_async_callback(self._own_client.close)
+            stack.push_async_callback(hub.close)
+            await asyncio.gather(*(run._leave(TaskCancelledError(_CLOSED)) for run in runs))  # noqa: SLF001 - its own
+        if before is not None and not before.done():
+            await asyncio.wait({before})
 
     async def __aenter__(self) -> Self:
         return self
@@ -299,11 +334,10 @@ class DynamicAutonomousAgent:
 
     async def _run(
         self,
-        equip: Equip,
+        names: Sequence[str] | None,
+        on_error: _Failure,
         task: Task,
-        model: str | None,
-        max_rounds: int | None,
-        max_tokens: MaxTokens,
+        options: RunOptions,
         *,
         stream: bool,
         full: bool,
@@ -312,8 +346,16 @@ class DynamicAutonomousAgent:
             raise LLMValidationError(
                 "stream and full are both set", hint="leave full out: the last event of a stream has the whole result"
             )
+        hub = self._hub
+        await _check(hub, names)
+        if hub is not self._hub:
+            raise TaskCancelledError(_CLOSED)
         handle = self._agent._start(  # noqa: SLF001 - made for those who find tools in a way of their own
-            task, equip, model=model, max_rounds=max_rounds, max_tokens=None if max_tokens == "auto" else max_tokens
+            task,
+            partial(self._equip, hub, names, on_error),
+            model=options["model"],
+            max_rounds=options["max_rounds"],
+            max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
         )
         self._runs.add(handle)
         if stream:
@@ -321,24 +363,60 @@ class DynamicAutonomousAgent:
         result = await handle.result()
         return result if full else _answer(result)
 
-    def _equip(self, names: Sequence[str] | None, on_error: OnError, *, is_single: bool = False) -> Equip:
-        @asynccontextmanager
-        async def equip(context: int | None) -> AsyncIterator[Equipment]:
-            budget = None if context is None else context // _SHARE
-            try:
-                tools = await self._hub.tools(names, on_error=on_error, max_definition_tokens=budget)
-            except MultiMCPError as error:
-                if not is_single:
-                    raise
-                (alone,) = error.errors.values()
-                raise alone from alone.__cause__
-            try:
-                toolset = await Toolset.collect([*self._tools, tools])
-                yield Equipment(toolset, _note(tools.errors), tools.errors)
-            finally:
-                tools.release()
+    @asynccontextmanager
+    async def _equip(
+        self, hub: McpHub, names: Sequence[str] | None, on_error: _Failure, context: int | None
+    ) -> AsyncIterator[Equipment]:
+        """The tools for a run that begins, until it is over."""
+        most = None if context is None else context // _SHARE
+        try:
+            tools = await hub.tools(
+                names, on_error="raise" if on_error == "single" else on_error, max_definition_tokens=most
+            )
+        except MultiMCPError as failed:
+            if on_error != "single":
+                raise
+            alone = _alone(failed)
+            raise alone from alone.__cause__
+        try:
+            yield Equipment(await Toolset.collect([*self._tools, tools]), _note(tools.errors), tools.errors)
+        finally:
+            tools.release()
 
-        return equip
+
+async def _check(hub: McpHub, names: Sequence[str] | None) -> None:
+    """Looks for servers that are not there, before a run begins that would disturb others for nothing.
+
+    Raises:
+        MCPError: a name is not known, or none is enabled.
+    """
+    config = await hub.reload()
+    if unknown := [name for name in names or () if name not in config.names]:
+        raise config.unknown(unknown[0])
+    if names is None and not await hub.names():
+        raise config.none_enabled()
+
+
+def _checked_names(names: Any) -> Sequence[str]:
+    is_list = isinstance(names, Sequence) and not isinstance(names, str | bytes)
+    if not is_list or not names or not all(isinstance(name, str) for name in names):
+        raise LLMValidationError(f"mcp_names is {names!r}", hint="give a list of one name or more")
+    return tuple(names)
+
+
+def _checked_on_error(on_error: OnError) -> OnError:
+    if on_error not in get_args(OnError):
+        raise LLMValidationError(f"on_mcp_error is {on_error!r}", hint='give "raise" or "continue"')
+    return on_error
+
+
+def _alone(failed: MultiMCPError) -> MCPConnectionError:
+    """The error of the only server that was asked for."""
+    ((name, error),) = failed.errors.items()
+    if isinstance(error, MCPConnectionError):
+        return error
+    hint = error.hint if isinstance(error, MCPError) else None
+    return MCPConnectionError(f"MCP server {name!r} cannot be started: {error.args[0]}", error, server=name, hint=hint)
 
 
 async def _begun(stream: RunStream) -> RunStream:

@@ -20,24 +20,32 @@ class Tap:
         page: The last list.
         refusal: What the last response on HTTP was, if it was none that helps: the SDK's errors do not say.
         is_forgotten: Whether the server said that it does not know the session: the SDK would go on with it for ever.
+        is_modern: Whether the protocol is one in which results have a type: the SDK refuses one that has none, where
+            the protocol tells clients to take it for a complete one.
     """
 
     def __init__(self) -> None:
         self.page: Mapping[str, Any] | None = None
         self.refusal = ""
         self.is_forgotten = False
+        self.is_modern = False
 
     def see(self, message: Any) -> None:
         """Looks at a message that came."""
         inner = getattr(message, "message", None)
         result = getattr(getattr(inner, "root", inner), "result", None)
-        if isinstance(result, dict) and isinstance(result.get("tools"), list):
+        if not isinstance(result, dict):
+            return
+        if isinstance(result.get("tools"), list):
             self.page = dict(result)
-            result["tools"] = [_shown(each) for each in result["tools"] if isinstance(each, dict) and _has_name(each)]
+            result["tools"] = [_shown(each) for each in result["tools"] if has_name(each)]
+        if self.is_modern:
+            result.setdefault("resultType", "complete")
 
 
-def _has_name(definition: Mapping[str, Any]) -> bool:
-    return isinstance(definition.get("name"), str)
+def has_name(definition: Any) -> bool:
+    """Whether it can be a tool's definition."""
+    return isinstance(definition, dict) and isinstance(definition.get("name"), str)
 
 
 def _shown(definition: Mapping[str, Any]) -> dict[str, Any]:

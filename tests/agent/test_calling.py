@@ -454,3 +454,30 @@ async def test_results_and_errors_are_capped_and_the_raw_one_is_not() -> None:
         raise ValueError("x" * 50)
 
     assert "characters omitted" in (await call(tool, max_output=10)).text
+
+
+# Tools that keep their own time
+
+
+async def test_a_tool_that_keeps_its_own_time_is_told_how_much_it_has_and_is_not_cut() -> None:
+    told: list[float | None] = []
+
+    def timed(seconds: float | None) -> Callable[..., Any]:
+        async def work() -> str:
+            told.append(seconds)
+            await turns(50)
+            return "done"
+
+        return work
+
+    tool = Tool("tool", "", {}, timed(None), _timed=timed)
+    context = ToolContext("run", "call", "tool", lambda: False)
+    for timeout in (1e-9, None):
+        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100)
+        assert (outcome.text, outcome.is_error) == ("done", False)
+    assert told == [1e-9, None]
+
+
+def test_any_other_tool_is_cut_after_its_time() -> None:
+    function, seconds = Tool("tool", "", {}, turns).within(5)
+    assert (function, seconds) == (turns, 5)

@@ -163,3 +163,28 @@ def test_ids_that_are_numbers_and_names_without_end_become_what_servers_take() -
         "type": "function",
         "function": {"name": "n" * 64, "arguments": "{}"},
     }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "expected"),
+    [
+        (None, None, "Note."),
+        ("Be brief.", None, "Be brief.\n\nNote."),
+        (None, [{"role": "system", "content": "Old."}], "Old.\n\nNote."),
+    ],
+)
+def test_a_note_is_told_in_the_one_leading_system_message(prompt: str | None, before: Any, expected: str) -> None:
+    history = History("Go.", system_prompt=prompt, messages=before)
+    history.tell("Note.")
+    messages = history.snapshot(ended=True)
+    check_valid(messages)
+    assert messages == history.sent() == [{"role": "system", "content": expected}, {"role": "user", "content": "Go."}]
+    assert history.size == sum(map(size_of, messages))
+
+
+def test_no_note_changes_nothing() -> None:
+    history = History("Go.", system_prompt="Be brief.")
+    size = history.size
+    history.tell("")
+    assert history.sent()[0] == {"role": "system", "content": "Be brief."}
+    assert history.size == size

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from lmbridge import DynamicAutonomousAgent, LLMClient
 from lmbridge.mcp import McpEvent, McpHub
 from tests.mcp.support import Recorder, scripted
 
@@ -77,3 +78,21 @@ async def make_hub(config: Callable[[Mapping[str, Any]], Path]) -> AsyncIterator
 def recorder() -> Recorder[McpEvent]:
     """For `on_event`: notes events, and waits for one."""
     return Recorder()
+
+
+MakeAgent = Callable[..., DynamicAutonomousAgent]
+
+
+@pytest_asyncio.fixture
+async def make_agent(config: Callable[[Mapping[str, Any]], Path], client: LLMClient) -> AsyncIterator[MakeAgent]:
+    """Makes agents of the scripted model and of scripted servers, told as to `make_hub`."""
+    agents: list[DynamicAutonomousAgent] = []
+
+    def make(servers: Mapping[str, Mapping[str, Any]], **options: Any) -> DynamicAutonomousAgent:
+        path = config({name: scripted(entry) for name, entry in servers.items()})
+        agents.append(DynamicAutonomousAgent(options.pop("client", client), config_path=path, **options))
+        return agents[-1]
+
+    yield make
+    for agent in agents:
+        await agent.close()

@@ -7,9 +7,11 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
 from lmbridge.mcp import McpEvent, ToolsChanged, sdk
 from tests.mcp.conftest import MakeHub
@@ -50,3 +52,64 @@ async def test_its_tools_work_and_their_changes_are_heard_of(
     await recorder.wait_for(lambda event: event == ToolsChanged("a"))
     assert names((await hub.tools()).tools) == ["echo", "change", "new"]
     await hub.close()
+
+
+def definition(name: str, header: str) -> dict[str, Any]:
+    """Of a tool whose argument is to be mirrored into a header."""
+    argument = {"type": "string", "x-mcp-header": header}
+    return {"name": name, "inputSchema": {"type": "object", "properties": {"text": argument}}}
+
+
+RESULTS: dict[str, dict[str, Any]] = {
+    "server/discover": {
+        "resultType": "complete",
+        "supportedVersions": ["2026-07-28"],
+        "capabilities": {"tools": {}},
+        "ttlMs": 0,
+        "cacheScope": "private",
+    },
+    "tools/list": {
+        "resultType": "complete",
+        "tools": [definition("good", "Text"), definition("bad", "no token")],
+        "ttlMs": 0,
+        "cacheScope": "private",
+    },
+    "tools/call": {"content": [{"type": "text", "text": "of no type"}]},
+}
+
+
+@pytest_asyncio.fixture
+async def asked() -> AsyncIterator[list[str]]:
+    """What a server by hand was asked, after its URL."""
+    seen: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        message = await request.json()
+        seen.append(message["method"])
+        reply = {"jsonrpc": "2.0", "id": message.get("id"), "result": RESULTS.get(message["method"], {})}
+        return web.json_response(reply)
+
+    app = web.Application()
+    app.router.add_post("/mcp", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    seen.append(f"http://127.0.0.1:{runner.addresses[0][1]}/mcp")
+    yield seen
+    await runner.cleanup()
+
+
+async def test_a_tool_with_a_header_that_cannot_be_is_left_out_as_the_protocol_wants(
+    make_hub: MakeHub, asked: list[str]
+) -> None:
+    lease = await make_hub({"a": {"url": asked[0]}}).tools()
+    assert names(lease.tools) == ["good"]
+    (left_out,) = lease.left_out
+    assert left_out.tool == "bad"
+    assert "x-mcp-header" in left_out.reason
+
+
+async def test_a_result_of_no_type_is_complete_as_the_protocol_wants(make_hub: MakeHub, asked: list[str]) -> None:
+    lease = await make_hub({"a": {"url": asked[0]}}).tools()
+    assert await tool(lease, "good")(text="on") == "of no type"
+    assert asked[1:] == ["server/discover", "tools/list", "tools/call"]

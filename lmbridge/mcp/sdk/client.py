@@ -1,4 +1,4 @@
-"""The official SDK, behind one face for both of its majors; no other file imports it, and this one when it has to.
+"""The official SDK as a client of MCP servers.
 
 What it gives is plain: definitions and results as the dicts of the wire. What it raises is one of three exceptions.
 The traps that shape this file: cancel scopes have to be left in the task that entered them, so that `open_session` is
@@ -18,14 +18,11 @@ from typing import Any, Final, Protocol
 import attrs
 
 from lmbridge._version import __version__
+from lmbridge.mcp.sdk.wire import NAME, Link, Streams, is_v2, over_stdio
 from lmbridge.mcp.spec import ServerSpec
-from lmbridge.mcp.stdio import StdioLink
-from lmbridge.mcp.streams import Reading, Tap, Writing, request_numbers
+from lmbridge.mcp.streams import Reading, Tap, Writing, has_name, request_numbers
 
 logger = logging.getLogger("lmbridge.mcp")
-
-NAME: Final = "lmbridge"
-"""What this client, and this package's own server, call themselves."""
 
 _CONNECT: Final = 30.0
 _SETTLE: Final = 1.0
@@ -34,6 +31,9 @@ _CONNECTION_CLOSED: Final = -32000
 _CLOSED: Final = "the connection was closed"
 _OF_THE_TRANSPORT: Final = ("Session terminated", "Server returned an error response")
 """Texts of errors that the SDK makes itself, with codes that servers use as well, of a session that is lost."""
+REFUSED: Final = "lmbridge/refused"
+"""A key of ours in the definition of a tool that must not be called: why."""
+_BAD_HEADERS: Final = "what its inputSchema says of HTTP headers (x-mcp-header) is wrong, so that it must not be called"
 
 
 class SessionLostError(Exception):
@@ -77,26 +77,8 @@ class Session(Protocol):
         ...
 
 
-def load() -> Any:
-    """The SDK. Its import takes half a second, so it is for a thread.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import mcp
-    except ImportError as exc:
-        raise ImportError("MCP servers need the official SDK: pip install lmbridge[mcp]") from exc
-    return mcp
-
-
-def is_v2() -> bool:
-    """Whether the SDK's major is the second."""
-    return hasattr(load(), "Client")
-
-
 @asynccontextmanager
-async def open_session(spec: ServerSpec, link: StdioLink | None, listeners: Listeners) -> AsyncIterator[Session]:
+async def open_session(spec: ServerSpec, link: Link | None, listeners: Listeners) -> AsyncIterator[Session]:
     """A session with a server, for the task that enters and leaves it.
 
     Args:
@@ -105,7 +87,7 @@ async def open_session(spec: ServerSpec, link: StdioLink | None, listeners: List
         listeners: Told of its notifications.
     """
     tap = Tap()
-    transport = _http(spec, tap) if link is None else _stdio(link, tap)
+    transport = _http(spec, tap) if link is None else over_stdio(link, tap)
     opened = _open_v2(spec, transport, tap, listeners) if is_v2() else _open_v1(transport, tap, listeners)
     try:
         async with opened as session:
@@ -129,54 +111,8 @@ def explain(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-# Transports: streams of the SDK's messages
-
-
-_Streams = tuple[Reading, Writing]
-
-
-async def _nothing() -> None:
-    """The link is closed by its owner."""
-
-
 @asynccontextmanager
-async def _stdio(link: StdioLink, tap: Tap) -> AsyncIterator[_Streams]:
-    import anyio
-    from mcp.shared.message import SessionMessage
-
-    parse = _parser()
-
-    async def receive() -> Any:
-        while (message := await link.receive()) is not None:
-            try:
-                return SessionMessage(parse(message))
-            except ValueError as exc:  # no message of JSON-RPC, so that nothing can be said of it
-                logger.debug("a message was skipped: %s", exc)
-        raise anyio.EndOfStream
-
-    async def send(message: Any) -> None:
-        try:
-            await link.send(message.message.model_dump_json(by_alias=True, exclude_none=True).encode())
-        except ConnectionError as exc:
-            raise anyio.BrokenResourceError from exc
-
-    yield Reading(receive, tap, _nothing), Writing(send, _nothing)
-
-
-def _parser() -> Callable[[Mapping[str, Any]], Any]:
-    """Makes the SDK's messages of dicts; raises `ValueError` for what is none."""
-    if is_v2():
-        from mcp_types import jsonrpc_message_adapter
-
-        return jsonrpc_message_adapter.validate_python
-    from mcp.types import JSONRPCMessage
-
-    message: Any = JSONRPCMessage
-    return message.model_validate  # type: ignore[no-any-return]  # 1.x has another type there than 2.x
-
-
-@asynccontextmanager
-async def _http(spec: ServerSpec, tap: Tap) -> AsyncIterator[_Streams]:
+async def _http(spec: ServerSpec, tap: Tap) -> AsyncIterator[Streams]:
     from mcp.client.sse import sse_client
     from mcp.client.streamable_http import streamable_http_client
 
@@ -192,7 +128,7 @@ async def _http(spec: ServerSpec, tap: Tap) -> AsyncIterator[_Streams]:
             yield _tapped(reading, writing, tap)
 
 
-def _tapped(reading: Any, writing: Any, tap: Tap) -> _Streams:
+def _tapped(reading: Any, writing: Any, tap: Tap) -> Streams:
     return Reading(reading.receive, tap, reading.aclose), Writing(writing.send, writing.aclose)
 
 
@@ -223,7 +159,7 @@ def _client(spec: ServerSpec, tap: Tap) -> Any:
 
 @asynccontextmanager
 async def _open_v2(
-    spec: ServerSpec, transport: AbstractAsyncContextManager[_Streams], tap: Tap, listeners: Listeners
+    spec: ServerSpec, transport: AbstractAsyncContextManager[Streams], tap: Tap, listeners: Listeners
 ) -> AsyncIterator[Session]:
     import mcp
 
@@ -238,12 +174,13 @@ async def _open_v2(
         message_handler=_notify(listeners),
     )
     async with client:
+        tap.is_modern = _is_modern(client)
         yield _SessionV2(client, tap, listeners)
 
 
 @asynccontextmanager
 async def _open_v1(
-    transport: AbstractAsyncContextManager[_Streams], tap: Tap, listeners: Listeners
+    transport: AbstractAsyncContextManager[Streams], tap: Tap, listeners: Listeners
 ) -> AsyncIterator[Session]:
     import mcp
 
@@ -296,7 +233,7 @@ class _SessionBase:
             page = await self._answer(self._list(cursor))
         except ValidationError as exc:
             raise BadReplyError(f"its list of tools is none: {_brief(exc)}") from exc
-        return self._tap.page or _plain(page)
+        return _judged(self._tap.page or _plain(page), {tool.name for tool in page.tools})
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], on_progress: Callable[[float, float | None, str | None], None]
@@ -355,14 +292,18 @@ class _SessionV2(_SessionBase):
         return await self._client.call_tool(tool, arguments, progress_callback=progress)
 
     async def watch(self) -> None:
-        from mcp_types.version import MODERN_PROTOCOL_VERSIONS
-
         changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
-        if self.protocol in MODERN_PROTOCOL_VERSIONS and changes:
+        if changes and _is_modern(self._client):
             async with self._client.listen(tools_list_changed=True) as subscription:
                 async for _ in subscription:
                     self._listeners.on_tools_changed()
         await super().watch()
+
+
+def _is_modern(client: Any) -> bool:
+    from mcp_types.version import MODERN_PROTOCOL_VERSIONS
+
+    return client.protocol_version in MODERN_PROTOCOL_VERSIONS
 
 
 class _SessionV1(_SessionBase):
@@ -393,6 +334,18 @@ class _SessionV1(_SessionBase):
         with suppress(TimeoutError, Exception):  # it is a courtesy: the call is over in any case
             async with asyncio.timeout(_SETTLE):
                 await self._client.send_notification(notification)
+
+
+def _judged(page: Mapping[str, Any], kept: set[str]) -> Mapping[str, Any]:
+    """A page of tools as it was sent; those that the SDK left out are marked.
+
+    The protocol of 2026-07-28 tells clients to leave out a tool with a wrong x-mcp-header, and the SDK does.
+    """
+    tools = [
+        {**each, REFUSED: _BAD_HEADERS} if has_name(each) and each["name"] not in kept else each
+        for each in page.get("tools") or ()
+    ]
+    return {**page, "tools": tools}
 
 
 def _plain(model: Any) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""The bridge as an MCP server, driven as a host drives it: its tools, and a question with progress.
+
+    python examples/mcp_server.py
+    python examples/mcp_server.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Why is the sky blue?"
+
+It needs `lmbridge[mcp]`, either major of the SDK. Without `--api-base`, and without LMBRIDGE_API_BASE in the
+environment, it starts the server of `lmbridge[local]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+try:
+    from mcp import ClientSession, StdioServerParameters
+    from mcp.client.stdio import stdio_client
+except ImportError:
+    sys.exit("mcp_server: it needs the official MCP SDK: pip install 'lmbridge[mcp]'")
+
+from lmbridge import LLMError, LocalServer
+
+PROMPT = "Tell me a story about a lighthouse, in a few sentences."
+
+
+@asynccontextmanager
+async def model_server(api_base: str | None, model: str | None) -> AsyncIterator[dict[str, str]]:
+    """The environment that tells a bridge where its model is; the server is started here if there is none."""
+    if api_base:
+        env = {"LMBRIDGE_API_BASE": api_base, "DEFAULT_MODEL": model, "LM_API_TOKEN": os.environ.get("LM_API_TOKEN")}
+        yield {name: value for name, value in env.items() if value}
+    else:
+        async with LocalServer() as server:
+            yield {"LMBRIDGE_API_BASE": server.api_base, "DEFAULT_MODEL": server.model}
+
+
+async def show_progress(progress: float, total: float | None, message: str | None) -> None:
+    """What a server tells of a call; the bridge does not know how much there will be."""
+    print(f".. {progress:g}{f' of {total:g}' if total else ''}: {message}")
+
+
+async def call(session: ClientSession, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The result of a call, as it is on the wire: the names in the SDK's classes differ from major to major."""
+    result = await session.call_tool(tool, arguments, progress_callback=show_progress)
+    plain: dict[str, Any] = result.model_dump(by_alias=True, mode="json", exclude_none=True)
+    if plain["isError"]:
+        raise LLMError(plain["content"][0]["text"])
+    return plain
+
+
+async def work(env: dict[str, str], prompt: str) -> None:
+    """Starts the bridge, as a host does, and talks to it."""
+    bridge = StdioServerParameters(command=sys.executable, args=["-m", "lmbridge.mcp"], env=env)
+    async with stdio_client(bridge) as (reading, writing), ClientSession(reading, writing) as session:
+        await session.initialize()
+        for tool in (await session.list_tools()).tools:
+            print(f"{tool.name}: {(tool.description or '').splitlines()[0]}")
+        print(f"\n> {prompt}\n")
+        result = await call(session, "chat_completion", {"prompt": prompt, "max_tokens": 200})
+        for part in result["content"]:
+            print(part["text"])
+        facts = result["structuredContent"]
+        print(f"\n{facts['model']}: {facts['finish_reason']}")
+
+
+async def main() -> None:
+    """Reads the arguments, and shows it."""
+    parser = argparse.ArgumentParser(description="Drives lmbridge's MCP server.")
+    parser.add_argument("prompt", nargs="?", default=PROMPT)
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    args = parser.parse_args()
+    async with model_server(args.api_base, args.model) as env:
+        await work(env, args.prompt)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong: task groups of the SDK wrap what leaves them."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except* (LLMError, ImportError) as errors:
+        sys.exit(f"mcp_server: {reason(errors)}")
+    except* KeyboardInterrupt:
+        sys.exit(130)

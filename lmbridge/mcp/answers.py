@@ -1,0 +1,130 @@
+"""What the bridge's tools answer: replies, runs and errors, for a model to read and for a program.
+
+What a model reads is in the text, and again in the structured content: hosts show their model one of them or both.
+Something that is not whole says so in both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from lmbridge.agent.result import RunResult
+from lmbridge.errors import LLMError
+from lmbridge.mcp.sdk.server import Answer
+
+_CUT: Final = (
+    "[This is not the whole answer: it was cut off by the limit of tokens. Ask again with a larger {limit}, "
+    "or for a shorter answer.]"
+)
+_ODD: Final = "[This may not be the whole answer: it ended because of {reason!r}.]"
+_EMPTY: Final = "[The model gave an empty answer.]"
+_STOPPED: Final[Mapping[str, str]] = {
+    "length": "its last reply was cut off by the limit of tokens; give a larger max_tokens",
+    "repetition": "the model made the same call again and again; say more plainly what is to be done",
+    "bad_calls": "the model's calls could not be made; give it fewer servers, or another model",
+    "budget": "its time or its tokens were used up",
+}
+
+
+def completion(reply: Mapping[str, Any]) -> Answer:
+    """The answer of a chat or a text completion."""
+    text = _completed_text(reply)
+    reason = reply["choices"][0].get("finish_reason")
+    facts = {"model": reply.get("model"), "finish_reason": reason, "usage": reply.get("usage")}
+    return _answer(text, [_note(text, reason, "max_tokens")], facts)
+
+
+def response(reply: Mapping[str, Any]) -> Answer:
+    """The answer of a response; its id is for the model as well, which may go on from it."""
+    text = _output_text(reply)
+    reason = None
+    if reply.get("status") == "incomplete":
+        reason = (reply.get("incomplete_details") or {}).get("reason") or "incomplete"
+    number = reply.get("id")
+    going_on = f"[To go on from this, give previous_response_id={number!r}.]" if number else ""
+    facts = {"model": reply.get("model"), "response_id": number, "status": reply.get("status")}
+    notes = [_note(text, reason, "max_output_tokens"), going_on]
+    return _answer(text, notes, {**facts, "usage": reply.get("usage")})
+
+
+def embeddings(reply: Mapping[str, Any]) -> Answer:
+    """Vectors, one a line."""
+    vectors = [each["embedding"] for each in reply["data"]]
+    facts = {"embeddings": vectors, "model": reply.get("model"), "usage": reply.get("usage")}
+    return Answer(["\n".join(map(json.dumps, vectors))], _known(facts))
+
+
+def names(key: str, values: Sequence[str], none: str) -> Answer:
+    """Names, one a line.
+
+    Args:
+        key: What they are called in the structured content.
+        values: The names.
+        none: What is said if there are none.
+    """
+    return Answer(["\n".join(values) or none], {key: list(values)})
+
+
+def run(result: RunResult) -> Answer:
+    """The answer of an agent's run; an error, if it came to none."""
+    if result.stop_reason != "stop":
+        why = _STOPPED.get(result.stop_reason, result.stop_reason)
+        return Answer([f"The run ended without an answer: {why}", *_arrived(result)], is_error=True)
+    missing = {name: str(error) for name, error in result.errors.items()}
+    told = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    note = f"[The tools of these MCP servers were missing, because they could not be started: {told}]" if told else ""
+    facts = {
+        "model": result.model,
+        "rounds": result.rounds,
+        "tool_calls": [call.name for call in result.tool_calls],
+        "usage": result.usage or None,
+        "missing": missing or None,
+    }
+    return _answer(result.text, ["" if result.text else _EMPTY, note], facts)
+
+
+def failure(error: LLMError) -> Answer:
+    """An error with its hint, and what had arrived before it."""
+    return Answer([str(error), *_arrived(error.partial)], is_error=True)
+
+
+def _answer(text: str, notes: Sequence[str], facts: Mapping[str, Any]) -> Answer:
+    notes = [note for note in notes if note]
+    return Answer([*([text] if text else []), *notes], _known({"text": text, "notes": notes or None, **facts}))
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _note(text: str, reason: str | None, limit: str) -> str:
+    """What has to be said of an answer that ended for a reason."""
+    if reason in ("length", "max_output_tokens"):
+        return _CUT.format(limit=limit)
+    if reason not in (None, "stop"):
+        return _ODD.format(reason=reason)
+    return "" if text else _EMPTY
+
+
+def _completed_text(reply: Mapping[str, Any]) -> str:
+    choice = reply["choices"][0]
+    return (choice["message"].get("content") if "message" in choice else choice.get("text")) or ""
+
+
+def _output_text(reply: Mapping[str, Any]) -> str:
+    items = [item for item in reply.get("output") or () if item.get("type") == "message"]
+    parts = [part for item in items for part in item.get("content") or ()]
+    return "".join(part.get("text") or part.get("refusal") or "" for part in parts)
+
+
+def _arrived(partial: Any) -> list[str]:
+    """What there was of an answer before it failed, under a heading that cannot be missed."""
+    if isinstance(partial, RunResult):
+        text = partial.text
+    elif isinstance(partial, Mapping):
+        text = _completed_text(partial) if "choices" in partial else _output_text(partial)
+    else:
+        text = ""
+    return [f"[What had arrived before that is not the whole answer:]\n{text}"] if text else []

@@ -1,0 +1,92 @@
+"""What both halves have of the SDK: the package, its major, and its messages on stdin and stdout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol, TypeAlias
+
+from lmbridge.mcp.streams import Reading, Tap, Writing
+
+logger = logging.getLogger("lmbridge.mcp")
+
+NAME: Final = "lmbridge"
+"""What this client, and this package's own server, call themselves."""
+
+Streams: TypeAlias = tuple[Reading, Writing]
+
+
+class Link(Protocol):
+    """Messages to and from somebody else, as JSON-RPC has them."""
+
+    async def receive(self) -> dict[str, Any] | None:
+        """The next message, or None when there will be none."""
+        ...
+
+    async def send(self, message: bytes) -> None:
+        """Sends a message: its JSON, without a line break.
+
+        Raises:
+            ConnectionError: nobody reads any more.
+        """
+        ...
+
+
+def load() -> Any:
+    """The SDK. Its import takes half a second, so it is for a thread.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import mcp
+    except ImportError as exc:
+        raise ImportError("MCP servers need the official SDK: pip install lmbridge[mcp]") from exc
+    return mcp
+
+
+def is_v2() -> bool:
+    """Whether the SDK's major is the second."""
+    return hasattr(load(), "Client")
+
+
+@asynccontextmanager
+async def over_stdio(link: Link, tap: Tap) -> AsyncIterator[Streams]:
+    """A link as streams of the SDK's messages; it is closed by its owner."""
+    import anyio
+    from mcp.shared.message import SessionMessage
+
+    parse = _parser()
+
+    async def receive() -> Any:
+        while (message := await link.receive()) is not None:
+            try:
+                return SessionMessage(parse(message))
+            except ValueError as exc:  # no message of JSON-RPC, so that nothing can be said of it
+                logger.debug("a message was skipped: %s", exc)
+        raise anyio.EndOfStream
+
+    async def send(message: Any) -> None:
+        try:
+            await link.send(message.message.model_dump_json(by_alias=True, exclude_none=True).encode())
+        except ConnectionError as exc:
+            raise anyio.BrokenResourceError from exc
+
+    yield Reading(receive, tap, _nothing), Writing(send, _nothing)
+
+
+async def _nothing() -> None:
+    """The link is closed by its owner."""
+
+
+def _parser() -> Callable[[Mapping[str, Any]], Any]:
+    """Makes the SDK's messages of dicts; raises `ValueError` for what is none."""
+    if is_v2():
+        from mcp_types import jsonrpc_message_adapter
+
+        return jsonrpc_message_adapter.validate_python
+    from mcp.types import JSONRPCMessage
+
+    message: Any = JSONRPCMessage
+    return message.model_validate  # type: ignore[no-any-return]  # 1.x has another type there than 2.x

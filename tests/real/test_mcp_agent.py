@@ -1,0 +1,87 @@
+"""The whole of it: a real llama.cpp model uses real MCP servers to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from lmbridge import DynamicAutonomousAgent, LLMClient, MCPConnectionError, RunFinished, TextDelta, ToolCallFinished
+from tests.agent.support import check_valid, tool_texts
+from tests.real.test_agent import Greedy
+from tests.real.test_mcp import npm_server, python_server
+
+pytestmark = pytest.mark.real
+
+MakeAgent = Callable[[Any], DynamicAutonomousAgent]
+
+
+@pytest_asyncio.fixture
+async def make_agent(client: LLMClient, tmp_path: Path) -> AsyncIterator[MakeAgent]:
+    """Makes agents of the real model and of some servers, closed in the end."""
+    agents: list[DynamicAutonomousAgent] = []
+
+    def make(servers: Any) -> DynamicAutonomousAgent:
+        path = tmp_path / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": servers}))
+        agents.append(DynamicAutonomousAgent(Greedy(client), config_path=path, max_tokens=80, max_rounds=4))
+        return agents[-1]
+
+    yield make
+    for agent in agents:
+        await agent.close()
+
+
+def only(entry: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A server of which only some tools are offered: few are easier for a small model."""
+    return {**entry, "lmbridge": {"allow": list(names)}}
+
+
+async def test_a_model_asks_a_server_for_a_sum_and_answers_with_it(make_agent: MakeAgent) -> None:
+    agent = make_agent({"everything": only(npm_server("everything", "stdio"), "get-sum", "echo")})
+    result = await agent.autonomous_with_mcp("everything", "What is 317 plus 225?", full=True)
+    (call,) = result.tool_calls
+    assert (call.name, call.arguments) == ("get-sum", {"a": 317, "b": 225})
+    assert tool_texts(result.messages) == ["The sum of 317 and 225 is 542."]
+    assert "542" in result.text
+    assert (result.stop_reason, result.rounds, result.errors) == ("stop", 2, {})
+    check_valid(result.messages)
+
+
+async def test_a_model_asks_a_server_for_the_time_and_answers_with_it(make_agent: MakeAgent) -> None:
+    agent = make_agent({"time": only(python_server("mcp_server_time"), "get_current_time")})
+    task = "What is the current time in the timezone Asia/Tokyo?"
+    async with await agent.autonomous_with_mcp("time", task, stream=True) as stream:
+        events = [event async for event in stream]
+    (finished,) = [event for event in events if isinstance(event, ToolCallFinished)]
+    assert finished.call.name == "get_current_time"
+    assert finished.call.arguments == {"timezone": "Asia/Tokyo"}
+    told = json.loads(finished.text)
+    assert told["timezone"] == "Asia/Tokyo"
+    assert isinstance(events[-1], RunFinished)
+    result = events[-1].result
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == result.text
+    assert result.stop_reason == "stop"
+    assert told["datetime"][:4] in result.text
+
+
+async def test_a_model_uses_what_is_there_of_several_servers(make_agent: MakeAgent) -> None:
+    agent = make_agent(
+        {
+            "missing": {"command": "/nowhere/server"},
+            "everything": only(npm_server("everything", "stdio"), "get-sum"),
+            "time": only(python_server("mcp_server_time"), "get_current_time"),
+        }
+    )
+    result = await agent.autonomous_discover_and_execute("What is 317 plus 225?", full=True)
+    assert list(result.errors) == ["missing"]
+    assert isinstance(result.errors["missing"], MCPConnectionError)
+    assert "missing" in result.messages[0]["content"]
+    assert [call.name for call in result.tool_calls][:1] == ["get-sum"]
+    assert isinstance(result.tool_calls[0].arguments, dict)
+    assert tool_texts(result.messages)[0].startswith("The sum of ")
+    check_valid(result.messages)
