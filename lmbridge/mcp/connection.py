@@ -130,6 +130,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
         work = loop.create_task(_waking(request, woken))
+        work.add_done_callback(_forget)  # it may fail in the very moment in which the caller is cancelled
         self._waiting.add(woken)
         try:
             with suppress(TimeoutError):
@@ -185,7 +186,7 @@ class Connection:
                 self.ready.set_result(None)
                 watching = asyncio.create_task(self._watch(self._session))
                 try:
-                    await asyncio.wait({self.over})  # a cancel of this task would cancel the future itself
+                    await asyncio.wait({self.over})  # a cancel of this task is none of those who look at `over`
                 finally:
                     await _cancelled(watching)
         except asyncio.CancelledError:

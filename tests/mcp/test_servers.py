@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import pytest
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
 from lmbridge.mcp.guardian import is_gone
+from lmbridge.mcp.sdk import RefusedError
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import SERVER, Recorder, gone, noted, tool
 from tests.support import cancel_at_each_step, turns
@@ -258,6 +260,32 @@ async def group_of(notes: Path) -> int:
     """The process group of a scripted server that noted its grandchild."""
     (line, *_) = await noted(notes)
     return os.getpgid(int(line.split()[1]))
+
+
+async def test_a_cancel_in_the_moment_of_a_failure_is_all_that_is_heard_of(make_hub: MakeHub) -> None:
+    heard: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    connection = hub._servers["a"]._connection
+    assert connection
+    fail = asyncio.Event()
+
+    async def failing(*_: object) -> Any:
+        await fail.wait()
+        raise RefusedError("late")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection._session, "call", failing)
+        call = asyncio.create_task(tool(lease, "echo")(text="x"))
+        await turns()
+        fail.set()
+        call.cancel()
+        await asyncio.wait([call])
+    assert call.cancelled()
+    del call
+    gc.collect()  # asyncio tells of errors that nobody looked at when they are forgotten
+    assert heard == []
 
 
 async def test_cancels_at_any_moment_leave_nothing_behind(make_hub: MakeHub, recorder: Recorder[Any]) -> None:
