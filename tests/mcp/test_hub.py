@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ async def test_an_unknown_name_is_an_error_before_anything_is_started(make_hub: 
     assert hub.status() == {}
 
 
-@pytest.mark.parametrize("given", [{"names": "a"}, {"names": 5}, {"on_error": "ignore"}])
+@pytest.mark.parametrize("given", [{"names": "a"}, {"names": 5}, {"on_error": "ignore"}, {"call_timeout": 0}])
 async def test_wrong_arguments_are_told(make_hub: MakeHub, given: Any) -> None:
     with pytest.raises(LLMValidationError):
         await make_hub({"a": {}}).tools(**given)
@@ -412,6 +413,27 @@ async def test_close_ends_all_processes_and_can_be_called_again(make_hub: MakeHu
     with pytest.raises(ToolError, match="is closed"):
         await tool(lease, "echo", "a")(text="x")
     lease.release()
+
+
+async def test_close_while_the_file_is_read_starts_nothing_any_more(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = make_hub({"a": {}})
+    reading, go_on, load = threading.Event(), threading.Event(), hub._load
+
+    def slow() -> Any:
+        reading.set()
+        go_on.wait()
+        return load()
+
+    monkeypatch.setattr(hub, "_load", slow)
+    run = asyncio.create_task(hub.tools())
+    await asyncio.to_thread(reading.wait)
+    await hub.close()
+    go_on.set()
+    with pytest.raises(MCPError, match="is closed"):
+        await run
+    assert hub.status() == {}
 
 
 async def test_close_leaves_no_task(make_hub: MakeHub) -> None:
