@@ -255,7 +255,7 @@ class Child(asyncio.SubprocessProtocol):
         if fd == 0:
             self._writable.set()
         self._open.discard(fd)
-        if fd == 1 or not self._open:
+        if fd != 2:
             self._ended_soon()
 
     def process_exited(self) -> None:
@@ -290,7 +290,7 @@ class Child(asyncio.SubprocessProtocol):
     def _fate(self) -> str:
         code = None if self._transport is None else self._transport.get_returncode()
         if code is None:
-            return "it closed its output"
+            return "it closed its output" if 1 not in self._open else "it does not read any more"
         if code >= 0:
             return f"it ended with status {code}"
         with suppress(ValueError):

@@ -66,6 +66,9 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
         if OPTIONS.get("once"):
             Path(OPTIONS["once"]).touch()
         os._exit(7)
+    if name in OPTIONS.get("deaf_at", ()):
+        os.close(0)
+        time.sleep(600)
     result = text(str(arguments.get("text", name)))
     if name == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -141,7 +144,7 @@ def begin() -> None:
     if OPTIONS.get("starts"):
         note("started")
     if OPTIONS.get("exit") is not None:
-        sys.stderr.write("missing API_KEY\n")
+        sys.stderr.write("\x1b[31mmissing\x1b[0m API_KEY\n")
         sys.exit(OPTIONS["exit"])
     if OPTIONS.get("flood"):
         sys.stderr.write("x" * 1000 + "\n" + "y" * OPTIONS["flood"] + "\n")

@@ -193,6 +193,14 @@ async def test_a_server_that_hangs_in_a_call_goes_on_with_the_next(make_hub: Mak
     assert hub.status()["a"].starts == 1
 
 
+async def test_a_server_that_closes_its_stdin_is_lost_though_it_lives(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"deaf_at": ["count"]}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match=r"lost during the call \(it does not read any more\)"):
+        await tool(lease, "count")()
+    assert await tool(lease, "echo")(text="on") == "on"
+
+
 # What is left
 
 
