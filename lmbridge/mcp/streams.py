@@ -9,6 +9,9 @@ from typing import Any, Final, Self
 request_numbers: Final[ContextVar[list[Any] | None]] = ContextVar("request_numbers", default=None)
 """Where the numbers of the calls that the current task sends are noted, if somebody wants them."""
 
+_ABOUT_HEADERS: Final = ("type", "x-mcp-header")
+_DEPTH: Final = 16
+
 
 class Tap:
     """Keeps lists of tools as they were sent, and shows the SDK what it needs of them.
@@ -49,11 +52,21 @@ def has_name(definition: Any) -> bool:
 
 
 def _shown(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition that cannot be wrong; of its properties the SDK makes HTTP headers."""
-    schema = definition.get("inputSchema")
+    """A definition that cannot be wrong, nor too deep for the SDK."""
+    schema = {"type": "object", "properties": _headers(definition.get("inputSchema"), _DEPTH)}
+    return {"name": definition["name"], "inputSchema": schema}
+
+
+def _headers(schema: Any, depth: int) -> dict[str, Any]:
+    """The properties of a schema, with what says which of them are sent as HTTP headers."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    is_right = isinstance(properties, dict) and all(isinstance(each, dict) for each in properties.values())
-    return {"name": definition["name"], "inputSchema": {"type": "object", "properties": properties if is_right else {}}}
+    if not isinstance(properties, dict) or not depth:
+        return {}
+    return {
+        name: {key: each[key] for key in _ABOUT_HEADERS if key in each} | {"properties": _headers(each, depth - 1)}
+        for name, each in properties.items()
+        if isinstance(each, dict)
+    }
 
 
 class Reading:

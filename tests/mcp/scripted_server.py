@@ -86,6 +86,11 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
         result = {}
     if name == "env":
         result = text(json.dumps(dict(os.environ)))
+    if name in OPTIONS.get("deep_at", ()):
+        value: dict[str, Any] = {}
+        for _ in range(300):
+            value = {"a": value}
+        result = text(structuredContent=value)
     if name == "parts":
         result = text("one", "two")
     if name == "progress":
@@ -120,10 +125,12 @@ def handle(message: dict[str, Any]) -> None:
         if OPTIONS.get("unterminated"):
             raw(b"no line break here ")
         info = {"name": OPTIONS.get("name", "scripted"), "version": "1"}
-        capabilities = {"tools": {"listChanged": True}, "logging": {}}
+        capabilities: dict[str, Any] = {"tools": {"listChanged": True}, "logging": {}}
+        if OPTIONS.get("undeclared") or OPTIONS.get("no_tools"):
+            del capabilities["tools"]
         version = params["protocolVersion"]
         send({"id": number, "result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}})
-    elif method == "tools/list":
+    elif method == "tools/list" and not OPTIONS.get("no_tools"):
         listed(number, params)
         if OPTIONS.get("die_after_list"):
             os._exit(0)

@@ -67,6 +67,13 @@ async def test_a_result_without_content_is_told_and_the_session_goes_on(make_hub
     assert await tool(lease, "echo")(text="on") == "on"
 
 
+async def test_a_result_that_is_nested_too_deeply_is_told_and_the_session_goes_on(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"deep_at": ["count"]}}).tools()
+    with pytest.raises(ToolError, match="the tool ran, but its result is none: Maximum serialization depth exceeded"):
+        await tool(lease, "count")()
+    assert await tool(lease, "echo")(text="on") == "on"
+
+
 async def test_several_servers_with_tools_of_one_name_can_be_told_apart(make_hub: MakeHub) -> None:
     only = {"tools": ["echo"]}
     lease = await make_hub({"a": only, "b": only}).tools()
@@ -108,6 +115,29 @@ async def test_a_bad_definition_costs_only_itself(make_hub: MakeHub, caplog: pyt
     ]
     assert "'an_array' is left out: its inputSchema is of type 'array'" in caplog.text
     assert await tool(lease, "empty")() == "empty"
+
+
+async def test_a_definition_that_is_nested_too_deeply_costs_only_itself(make_hub: MakeHub) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"a": schema}}
+    lease = await make_hub({"a": {"tools": ["echo"], "more_tools": [{"name": "deep", "inputSchema": schema}]}}).tools()
+    assert names(lease.tools) == ["echo"]
+    assert [each.reason for each in lease.left_out] == ["it is nested too deeply"]
+
+
+async def test_a_server_without_tools_is_none_that_failed(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"no_tools": True}, "b": {"undeclared": True, "tools": ["echo"]}})
+    assert [(each.server, each.name) for each in (await hub.tools()).tools] == [("b", "echo")]
+
+
+async def test_arguments_that_cannot_be_sent_are_told_and_the_session_goes_on(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="the arguments cannot be sent"):
+        await tool(lease, "echo")(text="half \ud83d of an emoji")
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
 
 
 async def test_the_file_says_which_tools_are_offered(make_hub: MakeHub) -> None:

@@ -61,6 +61,8 @@ class Session(Protocol):
 
     server_name: str
     protocol: str
+    has_tools: bool
+    """Whether it says that it has any."""
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         """A page of tools, each as it was sent: `tools`, `nextCursor`."""
@@ -219,33 +221,38 @@ class _SessionBase:
 
     server_name: str
     protocol: str
+    has_tools: bool
 
-    def __init__(self, client: Any, tap: Tap, info: Any, protocol: Any) -> None:
+    def __init__(self, client: Any, tap: Tap, info: Any, protocol: Any, capabilities: Any) -> None:
         self._client, self._tap = client, tap
+        self.has_tools = getattr(capabilities, "tools", None) is not None
         self.server_name = str(getattr(info, "name", "") or "")
         self.protocol = str(protocol)
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
-        from pydantic import ValidationError
-
         self._tap.page = None
         try:
             page = await self._answer(self._list(cursor))
-        except ValidationError as exc:
+        except ValueError as exc:
             raise BadReplyError(f"its list of tools is none: {_brief(exc)}") from exc
         return _judged(self._tap.page or _plain(page), {tool.name for tool in page.tools})
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], on_progress: Callable[[float, float | None, str | None], None]
     ) -> Mapping[str, Any]:
-        from pydantic import ValidationError
+        from pydantic_core import to_json
+
+        try:
+            to_json({"params": {"arguments": arguments}})  # half a surrogate pair on its way would end an HTTP session
+        except ValueError as exc:
+            raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
 
         async def progress(done: float, total: float | None, message: str | None) -> None:
             on_progress(done, total, message)
 
         try:
             return _plain(await self._answer(self._call(tool, dict(arguments), progress)))
-        except ValidationError as exc:
+        except ValueError as exc:
             raise BadReplyError(f"the tool ran, but its result is none: {_brief(exc)}") from exc
 
     async def watch(self) -> None:
@@ -282,7 +289,7 @@ class _SessionBase:
 
 class _SessionV2(_SessionBase):
     def __init__(self, client: Any, tap: Tap, listeners: Listeners) -> None:
-        super().__init__(client, tap, client.server_info, client.protocol_version)
+        super().__init__(client, tap, client.server_info, client.protocol_version, client.server_capabilities)
         self._listeners = listeners
 
     async def _list(self, cursor: str | None) -> Any:
@@ -308,7 +315,7 @@ def _is_modern(client: Any) -> bool:
 
 class _SessionV1(_SessionBase):
     def __init__(self, client: Any, started: Any, tap: Tap) -> None:
-        super().__init__(client, tap, started.serverInfo, started.protocolVersion)
+        super().__init__(client, tap, started.serverInfo, started.protocolVersion, started.capabilities)
 
     async def _list(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor)
@@ -354,7 +361,11 @@ def _plain(model: Any) -> dict[str, Any]:
     return plain
 
 
-def _brief(error: Any) -> str:
+def _brief(error: ValueError) -> str:
     """What is wrong first, of all that pydantic says."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
