@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Self
@@ -22,6 +23,8 @@ class Tap:
     Attributes:
         page: The last list.
         refusal: What the last response on HTTP was, if it was none that helps: the SDK's errors do not say.
+        calls: The calls that wait for answers, each with the numbers of its requests; for `break_off`.
+        broken: The numbers of those that `break_off` ended.
         is_forgotten: Whether the server said that it does not know the session: the SDK would go on with it for ever.
         is_modern: Whether the protocol is one in which results have a type: the SDK refuses one that has none, where
             the protocol tells clients to take it for a complete one.
@@ -32,6 +35,15 @@ class Tap:
         self.refusal = ""
         self.is_forgotten = False
         self.is_modern = False
+        self.calls: dict[asyncio.Task[Any], list[Any]] = {}
+        self.broken: set[Any] = set()
+
+    def break_off(self, number: Any) -> None:
+        """Ends the call of that number, if it still waits: the response to it has ended."""
+        for task, numbers in self.calls.items():
+            if number in numbers:
+                self.broken.add(number)
+                task.cancel()
 
     def see(self, message: Any) -> None:
         """Looks at a message that came."""

@@ -9,6 +9,7 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -26,14 +27,17 @@ logger = logging.getLogger("lmbridge.mcp")
 
 _CONNECT: Final = 30.0
 _SETTLE: Final = 1.0
-"""Seconds that telling a server of a cancel may take."""
+"""Seconds that telling a server of a cancel may take, and an answer from the end of its response to the call."""
 _CONNECTION_CLOSED: Final = -32000
 _CLOSED: Final = "the connection was closed"
+_BROKEN_OFF: Final = "its answer broke off, and the tool may have run"
 _OF_THE_TRANSPORT: Final = ("Session terminated", "Server returned an error response")
 """Texts of errors that the SDK makes itself, with codes that servers use as well, of a session that is lost."""
 REFUSED: Final = "lmbridge/refused"
 """A key of ours in the definition of a tool that must not be called: why."""
 _BAD_HEADERS: Final = "what its inputSchema says of HTTP headers (x-mcp-header) is wrong, so that it must not be called"
+_NO_ANSWER: Final = "SSE stream ended without a response"
+"""What the SDK says of a stream of events that ended with a call unanswered."""
 
 
 class SessionLostError(Exception):
@@ -146,6 +150,8 @@ def _client(spec: ServerSpec, tap: Tap) -> Any:
             is_wrong = response.status_code >= 400
             tap.refusal = f"it answered with HTTP status {response.status_code}" if is_wrong else ""
             tap.is_forgotten |= response.status_code == 404 and "mcp-session-id" in response.request.headers
+        if response.request.method == "POST" and spec.transport == "http" and not is_v2():
+            _tell_end(response, tap)
 
     return httpx.AsyncClient(
         headers=dict(spec.headers),
@@ -154,6 +160,19 @@ def _client(spec: ServerSpec, tap: Tap) -> Any:
         trust_env=False,
         event_hooks={"response": [look]},
     )
+
+
+def _tell_end(response: Any, tap: Tap) -> None:
+    """Ends the call that a response was for soon after the response: 1.x would wait for the answer for ever."""
+    number = json.loads(response.request.content).get("id")
+    close = response.aclose
+
+    async def closed() -> None:
+        await close()
+        asyncio.get_running_loop().call_later(_SETTLE, tap.break_off, number)
+
+    if number is not None:
+        response.aclose = closed
 
 
 # Sessions
@@ -273,9 +292,11 @@ class _SessionBase:
             if self._tap.is_forgotten:
                 raise SessionLostError("the server does not know the session any more") from exc
             if error.code == _CONNECTION_CLOSED and "closed" in error.message.lower():
-                raise SessionLostError(_CLOSED) from exc
+                raise SessionLostError(self._tap.refusal or _CLOSED) from exc
             if any(error.message.startswith(text) for text in _OF_THE_TRANSPORT):
-                raise SessionLostError(error.message) from exc
+                raise SessionLostError(self._tap.refusal or error.message) from exc
+            if error.message.startswith(_NO_ANSWER):
+                raise SessionLostError(_BROKEN_OFF) from exc
             raise RefusedError(f"{error.code}: {error.message}") from exc
         except (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError) as exc:
             raise SessionLostError(_CLOSED) from exc
@@ -323,13 +344,18 @@ class _SessionV1(_SessionBase):
     async def _call(self, tool: str, arguments: dict[str, Any], progress: Any) -> Any:
         numbers: list[Any] = []
         token = request_numbers.set(numbers)
+        task: Any = asyncio.current_task()
+        self._tap.calls[task] = numbers
         try:
             return await self._client.call_tool(tool, arguments, progress_callback=progress)
         except asyncio.CancelledError:
+            if self._tap.broken.intersection(numbers):
+                raise SessionLostError(_BROKEN_OFF) from None
             if numbers:
                 await self._cancel(numbers[0])
             raise
         finally:
+            del self._tap.calls[task]
             request_numbers.reset(token)
 
     async def _cancel(self, number: Any) -> None:
