@@ -105,6 +105,8 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
 
 def listed(number: Any, params: dict[str, Any]) -> None:
     size = OPTIONS.get("page")
+    if added and OPTIONS.pop("list_refused", False):
+        return send({"id": number, "error": {"code": -32603, "message": "not now"}})
     every = tools()
     if OPTIONS.get("endless"):
         return send({"id": number, "result": {"tools": every, "nextCursor": "again"}})

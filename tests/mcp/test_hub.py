@@ -91,6 +91,12 @@ async def test_a_list_that_goes_round_in_circles_fails_the_server(make_hub: Make
         await make_hub({"a": {"endless": True}}).tools()
 
 
+async def test_a_list_without_end_fails_the_server(make_hub: MakeHub) -> None:
+    more = [{"name": f"t{number}", "inputSchema": {}} for number in range(101)]
+    with pytest.raises(MultiMCPError, match="has more than 100 pages"):
+        await make_hub({"a": {"tools": [], "more_tools": more, "page": 1}}).tools()
+
+
 async def test_a_bad_definition_costs_only_itself(make_hub: MakeHub, caplog: pytest.LogCaptureFixture) -> None:
     bad: list[Any] = [
         {"name": "no_schema"},
@@ -176,6 +182,17 @@ async def test_the_tools_of_a_run_do_not_change_those_of_the_next_do(
     await tool(lease, "change")()
     await recorder.wait_for(lambda event: event == ToolsChanged("a"))
     assert names(lease.tools) == ["change"]
+    assert names((await hub.tools()).tools) == ["change", "new"]
+
+
+async def test_a_list_that_cannot_be_read_again_is_told_and_asked_for_by_the_next_run(
+    make_hub: MakeHub, caplog: pytest.LogCaptureFixture, recorder: Recorder[McpEvent]
+) -> None:
+    hub = make_hub({"a": {"tools": ["change"], "list_refused": True}}, on_event=recorder)
+    await tool(await hub.tools(), "change")()
+    await recorder.wait_for(lambda event: event == ToolsChanged("a"))
+    assert names((await hub.tools()).tools) == ["change"]
+    assert "its tools changed, and it does not tell them: -32603: not now" in caplog.text
     assert names((await hub.tools()).tools) == ["change", "new"]
 
 
@@ -299,6 +316,17 @@ async def test_secrets_are_in_no_error(make_hub: MakeHub) -> None:
     lease = await make_hub({"a": entry}).tools(on_error="continue")
     assert "bad key ***" in str(lease.errors["a"])
     assert "sk-very-secret" not in repr(lease) + repr(lease.errors["a"].context)
+
+
+async def test_secrets_are_in_nothing_that_a_model_is_told_of_errors(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"env": {"KEY": "bad arguments"}}}).tools()
+    with pytest.raises(ToolError, match=r"^-32602: \*\*\*$"):
+        await tool(lease, "refuses")()
+
+
+async def test_a_name_that_is_given_twice_is_one_server(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"tools": ["echo"]}}).tools(["a", "a"])
+    assert names(lease.tools) == ["echo"]
 
 
 # Sharing

@@ -123,6 +123,22 @@ async def test_a_server_that_keeps_dying_is_started_after_a_pause_that_grows(
     assert ServerState.BACKOFF in [event.state for event in recorder.seen if isinstance(event, ServerStateChanged)]
 
 
+async def test_the_pause_has_a_limit_and_ends_with_a_server_that_stayed(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    server = hub._servers["a"]
+    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 0.5)
+    for _ in range(12):
+        server._failed_again()
+    assert server._not_before - asyncio.get_running_loop().time() == pytest.approx(30, abs=0.1)
+    monkeypatch.setattr("lmbridge.mcp.servers._STABLE", 0.0)
+    with pytest.raises(ToolError):
+        await tool(lease, "die")()
+    assert (server._failures, server._not_before) == (0, 0.0)
+
+
 async def test_a_server_that_could_not_be_started_is_tried_again_by_the_next_run(
     make_hub: MakeHub, tmp_path: Path
 ) -> None:
