@@ -362,3 +362,10 @@ def test_without_a_working_directory_or_a_home_there_is_no_file(monkeypatch: pyt
     assert load_config().path is None
     monkeypatch.setattr(Path, "home", lambda: fails(RuntimeError()))
     assert load_config().path is None
+
+
+def test_a_file_that_is_too_large_to_be_one_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_bytes(b" " * (4 * 2**20 + 1))
+    with pytest.raises(MCPError, match="is larger than 4 MiB"):
+        load_config(path)

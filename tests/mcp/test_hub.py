@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,7 @@ async def test_a_run_may_go_on_without_the_servers_that_failed(
 
 async def test_a_server_that_does_not_answer_is_given_up_in_time(make_hub: MakeHub) -> None:
     hub = make_hub({"mute": {"hang": True}}, connect_timeout=0.3)
-    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.3 seconds"):
+    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.3 seconds.*\"connectTimeout\""):
         await hub.tools()
 
 
@@ -322,6 +323,13 @@ async def test_secrets_are_in_nothing_that_a_model_is_told_of_errors(make_hub: M
     lease = await make_hub({"a": {"env": {"KEY": "bad arguments"}}}).tools()
     with pytest.raises(ToolError, match=r"^-32602: \*\*\*$"):
         await tool(lease, "refuses")()
+
+
+async def test_secrets_are_not_in_what_is_said_of_a_lost_server(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"env": {"KEY": "SIGKILL"}}})
+    with pytest.raises(ToolError, match=r"it was killed by \*\*\*"):
+        await tool(await hub.tools(), "die")()
+    assert hub.status()["a"].error == "it was killed by ***"
 
 
 async def test_a_name_that_is_given_twice_is_one_server(make_hub: MakeHub) -> None:
@@ -522,7 +530,7 @@ async def test_a_call_that_takes_too_long_is_told_to_the_server_and_to_the_model
     assert (await noted(notes))[0].startswith("cancelled ")
 
 
-async def test_a_hub_begins_anew_in_the_next_event_loop(make_hub: MakeHub, tmp_path: Path) -> None:
+async def test_a_hub_is_of_one_event_loop_at_a_time(make_hub: MakeHub, tmp_path: Path) -> None:
     hub = make_hub({"a": {}})
 
     def other() -> list[str]:
@@ -534,6 +542,17 @@ async def test_a_hub_begins_anew_in_the_next_event_loop(make_hub: MakeHub, tmp_p
     await hub.names()
     with pytest.raises(MCPError, match="in use in another event loop"):
         await asyncio.to_thread(other)
+
+
+def test_a_hub_that_nobody_closed_begins_anew_in_the_next_event_loop(config: Callable[[Any], Path]) -> None:
+    hub = McpHub(config({"a": scripted({"tools": ["echo"]})}))
+
+    async def use() -> list[str]:
+        return names((await hub.tools()).tools)
+
+    assert asyncio.run(use()) == ["echo"]
+    with pytest.warns(ResourceWarning, match="was not closed before its event loop was"):
+        assert asyncio.run(use()) == ["echo"]
 
 
 async def test_without_the_sdk_the_error_says_what_to_install(
