@@ -17,7 +17,7 @@ import attrs
 
 from lmbridge.errors import MCPError
 from lmbridge.mcp.jsonc import parse_json
-from lmbridge.mcp.spec import ServerSpec, read_spec
+from lmbridge.mcp.spec import ServerSpec, expanded, read_spec
 
 __all__ = ["McpConfig", "ServerSpec", "load_config"]
 
@@ -104,17 +104,18 @@ def find_config(path: str | os.PathLike[str] | None, *, trust_project: bool) -> 
         MCPError: a file that was named is not there.
     """
     if path is not None:
-        return _named(Path(path).expanduser(), "config_path"), None
+        return _named(path, "config_path"), None
     if given := os.environ.get("MCP_JSON_PATH"):
-        return _named(Path(given).expanduser(), "MCP_JSON_PATH"), None
+        return _named(given, "MCP_JSON_PATH"), None
     trusted = trust_project or os.environ.get("LMBRIDGE_TRUST_PROJECT") == "1"
     untrusted = None
-    project, *own = _searched()
-    if project.is_file() and not any(_is_same(project, each) for each in own):
+    own = _own()
+    project = _project()
+    if project is not None and _is_there(project) and not any(_is_same(project, each) for each in own):
         if trusted:
             return project, None
         untrusted = project
-    return next((each for each in own if each.is_file()), None), untrusted
+    return next((each for each in own if _is_there(each)), None), untrusted
 
 
 def warn_of_untrusted(path: Path) -> None:
@@ -138,16 +139,39 @@ def is_offered(tool: str, spec: ServerSpec) -> bool:
 
 
 def _searched() -> list[Path]:
-    home = Path.home()
-    return [Path.cwd() / ".mcp.json", home / ".lmstudio" / "mcp.json", home / ".mcp.json"]
+    project = _project()
+    return [*([] if project is None else [project]), *_own()]
+
+
+def _project() -> Path | None:
+    try:
+        return Path.cwd() / ".mcp.json"
+    except OSError:  # somebody removed the folder
+        return None
+
+
+def _own() -> list[Path]:
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container may have a user without one
+        return []
+    return [home / ".lmstudio" / "mcp.json", home / ".mcp.json"]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # it is in a folder that is closed to us, or no file can have that name
+        return False
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    return other.is_file() and one.samefile(other)
+    return _is_there(other) and one.samefile(other)
 
 
-def _named(path: Path, source: str) -> Path:
-    if not path.is_file():
+def _named(given: str | os.PathLike[str], source: str) -> Path:
+    path = expanded(Path(given))
+    if not _is_there(path):
         raise MCPError(f"{source} is {str(path)!r}, and there is no such file", hint="give the path of an mcp.json")
     return path.absolute()
 

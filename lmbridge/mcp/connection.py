@@ -130,6 +130,7 @@ class Connection:
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
         work = loop.create_task(_waking(request, woken))
+        work.add_done_callback(_forget)  # it may fail in the very moment in which the caller is cancelled
         self._waiting.add(woken)
         try:
             with suppress(TimeoutError):
@@ -181,11 +182,11 @@ class Connection:
                 self._session = await stack.enter_async_context(sdk.open_session(self._spec, self._link, listeners))
                 if self._session.server_name == sdk.NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
-                self.tools = await self._list()
+                self.tools = await self._first_list(self._session)
                 self.ready.set_result(None)
                 watching = asyncio.create_task(self._watch(self._session))
                 try:
-                    await asyncio.wait({self.over})  # a cancel of this task would cancel the future itself
+                    await asyncio.wait({self.over})  # a cancel of this task is none of those who look at `over`
                 finally:
                     await _cancelled(watching)
         except asyncio.CancelledError:
@@ -211,6 +212,14 @@ class Connection:
     async def _end_process(self, link: StdioLink) -> None:
         is_ending_well = self.ready.done() and self.over.done() and self.over.result() == CLOSED
         await link.end(patience=None if is_ending_well else 0.0)
+
+    async def _first_list(self, session: Session) -> list[Any]:
+        try:
+            return await self._list()
+        except sdk.RefusedError:
+            if session.has_tools:
+                raise
+            return []  # one of prompts or resources: that it has no tools is not wrong
 
     async def _list(self) -> list[Any]:
         """All tools, as they were sent."""

@@ -48,8 +48,9 @@ def tools_of(
             tool = _tool(server, definition, name, timeout)
             if tool.name in tools:
                 raise LLMValidationError("the server has two of that name")
-        except LLMValidationError as exc:
-            left_out.append(LeftOut(server.spec.name, str(name or f"number {number + 1}"), str(exc)))
+        except (LLMValidationError, RecursionError) as exc:
+            reason = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
+            left_out.append(LeftOut(server.spec.name, str(name or f"number {number + 1}"), reason))
         else:
             tools[tool.name] = tool
     return list(tools.values())

@@ -347,7 +347,11 @@ class DynamicAutonomousAgent:
                 "stream and full are both set", hint="leave full out: the last event of a stream has the whole result"
             )
         hub = self._hub
-        await _check(hub, names)
+        try:
+            await _check(hub, names)
+        except MCPError:
+            if hub is self._hub:
+                raise
         if hub is not self._hub:
             raise TaskCancelledError(_CLOSED)
         handle = self._agent._start(  # noqa: SLF001 - made for those who find tools in a way of their own

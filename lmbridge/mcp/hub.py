@@ -78,10 +78,8 @@ class McpHub:
         idle_linger: float | None = _LINGER,
         on_event: Callable[[McpEvent], None] | None = None,
     ) -> None:
-        for name, value in (("connect_timeout", connect_timeout), ("idle_linger", idle_linger)):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 < value < math.inf):
-                raise LLMValidationError(f"{name} is {value!r}", hint="give a positive number of seconds, or None")
+        _check_seconds("connect_timeout", connect_timeout)
+        _check_seconds("idle_linger", idle_linger)
         self._path, self._trust = config_path, trust_project
         self._connect_timeout, self._linger = connect_timeout or DEFAULT_CONNECT_TIMEOUT, idle_linger
         self._on_event = on_event
@@ -126,6 +124,7 @@ class McpHub:
         """
         if on_error not in ("raise", "continue"):
             raise LLMValidationError(f"on_mcp_error is {on_error!r}", hint='give "raise" or "continue"')
+        _check_seconds("call_timeout", call_timeout)
         servers, errors = self._chosen(await self.reload(), names)
         for server in servers:
             server.acquire()
@@ -159,7 +158,8 @@ class McpHub:
                 if self._config is None:
                     raise
                 logger.warning("the last good MCP configuration stays in use: %s", error)
-                return self._config
+                config = self._config
+            self._check_open()  # who closed it meanwhile has been told that nothing runs any more
             if config is not self._config:
                 self._apply(config)
             return config
@@ -273,8 +273,7 @@ class McpHub:
         Raises:
             MCPError: it is closed, or in use in another loop.
         """
-        if self._is_closed:
-            raise MCPError("the hub of MCP servers is closed", hint="make another")
+        self._check_open()
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
@@ -284,9 +283,19 @@ class McpHub:
             warnings.warn("an McpHub was not closed before its event loop was", ResourceWarning, stacklevel=3)
         self._loop, self._reloading, self._servers, self._retired = loop, None, {}, []
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise MCPError("the hub of MCP servers is closed", hint="make another")
+
     def _check_same_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise MCPError("the hub of MCP servers is in use in another event loop", hint="make one for each loop")
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and 0 < value < math.inf):
+        raise LLMValidationError(f"{name} is {value!r}", hint="give a positive number of seconds, or None")
 
 
 def _is_itself(config: McpConfig, name: str) -> bool:

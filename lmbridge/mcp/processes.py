@@ -48,8 +48,7 @@ class Groups:
 
     def add(self, group: int) -> None:
         """Notes a group that has begun; the guardian is told."""
-        if self._host != os.getpid():  # the first, or a fork: the groups are those of its parent
-            self._groups, self._host, self._pipe = set(), os.getpid(), -1
+        self._host = os.getpid()
         if not self._asked_for_sigterm and threading.current_thread() is threading.main_thread():
             self._asked_for_sigterm = True
             if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -67,11 +66,20 @@ class Groups:
         try:
             os.write(self._pipe, line)
         except OSError:  # there is no guardian yet, or somebody ended it
-            if self._pipe >= 0:
-                os.close(self._pipe)
+            self._drop_pipe()
             self._pipe = _start_guardian()
             if self._groups and self._pipe >= 0:
                 os.write(self._pipe, b"".join(b"+%d\n" % group for group in self._groups))
+
+    def forget(self) -> None:
+        """Leaves the groups to the process that this one is a fork of: held open here, its pipe would outlive it."""
+        self._groups = set()
+        self._drop_pipe()
+
+    def _drop_pipe(self) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+        self._pipe = -1
 
     def _on_sigterm(self, number: int, _frame: object) -> None:
         """Ends the groups, then this process as the signal would have."""
@@ -82,6 +90,8 @@ class Groups:
 
 
 groups: Final = Groups()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=groups.forget)
 
 
 def _start_guardian() -> int:
@@ -125,6 +135,7 @@ async def end_group(group: int, *, patience: float) -> None:
                 return
     except asyncio.CancelledError:
         guardian.send(group, signal.SIGKILL)
+        groups.discard(group)  # nothing survives that, and its number may soon be somebody else's
         raise
     logger.error("the process group %d is still there %g seconds after SIGKILL", group, _GONE_AFTER)
 
@@ -188,9 +199,8 @@ class Child(asyncio.SubprocessProtocol):
             )
         )
         try:
-            await asyncio.shield(starting)
-        finally:  # a cancel must not lose a process that has begun
-            await asyncio.wait({starting})
+            await settle(starting)  # a cancel, or a second one, must not lose a process that has begun
+        finally:
             if not starting.cancelled() and starting.exception() is None:
                 self._transport = starting.result()[0]
                 groups.add(self._transport.get_pid())
@@ -255,7 +265,7 @@ class Child(asyncio.SubprocessProtocol):
         if fd == 0:
             self._writable.set()
         self._open.discard(fd)
-        if fd == 1 or not self._open:
+        if fd != 2:
             self._ended_soon()
 
     def process_exited(self) -> None:
@@ -290,7 +300,7 @@ class Child(asyncio.SubprocessProtocol):
     def _fate(self) -> str:
         code = None if self._transport is None else self._transport.get_returncode()
         if code is None:
-            return "it closed its output"
+            return "it closed its output" if 1 not in self._open else "it does not read any more"
         if code >= 0:
             return f"it ended with status {code}"
         with suppress(ValueError):

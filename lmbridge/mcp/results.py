@@ -35,6 +35,10 @@ class McpText(str):
         made.result = result
         return made
 
+    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]  # of a str, it is the text
+        """For copies, and for other processes."""
+        return str(self), self.result
+
 
 def text_of(result: Mapping[str, Any]) -> str:
     """A result as text: its texts as they are, a line each, and a line in brackets for what is none.

@@ -326,7 +326,8 @@ class McpServer:
             self._failures, self._not_before = 0, 0.0
         self._error = self.spec.redacted(connection.over.result())
         words = f"; the last lines of its stderr: {_quoted(connection.last_words)}" if connection.last_words else ""
-        logger.warning("MCP server %r was lost: %s%s", self.spec.name, self._error, words)
+        if connection.over.result() != CLOSED:  # else the event loop ends, and whoever forgot to close us with it
+            logger.warning("MCP server %r was lost: %s%s", self.spec.name, self._error, words)
         self._set(ServerState.LOST)
 
     def _failure(

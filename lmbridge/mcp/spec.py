@@ -30,7 +30,16 @@ _TRANSPORTS: Final[Mapping[str, Transport]] = {
     "sse": "sse",
 }
 _OURS: Final = ("allow", "deny", "connectTimeout", "callTimeout")
-_NOT_SUPPORTED: Final = ("auth", "envFile", "headersHelper", "oauth", "sandbox", "sandboxEnabled")
+_NOT_SUPPORTED: Final = (
+    "auth",
+    "disabledTools",
+    "envFile",
+    "headersHelper",
+    "oauth",
+    "sandbox",
+    "sandboxEnabled",
+    "timeout",
+)
 """Keys of other hosts that change what a server does, and that are not read here."""
 _VARIABLE: Final = re.compile(r"\$\{(?P<name>[^}]*)\}")
 _NAME: Final = re.compile(r"(?:env:)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
@@ -125,8 +134,16 @@ def read_spec(name: str, entry: Any, where: str, folder: Path, environ: Mapping[
         command=_program(reader, folder),
         args=reader.texts("args"),
         env=reader.mapping("env"),
-        cwd=None if cwd is None else str(folder / Path(cwd).expanduser()),
+        cwd=None if cwd is None else str(folder / expanded(Path(cwd))),
     )
+
+
+def expanded(path: Path) -> Path:
+    """A path with the home that `~` stands for; as it is where nobody has that home."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def _program(reader: _Reader, folder: Path) -> str:
@@ -134,7 +151,7 @@ def _program(reader: _Reader, folder: Path) -> str:
     if not command or not command.strip():
         raise reader.error("command", "is empty", "give the program to start")
     if "/" in command and not command.startswith("/"):
-        return str(folder / Path(command).expanduser())  # not relative to wherever this program was started
+        return str(folder / expanded(Path(command)))  # not relative to wherever this program was started
     return command
 
 

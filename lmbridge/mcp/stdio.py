@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
 
 from lmbridge.mcp.processes import Child
+from lmbridge.mcp.results import clean
 from lmbridge.mcp.spec import ServerSpec
 
 logger = logging.getLogger("lmbridge.mcp")
@@ -20,7 +24,9 @@ LARGEST_MESSAGE: Final = 16 * 2**20
 """Bytes of a message. A larger one would stall the event loop while it is parsed."""
 _QUEUED: Final = 256
 """Messages that wait to be handled before a server's output is left unread."""
-_KEY: Final = re.compile(rb'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
+_KEY: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
+_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>\\u[dD][89a-fA-F]..)|\\.")
+_DECODER: Final = json.JSONDecoder()
 _ATTEMPTS: Final = 8
 
 
@@ -53,8 +59,7 @@ class MessageReader:
             self._check(end - begin)
             line = bytes(self._buffer[begin:end])
             begin = end + 1
-            if (message := self._message(line)) is not None:
-                yield message
+            yield from self._messages(line)
         del self._buffer[:begin]
         self._check(len(self._buffer))
 
@@ -62,27 +67,39 @@ class MessageReader:
         if size > self._largest:
             raise MessageTooLargeError(f"it sent a message of more than {self._largest:,} bytes")
 
-    def _message(self, line: bytes) -> dict[str, Any] | None:
+    def _messages(self, line: bytes) -> list[dict[str, Any]]:
         if not line.strip():
-            return None
-        if (message := _decoded(line)) is not None:
-            return message
-        line = line.decode(errors="replace").encode()  # a bad byte would cost the whole message
-        begins = [found.start() for found in _KEY.finditer(line)][:_ATTEMPTS]
-        for begin in begins:
-            if (message := _decoded(line[begin:])) is not None:
-                return message
+            return []
+        try:
+            messages = [msgspec.json.decode(line)]
+        except (ValueError, RecursionError):
+            messages = _salvaged(line)
+        if found := [each for each in messages if isinstance(each, dict) and "jsonrpc" in each]:
+            return found
         self.garbage += 1
         self.first_garbage = self.first_garbage or line
-        return None
+        return []
 
 
-def _decoded(line: bytes) -> dict[str, Any] | None:
-    try:
-        message = msgspec.json.decode(line)
-    except (ValueError, RecursionError):
-        return None
-    return message if isinstance(message, dict) and "jsonrpc" in message else None
+def _salvaged(line: bytes) -> list[Any]:
+    """The objects of a line that is no JSON as it stands, for a message that is dropped leaves its call without an end.
+
+    There may be text around them, as of a program that prints from two threads; a bad byte, or half of a surrogate
+    pair, which JavaScript makes where it cuts a text in an emoji; or NaN, which Python writes.
+    """
+    text = _ESCAPE.sub(_whole, line.decode(errors="replace"))
+    found: list[Any] = []
+    end = 0
+    for begin in islice((match.start() for match in _KEY.finditer(text)), _ATTEMPTS):
+        if begin >= end:
+            with suppress(ValueError, RecursionError):
+                value, end = _DECODER.raw_decode(text, begin)
+                found.append(value)
+    return found
+
+
+def _whole(found: re.Match[str]) -> str:
+    return "\\ufffd" if found["half"] else found.group()
 
 
 class StdioLink:
@@ -109,7 +126,7 @@ class StdioLink:
     @property
     def last_words(self) -> str:
         """The last lines of its stderr."""
-        return self._spec.redacted(self._child.stderr.text)
+        return self._spec.redacted(clean(self._child.stderr.text))
 
     async def start(self) -> None:
         """Starts the process.
@@ -151,7 +168,13 @@ class StdioLink:
         Raises:
             ConnectionError: the server does not read any more.
         """
-        await self._child.write(message + b"\n")
+        try:
+            await self._child.write(message + b"\n")
+        except ConnectionError:
+            while not self._is_over:  # for a moment, until it is known why
+                self._news.clear()
+                await self._news.wait()
+            raise
 
     def _on_output(self, data: bytes) -> None:
         if self._is_over:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Self
 
 request_numbers: Final[ContextVar[list[Any] | None]] = ContextVar("request_numbers", default=None)
 """Where the numbers of the calls that the current task sends are noted, if somebody wants them."""
+
+_ABOUT_HEADERS: Final = ("type", "x-mcp-header")
+_DEPTH: Final = 16
 
 
 class Tap:
@@ -19,6 +23,8 @@ class Tap:
     Attributes:
         page: The last list.
         refusal: What the last response on HTTP was, if it was none that helps: the SDK's errors do not say.
+        calls: The calls that wait for answers, each with the numbers of its requests; for `break_off`.
+        broken: The numbers of those that `break_off` ended.
         is_forgotten: Whether the server said that it does not know the session: the SDK would go on with it for ever.
         is_modern: Whether the protocol is one in which results have a type: the SDK refuses one that has none, where
             the protocol tells clients to take it for a complete one.
@@ -29,6 +35,15 @@ class Tap:
         self.refusal = ""
         self.is_forgotten = False
         self.is_modern = False
+        self.calls: dict[asyncio.Task[Any], list[Any]] = {}
+        self.broken: set[Any] = set()
+
+    def break_off(self, number: Any) -> None:
+        """Ends the call of that number, if it still waits: the response to it has ended."""
+        for task, numbers in self.calls.items():
+            if number in numbers:
+                self.broken.add(number)
+                task.cancel()
 
     def see(self, message: Any) -> None:
         """Looks at a message that came."""
@@ -49,11 +64,21 @@ def has_name(definition: Any) -> bool:
 
 
 def _shown(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """A definition that cannot be wrong; of its properties the SDK makes HTTP headers."""
-    schema = definition.get("inputSchema")
+    """A definition that cannot be wrong, nor too deep for the SDK."""
+    schema = {"type": "object", "properties": _headers(definition.get("inputSchema"), _DEPTH)}
+    return {"name": definition["name"], "inputSchema": schema}
+
+
+def _headers(schema: Any, depth: int) -> dict[str, Any]:
+    """The properties of a schema, with what says which of them are sent as HTTP headers."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    is_right = isinstance(properties, dict) and all(isinstance(each, dict) for each in properties.values())
-    return {"name": definition["name"], "inputSchema": {"type": "object", "properties": properties if is_right else {}}}
+    if not isinstance(properties, dict) or not depth:
+        return {}
+    return {
+        name: {key: each[key] for key in _ABOUT_HEADERS if key in each} | {"properties": _headers(each, depth - 1)}
+        for name, each in properties.items()
+        if isinstance(each, dict)
+    }
 
 
 class Reading:

@@ -66,6 +66,9 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
         if OPTIONS.get("once"):
             Path(OPTIONS["once"]).touch()
         os._exit(7)
+    if name in OPTIONS.get("deaf_at", ()):
+        os.close(0)
+        time.sleep(600)
     result = text(str(arguments.get("text", name)))
     if name == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -83,6 +86,11 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
         result = {}
     if name == "env":
         result = text(json.dumps(dict(os.environ)))
+    if name in OPTIONS.get("deep_at", ()):
+        value: dict[str, Any] = {}
+        for _ in range(300):
+            value = {"a": value}
+        result = text(structuredContent=value)
     if name == "parts":
         result = text("one", "two")
     if name == "progress":
@@ -97,6 +105,8 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
 
 def listed(number: Any, params: dict[str, Any]) -> None:
     size = OPTIONS.get("page")
+    if added and OPTIONS.pop("list_refused", False):
+        return send({"id": number, "error": {"code": -32603, "message": "not now"}})
     every = tools()
     if OPTIONS.get("endless"):
         return send({"id": number, "result": {"tools": every, "nextCursor": "again"}})
@@ -117,10 +127,12 @@ def handle(message: dict[str, Any]) -> None:
         if OPTIONS.get("unterminated"):
             raw(b"no line break here ")
         info = {"name": OPTIONS.get("name", "scripted"), "version": "1"}
-        capabilities = {"tools": {"listChanged": True}, "logging": {}}
+        capabilities: dict[str, Any] = {"tools": {"listChanged": True}, "logging": {}}
+        if OPTIONS.get("undeclared") or OPTIONS.get("no_tools"):
+            del capabilities["tools"]
         version = params["protocolVersion"]
         send({"id": number, "result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}})
-    elif method == "tools/list":
+    elif method == "tools/list" and not OPTIONS.get("no_tools"):
         listed(number, params)
         if OPTIONS.get("die_after_list"):
             os._exit(0)
@@ -141,7 +153,7 @@ def begin() -> None:
     if OPTIONS.get("starts"):
         note("started")
     if OPTIONS.get("exit") is not None:
-        sys.stderr.write("missing API_KEY\n")
+        sys.stderr.write("\x1b[31mmissing\x1b[0m API_KEY\n")
         sys.exit(OPTIONS["exit"])
     if OPTIONS.get("flood"):
         sys.stderr.write("x" * 1000 + "\n" + "y" * OPTIONS["flood"] + "\n")

@@ -126,8 +126,8 @@ def test_a_program_with_a_folder_is_relative_to_the_file(tmp_path: Path) -> None
 
 
 def test_what_is_not_supported_is_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    spec(tmp_path, {"command": "x", "envFile": ".env", "alwaysLoad": True})
-    assert "MCP server 'a': not supported, and ignored: envFile" in caplog.text
+    spec(tmp_path, {"command": "x", "envFile": ".env", "alwaysLoad": True, "disabledTools": ["rm"]})
+    assert "MCP server 'a': not supported, and ignored: disabledTools, envFile" in caplog.text
 
 
 def test_headers_that_go_over_a_network_as_plain_text_are_warned_of(
@@ -339,3 +339,33 @@ def test_lmbridges_own_server_is_known_by_its_command() -> None:
     assert is_ours("lmbridge-mcp")
     assert not is_ours("python", "-m", "lmbridge_other")
     assert not is_ours("npx", "-y", "lmbridge")
+
+
+def test_a_home_that_nobody_has_is_an_error_of_that_server(tmp_path: Path) -> None:
+    path = tmp_path / "mcp.json"
+    entry = {"command": "~nobody-has-this/bin/server", "cwd": "~nobody-has-this"}
+    path.write_text(json.dumps({"mcpServers": {"a": entry}}))
+    assert load_config(path).servers["a"].command == str(tmp_path / entry["command"])
+
+
+@pytest.mark.parametrize("given", ["~nobody-has-this/mcp.json", "x" * 5_000])
+def test_a_path_that_cannot_be_one_is_told(given: str) -> None:
+    with pytest.raises(MCPError, match="there is no such file"):
+        load_config(given)
+
+
+def test_without_a_working_directory_or_a_home_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: Exception) -> Any:
+        raise error
+
+    monkeypatch.setattr(Path, "cwd", lambda: fails(FileNotFoundError()))
+    assert load_config().path is None
+    monkeypatch.setattr(Path, "home", lambda: fails(RuntimeError()))
+    assert load_config().path is None
+
+
+def test_a_file_that_is_too_large_to_be_one_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mcp.json"
+    path.write_bytes(b" " * (4 * 2**20 + 1))
+    with pytest.raises(MCPError, match="is larger than 4 MiB"):
+        load_config(path)

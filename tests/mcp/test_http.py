@@ -25,7 +25,9 @@ class HttpServer:
         status: Answered in place of anything else.
         location: Where it redirects to.
         session: The session that it knows.
-        hold: Set when a call of `sleep` has arrived; it is not answered.
+        fault: How a call of `sleep` ends: "" for never, "abort" for a connection that breaks off, "end" for a stream of
+            events that ends without an answer.
+        arrived: Set when a call of `sleep` has arrived; it is not answered.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class HttpServer:
         self.status = 0
         self.location = ""
         self.session = "s1"
+        self.fault = ""
         self.arrived = asyncio.Event()
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self.handle)
@@ -63,6 +66,10 @@ class HttpServer:
             )
         if "id" not in message:
             return web.Response(status=202)
+        if message["method"] == "tools/call" and self.fault:
+            if self.fault == "abort" and request.transport:
+                request.transport.abort()
+            return web.Response(content_type="text/event-stream")
         return web.json_response(
             {"jsonrpc": "2.0", "id": message["id"], **await self.answer(message)},
             headers={"Mcp-Session-Id": self.session},
@@ -170,6 +177,65 @@ async def test_a_call_on_http_that_takes_too_long_leaves_the_session(make_hub: M
     lease = await hub.tools(call_timeout=0.2)
     with pytest.raises(ToolError, match="did not answer within"):
         await tool(lease, "sleep")()
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
+    await hub.close()
+
+
+async def test_a_connection_that_breaks_off_in_a_call_ends_the_call_and_not_the_run(
+    make_hub: MakeHub, server: HttpServer
+) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.fault = "abort"
+    with pytest.raises(ToolError, match="may or may not have run"):
+        await tool(lease, "echo")(text="x")
+    server.fault = ""
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 2
+    await hub.close()
+
+
+async def test_an_answer_that_breaks_off_ends_the_call(
+    make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.sdk.client._SETTLE", 0.05)
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.fault = "end"
+    with pytest.raises(ToolError, match="its answer broke off, and the tool may have run"):
+        await tool(lease, "echo")(text="x")
+    server.fault = ""
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
+    await hub.close()
+
+
+async def test_a_refusal_in_a_session_names_the_status(make_hub: MakeHub, server: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.status = 401
+    with pytest.raises(ToolError, match="it answered with HTTP status 401"):
+        await tool(lease, "echo")(text="x")
+    assert hub.status()["a"].error == "it answered with HTTP status 401"
+    await hub.close()
+
+
+async def test_a_redirect_in_a_session_is_told(make_hub: MakeHub, server: HttpServer, other: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.location = other.url
+    with pytest.raises(ToolError, match="it redirects to"):
+        await tool(lease, "echo")(text="x")
+    assert other.requests == []
+    await hub.close()
+
+
+async def test_arguments_that_cannot_be_sent_leave_the_session(make_hub: MakeHub, server: HttpServer) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="the arguments cannot be sent"):
+        await tool(lease, "echo")(text="\ud83d")
     assert await tool(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 1
     await hub.close()

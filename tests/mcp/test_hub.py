@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,13 @@ async def test_a_result_without_content_is_told_and_the_session_goes_on(make_hub
     assert await tool(lease, "echo")(text="on") == "on"
 
 
+async def test_a_result_that_is_nested_too_deeply_is_told_and_the_session_goes_on(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"deep_at": ["count"]}}).tools()
+    with pytest.raises(ToolError, match="the tool ran, but its result is none: Maximum serialization depth exceeded"):
+        await tool(lease, "count")()
+    assert await tool(lease, "echo")(text="on") == "on"
+
+
 async def test_several_servers_with_tools_of_one_name_can_be_told_apart(make_hub: MakeHub) -> None:
     only = {"tools": ["echo"]}
     lease = await make_hub({"a": only, "b": only}).tools()
@@ -81,6 +90,12 @@ async def test_a_list_in_pages_is_read_to_its_end(make_hub: MakeHub) -> None:
 async def test_a_list_that_goes_round_in_circles_fails_the_server(make_hub: MakeHub) -> None:
     with pytest.raises(MultiMCPError, match="goes round in circles"):
         await make_hub({"a": {"endless": True}}).tools()
+
+
+async def test_a_list_without_end_fails_the_server(make_hub: MakeHub) -> None:
+    more = [{"name": f"t{number}", "inputSchema": {}} for number in range(101)]
+    with pytest.raises(MultiMCPError, match="has more than 100 pages"):
+        await make_hub({"a": {"tools": [], "more_tools": more, "page": 1}}).tools()
 
 
 async def test_a_bad_definition_costs_only_itself(make_hub: MakeHub, caplog: pytest.LogCaptureFixture) -> None:
@@ -107,6 +122,29 @@ async def test_a_bad_definition_costs_only_itself(make_hub: MakeHub, caplog: pyt
     ]
     assert "'an_array' is left out: its inputSchema is of type 'array'" in caplog.text
     assert await tool(lease, "empty")() == "empty"
+
+
+async def test_a_definition_that_is_nested_too_deeply_costs_only_itself(make_hub: MakeHub) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"a": schema}}
+    lease = await make_hub({"a": {"tools": ["echo"], "more_tools": [{"name": "deep", "inputSchema": schema}]}}).tools()
+    assert names(lease.tools) == ["echo"]
+    assert [each.reason for each in lease.left_out] == ["it is nested too deeply"]
+
+
+async def test_a_server_without_tools_is_none_that_failed(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"no_tools": True}, "b": {"undeclared": True, "tools": ["echo"]}})
+    assert [(each.server, each.name) for each in (await hub.tools()).tools] == [("b", "echo")]
+
+
+async def test_arguments_that_cannot_be_sent_are_told_and_the_session_goes_on(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="the arguments cannot be sent"):
+        await tool(lease, "echo")(text="half \ud83d of an emoji")
+    assert await tool(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
 
 
 async def test_the_file_says_which_tools_are_offered(make_hub: MakeHub) -> None:
@@ -145,6 +183,17 @@ async def test_the_tools_of_a_run_do_not_change_those_of_the_next_do(
     await tool(lease, "change")()
     await recorder.wait_for(lambda event: event == ToolsChanged("a"))
     assert names(lease.tools) == ["change"]
+    assert names((await hub.tools()).tools) == ["change", "new"]
+
+
+async def test_a_list_that_cannot_be_read_again_is_told_and_asked_for_by_the_next_run(
+    make_hub: MakeHub, caplog: pytest.LogCaptureFixture, recorder: Recorder[McpEvent]
+) -> None:
+    hub = make_hub({"a": {"tools": ["change"], "list_refused": True}}, on_event=recorder)
+    await tool(await hub.tools(), "change")()
+    await recorder.wait_for(lambda event: event == ToolsChanged("a"))
+    assert names((await hub.tools()).tools) == ["change"]
+    assert "its tools changed, and it does not tell them: -32603: not now" in caplog.text
     assert names((await hub.tools()).tools) == ["change", "new"]
 
 
@@ -224,7 +273,7 @@ async def test_a_run_may_go_on_without_the_servers_that_failed(
 
 async def test_a_server_that_does_not_answer_is_given_up_in_time(make_hub: MakeHub) -> None:
     hub = make_hub({"mute": {"hang": True}}, connect_timeout=0.3)
-    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.3 seconds"):
+    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.3 seconds.*\"connectTimeout\""):
         await hub.tools()
 
 
@@ -245,7 +294,7 @@ async def test_an_unknown_name_is_an_error_before_anything_is_started(make_hub: 
     assert hub.status() == {}
 
 
-@pytest.mark.parametrize("given", [{"names": "a"}, {"names": 5}, {"on_error": "ignore"}])
+@pytest.mark.parametrize("given", [{"names": "a"}, {"names": 5}, {"on_error": "ignore"}, {"call_timeout": 0}])
 async def test_wrong_arguments_are_told(make_hub: MakeHub, given: Any) -> None:
     with pytest.raises(LLMValidationError):
         await make_hub({"a": {}}).tools(**given)
@@ -268,6 +317,24 @@ async def test_secrets_are_in_no_error(make_hub: MakeHub) -> None:
     lease = await make_hub({"a": entry}).tools(on_error="continue")
     assert "bad key ***" in str(lease.errors["a"])
     assert "sk-very-secret" not in repr(lease) + repr(lease.errors["a"].context)
+
+
+async def test_secrets_are_in_nothing_that_a_model_is_told_of_errors(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"env": {"KEY": "bad arguments"}}}).tools()
+    with pytest.raises(ToolError, match=r"^-32602: \*\*\*$"):
+        await tool(lease, "refuses")()
+
+
+async def test_secrets_are_not_in_what_is_said_of_a_lost_server(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"env": {"KEY": "SIGKILL"}}})
+    with pytest.raises(ToolError, match=r"it was killed by \*\*\*"):
+        await tool(await hub.tools(), "die")()
+    assert hub.status()["a"].error == "it was killed by ***"
+
+
+async def test_a_name_that_is_given_twice_is_one_server(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"tools": ["echo"]}}).tools(["a", "a"])
+    assert names(lease.tools) == ["echo"]
 
 
 # Sharing
@@ -414,6 +481,27 @@ async def test_close_ends_all_processes_and_can_be_called_again(make_hub: MakeHu
     lease.release()
 
 
+async def test_close_while_the_file_is_read_starts_nothing_any_more(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = make_hub({"a": {}})
+    reading, go_on, load = threading.Event(), threading.Event(), hub._load
+
+    def slow() -> Any:
+        reading.set()
+        go_on.wait()
+        return load()
+
+    monkeypatch.setattr(hub, "_load", slow)
+    run = asyncio.create_task(hub.tools())
+    await asyncio.to_thread(reading.wait)
+    await hub.close()
+    go_on.set()
+    with pytest.raises(MCPError, match="is closed"):
+        await run
+    assert hub.status() == {}
+
+
 async def test_close_leaves_no_task(make_hub: MakeHub) -> None:
     before = asyncio.all_tasks()
     hub = make_hub({"a": {}, "mute": {"hang": True}}, connect_timeout=0.2)
@@ -442,7 +530,7 @@ async def test_a_call_that_takes_too_long_is_told_to_the_server_and_to_the_model
     assert (await noted(notes))[0].startswith("cancelled ")
 
 
-async def test_a_hub_begins_anew_in_the_next_event_loop(make_hub: MakeHub, tmp_path: Path) -> None:
+async def test_a_hub_is_of_one_event_loop_at_a_time(make_hub: MakeHub, tmp_path: Path) -> None:
     hub = make_hub({"a": {}})
 
     def other() -> list[str]:
@@ -454,6 +542,17 @@ async def test_a_hub_begins_anew_in_the_next_event_loop(make_hub: MakeHub, tmp_p
     await hub.names()
     with pytest.raises(MCPError, match="in use in another event loop"):
         await asyncio.to_thread(other)
+
+
+def test_a_hub_that_nobody_closed_begins_anew_in_the_next_event_loop(config: Callable[[Any], Path]) -> None:
+    hub = McpHub(config({"a": scripted({"tools": ["echo"]})}))
+
+    async def use() -> list[str]:
+        return names((await hub.tools()).tools)
+
+    assert asyncio.run(use()) == ["echo"]
+    with pytest.warns(ResourceWarning, match="was not closed before its event loop was"):
+        assert asyncio.run(use()) == ["echo"]
 
 
 async def test_without_the_sdk_the_error_says_what_to_install(

@@ -19,13 +19,15 @@ from tests.mcp.support import SERVER, gone
 from tests.support import turns
 
 HOST = """
-import asyncio, signal, sys
+import asyncio, os, sys, time
 from lmbridge.mcp import McpHub
 
 async def main():
     hub = McpHub(sys.argv[1])
     await hub.tools()
     print(hub.status()["a"].pid, flush=True)
+    if "fork" in sys.argv and os.fork() == 0:
+        time.sleep(600)
     if "forget" in sys.argv:
         return
     try:
@@ -44,7 +46,7 @@ def hosts() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for host in started:
-        host.kill()
+        guardian.send(host.pid, signal.SIGKILL)  # its forks as well
         host.communicate()
 
 
@@ -57,7 +59,8 @@ async def host_of(hosts: list[subprocess.Popen[str]], tmp_path: Path, *words: st
     def start() -> int:
         command = [sys.executable, "-c", prelude + HOST, str(tmp_path / "mcp.json"), *words]
         # A group of its own, so that a signal for its group hits nobody else.
-        hosts.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0))
+        pipe = subprocess.PIPE
+        hosts.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, process_group=0))
         assert hosts[-1].stdout is not None
         return int(hosts[-1].stdout.readline())
 
@@ -103,7 +106,14 @@ async def test_a_host_that_forgets_to_close_leaves_no_server(
     hosts: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     group = await host_of(hosts, tmp_path, "forget")
-    assert await asyncio.to_thread(hosts[0].wait) == 0
+    _, errors = await asyncio.to_thread(hosts[0].communicate)
+    assert (hosts[0].returncode, errors) == (0, "")
+    await gone(group)
+
+
+async def test_a_fork_of_the_host_does_not_keep_its_servers(hosts: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+    group = await host_of(hosts, tmp_path, "fork")
+    hosts[0].kill()
     await gone(group)
 
 
@@ -132,6 +142,7 @@ async def test_a_cancel_of_the_end_kills_the_group_at_once() -> None:
     ending.cancel()
     await asyncio.wait([ending])
     assert ending.cancelled()
+    assert pid not in processes.groups._groups
     await gone(pid)
     await child.end()
 
@@ -159,6 +170,37 @@ async def test_a_cancel_of_the_start_loses_no_process() -> None:
     assert child.pid
     await child.end()
     assert await asyncio.to_thread(guardian.is_gone, child.pid)
+
+
+async def test_a_second_cancel_of_the_start_loses_no_process_either() -> None:
+    child = Child(lambda _: None, lambda _: None)
+    starting = asyncio.create_task(child.start("sleep", ["600"], {}, None))
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert child.pid
+    await child.end()
+
+
+async def test_a_guardian_that_cannot_be_started_leaves_no_pipe_that_is_somebody_elses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = processes.Groups()
+    groups.add(2**22 + 1)
+    guardian_pipe = groups._pipe
+    monkeypatch.setattr(os, "posix_spawn", fails)
+    monkeypatch.setattr(os, "write", fails)
+    with pytest.raises(OSError, match="no more"):
+        groups.add(2**22 + 2)
+    assert groups._pipe == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(guardian_pipe)
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError("no more")
 
 
 async def test_a_server_that_does_not_read_holds_up_only_its_writer() -> None:

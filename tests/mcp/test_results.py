@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +49,12 @@ def test_a_text_keeps_the_result() -> None:
     assert text == "a"
     assert text.result == {"content": []}
     assert str.__str__(text) == "a"
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda text: pickle.loads(pickle.dumps(text))])
+def test_a_text_can_be_copied_with_its_result(copied: Callable[[McpText], McpText]) -> None:
+    text = copied(McpText("a", {"content": []}))
+    assert (text, text.result) == ("a", {"content": []})
 
 
 @pytest.mark.parametrize(

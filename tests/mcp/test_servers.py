@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import pytest
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
 from lmbridge.mcp.guardian import is_gone
+from lmbridge.mcp.sdk import RefusedError
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import SERVER, Recorder, gone, noted, tool
 from tests.support import cancel_at_each_step, turns
@@ -121,6 +123,22 @@ async def test_a_server_that_keeps_dying_is_started_after_a_pause_that_grows(
     assert ServerState.BACKOFF in [event.state for event in recorder.seen if isinstance(event, ServerStateChanged)]
 
 
+async def test_the_pause_has_a_limit_and_ends_with_a_server_that_stayed(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    server = hub._servers["a"]
+    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 0.5)
+    for _ in range(12):
+        server._failed_again()
+    assert server._not_before - asyncio.get_running_loop().time() == pytest.approx(30, abs=0.1)
+    monkeypatch.setattr("lmbridge.mcp.servers._STABLE", 0.0)
+    with pytest.raises(ToolError):
+        await tool(lease, "die")()
+    assert (server._failures, server._not_before) == (0, 0.0)
+
+
 async def test_a_server_that_could_not_be_started_is_tried_again_by_the_next_run(
     make_hub: MakeHub, tmp_path: Path
 ) -> None:
@@ -191,6 +209,14 @@ async def test_a_server_that_hangs_in_a_call_goes_on_with_the_next(make_hub: Mak
     assert hub.status()["a"].starts == 1
 
 
+async def test_a_server_that_closes_its_stdin_is_lost_though_it_lives(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {"deaf_at": ["count"]}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match=r"lost during the call \(it does not read any more\)"):
+        await tool(lease, "count")()
+    assert await tool(lease, "echo")(text="on") == "on"
+
+
 # What is left
 
 
@@ -258,6 +284,32 @@ async def group_of(notes: Path) -> int:
     """The process group of a scripted server that noted its grandchild."""
     (line, *_) = await noted(notes)
     return os.getpgid(int(line.split()[1]))
+
+
+async def test_a_cancel_in_the_moment_of_a_failure_is_all_that_is_heard_of(make_hub: MakeHub) -> None:
+    heard: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    connection = hub._servers["a"]._connection
+    assert connection
+    fail = asyncio.Event()
+
+    async def failing(*_: object) -> Any:
+        await fail.wait()
+        raise RefusedError("late")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection._session, "call", failing)
+        call = asyncio.create_task(tool(lease, "echo")(text="x"))
+        await turns()
+        fail.set()
+        call.cancel()
+        await asyncio.wait([call])
+    assert call.cancelled()
+    del call
+    gc.collect()  # asyncio tells of errors that nobody looked at when they are forgotten
+    assert heard == []
 
 
 async def test_cancels_at_any_moment_leave_nothing_behind(make_hub: MakeHub, recorder: Recorder[Any]) -> None:

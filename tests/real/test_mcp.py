@@ -21,7 +21,9 @@ import pytest_asyncio
 from lmbridge import ToolContext, ToolError
 from lmbridge.agent.toolset import Ready, Toolset
 from lmbridge.mcp import McpEvent, McpHub, ToolProgress, guardian
-from tests.mcp.support import Recorder, names, scripted, tool
+from tests.mcp.support import Recorder, gone, names, scripted, tool
+from tests.mcp.test_processes import HOST
+from tests.support import turns
 
 pytestmark = pytest.mark.real
 
@@ -163,6 +165,50 @@ async def test_one_that_is_killed_in_a_call_comes_back_and_disturbs_no_other(mak
     assert {name: status.starts for name, status in hub.status().items()} == {"everything": 2, "time": 1}
 
 
+async def test_one_that_is_killed_in_a_call_that_changes_things_is_not_called_again(
+    make_hub: MakeHub, servers: Any, folder: Path
+) -> None:
+    hub = make_hub({"git": servers["git"]})
+    lease = await hub.tools()
+    pid = hub.status()["git"].pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
+    call = asyncio.create_task(tool(lease, "git_commit")(repo_path=str(folder), message="once"))
+    await turns(10)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ToolError, match="may or may not have run"):
+        await call
+    assert "Untracked" in await tool(lease, "git_status")(repo_path=str(folder))
+    assert hub.status()["git"].starts == 2
+
+
+async def test_one_that_hangs_in_a_call_is_told_to_stop_and_goes_on(make_hub: MakeHub, servers: Any) -> None:
+    hub = make_hub({"everything": servers["everything"]})
+    lease = await hub.tools(call_timeout=0.5)
+    with pytest.raises(ToolError, match=r"did not answer within 0.5 seconds"):
+        await tool(lease, "trigger-long-running-operation")(duration=60, steps=60)
+    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    assert hub.status()["everything"].starts == 1
+
+
+async def test_what_a_launcher_prints_does_not_disturb_the_server_behind_it(make_hub: MakeHub, servers: Any) -> None:
+    command = servers["everything"]["command"]
+    script = f"echo 'Starting...'; echo '{{half of a'; printf 'no end of line '; exec {command} stdio"
+    lease = await make_hub({"a": {"command": "sh", "args": ["-c", script]}}).tools()
+    assert await tool(lease, "echo")(message="on") == "Echo: on"
+
+
+async def test_a_package_that_is_not_there_is_told_in_the_launchers_words(make_hub: MakeHub, servers: Any) -> None:
+    missing = {
+        "npm": {"command": "npx", "args": ["--no-install", "no-such-mcp-server"], "cwd": str(NPM)},
+        "pypi": {"command": sys.executable, "args": ["-m", "no_such_mcp_server"]},
+    }
+    lease = await make_hub({**missing, "time": servers["time"]}).tools(on_error="continue")
+    assert {each.server for each in lease.tools} == {"time"}
+    assert "no-such-mcp-server" in str(lease.errors["npm"])
+    assert "No module named no_such_mcp_server" in str(lease.errors["pypi"])
+
+
 async def test_a_cancelled_call_leaves_the_session_usable(make_hub: MakeHub, servers: Any) -> None:
     recorder: Recorder[McpEvent] = Recorder()
     hub = make_hub({"everything": servers["everything"]}, on_event=recorder)
@@ -202,6 +248,27 @@ async def test_the_whole_tree_of_npx_is_gone_when_close_returns(make_hub: MakeHu
     assert await asyncio.to_thread(members, group) > 1
     await hub.close()
     assert await asyncio.to_thread(guardian.is_gone, group)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+async def test_the_whole_tree_of_npx_is_gone_after_the_end_of_its_host(
+    servers: Any, tmp_path: Path, number: signal.Signals
+) -> None:
+    del servers  # skips where they are missing
+    entry = {"command": "npx", "args": ["--no-install", "mcp-server-everything", "stdio"], "cwd": str(NPM)}
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"a": entry}}))
+    host = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOST, str(tmp_path / "mcp.json")),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert host.stdout is not None
+    group = int(await host.stdout.readline())
+    assert await asyncio.to_thread(members, group) > 1
+    host.send_signal(number)
+    assert await host.wait() == -number
+    await gone(group)
 
 
 def members(group: int) -> int:

@@ -9,6 +9,7 @@ cancelled.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -26,14 +27,17 @@ logger = logging.getLogger("lmbridge.mcp")
 
 _CONNECT: Final = 30.0
 _SETTLE: Final = 1.0
-"""Seconds that telling a server of a cancel may take."""
+"""Seconds that telling a server of a cancel may take, and an answer from the end of its response to the call."""
 _CONNECTION_CLOSED: Final = -32000
 _CLOSED: Final = "the connection was closed"
+_BROKEN_OFF: Final = "its answer broke off, and the tool may have run"
 _OF_THE_TRANSPORT: Final = ("Session terminated", "Server returned an error response")
 """Texts of errors that the SDK makes itself, with codes that servers use as well, of a session that is lost."""
 REFUSED: Final = "lmbridge/refused"
 """A key of ours in the definition of a tool that must not be called: why."""
 _BAD_HEADERS: Final = "what its inputSchema says of HTTP headers (x-mcp-header) is wrong, so that it must not be called"
+_NO_ANSWER: Final = "SSE stream ended without a response"
+"""What the SDK says of a stream of events that ended with a call unanswered."""
 
 
 class SessionLostError(Exception):
@@ -61,6 +65,8 @@ class Session(Protocol):
 
     server_name: str
     protocol: str
+    has_tools: bool
+    """Whether it says that it has any."""
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         """A page of tools, each as it was sent: `tools`, `nextCursor`."""
@@ -144,6 +150,8 @@ def _client(spec: ServerSpec, tap: Tap) -> Any:
             is_wrong = response.status_code >= 400
             tap.refusal = f"it answered with HTTP status {response.status_code}" if is_wrong else ""
             tap.is_forgotten |= response.status_code == 404 and "mcp-session-id" in response.request.headers
+        if response.request.method == "POST" and spec.transport == "http" and not is_v2():
+            _tell_end(response, tap)
 
     return httpx.AsyncClient(
         headers=dict(spec.headers),
@@ -152,6 +160,19 @@ def _client(spec: ServerSpec, tap: Tap) -> Any:
         trust_env=False,
         event_hooks={"response": [look]},
     )
+
+
+def _tell_end(response: Any, tap: Tap) -> None:
+    """Ends the call that a response was for soon after the response: 1.x would wait for the answer for ever."""
+    number = json.loads(response.request.content).get("id")
+    close = response.aclose
+
+    async def closed() -> None:
+        await close()
+        asyncio.get_running_loop().call_later(_SETTLE, tap.break_off, number)
+
+    if number is not None:
+        response.aclose = closed
 
 
 # Sessions
@@ -219,33 +240,38 @@ class _SessionBase:
 
     server_name: str
     protocol: str
+    has_tools: bool
 
-    def __init__(self, client: Any, tap: Tap, info: Any, protocol: Any) -> None:
+    def __init__(self, client: Any, tap: Tap, info: Any, protocol: Any, capabilities: Any) -> None:
         self._client, self._tap = client, tap
+        self.has_tools = getattr(capabilities, "tools", None) is not None
         self.server_name = str(getattr(info, "name", "") or "")
         self.protocol = str(protocol)
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
-        from pydantic import ValidationError
-
         self._tap.page = None
         try:
             page = await self._answer(self._list(cursor))
-        except ValidationError as exc:
+        except ValueError as exc:
             raise BadReplyError(f"its list of tools is none: {_brief(exc)}") from exc
         return _judged(self._tap.page or _plain(page), {tool.name for tool in page.tools})
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], on_progress: Callable[[float, float | None, str | None], None]
     ) -> Mapping[str, Any]:
-        from pydantic import ValidationError
+        from pydantic_core import to_json
+
+        try:
+            to_json({"params": {"arguments": arguments}})  # half a surrogate pair on its way would end an HTTP session
+        except ValueError as exc:
+            raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
 
         async def progress(done: float, total: float | None, message: str | None) -> None:
             on_progress(done, total, message)
 
         try:
             return _plain(await self._answer(self._call(tool, dict(arguments), progress)))
-        except ValidationError as exc:
+        except ValueError as exc:
             raise BadReplyError(f"the tool ran, but its result is none: {_brief(exc)}") from exc
 
     async def watch(self) -> None:
@@ -266,9 +292,11 @@ class _SessionBase:
             if self._tap.is_forgotten:
                 raise SessionLostError("the server does not know the session any more") from exc
             if error.code == _CONNECTION_CLOSED and "closed" in error.message.lower():
-                raise SessionLostError(_CLOSED) from exc
+                raise SessionLostError(self._tap.refusal or _CLOSED) from exc
             if any(error.message.startswith(text) for text in _OF_THE_TRANSPORT):
-                raise SessionLostError(error.message) from exc
+                raise SessionLostError(self._tap.refusal or error.message) from exc
+            if error.message.startswith(_NO_ANSWER):
+                raise SessionLostError(_BROKEN_OFF) from exc
             raise RefusedError(f"{error.code}: {error.message}") from exc
         except (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError) as exc:
             raise SessionLostError(_CLOSED) from exc
@@ -282,7 +310,7 @@ class _SessionBase:
 
 class _SessionV2(_SessionBase):
     def __init__(self, client: Any, tap: Tap, listeners: Listeners) -> None:
-        super().__init__(client, tap, client.server_info, client.protocol_version)
+        super().__init__(client, tap, client.server_info, client.protocol_version, client.server_capabilities)
         self._listeners = listeners
 
     async def _list(self, cursor: str | None) -> Any:
@@ -308,7 +336,7 @@ def _is_modern(client: Any) -> bool:
 
 class _SessionV1(_SessionBase):
     def __init__(self, client: Any, started: Any, tap: Tap) -> None:
-        super().__init__(client, tap, started.serverInfo, started.protocolVersion)
+        super().__init__(client, tap, started.serverInfo, started.protocolVersion, started.capabilities)
 
     async def _list(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor)
@@ -316,13 +344,18 @@ class _SessionV1(_SessionBase):
     async def _call(self, tool: str, arguments: dict[str, Any], progress: Any) -> Any:
         numbers: list[Any] = []
         token = request_numbers.set(numbers)
+        task: Any = asyncio.current_task()
+        self._tap.calls[task] = numbers
         try:
             return await self._client.call_tool(tool, arguments, progress_callback=progress)
         except asyncio.CancelledError:
+            if self._tap.broken.intersection(numbers):
+                raise SessionLostError(_BROKEN_OFF) from None
             if numbers:
                 await self._cancel(numbers[0])
             raise
         finally:
+            del self._tap.calls[task]
             request_numbers.reset(token)
 
     async def _cancel(self, number: Any) -> None:
@@ -354,7 +387,11 @@ def _plain(model: Any) -> dict[str, Any]:
     return plain
 
 
-def _brief(error: Any) -> str:
+def _brief(error: ValueError) -> str:
     """What is wrong first, of all that pydantic says."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
