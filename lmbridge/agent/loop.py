@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import attrs
 import msgspec
@@ -27,26 +26,24 @@ from lmbridge.agent.events import (
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
 from lmbridge.agent.history import Turn
 from lmbridge.agent.record import Record
+from lmbridge.agent.reply import Reply, WireCall
 from lmbridge.agent.result import Round, StopReason, ToolRecord
-from lmbridge.agent.settings import Settings
+from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.source import Source, TokenEstimate
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import Fault, Ready, Toolset
 from lmbridge.client.fold import Fold
 from lmbridge.client.names import is_same_model
-from lmbridge.client.reasoning import Piece, ReasoningSplitter, split_reasoning
-from lmbridge.client.stream import ReplyStream, collect
+from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.stream import ReplyStream
 from lmbridge.errors import (
     ContextLengthExceededError,
     LLMError,
     LLMResponseError,
     ModelChangedDuringExecutionError,
 )
-from lmbridge.types import Usage
 
 logger = logging.getLogger("lmbridge.agent")
-
-WireCall: TypeAlias = Mapping[str, Any]
 
 _MOST_TOKENS: Final = 8192
 _MARGIN: Final = 64
@@ -57,47 +54,6 @@ _RESERVE: Final = 1024
 _BROKEN: Final = ("abort", "error", "content_filter")
 """Finish reasons of an answer that is not whole: vLLM's and SGLang's, OpenRouter's, OpenAI's."""
 _REFUSED: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
-
-
-@attrs.define(kw_only=True)
-class Reply:
-    """What the model answered."""
-
-    text: str
-    reasoning: str
-    calls: Sequence[WireCall]
-    finish_reason: str | None
-    usage: Usage | None
-
-    @classmethod
-    def read(cls, reply: Mapping[str, Any]) -> Reply:
-        """That of a whole chat completion."""
-        reply = _sendable(reply)
-        choice: Mapping[str, Any] = next(iter(reply.get("choices") or ()), {})
-        reasoning, text = split_reasoning(reply)
-        return cls(
-            text=text,
-            reasoning=reasoning,
-            calls=(choice.get("message") or {}).get("tool_calls") or (),
-            finish_reason=choice.get("finish_reason"),
-            usage=reply.get("usage"),
-        )
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it is no answer at all."""
-        return not (self.calls or self.text.strip() or self.finish_reason == "length")
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether its last call lacks the end of its arguments."""
-        if not self.calls or self.finish_reason != "length":
-            return False
-        try:
-            msgspec.json.decode(self.calls[-1]["function"]["arguments"])
-        except (ValueError, RecursionError):
-            return True
-        return False
 
 
 class Loop:
@@ -260,7 +216,7 @@ class Loop:
                     await self._hear(piece)
         for piece in splitter.close():
             await self._hear(piece)
-        return Reply.read(await collect(stream) if fold is None else fold.reply())
+        return Reply.read(stream.partial if fold is None else fold.reply())
 
     async def _hear(self, piece: Piece) -> None:
         self._record.hear(piece)
@@ -344,7 +300,11 @@ class Loop:
         turn = self._history.begin_turn(self._record.text, calls)
         asked = [self._tools.read(call) for call in calls]
         self._record.calls += map(_as_call, asked)
-        refused = [isinstance(each, Ready) and not await self._is_allowed(each.call) for each in asked]
+        approve = self._settings.approve
+        refused = [
+            approve is not None and isinstance(each, Ready) and not await self._is_allowed(approve, each.call)
+            for each in asked
+        ]
         most = self._settings.max_parallel_tools
         places = asyncio.Semaphore(most) if len(asked) > most else nullcontext()
         answers = [
@@ -356,11 +316,9 @@ class Loop:
             self._bad_calls.note(bad=isinstance(each, Fault))
         return records
 
-    async def _is_allowed(self, call: ToolCall) -> bool:
-        if self._settings.approve is None:
-            return True
+    async def _is_allowed(self, approve: Approve, call: ToolCall) -> bool:
         try:
-            answer = self._settings.approve(call)
+            answer = approve(call)
             return bool(await answer if inspect.isawaitable(answer) else answer)
         except Exception as exc:  # code of the user, which may raise anything
             raise LLMError(
@@ -411,16 +369,6 @@ async def _together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(each) for each in answers]
     return [task.result() for task in tasks]
-
-
-def _sendable(value: Any) -> Any:
-    """The value; where a text holds half a surrogate pair, which no request can hold, with a question mark for it."""
-    try:
-        msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        whole = json.loads(json.dumps(value))  # joins the two halves that came in two chunks
-        return json.loads(json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace"))
-    return value
 
 
 def _as_call(asked: Ready | Fault) -> ToolCall:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, TypeAlias
 
@@ -144,7 +144,9 @@ class Toolset:
         wire = [dict(wire_call(name, arguments)) for name, arguments in found if name is not None]
         return wire if wire and len(wire) == len(found) else None
 
-    async def call(self, ready: Ready, context: ToolContext, *, timeout: float | None, max_output: int) -> Outcome:
+    def call(
+        self, ready: Ready, context: ToolContext, *, timeout: float | None, max_output: int
+    ) -> Coroutine[Any, Any, Outcome]:
         """Makes a call; what the tool raises is for the model to read.
 
         Args:
@@ -156,7 +158,7 @@ class Toolset:
         tool = ready.call.tool
         if tool is None:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="give what read() returned")
-        return await call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
+        return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
     def _find(self, asked: str) -> str | None:
         """The sent name of the tool that is meant, by that name or by what the tool is called in this run."""

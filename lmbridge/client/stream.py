@@ -81,6 +81,11 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         self._done = False
         self._fault: LLMError | None = None
 
+    @property
+    def partial(self) -> _Reply_co | None:
+        """What `collect` would make of the stream so far, as a new dict; None before the first chunk."""
+        return self._fold.reply() if self._fold.begun else None
+
     def __repr__(self) -> str:
         state = "failed" if self._fault else "ended" if self._events.closed else "open"
         return f"<{type(self).__name__} model={self._model!r} {state}>"
@@ -270,14 +275,11 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         error.args = (error.message,)
         error.context = {**self._events.call.context(), **error.context}
         error.status = self._events.status
-        error.partial = self._partial()
+        error.partial = self.partial
         self._fault = error
         self._left = _NOTHING
         self._events.abort(error)
         return error
-
-    def _partial(self) -> _Reply_co | None:
-        return self._fold.reply() if self._fold.begun else None
 
 
 class ChatStream(ReplyStream["ChatCompletionChunk", "ChatCompletion"]):
