@@ -121,11 +121,10 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     content = message.get("content")
     before, close, _after = (content if isinstance(content, str) else "").partition(_CLOSE)
     splitter = ReasoningSplitter(starts_in_reasoning=bool(close) and _OPEN not in before)
-    pieces = splitter.feed(reply) + splitter.close()
-    return SplitReply(
-        "".join(piece.text for piece in pieces if piece.kind == "reasoning"),
-        "".join(piece.text for piece in pieces if piece.kind == "text"),
-    )
+    said: dict[str, str] = {"reasoning": "", "text": ""}
+    for piece in (*splitter.feed(reply), *splitter.close()):
+        said[piece.kind] += piece.text
+    return SplitReply(**said)
 
 
 def _half_a_tag(content: str) -> int:

@@ -468,6 +468,19 @@ async def test_aclose_while_another_task_drains_gives_the_connection_up(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
+async def test_a_stream_tells_what_it_holds_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(*HALF, piece("!", finish_reason="stop")))
+    told: list[str | None] = []
+    async with await opened(client) as stream:
+        assert stream.partial is None
+        async for _ in stream:
+            assert stream.partial is not None
+            told.append(stream.partial["choices"][0]["message"]["content"])
+            stream.partial["choices"].clear()
+    assert told == ["Hel", "Hello", "Hello!"]
+    assert stream.partial == await collect(stream)
+
+
 # Time
 
 
