@@ -17,6 +17,7 @@ import attrs
 import msgspec
 
 from lmbridge.errors import ToolError
+from lmbridge.transport.deadline import Watch
 
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool, ToolContext
@@ -56,7 +57,13 @@ class _OutOfTimeError(Exception):
 
 
 async def call_tool(
-    tool: Tool, arguments: Mapping[str, Any], context: ToolContext, *, timeout: float | None, max_output: int
+    tool: Tool,
+    arguments: Mapping[str, Any],
+    context: ToolContext,
+    *,
+    timeout: float | None,
+    max_output: int,
+    watch: Watch,
 ) -> Outcome:
     """Calls a tool; what it raises is an outcome as well.
 
@@ -71,6 +78,7 @@ async def call_tool(
         context: What it may know of the call.
         timeout: Seconds that it may take, or None.
         max_output: Characters of its output that are kept.
+        watch: Where its time is looked after.
     """
     began = time.monotonic()
     over = _Flag()
@@ -83,7 +91,7 @@ async def call_tool(
     deadline = None if timeout is None else began + timeout
     raw: Any = None
     try:
-        raw = await _result(call, tool.is_async, deadline, timeout)
+        raw = await _result(call, tool.is_async, deadline, timeout, watch)
         text, is_error = _text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
@@ -94,7 +102,9 @@ async def call_tool(
     return Outcome(capped(text, max_output), is_error, raw, time.monotonic() - began)
 
 
-async def _result(call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None) -> Any:
+async def _result(
+    call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None, watch: Watch
+) -> Any:
     """What the tool returns, or raises."""
     if is_async:
         value = call()
@@ -110,7 +120,7 @@ async def _result(call: Callable[[], Any], is_async: bool, deadline: float | Non
     task.add_done_callback(partial(_forget, over))
     in_time = False
     try:
-        await _done(over, deadline)
+        await _done(over, deadline, watch)
         in_time = task.done()
     finally:
         has_ended = task.done() or await _ended(task)
@@ -142,16 +152,28 @@ def _set(over: asyncio.Future[None]) -> None:
         over.set_result(None)
 
 
-async def _done(over: asyncio.Future[None], deadline: float | None) -> None:
+@attrs.define(eq=False)
+class _Alarm:
+    """Wakes who waits for a tool when its time is up."""
+
+    over: asyncio.Future[None]
+    when: float
+
+    def reach(self) -> None:
+        _set(self.over)
+
+
+async def _done(over: asyncio.Future[None], deadline: float | None, watch: Watch) -> None:
     """Waits for the end, or for the deadline."""
     if deadline is None:
         await over
         return
-    timer = over.get_loop().call_later(max(0.0, deadline - time.monotonic()), _set, over)
+    alarm = _Alarm(over, watch.time() + deadline - time.monotonic())
+    watch.add(alarm)
     try:
         await over
     finally:
-        timer.cancel()
+        watch.discard(alarm)
 
 
 async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Final
 
 import attrs
@@ -42,6 +42,7 @@ from lmbridge.errors import (
     LLMResponseError,
     ModelChangedDuringExecutionError,
 )
+from lmbridge.transport.deadline import Watch
 
 logger = logging.getLogger("lmbridge.agent")
 
@@ -90,6 +91,7 @@ class Loop:
         self._history = record.history
         self._channel = channel
         self._stopping = stopping
+        self._watch = Watch(asyncio.get_running_loop())  # over tools: one timer for all of their calls
         self._estimate = TokenEstimate()
         self._context = context
         self._tools_size = len(msgspec.json.encode(tools.definitions)) if tools.definitions else 0
@@ -99,6 +101,12 @@ class Loop:
 
     async def run(self) -> StopReason:
         """Goes on until there is an answer, or a reason to end without."""
+        try:
+            return await self._rounds()
+        finally:
+            self._watch.close()
+
+    async def _rounds(self) -> StopReason:
         while self._record.rounds < self._settings.max_rounds:
             stop = await self._round()
             if stop is not None:
@@ -205,7 +213,7 @@ class Loop:
         """Reads a stream to its end; leaving it in any other way closes it, so that the server stops."""
         fold = None if isinstance(stream, ReplyStream) else Fold()  # ours folds what it hands out
         splitter, served = ReasoningSplitter(), None
-        async with aclosing(stream):
+        try:
             async for chunk in stream:
                 if fold is not None:
                     fold.add(chunk)
@@ -214,6 +222,9 @@ class Loop:
                     self._check_served(name)
                 for piece in splitter.feed(chunk):
                     await self._hear(piece)
+        except BaseException:
+            await stream.aclose()
+            raise
         for piece in splitter.close():
             await self._hear(piece)
         return Reply.read(stream.partial if fold is None else fold.reply())
@@ -260,8 +271,8 @@ class Loop:
         usage = reply.usage or {}
         if reply.usage:
             self._record.count(reply.usage)
-        guess = self._estimate.tokens(size) + len(reply.text + reply.reasoning) // 3
-        self._budget.spend(usage.get("total_tokens") or guess)
+        counted = usage.get("total_tokens")
+        self._budget.spend(counted or self._estimate.tokens(size) + len(reply.text + reply.reasoning) // 3)
         self._estimate.learn(size, usage.get("prompt_tokens"))
 
     def _trim(self, context: int, *, least: int = 0) -> bool:
@@ -351,7 +362,11 @@ class Loop:
         turn.begin(call.id)
         context = ToolContext(self._run_id, call.id, call.name, self._stopping)
         outcome = await self._tools.call(
-            ready, context, timeout=settings.tool_timeout, max_output=settings.max_tool_output
+            ready,
+            context,
+            timeout=settings.tool_timeout,
+            max_output=settings.max_tool_output,
+            watch=self._watch,
         )
         return ToolRecord(
             call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds

@@ -18,6 +18,7 @@ from lmbridge.agent.text_calls import read_text_calls, wire_call
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
+from lmbridge.transport.deadline import Watch
 
 __all__ = ["Equip", "Equipment", "Fault", "Outcome", "Ready", "Toolset"]
 
@@ -145,7 +146,13 @@ class Toolset:
         return wire if wire and len(wire) == len(found) else None
 
     def call(
-        self, ready: Ready, context: ToolContext, *, timeout: float | None, max_output: int
+        self,
+        ready: Ready,
+        context: ToolContext,
+        *,
+        timeout: float | None,
+        max_output: int,
+        watch: Watch,
     ) -> Coroutine[Any, Any, Outcome]:
         """Makes a call; what the tool raises is for the model to read.
 
@@ -154,11 +161,12 @@ class Toolset:
             context: For functions that have a parameter for it.
             timeout: Seconds that the tool may take, or None.
             max_output: Characters of its output that are kept.
+            watch: Where its time is looked after.
         """
         tool = ready.call.tool
         if tool is None:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="give what read() returned")
-        return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
+        return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output, watch=watch)
 
     def _find(self, asked: str) -> str | None:
         """The sent name of the tool that is meant, by that name or by what the tool is called in this run."""

@@ -10,6 +10,7 @@ from typing import Any
 from lmbridge import Agent
 from lmbridge.agent.history import check_pairs
 from lmbridge.testing import Behaviour, Request, ScriptedServer, answer
+from lmbridge.transport.deadline import Watch
 
 
 def asks(name: str, call_id: str = "call_1", /, **arguments: Any) -> dict[str, Any]:
@@ -30,6 +31,11 @@ def calls(*tool_calls: Mapping[str, Any], text: str = "", **options: Any) -> Beh
 def add(a: int, b: int) -> int:
     """Adds two numbers."""
     return a + b
+
+
+def watch() -> Watch:
+    """Where a call's time is looked after."""
+    return Watch(asyncio.get_running_loop())
 
 
 def generations(server: ScriptedServer) -> list[Request]:

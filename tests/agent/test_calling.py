@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from lmbridge import Tool, ToolContext, ToolError
 from lmbridge.agent import calling
 from lmbridge.agent.calling import Outcome, call_tool, capped
+from tests.agent.support import watch
 from tests.support import cancel_at_each_step, turns
 
 
@@ -36,7 +37,7 @@ async def call(
     """What comes of a call of a function."""
     context = ToolContext("run", "call", "tool", cancelled)
     tool = Tool("tool", "", {}, function)
-    return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output)
+    return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output, watch=watch())
 
 
 class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
@@ -233,12 +234,15 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter() -> None:
 import asyncio, threading
 from lmbridge import ToolContext
 from lmbridge.agent.toolset import Toolset
+from lmbridge.transport.deadline import Watch
 def hang() -> None:
     threading.Event().wait()
 async def main():
     tools = await Toolset.collect([hang])
     ready = tools.read({"function": {"name": "hang", "arguments": "{}"}})
-    print((await tools.call(ready, ToolContext("", "", "", lambda: False), timeout=0.01, max_output=100)).text)
+    watch = Watch(asyncio.get_running_loop())
+    context = ToolContext("", "", "", lambda: False)
+    print((await tools.call(ready, context, timeout=0.01, max_output=100, watch=watch)).text)
 asyncio.run(main())
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
@@ -473,7 +477,7 @@ async def test_a_tool_that_keeps_its_own_time_is_told_how_much_it_has_and_is_not
     tool = Tool("tool", "", {}, timed(None), _timed=timed)
     context = ToolContext("run", "call", "tool", lambda: False)
     for timeout in (1e-9, None):
-        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100)
+        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100, watch=watch())
         assert (outcome.text, outcome.is_error) == ("done", False)
     assert told == [1e-9, None]
 
