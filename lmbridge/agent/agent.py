@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
 
 from lmbridge.agent.history import History
@@ -202,10 +202,15 @@ class Agent:
         max_tokens: MaxTokens | None,
         messages: Sequence[Mapping[str, Any]] | None = None,
     ) -> RunHandle:
-        settings = self._settings.for_run(model=model, max_rounds=max_rounds, max_tokens=max_tokens)
+        settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens)
         history = History(checked_task(task), system_prompt=settings.system_prompt, messages=messages)
         return RunHandle(
-            source=self._source, admission=self._admission, settings=settings, equip=equip, history=history
+            checked_model(model),
+            source=self._source,
+            admission=self._admission,
+            settings=settings,
+            equip=equip,
+            history=history,
         )
 
     async def switch_model(self, model: str) -> None:
@@ -244,10 +249,13 @@ class _Tools:
         self._set = Toolset(own)
         self._has_providers = len(own) < len(self._tools)
 
-    @asynccontextmanager
-    async def equip(self, _context: int | None) -> AsyncIterator[Equipment]:
+    def equip(self, _context: int | None) -> AbstractAsyncContextManager[Equipment]:
         """The tools for a run that begins."""
-        yield Equipment(await Toolset.collect(self._tools) if self._has_providers else self._set)
+        return self._collected() if self._has_providers else nullcontext(Equipment(self._set))
+
+    @asynccontextmanager
+    async def _collected(self) -> AsyncIterator[Equipment]:
+        yield Equipment(await Toolset.collect(self._tools))
 
 
 def _is_provider(tool: AnyTool) -> TypeGuard[ToolProvider]:

@@ -102,18 +102,15 @@ class Loop:
     async def run(self) -> StopReason:
         """Goes on until there is an answer, or a reason to end without."""
         try:
-            return await self._rounds()
+            while self._record.rounds < self._settings.max_rounds:
+                stop = await self._round()
+                if stop is not None:
+                    return stop
+                if self._budget.is_spent:
+                    return "budget"
+            return "max_rounds"
         finally:
             self._watch.close()
-
-    async def _rounds(self) -> StopReason:
-        while self._record.rounds < self._settings.max_rounds:
-            stop = await self._round()
-            if stop is not None:
-                return stop
-            if self._budget.is_spent:
-                return "budget"
-        return "max_rounds"
 
     async def _round(self) -> StopReason | None:
         began = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
+import os
 import warnings
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
@@ -40,6 +40,7 @@ class RunHandle:
 
     def __init__(
         self,
+        model: str | None,
         *,
         source: Source,
         admission: Admission,
@@ -48,16 +49,16 @@ class RunHandle:
         history: History,
     ) -> None:
         asyncio.get_running_loop()  # or raises, before there is a coroutine that nobody awaits
-        self.id: Final = uuid.uuid4().hex
-        self.begun: Final = asyncio.Event()
-        """Set when it has its tools, and when it has ended."""
+        self.id: Final = os.urandom(16).hex()
+        self._has_begun = False
+        self._beginning: asyncio.Future[None] | None = None  # for who waits for it
         self._source = source
         self._admission = admission
         self._settings = settings
         self._equip = equip
         self._record = Record(history)
         self._channel: Channel[RunEvent] = Channel()
-        self.ticket: Final = Ticket(asked=settings.model, parent=current_ticket.get(), cancel=self._cancel)
+        self.ticket: Final = Ticket(asked=model, parent=current_ticket.get(), cancel=self._cancel)
         self._stop_reason: StopReason = "running"
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete)
         self._task.add_done_callback(self._close)
@@ -113,6 +114,17 @@ class RunHandle:
 
     # Inside
 
+    async def begun(self) -> None:
+        """Waits until it has its tools, or has ended."""
+        if not self._has_begun:
+            self._beginning = self._beginning or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._beginning)
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        if self._beginning is not None and not self._beginning.done():
+            self._beginning.set_result(None)
+
     def _cancel(self, error: TaskCancelledError) -> bool:
         return self._task.cancel(error)
 
@@ -162,6 +174,8 @@ class RunHandle:
         return result
 
     async def _within_time(self) -> StopReason:
+        if self._settings.max_seconds is None:
+            return await self._admitted()
         clock = asyncio.timeout(self._settings.max_seconds)
         try:
             async with clock:
@@ -180,14 +194,14 @@ class RunHandle:
             async with self._equip(context) as equipment:
                 self._record.errors = equipment.errors
                 self._record.history.tell(equipment.note)
-                self.begun.set()
-                return await self._rounds(equipment.tools, context)
+                self._begin()
+                return await self._loop(equipment.tools, context).run()
         finally:
             self._admission.leave(self.ticket)
 
-    async def _rounds(self, tools: Toolset, context: int | None) -> StopReason:
+    def _loop(self, tools: Toolset, context: int | None) -> Loop:
         stopping = lambda: self._task.stopping  # noqa: E731 - a property as a function
-        loop = Loop(
+        return Loop(
             self.id,
             source=self._source,
             settings=self._settings,
@@ -197,7 +211,6 @@ class RunHandle:
             channel=self._channel,
             stopping=stopping,
         )
-        return await loop.run()
 
     def _complete(self, error: TaskCancelledError) -> None:
         self._stop_reason = "cancelled"
@@ -206,7 +219,7 @@ class RunHandle:
 
     def _close(self) -> None:
         _running.discard(self)
-        self.begun.set()
+        self._begin()
         if self._stop_reason == "running":  # it was cancelled before it began
             self._stop_reason = "cancelled" if self._task.was_cancelled else "error"
         self.ticket.cancel = _nothing

@@ -72,7 +72,6 @@ class Settings:
     """
 
     model: str | None = attrs.field(default=None, validator=_model)
-    """Of a run: the one asked for explicitly."""
     system_prompt: str | None = attrs.field(default=None, validator=_text)
     max_rounds: int = attrs.field(default=25, validator=_count)
     max_tokens: MaxTokens = attrs.field(default="auto", validator=_max_tokens)
@@ -85,11 +84,12 @@ class Settings:
     max_bad_calls: int = attrs.field(default=5, validator=_count)
     approve: Approve | None = attrs.field(default=None, validator=_function)
 
-    def for_run(self, *, model: str | None, max_rounds: int | None, max_tokens: MaxTokens | None) -> Settings:
+    def for_run(self, *, max_rounds: int | None, max_tokens: MaxTokens | None) -> Settings:
         """Those of one run; None is what the agent has."""
+        if max_rounds is None and max_tokens is None:
+            return self
         return attrs.evolve(
             self,
-            model=model,
             max_rounds=self.max_rounds if max_rounds is None else max_rounds,
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
         )

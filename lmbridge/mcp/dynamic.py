@@ -430,7 +430,7 @@ async def _begun(stream: RunStream) -> RunStream:
         LLMError: it could not get them.
     """
     try:
-        await stream.handle.begun.wait()
+        await stream.handle.begun()
     except asyncio.CancelledError:
         await stream.aclose()
         raise

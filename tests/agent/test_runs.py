@@ -358,9 +358,10 @@ async def test_what_a_run_lacks_is_in_its_result_and_told_to_the_model(
 ) -> None:
     agent = Agent(client)
     handle = agent._start("Go.", equipped, model=None, max_rounds=None, max_tokens=None)
-    assert not handle.begun.is_set()
+    await handle.begun()
+    assert not handle.done
     result = await handle.result()
-    assert handle.begun.is_set()
+    await handle.begun()
     assert str(result.errors["source"]) == "it is not there"
     assert sent(scripted_server)["messages"][0] == {"role": "system", "content": "Something is missing."}
 
@@ -402,5 +403,5 @@ async def test_what_a_run_works_with_is_there_until_its_end_and_given_back_howev
 async def test_a_run_that_never_began_says_so_when_it_is_over(client: LLMClient) -> None:
     handle = Agent(client).start("Go.")
     handle.cancel()
-    await handle.begun.wait()
+    await handle.begun()
     assert handle.done
