@@ -218,18 +218,20 @@ class Loop:
                     served = name
                     self._check_served(name)
                 for piece in splitter.feed(chunk):
-                    await self._hear(piece)
+                    self._record.hear(piece)
+                    if self._channel.is_heard:
+                        await self._tell(piece)
         except BaseException:
             await stream.aclose()
             raise
         for piece in splitter.close():
-            await self._hear(piece)
+            self._record.hear(piece)
+            if self._channel.is_heard:
+                await self._tell(piece)
         return Reply.read(stream.partial if fold is None else fold.reply())
 
-    async def _hear(self, piece: Piece) -> None:
-        self._record.hear(piece)
-        if self._channel.is_heard:
-            await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
+    async def _tell(self, piece: Piece) -> None:
+        await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
 
     def _check_served(self, name: str | None) -> None:
         """Compares the name in a reply with that of the rounds before.
