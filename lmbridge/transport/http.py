@@ -495,16 +495,22 @@ class _Protocol(ResponseHandler):
     """
 
     look: weakref.WeakMethod[Callable[[], bool]] | None = None
+    _was_paused = False
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.look is not None:
             self._let_look()
 
+    def pause_reading(self) -> None:
+        self._was_paused = True
+        super().pause_reading()
+
     def resume_reading(self, *how: Any, **more: Any) -> None:
         # aiohttp 3.14 asks for it with each HTTP chunk that is read, and goes through the parser and the transport each
-        # time: a microsecond for each chunk of a stream. What is not paused has nothing to resume.
-        if self._reading_paused or getattr(self, "_buffer_paused", False):
+        # time: a microsecond for each chunk of a stream. What was never paused has nothing to resume. What was may
+        # have, though it does not say so: paused between two HTTP chunks, the parser stops only after the next one.
+        if self._was_paused:
             super().resume_reading(*how, **more)
 
     def connection_lost(self, exc: BaseException | None) -> None:
