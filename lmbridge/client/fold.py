@@ -66,6 +66,7 @@ class Fold:
             short = (
                 len(delta) == 1
                 and len(chunk) == self._width
+                and not chunk.get("usage")  # some servers tell it in each chunk, or begin to in the middle
                 and choice["finish_reason"] is None
                 and choice["index"] == 0
                 and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
@@ -101,7 +102,7 @@ class Fold:
                     raise TypeError("an index is no number")
                 choice = self._choices[index] = _Choice(self._content if index == 0 else io.StringIO())
             self.has_delta |= choice.add(part)
-        # The short way makes no choice, and reads no usage, which some servers tell in each chunk.
+        # The short way makes no choice, and is for chunks that look like the one before.
         self._width = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
 
     def reply(self) -> ChatCompletion:

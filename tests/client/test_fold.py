@@ -118,6 +118,9 @@ def test_usage_is_what_the_last_chunk_that_told_it_said() -> None:
     assert reply_of(FIRST, a_chunk(a_choice({}, "stop"), usage=USAGE))["usage"] == USAGE
     assert reply_of(text("x", usage=USAGE), text("y", usage=None), a_chunk(usage=None))["usage"] == USAGE
     assert reply_of(text("x", usage=USAGE), text("y", usage=later))["usage"] == later
+    assert reply_of(text("x", usage=None), text("y", usage=USAGE), text("z", usage=None))["usage"] == USAGE
+    more = a_choice({"tool_calls": [{"index": 0, "function": {"arguments": "a"}}]})
+    assert reply_of(a_chunk(more, usage=None), a_chunk(more, usage=USAGE), a_chunk(more, usage=None))["usage"] == USAGE
 
 
 def test_several_answers_are_kept_apart_and_in_the_order_of_their_numbers() -> None:
@@ -305,6 +308,65 @@ def test_chunks_that_only_add_text_are_added_as_any_others_are(usage: dict[str, 
             long._add(told)
             assert (short.begun, short.has_delta, short.finished) == (long.begun, long.has_delta, long.finished)
         assert _without_ids(short.reply()) == _without_ids(long.reply())
+
+
+# Each differs in one way from a piece of a call that brings nothing but arguments.
+PIECES = [
+    [{"index": 0, "function": {"arguments": "a"}}],
+    [{"index": 1, "function": {"arguments": "b"}}],
+    [{"index": None, "function": {"arguments": "c"}}],
+    [{"function": {"arguments": "d"}}],
+    [{"id": "e", "function": {"arguments": "e"}}],
+    [{"index": 0, "id": "f", "function": {"arguments": "f"}}],
+    [{"index": 0, "function": {"name": "g", "arguments": "g"}}],
+    [{"index": 0, "function": {"arguments": {"h": 1}}}],
+    [{"index": 0, "function": {"arguments": None}}],
+    [{"index": 0, "function": {"name": "i"}}],
+    [{"index": 0, "function": None}],
+    [{"index": 0, "function": {"arguments": "j"}, "extra": 1}],
+    [{"index": 0, "function": {"arguments": "k"}}, {"index": 1, "function": {"arguments": "l"}}],
+    [],
+]
+
+
+def test_chunks_that_only_add_arguments_are_added_as_any_others_are() -> None:
+    for pieces in itertools.product(PIECES, repeat=3):
+        short, long = Fold(), Fold()
+        for piece in pieces:
+            chunk = a_chunk(a_choice({"tool_calls": piece}))
+            short.add(chunk)
+            long._add(chunk)
+            assert (short.begun, short.has_delta, short.finished) == (long.begun, long.has_delta, long.finished)
+        assert _without_ids(short.reply()) == _without_ids(long.reply())
+
+
+def test_arguments_in_an_unusual_chunk_are_added_as_any_others_are() -> None:
+    more = {"tool_calls": [{"index": 0, "function": {"arguments": "a"}}]}
+    unusual = [
+        a_chunk(a_choice(more, index=1)),
+        a_chunk(a_choice(more, "tool_calls")),
+        a_chunk(a_choice({**more, "content": "b"})),
+        a_chunk(a_choice(more, token_ids=[1])),
+        a_chunk(a_choice(more), a_choice(more, index=1)),
+        a_chunk(a_choice(more), usage=USAGE),
+        a_chunk(a_choice(more), timings={"n": 1}),
+    ]
+    for chunks in itertools.product([a_chunk(a_choice(more)), PLAIN, *unusual], repeat=3):
+        short, long = Fold(), Fold()
+        for chunk in chunks:
+            short.add(chunk)
+            long._add(chunk)
+        assert _without_ids(short.reply()) == _without_ids(long.reply())
+
+
+@pytest.mark.parametrize(
+    "pieces", ["ab", {"a": 1}, 5, [5], [{"index": 0, "function": 5}], [{"index": 0, "function": "a"}]]
+)
+def test_pieces_of_calls_that_are_none_are_an_error_wherever_they_come(pieces: Any) -> None:
+    fold = folded([a_chunk(a_choice({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}))])
+    with pytest.raises(LLMStreamError, match="unknown shape"):
+        fold.add(a_chunk(a_choice({"tool_calls": pieces})))
+    assert fold.reply()["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "{"
 
 
 def _without_ids(reply: Mapping[str, Any]) -> Mapping[str, Any]:
