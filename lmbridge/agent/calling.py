@@ -117,7 +117,7 @@ async def _result(
     over: asyncio.Future[None] = loop.create_future()
     task = loop.create_task(_guarded(value, over), name=f"lmbridge-tool-{name}")
     _tasks.add(task)
-    task.add_done_callback(partial(_forget, over))
+    task.add_done_callback(partial(_forget, value, over))
     in_time = False
     try:
         await _done(over, deadline, watch)
@@ -148,7 +148,7 @@ async def _guarded(value: Awaitable[Any], over: asyncio.Future[None]) -> Any:
 
 
 def _set(over: asyncio.Future[None]) -> None:
-    if not over.done():
+    if not (over.done() or over.get_loop().is_closed()):  # a loop may be closed with tools that still run
         over.set_result(None)
 
 
@@ -192,11 +192,14 @@ async def _ended(task: asyncio.Future[Any]) -> bool:
     return task.done()
 
 
-def _forget(over: asyncio.Future[None], task: asyncio.Future[Any]) -> None:
-    _set(over)  # one that was cancelled before it began has not told
+def _forget(value: Awaitable[Any], over: asyncio.Future[None], task: asyncio.Future[Any]) -> None:
     _tasks.discard(task)
     if not task.cancelled():
         task.exception()  # else asyncio logs that nobody asked for it
+        return
+    _set(over)  # one that was cancelled before it began has not told
+    if inspect.iscoroutine(value):
+        value.close()  # else Python warns that nobody awaited it
 
 
 async def _result_of_thread(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:

@@ -460,6 +460,68 @@ async def test_results_and_errors_are_capped_and_the_raw_one_is_not() -> None:
     assert "characters omitted" in (await call(tool, max_output=10)).text
 
 
+def test_a_tool_whose_loop_was_closed_under_it_is_dropped_without_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unraisable: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", unraisable.append)
+    kept: set[asyncio.Future[Any]] = set()
+    monkeypatch.setattr(calling, "_tasks", kept)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(call(asyncio.Event().wait))
+    loop.run_until_complete(turns(5))
+    assert kept
+    loop.close()
+    kept.clear()
+    del task
+    gc.collect()
+    assert [record.message.partition("\n")[0] for record in caplog.records] == [
+        "Task was destroyed but it is pending!"
+    ] * 2  # asyncio's own
+    assert unraisable == []
+
+
+async def test_a_tool_that_is_cancelled_before_it_began_is_waited_for_no_longer() -> None:
+    begun: list[str] = []
+
+    async def tool() -> None:
+        begun.append("tool")
+
+    def cancel_tool() -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("lmbridge-tool-"):
+                task.cancel()
+
+    called = asyncio.create_task(call(tool, timeout=None))
+    asyncio.get_running_loop().call_soon(cancel_tool)  # after the call has made its task, before that runs
+    outcome = await called
+    assert (outcome.text, outcome.is_error, begun) == ("it was cancelled from within", True, [])
+    gc.collect()
+
+
+@pytest.mark.parametrize("ending", ["value", "error", "cancel"])
+async def test_the_time_of_a_tool_that_has_ended_is_watched_no_longer(ending: str) -> None:
+    async def work() -> None:
+        if ending == "error":
+            raise ValueError
+        if ending == "cancel":
+            await asyncio.Event().wait()
+
+    ours = watch()
+    context = ToolContext("run", "call", "tool", lambda: False)
+    called = asyncio.create_task(
+        call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100, watch=ours)
+    )
+    await turns(1)
+    assert len(ours._deadlines) == 1
+    await turns(5)
+    called.cancel()
+    await asyncio.wait([called])
+    assert called.cancelled() == (ending == "cancel")
+    assert not ours._deadlines
+    ours.close()
+
+
 # Tools that keep their own time
 
 
