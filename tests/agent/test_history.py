@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError
@@ -188,3 +188,30 @@ def test_no_note_changes_nothing() -> None:
     history.tell("")
     assert history.sent()[0] == {"role": "system", "content": "Be brief."}
     assert history.size == size
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["answer", "turn", "begin", "end", "trim", "trim all", "tell"]), max_size=12))
+def test_what_is_sent_is_the_whole_conversation_but_for_what_was_trimmed(steps: list[str]) -> None:
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    history = History("Go.", system_prompt="Be brief.", messages=before)
+    for number, step in enumerate(steps):
+        if step == "answer":
+            history.answer(f"answer {number}")
+        elif step == "turn":
+            turn(history, f"call {number}")
+        elif step == "begin":
+            history.end_turn()
+            history.begin_turn("", [asks("f", f"call {number}")])
+        elif step == "end":
+            history.end_turn()
+        elif step == "tell":
+            history.tell(f"Note {number}.")
+        else:
+            history.trim(1 if step == "trim" else history.size)
+        sent = history.sent()
+        groups = (history._head, *history._before, [history._task], *history._after)
+        assert sent == [message for group in groups for message in group]
+        assert history.size == sum(map(size_of, sent))
+        check_valid(sent)
+        sent.clear()  # whoever gets it may do with it what it likes
