@@ -123,10 +123,11 @@ class EventStream:
                 data, self._first = self._first, b""
                 if not data:
                     data = await self._content.readany()
+                    data = data if self._event_seen else self._begin(data)
                 if not data:
                     self._end()
                     return self._decoder.close()
-                if events := self._decoder.feed(data if self._event_seen else self._begin(data)):
+                if events := self._decoder.feed(data):
                     self._event_seen = True
                     self.call.answered(events[0])
                     return events
@@ -142,7 +143,11 @@ class EventStream:
             self.when = math.inf
 
     def _begin(self, data: bytes) -> bytes:
-        """The bytes of the first event, for which somebody waits; what came with it is left for the next read."""
+        """The bytes of the first event, for which somebody waits; what came with it is left for later.
+
+        Only what the network brings is cut, and once: cutting off one comment after the other would take time by the
+        square of their number.
+        """
         end = data.find(b"\n\n") + 2
         if end < 2:
             return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,7 +19,9 @@ from lmbridge import (
     Timeouts,
     collect,
 )
-from lmbridge.testing import Exchange, ScriptedServer, answer, sse, stall
+from lmbridge.testing import Exchange, ScriptedServer, answer, raw, sse, stall
+from lmbridge.testing.exchange import event
+from lmbridge.transport.sse import Event, SSEDecoder
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, text_of
 
 
@@ -44,6 +47,28 @@ async def test_chunks_are_handed_out_while_the_server_still_writes(
     assert not scripted_server.requests[0].finished
     gate.set()
     assert await read_text(stream) == "two"
+
+
+async def test_the_first_event_is_read_alone_whatever_came_with_it(
+    scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    feed = SSEDecoder.feed
+
+    def noted(decoder: SSEDecoder, data: bytes) -> list[Event]:
+        events = feed(decoder, data)
+        sizes.append(len(events))
+        return events
+
+    monkeypatch.setattr(SSEDecoder, "feed", noted)
+    sent: list[dict[str, Any] | str] = [piece("a"), piece("b"), piece("c", finish_reason="stop"), "[DONE]"]
+    for comments, parts in ((0, [1, 3]), (500, [0, 4])):  # comments are not cut off one by one
+        sizes.clear()
+        body = b": wait\n\n" * comments + b"".join(map(event, sent))
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+        scripted_server.script(raw(head + body))
+        assert await read_text(await opened(client)) == "abc"
+        assert sizes == parts
 
 
 async def test_a_chunk_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
