@@ -165,6 +165,7 @@ def test_fields_that_are_not_known_are_kept_where_they_were() -> None:
         a_chunk(a_choice({"annotations": [2], "thinking_time": 3}, stop_reason="</s>"), timings={"predicted_n": 1}),
         a_chunk(a_choice({"annotations": None, "audio": {"id": "a"}}, "stop", stop_reason=None)),
         a_chunk(a_choice({"audio": {"expires": 1}}), timings={"predicted_n": 2}, system_fingerprint=None, model=""),
+        a_chunk(model=""),
     )
     (choice,) = reply["choices"]
     assert choice.pop("message") == {

@@ -138,7 +138,16 @@ def test_other_answers_are_not_mixed_in() -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [{}, {"choices": None}, {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, chunk(), chunk(content=3)],
+    [
+        {},
+        {"choices": None},
+        {"choices": []},
+        {"choices": [{"index": 0, "delta": None}]},
+        chunk(),
+        chunk(content=3),
+        chunk(reasoning=3),
+        chunk(reasoning_content=[]),
+    ],
 )
 def test_chunks_and_replies_without_text_are_no_obstacle(odd: dict[str, Any]) -> None:
     assert streamed([odd, chunk(content="<think>a"), odd, chunk(content="</think>b"), odd]) == ("a", "b")

@@ -89,6 +89,8 @@ def test_a_name_belongs_to_its_own_event_only(body: bytes, expected: list[Event]
 )
 def test_an_event_without_data_is_skipped(body: bytes) -> None:
     assert events_of(body, b"data: next\n\n") == [b"next"]
+    named = b"event: a\ndata: 1\ndata: 2\n\n"
+    assert events_of(named + body + b"data: next\n\n") == [NamedEvent("a", b"1\n2"), b"next"]
 
 
 def test_a_named_event_with_empty_data_is_handed_out_because_its_name_may_say_all() -> None:
