@@ -722,6 +722,18 @@ async def test_a_call_that_is_cancelled_has_time_to_clean_up(bridge: Bridge, end
     assert not [message for message in link.sent if "result" in message and message["id"] == 1]
 
 
+async def test_a_message_that_comes_while_calls_are_cleaned_up_is_no_error(bridge: Bridge) -> None:
+    service = Careful(bridge)
+    link = FakeLink(INITIALIZE, {"method": "notifications/initialized"}, called(1, "list_models"))
+    serving = asyncio.create_task(serve(build(service), link))
+    await service.began.wait()
+    serving.cancel()
+    link.put({"id": 2, "method": "ping"})
+    await asyncio.wait({serving})
+    assert serving.cancelled()
+    assert service.ended.is_set()
+
+
 async def test_a_call_that_is_cancelled_by_itself_is_an_error_and_no_end(bridge: Bridge) -> None:
     link = FakeLink(INITIALIZE, {"method": "notifications/initialized"}, called(1, "list_models"))
     serving = asyncio.create_task(serve(build(Careful(bridge, is_odd=True)), link))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 import attrs
@@ -83,7 +83,23 @@ async def serve(server: Any, link: Link) -> None:
         link: The messages of the host.
     """
     async with over_stdio(link if is_v2() else _Patient(link), Tap()) as (reading, writing):
-        await server.run(reading, writing, server.create_initialization_options())
+        with _in_hand():
+            await server.run(reading, writing, server.create_initialization_options())
+
+
+@contextlib.contextmanager
+def _in_hand() -> Iterator[None]:
+    """What 2.x raises when it ends with a message that it had read and not yet handled, in place of the cancel."""
+    import anyio
+
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if group.split(anyio.BrokenResourceError)[1] is not None:
+            raise
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError from group
 
 
 class _Patient:
