@@ -28,6 +28,8 @@ DEFAULT_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
 def main(argv: list[str] | None = None) -> None:
     """Serves until the host closes stdin, or SIGINT or SIGTERM: status 0. After an error it is 1, with a line."""
     options = vars(_parser().parse_args(argv))
+    if sys.stdin is None or sys.stdout is None:
+        sys.exit("lmbridge-mcp: its stdin or stdout is closed; an MCP host is to start it, with a pipe for each")
     # To stderr: stdout is for messages alone.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:

@@ -638,6 +638,14 @@ async def test_what_is_wrong_at_the_start_is_a_line(
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+async def test_without_stdin_or_stdout_it_ends_with_a_line(start: StartBridge, closed: str) -> None:
+    program = f'import os; os.execlp("sh", "sh", "-c", "exec {sys.executable} -m lmbridge.mcp {closed}")'
+    status, errors, output = await (await start("-c", program, initialise=False)).end()
+    assert (status, output) == (1, b"")
+    assert errors == ("lmbridge-mcp: its stdin or stdout is closed; an MCP host is to start it, with a pipe for each\n")
+
+
 async def test_its_options_come_before_the_environment(start: StartBridge, scripted_server: ScriptedServer) -> None:
     options = ("--api-base", scripted_server.api_base, "--model", "qwen3-4b")
     host = await start("-m", "lmbridge.mcp", *options, LMBRIDGE_API_BASE=NOBODY, DEFAULT_MODEL="other")
