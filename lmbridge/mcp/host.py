@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -14,6 +15,8 @@ from functools import partial
 from typing import Any, Final
 
 from lmbridge.mcp.stdio import MessageReader, MessageTooLargeError
+
+logger = logging.getLogger("lmbridge.mcp")
 
 _QUEUED: Final = 256
 """Messages that wait to be handled before the host's output is left unread."""
@@ -128,10 +131,13 @@ class HostLink:
     def _take(self, data: bytes) -> None:
         if self._is_over:
             return
+        heard = self._reader.garbage
         try:
             self._messages += self._reader.feed(data)
         except MessageTooLargeError as exc:
             self._end(str(exc))
+        if not heard and self._reader.garbage:
+            logger.warning("the host sends what is no message: %r", self._reader.first_garbage[:200])
         if len(self._messages) > _QUEUED:
             self._has_room.clear()
         self._news.set()

@@ -71,7 +71,8 @@ class MessageReader:
         if not line.strip():
             return []
         try:
-            messages = [msgspec.json.decode(line)]
+            decoded = msgspec.json.decode(line)
+            messages = decoded if isinstance(decoded, list) else [decoded]  # a batch, which 2025-03-26 has
         except (ValueError, RecursionError):
             messages = _salvaged(line)
         if found := [each for each in messages if isinstance(each, dict) and "jsonrpc" in each]:

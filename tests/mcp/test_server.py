@@ -601,11 +601,30 @@ async def test_nothing_but_messages_is_written_to_stdout(start: StartBridge) -> 
     assert "Traceback" in errors
 
 
-async def test_what_is_no_message_is_skipped(start: StartBridge) -> None:
+async def test_what_is_no_message_is_skipped_and_logged_once(start: StartBridge) -> None:
     host = await start()
     host.stdin.write(b"hello?\n\xff\xfe\n[]\n{}\n" + b'{"jsonrpc": "2.0", "id": 5}\n')
     host.send({"id": 6, "method": "ping"})
     assert (await host.receive())["id"] == 6
+    host.stdin.close()
+    assert await host.end() == (0, "WARNING lmbridge.mcp: the host sends what is no message: b'hello?'\n", b"")
+
+
+@pytest.mark.parametrize("wrong", [{"method": "ping", "params": []}, {"method": 5}, {"method": "ping", "jsonrpc": "1"}])
+async def test_a_request_that_is_none_is_answered(start: StartBridge, wrong: dict[str, Any]) -> None:
+    host = await start()
+    host.send({"id": "a", **wrong}, {"id": 2, "method": "ping"})
+    refused = await host.receive()
+    assert (refused["id"], refused["error"]["code"]) == ("a", -32600)
+    assert (await host.receive())["id"] == 2
+    host.send({"id": True, **wrong}, {"id": None, **wrong}, wrong, {"id": 3, "method": "ping"})
+    assert (await host.receive())["id"] == 3
+
+
+async def test_the_requests_of_a_batch_are_answered(start: StartBridge) -> None:
+    host = await start()
+    host.stdin.write(json.dumps([{"jsonrpc": "2.0", "id": each, "method": "ping"} for each in (1, 2)]).encode() + b"\n")
+    assert {(await host.receive())["id"] for _ in range(2)} == {1, 2}
 
 
 async def test_a_message_beyond_all_bounds_ends_it_with_a_line(start: StartBridge) -> None:

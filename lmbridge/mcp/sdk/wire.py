@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, TypeAlias
+
+import msgspec
 
 from lmbridge.mcp.streams import Reading, Tap, Writing
 
@@ -13,6 +16,11 @@ logger = logging.getLogger("lmbridge.mcp")
 
 NAME: Final = "lmbridge"
 """What this client, and this package's own server, call themselves."""
+
+_REFUSAL: Final = {
+    "jsonrpc": "2.0",
+    "error": {"code": -32600, "message": "Invalid request: it is not as JSON-RPC 2.0, and MCP, have them"},
+}
 
 Streams: TypeAlias = tuple[Reading, Writing]
 
@@ -63,8 +71,11 @@ async def over_stdio(link: Link, tap: Tap) -> AsyncIterator[Streams]:
         while (message := await link.receive()) is not None:
             try:
                 return SessionMessage(parse(message))
-            except ValueError as exc:  # no message of JSON-RPC, so that nothing can be said of it
+            except ValueError as exc:
                 logger.debug("a message was skipped: %s", exc)
+                if _is_asked(message):
+                    with contextlib.suppress(ConnectionError):  # who asked has left
+                        await link.send(msgspec.json.encode({**_REFUSAL, "id": message["id"]}))
         raise anyio.EndOfStream
 
     async def send(message: Any) -> None:
@@ -74,6 +85,12 @@ async def over_stdio(link: Link, tap: Tap) -> AsyncIterator[Streams]:
             raise anyio.BrokenResourceError from exc
 
     yield Reading(receive, tap, _nothing), Writing(send, _nothing)
+
+
+def _is_asked(message: Mapping[str, Any]) -> bool:
+    """Whether who sent it waits for an answer, and can tell it by a number."""
+    number = message.get("id")
+    return "method" in message and isinstance(number, str | int) and not isinstance(number, bool)
 
 
 async def _nothing() -> None:
