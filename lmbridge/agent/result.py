@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import attrs
 
@@ -18,6 +18,15 @@ StopReason = Literal[
 A run that ends with one of the first five returns its result. "max_rounds", "cancelled" and "error" are those of the
 result that an exception carries; "running" is that of a run that goes on.
 """
+
+ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
+    "length": ("its last reply was cut, at max_tokens or the end of the context", "raise max_tokens, or ask for less"),
+    "repetition": ("the model made the same call again and again", "say more plainly what is to be done"),
+    "bad_calls": ("the model's calls could not be made", "give it fewer tools, or use another model"),
+    "budget": ("max_seconds or max_total_tokens were used up", "raise them"),
+    "max_rounds": ("it used up its rounds", "raise max_rounds, or ask for less"),
+}
+"""What a stop reason without an answer means, and what to do."""
 
 
 @attrs.frozen(kw_only=True)

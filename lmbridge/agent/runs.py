@@ -16,7 +16,7 @@ from lmbridge.agent.events import RunEvent, RunFinished
 from lmbridge.agent.history import History
 from lmbridge.agent.loop import Loop
 from lmbridge.agent.record import Record
-from lmbridge.agent.result import RunResult, StopReason
+from lmbridge.agent.result import ENDINGS, RunResult, StopReason
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import Source
 from lmbridge.agent.switching import Admission, Ticket
@@ -167,7 +167,7 @@ class RunHandle:
             raise MaxRoundsExceededError(
                 f"the run did not come to an answer within {result.rounds} rounds",
                 result=result,
-                hint="raise max_rounds, or go on with agent.run(task, messages=error.result.messages)",
+                hint=f"{ENDINGS['max_rounds'][1]}; what it did is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
         self._channel.put_last(RunFinished(result))

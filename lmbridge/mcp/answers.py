@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from lmbridge.agent.result import RunResult
-from lmbridge.errors import LLMError
+from lmbridge.agent.result import ENDINGS, RunResult
+from lmbridge.errors import LLMError, MaxRoundsExceededError
 from lmbridge.mcp.sdk.server import Answer
 
 _CUT: Final = (
@@ -20,12 +20,8 @@ _CUT: Final = (
 )
 _ODD: Final = "[This may not be the whole answer: it ended because of {reason!r}.]"
 _EMPTY: Final = "[The model gave an empty answer.]"
-_STOPPED: Final[Mapping[str, str]] = {
-    "length": "its last reply was cut off by the limit of tokens; give a larger max_tokens",
-    "repetition": "the model made the same call again and again; say more plainly what is to be done",
-    "bad_calls": "the model's calls could not be made; give it fewer servers, or another model",
-    "budget": "its time or its tokens were used up",
-}
+_FOR_PROGRAMS: Final = "; what had arrived is in .partial"
+"""What a hint says to those who have the error itself. A host's model has not; it is shown what had arrived."""
 
 
 def completion(reply: Mapping[str, Any]) -> Answer:
@@ -70,8 +66,8 @@ def names(key: str, values: Sequence[str], none: str) -> Answer:
 def run(result: RunResult) -> Answer:
     """The answer of an agent's run; an error, if it came to none."""
     if result.stop_reason != "stop":
-        why = _STOPPED.get(result.stop_reason, result.stop_reason)
-        return Answer([f"The run ended without an answer: {why}", *_arrived(result)], is_error=True)
+        meaning, hint = ENDINGS[result.stop_reason]
+        return Answer([f"The run ended without an answer: {meaning}; {hint}", *_arrived(result)], is_error=True)
     missing = {name: str(error) for name, error in result.errors.items()}
     told = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
     note = f"[The tools of these MCP servers were missing, because they could not be started: {told}]" if told else ""
@@ -87,7 +83,9 @@ def run(result: RunResult) -> Answer:
 
 def failure(error: LLMError) -> Answer:
     """An error with its hint, and what had arrived before it."""
-    return Answer([str(error), *_arrived(error.partial)], is_error=True)
+    if isinstance(error, MaxRoundsExceededError):
+        return run(error.result)
+    return Answer([str(error).replace(_FOR_PROGRAMS, ""), *_arrived(error.partial)], is_error=True)
 
 
 def _answer(text: str, notes: Sequence[str], facts: Mapping[str, Any]) -> Answer:
@@ -120,11 +118,15 @@ def _output_text(reply: Mapping[str, Any]) -> str:
 
 
 def _arrived(partial: Any) -> list[str]:
-    """What there was of an answer before it failed, under a heading that cannot be missed."""
+    """What there was of an answer before it failed, under headings that cannot be missed."""
+    called = ""
     if isinstance(partial, RunResult):
-        text = partial.text
+        text, called = partial.text, ", ".join(call.name for call in partial.tool_calls)
     elif isinstance(partial, Mapping):
         text = _completed_text(partial) if "choices" in partial else _output_text(partial)
     else:
         text = ""
-    return [f"[What had arrived before that is not the whole answer:]\n{text}"] if text else []
+    return [
+        *([f"[What had arrived before that is not the whole answer:]\n{text}"] if text else []),
+        *([f"[Tools that it had called by then, and that may have done something: {called}]"] if called else []),
+    ]

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, Unpack, get_args, overload
 
 from lmbridge.agent.agent import Agent, AnyTool
-from lmbridge.agent.result import RunResult
+from lmbridge.agent.result import ENDINGS, RunResult
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.settings import Approve, MaxTokens, Task
 from lmbridge.agent.source import ChatClient, ChatPool
@@ -39,13 +39,6 @@ No: TypeAlias = Literal[False]
 _SHARE: Final = 2
 """Of a context that is known, definitions of tools may take one part in so many."""
 _CLOSED: Final = "the run was cancelled: its agent was closed"
-_ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
-    "length": ("its last reply was cut, at max_tokens or the end of the context", "raise max_tokens, or ask for less"),
-    "repetition": ("the model made the same call again and again", "say more plainly what is to be done"),
-    "bad_calls": ("the model's calls could not be made", "give it fewer tools, or use another model"),
-    "budget": ("max_seconds or max_total_tokens were used up", "raise them"),
-}
-"""What a stop reason means, and what to do."""
 
 
 class AgentOptions(TypedDict, total=False):
@@ -447,7 +440,7 @@ def _answer(result: RunResult) -> str:
     """
     if result.stop_reason == "stop":
         return result.text
-    meaning, hint = _ENDINGS[result.stop_reason]
+    meaning, hint = ENDINGS[result.stop_reason]
     raise RunIncompleteError(
         f"the run ended without an answer: {meaning}",
         result=result,

@@ -217,6 +217,16 @@ async def test_an_error_in_an_answer_shows_what_had_arrived_as_a_part(
     assert got.texts[1].endswith("not the whole answer:]\nHello")
 
 
+@pytest.mark.parametrize(("tool", "argument"), [("chat_completion", "prompt"), ("create_response", "input")])
+async def test_an_error_in_an_answer_names_no_attributes(
+    bridge: Bridge, scripted_server: ScriptedServer, tool: str, argument: str
+) -> None:
+    scripted_server.script(sse(*HALF))
+    got = await bridge.call(tool, {argument: "Hi."})
+    assert got.is_error
+    assert got.texts[0].endswith("the server stopped, crashed or was cut off")
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "told"),
     [
@@ -276,20 +286,38 @@ async def test_an_agent_says_which_servers_were_missing(bridge: Bridge, scripted
 
 
 @pytest.mark.parametrize(
-    ("arguments", "behaviours", "told"),
+    ("arguments", "behaviours", "told", "called"),
     [
-        ({}, [answer("Half an", finish_reason="length")], "its last reply was cut off"),
-        ({"max_rounds": 1}, [answer("Well,", tool_calls=[tool_call("count")])] * 2, "round"),
+        (
+            {},
+            [answer("Half an", finish_reason="length")],
+            "its last reply was cut, at max_tokens or the end of the context; raise max_tokens, or ask for less",
+            [],
+        ),
+        (
+            {"max_rounds": 2},
+            [answer("Well,", tool_calls=[tool_call("count")])] * 2,
+            "it used up its rounds; raise max_rounds, or ask for less",
+            ["count, count"],
+        ),
     ],
 )
 async def test_a_run_without_an_answer_is_an_error_with_what_it_had_said(
-    bridge: Bridge, scripted_server: ScriptedServer, arguments: dict[str, Any], behaviours: list[Any], told: str
+    bridge: Bridge,
+    scripted_server: ScriptedServer,
+    arguments: dict[str, Any],
+    behaviours: list[Any],
+    told: str,
+    called: list[str],
 ) -> None:
     scripted_server.script(*behaviours)
     got = await bridge.call("autonomous_with_mcp", {"mcp_name": "two", "task": "x", **arguments})
     assert got.is_error
-    assert told in got.texts[0]
+    assert got.texts[0] == f"The run ended without an answer: {told}"
     assert "not the whole answer" in got.texts[1]
+    assert [text for text in got.texts if "had called" in text] == [
+        f"[Tools that it had called by then, and that may have done something: {each}]" for each in called
+    ]
 
 
 async def test_a_bug_is_told_and_logged_with_its_traceback(
