@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from lmbridge.agent.result import ENDINGS, RunResult
+from lmbridge.client.names import is_same_model
 from lmbridge.errors import LLMError, MaxRoundsExceededError
 from lmbridge.mcp.sdk.server import Answer
 
@@ -32,14 +33,25 @@ def completion(reply: Mapping[str, Any]) -> Answer:
     return _answer(text, [_note(text, reason, "max_tokens")], facts)
 
 
-def response(reply: Mapping[str, Any]) -> Answer:
-    """The answer of a response; its id is for the model as well, which may go on from it."""
+def response(reply: Mapping[str, Any], most: int | None) -> Answer:
+    """The answer of a response; its id is for the model as well, which may go on from it.
+
+    Args:
+        reply: The server's.
+        most: The tokens that it was allowed.
+    """
     text = _output_text(reply)
     reason = None
     if reply.get("status") == "incomplete":
         reason = (reply.get("incomplete_details") or {}).get("reason") or "incomplete"
+    elif most is not None and (reply.get("usage") or {}).get("output_tokens") == most:
+        reason = "max_output_tokens"  # llama.cpp calls that "completed"
     number = reply.get("id")
-    going_on = f"[To go on from this, give previous_response_id={number!r}.]" if number else ""
+    going_on = (
+        f"[To go on from this, give previous_response_id={number!r}; LM Studio can, llama.cpp cannot.]"
+        if number
+        else ""
+    )
     facts = {"model": reply.get("model"), "response_id": number, "status": reply.get("status")}
     notes = [_note(text, reason, "max_output_tokens"), going_on]
     return _answer(text, notes, {**facts, "usage": reply.get("usage")})
@@ -72,13 +84,28 @@ def run(result: RunResult) -> Answer:
     told = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
     note = f"[The tools of these MCP servers were missing, because they could not be started: {told}]" if told else ""
     facts = {
-        "model": result.model,
+        "model": result.log[-1].model if result.log else result.model,
         "rounds": result.rounds,
         "tool_calls": [call.name for call in result.tool_calls],
         "usage": result.usage or None,
         "missing": missing or None,
     }
     return _answer(result.text, ["" if result.text else _EMPTY, note], facts)
+
+
+def compared(answer: Answer, asked: str | None) -> Answer:
+    """The answer, which says so if it is that of another model: servers with one loaded model take any name for it.
+
+    Args:
+        answer: That of a call.
+        asked: The model that the call named.
+    """
+    facts = answer.structured or {}
+    served = facts.get("model")
+    if not asked or not served or is_same_model(asked, served):
+        return answer
+    note = f"[Another model answered: {served!r}, not {asked!r}.]"
+    return Answer([*answer.texts, note], {**facts, "notes": [*facts.get("notes", ()), note]})
 
 
 def failure(error: LLMError) -> Answer:

@@ -144,12 +144,13 @@ class Bridge:
         _progress.set(progress)
         await progress.step("started")
         try:
-            return await self._functions[name](**read.arguments)
+            answer = await self._functions[name](**read.arguments)
         except LLMError as error:
             return answers.failure(error)
         except Exception as error:
             logger.exception("%s failed in a way that is a bug of lmbridge", name)
             return Answer([f"{name} failed: {type(error).__name__}: {error}"], is_error=True)
+        return answers.compared(answer, read.arguments.get("model"))
 
     # The tools. What their docstrings and annotations say is for the model that calls them.
 
@@ -229,20 +230,23 @@ class Bridge:
         input: Annotated[str, "What to say to the model."],  # noqa: A002 - the API's own name
         instructions: Annotated[str | None, "How the model is to behave. It holds for this response only."] = None,
         previous_response_id: Annotated[
-            str | None, "The id that an earlier response ended with, to go on from there. Default: begin anew."
+            str | None,
+            "The id that an earlier response ended with, to go on from there (LM Studio can, llama.cpp cannot). "
+            "Default: begin anew.",
         ] = None,
         model: Model = None,
         max_output_tokens: MaxTokens = None,
         temperature: Temperature = None,
     ) -> Answer:
-        """Asks a local language model, on a server that keeps the conversation (`/v1/responses`)."""
+        """Asks a local language model; where the server keeps its answers, a later call can go on from one."""
         params = _given(instructions=instructions, max_output_tokens=max_output_tokens, temperature=temperature)
         return answers.response(
             await _whole(
                 self._client.create_response(
                     input, model=model, previous_response_id=previous_response_id, stream=True, **params
                 )
-            )
+            ),
+            max_output_tokens,
         )
 
     async def autonomous_with_mcp(
@@ -331,7 +335,7 @@ class Bridge:
             (self.chat_completion, "Ask a local model", generates),
             (self.text_completion, "Continue a text", generates),
             (self.generate_embeddings, "Embed texts", generates | {"idempotentHint": True}),
-            (self.create_response, "Ask a local model that remembers", generates),
+            (self.create_response, "Ask a local model, or go on from its answer", generates),
             (self.autonomous_with_mcp, "Task for a local model with an MCP server", acts),
             (self.autonomous_with_multiple_mcps, "Task for a local model with MCP servers", acts),
             (self.autonomous_discover_and_execute, "Task for a local model with all MCP servers", acts),

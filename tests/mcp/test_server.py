@@ -173,7 +173,10 @@ async def test_embeddings_are_a_line_each(bridge: Bridge, scripted_server: Scrip
 async def test_a_response_says_how_to_go_on(bridge: Bridge, scripted_server: ScriptedServer) -> None:
     scripted_server.script(sse(responded("Hello.")), sse(responded("Hel", status="incomplete", id="resp_2")))
     got = await bridge.call("create_response", {"input": "Hi.", "instructions": "Be kind.", "max_output_tokens": 9})
-    assert got.texts == ["Hello.", "[To go on from this, give previous_response_id='resp_1'.]"]
+    assert got.texts == [
+        "Hello.",
+        "[To go on from this, give previous_response_id='resp_1'; LM Studio can, llama.cpp cannot.]",
+    ]
     assert got.structured is not None
     assert got.structured["response_id"] == "resp_1"
     sent = scripted_server.requests[-1].json
@@ -183,6 +186,39 @@ async def test_a_response_says_how_to_go_on(bridge: Bridge, scripted_server: Scr
     assert got.texts[0] == "Hel"
     assert "may not be the whole answer" in got.texts[1]
     assert scripted_server.requests[-1].json["previous_response_id"] == "resp_1"
+
+
+async def test_a_response_that_took_all_its_tokens_may_be_cut_whatever_the_server_calls_it(
+    bridge: Bridge, scripted_server: ScriptedServer
+) -> None:
+    usage = {"input_tokens": 3, "output_tokens": 9, "total_tokens": 12}
+    scripted_server.default = sse(responded("Once upon a", usage=usage))
+    for most, is_cut in ((9, True), (10, False), (None, False)):
+        got = await bridge.call("create_response", {"input": "Hi.", "max_output_tokens": most})
+        assert any("larger max_output_tokens" in text for text in got.texts) is is_cut
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("chat_completion", {"prompt": "Hi."}),
+        ("generate_embeddings", {"input": "a"}),
+        ("autonomous_with_mcp", {"mcp_name": "two", "task": "x"}),
+    ],
+)
+async def test_an_answer_of_another_model_says_so(
+    bridge: Bridge, scripted_server: ScriptedServer, tool: str, arguments: dict[str, Any]
+) -> None:
+    scripted_server.on_path("/v1/chat/completions", answer("Hello.", model="loaded"))
+    scripted_server.on_path("/v1/embeddings", reply(200, {"data": [{"index": 0, "embedding": [1]}], "model": "loaded"}))
+    note = "[Another model answered: 'loaded', not 'asked'.]"
+    got = await bridge.call(tool, {**arguments, "model": "asked"})
+    assert got.texts[-1] == note
+    assert got.structured is not None
+    assert (got.structured["notes"], got.structured["model"]) == ([note], "loaded")
+    for model in ("loaded", None):
+        same = await bridge.call(tool, {**arguments, "model": model})
+        assert note not in same.texts
 
 
 async def test_what_there_is_is_listed(bridge: Bridge, scripted_server: ScriptedServer) -> None:
