@@ -104,6 +104,7 @@ def test_the_tools_say_what_they_may_do(bridge: Bridge) -> None:
     acts = {name for name in NAMES if name.startswith("autonomous")}
     assert {name for name, hint in hints.items() if hint["openWorldHint"]} == acts
     assert {name for name, hint in hints.items() if hint.get("destructiveHint")} == acts
+    assert {name for name, hint in hints.items() if hint.get("idempotentHint")} == {"generate_embeddings"}
 
 
 async def test_a_chat_is_streamed_and_holds_what_was_asked_for(bridge: Bridge, scripted_server: ScriptedServer) -> None:
@@ -195,7 +196,23 @@ async def test_a_response_that_took_all_its_tokens_may_be_cut_whatever_the_serve
     scripted_server.default = sse(responded("Once upon a", usage=usage))
     for most, is_cut in ((9, True), (10, False), (None, False)):
         got = await bridge.call("create_response", {"input": "Hi.", "max_output_tokens": most})
+        assert got.structured is not None
+        assert got.structured["usage"] == usage
         assert any("larger max_output_tokens" in text for text in got.texts) is is_cut
+
+
+async def test_a_refusal_is_an_answer(bridge: Bridge, scripted_server: ScriptedServer) -> None:
+    item = {"type": "message", "content": [{"type": "refusal", "refusal": "I will not."}]}
+    scripted_server.script(sse(responded("", output=[{"type": "reasoning"}, item])))
+    assert (await bridge.call("create_response", {"input": "Hi."})).texts[0] == "I will not."
+
+
+async def test_it_asks_the_server_how_much_it_can_do_at_a_time(bridge: Bridge, scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path("/v1/models", reply(200, {"data": [{"id": "test-model", "owned_by": "llamacpp"}]}))
+    props = {"total_slots": 3, "build_info": "b1", "default_generation_settings": {"n_ctx": 4096}}
+    scripted_server.on_path("/props", reply(200, props))
+    await bridge.call("chat_completion", {"prompt": "Hi."})
+    assert bridge._client._server.transport.limits.max_concurrency == 3
 
 
 @pytest.mark.parametrize(
@@ -295,6 +312,7 @@ async def test_an_agent_works_with_the_tools_of_a_server(bridge: Bridge, scripte
     got = await bridge.call("autonomous_with_mcp", {"mcp_name": "one", "task": "Ask it.", "max_tokens": 50}, report)
     assert got.texts == ["It says moo."]
     assert got.structured is not None
+    assert got.structured["usage"]["total_tokens"] > 0
     assert {key: got.structured[key] for key in ("text", "model", "rounds", "tool_calls")} == {
         "text": "It says moo.",
         "model": "test-model",
@@ -304,6 +322,31 @@ async def test_an_agent_works_with_the_tools_of_a_server(bridge: Bridge, scripte
     steps = ["started", "round 1", "round 1: calling echo", "round 2"]
     assert [message for message in told if "answering" not in message] == steps
     assert scripted_server.requests[-1].json["max_tokens"] == 50
+
+
+@pytest.mark.parametrize(
+    ("tool", "names"),
+    [
+        ("autonomous_with_mcp", {"mcp_name": "two"}),
+        ("autonomous_with_multiple_mcps", {"mcp_names": ["two"]}),
+        ("autonomous_discover_and_execute", {}),
+    ],
+)
+async def test_the_options_of_a_run_reach_it(
+    bridge: Bridge, scripted_server: ScriptedServer, tool: str, names: dict[str, Any]
+) -> None:
+    scripted_server.default = answer("", tool_calls=[tool_call("count")])
+    options = {"max_rounds": 2, "max_tokens": 50, "model": "other"}
+    got = await bridge.call(tool, {"task": "x", **names, **options})
+    assert "it used up its rounds" in got.texts[0]
+    asked = [request.json for request in scripted_server.requests if request.path.endswith("/completions")]
+    assert [(each["max_tokens"], each["model"]) for each in asked] == [(50, "other")] * 2
+
+
+async def test_a_run_that_ends_without_a_word_says_so(bridge: Bridge, scripted_server: ScriptedServer) -> None:
+    scripted_server.script(answer("", tool_calls=[tool_call("count")]), answer(""))
+    got = await bridge.call("autonomous_with_mcp", {"mcp_name": "two", "task": "x"})
+    assert got.texts == ["[The model gave an empty answer.]"]
 
 
 async def test_an_agent_says_which_servers_were_missing(bridge: Bridge, scripted_server: ScriptedServer) -> None:
@@ -384,7 +427,10 @@ async def test_progress_is_told_at_once_and_then_now_and_then(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("tool", ["chat_completion", "autonomous_with_mcp"])
-async def test_a_call_can_be_cancelled_anywhere(bridge: Bridge, scripted_server: ScriptedServer, tool: str) -> None:
+async def test_a_call_can_be_cancelled_anywhere(
+    bridge: Bridge, scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.server._EACH", 0.0)  # also where it tells of progress
     arguments = {"prompt": "Hi."} if tool == "chat_completion" else {"mcp_name": "two", "task": "x"}
 
     async def report(_progress: float, _message: str) -> None:
