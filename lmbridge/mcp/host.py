@@ -73,8 +73,9 @@ class HostLink:
                 return None
             self._news.clear()
             await self._news.wait()
-        self._has_room.set()
-        return self._messages.popleft()
+        message = self._messages.popleft()
+        self._make_room()
+        return message
 
     async def send(self, message: bytes) -> None:
         """Sends a message; a cancel does not tear it.
@@ -106,6 +107,7 @@ class HostLink:
         with contextlib.suppress(OSError):  # a terminal that is gone
             while data := os.read(self._reading, 65536):
                 self._has_room.wait()
+                self._has_room.clear()
                 self._tell(partial(self._take, data))
         self._tell(self._end)
 
@@ -138,9 +140,12 @@ class HostLink:
             self._end(str(exc))
         if not heard and self._reader.garbage:
             logger.warning("the host sends what is no message: %r", self._reader.first_garbage[:200])
-        if len(self._messages) > _QUEUED:
-            self._has_room.clear()
+        self._make_room()
         self._news.set()
+
+    def _make_room(self) -> None:
+        if len(self._messages) <= _QUEUED:
+            self._has_room.set()
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:

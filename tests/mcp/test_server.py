@@ -21,7 +21,6 @@ from mcp.client.stdio import stdio_client
 from lmbridge import MCPConnectionError, MultiMCPError
 from lmbridge._version import __version__
 from lmbridge.mcp import sdk
-from lmbridge.mcp.host import HostLink
 from lmbridge.mcp.sdk.server import Answer, build, serve
 from lmbridge.mcp.server import Bridge, Progress
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse, stall
@@ -881,37 +880,3 @@ async def test_a_call_that_is_cancelled_by_itself_is_an_error_and_no_end(bridge:
     assert (await link.news.get())["id"] == 2
     link.messages.put_nowait(None)
     await serving
-
-
-async def test_a_host_that_does_not_read_any_more_is_an_error_and_the_end() -> None:
-    ours, theirs = os.pipe()
-    reading, writing = os.pipe()
-    os.close(reading)
-    link = HostLink(ours, writing)
-    with pytest.raises(ConnectionError, match="does not read any more"):
-        await link.send(b"{}")
-    assert await link.receive() is None
-    await link.close()
-    for each in (ours, theirs, writing):
-        os.close(each)
-
-
-async def test_a_cancelled_send_is_not_torn(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    link = HostLink(os.open(os.devnull, os.O_RDONLY), writing)
-    message = b"x" * 2**20  # more than a pipe holds
-    sending = asyncio.create_task(link.send(message))
-    first = await asyncio.to_thread(os.read, reading, 10)
-    sending.cancel()
-    await asyncio.wait({sending})
-
-    def rest() -> bytes:
-        read = first
-        while not read.endswith(b"\n"):
-            read += os.read(reading, 65536)
-        return read
-
-    assert await asyncio.to_thread(rest) == message + b"\n"
-    await link.close()
-    os.close(reading)
-    os.close(writing)
