@@ -78,6 +78,12 @@ class McpHub:
         idle_linger: float | None = _LINGER,
         on_event: Callable[[McpEvent], None] | None = None,
     ) -> None:
+        if config_path is not None and (config_path == "" or not isinstance(config_path, str | os.PathLike)):
+            raise LLMValidationError(f"config_path is {config_path!r}", hint="give the path of an mcp.json, or None")
+        if not isinstance(trust_project, bool):  # "no" is true, and would start programs of strangers
+            raise LLMValidationError(f"trust_project is {trust_project!r}", hint="give True or False")
+        if on_event is not None and not callable(on_event):
+            raise LLMValidationError(f"what is to get the events is {on_event!r}", hint="give a function, or None")
         _check_seconds("connect_timeout", connect_timeout)
         _check_seconds("idle_linger", idle_linger)
         self._path, self._trust = config_path, trust_project

@@ -264,7 +264,19 @@ async def test_a_bad_argument_is_told_before_anything_is_sent_or_started(
     assert scripted_server.requests == []
 
 
-@pytest.mark.parametrize("options", [{"connect_timeout": 0}, {"max_rounds": 0}, {"tools": "add"}, {"tools": [5]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"connect_timeout": 0},
+        {"max_rounds": 0},
+        {"tools": "add"},
+        {"tools": [5]},
+        {"config_path": ""},
+        {"config_path": 5},
+        {"trust_project": "no"},
+        {"on_mcp_event": "print"},
+    ],
+)
 def test_a_bad_option_of_an_agent_is_told_at_once(client: LLMClient, options: Any) -> None:
     with pytest.raises(LLMValidationError):
         DynamicAutonomousAgent(client, **options)
