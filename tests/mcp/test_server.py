@@ -715,6 +715,9 @@ async def test_what_is_no_message_is_skipped_and_logged_once(start: StartBridge)
     host.stdin.write(b"hello?\n\xff\xfe\n[]\n{}\n" + b'{"jsonrpc": "2.0", "id": 5}\n')
     host.send({"id": 6, "method": "ping"})
     assert (await host.receive())["id"] == 6
+    host.stdin.write(b"hello again?\n")
+    host.send({"id": 7, "method": "ping"})
+    assert (await host.receive())["id"] == 7
     host.stdin.close()
     assert await host.end() == (0, "WARNING lmbridge.mcp: the host sends what is no message: b'hello?'\n", b"")
 
