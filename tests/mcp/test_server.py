@@ -607,6 +607,15 @@ async def start(scripted_server: ScriptedServer, own_home: Path) -> AsyncIterato
         await host.end()
 
 
+@pytest.mark.parametrize("token", [0, "", "a"])
+async def test_any_token_of_progress_is_one(start: StartBridge, token: int | str) -> None:
+    host = await start()
+    asked = {"name": "list_models", "_meta": {"progressToken": token}}
+    host.send({"id": 1, "method": "tools/call", "params": asked})
+    assert (await host.receive())["params"]["progressToken"] == token
+    assert (await host.receive())["id"] == 1
+
+
 async def test_a_cancelled_call_stops_the_generation(start: StartBridge, scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall([*HALF]))
     host = await start()
