@@ -205,13 +205,17 @@ class _Choice:
         return bool(delta)
 
     def reply(self, index: int) -> dict[str, Any]:
-        texts = {key: text.getvalue() for key, text in (self._texts or {}).items()}
-        message = {"role": self._role, "content": self._content.getvalue(), **texts, **_copied(self._other or {})}
+        message: dict[str, Any] = {"role": self._role, "content": self._content.getvalue()}
+        if self._texts is not None:
+            message |= {key: text.getvalue() for key, text in self._texts.items()}
+        if self._other is not None:
+            message |= _copied(self._other)
         if self._calls is not None and (calls := self._calls.calls()):
             message["tool_calls"] = calls
         if self._function is not None:
             message["function_call"] = self._function.reply()["function"]
-        return {"index": index, "message": message, "finish_reason": self.finish_reason, **_copied(self._outer or {})}
+        choice = {"index": index, "message": message, "finish_reason": self.finish_reason}
+        return choice if self._outer is None else choice | _copied(self._outer)
 
 
 class ToolCalls:

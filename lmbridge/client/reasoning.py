@@ -117,7 +117,8 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     Args:
         reply: A chat completion.
     """
-    (message, *_) = [choice.get("message") or {} for choice in reply.get("choices") or ()] or [{}]
+    choices = reply.get("choices") or ()
+    message = (choices[0].get("message") or {}) if choices else {}
     content = message.get("content")
     before, close, _after = (content if isinstance(content, str) else "").partition(_CLOSE)
     splitter = ReasoningSplitter(starts_in_reasoning=bool(close) and _OPEN not in before)
