@@ -52,7 +52,11 @@ def coerced(value: Any, schema: Any) -> Any:
         return int(value)
     if isinstance(value, dict):
         known, others = schema.get("properties", {}), schema.get("additionalProperties")
-        return {name: coerced(each, known.get(name, others)) for name, each in value.items()}
+        return {
+            # Most values are numbers, which stay as they are.
+            name: each if isinstance(each, int) else coerced(each, known.get(name, others))
+            for name, each in value.items()
+        }
     if isinstance(value, list):
         return [coerced(each, schema.get("items")) for each in value]
     return value

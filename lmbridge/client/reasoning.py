@@ -120,6 +120,9 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     choices = reply.get("choices") or ()
     message = (choices[0].get("message") or {}) if choices else {}
     content = message.get("content")
+    if not content and not (choices and choices[0].get("index")):
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        return SplitReply(reasoning if isinstance(reasoning, str) else "", "")
     before, close, _after = (content if isinstance(content, str) else "").partition(_CLOSE)
     splitter = ReasoningSplitter(starts_in_reasoning=bool(close) and _OPEN not in before)
     said: dict[str, str] = {"reasoning": "", "text": ""}
