@@ -126,8 +126,14 @@ class Agent:
             ContextLengthExceededError: the conversation does not fit into the context, and cannot be trimmed.
             LLMError: a request failed. Each of these has the run so far in `.partial`.
         """
-        handle = self.start(
-            task, model=model, tools=tools, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+        handle = self._start(
+            task,
+            self._own(tools).equip,
+            model=model,
+            messages=messages,
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
+            is_muted=True,
         )
         return await handle.result()
 
@@ -187,10 +193,17 @@ class Agent:
         Raises:
             LLMValidationError: an argument cannot be right; nothing was sent.
         """
-        own = self._tools if tools is None else _Tools(tools)
         return self._start(
-            task, own.equip, model=model, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+            task,
+            self._own(tools).equip,
+            model=model,
+            messages=messages,
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
         )
+
+    def _own(self, tools: Sequence[AnyTool] | None) -> _Tools:
+        return self._tools if tools is None else _Tools(tools)
 
     def _start(
         self,
@@ -201,6 +214,7 @@ class Agent:
         max_rounds: int | None,
         max_tokens: MaxTokens | None,
         messages: Sequence[Mapping[str, Any]] | None = None,
+        is_muted: bool = False,
     ) -> RunHandle:
         settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens)
         history = History(checked_task(task), system_prompt=settings.system_prompt, messages=messages)
@@ -211,6 +225,7 @@ class Agent:
             settings=settings,
             equip=equip,
             history=history,
+            is_muted=is_muted,
         )
 
     async def switch_model(self, model: str) -> None:

@@ -62,9 +62,14 @@ class Subscription(Generic[T]):
 
 
 class Channel(Generic[T]):
-    """From a run to any number of listeners; without any, events are dropped."""
+    """From a run to any number of listeners; without any, events are dropped.
 
-    def __init__(self) -> None:
+    Args:
+        is_muted: Whether there will never be any, so that nothing has to be made ready for them.
+    """
+
+    def __init__(self, *, is_muted: bool = False) -> None:
+        self.is_muted = is_muted
         self._subscriptions: list[Subscription[T]] = []
         self._last: T | None = None
         self._is_closed = False

@@ -209,7 +209,10 @@ class Loop:
     async def _listen(self, stream: Any) -> Reply:
         """Reads a stream to its end; leaving it in any other way closes it, so that the server stops."""
         fold = None if isinstance(stream, ReplyStream) else Fold()  # ours folds what it hands out
-        splitter, served = ReasoningSplitter(), None
+        so_far = (lambda: stream.partial) if fold is None else (lambda: fold.reply() if fold.begun else None)
+        self._record.follow(so_far)
+        splitter = None if self._channel.is_muted else ReasoningSplitter()
+        served = None
         try:
             async for chunk in stream:
                 if fold is not None:
@@ -217,21 +220,19 @@ class Loop:
                 if (name := chunk.get("model")) != served:
                     served = name
                     self._check_served(name)
-                for piece in splitter.feed(chunk):
-                    self._record.hear(piece)
-                    if self._channel.is_heard:
-                        await self._tell(piece)
+                if splitter is not None:
+                    await self._tell(splitter.feed(chunk))
         except BaseException:
             await stream.aclose()
             raise
-        for piece in splitter.close():
-            self._record.hear(piece)
-            if self._channel.is_heard:
-                await self._tell(piece)
-        return Reply.read(stream.partial if fold is None else fold.reply())
+        if splitter is not None:
+            await self._tell(splitter.close())
+        return Reply.read(so_far() or {})
 
-    async def _tell(self, piece: Piece) -> None:
-        await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
+    async def _tell(self, pieces: Sequence[Piece]) -> None:
+        if self._channel.is_heard:
+            for piece in pieces:
+                await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
 
     def _check_served(self, name: str | None) -> None:
         """Compares the name in a reply with that of the rounds before.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import attrs
 
 from lmbridge.agent.history import History
 from lmbridge.agent.result import Round, RunResult, StopReason
 from lmbridge.agent.tools import ToolCall
-from lmbridge.client.reasoning import Piece
+from lmbridge.client.reasoning import SplitReply, split_reasoning
 from lmbridge.types import Usage
+
+_NOTHING: Final = SplitReply("", "")
 
 
 def _no_usage() -> Usage:
@@ -33,19 +36,24 @@ class Record:
     log: list[Round] = attrs.field(factory=list)
     usage: Usage = attrs.field(factory=_no_usage)
     round_usage: Usage | None = None
-    _text: list[str] = attrs.field(factory=list)
-    _reasoning: list[str] = attrs.field(factory=list)
+    _said: SplitReply = _NOTHING
+    _so_far: Callable[[], Mapping[str, Any] | None] | None = None
     _is_speaking: bool = False
+
+    @property
+    def said(self) -> SplitReply:
+        """What the model said last, and what it thought before that."""
+        return self._said if self._so_far is None else split_reasoning(self._so_far() or {})
 
     @property
     def text(self) -> str:
         """What the model said last."""
-        return "".join(self._text)
+        return self.said.text
 
     @property
     def reasoning(self) -> str:
         """What it thought before that."""
-        return "".join(self._reasoning)
+        return self.said.reasoning
 
     def begin_round(self) -> None:
         """The next round begins."""
@@ -54,15 +62,19 @@ class Record:
 
     def begin_reply(self) -> None:
         """The model is asked: what it said before is not what it says now."""
-        self._text, self._reasoning, self._is_speaking = [], [], True
+        self._said, self._so_far, self._is_speaking = _NOTHING, None, True
 
-    def hear(self, piece: Piece) -> None:
-        """The model says some more."""
-        (self._text if piece.kind == "text" else self._reasoning).append(piece.text)
+    def follow(self, so_far: Callable[[], Mapping[str, Any] | None]) -> None:
+        """The model speaks.
+
+        Args:
+            so_far: The reply as far as it came, whenever it is asked for; None if nothing has come.
+        """
+        self._so_far = so_far
 
     def end_reply(self, text: str, reasoning: str) -> None:
         """The reply is whole."""
-        self._text, self._reasoning, self._is_speaking = [text], [reasoning], False
+        self._said, self._so_far, self._is_speaking = SplitReply(reasoning, text), None, False
 
     def count(self, usage: Usage) -> None:
         """Adds what the server counted for a reply."""
@@ -71,6 +83,7 @@ class Record:
 
     def cut(self) -> None:
         """The run ends in the middle: keeps what the model was saying."""
+        self._said, self._so_far = self.said, None
         if self._is_speaking and self.text:
             self.history.answer(self.text.encode("utf-8", "replace").decode())  # half a surrogate pair cannot be sent
         self._is_speaking = False

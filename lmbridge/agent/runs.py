@@ -47,6 +47,7 @@ class RunHandle:
         settings: Settings,
         equip: Equip,
         history: History,
+        is_muted: bool = False,
     ) -> None:
         asyncio.get_running_loop()  # or raises, before there is a coroutine that nobody awaits
         self.id: Final = os.urandom(16).hex()
@@ -57,7 +58,7 @@ class RunHandle:
         self._settings = settings
         self._equip = equip
         self._record = Record(history)
-        self._channel: Channel[RunEvent] = Channel()
+        self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
         self.ticket: Final = Ticket(asked=model, parent=current_ticket.get(), cancel=self._cancel)
         self._stop_reason: StopReason = "running"
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete)

@@ -353,6 +353,7 @@ class DynamicAutonomousAgent:
             model=options["model"],
             max_rounds=options["max_rounds"],
             max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
+            is_muted=not stream,
         )
         self._runs.add(handle)
         if stream:
