@@ -5,24 +5,20 @@ It prints a table, and writes that into the documentation if told to.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 from benchmarks import report
 from benchmarks.agent_peers import AGENTS
-from benchmarks.processes import ROOT, FailedError, Stub, Worker
+from benchmarks.command import arguments, publish
+from benchmarks.processes import FailedError, Stub, Worker
 from benchmarks.run import BOUND, FAR_ROUNDS, Result, Results
 
-PAGE: Final = ROOT / "docs" / "performance.md"
-ROUNDS: Final = 9
 MODULE: Final = "benchmarks.agent_worker"
 SHORT: Final = "calls-20"
 LONG: Final = "calls-100"
@@ -54,23 +50,6 @@ ROWS: Final = (
     _calls(100, "100"),
     AgentRow("memory", "a run, 1,000 in flight", "KiB", None, "memory", {"runs": 1000}, {"runs": 5}),
 )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.agents", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--peers", default=",".join(AGENTS), help="these alone; the limit is always one")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show whether it works")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name} in docs/")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error("--rounds is at least 1")
-    if unknown := set(given.peers.split(",")) - set(AGENTS):
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    if given.write and (given.tiny or given.peers != ",".join(AGENTS)):
-        parser.error("only a full run is written")
-    return given
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -139,19 +118,13 @@ def notes(results: Results) -> list[str]:
 
 
 def main() -> None:
-    given = arguments()
+    given = arguments("benchmarks.agents", __doc__, "--peers", AGENTS, "these alone; the limit is always one")
     began, load = time.monotonic(), os.getloadavg()[0]
-    names = installed(given.peers.split(","))
+    names = installed(given.chosen)
     results = measure(names, given.rounds, tiny=given.tiny)
     lines, below = table(names, results), notes(results)
     where = report.machine(names, given.rounds, load, time.monotonic() - began, AGENTS)
-    print("\n\n".join([report.plain(lines), "\n".join([*below, *where])]))
-    if given.json:
-        figures = {f"{row} / {name}": each.as_json() for (row, name), each in results.items()}
-        given.json.write_text(json.dumps(figures, indent=1))
-    if given.write:
-        page = report.replaced(PAGE.read_text(), "agents", "\n".join([report.markdown(lines), *below]))
-        PAGE.write_text(report.replaced(page, "agents-machine", "\n".join(f"- {line}" for line in where)))
+    publish(given, "agents", lines, below, where, results)
 
 
 if __name__ == "__main__":

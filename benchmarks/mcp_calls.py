@@ -5,9 +5,7 @@ It prints a table, and writes that into the documentation if told to.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import shutil
 import time
@@ -18,12 +16,11 @@ from statistics import median
 from typing import Any, Final, NamedTuple
 
 from benchmarks import report
+from benchmarks.command import arguments, publish
 from benchmarks.mcp_peers import SERVERS, WAYS
-from benchmarks.processes import ROOT, FailedError, Worker, cores
+from benchmarks.processes import FailedError, Worker, cores
 from benchmarks.run import BOUND, Result, Results
 
-PAGE: Final = ROOT / "docs" / "performance.md"
-ROUNDS: Final = 9
 MODULE: Final = "benchmarks.mcp_worker"
 BAR: Final = 1.2
 """Ours: how much of what a call costs through the SDK."""
@@ -52,23 +49,6 @@ ROWS: Final = (
     CallRow("cpu-everything", "server-everything", "µs CPU", "everything", "spend", {"at_once": 1, "size": 0}),
     CallRow("wall-everything", "the same, by the clock", "µs", "everything", "take", {"size": 0}),
 )
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mcp_calls", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--servers", default=",".join(SERVERS), help="these alone")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show whether it works")
-    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name} in docs/")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error("--rounds is at least 1")
-    if unknown := set(given.servers.split(",")) - set(SERVERS):
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    if given.write and (given.tiny or given.servers != ",".join(SERVERS)):
-        parser.error("only a full run is written")
-    return given
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -139,19 +119,13 @@ def notes(servers: Sequence[str], results: Results) -> list[str]:
 
 
 def main() -> None:
-    given = arguments()
+    given = arguments("benchmarks.mcp_calls", __doc__, "--servers", SERVERS, "these alone")
     began, load = time.monotonic(), os.getloadavg()[0]
-    servers = installed(given.servers.split(","))
+    servers = installed(given.chosen)
     results = measure(servers, given.rounds, tiny=given.tiny)
     lines, below = table(servers, results), notes(servers, results)
     where = report.machine(WAYS, given.rounds, load, time.monotonic() - began, WAYS)
-    print("\n\n".join([report.plain(lines), "\n".join([*below, *where])]))
-    if given.json:
-        figures = {f"{row} / {way}": each.as_json() for (row, way), each in results.items()}
-        given.json.write_text(json.dumps(figures, indent=1))
-    if given.write:
-        page = report.replaced(PAGE.read_text(), "mcp-calls", "\n".join([report.markdown(lines), *below]))
-        PAGE.write_text(report.replaced(page, "mcp-calls-machine", "\n".join(f"- {line}" for line in where)))
+    publish(given, "mcp-calls", lines, below, where, results)
 
 
 if __name__ == "__main__":

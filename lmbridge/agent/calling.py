@@ -141,7 +141,7 @@ async def _guarded(value: Awaitable[Any], over: asyncio.Future[None]) -> Any:
         return await value
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as exc:
+    except BaseException as exc:  # a `sys.exit`, or another that nobody else would catch
         raise ToolError(_told(exc), exc) from exc
     finally:
         _set(over)

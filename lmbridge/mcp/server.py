@@ -147,7 +147,7 @@ class Bridge:
             answer = await self._functions[name](**read.arguments)
         except LLMError as error:
             return answers.failure(error)
-        except Exception as error:
+        except Exception as error:  # a bug: the host is told, and goes on being served
             logger.exception("%s failed in a way that is a bug of lmbridge", name)
             return Answer([f"{name} failed: {type(error).__name__}: {error}"], is_error=True)
         return answers.compared(answer, read.arguments.get("model"))

@@ -144,7 +144,7 @@ def test_arguments_have_the_annotated_types() -> None:
 def test_what_is_left_out_is_left_to_the_function() -> None:
     missing = object()
 
-    def f(a: int, b: list[int] = [1], c: Any = missing, d: float = float("nan")) -> None: ...  # noqa: B006
+    def f(a: int, b: list[int] = [1], c: Any = missing, d: float = float("nan")) -> None: ...  # noqa: B006 - what users write
 
     assert read(f, a=1) == {"a": 1}
     assert properties(f)["b"] == {"type": "array", "items": {"type": "integer"}, "default": [1]}

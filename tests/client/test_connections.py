@@ -133,7 +133,7 @@ async def test_a_refused_connection_is_no_dead_one_and_not_tried_again_silently(
     async def counted(*arguments: object) -> object:
         nonlocal connects
         connects += 1
-        return await connect(*arguments)  # type: ignore[arg-type]
+        return await connect(*arguments)  # type: ignore[arg-type]  # passed on
 
     monkeypatch.setattr("aiohttp.TCPConnector._create_connection", counted)
     async with ScriptedServer() as server:
@@ -238,7 +238,7 @@ async def test_a_place_is_held_through_back_off_and_polls(
             queued = asyncio.create_task(client.chat_completion(MESSAGES, model="b"))
             reply_or_stream = await asked
             if stream:
-                await read_text(reply_or_stream)  # type: ignore[arg-type]
+                await read_text(reply_or_stream)  # type: ignore[arg-type]  # a stream, here
             await queued
             assert [request.json["model"] for request in scripted_server.requests] == ["a", "a", "b"]
 

@@ -182,7 +182,7 @@ async def test_several_tasks_may_find_several_old_servers_idle(scripted_server: 
         for server, following in ((scripted_server, second), (second, third)):
             server.script(answer("x", gate=gate))
             asked.append(asyncio.create_task(client.chat_completion(MESSAGES)))
-            await server.wait_until(lambda server=server: server.in_flight)  # type: ignore[misc]
+            await server.wait_until(lambda server=server: server.in_flight)  # type: ignore[misc]  # mypy infers no lambda with defaults
             client.api_base = following.api_base
         gate.set()
         await asyncio.gather(*asked)

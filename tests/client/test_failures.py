@@ -1056,8 +1056,8 @@ async def test_a_mismatch_is_logged_once_for_each_pair(
             if stream:
                 await collect(whole)
     assert [record.args for record in caplog.records if record.levelno == logging.WARNING] == [
-        ("test-model", "one", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]
-        ("test-model", "two", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]
+        ("test-model", "one", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]  # a tuple
+        ("test-model", "two", pytest.approx(caplog.records[0].args[2])),  # type: ignore[index]  # a tuple
     ]
 
 

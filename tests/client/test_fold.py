@@ -189,7 +189,7 @@ def test_chunks_are_left_as_they_are() -> None:
     ]
     before = copy.deepcopy(chunks)
     fold = folded(chunks)
-    fold.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]
+    fold.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]  # more than the type tells
     assert chunks == before
 
 
@@ -398,7 +398,7 @@ CALLS: list[Call] = [
 def calls_of(stream: Iterable[list[Piece]]) -> list[dict[str, Any]]:
     chunks = [a_chunk(a_choice({"tool_calls": pieces})) for pieces in stream]
     reply = folded(copy.deepcopy(chunks)).reply()
-    calls: list[dict[str, Any]] = reply["choices"][0]["message"]["tool_calls"]  # type: ignore[assignment]
+    calls: list[dict[str, Any]] = reply["choices"][0]["message"]["tool_calls"]  # type: ignore[assignment]  # as plain dicts
     return calls
 
 
@@ -483,7 +483,7 @@ def _empty(_: str, _first: bool) -> dict[str, Any]:
 def in_turns(calls: Sequence[Call], cut: Cut) -> Stream:
     """All calls at the same time, told apart by their index."""
     streams = [
-        in_pieces([call], cut, index=lambda _, first, number=number: {"index": number})  # type: ignore[misc]
+        in_pieces([call], cut, index=lambda _, first, number=number: {"index": number})  # type: ignore[misc]  # mypy infers no lambda with defaults
         for number, call in enumerate(calls)
     ]
     for deltas in itertools.zip_longest(*streams, fillvalue=()):

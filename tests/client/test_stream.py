@@ -129,7 +129,7 @@ async def test_the_old_way_to_call_a_function_is_folded_too(scripted_server: Scr
     deltas = [piece(choices=[{"index": 0, "delta": {"function_call": each}, "finish_reason": None}]) for each in pieces]
     scripted_server.script(sse(*deltas, piece(finish_reason="function_call"), done=True))
     message = (await collect(await opened(client)))["choices"][0]["message"]
-    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}  # type: ignore[typeddict-item]
+    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}  # type: ignore[typeddict-item]  # an old field, not in the type
 
 
 async def test_a_stream_that_ended_stays_ended(client: LLMClient) -> None:
@@ -174,7 +174,7 @@ async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, c
     assert isinstance(stream, AsyncGenerator)
     await stream.asend(None)
     with pytest.raises(TypeError, match="no values"):
-        await stream.asend("x")  # type: ignore[arg-type]
+        await stream.asend("x")  # type: ignore[arg-type]  # what the test is about
     with pytest.raises(KeyError):
         await stream.athrow(KeyError("thrown in"))
     await scripted_server.wait_until(lambda: scripted_server.aborts or scripted_server.requests[0].finished)

@@ -246,4 +246,4 @@ def test_what_is_no_json_is_a_value_error_that_does_not_repeat_it(data: bytes) -
 
 def test_the_strict_decoder_takes_events_with_names_for_a_type_error() -> None:
     with pytest.raises(TypeError):
-        decode_strictly(Odd())  # type: ignore[arg-type]
+        decode_strictly(Odd())  # type: ignore[arg-type]  # what the test is about
