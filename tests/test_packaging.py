@@ -57,7 +57,7 @@ def test_the_wheel_has_nothing_else(names: set[str]) -> None:
 
 
 def test_the_metadata_names_the_extras(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp", "cli", "otel", "dev", "bench"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp", "dev", "bench"}
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
 

@@ -3,12 +3,12 @@
 Importing it needs no extra; the first server that is started does.
 """
 
-from lmbridge.mcp.config import McpConfig, ServerSpec, load_config
+from lmbridge.mcp.config.files import McpConfig, ServerSpec, load_config
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
-from lmbridge.mcp.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
-from lmbridge.mcp.hub import McpHub, McpTools
-from lmbridge.mcp.results import McpText
-from lmbridge.mcp.servers import ServerState, ServerStatus
+from lmbridge.mcp.servers.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
+from lmbridge.mcp.servers.hub import McpHub, McpTools
+from lmbridge.mcp.servers.managed import ServerState, ServerStatus
+from lmbridge.mcp.servers.results import McpText
 
 __all__ = [
     "DynamicAutonomousAgent",

@@ -13,10 +13,10 @@ from typing import Any
 
 from lmbridge._version import __version__
 from lmbridge.errors import LLMError
-from lmbridge.mcp.host import HostLink, taken_over
+from lmbridge.mcp.bridge.bridge import Bridge
+from lmbridge.mcp.bridge.host import HostLink, taken_over
 from lmbridge.mcp.sdk import load
-from lmbridge.mcp.sdk.server import build, serve
-from lmbridge.mcp.server import Bridge
+from lmbridge.mcp.sdk.server_session import build, serve
 
 _HELP = """\
 Serves lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...), on stdin and stdout.

@@ -27,8 +27,8 @@ from lmbridge.errors import (
     RunIncompleteError,
     TaskCancelledError,
 )
-from lmbridge.mcp.events import McpEvent
-from lmbridge.mcp.hub import McpHub
+from lmbridge.mcp.servers.events import McpEvent
+from lmbridge.mcp.servers.hub import McpHub
 
 OnError: TypeAlias = Literal["raise", "continue"]
 _Failure: TypeAlias = Literal["raise", "continue", "single"]

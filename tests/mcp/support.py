@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lmbridge import Tool
-from lmbridge.mcp.guardian import is_gone
-from lmbridge.mcp.hub import McpTools
+from lmbridge.mcp.servers.guardian import is_gone
+from lmbridge.mcp.servers.hub import McpTools
 
 T = TypeVar("T")
 SERVER = str(Path(__file__).parent / "scripted_server.py")

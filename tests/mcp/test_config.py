@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lmbridge import MCPError
 from lmbridge.mcp import McpConfig, load_config
-from lmbridge.mcp.config import is_offered
-from lmbridge.mcp.jsonc import parse_json
-from lmbridge.mcp.spec import ServerSpec
+from lmbridge.mcp.config.files import is_offered
+from lmbridge.mcp.config.jsonc import parse_json
+from lmbridge.mcp.config.spec import ServerSpec
 
 
 def load(tmp_path: Path, document: Any) -> McpConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmbridge import ToolError
-from lmbridge.mcp.connection import Connection
+from lmbridge.mcp.servers.connection import Connection
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import tool
 
@@ -58,7 +58,7 @@ async def test_a_call_that_does_not_let_itself_be_cancelled_is_late_all_the_same
                     await release.wait()
 
     lease = await make_hub({"a": {}}).tools(call_timeout=0.01)
-    monkeypatch.setattr("lmbridge.mcp.connection._CANCEL", 0.01)
+    monkeypatch.setattr("lmbridge.mcp.servers.connection._CANCEL", 0.01)
     monkeypatch.setattr(Connection, "_usable", lambda _: Stuck())
     try:
         with pytest.raises(ToolError, match="did not answer within"):

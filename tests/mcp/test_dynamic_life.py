@@ -18,7 +18,7 @@ from lmbridge import (
     ToolCallFinished,
     ToolCallStarted,
 )
-from lmbridge.mcp.guardian import is_gone
+from lmbridge.mcp.servers.guardian import is_gone
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import asks, calls, check_valid, our_tasks, tool_texts
 from tests.agent.test_cancellation import Probe

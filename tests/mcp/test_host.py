@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmbridge.mcp.host import HostLink, taken_over
+from lmbridge.mcp.bridge.host import HostLink, taken_over
 from tests.support import turns
 
 PING = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n'
@@ -63,7 +63,7 @@ async def test_what_was_sent_last_is_written_before_the_end(pipe: tuple[int, int
 async def test_the_end_does_not_wait_for_a_host_that_does_not_read(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.host._LAST_WRITES", 0.01)
+    monkeypatch.setattr("lmbridge.mcp.bridge.host._LAST_WRITES", 0.01)
     reading, writing = pipe
     link = HostLink(nothing_to_read(), writing)
     sending = asyncio.create_task(link.send(b"x" * 2**20))

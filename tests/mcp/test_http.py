@@ -199,7 +199,7 @@ async def test_a_connection_that_breaks_off_in_a_call_ends_the_call_and_not_the_
 async def test_an_answer_that_breaks_off_ends_the_call(
     make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.sdk.client._SETTLE", 0.05)
+    monkeypatch.setattr("lmbridge.mcp.sdk.client_session._SETTLE", 0.05)
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.fault = "end"

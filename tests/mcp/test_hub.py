@@ -25,7 +25,7 @@ from lmbridge.mcp import (
     ToolProgress,
     ToolsChanged,
 )
-from lmbridge.mcp.guardian import is_gone
+from lmbridge.mcp.servers.guardian import is_gone
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import Recorder, gone, names, noted, scripted, tool
 

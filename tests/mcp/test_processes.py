@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lmbridge.mcp import guardian, processes
-from lmbridge.mcp.processes import Child, Tail, end_group
+from lmbridge.mcp.servers import guardian, processes
+from lmbridge.mcp.servers.processes import Child, Tail, end_group
 from tests.mcp.support import SERVER, gone
 from tests.support import turns
 

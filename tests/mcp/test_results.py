@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge.mcp.results import McpText, clean, clean_schema, description_of, text_of
+from lmbridge.mcp.servers.results import McpText, clean, clean_schema, description_of, text_of
 
 IMAGE = {"type": "image", "data": "aGVsbG8=", "mimeType": "image/png"}
 

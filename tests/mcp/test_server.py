@@ -21,8 +21,8 @@ from mcp.client.stdio import stdio_client
 from lmbridge import MCPConnectionError, MultiMCPError
 from lmbridge._version import __version__
 from lmbridge.mcp import sdk
-from lmbridge.mcp.sdk.server import Answer, build, serve
-from lmbridge.mcp.server import Bridge, Progress
+from lmbridge.mcp.bridge.bridge import Bridge, Progress
+from lmbridge.mcp.sdk.server_session import Answer, build, serve
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse, stall
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import gone, noted, scripted
@@ -416,7 +416,7 @@ async def test_progress_is_told_at_once_and_then_now_and_then(monkeypatch: pytes
         told.append((progress, message))
 
     progress = Progress(report)
-    monkeypatch.setattr("lmbridge.mcp.server._EACH", 1e9)
+    monkeypatch.setattr("lmbridge.mcp.bridge.bridge._EACH", 1e9)
     await progress.tick("first")
     await progress.tick("too early")
     await progress.step("a step is always told")
@@ -429,7 +429,7 @@ async def test_progress_is_told_at_once_and_then_now_and_then(monkeypatch: pytes
 async def test_a_call_can_be_cancelled_anywhere(
     bridge: Bridge, scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tool: str
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.server._EACH", 0.0)  # also where it tells of progress
+    monkeypatch.setattr("lmbridge.mcp.bridge.bridge._EACH", 0.0)  # also where it tells of progress
     arguments = {"prompt": "Hi."} if tool == "chat_completion" else {"mcp_name": "two", "task": "x"}
 
     async def report(_progress: float, _message: str) -> None:
@@ -749,7 +749,8 @@ async def test_the_requests_of_a_batch_are_answered(start: StartBridge) -> None:
 
 
 async def test_a_message_beyond_all_bounds_ends_it_with_a_line(start: StartBridge) -> None:
-    host = await start("-c", "from lmbridge.mcp import host, stdio; from lmbridge.mcp.__main__ import main\n"
+    host = await start("-c", "from lmbridge.mcp.bridge import host\nfrom lmbridge.mcp.servers import stdio\n"
+        "from lmbridge.mcp.__main__ import main\n"
                        "stdio.MessageReader.__init__.__defaults__ = (1000,)\nmain([])")  # fmt: skip
     host.stdin.write(b"x" * 2000)
     status, errors, output = await host.end()

@@ -14,8 +14,8 @@ import pytest
 
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
-from lmbridge.mcp.guardian import is_gone
 from lmbridge.mcp.sdk import RefusedError
+from lmbridge.mcp.servers.guardian import is_gone
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import SERVER, Recorder, gone, noted, tool
 from tests.support import cancel_at_each_step, turns

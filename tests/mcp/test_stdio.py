@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.mcp.spec import ServerSpec
-from lmbridge.mcp.stdio import MessageReader, MessageTooLargeError, StdioLink
+from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.servers.stdio import MessageReader, MessageTooLargeError, StdioLink
 
 PING = {"jsonrpc": "2.0", "method": "ping"}
 LINE = json.dumps(PING).encode() + b"\n"

@@ -20,7 +20,8 @@ import pytest_asyncio
 
 from lmbridge import ToolContext, ToolError
 from lmbridge.agent.toolset import Ready, Toolset
-from lmbridge.mcp import McpEvent, McpHub, ToolProgress, guardian
+from lmbridge.mcp import McpEvent, McpHub, ToolProgress
+from lmbridge.mcp.servers import guardian
 from tests.agent.support import watch
 from tests.mcp.support import Recorder, gone, names, scripted, tool
 from tests.mcp.test_processes import HOST

@@ -1,6 +1,6 @@
 """The official SDK, behind one face for both of its majors; no other folder imports it, and this one when it has to."""
 
-from lmbridge.mcp.sdk.client import (
+from lmbridge.mcp.sdk.client_session import (
     REFUSED,
     BadReplyError,
     Listeners,

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
 
-from lmbridge.mcp.streams import Reading, Tap, Writing
+from lmbridge.mcp.sdk.streams import Reading, Tap, Writing
 
 logger = logging.getLogger("lmbridge.mcp")
 

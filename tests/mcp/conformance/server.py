@@ -16,8 +16,8 @@ from typing import Any, Final
 import uvicorn
 
 from lmbridge import Tool
-from lmbridge.mcp.sdk.server import Answer, Report, build
-from lmbridge.mcp.server import Bridge
+from lmbridge.mcp.bridge.bridge import Bridge
+from lmbridge.mcp.sdk.server_session import Answer, Report, build
 
 NOBODY: Final = "http://127.0.0.1:9/v1"
 """A model server that is not there: the suite does not know our tools, so that it calls none."""

@@ -12,11 +12,11 @@ from typing import Any, Final
 import attrs
 
 from lmbridge.errors import MCPConnectionError, MCPError, ToolError
-from lmbridge.mcp.connection import CLOSED, Connection
-from lmbridge.mcp.events import McpEvent, ServerStateChanged
-from lmbridge.mcp.results import text_of
+from lmbridge.mcp.config.spec import ServerSpec
 from lmbridge.mcp.sdk import BadReplyError, RefusedError, SessionLostError, explain
-from lmbridge.mcp.spec import ServerSpec
+from lmbridge.mcp.servers.connection import CLOSED, Connection
+from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
+from lmbridge.mcp.servers.results import text_of
 
 logger = logging.getLogger("lmbridge.mcp")
 

@@ -10,10 +10,10 @@ import msgspec
 
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import LLMValidationError
-from lmbridge.mcp.config import is_offered
-from lmbridge.mcp.results import McpText, clean_schema, description_of, hints_of, text_of
+from lmbridge.mcp.config.files import is_offered
 from lmbridge.mcp.sdk import REFUSED
-from lmbridge.mcp.servers import McpServer
+from lmbridge.mcp.servers.managed import McpServer
+from lmbridge.mcp.servers.results import McpText, clean_schema, description_of, hints_of, text_of
 
 _BYTES_PER_TOKEN: Final = 3
 """As an agent estimates prompts."""

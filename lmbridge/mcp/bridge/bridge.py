@@ -20,9 +20,9 @@ from lmbridge.agent.toolset import Fault, Toolset
 from lmbridge.client import LLMClient
 from lmbridge.client.stream import ReplyStream, collect
 from lmbridge.errors import LLMError, LLMValidationError
-from lmbridge.mcp import answers
+from lmbridge.mcp.bridge import answers
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
-from lmbridge.mcp.sdk.server import Answer, Report
+from lmbridge.mcp.sdk.server_session import Answer, Report
 
 logger = logging.getLogger("lmbridge.mcp")
 

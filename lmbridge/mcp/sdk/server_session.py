@@ -12,8 +12,8 @@ import attrs
 
 from lmbridge._version import __version__
 from lmbridge.agent.tools import Tool
+from lmbridge.mcp.sdk.streams import Tap
 from lmbridge.mcp.sdk.wire import NAME, Link, is_v2, over_stdio
-from lmbridge.mcp.streams import Tap
 
 logger = logging.getLogger("lmbridge.mcp")
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import msgspec
 
-from lmbridge.mcp.processes import Child
-from lmbridge.mcp.results import clean
-from lmbridge.mcp.spec import ServerSpec
+from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.servers.processes import Child
+from lmbridge.mcp.servers.results import clean
 
 logger = logging.getLogger("lmbridge.mcp")
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from lmbridge.agent.result import ENDINGS, RunResult
 from lmbridge.client.names import is_same_model
 from lmbridge.errors import LLMError, MaxRoundsExceededError
-from lmbridge.mcp.sdk.server import Answer
+from lmbridge.mcp.sdk.server_session import Answer
 
 _CUT: Final = (
     "[This is not the whole answer: it was cut off by the limit of tokens. Ask again with a larger {limit}, "

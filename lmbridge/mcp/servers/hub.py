@@ -15,11 +15,11 @@ import attrs
 
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import LLMValidationError, MCPError, MultiMCPError
-from lmbridge.mcp.config import McpConfig, file_stamp, find_config, load_config, warn_of_untrusted
-from lmbridge.mcp.definitions import LeftOut, tools_of, within_budget
-from lmbridge.mcp.events import McpEvent
-from lmbridge.mcp.servers import McpServer, ServerStatus
-from lmbridge.mcp.spec import DEFAULT_CONNECT_TIMEOUT
+from lmbridge.mcp.config.files import McpConfig, file_stamp, find_config, load_config, warn_of_untrusted
+from lmbridge.mcp.config.spec import DEFAULT_CONNECT_TIMEOUT
+from lmbridge.mcp.servers.definitions import LeftOut, tools_of, within_budget
+from lmbridge.mcp.servers.events import McpEvent
+from lmbridge.mcp.servers.managed import McpServer, ServerStatus
 
 logger = logging.getLogger("lmbridge.mcp")
 

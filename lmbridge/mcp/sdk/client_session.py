@@ -19,9 +19,9 @@ from typing import Any, Final, Protocol
 import attrs
 
 from lmbridge._version import __version__
+from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.sdk.streams import Reading, Tap, Writing, has_name, request_numbers
 from lmbridge.mcp.sdk.wire import NAME, Link, Streams, is_v2, over_stdio
-from lmbridge.mcp.spec import ServerSpec
-from lmbridge.mcp.streams import Reading, Tap, Writing, has_name, request_numbers
 
 logger = logging.getLogger("lmbridge.mcp")
 

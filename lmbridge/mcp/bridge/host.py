@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
-from lmbridge.mcp.stdio import MessageReader, MessageTooLargeError
+from lmbridge.mcp.servers.stdio import MessageReader, MessageTooLargeError
 
 logger = logging.getLogger("lmbridge.mcp")
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 import attrs
 
 from lmbridge.errors import MCPError
-from lmbridge.mcp.jsonc import parse_json
-from lmbridge.mcp.spec import ServerSpec, expanded, read_spec
+from lmbridge.mcp.config.jsonc import parse_json
+from lmbridge.mcp.config.spec import ServerSpec, expanded, read_spec
 
 __all__ = ["McpConfig", "ServerSpec", "load_config"]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from lmbridge.errors import MCPError
-from lmbridge.mcp import guardian
+from lmbridge.mcp.servers import guardian
 
 logger = logging.getLogger("lmbridge.mcp")
 

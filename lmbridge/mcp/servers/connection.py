@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any, Final
 
 from lmbridge.mcp import sdk
-from lmbridge.mcp.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
+from lmbridge.mcp.config.spec import ServerSpec
 from lmbridge.mcp.sdk import Session, SessionLostError
-from lmbridge.mcp.spec import ServerSpec
-from lmbridge.mcp.stdio import StdioLink
+from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
+from lmbridge.mcp.servers.stdio import StdioLink
 
 logger = logging.getLogger("lmbridge.mcp")
 

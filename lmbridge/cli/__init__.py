@@ -1,1 +1,0 @@
-"""The command line (extra `cli`). Empty until its release."""

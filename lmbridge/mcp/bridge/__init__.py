@@ -1,0 +1,1 @@
+"""lmbridge as an MCP server: the tools that it offers to a host program."""

@@ -1,0 +1,1 @@
+"""Configuration files that say which MCP servers there are."""
