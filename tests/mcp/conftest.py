@@ -32,7 +32,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart is tried at once, and nobody waits long for those that do not end."""
-    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 0.0)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 0.0)
     monkeypatch.setattr("lmbridge.mcp.servers.processes._TERM_AFTER", 0.2)
     monkeypatch.setattr("lmbridge.mcp.servers.processes._KILL_AFTER", 0.2)
     monkeypatch.setattr("lmbridge.mcp.servers.processes._LAST_OUTPUT", 0.2)

@@ -511,7 +511,7 @@ async def test_tool_timeout_covers_a_call(scripted_server: ScriptedServer, make_
 async def test_tool_timeout_does_not_cover_a_restart(
     scripted_server: ScriptedServer, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 1.0)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 1.0)
     agent = make_agent({"a": {}}, tool_timeout=0.5)
     scripted_server.script(calls(asks("die")), calls(asks("echo", text="on")), answer("done"))
     result = await agent.autonomous_with_mcp("a", "Go.", full=True)

@@ -111,7 +111,7 @@ async def test_a_server_that_dies_after_it_listed_its_tools_is_restarted_for_eac
 async def test_a_server_that_keeps_dying_is_started_after_a_pause_that_grows(
     make_hub: MakeHub, recorder: Recorder[McpEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 0.02)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 0.02)
     hub = make_hub({"a": {}}, on_event=recorder)
     lease = await hub.tools()
     server = hub._servers["a"]
@@ -129,11 +129,11 @@ async def test_the_pause_has_a_limit_and_ends_with_a_server_that_stayed(
     hub = make_hub({"a": {}})
     lease = await hub.tools()
     server = hub._servers["a"]
-    monkeypatch.setattr("lmbridge.mcp.servers._FIRST_WAIT", 0.5)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 0.5)
     for _ in range(12):
         server._failed_again()
     assert server._not_before - asyncio.get_running_loop().time() == pytest.approx(30, abs=0.1)
-    monkeypatch.setattr("lmbridge.mcp.servers._STABLE", 0.0)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._STABLE", 0.0)
     with pytest.raises(ToolError):
         await tool(lease, "die")()
     assert (server._failures, server._not_before) == (0, 0.0)
