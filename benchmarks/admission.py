@@ -21,13 +21,13 @@ BAR = 5.0
 async def uncontended(limits: Limits) -> float:
     admission = Admission(limits)
     first = await admission.acquire("m")
-    admission.answered(first)
+    admission.mark_loaded(first)
     admission.release(first)
 
     def once() -> None:
-        place = admission.acquire_now("m")
-        assert place is not None
-        admission.release(place)
+        permit = admission.acquire_now("m")
+        assert permit is not None
+        admission.release(permit)
 
     return min(timeit.repeat(once, number=20_000, repeat=5)) / 20_000 * 1e6
 
@@ -36,10 +36,10 @@ async def waiting(count: int, models: int) -> float:
     admission = Admission(Limits(max_concurrency=10, max_loaded_models=1, max_wait=3600))
 
     async def one(number: int) -> None:
-        place = await admission.acquire(str(number % models))
-        admission.answered(place)
+        permit = await admission.acquire(str(number % models))
+        admission.mark_loaded(permit)
         await asyncio.sleep(0)
-        admission.release(place)
+        admission.release(permit)
 
     began = time.process_time()
     await asyncio.gather(*[one(number) for number in range(count)])

@@ -17,7 +17,7 @@ from benchmarks.processes import ROOT
 from lmbridge.agent.calling import call_tool
 from lmbridge.agent.tools import ToolContext
 from lmbridge.mcp import McpHub
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 
 _NPM: Final = ROOT / "tests" / "mcp" / "npm" / "node_modules"
 SERVERS: Final[Mapping[str, Sequence[str]]] = {
@@ -71,12 +71,17 @@ class _Agent:
     def __init__(self, lease: Any) -> None:
         self._tools = {tool.name: (tool, tool.convert) for tool in lease.tools}
         self._context = ToolContext("run", "call", "tool", lambda: False)
-        self._watch = Watch(asyncio.get_running_loop())
+        self._deadline_timer = DeadlineTimer(asyncio.get_running_loop())
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str:
         found, convert = self._tools[tool]
         outcome = await call_tool(
-            found, convert(arguments), self._context, timeout=60.0, max_output=10**6, watch=self._watch
+            found,
+            convert(arguments),
+            self._context,
+            timeout=60.0,
+            max_output=10**6,
+            deadline_timer=self._deadline_timer,
         )
         return outcome.text
 

@@ -17,7 +17,7 @@ import attrs
 import msgspec
 
 from lmbridge.errors import ToolError
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool, ToolContext
@@ -63,7 +63,7 @@ async def call_tool(
     *,
     timeout: float | None,
     max_output: int,
-    watch: Watch,
+    deadline_timer: DeadlineTimer,
 ) -> Outcome:
     """Calls a tool; what it raises is an outcome as well.
 
@@ -78,7 +78,7 @@ async def call_tool(
         context: What it may know of the call.
         timeout: Seconds that it may take, or None.
         max_output: Characters of its output that are kept.
-        watch: Where its time is looked after.
+        deadline_timer: Where its time is looked after.
     """
     began = time.monotonic()
     over = _Flag()
@@ -91,7 +91,7 @@ async def call_tool(
     deadline = None if timeout is None else began + timeout
     raw: Any = None
     try:
-        raw = await _result(call, tool.is_async, deadline, timeout, watch)
+        raw = await _result(call, tool.is_async, deadline, timeout, deadline_timer)
         text, is_error = _text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
@@ -103,7 +103,11 @@ async def call_tool(
 
 
 async def _result(
-    call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None, watch: Watch
+    call: Callable[[], Any],
+    is_async: bool,
+    deadline: float | None,
+    timeout: float | None,
+    deadline_timer: DeadlineTimer,
 ) -> Any:
     """What the tool returns, or raises."""
     if is_async:
@@ -120,7 +124,7 @@ async def _result(
     task.add_done_callback(partial(_forget, value, over))
     in_time = False
     try:
-        await _done(over, deadline, watch)
+        await _done(over, deadline, deadline_timer)
         in_time = task.done()
     finally:
         has_ended = task.done() or await _ended(task)
@@ -159,21 +163,21 @@ class _Alarm:
     over: asyncio.Future[None]
     when: float
 
-    def reach(self) -> None:
+    def on_deadline(self) -> None:
         _set(self.over)
 
 
-async def _done(over: asyncio.Future[None], deadline: float | None, watch: Watch) -> None:
+async def _done(over: asyncio.Future[None], deadline: float | None, deadline_timer: DeadlineTimer) -> None:
     """Waits for the end, or for the deadline."""
     if deadline is None:
         await over
         return
-    alarm = _Alarm(over, watch.time() + deadline - time.monotonic())
-    watch.add(alarm)
+    alarm = _Alarm(over, deadline_timer.time() + deadline - time.monotonic())
+    deadline_timer.add(alarm)
     try:
         await over
     finally:
-        watch.discard(alarm)
+        deadline_timer.discard(alarm)
 
 
 async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:

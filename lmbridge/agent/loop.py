@@ -42,7 +42,7 @@ from lmbridge.errors import (
     LLMResponseError,
     ModelChangedDuringExecutionError,
 )
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 
 logger = logging.getLogger("lmbridge.agent")
 
@@ -91,7 +91,7 @@ class Loop:
         self._history = record.history
         self._channel = channel
         self._stopping = stopping
-        self._watch = Watch(asyncio.get_running_loop())  # over tools: one timer for all of their calls
+        self._deadline_timer = DeadlineTimer(asyncio.get_running_loop())  # over tools: one timer for all of their calls
         self._estimate = TokenEstimate()
         self._context = context
         self._tools_size = len(msgspec.json.encode(tools.definitions)) if tools.definitions else 0
@@ -110,7 +110,7 @@ class Loop:
                     return "budget"
             return "max_rounds"
         finally:
-            self._watch.close()
+            self._deadline_timer.close()
 
     async def _round(self) -> StopReason | None:
         began = time.monotonic()
@@ -366,7 +366,7 @@ class Loop:
             context,
             timeout=settings.tool_timeout,
             max_output=settings.max_tool_output,
-            watch=self._watch,
+            deadline_timer=self._deadline_timer,
         )
         return ToolRecord(
             call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds

@@ -18,7 +18,7 @@ from lmbridge.agent.text_calls import read_text_calls, wire_call
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 
 __all__ = ["Equip", "Equipment", "Fault", "Outcome", "Ready", "Toolset"]
 
@@ -152,7 +152,7 @@ class Toolset:
         *,
         timeout: float | None,
         max_output: int,
-        watch: Watch,
+        deadline_timer: DeadlineTimer,
     ) -> Coroutine[Any, Any, Outcome]:
         """Makes a call; what the tool raises is for the model to read.
 
@@ -161,12 +161,14 @@ class Toolset:
             context: For functions that have a parameter for it.
             timeout: Seconds that the tool may take, or None.
             max_output: Characters of its output that are kept.
-            watch: Where its time is looked after.
+            deadline_timer: Where its time is looked after.
         """
         tool = ready.call.tool
         if tool is None:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="give what read() returned")
-        return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output, watch=watch)
+        return call_tool(
+            tool, ready.arguments, context, timeout=timeout, max_output=max_output, deadline_timer=deadline_timer
+        )
 
     def _find(self, asked: str) -> str | None:
         """The sent name of the tool that is meant, by that name or by what the tool is called in this run."""

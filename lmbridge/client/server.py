@@ -154,9 +154,9 @@ class Server:
         """
         try:
             if not self.names.check(reply.call.request.model, value.get("model")):
-                reply.call.cool()
+                reply.call.mark_unloaded()
         except LLMError as error:
-            reply.call.cool()
+            reply.call.mark_unloaded()
             error.context, error.status, error.body = reply.call.context(), reply.status, self._text(reply)
             error.partial = value
             raise
@@ -169,7 +169,7 @@ class Server:
     def _error_of(self, reply: Reply) -> LLMError:
         error = failures.error_of_reply(reply, self.transport.redact)
         if failures.is_about_loading(error):
-            reply.call.cool()
+            reply.call.mark_unloaded()
         return error
 
     def _text(self, reply: Reply) -> str:

@@ -61,7 +61,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     """The pieces of one reply: the base of the streams of all endpoints.
 
     Iterate it, once and by one task at a time; it is an async context manager too. Leaving it early, in any way,
-    closes the connection, so that the server stops generating, and gives its place back.
+    closes the connection, so that the server stops generating, and gives its permit back.
     """
 
     __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
@@ -228,7 +228,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 hint="the server swapped models in mid-stream; send requests for different models one after another",
             )
         if not self._names.check(self._events.call.request.model, model):
-            self._events.call.cool()
+            self._events.call.mark_unloaded()
         self._model = model
 
     async def _collect(self) -> _Reply_co:
@@ -270,7 +270,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
         if failures.is_about_loading(error):
-            self._events.call.cool()
+            self._events.call.mark_unloaded()
         error.message = self._redact(error.message)  # it may quote a chunk
         error.args = (error.message,)
         error.context = {**self._events.call.context(), **error.context}
@@ -287,7 +287,7 @@ class ChatStream(ReplyStream["ChatCompletionChunk", "ChatCompletion"]):
 
     Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
     finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
-    that the server stops generating, and gives its place back.
+    that the server stops generating, and gives its permit back.
 
     Raises (while it is iterated):
         LLMStreamError: it was cut off, or the server reported an error that is none of those below.

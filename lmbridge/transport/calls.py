@@ -11,7 +11,7 @@ import attrs
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.deadline import Deadline, Watch
+from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -21,7 +21,7 @@ from lmbridge.transport.retry import (
     poll_waits,
     retry_waits,
 )
-from lmbridge.transport.scheduler import Place
+from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]
@@ -47,7 +47,7 @@ class Request:
     """JSON."""
     model: str | None = None
     queued: bool = True
-    """Whether it is a generation, which waits for a place."""
+    """Whether it is a generation, which waits for a permit."""
     repeatable: bool = True
     """Whether it may be sent again if the server may have begun with it. What is not goes out on a new connection."""
     reports_error: Callable[[bytes], bool] = _never
@@ -68,22 +68,24 @@ class Call(Deadline):
         "_waits",
         "attempted",
         "attempts",
-        "place",
+        "permit",
         "request",
         "retries",
         "total_deadline",
         "url",
     )
 
-    def __init__(self, request: Request, url: str, admission: Admission, place: Place | None, watch: Watch) -> None:
-        super().__init__(watch, math.inf)
+    def __init__(
+        self, request: Request, url: str, admission: Admission, permit: Permit | None, deadline_timer: DeadlineTimer
+    ) -> None:
+        super().__init__(deadline_timer, math.inf)
         self.request = request
-        self.place = place
+        self.permit = permit
         self.attempts = 0
         self.retries = 0
         self.url = url
         self._admission = admission
-        self._started = watch.time()
+        self._started = deadline_timer.time()
         self.attempted = self._started
         self.total_deadline = self._started + _or_infinity(request.timeouts.total)
         self._load_deadline = math.inf
@@ -97,13 +99,13 @@ class Call(Deadline):
             "url": self.url,
             "model": self.request.model,
             "attempts": self.attempts,
-            "seconds": self.watch.time() - self._started,
+            "seconds": self.deadline_timer.time() - self._started,
         }
 
     def begin_attempt(self) -> Self:
         """Counts an attempt; returns the deadline for its answer, to be entered."""
         self.attempts += 1
-        self.attempted = self.watch.time()
+        self.attempted = self.deadline_timer.time()
         self.when = self.first_byte_deadline
         self._reached = False
         return self
@@ -119,7 +121,7 @@ class Call(Deadline):
         Raises:
             LLMTimeoutError: phase "load": the server has been loading for too long.
         """
-        now = self.watch.time()
+        now = self.deadline_timer.time()
         if verdict is Verdict.POLL:
             wait = self._wait_for_loading(now)
         elif verdict is Verdict.RETRY and self.retries < min(self.request.max_retries, MAX_RETRIES):
@@ -151,24 +153,24 @@ class Call(Deadline):
         return LLMTimeoutError(f"{what} within {limit:g} s", cause, phase=phase, hint=hint, context=self.context())
 
     def release(self) -> None:
-        """Gives its place back; a second time does nothing."""
-        if self.place is not None:
-            self._admission.release(self.place)
+        """Gives its permit back; a second time does nothing."""
+        if self.permit is not None:
+            self._admission.release(self.permit)
 
-    def answered(self, first: Event) -> None:
+    def note_first_event(self, first: Event) -> None:
         """Notes its first event, or its whole reply: others may be waiting for the model to be loaded.
 
         What reports an error shows that it is not: then the next of them goes alone.
         """
-        if self.place is not None and self.place.is_loader:
+        if self.permit is not None and self.permit.is_first_request:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
             if name != "error" and not self.request.reports_error(data):
-                self._admission.answered(self.place)
+                self._admission.mark_loaded(self.permit)
 
-    def cool(self) -> None:
+    def mark_unloaded(self) -> None:
         """Notes that its model is not loaded, whatever was thought: the next request for it goes alone."""
-        if self.place is not None:
-            self._admission.cool(self.request.model)
+        if self.permit is not None:
+            self._admission.mark_unloaded(self.request.model)
 
 
 @attrs.define(kw_only=True, eq=False)

@@ -15,16 +15,16 @@ class Timed(Protocol):
     when: float
     """The loop's time at which it is; infinity for never."""
 
-    def reach(self) -> None:
+    def on_deadline(self) -> None:
         """It is."""
 
 
-class Watch:
+class DeadlineTimer:
     """The deadlines of one loop. Its timer is moved for an earlier one, and otherwise only when it fires.
 
     Args:
         loop: The running loop.
-        others: Looked at beside the deadlines; they tell it by `expect` when they have something to wait for.
+        others: Looked at beside the deadlines; they tell it by `wake_at` when they have something to wait for.
     """
 
     __slots__ = ("_at", "_deadlines", "_others", "_timer", "loop", "time")
@@ -48,7 +48,7 @@ class Watch:
         """Watches it no longer."""
         self._deadlines.pop(deadline, None)
 
-    def expect(self, when: float) -> None:
+    def wake_at(self, when: float) -> None:
         """Looks at all of them at that time, or before."""
         if when < self._at:
             self._set(when)
@@ -76,7 +76,7 @@ class Watch:
         self._set(next_one)
         for each in late:
             self.discard(each)
-            each.reach()
+            each.on_deadline()
 
 
 class Deadline:
@@ -86,35 +86,35 @@ class Deadline:
     also one that comes at the same moment.
 
     Args:
-        watch: The watch of the running loop.
+        deadline_timer: The timer of the running loop.
         when: Its time; infinity for no deadline.
     """
 
-    __slots__ = ("_before", "_reached", "_task", "watch", "when")
+    __slots__ = ("_before", "_reached", "_task", "deadline_timer", "when")
 
-    def __init__(self, watch: Watch, when: float) -> None:
-        self.watch = watch
+    def __init__(self, deadline_timer: DeadlineTimer, when: float) -> None:
+        self.deadline_timer = deadline_timer
         self.when = when
         self._reached = False
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task(self.watch.loop)
+        task = asyncio.current_task(self.deadline_timer.loop)
         if task is None:
             raise RuntimeError("a deadline needs a task to cancel")
         self._task = task
         self._before = task.cancelling()
         if self.when != math.inf:
-            self.watch.add(self)
+            self.deadline_timer.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.watch.discard(self)
+        self.deadline_timer.discard(self)
         if self._reached and self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
-    def reach(self) -> None:
+    def on_deadline(self) -> None:
         """Cancels the task."""
         self._reached = True
         self._task.cancel()

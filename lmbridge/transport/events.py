@@ -44,8 +44,8 @@ class Response(Protocol):
 class EventStream:
     """The events of one response, for one reader at a time.
 
-    It holds its call's place until the body has ended or the connection is closed. Its call's watch must know it, for
-    its limits: a read costs no timer of its own.
+    It holds its call's permit until the body has ended or the connection is closed. Its call's deadline timer must know
+    it, for its limits: a read costs no timer of its own.
 
     Args:
         call: The request that it answers.
@@ -88,7 +88,7 @@ class EventStream:
         self._event_seen = False
         self.when = math.inf
         """The deadline of the wait that is going on."""
-        self._loop: asyncio.AbstractEventLoop | None = call.watch.loop  # None once it is closed
+        self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop  # None once it is closed
 
     @property
     def stray(self) -> str:
@@ -129,7 +129,7 @@ class EventStream:
                     return self._decoder.close()
                 if events := self._decoder.feed(data):
                     self._event_seen = True
-                    self.call.answered(events[0])
+                    self.call.note_first_event(events[0])
                     return events
         except BaseException as exc:
             self.abort()
@@ -157,10 +157,10 @@ class EventStream:
     def look(self) -> bool:
         """Sees whether the first event has arrived, though nobody may be reading; tells whether to look again later.
 
-        What arrived is kept for the reader. If it is an error, or nothing will come, the place is given back: others
+        What arrived is kept for the reader. If it is an error, or nothing will come, the permit is given back: others
         wait for what has failed.
         """
-        if self._loop is None or self._event_seen or self.call.place is None or not self.call.place.is_loader:
+        if self._loop is None or self._event_seen or self.call.permit is None or not self.call.permit.is_first_request:
             return False
         if self._reading:
             return not self._content.at_eof()
@@ -171,10 +171,10 @@ class EventStream:
             self.call.release()  # the reader will meet it
             return False
         if events:
-            self.call.answered(events[0])
+            self.call.note_first_event(events[0])
         elif not self._content.at_eof():
             return True
-        if self.call.place.is_loader:
+        if self.call.permit.is_first_request:
             self.call.release()
         return False
 
@@ -202,7 +202,7 @@ class EventStream:
             self._reading = False
 
     def abort(self, fault: LLMError | None = None) -> None:
-        """Closes the connection and gives the place back, now. A reader, now or later, gets `fault`."""
+        """Closes the connection and gives the permit back, now. A reader, now or later, gets `fault`."""
         if self._loop is not None:
             self._fault = fault
             self._response.close()
@@ -224,17 +224,17 @@ class EventStream:
         call = self.call
         if now >= call.total_deadline:  # also where there is always something to read, and no wait to time
             raise call.timed_out("total")
-        if call.place is not None:
-            call.place.touch(now, asyncio.current_task(call.watch.loop))
+        if call.permit is not None:
+            call.permit.note_read(now, asyncio.current_task(call.deadline_timer.loop))
         if not self._event_seen:
             self.when = call.when
         elif self._idle is None:
             self.when = call.total_deadline
         else:
             self.when = min(now + self._idle, call.total_deadline)
-        call.watch.expect(self.when)
+        call.deadline_timer.wake_at(self.when)
 
-    def reach(self) -> None:
+    def on_deadline(self) -> None:
         """The wait has been too long."""
         phase: Phase = "idle" if self._event_seen else "first_byte"
         self.abort(self.call.timed_out("total" if self.when >= self.call.total_deadline else phase))
@@ -269,7 +269,7 @@ class EventStream:
             )
 
     def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Closes the connection and gives the place back, in the loop's own thread."""
+        """Closes the connection and gives the permit back, in the loop's own thread."""
         if loop.is_closed():
             return
         try:

@@ -33,10 +33,10 @@ from lmbridge.config import (
 from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.retry import Verdict
-from lmbridge.transport.scheduler import Place
+from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import begins_event_stream
 
 logger = logging.getLogger("lmbridge.transport")
@@ -120,8 +120,8 @@ class Transport:
         from lmbridge.transport.stats import ClientStats, ModelStats  # noqa: PLC0415 - a millisecond for whom asks
 
         admission = None if self._opened is None else self._opened.admission
-        in_flight = Counter(place.model for place in admission.scheduler.in_flight) if admission else Counter()
-        queued = Counter(place.model for place in admission.scheduler.waiting) if admission else Counter()
+        in_flight = Counter(permit.model for permit in admission.scheduler.in_flight) if admission else Counter()
+        queued = Counter(permit.model for permit in admission.scheduler.waiting) if admission else Counter()
         models = dict.fromkeys([*self._retries, *self._swaps, *in_flight, *queued])
         return ClientStats(
             in_flight=in_flight.total(),
@@ -146,7 +146,7 @@ class Transport:
 
     @property
     def queued(self) -> int:
-        """Generations that wait for a place."""
+        """Generations that wait for a permit."""
         return self._opened.admission.queued if self._opened else 0
 
     @property
@@ -179,7 +179,7 @@ class Transport:
     def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
         """Sends a request for an event stream; an answer that is none comes as a whole `Reply`.
 
-        The event stream owns the request's place until it is closed.
+        The event stream owns the request's permit until it is closed.
 
         Raises:
             LLMConnectionError: nobody there, or the connection broke.
@@ -212,16 +212,16 @@ class Transport:
         url = f"{self._root if request.below_root else self.api_base}{request.path}"
         opened.requests += 1
         try:
-            place = None
+            permit = None
             if request.queued:
                 self._retries.setdefault(request.model, 0)  # `stats` tells of each model that was asked for
                 if self._find_limits is not None and not opened.knows_limits:
                     await self._know_limits(opened, self._find_limits)
                 plain = receive is _receive_reply
-                place = opened.admission.acquire_now(request.model, plain=plain) or await self._queue(
+                permit = opened.admission.acquire_now(request.model, plain=plain) or await self._queue(
                     opened, request, url, plain=plain
                 )
-            call = Call(request, url, opened.admission, place, opened.watch)
+            call = Call(request, url, opened.admission, permit, opened.deadline_timer)
             try:
                 answer = await self._attempt(opened, call, receive)
                 while isinstance(answer, _Failure) or (isinstance(answer, Reply) and answer.status >= 400):
@@ -236,7 +236,7 @@ class Transport:
                 if isinstance(answer, _Failure):
                     raise _cancelled(call) if opened.closed.done() else answer.error
                 if isinstance(answer, Reply) and answer.status < 400:
-                    call.answered(answer.body)
+                    call.note_first_event(answer.body)
             except BaseException:
                 call.release()
                 raise
@@ -265,12 +265,12 @@ class Transport:
             if limits != self.limits:
                 logger.info("the server's limits: %s", limits)
                 self.limits = limits
-                opened.admission.limit(limits)
+                opened.admission.set_limits(limits)
             opened.knows_limits = True
         finally:
             opened.finding = None
 
-    async def _queue(self, opened: _Opened, request: Request, url: str, *, plain: bool) -> Place:
+    async def _queue(self, opened: _Opened, request: Request, url: str, *, plain: bool) -> Permit:
         try:
             return await opened.admission.acquire(request.model, plain=plain)
         except LLMError as error:
@@ -278,7 +278,7 @@ class Transport:
             raise
 
     def _keep(self, opened: _Opened, stream: EventStream) -> None:
-        """Hands a stream over, with its place."""
+        """Hands a stream over, with its permit."""
         if opened.closed.done():
             stream.abort()
             raise _cancelled(stream.call)
@@ -392,7 +392,7 @@ class _Opened:
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
     requests: int = attrs.field(init=False, default=0)
     """Plain ones under way, queued or not."""
-    watch: Watch = attrs.field(init=False)
+    deadline_timer: DeadlineTimer = attrs.field(init=False)
     knows_limits: bool = attrs.field(init=False, default=False)
     finding: asyncio.Task[None] | None = attrs.field(init=False, default=None)
     _fresh: aiohttp.ClientSession | None = attrs.field(init=False, default=None)
@@ -401,9 +401,9 @@ class _Opened:
     def _unclosed(self) -> asyncio.Future[None]:
         return self.loop.create_future()
 
-    @watch.default
-    def _watch_over_streams(self) -> Watch:
-        return Watch(self.loop, self.streams)
+    @deadline_timer.default
+    def _make_deadline_timer(self) -> DeadlineTimer:
+        return DeadlineTimer(self.loop, self.streams)
 
     def fresh_session(self, make: Callable[..., aiohttp.ClientSession]) -> aiohttp.ClientSession:
         """For what must not be sent twice: a kept connection may be dead, and only the sending would tell."""
@@ -429,7 +429,7 @@ class _Opened:
         finally:
             if self._fresh is not None:
                 await self._fresh.close()
-            self.watch.close()
+            self.deadline_timer.close()
 
 
 class _Failure:
@@ -481,7 +481,7 @@ _newest: ContextVar[object] = ContextVar("lmbridge_newest", default=None)
 
 def _event_stream(call: Call, response: aiohttp.ClientResponse, first: bytes = b"") -> EventStream:
     stream = EventStream(call, response, _BROKEN, first)
-    if call.place is not None and call.place.is_loader and stream.look() and response.connection is not None:
+    if call.permit is not None and call.permit.is_first_request and stream.look() and response.connection is not None:
         protocol = response.connection.protocol
         if isinstance(protocol, _Protocol):
             protocol.look = weakref.WeakMethod(stream.look)

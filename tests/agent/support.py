@@ -10,7 +10,7 @@ from typing import Any
 from lmbridge import Agent
 from lmbridge.agent.history import check_pairs
 from lmbridge.testing import Behaviour, Request, ScriptedServer, answer
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 
 
 def asks(name: str, call_id: str = "call_1", /, **arguments: Any) -> dict[str, Any]:
@@ -33,9 +33,9 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def watch() -> Watch:
+def deadline_timer() -> DeadlineTimer:
     """Where a call's time is looked after."""
-    return Watch(asyncio.get_running_loop())
+    return DeadlineTimer(asyncio.get_running_loop())
 
 
 def generations(server: ScriptedServer) -> list[Request]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from lmbridge import Tool, ToolContext, ToolError
 from lmbridge.agent import calling
 from lmbridge.agent.calling import Outcome, call_tool, capped
-from tests.agent.support import watch
+from tests.agent.support import deadline_timer
 from tests.support import cancel_at_each_step, turns
 
 
@@ -37,7 +37,9 @@ async def call(
     """What comes of a call of a function."""
     context = ToolContext("run", "call", "tool", cancelled)
     tool = Tool("tool", "", {}, function)
-    return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output, watch=watch())
+    return await call_tool(
+        tool, arguments, context, timeout=timeout, max_output=max_output, deadline_timer=deadline_timer()
+    )
 
 
 class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
@@ -234,15 +236,15 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter() -> None:
 import asyncio, threading
 from lmbridge import ToolContext
 from lmbridge.agent.toolset import Toolset
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 def hang() -> None:
     threading.Event().wait()
 async def main():
     tools = await Toolset.collect([hang])
     ready = tools.read({"function": {"name": "hang", "arguments": "{}"}})
-    watch = Watch(asyncio.get_running_loop())
+    deadline_timer = DeadlineTimer(asyncio.get_running_loop())
     context = ToolContext("", "", "", lambda: False)
-    print((await tools.call(ready, context, timeout=0.01, max_output=100, watch=watch)).text)
+    print((await tools.call(ready, context, timeout=0.01, max_output=100, deadline_timer=deadline_timer)).text)
 asyncio.run(main())
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
@@ -507,10 +509,10 @@ async def test_the_time_of_a_tool_that_has_ended_is_watched_no_longer(ending: st
         if ending == "cancel":
             await asyncio.Event().wait()
 
-    ours = watch()
+    ours = deadline_timer()
     context = ToolContext("run", "call", "tool", lambda: False)
     called = asyncio.create_task(
-        call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100, watch=ours)
+        call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100, deadline_timer=ours)
     )
     await turns(1)
     assert len(ours._deadlines) == 1
@@ -539,7 +541,7 @@ async def test_a_tool_that_keeps_its_own_time_is_told_how_much_it_has_and_is_not
     tool = Tool("tool", "", {}, timed(None), _timed=timed)
     context = ToolContext("run", "call", "tool", lambda: False)
     for timeout in (1e-9, None):
-        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100, watch=watch())
+        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100, deadline_timer=deadline_timer())
         assert (outcome.text, outcome.is_error) == ("done", False)
     assert told == [1e-9, None]
 

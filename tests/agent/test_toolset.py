@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.toolset import Fault, Ready, Toolset
-from tests.agent.support import watch
+from tests.agent.support import deadline_timer
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 
@@ -407,7 +407,9 @@ async def test_a_call_is_made_with_the_converted_arguments() -> None:
     read = tools.read(wire("weather", '{"city": "Ulm"}'))
     assert isinstance(read, Ready)
     context = ToolContext("run", "call_1", "weather", lambda: False)
-    outcome = await tools.call(read, context, timeout=30, max_output=100, watch=watch())
+    outcome = await tools.call(read, context, timeout=30, max_output=100, deadline_timer=deadline_timer())
     assert (outcome.text, outcome.is_error) == ("3 days of rain in Ulm", False)
     with pytest.raises(LLMValidationError, match="there is no tool 'x'"):
-        await tools.call(Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100, watch=watch())
+        await tools.call(
+            Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100, deadline_timer=deadline_timer()
+        )

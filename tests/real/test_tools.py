@@ -8,7 +8,7 @@ import pytest
 
 from lmbridge import LLMClient, Tool, ToolContext, collect
 from lmbridge.agent.toolset import Ready, Toolset
-from tests.agent.support import watch
+from tests.agent.support import deadline_timer
 
 pytestmark = pytest.mark.real
 
@@ -67,5 +67,5 @@ async def test_a_call_of_the_model_is_read_and_made(client: LLMClient) -> None:
     ready = tools.read(call)
     assert isinstance(ready, Ready)
     context = ToolContext("run", ready.call.id, ready.call.name, lambda: False)
-    outcome = await tools.call(ready, context, timeout=30, max_output=100, watch=watch())
+    outcome = await tools.call(ready, context, timeout=30, max_output=100, deadline_timer=deadline_timer())
     assert outcome.text == "542"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from lmbridge.config import Limits
-from lmbridge.transport.scheduler import Place, Scheduler
+from lmbridge.transport.scheduler import Permit, Scheduler
 from tests.transport.schedule_record import Entry, Record
 
 
@@ -39,47 +39,47 @@ class Shell:
         self.now = start
         self.timer = math.inf
         self.told: list[Entry] = []
-        """Whose wait was ended because it was hopeless."""
+        """Whose wait was ended because it was deadlocked."""
         self.owners: dict[str, Owner] = {}
-        self.entries: dict[Place, Entry] = {}
-        self.places: dict[Entry, Place] = {}
-        self._turns = self.scheduler.turns
+        self.entries: dict[Permit, Entry] = {}
+        self.permits: dict[Entry, Permit] = {}
+        self._revision = self.scheduler.revision
 
     # What happens
 
     def arrive(self, model: str | None, owner: str | None = None) -> Entry:
         task = None if owner is None else cast("asyncio.Task[object]", self.owners.setdefault(owner, Owner()))
-        place = Place(model, self.now, None if task is None else weakref.ref(task))
+        permit = Permit(model, self.now, None if task is None else weakref.ref(task))
         entry = Entry(model, owner, self.now)
-        self.entries[place], self.places[entry] = entry, place
+        self.entries[permit], self.permits[entry] = entry, permit
         self.record.arrive(entry)
-        if self.scheduler.take(place, self.now):
+        if self.scheduler.admit_now(permit, self.now):
             self.record.admit(entry, self.now)
             return entry
-        self.scheduler.arrive(place)
+        self.scheduler.arrive(permit)
         self._settle()
         return entry
 
     def end(self, entry: Entry) -> None:
         """It is over, has failed, or waits no longer."""
         self.record.end(entry, self.now)
-        assert self.scheduler.leave(self.places[entry], self.now)
-        assert not self.scheduler.leave(self.places[entry], self.now)
+        assert self.scheduler.leave(self.permits[entry], self.now)
+        assert not self.scheduler.leave(self.permits[entry], self.now)
         if self.scheduler.waiting:  # else there is nobody to admit, and admission does not look
             self._settle()
 
     def answer(self, entry: Entry) -> None:
         self.record.answer(entry)
-        self.scheduler.answered(self.places[entry], self.now)
+        self.scheduler.mark_loaded(self.permits[entry], self.now)
         self._settle()
 
-    def cool(self, model: str | None) -> None:
-        self.record.cool(model)
-        self.scheduler.cool(model)
+    def mark_unloaded(self, model: str | None) -> None:
+        self.record.mark_unloaded(model)
+        self.scheduler.mark_unloaded(model)
 
-    def limit(self, limits: Limits) -> None:
-        self.record.limit(limits)
-        self.scheduler.limit(limits)
+    def set_limits(self, limits: Limits) -> None:
+        self.record.set_limits(limits)
+        self.scheduler.set_limits(limits)
         self._settle()
 
     def wait(self, seconds: float) -> None:
@@ -97,18 +97,18 @@ class Shell:
         """The scheduler is where its record is, and keeps nothing that it does not need."""
         scheduler, record = self.scheduler, self.record
         record.look_for_overdue(self.now)
-        hopeless = [each for each in record.waiting if record.is_hopeless(each, self.now)]
-        assert not hopeless, f"{hopeless} wait for themselves"
-        assert [self.entries[place] for place in scheduler.in_flight] == record.in_flight
-        assert [self.entries[place] for place in scheduler.waiting] == record.waiting
+        deadlocked = [each for each in record.waiting if record.is_deadlocked(each, self.now)]
+        assert not deadlocked, f"{deadlocked} wait for themselves"
+        assert [self.entries[permit] for permit in scheduler.in_flight] == record.in_flight
+        assert [self.entries[permit] for permit in scheduler.waiting] == record.waiting
         assert sum(scheduler.swaps.values()) == record.swaps
         assert scheduler._batches == len(record.batch)
         if record.has_model_limit:
-            assert [group.model for group in scheduler._active] == record.active
+            assert [queue.model for queue in scheduler._active] == record.active
             draining = scheduler._draining if scheduler.waiting else None
             assert ([] if draining is None else [draining.model]) == record.draining
             known = {each.model for each in record.waiting} | set(record.active)
-            assert set(scheduler._groups) == known, "a model is kept that nobody needs, or lost"
+            assert set(scheduler._queues) == known, "a model is kept that nobody needs, or lost"
 
     def finish_all(self) -> None:
         """Whoever waits is admitted some time, if all others end; and then nothing is left."""
@@ -119,21 +119,21 @@ class Shell:
         self.record.check_history()
 
     def _settle(self) -> None:
-        for place in self.scheduler.admit(self.now):
-            self.record.admit(self.entries[place], self.now)
+        for permit in self.scheduler.admit(self.now):
+            self.record.admit(self.entries[permit], self.now)
         self.record.settled(self.now)
-        self._tell_the_hopeless()
+        self._fail_deadlocked_waiters()
         self.timer = min(self.timer, self.scheduler.next_overdue(self.now))
 
-    def _tell_the_hopeless(self) -> None:
+    def _fail_deadlocked_waiters(self) -> None:
         """As admission does: who has just come, and all others when models have changed."""
-        changed, self._turns = self._turns != self.scheduler.turns, self.scheduler.turns
+        changed, self._revision = self._revision != self.scheduler.revision, self.scheduler.revision
         for entry in list(self.record.waiting):
-            place = self.places[entry]
-            if entry.owner is not None and (changed or entry is self.record.arrived[-1]) and place.state == "waiting":
+            permit = self.permits[entry]
+            if entry.owner is not None and (changed or entry is self.record.arrived[-1]) and permit.state == "waiting":
                 task = cast("asyncio.Task[object]", self.owners[entry.owner])
-                if self.scheduler.is_hopeless(place, task):
-                    assert self.record.is_hopeless(entry, self.now), f"{entry} was told that it waits for itself"
+                if self.scheduler.is_deadlocked(permit, task):
+                    assert self.record.is_deadlocked(entry, self.now), f"{entry} was told that it waits for itself"
                     self.told.append(entry)
                     self.end(entry)
 
@@ -196,7 +196,7 @@ class Chaos:
 
     def one_finds_its_model_evicted(self, number: int) -> None:
         if entry := _one_of(self.record.in_flight, number):
-            self.shell.cool(entry.model)
+            self.shell.mark_unloaded(entry.model)
             self.shell.end(entry)
 
     def one_is_cancelled(self, number: int) -> None:
@@ -204,7 +204,7 @@ class Chaos:
             self.shell.end(entry)
 
     def a_model_is_evicted(self, number: int) -> None:
-        self.shell.cool("abcd"[number % 4])
+        self.shell.mark_unloaded("abcd"[number % 4])
 
     def time_passes(self, number: int) -> None:
         self.shell.wait((0.1, 0.7, 10.0, 20.0, 29.9, 30.0, 100.0)[number % 7])
@@ -217,7 +217,7 @@ class Chaos:
         limits = some_limits(number)
         models = {each.model for each in self.record.in_flight}
         if limits.max_loaded_models is None or limits.max_loaded_models >= len(models):
-            self.shell.limit(limits)
+            self.shell.set_limits(limits)
 
     def _ask(self, model: str | None, owner: str | None) -> None:
         if owner is None or owner not in {each.owner for each in self.record.waiting}:  # it waits for one at a time

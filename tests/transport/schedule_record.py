@@ -59,13 +59,13 @@ class Record:
         self.active: list[str | None] = []  # the longest first
         self.batch: list[Entry] = []  # members of all batches, not yet admitted
         self.warm: set[str | None] = set()
-        self.loaders: dict[str | None, Entry] = {}
+        self.first_requests: dict[str | None, Entry] = {}
         self.idle_since: dict[str | None, float] = {}
         self.draining: list[str | None] = []  # one at most
 
     # What happened
 
-    def limit(self, limits: Limits) -> None:
+    def set_limits(self, limits: Limits) -> None:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self.batch, self.draining, self.idle_since = [], [], {}
@@ -73,8 +73,8 @@ class Record:
             entry.overtaken_by = []
         self.active = list(dict.fromkeys(entry.model for entry in self.in_flight))
         if limits.max_loaded_models is None or not was_limited:
-            self.loaders = {}
-        self.warm = {model for model in self.active if model not in self.loaders}
+            self.first_requests = {}
+        self.warm = {model for model in self.active if model not in self.first_requests}
 
     def arrive(self, entry: Entry) -> None:
         self.arrived.append(entry)
@@ -86,18 +86,18 @@ class Record:
             self.in_flight.remove(entry)
             self.idle_since[entry.model] = now
         else:
-            self._unqueue(entry)
-        if self.loaders.get(entry.model) is entry:
-            del self.loaders[entry.model]
+            self._dequeue(entry)
+        if self.first_requests.get(entry.model) is entry:
+            del self.first_requests[entry.model]
         self.over.append(entry)
         entry.over = now
 
     def answer(self, entry: Entry) -> None:
-        if self.loaders.get(entry.model) is entry:
-            del self.loaders[entry.model]
+        if self.first_requests.get(entry.model) is entry:
+            del self.first_requests[entry.model]
             self.warm.add(entry.model)
 
-    def cool(self, model: str | None) -> None:
+    def mark_unloaded(self, model: str | None) -> None:
         self.warm.discard(model)
 
     def admit(self, entry: Entry, now: float) -> None:
@@ -110,11 +110,11 @@ class Record:
             for each in self.waiting:
                 if each.model not in self.active:
                     each.overtaken_by.append(entry.model)
-        self._unqueue(entry)
+        self._dequeue(entry)
         self.in_flight.append(entry)
         entry.admitted, entry.epochs_before = now, len(self.epochs)
         if self.has_model_limit and entry.model not in self.warm:
-            self.loaders[entry.model] = entry
+            self.first_requests[entry.model] = entry
         models = {each.model for each in self.in_flight}
         assert not self.has_model_limit or len(models) <= self.max_models, f"{models} are in flight"
 
@@ -135,7 +135,7 @@ class Record:
         return math.inf if self.limits.max_loaded_models is None else self.limits.max_loaded_models
 
     def who_may_go(self) -> list[Entry]:
-        """All that wait for nothing but a place, in the order in which they came."""
+        """All that wait for nothing but a permit, in the order in which they came."""
         if not self.has_model_limit:
             return list(self.waiting)
         room = self.max_models - len(self.active) + len(self._replaceable())
@@ -148,8 +148,8 @@ class Record:
         elif not self.draining and not self.batch and len(self.active) >= self.max_models:
             self.draining = self.active[:1]
 
-    def is_hopeless(self, entry: Entry, now: float) -> bool:
-        """Whether it could go only after a place of its own task: while all others end, one after the other.
+    def is_deadlocked(self, entry: Entry, now: float) -> bool:
+        """Whether it could go only after a permit of its own task: while all others end, one after the other.
 
         Other active models go on, so nobody counts on their end to be spared a drain.
         """
@@ -161,7 +161,7 @@ class Record:
         future = self._copy()
         while entry in future.waiting:
             others = [each for each in future.in_flight if each not in own]
-            future.loaders, future.warm = {}, set(future.active)
+            future.first_requests, future.warm = {}, set(future.active)
             for other in others:
                 future.in_flight.remove(other)
             admitted = False
@@ -175,7 +175,7 @@ class Record:
         return False
 
     def check_history(self) -> None:
-        """The whole: order within a model, places, no more swaps than batches, one batch a model ahead of anybody."""
+        """The whole: order within a model, permits, no more swaps than batches, one batch a model ahead of anybody."""
         for model in {each.model for each in self.arrived}:
             times = [e.admitted for e in self.arrived if e.model == model and not math.isnan(e.admitted)]
             assert times == sorted(times), f"{model} was admitted out of order"
@@ -188,7 +188,7 @@ class Record:
     def _is_let_in(self, entry: Entry) -> bool:
         """Whether it may go, its model being active."""
         is_held_back = entry.model in self.draining and entry not in self.batch
-        return entry.model not in self.loaders and not is_held_back
+        return entry.model not in self.first_requests and not is_held_back
 
     def _is_overdue(self, entry: Entry, now: float) -> bool:
         limit = self.limits.max_wait
@@ -221,10 +221,10 @@ class Record:
         """An admission that nobody sees, in a future that may not come."""
         if self.has_model_limit and entry.model not in self.active:
             self._activate(entry, 0.0)
-        self._unqueue(entry)
+        self._dequeue(entry)
         self.in_flight.append(entry)
 
-    def _unqueue(self, entry: Entry) -> None:
+    def _dequeue(self, entry: Entry) -> None:
         self.waiting.remove(entry)
         if entry in self.batch:
             self.batch.remove(entry)

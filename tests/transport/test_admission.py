@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.scheduler import Place
+from lmbridge.transport.scheduler import Permit
 from tests.support import cancel_at_each_step, turns
 from tests.transport.clock import Clock
 
@@ -30,19 +30,19 @@ def an_admission(max_concurrency: int = 1, max_queue: float | None = 600.0) -> A
     return Admission(Limits(max_concurrency=max_concurrency, max_queue=max_queue))
 
 
-def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Place]:
-    """A task of its own that asks for a place."""
+def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Permit]:
+    """A task of its own that asks for a permit."""
     return asyncio.create_task(admission.acquire(model))
 
 
-async def held_by_others(admission: Admission, count: int = 1) -> list[Place]:
+async def held_by_others(admission: Admission, count: int = 1) -> list[Permit]:
     return [await ask(admission) for _ in range(count)]
 
 
 # Order
 
 
-async def test_a_free_place_is_given_without_waiting() -> None:
+async def test_a_free_permit_is_given_without_waiting() -> None:
     admission = an_admission(2)
     asking = admission.acquire("a")
     with pytest.raises(StopIteration) as given:
@@ -61,12 +61,12 @@ async def test_no_more_are_in_flight_than_allowed_and_the_others_go_in_the_order
     assert [(await task).model for task in tasks] == [str(number) for number in range(10)]
 
 
-async def test_who_comes_in_the_moment_in_which_a_place_is_free_stands_behind_those_who_wait() -> None:
+async def test_who_comes_in_the_moment_in_which_a_permit_is_free_stands_behind_those_who_wait() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     first = ask(admission)
     await turns()
-    admission.release(place)
+    admission.release(permit)
     last = ask(admission)
     await turns()
     assert (first.done(), last.done()) == (True, False)
@@ -74,21 +74,21 @@ async def test_who_comes_in_the_moment_in_which_a_place_is_free_stands_behind_th
     assert (await last).model == "m"
 
 
-async def test_a_place_may_be_given_back_twice() -> None:
+async def test_a_permit_may_be_given_back_twice() -> None:
     admission = an_admission(2)
-    place, _ = await held_by_others(admission, 2)
+    permit, _ = await held_by_others(admission, 2)
     tasks = [ask(admission), ask(admission)]
     await turns()
-    admission.release(place)
-    admission.release(place)
+    admission.release(permit)
+    admission.release(permit)
     await turns()
-    admission.release(place)
+    admission.release(permit)
     assert [task.done() for task in tasks] == [True, False]
     assert (admission.in_flight, admission.queued) == (2, 1)
     tasks[1].cancel()
 
 
-async def test_a_place_of_another_scheduler_is_none_here() -> None:
+async def test_a_permit_of_another_scheduler_is_none_here() -> None:
     admission = an_admission()
     await held_by_others(admission)
     (stranger,) = await held_by_others(an_admission())
@@ -101,36 +101,36 @@ async def test_a_place_of_another_scheduler_is_none_here() -> None:
 
 async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(3)]
     await turns()
     tasks[0].cancel()
     await turns()
     assert (tasks[0].cancelled(), admission.queued) == (True, 2)
-    admission.release(place)
+    admission.release(permit)
     await turns()
     assert (tasks[1].done(), tasks[2].done()) == (True, False)
     admission.release(tasks[1].result())
     await tasks[2]
 
 
-async def test_a_place_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
+async def test_a_permit_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     tasks = [ask(admission), ask(admission)]
     await turns()
     tasks[0].cancel()
-    admission.release(place)  # before the cancelled task has run
+    admission.release(permit)  # before the cancelled task has run
     await turns()
     assert (tasks[0].cancelled(), tasks[1].done()) == (True, True)
 
 
-async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_place_passes_it_on() -> None:
+async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_permit_passes_it_on() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(4)]
     await turns()
-    admission.release(place)
+    admission.release(permit)
     for task in tasks[:3]:
         task.cancel()
     await turns(6)
@@ -139,12 +139,12 @@ async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_place
     assert (admission.in_flight, admission.queued) == (0, 0)
 
 
-async def test_a_place_that_nobody_takes_is_free_again() -> None:
+async def test_a_permit_that_nobody_takes_is_free_again() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
-    admission.release(place)
+    admission.release(permit)
     task.cancel()
     await turns()
     assert (task.cancelled(), admission.in_flight) == (True, 0)
@@ -163,7 +163,7 @@ async def test_a_caller_may_wait_no_longer_than_it_wants() -> None:
 
 async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(10_000)]
     await turns()
     assert admission.queued == 10_000
@@ -174,21 +174,21 @@ async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
     del task, tasks
     assert admission.queued == 0
     gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, Place) and each.state == "waiting"]
-    admission.release(place)
+    assert not [each for each in gc.get_objects() if isinstance(each, Permit) and each.state == "waiting"]
+    admission.release(permit)
     assert (await admission.acquire("m"), admission.in_flight)[1] == 1
 
 
 # Limits of waiting
 
 
-async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_the_places(clock: Clock) -> None:
+async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_the_permits(clock: Clock) -> None:
     admission = an_admission(2, max_queue=60)
     old = await ask(admission, "qwen")
     clock.wait(40)
     await ask(admission, None)
     clock.wait(8)
-    old.touch(clock(), asyncio.current_task())
+    old.note_read(clock(), asyncio.current_task())
     task = ask(admission)
     await turns()
     clock.wait(59.5)
@@ -200,14 +200,14 @@ async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_t
     assert caught.value.phase == "queue"
     holders = ["qwen for 108 s (unread for 60 s)", "no model named for 68 s (unread for 68 s)"]
     assert caught.value.context["holders"] == holders
-    assert f"not admitted within 60 s; 2 of 2 places are held by: {', '.join(holders)}; " in str(caught.value)
+    assert f"not admitted within 60 s; 2 of 2 permits are held by: {', '.join(holders)}; " in str(caught.value)
     assert "Limits.max_queue" in str(caught.value)
     assert (admission.in_flight, admission.queued) == (2, 0)
 
 
 async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
     admission = an_admission(1, max_queue=60)
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     early = ask(admission)
     await turns()
     clock.wait(30)
@@ -217,16 +217,16 @@ async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
     with pytest.raises(LLMTimeoutError):
         await early
     assert not late.done()
-    admission.release(place)
+    admission.release(permit)
     await late
 
 
-async def test_who_got_a_place_in_time_keeps_it(clock: Clock, complaints: Complaints) -> None:
+async def test_who_got_a_permit_in_time_keeps_it(clock: Clock, complaints: Complaints) -> None:
     admission = an_admission(1, max_queue=60)
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 59.9, admission.release, place)  # just before the timer of `task`
+    asyncio.get_running_loop().call_at(clock() + 59.9, admission.release, permit)  # just before the timer of `task`
     clock.wait(60)
     assert (await task).model == "m"
     clock.wait(600)
@@ -234,15 +234,15 @@ async def test_who_got_a_place_in_time_keeps_it(clock: Clock, complaints: Compla
     assert (admission.in_flight, complaints) == (1, [])
 
 
-async def test_a_place_that_is_free_too_late_goes_to_the_next(clock: Clock) -> None:
+async def test_a_permit_that_is_free_too_late_goes_to_the_next(clock: Clock) -> None:
     admission = an_admission(1, max_queue=60)
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     late = ask(admission)
     await turns()
     clock.wait(30)
     following = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 30, admission.release, place)  # right behind the timer of `late`
+    asyncio.get_running_loop().call_at(clock() + 30, admission.release, permit)  # right behind the timer of `late`
     clock.wait(30)
     with pytest.raises(LLMTimeoutError):
         await late
@@ -251,13 +251,13 @@ async def test_a_place_that_is_free_too_late_goes_to_the_next(clock: Clock) -> N
 
 async def test_without_max_queue_waiting_takes_as_long_as_it_takes(clock: Clock) -> None:
     admission = an_admission(1, max_queue=None)
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
     clock.wait(1e9)
     await turns()
     assert not task.done()
-    admission.release(place)
+    admission.release(permit)
     await task
 
 
@@ -265,11 +265,13 @@ async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
     admission = an_admission(2, max_queue=None)
     mine = [await admission.acquire("a"), await admission.acquire("b")]
     for _ in range(2):
-        with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 2 of 2 places are held") as e:
+        with pytest.raises(
+            LLMTimeoutError, match="for ever, for streams of its own task; 2 of 2 permits are held"
+        ) as e:
             await admission.acquire("c")
         assert e.value.phase == "queue"
     assert (admission.in_flight, admission.queued) == (2, 0)
-    other = ask(admission)  # which can wait: this task gives its places back some time
+    other = ask(admission)  # which can wait: this task gives its permits back some time
     await turns()
     admission.release(mine[0])
     await other
@@ -277,7 +279,7 @@ async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
     assert (await admission.acquire("d")).model == "d"
 
 
-async def test_a_task_with_a_place_of_its_own_waits_where_another_task_holds_one_too() -> None:
+async def test_a_task_with_a_permit_of_its_own_waits_where_another_task_holds_one_too() -> None:
     admission = an_admission(2, max_queue=None)
     await admission.acquire("mine")
     (others,) = await held_by_others(admission)
@@ -285,33 +287,33 @@ async def test_a_task_with_a_place_of_its_own_waits_where_another_task_holds_one
     assert (await admission.acquire("mine too")).model == "mine too"
 
 
-async def test_the_holder_of_a_place_is_the_task_that_last_read_its_stream() -> None:
+async def test_the_holder_of_a_permit_is_the_task_that_last_read_its_stream() -> None:
     admission = an_admission(1, max_queue=None)
-    place = await admission.acquire("opened here")
+    permit = await admission.acquire("opened here")
 
     async def read() -> None:
-        place.touch(0.0, asyncio.current_task())
+        permit.note_read(0.0, asyncio.current_task())
         with pytest.raises(LLMTimeoutError):
             await admission.acquire("of the reader")
 
     await asyncio.create_task(read())
-    asyncio.get_running_loop().call_soon(admission.release, place)
+    asyncio.get_running_loop().call_soon(admission.release, permit)
     assert (await admission.acquire("of the opener")).model == "of the opener"
 
 
-async def test_the_holder_of_a_place_that_was_waited_for_is_the_task_that_waited() -> None:
+async def test_the_holder_of_a_permit_that_was_waited_for_is_the_task_that_waited() -> None:
     admission = an_admission(1, max_queue=None)
-    place = await admission.acquire("first")
+    permit = await admission.acquire("first")
 
-    async def wait() -> Place:
-        place = await admission.acquire("second")
+    async def wait() -> Permit:
+        permit = await admission.acquire("second")
         with pytest.raises(LLMTimeoutError):
             await admission.acquire("third")
-        return place
+        return permit
 
     task = asyncio.create_task(wait())
     await turns()
-    admission.release(place)
+    admission.release(permit)
     asyncio.get_running_loop().call_soon(admission.release, await task)
     assert (await admission.acquire("fourth")).model == "fourth"
 
@@ -325,7 +327,7 @@ def closed() -> LLMError:
 
 async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(3)]
     await turns()
     admission.fail_waiters(closed)
@@ -333,16 +335,16 @@ async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> No
     errors = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(error) for error in errors] == [TaskCancelledError] * 3
     assert len({id(error) for error in errors}) == 3
-    admission.release(place)
+    admission.release(permit)
     assert (await ask(admission)).model == "m"
 
 
-async def test_who_got_a_place_just_before_keeps_it() -> None:
+async def test_who_got_a_permit_just_before_keeps_it() -> None:
     admission = an_admission()
-    (place,) = await held_by_others(admission)
+    (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
-    admission.release(place)
+    admission.release(permit)
     admission.fail_waiters(closed)
     assert (await task).model == "m"
 
@@ -371,11 +373,11 @@ def with_models(max_concurrency: int = 10, max_loaded_models: int = 1, **options
     return Admission(Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, **options))
 
 
-async def loaded(admission: Admission, model: str) -> Place:
-    """A place of another task, answered."""
-    place = await ask(admission, model)
-    admission.answered(place)
-    return place
+async def loaded(admission: Admission, model: str) -> Permit:
+    """A permit of another task, answered."""
+    permit = await ask(admission, model)
+    admission.mark_loaded(permit)
+    return permit
 
 
 async def test_a_first_request_that_is_cancelled_leaves_its_turn_to_the_next_at_whatever_moment() -> None:
@@ -385,26 +387,28 @@ async def test_a_first_request_that_is_cancelled_leaves_its_turn_to_the_next_at_
         await turns(turns_before)
         first.cancel()
         await turns()
-        if not first.cancelled():  # it had its place
+        if not first.cancelled():  # it had its permit
             admission.release(first.result())
             await turns()
         assert (second.done(), third.done()) == (True, False)
-        admission.answered(second.result())
+        admission.mark_loaded(second.result())
         await third
 
 
 @pytest.mark.parametrize("turns_before_release", [1, 2, 3])
-async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_it_has_its_place(turns_before_release: int) -> None:
+async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_its_admission(
+    turns_before_release: int,
+) -> None:
     admission = with_models()
 
-    async def release_soon(place: Place) -> None:
+    async def release_soon(permit: Permit) -> None:
         await turns(turns_before_release)
-        admission.release(place)
+        admission.release(permit)
 
     async def wait_for_b() -> None:
-        place = await admission.acquire("a")
-        place.task = None  # another's
-        releasing = asyncio.create_task(release_soon(place))
+        permit = await admission.acquire("a")
+        permit.task = None  # another's
+        releasing = asyncio.create_task(release_soon(permit))
         try:
             admission.release(await admission.acquire("b"))
         finally:
@@ -412,7 +416,7 @@ async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_it_has_its_p
 
     async def all_is_given_back() -> None:
         assert (admission.in_flight, admission.queued) == (0, 0)
-        (active,) = admission.scheduler._groups
+        (active,) = admission.scheduler._queues
         assert active in {"a", "b"}
 
     await cancel_at_each_step(wait_for_b, all_is_given_back, at_least=1)
@@ -421,22 +425,22 @@ async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_it_has_its_p
 
 async def test_a_cancelled_waiter_at_the_head_makes_room_for_the_one_behind_it_in_the_same_moment() -> None:
     admission = with_models(2)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     first, second = ask(admission, "b"), ask(admission, "c")
     await turns()
     first.cancel()
-    admission.release(place)  # before the cancelled task has run
+    admission.release(permit)  # before the cancelled task has run
     await turns()
     assert (first.cancelled(), second.done()) == (True, True)
     assert dict(admission.scheduler.swaps) == {"c": 1}
 
 
-async def test_a_place_that_changes_models_and_is_cancelled_in_the_same_moment_passes_on_the_turn() -> None:
+async def test_a_permit_that_changes_models_and_is_cancelled_in_the_same_moment_passes_on_the_turn() -> None:
     admission = with_models(1)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "bbc"]
     await turns()
-    admission.release(place)  # to the first of b
+    admission.release(permit)  # to the first of b
     tasks[0].cancel()
     await turns(6)
     assert [task.done() for task in tasks] == [True, True, False]
@@ -446,7 +450,7 @@ async def test_a_place_that_changes_models_and_is_cancelled_in_the_same_moment_p
 
 async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when_that_one_leaves(clock: Clock) -> None:
     admission = with_models(max_wait=30.0)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     first = ask(admission, "b")
     await turns()
     assert admission._timer is not None
@@ -466,7 +470,7 @@ async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when
     held_back = ask(admission, "a")
     await turns()
     assert (second.done(), held_back.done()) == (False, False)
-    admission.release(place)
+    admission.release(permit)
     admission.release(late.result())
     await second
     assert not held_back.done()
@@ -494,7 +498,7 @@ async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clo
 async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_at_once() -> None:
     admission = with_models(max_queue=None)
     mine = await admission.acquire("a")
-    with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 1 of 10 places") as caught:
+    with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 1 of 10 permits") as caught:
         await admission.acquire("b")
     assert caught.value.phase == "queue"
     assert (admission.in_flight, admission.queued) == (1, 0)
@@ -505,7 +509,7 @@ async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_
 async def test_who_is_made_to_wait_for_itself_by_a_drain_is_told_when_that_begins(clock: Clock) -> None:
     admission = with_models(2, max_queue=None, max_wait=30.0)
 
-    async def two_of_a() -> Place:
+    async def two_of_a() -> Permit:
         mine = await admission.acquire("a")
         with pytest.raises(LLMTimeoutError, match="for ever"):
             await admission.acquire("a")  # its turn would come after that of b
@@ -529,29 +533,29 @@ async def test_of_two_tasks_that_hold_a_model_each_one_waits_for_the_other_but_n
     admission = with_models(max_loaded_models=2, max_queue=None)
     others = await loaded(admission, "b")
 
-    async def ask_for_more_and_more() -> list[Place]:
-        places = [await admission.acquire("a"), await admission.acquire("c")]
+    async def ask_for_more_and_more() -> list[Permit]:
+        permits = [await admission.acquire("a"), await admission.acquire("c")]
         with pytest.raises(LLMTimeoutError, match="for ever"):
             await admission.acquire("d")
-        return places
+        return permits
 
     task = asyncio.create_task(ask_for_more_and_more())
     await turns()
     assert (admission.in_flight, admission.queued, task.done()) == (2, 1, False)
     admission.release(others)
-    assert [place.model for place in await task] == ["a", "c"]
+    assert [permit.model for permit in await task] == ["a", "c"]
 
 
 async def test_other_limits_let_those_go_who_waited_for_the_old_ones() -> None:
     admission = with_models(1)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "ab"]
     await turns()
-    admission.limit(Limits(max_concurrency=3, max_loaded_models=2))
+    admission.set_limits(Limits(max_concurrency=3, max_loaded_models=2))
     await turns()
     assert [task.done() for task in tasks] == [True, True]
     assert admission.acquire_now("a") is None
-    admission.release(place)
+    admission.release(permit)
     assert admission.acquire_now("a") is not None
 
 
@@ -560,36 +564,36 @@ async def test_other_limits_tell_those_who_now_wait_for_themselves() -> None:
 
     async def ask_twice() -> None:
         await admission.acquire("a")  # whose answer the second one waits for
-        with pytest.raises(LLMTimeoutError, match=r"for ever.* 1 of 1 places"):
+        with pytest.raises(LLMTimeoutError, match=r"for ever.* 1 of 1 permits"):
             await admission.acquire("a")
 
     task = asyncio.create_task(ask_twice())
     await turns()
     assert not task.done()
-    admission.limit(Limits(max_concurrency=1, max_loaded_models=1))
+    admission.set_limits(Limits(max_concurrency=1, max_loaded_models=1))
     await task
 
 
 @pytest.mark.parametrize("before", [None, 300.0])
 async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, before: float | None) -> None:
     admission = with_models(max_wait=before)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     b = ask(admission, "b")
     await turns()
     clock.wait(20)
-    admission.limit(Limits(max_loaded_models=1, max_wait=30.0))
+    admission.set_limits(Limits(max_loaded_models=1, max_wait=30.0))
     clock.wait(10)
     await turns()
     assert admission._timer is None, "it has not rung"
     held_back = ask(admission, "a")
     await turns()
     assert not held_back.done()
-    admission.release(place)
+    admission.release(permit)
     await b
     held_back.cancel()
 
 
-async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_place_and_since_when(clock: Clock) -> None:
+async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_permit_and_since_when(clock: Clock) -> None:
     admission = with_models(max_queue=42.0, max_wait=None)
     await loaded(admission, "model")
     waiting = ask(admission, "other")
@@ -598,17 +602,17 @@ async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_place_an
     with pytest.raises(LLMTimeoutError) as caught:
         await waiting
     assert caught.value.context["holders"] == ["model for 42 s (unread for 42 s)"]
-    assert "1 of 10 places are held by: model for 42 s (unread for 42 s)" in str(caught.value)
+    assert "1 of 10 permits are held by: model for 42 s (unread for 42 s)" in str(caught.value)
     assert (admission.in_flight, admission.queued) == (1, 0)
 
 
 async def test_one_that_times_out_in_a_batch_lets_the_next_drain_begin(clock: Clock) -> None:
     admission = with_models(1, max_queue=60.0, max_wait=30.0)
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     b, late_b, c = ask(admission, "b"), ask(admission, "b"), ask(admission, "c")
     await turns()
     clock.wait(50)
-    admission.release(place)
+    admission.release(permit)
     await b
     clock.wait(10)
     for task in (late_b, c):
@@ -620,14 +624,14 @@ async def test_one_that_times_out_in_a_batch_lets_the_next_drain_begin(clock: Cl
 
 async def test_all_that_wait_for_models_can_be_told_to_go() -> None:
     admission = with_models()
-    place = await loaded(admission, "a")
+    permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "bcbd"]
     await turns()
     admission.fail_waiters(closed)
     assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [TaskCancelledError] * 4
     assert (admission.in_flight, admission.queued) == (1, 0)
-    admission.release(place)
-    assert set(admission.scheduler._groups) == {"a"}
+    admission.release(permit)
+    assert set(admission.scheduler._queues) == {"a"}
 
 
 async def test_who_is_told_to_go_in_a_drain_does_not_let_those_go_that_it_held_back(clock: Clock) -> None:
@@ -660,7 +664,7 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
 ) -> None:
     async def run() -> None:
         admission = an_admission(limit, max_queue=None)
-        requests: list[asyncio.Task[Place]] = []  # in the order in which they came, without those that are over
+        requests: list[asyncio.Task[Permit]] = []  # in the order in which they came, without those that are over
         rush: list[tuple[Kind, int]] = [("arrive", 0)] * arrivals
         for step in [rush, *steps]:
             for kind, number in step:  # all in one turn of the loop
@@ -676,10 +680,10 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
                 assert admission.in_flight <= limit
             await turns(10)
             requests = [request for request in requests if not request.cancelled()]
-            given_places = min(limit, len(requests))
-            assert (admission.in_flight, admission.queued) == (given_places, len(requests) - given_places)
-            waiting = len(requests) - given_places
-            assert [request.done() for request in requests] == [True] * given_places + [False] * waiting
+            given_permits = min(limit, len(requests))
+            assert (admission.in_flight, admission.queued) == (given_permits, len(requests) - given_permits)
+            waiting = len(requests) - given_permits
+            assert [request.done() for request in requests] == [True] * given_permits + [False] * waiting
         while requests:
             assert requests[0].done()
             admission.release(requests.pop(0).result())
@@ -700,12 +704,12 @@ _many = st.tuples(
     max_loaded_models=st.integers(1, 3),
     steps=st.lists(st.lists(_many, max_size=6), max_size=20),
 )
-def test_with_models_too_whatever_happens_in_one_turn_no_place_and_no_waiter_is_lost(
+def test_with_models_too_whatever_happens_in_one_turn_no_permit_and_no_waiter_is_lost(
     max_concurrency: int, max_loaded_models: int, steps: list[list[tuple[str, int]]]
 ) -> None:
     async def run(clock: Clock) -> None:
         admission = with_models(max_concurrency, max_loaded_models, max_queue=None)
-        requests: list[asyncio.Task[Place]] = []  # without those that are over
+        requests: list[asyncio.Task[Permit]] = []  # without those that are over
 
         def happen(kind: str, number: int) -> None:
             if kind == "arrive":
@@ -717,7 +721,7 @@ def test_with_models_too_whatever_happens_in_one_turn_no_place_and_no_waiter_is_
                 if kind == "cancel" and not each.done():
                     each.cancel()
                 elif kind == "answer" and each.done() and not each.cancelled():
-                    admission.answered(each.result())
+                    admission.mark_loaded(each.result())
                 elif kind == "finish" and each.done() and not each.cancelled():
                     requests.remove(each)
                     admission.release(each.result())
@@ -727,7 +731,7 @@ def test_with_models_too_whatever_happens_in_one_turn_no_place_and_no_waiter_is_
             assert set(admission.scheduler.in_flight) == set(going)
             assert admission.queued == len(requests) - len(going)
             assert len(going) <= max_concurrency
-            assert len({place.model for place in going}) <= max_loaded_models
+            assert len({permit.model for permit in going}) <= max_loaded_models
             assert going or not requests, "all wait for nobody"
 
         for step in steps:
@@ -740,7 +744,7 @@ def test_with_models_too_whatever_happens_in_one_turn_no_place_and_no_waiter_is_
             happen("finish", next(number for number, task in enumerate(requests) if task.done()))
             await turns(5)
             check()
-        assert set(admission.scheduler._groups) == {group.model for group in admission.scheduler._active}
+        assert set(admission.scheduler._queues) == {queue.model for queue in admission.scheduler._active}
 
     async def with_clock() -> None:
         with pytest.MonkeyPatch.context() as patch:

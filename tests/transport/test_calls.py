@@ -12,7 +12,7 @@ from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Phase, Reply, Request
-from lmbridge.transport.deadline import Watch
+from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.retry import Verdict
 from tests.transport.clock import Clock
 
@@ -41,7 +41,7 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
         "http://x/v1/chat/completions",
         Admission(Limits()),
         None,
-        Watch(asyncio.get_running_loop()),
+        DeadlineTimer(asyncio.get_running_loop()),
     )
 
 
@@ -214,20 +214,20 @@ async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phas
     assert f"Timeouts.{phase}" in str(error)
 
 
-# Its place, its answer
+# Its permit, its answer
 
 
-async def test_a_call_gives_its_place_back_once() -> None:
+async def test_a_call_gives_its_permit_back_once() -> None:
     admission = Admission(Limits())
     call = Call(
-        a_call().request, "http://x", admission, await admission.acquire("m"), Watch(asyncio.get_running_loop())
+        a_call().request, "http://x", admission, await admission.acquire("m"), DeadlineTimer(asyncio.get_running_loop())
     )
     other = await admission.acquire("m")
     call.release()
     call.release()
     assert admission.in_flight == 1
     admission.release(other)
-    a_call().release()  # one that needs no place has none to give
+    a_call().release()  # one that needs no permit has none to give
 
 
 async def test_a_reply_knows_for_how_long_the_server_asked_to_wait() -> None:

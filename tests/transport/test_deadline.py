@@ -7,12 +7,12 @@ import math
 
 import pytest
 
-from lmbridge.transport.deadline import Deadline, Watch
+from lmbridge.transport.deadline import Deadline, DeadlineTimer
 
 
 async def wait_until(when: float) -> str:
     loop = asyncio.get_running_loop()
-    with Deadline(Watch(loop), when):
+    with Deadline(DeadlineTimer(loop), when):
         await asyncio.sleep(0.01)
         return "in time"
 
@@ -50,17 +50,17 @@ async def test_a_cancel_by_the_caller_at_the_same_moment_wins(deadline_first: bo
     entered: asyncio.Future[Deadline] = loop.create_future()
 
     async def work() -> None:
-        with Deadline(Watch(loop), loop.time() + 50) as deadline:
+        with Deadline(DeadlineTimer(loop), loop.time() + 50) as deadline:
             entered.set_result(deadline)
             await asyncio.sleep(50)
 
     task = asyncio.create_task(work())
     deadline = await entered
     if deadline_first:
-        deadline.reach()
+        deadline.on_deadline()
     task.cancel()
     if not deadline_first:
-        deadline.reach()
+        deadline.on_deadline()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert task.cancelled()
@@ -69,7 +69,7 @@ async def test_a_cancel_by_the_caller_at_the_same_moment_wins(deadline_first: bo
 async def test_an_error_in_the_block_goes_on_as_it_is() -> None:
     loop = asyncio.get_running_loop()
     with pytest.raises(KeyError):  # noqa: SIM117 - the deadline is what is tested
-        with Deadline(Watch(loop), loop.time() + 50):
+        with Deadline(DeadlineTimer(loop), loop.time() + 50):
             raise KeyError
 
 

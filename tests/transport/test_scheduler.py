@@ -53,7 +53,7 @@ def a_warm(shell: Shell, models: str) -> list[Entry]:
     return entries
 
 
-# Places
+# Permits
 
 
 def test_without_a_limit_of_models_all_models_go_side_by_side_in_the_order_of_their_coming() -> None:
@@ -271,15 +271,15 @@ def test_if_the_first_request_fails_the_next_one_goes_alone() -> None:
 def test_a_model_is_cold_again_after_an_eviction() -> None:
     shell = a_shell()
     finish(shell, *a_warm(shell, "a"))
-    shell.cool("a")
+    shell.mark_unloaded("a")
     first, _ = come(shell, "aa")
     assert shell.record.in_flight == [first]
-    shell.cool("a")  # while it is being loaded: that changes nothing
+    shell.mark_unloaded("a")  # while it is being loaded: that changes nothing
     shell.answer(first)
     assert going(shell) == "aa"
 
 
-def test_a_model_is_cold_again_when_its_place_went_to_another() -> None:
+def test_a_model_is_cold_again_when_its_permit_went_to_another() -> None:
     shell = a_shell()
     for model in "aba":
         first, second = come(shell, model * 2)
@@ -288,7 +288,7 @@ def test_a_model_is_cold_again_when_its_place_went_to_another() -> None:
         finish(shell, first, second)
 
 
-def test_an_idle_model_that_keeps_its_place_stays_warm() -> None:
+def test_an_idle_model_that_keeps_its_permit_stays_warm() -> None:
     shell = a_shell()
     finish(shell, *a_warm(shell, "a"))
     shell.wait(1e6)
@@ -302,24 +302,24 @@ def test_an_idle_model_that_keeps_its_place_stays_warm() -> None:
 def test_other_limits_let_more_go_at_once_and_touch_nothing_in_flight() -> None:
     shell = a_shell(1)
     come(shell, "aab")
-    shell.limit(Limits(max_concurrency=3, max_loaded_models=2))
+    shell.set_limits(Limits(max_concurrency=3, max_loaded_models=2))
     assert going(shell) == "ab"  # the first of a is not answered yet
-    shell.limit(Limits(max_concurrency=1, max_loaded_models=2))
+    shell.set_limits(Limits(max_concurrency=1, max_loaded_models=2))
     shell.check()
     assert going(shell) == "ab"
-    shell.limit(Limits(max_concurrency=3))
+    shell.set_limits(Limits(max_concurrency=3))
     assert going(shell) == "aba"
 
 
-def test_models_in_flight_beyond_a_new_limit_end_in_peace_before_another_gets_a_place() -> None:
+def test_models_in_flight_beyond_a_new_limit_end_in_peace_before_another_gets_a_permit() -> None:
     shell = a_shell(max_loaded_models=None)
     a, b = come(shell, "ab")
-    shell.scheduler.limit(Limits(max_loaded_models=1))
-    c = scheduler_module.Place("c", 0.0)
+    shell.scheduler.set_limits(Limits(max_loaded_models=1))
+    c = scheduler_module.Permit("c", 0.0)
     shell.scheduler.arrive(c)
     for entry, expected in ((a, "waiting"), (b, "in flight")):
         assert (shell.scheduler.admit(0.0), c.state) == ([], "waiting")
-        shell.scheduler.leave(shell.places[entry], 0.0)
+        shell.scheduler.leave(shell.permits[entry], 0.0)
         shell.scheduler.admit(0.0)
         assert c.state == expected
 
@@ -328,17 +328,17 @@ def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_the
     shell = a_shell(max_loaded_models=2)
     a, b = a_warm(shell, "ab")
     scheduler = shell.scheduler
-    scheduler.limit(Limits(max_loaded_models=1))
-    more = [scheduler_module.Place(model, 0.0) for model in "ba"]
-    for place in more:
-        assert not scheduler.take(place, 0.0) or place.model == "a"
-        if place.state == "new":
-            scheduler.arrive(place)
-    assert [place.state for place in more] == ["waiting", "waiting"]
+    scheduler.set_limits(Limits(max_loaded_models=1))
+    more = [scheduler_module.Permit(model, 0.0) for model in "ba"]
+    for permit in more:
+        assert not scheduler.admit_now(permit, 0.0) or permit.model == "a"
+        if permit.state == "new":
+            scheduler.arrive(permit)
+    assert [permit.state for permit in more] == ["waiting", "waiting"]
     assert scheduler.admit(0.0) == [more[1]]  # a stays
-    scheduler.leave(shell.places[b], 0.0)
+    scheduler.leave(shell.permits[b], 0.0)
     assert scheduler.admit(0.0) == []
-    scheduler.leave(shell.places[a], 0.0)
+    scheduler.leave(shell.permits[a], 0.0)
     scheduler.leave(more[1], 0.0)
     assert scheduler.admit(0.0) == [more[0]]
 
@@ -378,7 +378,7 @@ def test_a_task_is_told_when_other_limits_make_it_wait_for_itself() -> None:
     come(shell, "a", "mine")
     (second,) = come(shell, "a", "mine")  # waits for the answer to the first
     assert not shell.told
-    shell.limit(Limits(max_concurrency=1, max_loaded_models=1))
+    shell.set_limits(Limits(max_concurrency=1, max_loaded_models=1))
     assert shell.told == [second]
 
 
@@ -391,12 +391,12 @@ def test_those_that_come_and_leave_behind_one_that_waits_long_leave_nothing_behi
     come(shell, "b")
     scheduler = shell.scheduler
     for number in range(1000):
-        place = scheduler_module.Place(f"model {number}", 0.0)
-        scheduler.arrive(place)
+        permit = scheduler_module.Permit(f"model {number}", 0.0)
+        scheduler.arrive(permit)
         assert scheduler.admit(0.0) == []
-        assert scheduler.leave(place, 0.0)
+        assert scheduler.leave(permit, 0.0)
         assert len(scheduler._outside) < 20
-    assert set(scheduler._groups) == {"a", "b"}
+    assert set(scheduler._queues) == {"a", "b"}
 
 
 def _lines_for(run: Callable[[], None]) -> int:
@@ -423,12 +423,12 @@ def _in_turn(models: list[str], limits: Limits) -> None:
     """All come at once, overdue from the start, and each goes as soon as another is over."""
     scheduler = scheduler_module.Scheduler(limits)
     for model in models:
-        scheduler.arrive(scheduler_module.Place(model, -1000.0))
+        scheduler.arrive(scheduler_module.Permit(model, -1000.0))
         scheduler.admit(0.0)
     for _ in models:
-        place = next(iter(scheduler.in_flight))
-        scheduler.answered(place, 0.0)
-        assert scheduler.leave(place, 0.0)
+        permit = next(iter(scheduler.in_flight))
+        scheduler.mark_loaded(permit, 0.0)
+        assert scheduler.leave(permit, 0.0)
         scheduler.admit(0.0)
         scheduler.next_overdue(0.0)
     assert (len(scheduler.in_flight), len(scheduler.waiting)) == (0, 0)
@@ -437,12 +437,12 @@ def _in_turn(models: list[str], limits: Limits) -> None:
 def _cancelled(models: list[str], limits: Limits, step: int) -> None:
     """All but the first leave again while they wait; the last first, if `step` is -1."""
     scheduler = scheduler_module.Scheduler(limits)
-    places = [scheduler_module.Place(model, 0.0) for model in models]
-    for place in places:
-        scheduler.arrive(place)
+    permits = [scheduler_module.Permit(model, 0.0) for model in models]
+    for permit in permits:
+        scheduler.arrive(permit)
         scheduler.admit(0.0)
-    for place in places[1:][::step]:
-        assert scheduler.leave(place, 0.0)
+    for permit in permits[1:][::step]:
+        assert scheduler.leave(permit, 0.0)
         scheduler.admit(0.0)
         scheduler.next_overdue(0.0)
     assert (len(scheduler.in_flight), len(scheduler.waiting)) == (1, 0)
@@ -573,7 +573,7 @@ def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
     - The batches of the models that became active since then and before it went: at most one for each other model.
     - Those who came before it for its own model.
 
-    With more than one active model these share the places, first come first served, with requests for the models that
+    With more than one active model these share the permits, first come first served, with requests for the models that
     are active all the time, so that these count as well: who came before it, or before a member of those batches; and
     what was in flight when one of those models became active, or had its batch admitted: a cold model's batch waits for
     its first answer, and no drain begins before.
