@@ -1,4 +1,4 @@
-"""`python -m lmbridge.mcp`: the bridge as an MCP server on stdin and stdout."""
+"""The command `lmbridge-mcp`, or `python -m lmbridge.mcp`: the bridge as an MCP server on stdin and stdout."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from typing import Any
 from lmbridge._version import __version__
 from lmbridge.errors import LLMError
 from lmbridge.mcp.bridge.bridge import Bridge
-from lmbridge.mcp.bridge.host import HostLink, taken_over
+from lmbridge.mcp.bridge.host import HostLink, take_over_stdio
 from lmbridge.mcp.sdk import load
-from lmbridge.mcp.sdk.server_session import build, serve
+from lmbridge.mcp.sdk.server_session import build_server, serve
 
-_HELP = """\
-Serves lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...), on stdin and stdout.
+_DESCRIPTION = """\
+Offers lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...) on stdin and stdout.
 
-What is not given comes from the environment: LMBRIDGE_API_BASE (or LMSTUDIO_HOST and LMSTUDIO_PORT), LM_API_TOKEN,
-DEFAULT_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
+Settings that are not given here come from the environment: LMBRIDGE_API_BASE (or LMSTUDIO_HOST and LMSTUDIO_PORT),
+LM_API_TOKEN, DEFAULT_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serves until the host closes stdin, or SIGINT or SIGTERM: status 0. After an error it is 1, with a line."""
+    """Serves until the host closes stdin, or until SIGINT or SIGTERM arrives.
+
+    The process then ends with status 0. After an error it ends with status 1 and one line on stderr.
+    """
     options = vars(_parser().parse_args(argv))
     if sys.stdin is None or sys.stdout is None:
-        sys.exit("lmbridge-mcp: its stdin or stdout is closed; an MCP host is to start it, with a pipe for each")
-    # To stderr: stdout is for messages alone.
+        sys.exit("lmbridge-mcp: stdin or stdout is closed; an MCP host should start this program with a pipe for each")
+    # The log goes to stderr, because stdout carries only messages to the host.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         asyncio.run(_until_signal(_serve(**options)))
     except (LLMError, ImportError, OSError) as error:
         sys.exit(f"lmbridge-mcp: {error}")
-    except KeyboardInterrupt:  # before the signals were ours
+    except KeyboardInterrupt:
+        # SIGINT arrived before the signal handlers were installed.
         sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lmbridge-mcp", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lmbridge-mcp", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"lmbridge {__version__}")
-    parser.add_argument("--api-base", metavar="URL", help="the model server; default: LM Studio on this machine")
-    parser.add_argument(
-        "--model", metavar="NAME", help="the model where a call names none; default: the server's choice"
-    )
-    parser.add_argument("--config", metavar="FILE", dest="config_path", help="the file that names MCP servers")
+    parser.add_argument("--api-base", metavar="URL", help="URL of the model server; default: LM Studio on this machine")
+    parser.add_argument("--model", metavar="NAME", help="model of calls that name none; default: the server chooses")
+    parser.add_argument("--config", metavar="FILE", dest="config_path", help="file that names the MCP servers")
     return parser
 
 
@@ -57,36 +59,37 @@ async def _serve(api_base: str | None, model: str | None, config_path: str | Non
     try:
         load()
     except ImportError as exc:
-        raise ImportError("it needs the official MCP SDK: pip install 'lmbridge[mcp]'") from exc
-    with taken_over() as (reading, writing):
+        raise ImportError("the bridge needs the official MCP SDK: pip install 'lmbridge[mcp]'") from exc
+    with take_over_stdio() as (reading, writing):
         async with Bridge.opened(api_base, model, config_path=config_path) as bridge:
             link = HostLink(reading, writing)
             try:
-                await serve(build(bridge), link)
+                await serve(build_server(bridge), link)
             finally:
                 await link.close()
             if link.fault:
-                raise OSError(f"the host cannot be understood: {link.fault}")
+                raise OSError(f"the connection to the host was closed: {link.fault}")
 
 
 async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Does the work, or cancels it at SIGINT or SIGTERM, and waits for its clean-up."""
+    """Runs the work; SIGINT or SIGTERM cancels it, and its clean-up is awaited."""
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(work)
-    is_told = False
+    is_signalled = False
 
     def stop() -> None:
-        nonlocal is_told
-        is_told = True
+        nonlocal is_signalled
+        is_signalled = True
         task.cancel()
 
-    with contextlib.suppress(NotImplementedError):  # the loop of Windows has no handlers
+    # The event loop on Windows does not support signal handlers.
+    with contextlib.suppress(NotImplementedError):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
-        if not is_told:
+        if not is_signalled:
             raise
 
 

@@ -1,7 +1,7 @@
-"""What the bridge's tools answer: replies, runs and errors, for a model to read and for a program.
+"""Turns replies, runs and errors into the answers that the bridge sends to its host.
 
-What a model reads is in the text, and again in the structured content: hosts show their model one of them or both.
-Something that is not whole says so in both.
+A host shows its model the text of an answer, or its structured content, or both. Everything that matters is therefore
+in both, and an answer that is incomplete says so in both.
 """
 
 from __future__ import annotations
@@ -13,147 +13,171 @@ from typing import Any, Final
 from lmbridge.agent.result import ENDINGS, RunResult
 from lmbridge.client.names import is_same_model
 from lmbridge.errors import LLMError, MaxRoundsExceededError
-from lmbridge.mcp.sdk.server_session import Answer
+from lmbridge.mcp.sdk.server_session import HostAnswer
 
-_CUT: Final = (
-    "[This is not the whole answer: it was cut off by the limit of tokens. Ask again with a larger {limit}, "
-    "or for a shorter answer.]"
+_CUT_OFF_NOTE: Final = (
+    "[This is not the whole answer: it was cut off at the token limit. Ask again with a larger {limit}, "
+    "or ask for a shorter answer.]"
 )
-_ODD: Final = "[This may not be the whole answer: it ended because of {reason!r}.]"
-_EMPTY: Final = "[The model gave an empty answer.]"
-_FOR_PROGRAMS: Final = "; what had arrived is in .partial"
-"""What a hint says to those who have the error itself. A host's model has not; it is shown what had arrived."""
+_UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: it ended because of {reason!r}.]"
+_EMPTY_ANSWER_NOTE: Final = "[The model gave an empty answer.]"
+_PARTIAL_ATTRIBUTE_HINT: Final = "; what had arrived is in .partial"
+"""The part of an error's text that only helps Python code. The host's model gets the partial answer as text instead."""
 
 
-def completion(reply: Mapping[str, Any]) -> Answer:
-    """The answer of a chat or a text completion."""
-    text = _completed_text(reply)
+def from_completion(reply: Mapping[str, Any]) -> HostAnswer:
+    """Returns the answer for a chat completion or a text completion."""
+    text = _completion_text(reply)
     reason = reply["choices"][0].get("finish_reason")
-    facts = {"model": reply.get("model"), "finish_reason": reason, "usage": reply.get("usage")}
-    return _answer(text, [_note(text, reason, "max_tokens")], facts)
+    fields = {"model": reply.get("model"), "finish_reason": reason, "usage": reply.get("usage")}
+    return _text_answer(text, [_completeness_note(text, reason, "max_tokens")], fields)
 
 
-def response(reply: Mapping[str, Any], most: int | None) -> Answer:
-    """The answer of a response; its id is for the model as well, which may go on from it.
+def from_response(reply: Mapping[str, Any], max_output_tokens: int | None) -> HostAnswer:
+    """Returns the answer for a response of `/v1/responses`, with its id, so that the model can continue from it.
 
     Args:
-        reply: The server's.
-        most: The tokens that it was allowed.
+        reply: The response as the server sent it.
+        max_output_tokens: The token limit of the request, or None if it had none.
     """
-    text = _output_text(reply)
+    text = _response_text(reply)
     reason = None
     if reply.get("status") == "incomplete":
         reason = (reply.get("incomplete_details") or {}).get("reason") or "incomplete"
-    elif most is not None and (reply.get("usage") or {}).get("output_tokens") == most:
-        reason = "max_output_tokens"  # llama.cpp calls that "completed"
-    number = reply.get("id")
-    going_on = (
-        f"[To go on from this, give previous_response_id={number!r}; LM Studio can, llama.cpp cannot.]"
-        if number
+    elif max_output_tokens is not None and (reply.get("usage") or {}).get("output_tokens") == max_output_tokens:
+        # llama.cpp reports the status "completed" for a response that was cut off at the limit.
+        reason = "max_output_tokens"
+    response_id = reply.get("id")
+    continuation = (
+        f"[To continue from this response, pass previous_response_id={response_id!r}. "
+        "LM Studio supports this, llama.cpp does not.]"
+        if response_id
         else ""
     )
-    facts = {"model": reply.get("model"), "response_id": number, "status": reply.get("status")}
-    notes = [_note(text, reason, "max_output_tokens"), going_on]
-    return _answer(text, notes, {**facts, "usage": reply.get("usage")})
+    fields = {"model": reply.get("model"), "response_id": response_id, "status": reply.get("status")}
+    notes = [_completeness_note(text, reason, "max_output_tokens"), continuation]
+    return _text_answer(text, notes, {**fields, "usage": reply.get("usage")})
 
 
-def embeddings(reply: Mapping[str, Any]) -> Answer:
-    """Vectors, one a line."""
+def from_embeddings(reply: Mapping[str, Any]) -> HostAnswer:
+    """Returns the answer for embeddings: one vector on each line."""
     vectors = [each["embedding"] for each in reply["data"]]
-    facts = {"embeddings": vectors, "model": reply.get("model"), "usage": reply.get("usage")}
-    return Answer(["\n".join(map(json.dumps, vectors))], _known(facts))
+    fields = {"embeddings": vectors, "model": reply.get("model"), "usage": reply.get("usage")}
+    return HostAnswer(["\n".join(map(json.dumps, vectors))], _without_none(fields))
 
 
-def names(key: str, values: Sequence[str], none: str) -> Answer:
-    """Names, one a line.
+def from_names(key: str, names: Sequence[str], if_empty: str) -> HostAnswer:
+    """Returns the answer for a list of names: one name on each line.
 
     Args:
-        key: What they are called in the structured content.
-        values: The names.
-        none: What is said if there are none.
+        key: The field of the structured content that holds the list.
+        names: The names.
+        if_empty: The text to send if there are no names.
     """
-    return Answer(["\n".join(values) or none], {key: list(values)})
+    return HostAnswer(["\n".join(names) or if_empty], {key: list(names)})
 
 
-def run(result: RunResult) -> Answer:
-    """The answer of an agent's run; an error, if it came to none."""
+def from_run(result: RunResult) -> HostAnswer:
+    """Returns the answer for an agent's run. A run without a final answer is an error."""
     if result.stop_reason != "stop":
         meaning, hint = ENDINGS[result.stop_reason]
-        return Answer([f"The run ended without an answer: {meaning}; {hint}", *_arrived(result)], is_error=True)
+        text = f"The run ended without an answer: {meaning}; {hint}"
+        return HostAnswer([text, *_partial_texts(result)], is_error=True)
     missing = {name: str(error) for name, error in result.errors.items()}
-    told = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-    note = f"[The tools of these MCP servers were missing, because they could not be started: {told}]" if told else ""
-    facts = {
+    note = ""
+    if missing:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        note = f"[The tools of these MCP servers were missing because the servers could not be started: {reasons}]"
+    fields = {
         "model": result.log[-1].model if result.log else result.model,
         "rounds": result.rounds,
         "tool_calls": [call.name for call in result.tool_calls],
         "usage": result.usage or None,
         "missing": missing or None,
     }
-    return _answer(result.text, ["" if result.text else _EMPTY, note], facts)
+    return _text_answer(result.text, ["" if result.text else _EMPTY_ANSWER_NOTE, note], fields)
 
 
-def compared(answer: Answer, asked: str | None) -> Answer:
-    """The answer, which says so if it is that of another model: servers with one loaded model take any name for it.
+def from_error(error: LLMError) -> HostAnswer:
+    """Returns the answer for an error: its text and hint, and the part of the answer that arrived before it."""
+    if isinstance(error, MaxRoundsExceededError):
+        return from_run(error.result)
+    text = str(error).replace(_PARTIAL_ATTRIBUTE_HINT, "")
+    return HostAnswer([text, *_partial_texts(error.partial)], is_error=True)
+
+
+def with_model_note(answer: HostAnswer, asked: str | None) -> HostAnswer:
+    """Returns the answer, with a note if another model gave it.
+
+    Servers that have one model loaded, such as LM Studio, accept any model name and answer with the loaded one.
 
     Args:
-        answer: That of a call.
-        asked: The model that the call named.
+        answer: The answer of a call.
+        asked: The model that the call named, or None if it named none.
     """
-    facts = answer.structured or {}
-    served = facts.get("model")
+    fields = answer.structured or {}
+    served = fields.get("model")
     if not asked or not served or is_same_model(asked, served):
         return answer
-    note = f"[Another model answered: {served!r}, not {asked!r}.]"
-    return Answer([*answer.texts, note], {**facts, "notes": [*facts.get("notes", ()), note]})
+    note = f"[Another model answered: {served!r} instead of {asked!r}.]"
+    return HostAnswer([*answer.texts, note], {**fields, "notes": [*fields.get("notes", ()), note]})
 
 
-def failure(error: LLMError) -> Answer:
-    """An error with its hint, and what had arrived before it."""
-    if isinstance(error, MaxRoundsExceededError):
-        return run(error.result)
-    return Answer([str(error).replace(_FOR_PROGRAMS, ""), *_arrived(error.partial)], is_error=True)
-
-
-def _answer(text: str, notes: Sequence[str], facts: Mapping[str, Any]) -> Answer:
+def _text_answer(text: str, notes: Sequence[str], fields: Mapping[str, Any]) -> HostAnswer:
+    """Returns an answer of a text and the notes that are not empty, in both forms."""
     notes = [note for note in notes if note]
-    return Answer([*([text] if text else []), *notes], _known({"text": text, "notes": notes or None, **facts}))
+    structured = _without_none({"text": text, "notes": notes or None, **fields})
+    return HostAnswer([*([text] if text else []), *notes], structured)
 
 
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if value is not None}
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
 
 
-def _note(text: str, reason: str | None, limit: str) -> str:
-    """What has to be said of an answer that ended for a reason."""
+def _completeness_note(text: str, reason: str | None, limit: str) -> str:
+    """Returns the note about an answer that is cut off, ended in an unusual way, or is empty; else an empty string.
+
+    Args:
+        text: The answer.
+        reason: The finish reason, or None if the server gave none.
+        limit: The name of the argument that limits the tokens of the answer.
+    """
     if reason in ("length", "max_output_tokens"):
-        return _CUT.format(limit=limit)
+        return _CUT_OFF_NOTE.format(limit=limit)
     if reason not in (None, "stop"):
-        return _ODD.format(reason=reason)
-    return "" if text else _EMPTY
+        return _UNUSUAL_END_NOTE.format(reason=reason)
+    return "" if text else _EMPTY_ANSWER_NOTE
 
 
-def _completed_text(reply: Mapping[str, Any]) -> str:
+def _completion_text(reply: Mapping[str, Any]) -> str:
     choice = reply["choices"][0]
     return (choice["message"].get("content") if "message" in choice else choice.get("text")) or ""
 
 
-def _output_text(reply: Mapping[str, Any]) -> str:
+def _response_text(reply: Mapping[str, Any]) -> str:
     items = [item for item in reply.get("output") or () if item.get("type") == "message"]
     parts = [part for item in items for part in item.get("content") or ()]
     return "".join(part.get("text") or part.get("refusal") or "" for part in parts)
 
 
-def _arrived(partial: Any) -> list[str]:
-    """What there was of an answer before it failed, under headings that cannot be missed."""
+def _partial_texts(partial: Any) -> list[str]:
+    """Returns what arrived before a failure, as texts that cannot be mistaken for an answer.
+
+    Args:
+        partial: The `.partial` of an error, or the result of a run that has no answer.
+    """
     called = ""
     if isinstance(partial, RunResult):
         text, called = partial.text, ", ".join(call.name for call in partial.tool_calls)
     elif isinstance(partial, Mapping):
-        text = _completed_text(partial) if "choices" in partial else _output_text(partial)
+        text = _completion_text(partial) if "choices" in partial else _response_text(partial)
     else:
         text = ""
     return [
-        *([f"[What had arrived before that is not the whole answer:]\n{text}"] if text else []),
-        *([f"[Tools that it had called by then, and that may have done something: {called}]"] if called else []),
+        *([f"[Text that arrived before the failure. It is not the whole answer:]\n{text}"] if text else []),
+        *(
+            [f"[Tools that the model had called before the failure, which may have had effects: {called}]"]
+            if called
+            else []
+        ),
     ]

@@ -1,4 +1,9 @@
-"""Messages over this process's own stdin and stdout, to and from the host that started it."""
+"""Messages to and from the MCP host, over this process's stdin and stdout.
+
+Two threads do the reading and the writing. The alternative, asyncio's pipe transports, fails when stdin or stdout is a
+regular file, and puts the descriptors into non-blocking mode, which the host and the children of this process share. A
+daemon thread works with pipes, files and terminals, and a read that never returns does not keep the process alive.
+"""
 
 from __future__ import annotations
 
@@ -18,41 +23,45 @@ from lmbridge.mcp.servers.stdio import MessageReader, MessageTooLargeError
 
 logger = logging.getLogger("lmbridge.mcp")
 
-_QUEUED: Final = 256
-"""Messages that wait to be handled before the host's output is left unread."""
-_LAST_WRITES: Final = 1.0
-"""Seconds in which what was sent last has to be read."""
+_BACKLOG_LIMIT: Final = 256
+"""Messages that may wait to be handled before nothing more is read from the host."""
+_FLUSH_SECONDS: Final = 1.0
+"""Seconds that the host has to read the last messages when the link is closed."""
+_LOGGED_BYTES: Final = 200
+"""Bytes of a line without a message that are shown in the log."""
 
 
 @contextmanager
-def taken_over() -> Iterator[tuple[int, int]]:
-    """Copies of stdin and stdout, that nobody else can read or write: to print goes to stderr meanwhile."""
+def take_over_stdio() -> Iterator[tuple[int, int]]:
+    """Yields private copies of stdin and stdout, so that nothing else can read or write the host's messages.
+
+    Inside the block, reading from stdin finds an empty file, and whatever is written to stdout goes to stderr, by
+    `print` and by child processes as well.
+    """
     reading, writing = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    empty = os.open(os.devnull, os.O_RDONLY)
     try:
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        os.dup2(empty, 0)
+        os.close(empty)
         os.dup2(2, 1)
         yield reading, writing
     finally:
         os.dup2(reading, 0)
-        os.dup2(writing, 1)  # the copies stay open: a thread may wait for one until the process ends
+        os.dup2(writing, 1)
+        # The copies stay open, because a thread may be blocked on one of them until the process ends.
 
 
 class HostLink:
-    """Messages to and from the host.
-
-    Each direction has a thread of its own: that works with pipes, files and terminals, leaves their flags as they are,
-    and a read that nothing ends does not keep the process from ending.
+    """A connection to the host that reads and writes JSON-RPC messages, one on each line.
 
     Args:
-        reading: The file descriptor that is read.
-        writing: The one that is written.
+        reading: The file descriptor to read from.
+        writing: The file descriptor to write to.
     """
 
     def __init__(self, reading: int, writing: int) -> None:
         self.fault = ""
-        """Why nothing is read any more, if that is not because the host has closed its end."""
+        """Why reading stopped, if it was an error; empty if the host closed its end."""
         self._reading, self._writing = reading, writing
         self._reader = MessageReader()
         self._messages: deque[dict[str, Any]] = deque()
@@ -62,12 +71,12 @@ class HostLink:
         self._has_room.set()
         self._outbox: queue.SimpleQueue[tuple[bytes, asyncio.Future[None]] | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        self._written: asyncio.Future[None] = self._loop.create_future()
+        self._all_written: asyncio.Future[None] = self._loop.create_future()
         for work in (self._read, self._write):
             threading.Thread(target=work, name="lmbridge-host", daemon=True).start()
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message, or None when there will be none."""
+        """Returns the next message, or None once there will be no more."""
         while not self._messages:
             if self._is_over:
                 return None
@@ -78,38 +87,39 @@ class HostLink:
         return message
 
     async def send(self, message: bytes) -> None:
-        """Sends a message; a cancel does not tear it.
+        """Sends a message. It is written as a whole even if the caller is cancelled.
 
         Args:
-            message: Its JSON, without a line break.
+            message: The JSON of the message, without a line break.
 
         Raises:
-            ConnectionError: the host does not read any more.
+            ConnectionError: The host no longer reads.
         """
         sent: asyncio.Future[None] = self._loop.create_future()
         self._outbox.put((message + b"\n", sent))
         await sent
 
     async def close(self) -> None:
-        """Waits a moment for what was sent to be read; nothing is received or sent after it."""
-        self._end()
+        """Waits up to a second for the last messages to be written; afterwards nothing is received or sent."""
+        self._stop_receiving()
         self._outbox.put(None)
-        await asyncio.wait({self._written}, timeout=_LAST_WRITES)
+        await asyncio.wait({self._all_written}, timeout=_FLUSH_SECONDS)
 
-    def _end(self, fault: str = "") -> None:
+    def _stop_receiving(self, fault: str = "") -> None:
         self.fault = self.fault or fault
         self._is_over = True
         self._news.set()
 
-    # In threads
+    # These methods run in the threads.
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        # Reading from a terminal that has been closed raises OSError; that is the end of the input, too.
+        with contextlib.suppress(OSError):
             while data := os.read(self._reading, 65536):
                 self._has_room.wait()
                 self._has_room.clear()
-                self._tell(partial(self._take, data))
-        self._tell(self._end)
+                self._call_in_loop(partial(self._accept, data))
+        self._call_in_loop(self._stop_receiving)
 
     def _write(self) -> None:
         while (item := self._outbox.get()) is not None:
@@ -117,38 +127,43 @@ class HostLink:
             try:
                 while data:
                     data = data[os.write(self._writing, data) :]
-                self._tell(partial(_settle, sent, None))
+                self._call_in_loop(partial(_complete, sent, None))
             except OSError as exc:
-                error = ConnectionError(f"the host does not read any more: {exc}")
-                self._tell(partial(_settle, sent, error))
-                self._tell(self._end)
-        self._tell(partial(_settle, self._written, None))
+                error = ConnectionError(f"the host no longer reads from this process: {exc}")
+                self._call_in_loop(partial(_complete, sent, error))
+                self._call_in_loop(self._stop_receiving)
+        self._call_in_loop(partial(_complete, self._all_written, None))
 
-    def _tell(self, callback: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+    def _call_in_loop(self, callback: Callable[[], None]) -> None:
+        # The loop raises RuntimeError once it is closed, when no task is left that could be waiting.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
 
-    # In the loop
+    # These methods run in the event loop.
 
-    def _take(self, data: bytes) -> None:
+    def _accept(self, data: bytes) -> None:
         if self._is_over:
             return
-        heard = self._reader.garbage
+        garbage_before = self._reader.garbage
         try:
             self._messages += self._reader.feed(data)
         except MessageTooLargeError as exc:
-            self._end(str(exc))
-        if not heard and self._reader.garbage:
-            logger.warning("the host sends what is no message: %r", self._reader.first_garbage[:200])
+            self._stop_receiving(str(exc))
+        if not garbage_before and self._reader.garbage:
+            logger.warning(
+                "skipped a line from the host that is not a JSON-RPC message (later ones are not logged): %r",
+                self._reader.first_garbage[:_LOGGED_BYTES],
+            )
         self._make_room()
         self._news.set()
 
     def _make_room(self) -> None:
-        if len(self._messages) <= _QUEUED:
+        if len(self._messages) <= _BACKLOG_LIMIT:
             self._has_room.set()
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+def _complete(future: asyncio.Future[None], error: Exception | None) -> None:
+    """Completes a future with an error or with None, unless its waiter has been cancelled."""
     if future.done():
         return
     if error is None:

@@ -1,4 +1,12 @@
-"""The official SDK as a server: tools of ours on its wire, in either of its majors."""
+"""Serves our tools to an MCP host through the official SDK, with either of its major versions.
+
+This module uses the SDK's low-level `Server` and not its decorators or `FastMCP`. Those validate arguments and turn
+exceptions into results by rules of their own, and the rules differ between 1.x and 2.x. With the low-level server, the
+bridge alone decides what a host reads, whichever SDK is installed.
+
+Each call runs in a separate task. The SDK cancels a call through an anyio cancel scope, and inside a cancelled scope
+every further `await` is cancelled as well, so that a handler could not close its stream or wait for its tools.
+"""
 
 from __future__ import annotations
 
@@ -18,78 +26,82 @@ from lmbridge.mcp.sdk.wire import NAME, Link, is_v2, over_stdio
 logger = logging.getLogger("lmbridge.mcp")
 
 T = TypeVar("T")
-Report = Callable[[float, str], Awaitable[None]]
-"""Tells the caller how far a call is, and in words."""
+ReportProgress = Callable[[float, str], Awaitable[None]]
+"""Sends one progress notification to the host: a number that grows, and a message in words."""
 
 _INVALID_PARAMS: Final = -32602
-_TURNS: Final = 10
-"""Of the event loop, in which a call begins: it takes three or four."""
-_GRACE: Final = 5.0
-"""Seconds that a cancelled call has for its clean-up."""
+_TURNS_BEFORE_CANCEL: Final = 10
+"""Turns of the event loop that a new call gets before its cancellation is delivered. It needs three or four."""
+_CLEANUP_SECONDS: Final = 5.0
+"""Seconds that a cancelled call has to clean up before the server stops waiting for it."""
 
 
 @attrs.frozen
-class Answer:
-    """What a call comes to."""
+class HostAnswer:
+    """The result of one tool call, as it is sent to the host."""
 
     texts: Sequence[str]
-    """For the model, each a content block."""
+    """Text for the host's model. Each item becomes a content block."""
     structured: Mapping[str, Any] | None = None
-    """The same for a program: an object of JSON."""
+    """The same result for programs, as a JSON object. Default: None, which sends no structured content."""
     is_error: bool = False
+    """Whether the call failed. The host's model then sees `texts` as an error message."""
 
 
-class Service(Protocol):
-    """What is served."""
+class ToolService(Protocol):
+    """A set of tools that can be served to a host."""
 
     @property
     def tools(self) -> Sequence[Tool]:
-        """With what is known of each in its `annotations`."""
+        """The tools, in the order in which they are listed. Their `annotations` are sent as MCP annotations."""
         ...
 
     @property
     def instructions(self) -> str:
-        """What a host is told of all of them."""
+        """Text for the host's model about the tools as a whole."""
         ...
 
-    async def call(self, name: str, arguments: Mapping[str, Any], report: Report | None) -> Answer:
-        """Calls one of the tools; what goes wrong is an answer as well.
+    async def call(self, name: str, arguments: Mapping[str, Any], report: ReportProgress | None) -> HostAnswer:
+        """Calls a tool. Failures are returned as an answer with `is_error` and not raised.
 
         Args:
-            name: Of a tool that there is.
-            arguments: As they were sent.
-            report: For progress, if the caller wants it.
+            name: The name of one of `tools`.
+            arguments: The arguments as the host sent them, not validated.
+            report: Sends a progress notification; None if the host did not ask for progress.
         """
         ...
 
 
-def build(service: Service) -> Any:
-    """The SDK's low-level server, `mcp.server.lowlevel.Server`, for whichever transport.
+def build_server(service: ToolService) -> Any:
+    """Returns the SDK's low-level server, an `mcp.server.lowlevel.Server`, for use with any transport.
 
     Args:
-        service: What it serves. It stays its owner's to close.
+        service: The tools to serve. The caller closes it.
 
     Raises:
-        ImportError: the SDK is not installed.
+        ImportError: The SDK is not installed.
     """
     return _build_v2(service) if is_v2() else _build_v1(service)
 
 
 async def serve(server: Any, link: Link) -> None:
-    """Serves one host, until it closes its end. A cancel ends the calls in flight.
+    """Serves one host until it closes its end. If the caller is cancelled, so are the calls in flight.
 
     Args:
-        server: As `build` made it.
-        link: The messages of the host.
+        server: The server that `build_server` returned.
+        link: The connection to the host.
     """
-    async with over_stdio(link if is_v2() else _Patient(link), Tap()) as (reading, writing):
-        with _in_hand():
+    async with over_stdio(link if is_v2() else _DelayedCancelLink(link), Tap()) as (reading, writing):
+        with _restore_cancellation():
             await server.run(reading, writing, server.create_initialization_options())
 
 
 @contextlib.contextmanager
-def _in_hand() -> Iterator[None]:
-    """What 2.x raises when it ends with a message that it had read and not yet handled, in place of the cancel."""
+def _restore_cancellation() -> Iterator[None]:
+    """Raises the caller's cancellation where SDK 2.x raises a group of broken-stream errors instead.
+
+    It does so when it is cancelled after it has read a message and before it has handled it.
+    """
     import anyio
 
     try:
@@ -102,8 +114,11 @@ def _in_hand() -> Iterator[None]:
             raise asyncio.CancelledError from group
 
 
-class _Patient:
-    """A link that lets calls begin before they are cancelled: 1.x goes on with one that had not."""
+class _DelayedCancelLink:
+    """A link that lets a new call start before its cancellation arrives.
+
+    SDK 1.x ignores the cancellation of a call that it has not started yet, and then runs the call to its end.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -112,12 +127,12 @@ class _Patient:
     async def receive(self) -> dict[str, Any] | None:
         message = await self._link.receive()
         if message is not None and message.get("method") == "notifications/cancelled":
-            for _ in range(_TURNS):
+            for _ in range(_TURNS_BEFORE_CANCEL):
                 await asyncio.sleep(0)
         return message
 
 
-def _build_v2(service: Service) -> Any:
+def _build_v2(service: ToolService) -> Any:
     from mcp import types
     from mcp.server.lowlevel import Server
 
@@ -125,19 +140,19 @@ def _build_v2(service: Service) -> Any:
     make: Any = Server
 
     async def on_list_tools(_context: Any, _params: Any) -> Any:
-        return sdk.ListToolsResult.model_validate(_listed(service))
+        return sdk.ListToolsResult.model_validate(_list_tools_result(service))
 
     async def on_call_tool(context: Any, params: Any) -> Any:
         meta = context.meta or {}
 
         async def report(progress: float, message: str) -> None:
-            with _unread():
+            with _ignore_closed_streams():
                 await context.session.report_progress(progress, message=message)
 
-        _check_name(service, params.name)
+        _check_tool_name(service, params.name)
         wanted = None if meta.get("progress_token") is None else report
-        answer = await _alone(service.call(params.name, params.arguments or {}, wanted))
-        return sdk.CallToolResult.model_validate(_result(answer))
+        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, wanted))
+        return sdk.CallToolResult.model_validate(_call_tool_result(answer))
 
     return make(
         NAME,
@@ -148,7 +163,7 @@ def _build_v2(service: Service) -> Any:
     )
 
 
-def _build_v1(service: Service) -> Any:
+def _build_v1(service: ToolService) -> Any:
     from mcp import types
     from mcp.server.lowlevel import Server
 
@@ -157,30 +172,30 @@ def _build_v1(service: Service) -> Any:
     server = make(NAME, version=__version__, instructions=service.instructions)
 
     async def on_list_tools(_request: Any) -> Any:
-        return sdk.ServerResult(sdk.ListToolsResult.model_validate(_listed(service)))
+        return sdk.ServerResult(sdk.ListToolsResult.model_validate(_list_tools_result(service)))
 
     async def on_call_tool(request: Any) -> Any:
         context, params = server.request_context, request.params
         token = getattr(context.meta, "progressToken", None)
 
         async def report(progress: float, message: str) -> None:
-            with _unread():
+            with _ignore_closed_streams():
                 await context.session.send_progress_notification(
                     token, progress, message=message, related_request_id=str(context.request_id)
                 )
 
-        _check_name(service, params.name)
+        _check_tool_name(service, params.name)
         wanted = None if token is None else report
-        answer = await _alone(service.call(params.name, params.arguments or {}, wanted))
-        return sdk.ServerResult(sdk.CallToolResult.model_validate(_result(answer)))
+        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, wanted))
+        return sdk.ServerResult(sdk.CallToolResult.model_validate(_call_tool_result(answer)))
 
-    # Not by its decorators: they validate arguments in a way of their own, and make results of what raises.
+    # The decorators `server.list_tools` and `server.call_tool` are avoided: see the top of this module.
     server.request_handlers[sdk.ListToolsRequest] = on_list_tools
     server.request_handlers[sdk.CallToolRequest] = on_call_tool
     return server
 
 
-def _listed(service: Service) -> dict[str, Any]:
+def _list_tools_result(service: ToolService) -> dict[str, Any]:
     return {
         "tools": [
             {
@@ -194,7 +209,7 @@ def _listed(service: Service) -> dict[str, Any]:
     }
 
 
-def _result(answer: Answer) -> dict[str, Any]:
+def _call_tool_result(answer: HostAnswer) -> dict[str, Any]:
     result: dict[str, Any] = {
         "content": [{"type": "text", "text": text} for text in answer.texts],
         "isError": answer.is_error,
@@ -202,33 +217,33 @@ def _result(answer: Answer) -> dict[str, Any]:
     return result if answer.structured is None else result | {"structuredContent": dict(answer.structured)}
 
 
-def _check_name(service: Service, name: str) -> None:
-    """Raises the SDK's error of the protocol for a tool that there is not."""
+def _check_tool_name(service: ToolService, name: str) -> None:
+    """Raises the SDK's protocol error if the service has no tool of that name."""
     import mcp
 
     names = [tool.name for tool in service.tools]
     if name in names:
         return
     sdk: Any = mcp
-    told = f"Unknown tool: {name}; there are: {', '.join(names)}"
+    message = f"Unknown tool: {name}. The tools are: {', '.join(names)}"
     if is_v2():
-        raise sdk.MCPError(code=_INVALID_PARAMS, message=told)
+        raise sdk.MCPError(code=_INVALID_PARAMS, message=message)
     from mcp import types
 
-    raise sdk.McpError(types.ErrorData(code=_INVALID_PARAMS, message=told))
+    raise sdk.McpError(types.ErrorData(code=_INVALID_PARAMS, message=message))
 
 
-def _unread() -> contextlib.AbstractContextManager[None]:
-    """What becomes of progress that nobody can be told any more."""
+def _ignore_closed_streams() -> contextlib.AbstractContextManager[None]:
+    """Suppresses the errors of a progress notification that is sent after the host has left."""
     import anyio
 
     return contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 
-async def _alone(call: Coroutine[Any, Any, T]) -> T:
-    """Makes a call in a task of its own.
+async def _run_in_separate_task(call: Coroutine[Any, Any, T]) -> T:
+    """Awaits a call in a task that anyio's cancel scopes do not reach, so that its clean-up can await.
 
-    The SDK cancels by anyio's scopes: within them every await of the clean-up would be cancelled as well.
+    When the caller is cancelled, the call is cancelled once, and the caller waits for it up to `_CLEANUP_SECONDS`.
     """
     import anyio
 
@@ -239,9 +254,12 @@ async def _alone(call: Coroutine[Any, Any, T]) -> T:
         if not task.done():
             task.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({task}, timeout=_GRACE)
+                await asyncio.wait({task}, timeout=_CLEANUP_SECONDS)
             if not task.done():
-                logger.warning("a call goes on %g seconds after it was cancelled: %r", _GRACE, task)
-    if task.cancelled():  # not by us, and nobody may take it for the caller's own
-        raise RuntimeError("the call was cancelled from within")
+                logger.warning(
+                    "a tool call is still running %g seconds after its cancellation: %r", _CLEANUP_SECONDS, task
+                )
+    if task.cancelled():
+        # The caller was not cancelled, so a CancelledError here would be mistaken for the caller's.
+        raise RuntimeError("the call was cancelled from within lmbridge, not by the host")
     return task.result()

@@ -17,7 +17,7 @@ import uvicorn
 
 from lmbridge import Tool
 from lmbridge.mcp.bridge.bridge import Bridge
-from lmbridge.mcp.sdk.server_session import Answer, Report, build
+from lmbridge.mcp.sdk.server_session import HostAnswer, ReportProgress, build_server
 
 NOBODY: Final = "http://127.0.0.1:9/v1"
 """A model server that is not there: the suite does not know our tools, so that it calls none."""
@@ -57,23 +57,23 @@ class Served:
         ]
         self.instructions = bridge.instructions
 
-    async def call(self, name: str, arguments: Mapping[str, Any], report: Report | None) -> Answer:
+    async def call(self, name: str, arguments: Mapping[str, Any], report: ReportProgress | None) -> HostAnswer:
         """Calls one of the tools."""
         if name not in self._added:
             return await self._bridge.call(name, arguments, report)
         return await self._added[name](report)
 
-    async def _simple_text(self, _: Report | None) -> Answer:
-        return Answer(["This is a simple text response for testing."])
+    async def _simple_text(self, _: ReportProgress | None) -> HostAnswer:
+        return HostAnswer(["This is a simple text response for testing."])
 
-    async def _error_handling(self, _: Report | None) -> Answer:
-        return Answer(["This tool intentionally returns an error for testing"], is_error=True)
+    async def _error_handling(self, _: ReportProgress | None) -> HostAnswer:
+        return HostAnswer(["This tool intentionally returns an error for testing"], is_error=True)
 
-    async def _progress(self, report: Report | None) -> Answer:
+    async def _progress(self, report: ReportProgress | None) -> HostAnswer:
         for progress in (0, 50, 100):
             if report is not None:
                 await report(progress, f"{progress} of 100")
-        return Answer(["done"])
+        return HostAnswer(["done"])
 
 
 def _tool(name: str, schema: Mapping[str, Any], function: Callable[..., Any]) -> Tool:
@@ -84,7 +84,7 @@ async def main(number: int) -> None:
     logging.getLogger("mcp").setLevel(logging.ERROR)  # the suite makes requests that deserve a warning
     listening = socket.socket(fileno=number)
     async with Bridge.opened(NOBODY) as bridge:
-        app = build(Served(bridge)).streamable_http_app()
+        app = build_server(Served(bridge)).streamable_http_app()
         await uvicorn.Server(uvicorn.Config(app, log_level="error")).serve([listening])
 
 

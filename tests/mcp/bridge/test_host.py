@@ -1,4 +1,4 @@
-"""Messages over this process's own stdin and stdout: nothing is lost, torn, kept without bounds, or waited for."""
+"""The link to the host: nothing is lost or torn, memory is bounded, and closing does not wait for the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmbridge.mcp.bridge.host import HostLink, taken_over
+from lmbridge.mcp.bridge.host import HostLink, take_over_stdio
 from tests.support import turns
 
 PING = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n'
@@ -16,14 +16,14 @@ PING = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n'
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """What is read, and what is written."""
+    """The reading and the writing end of a pipe."""
     ends = os.pipe()
     yield ends
     for each in ends:
         os.close(each)
 
 
-def nothing_to_read() -> int:
+def open_empty_file() -> int:
     return os.open(os.devnull, os.O_RDONLY)
 
 
@@ -41,17 +41,17 @@ async def test_a_host_that_sends_faster_than_it_is_served_has_to_wait(pipe: tupl
     while link._has_room.is_set() and not sending.done():
         await asyncio.sleep(0)
     await turns(1000)
-    most = 0
+    longest_backlog = 0
     for _ in range(count):
-        most = max(most, len(link._messages))
+        longest_backlog = max(longest_backlog, len(link._messages))
         assert await link.receive() is not None
-    assert most < count / 10
+    assert longest_backlog < count / 10
     await sending
 
 
-async def test_what_was_sent_last_is_written_before_the_end(pipe: tuple[int, int]) -> None:
+async def test_the_last_message_is_written_before_the_link_closes(pipe: tuple[int, int]) -> None:
     reading, writing = pipe
-    link = HostLink(nothing_to_read(), writing)
+    link = HostLink(open_empty_file(), writing)
     sending = asyncio.create_task(link.send(b"{}"))
     await asyncio.sleep(0)
     await link.close()
@@ -60,23 +60,24 @@ async def test_what_was_sent_last_is_written_before_the_end(pipe: tuple[int, int
     await sending
 
 
-async def test_the_end_does_not_wait_for_a_host_that_does_not_read(
+async def test_closing_does_not_wait_for_a_host_that_does_not_read(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.bridge.host._LAST_WRITES", 0.01)
+    monkeypatch.setattr("lmbridge.mcp.bridge.host._FLUSH_SECONDS", 0.01)
     reading, writing = pipe
-    link = HostLink(nothing_to_read(), writing)
+    link = HostLink(open_empty_file(), writing)
     sending = asyncio.create_task(link.send(b"x" * 2**20))
     await asyncio.sleep(0)
     await link.close()
     assert not sending.done()
-    while not sending.done():  # its thread goes on with a pipe that is the test's to close
+    # The thread is still writing to the pipe, so the test empties the pipe before it closes it.
+    while not sending.done():
         await asyncio.to_thread(os.read, reading, 65536)
 
 
-def test_stdin_and_stdout_are_given_back() -> None:
+def test_stdin_and_stdout_are_restored() -> None:
     before = [os.fstat(each).st_ino for each in (0, 1)]
-    with taken_over() as copies:
+    with take_over_stdio() as copies:
         assert os.read(0, 1) == b""
         assert os.fstat(1).st_ino == os.fstat(2).st_ino
         assert [os.fstat(each).st_ino for each in copies] == before
@@ -85,12 +86,12 @@ def test_stdin_and_stdout_are_given_back() -> None:
         os.close(each)
 
 
-async def test_a_host_that_does_not_read_any_more_is_an_error_and_the_end() -> None:
+async def test_a_host_that_no_longer_reads_is_an_error_and_ends_the_link() -> None:
     ours, theirs = os.pipe()
     reading, writing = os.pipe()
     os.close(reading)
     link = HostLink(ours, writing)
-    with pytest.raises(ConnectionError, match="does not read any more"):
+    with pytest.raises(ConnectionError, match="the host no longer reads"):
         await link.send(b"{}")
     assert await link.receive() is None
     await link.close()
@@ -101,7 +102,8 @@ async def test_a_host_that_does_not_read_any_more_is_an_error_and_the_end() -> N
 async def test_a_cancelled_send_is_not_torn(caplog: pytest.LogCaptureFixture) -> None:
     reading, writing = os.pipe()
     link = HostLink(os.open(os.devnull, os.O_RDONLY), writing)
-    message = b"x" * 2**20  # more than a pipe holds
+    # The message is larger than the buffer of a pipe, so that it is written in several pieces.
+    message = b"x" * 2**20
     sending = asyncio.create_task(link.send(message))
     first = await asyncio.to_thread(os.read, reading, 10)
     sending.cancel()
