@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import mcp
+from mcp.client.stdio import stdio_client
 
 TOOL_NAMES = [
     "health_check",
@@ -84,3 +89,23 @@ class Host:
 
 
 StartBridge = Callable[..., Any]
+
+
+@asynccontextmanager
+async def official_session(api_base: str, folder: Path, **env: str) -> AsyncIterator[tuple[Any, Any]]:
+    """Yields a session of the official client with a bridge process, and the result of its initialization.
+
+    The process must not write anything to stderr.
+    """
+    env = {"LMBRIDGE_API_BASE": api_base, "HOME": str(folder), **env}
+    parameters = mcp.StdioServerParameters(command=sys.executable, args=["-m", "lmbridge.mcp"], env=env)
+    errors = folder / "stderr"
+    with errors.open("w") as log:
+        async with stdio_client(parameters, errlog=log) as streams, mcp.ClientSession(*streams) as session:
+            yield session, wire_form(await session.initialize())
+    assert errors.read_text() == ""
+
+
+def wire_form(model: Any) -> Any:
+    """Returns a message of the SDK as it was on the wire."""
+    return model.model_dump(by_alias=True, mode="json", exclude_none=True)

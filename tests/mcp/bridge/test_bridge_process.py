@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +25,15 @@ from tests.mcp.bridge.support import (
     WriteConfig,
     call_request,
     cancel_notification,
+    official_session,
     tool_call,
+    wire_form,
 )
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import gone, noted, scripted
 from tests.support import HALF
 
 # Driven by the official client
-
-
-@asynccontextmanager
-async def official_session(api_base: str, folder: Path, **env: str) -> AsyncIterator[tuple[Any, Any]]:
-    """Yields a session of the official client with a bridge process, and the result of its initialization.
-
-    The process must not write anything to stderr.
-    """
-    env = {"LMBRIDGE_API_BASE": api_base, "HOME": str(folder), **env}
-    parameters = mcp.StdioServerParameters(command=sys.executable, args=["-m", "lmbridge.mcp"], env=env)
-    errors = folder / "stderr"
-    with errors.open("w") as log:
-        async with stdio_client(parameters, errlog=log) as streams, mcp.ClientSession(*streams) as session:
-            yield session, wire_form(await session.initialize())
-    assert errors.read_text() == ""
-
-
-def wire_form(model: Any) -> Any:
-    """Returns a message of the SDK as it was on the wire."""
-    return model.model_dump(by_alias=True, mode="json", exclude_none=True)
 
 
 async def test_the_official_client_lists_and_calls_the_tools(scripted_server: ScriptedServer, tmp_path: Path) -> None:

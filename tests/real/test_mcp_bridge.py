@@ -1,4 +1,4 @@
-"""The bridge as an MCP server in front of a real llama.cpp server."""
+"""The bridge in front of a real llama.cpp server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from lmbridge import LocalServer
 from lmbridge.mcp import sdk
-from tests.mcp.test_server import connected, plain
+from tests.mcp.bridge.support import official_session, wire_form
 from tests.real.conftest import API_KEY
 from tests.real.test_real import STORY, busy_slots, until_idle
 
@@ -19,18 +19,18 @@ pytestmark = pytest.mark.real
 
 async def test_a_model_answers_through_the_bridge(local_server: LocalServer, tmp_path: Path) -> None:
     env = {"DEFAULT_MODEL": local_server.model, "LM_API_TOKEN": API_KEY}
-    async with connected(local_server.api_base, tmp_path, **env) as (session, _):
-        listed = plain(await session.call_tool("list_models", {}))
+    async with official_session(local_server.api_base, tmp_path, **env) as (session, _):
+        listed = wire_form(await session.call_tool("list_models", {}))
         assert local_server.model in listed["structuredContent"]["models"]
         asked = {"prompt": "Say hello.", "max_tokens": 5, "temperature": 0}
-        got = plain(await session.call_tool("chat_completion", asked))
+        got = wire_form(await session.call_tool("chat_completion", asked))
         assert not got["isError"]
         assert got["structuredContent"]["finish_reason"] == "length"
         assert got["structuredContent"]["usage"]["completion_tokens"] == 5
         assert "not the whole answer" in got["content"][-1]["text"]
 
 
-@pytest.mark.skipif(not sdk.is_v2(), reason="the client of the first major tells nobody that a call was cancelled")
+@pytest.mark.skipif(not sdk.is_v2(), reason="the client of SDK 1.x does not notify the server of a cancelled call")
 async def test_a_cancelled_call_frees_the_slot(local_server: LocalServer, tmp_path: Path) -> None:
     is_answering = asyncio.Event()
 
@@ -38,7 +38,7 @@ async def test_a_cancelled_call_frees_the_slot(local_server: LocalServer, tmp_pa
         if "answering" in (message or ""):
             is_answering.set()
 
-    async with connected(local_server.api_base, tmp_path, LM_API_TOKEN=API_KEY) as (session, _):
+    async with official_session(local_server.api_base, tmp_path, LM_API_TOKEN=API_KEY) as (session, _):
         long: dict[str, Any] = {"messages": STORY, "max_tokens": 3000, "temperature": 0}
         call = asyncio.create_task(session.call_tool("chat_completion", long, progress_callback=on_progress))
         waiting = asyncio.create_task(is_answering.wait())
