@@ -196,7 +196,7 @@ class Bridge:
         temperature: TemperatureArgument = None,
         stop: StopArgument = None,
     ) -> HostAnswer:
-        """Has a local language model continue a text. The text is sent unchanged, without chat messages or instructions."""
+        """Has a local language model continue a text. The text is sent unchanged, with no chat around it."""
         params = _without_unset(max_tokens=max_tokens, temperature=temperature, stop=stop)
         return answers.from_completion(
             await _read_whole_reply(
