@@ -32,7 +32,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 
 class ErrorDetails(TypedDict, total=False):
@@ -79,6 +79,37 @@ class LLMError(Exception):
         self.timestamp = datetime.now(UTC)
         if original_exception is not None:  # to set None would hide the exception that is being handled
             self.__cause__ = original_exception
+
+    def completed(self, message: str | None = None, **details: Unpack[ErrorDetails]) -> Self:
+        """Adds what the caller knows about this error, and returns the error, so that it can be raised at once.
+
+        An error is often created where only half of the facts are known: a decoder does not know the URL, a scheduler
+        does not know how much of an answer had arrived. Each layer that it passes completes it with this method::
+
+            except LLMError as error:
+                raise error.completed(context={"operation": "chat completion", "url": url})
+
+        `hint`, `status` and `body` are set only where they are missing, and `context` is merged with what is there,
+        which wins: the layer closest to the failure knows best. `partial` is the exception. It replaces what is there
+        unless it is None, because the layers above know more of the result: a run more than the reply that failed.
+
+        Args:
+            message: A text that replaces the error's own, for example one without a secret.
+            **details: As for the constructor.
+        """
+        if message is not None:
+            self.message = message
+            self.args = (message, *self.args[1:])
+        self.context = {**(details.get("context") or {}), **self.context}
+        if self.hint is None:
+            self.hint = details.get("hint")
+        if self.status is None:
+            self.status = details.get("status")
+        if self.body is None:
+            self.body = details.get("body")
+        if (partial := details.get("partial")) is not None:
+            self.partial = partial
+        return self
 
     @property
     def original_exception(self) -> BaseException | None:

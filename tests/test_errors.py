@@ -217,6 +217,34 @@ def test_a_context_is_the_errors_own() -> None:
     assert given == {"model": "m"}
 
 
+@every_class
+def test_every_error_can_be_completed_with_what_is_not_known_where_it_is_made(kind: type[LLMError]) -> None:
+    error = ModelNotFoundError("lama") if kind is ModelNotFoundError else kind()
+    message = error.message
+    assert error.completed(**DETAILS) is error
+    assert {name: getattr(error, name) for name in DETAILS} == DETAILS
+    assert error.message == error.args[0] == message
+
+
+def test_what_an_error_knows_is_not_replaced_when_it_is_completed() -> None:
+    error = LLMError("it broke", hint="mine", status=503, body="mine", context={"model": "mine"})
+    error.completed(hint="theirs", status=500, body="theirs", context={"model": "theirs", "url": "http://x/v1"})
+    assert (error.hint, error.status, error.body) == ("mine", 503, "mine")
+    assert error.context == {"model": "mine", "url": "http://x/v1"}
+
+
+def test_the_layer_above_knows_more_of_what_had_arrived() -> None:
+    error = LLMError("it broke", partial={"choices": []})
+    assert error.completed(partial=None).partial == {"choices": []}
+    assert error.completed(partial="the run so far").partial == "the run so far"
+
+
+def test_an_error_is_completed_with_a_text_that_can_be_shown() -> None:
+    error = LLMError("the key hunter2 is wrong", hint="pass another").completed("the key [api_key] is wrong")
+    assert str(error) == "the key [api_key] is wrong; pass another"
+    assert "hunter2" not in repr(error)
+
+
 @pytest.mark.parametrize("kind", [RunIncompleteError, MaxRoundsExceededError])
 def test_the_result_of_an_incomplete_run_is_its_partial_too(kind: type[RunIncompleteError]) -> None:
     result = object()
