@@ -315,8 +315,9 @@ print("result", asyncio.run(run_until_signal(work())), flush=True)
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_program_after_its_clean_up_and_more_signals_change_nothing(number: signal.Signals) -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", _PROGRAM], text=True, **pipes) as program:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", _PROGRAM]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as program:
         assert program.stdin is not None
         assert program.stdout is not None
         assert program.stdout.readline() == "started\n"
