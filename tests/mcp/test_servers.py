@@ -185,7 +185,7 @@ async def test_garbage_on_stdout_is_skipped_and_logged_once(
     caplog.set_level(logging.WARNING)
     lease = await make_hub({"a": {"garbage": True}}).tools()
     assert await tool(lease, "echo")(text="on") == "on"
-    assert caplog.text.count("writes what is no message to its stdout: 'Welcome!'") == 1
+    assert caplog.text.count("that is not a JSON-RPC message (later ones are not logged): 'Welcome!'") == 1
 
 
 async def test_text_before_a_message_on_its_line_is_cut_off(make_hub: MakeHub) -> None:

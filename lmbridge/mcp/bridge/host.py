@@ -13,18 +13,15 @@ import logging
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
-from lmbridge.mcp.servers.stdio import MessageReader, MessageTooLargeError
+from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
 
 logger = logging.getLogger("lmbridge.mcp")
 
-_BACKLOG_LIMIT: Final = 256
-"""Messages that may wait to be handled before nothing more is read from the host."""
 _FLUSH_SECONDS: Final = 1.0
 """Seconds that the host has to read the last messages when the link is closed."""
 _LOGGED_BYTES: Final = 200
@@ -63,12 +60,9 @@ class HostLink:
         self.fault = ""
         """Why reading stopped, if it was an error; empty if the host closed its end."""
         self._reading, self._writing = reading, writing
-        self._reader = MessageReader()
-        self._messages: deque[dict[str, Any]] = deque()
-        self._news = asyncio.Event()
-        self._is_over = False
         self._has_room = threading.Event()
         self._has_room.set()
+        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, on_room=self._has_room.set)
         self._outbox: queue.SimpleQueue[tuple[bytes, asyncio.Future[None]] | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._all_written: asyncio.Future[None] = self._loop.create_future()
@@ -77,14 +71,7 @@ class HostLink:
 
     async def receive(self) -> dict[str, Any] | None:
         """Returns the next message, or None once there will be no more."""
-        while not self._messages:
-            if self._is_over:
-                return None
-            self._news.clear()
-            await self._news.wait()
-        message = self._messages.popleft()
-        self._make_room()
-        return message
+        return await self._inbox.receive()
 
     async def send(self, message: bytes) -> None:
         """Sends a message. It is written as a whole even if the caller is cancelled.
@@ -107,8 +94,7 @@ class HostLink:
 
     def _stop_receiving(self, fault: str = "") -> None:
         self.fault = self.fault or fault
-        self._is_over = True
-        self._news.set()
+        self._inbox.close()
 
     # These methods run in the threads.
 
@@ -142,24 +128,20 @@ class HostLink:
     # These methods run in the event loop.
 
     def _accept(self, data: bytes) -> None:
-        if self._is_over:
+        if self._inbox.is_closed:
             return
-        garbage_before = self._reader.garbage
         try:
-            self._messages += self._reader.feed(data)
+            self._inbox.feed(data)
         except MessageTooLargeError as exc:
             self._stop_receiving(str(exc))
-        if not garbage_before and self._reader.garbage:
-            logger.warning(
-                "skipped a line from the host that is not a JSON-RPC message (later ones are not logged): %r",
-                self._reader.first_garbage[:_LOGGED_BYTES],
-            )
-        self._make_room()
-        self._news.set()
-
-    def _make_room(self) -> None:
-        if len(self._messages) <= _BACKLOG_LIMIT:
+        if self._inbox.has_room:
             self._has_room.set()
+
+    def _log_skipped_line(self, line: bytes) -> None:
+        logger.warning(
+            "skipped a line from the host that is not a JSON-RPC message (later ones are not logged): %r",
+            line[:_LOGGED_BYTES],
+        )
 
 
 def _complete(future: asyncio.Future[None], error: Exception | None) -> None:

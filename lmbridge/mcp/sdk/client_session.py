@@ -20,8 +20,9 @@ import attrs
 
 from lmbridge._version import __version__
 from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.streams import Reading, Tap, Writing, has_name, request_numbers
-from lmbridge.mcp.sdk.wire import NAME, Link, Streams, is_v2, over_stdio
+from lmbridge.mcp.sdk.wire import NAME, Streams, is_v2, over_stdio
 
 logger = logging.getLogger("lmbridge.mcp")
 
@@ -84,7 +85,7 @@ class Session(Protocol):
 
 
 @asynccontextmanager
-async def open_session(spec: ServerSpec, link: Link | None, listeners: Listeners) -> AsyncIterator[Session]:
+async def open_session(spec: ServerSpec, link: MessageLink | None, listeners: Listeners) -> AsyncIterator[Session]:
     """A session with a server, for the task that enters and leaves it.
 
     Args:

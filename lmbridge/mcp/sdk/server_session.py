@@ -20,8 +20,9 @@ import attrs
 
 from lmbridge._version import __version__
 from lmbridge.agent.tools import Tool
+from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.streams import Tap
-from lmbridge.mcp.sdk.wire import NAME, Link, is_v2, over_stdio
+from lmbridge.mcp.sdk.wire import NAME, is_v2, over_stdio
 
 logger = logging.getLogger("lmbridge.mcp")
 
@@ -84,7 +85,7 @@ def build_server(service: ToolService) -> Any:
     return _build_v2(service) if is_v2() else _build_v1(service)
 
 
-async def serve(server: Any, link: Link) -> None:
+async def serve(server: Any, link: MessageLink) -> None:
     """Serves one host until it closes its end. If the caller is cancelled, so are the calls in flight.
 
     Args:
@@ -120,7 +121,7 @@ class _DelayedCancelLink:
     SDK 1.x ignores the cancellation of a call that it has not started yet, and then runs the call to its end.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: MessageLink) -> None:
         self._link = link
         self.send = link.send
 

@@ -6,10 +6,11 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.streams import Reading, Tap, Writing
 
 logger = logging.getLogger("lmbridge.mcp")
@@ -23,22 +24,6 @@ _REFUSAL: Final = {
 }
 
 Streams: TypeAlias = tuple[Reading, Writing]
-
-
-class Link(Protocol):
-    """Messages to and from somebody else, as JSON-RPC has them."""
-
-    async def receive(self) -> dict[str, Any] | None:
-        """The next message, or None when there will be none."""
-        ...
-
-    async def send(self, message: bytes) -> None:
-        """Sends a message: its JSON, without a line break.
-
-        Raises:
-            ConnectionError: nobody reads any more.
-        """
-        ...
 
 
 def load() -> Any:
@@ -60,7 +45,7 @@ def is_v2() -> bool:
 
 
 @asynccontextmanager
-async def over_stdio(link: Link, tap: Tap) -> AsyncIterator[Streams]:
+async def over_stdio(link: MessageLink, tap: Tap) -> AsyncIterator[Streams]:
     """A link as streams of the SDK's messages; it is closed by its owner."""
     import anyio
     from mcp.shared.message import SessionMessage

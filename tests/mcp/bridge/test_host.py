@@ -43,7 +43,7 @@ async def test_a_host_that_sends_faster_than_it_is_served_has_to_wait(pipe: tupl
     await turns(1000)
     longest_backlog = 0
     for _ in range(count):
-        longest_backlog = max(longest_backlog, len(link._messages))
+        longest_backlog = max(longest_backlog, len(link._inbox))
         assert await link.receive() is not None
     assert longest_backlog < count / 10
     await sending

@@ -1,0 +1,201 @@
+"""JSON-RPC messages on a byte stream, one on each line: a reader that tolerates bad lines, and a bounded inbox.
+
+Both directions use it: `servers/stdio.py` for what a server writes to its stdout, `bridge/host.py` for what the host
+writes to our stdin.
+
+The official SDK has a reader too. It is not used, because it reads lines of any size (a line of 30 MB takes five
+seconds of processor time and 240 MB of memory), because one byte that is not UTF-8 ends the session or hangs it, and
+because it loses a message that follows other text on its line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Any, Final, Protocol
+
+import msgspec
+
+LARGEST_MESSAGE: Final = 16 * 2**20
+"""Bytes that a message may have. To parse a larger one would block the event loop for too long."""
+_BACKLOG_LIMIT: Final = 256
+"""Messages that may wait to be handled before nothing more is read."""
+_MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
+_JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
+"""An escape in a JSON string: a whole surrogate pair, half of one (the group `lone`), or any other."""
+_DECODER: Final = json.JSONDecoder()
+_SALVAGE_ATTEMPTS: Final = 8
+"""Places of a broken line at which a message is looked for, so that a hostile line does not cost quadratic time."""
+
+
+class MessageLink(Protocol):
+    """A connection over which JSON-RPC messages are received and sent."""
+
+    async def receive(self) -> dict[str, Any] | None:
+        """Returns the next message, or None once there will be no more."""
+        ...
+
+    async def send(self, message: bytes) -> None:
+        """Sends a message, given as its JSON without a line break.
+
+        Raises:
+            ConnectionError: The other side no longer reads.
+        """
+        ...
+
+
+class MessageTooLargeError(Exception):
+    """The other side sent a message of more than `LARGEST_MESSAGE` bytes."""
+
+
+class MessageReader:
+    """Parses messages from bytes that may be split anywhere.
+
+    A line that holds no message is skipped and counted. Text before or after a message on the same line is cut off.
+
+    Args:
+        largest: Bytes that a message may have.
+    """
+
+    def __init__(self, largest: int = LARGEST_MESSAGE) -> None:
+        self.skipped_lines = 0
+        """How many lines held no message."""
+        self.first_skipped_line = b""
+        self._largest = largest
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Yields the messages that the next bytes complete.
+
+        Raises:
+            MessageTooLargeError: A message is too large. The reader cannot be used after that.
+        """
+        searched = len(self._buffer)
+        self._buffer += data
+        begin = 0
+        while (end := self._buffer.find(b"\n", max(begin, searched))) >= 0:
+            self._check_size(end - begin)
+            line = bytes(self._buffer[begin:end])
+            begin = end + 1
+            yield from self._parse_line(line)
+        del self._buffer[:begin]
+        self._check_size(len(self._buffer))
+
+    def _check_size(self, size: int) -> None:
+        if size > self._largest:
+            raise MessageTooLargeError(f"it sent a message of more than {self._largest:,} bytes")
+
+    def _parse_line(self, line: bytes) -> list[dict[str, Any]]:
+        if not line.strip():
+            return []
+        try:
+            decoded = msgspec.json.decode(line)
+            # The revision 2025-03-26 of the protocol has batches.
+            candidates = decoded if isinstance(decoded, list) else [decoded]
+        except (ValueError, RecursionError):
+            candidates = _salvage_objects(line)
+        if messages := [each for each in candidates if isinstance(each, dict) and "jsonrpc" in each]:
+            return messages
+        self.skipped_lines += 1
+        self.first_skipped_line = self.first_skipped_line or line
+        return []
+
+
+def _salvage_objects(line: bytes) -> list[Any]:
+    """Returns the objects in a line that is not valid JSON, because a reply that is dropped leaves its call hanging.
+
+    There may be text around them, if a program prints from two threads. There may be a bad byte; half of a surrogate
+    pair, which JavaScript writes when it cuts a text in the middle of an emoji; or NaN, which Python writes.
+    """
+    text = _JSON_ESCAPE.sub(_replace_lone_surrogate, line.decode(errors="replace"))
+    found: list[Any] = []
+    end = 0
+    for begin in islice((match.start() for match in _MESSAGE_START.finditer(text)), _SALVAGE_ATTEMPTS):
+        if begin >= end:
+            with suppress(ValueError, RecursionError):
+                value, end = _DECODER.raw_decode(text, begin)
+                found.append(value)
+    return found
+
+
+def _replace_lone_surrogate(escape: re.Match[str]) -> str:
+    return "\\ufffd" if escape["lone"] else escape.group()
+
+
+class MessageInbox:
+    """Messages that have arrived and wait to be handled, in a bounded queue.
+
+    It does not read anything itself: its owner feeds it with bytes, stops reading while `has_room` is False, and
+    continues when `on_room` is called.
+
+    Args:
+        on_skipped_line: Called with the first line that holds no message; later ones are only counted.
+        on_room: Called when there is room again.
+    """
+
+    def __init__(self, *, on_skipped_line: Callable[[bytes], None], on_room: Callable[[], None]) -> None:
+        self._on_skipped_line, self._on_room = on_skipped_line, on_room
+        self._reader = MessageReader()
+        self._messages: deque[dict[str, Any]] = deque()
+        self._changed = asyncio.Event()
+        self._closed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more should be read."""
+        return len(self._messages) <= _BACKLOG_LIMIT
+
+    @property
+    def skipped_lines(self) -> int:
+        """How many lines held no message."""
+        return self._reader.skipped_lines
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more messages will arrive."""
+        return self._closed.is_set()
+
+    def feed(self, data: bytes) -> None:
+        """Adds the messages that the next bytes complete; once the inbox is closed, it ignores them.
+
+        Raises:
+            MessageTooLargeError: A message is too large. Those before it have been added.
+        """
+        if self.is_closed:
+            return
+        skipped_before = self._reader.skipped_lines
+        try:
+            self._messages += self._reader.feed(data)
+        finally:
+            self._changed.set()
+            if not skipped_before and self._reader.skipped_lines:
+                self._on_skipped_line(self._reader.first_skipped_line)
+
+    def close(self) -> None:
+        """Marks the end: messages that have arrived are still received, further bytes are ignored."""
+        self._closed.set()
+        self._changed.set()
+
+    async def receive(self) -> dict[str, Any] | None:
+        """Returns the next message, or None once the inbox is closed and empty. One task at a time may wait here."""
+        while not self._messages:
+            if self.is_closed:
+                return None
+            self._changed.clear()
+            await self._changed.wait()
+        message = self._messages.popleft()
+        if len(self._messages) == _BACKLOG_LIMIT:
+            self._on_room()
+        return message
+
+    async def wait_closed(self) -> None:
+        """Waits until no more messages will arrive."""
+        await self._closed.wait()
