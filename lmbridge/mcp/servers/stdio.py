@@ -100,7 +100,7 @@ class StdioLink:
     def _log_skipped_line(self, line: bytes) -> None:
         shown = self._spec.redacted(line[:_LOGGED_BYTES].decode(errors="replace"))
         logger.warning(
-            "skipped a line on the stdout of MCP server %r that is not a JSON-RPC message (later ones are not logged): %r",
+            "MCP server %r: skipped a line on stdout that is not a JSON-RPC message (later ones are not logged): %r",
             self._spec.name,
             shown,
         )
