@@ -1,5 +1,6 @@
 # make demo         a real model streams an answer to the terminal
-# make test         every check and every test
+# make test         every check, and the tests of a few minutes
+# make test-slow    the tests that take minutes each, and those in environments of their own (older libraries)
 # make lint         the checks alone
 # make bench        lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
 # make swaps        requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
@@ -8,11 +9,11 @@
 # make conformance  the official MCP conformance suite against the client and the server; it needs npm
 # make clean        removes what these have made
 #
-# All but `clean` install what they need into virtual environments, once; `lint` shares that of `test`, and `conformance`
+# All but `clean` install what they need into virtual environments, once; `lint` and `test-slow` share that of `test`, and `conformance`
 # that of `mcp-bench`. They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names
 # another (after a `make clean`).
 
-.PHONY: help demo test lint bench swaps agents mcp-bench conformance clean
+.PHONY: help demo test test-slow lint bench swaps agents mcp-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -32,8 +33,11 @@ demo: .venv-demo/installed
 	@.venv-demo/bin/python examples/quickstart.py
 
 test: lint $(NPM)/node_modules/.package-lock.json
+	.venv-test/bin/python -m pytest -n auto -m 'not slow'
+
+test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/nox --session aioresponses mcp1
-	.venv-test/bin/python -m pytest
+	.venv-test/bin/python -m pytest -n auto -m slow
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check

@@ -10,24 +10,24 @@ nox.options.sessions = ["lint", "tests", "aioresponses", "mcp1", "mcp2"]
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
     session.install("-e", ".[local,mcp,dev]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
     session.install("-e", ".[local,mcp,dev]", "aiohttp==3.13.0")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
-# Part of `make test`, so it takes the Python that is there and the few packages that its tests need.
+# Part of `make test-slow`, so it takes the Python that is there and the few packages that its tests need.
 @nox.session(reuse_venv=True)
 def aioresponses(session: nox.Session) -> None:
-    packages = ["aioresponses", "blockbuster", "pytest", "pytest-asyncio", "pytest-timeout"]
+    packages = ["aioresponses", "blockbuster", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"]
     session.install("-e", ".", "aiohttp<3.14", *packages)
     session.run("python", "-m", "pytest", "tests/aioresponses", *session.posargs)
 
 
-# Part of `make test` as well, which has the second major of the MCP SDK in its own environment.
+# Part of `make test-slow` as well: `make test` has the second major of the MCP SDK in its own environment.
 @nox.session(reuse_venv=True)
 def mcp1(session: nox.Session) -> None:
     _mcp(session, "mcp<2")
@@ -39,9 +39,9 @@ def mcp2(session: nox.Session) -> None:
 
 
 def _mcp(session: nox.Session, sdk: str) -> None:
-    packages = ["blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout"]
+    packages = ["blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"]
     session.install("-e", ".[mcp]", sdk, "mcp-server-git", "mcp-server-time", *packages)
-    session.run("python", "-m", "pytest", "tests/mcp", "tests/real/test_mcp.py", *session.posargs)
+    session.run("python", "-m", "pytest", "-n", "auto", "tests/mcp", "tests/real/test_mcp.py", *session.posargs)
 
 
 @nox.session(python="3.11")

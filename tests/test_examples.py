@@ -243,6 +243,7 @@ async def test_switching_shows_what_each_policy_does(scripted_server: ScriptedSe
     )
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
@@ -284,6 +285,7 @@ async def test_mcp_several_servers_goes_on_without_the_one_that_fails(scripted_s
     assert went_on.endswith(f"}}\n{FOX}\n-- stop, without calendar\n")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("example", ["mcp_one_server.py", "mcp_several_servers.py"])
@@ -307,6 +309,7 @@ async def test_mcp_server_lists_its_tools_and_shows_progress(scripted_server: Sc
     assert summary == "qwen3-4b: stop\n"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_mcp_server_runs_on_the_embedded_server() -> None:

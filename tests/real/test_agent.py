@@ -103,6 +103,7 @@ async def test_the_context_of_a_slot_bounds_the_answer(client: LLMClient) -> Non
     assert 1024 <= context <= 8192
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # two rounds each, on a model of two cores
 async def test_twenty_four_concurrent_agents_each_get_their_own_result(local_server: LocalServer) -> None:
     async with LLMClientPool(
@@ -171,6 +172,7 @@ async def test_a_run_out_of_time_frees_its_slot(local_server: LocalServer, clien
     await until_idle(local_server)
 
 
+@pytest.mark.slow
 async def test_a_conversation_longer_than_the_context_is_trimmed(client: LLMClient) -> None:
     agent = Agent(Greedy(client), max_tokens=16)
     before: list[dict[str, Any]] = [

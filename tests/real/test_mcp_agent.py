@@ -15,7 +15,7 @@ from tests.agent.support import check_valid, tool_texts
 from tests.real.test_agent import Greedy
 from tests.real.test_mcp import npm_server, python_server
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 MakeAgent = Callable[[Any], DynamicAutonomousAgent]
 

@@ -35,6 +35,7 @@ ODD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 async def test_a_schema_of_any_oddity_is_taken(client: LLMClient, name: str) -> None:
     tools = await Toolset.collect([Tool(name, "Does it.", ODD[name], print)])
@@ -43,6 +44,7 @@ async def test_a_schema_of_any_oddity_is_taken(client: LLMClient, name: str) -> 
     assert reply["choices"]
 
 
+@pytest.mark.slow
 async def test_all_of_them_at_once_are_taken(client: LLMClient) -> None:
     tools = await Toolset.collect([Tool(name, "", schema, print) for name, schema in ODD.items()])
     message = {"role": "user", "content": "Hello!"}
