@@ -1,10 +1,10 @@
-"""A model uses the tools of an MCP server: the clock of `mcp-server-time`.
+"""Gives a model the tools of one MCP server, the clock of `mcp-server-time`.
 
     pip install '.[local,mcp]' mcp-server-time
     python examples/mcp_one_server.py
     python examples/mcp_one_server.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Is it late in Lima?"
 
-Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts the server of `lmbridge[local]`.
+If neither `--api-base` nor the variable LMBRIDGE_API_BASE is set, it starts the server of `lmbridge[local]`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVERS = {"time": {"command": sys.executable, "args": ["-m", "mcp_server_time"]
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of an embedded server that it starts if there is no URL."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -46,7 +46,7 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
 
 
 async def work(agent: DynamicAutonomousAgent, task: str) -> None:
-    """Prints the task, each call with what the server said, and the answer as it arrives."""
+    """Prints the task, each tool call with its result, and the answer as it arrives."""
     print(f"servers: {', '.join(await agent.list_available_mcps())}\n> {task}\n")
     try:
         async with await agent.autonomous_with_mcp("time", task, stream=True) as events:
@@ -58,18 +58,20 @@ async def work(agent: DynamicAutonomousAgent, task: str) -> None:
                         print(text, end="", flush=True)
                     case RunFinished(result):
                         print(f"\n\n{result.stop_reason}: {result.rounds} rounds, {len(result.tool_calls)} calls")
-    except MaxRoundsExceededError as error:  # a small model may not come to an answer
+    except MaxRoundsExceededError as error:
+        # Small models sometimes call tools until they run out of rounds.
         print(f"\n\nno answer: {error}")
 
 
 async def main() -> None:
-    """Reads the arguments, writes a configuration, and uses it."""
+    """Reads the arguments, writes a configuration file, and runs the task."""
     parser = argparse.ArgumentParser(description="Lets a model use the tools of an MCP server.")
     parser.add_argument("task", nargs="?", default=TASK)
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="URL of your model server")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="name of a model on that server")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:  # yours is ~/.mcp.json, or that of LM Studio
+    # A real program would use an existing file, such as ~/.mcp.json or the one of LM Studio.
+    with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "mcp.json"
         config.write_text(json.dumps({"mcpServers": SERVERS}))
         async with (

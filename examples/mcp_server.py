@@ -1,10 +1,10 @@
-"""The bridge as an MCP server, driven as a host drives it: its tools, and a question with progress.
+"""Starts the bridge as an MCP host does, lists its tools, and asks a question with progress.
 
     python examples/mcp_server.py
     python examples/mcp_server.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Why is the sky blue?"
 
-It needs `lmbridge[mcp]`, either major of the SDK. Without `--api-base`, and without LMBRIDGE_API_BASE in the
-environment, it starts the server of `lmbridge[local]`.
+It needs `lmbridge[mcp]`, with either major version of the SDK. If neither `--api-base` nor the environment variable
+LMBRIDGE_API_BASE is set, it starts the server of `lmbridge[local]`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
     from mcp import ClientSession, StdioServerParameters
     from mcp.client.stdio import stdio_client
 except ImportError:
-    sys.exit("mcp_server: it needs the official MCP SDK: pip install 'lmbridge[mcp]'")
+    sys.exit("mcp_server: this example needs the official MCP SDK: pip install 'lmbridge[mcp]'")
 
 from lmbridge import LLMError, LocalServer
 
@@ -30,7 +30,7 @@ PROMPT = "Tell me a story about a lighthouse, in a few sentences."
 
 @asynccontextmanager
 async def model_server(api_base: str | None, model: str | None) -> AsyncIterator[dict[str, str]]:
-    """The environment that tells a bridge where its model is; the server is started here if there is none."""
+    """Yields the environment variables of the bridge. It starts an embedded server if there is no URL."""
     if api_base:
         env = {"LMBRIDGE_API_BASE": api_base, "DEFAULT_MODEL": model, "LM_API_TOKEN": os.environ.get("LM_API_TOKEN")}
         yield {name: value for name, value in env.items() if value}
@@ -40,21 +40,21 @@ async def model_server(api_base: str | None, model: str | None) -> AsyncIterator
 
 
 async def show_progress(progress: float, total: float | None, message: str | None) -> None:
-    """What a server tells of a call; the bridge does not know how much there will be."""
+    """Prints a progress notification. The bridge sends no total, because it cannot know one."""
     print(f".. {progress:g}{f' of {total:g}' if total else ''}: {message}")
 
 
 async def call(session: ClientSession, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The result of a call, as it is on the wire: the names in the SDK's classes differ from major to major."""
+    """Returns the result of a call as a dict in wire format, which is the same in both major versions of the SDK."""
     result = await session.call_tool(tool, arguments, progress_callback=show_progress)
-    plain: dict[str, Any] = result.model_dump(by_alias=True, mode="json", exclude_none=True)
-    if plain["isError"]:
-        raise LLMError(plain["content"][0]["text"])
-    return plain
+    wire: dict[str, Any] = result.model_dump(by_alias=True, mode="json", exclude_none=True)
+    if wire["isError"]:
+        raise LLMError(wire["content"][0]["text"])
+    return wire
 
 
 async def work(env: dict[str, str], prompt: str) -> None:
-    """Starts the bridge, as a host does, and talks to it."""
+    """Starts the bridge as a host does, lists its tools, and asks a question."""
     bridge = StdioServerParameters(command=sys.executable, args=["-m", "lmbridge.mcp"], env=env)
     async with stdio_client(bridge) as (reading, writing), ClientSession(reading, writing) as session:
         await session.initialize()
@@ -64,23 +64,23 @@ async def work(env: dict[str, str], prompt: str) -> None:
         result = await call(session, "chat_completion", {"prompt": prompt, "max_tokens": 200})
         for part in result["content"]:
             print(part["text"])
-        facts = result["structuredContent"]
-        print(f"\n{facts['model']}: {facts['finish_reason']}")
+        data = result["structuredContent"]
+        print(f"\n{data['model']}: {data['finish_reason']}")
 
 
 async def main() -> None:
-    """Reads the arguments, and shows it."""
+    """Reads the arguments and drives the bridge."""
     parser = argparse.ArgumentParser(description="Drives lmbridge's MCP server.")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="URL of your model server")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="name of a model on that server")
     args = parser.parse_args()
     async with model_server(args.api_base, args.model) as env:
         await work(env, args.prompt)
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong: task groups of the SDK wrap what leaves them."""
+    """Returns the text of an error. The task groups of the SDK wrap it in exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return str(error)

@@ -1,10 +1,12 @@
-"""A model uses several MCP servers, one of which cannot be started: as an error, and as something to go on without.
+"""Gives a model the tools of several MCP servers, one of which cannot be started.
+
+The first part treats that as an error, the second continues with the servers that work.
 
     pip install '.[local,mcp]' mcp-server-time mcp-server-git
     python examples/mcp_several_servers.py
     python examples/mcp_several_servers.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Is it late in Lima?"
 
-Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts the server of `lmbridge[local]`.
+If neither `--api-base` nor the variable LMBRIDGE_API_BASE is set, it starts the server of `lmbridge[local]`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ SERVERS = {
     "time": {
         "command": sys.executable,
         "args": ["-m", "mcp_server_time"],
-        "lmbridge": {"allow": ["get_current_time"]},  # fewer tools are easier for a small model
+        # A small model copes better with few tools.
+        "lmbridge": {"allow": ["get_current_time"]},
     },
     "git": {"command": sys.executable, "args": ["-m", "mcp_server_git"], "lmbridge": {"allow": ["git_status"]}},
     "calendar": {"command": "a-calendar-that-is-not-installed"},
@@ -35,7 +38,7 @@ SERVERS = {
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of an embedded server that it starts if there is no URL."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -44,8 +47,8 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
             yield client
 
 
-async def insist(agent: DynamicAutonomousAgent, task: str) -> None:
-    """All servers are needed: nothing is done unless all of them are there."""
+async def require_all_servers(agent: DynamicAutonomousAgent, task: str) -> None:
+    """Runs the task only if all servers can be started, and prints why it could not."""
     print("== raise")
     try:
         print(await agent.autonomous_with_multiple_mcps(list(SERVERS), task))
@@ -54,28 +57,32 @@ async def insist(agent: DynamicAutonomousAgent, task: str) -> None:
             print(f"-- {name}: {reason}")
 
 
-async def make_do(agent: DynamicAutonomousAgent, task: str) -> None:
-    """Whatever is there will do; the model is told what is missing."""
+async def continue_without_missing_servers(agent: DynamicAutonomousAgent, task: str) -> None:
+    """Runs the task with the servers that can be started; the model learns which are missing."""
     print("== continue")
     try:
         result = await agent.autonomous_discover_and_execute(task, full=True)
-    except MaxRoundsExceededError as error:  # a small model may not come to an answer
+    except MaxRoundsExceededError as error:
+        # Small models sometimes call tools until they run out of rounds.
         result = error.result
     for done in result.log:
         for call in done.tool_calls:
             tool = call.call.tool
-            print(f"-- {tool.server if tool else 'nobody'}: {call.call.name}({call.call.arguments}) -> {call.text}")
+            print(
+                f"-- {tool.server if tool else 'unknown tool'}: {call.call.name}({call.call.arguments}) -> {call.text}"
+            )
     print(f"{result.text}\n-- {result.stop_reason}, without {', '.join(result.errors)}")
 
 
 async def main() -> None:
-    """Reads the arguments, writes a configuration, and shows both."""
-    parser = argparse.ArgumentParser(description="Lets a model use several MCP servers, of which one fails.")
+    """Reads the arguments, writes a configuration file, and shows both ways."""
+    parser = argparse.ArgumentParser(description="Lets a model use several MCP servers, one of which is missing.")
     parser.add_argument("task", nargs="?", default=TASK)
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="URL of your model server")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="name of a model on that server")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:  # yours is ~/.mcp.json, or that of LM Studio
+    # A real program would use an existing file, such as ~/.mcp.json or the one of LM Studio.
+    with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "mcp.json"
         config.write_text(json.dumps({"mcpServers": SERVERS}))
         async with (
@@ -83,8 +90,8 @@ async def main() -> None:
             DynamicAutonomousAgent(client, config_path=config, max_rounds=6, max_tokens=300) as agent,
         ):
             print(f"servers: {', '.join(await agent.list_available_mcps())}\n> {args.task}")
-            await insist(agent, args.task)
-            await make_do(agent, args.task)
+            await require_all_servers(agent, args.task)
+            await continue_without_missing_servers(agent, args.task)
 
 
 if __name__ == "__main__":
