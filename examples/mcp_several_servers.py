@@ -67,10 +67,8 @@ async def continue_without_missing_servers(agent: DynamicAutonomousAgent, task: 
         result = error.result
     for done in result.log:
         for call in done.tool_calls:
-            tool = call.call.tool
-            print(
-                f"-- {tool.server if tool else 'unknown tool'}: {call.call.name}({call.call.arguments}) -> {call.text}"
-            )
+            server = call.call.tool.server if call.call.tool else "unknown tool"
+            print(f"-- {server}: {call.call.name}({call.call.arguments}) -> {call.text}")
     print(f"{result.text}\n-- {result.stop_reason}, without {', '.join(result.errors)}")
 
 

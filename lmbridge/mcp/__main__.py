@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
-import signal
 import sys
-from collections.abc import Coroutine
-from typing import Any
 
+from lmbridge._tasks import run_until_signal
 from lmbridge._version import __version__
 from lmbridge.errors import LLMError
 from lmbridge.mcp.bridge.bridge import Bridge
@@ -36,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     # The log goes to stderr, because stdout carries only messages to the host.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_until_signal(_serve(**options)))
+        asyncio.run(run_until_signal(_serve(**options)))
     except (LLMError, ImportError, OSError) as error:
         sys.exit(f"lmbridge-mcp: {error}")
     except KeyboardInterrupt:
@@ -69,28 +66,6 @@ async def _serve(api_base: str | None, model: str | None, config_path: str | Non
                 await link.close()
             if link.fault:
                 raise OSError(f"the connection to the host was closed: {link.fault}")
-
-
-async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
-    """Runs the work; SIGINT or SIGTERM cancels it, and its clean-up is awaited."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(work)
-    is_signalled = False
-
-    def stop() -> None:
-        nonlocal is_signalled
-        is_signalled = True
-        task.cancel()
-
-    # The event loop on Windows does not support signal handlers.
-    with contextlib.suppress(NotImplementedError):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop)
-    try:
-        await task
-    except asyncio.CancelledError:
-        if not is_signalled:
-            raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""`DynamicAutonomousAgent`: runs that get their tools from MCP servers."""
+"""`DynamicAutonomousAgent`: an agent whose runs get their tools from MCP servers.
+
+A run names its servers, and they are started when it begins, because a user does not know in advance which servers a
+program will need. They are not ended with the run: starting a server takes seconds, so concurrent and later runs share
+the same sessions through one `McpHub`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, TypedDict, Unpack, get_args, overload
+from typing import Final, Literal, Self, TypeAlias, Unpack, overload
 
-from lmbridge.agent.agent import Agent, AnyTool
+from lmbridge.agent.agent import Agent
 from lmbridge.agent.result import ENDINGS, RunResult
 from lmbridge.agent.runs import RunHandle, RunStream
-from lmbridge.agent.settings import Approve, MaxTokens, Task
+from lmbridge.agent.settings import MaxTokens, Task
 from lmbridge.agent.source import ChatClient, ChatPool
-from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.agent.toolset import Equipment, Toolset
 from lmbridge.client import LLMClient
 from lmbridge.errors import (
@@ -27,71 +31,54 @@ from lmbridge.errors import (
     RunIncompleteError,
     TaskCancelledError,
 )
+from lmbridge.mcp.options import (
+    AgentOptions,
+    MultiServerRunOptions,
+    No,
+    OnMcpError,
+    RunOptions,
+    Yes,
+    check_on_mcp_error,
+    check_server_name,
+    check_server_names,
+)
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.hub import McpHub
 
-OnError: TypeAlias = Literal["raise", "continue"]
-_Failure: TypeAlias = Literal["raise", "continue", "single"]
-"""What becomes of a run if a server cannot be started; "single" raises the error of the only one."""
-Yes: TypeAlias = Literal[True]
-No: TypeAlias = Literal[False]
+_OnServerError: TypeAlias = Literal["raise", "continue", "single"]
+"""What a run does if a server cannot be started. "single" raises the error of the only server by itself."""
 
-_SHARE: Final = 2
-"""Of a context that is known, definitions of tools may take one part in so many."""
-_CLOSED: Final = "the run was cancelled: its agent was closed"
-
-
-class AgentOptions(TypedDict, total=False):
-    """The options of an `Agent`."""
-
-    model: str | None
-    tools: Sequence[AnyTool]
-    system_prompt: str | None
-    max_rounds: int
-    max_tokens: MaxTokens
-    max_seconds: float | None
-    max_total_tokens: int | None
-    switch_policy: SwitchPolicy
-    tool_timeout: float | None
-    max_parallel_tools: int
-    max_tool_output: int
-    max_bad_calls: int
-    approve: Approve | None
-
-
-class RunOptions(TypedDict, total=False):
-    """The options of a run."""
-
-    max_rounds: int | None
-    max_tokens: MaxTokens
-    model: str | None
-
-
-class ManyOptions(RunOptions, total=False):
-    """The options of a run with several servers."""
-
-    on_mcp_error: OnError
+_DEFINITIONS_SHARE: Final = 2
+"""Tool definitions may take one part in this many of a context whose length is known."""
+_CLOSED_MESSAGE: Final = "the run was cancelled because its agent was closed"
 
 
 class DynamicAutonomousAgent:
-    """An agent whose runs name the MCP servers that they need; those are started when they do, and shared by all runs.
+    """An agent whose runs name the MCP servers that they need.
 
-    It can be used without `async with`; then `close()` is the caller's. One serves any number of runs at a time, in
-    one event loop.
+    A server is started when the first run needs it, and shared by all runs. One agent serves any number of concurrent
+    runs in one event loop. Use it with `async with`, or call `close` when you no longer need it::
+
+        async with DynamicAutonomousAgent() as agent:
+            print(await agent.list_available_mcps())
+            print(await agent.autonomous_with_mcp("time", "What time is it in Tokyo?"))
 
     Args:
-        client: An `LLMClient` or an `LLMClientPool`, which stays the caller's to close. Default: a client of its own,
-            made of the environment, with `limits="auto"`.
-        config_path: The file that names the servers. Default: `MCP_JSON_PATH`, `./.mcp.json` (if it is trusted),
-            `~/.lmstudio/mcp.json`, `~/.mcp.json`.
-        trust_project: Whether `./.mcp.json` may be used: it starts programs of whoever wrote it.
-        connect_timeout: Seconds for connecting to a server and listing its tools, where the file does not say.
-            Default: 30.
-        on_mcp_event: Gets what servers tell: changes of their state, log messages, progress of calls.
-        **agent_options: As for `Agent`. Its `tools` are there in each run, beside those of the servers.
+        client: An `LLMClient` or an `LLMClientPool`, which the caller closes. Default: a client that is configured from
+            the environment, has `limits="auto"`, and is closed with the agent.
+        config_path: The file that names the MCP servers. Default: the first that exists of the file in the environment
+            variable `MCP_JSON_PATH`, `./.mcp.json` (only if it is trusted), `~/.lmstudio/mcp.json` and `~/.mcp.json`.
+        trust_project: Whether `./.mcp.json` may be used. Default: False, because that file starts programs that the
+            author of the current directory has chosen.
+        connect_timeout: Seconds for connecting to a server and listing its tools. The configuration file can set
+            another value for a server. Default: 30.
+        on_mcp_event: A function that is called with each event of a server: state changes, log messages, the progress
+            of calls. Default: None.
+        **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the
+            servers.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     def __init__(
@@ -121,19 +108,19 @@ class DynamicAutonomousAgent:
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none; None where the server, or the pool, chooses."""
+        """The model of runs that name none, or None if the server or the pool chooses it."""
         return self._agent.model
 
     async def list_available_mcps(self) -> list[str]:
-        """The servers that are enabled, in the order of the file; nothing is started.
+        """Returns the names of the enabled servers, in the order of the configuration file. It does not start them.
 
         Raises:
-            MCPError: the file cannot be read.
+            MCPError: The configuration file cannot be read.
         """
         return await self._hub.names()
 
     async def switch_model(self, model: str) -> None:
-        """Gives the agent another model; see `Agent.switch_model`."""
+        """Changes the default model of the agent. `Agent.switch_model` describes what happens to runs in flight."""
         await self._agent.switch_model(model)
 
     @overload
@@ -163,42 +150,64 @@ class DynamicAutonomousAgent:
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
-        """Works on a task with the tools of one server.
+        """Runs a task with the tools of one MCP server.
 
         Args:
-            mcp_name: Its name in the configuration.
-            task: What to do: a text, or a list of content parts (text and images).
-            max_rounds: Times that the model is asked. Default: the agent's.
-            max_tokens: Tokens of a reply; "auto" for the agent's.
-            model: The model of this run. Default: the agent's.
-            stream: Whether to return the events of the run, as soon as the servers are there.
-            full: Whether to return all that is known of the run.
+            mcp_name: The name of the server in the configuration file.
+            task: The task: a text, or a list of content parts (text and images).
+            max_rounds: The most times that the model may be asked. Default: the agent's `max_rounds`.
+            max_tokens: The most tokens of each reply. Default: "auto", which means the agent's `max_tokens`.
+            model: The model of this run. Default: the agent's model.
+            stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
+                False.
+            full: Whether to return the whole `RunResult` instead of the text. Default: False.
 
         Returns:
-            The answer; or the `RunResult`, or a stream of events which ends with `RunFinished(result)`.
+            The text of the final answer. With `full`, the `RunResult`. With `stream`, a `RunStream` whose last event is
+            `RunFinished(result)`.
 
         Raises:
-            MCPConnectionError: the server cannot be started; `.server` is its name.
-            MCPError: there is none of that name, or the file cannot be read; nothing has been started.
-            RunIncompleteError: the run ended without an answer; with `full`, only as `MaxRoundsExceededError`.
-            LLMError: what else an agent's run raises, which has the run so far in `.partial`.
+            MCPConnectionError: The server could not be started; `.server` is its name.
+            MCPError: There is no enabled server of that name, or the configuration file cannot be read. In both cases
+                nothing has been started.
+            RunIncompleteError: The run ended without a final answer. With `full`, only its subclass
+                `MaxRoundsExceededError` is raised, and the stop reason of the result names all other cases.
+            LLMValidationError: An argument is not valid.
+            LLMError: The run failed; `.partial` is the run so far.
         """
-        if not isinstance(mcp_name, str):
-            raise LLMValidationError(f"mcp_name is {mcp_name!r}", hint="give the name of one server")
+        check_server_name(mcp_name)
         options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
         return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_with_multiple_mcps(
-        self, mcp_names: Sequence[str], task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[ManyOptions]
+        self,
+        mcp_names: Sequence[str],
+        task: Task,
+        *,
+        stream: No = ...,
+        full: No = ...,
+        **options: Unpack[MultiServerRunOptions],
     ) -> str: ...
     @overload
     async def autonomous_with_multiple_mcps(
-        self, mcp_names: Sequence[str], task: Task, *, stream: No = ..., full: Yes, **options: Unpack[ManyOptions]
+        self,
+        mcp_names: Sequence[str],
+        task: Task,
+        *,
+        stream: No = ...,
+        full: Yes,
+        **options: Unpack[MultiServerRunOptions],
     ) -> RunResult: ...
     @overload
     async def autonomous_with_multiple_mcps(
-        self, mcp_names: Sequence[str], task: Task, *, stream: Yes, full: No = ..., **options: Unpack[ManyOptions]
+        self,
+        mcp_names: Sequence[str],
+        task: Task,
+        *,
+        stream: Yes,
+        full: No = ...,
+        **options: Unpack[MultiServerRunOptions],
     ) -> RunStream: ...
     @overload
     async def autonomous_with_multiple_mcps(
@@ -208,100 +217,82 @@ class DynamicAutonomousAgent:
         *,
         stream: bool = ...,
         full: bool = ...,
-        **options: Unpack[ManyOptions],
+        **options: Unpack[MultiServerRunOptions],
     ) -> str | RunResult | RunStream: ...
     async def autonomous_with_multiple_mcps(
         self,
         mcp_names: Sequence[str],
         task: Task,
         *,
-        on_mcp_error: OnError = "raise",
+        on_mcp_error: OnMcpError = "raise",
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
-        """Works on a task with the tools of several servers.
+        """Runs a task with the tools of the MCP servers in `mcp_names`.
 
-        Args:
-            mcp_names: Their names in the configuration.
-            task: As for `autonomous_with_mcp`.
-            on_mcp_error: What happens if some cannot be started: "raise", or "continue" with the tools of the others;
-                `RunResult.errors` then names those that are missing, and the model is told.
-            max_rounds: As for `autonomous_with_mcp`.
-            max_tokens: As for `autonomous_with_mcp`.
-            model: As for `autonomous_with_mcp`.
-            stream: As for `autonomous_with_mcp`.
-            full: As for `autonomous_with_mcp`.
+        `on_mcp_error` says what happens if some of the servers cannot be started. "raise", the default, raises
+        `MultiMCPError`. "continue" runs the task with the tools of the others; `RunResult.errors` then has the error of
+        each missing server, and the system message names them for the model.
 
-        Returns:
-            As `autonomous_with_mcp`.
+        All other arguments, the return value and further errors are described at `autonomous_with_mcp`.
 
         Raises:
-            MultiMCPError: some cannot be started; `.errors` says why. Those that could stay.
-            MCPError: there is none of a name; nothing has been started.
-            LLMError: as from `autonomous_with_mcp`.
+            MultiMCPError: At least one server could not be started, even if it was the only one; `.errors` has the
+                error of each. The servers that could be started keep running.
         """
-        names, on_error = _checked_names(mcp_names), _checked_on_error(on_mcp_error)
+        names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
         options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
         return await self._run(names, on_error, task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[ManyOptions]
+        self, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[MultiServerRunOptions]
     ) -> str: ...
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[ManyOptions]
+        self, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[MultiServerRunOptions]
     ) -> RunResult: ...
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[ManyOptions]
+        self, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[MultiServerRunOptions]
     ) -> RunStream: ...
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[ManyOptions]
+        self, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[MultiServerRunOptions]
     ) -> str | RunResult | RunStream: ...
     async def autonomous_discover_and_execute(
         self,
         task: Task,
         *,
-        on_mcp_error: OnError = "continue",
+        on_mcp_error: OnMcpError = "continue",
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
-        """Works on a task with the tools of all servers that are enabled.
+        """Runs a task with the tools of all enabled MCP servers.
 
-        Args:
-            task: As for `autonomous_with_mcp`.
-            on_mcp_error: As for `autonomous_with_multiple_mcps`.
-            max_rounds: As for `autonomous_with_mcp`.
-            max_tokens: As for `autonomous_with_mcp`.
-            model: As for `autonomous_with_mcp`.
-            stream: As for `autonomous_with_mcp`.
-            full: As for `autonomous_with_mcp`.
-
-        Returns:
-            As `autonomous_with_mcp`.
+        It works like `autonomous_with_multiple_mcps` with the names of all enabled servers, except that the default of
+        `on_mcp_error` is "continue". All other arguments, the return value and further errors are described at
+        `autonomous_with_mcp`.
 
         Raises:
-            MultiMCPError: some cannot be started (with "raise"); `.errors` says why. Those that could stay.
-            MCPError: none is enabled, or the file cannot be read.
-            LLMError: as from `autonomous_with_mcp`.
+            MCPError: No server is enabled, or the configuration file cannot be read.
         """
-        on_error = _checked_on_error(on_mcp_error)
+        on_error = check_on_mcp_error(on_mcp_error)
         options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
         return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
-        """Cancels the runs in flight, and waits until the servers' processes and the client of its own are gone.
+        """Cancels the runs in flight, ends all MCP servers, and closes the client if the agent created it.
 
-        A second time does nothing. A later run opens them again. It is not cut short: if its caller is cancelled, or
-        is a tool of a run that it cancels, it goes on behind their back.
+        When it returns, the processes of the servers are gone. It is idempotent, and a later run starts the servers
+        again. If the caller is cancelled, or is a tool of a run that is being cancelled, the closing continues in the
+        background, and the next `close` waits for it.
         """
         closing = self._close(self._hub, list(self._runs), self._closing)
         self._hub = self._make_hub()
@@ -313,7 +304,7 @@ class DynamicAutonomousAgent:
             if self._own_client is not None:
                 stack.push_async_callback(self._own_client.close)
             stack.push_async_callback(hub.close)
-            await asyncio.gather(*(run._leave(TaskCancelledError(_CLOSED)) for run in runs))  # noqa: SLF001 - its own
+            await asyncio.gather(*(run._leave(TaskCancelledError(_CLOSED_MESSAGE)) for run in runs))  # noqa: SLF001 - its own
         if before is not None and not before.done():
             await asyncio.wait({before})
 
@@ -328,7 +319,7 @@ class DynamicAutonomousAgent:
     async def _run(
         self,
         names: Sequence[str] | None,
-        on_error: _Failure,
+        on_error: _OnServerError,
         task: Task,
         options: RunOptions,
         *,
@@ -337,16 +328,17 @@ class DynamicAutonomousAgent:
     ) -> str | RunResult | RunStream:
         if stream and full:
             raise LLMValidationError(
-                "stream and full are both set", hint="leave full out: the last event of a stream has the whole result"
+                "stream and full cannot both be set",
+                hint="leave out full: the last event of a stream has the RunResult",
             )
         hub = self._hub
         try:
-            await _check(hub, names)
+            await _check_servers_exist(hub, names)
         except MCPError:
             if hub is self._hub:
                 raise
         if hub is not self._hub:
-            raise TaskCancelledError(_CLOSED)
+            raise TaskCancelledError(_CLOSED_MESSAGE)
         handle = self._agent._start(  # noqa: SLF001 - made for those who find tools in a way of their own
             task,
             partial(self._equip, hub, names, on_error),
@@ -357,16 +349,16 @@ class DynamicAutonomousAgent:
         )
         self._runs.add(handle)
         if stream:
-            return await _begun(RunStream(handle, owns=True))
+            return await _wait_for_start(RunStream(handle, owns=True))
         result = await handle.result()
-        return result if full else _answer(result)
+        return result if full else _answer_text(result)
 
     @asynccontextmanager
     async def _equip(
-        self, hub: McpHub, names: Sequence[str] | None, on_error: _Failure, context: int | None
+        self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, context: int | None
     ) -> AsyncIterator[Equipment]:
-        """The tools for a run that begins, until it is over."""
-        most = None if context is None else context // _SHARE
+        """Starts the servers of a run and yields its tools; the servers are released when the run ends."""
+        most = None if context is None else context // _DEFINITIONS_SHARE
         try:
             tools = await hub.tools(
                 names, on_error="raise" if on_error == "single" else on_error, max_definition_tokens=most
@@ -374,19 +366,21 @@ class DynamicAutonomousAgent:
         except MultiMCPError as failed:
             if on_error != "single":
                 raise
-            alone = _alone(failed)
-            raise alone from alone.__cause__
+            single = _single_server_error(failed)
+            raise single from single.__cause__
         try:
-            yield Equipment(await Toolset.collect([*self._tools, tools]), _note(tools.errors), tools.errors)
+            yield Equipment(
+                await Toolset.collect([*self._tools, tools]), _missing_servers_note(tools.errors), tools.errors
+            )
         finally:
             tools.release()
 
 
-async def _check(hub: McpHub, names: Sequence[str] | None) -> None:
-    """Looks for servers that are not there, before a run begins that would disturb others for nothing.
+async def _check_servers_exist(hub: McpHub, names: Sequence[str] | None) -> None:
+    """Checks the names before the run is created, because a new run may cancel others (`switch_policy="cancel"`).
 
     Raises:
-        MCPError: a name is not known, or none is enabled.
+        MCPError: A name is not that of an enabled server, or no server is enabled.
     """
     config = await hub.reload()
     if unknown := [name for name in names or () if name not in config.names]:
@@ -395,33 +389,22 @@ async def _check(hub: McpHub, names: Sequence[str] | None) -> None:
         raise config.none_enabled()
 
 
-def _checked_names(names: Any) -> Sequence[str]:
-    is_list = isinstance(names, Sequence) and not isinstance(names, str | bytes)
-    if not is_list or not names or not all(isinstance(name, str) for name in names):
-        raise LLMValidationError(f"mcp_names is {names!r}", hint="give a list of one name or more")
-    return tuple(names)
-
-
-def _checked_on_error(on_error: OnError) -> OnError:
-    if on_error not in get_args(OnError):
-        raise LLMValidationError(f"on_mcp_error is {on_error!r}", hint='give "raise" or "continue"')
-    return on_error
-
-
-def _alone(failed: MultiMCPError) -> MCPConnectionError:
-    """The error of the only server that was asked for."""
+def _single_server_error(failed: MultiMCPError) -> MCPConnectionError:
+    """Returns the error of a run's only server, as an `MCPConnectionError`."""
     ((name, error),) = failed.errors.items()
     if isinstance(error, MCPConnectionError):
         return error
     hint = error.hint if isinstance(error, MCPError) else None
-    return MCPConnectionError(f"MCP server {name!r} cannot be started: {error.args[0]}", error, server=name, hint=hint)
+    return MCPConnectionError(
+        f"MCP server {name!r} could not be started: {error.args[0]}", error, server=name, hint=hint
+    )
 
 
-async def _begun(stream: RunStream) -> RunStream:
-    """The stream, when the run has its tools.
+async def _wait_for_start(stream: RunStream) -> RunStream:
+    """Returns the stream once the run has its tools, so that errors of servers are raised before the first event.
 
     Raises:
-        LLMError: it could not get them.
+        LLMError: The run failed before it had its tools.
     """
     try:
         await stream.handle.begun()
@@ -433,11 +416,11 @@ async def _begun(stream: RunStream) -> RunStream:
     return stream
 
 
-def _answer(result: RunResult) -> str:
-    """The text of a run that came to an answer.
+def _answer_text(result: RunResult) -> str:
+    """Returns the final answer of a run.
 
     Raises:
-        RunIncompleteError: it did not.
+        RunIncompleteError: The run ended without one.
     """
     if result.stop_reason == "stop":
         return result.text
@@ -445,13 +428,16 @@ def _answer(result: RunResult) -> str:
     raise RunIncompleteError(
         f"the run ended without an answer: {meaning}",
         result=result,
-        hint=f"{hint}; what it did is in .result",
+        hint=f"{hint}; the run so far is in .result",
         context={"operation": "agent run", "model": result.model},
     )
 
 
-def _note(errors: Mapping[str, MCPError]) -> str:
-    """What the model is told of servers that are missing. Not why: that may be the server's own words."""
+def _missing_servers_note(errors: Mapping[str, MCPError]) -> str:
+    """Returns the sentence for the system message that names the missing servers.
+
+    It leaves out the reasons, because those may quote the server's output, which must not reach the system message.
+    """
     if not errors:
         return ""
     return f"The tools of these MCP servers are missing, because the servers could not be started: {', '.join(errors)}."

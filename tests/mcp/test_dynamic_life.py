@@ -257,7 +257,7 @@ async def test_close_cancels_the_runs_in_flight_and_all_processes_are_gone(
     assert await asyncio.to_thread(is_gone, pid)
     assert our_tasks() == []
     for ended in (anext(stream), plain):
-        with pytest.raises(TaskCancelledError, match="the run was cancelled: its agent was closed") as caught:
+        with pytest.raises(TaskCancelledError, match="the run was cancelled because its agent was closed") as caught:
             await ended
         assert caught.value.partial.stop_reason == "cancelled"
         check_valid(caught.value.partial.messages)

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import attrs
 
+from lmbridge._tasks import end_task
 from lmbridge._version import __version__
 from lmbridge.agent.tools import Tool
 from lmbridge.mcp.jsonrpc import MessageLink
@@ -253,10 +254,9 @@ async def _run_in_separate_task(call: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task})
     finally:
         if not task.done():
-            task.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait({task}, timeout=_CLEANUP_SECONDS)
-            if not task.done():
+                has_ended = await end_task(task, grace=_CLEANUP_SECONDS)
+            if not has_ended:
                 logger.warning(
                     "a tool call is still running %g seconds after its cancellation: %r", _CLEANUP_SECONDS, task
                 )

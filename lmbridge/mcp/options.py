@@ -1,0 +1,84 @@
+"""The options of `DynamicAutonomousAgent` and of its runs, as types and as checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
+
+from lmbridge._checks import check_choice, invalid_argument
+from lmbridge.agent.agent import AnyTool
+from lmbridge.agent.settings import Approve, MaxTokens
+from lmbridge.agent.switching import SwitchPolicy
+
+OnMcpError: TypeAlias = Literal["raise", "continue"]
+"""What happens to a run if some of its MCP servers cannot be started."""
+
+Yes: TypeAlias = Literal[True]
+"""The type of a flag that is set; the overloads choose the return type by it."""
+No: TypeAlias = Literal[False]
+"""The type of a flag that is not set."""
+
+
+class AgentOptions(TypedDict, total=False):
+    """The options of an `Agent`, which describes them."""
+
+    model: str | None
+    tools: Sequence[AnyTool]
+    system_prompt: str | None
+    max_rounds: int
+    max_tokens: MaxTokens
+    max_seconds: float | None
+    max_total_tokens: int | None
+    switch_policy: SwitchPolicy
+    tool_timeout: float | None
+    max_parallel_tools: int
+    max_tool_output: int
+    max_bad_calls: int
+    approve: Approve | None
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of a run; `DynamicAutonomousAgent.autonomous_with_mcp` describes them."""
+
+    max_rounds: int | None
+    max_tokens: MaxTokens
+    model: str | None
+
+
+class MultiServerRunOptions(RunOptions, total=False):
+    """The options of a run that uses several MCP servers."""
+
+    on_mcp_error: OnMcpError
+
+
+def check_server_name(mcp_name: Any) -> str:
+    """Accepts a string. Whether a server of that name exists is checked when the run starts.
+
+    Raises:
+        LLMValidationError: It is not a string.
+    """
+    if not isinstance(mcp_name, str):
+        raise invalid_argument("mcp_name", "the name of one MCP server", mcp_name)
+    return mcp_name
+
+
+def check_server_names(mcp_names: Any) -> Sequence[str]:
+    """Accepts a sequence of at least one string.
+
+    Raises:
+        LLMValidationError: It is something else, such as a single string.
+    """
+    is_list = isinstance(mcp_names, Sequence) and not isinstance(mcp_names, str | bytes)
+    if not is_list or not mcp_names or not all(isinstance(name, str) for name in mcp_names):
+        raise invalid_argument("mcp_names", "a list of at least one name of an MCP server", mcp_names)
+    return tuple(mcp_names)
+
+
+def check_on_mcp_error(on_mcp_error: OnMcpError) -> OnMcpError:
+    """Accepts "raise" or "continue".
+
+    Raises:
+        LLMValidationError: It is something else.
+    """
+    checked: OnMcpError = check_choice("on_mcp_error", on_mcp_error, get_args(OnMcpError))
+    return checked
