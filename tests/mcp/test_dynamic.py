@@ -166,7 +166,7 @@ async def test_a_run_without_an_answer_is_an_error_which_has_the_result(
     behaviours, options = CUT[reason]
     agent = make_agent({"a": ONLY_ECHO}, **options)
     scripted_server.script(*behaviours)
-    with pytest.raises(RunIncompleteError, match=r"ended without an answer: .*; the run so far is in \.result") as caught:
+    with pytest.raises(RunIncompleteError, match=r"without an answer: .*; the run so far is in \.result") as caught:
         await start(agent, method)
     assert not isinstance(caught.value, MaxRoundsExceededError)
     assert caught.value.result.stop_reason == reason

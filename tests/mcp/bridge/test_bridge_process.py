@@ -260,10 +260,17 @@ async def test_each_request_of_a_batch_is_answered(start: StartBridge) -> None:
     assert {(await host.receive())["id"] for _ in range(2)} == {1, 2}
 
 
+BRIDGE_WITH_SMALL_MESSAGES = """
+from lmbridge.mcp import jsonrpc
+from lmbridge.mcp.__main__ import main
+
+jsonrpc.MessageReader.__init__.__defaults__ = (1000,)
+main([])
+"""
+
+
 async def test_a_message_that_is_too_large_ends_the_process_with_one_line(start: StartBridge) -> None:
-    host = await start("-c", "from lmbridge.mcp.bridge import host\nfrom lmbridge.mcp.servers import stdio\n"
-        "from lmbridge.mcp.__main__ import main\n"
-                       "stdio.MessageReader.__init__.__defaults__ = (1000,)\nmain([])")  # fmt: skip
+    host = await start("-c", BRIDGE_WITH_SMALL_MESSAGES)
     host.stdin.write(b"x" * 2000)
     status, errors, output = await host.end()
     assert (status, output) == (1, b"")
