@@ -1,16 +1,42 @@
-"""Who may generate now, and who waits: the rules, as a state machine without a loop, a clock or a lock.
+"""Decides which request may generate next, as a state machine without an event loop, a clock or a lock.
 
-Requests arrive, are admitted by `admit`, and leave; the caller says what time it is. The rules:
+Why requests are scheduled by model, and in the client: a small server holds one or two models, and many servers kill a
+running generation, or load a model several times, when requests for different models arrive side by side. A client
+cannot rely on the server to prevent that, so it must not send such requests together. The alternatives were:
 
-- At most `max_concurrency` requests are in flight. Of those that may go, the one that came first goes first.
-- With `max_loaded_models` at most that many models are *active*; only requests for active models are in flight. A model
-  becomes active where there is room, or in the place of one that has nothing in flight and nobody waiting.
+- *A semaphore* bounds how many requests are in flight, but not for how many models.
+- *A lock per model* serializes the requests for one model, which is the opposite of what is needed: requests for the
+  same model should run together, and those for different models should not. A readers-writer lock (readers being the
+  requests for the model that is loaded) is closer, but has no room for a second model, and starves either side.
+- *A priority queue* sorted by model and age keeps the number of swaps small, but its bound on waiting is a matter of
+  tuning: every new request for the loaded model is attractive again.
+- *Batching on the server* (llama-swap, llama.cpp's router) helps with that server only, and without a bound on waiting.
+
+What won is a queue per model with two rules that give a proven bound. A model that becomes active gets a *closed
+batch*, the requests that wait for it at that moment; and as soon as a request for another model has waited for
+`max_wait`, the model that has been active longest is *drained*: it finishes what is in flight and gets nothing new.
+Nothing is ever killed, and a request waits for at most `max_wait` plus one batch for each other model that is ahead of
+it.
+
+The rules in full:
+
+- At most `max_concurrency` requests are in flight. Among the requests that may go, the one that arrived first goes
+  first.
+- With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
+  model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
+  request that may go.
 - A request whose model is not active is *overdue* after `max_wait`. Then the model that has been active longest is
-  *drained*: what comes for it now waits, what is in flight ends in peace, and its slot goes to the first that waits.
-- All that wait for a model when it becomes active are its *batch*. No drain holds back a batch, and none begins before
-  every batch has been admitted: so nobody waits longer than `max_wait` and one batch for each other model ahead.
-- A model that has just become active is *cold*: its first request goes alone, lest the server load it several times
-  over, and the others follow when that one has its first answer. If it fails, the next one goes alone.
+  drained, and its slot goes to the first request in the queue.
+- The requests that wait for a model when it becomes active are its *batch*. A drain never holds back a batch, and no
+  drain begins before every batch has been admitted.
+- A model that has just become active is not known to be loaded. Its first request goes alone, because a server that
+  gets several may load the model several times. The others follow when the first event of the reply has arrived; if the
+  first request fails, the next one goes alone.
+- If the limits are lowered below what is in flight, nothing is killed: the models beyond the new limit are *surplus*.
+  They finish what is in flight, get nothing new, and lose their slots when they are idle.
+
+The state machine never waits and never looks at a clock: the caller passes the time, and `lmbridge.transport.admission`
+does the waiting. So a test can drive it through thousands of histories a second, which is how the bound was proven.
 """
 
 from __future__ import annotations
@@ -32,142 +58,166 @@ logger = logging.getLogger("lmbridge.transport")
 
 @attrs.define(eq=False)
 class Permit:
-    """One request's right to be in flight, from its arrival to its end."""
+    """The permit of one request to have a generation in flight, from its arrival until it is returned."""
 
     model: str | None
-    arrived: float
-    """When it came, by the loop's clock."""
-    task: weakref.ref[asyncio.Task[object]] | None = None
-    """Who holds it: the task that last read the stream, or the one that asked if nobody has.
+    """The model that the request asks for; None lets the server choose, and is scheduled like one more model."""
+    arrived_at: float
+    """The time at which the request arrived, by the clock of the event loop."""
+    holder: weakref.ref[asyncio.Task[object]] | None = None
+    """The task that last read the stream, or the task that opened it as long as nobody has read it.
 
-    Weak: a task's result, or its traceback, may hold the very stream whose dropping gives the permit back.
+    The reference is weak because a task's result, or the traceback of its exception, may hold the very stream whose
+    garbage collection returns the permit.
     """
     admitted_at: float = math.inf
-    """When it was admitted."""
-    last_read: float = math.inf
+    """The time at which the request was admitted; infinity while it waits."""
+    last_read_at: float = math.inf
+    """The time at which the stream was last read, or at which the request was admitted if it never was."""
     state: Literal["new", "waiting", "in flight", "over"] = "new"
     is_first_request: bool = False
-    """Whether others wait for its first answer."""
+    """Whether other requests for the same model wait for the first event of this one."""
     future: asyncio.Future[None] | None = None
-    """What its task waits for."""
+    """The future on which the waiting task is suspended."""
     queue: ModelQueue | None = None
     in_batch: bool = False
-    number: int = 0
+    """Whether the request waits as a member of its model's batch."""
+    arrival_number: int = 0
+    """The position of the request among all that ever had to wait."""
 
     def note_read(self, now: float, task: asyncio.Task[object] | None) -> None:
-        """Notes that a task is reading."""
-        if self.task is None or self.task() is not task:
-            self.task = None if task is None else weakref.ref(task)
-        self.last_read = now
+        """Records that a task is reading the stream, which makes it the holder of the permit."""
+        if self.holder is None or self.holder() is not task:
+            self.holder = None if task is None else weakref.ref(task)
+        self.last_read_at = now
 
     def is_held_by(self, task: asyncio.Task[object] | None) -> bool:
-        """Whether that is the task."""
-        return task is not None and self.task is not None and self.task() is task
+        """Returns whether a task is the holder of the permit."""
+        return task is not None and self.holder is not None and self.holder() is task
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether its wait has ended without it: it was cancelled a moment ago, or timed out."""
+        """Whether the wait has ended already, by a cancel or a timeout, although the request is still in the queue."""
         return self.future is not None and self.future.done()
 
 
 @attrs.define(eq=False)
 class ModelQueue:
-    """The requests that need the same model; all requests, where models are not limited."""
+    """The requests that need the same model, or all requests if models are not limited."""
 
     model: str | None
     is_active: bool = False
+    """Whether requests for the model may be in flight."""
     is_loaded: bool = False
+    """Whether the server is known to have loaded the model."""
     in_flight: int = 0
     first_request: Permit | None = None
-    waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)  # a queue that anyone can leave
-    batch: int = 0
-    """How many of those that wait were there when it became active."""
+    """The request that went alone because the model was not known to be loaded, until its first event arrives."""
+    waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
+    """The waiting requests in the order of their arrival. An OrderedDict, because any of them may leave at any time."""
     idle_since: float = -math.inf
+    """The time at which a request for the model last ended."""
     is_surplus: bool = False
-    """Whether it is one too many, since the limits were lowered: what is in flight ends, and nothing follows."""
+    """Whether the model exceeds limits that were lowered while it had requests in flight."""
 
 
 class Scheduler:
-    """The state machine.
+    """The state machine that the module describes.
+
+    Requests arrive (`admit_now`, else `arrive`), are admitted by `admit`, and leave (`leave`).
 
     Args:
-        limits: See the rules.
-        swaps: Where to count how often each model became active in the place of another.
+        limits: The numbers in the rules.
+        swaps: A counter, by model, of how often the model became active in the place of another one. Pass one to keep
+            counting when the scheduler is replaced. By default a new one is made.
     """
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
         self.limits = limits
         self.in_flight: Final[dict[Permit, None]] = {}
+        """The permits in flight, in the order of their admission."""
         self.waiting: Final[OrderedDict[Permit, None]] = OrderedDict()
-        """In the order in which they came."""
+        """All waiting requests, in the order of their arrival."""
         self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
         self.revision = 0
-        """Counts activations, drains and other limits: what may have made a wait deadlocked."""
-        self._count = 0
+        """A number that changes whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
+        self._arrivals = 0
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
-        """Other limits, from now on; nothing in flight is touched."""
+        """Replaces the limits from now on. Nothing in flight is touched, even if it exceeds the new limits."""
         self.limits = limits
         self._queues: dict[str | None, ModelQueue] = {}
-        self._active: dict[ModelQueue, None] = {}  # the one that has been active longest comes first
+        # The model that has been active longest comes first.
+        self._active: dict[ModelQueue, None] = {}
         self._draining: ModelQueue | None = None
-        self._batches = 0  # members, of all batches, that still wait
-        self._outside: list[tuple[int, Permit]] = []  # heap of those whose queue is not active, and of some stale ones
+        # The number of batch members that still wait, over all models.
+        self._batch_members = 0
+        # A heap of the requests whose model is not active. It may hold stale entries, which are skipped when popped.
+        self._waiting_inactive: list[tuple[int, Permit]] = []
         self.revision += 1
         if limits.max_loaded_models is None:
-            self._everything = ModelQueue(None, is_active=True, is_loaded=True)
-            self._active[self._everything] = None
+            self._unlimited_queue = ModelQueue(None, is_active=True, is_loaded=True)
+            self._active[self._unlimited_queue] = None
         for permit in self.in_flight:
-            queue = self._join(permit)
+            queue = self._assign_queue(permit)
             queue.in_flight += 1
             queue.is_active = True
             permit.is_first_request = permit.is_first_request and limits.max_loaded_models is not None
             if permit.is_first_request:
                 queue.first_request = permit
             queue.is_loaded = queue.first_request is None
-            queue.is_surplus = not (queue in self._active or self._has_room())
-            self._active[queue] = None
+            if queue not in self._active:
+                queue.is_surplus = not self._has_room()
+                self._active[queue] = None
         for permit in self.waiting:
             permit.in_batch = False
             self._enqueue(permit)
 
-    # What happens
+    # Events
 
     def admit_now(self, permit: Permit, now: float) -> bool:
-        """Admits a request that comes now, if that changes nothing else; tells whether it did."""
+        """Admits a request that has just arrived if it may go at once and that changes nothing else.
+
+        Returns:
+            Whether the request was admitted. If it was not, pass it to `arrive`.
+        """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
-        queue = self._join(permit)
+        queue = self._assign_queue(permit)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
-            self._forget_if_unused(queue)
+            self._discard_if_unused(queue)
             return False
-        self._give(permit, queue, now)
+        self._grant(permit, queue, now)
         return True
 
     def arrive(self, permit: Permit) -> None:
-        """A request comes; `admit` tells when it goes."""
-        self._count += 1
-        permit.number, permit.state = self._count, "waiting"
+        """Adds a request to the queue of its model. A later call of `admit` admits it."""
+        self._arrivals += 1
+        permit.arrival_number, permit.state = self._arrivals, "waiting"
         self.waiting[permit] = None
         self._enqueue(permit)
 
     def admit(self, now: float) -> list[Permit]:
-        """Those who may go now, in order; they are in flight from here on."""
+        """Admits every waiting request that may go now, and returns them in order. They are in flight from here on."""
         admitted: list[Permit] = []
         while len(self.in_flight) < self.limits.max_concurrency and self.waiting:
-            self._choose_drain(now)
-            permit = self._next()
+            self._update_drain(now)
+            permit = self._next_admissible()
             if permit is None or permit.queue is None:
                 break
             self._dequeue(permit, permit.queue)
-            self._give(permit, permit.queue, now)
+            self._grant(permit, permit.queue, now)
             admitted.append(permit)
-        self._choose_drain(now)
+        self._update_drain(now)
         return admitted
 
     def leave(self, permit: Permit, now: float) -> bool:
-        """A request waits no longer, or is over; tells whether it had not left before."""
+        """Removes a request that has ended, or that no longer waits.
+
+        Returns:
+            Whether the request was still there: False if it has left before.
+        """
         queue = permit.queue
         if queue is None or permit not in (self.waiting if permit.state == "waiting" else self.in_flight):
             return False
@@ -182,27 +232,28 @@ class Scheduler:
             if queue.is_surplus and not queue.in_flight:
                 self._deactivate(queue)
         permit.state, permit.is_first_request, permit.queue = "over", False, None
-        self._forget_if_unused(queue)
+        self._discard_if_unused(queue)
         return True
 
     def mark_loaded(self, permit: Permit, now: float) -> None:
-        """The first answer to a request is there: its model is loaded."""
+        """Records that the first event of a reply has arrived, which shows that its model is loaded."""
         permit.is_first_request = False
         queue = permit.queue
         if queue is not None and queue.first_request is permit:
             queue.is_loaded, queue.first_request = True, None
-            logger.info("model %r is there, %.1f s after its first request went", queue.model, now - permit.admitted_at)
+            seconds = now - permit.admitted_at
+            logger.info("model %r is loaded: it answered %.1f s after its first request was sent", queue.model, seconds)
 
     def mark_unloaded(self, model: str | None) -> None:
-        """The server has dropped a model, or never had it: the next request for it goes alone."""
+        """Records that the server does not have a model loaded. The next request for it goes alone."""
         queue = self._queues.get(model)
         if queue is not None:
             queue.is_loaded = False
 
-    # What is asked
+    # Queries
 
     def is_deadlocked(self, permit: Permit, task: asyncio.Task[object] | None) -> bool:
-        """Whether a waiting request can go only when its own task gives permits back."""
+        """Returns whether a waiting request can be admitted only after its own task has returned a permit."""
         own = [each for each in self.in_flight if each.is_held_by(task)]
         queue = permit.queue
         if not own or permit.state != "waiting" or queue is None:
@@ -211,37 +262,43 @@ class Scheduler:
             return True
         own_queues = {each.queue for each in own}
         if queue.is_active:
-            held_back = queue.is_surplus or (queue is self._draining and not permit.in_batch)
-            return held_back and queue in own_queues
+            if not self._is_held_back(queue):
+                return False
+            # The model has to become idle, lose its slot, and become active again.
+            if queue in own_queues:
+                return True
+        # All other models may become idle, but the models of the task's own permits do not.
         limit = self.limits.max_loaded_models
-        return limit is not None and len(own_queues) >= limit  # all others may become idle, but not these
+        return limit is not None and len(own_queues) >= limit
 
     def next_overdue(self, now: float) -> float:
-        """When somebody becomes overdue who is not yet, and that matters; else infinity."""
-        first = self._first_outside()
+        """Returns the time at which `admit` has to be called because a request becomes overdue; infinity if never."""
+        first = self._first_for_inactive_model()
         if first is None or self._draining is not None or self.limits.max_wait is None:
             return math.inf
-        when = first.arrived + self.limits.max_wait
-        return when if when > now else math.inf  # the drain waits for a batch, and begins when that has been admitted
+        when = first.arrived_at + self.limits.max_wait
+        # If that time has passed, the drain waits for a batch, and begins when the batch has been admitted.
+        return when if when > now else math.inf
 
-    # The rules
+    # Rules
 
-    def _next(self) -> Permit | None:
-        """Who goes next, if anyone may; its queue is active then."""
-        heads = [head for queue in self._active if (head := self._head(queue)) is not None]
-        inside = min(heads, key=lambda permit: permit.number, default=None)
-        outside = self._first_outside()
-        if outside is None or outside.queue is None or (inside is not None and inside.number < outside.number):
-            return inside
-        if not self._make_room_for(outside.queue):
-            return inside
-        self._activate(outside.queue)
-        return outside
+    def _next_admissible(self) -> Permit | None:
+        """Returns the request that goes next, after having made its model active; None if no request may go."""
+        heads = [head for queue in self._active if (head := self._first_admissible(queue)) is not None]
+        for_active = min(heads, key=lambda permit: permit.arrival_number, default=None)
+        for_inactive = self._first_for_inactive_model()
+        if for_inactive is None or for_inactive.queue is None:
+            return for_active
+        if for_active is not None and for_active.arrival_number < for_inactive.arrival_number:
+            return for_active
+        if not self._make_room_for(for_inactive.queue):
+            return for_active
+        self._activate(for_inactive.queue)
+        return for_inactive
 
-    def _head(self, queue: ModelQueue) -> Permit | None:
-        """The first that waits for an active model, if it may go."""
-        held_back = queue.is_surplus or (queue is self._draining and not queue.batch)
-        if held_back or (not queue.is_loaded and queue.first_request is not None):
+    def _first_admissible(self, queue: ModelQueue) -> Permit | None:
+        """Returns the first request that waits for an active model, if the rules let it go."""
+        if self._is_held_back(queue) or (not queue.is_loaded and queue.first_request is not None):
             return None
         while queue.waiting:
             permit = next(iter(queue.waiting))
@@ -250,40 +307,48 @@ class Scheduler:
             self.leave(permit, -math.inf)
         return None
 
-    def _first_outside(self) -> Permit | None:
-        """The first that waits for a model that is not active."""
-        while self._outside:
-            permit = self._outside[0][1]
+    def _is_held_back(self, queue: ModelQueue) -> bool:
+        """Returns whether an active model gets no new requests. Its batch has been admitted before a drain begins."""
+        return queue.is_surplus or queue is self._draining
+
+    def _first_for_inactive_model(self) -> Permit | None:
+        """Returns the first request that waits for a model that is not active."""
+        while self._waiting_inactive:
+            permit = self._waiting_inactive[0][1]
             if permit.state == "waiting" and permit.is_abandoned:
                 self.leave(permit, -math.inf)
             if permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active:
                 return permit
-            heapq.heappop(self._outside)
+            heapq.heappop(self._waiting_inactive)
         return None
 
-    def _choose_drain(self, now: float) -> None:
-        first = self._first_outside()
+    def _update_drain(self, now: float) -> None:
+        """Begins a drain if a request is overdue, and ends the current one if no request is."""
+        first = self._first_for_inactive_model()
         limit = self.limits.max_wait
-        if first is None or limit is None or now < first.arrived + limit:  # to the bit what `next_overdue` says
-            self._draining = None  # whoever was overdue has left
-        elif self._draining is None and not self._batches and not self._has_room():
+        # The sum must be the one that `next_overdue` returns, to the last bit, or the timer rings for nothing.
+        if first is None or limit is None or now < first.arrived_at + limit:
+            self._draining = None
+        elif self._draining is None and not self._batch_members and not self._has_room():
             self._draining = next(iter(self._active))
             self.revision += 1
-            logger.info("model %r is drained: %r has waited %.0f s", self._draining.model, first.model, limit)
+            logger.info(
+                "draining model %r: a request for %r has waited for %.0f s", self._draining.model, first.model, limit
+            )
 
-    def _give(self, permit: Permit, queue: ModelQueue, now: float) -> None:
-        permit.state, permit.admitted_at, permit.last_read = "in flight", now, now
+    def _grant(self, permit: Permit, queue: ModelQueue, now: float) -> None:
+        permit.state, permit.admitted_at, permit.last_read_at = "in flight", now, now
         self.in_flight[permit] = None
         queue.in_flight += 1
         if not queue.is_loaded:
             queue.first_request = permit
             permit.is_first_request = True
 
-    # Queues
+    # Queues and slots
 
-    def _join(self, permit: Permit) -> ModelQueue:
+    def _assign_queue(self, permit: Permit) -> ModelQueue:
         if self.limits.max_loaded_models is None:
-            queue = self._everything
+            queue = self._unlimited_queue
         else:
             found = self._queues.get(permit.model)
             queue = found or self._queues.setdefault(permit.model, ModelQueue(permit.model))
@@ -291,41 +356,46 @@ class Scheduler:
         return queue
 
     def _enqueue(self, permit: Permit) -> None:
-        queue = self._join(permit)
+        queue = self._assign_queue(permit)
         queue.waiting[permit] = None
         if not queue.is_active:
-            self._put_outside(permit)
+            self._push_inactive(permit)
 
     def _dequeue(self, permit: Permit, queue: ModelQueue) -> None:
         del self.waiting[permit], queue.waiting[permit]
         if permit.in_batch:
             permit.in_batch = False
-            queue.batch -= 1
-            self._batches -= 1
+            self._batch_members -= 1
 
     def _has_room(self) -> bool:
         limit = self.limits.max_loaded_models
         return limit is None or len(self._active) < limit
 
     def _make_room_for(self, queue: ModelQueue) -> bool:
-        """Sees that one more model can be active, in the place of one that nobody needs if it must be."""
-        while not self._has_room():
-            unneeded = [each for each in self._active if not each.in_flight and self._head(each) is None]
-            if not unneeded:
-                return False
-            gone = min(unneeded, key=lambda each: each.idle_since)
+        """Frees a slot for one more model, by taking it from the model that has been idle longest if necessary.
+
+        Returns:
+            Whether there is a slot. If there is not, nothing has changed.
+        """
+        limit = self.limits.max_loaded_models
+        if limit is None or self._has_room():
+            return True
+        # More than one model has to give way after the limit was lowered.
+        excess = len(self._active) - limit + 1
+        unneeded = [each for each in self._active if not each.in_flight and self._first_admissible(each) is None]
+        if len(unneeded) < excess:
+            return False
+        for gone in sorted(unneeded, key=lambda each: each.idle_since)[:excess]:
             self._deactivate(gone)
-            if self._has_room():
-                self.swaps[queue.model] += 1
-                logger.info("swap: %r gives way to %r, for which %d wait", gone.model, queue.model, len(queue.waiting))
+            logger.info("model swap: %r gives way to %r (%d waiting)", gone.model, queue.model, len(queue.waiting))
+        self.swaps[queue.model] += 1
         return True
 
     def _activate(self, queue: ModelQueue) -> None:
         queue.is_active = True
         self._active[queue] = None
         self.revision += 1
-        queue.batch = len(queue.waiting)
-        self._batches += queue.batch
+        self._batch_members += len(queue.waiting)
         for permit in queue.waiting:
             permit.in_batch = True
 
@@ -335,15 +405,17 @@ class Scheduler:
         del self._active[queue]
         queue.is_active = queue.is_loaded = queue.is_surplus = False
         for permit in queue.waiting:
-            self._put_outside(permit)
-        self._forget_if_unused(queue)
+            self._push_inactive(permit)
+        self._discard_if_unused(queue)
 
-    def _put_outside(self, permit: Permit) -> None:
-        heapq.heappush(self._outside, (permit.number, permit))
-        if len(self._outside) > 2 * len(self.waiting) + 8:  # most are stale, and one that waits long is before them
+    def _push_inactive(self, permit: Permit) -> None:
+        heapq.heappush(self._waiting_inactive, (permit.arrival_number, permit))
+        # One request that waits for long keeps all stale entries behind it in the heap, so the heap is rebuilt when
+        # most of its entries are stale.
+        if len(self._waiting_inactive) > 2 * len(self.waiting) + 8:
             fresh = [each for each in self.waiting if each.queue is not None and not each.queue.is_active]
-            self._outside = [(each.number, each) for each in fresh]
+            self._waiting_inactive = [(each.arrival_number, each) for each in fresh]
 
-    def _forget_if_unused(self, queue: ModelQueue) -> None:
+    def _discard_if_unused(self, queue: ModelQueue) -> None:
         if not (queue.is_active or queue.in_flight or queue.waiting):
             self._queues.pop(queue.model, None)

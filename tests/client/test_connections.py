@@ -329,7 +329,7 @@ async def test_who_reads_a_stream_holds_its_place_whoever_opened_it(scripted_ser
             with pytest.raises(LLMTimeoutError, match="not admitted within"):  # it is another task's
                 await client.chat_completion(MESSAGES)
             await anext(stream)
-            with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task"):
+            with pytest.raises(LLMTimeoutError, match="forever, for streams that its own task holds open"):
                 await client.chat_completion(MESSAGES)
 
 

@@ -419,7 +419,7 @@ async def test_a_task_that_would_wait_for_its_own_stream_is_told_at_once(scripte
     scripted_server.script(stall(after=[piece("a")]))
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
         async for _ in (stream := await client.chat_completion(MESSAGES, stream=True)):
-            with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task") as caught:
+            with pytest.raises(LLMTimeoutError, match="forever, for streams that its own task holds open") as caught:
                 await client.chat_completion(MESSAGES)
             assert caught.value.phase == "queue"
             break

@@ -326,7 +326,7 @@ async def test_a_task_that_would_wait_for_its_own_stream_of_another_model_is_tol
     async with one_at_a_time(scripted_server) as client:
         stream = await opened(client)
         await anext(stream)
-        with pytest.raises(LLMTimeoutError, match=r"for streams of its own task") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"for streams that its own task holds open") as caught:
             await client.chat_completion(MESSAGES, model="other")
         assert caught.value.phase == "queue"
         await stream.aclose()

@@ -266,7 +266,8 @@ async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
     mine = [await admission.acquire("a"), await admission.acquire("b")]
     for _ in range(2):
         with pytest.raises(
-            LLMTimeoutError, match="for ever, for streams of its own task; 2 of 2 permits are held"
+            LLMTimeoutError,
+            match="streams that its own task holds open; 2 of 2 permits are held",
         ) as e:
             await admission.acquire("c")
         assert e.value.phase == "queue"
@@ -407,7 +408,7 @@ async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_its_admissio
 
     async def wait_for_b() -> None:
         permit = await admission.acquire("a")
-        permit.task = None  # another's
+        permit.holder = None  # another's
         releasing = asyncio.create_task(release_soon(permit))
         try:
             admission.release(await admission.acquire("b"))
@@ -453,8 +454,8 @@ async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when
     permit = await loaded(admission, "a")
     first = ask(admission, "b")
     await turns()
-    assert admission._timer is not None
-    assert admission._timer.when() == clock() + 30
+    assert admission._overdue_timer is not None
+    assert admission._overdue_timer.when() == clock() + 30
     clock.wait(10)
     second = ask(admission, "c")
     await turns()
@@ -464,7 +465,7 @@ async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when
     await turns()
     late = ask(admission, "a")
     await late
-    assert admission._timer.when() == clock() + 10
+    assert admission._overdue_timer.when() == clock() + 10
     clock.wait(10)
     await turns()
     held_back = ask(admission, "a")
@@ -489,7 +490,7 @@ async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clo
         held_back = ask(admission, "a")
         await turns()
         assert not held_back.done()
-        assert admission._timer is None, "it would ring for ever"
+        assert admission._overdue_timer is None, "it would ring for ever"
         waiting.cancel()
         held_back.cancel()
         await turns()
@@ -498,7 +499,7 @@ async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clo
 async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_at_once() -> None:
     admission = with_models(max_queue=None)
     mine = await admission.acquire("a")
-    with pytest.raises(LLMTimeoutError, match="for ever, for streams of its own task; 1 of 10 permits") as caught:
+    with pytest.raises(LLMTimeoutError, match="streams that its own task holds open; 1 of 10 permits") as caught:
         await admission.acquire("b")
     assert caught.value.phase == "queue"
     assert (admission.in_flight, admission.queued) == (1, 0)
@@ -511,7 +512,7 @@ async def test_who_is_made_to_wait_for_itself_by_a_drain_is_told_when_that_begin
 
     async def two_of_a() -> Permit:
         mine = await admission.acquire("a")
-        with pytest.raises(LLMTimeoutError, match="for ever"):
+        with pytest.raises(LLMTimeoutError, match="forever"):
             await admission.acquire("a")  # its turn would come after that of b
         return mine
 
@@ -535,7 +536,7 @@ async def test_of_two_tasks_that_hold_a_model_each_one_waits_for_the_other_but_n
 
     async def ask_for_more_and_more() -> list[Permit]:
         permits = [await admission.acquire("a"), await admission.acquire("c")]
-        with pytest.raises(LLMTimeoutError, match="for ever"):
+        with pytest.raises(LLMTimeoutError, match="forever"):
             await admission.acquire("d")
         return permits
 
@@ -564,7 +565,7 @@ async def test_other_limits_tell_those_who_now_wait_for_themselves() -> None:
 
     async def ask_twice() -> None:
         await admission.acquire("a")  # whose answer the second one waits for
-        with pytest.raises(LLMTimeoutError, match=r"for ever.* 1 of 1 permits"):
+        with pytest.raises(LLMTimeoutError, match=r"forever.* 1 of 1 permits"):
             await admission.acquire("a")
 
     task = asyncio.create_task(ask_twice())
@@ -584,7 +585,7 @@ async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, be
     admission.set_limits(Limits(max_loaded_models=1, max_wait=30.0))
     clock.wait(10)
     await turns()
-    assert admission._timer is None, "it has not rung"
+    assert admission._overdue_timer is None, "it has not rung"
     held_back = ask(admission, "a")
     await turns()
     assert not held_back.done()

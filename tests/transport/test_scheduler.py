@@ -1,6 +1,6 @@
 """The rules of scheduling by model, one by one, and then all of them with anything happening in any order.
 
-Every step of a `Shell` is checked against a `Record`, which tells the rules a second time.
+Every step of a `SchedulerHarness` is checked against a `ReferenceSchedule`, which tells the rules a second time.
 """
 
 from __future__ import annotations
@@ -18,316 +18,316 @@ from hypothesis import strategies as st
 
 from lmbridge.config import Limits
 from lmbridge.transport import scheduler as scheduler_module
-from tests.transport.schedule_machine import ScheduleMachine, Shell
-from tests.transport.schedule_record import Entry, Record
+from tests.transport.schedule_machine import ScheduleMachine, SchedulerHarness
+from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
 
 
-def a_shell(
+def a_harness(
     max_concurrency: int = 10, max_loaded_models: int | None = 1, max_wait: float | None = 30.0, start: float = 0.0
-) -> Shell:
+) -> SchedulerHarness:
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
-    return Shell(limits, start=start)
+    return SchedulerHarness(limits, start=start)
 
 
-def come(shell: Shell, models: str, owner: str | None = None) -> list[Entry]:
-    return [shell.arrive(model, owner) for model in models]
+def arrive(harness: SchedulerHarness, models: str, owner: str | None = None) -> list[ReferenceRequest]:
+    return [harness.arrive(model, owner) for model in models]
 
 
-def finish(shell: Shell, *entries: Entry) -> None:
-    for entry in entries:
-        shell.end(entry)
-        shell.check()
+def finish(harness: SchedulerHarness, *requests: ReferenceRequest) -> None:
+    for request in requests:
+        harness.end(request)
+        harness.check()
 
 
-def going(shell: Shell) -> str:
+def going(harness: SchedulerHarness) -> str:
     """The models of what is in flight, in the order of admission."""
-    return "".join(str(entry.model) for entry in shell.record.in_flight)
+    return "".join(str(request.model) for request in harness.reference.in_flight)
 
 
-def a_warm(shell: Shell, models: str) -> list[Entry]:
+def loaded_models(harness: SchedulerHarness, models: str) -> list[ReferenceRequest]:
     """One request for each model, in flight and answered."""
-    entries = come(shell, models)
-    for entry in entries:
-        shell.answer(entry)
-    assert going(shell) == models
-    return entries
+    requests = arrive(harness, models)
+    for request in requests:
+        harness.answer(request)
+    assert going(harness) == models
+    return requests
 
 
 # Permits
 
 
 def test_without_a_limit_of_models_all_models_go_side_by_side_in_the_order_of_their_coming() -> None:
-    shell = a_shell(3, None)
-    entries = come(shell, "abcdab")
-    assert going(shell) == "abc"  # and no first request alone
-    finish(shell, entries[1])
-    assert going(shell) == "acd"
-    finish(shell, entries[3], entries[0])
-    assert going(shell) == "cab"
+    harness = a_harness(3, None)
+    requests = arrive(harness, "abcdab")
+    assert going(harness) == "abc"  # and no first request alone
+    finish(harness, requests[1])
+    assert going(harness) == "acd"
+    finish(harness, requests[3], requests[0])
+    assert going(harness) == "cab"
 
 
 def test_a_model_beyond_the_active_ones_waits_until_one_of_those_has_nothing_in_flight() -> None:
-    shell = a_shell(max_loaded_models=2)
-    a, b = a_warm(shell, "ab")
-    come(shell, "c")
-    (second_a,) = come(shell, "a")
-    assert going(shell) == "aba"
-    finish(shell, a)
-    assert going(shell) == "ba"
-    finish(shell, second_a)
-    assert going(shell) == "bc"
-    assert dict(shell.scheduler.swaps) == {"c": 1}
-    finish(shell, b)
+    harness = a_harness(max_loaded_models=2)
+    a, b = loaded_models(harness, "ab")
+    arrive(harness, "c")
+    (second_a,) = arrive(harness, "a")
+    assert going(harness) == "aba"
+    finish(harness, a)
+    assert going(harness) == "ba"
+    finish(harness, second_a)
+    assert going(harness) == "bc"
+    assert dict(harness.scheduler.swaps) == {"c": 1}
+    finish(harness, b)
 
 
 def test_the_model_that_has_been_idle_longest_gives_way() -> None:
-    shell = a_shell(max_loaded_models=2)
-    a, b = a_warm(shell, "ab")
-    finish(shell, b)
-    shell.wait(1)
-    finish(shell, a)
-    come(shell, "c")
-    assert shell.record.active == ["a", "c"]
+    harness = a_harness(max_loaded_models=2)
+    a, b = loaded_models(harness, "ab")
+    finish(harness, b)
+    harness.wait(1)
+    finish(harness, a)
+    arrive(harness, "c")
+    assert harness.reference.active == ["a", "c"]
 
 
 def test_a_model_that_becomes_active_where_there_is_room_is_no_swap() -> None:
-    shell = a_shell(max_loaded_models=2)
-    finish(shell, *a_warm(shell, "ab"))
-    finish(shell, *a_warm(shell, "ab"))
-    assert not shell.scheduler.swaps
+    harness = a_harness(max_loaded_models=2)
+    finish(harness, *loaded_models(harness, "ab"))
+    finish(harness, *loaded_models(harness, "ab"))
+    assert not harness.scheduler.swaps
 
 
 def test_requests_for_active_models_go_on_while_nobody_is_overdue() -> None:
-    shell = a_shell(2)
-    (a,) = a_warm(shell, "a")
-    come(shell, "b")
-    shell.wait(29.9)
+    harness = a_harness(2)
+    (a,) = loaded_models(harness, "a")
+    arrive(harness, "b")
+    harness.wait(29.9)
     for _ in range(5):
-        (late,) = come(shell, "a")
-        assert going(shell) == "aa"
-        finish(shell, a)
+        (late,) = arrive(harness, "a")
+        assert going(harness) == "aa"
+        finish(harness, a)
         a = late
-    assert not shell.scheduler.swaps
+    assert not harness.scheduler.swaps
 
 
 # Drains and batches
 
 
 def test_once_somebody_is_overdue_the_longest_active_model_takes_no_more_and_the_other_goes_on() -> None:
-    shell = a_shell(max_loaded_models=2)
-    a, _b = a_warm(shell, "ab")
-    come(shell, "c")
-    shell.wait(30)
-    come(shell, "ab")
-    assert going(shell) == "abb"
-    finish(shell, a)
-    assert going(shell) == "bbc"
-    assert [entry.model for entry in shell.record.waiting] == ["a"]
+    harness = a_harness(max_loaded_models=2)
+    a, _b = loaded_models(harness, "ab")
+    arrive(harness, "c")
+    harness.wait(30)
+    arrive(harness, "ab")
+    assert going(harness) == "abb"
+    finish(harness, a)
+    assert going(harness) == "bbc"
+    assert [request.model for request in harness.reference.waiting] == ["a"]
 
 
 def test_nothing_in_flight_is_touched_by_a_drain_however_long_it_takes() -> None:
-    shell = a_shell()
-    a, second = a_warm(shell, "aa")
-    come(shell, "b")
-    shell.wait(10_000)
-    assert going(shell) == "aa"
-    finish(shell, a)
-    shell.wait(10_000)
-    assert going(shell) == "a"
-    finish(shell, second)
-    assert going(shell) == "b"
+    harness = a_harness()
+    a, second = loaded_models(harness, "aa")
+    arrive(harness, "b")
+    harness.wait(10_000)
+    assert going(harness) == "aa"
+    finish(harness, a)
+    harness.wait(10_000)
+    assert going(harness) == "a"
+    finish(harness, second)
+    assert going(harness) == "b"
 
 
 def test_who_waits_for_an_active_model_is_never_overdue() -> None:
-    shell = a_shell(1)
-    (a,) = a_warm(shell, "a")
-    come(shell, "a")
-    shell.wait(1000)
-    assert shell.timer == math.inf
-    assert not shell.record.draining
-    finish(shell, a)
-    assert going(shell) == "a"
+    harness = a_harness(1)
+    (a,) = loaded_models(harness, "a")
+    arrive(harness, "a")
+    harness.wait(1000)
+    assert harness.timer == math.inf
+    assert not harness.reference.draining
+    finish(harness, a)
+    assert going(harness) == "a"
 
 
 def test_without_max_wait_nobody_is_overdue() -> None:
-    shell = a_shell(max_wait=None)
-    a_warm(shell, "a")
-    come(shell, "b")
-    shell.wait(1e9)
-    come(shell, "a")
-    assert going(shell) == "aa"
+    harness = a_harness(max_wait=None)
+    loaded_models(harness, "a")
+    arrive(harness, "b")
+    harness.wait(1e9)
+    arrive(harness, "a")
+    assert going(harness) == "aa"
 
 
 def test_a_drain_ends_when_whoever_was_overdue_has_left_and_those_held_back_go() -> None:
-    shell = a_shell()
-    a_warm(shell, "a")
-    (b,) = come(shell, "b")
-    shell.wait(30)
-    come(shell, "aa")
-    assert going(shell) == "a"
-    finish(shell, b)
-    assert going(shell) == "aaa"
+    harness = a_harness()
+    loaded_models(harness, "a")
+    (b,) = arrive(harness, "b")
+    harness.wait(30)
+    arrive(harness, "aa")
+    assert going(harness) == "a"
+    finish(harness, b)
+    assert going(harness) == "aaa"
 
 
 def test_a_drain_ends_when_another_model_has_given_way() -> None:
-    shell = a_shell(max_loaded_models=2)
-    _a, b = a_warm(shell, "ab")
-    come(shell, "c")
-    shell.wait(30)
-    come(shell, "a")
-    assert (going(shell), shell.record.draining) == ("ab", ["a"])
-    finish(shell, b)
-    assert (going(shell), shell.record.draining) == ("aca", [])
+    harness = a_harness(max_loaded_models=2)
+    _a, b = loaded_models(harness, "ab")
+    arrive(harness, "c")
+    harness.wait(30)
+    arrive(harness, "a")
+    assert (going(harness), harness.reference.draining) == ("ab", ["a"])
+    finish(harness, b)
+    assert (going(harness), harness.reference.draining) == ("aca", [])
 
 
 def test_all_that_wait_for_a_model_when_it_becomes_active_go_before_the_next_drain_and_later_ones_do_not() -> None:
-    shell = a_shell(2)
-    (a,) = a_warm(shell, "a")
-    batch = come(shell, "bbbb")
-    come(shell, "c")
-    shell.wait(100)  # both are overdue
-    finish(shell, a)
-    shell.answer(batch[0])
-    come(shell, "b")
-    assert (going(shell), shell.record.draining) == ("bb", [])
-    finish(shell, batch[0])
-    assert shell.record.draining == []
-    finish(shell, batch[1])
-    assert (going(shell), shell.record.draining) == ("bb", ["b"])
-    finish(shell, batch[2], batch[3])
-    assert going(shell) == "c"
+    harness = a_harness(2)
+    (a,) = loaded_models(harness, "a")
+    batch = arrive(harness, "bbbb")
+    arrive(harness, "c")
+    harness.wait(100)  # both are overdue
+    finish(harness, a)
+    harness.answer(batch[0])
+    arrive(harness, "b")
+    assert (going(harness), harness.reference.draining) == ("bb", [])
+    finish(harness, batch[0])
+    assert harness.reference.draining == []
+    finish(harness, batch[1])
+    assert (going(harness), harness.reference.draining) == ("bb", ["b"])
+    finish(harness, batch[2], batch[3])
+    assert going(harness) == "c"
 
 
 def test_all_that_a_drain_holds_back_waits_behind_the_overdue_even_if_it_came_earlier() -> None:
     # DESIGN: "later arrivals for it are held back, except members of its running batch"; read as later than the batch.
-    shell = a_shell(1)
-    (a,) = a_warm(shell, "a")
-    come(shell, "ab")
-    shell.wait(30)
-    finish(shell, a)
-    assert going(shell) == "b"
+    harness = a_harness(1)
+    (a,) = loaded_models(harness, "a")
+    arrive(harness, "ab")
+    harness.wait(30)
+    finish(harness, a)
+    assert going(harness) == "b"
 
 
 def test_those_held_back_are_the_next_batch_in_the_order_of_their_coming() -> None:
-    shell = a_shell(3)
-    (a,) = a_warm(shell, "a")
-    (b,) = come(shell, "b")
-    shell.wait(30)
-    held_back = come(shell, "aaa")
-    finish(shell, a)
-    assert going(shell) == "b"
-    finish(shell, b)
-    shell.answer(held_back[0])
-    assert shell.record.in_flight == held_back
-    assert shell.record.epochs[-1].batch == tuple(held_back)
+    harness = a_harness(3)
+    (a,) = loaded_models(harness, "a")
+    (b,) = arrive(harness, "b")
+    harness.wait(30)
+    held_back = arrive(harness, "aaa")
+    finish(harness, a)
+    assert going(harness) == "b"
+    finish(harness, b)
+    harness.answer(held_back[0])
+    assert harness.reference.in_flight == held_back
+    assert harness.reference.epochs[-1].batch == tuple(held_back)
 
 
 def test_a_batch_whose_last_member_is_cancelled_does_not_hold_up_the_next_drain() -> None:
-    shell = a_shell()
-    (a,) = a_warm(shell, "a")
-    _, second = come(shell, "bb")
-    come(shell, "c")
-    shell.wait(100)
-    finish(shell, a)
-    assert (going(shell), shell.record.draining) == ("b", [])  # the second waits for the first one's answer
-    finish(shell, second)
-    assert shell.record.draining == ["b"]
+    harness = a_harness()
+    (a,) = loaded_models(harness, "a")
+    _, second = arrive(harness, "bb")
+    arrive(harness, "c")
+    harness.wait(100)
+    finish(harness, a)
+    assert (going(harness), harness.reference.draining) == ("b", [])  # the second waits for the first one's answer
+    finish(harness, second)
+    assert harness.reference.draining == ["b"]
 
 
 @pytest.mark.parametrize("start", [0.1, 0.7, 1000.1, 12345.678, 1e6 + 1 / 3])
 @pytest.mark.parametrize("max_wait", [0.1, 0.3, 1 / 3, 29.9, 30.0])
 def test_a_drain_begins_at_the_very_moment_for_which_the_timer_was_set(start: float, max_wait: float) -> None:
-    shell = a_shell(max_wait=max_wait, start=start)
-    a_warm(shell, "a")
-    come(shell, "b")
-    assert shell.timer == start + max_wait  # and here `timer - start` may be less than `max_wait`
-    shell.wait(shell.timer - start + 1e-9)
-    assert shell.record.draining == ["a"]
-    shell.check()
+    harness = a_harness(max_wait=max_wait, start=start)
+    loaded_models(harness, "a")
+    arrive(harness, "b")
+    assert harness.timer == start + max_wait  # and here `timer - start` may be less than `max_wait`
+    harness.wait(harness.timer - start + 1e-9)
+    assert harness.reference.draining == ["a"]
+    harness.check()
 
 
 # Cold models
 
 
 def test_the_first_request_to_a_cold_model_goes_alone_until_it_is_answered() -> None:
-    shell = a_shell(max_loaded_models=2)
-    first, *_ = come(shell, "aaabb")
-    assert going(shell) == "ab"
-    shell.answer(first)
-    assert going(shell) == "abaa"
+    harness = a_harness(max_loaded_models=2)
+    first, *_ = arrive(harness, "aaabb")
+    assert going(harness) == "ab"
+    harness.answer(first)
+    assert going(harness) == "abaa"
 
 
 def test_if_the_first_request_fails_the_next_one_goes_alone() -> None:
-    shell = a_shell()
-    first, second, third, _ = come(shell, "aaaa")
-    finish(shell, first)
-    assert shell.record.in_flight == [second]
-    finish(shell, third)
-    assert shell.record.in_flight == [second]
-    shell.answer(second)
-    assert going(shell) == "aa"
+    harness = a_harness()
+    first, second, third, _ = arrive(harness, "aaaa")
+    finish(harness, first)
+    assert harness.reference.in_flight == [second]
+    finish(harness, third)
+    assert harness.reference.in_flight == [second]
+    harness.answer(second)
+    assert going(harness) == "aa"
 
 
 def test_a_model_is_cold_again_after_an_eviction() -> None:
-    shell = a_shell()
-    finish(shell, *a_warm(shell, "a"))
-    shell.mark_unloaded("a")
-    first, _ = come(shell, "aa")
-    assert shell.record.in_flight == [first]
-    shell.mark_unloaded("a")  # while it is being loaded: that changes nothing
-    shell.answer(first)
-    assert going(shell) == "aa"
+    harness = a_harness()
+    finish(harness, *loaded_models(harness, "a"))
+    harness.mark_unloaded("a")
+    first, _ = arrive(harness, "aa")
+    assert harness.reference.in_flight == [first]
+    harness.mark_unloaded("a")  # while it is being loaded: that changes nothing
+    harness.answer(first)
+    assert going(harness) == "aa"
 
 
 def test_a_model_is_cold_again_when_its_permit_went_to_another() -> None:
-    shell = a_shell()
+    harness = a_harness()
     for model in "aba":
-        first, second = come(shell, model * 2)
-        assert shell.record.in_flight == [first]
-        shell.answer(first)
-        finish(shell, first, second)
+        first, second = arrive(harness, model * 2)
+        assert harness.reference.in_flight == [first]
+        harness.answer(first)
+        finish(harness, first, second)
 
 
 def test_an_idle_model_that_keeps_its_permit_stays_warm() -> None:
-    shell = a_shell()
-    finish(shell, *a_warm(shell, "a"))
-    shell.wait(1e6)
-    come(shell, "aa")
-    assert going(shell) == "aa"
+    harness = a_harness()
+    finish(harness, *loaded_models(harness, "a"))
+    harness.wait(1e6)
+    arrive(harness, "aa")
+    assert going(harness) == "aa"
 
 
 # Other limits
 
 
 def test_other_limits_let_more_go_at_once_and_touch_nothing_in_flight() -> None:
-    shell = a_shell(1)
-    come(shell, "aab")
-    shell.set_limits(Limits(max_concurrency=3, max_loaded_models=2))
-    assert going(shell) == "ab"  # the first of a is not answered yet
-    shell.set_limits(Limits(max_concurrency=1, max_loaded_models=2))
-    shell.check()
-    assert going(shell) == "ab"
-    shell.set_limits(Limits(max_concurrency=3))
-    assert going(shell) == "aba"
+    harness = a_harness(1)
+    arrive(harness, "aab")
+    harness.set_limits(Limits(max_concurrency=3, max_loaded_models=2))
+    assert going(harness) == "ab"  # the first of a is not answered yet
+    harness.set_limits(Limits(max_concurrency=1, max_loaded_models=2))
+    harness.check()
+    assert going(harness) == "ab"
+    harness.set_limits(Limits(max_concurrency=3))
+    assert going(harness) == "aba"
 
 
 def test_models_in_flight_beyond_a_new_limit_end_in_peace_before_another_gets_a_permit() -> None:
-    shell = a_shell(max_loaded_models=None)
-    a, b = come(shell, "ab")
-    shell.scheduler.set_limits(Limits(max_loaded_models=1))
+    harness = a_harness(max_loaded_models=None)
+    a, b = arrive(harness, "ab")
+    harness.scheduler.set_limits(Limits(max_loaded_models=1))
     c = scheduler_module.Permit("c", 0.0)
-    shell.scheduler.arrive(c)
-    for entry, expected in ((a, "waiting"), (b, "in flight")):
-        assert (shell.scheduler.admit(0.0), c.state) == ([], "waiting")
-        shell.scheduler.leave(shell.permits[entry], 0.0)
-        shell.scheduler.admit(0.0)
+    harness.scheduler.arrive(c)
+    for request, expected in ((a, "waiting"), (b, "in flight")):
+        assert (harness.scheduler.admit(0.0), c.state) == ([], "waiting")
+        harness.scheduler.leave(harness.permits[request], 0.0)
+        harness.scheduler.admit(0.0)
         assert c.state == expected
 
 
 def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_them() -> None:
-    shell = a_shell(max_loaded_models=2)
-    a, b = a_warm(shell, "ab")
-    scheduler = shell.scheduler
+    harness = a_harness(max_loaded_models=2)
+    a, b = loaded_models(harness, "ab")
+    scheduler = harness.scheduler
     scheduler.set_limits(Limits(max_loaded_models=1))
     more = [scheduler_module.Permit(model, 0.0) for model in "ba"]
     for permit in more:
@@ -336,9 +336,9 @@ def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_the
             scheduler.arrive(permit)
     assert [permit.state for permit in more] == ["waiting", "waiting"]
     assert scheduler.admit(0.0) == [more[1]]  # a stays
-    scheduler.leave(shell.permits[b], 0.0)
+    scheduler.leave(harness.permits[b], 0.0)
     assert scheduler.admit(0.0) == []
-    scheduler.leave(shell.permits[a], 0.0)
+    scheduler.leave(harness.permits[a], 0.0)
     scheduler.leave(more[1], 0.0)
     assert scheduler.admit(0.0) == [more[0]]
 
@@ -347,55 +347,55 @@ def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_the
 
 
 def test_a_task_is_told_when_all_models_are_its_own_and_not_while_one_is_of_others() -> None:
-    shell = a_shell(max_loaded_models=2)
-    come(shell, "a", "mine")
-    (b,) = come(shell, "b", "other")
-    come(shell, "c", "mine")
-    assert not shell.told
-    finish(shell, b)
-    assert going(shell) == "ac"
-    (d,) = come(shell, "d", "mine")
-    assert shell.told == [d]
+    harness = a_harness(max_loaded_models=2)
+    arrive(harness, "a", "mine")
+    (b,) = arrive(harness, "b", "other")
+    arrive(harness, "c", "mine")
+    assert not harness.deadlocked
+    finish(harness, b)
+    assert going(harness) == "ac"
+    (d,) = arrive(harness, "d", "mine")
+    assert harness.deadlocked == [d]
 
 
 def test_a_task_is_told_when_later_a_drain_makes_it_wait_for_itself() -> None:
-    shell = a_shell(2)
-    (a,) = come(shell, "a", "mine")
-    shell.answer(a)
-    (other,) = come(shell, "a")
-    (second,) = come(shell, "a", "mine")
-    come(shell, "b")
-    shell.wait(29.9)
-    assert not shell.told
-    shell.wait(0.1)
-    assert shell.told == [second]
-    finish(shell, other, a)
-    assert going(shell) == "b"
+    harness = a_harness(2)
+    (a,) = arrive(harness, "a", "mine")
+    harness.answer(a)
+    (other,) = arrive(harness, "a")
+    (second,) = arrive(harness, "a", "mine")
+    arrive(harness, "b")
+    harness.wait(29.9)
+    assert not harness.deadlocked
+    harness.wait(0.1)
+    assert harness.deadlocked == [second]
+    finish(harness, other, a)
+    assert going(harness) == "b"
 
 
 def test_a_task_is_told_when_other_limits_make_it_wait_for_itself() -> None:
-    shell = a_shell(2)
-    come(shell, "a", "mine")
-    (second,) = come(shell, "a", "mine")  # waits for the answer to the first
-    assert not shell.told
-    shell.set_limits(Limits(max_concurrency=1, max_loaded_models=1))
-    assert shell.told == [second]
+    harness = a_harness(2)
+    arrive(harness, "a", "mine")
+    (second,) = arrive(harness, "a", "mine")  # waits for the answer to the first
+    assert not harness.deadlocked
+    harness.set_limits(Limits(max_concurrency=1, max_loaded_models=1))
+    assert harness.deadlocked == [second]
 
 
 # What is kept
 
 
 def test_those_that_come_and_leave_behind_one_that_waits_long_leave_nothing_behind() -> None:
-    shell = a_shell(max_wait=None)
-    a_warm(shell, "a")
-    come(shell, "b")
-    scheduler = shell.scheduler
+    harness = a_harness(max_wait=None)
+    loaded_models(harness, "a")
+    arrive(harness, "b")
+    scheduler = harness.scheduler
     for number in range(1000):
         permit = scheduler_module.Permit(f"model {number}", 0.0)
         scheduler.arrive(permit)
         assert scheduler.admit(0.0) == []
         assert scheduler.leave(permit, 0.0)
-        assert len(scheduler._outside) < 20
+        assert len(scheduler._waiting_inactive) < 20
     assert set(scheduler._queues) == {"a", "b"}
 
 
@@ -503,57 +503,59 @@ def _jobs(draw: st.DrawFn) -> list[tuple[int, str, int, int]]:
     return jobs
 
 
-def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> Record:
+def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> ReferenceSchedule:
     """Runs requests against the clock, in whole seconds, until all are over."""
-    shell = Shell(limits, start=0.0)
-    events: list[tuple[float, int, str, Entry | int]] = [(job[0], -1, "come", n) for n, job in enumerate(jobs)]
+    harness = SchedulerHarness(limits, start=0.0)
+    events: list[tuple[float, int, str, ReferenceRequest | int]] = [
+        (job[0], -1, "come", n) for n, job in enumerate(jobs)
+    ]
     heapq.heapify(events)
-    known: set[Entry] = set()
+    known: set[ReferenceRequest] = set()
     while events:
         when, _, what, which = heapq.heappop(events)
-        shell.wait(when - shell.now)
+        harness.wait(when - harness.now)
         if isinstance(which, int):
-            shell.arrive(jobs[which][1])
+            harness.arrive(jobs[which][1])
         elif what == "answer":
-            shell.answer(which)
+            harness.answer(which)
         else:
-            shell.end(which)
-        shell.check()
-        for entry in shell.record.in_flight:
-            if entry not in known:
-                known.add(entry)
-                number = shell.record.arrived.index(entry)
-                heapq.heappush(events, (shell.now + jobs[number][2], 2 * number, "answer", entry))
-                heapq.heappush(events, (shell.now + jobs[number][3], 2 * number + 1, "end", entry))
-    assert len(shell.record.over) == len(jobs)
-    return shell.record
+            harness.end(which)
+        harness.check()
+        for request in harness.reference.in_flight:
+            if request not in known:
+                known.add(request)
+                number = harness.reference.arrived.index(request)
+                heapq.heappush(events, (harness.now + jobs[number][2], 2 * number, "answer", request))
+                heapq.heappush(events, (harness.now + jobs[number][3], 2 * number + 1, "end", request))
+    assert len(harness.reference.over) == len(jobs)
+    return harness.reference
 
 
-def _ahead_of(entry: Entry, record: Record) -> list[Entry]:
+def _ahead_of(request: ReferenceRequest, reference: ReferenceSchedule) -> list[ReferenceRequest]:
     """Those whose time in flight a request may have to wait for, from the moment in which it is overdue."""
-    overdue = _overdue(entry, record)
-    began = [each for each in record.epochs[: entry.epochs_before] if each.model != entry.model]
+    overdue = _overdue(request, reference)
+    began = [each for each in reference.epochs[: request.epochs_before] if each.model != request.model]
     running = [each for each in began if each.began <= overdue][-1:]
     later = [each for each in began if each.began >= overdue]
     members = {member for epoch in running + later for member in epoch.batch}
-    own = {each for each in _before(entry, record) if each.model == entry.model}
-    in_flight = {each for each in record.arrived if each.admitted <= overdue < each.over}
+    own = {each for each in _before(request, reference) if each.model == request.model}
+    in_flight = {each for each in reference.arrived if each.admitted <= overdue < each.over}
     ahead = members | own | in_flight
-    if record.max_models > 1:
-        ahead |= {each for member in members | {entry} for each in _before(member, record)}
-        ahead |= {each for epoch in later for each in record.arrived if each.admitted <= epoch.began < each.over}
+    if reference.max_models > 1:
+        ahead |= {each for member in members | {request} for each in _before(member, reference)}
+        ahead |= {each for epoch in later for each in reference.arrived if each.admitted <= epoch.began < each.over}
         whole = [max(member.admitted for member in epoch.batch) for epoch in running + later if epoch.batch]
-        ahead |= {each for moment in whole for each in record.arrived if each.admitted <= moment < each.over}
+        ahead |= {each for moment in whole for each in reference.arrived if each.admitted <= moment < each.over}
     return sorted(ahead, key=lambda each: each.admitted)
 
 
-def _before(entry: Entry, record: Record) -> list[Entry]:
-    return record.arrived[: record.arrived.index(entry)]
+def _before(request: ReferenceRequest, reference: ReferenceSchedule) -> list[ReferenceRequest]:
+    return reference.arrived[: reference.arrived.index(request)]
 
 
-def _overdue(entry: Entry, record: Record) -> float:
-    assert record.limits.max_wait is not None
-    return entry.arrived + record.limits.max_wait
+def _overdue(request: ReferenceRequest, reference: ReferenceSchedule) -> float:
+    assert reference.limits.max_wait is not None
+    return request.arrived + reference.limits.max_wait
 
 
 @settings(deadline=None, max_examples=150)
@@ -579,14 +581,14 @@ def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
     its first answer, and no drain begins before.
     """
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
-    record = _simulate(limits, jobs)
-    record.check_history()
-    for entry in record.arrived:
-        reached = _overdue(entry, record)
-        for each in _ahead_of(entry, record):
+    reference = _simulate(limits, jobs)
+    reference.check_history()
+    for request in reference.arrived:
+        reached = _overdue(request, reference)
+        for each in _ahead_of(request, reference):
             if each.admitted <= reached:
                 reached = max(reached, each.over)
-        assert entry.admitted <= reached, f"{entry} waited until {entry.admitted} for nobody since {reached}"
+        assert request.admitted <= reached, f"{request} waited until {request.admitted} for nobody since {reached}"
 
 
 def test_the_bound_is_met_to_the_second() -> None:
@@ -594,8 +596,8 @@ def test_the_bound_is_met_to_the_second() -> None:
     # a is drained at 30 and its second request in flight then ends at 36; the batch of b takes 5 and 7, that of c 4.
     jobs = [(0, "a", 1, 18), (1, "a", 1, 18), (2, "b", 1, 5), (2, "c", 1, 4), (2, "d", 1, 1), (3, "b", 1, 7)]
     jobs += [(time, "a", 1, 18) for time in range(4, 31)] + [(time, "b", 1, 9) for time in range(40, 44)]
-    record = _simulate(limits, jobs)
-    admitted = {str(entry.model): entry.admitted for entry in reversed(record.arrived[:5])}
+    reference = _simulate(limits, jobs)
+    admitted = {str(request.model): request.admitted for request in reversed(reference.arrived[:5])}
     assert admitted == {"a": 0, "b": 36, "c": 36 + 5 + 7, "d": 36 + 5 + 7 + 4}
 
 

@@ -1,0 +1,256 @@
+"""A reference implementation of the scheduling rules, as naive as possible, to compare the scheduler with.
+
+It uses plain lists that are searched from end to end, and shares no code with the scheduler. A `ReferenceSchedule` is
+informed of every event in order, and raises an AssertionError if an admission is not the one that the rules demand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from lmbridge.config import Limits
+
+
+@attrs.define(eq=False)
+class ReferenceRequest:
+    """One request as an observer sees it."""
+
+    model: str | None
+    owner: str | None
+    """The name of the task that holds the request's permit or waits for it; None for a task that does nothing else."""
+    arrived: float
+    admitted: float = math.nan
+    over: float = math.nan
+    overtaken_by: list[str | None] = attrs.field(factory=list)
+    """The models that became active while the request's own model was not."""
+    epochs_before: int | None = None
+    """The number of epochs that had begun when the request was admitted, including one that began for it."""
+
+    def __repr__(self) -> str:
+        return f"{self.model}@{self.arrived:.1f}"
+
+
+@attrs.define(eq=False)
+class Epoch:
+    """A time in which a model is active, with the requests that waited for the model when it began."""
+
+    model: str | None
+    began: float
+    batch: tuple[ReferenceRequest, ...]
+    for_whom: ReferenceRequest
+
+
+class ReferenceSchedule:
+    """Records what happened, and checks it against what the rules demand.
+
+    Args:
+        limits: The numbers in the rules.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.arrived: list[ReferenceRequest] = []
+        self.waiting: list[ReferenceRequest] = []
+        self.in_flight: list[ReferenceRequest] = []
+        self.over: list[ReferenceRequest] = []
+        self.epochs: list[Epoch] = []
+        self.swaps = 0
+        # The model that has been active longest comes first.
+        self.active: list[str | None] = []
+        # The active models beyond limits that were lowered while these models were in flight.
+        self.surplus: list[str | None] = []
+        # The members of all batches that have not been admitted yet.
+        self.batch: list[ReferenceRequest] = []
+        self.loaded: set[str | None] = set()
+        self.first_requests: dict[str | None, ReferenceRequest] = {}
+        self.idle_since: dict[str | None, float] = {}
+        # At most one model.
+        self.draining: list[str | None] = []
+
+    # Events
+
+    def set_limits(self, limits: Limits) -> None:
+        was_limited = self.limits.max_loaded_models is not None
+        self.limits = limits
+        self.batch, self.draining, self.idle_since = [], [], {}
+        for request in self.waiting:
+            request.overtaken_by = []
+        self.active = list(dict.fromkeys(request.model for request in self.in_flight))
+        self.surplus = [model for number, model in enumerate(self.active) if number >= self.max_models]
+        if limits.max_loaded_models is None or not was_limited:
+            self.first_requests = {}
+        self.loaded = {model for model in self.active if model not in self.first_requests}
+
+    def arrive(self, request: ReferenceRequest) -> None:
+        self.arrived.append(request)
+        self.waiting.append(request)
+
+    def end(self, request: ReferenceRequest, now: float) -> None:
+        """A request has ended, or no longer waits."""
+        if request in self.in_flight:
+            self._end_generation(request, now)
+        else:
+            self._leave_queue(request)
+        if self.first_requests.get(request.model) is request:
+            del self.first_requests[request.model]
+        self.over.append(request)
+        request.over = now
+
+    def answer(self, request: ReferenceRequest) -> None:
+        """The first event of a request's reply has arrived."""
+        if self.first_requests.get(request.model) is request:
+            del self.first_requests[request.model]
+            self.loaded.add(request.model)
+
+    def mark_unloaded(self, model: str | None) -> None:
+        self.loaded.discard(model)
+
+    def admit(self, request: ReferenceRequest, now: float) -> None:
+        """The scheduler has admitted a request: checks that it was this one's turn."""
+        self.update_drain(now)
+        assert len(self.in_flight) < self.limits.max_concurrency, f"{request} exceeds max_concurrency"
+        may_go = self.admissible()
+        assert may_go[:1] == [request], f"{request} was admitted, but {may_go} may go"
+        assert request.model not in self.surplus, f"{request} was admitted, but its model exceeds the lowered limits"
+        if self.has_model_limit and request.model not in self.active:
+            self._activate(request, now)
+            for each in self.waiting:
+                if each.model not in self.active:
+                    each.overtaken_by.append(request.model)
+        self._leave_queue(request)
+        self.in_flight.append(request)
+        request.admitted, request.epochs_before = now, len(self.epochs)
+        if self.has_model_limit and request.model not in self.loaded:
+            self.first_requests[request.model] = request
+        models = {each.model for each in self.in_flight} - set(self.surplus)
+        assert len(models) <= self.max_models, f"{models} are in flight, besides {self.surplus}"
+
+    def check_settled(self, now: float) -> None:
+        """Checks that the scheduler has admitted every request that may go."""
+        self.update_drain(now)
+        if len(self.in_flight) < self.limits.max_concurrency:
+            assert not self.admissible(), f"{self.admissible()} may go, but were not admitted"
+
+    # What the rules demand
+
+    @property
+    def has_model_limit(self) -> bool:
+        return self.limits.max_loaded_models is not None
+
+    @property
+    def max_models(self) -> float:
+        return math.inf if self.limits.max_loaded_models is None else self.limits.max_loaded_models
+
+    def admissible(self) -> list[ReferenceRequest]:
+        """All requests that wait for nothing but a permit, in the order in which they arrived."""
+        if not self.has_model_limit:
+            return list(self.waiting)
+        room = self.max_models - len(self.active) + len(self._replaceable())
+        return [each for each in self.waiting if (self._is_let_in(each) if each.model in self.active else room > 0)]
+
+    def update_drain(self, now: float) -> None:
+        """Begins or ends a drain, if the rules demand it."""
+        if not any(self._is_overdue(each, now) for each in self.waiting):
+            self.draining = []
+        elif not self.draining and not self.batch and len(self.active) >= self.max_models:
+            self.draining = self.active[:1]
+
+    def is_deadlocked(self, request: ReferenceRequest, now: float) -> bool:
+        """Whether a request can go only after its own task has returned a permit.
+
+        It plays a future in which all other requests end, one after the other. A drain is taken into account from its
+        beginning on: requests for other active models keep coming, so nobody can count on their end to be spared it.
+        """
+        own = [each for each in self.in_flight if each.owner is not None and each.owner == request.owner]
+        if not own:
+            return False
+        if request.model in self.draining and request not in self.batch and request.model in {e.model for e in own}:
+            return True
+        future = self._copy()
+        while request in future.waiting:
+            others = [each for each in future.in_flight if each not in own]
+            future.first_requests, future.loaded = {}, set(future.active)
+            for other in others:
+                future._end_generation(other, now)
+            admitted = False
+            while len(future.in_flight) < future.limits.max_concurrency and (ready := future.admissible()):
+                future._admit_unseen(ready[0])
+                admitted = True
+                if not any(future._is_overdue(each, now) for each in future.waiting):
+                    future.draining = []
+            if not admitted and not others:
+                return True
+        return False
+
+    def check_history(self) -> None:
+        """Checks the whole history: the order within a model, the number of swaps, and the bound on being overtaken."""
+        for model in {each.model for each in self.arrived}:
+            times = [e.admitted for e in self.arrived if e.model == model and not math.isnan(e.admitted)]
+            assert times == sorted(times), f"{model} was admitted out of order"
+        assert len(self.arrived) == len(self.waiting) + len(self.in_flight) + len(self.over)
+        assert self.swaps <= len(self.epochs)
+        for request in self.arrived:
+            models = request.overtaken_by
+            assert len(models) == len(set(models)), f"{request} was overtaken twice by the same model: {models}"
+
+    def _is_let_in(self, request: ReferenceRequest) -> bool:
+        """Whether a request for an active model may go."""
+        is_held_back = request.model in self.draining and request not in self.batch
+        return request.model not in self.first_requests and request.model not in self.surplus and not is_held_back
+
+    def _is_overdue(self, request: ReferenceRequest, now: float) -> bool:
+        limit = self.limits.max_wait
+        is_inactive = self.has_model_limit and request.model not in self.active
+        return is_inactive and limit is not None and request.arrived + limit <= now
+
+    def _replaceable(self) -> list[str | None]:
+        """The active models with nothing in flight and no request that may go, the longest idle first."""
+        busy = {each.model for each in self.in_flight}
+        wanted = {each.model for each in self.waiting if each.model in self.active and self._is_let_in(each)}
+        idle = [model for model in self.active if model not in busy and model not in wanted]
+        return sorted(idle, key=lambda model: self.idle_since.get(model, -math.inf))
+
+    def _activate(self, request: ReferenceRequest, now: float) -> None:
+        if len(self.active) >= self.max_models:
+            self.swaps += 1
+        while len(self.active) >= self.max_models:
+            self._deactivate(self._replaceable()[0])
+        self.active.append(request.model)
+        self.loaded.discard(request.model)
+        batch = [each for each in self.waiting if each.model == request.model]
+        self.batch += batch
+        self.epochs.append(Epoch(request.model, now, tuple(batch), request))
+
+    def _deactivate(self, model: str | None) -> None:
+        self.active.remove(model)
+        self.idle_since.pop(model, None)
+        if model in self.draining:
+            self.draining = []
+
+    def _end_generation(self, request: ReferenceRequest, now: float) -> None:
+        self.in_flight.remove(request)
+        self.idle_since[request.model] = now
+        if request.model in self.surplus and request.model not in {each.model for each in self.in_flight}:
+            self.surplus.remove(request.model)
+            self._deactivate(request.model)
+
+    def _admit_unseen(self, request: ReferenceRequest) -> None:
+        """Admits a request in a future that is only played."""
+        if self.has_model_limit and request.model not in self.active:
+            self._activate(request, 0.0)
+        self._leave_queue(request)
+        self.in_flight.append(request)
+
+    def _leave_queue(self, request: ReferenceRequest) -> None:
+        self.waiting.remove(request)
+        if request in self.batch:
+            self.batch.remove(request)
+
+    def _copy(self) -> ReferenceSchedule:
+        other = ReferenceSchedule(self.limits)
+        other.waiting, other.in_flight, other.active = list(self.waiting), list(self.in_flight), list(self.active)
+        other.batch, other.idle_since = list(self.batch), dict(self.idle_since)
+        other.draining, other.surplus = list(self.draining), list(self.surplus)
+        return other
