@@ -17,7 +17,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Collection
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from lmbridge.errors import LLMValidationError
 
@@ -28,33 +28,36 @@ _SHOWN_CHARACTERS: Final = 100
 
 
 def invalid_argument(name: str, expected: str, value: object, hint: str | None = None) -> LLMValidationError:
-    """Returns the error for an argument that cannot be used: "`name` must be `expected`, not `value`"."""
+    """Returns the error for an argument that cannot be used: "`name` must be `expected`, not `value`".
+
+    Most arguments that are checked here are options, so without a `hint` the error suggests to leave the argument out.
+    """
     shown = repr(value)
     if len(shown) > _SHOWN_CHARACTERS:
         shown = f"{shown[:_SHOWN_CHARACTERS]}..."
-    return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint)
+    return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint or _default_hint(name))
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Returns whether a value is an integer; True and False are not, although Python counts them as integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Returns whether a value is an integer or a float, but not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_integer(
     name: str,
-    value: Any,
+    value: _T,
     *,
     minimum: int = 1,
     maximum: int | None = None,
     optional: bool = False,
     also: str | None = None,
     hint: str | None = None,
-) -> Any:
+) -> _T:
     """Accepts an integer within bounds.
 
     Args:
@@ -64,7 +67,7 @@ def check_integer(
         maximum: The largest integer that is accepted. Default: no bound.
         optional: Whether None is accepted as well.
         also: One word that is accepted as well, such as "auto".
-        hint: What to do about it, where the message does not say so.
+        hint: What to do about it. Default: to leave the argument out.
 
     Raises:
         LLMValidationError: The value is something else.
@@ -73,14 +76,15 @@ def check_integer(
         return value
     if also is not None and isinstance(value, str) and value == also:
         return value
-    if not is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+    number: Any = value
+    if not is_integer(number) or number < minimum or (maximum is not None and number > maximum):
         bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         others = [repr(also)] if also is not None else []
         raise invalid_argument(name, " or ".join([f"an integer {bounds}", *others, *_none(optional)]), value, hint)
     return value
 
 
-def check_seconds(name: str, value: Any, *, optional: bool = True, hint: str | None = None) -> Any:
+def check_seconds(name: str, value: _T, *, optional: bool = True, hint: str | None = None) -> _T:
     """Accepts a finite, positive number of seconds, and None unless `optional` is False.
 
     Raises:
@@ -88,12 +92,13 @@ def check_seconds(name: str, value: Any, *, optional: bool = True, hint: str | N
     """
     if optional and value is None:
         return value
-    if not is_number(value) or not 0 < value < math.inf:
+    number: Any = value
+    if not is_number(number) or not 0 < number < math.inf:
         raise invalid_argument(name, " or ".join(["a positive number of seconds", *_none(optional)]), value, hint)
     return value
 
 
-def check_text(name: str, value: Any, *, optional: bool = False, secret: bool = False, hint: str | None = None) -> Any:
+def check_text(name: str, value: _T, *, optional: bool = False, secret: bool = False, hint: str | None = None) -> _T:
     """Accepts a string that is not blank, and None if `optional` is set.
 
     A value that may be a `secret` is left out of the error.
@@ -107,11 +112,11 @@ def check_text(name: str, value: Any, *, optional: bool = False, secret: bool = 
         return value
     expected = " or ".join(["a string that is not blank", *_none(optional)])
     if secret:
-        raise LLMValidationError(f"{name} must be {expected}", hint=hint)
+        raise LLMValidationError(f"{name} must be {expected}", hint=hint or _default_hint(name))
     raise invalid_argument(name, expected, value, hint)
 
 
-def check_choice(name: str, value: Any, choices: Collection[str], *, hint: str | None = None) -> Any:
+def check_choice(name: str, value: _T, choices: Collection[str], *, hint: str | None = None) -> _T:
     """Accepts one of a few words.
 
     Raises:
@@ -141,7 +146,7 @@ def check_callable(name: str, value: _T, *, optional: bool = False, sync: bool =
         value: The argument.
         optional: Whether None is accepted as well.
         sync: Whether an async function is refused, because nothing would await its result.
-        hint: What to do about it, where the message does not say so.
+        hint: What to do about it. Default: to leave the argument out.
 
     Raises:
         LLMValidationError: The value is something else.
@@ -154,7 +159,7 @@ def check_callable(name: str, value: _T, *, optional: bool = False, sync: bool =
     return value
 
 
-def check_instance(name: str, value: Any, kind: type[_T], *, optional: bool = False, hint: str | None = None) -> Any:
+def check_instance(name: str, value: _T, kind: type, *, optional: bool = False, hint: str | None = None) -> _T:
     """Accepts an instance of a class, and None if `optional` is set.
 
     Raises:
@@ -165,7 +170,7 @@ def check_instance(name: str, value: Any, kind: type[_T], *, optional: bool = Fa
     raise invalid_argument(name, " or ".join([f"an instance of {kind.__name__}", *_none(optional)]), value, hint)
 
 
-def check_path(name: str, value: Any, *, optional: bool = False, hint: str | None = None) -> Any:
+def check_path(name: str, value: _T, *, optional: bool = False, hint: str | None = None) -> _T:
     """Accepts a path that is not empty, as a string or a `Path`, and None if `optional` is set.
 
     Raises:
@@ -178,7 +183,7 @@ def check_path(name: str, value: Any, *, optional: bool = False, hint: str | Non
     return value
 
 
-def check_model_name(model: Any, *, name: str = "model") -> str | None:
+def check_model_name(model: str | None, *, name: str = "model") -> str | None:
     """Accepts the name of a model, and None for the client's default or the server's choice.
 
     Raises:
@@ -210,6 +215,10 @@ def as_validator(
         check(f"{owner}.{attribute.name}" if owner else attribute.name, value, **options)
 
     return validate
+
+
+def _default_hint(name: str) -> str:
+    return f"leave {name} out to use its default"
 
 
 def _none(optional: bool) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 from typing import Any, Final, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
+from lmbridge._checks import as_validator, check_integer, check_seconds
 from lmbridge.errors import LLMValidationError
 
 _T = TypeVar("_T")
@@ -17,43 +17,24 @@ _T = TypeVar("_T")
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"  # not "localhost": that may try ::1 first and wait there
 
 
-def _seconds(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise LLMValidationError(
-            f"{type(instance).__name__}.{attribute.name} is {value!r}",
-            hint="give a positive number of seconds, or None to switch the limit off",
-        )
-
-
-def _count(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is None and attribute.default is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LLMValidationError(
-            f"{type(instance).__name__}.{attribute.name} is {value!r}",
-            hint="give a whole number of 1 or more",
-        )
-
-
-def _duration(default: float | None) -> Any:
-    return attrs.field(default=default, validator=_seconds)
+def _duration(owner: str, default: float | None) -> Any:
+    hint = "use None to switch the limit off"
+    return attrs.field(default=default, validator=as_validator(check_seconds, owner=owner, hint=hint))
 
 
 @attrs.frozen(kw_only=True)
 class Timeouts:
     """How long to wait for what, in seconds; None switches a limit off."""
 
-    connect: float | None = _duration(5)
+    connect: float | None = _duration("Timeouts", 5)
     """For the socket to be connected."""
-    load: float | None = _duration(300)
+    load: float | None = _duration("Timeouts", 300)
     """For a server that answers "loading": from its first such answer to its first other one."""
-    first_byte: float | None = _duration(600)
+    first_byte: float | None = _duration("Timeouts", 600)
     """For the first event of a stream, or for the whole of a plain reply, in each attempt."""
-    idle: float | None = _duration(300)
+    idle: float | None = _duration("Timeouts", 300)
     """The longest gap between two events of a stream. Comments and pings are no events."""
-    total: float | None = _duration(None)
+    total: float | None = _duration("Timeouts", None)
     """From admission to the end of the body, retries and polls included."""
 
 
@@ -61,13 +42,15 @@ class Timeouts:
 class Limits:
     """How much may be going on at one server at a time."""
 
-    max_concurrency: int = attrs.field(default=10, validator=_count)
+    max_concurrency: int = attrs.field(default=10, validator=as_validator(check_integer, owner="Limits"))
     """Generations in flight."""
-    max_loaded_models: int | None = attrs.field(default=None, validator=_count)
+    max_loaded_models: int | None = attrs.field(
+        default=None, validator=as_validator(check_integer, owner="Limits", optional=True)
+    )
     """Models with generations in flight, for a server that holds no more; None: as many as are asked for."""
-    max_wait: float | None = _duration(30.0)
+    max_wait: float | None = _duration("Limits", 30.0)
     """Seconds after which a request that waits for its model is overdue; None: never, whatever goes on."""
-    max_queue: float | None = _duration(600.0)
+    max_queue: float | None = _duration("Limits", 600.0)
     """Seconds that a request may wait to be admitted; None: as long as it takes."""
 
 

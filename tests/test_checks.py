@@ -86,7 +86,7 @@ def test_a_value_that_can_be_used_is_returned(check: Check, value: Any) -> None:
 def test_the_error_says_what_the_argument_must_be_and_what_it_is(check: Check, value: Any, expected: str) -> None:
     with pytest.raises(LLMValidationError) as caught:
         check("option", value)
-    assert str(caught.value) == f"option must be {expected}, not {value!r}"
+    assert str(caught.value) == f"option must be {expected}, not {value!r}; leave option out to use its default"
 
 
 @pytest.mark.parametrize("model", ["", " ", 5, ["qwen"]])
@@ -112,7 +112,7 @@ def test_a_long_value_is_not_repeated_as_a_whole() -> None:
 def test_a_secret_is_never_repeated() -> None:
     with pytest.raises(LLMValidationError) as caught:
         check_text("api_key", b"hunter2", secret=True)
-    assert str(caught.value) == "api_key must be a string that is not blank"
+    assert str(caught.value) == "api_key must be a string that is not blank; leave api_key out to use its default"
 
 
 def test_a_check_validates_a_field_of_an_attrs_class() -> None:
@@ -122,7 +122,7 @@ def test_a_check_validates_a_field_of_an_attrs_class() -> None:
         idle: float | None = attrs.field(default=None, validator=as_validator(check_seconds, owner="Options"))
 
     assert Options(0, 5) == attrs.evolve(Options(), count=0, idle=5)
-    with pytest.raises(LLMValidationError, match=r"^count must be an integer of at least 0, not -1$"):
+    with pytest.raises(LLMValidationError, match=r"^count must be an integer of at least 0, not -1;"):
         Options(-1)
     with pytest.raises(LLMValidationError, match=r"^Options\.idle must be a positive number"):
         attrs.evolve(Options(), idle=0)

@@ -52,8 +52,8 @@ def test_a_duration_is_a_positive_number_of_seconds_or_none(kind: type[Any], nam
 def test_any_other_duration_is_refused_by_name(kind: type[Any], name: str, seconds: object) -> None:
     with pytest.raises(LLMValidationError) as caught:
         kind(**{name: seconds})
-    told = f"{kind.__name__}.{name} is {seconds!r}; give a positive number of seconds, or None to switch the limit off"
-    assert str(caught.value) == told
+    expected = f"{kind.__name__}.{name} must be a positive number of seconds or None, not {seconds!r}"
+    assert str(caught.value) == f"{expected}; use None to switch the limit off"
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, math.inf, True, None, "1"])
@@ -61,7 +61,8 @@ def test_a_number_of_places_is_a_whole_number_of_one_or_more(count: Any) -> None
     assert Limits(max_concurrency=1).max_concurrency == 1
     with pytest.raises(LLMValidationError) as caught:
         Limits(max_concurrency=count)
-    assert str(caught.value) == f"Limits.max_concurrency is {count!r}; give a whole number of 1 or more"
+    expected = f"Limits.max_concurrency must be an integer of at least 1, not {count!r}"
+    assert str(caught.value) == f"{expected}; leave Limits.max_concurrency out to use its default"
 
 
 @pytest.mark.parametrize("kind", [Timeouts, Limits])
@@ -77,7 +78,7 @@ def test_options_are_given_by_name_and_do_not_change(kind: type[Any]) -> None:
 
 def test_options_are_copied_with_changes_that_are_checked_too() -> None:
     assert attrs.evolve(Timeouts(idle=1), total=9) == Timeouts(idle=1, total=9)
-    with pytest.raises(LLMValidationError, match=r"Timeouts\.total is 0"):
+    with pytest.raises(LLMValidationError, match=r"Timeouts\.total must be .*, not 0"):
         attrs.evolve(Timeouts(), total=0)
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
 
+from lmbridge._checks import check_model_name
 from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
 from lmbridge.agent.runs import RunHandle, RunStream, current_ticket
@@ -14,7 +15,6 @@ from lmbridge.agent.source import ChatClient, ChatPool, Source
 from lmbridge.agent.switching import Admission, SwitchPolicy, Ticket
 from lmbridge.agent.tools import Tool, ToolProvider, as_tool
 from lmbridge.agent.toolset import Equip, Equipment, Toolset
-from lmbridge.client.wire import checked_model
 from lmbridge.errors import LLMValidationError
 
 AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
@@ -219,7 +219,7 @@ class Agent:
         settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens)
         history = History(checked_task(task), system_prompt=settings.system_prompt, messages=messages)
         return RunHandle(
-            checked_model(model),
+            check_model_name(model),
             source=self._source,
             admission=self._admission,
             settings=settings,
@@ -242,7 +242,7 @@ class Agent:
             ModelChangedDuringExecutionError: the policy is "reject", and runs are in flight; or a tool of a run asks
                 for it that would have to end first.
         """
-        if checked_model(model) is None:
+        if check_model_name(model) is None:
             raise LLMValidationError("model is None", hint="name the model that the agent is to use from now on")
         await self._admission.enter(Ticket(asked=model, is_switch=True, parent=current_ticket.get()))
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
 
+from lmbridge._checks import check_instance
 from lmbridge.client.names import ModelNames
 from lmbridge.client.server import Server
-from lmbridge.config import Limits, Timeouts, checked
-from lmbridge.errors import LLMValidationError
+from lmbridge.config import Limits, Timeouts
 from lmbridge.transport import Transport
 from lmbridge.transport.http import FindLimits
 
@@ -67,6 +67,4 @@ def checked_limits(limits: Limits | Auto | Literal["auto"] | None) -> Limits | F
     """
     if limits == "auto" or isinstance(limits, Auto):
         return Auto() if limits == "auto" else limits
-    if isinstance(limits, str):
-        raise LLMValidationError(f"limits is {limits!r}", hint='give a Limits, or "auto" to ask the server')
-    return None if limits is None else checked("limits", limits, Limits)
+    return check_instance("limits", limits, Limits, optional=True, hint='pass "auto" to ask the server')

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+from lmbridge._checks import check_integer
 from lmbridge.client.inputs import Text, checked_texts
 from lmbridge.client.server import Server
-from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError, ModelChangedDuringExecutionError
+from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
 
@@ -16,11 +17,8 @@ from lmbridge.types import Embeddings
 async def embed(server: Server, body: dict[str, Any], batch_size: int | None) -> Embeddings:
     """Asks for the embeddings of some texts; see `LLMClient.embeddings`."""
     texts = checked_texts("input", body["input"])
-    if batch_size is None:
-        return await _ask(server, body, 0, len(texts))
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise LLMValidationError(f"batch_size is {batch_size!r}", hint="give a whole number of 1 or more, or None")
-    if len(texts) <= batch_size:
+    check_integer("batch_size", batch_size, optional=True)
+    if batch_size is None or len(texts) <= batch_size:
         return await _ask(server, body, 0, len(texts))
     return _merged(await _ask_for_batches(server, body, list(texts), batch_size))
 

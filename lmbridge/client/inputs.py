@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lmbridge._checks import is_integer
 from lmbridge.errors import LLMValidationError
 
 Text = str | Sequence[int]
@@ -32,7 +33,7 @@ def checked_texts(name: str, value: Texts, *, may_be_empty: bool = False) -> Seq
         raise LLMValidationError(f"{name} is {_kind(value)}", hint=_HINT)
     if not value:
         raise LLMValidationError(f"{name} is empty", hint="give at least one text")
-    if _is_token(value[0]):
+    if is_integer(value[0]):
         _check(name, value, may_be_empty)
         return [value]  # type: ignore[list-item]  # it has been checked just now
     for number, text in enumerate(value):
@@ -49,17 +50,13 @@ def _check(name: str, text: Any, may_be_empty: bool) -> None:
         raise LLMValidationError(f"{name} is {_kind(text)}", hint=_HINT)
     if not text:
         raise LLMValidationError(f"{name} is an empty list", hint=_HINT)
-    if not all(map(_is_token, text)):
-        wrong = next(number for number, token in enumerate(text) if not _is_token(token))
+    if not all(map(is_integer, text)):
+        wrong = next(number for number, token in enumerate(text) if not is_integer(token))
         raise LLMValidationError(f"{name}[{wrong}] is {_kind(text[wrong])} among token ids", hint=_HINT)
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _kind(value: object) -> str:

@@ -8,12 +8,13 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
 
+from lmbridge._checks import check_instance, check_integer, check_model_name
 from lmbridge.client.auto import checked_limits
 from lmbridge.client.names import Mismatch, ModelNames
 from lmbridge.client.server import Server
 from lmbridge.client.stream import ChatStream
-from lmbridge.client.wire import check_messages, checked_model
-from lmbridge.config import Limits, Timeouts, checked, default_model
+from lmbridge.client.wire import check_messages
+from lmbridge.config import Limits, Timeouts, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport import Transport, Verdict
 
@@ -73,16 +74,14 @@ class LLMClient:
         trust_env: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        self._model = checked_model(default_model() if model is None else model)
+        self._model = check_model_name(default_model() if model is None else model)
         timeouts = Timeouts() if timeout is None else timeout
-        if not isinstance(timeouts, Timeouts):
-            raise LLMValidationError(f"timeout is {timeout!r}", hint="give a Timeouts, like Timeouts(first_byte=60)")
-        if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
-            raise LLMValidationError(f"max_retries is {max_retries!r}", hint="give a whole number of 0 or more")
+        check_instance("timeout", timeouts, Timeouts, hint="for example Timeouts(first_byte=60)")
+        check_integer("max_retries", max_retries, minimum=0)
         names = ModelNames(model_mismatch)
         own: dict[str, Any] = {"api_key": api_key, "limits": checked_limits(limits), "ssl": ssl, "trust_env": trust_env}
         if transport is not None:
-            checked("transport", transport, Transport)
+            check_instance("transport", transport, Transport)
             given = [name for name, value in {"api_base": api_base, **own}.items() if value not in (None, False)]
             if given:
                 raise LLMValidationError(
@@ -180,7 +179,7 @@ class LLMClient:
         """
         check_messages(messages)
         server = self._server
-        asked = checked_model(model) or self._model
+        asked = check_model_name(model) or self._model
         request = server.post("chat completion", "/chat/completions", _body(messages, asked, stream, params), asked)
         if stream:
             answers = params.get("n")
@@ -326,7 +325,7 @@ class LLMClient:
         return await respond(self._server, body, stream=stream)
 
     def _body(self, body: dict[str, Any], model: str | None, stream: bool = False) -> dict[str, Any]:
-        asked = checked_model(model) or self._model
+        asked = check_model_name(model) or self._model
         if asked is not None:
             body["model"] = asked
         if stream:

@@ -14,9 +14,10 @@ from urllib.parse import quote
 
 import attrs
 
+from lmbridge._checks import check_text
 from lmbridge.client import failures
 from lmbridge.client.server import Server
-from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, LLMValidationError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload
 
@@ -31,6 +32,7 @@ _ENDED: Final = ("completed", "already_downloaded")
 _UPDATE_HINT: Final = "update LM Studio to 0.4.0 or newer"
 _NOT_HINT: Final = "client.lmstudio needs LM Studio; check api_base, or use that server's own means"
 _LOAD_HINT: Final = "LM Studio may go on loading it; raise Timeouts.load, or ask lmstudio.models() what is loaded"
+_NAME_HINT: Final = "for example 'qwen/qwen3-4b-2507'"
 _FAILED_HINT: Final = "see LM Studio's own log; the disk may be full, or the network down"
 
 
@@ -80,7 +82,7 @@ class LMStudio:
             ModelLoadError: it does not fit into memory, or crashed.
             LLMTimeoutError: phase "load"; LM Studio may go on loading it.
         """
-        body = {"model": _named("model", model), **config}
+        body = {"model": check_text("model", model, hint=_NAME_HINT), **config}
         try:
             value = await self._post("model load", "load", body, "instance_id", model)
         except LLMTimeoutError as error:
@@ -99,7 +101,7 @@ class LMStudio:
             LLMValidationError: an argument cannot be right; nothing was sent.
             LLMResponseError: there is no such instance.
         """
-        body = {"instance_id": _named("instance_id", instance_id)}
+        body = {"instance_id": check_text("instance_id", instance_id, hint=_NAME_HINT)}
         return cast("LMStudioUnload", await self._post("model unload", "unload", body, "instance_id", instance_id))
 
     def download(self, model: str, **options: Any) -> AsyncGenerator[DownloadStatus, None]:
@@ -121,7 +123,7 @@ class LMStudio:
             LLMValidationError: an argument cannot be right; nothing was sent. Raised by the call.
             LLMResponseError: it failed; `partial` is the last status. This and all else is raised by the iteration.
         """
-        return self._download({"model": _named("model", model), **options})
+        return self._download({"model": check_text("model", model, hint=_NAME_HINT), **options})
 
     async def _download(self, body: Mapping[str, Any]) -> AsyncGenerator[DownloadStatus, None]:
         server, transport, model = self._server, self._server.transport, body["model"]
@@ -284,9 +286,3 @@ def _as_v1(entry: Mapping[str, Any]) -> LMStudioModel:
         if name in entry:
             model[renamed.get(name, name)] = entry[name]
     return cast("LMStudioModel", model)
-
-
-def _named(what: str, value: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise LLMValidationError(f"{what} is {value!r}", hint="give a name, like 'qwen/qwen3-4b-2507'")
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Final, Self
 import attrs
 from cachetools import TTLCache
 
+from lmbridge._checks import check_callable, check_integer, check_seconds, check_text, invalid_argument
 from lmbridge.client.llm import LLMClient
 from lmbridge.errors import LLMValidationError, ModelNotFoundError, TaskCancelledError
 
@@ -67,13 +67,10 @@ class ModelValidator:
         if client is not None and api_base is not None:
             raise LLMValidationError("api_base given beside client=", hint="set it at the client instead")
         if client is not None and not callable(getattr(client, "list_models", None)):
-            raise LLMValidationError(f"client is {client!r}", hint="give an LLMClient, or None for one of its own")
-        if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < math.inf:
-            raise LLMValidationError(f"ttl is {ttl!r}", hint="give a positive number of seconds")
-        if isinstance(maxsize, bool) or not isinstance(maxsize, int) or maxsize < 1:
-            raise LLMValidationError(f"maxsize is {maxsize!r}", hint="give a whole number of 1 or more")
-        if not callable(timer):
-            raise LLMValidationError(f"timer is {timer!r}", hint="give a function like time.monotonic")
+            raise invalid_argument("client", "an LLMClient or None", client)
+        check_seconds("ttl", ttl, optional=False)
+        check_integer("maxsize", maxsize)
+        check_callable("timer", timer, hint="for example time.monotonic")
         self._owns_client = client is None
         self._client: Final = LLMClient(api_base) if client is None else client
         self._timer = timer
@@ -123,8 +120,7 @@ class ModelValidator:
             TaskCancelledError: the validator was closed meanwhile.
             LLMError: as for `LLMClient.list_models`.
         """
-        if not isinstance(model, str) or not model.strip():
-            raise LLMValidationError(f"model is {model!r}", hint="give a name out of get_available_models()")
+        check_text("model", model, hint="get_available_models() returns the names that exist")
         found = _find(model, self._kept() or ())
         if found is not None:
             self._hits += 1

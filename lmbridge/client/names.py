@@ -6,7 +6,8 @@ import logging
 import re
 from typing import Literal, get_args
 
-from lmbridge.errors import LLMValidationError, ModelMismatchError
+from lmbridge._checks import check_choice
+from lmbridge.errors import ModelMismatchError
 
 logger = logging.getLogger("lmbridge.client")
 
@@ -36,9 +37,7 @@ class ModelNames:
     """
 
     def __init__(self, mode: Mismatch) -> None:
-        if mode not in get_args(Mismatch):
-            raise LLMValidationError(f"model_mismatch is {mode!r}", hint="give 'warn', 'raise' or 'ignore'")
-        self._mode = mode
+        self._mode = check_choice("model_mismatch", mode, get_args(Mismatch))
         self._logged: set[tuple[str, str]] = set()
 
     def check(self, asked: str | None, served: object) -> bool:

@@ -13,10 +13,10 @@ from typing import Final, Literal, NoReturn, Self, cast
 
 import attrs
 
+from lmbridge._checks import check_integer, check_model_name
 from lmbridge.client.auto import Auto
 from lmbridge.client.llm import LLMClient
 from lmbridge.client.names import Mismatch
-from lmbridge.client.wire import checked_model
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMError, LLMValidationError, TaskCancelledError
 from lmbridge.transport import Request, Transport
@@ -86,8 +86,7 @@ class LLMClientPool:
         trust_env: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        if isinstance(pool_size, bool) or not isinstance(pool_size, int) or pool_size < 1:
-            raise LLMValidationError(f"pool_size is {pool_size!r}", hint="give a whole number of 1 or more")
+        check_integer("pool_size", pool_size)
         if limits is None and transport is None:
             limits = Limits(max_concurrency=pool_size)
         elif limits == "auto":
@@ -147,7 +146,7 @@ class LLMClientPool:
             LLMError: the pool is closed, or belongs to another event loop.
             TaskCancelledError: the pool was closed meanwhile.
         """
-        model = checked_model(model) or self._client.model
+        model = check_model_name(model) or self._client.model
         loop = self._enter()
         if not self._waiters and len(self._out) < self._size:
             return self._give(model)

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from lmbridge._checks import is_integer, is_number
 from lmbridge.client.failures import shortened
 
 _FAULT: Final = re.compile(r"(?P<what>.*) - at (?P<path>`.*`)", re.DOTALL)
@@ -29,18 +30,14 @@ _DEPTH: Final = 2
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_integer(value) and value >= 0
 
 
 _SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _KNOWN: Final[Mapping[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(_SIZES, _is_size),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _is_number),
-    "multipleOf": lambda value: _is_number(value) and value > 0,
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), is_number),
+    "multipleOf": lambda value: is_number(value) and value > 0,
     "type": lambda value: value in _TYPES,
     "enum": lambda value: isinstance(value, list) and bool(value),
     "pattern": lambda value: isinstance(value, str) and _PATTERN.fullmatch(value) is not None,

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 import attrs
 
+from lmbridge._checks import is_integer
 from lmbridge.client.lmstudio import find
 from lmbridge.client.names import is_same_model
 from lmbridge.client.server import Server
@@ -245,4 +246,4 @@ def _text(value: object) -> str | None:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if is_integer(value) and value > 0 else None

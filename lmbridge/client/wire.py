@@ -32,19 +32,6 @@ _STRING = (str, bytes, bytearray)
 _CONTENT = (str, list, tuple)
 
 
-def checked_model(model: str | None) -> str | None:
-    """A model's name, or None for the server's choice.
-
-    Raises:
-        LLMValidationError: it is empty or no string.
-    """
-    if model is not None and (not isinstance(model, str) or not model.strip()):
-        raise LLMValidationError(
-            f"model is {model!r}", hint="give a name out of list_models(), or None for the client's default"
-        )
-    return model
-
-
 class CheckedMessages(list[dict[str, Any]]):
     """Messages that whoever made them has checked: a conversation that grows is not checked anew with each request."""
 

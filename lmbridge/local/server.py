@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import inspect
 import json
 import logging
-import math
 import os
 import platform
 import socket
@@ -21,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, ClassVar, Self
 
+from lmbridge._checks import check_callable, check_integer, check_path, check_seconds, check_text
 from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, ModelLoadError, ModelNotFoundError
 from lmbridge.local.model import SMOLLM2, Progress, locate
 from lmbridge.local.process import describe_exit, end, tail
@@ -82,23 +81,23 @@ class LocalServer:
         progress: Progress | None = None,
         start_timeout: float | None = 120.0,
     ) -> None:
-        self._path = None if model is None else _path("model", model)
-        self._template = None if chat_template is None else _path("chat_template", chat_template)
+        self._path = None if model is None else Path(check_path("model", model))
+        self._template = None if chat_template is None else Path(check_path("chat_template", chat_template))
         if self._path is None and self._template is None:
             self._template = _HERE / "smollm2_tools.jinja"
-        self._port = _port(port)
-        self._progress = None if progress is None else _function("progress", progress)
-        self._start_timeout = None if start_timeout is None else _seconds("start_timeout", start_timeout)
+        self._port = check_integer("port", port, minimum=0, maximum=65_535, hint="use 0 for any that is free")
+        self._progress = check_callable("progress", progress, optional=True, sync=True)
+        self._start_timeout = check_seconds("start_timeout", start_timeout)
         self.model = SMOLLM2.name if self._path is None else self._path.stem
         self._options = {
             "alias": self.model,
             "port": self._port,
-            "n_ctx": _count("n_ctx", n_ctx),
-            "n_parallel": _count("n_parallel", n_parallel),
-            "threads": _default_threads() if threads is None else _count("threads", threads),
+            "n_ctx": check_integer("n_ctx", n_ctx),
+            "n_parallel": check_integer("n_parallel", n_parallel),
+            "threads": _default_threads() if threads is None else check_integer("threads", threads),
             "embeddings": bool(embeddings),
             "pooling": _POOLING_MEAN if embeddings and self._path is None else _POOLING_OF_MODEL,
-            "api_key": _key(api_key),
+            "api_key": check_text("api_key", api_key, optional=True, secret=True),
         }
         self._lock = asyncio.Lock()
         self._running: AsyncExitStack | None = None
@@ -321,40 +320,3 @@ def _default_threads() -> int:
     # and the second half of them is mostly hyperthreads anyway.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if cores <= 4 else min(8, cores // 2)
-
-
-def _path(name: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike) or not str(value):
-        raise LLMValidationError(f"{name} is {value!r}", hint="give the path of a file, or None")
-    return Path(value)
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LLMValidationError(f"{name} is {value!r}", hint="give a whole number of 1 or more")
-    return value
-
-
-def _port(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65_535:
-        raise LLMValidationError(f"port is {value!r}", hint="give a whole number up to 65535, 0 for any that is free")
-    return value
-
-
-def _function(name: str, value: Progress) -> Progress:
-    if not callable(value) or inspect.iscoroutinefunction(value):
-        raise LLMValidationError(f"{name} is {value!r}", hint="give a plain function, not an async one, or None")
-    return value
-
-
-def _seconds(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise LLMValidationError(f"{name} is {value!r}", hint="give a positive number of seconds, or None")
-    return value
-
-
-def _key(value: object) -> str | None:
-    if value is not None and not (isinstance(value, str) and value.strip()):
-        # It is not repeated here: what is no key may still be a secret.
-        raise LLMValidationError("api_key is no key", hint="give text that is not blank, or None")
-    return value

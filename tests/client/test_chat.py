@@ -78,8 +78,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"messages": MESSAGES, "seed": object()}, "seed is of type object, which cannot be sent as JSON"),
     ({"messages": MESSAGES, "temperature": float("nan")}, "temperature is nan"),
     ({"messages": MESSAGES, "stop": "\ud83d"}, "stop is of type str, which cannot be sent as JSON"),
-    ({"messages": MESSAGES, "model": ""}, r"model is ''; give a name out of list_models\(\)"),
-    ({"messages": MESSAGES, "model": 7}, "model is 7"),
+    ({"messages": MESSAGES, "model": ""}, r"model must be the name of a model or None, not ''; list_models\(\)"),
+    ({"messages": MESSAGES, "model": 7}, "model must be .*, not 7"),
 ]
 
 
@@ -101,14 +101,14 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"api_base": "http://two words"}, "api_base is 'http://two words'"),
     ({"api_base": "ftp://x"}, "no http or https URL"),
     ({"api_base": "http://x:99999"}, "is no URL"),
-    ({"model": " "}, "model is ' '"),
+    ({"model": " "}, "model must be .*, not ' '"),
     ({"api_key": "two words"}, "api_key is no key"),
     ({"api_key": "new\nline"}, "api_key is no key"),
-    ({"timeout": 5}, "timeout is 5; give a Timeouts"),
-    ({"max_retries": -1}, "max_retries is -1"),
-    ({"max_retries": 1.5}, "max_retries is 1.5"),
-    ({"limits": 5}, "limits is 5; give a Limits"),
-    ({"model_mismatch": "explode"}, "model_mismatch is 'explode'; give 'warn', 'raise' or 'ignore'"),
+    ({"timeout": 5}, "timeout must be an instance of Timeouts, not 5; for example Timeouts"),
+    ({"max_retries": -1}, "max_retries must be an integer of at least 0, not -1"),
+    ({"max_retries": 1.5}, "max_retries must be .*, not 1.5"),
+    ({"limits": 5}, "limits must be an instance of Limits or None, not 5"),
+    ({"model_mismatch": "explode"}, "model_mismatch must be 'warn', 'raise' or 'ignore', not 'explode'"),
     ({"ssl": False}, "ssl is False; give a SSLContext"),
     ({"transport": Transport("http://x"), "api_base": ""}, "api_base given beside transport="),
     ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits given beside"),
@@ -123,7 +123,9 @@ def test_a_bad_option_is_refused_when_the_client_is_made(options: dict[str, Any]
 
 
 def test_a_negative_timeout_is_refused_when_it_is_made() -> None:
-    with pytest.raises(LLMValidationError, match=r"Timeouts\.idle is -1; give a positive number of seconds"):
+    with pytest.raises(
+        LLMValidationError, match=r"Timeouts\.idle must be a positive number of seconds or None, not -1"
+    ):
         Timeouts(idle=-1)
 
 

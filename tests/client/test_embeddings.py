@@ -72,10 +72,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"input": None}, "input is None"),
     ({"input": ["a", None]}, r"input\[1\] is None"),
     ({"input": ["a"] * 5 + [""], "batch_size": 2}, r"input\[5\] is an empty string"),
-    ({"input": "a", "batch_size": 0}, "batch_size is 0; give a whole number"),
-    ({"input": "a", "batch_size": True}, "batch_size is True"),
-    ({"input": "a", "batch_size": 2.0}, "batch_size is 2.0"),
-    ({"input": "a", "model": ""}, "model is ''"),
+    ({"input": "a", "batch_size": 0}, "batch_size must be an integer of at least 1 or None, not 0"),
+    ({"input": "a", "batch_size": True}, "batch_size must be .*, not True"),
+    ({"input": "a", "batch_size": 2.0}, "batch_size must be .*, not 2.0"),
+    ({"input": "a", "model": ""}, "model must be .*, not ''"),
 ]
 
 

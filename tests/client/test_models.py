@@ -515,7 +515,7 @@ async def test_a_server_without_models_has_none(scripted_server: ScriptedServer,
 async def test_a_name_that_is_none_is_refused_before_anything_is_sent(
     scripted_server: ScriptedServer, validator: ModelValidator, name: Any
 ) -> None:
-    with pytest.raises(LLMValidationError, match=r"model is .*; give a name out of get_available_models") as caught:
+    with pytest.raises(LLMValidationError, match=r"model must be .*; get_available_models\(\) returns") as caught:
         await validator.validate_model(name)
     assert not isinstance(caught.value, ModelNotFoundError)
     assert not scripted_server.requests
@@ -703,17 +703,17 @@ async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> No
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"ttl": 0}, "ttl is 0; give a positive number of seconds"),
-        ({"ttl": -1}, "ttl is -1"),
-        ({"ttl": True}, "ttl is True"),
-        ({"ttl": None}, "ttl is None"),
-        ({"ttl": float("nan")}, "ttl is nan"),
-        ({"ttl": float("inf")}, "ttl is inf"),
-        ({"maxsize": 0}, "maxsize is 0; give a whole number of 1 or more"),
-        ({"maxsize": 1.5}, r"maxsize is 1\.5"),
-        ({"maxsize": True}, "maxsize is True"),
-        ({"timer": 3}, "timer is 3; give a function"),
-        ({"client": "http://127.0.0.1:1"}, "client is 'http.*; give an LLMClient"),
+        ({"ttl": 0}, "ttl must be a positive number of seconds, not 0"),
+        ({"ttl": -1}, "ttl must be .*, not -1"),
+        ({"ttl": True}, "ttl must be .*, not True"),
+        ({"ttl": None}, "ttl must be .*, not None"),
+        ({"ttl": float("nan")}, "ttl must be .*, not nan"),
+        ({"ttl": float("inf")}, "ttl must be .*, not inf"),
+        ({"maxsize": 0}, "maxsize must be an integer of at least 1, not 0"),
+        ({"maxsize": 1.5}, r"maxsize must be .*, not 1\.5"),
+        ({"maxsize": True}, "maxsize must be .*, not True"),
+        ({"timer": 3}, "timer must be a function, not 3"),
+        ({"client": "http://127.0.0.1:1"}, "client must be an LLMClient or None, not 'http"),
         ({"api_base": "nonsense"}, "api_base 'nonsense'"),
         ({"api_base": "http://127.0.0.1:1", "client": LLMClient("http://127.0.0.1:1")}, "api_base given beside client"),
     ],

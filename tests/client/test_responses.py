@@ -139,7 +139,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"previous_response_id": 5}, "previous_response_id is 5"),
     ({"tools": [FLAT, "add"]}, r"tools\[1\] is of type str; give a dict"),
     ({"tools": (NESTED,)}, r"tools\[0\] is nested.*; here they are flat: {'type': 'function', 'name': 'add', "),
-    ({"model": ""}, "model is ''"),
+    ({"model": ""}, "model must be .*, not ''"),
 ]
 
 

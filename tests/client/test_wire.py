@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.client.wire import check_messages, checked_model, decode_json, decode_strictly, encode_body
+from lmbridge.client.wire import check_messages, decode_json, decode_strictly, encode_body
 from lmbridge.errors import LLMValidationError
 
 USER = {"role": "user", "content": "Hello"}
@@ -21,19 +21,6 @@ EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
 
 
 # Arguments
-
-
-@pytest.mark.parametrize("model", ["m", "org/model@q4_k_m:2", None])
-def test_a_model_is_a_name_or_none(model: str | None) -> None:
-    assert checked_model(model) == model
-
-
-@pytest.mark.parametrize("model", ["", " ", 7, b"m", ["m"]])
-def test_any_other_model_is_refused(model: Any) -> None:
-    with pytest.raises(LLMValidationError) as caught:
-        checked_model(model)
-    told = f"model is {model!r}; give a name out of list_models(), or None for the client's default"
-    assert str(caught.value) == told
 
 
 @pytest.mark.parametrize(

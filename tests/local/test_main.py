@@ -282,8 +282,8 @@ async def test_a_server_that_ends_by_itself_is_told(script: Script, scripted: li
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--n-ctx", "0"], "n_ctx is 0; give a whole number of 1 or more"),
-        (["--port", "99999"], "port is 99999; give a whole number up to 65535, 0 for any that is free"),
+        (["--n-ctx", "0"], "n_ctx must be an integer of at least 1, not 0; leave n_ctx out to use its default"),
+        (["--port", "99999"], "port must be an integer from 0 to 65535, not 99999; use 0 for any that is free"),
         (["--model", "none.gguf"], "model 'none.gguf' not found; give the path of a GGUF file"),
     ],
     ids=str,

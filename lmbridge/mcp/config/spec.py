@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from lmbridge._checks import is_number
 from lmbridge.config import is_loopback
 from lmbridge.errors import MCPError
 
@@ -247,7 +248,7 @@ class _Reader:
         value = self._entry.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not is_number(value) or not 0 < value < math.inf:
             raise self.error(key, f"is {_shown(value)}", "give a positive number of seconds")
         return float(value)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
+from lmbridge._checks import check_bool, check_callable, check_choice, check_path, check_seconds
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import LLMValidationError, MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_stamp, find_config, load_config, warn_of_untrusted
@@ -78,14 +78,12 @@ class McpHub:
         idle_linger: float | None = _LINGER,
         on_event: Callable[[McpEvent], None] | None = None,
     ) -> None:
-        if config_path is not None and (config_path == "" or not isinstance(config_path, str | os.PathLike)):
-            raise LLMValidationError(f"config_path is {config_path!r}", hint="give the path of an mcp.json, or None")
-        if not isinstance(trust_project, bool):  # "no" is true, and would start programs of strangers
-            raise LLMValidationError(f"trust_project is {trust_project!r}", hint="give True or False")
-        if on_event is not None and not callable(on_event):
-            raise LLMValidationError(f"what is to get the events is {on_event!r}", hint="give a function, or None")
-        _check_seconds("connect_timeout", connect_timeout)
-        _check_seconds("idle_linger", idle_linger)
+        check_path("config_path", config_path, optional=True)
+        # "no" counts as true in Python, and would start programs of strangers.
+        check_bool("trust_project", trust_project)
+        check_callable("on_event", on_event, optional=True)
+        check_seconds("connect_timeout", connect_timeout)
+        check_seconds("idle_linger", idle_linger)
         self._path, self._trust = config_path, trust_project
         self._connect_timeout, self._linger = connect_timeout or DEFAULT_CONNECT_TIMEOUT, idle_linger
         self._on_event = on_event
@@ -128,9 +126,8 @@ class McpHub:
             MultiMCPError: some could not be started (with "raise"). Those that could stay.
             LLMValidationError: an argument cannot be right.
         """
-        if on_error not in ("raise", "continue"):
-            raise LLMValidationError(f"on_mcp_error is {on_error!r}", hint='give "raise" or "continue"')
-        _check_seconds("call_timeout", call_timeout)
+        check_choice("on_mcp_error", on_error, ("raise", "continue"))
+        check_seconds("call_timeout", call_timeout)
         servers, errors = self._chosen(await self.reload(), names)
         for server in servers:
             server.acquire()
@@ -296,12 +293,6 @@ class McpHub:
     def _check_same_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise MCPError("the hub of MCP servers is in use in another event loop", hint="make one for each loop")
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and 0 < value < math.inf):
-        raise LLMValidationError(f"{name} is {value!r}", hint="give a positive number of seconds, or None")
 
 
 def _is_itself(config: McpConfig, name: str) -> bool:
