@@ -1,4 +1,4 @@
-"""What runs share, and what is left of them: leases, cancels, the file that changes, and the end of the agent."""
+"""The servers of an agent over time: sharing by runs, changes of the configuration file, cancellation, and closing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import asks, calls, check_valid, our_tasks, tool_texts
 from tests.agent.test_cancellation import Probe
 from tests.mcp.conftest import MakeAgent
+from tests.mcp.dynamic_support import echo_the_task, sent_tool_names
 from tests.mcp.support import gone, noted, scripted
-from tests.mcp.test_dynamic import echoes, tools_sent
 from tests.mcp.test_hub import rewrite
 from tests.support import cancel_at_each_step, in_flight, turns
 
 
-def users(agent: DynamicAutonomousAgent) -> int:
-    """Runs and calls that hold the agent's servers."""
+def count_server_users(agent: DynamicAutonomousAgent) -> int:
+    """Returns how many runs and calls hold servers of the agent."""
     return sum(server._users for server in agent._hub._servers.values())
 
 
@@ -40,12 +40,12 @@ def pid_of(agent: DynamicAutonomousAgent, name: str = "a") -> int:
     return pid
 
 
-def slow(notes: Path, **told: Any) -> dict[str, Any]:
-    """A server that never answers, and notes when it is started."""
-    return {"hang": True, "starts": True, "notes": str(notes), **told}
+def hanging_server(notes: Path, **options: Any) -> dict[str, Any]:
+    """Returns the options of a server that never answers, and that notes when it is started."""
+    return {"hang": True, "starts": True, "notes": str(notes), **options}
 
 
-# Leases
+# Sharing
 
 
 async def test_a_run_holds_its_servers_until_its_end(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:
@@ -54,12 +54,12 @@ async def test_a_run_holds_its_servers_until_its_end(scripted_server: ScriptedSe
     scripted_server.script(answer("one", gate=gate), answer("two"))
     first = asyncio.create_task(agent.autonomous_with_mcp("a", "Go."))
     await scripted_server.wait_until(lambda: scripted_server.in_flight)
-    assert users(agent) == 1
+    assert count_server_users(agent) == 1
     await agent.autonomous_with_mcp("a", "Go.")
-    assert users(agent) == 1
+    assert count_server_users(agent) == 1
     gate.set()
     await first
-    assert users(agent) == 0
+    assert count_server_users(agent) == 0
 
 
 async def test_a_changed_file_closes_an_old_server_only_after_the_runs_that_use_it(
@@ -76,7 +76,7 @@ async def test_a_changed_file_closes_an_old_server_only_after_the_runs_that_use_
     rewrite(tmp_path / "mcp.json", {"a": {"tools": ["parts"]}, "b": {}})
     assert await agent.list_available_mcps() == ["a", "b"]
     assert await agent.autonomous_with_mcp("a", "Go.") == "other done"
-    assert tools_sent(scripted_server) == ["parts"]
+    assert sent_tool_names(scripted_server) == ["parts"]
     assert pid_of(agent) != old
     assert not await asyncio.to_thread(is_gone, old)
     gate.set()
@@ -84,7 +84,7 @@ async def test_a_changed_file_closes_an_old_server_only_after_the_runs_that_use_
     await gone(old)
 
 
-async def test_the_next_run_uses_what_the_file_says_by_then(
+async def test_a_run_uses_the_configuration_file_as_it_is_when_the_run_starts(
     scripted_server: ScriptedServer, make_agent: MakeAgent, tmp_path: Path
 ) -> None:
     agent = make_agent({"a": {"tools": ["echo"]}, "goes": {}})
@@ -92,22 +92,23 @@ async def test_the_next_run_uses_what_the_file_says_by_then(
     rewrite(tmp_path / "mcp.json", {"a": {"tools": ["echo"]}, "comes": {"tools": ["count"]}})
     pid = pid_of(agent)
     await agent.autonomous_discover_and_execute("Go.")
-    assert tools_sent(scripted_server) == ["echo", "count"]
+    assert sent_tool_names(scripted_server) == ["echo", "count"]
     assert pid_of(agent) == pid
 
 
-# Cancels
+# Cancellation
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_caller_that_is_cancelled_at_any_moment_leaves_nothing_behind(
+async def test_cancelling_the_caller_at_any_step_leaves_nothing_behind(
     scripted_server: ScriptedServer, make_agent: MakeAgent, client: LLMClient, stream: bool
 ) -> None:
-    scripted_server.default = echoes
+    scripted_server.default = echo_the_task
     agents: list[DynamicAutonomousAgent] = []
 
     async def run() -> None:
-        agents.append(make_agent({"a": {"tools": ["echo"]}}))  # a new one, which starts its server
+        # Each attempt has a new agent, which has to start its server.
+        agents.append(make_agent({"a": {"tools": ["echo"]}}))
         if not stream:
             assert await agents[-1].autonomous_with_mcp("a", "Go.") == "Go."
             return
@@ -118,7 +119,7 @@ async def test_a_caller_that_is_cancelled_at_any_moment_leaves_nothing_behind(
     async def check() -> None:
         agent = agents[-1]
         assert our_tasks() == []
-        assert users(agent) == 0
+        assert count_server_users(agent) == 0
         assert in_flight(client) == 0
         await agent.close()
         check_idle(agent)
@@ -132,14 +133,14 @@ def check_idle(agent: DynamicAutonomousAgent) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_run_that_is_cancelled_at_any_of_its_waits_gives_its_servers_back(
+async def test_cancelling_a_run_at_any_await_releases_its_servers(
     scripted_server: ScriptedServer,
     make_agent: MakeAgent,
     client: LLMClient,
     monkeypatch: pytest.MonkeyPatch,
     stream: bool,
 ) -> None:
-    scripted_server.default = echoes
+    scripted_server.default = echo_the_task
     probe = Probe(monkeypatch)
     at = stops = 0
     while True:
@@ -159,7 +160,7 @@ async def test_a_run_that_is_cancelled_at_any_of_its_waits_gives_its_servers_bac
         probe.act = caller.cancel
         await asyncio.wait([caller])
         stops += caller.cancelled()
-        assert users(agent) == 0
+        assert count_server_users(agent) == 0
         assert our_tasks() == []
         assert in_flight(client) == 0
         await agent.close()
@@ -173,8 +174,10 @@ async def test_a_run_that_is_cancelled_at_any_of_its_waits_gives_its_servers_bac
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_cancel_while_servers_start_ends_them(make_agent: MakeAgent, notes: Path, stream: bool) -> None:
-    agent = make_agent({"slow": slow(notes)})
+async def test_a_cancelled_run_stops_servers_that_are_starting(
+    make_agent: MakeAgent, notes: Path, stream: bool
+) -> None:
+    agent = make_agent({"slow": hanging_server(notes)})
     caller = asyncio.create_task(agent.autonomous_with_mcp("slow", "Go.", stream=stream))
     await noted(notes)
     caller.cancel("enough")
@@ -182,23 +185,23 @@ async def test_a_cancel_while_servers_start_ends_them(make_agent: MakeAgent, not
         await caller
     assert type(caught.value) is asyncio.CancelledError
     assert our_tasks() == []
-    assert users(agent) == 0
+    assert count_server_users(agent) == 0
     assert agent._hub.status()["slow"].state == "idle"
 
 
-async def test_a_cancel_while_the_servers_of_one_run_start_does_not_disturb_another(
+async def test_a_run_cancelled_during_the_start_of_a_server_does_not_disturb_another_run(
     scripted_server: ScriptedServer, make_agent: MakeAgent
 ) -> None:
     agent = make_agent({"a": {}})
     first, second = (asyncio.create_task(agent.autonomous_with_mcp("a", "Go.")) for _ in range(2))
-    while not users(agent):
+    while not count_server_users(agent):
         await asyncio.sleep(0)
     first.cancel()
     assert await second == "Hello from the scripted server."
     assert first.cancelled()
 
 
-async def test_events_that_are_left_early_cancel_the_run(
+async def test_leaving_the_event_stream_early_cancels_the_run(
     scripted_server: ScriptedServer, make_agent: MakeAgent, notes: Path
 ) -> None:
     agent = make_agent({"a": {"notes": str(notes)}})
@@ -206,15 +209,16 @@ async def test_events_that_are_left_early_cancel_the_run(
     async with await agent.autonomous_with_mcp("a", "Go.", stream=True) as events:
         async for event in events:
             if isinstance(event, ToolCallStarted):
-                await turns(20)  # the call is on its way
+                # By then the call has been sent to the server.
+                await turns(20)
                 break
     assert events.handle.stop_reason == "cancelled"
-    assert users(agent) == 0
+    assert count_server_users(agent) == 0
     assert (await noted(notes))[0].startswith("cancelled ")
     check_valid(events.handle.messages)
 
 
-async def test_events_that_are_dropped_cancel_the_run_with_a_warning(
+async def test_dropping_the_event_stream_cancels_the_run_with_a_warning(
     scripted_server: ScriptedServer, make_agent: MakeAgent
 ) -> None:
     agent = make_agent({"a": {}})
@@ -225,35 +229,35 @@ async def test_events_that_are_dropped_cancel_the_run_with_a_warning(
         del events
     while our_tasks():
         await asyncio.sleep(0)
-    assert users(agent) == 0
+    assert count_server_users(agent) == 0
 
 
-# The end
+# Closing
 
 
 @pytest.fixture
-def own(
+def agent_with_default_client(
     scripted_server: ScriptedServer, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> DynamicAutonomousAgent:
-    """An agent with a client of its own."""
+    """An agent that has created its client and closes it."""
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
     return DynamicAutonomousAgent(config_path=config({"a": scripted({})}))
 
 
 async def test_close_cancels_the_runs_in_flight_and_all_processes_are_gone(
-    scripted_server: ScriptedServer, own: DynamicAutonomousAgent
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
 ) -> None:
     scripted_server.script(calls(asks("echo", text="x")), answer("one two", gate=asyncio.Event()))
-    stream = await own.autonomous_with_mcp("a", "Go.", stream=True)
+    stream = await agent_with_default_client.autonomous_with_mcp("a", "Go.", stream=True)
     async for event in stream:
         if isinstance(event, ToolCallFinished):
             break
     scripted_server.default = answer("three four", gate=asyncio.Event())
     await scripted_server.wait_until(lambda: scripted_server.in_flight == 1)
-    plain = asyncio.create_task(own.autonomous_with_mcp("a", "Go."))
+    plain = asyncio.create_task(agent_with_default_client.autonomous_with_mcp("a", "Go."))
     await scripted_server.wait_until(lambda: scripted_server.in_flight == 2)
-    pid = pid_of(own)
-    await own.close()
+    pid = pid_of(agent_with_default_client)
+    await agent_with_default_client.close()
     assert await asyncio.to_thread(is_gone, pid)
     assert our_tasks() == []
     for ended in (anext(stream), plain):
@@ -285,7 +289,7 @@ async def test_close_waits_for_tools_that_clean_up(scripted_server: ScriptedServ
     (server,) = (task for task in asyncio.all_tasks() if task.get_name() == "lmbridge-mcp-a")
     await turns(20)
     assert not closing.done()
-    assert not server.done(), "a run has its servers to its end"
+    assert not server.done(), "the server has to stay until the run has ended"
     finish.set()
     await closing
     assert server.done()
@@ -294,7 +298,7 @@ async def test_close_waits_for_tools_that_clean_up(scripted_server: ScriptedServ
 
 
 async def test_close_ends_servers_that_are_starting(make_agent: MakeAgent, notes: Path) -> None:
-    agent = make_agent({"slow": slow(notes, grandchild=True)})
+    agent = make_agent({"slow": hanging_server(notes, grandchild=True)})
     waiting = asyncio.create_task(agent.autonomous_with_mcp("slow", "Go.", stream=True))
     grandchild = next(line for line in await noted(notes, 2) if line.startswith("grandchild"))
     await agent.close()
@@ -304,59 +308,60 @@ async def test_close_ends_servers_that_are_starting(make_agent: MakeAgent, notes
     check_idle(agent)
 
 
-async def test_close_again_does_nothing_and_a_later_run_opens_it_again(
-    scripted_server: ScriptedServer, own: DynamicAutonomousAgent
+async def test_close_is_idempotent_and_a_later_run_opens_the_agent_again(
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
 ) -> None:
-    await own.close()
+    await agent_with_default_client.close()
     for _ in range(2):
-        assert await own.autonomous_with_mcp("a", "Go.") == "Hello from the scripted server."
-        pid = pid_of(own)
-        await own.close()
-        await own.close()
+        assert await agent_with_default_client.autonomous_with_mcp("a", "Go.") == "Hello from the scripted server."
+        pid = pid_of(agent_with_default_client)
+        await agent_with_default_client.close()
+        await agent_with_default_client.close()
         assert await asyncio.to_thread(is_gone, pid)
-        assert await own.list_available_mcps() == ["a"]
-    await own.close()
+        assert await agent_with_default_client.list_available_mcps() == ["a"]
+    await agent_with_default_client.close()
 
 
-async def test_whoever_closes_at_the_same_time_waits_for_the_same_end(
-    scripted_server: ScriptedServer, own: DynamicAutonomousAgent
+async def test_concurrent_calls_of_close_wait_for_the_same_end(
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
 ) -> None:
     scripted_server.default = answer("one two", gate=asyncio.Event())
-    run = asyncio.create_task(own.autonomous_with_mcp("a", "Go."))
+    run = asyncio.create_task(agent_with_default_client.autonomous_with_mcp("a", "Go."))
     await scripted_server.wait_until(lambda: scripted_server.in_flight)
-    pid = pid_of(own)
+    pid = pid_of(agent_with_default_client)
 
     async def close() -> bool:
-        await own.close()
+        await agent_with_default_client.close()
         return run.done() and is_gone(pid) and not our_tasks()
 
     assert await asyncio.gather(*(close() for _ in range(3))) == [True] * 3
 
 
-async def test_close_goes_on_if_who_waits_for_it_is_cancelled(
-    scripted_server: ScriptedServer, own: DynamicAutonomousAgent
+async def test_close_continues_if_its_caller_is_cancelled(
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
 ) -> None:
-    await own.autonomous_with_mcp("a", "Go.")
-    pid = pid_of(own)
-    closing = asyncio.create_task(own.close())
+    await agent_with_default_client.autonomous_with_mcp("a", "Go.")
+    pid = pid_of(agent_with_default_client)
+    closing = asyncio.create_task(agent_with_default_client.close())
     await asyncio.sleep(0)
     closing.cancel()
     await asyncio.wait([closing])
     assert closing.cancelled()
-    await own.close()
+    await agent_with_default_client.close()
     assert await asyncio.to_thread(is_gone, pid)
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 
 
-async def test_a_run_that_was_about_to_begin_when_its_agent_was_closed_does_not(
-    scripted_server: ScriptedServer, own: DynamicAutonomousAgent
+async def test_a_run_does_not_start_if_the_agent_is_closed_meanwhile(
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
 ) -> None:
-    run = asyncio.create_task(own.autonomous_with_mcp("a", "Go."))
-    await asyncio.sleep(0)  # it looks at the file
-    await own.close()
+    run = asyncio.create_task(agent_with_default_client.autonomous_with_mcp("a", "Go."))
+    # The run is reading the configuration file when the agent is closed.
+    await asyncio.sleep(0)
+    await agent_with_default_client.close()
     with pytest.raises(TaskCancelledError, match="its agent was closed"):
         await run
-    assert own._hub.status() == {}
+    assert agent_with_default_client._hub.status() == {}
     assert scripted_server.requests == []
 
 
@@ -366,9 +371,9 @@ async def test_a_tool_may_close_the_agent_of_its_own_run(
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
 
     async def shut_down() -> str:
-        """Ends everything."""
+        """Closes the agent."""
         await agent.close()
-        return "never told"
+        return "never returned"
 
     agent = DynamicAutonomousAgent(config_path=config({"a": scripted({})}), tools=[shut_down])
     scripted_server.script(calls(asks("shut_down")))
@@ -379,27 +384,30 @@ async def test_a_tool_may_close_the_agent_of_its_own_run(
     with pytest.raises(TaskCancelledError, match="its agent was closed") as caught:
         await run
     assert tool_texts(caught.value.partial.messages)[0].startswith("No result: the run ended")
-    await agent.close()  # waits for the end of the first
+    # This waits for the first close, which the tool has started.
+    await agent.close()
     assert await asyncio.to_thread(is_gone, pid)
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 
 
-async def test_leaving_the_block_closes_it(scripted_server: ScriptedServer, own: DynamicAutonomousAgent) -> None:
-    async with own as agent:
-        assert agent is own
+async def test_leaving_the_block_closes_the_agent(
+    scripted_server: ScriptedServer, agent_with_default_client: DynamicAutonomousAgent
+) -> None:
+    async with agent_with_default_client as agent:
+        assert agent is agent_with_default_client
         await agent.autonomous_with_mcp("a", "Go.")
         pid = pid_of(agent)
     assert await asyncio.to_thread(is_gone, pid)
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 
 
-async def test_one_that_was_never_used_is_closed_without_a_trace(own: DynamicAutonomousAgent) -> None:
+async def test_closing_an_unused_agent_starts_no_task(agent_with_default_client: DynamicAutonomousAgent) -> None:
     before = asyncio.all_tasks()
-    await own.close()
+    await agent_with_default_client.close()
     assert asyncio.all_tasks() == before
 
 
-def test_it_begins_anew_in_the_next_event_loop(config: Callable[..., Path]) -> None:
+def test_a_closed_agent_can_be_used_in_the_next_event_loop(config: Callable[..., Path]) -> None:
     agent = DynamicAutonomousAgent(config_path=config({"a": scripted({})}))
 
     async def run() -> str:

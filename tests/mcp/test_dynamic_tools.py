@@ -1,0 +1,145 @@
+"""The tools of a `DynamicAutonomousAgent`'s runs: their names, their definitions, and the time that a call may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmbridge import MCPConnectionError, ToolCall
+from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
+from lmbridge.testing import ScriptedServer, answer, reply
+from tests.agent.support import add, asks, calls, tool_texts
+from tests.mcp.conftest import MakeAgent
+from tests.mcp.dynamic_support import sent_tool_names
+from tests.mcp.support import Recorder, noted
+
+
+async def test_listing_servers_follows_the_file_and_starts_nothing(make_agent: MakeAgent) -> None:
+    agent = make_agent({"z": {}, "off": {"disabled": True}, "a": {}})
+    assert await agent.list_available_mcps() == ["z", "a"]
+    assert agent._hub.status() == {}
+
+
+async def test_a_tool_has_its_server_in_its_name_only_if_names_collide(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    def count(n: int) -> int:
+        """Counts."""
+        return n
+
+    agent = make_agent({"a": {"tools": ["echo", "count"]}, "b": {"tools": ["echo", "parts"]}}, tools=[add, count])
+    scripted_server.script(calls(asks("b__echo", text="x"), asks("a__count", "call_2")), answer("done"))
+    result = await agent.autonomous_with_multiple_mcps(["a", "b"], "Go.", full=True)
+    assert sent_tool_names(scripted_server) == ["add", "count", "a__echo", "a__count", "b__echo", "parts"]
+    assert tool_texts(result.messages) == ["x", "count"]
+    await agent.autonomous_with_mcp("b", "Go.")
+    assert sent_tool_names(scripted_server) == ["add", "count", "echo", "parts"]
+
+
+async def test_only_the_named_servers_are_started(make_agent: MakeAgent) -> None:
+    agent = make_agent({"a": {}, "b": {}, "c": {}})
+    await agent.autonomous_with_multiple_mcps(["c", "a", "c"], "Go.")
+    assert list(agent._hub.status()) == ["c", "a"]
+
+
+async def test_a_failing_tool_is_reported_to_the_model_as_text(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    wrong = calls(asks("fails"), asks("refuses", "call_2"), asks("die", "call_3"))
+    scripted_server.script(wrong, calls(asks("echo", text="on")), answer("done"))
+    result = await make_agent({"a": {}}, max_parallel_tools=1).autonomous_with_mcp("a", "Go.", full=True)
+    texts = tool_texts(result.messages)
+    assert texts[0] == "no such file: a.txt"
+    assert "bad arguments" in texts[1]
+    assert "may or may not have run" in texts[2]
+    assert (texts[3], result.text) == ("on", "done")
+
+
+async def test_a_changed_tool_list_takes_effect_in_the_next_run(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    events: Recorder[McpEvent] = Recorder()
+    agent = make_agent({"a": {"tools": ["change"]}}, on_mcp_event=events)
+    scripted_server.script(calls(asks("change")), answer("done"), answer("done"))
+    await agent.autonomous_with_mcp("a", "Go.")
+    assert [sent_tool_names(scripted_server, number) for number in (0, 1)] == [["change"], ["change"]]
+    await events.wait_for(lambda event: type(event).__name__ == "ToolsChanged")
+    await agent.autonomous_with_mcp("a", "Go.")
+    assert sent_tool_names(scripted_server) == ["change", "new"]
+    assert ServerStateChanged("a", ServerState.READY) in events.seen
+
+
+async def test_approve_can_read_the_hints_of_a_tool(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:
+    asked: list[ToolCall] = []
+
+    def approve(call: ToolCall) -> bool:
+        asked.append(call)
+        return call.tool is not None and not call.tool.annotations["destructiveHint"]
+
+    reads = {"name": "count", "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": True}}
+    agent = make_agent({"a": {"tools": ["echo"], "more_tools": [reads]}}, approve=approve)
+    scripted_server.script(calls(asks("echo", text="x"), asks("count", "call_2")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert [call.tool.server for call in asked if call.tool] == ["a", "a"]
+    refused, made = tool_texts(result.messages)
+    assert refused.startswith("Refused")
+    assert made == "count"
+
+
+async def test_definitions_take_at_most_half_of_a_known_context(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 2048}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    big = {"name": "big_one", "description": "x " * 1_600, "inputSchema": {"type": "object"}}
+    small = {"name": "small", "description": "", "inputSchema": {"type": "object"}}
+    agent = make_agent({"a": {"tools": ["echo"], "more_tools": [big, small]}})
+    await agent.autonomous_with_mcp("a", "Go.")
+    assert sent_tool_names(scripted_server) == ["echo", "small"]
+    assert "tool 'big_one' is left out: its definition takes about" in caplog.text
+    assert "of 1024 for all" in caplog.text
+
+
+async def test_all_definitions_are_sent_if_the_context_length_is_unknown(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    big = {"name": "big_one", "description": "x" * 4_000, "inputSchema": {"type": "object"}}
+    await make_agent({"a": {"tools": [], "more_tools": [big]}}).autonomous_with_mcp("a", "Go.")
+    assert sent_tool_names(scripted_server) == ["big_one"]
+
+
+# Timeouts
+
+
+async def test_tool_timeout_covers_a_call(scripted_server: ScriptedServer, make_agent: MakeAgent, notes: Path) -> None:
+    agent = make_agent({"a": {"notes": str(notes)}}, tool_timeout=0.1)
+    scripted_server.script(calls(asks("sleep")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert "did not answer within 0.1 seconds; it was told to stop" in tool_texts(result.messages)[0]
+    assert (await noted(notes))[0].startswith("cancelled ")
+
+
+async def test_tool_timeout_does_not_cover_a_restart(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 1.0)
+    agent = make_agent({"a": {}}, tool_timeout=0.5)
+    scripted_server.script(calls(asks("die")), calls(asks("echo", text="on")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert tool_texts(result.messages)[1] == "on"
+    assert result.log[1].tool_calls[0].seconds > 0.5
+
+
+async def test_the_call_timeout_in_the_file_overrides_tool_timeout(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    agent = make_agent({"a": {"lmbridge": {"callTimeout": 0.1}}}, tool_timeout=5)
+    scripted_server.script(calls(asks("sleep")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert "did not answer within 0.1 seconds" in tool_texts(result.messages)[0]
+
+
+async def test_connect_timeout_limits_the_start_of_a_server(make_agent: MakeAgent) -> None:
+    with pytest.raises(MCPConnectionError, match=r"did not answer within 0.1 seconds"):
+        await make_agent({"a": {"hang": True}}, connect_timeout=0.1).autonomous_with_mcp("a", "Go.")
