@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, AnyStr
 
 from lmbridge import ChatStream, LLMClient
 from lmbridge.types import ChatCompletionChunk
@@ -22,6 +22,12 @@ def piece(text: str | None = None, *, finish_reason: str | None = None, **fields
 
 HALF = (piece("Hel"), piece("lo"))
 """A stream that has begun: chunks without a finish reason."""
+
+
+def replaced(text: AnyStr, old: AnyStr, new: AnyStr) -> AnyStr:
+    """Returns a text with one part replaced, which must be there: otherwise a test would prove nothing."""
+    assert old in text, f"{old!r} is not in {text!r}"
+    return text.replace(old, new)
 
 
 async def opened(client: LLMClient) -> ChatStream:

@@ -15,6 +15,7 @@ from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, 
 from lmbridge.agent.tool_names import called_names, sent_names
 from lmbridge.agent.toolset import Fault, Ready, Toolset
 from tests.agent.support import deadline_timer
+from tests.support import replaced
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 
@@ -380,11 +381,11 @@ async def test_what_stands_in_a_call_is_its_own() -> None:
         f"```\n{CALL}\n```",
         f"{CALL}{REQUEST}",
         CALL.removesuffix("</tool_call>"),
-        CALL.replace("weather", "forecast"),
-        f"{CALL}{CALL.replace('weather', 'forecast')}",
-        CALL.replace("}}", "}"),
-        CALL.replace('"name"', '"tool"'),
-        CALL.replace('"weather"', "5"),
+        replaced(CALL, "weather", "forecast"),
+        f"{CALL}{replaced(CALL, 'weather', 'forecast')}",
+        replaced(CALL, "}}", "}"),
+        replaced(CALL, '"name"', '"tool"'),
+        replaced(CALL, '"weather"', "5"),
         "<tool_call></tool_call>",
         "<tool_call>[1]</tool_call>",
         "<tool_call>" + "[" * 100_000,

@@ -27,7 +27,7 @@ from lmbridge.testing.exchange import event
 from lmbridge.testing.wire import chunk
 from lmbridge.transport import http
 from lmbridge.transport.sse import MAX_EVENT_SIZE
-from tests.support import MESSAGES, opened, piece, read_text, text_of, turns
+from tests.support import MESSAGES, opened, piece, read_text, replaced, text_of, turns
 
 
 async def no_such_host(*_: object, **__: object) -> object:
@@ -162,7 +162,7 @@ async def test_the_environment_is_not_trusted_unless_asked(monkeypatch: pytest.M
 async def test_loopback_by_name_is_never_proxied(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    origin = scripted_server.origin.replace("127.0.0.1", "localhost")
+    origin = replaced(scripted_server.origin, "127.0.0.1", "localhost")
     async with ScriptedServer() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.origin)
         async with LLMClient(origin, trust_env=True) as client:
@@ -181,7 +181,7 @@ async def test_a_proxy_that_is_not_there_is_told_so(monkeypatch: pytest.MonkeyPa
 
 async def test_cookies_are_not_kept(scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(200, {"choices": [{"message": {}}]}, {"Set-Cookie": "session=1; Path=/"})
-    async with LLMClient(scripted_server.origin.replace("127.0.0.1", "localhost")) as client:
+    async with LLMClient(replaced(scripted_server.origin, "127.0.0.1", "localhost")) as client:
         for _ in range(2):
             await client.chat_completion(MESSAGES)
     assert "cookie" not in scripted_server.requests[1].headers

@@ -9,6 +9,7 @@ import pytest
 
 from lmbridge import LLMClient, LLMValidationError, image_part
 from lmbridge.testing import ScriptedServer
+from tests.support import replaced
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + bytes(range(256))
@@ -38,7 +39,7 @@ def test_what_it_is_its_bytes_say_not_its_name(tmp_path: Path) -> None:
     assert image_part(path) == part(JPEG, "image/jpeg")
     assert image_part(data_url(JPEG, "image/png")) == part(JPEG, "image/jpeg")
     assert image_part(data_url(JPEG, "image/jpg")) == part(JPEG, "image/jpeg")
-    assert image_part(data_url(PNG, "IMAGE/PNG").replace("data:", "DATA:")) == part(PNG, "image/png")
+    assert image_part(replaced(data_url(PNG, "IMAGE/PNG"), "data:", "DATA:")) == part(PNG, "image/png")
 
 
 @pytest.mark.parametrize("data", [GIF, WEBP, PNG[:4], b"<svg/>", b"\x00" + PNG])

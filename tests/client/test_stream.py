@@ -22,7 +22,7 @@ from lmbridge import (
 from lmbridge.testing import Exchange, ScriptedServer, answer, raw, sse, stall
 from lmbridge.testing.exchange import event
 from lmbridge.transport.sse import Event, SSEDecoder
-from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, text_of
+from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, replaced, text_of
 
 
 def partial_text(error: BaseException) -> str:
@@ -148,13 +148,13 @@ async def test_an_event_of_megabytes_arrives_whole(scripted_server: ScriptedServ
 
 
 async def test_a_bad_byte_is_replaced_and_ends_nothing(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    bad = msgspec.json.encode(piece("a?b")).replace(b"a?b", b"a\xffb")
+    bad = replaced(msgspec.json.encode(piece("a?b")), b"a?b", b"a\xffb")
     scripted_server.script(sse(b"data: " + bad + b"\n\n", piece(finish_reason="stop"), done=True))
     assert await read_text(await opened(client)) == "a\ufffdb"
 
 
 async def test_what_only_python_calls_json_is_read(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    odd = msgspec.json.encode(piece("a", score=0)).replace(b'"score":0', b'"score":-Infinity')
+    odd = replaced(msgspec.json.encode(piece("a", score=0)), b'"score":0', b'"score":-Infinity')
     scripted_server.script(sse(b"data: " + odd + b"\n\n", piece(finish_reason="stop"), done=True))
     assert await read_text(await opened(client)) == "a"
 

@@ -19,6 +19,7 @@ import pytest
 
 from lmbridge.local.server import _HERE
 from tests.local.conftest import Witness
+from tests.support import replaced
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -62,7 +63,7 @@ def stand_in(tmp_path: Path, witness: Witness) -> StandIn:
     """Writes an `xllamacpp` whose server does as told; returns the environment in which it is the one."""
 
     def write(body: str) -> dict[str, str]:
-        (tmp_path / "xllamacpp.py").write_text(_STAND_IN.replace("BODY", body))
+        (tmp_path / "xllamacpp.py").write_text(replaced(_STAND_IN, "BODY", body))
         return os.environ | {"PYTHONPATH": str(tmp_path), "WITNESS": str(witness.port)}
 
     return write

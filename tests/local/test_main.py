@@ -22,6 +22,7 @@ import pytest
 
 from lmbridge.local import LocalServer, __main__
 from tests.local.conftest import HANG, SERVE, Script, Witness
+from tests.support import replaced
 
 _KEY = "LMBRIDGE_LOCAL_API_KEY"
 _WITH_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -102,7 +103,7 @@ async def test_curl_gets_a_plain_and_a_streamed_answer() -> None:
         plain = json.loads(await told("sh", "-c", command))
         assert plain["model"] == "smollm2-135m-instruct"
         assert "Paris" in plain["choices"][0]["message"]["content"]
-        streaming = command.replace("curl ", "curl -sN ", 1).replace('"max_tokens"', '"stream": true, "max_tokens"')
+        streaming = replaced(replaced(command, "curl ", "curl -sN "), '"max_tokens"', '"stream": true, "max_tokens"')
         *events, last = (await told("sh", "-c", streaming)).split("\n\n")[:-1]
     assert last == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
@@ -338,7 +339,7 @@ async def test_a_terminal_gets_one_line_of_progress(
             raise asyncio.CancelledError
 
     monkeypatch.setattr(__main__, "LocalServer", Stopped)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(asyncio.CancelledError):
         await __main__._serve({}, None)
     if terminal:

@@ -19,6 +19,7 @@ import pytest_asyncio
 from lmbridge.errors import LLMConnectionError, ModelLoadError
 from lmbridge.local import LocalServer
 from lmbridge.local.model import locate
+from tests.support import replaced
 
 pytestmark = pytest.mark.real
 
@@ -117,7 +118,7 @@ async def test_it_serves_chat_and_embeddings_to_who_has_the_key(http: aiohttp.Cl
         assert [len(vector) for vector in vectors] == [576, 576]
         await _complete(http, server, messages=STORY, max_tokens=2)
         for path in ("health", "slots", "metrics"):
-            async with http.get(server.api_base.replace("v1", path)) as response:
+            async with http.get(replaced(server.api_base, "v1", path)) as response:
                 assert response.status == 200
 
 
@@ -156,7 +157,7 @@ async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, t
 
 
 async def _get(http: aiohttp.ClientSession, server: LocalServer, path: str) -> Any:
-    async with http.get(server.api_base.replace("v1", path)) as response:
+    async with http.get(replaced(server.api_base, "v1", path)) as response:
         assert response.status == 200
         return await response.json()
 

@@ -102,6 +102,7 @@ def _free_port() -> int:
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 1), (6, 3), (16, 8), (64, 8)], ids=str)
 def test_it_leaves_cores_to_others(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not every system has the function, so it may be missing before.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert LocalServer()._options["threads"] == threads
 
