@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
+from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
 
 _T = TypeVar("_T")
@@ -32,9 +33,7 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
 
     Most arguments that are checked here are options, so without a `hint` the error suggests to leave the argument out.
     """
-    shown = repr(value)
-    if len(shown) > _SHOWN_CHARACTERS:
-        shown = f"{shown[:_SHOWN_CHARACTERS]}..."
+    shown = shorten(repr(value), _SHOWN_CHARACTERS)
     return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint or _default_hint(name))
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import msgspec
 
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.errors import ToolError
 from lmbridge.transport.deadline import DeadlineTimer
 
@@ -299,4 +300,4 @@ def capped(text: str, most: int) -> str:
         tail = most // 2
         omitted = len(text) - most
         text = f"{text[: most - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
-    return text.encode("utf-8", "replace").decode()
+    return replace_lone_surrogates(text)

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.agent.history import History
 from lmbridge.agent.result import Round, RunResult, StopReason
 from lmbridge.agent.tools import ToolCall
@@ -85,7 +86,7 @@ class Record:
         """The run ends in the middle: keeps what the model was saying."""
         self._said, self._so_far = self.said, None
         if self._is_speaking and self.text:
-            self.history.answer(self.text.encode("utf-8", "replace").decode())  # half a surrogate pair cannot be sent
+            self.history.answer(replace_lone_surrogates(self.text))
         self._is_speaking = False
 
     def result(self, stop_reason: StopReason) -> RunResult:

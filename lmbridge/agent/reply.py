@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import attrs
 import msgspec
 
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.types import Usage
 
@@ -28,7 +28,7 @@ class Reply:
     @classmethod
     def read(cls, reply: Mapping[str, Any]) -> Reply:
         """That of a whole chat completion."""
-        reply = _sendable(reply)
+        reply = replace_lone_surrogates(reply)
         choice: Mapping[str, Any] = next(iter(reply.get("choices") or ()), {})
         reasoning, text = split_reasoning(reply)
         return cls(
@@ -54,13 +54,3 @@ class Reply:
         except (ValueError, RecursionError):
             return True
         return False
-
-
-def _sendable(value: Any) -> Any:
-    """The value; where a text holds half a surrogate pair, which no request can hold, with a question mark for it."""
-    try:
-        msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        whole = json.loads(json.dumps(value))  # joins the two halves that came in two chunks
-        return json.loads(json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace"))
-    return value

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from lmbridge.client.failures import shortened
+from lmbridge._text import excerpt
 from lmbridge.client.schemas import resolved
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def validator(
 def _told(error: ValidationError) -> str:
     """What is wrong, and where; of alternatives, what is wrong with the value as each of them."""
     if not error.context:
-        return f"{error.json_path}: {shortened(error.message)}"
+        return f"{error.json_path}: {excerpt(error.message)}"
     first = {each.schema_path[0]: each for each in reversed(error.context)}  # the number of the alternative
     each_told = " or ".join(_told(first[number]) for number in sorted(first)[:_SHOWN])
     return f"{error.json_path}: no alternative fits ({each_told})"

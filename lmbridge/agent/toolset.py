@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import msgspec
 
+from lmbridge._text import shorten
 from lmbridge.agent.calling import Outcome, call_tool
 from lmbridge.agent.schemas import coerced
 from lmbridge.agent.text_calls import read_text_calls, wire_call
@@ -175,7 +176,7 @@ class Toolset:
         return asked if asked in self._tools else self._sent.get(asked)
 
     def _unknown(self, asked: str) -> str:
-        what = f"there is no tool {shown(asked)!r}" if asked else "the call names no tool"
+        what = f"there is no tool {shorten(asked, _QUOTED)!r}" if asked else "the call names no tool"
         if not self.names:
             return f"{what}: there are none"
         close = difflib.get_close_matches(asked.lower(), self.names)
@@ -231,7 +232,7 @@ def _object(given: Any) -> dict[str, Any]:
     """
     values = coerced(given, {"type": "object"}) if isinstance(given, str) else given
     if not isinstance(values, dict):
-        raise ValueError(f"they have to be a JSON object, not {shown(json.dumps(values))}")  # noqa: TRY004 - as any other
+        raise ValueError(f"they have to be a JSON object, not {shorten(json.dumps(values), _QUOTED)}")  # noqa: TRY004 - as any other
     return values
 
 
@@ -245,12 +246,7 @@ def _place(text: str, error: Exception) -> str:
         return f"{exc.msg} at {where}, near {text[begin : begin + _QUOTED]!r}"
     except (ValueError, RecursionError):
         pass  # too deep, or a number without end: the other decoder said so
-    return f"{error}, in {shown(text)!r}"
-
-
-def shown(text: str) -> str:
-    """The text, or as much of it as a model needs to know which it was."""
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    return f"{error}, in {shorten(text, _QUOTED)!r}"
 
 
 def _parameters(tool: Tool) -> str:

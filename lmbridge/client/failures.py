@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._text import excerpt
 from lmbridge.client.wire import decode_json
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -30,8 +31,6 @@ from lmbridge.errors import (
 )
 from lmbridge.transport import Reply, Verdict
 
-_SHOWN: Final = 500
-"""Characters of a body that an error's text repeats; all of it is in `.body`."""
 _SEARCHED: Final = 10_000
 """Characters of a message that are searched for known words."""
 
@@ -317,7 +316,7 @@ def error_of_reply(reply: Reply, redact: Redact) -> LLMError:
 
 
 def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
-    text = shortened(said.message)
+    text = excerpt(said.message)
     if not text:
         return " with an empty body"
     if status >= 300:
@@ -330,7 +329,7 @@ def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
 def error_of_event(said: Said, context: Mapping[str, Any]) -> LLMError:
     """The error for an event, or for bare text, that ends a stream."""
     kind = type_of_error(said, None) or LLMStreamError
-    what = f": {shortened(said.message)}" if said.message else " with an error that has no text"
+    what = f": {excerpt(said.message)}" if said.message else " with an error that has no text"
     return _make(kind, f"the server ended the stream{what}", said, ErrorDetails(context=context))
 
 
@@ -406,11 +405,6 @@ def _tokens(said: Said) -> tuple[int | None, int | None]:
 def _first_number(patterns: tuple[_Words, ...], text: str) -> int | None:
     found = next(filter(None, (pattern.search(text) for pattern in patterns)), None)
     return int(found[1]) if found and len(found[1]) < 19 else None  # int() refuses thousands of digits
-
-
-def shortened(text: str) -> str:
-    """The text, or its beginning with how long it is."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def _without_query(location: str) -> str:

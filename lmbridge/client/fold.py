@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
+from lmbridge._text import shorten
 from lmbridge.errors import LLMStreamError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ _TEXTS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
 _USUAL: Final = frozenset({"index", "delta", "finish_reason"})
 """What a choice of a chunk holds in any case."""
 _JSON_SPACE: Final = " \t\r\n"
+_SHOWN_CHARACTERS: Final = 200
+"""Characters of a malformed chunk that the error shows."""
 
 
 class Fold:
@@ -83,7 +86,9 @@ class Fold:
         try:
             self._add(chunk)
         except (AttributeError, TypeError, ValueError) as exc:
-            raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
+            raise LLMStreamError(
+                f"the stream holds a chunk of an unknown shape: {shorten(repr(chunk), _SHOWN_CHARACTERS)}", exc
+            ) from exc
 
     def _add(self, chunk: Mapping[str, Any]) -> None:
         self.begun = True
@@ -126,7 +131,9 @@ class TextFold(Fold):
         try:
             choices = [_as_delta(choice) for choice in chunk.get("choices") or ()]
         except (AttributeError, TypeError, ValueError) as exc:
-            raise LLMStreamError(f"the stream holds a chunk of an unknown shape: {_preview(chunk)}", exc) from exc
+            raise LLMStreamError(
+                f"the stream holds a chunk of an unknown shape: {shorten(repr(chunk), _SHOWN_CHARACTERS)}", exc
+            ) from exc
         super().add({**chunk, "choices": choices})
 
     def reply(self) -> Any:
@@ -352,8 +359,3 @@ def _copied(fields: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in fields.items():
         _join(copied, key, value)
     return copied
-
-
-def _preview(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

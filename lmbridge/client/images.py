@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
 
 _MAGIC: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -47,7 +48,8 @@ def _read(source: object) -> bytes:
             return _decode(source)
         if scheme.startswith(("http://", "https://")):
             raise LLMValidationError(
-                f"the image is a URL, {_shortened(source)}", hint="fetch it first: local servers take images inline"
+                f"the image is a URL, {shorten(source, _SHOWN)!r}",
+                hint="fetch it first: local servers take images inline",
             )
     elif not isinstance(source, os.PathLike):
         raise LLMValidationError(f"the image is of type {type(source).__name__}", hint=_HINT)
@@ -57,21 +59,19 @@ def _read(source: object) -> bytes:
         return Path(source).read_bytes()
     except (OSError, ValueError) as exc:  # ValueError: a path that holds a NUL
         reason = getattr(exc, "strerror", None) or exc
-        raise LLMValidationError(f"cannot read the image {_shortened(str(source))}: {reason}", exc, hint=_HINT) from exc
+        raise LLMValidationError(
+            f"cannot read the image {shorten(str(source), _SHOWN)!r}: {reason}", exc, hint=_HINT
+        ) from exc
 
 
 def _decode(url: str) -> bytes:
     head, _, payload = url.partition(",")
     label, *options = head[len("data:") :].lower().split(";")
     if label not in _LABELS:
-        raise LLMValidationError(f"the data URL is labelled {_shortened(label)}, no PNG or JPEG", hint=_CONVERT)
+        raise LLMValidationError(f"the data URL is labelled {shorten(label, _SHOWN)!r}, no PNG or JPEG", hint=_CONVERT)
     if "base64" not in options:
         raise LLMValidationError("the data URL holds no base64", hint=_HINT)
     try:
         return base64.b64decode(payload, validate=True)
     except ValueError as exc:
         raise LLMValidationError(f"the data URL holds no base64: {exc}", exc, hint=_HINT) from exc
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import attrs
 
 from lmbridge._checks import check_text
+from lmbridge._text import excerpt
 from lmbridge.client import failures
 from lmbridge.client.server import Server
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, TaskCancelledError
@@ -193,7 +194,7 @@ class LMStudio:
         if found.is_lmstudio:
             message, hint = "this LM Studio is too old: it does not have this part of its API yet", _UPDATE_HINT
         else:
-            name, told = reply.headers.get("Server"), failures.shortened(body)
+            name, told = reply.headers.get("Server"), excerpt(body)
             itself = f" (it calls itself {name!r})" if name else ""
             message = f"this server{itself} is not LM Studio: it answered {reply.status} with {told!r}"
             hint = _NOT_HINT

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any, Final, cast
 
+from lmbridge._text import shorten
 from lmbridge.errors import LLMStreamError
 from lmbridge.types import Response
 
@@ -62,9 +63,8 @@ class ResponseFold:
         try:
             self._add(str(event.get("type")), event)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            told = repr(event)
-            told = told if len(told) <= 200 else f"{told[:200]}..."
-            raise LLMStreamError(f"the stream holds an event of an unknown shape: {told}", exc) from exc
+            shown = shorten(repr(event), 200)
+            raise LLMStreamError(f"the stream holds an event of an unknown shape: {shown}", exc) from exc
 
     def _add(self, kind: str, event: Mapping[str, Any]) -> None:
         self.begun = True

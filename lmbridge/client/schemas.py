@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import msgspec
 
 from lmbridge._checks import is_integer, is_number
-from lmbridge.client.failures import shortened
+from lmbridge._text import excerpt
 
 _FAULT: Final = re.compile(r"(?P<what>.*) - at (?P<path>`.*`)", re.DOTALL)
 
@@ -318,4 +318,4 @@ def fault(error: Exception) -> tuple[str, str]:
         return "$", f"it is no JSON: {text}"
     found = _FAULT.fullmatch(text)
     path, what = (found["path"].replace("`", ""), found["what"]) if found else ("$", text)
-    return path, shortened(what[:1].lower() + what[1:])
+    return path, excerpt(what[:1].lower() + what[1:])

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._text import excerpt
 from lmbridge.client import failures
 from lmbridge.client.names import ModelNames
 from lmbridge.client.wire import decode_json, encode_body
@@ -139,7 +140,7 @@ class Server:
         """The error for a reply that is not `what` was asked for."""
         text = self._text(reply)
         return LLMResponseError(
-            f"the server answered {reply.status} with something that is not {what}: {failures.shortened(text)!r}",
+            f"the server answered {reply.status} with something that is not {what}: {excerpt(text)!r}",
             hint="check that api_base is an OpenAI-compatible server",
             status=reply.status,
             body=text,

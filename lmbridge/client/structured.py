@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 import attrs
 import msgspec
 
-from lmbridge.client.failures import shortened
+from lmbridge._text import excerpt, replace_lone_surrogates, shorten
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.client.schemas import digestible, fault
 from lmbridge.client.stream import ChatStream, collect
@@ -122,7 +122,7 @@ def _nothing(reply: ChatCompletion) -> tuple[str, str]:
     if message.get("tool_calls"):
         return "the model called a tool instead of answering", "give parse no tools; .partial has the calls"
     if refusal := message.get("refusal"):
-        return f"the model refused: {shortened(refusal)}", "ask otherwise, or ask another model"
+        return f"the model refused: {excerpt(refusal)}", "ask otherwise, or ask another model"
     if split_reasoning(reply).reasoning:
         return "the model thought, but did not answer", "switch its thinking off; .partial has what it thought"
     return "the answer is empty", "ask again, or without parse: not every server and model can answer by a schema"
@@ -130,8 +130,7 @@ def _nothing(reply: ChatCompletion) -> tuple[str, str]:
 
 def _correction(error: LLMValidationError) -> list[dict[str, Any]]:
     """The messages that show the model its wrong answer, and say what is wrong about it."""
-    text = (error.body or "").encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
-    shown = text if len(text) <= _REPEATED else f"{text[:_REPEATED]}..."
+    shown = shorten(replace_lone_surrogates(error.body or ""), _REPEATED)
     told = f"That is wrong: {error.message}. Answer again, with the whole JSON object."
     return [{"role": "assistant", "content": shown}, {"role": "user", "content": told}]
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
+from lmbridge._text import shorten
+
 _ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _HIDDEN: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed
@@ -91,8 +93,7 @@ def description_of(definition: Mapping[str, Any]) -> str:
     """What a tool does, in its server's words."""
     for text in (definition.get("description"), definition.get("title")):
         if isinstance(text, str) and text.strip():
-            cleaned = clean(text).strip()
-            return cleaned if len(cleaned) <= _LONGEST else f"{cleaned[:_LONGEST]}..."
+            return shorten(clean(text).strip(), _LONGEST)
     return ""
 
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge._text import excerpt, replace_lone_surrogates, shorten
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
+)
+
+
+def test_a_long_text_is_shortened_with_dots_and_a_short_one_is_not() -> None:
+    assert shorten("abcde", 5) == "abcde"
+    assert shorten("abcdef", 5) == "abcde..."
+
+
+def test_an_excerpt_of_a_long_text_says_how_long_it_is() -> None:
+    assert excerpt("x" * 500) == "x" * 500
+    assert excerpt("x" * 501) == "x" * 500 + "... (501 characters)"
+
+
+@pytest.mark.parametrize(
+    ("value", "replaced"),
+    [
+        ("plain", "plain"),
+        ("cut \ud83d here", "cut ? here"),
+        ("\udd42", "?"),
+        ("\ud83d\ude42", "🙂"),
+        ({"content": "a\ud83d", "parts": ["\udc00", 1, None]}, {"content": "a?", "parts": ["?", 1, None]}),
+    ],
+)
+def test_lone_surrogates_become_question_marks_and_pairs_become_characters(value: Any, replaced: Any) -> None:
+    assert replace_lone_surrogates(value) == replaced
+
+
+@given(JSON_VALUES)
+def test_a_value_without_lone_surrogates_can_be_encoded(value: Any) -> None:
+    msgspec.json.encode(replace_lone_surrogates(value))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_text_without_surrogates_is_returned_unchanged(text: str) -> None:
+    assert replace_lone_surrogates(text) is text
