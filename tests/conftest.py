@@ -1,4 +1,4 @@
-"""What every test has: a clean environment, a watch for blocking calls, and the scripted server."""
+"""Fixtures for all tests: a clean environment, a check for blocking calls, and the scripted server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ENVIRONMENT = (
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on the settings of the machine that it runs on."""
+    """Removes environment variables that would make a test depend on the machine that it runs on."""
     for name in _ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -35,14 +35,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_blocking_calls() -> Iterator[BlockBuster]:
-    """A blocking call that the package makes in the event loop fails the test."""
-    with blockbuster_ctx("lmbridge") as watch:
-        yield watch
+    """Fails a test in which the package makes a blocking call in the event loop."""
+    with blockbuster_ctx("lmbridge") as blockbuster:
+        yield blockbuster
 
 
 @pytest.fixture
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Retries and polls without their waits; the list gets what they would have been, before jitter."""
+    """Removes the waits of retries and polls. The list receives how long each wait would have been, before jitter."""
     ceilings: list[float] = []
 
     def no_jitter(ceiling: float) -> float:
@@ -56,6 +56,6 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest_asyncio.fixture
 async def client(scripted_server: ScriptedServer) -> AsyncIterator[LLMClient]:
-    """A client of the scripted server that asks for its model."""
+    """A client of the scripted server, which requests the server's model."""
     async with LLMClient(scripted_server.api_base, "test-model") as client:
         yield client

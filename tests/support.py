@@ -1,4 +1,4 @@
-"""What tests share."""
+"""Helpers that the tests of several layers share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MESSAGES = [{"role": "user", "content": "Say hello."}]
 
 
 def piece(text: str | None = None, *, finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
-    """A chunk with some content, or with an empty delta; `fields` replace those of the chunk."""
+    """Returns a chunk with a text, or with an empty delta; `fields` replace fields of the chunk."""
     delta = {} if text is None else {"content": text}
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return {"object": "chat.completion.chunk", "model": "test-model", "choices": [choice], **fields}
 
 
 HALF = (piece("Hel"), piece("lo"))
-"""A stream that has begun: chunks without a finish reason."""
+"""The beginning of a stream: chunks without a finish reason."""
 
 
 def replaced(text: AnyStr, old: AnyStr, new: AnyStr) -> AnyStr:
@@ -31,7 +31,7 @@ def replaced(text: AnyStr, old: AnyStr, new: AnyStr) -> AnyStr:
 
 
 async def opened(client: LLMClient) -> ChatStream:
-    """A stream of the client's model."""
+    """Opens a chat stream."""
     return await client.chat_completion(MESSAGES, stream=True)
 
 
@@ -41,27 +41,27 @@ def in_flight(client: LLMClient) -> int:
 
 
 def text_of(chunk: Mapping[str, Any]) -> str:
-    """A chunk's content."""
+    """Returns the text of a chunk."""
     return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
 
 
 async def read_text(stream: AsyncIterable[ChatCompletionChunk]) -> str:
-    """All content of a stream."""
+    """Reads a stream to its end and returns its text."""
     return "".join([text_of(chunk) async for chunk in stream])
 
 
 async def turns(count: int = 3) -> None:
-    """Lets everything that is ready run, and what becomes ready by it."""
+    """Lets the event loop run for a number of turns, so that tasks that are ready can continue."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
 class Steps:
-    """Awaits a coroutine and tells at each place where it waits.
+    """Awaits a coroutine and calls a function each time the coroutine waits for something.
 
     Args:
-        coroutine: What to run.
-        at_wait: Called with the number of the wait, from 1.
+        coroutine: The coroutine to run.
+        at_wait: The function; it is called with the number of the wait, starting at 1.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], at_wait: Callable[[int], object]) -> None:
@@ -80,7 +80,7 @@ class Steps:
             self._at_wait(self.count)
             try:
                 value = yield waited_for
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is the coroutine's
+            except BaseException as error:  # noqa: BLE001 - the coroutine gets every exception
                 step = partial(self._coroutine.throw, error)
             else:
                 step = partial(self._coroutine.send, value)
@@ -89,12 +89,12 @@ class Steps:
 async def cancel_at_each_step(
     run: Callable[[], Coroutine[Any, Any, Any]], after: Callable[[], Awaitable[None]], *, at_least: int
 ) -> None:
-    """Runs something over and over, cancelled at its 1st, 2nd, ... wait, until a run comes to its end.
+    """Runs a coroutine again and again, cancelled at its 1st, 2nd, ... wait, until one run is not cancelled.
 
     Args:
-        run: Makes the coroutine.
-        after: Checked after each cancelled run.
-        at_least: Waits that there must have been, so that the test cannot pass by cancelling nothing.
+        run: Creates the coroutine.
+        after: Called after each cancelled run, to check that nothing is left behind.
+        at_least: The minimum number of waits, so that the test cannot pass without cancelling anything.
     """
     cancel_at = 0
     while True:

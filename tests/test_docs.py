@@ -1,14 +1,15 @@
-"""Every Python block of the README and of docs/ runs, and what stands under it is what it prints.
+"""Every Python block in the README and in docs/ runs and prints what the page shows; links and commands work.
 
-The blocks of a page run in order, in one namespace, against a scripted server that the environment names. An HTML
-comment on the line before a block says otherwise:
+The blocks of a page run in order, in one namespace, against a scripted server whose URL is in the environment. An HTML
+comment on the line before a block changes that:
 
-- `<!-- before: CODE -->`: the scripted server is told something first (`server`, and the names of `lmbridge.testing`);
-- `<!-- program -->`: it is a whole program, and runs in an interpreter of its own;
-- `<!-- file: NAME -->`: it is a file for pytest, which is run once all files of the page are there;
-- `<!-- real -->`: it runs the embedded server, in a test of its own.
+- `<!-- before: CODE -->`: the code runs first, to prepare the scripted server; it can use `server` and the names of
+  `lmbridge.testing`.
+- `<!-- program -->`: the block is a complete program and runs in a separate interpreter.
+- `<!-- file: NAME -->`: the block is a file for pytest, which runs once all files of the page have been written.
+- `<!-- real -->`: the block uses the embedded server and runs in a separate test.
 
-A `text` block right after a block is its output. Ports and seconds are not compared.
+A `text` block directly after a Python block is its expected output. Ports and seconds are not compared.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path, *marks: str | None) -> list[Block]:
-    """The Python blocks with one of these marks (None: with none)."""
+    """Returns the Python blocks of a page that have one of these marks; None stands for blocks without a mark."""
     return [block for block in all_blocks(page) if block.language == "python" and block.mark in marks]
 
 
@@ -75,7 +76,8 @@ def pages(*marks: str | None) -> list[Any]:
 
 
 async def execute(block: Block, page: Path, namespace: dict[str, Any]) -> None:
-    """Runs code that may await outside of functions; a traceback shows the lines of the page."""
+    """Runs a block, which may use `await` outside of functions."""
+    # The added lines make a traceback show the line numbers of the page.
     source = "\n" * (block.line - 1) + block.code
     code = compile(source, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     outcome = eval(code, namespace)
@@ -90,6 +92,7 @@ def check_output(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def comparable(text: str) -> str:
+    """Replaces the ports and seconds of a text, which differ from run to run."""
     return re.sub(r"\d+\.\d\d s", "0.00 s", re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:0", text))
 
 
@@ -105,7 +108,7 @@ def chunk(text: str) -> dict[str, Any]:
 
 @pytest.fixture
 def namespace() -> dict[str, Any]:
-    """What the blocks of a page define."""
+    """The namespace that the blocks of a page share."""
     return {"__name__": "__main__"}
 
 
@@ -120,10 +123,13 @@ async def test_the_blocks_of_a_page_run(
 ) -> None:
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
     monkeypatch.setenv("DEFAULT_MODEL", "test-model")
-    known = {name: getattr(testing, name) for name in testing.__all__} | {"server": scripted_server, "chunk": chunk}
+    prepare_names = {name: getattr(testing, name) for name in testing.__all__} | {
+        "server": scripted_server,
+        "chunk": chunk,
+    }
     try:
         for block in blocks(page, None, "before"):
-            exec(block.value, known.copy())
+            exec(block.value, prepare_names.copy())
             await execute(block, page, namespace)
             check_output(block, capsys)
     finally:
@@ -154,7 +160,7 @@ async def test_the_programs_of_a_page_run(page: Path, scripted_server: ScriptedS
         )
         printed, _ = await process.communicate()
         assert process.returncode == 0
-        assert printed.decode() == "Hello from the scripted server."
+        assert printed.decode().removesuffix("\n") == "Hello from the scripted server."
 
 
 @pytest.mark.parametrize("page", pages("file"))
@@ -169,7 +175,7 @@ def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester
     result.assert_outcomes(passed=sum(block.code.count("def test_") for block in files))
 
 
-def test_no_block_is_left_out() -> None:
+def test_every_code_block_has_a_known_language_and_mark() -> None:
     for page in PAGES:
         found = all_blocks(page)
         assert {block.mark for block in found} <= {None, "before", "program", "file", "real"}, page.name
@@ -178,34 +184,50 @@ def test_no_block_is_left_out() -> None:
         assert page.read_text().count("```") == 2 * (len(found) + outputs), page.name
 
 
-def test_the_readme_begins_with_the_two_commands() -> None:
-    first, *others = (block for block in all_blocks(ROOT / "README.md") if block.language == "shell")
-    assert (ROOT / "README.md").read_text().startswith("```shell\nmake demo")
+def test_the_readme_begins_with_the_purpose_and_the_two_commands() -> None:
+    title, purpose, commands = (ROOT / "README.md").read_text().split("\n\n")[:3]
+    assert title == "# lmbridge"
+    assert purpose.startswith("lmbridge is ")
+    assert commands.startswith("```shell\nmake demo")
+    blocks_of_readme = all_blocks(ROOT / "README.md")
+    first = blocks_of_readme[0]
     assert [line.split("#")[0].split() for line in first.code.splitlines()] == [["make", "demo"], ["make", "test"]]
-    assert "examples/quickstart.py" in others[0].code
+    assert any("examples/quickstart.py" in block.code for block in blocks_of_readme if block.language == "shell")
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_commands_name_what_there_is(page: Path) -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+def test_commands_name_existing_targets_extras_sessions_and_files(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
     for block in all_blocks(page):
         if block.language == "shell":
-            assert set(re.findall(r"^make (?:\w+=\S+ )?(\w+)", block.code, re.MULTILINE)) <= targets
+            assert set(re.findall(r"^make (?:\w+=\S+ )?([\w-]+)", block.code, re.MULTILINE)) <= targets
             assert {name for names in re.findall(r"\[([\w,]+)\]", block.code) for name in names.split(",")} <= extras
             assert set(re.findall(r"nox -s (\w+)", block.code)) <= sessions
             assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:examples|tests)/\S+\.py", block.code))
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in (*PAGES, ROOT / "CHANGELOG.md")])
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         linked = page.parent / target if target else page
         assert linked.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_architecture_page_names_code_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (`[^|]+`) \| (`[^|]+`) \|$", text, re.MULTILINE)
+    assert len(rows) == text.count("\n| ") - 2 * text.count("\n| promise |")
+    for _promise, code, tests in rows:
+        for folder, paths in (("lmbridge", code), ("tests", tests)):
+            missing = [path for path in re.findall(r"`([^`]+)`", paths) if not (ROOT / folder / path).is_file()]
+            assert missing == [], f"docs/architecture.md names files that do not exist in {folder}/"
+    for path in re.findall(r"`([\w/]+\.py)`", text.partition("## Promises")[0]):
+        assert (ROOT / path).is_file() or (ROOT / "lmbridge" / path).is_file(), path
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom: the contracts in pyproject.toml, and what import-linter has no contract for."""
+"""Which module may import which: the contracts in pyproject.toml, and rules that import-linter cannot express."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / "lmbridge").rglob("*.py"))
 
 
 def imports(source: Path) -> Iterator[str]:
-    """The full names of the modules that a file imports from, anywhere in it."""
+    """Yields the full name of each module that a file imports from, at its top or inside a function."""
     package = source.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -26,6 +26,7 @@ def imports(source: Path) -> Iterator[str]:
 
 
 def importers(name: str) -> list[str]:
+    """Returns the files of the package that import a module or anything below it."""
     return [
         source.relative_to(ROOT).as_posix()
         for source in SOURCES
@@ -34,7 +35,7 @@ def importers(name: str) -> list[str]:
 
 
 def test_the_contracts_are_kept() -> None:
-    # In a process of its own: it switches off every logger that there is.
+    # import-linter runs in a separate process because it disables all existing loggers.
     lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -51,11 +52,11 @@ def test_the_contracts_are_kept() -> None:
         ("jsonschema", "lmbridge/agent/schemas.py"),
     ],
 )
-def test_one_file_imports_the_library(library: str, importer: str) -> None:
+def test_only_one_file_imports_the_library(library: str, importer: str) -> None:
     assert importers(library) == [importer]
 
 
-def test_one_folder_imports_the_sdk_of_mcp() -> None:
+def test_only_one_folder_imports_the_mcp_sdk() -> None:
     assert {Path(importer).parent.as_posix() for importer in importers("mcp")} == {"lmbridge/mcp/sdk"}
 
 
@@ -64,5 +65,5 @@ def test_no_file_imports_the_library(library: str) -> None:
     assert importers(library) == []
 
 
-def test_nobody_inside_imports_the_root() -> None:
+def test_no_module_of_the_package_imports_the_root() -> None:
     assert [source.as_posix() for source in SOURCES if "lmbridge" in imports(source)] == []

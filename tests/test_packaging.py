@@ -1,8 +1,10 @@
-"""The wheel, its metadata, and what is said about its version."""
+"""The wheel: its files, its metadata, its version, and classifiers that claim only what is tested."""
 
 from __future__ import annotations
 
+import ast
 import email
+import re
 import subprocess
 import sys
 from email.message import Message
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built offline: by the hatchling of this environment, not by one that pip would fetch."""
+    """The wheel, built offline: by the hatchling of this environment, not by one that pip would download."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -40,7 +42,7 @@ def metadata(wheel: Path) -> Message:
         return email.message_from_bytes(archive.read(name))
 
 
-def test_the_wheel_has_all_of_the_package(names: set[str]) -> None:
+def test_the_wheel_has_every_file_of_the_package(names: set[str]) -> None:
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "lmbridge").rglob("*")
@@ -50,7 +52,7 @@ def test_the_wheel_has_all_of_the_package(names: set[str]) -> None:
     assert {name for name in names if name.startswith("lmbridge/")} == sources
 
 
-def test_the_wheel_has_nothing_else(names: set[str]) -> None:
+def test_the_wheel_has_no_other_files(names: set[str]) -> None:
     folders = {name.partition("/")[0] for name in names}
     assert folders == {"lmbridge", f"lmbridge-{lmbridge.__version__}.dist-info"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -62,12 +64,24 @@ def test_the_metadata_names_the_extras(metadata: Message) -> None:
     assert metadata["License-Expression"] == "MIT"
 
 
+def test_classifiers_claim_only_pythons_that_nox_runs_and_the_system_of_the_tests(metadata: Message) -> None:
+    classifiers = metadata.get_all("Classifier", [])
+    claimed = {each.rpartition(" ")[2] for each in classifiers if each.startswith("Programming Language :: Python :: ")}
+    (tested,) = re.findall(
+        r"^@nox\.session\(python=(\[.+\])\)\ndef tests\(", (ROOT / "noxfile.py").read_text(), re.MULTILINE
+    )
+    assert claimed == set(ast.literal_eval(tested))
+    systems = [each for each in classifiers if each.startswith("Operating System :: ")]
+    assert systems == ["Operating System :: POSIX :: Linux"]
+    assert metadata.get_all("Project-URL") is None
+
+
 def test_the_default_install_needs_no_extra(metadata: Message) -> None:
     needed = {line.partition(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert needed == {"aiohttp", "aiohttp-sse-client", "attrs", "backoff", "cachetools", "jsonschema", "msgspec"}
 
 
-def test_there_is_one_version(metadata: Message) -> None:
+def test_the_version_is_written_in_one_place(metadata: Message) -> None:
     assert metadata["Version"] == lmbridge.__version__
     assert [
         path.relative_to(ROOT).as_posix()
@@ -76,7 +90,7 @@ def test_there_is_one_version(metadata: Message) -> None:
     ] == ["lmbridge/_version.py"]
 
 
-def test_the_changelog_is_up_to_date() -> None:
+def test_the_changelog_begins_with_unreleased_or_the_current_version() -> None:
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     newest = headings[0].removeprefix("## ").split(" ")[0]
     assert newest in ("[Unreleased]", f"[{lmbridge.__version__}]")
