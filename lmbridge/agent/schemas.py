@@ -1,4 +1,10 @@
-"""Arguments against a schema: values of the wrong JSON type that can mean one thing only, and what is wrong."""
+"""Checks the arguments of a tool call against the tool's JSON schema.
+
+Two steps, in this order: `coerce_to_schema` repairs values of the wrong JSON type where the schema leaves one reading
+only, and the function made by `build_validator` accepts the result or says what is wrong with it. Coercion follows
+the schema and never the text of a value alone, because a guess would call a tool with arguments that the model did
+not mean.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +21,12 @@ if TYPE_CHECKING:
     from jsonschema import ValidationError
     from jsonschema.protocols import Validator
 
-_SHOWN: Final = 3
-"""Faults that a model is told at a time."""
-_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_VALUES: Final = ("const", "default", "enum", "examples")
-"""What holds values, not schemas."""
-_TYPES: Final[Mapping[type, str]] = {
+_LISTED_MISMATCHES: Final = 3
+"""The largest number of mismatches that one error text lists, and of alternatives that one mismatch describes."""
+_JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+_VALUE_KEYWORDS: Final = ("const", "default", "enum", "examples")
+"""Keywords of a schema whose contents are plain values, which must not be read as schemas."""
+_JSON_TYPES: Final[Mapping[type, str]] = {
     str: "string",
     bool: "boolean",
     int: "integer",
@@ -31,149 +37,156 @@ _TYPES: Final[Mapping[type, str]] = {
 }
 
 
-def coerced(value: Any, schema: Any) -> Any:
-    """The value, with texts made what they spell where the schema takes no text.
+def coerce_to_schema(value: Any, schema: Any) -> Any:
+    """Returns the value with strings decoded wherever the schema asks for another type.
 
-    Small models send `"5"`, `"true"` or `"[1, 2]"` where a number, a boolean or a list is asked for. Where the schema
-    takes one type only (or that one and null), and it is none of text, that is what is meant. A `5.0` is the integer 5
-    where one is asked for. Everything else stays.
+    Small models send `"5"`, `"true"` or `"[1, 2]"` where the schema asks for a number, a boolean or a list. A string
+    is decoded if the schema accepts exactly one type (besides null) and that type is not a string. A float such as
+    `5.0` becomes an integer where the schema asks for one. All other values are returned unchanged.
 
     Args:
-        value: A JSON value; it is not changed.
-        schema: As made by `digestible_parameters`.
+        value: A JSON value. It is not modified.
+        schema: The schema of the value, as `digestible_parameters` returns it.
     """
     if value is None or isinstance(value, int):
         return value
-    schema = _only(schema)
-    wanted = _type_of(schema)
-    if isinstance(value, str) and wanted is not None:
-        value = _read(value, wanted)
-    if isinstance(value, float) and wanted == "integer" and value.is_integer():
+    schema = _without_null(schema)
+    expected = _single_type(schema)
+    if isinstance(value, str) and expected is not None:
+        value = _decode_string(value, expected)
+    if isinstance(value, float) and expected == "integer" and value.is_integer():
         return int(value)
     if isinstance(value, dict):
-        known, others = schema.get("properties", {}), schema.get("additionalProperties")
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties")
         return {
-            # Most values are numbers, which stay as they are.
-            name: each if isinstance(each, int) else coerced(each, known.get(name, others))
-            for name, each in value.items()
+            # Most values are integers, which never change: they are spared the call.
+            name: item if isinstance(item, int) else coerce_to_schema(item, properties.get(name, others))
+            for name, item in value.items()
         }
     if isinstance(value, list):
-        return [coerced(each, schema.get("items")) for each in value]
+        return [coerce_to_schema(item, schema.get("items")) for item in value]
     return value
 
 
-def _only(schema: Any) -> Mapping[str, Any]:
-    """The schema, or the only one of its alternatives that is not null."""
+def _without_null(schema: Any) -> Mapping[str, Any]:
+    """Returns the schema, or its only alternative besides null if it has just one."""
     if not isinstance(schema, Mapping):
         return {}
-    branches = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
-    return branches[0] if len(branches) == 1 else schema
+    alternatives = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
+    return alternatives[0] if len(alternatives) == 1 else schema
 
 
-def _type_of(schema: Mapping[str, Any]) -> str | None:
-    """The only type that a schema takes."""
-    if isinstance(kind := schema.get("type"), str):
-        return kind
-    kinds = {_TYPES.get(type(each)) for each in schema.get("enum", ())} - {"null"}
-    return kinds.pop() if len(kinds) == 1 else None
+def _single_type(schema: Mapping[str, Any]) -> str | None:
+    """Returns the only JSON type that the schema accepts, or None if it accepts several or does not say."""
+    if isinstance(json_type := schema.get("type"), str):
+        return json_type
+    json_types = {_JSON_TYPES.get(type(each)) for each in schema.get("enum", ())} - {"null"}
+    return json_types.pop() if len(json_types) == 1 else None
 
 
-def _read(text: str, wanted: str) -> Any:
-    """What a text spells, if it is of the type that is wanted; else the text."""
+def _decode_string(text: str, expected: str) -> Any:
+    """Returns the value of the expected JSON type that the text spells out, or the text if it spells another."""
     spelled = text.strip()
-    if wanted == "boolean":
+    if expected == "boolean":
         return {"true": True, "false": False}.get(spelled.lower(), text)
-    if wanted in ("integer", "number") and not _NUMBER.fullmatch(spelled):
+    if expected in ("integer", "number") and not _JSON_NUMBER.fullmatch(spelled):
         return text
-    if wanted not in ("integer", "number", "array", "object"):
+    if expected not in ("integer", "number", "array", "object"):
         return text
     try:
         value = msgspec.json.decode(spelled)
     except (ValueError, RecursionError):
         return text
-    kinds = {"integer": (int, float), "number": (int, float), "array": (list,), "object": (dict,)}[wanted]
-    is_whole = wanted != "integer" or isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return value if isinstance(value, kinds) and is_whole else text
+    accepted = {"integer": (int, float), "number": (int, float), "array": (list,), "object": (dict,)}[expected]
+    is_whole = expected != "integer" or isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return value if isinstance(value, accepted) and is_whole else text
 
 
-def validator(
-    schema: Mapping[str, Any], digestible: Mapping[str, Any]
+def build_validator(
+    schema: Mapping[str, Any], sent_schema: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """What passes arguments that a schema takes, and raises a `ValueError` that says what is wrong where.
+    """Returns a function that copies valid arguments, and raises a `ValueError` that lists what is wrong where.
 
-    References that lead nowhere, or out of the schema, may be anything: nothing is fetched. A schema that is none by
-    its own draft does not validate; what was made of it for servers does.
+    The original schema decides, because the version that servers receive accepts more. Nothing is ever fetched: a
+    reference that cannot be resolved within the schema accepts any value. If the schema is invalid by the rules of
+    its own draft, the version that servers receive decides instead.
 
     Args:
-        schema: A JSON schema of any draft; without a `$schema` of 2020-12.
-        digestible: As made of it by `digestible_parameters`.
+        schema: A JSON schema of any draft; without `$schema`, draft 2020-12.
+        sent_schema: The version of it that servers receive, as `digestible_parameters` returns it.
     """
-    judge = _judge(schema, digestible)
+    jsonschema_validator = _jsonschema_validator(schema, sent_schema)
 
     def validate(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        errors = sorted(judge.iter_errors(arguments), key=lambda error: error.json_path)
-        if errors:
-            told = [_told(error) for error in errors[:_SHOWN]]
-            more = [f"{len(errors) - _SHOWN} more"] if len(errors) > _SHOWN else []
-            raise ValueError("; ".join(told + more))
+        mismatches = sorted(jsonschema_validator.iter_errors(arguments), key=lambda error: error.json_path)
+        if mismatches:
+            listed = [_describe_mismatch(error) for error in mismatches[:_LISTED_MISMATCHES]]
+            omitted = len(mismatches) - len(listed)
+            raise ValueError("; ".join([*listed, f"{omitted} more"] if omitted else listed))
         return dict(arguments)
 
     return validate
 
 
-def _told(error: ValidationError) -> str:
-    """What is wrong, and where; of alternatives, what is wrong with the value as each of them."""
+def _describe_mismatch(error: ValidationError) -> str:
+    """Says what is wrong and where; for a value that fits no alternative, why it fits none of the first few."""
     if not error.context:
         return f"{error.json_path}: {excerpt(error.message)}"
-    first = {each.schema_path[0]: each for each in reversed(error.context)}  # the number of the alternative
-    each_told = " or ".join(_told(first[number]) for number in sorted(first)[:_SHOWN])
-    return f"{error.json_path}: no alternative fits ({each_told})"
+    # The first part of an error's schema path is the number of the alternative that it belongs to.
+    first_errors = {each.schema_path[0]: each for each in reversed(error.context)}
+    reasons = [_describe_mismatch(first_errors[number]) for number in sorted(first_errors)[:_LISTED_MISMATCHES]]
+    return f"{error.json_path}: no alternative fits ({' or '.join(reasons)})"
 
 
-def _judge(schema: Mapping[str, Any], digestible: Mapping[str, Any]) -> Validator:
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415 - 35 ms, for who has such tools only
-    from jsonschema.validators import validator_for  # noqa: PLC0415 - as above
+def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any]) -> Validator:
+    # Importing jsonschema takes 35 ms, which only programs with tools that bring their own schema should pay.
+    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415
+    from jsonschema.validators import validator_for  # noqa: PLC0415
 
-    sealed = _sealed(schema, schema)
-    kind = validator_for(sealed, default=Draft202012Validator)
+    schema = _self_contained(schema, schema)
+    validator_class = validator_for(schema, default=Draft202012Validator)
     try:
-        kind.check_schema(sealed)
+        validator_class.check_schema(schema)
     except (SchemaError, RecursionError):
-        return Draft202012Validator(digestible)
-    return kind(sealed)
+        return Draft202012Validator(sent_schema)
+    return validator_class(schema)
 
 
-def _sealed(part: Any, root: Mapping[str, Any]) -> Any:
-    """A schema that refers to nothing outside of it, and holds no pattern that Python cannot read."""
+def _self_contained(part: Any, root: Mapping[str, Any]) -> Any:
+    """Copies a schema without the references that leave it and the patterns that Python cannot compile."""
     if isinstance(part, Sequence) and not isinstance(part, str):
-        return [_sealed(each, root) for each in part]
+        return [_self_contained(each, root) for each in part]
     if not isinstance(part, Mapping):
         return part
-    if isinstance(ref := part.get("$ref"), str) and not _leads_somewhere(root, ref):
+    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(root, reference):
         return {}
-    kept = {key: value for key, value in part.items() if _is_kept(key, value)}
-    return {key: value if key in _VALUES else _sealed(value, root) for key, value in kept.items()}
+    return {
+        key: value if key in _VALUE_KEYWORDS else _self_contained(value, root)
+        for key, value in part.items()
+        if _is_usable(key, value)
+    }
 
 
-def _is_kept(key: str, value: Any) -> bool:
-    if key == "pattern" and isinstance(value, str):
+def _is_usable(keyword: str, value: Any) -> bool:
+    if keyword == "pattern" and isinstance(value, str):
         try:
             re.compile(value)
-        except re.error:  # JavaScript's may be others
+        except re.error:
+            # JSON schema uses the syntax of JavaScript, which has constructs that Python does not.
             return False
-    if key == "$schema":
+    if keyword == "$schema":
         return isinstance(value, str)
-    # With an id, references would start from it; the dynamic ones are for schemas of schemas.
-    return not (key in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
+    # An `$id` would become the base of the references below it; the dynamic references serve schemas of schemas only.
+    return not (keyword in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
 
 
-def _leads_somewhere(root: Mapping[str, Any], ref: str) -> bool:
-    """Whether there is a schema at the end of a reference, and of those that it leads to."""
-    seen: set[str] = set()
-    while ref not in seen:
-        seen.add(ref)
-        target = resolved(root, ref)
-        if not isinstance(target, Mapping) or not isinstance(following := target.get("$ref"), str):
+def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:
+    """Follows a chain of references, and returns whether it ends at a schema."""
+    followed: set[str] = set()
+    while reference not in followed:
+        followed.add(reference)
+        target = resolved(root, reference)
+        if not isinstance(target, Mapping) or not isinstance(next_reference := target.get("$ref"), str):
             return isinstance(target, Mapping | bool)
-        ref = following
+        reference = next_reference
     return False

@@ -1,4 +1,10 @@
-"""Signatures: the schema of a function's parameters, and its arguments made of JSON values."""
+"""Reads the signature of a Python function: the JSON schema of its parameters, and how to convert JSON values to them.
+
+msgspec generates the schema and does the conversion, through a `msgspec.Struct` that is built with one field for each
+parameter. It supports the types of the standard library, attrs classes and dataclasses, and keeps the schema and the
+conversion consistent. Pydantic would do the same, but it is a heavy import for a library that needs nothing else of
+it, and validators written by hand would have to be kept in step with the schema.
+"""
 
 from __future__ import annotations
 
@@ -18,156 +24,175 @@ from lmbridge.agent.docstrings import read_docstring
 from lmbridge.client.schemas import fault
 from lmbridge.errors import LLMValidationError
 
-_GIVE: Final = "give an async or plain function, a Tool, or an object with `async list_tools()`"
-_BY_HAND: Final = "or make a Tool(name, description, parameters, function) with a schema of your own"
-_KEYWORDS: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"
+_OWN_SCHEMA_HINT: Final = "or make a Tool(name, description, parameters, function) with your own schema"
+_KEYWORD_KINDS: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @attrs.frozen
-class Signature:
-    """What is known of a function."""
+class FunctionSignature:
+    """The parts of a function that a tool is made of."""
 
     name: str
     description: str
+    """The text of the docstring before its first section; empty without a docstring."""
     schema: dict[str, Any]
-    """Of the parameters: an object with no other properties."""
+    """The JSON schema of the parameters: an object that accepts no other properties."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Makes keywords of JSON values; raises a ValueError that says what is wrong where."""
-
-
-def read_signature(function: Callable[..., Any], *, hidden: type, name: str | None = None) -> Signature:
-    """Reads a function's type hints and docstring.
-
-    Args:
-        function: A function, a bound method, a partial, or an object that can be called.
-        hidden: The type of parameters that no model fills in.
-        name: What it is called. Default: the function's own name.
-
-    Raises:
-        LLMValidationError: it cannot be called with keywords out of JSON.
-    """
-    if not callable(function) or inspect.isclass(function):
-        raise LLMValidationError(f"{function!r} is no tool", hint=_GIVE)
-    code = _code(function)
-    name = name or _name(code)
-    try:
-        hints = _hints(function, name)
-        parameters = {each: hint for each, hint in hints.items() if not _is_one(hint.annotation, hidden)}
-        fields = [_field(each, hint) for each, hint in parameters.items()]
-        struct = msgspec.defstruct(
-            re.sub(r"\W", "_", name), fields, kw_only=True, forbid_unknown_fields=True, module=__name__
-        )
-        schema = _schema(struct)
-    except (TypeError, NameError, AttributeError, SyntaxError) as exc:
-        reason = str(exc).rpartition("\n")[2]  # msgspec's lines before say how to extend msgspec
-        raise _refused(name, reason, f"annotate its parameters with types that JSON has, {_BY_HAND}", exc) from exc
-    said = read_docstring(code.__doc__)
-    for each, hint in parameters.items():
-        schema["properties"][each] = _described(schema["properties"][each], hint, said.parameters.get(each))
-    return Signature(name, said.description, schema, functools.partial(_convert, struct))
-
-
-def injected(function: Callable[..., Any], hidden: type) -> tuple[str, ...]:
-    """The parameters of a type that no model fills in; none, if the hints cannot be read."""
-    try:
-        hints = _hints(function, "")
-    except (LLMValidationError, TypeError, NameError, AttributeError, SyntaxError, ValueError):
-        return ()  # of a tool made by hand nothing has to be known
-    return tuple(name for name, hint in hints.items() if _is_one(hint.annotation, hidden))
+    """Converts JSON values to keyword arguments. It raises a `ValueError` that says what is wrong where."""
 
 
 @attrs.frozen
-class _Hint:
+class _ParameterHint:
+    """The type hint and the default of one parameter."""
+
     annotation: Any
-    default: Any  # inspect.Parameter.empty for none
+    default: Any
+    """The default value, or `inspect.Parameter.empty` if the parameter is required."""
 
 
-def _code(function: Callable[..., Any]) -> Any:
-    """What has the name, the docstring and the hints of something that can be called."""
+def read_signature(function: Callable[..., Any], *, injected: type, name: str | None = None) -> FunctionSignature:
+    """Reads the type hints and the docstring of a function.
+
+    Args:
+        function: A function, a bound method, a partial, or an object with `__call__`.
+        injected: Parameters of this type are filled in by the library, and are left out of the schema.
+        name: The name of the tool. Default: the name of the function.
+
+    Raises:
+        LLMValidationError: The function cannot be called with keyword arguments made from JSON.
+    """
+    if not callable(function) or inspect.isclass(function):
+        raise LLMValidationError(f"{function!r} is not a tool", hint=_ACCEPTED_TOOLS_HINT)
+    code = _underlying_function(function)
+    name = name or _default_name(code)
+    try:
+        hints = _parameter_hints(function, name)
+        parameters = {each: hint for each, hint in hints.items() if not _accepts(hint.annotation, injected)}
+        fields = [_struct_field(each, hint) for each, hint in parameters.items()]
+        struct = msgspec.defstruct(
+            re.sub(r"\W", "_", name), fields, kw_only=True, forbid_unknown_fields=True, module=__name__
+        )
+        schema = _struct_schema(struct)
+    except (TypeError, NameError, AttributeError, SyntaxError) as exc:
+        # The lines of msgspec's message before its last one explain how to extend msgspec.
+        reason = str(exc).rpartition("\n")[2]
+        hint_text = f"annotate its parameters with types that JSON has, {_OWN_SCHEMA_HINT}"
+        raise _unusable_function(name, reason, hint_text, exc) from exc
+    docstring = read_docstring(code.__doc__)
+    for each, hint in parameters.items():
+        schema["properties"][each] = _annotated(schema["properties"][each], hint, docstring.parameters.get(each))
+    return FunctionSignature(name, docstring.description, schema, functools.partial(_convert_arguments, struct))
+
+
+def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str, ...]:
+    """Returns the names of the parameters that are annotated with a type, or with that type or None.
+
+    A function whose hints cannot be read has none: a `Tool` that was given its own schema may call anything.
+    """
+    try:
+        hints = _parameter_hints(function, "")
+    except (LLMValidationError, TypeError, NameError, AttributeError, SyntaxError, ValueError):
+        return ()
+    return tuple(name for name, hint in hints.items() if _accepts(hint.annotation, wanted))
+
+
+def _underlying_function(function: Callable[..., Any]) -> Any:
+    """Returns the object that carries the name, the docstring and the hints of a callable."""
     while isinstance(function, functools.partial):
         function = function.func
     return function if inspect.isroutine(function) else type(function).__call__
 
 
-def _name(code: Any) -> str:
+def _default_name(code: Any) -> str:
     owner, _, name = getattr(code, "__qualname__", "").rpartition(".")
     if name == "__call__":
+        # A callable object is named after its class, in snake case.
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", owner.rpartition(".")[2]).lower()
     if not name or name == "<lambda>":
-        hint = "write a function, or give it one: Tool.from_function(function, name=...)"
-        raise LLMValidationError("a tool has no name: it is a lambda, or an object without one", hint=hint)
+        hint = "write a function, or pass a name: Tool.from_function(function, name=...)"
+        raise LLMValidationError("a tool has no name: it is a lambda, or an object without a name", hint=hint)
     return name
 
 
-def _hints(function: Callable[..., Any], name: str) -> dict[str, _Hint]:
-    """The parameters that are filled in by keyword.
+def _parameter_hints(function: Callable[..., Any], name: str) -> dict[str, _ParameterHint]:
+    """Returns the parameters that can be passed by keyword and are not bound by a partial.
 
     Raises:
-        LLMValidationError: there are others, or some without a type hint.
+        LLMValidationError: A parameter cannot be passed by keyword, or has no type hint.
     """
-    code = _code(function)
+    code = _underlying_function(function)
     if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
-        raise _refused(name, "it is a generator", "return a list, or a text")
+        raise _unusable_function(name, "it is a generator", "return a list or a string")
     try:
-        parameters = inspect.signature(function).parameters
-    except ValueError as exc:  # some builtins
-        raise _refused(name, str(exc), f"write a function around it, {_BY_HAND}", exc) from exc
+        all_parameters = inspect.signature(function).parameters
+    except ValueError as exc:
+        # Some builtins have no signature.
+        raise _unusable_function(name, str(exc), f"write a function around it, {_OWN_SCHEMA_HINT}", exc) from exc
     bound = function.keywords if isinstance(function, functools.partial) else {}
-    wanted = {each: parameter for each, parameter in parameters.items() if each not in bound}
-    for each, parameter in wanted.items():
-        if parameter.kind not in _KEYWORDS:
-            hint = f"name its parameters (functools.wraps keeps those of what a decorator wraps), {_BY_HAND}"
-            raise _refused(name, f"its parameter {str(parameter).partition(':')[0]!r} has no place in JSON", hint)
+    parameters = {each: parameter for each, parameter in all_parameters.items() if each not in bound}
+    for each, parameter in parameters.items():
+        if parameter.kind not in _KEYWORD_KINDS:
+            hint = f"name its parameters (functools.wraps keeps those of a wrapped function), {_OWN_SCHEMA_HINT}"
+            reason = f"its parameter {str(parameter).partition(':')[0]!r} cannot be passed by keyword"
+            raise _unusable_function(name, reason, hint)
         if parameter.annotation is parameter.empty:
-            raise _refused(name, f"its parameter {each!r} has no type hint", f"annotate it, {_BY_HAND}")
-    holder = types.SimpleNamespace(__annotations__={each: one.annotation for each, one in wanted.items()})
+            reason = f"its parameter {each!r} has no type hint"
+            raise _unusable_function(name, reason, f"annotate it, {_OWN_SCHEMA_HINT}")
+    # Only the parameters are resolved: an unknown name in the return type does not matter.
+    holder = types.SimpleNamespace(__annotations__={each: one.annotation for each, one in parameters.items()})
     scope = getattr(inspect.unwrap(code), "__globals__", {})
     annotations = typing.get_type_hints(holder, globalns=scope, include_extras=True)
-    return {each: _Hint(annotations[each], one.default) for each, one in wanted.items()}
+    return {each: _ParameterHint(annotations[each], one.default) for each, one in parameters.items()}
 
 
-def _is_one(annotation: Any, hidden: type) -> bool:
-    """Whether it is the type, or that or None."""
-    return annotation is hidden or (
-        typing.get_origin(annotation) in (Union, types.UnionType) and hidden in typing.get_args(annotation)
+def _accepts(annotation: Any, wanted: type) -> bool:
+    """Returns whether an annotation is the wanted type, or a union with it."""
+    return annotation is wanted or (
+        typing.get_origin(annotation) in (Union, types.UnionType) and wanted in typing.get_args(annotation)
     )
 
 
-def _field(name: str, hint: _Hint) -> tuple[str, Any] | tuple[str, Any, Any]:
-    """A field that stays unset where the function has a default: it is the function's to give."""
+def _struct_field(name: str, hint: _ParameterHint) -> tuple[str, Any] | tuple[str, Any, Any]:
+    """Returns the field of a parameter. One with a default stays unset, so that the function's own default applies."""
     if hint.default is inspect.Parameter.empty:
         return name, hint.annotation
-    return name, Union[hint.annotation, msgspec.UnsetType], msgspec.UNSET  # noqa: UP007 - not every hint knows `|`
+    # Some annotations, such as strings, do not support the `|` operator.
+    return name, Union[hint.annotation, msgspec.UnsetType], msgspec.UNSET  # noqa: UP007
 
 
-def _schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    whole = msgspec.json.schema(struct)
-    definitions = whole["$defs"]
-    schema: dict[str, Any] = definitions.pop(whole["$ref"].removeprefix("#/$defs/"))
+def _struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Returns the JSON schema of a struct, with the struct itself at the top instead of behind a reference."""
+    generated = msgspec.json.schema(struct)
+    definitions = generated["$defs"]
+    schema: dict[str, Any] = definitions.pop(generated["$ref"].removeprefix("#/$defs/"))
     schema.pop("title", None)
     return schema | ({"$defs": definitions} if definitions else {})
 
 
-def _described(part: dict[str, Any], hint: _Hint, said: str | None) -> dict[str, Any]:
-    """A parameter's schema, with its description and its default where these are known."""
+def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str | None) -> dict[str, Any]:
+    """Returns the schema of a parameter with its description and its default, where these are known."""
     texts = [each for each in getattr(hint.annotation, "__metadata__", ()) if isinstance(each, str)]
-    description = part.get("description") or next(iter(texts), said)
+    description = part.get("description") or next(iter(texts), docstring_entry)
     part = {**part, "description": description} if description else dict(part)
-    part.pop("default", None)  # msgspec's: that the parameter is not set
-    with contextlib.suppress(TypeError, ValueError):  # JSON has no such value: the model need not know it
-        if hint.default is not inspect.Parameter.empty and msgspec.json.encode(hint.default) != b"null":  # nor NaN
+    # The default that msgspec generated is UNSET, not the default of the function.
+    part.pop("default", None)
+    # A default that JSON cannot represent is left out: the function applies it, and the model need not know it.
+    with contextlib.suppress(TypeError, ValueError):
+        # msgspec encodes NaN as null, so NaN is left out together with None.
+        if hint.default is not inspect.Parameter.empty and msgspec.json.encode(hint.default) != b"null":
             part["default"] = msgspec.to_builtins(hint.default)
     return part
 
 
-def _convert(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_arguments(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        arguments = msgspec.convert(dict(values), struct, str_keys=True)
+        converted = msgspec.convert(dict(values), struct, str_keys=True)
     except msgspec.ValidationError as exc:
         raise ValueError(": ".join(fault(exc))) from exc
-    given = ((name, getattr(arguments, name)) for name in struct.__struct_fields__)
-    return {name: value for name, value in given if value is not msgspec.UNSET}
+    fields = ((name, getattr(converted, name)) for name in struct.__struct_fields__)
+    return {name: value for name, value in fields if value is not msgspec.UNSET}
 
 
-def _refused(name: str, why: str, hint: str, cause: Exception | None = None) -> LLMValidationError:
-    return LLMValidationError(f"{name!r} cannot be a tool: {why}", cause, hint=hint)
+def _unusable_function(name: str, reason: str, hint: str, cause: Exception | None = None) -> LLMValidationError:
+    return LLMValidationError(f"{name!r} cannot be a tool: {reason}", cause, hint=hint)

@@ -1,4 +1,8 @@
-"""Tool calls that a model wrote as text, because its server did not read them."""
+"""Recognizes tool calls that a model wrote into its text because the server did not parse them.
+
+A whole reply has to consist of calls in one known syntax. A call that is quoted within an explanation is not made:
+the model may be describing it, or warning against it.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,37 @@ from typing import Any, Final
 
 from lmbridge.client.reasoning import split_reasoning
 
-_SYNTAXES: Final = (("<tool_call>", "</tool_call>"), ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]"))
-"""Of Hermes and Qwen; of LM Studio, which asks models for it that have none of their own."""
+_CALL_TAGS: Final = (
+    # Hermes and Qwen.
+    ("<tool_call>", "</tool_call>"),
+    # LM Studio, which asks models without a native format to write it.
+    ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]"),
+)
 
 
 def read_text_calls(text: str) -> list[tuple[str, Any]] | None:
-    """The names and arguments of the calls that a whole answer consists of; None if it is anything else.
+    """Returns the names and arguments of the calls that a reply consists of, or None if it is any other text.
 
     Args:
-        text: The answer, with what the model thought before it or without.
+        text: The whole reply. It may begin with the model's reasoning.
     """
-    for syntax in _SYNTAXES:
-        if (whole := _answer(text, syntax[0])) is not None:
-            return _calls(whole, *syntax)
+    for opening, closing in _CALL_TAGS:
+        if (reply := _reply_starting_with(opening, text)) is not None:
+            return _parse_calls(reply, opening, closing)
     return None
 
 
-def _answer(text: str, opening: str) -> str | None:
-    """The answer after any thinking, if it begins like that."""
-    if not text.lstrip().startswith(opening):  # what is in a call is no thinking, whatever tags it has
+def _reply_starting_with(opening: str, text: str) -> str | None:
+    """Returns the reply without its reasoning, or None unless it starts with the opening tag."""
+    # Tags of reasoning that appear inside the arguments of a call must stay there.
+    if not text.lstrip().startswith(opening):
         text = split_reasoning({"choices": [{"message": {"content": text}}]}).text
     text = text.strip()
     return text if text.startswith(opening) else None
 
 
-def _calls(text: str, opening: str, closing: str) -> list[tuple[str, Any]] | None:
+def _parse_calls(text: str, opening: str, closing: str) -> list[tuple[str, Any]] | None:
+    """Returns the calls, or None as soon as anything else is found between or behind them."""
     calls: list[tuple[str, Any]] = []
     while text:
         if not text.startswith(opening):
@@ -51,13 +61,13 @@ def _calls(text: str, opening: str, closing: str) -> list[tuple[str, Any]] | Non
     return calls
 
 
-def wire_call(name: str, arguments: Any) -> Mapping[str, Any]:
-    """The call as a server would have sent it.
+def to_wire_call(name: str, arguments: Any) -> Mapping[str, Any]:
+    """Returns a call in the form of an entry of a message's `tool_calls`, with a new id.
 
     Args:
-        name: The name that was offered.
-        arguments: An object, its JSON, or None.
+        name: The name of the tool in the request.
+        arguments: The arguments as an object or as JSON text, or None if there are none.
     """
-    written = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
-    function = {"name": name, "arguments": written}
+    arguments_json = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
+    function = {"name": name, "arguments": arguments_json}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -1,4 +1,10 @@
-"""Names of tools: what they are called in a run, and what servers are sent for that."""
+"""Chooses the names of tools: the name within a run, and the name in requests that stands for it.
+
+Requests need names of their own because servers accept less than tools have. LM Studio rewrites names that are not in
+snake case before the model sees them, and OpenAI's rules refuse names of more than 64 characters. The choice depends
+on nothing but the set of names, so that a tool has the same name in every request and the server's prompt cache
+stays valid.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +19,58 @@ from lmbridge.errors import LLMValidationError
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool
 
-_LONGEST: Final = 64
-_SENT: Final = re.compile(r"[a-z0-9_]{1,64}")
+_LONGEST_NAME: Final = 64
+_SENDABLE_NAME: Final = re.compile(r"[a-z0-9_]{1,64}")
+_SHORTEST_HASH: Final = 6
+"""The number of hexadecimal digits that are tried first to make a name unique."""
 
 
-def called_names(tools: Sequence[Tool]) -> list[str]:
-    """What the tools of a run are called: by their own name, or `server__tool` where several have it.
+def names_in_run(tools: Sequence[Tool]) -> list[str]:
+    """Returns the names of the tools within a run: their own, or `server__tool` where several tools share a name.
 
     Raises:
-        LLMValidationError: two tools of the same server, or of none, have the same name.
+        LLMValidationError: Two tools of the same server, or two without a server, have the same name.
     """
-    counted = Counter(tool.name for tool in tools)
-    names = [f"{tool.server}__{tool.name}" if tool.server and counted[tool.name] > 1 else tool.name for tool in tools]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise LLMValidationError(f"there are two tools {twice[0]!r}", hint="give one of them another name")
+    counts = Counter(tool.name for tool in tools)
+    names = [f"{tool.server}__{tool.name}" if tool.server and counts[tool.name] > 1 else tool.name for tool in tools]
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise LLMValidationError(f"there are two tools {duplicates[0]!r}", hint="give one of them another name")
     return names
 
 
-def sent_names(names: Iterable[str]) -> dict[str, str]:
-    """The names that servers are sent: `[a-z0-9_]{1,64}`, another one for each, whatever their order.
+def names_in_requests(names: Iterable[str]) -> dict[str, str]:
+    """Maps the name of each tool to the name in requests: a unique one of the form `[a-z0-9_]{1,64}`.
 
-    LM Studio rewrites other names before the model sees them; OpenAI's rules refuse longer ones. A name that is one
-    already stays. Of others that would become the same, or are too long, each gets a piece of the hash of its own
-    name behind it, so that it is called the same in every run that has the same tools.
+    A name that already has this form stays. Any other is converted to snake case; if the result is too long or not
+    unique, a part of the hash of the original name is appended. The order of the names does not matter.
 
     Args:
-        names: What the tools are called, each once.
+        names: The names of the tools within the run, without duplicates.
     """
     names = sorted(names)
-    sent = {name: name for name in names if _SENT.fullmatch(name)}
+    sent = {name: name for name in names if _SENDABLE_NAME.fullmatch(name)}
     taken = set(sent.values())
-    slugs = {name: _slug(name) for name in names if name not in sent}
-    counted = Counter(slugs.values())
-    fits = {slug for slug, count in counted.items() if count == 1 and 0 < len(slug) <= _LONGEST} - taken
-    sent |= {name: slug for name, slug in slugs.items() if slug in fits}
+    slugs = {name: _snake_case(name) for name in names if name not in sent}
+    counts = Counter(slugs.values())
+    unique = {slug for slug, count in counts.items() if count == 1 and 0 < len(slug) <= _LONGEST_NAME} - taken
+    sent |= {name: slug for name, slug in slugs.items() if slug in unique}
     taken = set(sent.values())
     for name in (each for each in names if each not in sent):
-        sent[name] = _hashed(name, slugs[name], taken)
+        sent[name] = _with_hash(name, slugs[name], taken)
         taken.add(sent[name])
     return sent
 
 
-def _slug(name: str) -> str:
-    """The name in snake case."""
+def _snake_case(name: str) -> str:
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     return re.sub(r"[^a-z0-9_]+", "_", spaced.lower()).strip("_")
 
 
-def _hashed(name: str, slug: str, taken: set[str]) -> str:
-    """The name with as much of its hash behind it as it takes to be none of those."""
+def _with_hash(name: str, slug: str, taken: set[str]) -> str:
+    """Appends as many digits of the name's hash as it takes to get a name that is not taken."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-    made = (f"{(slug or 'tool')[: _LONGEST - 1 - size]}_{digest[:size]}" for size in range(6, _LONGEST - 1))
-    return next(each for each in made if each not in taken)
+    candidates = (
+        f"{(slug or 'tool')[: _LONGEST_NAME - 1 - digits]}_{digest[:digits]}"
+        for digits in range(_SHORTEST_HASH, _LONGEST_NAME - 1)
+    )
+    return next(each for each in candidates if each not in taken)

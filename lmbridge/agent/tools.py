@@ -10,8 +10,8 @@ from typing import Any, Protocol, Self, runtime_checkable
 import attrs
 import msgspec
 
-from lmbridge.agent.schemas import validator
-from lmbridge.agent.signatures import injected, read_signature
+from lmbridge.agent.schemas import build_validator
+from lmbridge.agent.signatures import parameters_of_type, read_signature
 from lmbridge.client.schemas import digestible_parameters
 from lmbridge.errors import LLMValidationError
 
@@ -92,7 +92,7 @@ class Tool:
         Raises:
             LLMValidationError: a parameter has no place in JSON, or no type hint, or the function is none.
         """
-        signature = read_signature(function, hidden=ToolContext, name=name)
+        signature = read_signature(function, injected=ToolContext, name=name)
         return cls(
             signature.name,
             signature.description if description is None else description,
@@ -109,7 +109,7 @@ class Tool:
     @cached_property
     def context_names(self) -> tuple[str, ...]:
         """The parameters that get a `ToolContext`."""
-        return injected(self.function, ToolContext)
+        return parameters_of_type(self.function, ToolContext)
 
     @cached_property
     def is_async(self) -> bool:
@@ -119,7 +119,7 @@ class Tool:
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         """Makes keywords for the function of JSON values, or raises a `ValueError` that says what is wrong where."""
-        return self._convert or validator(self.parameters, self.sent_parameters)
+        return self._convert or build_validator(self.parameters, self.sent_parameters)
 
     @property
     def has_converter(self) -> bool:

@@ -14,9 +14,9 @@ import msgspec
 
 from lmbridge._text import shorten
 from lmbridge.agent.calling import Outcome, call_tool
-from lmbridge.agent.schemas import coerced
-from lmbridge.agent.text_calls import read_text_calls, wire_call
-from lmbridge.agent.tool_names import called_names, sent_names
+from lmbridge.agent.schemas import coerce_to_schema
+from lmbridge.agent.text_calls import read_text_calls, to_wire_call
+from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 from lmbridge.transport.deadline import DeadlineTimer
@@ -82,8 +82,8 @@ class Toolset:
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
-        called = called_names(tools)
-        sent = sent_names(called)
+        called = names_in_run(tools)
+        sent = names_in_requests(called)
         self.names = [sent[name] for name in called]
         self.definitions = [_definition(name, tool) for name, tool in zip(self.names, tools, strict=True)]
         self._sent = sent
@@ -127,7 +127,7 @@ class Toolset:
         tool = self._tools[name]
         if wrong is None:
             try:
-                values = coerced(_object(given), tool.sent_parameters)
+                values = coerce_to_schema(_object(given), tool.sent_parameters)
                 return Ready(ToolCall(call_id, self._called[name], values, tool), tool.convert(values))
             except Exception as exc:  # noqa: BLE001 - types of the user have code of the user, which may raise anything
                 wrong = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
@@ -143,7 +143,7 @@ class Toolset:
         """
         calls = read_text_calls(text) or []
         found = [(self._find(name), arguments) for name, arguments in calls]
-        wire = [dict(wire_call(name, arguments)) for name, arguments in found if name is not None]
+        wire = [dict(to_wire_call(name, arguments)) for name, arguments in found if name is not None]
         return wire if wire and len(wire) == len(found) else None
 
     def call(
@@ -230,7 +230,7 @@ def _object(given: Any) -> dict[str, Any]:
     Raises:
         ValueError: they are something else.
     """
-    values = coerced(given, {"type": "object"}) if isinstance(given, str) else given
+    values = coerce_to_schema(given, {"type": "object"}) if isinstance(given, str) else given
     if not isinstance(values, dict):
         raise ValueError(f"they have to be a JSON object, not {shorten(json.dumps(values), _QUOTED)}")  # noqa: TRY004 - as any other
     return values

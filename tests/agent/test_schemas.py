@@ -1,3 +1,5 @@
+"""Arguments of tool calls against JSON schemas: coercion of values, and validation with its error texts."""
+
 from __future__ import annotations
 
 import warnings
@@ -7,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.agent.schemas import coerced, validator
+from lmbridge.agent.schemas import build_validator, coerce_to_schema
 from lmbridge.client.schemas import digestible_parameters
 from tests.client.test_schemas import SCHEMAS
 
 
-def check(schema: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    return validator(schema, digestible_parameters(schema))(arguments)
+def validate(schema: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    return build_validator(schema, digestible_parameters(schema))(arguments)
 
 
-def wrong(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
+def error_of(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match=r"^\$") as caught:
-        check(schema, arguments)
+        validate(schema, arguments)
     return str(caught.value)
 
 
@@ -26,7 +28,7 @@ def wrong(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("schema", "value", "meant"),
+    ("schema", "value", "expected"),
     [
         ({"type": "integer"}, "5", 5),
         ({"type": "integer"}, " -5 ", -5),
@@ -45,10 +47,10 @@ def wrong(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
         ({"type": "object", "additionalProperties": {"type": "boolean"}}, {"a": "true"}, {"a": True}),
     ],
 )
-def test_a_text_is_what_it_spells_where_no_text_is_taken(schema: Any, value: Any, meant: Any) -> None:
-    made = coerced(value, schema)
-    assert made == meant
-    assert type(made) is type(meant)
+def test_a_string_is_decoded_where_the_schema_accepts_no_string(schema: Any, value: Any, expected: Any) -> None:
+    coerced = coerce_to_schema(value, schema)
+    assert coerced == expected
+    assert type(coerced) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -87,16 +89,16 @@ def test_a_text_is_what_it_spells_where_no_text_is_taken(schema: Any, value: Any
         ({"type": "object"}, "[" * 100_000),
     ],
 )
-def test_everything_else_stays(schema: Any, value: Any) -> None:
-    made = coerced(value, schema)
-    assert made == value
-    assert type(made) is type(value)
+def test_every_other_value_is_unchanged(schema: Any, value: Any) -> None:
+    coerced = coerce_to_schema(value, schema)
+    assert coerced == value
+    assert type(coerced) is type(value)
 
 
-def test_coercion_does_not_change_what_it_is_given() -> None:
+def test_coercion_does_not_modify_its_input() -> None:
     value = {"a": ["1"]}
     schema = {"properties": {"a": {"items": {"type": "integer"}}}}
-    assert coerced(value, schema) == {"a": [1]}
+    assert coerce_to_schema(value, schema) == {"a": [1]}
     assert value == {"a": ["1"]}
 
 
@@ -105,105 +107,105 @@ def test_coercion_does_not_change_what_it_is_given() -> None:
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 
 
-def test_arguments_that_fit_are_passed() -> None:
-    assert check(CITY, {"city": "Ulm", "days": 2, "more": None}) == {"city": "Ulm", "days": 2, "more": None}
+def test_valid_arguments_are_returned_with_unknown_ones() -> None:
+    assert validate(CITY, {"city": "Ulm", "days": 2, "more": None}) == {"city": "Ulm", "days": 2, "more": None}
 
 
-def test_all_faults_are_told_with_their_places() -> None:
-    assert wrong(CITY, {"days": "two"}) == "$: 'city' is a required property; $.days: 'two' is not of type 'integer'"
+def test_every_mismatch_is_listed_with_its_path() -> None:
+    assert error_of(CITY, {"days": "two"}) == "$: 'city' is a required property; $.days: 'two' is not of type 'integer'"
     nested = {"type": "object", "properties": {"to": {"type": "array", "items": {"enum": ["a", "b"]}}}}
-    assert wrong(nested, {"to": ["a", "c"]}) == "$.to[1]: 'c' is not one of ['a', 'b']"
+    assert error_of(nested, {"to": ["a", "c"]}) == "$.to[1]: 'c' is not one of ['a', 'b']"
 
 
-def test_many_faults_are_told_in_part() -> None:
+def test_a_long_list_of_mismatches_is_shortened() -> None:
     schema = {"type": "object", "additionalProperties": {"type": "integer"}}
-    told = wrong(schema, dict.fromkeys("abcdef", "x" * 5_000))
-    assert told.endswith("; 3 more")
-    assert len(told) < 2_000
+    text = error_of(schema, dict.fromkeys("abcdef", "x" * 5_000))
+    assert text.endswith("; 3 more")
+    assert len(text) < 2_000
 
 
-def test_of_alternatives_it_is_told_why_each_does_not_fit() -> None:
+def test_a_value_that_fits_no_alternative_is_described_for_each_of_them() -> None:
     schema = {"type": "object", "properties": {"x": {"anyOf": [{"type": "integer"}, {"required": ["y"]}]}}}
-    assert check(schema, {"x": 1})
+    assert validate(schema, {"x": 1})
     schema["properties"]["x"]["anyOf"][1]["type"] = "object"  # type: ignore[index]  # a literal of many types
-    assert wrong(schema, {"x": "a"}).startswith(
+    assert error_of(schema, {"x": "a"}).startswith(
         "$.x: no alternative fits ($.x: 'a' is not of type 'integer' or $.x: 'a'"
     )
 
 
-def test_the_original_judges_not_what_was_sent() -> None:
+def test_the_original_schema_decides_and_not_the_version_that_is_sent() -> None:
     schema = {"type": "object", "properties": {"id": {"type": "string", "pattern": r"^\d+$", "not": {"const": "0"}}}}
     assert digestible_parameters(schema)["properties"] == {"id": {"type": "string"}}
-    assert check(schema, {"id": "12"})
-    assert "does not match" in wrong(schema, {"id": "a"})
-    assert "should not be valid" in wrong(schema, {"id": "0"})
+    assert validate(schema, {"id": "12"})
+    assert "does not match" in error_of(schema, {"id": "a"})
+    assert "should not be valid" in error_of(schema, {"id": "0"})
 
 
 def test_a_schema_is_read_by_its_own_draft() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "array", "items": [{"type": "integer"}]}}}
-    assert "is not of type" in wrong({"$schema": "http://json-schema.org/draft-07/schema#", **schema}, {"x": ["a"]})
+    assert "is not of type" in error_of({"$schema": "http://json-schema.org/draft-07/schema#", **schema}, {"x": ["a"]})
     old = {"type": "object", "properties": {"n": {"type": "number", "minimum": 0, "exclusiveMinimum": True}}}
-    assert wrong({"$schema": "http://json-schema.org/draft-04/schema#", **old}, {"n": 0})
+    assert error_of({"$schema": "http://json-schema.org/draft-04/schema#", **old}, {"n": 0})
 
 
-@pytest.mark.parametrize("draft", ["https://example.com/nobody-knows-it", 5, None])
-def test_an_unknown_draft_is_the_newest(draft: Any) -> None:
+@pytest.mark.parametrize("draft", ["https://example.com/unknown-draft", 5, None])
+def test_an_unknown_draft_is_read_as_the_newest(draft: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert wrong({"$schema": draft, **CITY}, {}) == "$: 'city' is a required property"
+        assert error_of({"$schema": draft, **CITY}, {}) == "$: 'city' is a required property"
 
 
-def test_recursion_is_followed_to_the_end() -> None:
+def test_a_recursive_schema_is_validated_at_every_depth() -> None:
     node = {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}}}
     schema = {"type": "object", "properties": {"list": {"$ref": "#/$defs/Node"}}, "$defs": {"Node": node}}
     value: dict[str, Any] = {"v": "x"}
     for _ in range(5):
         value = {"v": 1, "next": value}
-    assert wrong(schema, {"list": value}) == "$.list.next.next.next.next.next.v: 'x' is not of type 'integer'"
+    assert error_of(schema, {"list": value}) == "$.list.next.next.next.next.next.v: 'x' is not of type 'integer'"
 
 
 @pytest.mark.parametrize("ref", ["http://127.0.0.1:9/x.json", "other.json", "#/$defs/None", "#/$defs/a", "#anchor"])
-def test_nothing_is_fetched_and_what_leads_nowhere_is_anything(ref: str) -> None:
+def test_a_reference_that_cannot_be_resolved_accepts_anything_and_fetches_nothing(ref: str) -> None:
     schema = {
         "$id": "http://127.0.0.1:9/root.json",
         "type": "object",
         "properties": {"x": {"$ref": ref}, "y": {"type": "integer"}},
         "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
     }
-    assert check(schema, {"x": 1, "y": 1})
-    assert wrong(schema, {"x": 1, "y": "a"}) == "$.y: 'a' is not of type 'integer'"
+    assert validate(schema, {"x": 1, "y": 1})
+    assert error_of(schema, {"x": 1, "y": "a"}) == "$.y: 'a' is not of type 'integer'"
 
 
-def test_references_start_from_the_whole_schema_whatever_ids_there_are() -> None:
+def test_references_are_resolved_from_the_root_in_spite_of_ids() -> None:
     part = {"$id": "https://example.com/part", "properties": {"x": {"$ref": "#/$defs/Int"}}}
     schema = {"type": "object", "properties": {"part": part}, "$defs": {"Int": {"type": "integer"}}}
-    assert wrong(schema, {"part": {"x": "a"}}) == "$.part.x: 'a' is not of type 'integer'"
+    assert error_of(schema, {"part": {"x": "a"}}) == "$.part.x: 'a' is not of type 'integer'"
 
 
-def test_what_is_no_schema_is_judged_by_what_was_sent() -> None:
+def test_an_invalid_schema_is_replaced_by_the_version_that_is_sent() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "any"}, "y": {"type": "integer"}}, "required": True}
-    assert check(schema, {"x": 1})
-    assert wrong(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
+    assert validate(schema, {"x": 1})
+    assert error_of(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
 
 
-def test_a_pattern_that_python_cannot_read_lets_everything_through() -> None:
+def test_a_pattern_that_python_cannot_compile_accepts_every_string() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": r"\p{L}"}}}
-    assert check(schema, {"x": "a"})
-    assert wrong(schema, {"x": 1}) == "$.x: 1 is not of type 'string'"
+    assert validate(schema, {"x": "a"})
+    assert error_of(schema, {"x": 1}) == "$.x: 1 is not of type 'string'"
 
 
-def test_values_in_a_schema_are_no_schemas() -> None:
+def test_values_within_a_schema_are_not_read_as_schemas() -> None:
     schema = {"type": "object", "properties": {"x": {"const": {"$ref": "nowhere", "pattern": "["}}}}
-    assert check(schema, {"x": {"$ref": "nowhere", "pattern": "["}})
+    assert validate(schema, {"x": {"$ref": "nowhere", "pattern": "["}})
 
 
 @given(SCHEMAS, st.dictionaries(st.sampled_from(["a", "b"]), st.none() | st.integers() | st.text(max_size=3)))
-def test_no_schema_makes_validation_fail_in_another_way(schema: dict[str, Any], arguments: dict[str, Any]) -> None:
+def test_validation_raises_only_value_errors_with_a_path(schema: dict[str, Any], arguments: dict[str, Any]) -> None:
     try:
         sent = digestible_parameters(schema)
     except ValueError:
         return
     try:
-        assert validator(schema, sent)(coerced(arguments, sent)) == coerced(arguments, sent)
+        assert build_validator(schema, sent)(coerce_to_schema(arguments, sent)) == coerce_to_schema(arguments, sent)
     except ValueError as exc:
-        assert str(exc).startswith("$")  # noqa: PT017 - it need not be raised
+        assert str(exc).startswith("$")  # noqa: PT017 - most examples raise nothing

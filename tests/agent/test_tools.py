@@ -1,3 +1,5 @@
+"""`Tool`: tools made from functions and by hand, their schemas, and the docstrings that describe them."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -60,7 +62,7 @@ async def weather(
     Args:
         place: Where,
             on Earth.
-        days (int): Not this: the annotation wins.
+        days (int): Ignored, because the annotation wins.
         note: What for.
 
     Returns:
@@ -69,8 +71,8 @@ async def weather(
     return f"{place} {days} {unit} {detail} {note} {temperatures}"
 
 
-def read(function: Callable[..., Any], /, **values: Any) -> dict[str, Any]:
-    """The keywords that a function gets for JSON values."""
+def converted(function: Callable[..., Any], /, **values: Any) -> dict[str, Any]:
+    """Returns the keyword arguments that a function receives for JSON values."""
     return Tool.from_function(function).convert(values)
 
 
@@ -81,7 +83,7 @@ def properties(function: Callable[..., Any]) -> Any:
 # From a function
 
 
-def test_a_function_is_read_as_it_stands() -> None:
+def test_a_tool_takes_everything_from_its_function() -> None:
     tool = Tool.from_function(weather)
     assert tool.name == "weather"
     assert tool.description == "Forecasts the weather.\n\nFor anywhere on Earth."
@@ -113,14 +115,14 @@ def test_a_function_is_read_as_it_stands() -> None:
     }
 
 
-def test_the_name_and_the_description_can_be_given() -> None:
+def test_a_name_and_a_description_replace_those_of_the_function() -> None:
     tool = Tool.from_function(weather, name="forecast", description="")
     assert (tool.name, tool.description) == ("forecast", "")
     assert Tool.from_function(lambda: 1, name="one").name == "one"
 
 
-def test_arguments_have_the_annotated_types() -> None:
-    assert read(weather, place={"city": "Ulm"}, unit="F", note=None) == {
+def test_arguments_are_converted_to_the_annotated_types() -> None:
+    assert converted(weather, place={"city": "Ulm"}, unit="F", note=None) == {
         "place": Place("Ulm"),
         "unit": Unit.FAHRENHEIT,
         "note": None,
@@ -131,7 +133,7 @@ def test_arguments_have_the_annotated_types() -> None:
     node = {"value": 1, "children": [{"value": 2}]}
     key = uuid.uuid4()
     values = {"at": "2026-01-01T00:00:00Z", "key": str(key), "where": {"x": 1}, "tree": node, "sizes": {"1": 2}}
-    assert read(f, **values, raw=[1]) == {
+    assert converted(f, **values, raw=[1]) == {
         "at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
         "key": key,
         "where": Point(1),
@@ -141,19 +143,19 @@ def test_arguments_have_the_annotated_types() -> None:
     }
 
 
-def test_what_is_left_out_is_left_to_the_function() -> None:
+def test_omitted_arguments_get_the_default_of_the_function() -> None:
     missing = object()
 
     def f(a: int, b: list[int] = [1], c: Any = missing, d: float = float("nan")) -> None: ...  # noqa: B006 - what users write
 
-    assert read(f, a=1) == {"a": 1}
+    assert converted(f, a=1) == {"a": 1}
     assert properties(f)["b"] == {"type": "array", "items": {"type": "integer"}, "default": [1]}
     assert properties(f)["c"] == {}
     assert properties(f)["d"] == {"type": "number"}
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "text"),
     [
         ({}, r"\$: object missing required field `place`"),
         ({"place": {"city": 5}}, r"\$\.place\.city: expected `str`, got `int`"),
@@ -162,12 +164,12 @@ def test_what_is_left_out_is_left_to_the_function() -> None:
         ({"place": {"city": "Ulm"}, "when": 1}, r"\$: object contains unknown field `when`"),
     ],
 )
-def test_arguments_of_the_wrong_type_are_told_with_their_place(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=f"^{told}$"):
-        read(weather, **values)
+def test_arguments_of_the_wrong_type_are_reported_with_their_path(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        converted(weather, **values)
 
 
-def test_descriptions_come_from_the_annotation_or_the_docstring() -> None:
+def test_a_parameter_is_described_by_its_annotation_or_else_the_docstring() -> None:
     def f(
         a: Annotated[int, "From the hint."],
         b: Annotated[int, Meta(description="From Meta.")],
@@ -177,9 +179,9 @@ def test_descriptions_come_from_the_annotation_or_the_docstring() -> None:
         """Does it.
 
         Args:
-            a: Not this.
-            b: Not this.
-            c: Not this.
+            a: Ignored.
+            b: Ignored.
+            c: Ignored.
             d: From the docstring.
         """
 
@@ -212,7 +214,7 @@ def cached(unit: Unit) -> str:
     return unit.value
 
 
-def passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
+def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -228,7 +230,7 @@ def passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
         (Clock.of, "of", "", ["b"]),
         (Clock(), "clock", "Tells the time.", ["zone"]),
         (cached, "cached", "Looks it up.", ["unit"]),
-        (passed_on(cached), "cached", "Looks it up.", ["unit"]),
+        (wrapped(cached), "cached", "Looks it up.", ["unit"]),
         (functools.partial(weather, days=1), "weather", "Forecasts the weather.\n\nFor anywhere on Earth.",
          ["place", "unit", "detail", "note", "temperatures"]),
         (functools.partial(weather, Place("Ulm")), "weather", "Forecasts the weather.\n\nFor anywhere on Earth.",
@@ -236,7 +238,7 @@ def passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
         (functools.partial(Clock(), zone="CET"), "clock", "Tells the time.", []),
     ],
 )  # fmt: skip
-def test_whatever_can_be_called_with_keywords_is_a_tool(
+def test_any_callable_that_takes_keywords_can_be_a_tool(
     function: Callable[..., Any], name: str, description: str, parameters: list[str]
 ) -> None:
     tool = as_tool(function)
@@ -246,8 +248,8 @@ def test_whatever_can_be_called_with_keywords_is_a_tool(
 def star(*cities: str) -> None: ...
 def stars(**cities: str) -> None: ...
 def positional(city: str, /) -> None: ...
-def untyped(city) -> None: ...  # type: ignore[no-untyped-def]  # that is what is tested
-def unknown(city: Unheard) -> None: ...  # type: ignore[name-defined]  # noqa: F821 - that is what is tested
+def untyped(city) -> None: ...  # type: ignore[no-untyped-def]  # an error on purpose
+def unknown(city: Unheard) -> None: ...  # type: ignore[name-defined]  # noqa: F821 - an error on purpose
 def plain(clock: Clock) -> None: ...
 def contexts(many: list[ToolContext]) -> None: ...
 def generator(city: str) -> Iterator[str]:
@@ -259,38 +261,41 @@ async def async_generator(city: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "text"),
     [
-        (star, r"'star' cannot be a tool: its parameter '\*cities' has no place in JSON; name its parameters"),
-        (stars, r"'stars' cannot be a tool: its parameter '\*\*cities' has no place in JSON; name its parameters"),
-        (positional, "'positional' cannot be a tool: its parameter 'city' has no place in JSON"),
+        (star, r"'star' cannot be a tool: its parameter '\*cities' cannot be passed by keyword; name its"),
+        (
+            stars,
+            r"'stars' cannot be a tool: its parameter '\*\*cities' cannot be passed by keyword; name its parameters",
+        ),
+        (positional, "'positional' cannot be a tool: its parameter 'city' cannot be passed by keyword"),
         (untyped, "'untyped' cannot be a tool: its parameter 'city' has no type hint; annotate it"),
         (unknown, "'unknown' cannot be a tool: name 'Unheard' is not defined; annotate its parameters"),
         (plain, "'plain' cannot be a tool: type <class '.*Clock'> is not supported; annotate its parameters"),
         (contexts, "'contexts' cannot be a tool: "),
         (generator, "'generator' cannot be a tool: it is a generator; return a list"),
         (async_generator, "'async_generator' cannot be a tool: it is a generator"),
-        (lambda: 1, "a tool has no name: it is a lambda.*; write a function, or give it one"),
+        (lambda: 1, "a tool has no name: it is a lambda.*; write a function, or pass a name"),
         (dict.get, "'get' cannot be a tool: .*; "),
-        (Clock, "<class '.*Clock'> is no tool; give an async or plain function"),
-        ("weather", "'weather' is no tool; give an async or plain function"),
-        (None, "None is no tool; give an async or plain function"),
+        (Clock, "<class '.*Clock'> is not a tool; pass an async or plain function"),
+        ("weather", "'weather' is not a tool; pass an async or plain function"),
+        (None, "None is not a tool; pass an async or plain function"),
     ],
 )
-def test_what_cannot_be_called_with_json_is_refused(function: Any, told: str) -> None:
-    with pytest.raises(LLMValidationError, match=f"^{told}") as caught:
+def test_a_function_that_json_cannot_call_is_refused(function: Any, text: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^{text}") as caught:
         as_tool(function)
     assert "\n" not in str(caught.value)
 
 
-def test_a_return_type_that_is_not_known_does_not_matter() -> None:
-    def f(a: int) -> Unheard: ...  # type: ignore[name-defined]  # noqa: F821 - that is what is tested
+def test_an_unknown_return_type_does_not_matter() -> None:
+    def f(a: int) -> Unheard: ...  # type: ignore[name-defined]  # noqa: F821 - an error on purpose
 
-    assert read(f, a=1) == {"a": 1}
+    assert converted(f, a=1) == {"a": 1}
 
 
-def test_a_context_is_not_in_the_schema() -> None:
-    old = Optional[ToolContext]  # noqa: UP045 - that is what is tested
+def test_a_parameter_for_the_context_is_not_in_the_schema() -> None:
+    old = Optional[ToolContext]  # noqa: UP045 - the old spelling is tested
 
     def f(a: int, context: ToolContext, other: ToolContext | None = None, third: Any = None) -> None: ...
 
@@ -304,17 +309,17 @@ def test_a_context_is_not_in_the_schema() -> None:
     assert Tool("g", "", {}, lambda **_: 1).context_names == ()
 
 
-def test_the_context_knows_the_call() -> None:
+def test_the_context_identifies_the_call() -> None:
     context = ToolContext("run", "call", "weather", lambda: False)
     assert (context.run_id, context.call_id, context.tool, context.cancelled()) == ("run", "call", "weather", False)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
-        context.tool = "other"  # type: ignore[misc]  # that is what is tested
+        context.tool = "other"  # type: ignore[misc]  # an error on purpose
 
 
-# By hand
+# Tools with their own schema
 
 
-def test_a_tool_by_hand_gets_plain_values() -> None:
+def test_a_tool_with_its_own_schema_gets_plain_json_values() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     tool = Tool("My tool", "Does it.", schema, print, annotations={"readOnlyHint": True}, server="files")
     assert tool.parameters is schema
@@ -324,7 +329,7 @@ def test_a_tool_by_hand_gets_plain_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
         (("", "", {}, print), "a tool's name is ''; give it a name"),
         ((None, "", {}, print), "a tool's name is None"),
@@ -336,12 +341,12 @@ def test_a_tool_by_hand_gets_plain_values() -> None:
         (("x", "", {"properties": {"a": {"enum": [object()]}}}, print), "tool 'x': its parameters cannot be sent: Enc"),
     ],
 )
-def test_a_tool_that_cannot_work_is_refused_by_name(arguments: Any, told: str) -> None:
-    with pytest.raises(LLMValidationError, match=f"^{told}"):
+def test_a_tool_that_cannot_work_is_refused_with_its_name(arguments: Any, text: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^{text}"):
         Tool(*arguments)
 
 
-def test_tools_are_told_apart() -> None:
+def test_tools_are_compared_by_identity() -> None:
     schema: dict[str, Any] = {"type": "object"}
     tool = Tool("now", "", schema, cached)
     assert tool != Tool("now", "", schema, cached)
@@ -362,7 +367,7 @@ LONG = """Does it.
             Three.
 
     Returns:
-        d: Not one.
+        d: A returned value.
     """
 
 
@@ -376,8 +381,10 @@ LONG = """Does it.
         ("Does it.\n\n    Raises:\n        OSError: never.\n", "Does it.", {}),
         (LONG, "Does it.", {"a": "One.", "b": "Two: more, note: and more.", "c": "Three."}),
         ("Args:\n  a: One.\n", "", {"a": "One."}),
-        ("Does it.\n\nArgs:\n    what is no entry\n    a: One.", "Does it.", {"a": "One."}),
+        ("Does it.\n\nArgs:\n    a line without a name\n    a: One.", "Does it.", {"a": "One."}),
     ],
 )
-def test_docstrings_are_read(text: str | None, description: str, parameters: dict[str, str]) -> None:
+def test_a_docstring_is_split_into_description_and_parameters(
+    text: str | None, description: str, parameters: dict[str, str]
+) -> None:
     assert read_docstring(text) == (description, parameters)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
-from lmbridge.agent.tool_names import called_names, sent_names
+from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.toolset import Fault, Ready, Toolset
 from tests.agent.support import deadline_timer
 from tests.support import replaced
@@ -99,12 +99,12 @@ async def test_no_tools_are_no_definitions() -> None:
     [
         (weather, "tools is <function weather.*; give a list"),
         ("weather", "tools is 'weather'; give a list"),
-        (["weather"], "'weather' is no tool"),
-        ([Provider], "<class '.*Provider'> is no tool"),
+        (["weather"], "'weather' is not a tool"),
+        ([Provider], "<class '.*Provider'> is not a tool"),
         ([weather, weather], "there are two tools 'weather'; give one of them another name"),
         ([tool("x", "a"), tool("x", "a")], "there are two tools 'a__x'"),
         ([tool("x", "a"), tool("x", "b"), tool("a__x")], "there are two tools 'a__x'"),
-        ([{"type": "function"}], "{'type': 'function'} is no tool"),
+        ([{"type": "function"}], "{'type': 'function'} is not a tool"),
     ],
 )
 async def test_what_is_no_tool_is_refused(tools: Any, told: str) -> None:
@@ -125,7 +125,7 @@ async def test_what_a_provider_raises_goes_on() -> None:
 
 def test_a_tool_is_called_by_its_own_name_where_that_is_unique() -> None:
     tools = [tool("search", "web"), tool("search", "files"), tool("read", "files"), tool("search")]
-    assert called_names(tools) == ["web__search", "files__search", "read", "search"]
+    assert names_in_run(tools) == ["web__search", "files__search", "read", "search"]
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_a_tool_is_called_by_its_own_name_where_that_is_unique() -> None:
     ],
 )
 def test_a_name_is_sent_in_snake_case(name: str, sent: str) -> None:
-    made = sent_names([name])[name]
+    made = names_in_requests([name])[name]
     assert re.fullmatch(r"[a-z0-9_]{1,64}", made)
     assert re.fullmatch(sent, made)
 
 
 def test_names_that_would_become_the_same_get_a_hash_but_for_the_one_that_is_one() -> None:
-    made = sent_names(["get_weather", "getWeather", "get-weather", "read.file", "read-file"])
+    made = names_in_requests(["get_weather", "getWeather", "get-weather", "read.file", "read-file"])
     assert made["get_weather"] == "get_weather"
     assert re.fullmatch(r"get_weather_[0-9a-f]{6}", made["getWeather"])
     assert re.fullmatch(r"read_file_[0-9a-f]{6}", made["read.file"])
@@ -157,8 +157,8 @@ def test_names_that_would_become_the_same_get_a_hash_but_for_the_one_that_is_one
 
 
 def test_a_name_that_looks_like_a_hashed_one_stays_its_own() -> None:
-    hashed = sent_names(["a.b", "a-b"])["a.b"]
-    made = sent_names(["a.b", "a-b", hashed])
+    hashed = names_in_requests(["a.b", "a-b"])["a.b"]
+    made = names_in_requests(["a.b", "a-b", hashed])
     assert made[hashed] == hashed
     assert made["a.b"] != hashed
     assert len(set(made.values())) == 3
@@ -167,8 +167,8 @@ def test_a_name_that_looks_like_a_hashed_one_stays_its_own() -> None:
 def test_names_of_one_hash_do_not_depend_on_their_order_either(monkeypatch: pytest.MonkeyPatch) -> None:
     sha256 = hashlib.sha256
     monkeypatch.setattr("hashlib.sha256", lambda _: sha256(b"always this"))
-    made = sent_names(["a.b", "a-b", "a b"])
-    assert sent_names(["a b", "a.b", "a-b"]) == made
+    made = names_in_requests(["a.b", "a-b", "a b"])
+    assert names_in_requests(["a b", "a.b", "a-b"]) == made
     assert sorted(len(name) for name in made.values()) == [10, 11, 12]
 
 
@@ -177,13 +177,13 @@ NAMES = st.lists(st.text("aAbB_.-1 é", min_size=1, max_size=6) | st.text(min_si
 
 @given(NAMES, st.randoms())
 def test_names_are_sent_as_servers_take_them_each_another_whatever_their_order(names: list[str], random: Any) -> None:
-    made = sent_names(names)
+    made = names_in_requests(names)
     assert set(made) == set(names)
     assert len(set(made.values())) == len(names)
     assert all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in made.values())
     shuffled = names.copy()
     random.shuffle(shuffled)
-    assert sent_names(shuffled) == made
+    assert names_in_requests(shuffled) == made
 
 
 @pytest.mark.parametrize("asked", ["files_read", "Files.Read"])
