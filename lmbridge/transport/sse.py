@@ -3,7 +3,7 @@
 The field rules are those of the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with four
 differences that real servers ask for: an event that the end of the body cut off from its blank line is still
 handed out by `close`; an event with neither data nor a name is skipped even if it has an empty `data:` line; lines
-that are no field at all are kept in `stray` (llama.cpp's router ends a broken stream with a bare "proxy error: ..."
+that are not a field at all are kept in `stray` (llama.cpp's router ends a broken stream with a bare "proxy error: ..."
 line); and lines and events may have at most `max_size` bytes.
 """
 
@@ -22,7 +22,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 
 
 def begins_event_stream(first: bytes) -> bool | None:
-    """Whether a body that begins with these bytes is an event stream; None if they are too few to tell."""
+    """Returns whether a body that begins with these bytes is an event stream; None if there are too few to decide."""
     begun = first.lstrip(_BOM + b"\r\n")
     if not begun or any(field.startswith(begun) and field != begun for field in _FIELDS):
         return None
@@ -31,7 +31,7 @@ def begins_event_stream(first: bytes) -> bool | None:
 
 @attrs.frozen
 class NamedEvent:
-    """An event with an `event:` field; one without is handed out as its bare data."""
+    """An event with an `event:` field. An event without one is handed out as its bare data."""
 
     name: str
     data: bytes
@@ -47,33 +47,36 @@ class SSEDecoder:
     events without data.
 
     Args:
-        max_size: Bytes that a line, or the data of an event, may have.
+        max_size: The number of bytes that a line, or the data of an event, may have at most.
     """
 
     __slots__ = ("_after_cr", "_data", "_head", "_max_size", "_more", "_name", "_size", "_stray", "_tail", "_tail_size")
 
     def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
         self._max_size = max_size
-        self._head: bytes | None = b""  # None once the start of the stream is known not to be a BOM
+        # None once the start of the stream is known not to be a BOM.
+        self._head: bytes | None = b""
         self._after_cr = False
-        self._tail: list[bytes] = []  # pieces of an unfinished line: joined once, however many there are
+        # The pieces of an unfinished line, which are joined once, however many there are.
+        self._tail: list[bytes] = []
         self._tail_size = 0
         self._data: bytes | None = None
-        self._more: list[bytes] = []  # its further lines
-        self._size = 0  # of all of them, joined
+        # The further lines of data of the event, and the size of all its lines when they are joined.
+        self._more: list[bytes] = []
+        self._size = 0
         self._name: str | None = None
         self._stray = b""
 
     @property
     def stray(self) -> str:
-        """The lines that were no field and no comment, up to 4 KiB of them."""
+        """The lines that were neither a field nor a comment, up to 4 KiB of them."""
         return self._stray.decode("utf-8", "replace").strip()
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events that these bytes complete.
+        """Returns the events that these bytes complete.
 
         Raises:
-            LLMStreamError: a line or an event is larger than `max_size`.
+            LLMStreamError: If a line or an event is larger than `max_size`.
         """
         if self._head is not None:
             data = self._without_bom(data)
@@ -95,7 +98,7 @@ class SSEDecoder:
         return self._interpret(lines)
 
     def close(self) -> list[Event]:
-        """The event that the end of the body cut off, if there is one."""
+        """Returns the event that the end of the body cut off from its blank line, if there is one."""
         lines = [*self._head_left(), b"".join(self._tail), b""]
         self._tail.clear()
         return self._interpret(lines)
@@ -125,7 +128,7 @@ class SSEDecoder:
         return events
 
     def _special(self, payload: bytes) -> Event:
-        """An event with a name, or with more than one line of data."""
+        """Returns an event that has a name or more than one line of data."""
         if self._more:
             payload = b"\n".join([payload, *self._more])
             self._more.clear()
@@ -172,7 +175,7 @@ class SSEDecoder:
         return [head] if head else []
 
     def _with_line_feeds(self, data: bytes) -> bytes:
-        """The bytes with each line ending as one LF. A CR ends its line at once: its LF may never come."""
+        """Returns the bytes with one LF for each line ending. A CR ends its line at once: its LF may never come."""
         if self._after_cr and data:
             data = data.removeprefix(b"\n")
             self._after_cr = False

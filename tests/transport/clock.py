@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Clock:
-    """The loop's time, which passes when the test says so."""
+    """Replaces the clock of an event loop. Time passes only when a test calls `wait`."""
 
     now = 1000.0
 

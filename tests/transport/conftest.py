@@ -9,7 +9,7 @@ from tests.transport.clock import Clock
 
 @pytest.fixture
 async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The time of the test's loop."""
+    """Replaces the clock of the test's event loop."""
     clock = Clock()
     monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
     return clock

@@ -1,3 +1,5 @@
+"""Waiting for a permit: order, cancellation, limits on waiting, and models."""
+
 from __future__ import annotations
 
 import asyncio
@@ -15,15 +17,15 @@ from lmbridge.transport.scheduler import Permit
 from tests.support import cancel_at_each_step, turns
 from tests.transport.clock import Clock
 
-Complaints = list[dict[str, Any]]
+LoopErrors = list[dict[str, Any]]
 
 
 @pytest.fixture
-async def complaints() -> Complaints:
-    """What the loop logs: exceptions that nobody saw."""
-    complaints: Complaints = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    return complaints
+async def loop_errors() -> LoopErrors:
+    """Collects what the event loop would log, such as exceptions that were never retrieved."""
+    loop_errors: LoopErrors = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
+    return loop_errors
 
 
 def an_admission(max_concurrency: int = 1, max_queue: float | None = 600.0) -> Admission:
@@ -31,7 +33,7 @@ def an_admission(max_concurrency: int = 1, max_queue: float | None = 600.0) -> A
 
 
 def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Permit]:
-    """A task of its own that asks for a permit."""
+    """Starts a task that asks for a permit."""
     return asyncio.create_task(admission.acquire(model))
 
 
@@ -42,15 +44,15 @@ async def held_by_others(admission: Admission, count: int = 1) -> list[Permit]:
 # Order
 
 
-async def test_a_free_permit_is_given_without_waiting() -> None:
+async def test_a_free_permit_is_granted_without_waiting() -> None:
     admission = an_admission(2)
     asking = admission.acquire("a")
-    with pytest.raises(StopIteration) as given:
+    with pytest.raises(StopIteration) as returned:
         asking.send(None)
-    assert (given.value.value.model, admission.in_flight, admission.queued) == ("a", 1, 0)
+    assert (returned.value.value.model, admission.in_flight, admission.queued) == ("a", 1, 0)
 
 
-async def test_no_more_are_in_flight_than_allowed_and_the_others_go_in_the_order_in_which_they_came() -> None:
+async def test_max_concurrency_bounds_the_requests_in_flight_and_the_others_go_in_order_of_arrival() -> None:
     admission = an_admission(3)
     tasks = [ask(admission, str(number)) for number in range(10)]
     for done in range(3, 11):
@@ -61,7 +63,7 @@ async def test_no_more_are_in_flight_than_allowed_and_the_others_go_in_the_order
     assert [(await task).model for task in tasks] == [str(number) for number in range(10)]
 
 
-async def test_who_comes_in_the_moment_in_which_a_permit_is_free_stands_behind_those_who_wait() -> None:
+async def test_a_request_that_arrives_when_a_permit_is_released_queues_behind_the_waiting_ones() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     first = ask(admission)
@@ -74,7 +76,7 @@ async def test_who_comes_in_the_moment_in_which_a_permit_is_free_stands_behind_t
     assert (await last).model == "m"
 
 
-async def test_a_permit_may_be_given_back_twice() -> None:
+async def test_releasing_a_permit_again_does_nothing() -> None:
     admission = an_admission(2)
     permit, _ = await held_by_others(admission, 2)
     tasks = [ask(admission), ask(admission)]
@@ -88,18 +90,18 @@ async def test_a_permit_may_be_given_back_twice() -> None:
     tasks[1].cancel()
 
 
-async def test_a_permit_of_another_scheduler_is_none_here() -> None:
+async def test_a_permit_of_another_scheduler_is_ignored() -> None:
     admission = an_admission()
     await held_by_others(admission)
-    (stranger,) = await held_by_others(an_admission())
-    admission.release(stranger)
+    (foreign,) = await held_by_others(an_admission())
+    admission.release(foreign)
     assert admission.in_flight == 1
 
 
-# Cancels
+# Cancellation
 
 
-async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
+async def test_a_cancelled_waiter_does_not_delay_the_others() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(3)]
@@ -114,18 +116,19 @@ async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
     await tasks[2]
 
 
-async def test_a_permit_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
+async def test_a_permit_is_not_granted_to_a_waiter_that_is_being_cancelled() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     tasks = [ask(admission), ask(admission)]
     await turns()
     tasks[0].cancel()
-    admission.release(permit)  # before the cancelled task has run
+    # The cancelled task has not run yet.
+    admission.release(permit)
     await turns()
     assert (tasks[0].cancelled(), tasks[1].done()) == (True, True)
 
 
-async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_permit_passes_it_on() -> None:
+async def test_a_waiter_that_is_cancelled_when_it_gets_a_permit_passes_it_on() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(4)]
@@ -139,7 +142,7 @@ async def test_a_waiter_that_is_cancelled_in_the_moment_in_which_it_gets_a_permi
     assert (admission.in_flight, admission.queued) == (0, 0)
 
 
-async def test_a_permit_that_nobody_takes_is_free_again() -> None:
+async def test_a_permit_is_free_again_if_its_only_waiter_is_cancelled_when_it_gets_it() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     task = ask(admission)
@@ -151,7 +154,7 @@ async def test_a_permit_that_nobody_takes_is_free_again() -> None:
     assert (await admission.acquire("next")).model == "next"
 
 
-async def test_a_caller_may_wait_no_longer_than_it_wants() -> None:
+async def test_a_caller_can_limit_its_wait_with_asyncio_timeout() -> None:
     admission = an_admission()
     await held_by_others(admission)
     with pytest.raises(TimeoutError) as caught:
@@ -179,10 +182,10 @@ async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
     assert (await admission.acquire("m"), admission.in_flight)[1] == 1
 
 
-# Limits of waiting
+# Limits on waiting
 
 
-async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_the_permits(clock: Clock) -> None:
+async def test_a_wait_ends_after_max_queue_with_an_error_that_lists_the_holders_of_the_permits(clock: Clock) -> None:
     admission = an_admission(2, max_queue=60)
     old = await ask(admission, "qwen")
     clock.wait(40)
@@ -205,7 +208,7 @@ async def test_waiting_ends_after_max_queue_with_an_error_that_lists_who_holds_t
     assert (admission.in_flight, admission.queued) == (2, 0)
 
 
-async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
+async def test_max_queue_is_counted_for_each_request_from_its_arrival(clock: Clock) -> None:
     admission = an_admission(1, max_queue=60)
     (permit,) = await held_by_others(admission)
     early = ask(admission)
@@ -221,20 +224,21 @@ async def test_each_waits_for_its_own_max_queue(clock: Clock) -> None:
     await late
 
 
-async def test_who_got_a_permit_in_time_keeps_it(clock: Clock, complaints: Complaints) -> None:
+async def test_a_permit_that_was_granted_in_time_is_kept(clock: Clock, loop_errors: LoopErrors) -> None:
     admission = an_admission(1, max_queue=60)
     (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 59.9, admission.release, permit)  # just before the timer of `task`
+    # Just before the timer of `task` rings.
+    asyncio.get_running_loop().call_at(clock() + 59.9, admission.release, permit)
     clock.wait(60)
     assert (await task).model == "m"
     clock.wait(600)
     await turns()
-    assert (admission.in_flight, complaints) == (1, [])
+    assert (admission.in_flight, loop_errors) == (1, [])
 
 
-async def test_a_permit_that_is_free_too_late_goes_to_the_next(clock: Clock) -> None:
+async def test_a_permit_that_is_released_too_late_goes_to_the_next_waiter(clock: Clock) -> None:
     admission = an_admission(1, max_queue=60)
     (permit,) = await held_by_others(admission)
     late = ask(admission)
@@ -242,14 +246,15 @@ async def test_a_permit_that_is_free_too_late_goes_to_the_next(clock: Clock) -> 
     clock.wait(30)
     following = ask(admission)
     await turns()
-    asyncio.get_running_loop().call_at(clock() + 30, admission.release, permit)  # right behind the timer of `late`
+    # Right behind the timer of `late`.
+    asyncio.get_running_loop().call_at(clock() + 30, admission.release, permit)
     clock.wait(30)
     with pytest.raises(LLMTimeoutError):
         await late
     assert (await following).model == "m"
 
 
-async def test_without_max_queue_waiting_takes_as_long_as_it_takes(clock: Clock) -> None:
+async def test_without_max_queue_a_wait_does_not_end(clock: Clock) -> None:
     admission = an_admission(1, max_queue=None)
     (permit,) = await held_by_others(admission)
     task = ask(admission)
@@ -261,7 +266,7 @@ async def test_without_max_queue_waiting_takes_as_long_as_it_takes(clock: Clock)
     await task
 
 
-async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
+async def test_a_task_that_would_wait_for_its_own_permits_gets_an_error_at_once() -> None:
     admission = an_admission(2, max_queue=None)
     mine = [await admission.acquire("a"), await admission.acquire("b")]
     for _ in range(2):
@@ -272,7 +277,8 @@ async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
             await admission.acquire("c")
         assert e.value.phase == "queue"
     assert (admission.in_flight, admission.queued) == (2, 0)
-    other = ask(admission)  # which can wait: this task gives its permits back some time
+    # Another task can wait, because this one returns its permits sooner or later.
+    other = ask(admission)
     await turns()
     admission.release(mine[0])
     await other
@@ -280,7 +286,7 @@ async def test_who_would_wait_for_places_of_its_own_is_told_at_once() -> None:
     assert (await admission.acquire("d")).model == "d"
 
 
-async def test_a_task_with_a_permit_of_its_own_waits_where_another_task_holds_one_too() -> None:
+async def test_a_task_that_holds_a_permit_can_wait_for_a_permit_of_another_task() -> None:
     admission = an_admission(2, max_queue=None)
     await admission.acquire("mine")
     (others,) = await held_by_others(admission)
@@ -302,7 +308,7 @@ async def test_the_holder_of_a_permit_is_the_task_that_last_read_its_stream() ->
     assert (await admission.acquire("of the opener")).model == "of the opener"
 
 
-async def test_the_holder_of_a_permit_that_was_waited_for_is_the_task_that_waited() -> None:
+async def test_the_holder_of_a_permit_is_at_first_the_task_that_waited_for_it() -> None:
     admission = an_admission(1, max_queue=None)
     permit = await admission.acquire("first")
 
@@ -319,19 +325,19 @@ async def test_the_holder_of_a_permit_that_was_waited_for_is_the_task_that_waite
     assert (await admission.acquire("fourth")).model == "fourth"
 
 
-# The end
+# Failing all waits
 
 
-def closed() -> LLMError:
+def make_closed_error() -> LLMError:
     return TaskCancelledError("closed")
 
 
-async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> None:
+async def test_failing_the_waiters_gives_each_its_own_error() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     tasks = [ask(admission) for _ in range(3)]
     await turns()
-    admission.fail_waiters(closed)
+    admission.fail_waiters(make_closed_error)
     assert (admission.in_flight, admission.queued) == (1, 0)
     errors = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(error) for error in errors] == [TaskCancelledError] * 3
@@ -340,17 +346,19 @@ async def test_all_waiters_can_be_told_to_go_each_by_an_error_of_its_own() -> No
     assert (await ask(admission)).model == "m"
 
 
-async def test_who_got_a_permit_just_before_keeps_it() -> None:
+async def test_a_permit_that_was_granted_just_before_the_waiters_failed_is_kept() -> None:
     admission = an_admission()
     (permit,) = await held_by_others(admission)
     task = ask(admission)
     await turns()
     admission.release(permit)
-    admission.fail_waiters(closed)
+    admission.fail_waiters(make_closed_error)
     assert (await task).model == "m"
 
 
-async def test_a_cancel_in_the_moment_of_an_error_stays_a_cancel_and_nothing_is_logged(complaints: Complaints) -> None:
+async def test_a_cancellation_at_the_moment_of_an_error_stays_a_cancellation_and_nothing_is_logged(
+    loop_errors: LoopErrors,
+) -> None:
     admission = an_admission()
     await held_by_others(admission)
     for cancel_first in (True, False):
@@ -358,13 +366,13 @@ async def test_a_cancel_in_the_moment_of_an_error_stays_a_cancel_and_nothing_is_
         await turns()
         if cancel_first:
             task.cancel()
-        admission.fail_waiters(closed)
+        admission.fail_waiters(make_closed_error)
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled()
         del task
         gc.collect()
-    assert complaints == []
+    assert loop_errors == []
 
 
 # Models
@@ -375,20 +383,21 @@ def with_models(max_concurrency: int = 10, max_loaded_models: int = 1, **options
 
 
 async def loaded(admission: Admission, model: str) -> Permit:
-    """A permit of another task, answered."""
+    """Returns a permit of another task, whose request has been answered."""
     permit = await ask(admission, model)
     admission.mark_loaded(permit)
     return permit
 
 
-async def test_a_first_request_that_is_cancelled_leaves_its_turn_to_the_next_at_whatever_moment() -> None:
+async def test_a_first_request_that_is_cancelled_at_any_moment_leaves_its_turn_to_the_next() -> None:
     for turns_before in range(4):
         admission = with_models()
         first, second, third = (ask(admission, "a") for _ in range(3))
         await turns(turns_before)
         first.cancel()
         await turns()
-        if not first.cancelled():  # it had its permit
+        # If it was not cancelled, it had its permit already.
+        if not first.cancelled():
             admission.release(first.result())
             await turns()
         assert (second.done(), third.done()) == (True, False)
@@ -408,40 +417,43 @@ async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_its_admissio
 
     async def wait_for_b() -> None:
         permit = await admission.acquire("a")
-        permit.holder = None  # another's
+        # As if another task held it.
+        permit.holder = None
         releasing = asyncio.create_task(release_soon(permit))
         try:
             admission.release(await admission.acquire("b"))
         finally:
             await releasing
 
-    async def all_is_given_back() -> None:
+    async def check_that_all_is_released() -> None:
         assert (admission.in_flight, admission.queued) == (0, 0)
         (active,) = admission.scheduler._queues
         assert active in {"a", "b"}
 
-    await cancel_at_each_step(wait_for_b, all_is_given_back, at_least=1)
-    await all_is_given_back()
+    await cancel_at_each_step(wait_for_b, check_that_all_is_released, at_least=1)
+    await check_that_all_is_released()
 
 
-async def test_a_cancelled_waiter_at_the_head_makes_room_for_the_one_behind_it_in_the_same_moment() -> None:
+async def test_a_cancelled_waiter_at_the_head_of_the_queue_makes_room_for_the_next_at_once() -> None:
     admission = with_models(2)
     permit = await loaded(admission, "a")
     first, second = ask(admission, "b"), ask(admission, "c")
     await turns()
     first.cancel()
-    admission.release(permit)  # before the cancelled task has run
+    # The cancelled task has not run yet.
+    admission.release(permit)
     await turns()
     assert (first.cancelled(), second.done()) == (True, True)
     assert dict(admission.scheduler.swaps) == {"c": 1}
 
 
-async def test_a_permit_that_changes_models_and_is_cancelled_in_the_same_moment_passes_on_the_turn() -> None:
+async def test_a_first_request_that_is_cancelled_when_it_is_admitted_passes_its_turn_on() -> None:
     admission = with_models(1)
     permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "bbc"]
     await turns()
-    admission.release(permit)  # to the first of b
+    # The first request for b is admitted, and cancelled before its task has run.
+    admission.release(permit)
     tasks[0].cancel()
     await turns(6)
     assert [task.done() for task in tasks] == [True, True, False]
@@ -449,7 +461,7 @@ async def test_a_permit_that_changes_models_and_is_cancelled_in_the_same_moment_
     assert (await tasks[2]).model == "c"
 
 
-async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when_that_one_leaves(clock: Clock) -> None:
+async def test_the_timer_is_set_for_the_next_overdue_request_and_moves_when_that_one_leaves(clock: Clock) -> None:
     admission = with_models(max_wait=30.0)
     permit = await loaded(admission, "a")
     first = ask(admission, "b")
@@ -461,7 +473,8 @@ async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when
     await turns()
     first.cancel()
     await turns()
-    clock.wait(20)  # it rings for the one that has left
+    # The timer rings for the request that has left.
+    clock.wait(20)
     await turns()
     late = ask(admission, "a")
     await late
@@ -478,7 +491,7 @@ async def test_the_timer_is_set_for_the_next_that_will_be_overdue_and_moves_when
     held_back.cancel()
 
 
-async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clock) -> None:
+async def test_a_timer_that_rings_at_exactly_its_time_begins_the_drain(clock: Clock) -> None:
     for start, max_wait in ((1000.1, 0.3), (0.1, 0.7), (1e6 + 1 / 3, 29.9)):
         clock.now = start
         admission = with_models(max_wait=max_wait)
@@ -490,13 +503,13 @@ async def test_a_timer_that_rings_at_its_very_moment_begins_the_drain(clock: Clo
         held_back = ask(admission, "a")
         await turns()
         assert not held_back.done()
-        assert admission._overdue_timer is None, "it would ring for ever"
+        assert admission._overdue_timer is None, "the timer would ring forever"
         waiting.cancel()
         held_back.cancel()
         await turns()
 
 
-async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_at_once() -> None:
+async def test_a_task_whose_own_stream_keeps_the_model_out_gets_an_error_at_once() -> None:
     admission = with_models(max_queue=None)
     mine = await admission.acquire("a")
     with pytest.raises(LLMTimeoutError, match="streams that its own task holds open; 1 of 10 permits") as caught:
@@ -507,13 +520,14 @@ async def test_who_waits_for_a_model_that_only_its_own_stream_keeps_out_is_told_
     assert (await admission.acquire("b")).model == "b"
 
 
-async def test_who_is_made_to_wait_for_itself_by_a_drain_is_told_when_that_begins(clock: Clock) -> None:
+async def test_a_task_that_a_drain_makes_wait_for_itself_gets_an_error_when_the_drain_begins(clock: Clock) -> None:
     admission = with_models(2, max_queue=None, max_wait=30.0)
 
     async def two_of_a() -> Permit:
         mine = await admission.acquire("a")
         with pytest.raises(LLMTimeoutError, match="forever"):
-            await admission.acquire("a")  # its turn would come after that of b
+            # It would be admitted after b only.
+            await admission.acquire("a")
         return mine
 
     twice = asyncio.create_task(two_of_a())
@@ -530,7 +544,7 @@ async def test_who_is_made_to_wait_for_itself_by_a_drain_is_told_when_that_begin
     await b
 
 
-async def test_of_two_tasks_that_hold_a_model_each_one_waits_for_the_other_but_not_for_itself() -> None:
+async def test_a_task_that_waits_for_the_model_of_another_task_is_not_deadlocked() -> None:
     admission = with_models(max_loaded_models=2, max_queue=None)
     others = await loaded(admission, "b")
 
@@ -547,7 +561,7 @@ async def test_of_two_tasks_that_hold_a_model_each_one_waits_for_the_other_but_n
     assert [permit.model for permit in await task] == ["a", "c"]
 
 
-async def test_other_limits_let_those_go_who_waited_for_the_old_ones() -> None:
+async def test_new_limits_admit_requests_that_the_old_ones_kept_waiting() -> None:
     admission = with_models(1)
     permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "ab"]
@@ -560,11 +574,12 @@ async def test_other_limits_let_those_go_who_waited_for_the_old_ones() -> None:
     assert admission.acquire_now("a") is not None
 
 
-async def test_other_limits_tell_those_who_now_wait_for_themselves() -> None:
+async def test_new_limits_end_the_waits_that_they_turn_into_deadlocks() -> None:
     admission = with_models(2, max_queue=None)
 
     async def ask_twice() -> None:
-        await admission.acquire("a")  # whose answer the second one waits for
+        # The second request waits for the answer to this one.
+        await admission.acquire("a")
         with pytest.raises(LLMTimeoutError, match=r"forever.* 1 of 1 permits"):
             await admission.acquire("a")
 
@@ -576,7 +591,7 @@ async def test_other_limits_tell_those_who_now_wait_for_themselves() -> None:
 
 
 @pytest.mark.parametrize("before", [None, 300.0])
-async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, before: float | None) -> None:
+async def test_new_limits_move_the_timer_of_the_next_overdue_request(clock: Clock, before: float | None) -> None:
     admission = with_models(max_wait=before)
     permit = await loaded(admission, "a")
     b = ask(admission, "b")
@@ -585,7 +600,7 @@ async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, be
     admission.set_limits(Limits(max_loaded_models=1, max_wait=30.0))
     clock.wait(10)
     await turns()
-    assert admission._overdue_timer is None, "it has not rung"
+    assert admission._overdue_timer is None, "the timer has not rung"
     held_back = ask(admission, "a")
     await turns()
     assert not held_back.done()
@@ -594,7 +609,9 @@ async def test_the_timer_of_the_overdue_moves_with_other_limits(clock: Clock, be
     held_back.cancel()
 
 
-async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_permit_and_since_when(clock: Clock) -> None:
+async def test_the_error_of_a_wait_for_a_model_names_the_model_that_holds_the_permit(
+    clock: Clock,
+) -> None:
     admission = with_models(max_queue=42.0, max_wait=None)
     await loaded(admission, "model")
     waiting = ask(admission, "other")
@@ -607,7 +624,7 @@ async def test_who_waits_too_long_for_a_model_is_told_which_one_has_the_permit_a
     assert (admission.in_flight, admission.queued) == (1, 0)
 
 
-async def test_one_that_times_out_in_a_batch_lets_the_next_drain_begin(clock: Clock) -> None:
+async def test_a_batch_member_that_times_out_lets_the_next_drain_begin(clock: Clock) -> None:
     admission = with_models(1, max_queue=60.0, max_wait=30.0)
     permit = await loaded(admission, "a")
     b, late_b, c = ask(admission, "b"), ask(admission, "b"), ask(admission, "c")
@@ -623,19 +640,19 @@ async def test_one_that_times_out_in_a_batch_lets_the_next_drain_begin(clock: Cl
     assert (admission.in_flight, admission.queued) == (0, 0)
 
 
-async def test_all_that_wait_for_models_can_be_told_to_go() -> None:
+async def test_failing_the_waiters_includes_those_that_wait_for_a_model() -> None:
     admission = with_models()
     permit = await loaded(admission, "a")
     tasks = [ask(admission, model) for model in "bcbd"]
     await turns()
-    admission.fail_waiters(closed)
+    admission.fail_waiters(make_closed_error)
     assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [TaskCancelledError] * 4
     assert (admission.in_flight, admission.queued) == (1, 0)
     admission.release(permit)
     assert set(admission.scheduler._queues) == {"a"}
 
 
-async def test_who_is_told_to_go_in_a_drain_does_not_let_those_go_that_it_held_back(clock: Clock) -> None:
+async def test_failing_the_waiters_in_a_drain_does_not_admit_those_that_it_held_back(clock: Clock) -> None:
     admission = with_models(max_wait=30.0)
     await loaded(admission, "a")
     overdue = ask(admission, "b")
@@ -643,13 +660,13 @@ async def test_who_is_told_to_go_in_a_drain_does_not_let_those_go_that_it_held_b
     clock.wait(30)
     held_back = ask(admission, "a")
     await turns()
-    admission.fail_waiters(closed)
+    admission.fail_waiters(make_closed_error)
     errors = await asyncio.gather(overdue, held_back, return_exceptions=True)
     assert [type(error) for error in errors] == [TaskCancelledError] * 2
     assert (admission.in_flight, admission.queued) == (1, 0)
 
 
-# Anything in any order
+# Any events in any order
 
 Kind = Literal["arrive", "finish", "cancel"]
 _steps = st.lists(
@@ -660,15 +677,17 @@ _steps = st.lists(
 
 @settings(deadline=None, max_examples=200)
 @given(limit=st.integers(1, 4), arrivals=st.integers(0, 8), steps=_steps)
-def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none_is_lost(
+def test_permits_are_granted_in_order_and_none_is_lost_whatever_happens(
     limit: int, arrivals: int, steps: list[list[tuple[Kind, int]]]
 ) -> None:
     async def run() -> None:
         admission = an_admission(limit, max_queue=None)
-        requests: list[asyncio.Task[Permit]] = []  # in the order in which they came, without those that are over
+        # In the order of their arrival, without those that are over.
+        requests: list[asyncio.Task[Permit]] = []
         rush: list[tuple[Kind, int]] = [("arrive", 0)] * arrivals
         for step in [rush, *steps]:
-            for kind, number in step:  # all in one turn of the loop
+            # All events of a step happen in one turn of the loop.
+            for kind, number in step:
                 if kind == "arrive":
                     requests.append(ask(admission))
                 elif requests:
@@ -681,10 +700,10 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
                 assert admission.in_flight <= limit
             await turns(10)
             requests = [request for request in requests if not request.cancelled()]
-            given_permits = min(limit, len(requests))
-            assert (admission.in_flight, admission.queued) == (given_permits, len(requests) - given_permits)
-            waiting = len(requests) - given_permits
-            assert [request.done() for request in requests] == [True] * given_permits + [False] * waiting
+            in_flight = min(limit, len(requests))
+            assert (admission.in_flight, admission.queued) == (in_flight, len(requests) - in_flight)
+            waiting = len(requests) - in_flight
+            assert [request.done() for request in requests] == [True] * in_flight + [False] * waiting
         while requests:
             assert requests[0].done()
             admission.release(requests.pop(0).result())
@@ -694,7 +713,7 @@ def test_whatever_comes_goes_and_is_cancelled_places_are_given_in_order_and_none
     asyncio.run(run())
 
 
-_many = st.tuples(
+_events = st.tuples(
     st.sampled_from(["arrive", "arrive", "answer", "finish", "finish", "cancel", "wait"]), st.integers(0, 11)
 )
 
@@ -703,14 +722,15 @@ _many = st.tuples(
 @given(
     max_concurrency=st.integers(1, 4),
     max_loaded_models=st.integers(1, 3),
-    steps=st.lists(st.lists(_many, max_size=6), max_size=20),
+    steps=st.lists(st.lists(_events, max_size=6), max_size=20),
 )
-def test_with_models_too_whatever_happens_in_one_turn_no_permit_and_no_waiter_is_lost(
+def test_with_model_limits_no_permit_and_no_waiter_is_lost_whatever_happens(
     max_concurrency: int, max_loaded_models: int, steps: list[list[tuple[str, int]]]
 ) -> None:
     async def run(clock: Clock) -> None:
         admission = with_models(max_concurrency, max_loaded_models, max_queue=None)
-        requests: list[asyncio.Task[Permit]] = []  # without those that are over
+        # Without those that are over.
+        requests: list[asyncio.Task[Permit]] = []
 
         def happen(kind: str, number: int) -> None:
             if kind == "arrive":
@@ -733,10 +753,11 @@ def test_with_models_too_whatever_happens_in_one_turn_no_permit_and_no_waiter_is
             assert admission.queued == len(requests) - len(going)
             assert len(going) <= max_concurrency
             assert len({permit.model for permit in going}) <= max_loaded_models
-            assert going or not requests, "all wait for nobody"
+            assert going or not requests, "all requests wait although nothing is in flight"
 
         for step in steps:
-            for kind, number in step:  # all in one turn of the loop
+            # All events of a step happen in one turn of the loop.
+            for kind, number in step:
                 happen(kind, number)
             await turns(10)
             requests = [task for task in requests if not task.cancelled()]

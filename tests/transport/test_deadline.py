@@ -1,4 +1,4 @@
-"""A deadline makes a timeout of its own cancel, and of nobody else's."""
+"""A deadline turns its own cancellation into a timeout, and leaves every other cancellation alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def wait_until(when: float) -> str:
         return "in time"
 
 
-async def test_what_is_in_time_is_left_alone() -> None:
+async def test_a_block_that_ends_in_time_is_left_alone() -> None:
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -26,17 +26,18 @@ async def test_what_is_in_time_is_left_alone() -> None:
     assert task.cancelling() == 0
 
 
-async def test_what_is_late_is_a_timeout_and_no_cancel() -> None:
+async def test_a_block_that_is_late_raises_a_timeout_and_leaves_no_cancellation_behind() -> None:
     task = asyncio.current_task()
     assert task is not None
     with pytest.raises(TimeoutError) as caught:
         await wait_until(asyncio.get_running_loop().time())
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
     assert task.cancelling() == 0
-    await asyncio.sleep(0)  # and nothing of it is left for the next wait
+    # The next wait is not cancelled.
+    await asyncio.sleep(0)
 
 
-async def test_a_cancel_by_the_caller_stays_a_cancel() -> None:
+async def test_a_cancellation_by_the_caller_stays_a_cancellation() -> None:
     task = asyncio.create_task(wait_until(math.inf))
     await asyncio.sleep(0)
     task.cancel()
@@ -45,7 +46,7 @@ async def test_a_cancel_by_the_caller_stays_a_cancel() -> None:
 
 
 @pytest.mark.parametrize("deadline_first", [True, False])
-async def test_a_cancel_by_the_caller_at_the_same_moment_wins(deadline_first: bool) -> None:
+async def test_a_cancellation_by_the_caller_at_the_same_moment_wins(deadline_first: bool) -> None:
     loop = asyncio.get_running_loop()
     entered: asyncio.Future[Deadline] = loop.create_future()
 
@@ -66,14 +67,14 @@ async def test_a_cancel_by_the_caller_at_the_same_moment_wins(deadline_first: bo
     assert task.cancelled()
 
 
-async def test_an_error_in_the_block_goes_on_as_it_is() -> None:
+async def test_an_error_in_the_block_is_passed_on() -> None:
     loop = asyncio.get_running_loop()
     with pytest.raises(KeyError):  # noqa: SIM117 - the deadline is what is tested
         with Deadline(DeadlineTimer(loop), loop.time() + 50):
             raise KeyError
 
 
-async def test_a_deadline_in_a_timeout_and_a_timeout_in_a_deadline_each_tell_their_own() -> None:
+async def test_a_deadline_and_an_asyncio_timeout_can_be_nested() -> None:
     loop = asyncio.get_running_loop()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(50):

@@ -1,3 +1,5 @@
+"""How long to wait before a retry, and what a Retry-After header asks for."""
+
 from __future__ import annotations
 
 import itertools
@@ -23,7 +25,7 @@ def retry_after(value: str) -> float | None:
     return parse_retry_after({"Retry-After": value}, NOW)
 
 
-def test_the_limits_are_those_that_were_promised() -> None:
+def test_the_limits_are_the_documented_ones() -> None:
     assert (MAX_RETRIES, MAX_WAIT, MAX_RETRY_AFTER) == (5, 15.0, 60.0)
 
 
@@ -32,7 +34,7 @@ def test_waits_grow_up_to_15_seconds(no_waits: list[float]) -> None:
     assert no_waits == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
 
 
-def test_each_wait_is_anything_between_nothing_and_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_wait_is_drawn_between_zero_and_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges: list[tuple[float, float]] = []
 
     def lowest(low: float, high: float) -> float:
@@ -51,7 +53,7 @@ def test_waits_differ_from_one_request_to_the_next() -> None:
     assert all(0 <= wait <= ceiling for each in waits for wait, ceiling in zip(each, ceilings, strict=True))
 
 
-def test_a_loading_server_is_asked_every_half_second_and_later_every_two() -> None:
+def test_a_loading_server_is_polled_every_half_second_at_first_and_every_two_seconds_later() -> None:
     waits = list(itertools.islice(poll_waits(), 10))
     assert waits == sorted(waits)
     assert (waits[0], waits[-1]) == (0.5, 2.0)
@@ -99,7 +101,7 @@ def test_retry_after_is_a_number_of_seconds_or_a_date(value: str, seconds: float
         "Fri, 31 Jan 2025 12:00:30 +99999999999999999999",
     ],
 )
-def test_a_retry_after_that_says_nothing_is_as_good_as_none(value: str) -> None:
+def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
     assert retry_after(value) is None
 
 
@@ -107,11 +109,11 @@ def test_without_the_header_there_is_no_retry_after() -> None:
     assert parse_retry_after({}) is None
 
 
-def test_the_name_of_the_header_may_be_written_in_any_case_where_the_headers_allow_it() -> None:
+def test_the_name_of_the_header_is_found_in_any_case_if_the_headers_are_case_insensitive() -> None:
     assert parse_retry_after(CIMultiDict({"retry-after": "3"})) == 3.0
 
 
-def test_a_date_is_compared_with_the_present() -> None:
+def test_by_default_a_date_is_compared_with_the_present() -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     seconds = parse_retry_after({"Retry-After": later})
     assert seconds is not None
@@ -142,6 +144,6 @@ _WORDS = st.sampled_from(
 
 @settings(deadline=None)
 @given(value=st.one_of(st.text(), st.lists(_WORDS, max_size=7).map(" ".join), st.datetimes().map(format_datetime)))
-def test_whatever_the_header_holds_the_wait_is_none_or_not_negative(value: str) -> None:
+def test_the_wait_is_never_negative_whatever_the_header_contains(value: str) -> None:
     seconds = retry_after(value)
     assert seconds is None or 0 <= seconds <= math.inf

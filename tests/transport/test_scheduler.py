@@ -1,6 +1,6 @@
-"""The rules of scheduling by model, one by one, and then all of them with anything happening in any order.
+"""The rules of scheduling by model, one by one, and then all together with any events in any order.
 
-Every step of a `SchedulerHarness` is checked against a `ReferenceSchedule`, which tells the rules a second time.
+Every step of a `SchedulerHarness` is checked against a `ReferenceSchedule`, a second implementation of the rules.
 """
 
 from __future__ import annotations
@@ -39,50 +39,51 @@ def finish(harness: SchedulerHarness, *requests: ReferenceRequest) -> None:
         harness.check()
 
 
-def going(harness: SchedulerHarness) -> str:
-    """The models of what is in flight, in the order of admission."""
+def in_flight(harness: SchedulerHarness) -> str:
+    """Returns the models of the requests in flight, in the order of their admission."""
     return "".join(str(request.model) for request in harness.reference.in_flight)
 
 
-def loaded_models(harness: SchedulerHarness, models: str) -> list[ReferenceRequest]:
-    """One request for each model, in flight and answered."""
+def load(harness: SchedulerHarness, models: str) -> list[ReferenceRequest]:
+    """Brings one request for each model in flight and answers it."""
     requests = arrive(harness, models)
     for request in requests:
         harness.answer(request)
-    assert going(harness) == models
+    assert in_flight(harness) == models
     return requests
 
 
-# Permits
+# Permits and models
 
 
-def test_without_a_limit_of_models_all_models_go_side_by_side_in_the_order_of_their_coming() -> None:
+def test_without_a_model_limit_all_models_run_side_by_side_in_order_of_arrival() -> None:
     harness = a_harness(3, None)
     requests = arrive(harness, "abcdab")
-    assert going(harness) == "abc"  # and no first request alone
+    # No first request goes alone, either.
+    assert in_flight(harness) == "abc"
     finish(harness, requests[1])
-    assert going(harness) == "acd"
+    assert in_flight(harness) == "acd"
     finish(harness, requests[3], requests[0])
-    assert going(harness) == "cab"
+    assert in_flight(harness) == "cab"
 
 
-def test_a_model_beyond_the_active_ones_waits_until_one_of_those_has_nothing_in_flight() -> None:
+def test_a_request_for_another_model_waits_until_an_active_model_has_nothing_in_flight() -> None:
     harness = a_harness(max_loaded_models=2)
-    a, b = loaded_models(harness, "ab")
+    a, b = load(harness, "ab")
     arrive(harness, "c")
     (second_a,) = arrive(harness, "a")
-    assert going(harness) == "aba"
+    assert in_flight(harness) == "aba"
     finish(harness, a)
-    assert going(harness) == "ba"
+    assert in_flight(harness) == "ba"
     finish(harness, second_a)
-    assert going(harness) == "bc"
+    assert in_flight(harness) == "bc"
     assert dict(harness.scheduler.swaps) == {"c": 1}
     finish(harness, b)
 
 
 def test_the_model_that_has_been_idle_longest_gives_way() -> None:
     harness = a_harness(max_loaded_models=2)
-    a, b = loaded_models(harness, "ab")
+    a, b = load(harness, "ab")
     finish(harness, b)
     harness.wait(1)
     finish(harness, a)
@@ -90,21 +91,21 @@ def test_the_model_that_has_been_idle_longest_gives_way() -> None:
     assert harness.reference.active == ["a", "c"]
 
 
-def test_a_model_that_becomes_active_where_there_is_room_is_no_swap() -> None:
+def test_a_model_that_becomes_active_where_there_is_room_is_not_a_swap() -> None:
     harness = a_harness(max_loaded_models=2)
-    finish(harness, *loaded_models(harness, "ab"))
-    finish(harness, *loaded_models(harness, "ab"))
+    finish(harness, *load(harness, "ab"))
+    finish(harness, *load(harness, "ab"))
     assert not harness.scheduler.swaps
 
 
-def test_requests_for_active_models_go_on_while_nobody_is_overdue() -> None:
+def test_requests_for_active_models_are_admitted_while_no_request_is_overdue() -> None:
     harness = a_harness(2)
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     arrive(harness, "b")
     harness.wait(29.9)
     for _ in range(5):
         (late,) = arrive(harness, "a")
-        assert going(harness) == "aa"
+        assert in_flight(harness) == "aa"
         finish(harness, a)
         a = late
     assert not harness.scheduler.swaps
@@ -113,109 +114,110 @@ def test_requests_for_active_models_go_on_while_nobody_is_overdue() -> None:
 # Drains and batches
 
 
-def test_once_somebody_is_overdue_the_longest_active_model_takes_no_more_and_the_other_goes_on() -> None:
+def test_once_a_request_is_overdue_the_longest_active_model_is_drained_and_the_other_goes_on() -> None:
     harness = a_harness(max_loaded_models=2)
-    a, _b = loaded_models(harness, "ab")
+    a, _b = load(harness, "ab")
     arrive(harness, "c")
     harness.wait(30)
     arrive(harness, "ab")
-    assert going(harness) == "abb"
+    assert in_flight(harness) == "abb"
     finish(harness, a)
-    assert going(harness) == "bbc"
+    assert in_flight(harness) == "bbc"
     assert [request.model for request in harness.reference.waiting] == ["a"]
 
 
-def test_nothing_in_flight_is_touched_by_a_drain_however_long_it_takes() -> None:
+def test_a_drain_does_not_touch_what_is_in_flight_however_long_it_takes() -> None:
     harness = a_harness()
-    a, second = loaded_models(harness, "aa")
+    a, second = load(harness, "aa")
     arrive(harness, "b")
     harness.wait(10_000)
-    assert going(harness) == "aa"
+    assert in_flight(harness) == "aa"
     finish(harness, a)
     harness.wait(10_000)
-    assert going(harness) == "a"
+    assert in_flight(harness) == "a"
     finish(harness, second)
-    assert going(harness) == "b"
+    assert in_flight(harness) == "b"
 
 
-def test_who_waits_for_an_active_model_is_never_overdue() -> None:
+def test_a_request_for_an_active_model_is_never_overdue() -> None:
     harness = a_harness(1)
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     arrive(harness, "a")
     harness.wait(1000)
     assert harness.timer == math.inf
     assert not harness.reference.draining
     finish(harness, a)
-    assert going(harness) == "a"
+    assert in_flight(harness) == "a"
 
 
-def test_without_max_wait_nobody_is_overdue() -> None:
+def test_without_max_wait_no_request_is_overdue() -> None:
     harness = a_harness(max_wait=None)
-    loaded_models(harness, "a")
+    load(harness, "a")
     arrive(harness, "b")
     harness.wait(1e9)
     arrive(harness, "a")
-    assert going(harness) == "aa"
+    assert in_flight(harness) == "aa"
 
 
-def test_a_drain_ends_when_whoever_was_overdue_has_left_and_those_held_back_go() -> None:
+def test_a_drain_ends_when_the_overdue_request_leaves_and_those_held_back_go() -> None:
     harness = a_harness()
-    loaded_models(harness, "a")
+    load(harness, "a")
     (b,) = arrive(harness, "b")
     harness.wait(30)
     arrive(harness, "aa")
-    assert going(harness) == "a"
+    assert in_flight(harness) == "a"
     finish(harness, b)
-    assert going(harness) == "aaa"
+    assert in_flight(harness) == "aaa"
 
 
 def test_a_drain_ends_when_another_model_has_given_way() -> None:
     harness = a_harness(max_loaded_models=2)
-    _a, b = loaded_models(harness, "ab")
+    _a, b = load(harness, "ab")
     arrive(harness, "c")
     harness.wait(30)
     arrive(harness, "a")
-    assert (going(harness), harness.reference.draining) == ("ab", ["a"])
+    assert (in_flight(harness), harness.reference.draining) == ("ab", ["a"])
     finish(harness, b)
-    assert (going(harness), harness.reference.draining) == ("aca", [])
+    assert (in_flight(harness), harness.reference.draining) == ("aca", [])
 
 
-def test_all_that_wait_for_a_model_when_it_becomes_active_go_before_the_next_drain_and_later_ones_do_not() -> None:
+def test_a_batch_is_admitted_before_the_next_drain_and_later_arrivals_are_not() -> None:
     harness = a_harness(2)
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     batch = arrive(harness, "bbbb")
     arrive(harness, "c")
-    harness.wait(100)  # both are overdue
+    # Both are overdue.
+    harness.wait(100)
     finish(harness, a)
     harness.answer(batch[0])
     arrive(harness, "b")
-    assert (going(harness), harness.reference.draining) == ("bb", [])
+    assert (in_flight(harness), harness.reference.draining) == ("bb", [])
     finish(harness, batch[0])
     assert harness.reference.draining == []
     finish(harness, batch[1])
-    assert (going(harness), harness.reference.draining) == ("bb", ["b"])
+    assert (in_flight(harness), harness.reference.draining) == ("bb", ["b"])
     finish(harness, batch[2], batch[3])
-    assert going(harness) == "c"
+    assert in_flight(harness) == "c"
 
 
-def test_all_that_a_drain_holds_back_waits_behind_the_overdue_even_if_it_came_earlier() -> None:
+def test_requests_that_a_drain_holds_back_wait_behind_the_overdue_one_even_if_they_arrived_earlier() -> None:
     # DESIGN: "later arrivals for it are held back, except members of its running batch"; read as later than the batch.
     harness = a_harness(1)
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     arrive(harness, "ab")
     harness.wait(30)
     finish(harness, a)
-    assert going(harness) == "b"
+    assert in_flight(harness) == "b"
 
 
-def test_those_held_back_are_the_next_batch_in_the_order_of_their_coming() -> None:
+def test_the_requests_that_were_held_back_are_the_next_batch_in_order_of_arrival() -> None:
     harness = a_harness(3)
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     (b,) = arrive(harness, "b")
     harness.wait(30)
     held_back = arrive(harness, "aaa")
     finish(harness, a)
-    assert going(harness) == "b"
+    assert in_flight(harness) == "b"
     finish(harness, b)
     harness.answer(held_back[0])
     assert harness.reference.in_flight == held_back
@@ -224,37 +226,39 @@ def test_those_held_back_are_the_next_batch_in_the_order_of_their_coming() -> No
 
 def test_a_batch_whose_last_member_is_cancelled_does_not_hold_up_the_next_drain() -> None:
     harness = a_harness()
-    (a,) = loaded_models(harness, "a")
+    (a,) = load(harness, "a")
     _, second = arrive(harness, "bb")
     arrive(harness, "c")
     harness.wait(100)
     finish(harness, a)
-    assert (going(harness), harness.reference.draining) == ("b", [])  # the second waits for the first one's answer
+    # The second one waits for the answer to the first.
+    assert (in_flight(harness), harness.reference.draining) == ("b", [])
     finish(harness, second)
     assert harness.reference.draining == ["b"]
 
 
 @pytest.mark.parametrize("start", [0.1, 0.7, 1000.1, 12345.678, 1e6 + 1 / 3])
 @pytest.mark.parametrize("max_wait", [0.1, 0.3, 1 / 3, 29.9, 30.0])
-def test_a_drain_begins_at_the_very_moment_for_which_the_timer_was_set(start: float, max_wait: float) -> None:
+def test_a_drain_begins_at_exactly_the_time_for_which_the_timer_was_set(start: float, max_wait: float) -> None:
     harness = a_harness(max_wait=max_wait, start=start)
-    loaded_models(harness, "a")
+    load(harness, "a")
     arrive(harness, "b")
-    assert harness.timer == start + max_wait  # and here `timer - start` may be less than `max_wait`
+    # In floating point, `timer - start` may be less than `max_wait`.
+    assert harness.timer == start + max_wait
     harness.wait(harness.timer - start + 1e-9)
     assert harness.reference.draining == ["a"]
     harness.check()
 
 
-# Cold models
+# First requests
 
 
-def test_the_first_request_to_a_cold_model_goes_alone_until_it_is_answered() -> None:
+def test_the_first_request_for_a_model_that_is_not_loaded_goes_alone_until_it_is_answered() -> None:
     harness = a_harness(max_loaded_models=2)
     first, *_ = arrive(harness, "aaabb")
-    assert going(harness) == "ab"
+    assert in_flight(harness) == "ab"
     harness.answer(first)
-    assert going(harness) == "abaa"
+    assert in_flight(harness) == "abaa"
 
 
 def test_if_the_first_request_fails_the_next_one_goes_alone() -> None:
@@ -265,21 +269,22 @@ def test_if_the_first_request_fails_the_next_one_goes_alone() -> None:
     finish(harness, third)
     assert harness.reference.in_flight == [second]
     harness.answer(second)
-    assert going(harness) == "aa"
+    assert in_flight(harness) == "aa"
 
 
-def test_a_model_is_cold_again_after_an_eviction() -> None:
+def test_a_model_counts_as_unloaded_after_an_eviction() -> None:
     harness = a_harness()
-    finish(harness, *loaded_models(harness, "a"))
+    finish(harness, *load(harness, "a"))
     harness.mark_unloaded("a")
     first, _ = arrive(harness, "aa")
     assert harness.reference.in_flight == [first]
-    harness.mark_unloaded("a")  # while it is being loaded: that changes nothing
+    # While the model is being loaded, that changes nothing.
+    harness.mark_unloaded("a")
     harness.answer(first)
-    assert going(harness) == "aa"
+    assert in_flight(harness) == "aa"
 
 
-def test_a_model_is_cold_again_when_its_permit_went_to_another() -> None:
+def test_a_model_counts_as_unloaded_when_its_slot_went_to_another() -> None:
     harness = a_harness()
     for model in "aba":
         first, second = arrive(harness, model * 2)
@@ -288,77 +293,113 @@ def test_a_model_is_cold_again_when_its_permit_went_to_another() -> None:
         finish(harness, first, second)
 
 
-def test_an_idle_model_that_keeps_its_permit_stays_warm() -> None:
+def test_an_idle_model_that_keeps_its_slot_stays_loaded() -> None:
     harness = a_harness()
-    finish(harness, *loaded_models(harness, "a"))
+    finish(harness, *load(harness, "a"))
     harness.wait(1e6)
     arrive(harness, "aa")
-    assert going(harness) == "aa"
+    assert in_flight(harness) == "aa"
 
 
-# Other limits
+# New limits
 
 
-def test_other_limits_let_more_go_at_once_and_touch_nothing_in_flight() -> None:
+def test_new_limits_admit_more_at_once_and_do_not_touch_what_is_in_flight() -> None:
     harness = a_harness(1)
     arrive(harness, "aab")
     harness.set_limits(Limits(max_concurrency=3, max_loaded_models=2))
-    assert going(harness) == "ab"  # the first of a is not answered yet
+    # The first request for a is not answered yet.
+    assert in_flight(harness) == "ab"
     harness.set_limits(Limits(max_concurrency=1, max_loaded_models=2))
     harness.check()
-    assert going(harness) == "ab"
+    assert in_flight(harness) == "ab"
     harness.set_limits(Limits(max_concurrency=3))
-    assert going(harness) == "aba"
+    assert in_flight(harness) == "aba"
 
 
-def test_models_in_flight_beyond_a_new_limit_end_in_peace_before_another_gets_a_permit() -> None:
+# Limits lowered below what is in flight
+
+
+def lower(harness: SchedulerHarness, max_loaded_models: int) -> None:
+    harness.set_limits(Limits(max_loaded_models=max_loaded_models))
+    harness.check()
+
+
+def test_surplus_models_finish_what_is_in_flight_before_another_model_becomes_active() -> None:
     harness = a_harness(max_loaded_models=None)
     a, b = arrive(harness, "ab")
-    harness.scheduler.set_limits(Limits(max_loaded_models=1))
-    c = scheduler_module.Permit("c", 0.0)
-    harness.scheduler.arrive(c)
-    for request, expected in ((a, "waiting"), (b, "in flight")):
-        assert (harness.scheduler.admit(0.0), c.state) == ([], "waiting")
-        harness.scheduler.leave(harness.permits[request], 0.0)
-        harness.scheduler.admit(0.0)
-        assert c.state == expected
+    lower(harness, 1)
+    arrive(harness, "c")
+    finish(harness, a)
+    assert in_flight(harness) == "b"
+    finish(harness, b)
+    assert in_flight(harness) == "c"
 
 
-def test_models_beyond_a_lower_limit_get_nothing_more_however_much_comes_for_them() -> None:
+def test_a_surplus_model_gets_no_new_requests_and_a_model_within_the_limit_does() -> None:
     harness = a_harness(max_loaded_models=2)
-    a, b = loaded_models(harness, "ab")
-    scheduler = harness.scheduler
-    scheduler.set_limits(Limits(max_loaded_models=1))
-    more = [scheduler_module.Permit(model, 0.0) for model in "ba"]
-    for permit in more:
-        assert not scheduler.admit_now(permit, 0.0) or permit.model == "a"
-        if permit.state == "new":
-            scheduler.arrive(permit)
-    assert [permit.state for permit in more] == ["waiting", "waiting"]
-    assert scheduler.admit(0.0) == [more[1]]  # a stays
-    scheduler.leave(harness.permits[b], 0.0)
-    assert scheduler.admit(0.0) == []
-    scheduler.leave(harness.permits[a], 0.0)
-    scheduler.leave(more[1], 0.0)
-    assert scheduler.admit(0.0) == [more[0]]
+    a, b = load(harness, "ab")
+    lower(harness, 1)
+    _, second_a = arrive(harness, "ba")
+    assert in_flight(harness) == "aba"
+    finish(harness, b)
+    assert in_flight(harness) == "aa"
+    finish(harness, a, second_a)
+    assert in_flight(harness) == "b"
 
 
-# Waiting for oneself
+def test_a_model_keeps_its_slot_as_long_as_giving_it_up_would_not_make_room() -> None:
+    harness = a_harness(max_loaded_models=2)
+    a, b = load(harness, "ab")
+    lower(harness, 1)
+    arrive(harness, "c")
+    finish(harness, a)
+    (another_a,) = arrive(harness, "a")
+    assert in_flight(harness) == "ba"
+    finish(harness, b, another_a)
+    assert in_flight(harness) == "c"
+    assert dict(harness.scheduler.swaps) == {"c": 1}
 
 
-def test_a_task_is_told_when_all_models_are_its_own_and_not_while_one_is_of_others() -> None:
+def test_several_idle_models_give_way_to_one_if_a_surplus_model_is_in_flight() -> None:
+    harness = a_harness(max_loaded_models=3)
+    a, b, _c = load(harness, "abc")
+    lower(harness, 2)
+    finish(harness, a, b)
+    arrive(harness, "d")
+    assert in_flight(harness) == "cd"
+    assert harness.reference.active == ["c", "d"]
+    assert dict(harness.scheduler.swaps) == {"d": 1}
+
+
+def test_a_task_that_holds_a_surplus_model_cannot_wait_for_the_model_that_would_have_to_give_way_first() -> None:
+    harness = a_harness(max_loaded_models=2)
+    load(harness, "a")
+    (b,) = arrive(harness, "b", "mine")
+    harness.answer(b)
+    lower(harness, 1)
+    arrive(harness, "c")
+    harness.wait(30)
+    (deadlocked,) = arrive(harness, "a", "mine")
+    assert harness.deadlocked == [deadlocked]
+
+
+# Deadlocks
+
+
+def test_a_request_is_deadlocked_when_its_task_holds_all_models_and_not_while_another_task_holds_one() -> None:
     harness = a_harness(max_loaded_models=2)
     arrive(harness, "a", "mine")
     (b,) = arrive(harness, "b", "other")
     arrive(harness, "c", "mine")
     assert not harness.deadlocked
     finish(harness, b)
-    assert going(harness) == "ac"
+    assert in_flight(harness) == "ac"
     (d,) = arrive(harness, "d", "mine")
     assert harness.deadlocked == [d]
 
 
-def test_a_task_is_told_when_later_a_drain_makes_it_wait_for_itself() -> None:
+def test_a_drain_can_turn_a_wait_into_a_deadlock() -> None:
     harness = a_harness(2)
     (a,) = arrive(harness, "a", "mine")
     harness.answer(a)
@@ -370,24 +411,25 @@ def test_a_task_is_told_when_later_a_drain_makes_it_wait_for_itself() -> None:
     harness.wait(0.1)
     assert harness.deadlocked == [second]
     finish(harness, other, a)
-    assert going(harness) == "b"
+    assert in_flight(harness) == "b"
 
 
-def test_a_task_is_told_when_other_limits_make_it_wait_for_itself() -> None:
+def test_new_limits_can_turn_a_wait_into_a_deadlock() -> None:
     harness = a_harness(2)
     arrive(harness, "a", "mine")
-    (second,) = arrive(harness, "a", "mine")  # waits for the answer to the first
+    # It waits for the answer to the first request.
+    (second,) = arrive(harness, "a", "mine")
     assert not harness.deadlocked
     harness.set_limits(Limits(max_concurrency=1, max_loaded_models=1))
     assert harness.deadlocked == [second]
 
 
-# What is kept
+# Memory and speed
 
 
-def test_those_that_come_and_leave_behind_one_that_waits_long_leave_nothing_behind() -> None:
+def test_requests_that_come_and_go_behind_a_long_wait_leave_nothing_behind() -> None:
     harness = a_harness(max_wait=None)
-    loaded_models(harness, "a")
+    load(harness, "a")
     arrive(harness, "b")
     scheduler = harness.scheduler
     for number in range(1000):
@@ -400,7 +442,7 @@ def test_those_that_come_and_leave_behind_one_that_waits_long_leave_nothing_behi
 
 
 def _lines_for(run: Callable[[], None]) -> int:
-    """How many lines of the scheduler run, each turn of a loop counted."""
+    """Counts the lines of the scheduler that are executed, each as often as it is."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -420,7 +462,7 @@ def _lines_for(run: Callable[[], None]) -> int:
 
 
 def _in_turn(models: list[str], limits: Limits) -> None:
-    """All come at once, overdue from the start, and each goes as soon as another is over."""
+    """All requests arrive at once, overdue from the start, and each ends as soon as it is admitted."""
     scheduler = scheduler_module.Scheduler(limits)
     for model in models:
         scheduler.arrive(scheduler_module.Permit(model, -1000.0))
@@ -435,7 +477,7 @@ def _in_turn(models: list[str], limits: Limits) -> None:
 
 
 def _cancelled(models: list[str], limits: Limits, step: int) -> None:
-    """All but the first leave again while they wait; the last first, if `step` is -1."""
+    """All requests but the first leave again while they wait, the latest first if `step` is -1."""
     scheduler = scheduler_module.Scheduler(limits)
     permits = [scheduler_module.Permit(model, 0.0) for model in models]
     for permit in permits:
@@ -467,7 +509,7 @@ FOUR = Limits(max_concurrency=4, max_loaded_models=2)
     ],
 )
 def test_ten_thousand_waiters_cost_no_more_each_than_a_thousand(run: Callable[[int], None]) -> None:
-    """In lines of Python, which leaves the heap's own comparisons: O(log n) for each push and pop."""
+    """It counts lines of Python, and so leaves out the comparisons inside the heap: O(log n) for each push and pop."""
     few, many = _lines_for(lambda: run(1_000)) / 1_000, _lines_for(lambda: run(10_000)) / 10_000
     assert few > 10
     assert many < 1.05 * few
@@ -488,12 +530,12 @@ def test_each_waiter_is_pushed_to_the_heap_at_most_twice(monkeypatch: pytest.Mon
     assert 0 < pushed <= 2 * 6000
 
 
-# How long a wait may be
+# The bound on a wait
 
 
 @st.composite
 def _jobs(draw: st.DrawFn) -> list[tuple[int, str, int, int]]:
-    """Requests: when they come, their model, and how long after their admission they are answered and over."""
+    """Draws requests: their arrival, their model, and the times after admission at which they are answered and end."""
     gaps, times = st.sampled_from([0, 0, 0, 1, 5, 20]), st.sampled_from([0, 1, 3, 10, 40])
     jobs, now = [], 0
     for _ in range(draw(st.integers(1, 25))):
@@ -504,10 +546,10 @@ def _jobs(draw: st.DrawFn) -> list[tuple[int, str, int, int]]:
 
 
 def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> ReferenceSchedule:
-    """Runs requests against the clock, in whole seconds, until all are over."""
+    """Runs requests in simulated time, in whole seconds, until all have ended."""
     harness = SchedulerHarness(limits, start=0.0)
     events: list[tuple[float, int, str, ReferenceRequest | int]] = [
-        (job[0], -1, "come", n) for n, job in enumerate(jobs)
+        (job[0], -1, "arrive", n) for n, job in enumerate(jobs)
     ]
     heapq.heapify(events)
     known: set[ReferenceRequest] = set()
@@ -532,7 +574,7 @@ def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> Referenc
 
 
 def _ahead_of(request: ReferenceRequest, reference: ReferenceSchedule) -> list[ReferenceRequest]:
-    """Those whose time in flight a request may have to wait for, from the moment in which it is overdue."""
+    """Returns the requests for whose time in flight another one may have to wait once it is overdue."""
     overdue = _overdue(request, reference)
     began = [each for each in reference.epochs[: request.epochs_before] if each.model != request.model]
     running = [each for each in began if each.began <= overdue][-1:]
@@ -565,20 +607,26 @@ def _overdue(request: ReferenceRequest, reference: ReferenceSchedule) -> float:
     max_loaded_models=st.sampled_from([1, 1, 2]),
     max_wait=st.sampled_from([1.0, 10.0, 30.0]),
 )
-def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
+def test_a_wait_is_at_most_max_wait_and_one_batch_for_each_other_model_ahead(
     jobs: list[tuple[int, str, int, int]], max_concurrency: int, max_loaded_models: int, max_wait: float
 ) -> None:
-    """The bound, exactly: from the moment in which a request is overdue until it goes, at each moment one of these is
-    in flight, so that it waits no longer than `max_wait` and the sum of their times in flight.
+    """Checks the exact bound on the wait of a request.
 
-    - What was in flight when it became overdue, and what then had still to come of the running batch.
-    - The batches of the models that became active since then and before it went: at most one for each other model.
-    - Those who came before it for its own model.
+    From the time at which a request is overdue until it is admitted, one of the following is in flight at every moment.
+    So the request waits for no longer than `max_wait` plus the sum of their times in flight.
 
-    With more than one active model these share the permits, first come first served, with requests for the models that
-    are active all the time, so that these count as well: who came before it, or before a member of those batches; and
-    what was in flight when one of those models became active, or had its batch admitted: a cold model's batch waits for
-    its first answer, and no drain begins before.
+    - The requests that were in flight when it became overdue, and the members of the running batch that had not been
+      admitted yet.
+    - The batches of the models that became active after that and before it was admitted: at most one for each other
+      model.
+    - The requests for its own model that arrived before it.
+
+    If several models are active, all these share the permits, in order of arrival, with the requests for models that
+    stay active all the time. Then the following count as well:
+
+    - the requests that arrived before it, or before a member of those batches;
+    - the requests that were in flight when one of those models became active or had its batch admitted, because the
+      batch of a model that is not loaded waits for its first answer, and no drain begins before that.
     """
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
     reference = _simulate(limits, jobs)
@@ -588,7 +636,9 @@ def test_a_wait_is_at_most_max_wait_and_a_batch_for_each_other_model_ahead(
         for each in _ahead_of(request, reference):
             if each.admitted <= reached:
                 reached = max(reached, each.over)
-        assert request.admitted <= reached, f"{request} waited until {request.admitted} for nobody since {reached}"
+        assert request.admitted <= reached, (
+            f"{request} was admitted at {request.admitted}, with nothing ahead of it since {reached}"
+        )
 
 
 def test_the_bound_is_met_to_the_second() -> None:
@@ -601,7 +651,7 @@ def test_the_bound_is_met_to_the_second() -> None:
     assert admitted == {"a": 0, "b": 36, "c": 36 + 5 + 7, "d": 36 + 5 + 7 + 4}
 
 
-# Anything in any order
+# Any events in any order
 
-TestAnything = ScheduleMachine.TestCase
-TestAnything.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+TestAnyEvents = ScheduleMachine.TestCase
+TestAnyEvents.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)

@@ -1,3 +1,5 @@
+"""Server-sent events: fields, line endings, bytes, sizes, and a comparison with another decoder."""
+
 from __future__ import annotations
 
 import itertools
@@ -18,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def decode(*pieces: bytes, max_size: int = MAX_EVENT_SIZE) -> tuple[list[Event], str]:
-    """The events and the stray text of a whole body that arrives in these pieces."""
+    """Returns the events and the stray text of a whole body that arrives in these pieces."""
     decoder = SSEDecoder(max_size)
     events = [event for piece in pieces for event in decoder.feed(piece)]
     return events + decoder.close(), decoder.stray
@@ -60,7 +62,9 @@ def cut(data: bytes, cuts: Sequence[int]) -> list[bytes]:
         (b"\n\n\ndata: one\n\n\n\n", [b"one"]),
     ],
 )
-def test_data_is_what_follows_the_colon_less_one_space_and_lines_are_joined(body: bytes, expected: list[Event]) -> None:
+def test_data_is_the_text_after_the_colon_and_one_space_and_its_lines_are_joined(
+    body: bytes, expected: list[Event]
+) -> None:
     assert events_of(body) == expected
 
 
@@ -80,7 +84,7 @@ def test_data_is_what_follows_the_colon_less_one_space_and_lines_are_joined(body
         (b"event: \xff\ndata: x\n\n", [NamedEvent("\ufffd", b"x")]),
     ],
 )
-def test_a_name_belongs_to_its_own_event_only(body: bytes, expected: list[Event]) -> None:
+def test_a_name_belongs_to_one_event_only(body: bytes, expected: list[Event]) -> None:
     assert events_of(body) == expected
 
 
@@ -93,21 +97,21 @@ def test_an_event_without_data_is_skipped(body: bytes) -> None:
     assert events_of(named + body + b"data: next\n\n") == [NamedEvent("a", b"1\n2"), b"next"]
 
 
-def test_a_named_event_with_empty_data_is_handed_out_because_its_name_may_say_all() -> None:
+def test_a_named_event_with_empty_data_is_handed_out() -> None:
     assert events_of(b"event: error\ndata:\n\n") == [NamedEvent("error", b"")]
 
 
-def test_comments_ids_and_retry_times_are_no_part_of_an_event_and_not_stray() -> None:
+def test_comments_ids_and_retry_times_are_neither_part_of_an_event_nor_stray() -> None:
     body = b": ping\n:\n:data: no\nid: 7\ndata: one\nretry: 1\n: in between\ndata: two\nid\nretry: soon\n\n:\n\n"
     assert decode(body) == ([b"one\ntwo"], "")
 
 
-def test_lines_that_are_no_field_are_kept_as_stray() -> None:
+def test_lines_that_are_not_a_field_are_kept_as_stray() -> None:
     body = b"data: one\n\nproxy error: connection refused\nfoo\ndata: two\n\n{}"
     assert decode(body) == ([b"one", b"two"], "proxy error: connection refused\nfoo\n{}")
 
 
-def test_stray_keeps_the_beginning_of_a_flood() -> None:
+def test_stray_keeps_only_the_first_4_kib() -> None:
     decoder = SSEDecoder()
     for number in range(10_000):
         decoder.feed(b"line %d\n" % number)
@@ -132,7 +136,7 @@ def test_line_endings_may_be_mixed() -> None:
     assert events_of(b"data: 1\r\ndata: 2\rdata: 3\n\r\ndata: 4\r\rdata: 5\n\n") == [b"1\n2\n3", b"4", b"5"]
 
 
-def test_the_lf_of_a_crlf_that_comes_with_the_next_read_ends_no_second_line() -> None:
+def test_the_lf_of_a_crlf_that_arrives_with_the_next_read_does_not_end_a_second_line() -> None:
     assert events_of(b"data: 1\r", b"\ndata: 2\r", b"", b"\n\r", b"\ndata: 3\n\n") == [b"1\n2", b"3"]
 
 
@@ -149,7 +153,7 @@ def test_two_lfs_after_a_read_that_ended_with_a_cr_are_one_ending_and_one_blank_
 
 
 @pytest.mark.parametrize("letter", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\x00"])
-def test_other_letters_that_unicode_calls_line_ends_end_no_line(letter: str) -> None:
+def test_other_characters_that_unicode_calls_line_ends_do_not_end_a_line(letter: str) -> None:
     body = f"data: a{letter}b\n\n".encode()
     assert events_of(body) == events_of(*one_by_one(body)) == [f"a{letter}b".encode()]
 
@@ -170,11 +174,11 @@ def test_only_one_bom_is_dropped_and_only_at_the_start() -> None:
 
 
 @pytest.mark.parametrize("start", [b"\xef", b"\xef\xbb", b"\xef\xbbdata: 1\n\n", b"\xef\xbb\xbe"])
-def test_the_beginning_of_a_bom_that_is_none_is_not_lost(start: bytes) -> None:
+def test_bytes_that_only_begin_like_a_bom_are_not_lost(start: bytes) -> None:
     assert decode(start) == decode(*one_by_one(start)) == ([], start.decode("utf-8", "replace").strip())
 
 
-def test_a_body_of_nothing_but_a_bom_holds_nothing() -> None:
+def test_a_body_of_only_a_bom_is_empty() -> None:
     assert decode(BOM) == decode(*one_by_one(BOM)) == decode() == ([], "")
 
 
@@ -184,7 +188,7 @@ def test_utf_8_may_be_split_anywhere() -> None:
         assert events_of(body[:at], body[at:]) == ["naïve 日本語 🙂".encode()]
 
 
-def test_bytes_that_are_no_utf_8_do_not_end_the_stream() -> None:
+def test_bytes_that_are_not_utf_8_do_not_end_the_stream() -> None:
     assert events_of(b"data: \xff\xfe\n\ndata: 2\n\n") == [b"\xff\xfe", b"2"]
 
 
@@ -199,13 +203,13 @@ def test_an_event_that_the_end_cut_off_from_its_blank_line_is_handed_out_by_clos
     assert decoder.close() == []
 
 
-def test_close_hands_out_nothing_if_nothing_is_left() -> None:
+def test_close_hands_out_nothing_if_no_event_is_left() -> None:
     decoder = SSEDecoder()
     decoder.feed(b"data: 1\n\n: comment")
     assert decoder.close() == []
 
 
-def test_an_event_is_handed_out_as_soon_as_its_blank_line_is_there() -> None:
+def test_an_event_is_handed_out_as_soon_as_its_blank_line_arrives() -> None:
     decoder = SSEDecoder()
     assert decoder.feed(b"data: 1\n") == []
     assert decoder.feed(b"\n") == [b"1"]
@@ -222,26 +226,27 @@ def test_a_body_that_begins_with_a_field_or_a_comment_is_an_event_stream(before:
     body = before + line + b"\n"
     verdicts = [begins_event_stream(body[:end]) for end in range(len(body) + 1)]
     assert verdicts[-1] is True
-    assert False not in verdicts  # however little of it has arrived
+    # However little of it has arrived, it is never taken for something else.
+    assert False not in verdicts
     assert begins_event_stream(before + line.partition(b":")[0] + b":") is True
 
 
 @pytest.mark.parametrize(
     "body", [b"{", b'{"error": "x"}', b"<html>", b"proxy error: x", b"dat_", b"events", b" data: x"]
 )
-def test_a_body_that_begins_with_anything_else_is_none(body: bytes) -> None:
+def test_a_body_that_begins_with_anything_else_is_not_an_event_stream(body: bytes) -> None:
     assert begins_event_stream(body) is begins_event_stream(b"\r\n" + body) is False
 
 
 @pytest.mark.parametrize("body", [b"", b"\n\r\n", BOM[:1], BOM, b"d", b"data", b"even", b"i", BOM + b"retry"])
-def test_a_body_of_which_too_little_is_there_may_be_one(body: bytes) -> None:
+def test_a_body_of_which_too_little_has_arrived_may_be_an_event_stream(body: bytes) -> None:
     assert begins_event_stream(body) is None
 
 
 # Sizes
 
 
-def test_a_line_may_be_as_large_as_the_cap_but_no_larger_however_it_is_cut() -> None:
+def test_a_line_may_be_as_large_as_the_cap_but_not_larger_however_it_is_cut() -> None:
     line = b"data: " + b"x" * 94
     for pieces in ([line + b"\n\n"], [*one_by_one(line + b"\n\n")], [line[:50], line[50:] + b"\n\n"], [line]):
         assert decode(*pieces, max_size=100) == ([b"x" * 94], "")
@@ -257,20 +262,20 @@ def test_the_lines_of_one_event_count_together() -> None:
             decode(*pieces, max_size=99)
 
 
-def test_any_number_of_events_goes_through_a_small_cap() -> None:
+def test_any_number_of_events_fits_under_a_small_cap() -> None:
     body = b"data: 0123456789\ndata: 0123456789\n\nevent: e\ndata: 0123456789\n\n: comment of 0123456\n"
     decoder = SSEDecoder(max_size=21)
     assert sum(len(decoder.feed(body)) for _ in range(1000)) == 2000
     assert sum(len(decoder.feed(piece)) for _ in range(1000) for piece in cut(body, (5, 20, 40))) == 2000
 
 
-def test_a_comment_has_the_cap_too() -> None:
+def test_the_cap_applies_to_comments() -> None:
     for pieces in ([b":" * 101 + b"\n"], [*one_by_one(b":" * 101)]):
         with pytest.raises(LLMStreamError):
             decode(*pieces, max_size=100)
 
 
-def test_a_line_of_20_mb_comes_through_and_a_piece_of_it_costs_no_more_than_its_own_size() -> None:
+def test_each_piece_of_a_line_of_20_mb_costs_no_more_than_its_own_size() -> None:
     text = bytes(range(32, 127)) * (20_000_000 // 95)
     body = b"data: " + text + b"\n\n"
     pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
@@ -290,7 +295,7 @@ def test_a_line_of_20_mb_comes_through_and_a_piece_of_it_costs_no_more_than_its_
     assert decoder.feed(pieces[-1]) == [text]
 
 
-def test_a_line_that_arrives_byte_by_byte_comes_through() -> None:
+def test_a_long_line_that_arrives_byte_by_byte_costs_linear_time() -> None:
     text = bytes(range(32, 127)) * 10_000
     decoder = SSEDecoder()
     # With quadratic costs this would take minutes.
@@ -312,7 +317,7 @@ EXPECTED: tuple[list[Event], str] = (
 )
 
 
-def test_a_stream_gives_the_same_wherever_it_is_cut_in_two_or_three() -> None:
+def test_a_stream_gives_the_same_events_wherever_it_is_cut_in_three() -> None:
     assert decode(TRICKY) == decode(*one_by_one(TRICKY)) == EXPECTED
     for cuts in itertools.combinations(range(len(TRICKY) + 1), 2):
         assert decode(*cut(TRICKY, cuts)) == EXPECTED
@@ -346,13 +351,15 @@ _cuts = st.lists(st.integers(0, 400), max_size=12)
 
 @settings(deadline=None)
 @given(body=_streams, cuts=_cuts)
-def test_any_stream_gives_the_same_wherever_it_is_cut(body: bytes, cuts: list[int]) -> None:
+def test_any_stream_gives_the_same_events_wherever_it_is_cut(body: bytes, cuts: list[int]) -> None:
     assert decode(*cut(body, cuts)) == decode(*one_by_one(body)) == decode(body)
 
 
 @settings(deadline=None)
 @given(body=_streams, cuts=_cuts, max_size=st.integers(3, 20))
-def test_a_stream_is_too_large_or_not_wherever_it_is_cut(body: bytes, cuts: list[int], max_size: int) -> None:
+def test_whether_a_stream_is_too_large_does_not_depend_on_where_it_is_cut(
+    body: bytes, cuts: list[int], max_size: int
+) -> None:
     def outcome(*pieces: bytes) -> object:
         try:
             return decode(*pieces, max_size=max_size)
@@ -366,9 +373,9 @@ def test_a_stream_is_too_large_or_not_wherever_it_is_cut(body: bytes, cuts: list
 
 
 def by_the_standard(body: bytes) -> tuple[list[tuple[str, str]], str]:
-    """Names and data of all events, and the stray lines: letter by letter, as the WHATWG standard tells it.
+    """Returns the names and data of all events, and the stray lines, read letter by letter as the WHATWG standard says.
 
-    Where the decoder differs from it, and says so, this does too.
+    It differs from the standard where the decoder documents that it does.
     """
     lines = [""]
     previous = ""
@@ -378,13 +385,15 @@ def by_the_standard(body: bytes) -> tuple[list[tuple[str, str]], str]:
         elif letter != "\n":
             lines[-1] += letter
         previous = letter
-    lines.append("")  # the end of the body ends an event
+    # The end of the body ends an event.
+    lines.append("")
     events, stray, name, data = [], "", "", ""
     for line in lines:
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if line == "":
-            if data not in (("", "\n") if name == "" else ("",)):  # no event of nothing but an empty line of data
+            # An event that consists of an empty line of data is skipped.
+            if data not in (("", "\n") if name == "" else ("",)):
                 events.append((name, data.removesuffix("\n")))
             name, data = "", ""
         elif field == "data":
@@ -413,13 +422,14 @@ class _NoMoreLinesError(Exception):
 
 
 class _Lines:
-    """A response that was read already, as `EventSource` iterates it."""
+    """A response whose body is known, with the interface that `EventSource` iterates."""
 
     status = 200
 
     def __init__(self, body: bytes) -> None:
         self.content = self
-        self._lines = iter(body.splitlines(keepends=True))  # of bytes: only at LF, CRLF and CR
+        # The lines of bytes end at LF, CRLF and CR only.
+        self._lines = iter(body.splitlines(keepends=True))
 
     def __aiter__(self) -> _Lines:
         return self
@@ -428,7 +438,8 @@ class _Lines:
         try:
             return next(self._lines)
         except StopIteration:
-            raise _NoMoreLinesError from None  # at a proper end EventSource would send its request again
+            # At a regular end, EventSource would send its request again.
+            raise _NoMoreLinesError from None
 
 
 def by_event_source(body: bytes) -> list[MessageEvent]:
@@ -445,7 +456,8 @@ def by_event_source(body: bytes) -> list[MessageEvent]:
             return events
 
 
-# What aiohttp-sse-client gets right: no CR alone, no BOM, at most one space, no empty line of data at an event's end.
+# Bodies that aiohttp-sse-client decodes correctly: without a lone CR, without a BOM, with at most one space after the
+# colon, and without an empty line of data at the end of an event.
 _values = _texts.map(lambda text: text.lstrip(b" "))
 _spaces = st.sampled_from([b":", b": "])
 _data_line = st.tuples(st.just(b"data"), _spaces, _values).map(b"".join)
@@ -469,8 +481,8 @@ _blocks = st.one_of(
 @given(blocks=st.lists(_blocks, max_size=5), ending=st.sampled_from([b"\n", b"\r\n"]), cuts=_cuts)
 def test_the_decoder_agrees_with_aiohttp_sse_client(blocks: list[list[bytes]], ending: bytes, cuts: list[int]) -> None:
     body = b"".join(line + ending for block in blocks for line in block)
-    told = [(event.message, event.data) for event in by_event_source(body)]
-    assert [as_text(event) for event in events_of(*cut(body, cuts))] == told
+    expected = [(event.message, event.data) for event in by_event_source(body)]
+    assert [as_text(event) for event in events_of(*cut(body, cuts))] == expected
 
 
 def test_events_with_names_have_the_same_names_in_aiohttp_sse_client() -> None:
