@@ -1,17 +1,17 @@
-# make demo         a real model streams an answer to the terminal
-# make test         every check, and the tests of a few minutes
-# make test-slow    the tests that take minutes each, and those in environments of their own (older libraries)
-# make lint         the checks alone
-# make bench        lmbridge beside its peers; ROUNDS=3 ONLY=stream for a quick look, WRITE=yes for docs/performance.md
-# make swaps        requests for two models at servers that hold one, beside openai-python; ROUNDS=1, WRITE=yes as above
-# make agents       agent runs beside openai-agents and pydantic-ai; ROUNDS=3, WRITE=yes as above
-# make mcp-bench    calls of MCP tools beside the official SDK's own; ROUNDS=3, WRITE=yes as above
-# make conformance  the official MCP conformance suite against the client and the server; it needs npm
-# make clean        removes what these have made
+# make demo         streams an answer of a real model to the terminal
+# make test         runs all checks, and the tests that take a few minutes
+# make test-slow    runs the tests that take minutes each, and those that need older libraries
+# make lint         runs the checks only
+# make bench        compares lmbridge with other clients; ROUNDS=3 ONLY=stream is quick, WRITE=yes updates the docs
+# make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
+# make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
+# make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
+# make conformance  runs the official MCP conformance suite against client and server; it needs npm
+# make clean        removes everything that these commands have created
 #
-# All but `clean` install what they need into virtual environments, once; `lint` and `test-slow` share that of `test`, and `conformance`
-# that of `mcp-bench`. They use the first fit Python of the list below; `make PYTHON=/path/to/python3.12 test` names
-# another (after a `make clean`).
+# Each command except `clean` creates a virtual environment and installs what it needs, once. `lint` and `test-slow` share
+# the environment of `test`, and `conformance` that of `mcp-bench`. The first suitable Python of the list below is used; to
+# use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
 
 .PHONY: help demo test test-slow lint bench swaps agents mcp-bench conformance clean
 .DELETE_ON_ERROR:
@@ -63,17 +63,17 @@ conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 clean:
 	rm -rf $(NPM)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-# MCP servers that tests run, in the versions of the lock file. Without npm, their tests are skipped.
+# MCP servers that the tests run, in the versions of the lock file. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NPM) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
-	else echo "there is no npm: tests of MCP servers from npm will be skipped" >&2; fi
+	else echo "npm was not found: the tests of MCP servers from npm will be skipped" >&2; fi
 
-# The suite, and a Node that is new enough for it where npm has one for this machine.
+# The conformance suite, and a version of Node that is new enough for it, if npm has one for this machine.
 $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 	@npm ci --prefix $(SUITE) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@
 
-# Editable, so that only the dependencies can get out of date, and those are in pyproject.toml.
+# The package is installed as editable, so that an environment is out of date only if pyproject.toml has changed.
 .venv-demo/installed: EXTRAS := local
 .venv-test/installed: EXTRAS := local,mcp,dev
 .venv-bench/installed: EXTRAS := bench
@@ -87,7 +87,7 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-mcp/installed: benchmarks/mcp.txt
 .venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
-		echo "lmbridge needs Python 3.11 or newer with its venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here)."; \
+		echo "lmbridge needs Python 3.11 or newer with its venv module, but $(if $(PYTHON),$(PYTHON) is not suitable,none was found)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \
 		echo "Elsewhere: https://www.python.org/downloads/, or make PYTHON=/path/to/python3.11"; \
 		exit 1; } >&2

@@ -1,4 +1,4 @@
-"""What needs an environment of its own: other Pythons, older aiohttps, the documentation as a site."""
+"""Sessions that need a separate environment: other Pythons, older libraries, the documentation as a site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def oldest(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
-# Part of `make test-slow`, so it takes the Python that is there and the few packages that its tests need.
+# `make test-slow` runs this session, so it uses the current Python and installs only what its tests need.
 @nox.session(reuse_venv=True)
 def aioresponses(session: nox.Session) -> None:
     packages = ["aioresponses", "blockbuster", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"]
@@ -27,7 +27,7 @@ def aioresponses(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "tests/aioresponses", *session.posargs)
 
 
-# Part of `make test-slow` as well: `make test` has the second major of the MCP SDK in its own environment.
+# `make test-slow` also runs this one. `make test` covers SDK 2.x, which is installed in its environment.
 @nox.session(reuse_venv=True)
 def mcp1(session: nox.Session) -> None:
     _mcp(session, "mcp<2")
