@@ -1,4 +1,4 @@
-"""Each example runs as a user runs it: as a program."""
+"""Each example runs as a program, as a user would run it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOX = "The quick brown fox jumps over the lazy dog."
 class Outcome(NamedTuple):
     status: int
     pieces: list[str]
-    """What it printed, as it arrived."""
+    """The parts of its output, as they arrived."""
     errors: str
 
     @property
@@ -40,16 +40,16 @@ async def run(example: str, *args: str, **env: str) -> Outcome:
     assert process.stdout is not None
     assert process.stderr is not None
     errors = asyncio.create_task(process.stderr.read())
-    pieces = [piece.decode() async for piece in _as_it_arrives(process.stdout)]
+    pieces = [piece.decode() async for piece in _read_pieces(process.stdout)]
     return Outcome(await process.wait(), pieces, (await errors).decode())
 
 
-async def _as_it_arrives(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+async def _read_pieces(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while piece := await stream.read(65536):
         yield piece
 
 
-async def test_quickstart_streams_from_the_server_that_it_is_given(scripted_server: ScriptedServer) -> None:
+async def test_quickstart_streams_from_the_server_of_its_options(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer(FOX)
     outcome = await run(
         "quickstart.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "What does the fox do?"
@@ -80,7 +80,7 @@ async def test_quickstart_prints_each_chunk_when_it_arrives(scripted_server: Scr
     assert await process.wait() == 0
 
 
-async def test_quickstart_takes_the_server_of_the_environment(scripted_server: ScriptedServer) -> None:
+async def test_quickstart_uses_the_server_of_the_environment(scripted_server: ScriptedServer) -> None:
     outcome = await run("quickstart.py", LMBRIDGE_API_BASE=scripted_server.api_base, DEFAULT_MODEL="gemma-3-4b")
     assert (outcome.status, outcome.errors) == (0, "")
     assert "gemma-3-4b: " in outcome.output
@@ -90,7 +90,7 @@ ANSWERING = ["agent_events.py", "cancellation.py", "quickstart.py", "streaming.p
 
 
 @pytest.mark.parametrize("example", [*ANSWERING, "mcp_one_server.py", "mcp_server.py", "pool.py", "switching.py"])
-async def test_an_error_is_told_in_a_line(example: str, scripted_server: ScriptedServer) -> None:
+async def test_an_error_is_printed_as_one_line(example: str, scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(400, {"error": "no such thing"})
     outcome = await run(example, "--api-base", scripted_server.api_base)
     assert outcome.status == 1
@@ -98,7 +98,7 @@ async def test_an_error_is_told_in_a_line(example: str, scripted_server: Scripte
     assert len(outcome.errors.splitlines()) == 1
 
 
-async def test_streaming_shows_all_its_parts(scripted_server: ScriptedServer) -> None:
+async def test_streaming_runs_all_its_sections(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer(f"{FOX} " * 10)
     outcome = await run("streaming.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
     assert (outcome.status, outcome.errors) == (0, "")
@@ -107,7 +107,7 @@ async def test_streaming_shows_all_its_parts(scripted_server: ScriptedServer) ->
     assert scripted_server.max_in_flight <= 2
 
 
-async def test_streaming_stops_a_stream_that_goes_on(scripted_server: ScriptedServer) -> None:
+async def test_streaming_stops_endless_streams(scripted_server: ScriptedServer) -> None:
     endless = asyncio.Event()
     long = answer("", chunks=[f"{FOX} " * 5, FOX], gate=endless)
     scripted_server.script(long, answer(FOX, gate=endless), answer(FOX, gate=endless))
@@ -120,7 +120,7 @@ async def test_streaming_stops_a_stream_that_goes_on(scripted_server: ScriptedSe
     assert scripted_server.aborts == scripted_server.requests[:3]
 
 
-async def test_pool_asks_every_question_with_as_many_clients_as_it_may_have(scripted_server: ScriptedServer) -> None:
+async def test_pool_asks_every_question_within_the_size_of_the_pool(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer(FOX)
     outcome = await run(
         "pool.py", "--api-base", scripted_server.api_base, "--models", "qwen3-4b", "gemma-3-4b", "--size", "3"
@@ -145,7 +145,9 @@ async def test_structured_output_prints_the_instance(scripted_server: ScriptedSe
     assert len(scripted_server.requests) == 2
 
 
-async def test_structured_output_shows_an_answer_that_stays_wrong(scripted_server: ScriptedServer) -> None:
+async def test_structured_output_prints_an_answer_that_is_still_wrong_after_a_correction(
+    scripted_server: ScriptedServer,
+) -> None:
     scripted_server.default = answer('{"transport": "ship"}')
     outcome = await run("structured_output.py", "--api-base", scripted_server.api_base)
     assert outcome.status == 1
@@ -167,7 +169,7 @@ def tool_call(name: str, arguments: str, number: int = 1) -> dict[str, object]:
     return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-async def test_tools_prints_each_call_and_what_the_model_was_told(scripted_server: ScriptedServer) -> None:
+async def test_tools_prints_each_call_and_its_result(scripted_server: ScriptedServer) -> None:
     points = '{"latitudes": [48.40, 59.91], "longitudes": [9.99, 10.75]}'
     scripted_server.script(
         answer("", tool_calls=[tool_call("position", '{"city": "Ulm"}'), tool_call("position", '{"city": "Rome"}', 2)]),
@@ -184,7 +186,7 @@ async def test_tools_prints_each_call_and_what_the_model_was_told(scripted_serve
     assert outcome.output.endswith("\n\nAbout 1280 km.\n\nstop: 4 rounds, 4 calls\n")
 
 
-async def test_agent_events_shows_calls_and_text_without_a_status_line_for_a_file(
+async def test_agent_events_draws_no_status_line_in_a_file(
     scripted_server: ScriptedServer,
 ) -> None:
     calls = [tool_call("count_people", '{"city": "Ulm"}'), tool_call("count_people", '{"city": "Paris"}', 2)]
@@ -214,7 +216,7 @@ async def test_agent_events_draws_its_status_line_on_a_terminal(scripted_server:
     assert b"+ count_people: 130,000" in output
 
 
-async def test_cancellation_stops_every_run_on_the_server_as_well(scripted_server: ScriptedServer) -> None:
+async def test_cancellation_stops_every_run_on_the_server(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer(FOX, gate=asyncio.Event())
     outcome = await run("cancellation.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
     assert (outcome.status, outcome.errors) == (0, "")
@@ -228,7 +230,7 @@ async def test_cancellation_stops_every_run_on_the_server_as_well(scripted_serve
     assert len(scripted_server.aborts) == 5
 
 
-async def test_switching_shows_what_each_policy_does(scripted_server: ScriptedServer) -> None:
+async def test_switching_shows_the_effect_of_each_policy(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer(f"{FOX} " * 50, pace=0.002)
     command = ("switching.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "--other", "gemma-3-4b")
     outcome = await run(*command)
@@ -257,7 +259,7 @@ async def test_agent_examples_run_on_the_embedded_server(example: str, sections:
 
 
 def asks_the_time() -> Behaviour:
-    """A reply that asks for the time in Berlin."""
+    """Returns the behaviour of a model that calls a tool for the time in Berlin."""
     function = {"name": "get_current_time", "arguments": '{"timezone": "Europe/Berlin"}'}
     return answer("", tool_calls=[{"id": "call_1", "type": "function", "function": function}])
 
@@ -272,7 +274,7 @@ async def test_mcp_one_server_shows_calls_and_the_answer(scripted_server: Script
     assert outcome.output.endswith(f"}}\n\n{FOX}\n\nstop: 2 rounds, 1 calls\n")
 
 
-async def test_mcp_several_servers_goes_on_without_the_one_that_fails(scripted_server: ScriptedServer) -> None:
+async def test_mcp_several_servers_continues_without_the_server_that_fails(scripted_server: ScriptedServer) -> None:
     scripted_server.script(asks_the_time(), answer(FOX))
     outcome = await run("mcp_several_servers.py", "--api-base", scripted_server.api_base, "--model", "m", "What now?")
     assert outcome.status == 0
@@ -321,7 +323,7 @@ async def test_mcp_server_runs_on_the_embedded_server() -> None:
 
 
 async def embed_by_words(exchange: Exchange) -> None:
-    """Embeds a text as how often it has each of some words."""
+    """Answers with embeddings whose components count certain words in a text."""
     words = ("cat", "price", "sea")
     vectors = [[text.lower().count(word) + 0.01 for word in words] for text in exchange.request.json["input"]]
     data = [{"index": index, "embedding": vector} for index, vector in enumerate(vectors)]
@@ -330,7 +332,7 @@ async def embed_by_words(exchange: Exchange) -> None:
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """A folder of text."""
+    """A folder with text files."""
     (tmp_path / "animals.md").write_text("# Animals\n\nThe cat of a cat is a cat.\n\n## At sea\n\nThere is the sea.\n")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "money.txt").write_text("A price is a price.\n\nThe cat has its price.\n" + "price " * 200)
@@ -338,7 +340,7 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-async def test_embeddings_search_prints_what_is_nearest(scripted_server: ScriptedServer, notes: Path) -> None:
+async def test_embeddings_search_prints_the_nearest_passages(scripted_server: ScriptedServer, notes: Path) -> None:
     scripted_server.on_path("/v1/embeddings", embed_by_words)
     outcome = await run(
         "embeddings_search.py", "--api-base", scripted_server.api_base, "--top", "2", "Which cat?", str(notes)
@@ -351,7 +353,7 @@ async def test_embeddings_search_prints_what_is_nearest(scripted_server: Scripte
     assert second.endswith("...\n")
 
 
-async def test_embeddings_search_tells_an_error_in_a_line(scripted_server: ScriptedServer, notes: Path) -> None:
+async def test_embeddings_search_prints_an_error_as_one_line(scripted_server: ScriptedServer, notes: Path) -> None:
     scripted_server.default = reply(501, {"error": "This server does not support embeddings."})
     command = ("embeddings_search.py", "--api-base", scripted_server.api_base, "Which cat?")
     outcome = await run(*command, str(notes))
