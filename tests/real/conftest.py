@@ -1,4 +1,4 @@
-"""A real llama.cpp server with a real model, one for all tests here."""
+"""Fixtures with a real llama.cpp server and a real model, which all tests in this folder share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ API_KEY = "sk-local-test"
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def local_server() -> AsyncIterator[LocalServer]:
-    """The embedded server; only chats need its key."""
+    """Starts the embedded server. Its API key is required for generations only."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("needs lmbridge[local]")
     async with LocalServer(n_ctx=4096, n_parallel=4, api_key=API_KEY) as server:
@@ -24,7 +24,7 @@ async def local_server() -> AsyncIterator[LocalServer]:
 
 @pytest_asyncio.fixture
 async def client(local_server: LocalServer) -> AsyncIterator[LLMClient]:
-    """A client of it."""
+    """Connects a client to the shared server."""
     limits = Limits(max_concurrency=100)
     async with LLMClient(local_server.api_base, local_server.model, API_KEY, limits=limits) as client:
         yield client

@@ -1,4 +1,4 @@
-"""Agents against a real llama.cpp server: its model calls tools, and stops when it is told to."""
+"""Agents on a real llama.cpp server: its model calls tools, and stops when the run is cancelled."""
 
 from __future__ import annotations
 
@@ -12,47 +12,23 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, LLMClientPool, LocalServer, RunHandle, TaskCancelledError, TextDelta
-from lmbridge.client.stream import ChatStream
 from tests.agent.support import check_valid, tool_texts
 from tests.real.conftest import API_KEY
-from tests.real.test_real import busy_slots, until_idle
+from tests.real.support import GreedyClient, busy_slots, until_idle
 
 pytestmark = pytest.mark.real
 
 
-class Greedy:
-    """A client whose model says the same each time.
-
-    Args:
-        client: What it asks.
-        params: Further parameters of each request.
-    """
-
-    def __init__(self, client: LLMClient, **params: Any) -> None:
-        self._client = client
-        self._params = {"temperature": 0, "seed": 1, **params}
-
-    @property
-    def model(self) -> str | None:
-        return self._client.model
-
-    async def chat_completion(self, messages: Any, *, model: str | None, stream: Any, **params: Any) -> ChatStream:
-        return await self._client.chat_completion(messages, model=model, stream=True, **{**params, **self._params})
-
-    async def server_info(self) -> Any:
-        return await self._client.server_info()
-
-
 class GreedyPool:
-    """The same for a pool."""
+    """A pool that lends `GreedyClient`s."""
 
     def __init__(self, pool: LLMClientPool) -> None:
         self._pool = pool
 
     @asynccontextmanager
-    async def client(self, model: str | None = None) -> AsyncGenerator[Greedy]:
+    async def client(self, model: str | None = None) -> AsyncGenerator[GreedyClient]:
         async with self._pool.client(model) as client:
-            yield Greedy(client)
+            yield GreedyClient(client)
 
 
 def add(a: int, b: int) -> int:
@@ -66,16 +42,16 @@ def add(a: int, b: int) -> int:
 
 
 async def get_weather(city: str) -> str:
-    """Tells the current weather in a city.
+    """Returns the current weather in a city.
 
     Args:
-        city: Its name.
+        city: The name of the city.
     """
     return f"21 degrees and sunny in {city}"
 
 
-async def test_a_tool_round_trip(client: LLMClient) -> None:
-    agent = Agent(Greedy(client), tools=[add, get_weather], max_tokens=80)
+async def test_the_model_calls_a_tool_and_answers_with_its_result(client: LLMClient) -> None:
+    agent = Agent(GreedyClient(client), tools=[add, get_weather], max_tokens=80)
     result = await agent.run("What is 317 plus 225?")
     (call,) = result.tool_calls
     assert (call.name, call.arguments) == ("add", {"a": 317, "b": 225})
@@ -87,8 +63,8 @@ async def test_a_tool_round_trip(client: LLMClient) -> None:
     check_valid(result.messages)
 
 
-async def test_a_run_goes_on_with_another_question(client: LLMClient) -> None:
-    agent = Agent(Greedy(client), tools=[add, get_weather], max_tokens=80)
+async def test_a_run_continues_the_messages_of_another(client: LLMClient) -> None:
+    agent = Agent(GreedyClient(client), tools=[add, get_weather], max_tokens=80)
     first = await agent.run("What is 317 plus 225?")
     second = await agent.run("What is the weather in Paris?", messages=first.messages)
     assert [call.name for call in second.tool_calls][:1] == ["get_weather"]
@@ -96,7 +72,7 @@ async def test_a_run_goes_on_with_another_question(client: LLMClient) -> None:
     check_valid(second.messages)
 
 
-async def test_the_context_of_a_slot_bounds_the_answer(client: LLMClient) -> None:
+async def test_the_context_length_of_the_server_is_known(client: LLMClient) -> None:
     agent = Agent(client)
     context = await agent._source.context_length(client.model)
     assert context is not None
@@ -104,8 +80,9 @@ async def test_the_context_of_a_slot_bounds_the_answer(client: LLMClient) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)  # two rounds each, on a model of two cores
-async def test_twenty_four_concurrent_agents_each_get_their_own_result(local_server: LocalServer) -> None:
+# Each of the 24 runs takes two generations, which two cores need minutes for.
+@pytest.mark.timeout(240)
+async def test_twenty_four_concurrent_runs_each_get_their_own_result(local_server: LocalServer) -> None:
     async with LLMClientPool(
         8, api_base=local_server.api_base, model=local_server.model, api_key=API_KEY, model_mismatch="raise"
     ) as pool:
@@ -122,11 +99,11 @@ async def test_twenty_four_concurrent_agents_each_get_their_own_result(local_ser
             assert json.loads(text) == call.arguments["a"] + call.arguments["b"]
             assert text in result.text
         exact += [call.arguments for call in result.tool_calls] == [{"a": number, "b": 225}]
-    assert exact >= 20, "a model this small may get a number wrong; nobody else's it gets"
+    assert exact >= 20, "a model this small may get some numbers wrong, but not as many"
 
 
-async def generating(agent: Agent) -> RunHandle:
-    """A run whose model is talking."""
+async def start_generating(agent: Agent) -> RunHandle:
+    """Starts a run, and returns when its model has begun to write."""
     handle = agent.start("Tell a long story about a lighthouse.")
     async for event in handle.events():
         if isinstance(event, TextDelta) and re.search(r"\w", event.text):
@@ -136,7 +113,7 @@ async def generating(agent: Agent) -> RunHandle:
 
 @pytest.mark.parametrize("way", ["handle", "caller", "stream"])
 async def test_a_cancelled_run_frees_its_slot(local_server: LocalServer, client: LLMClient, way: str) -> None:
-    agent = Agent(Greedy(client, ignore_eos=True), max_tokens=3000)
+    agent = Agent(GreedyClient(client, ignore_eos=True), max_tokens=3000)
     if way == "stream":
         async with agent.stream("Tell a long story about a lighthouse.") as stream:
             async for event in stream:
@@ -145,7 +122,7 @@ async def test_a_cancelled_run_frees_its_slot(local_server: LocalServer, client:
                     break
         partial = stream.handle.partial
     else:
-        handle = await generating(agent)
+        handle = await start_generating(agent)
         assert await busy_slots(local_server) == 1
         caller = asyncio.create_task(handle.result())
         await asyncio.sleep(0)
@@ -166,7 +143,7 @@ async def test_a_cancelled_run_frees_its_slot(local_server: LocalServer, client:
 
 
 async def test_a_run_out_of_time_frees_its_slot(local_server: LocalServer, client: LLMClient) -> None:
-    agent = Agent(Greedy(client, ignore_eos=True), max_tokens=3000, max_seconds=1)
+    agent = Agent(GreedyClient(client, ignore_eos=True), max_tokens=3000, max_seconds=1)
     result = await agent.run("Tell a long story about a lighthouse.")
     assert result.stop_reason == "budget"
     await until_idle(local_server)
@@ -174,7 +151,7 @@ async def test_a_run_out_of_time_frees_its_slot(local_server: LocalServer, clien
 
 @pytest.mark.slow
 async def test_a_conversation_longer_than_the_context_is_trimmed(client: LLMClient) -> None:
-    agent = Agent(Greedy(client), max_tokens=16)
+    agent = Agent(GreedyClient(client), max_tokens=16)
     before: list[dict[str, Any]] = [
         message
         for page in range(40)

@@ -1,4 +1,7 @@
-"""The other endpoints against a real llama.cpp server. What a small model says is its own: structure is asserted."""
+"""Text completions, embeddings and responses of a real llama.cpp server.
+
+The tests assert the structure of the answers, because the text of a small model cannot be predicted.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from lmbridge import (
     LocalServer,
     collect,
 )
-from tests.real.test_real import until_idle
+from tests.real.support import until_idle
 
 pytestmark = pytest.mark.real
 
@@ -35,7 +38,7 @@ WEATHER = {
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def embedding_server() -> AsyncIterator[LocalServer]:
-    """A server that embeds."""
+    """Starts an embedded server that returns embeddings."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("needs lmbridge[local]")
     async with LocalServer(n_ctx=2048, n_parallel=2, embeddings=True) as server:
@@ -44,7 +47,7 @@ async def embedding_server() -> AsyncIterator[LocalServer]:
 
 @pytest_asyncio.fixture
 async def embedder(embedding_server: LocalServer) -> AsyncIterator[LLMClient]:
-    """A client of it."""
+    """Connects a client to the embedding server."""
     async with LLMClient(embedding_server.api_base, embedding_server.model, model_mismatch="raise") as client:
         yield client
 
@@ -52,35 +55,35 @@ async def embedder(embedding_server: LocalServer) -> AsyncIterator[LLMClient]:
 # Text completions
 
 
-async def test_a_text_completion_streams_what_the_plain_call_says(client: LLMClient) -> None:
+async def test_a_streamed_text_completion_equals_the_plain_one(client: LLMClient) -> None:
     plain = await client.text_completion(PROMPT, **GREEDY)
     options = {"include_usage": True}
-    folded = await collect(await client.text_completion(PROMPT, stream=True, stream_options=options, **GREEDY))
-    assert folded["choices"] == plain["choices"]
-    assert folded["object"] == plain["object"]
-    assert folded["usage"] is not None
-    assert folded["usage"]["completion_tokens"] == 8
-    assert set(folded) >= set(plain) - {"timings"}
+    collected = await collect(await client.text_completion(PROMPT, stream=True, stream_options=options, **GREEDY))
+    assert collected["choices"] == plain["choices"]
+    assert collected["object"] == plain["object"]
+    assert collected["usage"] is not None
+    assert collected["usage"]["completion_tokens"] == 8
+    assert set(collected) >= set(plain) - {"timings"}
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_several_prompts_have_an_answer_each_in_a_stream_too(client: LLMClient, n: int) -> None:
+async def test_several_prompts_get_one_choice_each_streamed_or_not(client: LLMClient, n: int) -> None:
     prompts: list[str | list[int]] = [PROMPT, [504, 260, 253]]
     plain = await client.text_completion(prompts, n=n, **GREEDY)
-    folded = await collect(await client.text_completion(prompts, n=n, stream=True, **GREEDY))
-    assert [choice["index"] for choice in folded["choices"]] == list(range(2 * n))
-    assert all(choice["text"] and choice["finish_reason"] == "length" for choice in folded["choices"])
-    assert folded["choices"][0]["text"] == plain["choices"][0]["text"]
+    collected = await collect(await client.text_completion(prompts, n=n, stream=True, **GREEDY))
+    assert [choice["index"] for choice in collected["choices"]] == list(range(2 * n))
+    assert all(choice["text"] and choice["finish_reason"] == "length" for choice in collected["choices"])
+    assert collected["choices"][0]["text"] == plain["choices"][0]["text"]
 
 
-async def test_leaving_a_text_stream_stops_the_server(client: LLMClient, local_server: LocalServer) -> None:
+async def test_leaving_a_text_stream_stops_the_generation(client: LLMClient, local_server: LocalServer) -> None:
     async with await client.text_completion("Once upon a time", stream=True, max_tokens=2000) as stream:
         await anext(stream)
     await until_idle(local_server)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_prompt_that_is_too_long_is_named(client: LLMClient, stream: bool) -> None:
+async def test_a_prompt_that_is_too_long_raises_context_length_exceeded(client: LLMClient, stream: bool) -> None:
     with pytest.raises(ContextLengthExceededError) as caught:
         await client.text_completion("word " * 20_000, stream=stream)
     assert (caught.value.prompt_tokens or 0) > 8000
@@ -89,7 +92,7 @@ async def test_a_prompt_that_is_too_long_is_named(client: LLMClient, stream: boo
 # Embeddings
 
 
-async def test_embeddings_stand_for_their_texts_however_they_are_split(embedder: LLMClient) -> None:
+async def test_embeddings_do_not_depend_on_the_batch_size(embedder: LLMClient) -> None:
     texts = ["a cat", "the stock market", "a kitten", "share prices", "a dog"]
     whole = await embedder.embeddings(texts)
     split = await embedder.embeddings(texts, batch_size=2)
@@ -100,7 +103,7 @@ async def test_embeddings_stand_for_their_texts_however_they_are_split(embedder:
         assert math.fsum(number * number for number in one["embedding"]) == pytest.approx(1, abs=1e-3)
 
 
-async def test_base64_holds_the_same_numbers(embedder: LLMClient) -> None:
+async def test_base64_embeddings_contain_the_same_numbers(embedder: LLMClient) -> None:
     floats = (await embedder.embeddings("a cat"))["data"][0]["embedding"]
     packed = base64.b64decode((await embedder.embeddings("a cat", encoding_format="base64"))["data"][0]["embedding"])
     assert struct.unpack(f"<{len(floats)}f", packed) == pytest.approx(floats, abs=1e-5)
@@ -111,13 +114,13 @@ async def test_token_ids_can_be_embedded(embedder: LLMClient) -> None:
     assert len((await embedder.embeddings([1, 2, 3]))["data"]) == 1
 
 
-async def test_a_text_that_is_too_long_to_embed_is_an_error_and_tried_once(embedder: LLMClient) -> None:
+async def test_a_text_that_is_too_long_to_embed_raises_without_a_retry(embedder: LLMClient) -> None:
     with pytest.raises(LLMResponseError, match=r"too large to process.*1 attempt") as caught:
         await embedder.embeddings(["short", "short", "word " * 1500], batch_size=2)
     assert caught.value.context["inputs"] == "2 to 2"
 
 
-async def test_a_server_without_embeddings_says_so(client: LLMClient) -> None:
+async def test_a_server_without_embeddings_raises_its_own_message(client: LLMClient) -> None:
     with pytest.raises(LLMResponseError, match="does not support embeddings") as caught:
         await client.embeddings("a")
     assert caught.value.status == 501
@@ -126,7 +129,7 @@ async def test_a_server_without_embeddings_says_so(client: LLMClient) -> None:
 # Responses
 
 
-async def test_a_response_streams_what_the_plain_call_says(client: LLMClient) -> None:
+async def test_a_streamed_response_equals_the_plain_one(client: LLMClient) -> None:
     options: dict[str, Any] = {"temperature": 0, "seed": 1, "max_output_tokens": 12}
     plain = await client.create_response("Say hello.", **options)
     stream = await client.create_response("Say hello.", stream=True, **options)
@@ -135,15 +138,15 @@ async def test_a_response_streams_what_the_plain_call_says(client: LLMClient) ->
     assert events[-1].event.type == "response.completed"
     deltas = [data["delta"] for _, data in events if data["type"] == "response.output_text.delta"]
     assert len(deltas) > 5
-    folded = await collect(stream)
-    assert folded["output"][0]["content"] == plain["output"][0]["content"]
-    assert folded["output"][0]["content"][0]["text"] == "".join(deltas)
-    assert (folded["status"], plain["status"]) == ("completed", "completed")
-    assert folded["usage"] is not None
-    assert folded["usage"]["output_tokens"] == 12
+    collected = await collect(stream)
+    assert collected["output"][0]["content"] == plain["output"][0]["content"]
+    assert collected["output"][0]["content"][0]["text"] == "".join(deltas)
+    assert (collected["status"], plain["status"]) == ("completed", "completed")
+    assert collected["usage"] is not None
+    assert collected["usage"]["output_tokens"] == 12
 
 
-async def test_what_had_arrived_of_a_response_is_what_the_deltas_said(
+async def test_the_partial_response_contains_the_text_of_the_deltas(
     client: LLMClient, local_server: LocalServer
 ) -> None:
     stream = await client.create_response("Tell me a long story about the sea.", stream=True, max_output_tokens=1500)
@@ -157,13 +160,13 @@ async def test_what_had_arrived_of_a_response_is_what_the_deltas_said(
     await until_idle(local_server)
     with pytest.raises(Exception, match="the stream was closed before its end") as caught:
         await anext(stream)
-    (item,) = getattr(caught.value, "partial")["output"]  # noqa: B009 - of an error of any class
+    (item,) = getattr(caught.value, "partial")["output"]  # noqa: B009 - the error may have any class
     assert item["content"] == [{"type": "output_text", "text": "".join(deltas)}]
     assert item["status"] == "in_progress"
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_flat_tool_is_called(client: LLMClient, stream: bool) -> None:
+async def test_a_tool_of_the_responses_api_is_called(client: LLMClient, stream: bool) -> None:
     answer = await client.create_response(
         [{"role": "user", "content": "What is the weather in Paris?"}],
         tools=[WEATHER],
@@ -178,12 +181,12 @@ async def test_a_flat_tool_is_called(client: LLMClient, stream: bool) -> None:
     assert call["arguments"].startswith("{")
 
 
-async def test_llamacpp_keeps_no_responses_and_says_so(client: LLMClient) -> None:
+async def test_a_previous_response_id_is_refused(client: LLMClient) -> None:
     with pytest.raises(LLMResponseError, match="does not support 'previous_response_id'"):
         await client.create_response("And then?", previous_response_id="resp_1")
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_an_input_that_is_too_long_is_named(client: LLMClient, stream: bool) -> None:
+async def test_an_input_that_is_too_long_raises_context_length_exceeded(client: LLMClient, stream: bool) -> None:
     with pytest.raises(ContextLengthExceededError):
         await client.create_response("word " * 20_000, stream=stream)

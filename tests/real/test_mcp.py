@@ -1,4 +1,4 @@
-"""Real MCP servers, from PyPI and npm: their tools convert, calls work, and what befalls one of them hits no other."""
+"""Real MCP servers from PyPI and npm: their tools and calls work, and the failure of one does not affect the others."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def npm_server(name: str, *args: str, **env: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A git repository with a file."""
+    """Creates a git repository with one file."""
     folder = tmp_path_factory.mktemp("repository")
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
-    (folder / "notes.txt").write_text("of the file\n")
+    (folder / "notes.txt").write_text("text of the file\n")
     return folder
 
 
 @pytest.fixture
 def servers(folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """All five."""
+    """Returns the entries of five servers, two in Python and three in JavaScript."""
     return {
         "time": python_server("mcp_server_time", "--local-timezone", "UTC"),
         "git": python_server("mcp_server_git"),
@@ -70,7 +70,7 @@ def servers(folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
 
 @pytest_asyncio.fixture
 async def make_hub(tmp_path: Path) -> AsyncIterator[MakeHub]:
-    """Makes a hub of some servers, which is closed in the end."""
+    """Returns a function that makes hubs from server entries, and closes them after the test."""
     hubs: list[McpHub] = []
 
     def make(servers: Any, **options: Any) -> McpHub:
@@ -84,15 +84,15 @@ async def make_hub(tmp_path: Path) -> AsyncIterator[MakeHub]:
         await hub.close()
 
 
-async def test_every_tool_of_every_server_converts(make_hub: MakeHub, servers: Any) -> None:
+async def test_every_tool_of_every_server_is_usable(make_hub: MakeHub, servers: Any) -> None:
     lease = await make_hub(servers).tools()
     toolset = await Toolset.collect([lease])
-    counted = {server: sum(each.server == server for each in lease.tools) for server in servers}
-    assert counted["git"] >= 12
-    assert counted["filesystem"] >= 14
-    assert counted["memory"] >= 9
-    assert counted["everything"] >= 12
-    assert counted["time"] == 2
+    counts = {server: sum(each.server == server for each in lease.tools) for server in servers}
+    assert counts["git"] >= 12
+    assert counts["filesystem"] >= 14
+    assert counts["memory"] >= 9
+    assert counts["everything"] >= 12
+    assert counts["time"] == 2
     assert [each.reason for each in lease.left_out] == ["it can only be called as a task, which is not supported"]
     assert len(toolset.definitions) == len(lease.tools)
     assert all(each["function"]["parameters"]["type"] == "object" for each in toolset.definitions)
@@ -115,13 +115,13 @@ async def test_calls_of_every_server_work(make_hub: MakeHub, servers: Any, folde
     assert await call("echo", message="hello") == "Echo: hello"
     assert "5" in await call("get_sum", a="2", b=3)
     assert "[image image/png, " in await call("get_tiny_image")
-    assert await call("read_text_file", path=str(folder / "notes.txt")) == "of the file\n"
+    assert await call("read_text_file", path=str(folder / "notes.txt")) == "text of the file\n"
     entity = {"name": "lmbridge", "entityType": "package", "observations": ["is here"]}
     await call("create_entities", entities=[entity])
     assert "is here" in await call("read_graph")
 
 
-async def test_what_goes_wrong_is_told_in_the_servers_own_words(make_hub: MakeHub, servers: Any) -> None:
+async def test_errors_contain_the_text_of_the_server(make_hub: MakeHub, servers: Any) -> None:
     lease = await make_hub(servers).tools(["time", "filesystem"])
     with pytest.raises(ToolError, match=r"(?i)invalid timezone"):
         await tool(lease, "get_current_time")(timezone="Nowhere/Land")
@@ -129,7 +129,7 @@ async def test_what_goes_wrong_is_told_in_the_servers_own_words(make_hub: MakeHu
         await tool(lease, "read_text_file")(path="/etc/passwd")
 
 
-async def test_destructive_hints_are_there_for_who_approves(make_hub: MakeHub, servers: Any) -> None:
+async def test_destructive_hints_are_available_as_annotations(make_hub: MakeHub, servers: Any) -> None:
     lease = await make_hub(servers).tools(["filesystem", "git"])
     hints = {each.name: each.annotations["destructiveHint"] for each in lease.tools}
     assert hints["write_file"]
@@ -138,7 +138,7 @@ async def test_destructive_hints_are_there_for_who_approves(make_hub: MakeHub, s
     assert not hints["git_status"]
 
 
-async def test_several_fail_in_several_ways_and_the_others_work(make_hub: MakeHub, servers: Any) -> None:
+async def test_servers_that_fail_in_several_ways_leave_the_others_usable(make_hub: MakeHub, servers: Any) -> None:
     faults = {
         "missing": {"command": "no-such-server"},
         "hanging": {**scripted({"hang": True}), "lmbridge": {"connectTimeout": 1}},
@@ -152,7 +152,7 @@ async def test_several_fail_in_several_ways_and_the_others_work(make_hub: MakeHu
     assert "Echo: x" in await tool(lease, "echo")(message="x")
 
 
-async def test_one_that_is_killed_in_a_call_comes_back_and_disturbs_no_other(make_hub: MakeHub, servers: Any) -> None:
+async def test_a_server_that_is_killed_in_a_call_restarts_and_the_others_go_on(make_hub: MakeHub, servers: Any) -> None:
     recorder: Recorder[McpEvent] = Recorder()
     hub = make_hub({name: servers[name] for name in ("everything", "time")}, on_event=recorder)
     lease = await hub.tools()
@@ -162,19 +162,21 @@ async def test_one_that_is_killed_in_a_call_comes_back_and_disturbs_no_other(mak
     assert pid
     os.kill(pid, signal.SIGKILL)
     assert "UTC" in await tool(lease, "get_current_time")(timezone="UTC")
-    assert "completed" in await long  # it is declared idempotent, so it is made again
+    # The tool is declared idempotent, so the call was repeated.
+    assert "completed" in await long
     assert await tool(lease, "echo")(message="back") == "Echo: back"
     assert {name: status.starts for name, status in hub.status().items()} == {"everything": 2, "time": 1}
 
 
-async def test_one_that_is_killed_in_a_call_that_changes_things_is_not_called_again(
+async def test_a_call_that_is_not_idempotent_is_not_repeated_when_its_server_is_killed(
     make_hub: MakeHub, servers: Any, folder: Path
 ) -> None:
     hub = make_hub({"git": servers["git"]})
     lease = await hub.tools()
     pid = hub.status()["git"].pid
     assert pid
-    os.kill(pid, signal.SIGSTOP)  # so that it cannot answer before it is killed
+    # A stopped server cannot answer before it is killed.
+    os.kill(pid, signal.SIGSTOP)
     call = asyncio.create_task(tool(lease, "git_commit")(repo_path=str(folder), message="once"))
     await turns(10)
     os.kill(pid, signal.SIGKILL)
@@ -184,7 +186,7 @@ async def test_one_that_is_killed_in_a_call_that_changes_things_is_not_called_ag
     assert hub.status()["git"].starts == 2
 
 
-async def test_one_that_hangs_in_a_call_is_told_to_stop_and_goes_on(make_hub: MakeHub, servers: Any) -> None:
+async def test_a_call_that_times_out_leaves_its_session_usable(make_hub: MakeHub, servers: Any) -> None:
     hub = make_hub({"everything": servers["everything"]})
     lease = await hub.tools(call_timeout=0.5)
     with pytest.raises(ToolError, match=r"did not answer within 0.5 seconds"):
@@ -193,14 +195,14 @@ async def test_one_that_hangs_in_a_call_is_told_to_stop_and_goes_on(make_hub: Ma
     assert hub.status()["everything"].starts == 1
 
 
-async def test_what_a_launcher_prints_does_not_disturb_the_server_behind_it(make_hub: MakeHub, servers: Any) -> None:
+async def test_output_of_a_launcher_before_the_server_starts_is_skipped(make_hub: MakeHub, servers: Any) -> None:
     command = servers["everything"]["command"]
     script = f"echo 'Starting...'; echo '{{half of a'; printf 'no end of line '; exec {command} stdio"
     lease = await make_hub({"a": {"command": "sh", "args": ["-c", script]}}).tools()
     assert await tool(lease, "echo")(message="on") == "Echo: on"
 
 
-async def test_a_package_that_is_not_there_is_told_in_the_launchers_words(make_hub: MakeHub, servers: Any) -> None:
+async def test_a_missing_package_is_reported_in_the_words_of_its_launcher(make_hub: MakeHub, servers: Any) -> None:
     missing = {
         "npm": {"command": "npx", "args": ["--no-install", "no-such-mcp-server"], "cwd": str(NPM)},
         "pypi": {"command": sys.executable, "args": ["-m", "no_such_mcp_server"]},
@@ -224,7 +226,7 @@ async def test_a_cancelled_call_leaves_the_session_usable(make_hub: MakeHub, ser
     assert hub.status()["everything"].starts == 1
 
 
-async def test_a_hundred_runs_share_one_child_a_server(make_hub: MakeHub, servers: Any) -> None:
+async def test_a_hundred_runs_share_one_process_for_each_server(make_hub: MakeHub, servers: Any) -> None:
     hub = make_hub(servers)
 
     async def run(number: int) -> str:
@@ -238,8 +240,9 @@ async def test_a_hundred_runs_share_one_child_a_server(make_hub: MakeHub, server
     assert [status.starts for status in hub.status().values()] == [1] * len(servers)
 
 
-async def test_the_whole_tree_of_npx_is_gone_when_close_returns(make_hub: MakeHub, servers: Any) -> None:
-    del servers  # skips where they are missing
+async def test_all_processes_of_npx_are_gone_when_close_returns(make_hub: MakeHub, servers: Any) -> None:
+    # The fixture has skipped the test if a server is not installed; its entries are not needed.
+    del servers
     hub = make_hub(
         {"a": {"command": "npx", "args": ["--no-install", "mcp-server-everything", "stdio"], "cwd": str(NPM)}}
     )
@@ -247,16 +250,17 @@ async def test_the_whole_tree_of_npx_is_gone_when_close_returns(make_hub: MakeHu
     assert await tool(lease, "echo")(message="on") == "Echo: on"
     group = hub.status()["a"].pid
     assert group
-    assert await asyncio.to_thread(members, group) > 1
+    assert await asyncio.to_thread(count_processes, group) > 1
     await hub.close()
     assert await asyncio.to_thread(guardian.is_gone, group)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-async def test_the_whole_tree_of_npx_is_gone_after_the_end_of_its_host(
+async def test_all_processes_of_npx_are_gone_after_the_end_of_their_host(
     servers: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
-    del servers  # skips where they are missing
+    # The fixture has skipped the test if a server is not installed; its entries are not needed.
+    del servers
     entry = {"command": "npx", "args": ["--no-install", "mcp-server-everything", "stdio"], "cwd": str(NPM)}
     (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"a": entry}}))
     host = await asyncio.create_subprocess_exec(
@@ -267,20 +271,20 @@ async def test_the_whole_tree_of_npx_is_gone_after_the_end_of_its_host(
     )
     assert host.stdout is not None
     group = int(await host.stdout.readline())
-    assert await asyncio.to_thread(members, group) > 1
+    assert await asyncio.to_thread(count_processes, group) > 1
     host.send_signal(number)
     assert await host.wait() == -number
     await gone(group)
 
 
-def members(group: int) -> int:
-    """How many processes a group has."""
+def count_processes(group: int) -> int:
+    """Returns the number of processes in a process group."""
     return sum(guardian._runs_in(group, each) for each in Path("/proc").glob("[0-9]*"))
 
 
 @pytest_asyncio.fixture(params=["streamableHttp", "sse"])
 async def everything_url(request: pytest.FixtureRequest, servers: Any) -> AsyncIterator[str]:
-    """The URL of server-everything on HTTP."""
+    """Starts server-everything on HTTP, and returns its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -303,7 +307,7 @@ async def everything_url(request: pytest.FixtureRequest, servers: Any) -> AsyncI
     await process.wait()
 
 
-async def test_servers_on_http_work(make_hub: MakeHub, everything_url: str) -> None:
+async def test_a_server_on_http_is_usable(make_hub: MakeHub, everything_url: str) -> None:
     recorder: Recorder[McpEvent] = Recorder()
     hub = make_hub({"a": {"url": everything_url}}, on_event=recorder)
     lease = await hub.tools()

@@ -1,4 +1,4 @@
-"""The whole of it: a real llama.cpp model uses real MCP servers to answer."""
+"""A real llama.cpp model answers with the tools of real MCP servers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from lmbridge import DynamicAutonomousAgent, LLMClient, MCPConnectionError, RunFinished, TextDelta, ToolCallFinished
 from tests.agent.support import check_valid, tool_texts
-from tests.real.test_agent import Greedy
+from tests.real.support import GreedyClient
 from tests.real.test_mcp import npm_server, python_server
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -22,13 +22,13 @@ MakeAgent = Callable[[Any], DynamicAutonomousAgent]
 
 @pytest_asyncio.fixture
 async def make_agent(client: LLMClient, tmp_path: Path) -> AsyncIterator[MakeAgent]:
-    """Makes agents of the real model and of some servers, closed in the end."""
+    """Returns a function that makes agents from MCP server entries, and closes them after the test."""
     agents: list[DynamicAutonomousAgent] = []
 
     def make(servers: Any) -> DynamicAutonomousAgent:
         path = tmp_path / "mcp.json"
         path.write_text(json.dumps({"mcpServers": servers}))
-        agents.append(DynamicAutonomousAgent(Greedy(client), config_path=path, max_tokens=80, max_rounds=4))
+        agents.append(DynamicAutonomousAgent(GreedyClient(client), config_path=path, max_tokens=80, max_rounds=4))
         return agents[-1]
 
     yield make
@@ -37,11 +37,11 @@ async def make_agent(client: LLMClient, tmp_path: Path) -> AsyncIterator[MakeAge
 
 
 def only(entry: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A server of which only some tools are offered: few are easier for a small model."""
+    """Restricts a server entry to some tools, because a small model chooses better among few."""
     return {**entry, "lmbridge": {"allow": list(names)}}
 
 
-async def test_a_model_asks_a_server_for_a_sum_and_answers_with_it(make_agent: MakeAgent) -> None:
+async def test_the_model_answers_with_a_sum_from_a_server(make_agent: MakeAgent) -> None:
     agent = make_agent({"everything": only(npm_server("everything", "stdio"), "get-sum", "echo")})
     result = await agent.autonomous_with_mcp("everything", "What is 317 plus 225?", full=True)
     (call,) = result.tool_calls
@@ -52,7 +52,7 @@ async def test_a_model_asks_a_server_for_a_sum_and_answers_with_it(make_agent: M
     check_valid(result.messages)
 
 
-async def test_a_model_asks_a_server_for_the_time_and_answers_with_it(make_agent: MakeAgent) -> None:
+async def test_the_model_answers_with_the_time_from_a_server(make_agent: MakeAgent) -> None:
     agent = make_agent({"time": only(python_server("mcp_server_time"), "get_current_time")})
     task = "What is the current time in the timezone Asia/Tokyo?"
     async with await agent.autonomous_with_mcp("time", task, stream=True) as stream:
@@ -60,16 +60,16 @@ async def test_a_model_asks_a_server_for_the_time_and_answers_with_it(make_agent
     (finished,) = [event for event in events if isinstance(event, ToolCallFinished)]
     assert finished.call.name == "get_current_time"
     assert finished.call.arguments == {"timezone": "Asia/Tokyo"}
-    told = json.loads(finished.text)
-    assert told["timezone"] == "Asia/Tokyo"
+    clock = json.loads(finished.text)
+    assert clock["timezone"] == "Asia/Tokyo"
     assert isinstance(events[-1], RunFinished)
     result = events[-1].result
     assert "".join(event.text for event in events if isinstance(event, TextDelta)) == result.text
     assert result.stop_reason == "stop"
-    assert told["datetime"][:4] in result.text
+    assert clock["datetime"][:4] in result.text
 
 
-async def test_a_model_uses_what_is_there_of_several_servers(make_agent: MakeAgent) -> None:
+async def test_the_model_uses_the_servers_that_started(make_agent: MakeAgent) -> None:
     agent = make_agent(
         {
             "missing": {"command": "/nowhere/server"},

@@ -12,7 +12,7 @@ from lmbridge import LocalServer
 from lmbridge.mcp import sdk
 from tests.mcp.bridge.support import official_session, wire_form
 from tests.real.conftest import API_KEY
-from tests.real.test_real import STORY, busy_slots, until_idle
+from tests.real.support import STORY, busy_slots, until_idle
 
 pytestmark = pytest.mark.real
 

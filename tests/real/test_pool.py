@@ -1,4 +1,4 @@
-"""A pool of clients against a real llama.cpp server."""
+"""A pool of clients on a real llama.cpp server."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from tests.real.conftest import API_KEY
 pytestmark = pytest.mark.real
 
 
-async def test_thirty_tasks_over_four_clients_each_get_their_answer(local_server: LocalServer) -> None:
+async def test_thirty_tasks_that_share_four_clients_get_their_own_answers(local_server: LocalServer) -> None:
     async with LLMClientPool(
         4, api_base=local_server.api_base, model=local_server.model, api_key=API_KEY, model_mismatch="raise"
     ) as pool:
 
         async def ask(number: int) -> int:
-            prompt = "word " * (number + 1)  # a length of its own: the server counts it, and so says whose answer it is
+            # Each prompt has another length. The server counts its tokens, which shows that answers are not mixed up.
+            prompt = "word " * (number + 1)
             messages = [{"role": "user", "content": prompt}]
             async with pool.client() as client:
                 assert pool.stats().in_use <= 4

@@ -1,8 +1,8 @@
-"""Two models by turns at real servers that hold one at a time.
+"""Requests for two models to real servers that hold one model at a time.
 
-llama-server's own router where its binary is installed and the CPU can run it, and always the small router over the
-embedded server. Both models are the same file under two names: the next smallest with a free licence is far too large
-to be fetched for a test. The server loads and drops it all the same.
+The tests run on a small router in front of the embedded server, and on the router of llama-server if its binary is
+installed and runs on this CPU. Both models are the same file under two names, because the next smallest model with a
+free licence is too large to download for a test. The server loads and unloads them like two different models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def scheduled(router: Router) -> AsyncIterator[LLMClient]:
         yield client
 
 
-async def test_mixed_traffic_is_whole_and_right_with_one_swap(router: Router, scheduled: LLMClient) -> None:
+async def test_mixed_requests_are_answered_by_their_model_with_one_swap(router: Router, scheduled: LLMClient) -> None:
     names = random.Random(1).choices(list(router.models), k=24)
 
     async def ask(index: int, model: str) -> tuple[str | None, str | None]:
@@ -65,9 +65,7 @@ async def test_mixed_traffic_is_whole_and_right_with_one_swap(router: Router, sc
     assert swaps(router.loads) == scheduled.stats().swaps == 1
 
 
-async def test_a_request_for_another_model_waits_here_and_the_stream_is_whole(
-    router: Router, scheduled: LLMClient
-) -> None:
+async def test_a_request_for_another_model_waits_until_a_stream_has_ended(router: Router, scheduled: LLMClient) -> None:
     first, second = router.models
     stream = await scheduled.chat_completion(MESSAGES, model=first, stream=True, max_tokens=60)
     waiting = asyncio.create_task(scheduled.chat_completion(MESSAGES, model=second, max_tokens=4))
@@ -79,7 +77,7 @@ async def test_a_request_for_another_model_waits_here_and_the_stream_is_whole(
     assert router.loads == [first, second]
 
 
-async def test_leaving_a_stream_makes_room_for_another_model(router: Router, scheduled: LLMClient) -> None:
+async def test_leaving_a_stream_lets_another_model_load(router: Router, scheduled: LLMClient) -> None:
     first, second = router.models
     async with await scheduled.chat_completion(MESSAGES, model=first, stream=True, max_tokens=2000) as stream:
         await anext(stream)

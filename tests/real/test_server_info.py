@@ -1,4 +1,4 @@
-"""What a real llama.cpp server tells about itself."""
+"""`server_info()` and the LM Studio methods on a real llama.cpp server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lmbridge import LLMAuthenticationError, LLMClient, LLMResponseError, LocalS
 pytestmark = pytest.mark.real
 
 
-async def test_llama_cpp_tells_its_slots_and_its_context(local_server: LocalServer, client: LLMClient) -> None:
+async def test_llama_cpp_reports_its_slots_and_its_context_length(local_server: LocalServer, client: LLMClient) -> None:
     model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4)
     assert await client.server_info() == ServerInfo(kind="llama.cpp", models=(model,), context_length=4096, slots=4)
 
 
-async def test_a_wrong_key_is_a_named_error(local_server: LocalServer) -> None:
+async def test_a_wrong_api_key_raises_an_authentication_error(local_server: LocalServer) -> None:
     async with LLMClient(local_server.api_base, api_key="sk-wrong") as client:
         with pytest.raises(LLMAuthenticationError, match="pass api_key="):
             await client.server_info()
@@ -33,7 +33,7 @@ async def test_a_wrong_key_is_a_named_error(local_server: LocalServer) -> None:
     ],
     ids=["models", "load", "unload", "download"],
 )
-async def test_llama_cpp_is_told_not_to_be_lm_studio(
+async def test_methods_of_lm_studio_raise_on_llama_cpp(
     client: LLMClient, call: Callable[[LLMClient], Awaitable[Any]]
 ) -> None:
     with pytest.raises(LLMResponseError, match=r"\(it calls itself 'llama.cpp'\) is not LM Studio") as caught:

@@ -1,4 +1,4 @@
-"""Answers of a type from a real llama.cpp server: its grammar takes every schema that is sent."""
+"""`parse()` on a real llama.cpp server, whose grammar has to accept the schema of every type."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ class Drawing(msgspec.Struct):
 
 
 @pytest.mark.parametrize("type_", [Order, Event, Drawing])
-async def test_the_small_model_answers_with_a_valid_instance(client: LLMClient, type_: Any) -> None:
+async def test_the_model_answers_with_a_valid_instance(client: LLMClient, type_: Any) -> None:
     instance = await client.parse(ORDER, type_, temperature=0, seed=1, max_tokens=400)
     assert msgspec.convert(msgspec.to_builtins(instance), type_) == instance
 
 
 @pytest.mark.parametrize("type_", [Stock, Node])
-async def test_the_server_takes_types_without_an_end(client: LLMClient, type_: Any) -> None:
+async def test_the_server_accepts_types_whose_values_can_grow_without_end(client: LLMClient, type_: Any) -> None:
     try:
         await client.parse(ORDER, type_, temperature=0, seed=1, max_tokens=60)
     except LLMValidationError as error:
-        assert "the answer was cut off" in str(error)  # noqa: PT017 - the model may come to an end as well
+        assert "the answer was cut off" in str(error)  # noqa: PT017 - the answer may also be complete
 
 
-async def test_an_answer_that_is_cut_off_says_so(client: LLMClient) -> None:
+async def test_an_answer_that_is_cut_off_raises_with_the_partial_answer(client: LLMClient) -> None:
     with pytest.raises(LLMValidationError, match="the answer was cut off") as caught:
         await client.parse(ORDER, Order, temperature=0, max_tokens=5)
     assert caught.value.body

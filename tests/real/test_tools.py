@@ -1,4 +1,4 @@
-"""Tools on a real llama.cpp server: its grammar takes every schema that is sent, and the model's calls are read."""
+"""Tools on a real llama.cpp server: its grammar accepts every schema, and the calls of its model can be made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.agent.support import deadline_timer
 pytestmark = pytest.mark.real
 
 NODE = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}}}
-ODD: dict[str, dict[str, Any]] = {
+UNUSUAL_SCHEMAS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "unknown type": {"type": "object", "properties": {"x": {"type": "any"}}},
     "no properties": {"type": "object", "properties": None},
@@ -36,23 +36,23 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ODD)
-async def test_a_schema_of_any_oddity_is_taken(client: LLMClient, name: str) -> None:
-    tools = await Toolset.collect([Tool(name, "Does it.", ODD[name], print)])
+@pytest.mark.parametrize("name", UNUSUAL_SCHEMAS)
+async def test_a_tool_with_an_unusual_schema_is_accepted(client: LLMClient, name: str) -> None:
+    tools = await Toolset.collect([Tool(name, "Does it.", UNUSUAL_SCHEMAS[name], print)])
     message = {"role": "user", "content": "Do it."}
     reply = await client.chat_completion([message], tools=tools.definitions, max_tokens=2, temperature=0)
     assert reply["choices"]
 
 
 @pytest.mark.slow
-async def test_all_of_them_at_once_are_taken(client: LLMClient) -> None:
-    tools = await Toolset.collect([Tool(name, "", schema, print) for name, schema in ODD.items()])
+async def test_many_tools_with_unusual_schemas_are_accepted_together(client: LLMClient) -> None:
+    tools = await Toolset.collect([Tool(name, "", schema, print) for name, schema in UNUSUAL_SCHEMAS.items()])
     message = {"role": "user", "content": "Hello!"}
     reply = await client.chat_completion([message], tools=tools.definitions, max_tokens=2, temperature=0)
     assert reply["choices"]
 
 
-async def test_a_call_of_the_model_is_read_and_made(client: LLMClient) -> None:
+async def test_a_call_of_the_model_is_read_and_executed(client: LLMClient) -> None:
     def add(a: int, b: int) -> int:
         """Adds two numbers.
 

@@ -1,4 +1,7 @@
-"""The client against a real llama.cpp server. What a small model says is its own: only structure is asserted."""
+"""Chat completions of a real llama.cpp server.
+
+The tests assert the structure of the answers, because the text of a small model cannot be predicted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import warnings
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import aiohttp
 import pytest
 
 from lmbridge import (
@@ -23,28 +25,10 @@ from lmbridge import (
     collect,
 )
 from tests.real.conftest import API_KEY
+from tests.real.support import GREETING, STORY, busy_slots, until_idle
 from tests.support import text_of
 
 pytestmark = pytest.mark.real
-
-STORY = [{"role": "user", "content": "Tell me a long story about the sea."}]
-GREETING = [{"role": "user", "content": "Say hello."}]
-
-
-async def busy_slots(server: LocalServer) -> int:
-    """How many generations the server says it is working on."""
-    origin = server.api_base.removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {API_KEY}"}
-    async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{origin}/slots") as response:
-        slots = await response.json()
-    return sum(slot["is_processing"] for slot in slots)
-
-
-async def until_idle(server: LocalServer) -> None:
-    """Waits until the server works on nothing: what it was asked for would take it many seconds more."""
-    async with asyncio.timeout(5):
-        while await busy_slots(server):
-            await asyncio.sleep(0.02)
 
 
 async def test_text_arrives_piece_by_piece(client: LLMClient) -> None:
@@ -57,36 +41,37 @@ async def test_text_arrives_piece_by_piece(client: LLMClient) -> None:
             arrivals.append(loop.time())
     assert len(arrivals) > 20
     assert len(text.split()) > 10
-    assert len(set(arrivals)) > 10  # not all at once
+    # The pieces arrived while the model was generating, not all at once at the end.
+    assert len(set(arrivals)) > 10
 
 
-async def test_a_stream_and_a_plain_call_say_the_same(client: LLMClient) -> None:
+async def test_a_stream_and_a_plain_call_return_the_same_answer(client: LLMClient) -> None:
     plain = await client.chat_completion(GREETING, max_tokens=20, temperature=0, seed=1)
     stream = await client.chat_completion(
         GREETING, stream=True, max_tokens=20, temperature=0, seed=1, stream_options={"include_usage": True}
     )
-    folded = await collect(stream)
-    assert folded["choices"] == plain["choices"]
-    assert folded["usage"] is not None
+    collected = await collect(stream)
+    assert collected["choices"] == plain["choices"]
+    assert collected["usage"] is not None
     assert plain["usage"] is not None
-    assert folded["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
-    assert set(folded) >= set(plain) - {"timings"}
+    assert collected["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+    assert set(collected) >= set(plain) - {"timings"}
 
 
-async def closing(stream: ChatStream) -> None:
+async def close_it(stream: ChatStream) -> None:
     await stream.aclose()
 
 
-async def leaving_its_context(stream: ChatStream) -> None:
+async def leave_its_context(stream: ChatStream) -> None:
     async with stream:
         pass
 
 
-async def dropping(stream: ChatStream) -> None:
-    pass  # the last reference goes with this call
+async def drop_it(stream: ChatStream) -> None:
+    """Does nothing: the caller holds no other reference to the stream."""
 
 
-async def cancelling_its_reader(stream: ChatStream) -> None:
+async def cancel_its_reader(stream: ChatStream) -> None:
     reader = asyncio.create_task(collect(stream))
     await asyncio.sleep(0)
     reader.cancel()
@@ -94,24 +79,24 @@ async def cancelling_its_reader(stream: ChatStream) -> None:
         await reader
 
 
-async def timing_out(stream: ChatStream) -> None:
+async def run_into_a_timeout(stream: ChatStream) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await collect(stream)
 
 
-async def throwing_into_it(stream: ChatStream) -> None:
+async def throw_into_it(stream: ChatStream) -> None:
     with pytest.raises(KeyError):
         await stream.athrow(KeyError())
 
 
 @pytest.mark.parametrize(
-    "leave", [closing, leaving_its_context, dropping, cancelling_its_reader, timing_out, throwing_into_it]
+    "leave", [close_it, leave_its_context, drop_it, cancel_its_reader, run_into_a_timeout, throw_into_it]
 )
 async def test_leaving_a_stream_early_frees_its_slot(
     local_server: LocalServer, client: LLMClient, leave: Callable[[ChatStream], Awaitable[None]]
 ) -> None:
-    async def begin() -> ChatStream:
+    async def start_stream() -> ChatStream:
         stream = await client.chat_completion(STORY, stream=True, max_tokens=3000, ignore_eos=True)
         await anext(stream)
         await anext(stream)
@@ -120,7 +105,7 @@ async def test_leaving_a_stream_early_frees_its_slot(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        await leave(await begin())
+        await leave(await start_stream())
         gc.collect()
     assert client._server.transport.in_flight == 0
     await until_idle(local_server)
@@ -135,7 +120,7 @@ async def test_closing_the_client_frees_its_slots(local_server: LocalServer, cli
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_prompt_beyond_the_context_is_a_named_error(client: LLMClient, stream: bool) -> None:
+async def test_a_prompt_beyond_the_context_raises_context_length_exceeded(client: LLMClient, stream: bool) -> None:
     long = [{"role": "user", "content": "sea " * 6000}]
     with pytest.raises(ContextLengthExceededError, match="shorten the messages") as caught:
         await client.chat_completion(long, stream=stream)
@@ -145,7 +130,7 @@ async def test_a_prompt_beyond_the_context_is_a_named_error(client: LLMClient, s
     assert caught.value.status == 400
 
 
-async def test_a_model_that_the_server_does_not_have_is_noticed(local_server: LocalServer) -> None:
+async def test_an_unknown_model_raises_model_mismatch(local_server: LocalServer) -> None:
     async with LLMClient(local_server.api_base, "no-such-model", API_KEY, model_mismatch="raise") as client:
         with pytest.raises(ModelMismatchError) as plain:
             await client.chat_completion(GREETING, max_tokens=4)
@@ -156,7 +141,7 @@ async def test_a_model_that_the_server_does_not_have_is_noticed(local_server: Lo
 
 
 @pytest.mark.parametrize(
-    ("wrong", "status", "told"),
+    ("wrong", "status", "text"),
     [
         ({"temperature": "hot"}, 400, "temperature"),
         ({"tools": "x"}, 500, "Failed to parse tools"),
@@ -169,24 +154,24 @@ async def test_a_model_that_the_server_does_not_have_is_noticed(local_server: Lo
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_malformed_request_is_told_so_once(
-    client: LLMClient, wrong: dict[str, Any], status: int, told: str, stream: bool
+async def test_a_malformed_request_is_refused_and_not_repeated(
+    client: LLMClient, wrong: dict[str, Any], status: int, text: str, stream: bool
 ) -> None:
-    with pytest.raises(LLMResponseError, match=told) as caught:
+    with pytest.raises(LLMResponseError, match=text) as caught:
         await client.chat_completion(GREETING, stream=stream, max_tokens=4, **wrong)
     assert caught.value.status == status
-    assert caught.value.context["attempts"] == 1  # nor is it asked again
+    assert caught.value.context["attempts"] == 1
 
 
-async def test_a_wrong_key_is_a_named_error(local_server: LocalServer) -> None:
+async def test_a_wrong_api_key_raises_an_authentication_error(local_server: LocalServer) -> None:
     async with LLMClient(local_server.api_base, api_key="sk-wrong") as client:
         with pytest.raises(LLMAuthenticationError, match="pass api_key=") as caught:
             await client.chat_completion(GREETING)
     assert "sk-wrong" not in str(caught.value)
 
 
-async def test_a_dead_port_is_a_named_error(local_server: LocalServer) -> None:
-    # A server of our own that is gone again, not any port.
+async def test_a_server_that_is_gone_raises_a_connection_error(local_server: LocalServer) -> None:
+    # The port belonged to a server that has just ended, so no other program listens on it.
     async with LocalServer() as server:
         api_base = server.api_base
     async with LLMClient(api_base, max_retries=0) as client:
@@ -195,7 +180,7 @@ async def test_a_dead_port_is_a_named_error(local_server: LocalServer) -> None:
         assert await client.health_check() is False
 
 
-async def test_a_server_that_dies_in_mid_stream_is_an_error_with_what_had_arrived() -> None:
+async def test_a_server_that_dies_mid_stream_raises_an_error_with_the_partial_answer() -> None:
     async with LocalServer() as server, LLMClient(server.api_base, server.model, max_retries=0) as client:
         stream = await client.chat_completion(STORY, stream=True, max_tokens=3000, ignore_eos=True)
         for _ in range(5):
@@ -203,22 +188,22 @@ async def test_a_server_that_dies_in_mid_stream_is_an_error_with_what_had_arrive
         await server.close()
         with pytest.raises(Exception, match=r"cut off|mid-stream") as caught:
             await collect(stream)
-        assert caught.value.partial["choices"][0]["message"]["content"]  # type: ignore[attr-defined]  # of both errors
+        assert caught.value.partial["choices"][0]["message"]["content"]  # type: ignore[attr-defined]  # either of two classes
 
 
-async def test_models_and_health(local_server: LocalServer, client: LLMClient) -> None:
+async def test_the_server_lists_its_model_and_is_healthy(local_server: LocalServer, client: LLMClient) -> None:
     assert await client.list_models() == [local_server.model]
     assert await client.health_check() is True
 
 
-async def test_sixty_streams_in_a_row_are_all_whole(client: LLMClient) -> None:
+async def test_sixty_streams_one_after_another_are_complete(client: LLMClient) -> None:
     for _ in range(60):
         reply = await collect(await client.chat_completion(GREETING, stream=True, max_tokens=3, temperature=0))
         assert reply["choices"][0]["finish_reason"] in ("length", "stop")
         assert reply["choices"][0]["message"]["content"]
 
 
-async def test_a_hundred_streams_at_a_time_are_all_whole(client: LLMClient) -> None:
+async def test_a_hundred_concurrent_streams_are_complete(client: LLMClient) -> None:
     async def one(number: int) -> str | None:
         messages = [{"role": "user", "content": f"Say {number}."}]
         reply = await collect(await client.chat_completion(messages, stream=True, max_tokens=3))
