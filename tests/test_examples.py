@@ -180,7 +180,7 @@ async def test_tools_prints_each_call_and_its_result(scripted_server: ScriptedSe
     outcome = await run("tools.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "How far?")
     assert (outcome.status, outcome.errors) == (0, "")
     assert "{'city': 'Ulm'}) -> [48.4,9.99]\n" in outcome.output
-    assert "-> there is no 'Rome' here; cities: oslo, ulm, vienna\n" in outcome.output
+    assert "-> the city 'Rome' is unknown; known cities: oslo, ulm, vienna\n" in outcome.output
     assert "-> 1281 km\n" in outcome.output
     assert "-> 1280" in outcome.output
     assert outcome.output.endswith("\n\nAbout 1280 km.\n\nstop: 4 rounds, 4 calls\n")
