@@ -76,11 +76,15 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
     if task.done():
         mark_retrieved(task)
     else:
-        _unfinished.add(task)
-        task.add_done_callback(_discard_unfinished)
+        _keep_until_done(task)
     if cancellation is not None:
         raise cancellation
     return task.done()
+
+
+def _keep_until_done(task: asyncio.Future[Any]) -> None:
+    _unfinished.add(task)
+    task.add_done_callback(_discard_unfinished)
 
 
 def _discard_unfinished(task: asyncio.Future[Any]) -> None:
@@ -109,8 +113,8 @@ class SingleFlight(Generic[_T]):
     The first caller for a key starts the call, in a task of its own; callers that come while it is running wait for the
     same task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
 
-    On cancellation of a caller, the others are not affected. If it was the last one that waited, the call is cancelled,
-    and its end is awaited, unless `keep_going` was set.
+    On cancellation of a caller, the others are not affected. If it was the last one that waited, the call is cancelled
+    and the caller waits for its end, unless `keep_going` was set. A second cancellation ends that wait.
 
     Args:
         cancelled_message: The text of the `TaskCancelledError` that callers get when `cancel_all` ends their call.
@@ -140,7 +144,9 @@ class SingleFlight(Generic[_T]):
             if shared.waiters == 1 and not self._keep_going:
                 # Taken off first: a caller that comes now must not join a call that is being cancelled.
                 self._forget(shared.task)
-                await end_task(shared.task)
+                _keep_until_done(shared.task)
+                shared.task.cancel()
+                await asyncio.wait((shared.task,))
             raise
         finally:
             shared.waiters -= 1

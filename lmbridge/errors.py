@@ -81,13 +81,14 @@ class LLMError(Exception):
             self.__cause__ = original_exception
 
     def completed(self, message: str | None = None, **details: Unpack[ErrorDetails]) -> Self:
-        """Adds what the caller knows about this error, and returns the error, so that it can be raised at once.
+        """Adds what the caller knows about this error, and returns the error itself.
 
         An error is often created where only half of the facts are known: a decoder does not know the URL, a scheduler
         does not know how much of an answer had arrived. Each layer that it passes completes it with this method::
 
             except LLMError as error:
-                raise error.completed(context={"operation": "chat completion", "url": url})
+                error.completed(context={"operation": "chat completion", "url": url})
+                raise
 
         `hint`, `status` and `body` are set only where they are missing, and `context` is merged with what is there,
         which wins: the layer closest to the failure knows best. `partial` is the exception. It replaces what is there

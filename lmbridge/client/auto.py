@@ -1,4 +1,4 @@
-"""`limits="auto"`: how much a server can do at a time, as it says itself."""
+"""`limits="auto"`: limits that the server itself reports."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, Literal
 import attrs
 
 from lmbridge._checks import check_instance
-from lmbridge.client.names import ModelNames
-from lmbridge.client.server import Server
+from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.server_api import ServerApi
 from lmbridge.config import Limits, Timeouts
 from lmbridge.transport import Transport
 from lmbridge.transport.http import FindLimits
@@ -17,19 +17,21 @@ from lmbridge.transport.http import FindLimits
 if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
-SLOTS: Final = 4
-"""Generations at a time where LM Studio or a llama.cpp router does not tell: the default of both."""
+DEFAULT_SLOTS: Final = 4
+"""Concurrent generations if LM Studio or a llama.cpp router does not report them: the default of both."""
 
 
 def limits_of(info: ServerInfo) -> Limits:
-    """The limits for a server.
+    """Returns the limits that fit a server.
 
-    LM Studio: the slots of its model, and as many models as are loaded, but at least one: it unloads one that it
-    loaded on demand for the next (Auto-Evict, on by default; no API tells whether it is), even in mid-generation.
-    llama.cpp: the slots of its model. Its router: the models that it holds at a time, and the slots of them all.
-    Any other server: `Limits()`. Ollama and vLLM queue by themselves, and end what they have begun.
+    - LM Studio: the slots of its model, and as many models as are loaded, at least one. LM Studio unloads a model that
+      it loaded on demand when the next one is requested, even in the middle of a generation. This is its setting
+      Auto-Evict, which is on by default and which no API reports.
+    - llama.cpp with one model: the slots of the model.
+    - llama.cpp's router: the number of models that it holds, and the slots of all of them.
+    - Any other server: the defaults of `Limits`. Ollama and vLLM queue by themselves, and finish what they have begun.
     """
-    slots = info.slots or SLOTS
+    slots = info.slots or DEFAULT_SLOTS
     if info.kind == "lmstudio":
         loaded = [model for model in info.models if model.loaded and not model.embeds]
         return Limits(max_concurrency=slots * max(1, len(loaded)), max_loaded_models=max(1, len(loaded)))
@@ -40,31 +42,44 @@ def limits_of(info: ServerInfo) -> Limits:
     return Limits()
 
 
-class Auto:
-    """Asks a transport's server for its limits.
+class AutoLimits:
+    """Asks the server of a transport for its limits: what `Transport` calls in place of fixed limits.
 
     Args:
-        at_most: Generations at a time, whatever the server can do.
+        at_most: The most concurrent generations, even if the server can do more. Default: no bound.
     """
 
     def __init__(self, at_most: float = math.inf) -> None:
         self._at_most = at_most
 
     async def __call__(self, transport: Transport) -> Limits:
-        """The limits, as the server is now."""
-        from lmbridge.client.server_info import describe  # noqa: PLC0415 - who does not ask need not wait for it
+        """Returns the limits that fit the server now.
 
-        server = Server(transport, again=None, timeouts=Timeouts(), max_retries=0, names=ModelNames("ignore"))
+        Raises:
+            LLMError: The server did not answer, or refused the key.
+        """
+        # Imported here because programs with fixed limits never need it.
+        from lmbridge.client.server_info import describe  # noqa: PLC0415
+
+        server = ServerApi(
+            transport,
+            make_transport=None,
+            timeouts=Timeouts(),
+            max_retries=0,
+            mismatch_policy=MismatchPolicy("ignore"),
+        )
         limits = limits_of(await describe(server, None))
         return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self._at_most)))
 
 
-def checked_limits(limits: Limits | Auto | Literal["auto"] | None) -> Limits | FindLimits | None:
-    """Limits as `Transport` takes them.
+def resolve_limits(limits: Limits | AutoLimits | Literal["auto"] | None) -> Limits | FindLimits | None:
+    """Returns the option `limits` of a client in the form that `Transport` takes.
 
     Raises:
-        LLMValidationError: they are none.
+        LLMValidationError: It is something else.
     """
-    if limits == "auto" or isinstance(limits, Auto):
-        return Auto() if limits == "auto" else limits
+    if limits == "auto":
+        return AutoLimits()
+    if isinstance(limits, AutoLimits):
+        return limits
     return check_instance("limits", limits, Limits, optional=True, hint='pass "auto" to ask the server')

@@ -8,8 +8,8 @@ from typing import Any, Final, cast
 from lmbridge.client import failures
 from lmbridge.client.fold import TextFold
 from lmbridge.client.inputs import checked_texts
-from lmbridge.client.names import ModelNames
-from lmbridge.client.server import Server
+from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ReplyStream
 from lmbridge.transport import Event, EventStream
 from lmbridge.types import TextCompletion, TextCompletionChunk
@@ -26,7 +26,7 @@ class TextStream(ReplyStream[TextCompletionChunk, TextCompletion]):
 
     __slots__ = ()
 
-    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact, answers: int = 1) -> None:
+    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, answers: int = 1) -> None:
         super().__init__(events, names, redact, TextFold(answers))
 
     def _read_unusual(self, event: Event) -> TextCompletionChunk | None:
@@ -35,20 +35,22 @@ class TextStream(ReplyStream[TextCompletionChunk, TextCompletion]):
         return super()._read_unusual(event)
 
 
-async def complete(server: Server, body: dict[str, Any], *, stream: bool) -> TextCompletion | TextStream:
+async def complete(server: ServerApi, body: dict[str, Any], *, stream: bool) -> TextCompletion | TextStream:
     """Asks for the continuation of a prompt; see `LLMClient.text_completion`."""
     prompts = len(checked_texts("prompt", body["prompt"], may_be_empty=True))
-    request = server.post("text completion", "/completions", body, body.get("model"))
+    request = server.build_post("text completion", "/completions", body, body.get("model"))
     if stream:
         answers = body.get("n")
         events = await server.stream(request)
         each = answers if isinstance(answers, int) else 1
-        return TextStream(events, server.names, server.transport.redact, prompts * each)
+        return TextStream(events, server.mismatch_policy, server.transport.redact, prompts * each)
     reply = await server.request(request)
-    value = server.value(reply)
+    value = server.json_object(reply)
     if not _is_completion(value, prompts):
-        raise server.is_not(reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts")
-    server.check_name(reply, value)
+        raise server.unexpected_reply(
+            reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"
+        )
+    server.check_served_model(reply, value)
     return cast("TextCompletion", value)
 
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from lmbridge._checks import check_integer
 from lmbridge.client.inputs import Text, checked_texts
-from lmbridge.client.server import Server
+from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
 
 
-async def embed(server: Server, body: dict[str, Any], batch_size: int | None) -> Embeddings:
+async def embed(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
     """Asks for the embeddings of some texts; see `LLMClient.embeddings`."""
     texts = checked_texts("input", body["input"])
     check_integer("batch_size", batch_size, optional=True)
@@ -23,7 +23,7 @@ async def embed(server: Server, body: dict[str, Any], batch_size: int | None) ->
     return _merged(await _ask_for_batches(server, body, list(texts), batch_size))
 
 
-async def _ask_for_batches(server: Server, body: dict[str, Any], texts: list[Text], size: int) -> list[Embeddings]:
+async def _ask_for_batches(server: ServerApi, body: dict[str, Any], texts: list[Text], size: int) -> list[Embeddings]:
     # One after another: a server computes the texts of one request side by side already, and whoever else waits in
     # the queue gets a turn between two of them.
     batches: list[Embeddings] = []
@@ -33,19 +33,19 @@ async def _ask_for_batches(server: Server, body: dict[str, Any], texts: list[Tex
             batches.append(await _ask(server, {**body, "input": batch}, start, len(batch)))
             _check_same_model(server, batches[0].get("model"), batches[-1].get("model"))
         except LLMError as error:
-            error.context["inputs"] = f"{start} to {start + len(batch) - 1}"
+            error.completed(context={"inputs": f"{start} to {start + len(batch) - 1}"})
             raise
     return batches
 
 
-async def _ask(server: Server, body: dict[str, Any], first: int, count: int) -> Embeddings:
+async def _ask(server: ServerApi, body: dict[str, Any], first: int, count: int) -> Embeddings:
     """One request; its inputs have the numbers from `first` on."""
-    reply = await server.request(server.post("embeddings", "/embeddings", body, body.get("model")))
-    value = server.value(reply)
+    reply = await server.request(server.build_post("embeddings", "/embeddings", body, body.get("model")))
+    value = server.json_object(reply)
     entries = _in_order(value.get("data"), count)
     if entries is None:
-        raise server.is_not(reply, f"embeddings for {count} input{'' if count == 1 else 's'}")
-    server.check_name(reply, value)
+        raise server.unexpected_reply(reply, f"embeddings for {count} input{'' if count == 1 else 's'}")
+    server.check_served_model(reply, value)
     for number, entry in enumerate(entries, first):
         if not _is_embedding(entry.get("embedding")):
             raise _no_embedding(server, reply, number)
@@ -80,15 +80,16 @@ def _is_finite(numbers: list[Any]) -> bool:
         return False
 
 
-def _no_embedding(server: Server, reply: Reply, number: int) -> LLMResponseError:
-    error = server.is_not(reply, "embeddings")
-    error.message = f"the embedding of input {number} is not a list of finite numbers"
-    error.args = (error.message,)
-    error.hint = "the model computed none for that text; another text, or another quantization of the model, may work"
-    return error
+def _no_embedding(server: ServerApi, reply: Reply, number: int) -> LLMResponseError:
+    return server.unexpected_reply(
+        reply,
+        "embeddings",
+        message=f"the embedding of input {number} is not a list of finite numbers",
+        hint="the model computed none for that text; another text, or another quantization of the model, may work",
+    )
 
 
-def _check_same_model(server: Server, old: str | None, new: str | None) -> None:
+def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> None:
     """Vectors of two models must not stand side by side."""
     if old and new and old != new:
         raise ModelChangedDuringExecutionError(

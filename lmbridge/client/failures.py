@@ -1,7 +1,12 @@
-"""What a server's body means: which error it is, and whether to ask again.
+"""Reads the errors of model servers: which class of ours an error is, and whether the request may be sent again.
 
-The body decides, not the status alone: llama.cpp answers mistakes of the client with 500, LM Studio errors with 200,
-and every server words them differently. The texts below were met on real servers or in their issue trackers.
+The body of a reply decides, not its status alone: llama.cpp reports mistakes of the client with status 500, LM Studio
+reports errors with status 200, and every server words the same failure differently. So a body is first parsed into an
+`ErrorBody`, whatever its JSON looks like, and its message is then searched for the patterns below. They were all seen
+on real servers or in their issue trackers; `tests/client/test_failures.py` quotes each of them.
+
+Deciding by texts is fragile. It is done because no field exists that all servers fill in, and so that an unknown text
+does no harm: the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
 """
 
 from __future__ import annotations
@@ -31,12 +36,16 @@ from lmbridge.errors import (
 )
 from lmbridge.transport import Reply, Verdict
 
-_SEARCHED: Final = 10_000
-"""Characters of a message that are searched for known words."""
+_SEARCHED_CHARACTERS: Final = 10_000
+"""Characters of an error's message that are searched for patterns."""
 
 
-class _Words:
-    """Looks for any of some patterns. They are compiled when the first error comes: that takes milliseconds."""
+class _Patterns:
+    """A group of regular expressions that mean the same.
+
+    They are compiled at the first search, because compiling all of them takes milliseconds and most programs never see
+    an error.
+    """
 
     def __init__(self, *patterns: str) -> None:
         self.pattern: Final = "|".join(patterns)
@@ -52,14 +61,14 @@ class _Words:
         return self._compiled.match(text)
 
 
-# What an error's message, type and code are searched for: `Said.words`. Never a reply.
+# What errors say. These are searched for in `ErrorBody.searched_text`, never in a successful reply.
 
-_NOTHING_LOADED: Final = _Words(
+_NOTHING_LOADED: Final = _Patterns(
     r"\bno models? (are |is )?(currently )?loaded\b",  # LM Studio
     r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
 )
-_EVICTED: Final = _Words(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
-_NOT_LOADED: Final = _Words(
+_EVICTED: Final = _Patterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
+_NOT_LOADED: Final = _Patterns(
     r"\binsufficient system resources\b",  # LM Studio's guardrails
     r"\brequires more (system |gpu )?memory\b",  # Ollama
     r"\bout of memory\b",
@@ -69,13 +78,13 @@ _NOT_LOADED: Final = _Words(
     r"\berror (while )?loading (the )?model\b",
     r"\bmodel_load_failed\b",
     r"\bmodel (has )?crashed\b",
-    r"\bunknown exception during inferencing\b",  # LM Studio, before it named crashes
+    r"\bunknown exception during inferencing\b",  # older LM Studio, for a crash
     r"\brunner (process )?has (terminated|unexpectedly stopped)\b",  # Ollama
 )
-_CONTEXT: Final = _Words(
+_CONTEXT: Final = _Patterns(
     r"\bexceed_context_size_error\b",  # llama.cpp
     r"\bcontext_length_exceeded\b",  # OpenAI, llama-cpp-python
-    # Not "must not exceed": that is about a parameter.
+    # Except "must not exceed", which is about a parameter.
     r"(?<!not )\bexceed(s|ed)? (\S{1,40} ){0,3}context (length|size|window)\b",  # llama.cpp, Ollama, SGLang
     r"\bcontext (length|size|window) (has been )?exceeded\b",  # llama.cpp and MLX, while they generate
     r"\bmaximum context length is \d",  # OpenAI, vLLM, llama-cpp-python
@@ -85,23 +94,25 @@ _CONTEXT: Final = _Words(
     r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
     r"\breached context length of \d",  # LM Studio
 )
-_NOT_FOUND: Final = _Words(
+_NOT_FOUND: Final = _Patterns(
     r"\bmodel_not_found\b",
     r"\binvalid model identifier\b",  # LM Studio
     r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
-    r"\bmodel \S{0,99}[\d/:@]\S{0,99} (was )?(not found|does not exist)\b",  # no quotes: it has to look like a name
+    # Without quotes it must look like a name: with a digit, or one of the signs that names have.
+    r"\bmodel \S{0,99}[\d/:@]\S{0,99} (was )?(not found|does not exist)\b",
     r"^(the )?(requested )?model (was )?not found\b",
     r"\bcould not find (real )?modelid for\b",  # llama-swap
     r"\binvalid model name passed\b",  # litellm
 )
-_LOADING: Final = _Words(r"\bloading\b")
-_LOADING_FAILED: Final = _Words(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
-# In the type and the code alone: an error's text may speak of any of these.
-_REFUSED: Final = _Words(r"invalid_api_key", r"authentication_?error", r"unauthorized")
-_TOO_MANY: Final = _Words(r"rate_?limit")
+_LOADING: Final = _Patterns(r"\bloading\b")
+_LOADING_FAILED: Final = _Patterns(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
+# These are searched for in the type and the code alone, because a message may mention them for other reasons.
+_AUTHENTICATION: Final = _Patterns(r"invalid_api_key", r"authentication_?error", r"unauthorized")
+_RATE_LIMIT: Final = _Patterns(r"rate_?limit")
 
-# 500s that come again however often they are asked for: mistakes in the request, named by llama.cpp and its templates.
-_MISTAKE: Final = _Words(
+# Mistakes in the request that llama.cpp and its chat templates report with status 500. The same request would fail in
+# the same way every time, so it is not sent again.
+_REQUEST_MISTAKE: Final = _Patterns(
     r"\[json\.exception\.",
     r"\bjinja\b",
     r"\btemplate\b",
@@ -116,18 +127,18 @@ _MISTAKE: Final = _Words(
     r"\binvalid[ _]request",
     r"\bexpected .{1,80}\bgot\b",
     r"\bdoes not match the expected\b",
-    r"\btool with name .{1,80} not found\b",  # llama-cpp-python, as is the next
-    r"\bcan only concatenate str\b",
+    r"\btool with name .{1,80} not found\b",  # llama-cpp-python
+    r"\bcan only concatenate str\b",  # llama-cpp-python
 )
-# These say what is wrong with the request by repeating it: the rest of their words are the caller's.
-_REPEATS_REQUEST: Final = _Words(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
-# Neither a page nor half a JSON object is what a server says; words in it may be anybody's.
-_PAGE: Final = _Words(r"\s*<(!doctype|\?xml|html|head|body)\b")
-_BROKEN_JSON: Final = _Words(r"\s*(\{|\[\s*[\[{\"])")
+# Messages that begin like this go on with a piece of the request, so what they contain may be the caller's own words.
+_QUOTES_REQUEST: Final = _Patterns(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
+# An HTML page and a JSON object that was cut off are not error messages; the words in them may be about anything.
+_HTML_PAGE: Final = _Patterns(r"\s*<(!doctype|\?xml|html|head|body)\b")
+_BROKEN_JSON: Final = _Patterns(r"\s*(\{|\[\s*[\[{\"])")
 
-_STATUS: Final = _Words(r"[1-5]\d\d\Z")
+_STATUS: Final = _Patterns(r"[1-5]\d\d\Z")
 
-_UNKNOWN_PATH: Final = _Words(
+_UNKNOWN_PATH: Final = _Patterns(
     r"unexpected endpoint or method",  # LM Studio, with status 200
     r"^((file|page|route|path) )?not found\.?$",  # llama.cpp, FastAPI
     r"^404 page not found$",  # Ollama
@@ -136,15 +147,16 @@ _UNKNOWN_PATH: Final = _Words(
     r"^cannot (get|post) /",
 )
 
-_LISTED: Final = (
-    _Words(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
-    _Words(r"your models:\s*(?P<names>.+)"),  # one a line
+# Where a message lists the models that exist.
+_MODEL_LISTS: Final = (
+    _Patterns(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
+    _Patterns(r"your models:\s*(?P<names>.+)"),  # one name a line
 )
-_QUOTED: Final = _Words(r"['\"`]([^'\"`\n]{1,200})['\"`]")
+_QUOTED: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
-    _Words(pattern)
+    _Patterns(pattern)
     for pattern in (
-        r"\bn_prompt_tokens\W+(\d+)",  # llama.cpp's field, in a text that repeats its JSON
+        r"\bn_prompt_tokens\W+(\d+)",  # llama.cpp's field, in a message that quotes its JSON
         r"\bn_keep: ?(\d+)",
         r"\bkeep the first (\d+) tokens",
         r"\((\d+)(?: tokens)? in (?:the messages|your prompt)",
@@ -154,7 +166,7 @@ _PROMPT_TOKENS: Final = tuple(
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
-    _Words(pattern)
+    _Patterns(pattern)
     for pattern in (
         r"\bn_ctx\W+(\d+)",
         r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d+)",
@@ -162,250 +174,286 @@ _CONTEXT_LENGTH: Final = tuple(
     )
 )
 
+# Hints
+
 _SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
-_LOAD_HINT: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
+_LOAD_HINT: Final = (
+    "load a model first: on LM Studio's developer page, with `lms load`, or with the options that start the server"
+)
 _EVICTED_HINT: Final = (
-    "the server dropped the model, maybe for another one that was asked for meanwhile; on a server that holds one"
-    ' model, switch model scheduling on with Limits(max_loaded_models=1), or limits="auto"'
+    "the server dropped the model, perhaps to make room for another model that was requested meanwhile; for a server"
+    ' that holds one model, switch model scheduling on with Limits(max_loaded_models=1) or limits="auto"'
+)
+_REDIRECT_HINT: Final = (
+    "redirects are not followed, because the key and the prompt would go to another place; set api_base to the target"
 )
 _HINTS: Final[Mapping[type[LLMError], str]] = {
     LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
-    LLMRateLimitError: "send fewer requests at a time (Limits.max_concurrency), or wait",
+    LLMRateLimitError: "send fewer requests at the same time (Limits.max_concurrency), or wait",
     ContextLengthExceededError: "shorten the messages, lower max_tokens, or load the model with a longer context",
     ModelLoadError: "see the server's own log; a smaller model or a shorter context needs less memory",
-    ModelNotFoundError: "list_models() tells what the server has",
+    ModelNotFoundError: "list_models() returns the models that the server has",
 }
 
 
-def is_about_loading(error: LLMError) -> bool:
-    """Whether it shows that the model is not loaded, or no longer."""
+def means_model_unloaded(error: LLMError) -> bool:
+    """Returns whether an error shows that the model is not, or no longer, loaded on the server."""
     return isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError)
 
 
 Redact = Callable[[str], str]
-"""Takes the secrets out of a text: a server may repeat the key that it refuses."""
+"""Removes secrets from a text. A server may repeat the key that it refuses."""
+
+
+# Parsing
 
 
 @attrs.frozen
-class Said:
-    """What a server said, whatever the shape in which it said it."""
+class ErrorBody:
+    """The body of an error, in one shape for all servers."""
 
     message: str
+    """The error's message, or the whole text where no message was found."""
     text: str
-    """The whole body."""
-    kind: str = ""
-    """Its `type` and `code`."""
+    """The whole body, as it was received."""
+    type_and_code: str = ""
+    """The fields `type` and `code`, separated by a space."""
     code: int | None = None
+    """The field `code`, if it is an HTTP status."""
     fields: Mapping[str, Any] = attrs.field(factory=dict)
-    is_bare: bool = False
-    """Whether it is no JSON object."""
+    """The JSON object that holds the message, or an empty one."""
+    is_text: bool = False
+    """Whether the body is something else than a JSON object."""
 
     @property
-    def words(self) -> str:
-        """What the patterns look at: message, type and code, but no text that repeats somebody else's words."""
-        is_foreign = (
-            _REPEATS_REQUEST.match(self.message)
-            or _PAGE.match(self.message)
-            or (self.is_bare and _BROKEN_JSON.match(self.message))
+    def searched_text(self) -> str:
+        """The text that the patterns search: message, type and code, or type and code alone.
+
+        The message is left out if it quotes the request or is not an error message at all, because a word of the
+        caller's must not decide what the error is.
+        """
+        quotes_others = (
+            _QUOTES_REQUEST.match(self.message)
+            or _HTML_PAGE.match(self.message)
+            or (self.is_text and _BROKEN_JSON.match(self.message))
         )
-        return self.kind if is_foreign else f"{self.message[:_SEARCHED]} {self.kind}"
+        if quotes_others:
+            return self.type_and_code
+        return f"{self.message[:_SEARCHED_CHARACTERS]} {self.type_and_code}"
 
 
-def read(text: str) -> Said:
-    """Reads an error out of a body: JSON of any of the known shapes, or bare text."""
-    bare = text.removeprefix("\ufeff").strip()
+def parse_error_body(text: str) -> ErrorBody:
+    """Parses the body of an error: JSON of any of the known shapes, or plain text."""
+    stripped = text.removeprefix("\ufeff").strip()
     try:
-        value = json.loads(bare)
+        value = json.loads(stripped)
     except (ValueError, RecursionError):
-        return Said(bare, text, is_bare=True)
+        return ErrorBody(stripped, text, is_text=True)
     if not isinstance(value, Mapping):
-        return Said(value.strip() if isinstance(value, str) else bare, text, is_bare=True)
-    inner = value.get("error")
-    if isinstance(inner, str) and inner:
-        message, fields = inner, value
+        return ErrorBody(value.strip() if isinstance(value, str) else stripped, text, is_text=True)
+    error = value.get("error")
+    if isinstance(error, str) and error:
+        message, fields = error, value
     else:
-        fields = inner if isinstance(inner, Mapping) else value
-        whole = _json(inner) if isinstance(inner, Mapping | list) and inner else bare
-        message = next(_messages(fields, value), whole)
-    kind, code = _mark(fields.get("type")), _mark(fields.get("code"))
-    return Said(message, text, f"{kind} {code}", int(code) if _STATUS.match(code) else None, fields)
+        fields = error if isinstance(error, Mapping) else value
+        fallback = _to_json(error) if isinstance(error, Mapping | list) and error else stripped
+        message = next(_messages_in(fields, value), fallback)
+    kind, code = _short_text(fields.get("type")), _short_text(fields.get("code"))
+    return ErrorBody(message, text, f"{kind} {code}", int(code) if _STATUS.match(code) else None, fields)
 
 
-def _mark(value: object) -> str:
+_MESSAGE_FIELDS: Final = ("message", "detail", "details")
+"""Fields that may hold the message of an error: those of OpenAI, vLLM, FastAPI and their proxies."""
+
+
+def _messages_in(*objects: Mapping[str, Any]) -> Iterator[str]:
+    for value in (fields.get(key) for fields in objects for key in _MESSAGE_FIELDS):
+        if isinstance(value, Mapping) and value:
+            yield next(_messages_in(value), _to_json(value))
+        elif isinstance(value, list) and value:
+            yield _to_json([_without_input(item) for item in value])
+        elif isinstance(value, str) and value:
+            yield value
+
+
+def _without_input(item: object) -> object:
+    """Returns an item of FastAPI's list of validation errors without the part of the request that it quotes."""
+    return {key: value for key, value in item.items() if key != "input"} if isinstance(item, Mapping) else item
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _short_text(value: object) -> str:
     return str(value)[:100] if isinstance(value, str | int) else ""
 
 
-def is_error(value: Mapping[str, Any]) -> bool:
-    """Whether a parsed body or event reports an error instead of being a reply."""
+def is_error_object(value: Mapping[str, Any]) -> bool:
+    """Returns whether a JSON object, of a whole body or of an event, reports an error instead of being a reply."""
     error = value.get("error")
+    # The first branch is the fast path: nearly every object is a completion.
     if error is None and "choices" in value and value.get("object") != "error":
-        return False  # nearly all
+        return False
     if error or value.get("object") == "error":
         return True
     if any(key in value for key in ("choices", "data", "output", "models")):
         return False
     if error not in (None, False) or value.get("detail"):
         return True
-    return any(isinstance(value.get(key), str) and value[key] for key in _TOLD_BY)
+    return any(isinstance(value.get(key), str) and value[key] for key in _MESSAGE_FIELDS)
 
 
 def reports_error(data: bytes) -> bool:
-    """Whether a body with a good status, or the data of an event, reports an error, or is no JSON object at all."""
+    """Returns whether a body with a good status, or the data of an event, reports an error or is not a JSON object."""
     try:
         value = decode_json(data)
     except ValueError:
         return True
+    # llama.cpp sends a null before the first chunk of each of several prompts.
     if value is None:
-        return False  # llama.cpp sends one before each of several prompts
-    return not isinstance(value, dict) or is_error(value)
+        return False
+    return not isinstance(value, dict) or is_error_object(value)
+
+
+# Deciding
 
 
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
-    """Whether an HTTP error is worth asking again: the transport's `Classify`."""
-    said = read(body.decode("utf-8", "replace"))
-    if _NOTHING_LOADED.search(said.words):
+    """Decides whether a request that was answered with an HTTP error is sent again: the transport's `Classify`."""
+    error_body = parse_error_body(body.decode("utf-8", "replace"))
+    text = error_body.searched_text
+    if _NOTHING_LOADED.search(text):
         return Verdict.FAIL
-    if status == 503 and _LOADING.search(said.words) and not _LOADING_FAILED.search(said.words):
+    if status == 503 and _LOADING.search(text) and not _LOADING_FAILED.search(text):
         return Verdict.POLL
     if status in (408, 429, 502, 503, 504):
         return Verdict.RETRY
-    if status == 500 and type_of_error(said, status) is None and not _is_mistake(said):
+    if status == 500 and error_class(error_body, status) is None and not _is_request_mistake(error_body):
         return Verdict.RETRY
     return Verdict.FAIL
 
 
-def _is_mistake(said: Said) -> bool:
-    return bool(_REPEATS_REQUEST.match(said.message) or _MISTAKE.search(said.words))
+def _is_request_mistake(error_body: ErrorBody) -> bool:
+    return bool(_QUOTES_REQUEST.match(error_body.message) or _REQUEST_MISTAKE.search(error_body.searched_text))
 
 
-def type_of_error(said: Said, status: int | None) -> type[LLMError] | None:
-    """The class that the body, or else the status, names; None for just any error."""
-    code = status if status is not None and status >= 400 else said.code
-    if code in (401, 403) or _REFUSED.search(said.kind):
+def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | None:
+    """Returns the class of an error by its status and its body, or None if they name none in particular.
+
+    Args:
+        error_body: The parsed body.
+        status: The HTTP status, or None for an error inside a stream.
+    """
+    code = status if status is not None and status >= 400 else error_body.code
+    if code in (401, 403) or _AUTHENTICATION.search(error_body.type_and_code):
         return LLMAuthenticationError
-    if code == 429 or _TOO_MANY.search(said.kind):
+    if code == 429 or _RATE_LIMIT.search(error_body.type_and_code):
         return LLMRateLimitError
-    for pattern, kind in (
-        (_CONTEXT, ContextLengthExceededError),
-        (_NOTHING_LOADED, ModelLoadError),
-        (_EVICTED, ModelLoadError),
-        (_NOT_LOADED, ModelLoadError),
-        (_NOT_FOUND, ModelNotFoundError),
-    ):
-        if pattern.search(said.words):
-            return kind
-    return None
+    text = error_body.searched_text
+    return next((kind for patterns, kind in _CLASSES if patterns.search(text)), None)
 
 
-def error_of_reply(reply: Reply, redact: Redact) -> LLMError:
-    """The error for a whole answer that is not the reply that was asked for."""
-    said = read(redact(reply.body.decode("utf-8", "replace")))
+_CLASSES: Final[tuple[tuple[_Patterns, type[LLMError]], ...]] = (
+    (_CONTEXT, ContextLengthExceededError),
+    (_NOTHING_LOADED, ModelLoadError),
+    (_EVICTED, ModelLoadError),
+    (_NOT_LOADED, ModelLoadError),
+    (_NOT_FOUND, ModelNotFoundError),
+)
+"""What an error means, by the first group of patterns that it matches."""
+
+
+# Making errors
+
+
+def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
+    """Returns the error for a whole reply that is not the one that was asked for."""
+    error_body = parse_error_body(redact(reply.body.decode("utf-8", "replace")))
     details = ErrorDetails(context=reply.call.context(), status=reply.status)
     if 300 <= reply.status < 400:
         target = _without_query(redact(reply.headers.get("Location", "nowhere")))
-        details["hint"] = "redirects are not followed, lest key and prompt go elsewhere; set api_base to the target"
-        details["body"] = said.text
+        details = {**details, "hint": _REDIRECT_HINT, "body": error_body.text}
         return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
-    kind = type_of_error(said, reply.status) or LLMResponseError
-    told = f"the server answered {reply.status}{_what_it_said(said, reply.status, kind)}"
-    error = _make(kind, told, said, details)
+    kind = error_class(error_body, reply.status) or LLMResponseError
+    message = f"the server answered {reply.status}{_describe_body(error_body, reply.status, kind)}"
+    error = _make_error(kind, message, error_body, details)
     if isinstance(error, LLMResponseError):
         error.retry_after = reply.retry_after
     return error
 
 
-def _what_it_said(said: Said, status: int, kind: type[LLMError]) -> str:
-    text = excerpt(said.message)
+def error_from_event(error_body: ErrorBody, context: Mapping[str, Any]) -> LLMError:
+    """Returns the error for an event, or for plain text, that ends a stream."""
+    kind = error_class(error_body, None) or LLMStreamError
+    reason = f": {excerpt(error_body.message)}" if error_body.message else " with an error that has no text"
+    return _make_error(kind, f"the server ended the stream{reason}", error_body, ErrorDetails(context=context))
+
+
+def _describe_body(error_body: ErrorBody, status: int, kind: type[LLMError]) -> str:
+    text = excerpt(error_body.message)
     if not text:
         return " with an empty body"
     if status >= 300:
         return f": {text}"
-    if said.is_bare and kind is LLMResponseError:
+    if error_body.is_text and kind is LLMResponseError:
         return f" with something that is neither a JSON object nor an event stream: {text}"
     return f", but with an error: {text}"
 
 
-def error_of_event(said: Said, context: Mapping[str, Any]) -> LLMError:
-    """The error for an event, or for bare text, that ends a stream."""
-    kind = type_of_error(said, None) or LLMStreamError
-    what = f": {excerpt(said.message)}" if said.message else " with an error that has no text"
-    return _make(kind, f"the server ended the stream{what}", said, ErrorDetails(context=context))
-
-
-def _make(kind: type[LLMError], told: str, said: Said, details: ErrorDetails) -> LLMError:
-    details = {**details, "body": said.text, "hint": _hint(kind, said, details.get("status"))}
+def _make_error(kind: type[LLMError], message: str, error_body: ErrorBody, details: ErrorDetails) -> LLMError:
+    details = {**details, "body": error_body.text, "hint": _hint(kind, error_body, details.get("status"))}
     if kind is ModelNotFoundError:
         asked = (details.get("context") or {}).get("model")
-        if asked is None and (named := _QUOTED.search(said.message)):
-            asked = named[1]
-        return ModelNotFoundError(asked, _listed_models(said.message), **details)
+        if asked is None and (quoted := _QUOTED.search(error_body.message)):
+            asked = quoted[1]
+        return ModelNotFoundError(asked, _models_listed_in(error_body.message), **details)
     if kind is ContextLengthExceededError:
-        prompt, length = _tokens(said)
-        return ContextLengthExceededError(told, prompt_tokens=prompt, context_length=length, **details)
-    return kind(told, **details)
+        prompt, length = _token_counts(error_body)
+        return ContextLengthExceededError(message, prompt_tokens=prompt, context_length=length, **details)
+    return kind(message, **details)
 
 
-def _hint(kind: type[LLMError], said: Said, status: int | None) -> str | None:
+def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> str | None:
     if kind is ModelLoadError:
-        if _EVICTED.search(said.words):
+        if _EVICTED.search(error_body.searched_text):
             return _EVICTED_HINT
-        if _NOTHING_LOADED.search(said.words):
+        if _NOTHING_LOADED.search(error_body.searched_text):
             return _LOAD_HINT
     elif kind not in _HINTS:
-        no_words = not said.message or _PAGE.match(said.message)
-        if _UNKNOWN_PATH.search(said.message) or (status in (404, 405) and no_words):
+        has_no_message = not error_body.message or _HTML_PAGE.match(error_body.message)
+        if _UNKNOWN_PATH.search(error_body.message) or (status in (404, 405) and has_no_message):
             return _PATH_HINT
-        if status is not None and status < 300 and said.is_bare:
+        if status is not None and status < 300 and error_body.is_text:
             return _SERVER_HINT
     return _HINTS.get(kind)
 
 
-_TOLD_BY: Final = ("message", "detail", "details")
-"""Fields that may hold an error's message: OpenAI, vLLM, FastAPI, and what wraps them."""
-
-
-def _messages(*places: Mapping[str, Any]) -> Iterator[str]:
-    for value in (fields.get(key) for fields in places for key in _TOLD_BY):
-        if isinstance(value, Mapping) and value:
-            yield next(_messages(value), _json(value))
-        elif isinstance(value, list) and value:
-            yield _json([_without_input(item) for item in value])
-        elif isinstance(value, str) and value:
-            yield value
-
-
-def _without_input(item: object) -> object:
-    """An item of FastAPI's list of what is wrong with a request, without the part of the request that it repeats."""
-    return {key: value for key, value in item.items() if key != "input"} if isinstance(item, Mapping) else item
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _listed_models(message: str) -> list[str]:
-    """The models that the server named in its text."""
-    for pattern in _LISTED:
-        if found := pattern.search(message):
+def _models_listed_in(message: str) -> list[str]:
+    """Returns the names of the models that a server lists in its message."""
+    for patterns in _MODEL_LISTS:
+        if found := patterns.search(message):
             names = (name.strip(" -*\t\r") for name in re.split(r"[,\n]", found["names"]))
             return [name for name in names if name and name != "..."]
     return []
 
 
-def _tokens(said: Said) -> tuple[int | None, int | None]:
-    """Tokens of the prompt, and of the context, as llama.cpp tells them in fields and others in their text."""
-    prompt, length = said.fields.get("n_prompt_tokens"), said.fields.get("n_ctx")
+def _token_counts(error_body: ErrorBody) -> tuple[int | None, int | None]:
+    """Returns the tokens of the prompt and of the context: llama.cpp has fields for them, others say it in the text."""
+    prompt, length = error_body.fields.get("n_prompt_tokens"), error_body.fields.get("n_ctx")
     return (
-        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, said.message),
-        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, said.message),
+        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, error_body.message),
+        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, error_body.message),
     )
 
 
-def _first_number(patterns: tuple[_Words, ...], text: str) -> int | None:
-    found = next(filter(None, (pattern.search(text) for pattern in patterns)), None)
-    return int(found[1]) if found and len(found[1]) < 19 else None  # int() refuses thousands of digits
+def _first_number(groups: tuple[_Patterns, ...], text: str) -> int | None:
+    found = next(filter(None, (patterns.search(text) for patterns in groups)), None)
+    # int() raises on a number of thousands of digits, which a hostile server could send.
+    return int(found[1]) if found and len(found[1]) < 19 else None
 
 
 def _without_query(location: str) -> str:
+    """Returns the target of a redirect without credentials, query and fragment, which may hold secrets."""
     return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", location, maxsplit=1)[0])

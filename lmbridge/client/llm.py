@@ -1,17 +1,22 @@
-"""`LLMClient`: the server's API as dicts and streams of dicts."""
+"""`LLMClient`: the API of a server, as dicts and streams of dicts.
+
+The client has one method for each endpoint. What serves an endpoint that many programs never call is imported by its
+method, because together these modules would be a tenth of the time that `import lmbridge` takes.
+"""
 
 from __future__ import annotations
 
 import ssl as ssl_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, cast, overload
 
 from lmbridge._checks import check_instance, check_integer, check_model_name
-from lmbridge.client.auto import checked_limits
-from lmbridge.client.names import Mismatch, ModelNames
-from lmbridge.client.server import Server
+from lmbridge.client.auto import resolve_limits
+from lmbridge.client.model_lists import fetch_models
+from lmbridge.client.names import MismatchMode, MismatchPolicy
+from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ChatStream
 from lmbridge.client.wire import check_messages
 from lmbridge.config import Limits, Timeouts, default_model
@@ -27,37 +32,60 @@ if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
 
-# What serves one method that many programs never call is imported there: together it is a tenth of the import's time.
-
 _T = TypeVar("_T")
 
-HEALTH: Final = 5.0
-"""Seconds that a health check may take."""
+HEALTH_CHECK_SECONDS: Final = 5.0
+"""The most seconds that a health check may take."""
+
+
+class ClientOptions(TypedDict, total=False):
+    """The options of a client, as keyword arguments; `LLMClient` documents each of them."""
+
+    api_base: str | None
+    model: str | None
+    api_key: str | None
+    timeout: Timeouts | None
+    max_retries: int
+    limits: Limits | Literal["auto"] | None
+    model_mismatch: MismatchMode
+    ssl: ssl_module.SSLContext | None
+    trust_env: bool
+    transport: Transport | None
 
 
 class LLMClient:
     """A client of one server with an OpenAI-compatible `/v1`.
 
-    It opens with its first request. `close`, or leaving its `async with`, returns it to unopened. Use one for as
-    many tasks as you like, in one event loop.
+    It opens with its first request. `close`, or leaving its `async with` block, closes its connections; a later request
+    opens it again. One client serves any number of concurrent tasks of one event loop::
+
+        async with LLMClient("http://127.0.0.1:1234/v1") as client:
+            reply = await client.chat_completion([{"role": "user", "content": "Hello!"}])
+            print(reply["choices"][0]["message"]["content"])
 
     Args:
-        api_base: The server, with or without `/v1`. Default: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and
-            `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1` (LM Studio).
-        model: Asked for where a call names none. Default: `DEFAULT_MODEL`, else the server's choice.
-        api_key: Sent as a bearer token. Default: `LM_API_TOKEN`.
-        timeout: How long to wait for what.
-        max_retries: Further attempts after refused connections and passing errors; at most 5 are made.
-        limits: How much may be going on at a time; "auto" asks the server (docs/model-scheduling.md says what).
-        model_mismatch: What to do if another model answers than the one asked for: "warn" logs a line for each
-            pair of names, "raise" raises `ModelMismatchError`, "ignore" does nothing.
-        ssl: A context for https in place of the default verification.
-        trust_env: Whether to use the environment's proxies and netrc. Loopback is never proxied.
-        transport: Connections and limits to share with other clients, in place of the options about them. It stays
-            its owner's to close.
+        api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
+            else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
+        model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
+            chooses.
+        api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
+        timeout: The timeouts of each request. Default: those of `Timeouts()`.
+        max_retries: How often a request is sent again after a refused connection or a temporary error. At most 5 are
+            made. Default: 2.
+        limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
+            docs/model-scheduling.md describes. Default: those of `Limits()`.
+        model_mismatch: What happens if another model answers than the one that was asked for. "warn", the default, logs
+            a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing.
+        ssl: The context for https, for example with a certificate authority of your own. Default: the usual
+            verification.
+        trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
+            interface is never reached through a proxy. Default: False.
+        transport: A transport whose connections and limits are shared with other clients. It replaces the options
+            `api_base`, `api_key`, `limits`, `ssl` and `trust_env`, and remains open when the client is closed.
+            Default: the client makes a transport for itself.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     def __init__(
@@ -69,30 +97,38 @@ class LLMClient:
         timeout: Timeouts | None = None,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
-        model_mismatch: Mismatch = "warn",
+        model_mismatch: MismatchMode = "warn",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        self._model = check_model_name(default_model() if model is None else model)
+        model = check_model_name(default_model() if model is None else model)
         timeouts = Timeouts() if timeout is None else timeout
         check_instance("timeout", timeouts, Timeouts, hint="for example Timeouts(first_byte=60)")
         check_integer("max_retries", max_retries, minimum=0)
-        names = ModelNames(model_mismatch)
-        own: dict[str, Any] = {"api_key": api_key, "limits": checked_limits(limits), "ssl": ssl, "trust_env": trust_env}
+        mismatch_policy = MismatchPolicy(model_mismatch)
+        options = {"api_key": api_key, "limits": resolve_limits(limits), "ssl": ssl, "trust_env": trust_env}
+        make_transport: Callable[[str], Transport] | None = None
         if transport is not None:
             check_instance("transport", transport, Transport)
-            given = [name for name, value in {"api_base": api_base, **own}.items() if value not in (None, False)]
-            if given:
-                raise LLMValidationError(
-                    f"{' and '.join(given)} given beside transport=", hint="give them to the Transport instead"
-                )
-        again = None
-        if transport is None:
-            transport = Transport(api_base, **own)
-            # With the key as it is now: the environment may change meanwhile.
-            again = partial(Transport, **{**own, "api_key": transport.api_key})
-        self._server = Server(transport, again=again, timeouts=timeouts, max_retries=max_retries, names=names)
+            _refuse_beside_transport(api_base=api_base, **options)
+        else:
+            transport = Transport(api_base, **cast("Any", options))
+            # The key is kept, because the environment may have changed by the time `api_base` is set.
+            options["api_key"] = transport.api_key
+            make_transport = partial(Transport, **cast("Any", options))
+        server = ServerApi(
+            transport,
+            make_transport=make_transport,
+            timeouts=timeouts,
+            max_retries=max_retries,
+            mismatch_policy=mismatch_policy,
+        )
+        self._attach(server, model)
+
+    def _attach(self, server: ServerApi, model: str | None) -> None:
+        self._server = server
+        self._model = model
         self._lmstudio: LMStudio | None = None
 
     def __repr__(self) -> str:
@@ -108,21 +144,25 @@ class LLMClient:
 
     @property
     def model(self) -> str | None:
-        """The model asked for where a call names none."""
+        """The model of calls that name none, or None if the server chooses."""
         return self._model
 
     @property
     def api_base(self) -> str:
-        """The server's base URL, with `/v1`. It may be set: later requests go there, streams under way end here."""
+        """The server's URL, with `/v1`.
+
+        It can be set: later requests go to the new server, and streams in progress finish on the old one. Setting it
+        raises `LLMValidationError` if the URL is not valid, or if the client was created with `transport=`.
+        """
         return self._server.transport.api_base
 
     @api_base.setter
     def api_base(self, api_base: str) -> None:
-        self._server.move(api_base)
+        self._server.set_api_base(api_base)
 
     @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: what is loaded and how; load, unload, download. Other servers refuse it."""
+        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise."""
         if self._lmstudio is None:
             from lmbridge.client.lmstudio import LMStudio
 
@@ -160,40 +200,39 @@ class LLMClient:
         """Asks for the next message of a chat (`POST /v1/chat/completions`).
 
         Args:
-            messages: Dicts with `role` and `content`, at least one.
-            model: The model; default: the client's.
-            stream: Whether to return a `ChatStream` instead of the whole reply.
-            **params: Sent as they are: `temperature`, `max_tokens`, `tools`, `response_format`, ...
+            messages: The chat so far: dicts with `role` and `content`, at least one.
+            model: The model to ask. Default: the client's model.
+            stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
+            **params: Parameters of the API, sent unchanged: `temperature`, `max_tokens`, `tools`, `response_format`,
+                ... Parameters that are not given are not sent.
 
         Returns:
-            The server's reply, or a stream of its chunks, as plain dicts.
+            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            LLMConnectionError: nobody there, or the connection broke.
-            LLMTimeoutError: a limit ran out; see `phase`.
-            LLMResponseError: the server said no, or what it said is no reply; see also its subclasses.
-            ModelNotFoundError: the server does not have the model.
-            ModelMismatchError: another model answered (`model_mismatch="raise"`).
-            TaskCancelledError: the client was closed meanwhile.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            LLMConnectionError: The server cannot be reached, or the connection broke.
+            LLMTimeoutError: A timeout or the queue limit ran out; `phase` says which one.
+            LLMResponseError: The server reported an error, or sent something that is not a chat completion. Its
+                subclasses are more specific.
+            ModelNotFoundError: The server does not have the model.
+            ModelMismatchError: Another model answered (only with `model_mismatch="raise"`).
+            TaskCancelledError: The client was closed in the meantime.
         """
         check_messages(messages)
         server = self._server
-        asked = check_model_name(model) or self._model
-        request = server.post("chat completion", "/chat/completions", _body(messages, asked, stream, params), asked)
+        body = self._complete_body({"messages": messages, **params}, model, stream=stream)
+        request = server.build_post("chat completion", "/chat/completions", body, body.get("model"))
         if stream:
-            answers = params.get("n")
+            choices = params.get("n")
             events = await server.stream(request)
-            return ChatStream(events, server.names, server.transport.redact, answers if isinstance(answers, int) else 1)
+            redact = server.transport.redact
+            return ChatStream(events, server.mismatch_policy, redact, choices if isinstance(choices, int) else 1)
         reply = await server.request(request)
-        value = server.value(reply)
-        try:
-            whole = isinstance(value["choices"][0]["message"], dict)
-        except (KeyError, TypeError, IndexError):
-            whole = False
-        if not whole:
-            raise server.is_not(reply, "a chat completion")
-        server.check_name(reply, value)
+        value = server.json_object(reply)
+        if not _has_message(value):
+            raise server.unexpected_reply(reply, "a chat completion")
+        server.check_served_model(reply, value)
         return cast("ChatCompletion", value)
 
     @overload
@@ -214,20 +253,25 @@ class LLMClient:
     async def text_completion(
         self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> TextCompletion | TextStream:
-        """Asks how a text goes on, with no chat template around it (`POST /v1/completions`).
+        """Asks for the continuation of a text, without a chat template (`POST /v1/completions`).
 
         Args:
-            prompt: A string or token ids, or a list of these: `n` answers for each, in the order of their `index`.
-            model: The model; default: the client's.
-            stream: Whether to return a `TextStream` instead of the whole reply.
-            **params: Sent as they are: `max_tokens`, `temperature`, `stop`, ...
+            prompt: A string or a list of token ids, or a list of several of them. The reply has `n` choices for each
+                prompt, in the order of their `index`.
+            model: The model to ask. Default: the client's model.
+            stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
+            **params: Parameters of the API, sent unchanged: `max_tokens`, `temperature`, `stop`, ...
+
+        Returns:
+            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
 
         Raises:
-            LLMError: as for `chat_completion`.
+            LLMError: The same errors as `chat_completion`.
         """
         from lmbridge.client.completions import complete
 
-        return await complete(self._server, self._body({"prompt": prompt, **params}, model, stream), stream=stream)
+        body = self._complete_body({"prompt": prompt, **params}, model, stream=stream)
+        return await complete(self._server, body, stream=stream)
 
     async def embeddings(
         self,
@@ -240,22 +284,23 @@ class LLMClient:
         """Asks for the embeddings of texts (`POST /v1/embeddings`).
 
         Args:
-            input: A string or token ids, or a list of these; none empty.
-            model: The model; default: the client's.
-            batch_size: How many texts a request may hold. More are sent in several requests, one after another, and
-                their replies made one: indices count through, usage is added up. Default: all in one.
-            **params: Sent as they are: `encoding_format`, `dimensions`, ...
+            input: A string or a list of token ids, or a list of several of them; none may be empty.
+            model: The model to ask. Default: the client's model.
+            batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
+                another, and their replies are merged: the indices are consecutive, and the usage is summed up.
+                Default: all texts in one request.
+            **params: Parameters of the API, sent unchanged: `encoding_format`, `dimensions`, ...
 
         Returns:
             The server's reply; its `data` has one embedding for each text, in the order of the texts.
 
         Raises:
-            LLMResponseError: an embedding is missing, or holds something else than finite numbers.
-            LLMError: as for `chat_completion`. There is never a part of the embeddings.
+            LLMResponseError: An embedding is missing, or contains something else than finite numbers.
+            LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
         """
         from lmbridge.client.embeddings import embed
 
-        return await embed(self._server, self._body({"input": input, **params}, model), batch_size)
+        return await embed(self._server, self._complete_body({"input": input, **params}, model), batch_size)
 
     @overload
     async def create_response(
@@ -299,32 +344,35 @@ class LLMClient:
         stream: bool = False,
         **params: Any,
     ) -> Response | ResponseStream:
-        """Asks for a response, which the server may keep and go on from (`POST /v1/responses`).
+        """Asks for a response, which the server may store and continue later (`POST /v1/responses`).
 
-        A response that the server keeps is not made twice: unless `store=False` is given, a request is sent again
-        only after a refused connection, a 429 or a 503.
+        A response that the server stores must not be created twice. Therefore, unless `store=False` is given, a request
+        is sent again only after a refused connection, a 429 or a 503.
 
         Args:
-            input: A string, or a list of items: messages, results of function calls.
-            model: The model; default: the client's.
-            previous_response_id: The `id` of the response to go on from.
-            stream: Whether to return a `ResponseStream` of named events instead of the whole response.
-            **params: Sent as they are: `instructions`, `max_output_tokens`, `tools` (flat ones), `store`, ...
+            input: A string, or a list of items: messages, and results of function calls.
+            model: The model to ask. Default: the client's model.
+            previous_response_id: The `id` of the stored response to continue.
+            stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
+                end.
+            **params: Parameters of the API, sent unchanged: `instructions`, `max_output_tokens`, `tools` (in the flat
+                form of this API), `store`, ...
 
         Returns:
-            The response, or a stream of its events. Whether it is "completed" or "incomplete", its `status` says.
+            The response, or a stream of its events. Its `status` is "completed" or "incomplete".
 
         Raises:
-            LLMError: as for `chat_completion`, also for a response that failed.
+            LLMError: The same errors as `chat_completion`, also for a response that failed.
         """
         from lmbridge.client.responses import respond
 
-        body = self._body({"input": input, **params}, model, stream)
+        body = self._complete_body({"input": input, **params}, model, stream=stream)
         if previous_response_id is not None:
             body["previous_response_id"] = previous_response_id
         return await respond(self._server, body, stream=stream)
 
-    def _body(self, body: dict[str, Any], model: str | None, stream: bool = False) -> dict[str, Any]:
+    def _complete_body(self, body: dict[str, Any], model: str | None, *, stream: bool = False) -> dict[str, Any]:
+        """Adds the model and `stream` to a body, where they are to be sent."""
         asked = check_model_name(model) or self._model
         if asked is not None:
             body["model"] = asked
@@ -335,21 +383,25 @@ class LLMClient:
     async def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = None, **params: Any
     ) -> _T:
-        """Asks for an answer of a type: its schema goes along, and what comes back is validated.
+        """Asks for an answer of a certain type: its JSON schema is sent along, and the answer is validated.
 
-        An answer that is none is sent back once, with what is wrong about it. The request is streamed, so that the
-        server stops when this is cancelled.
+        An answer that is not valid is sent back to the model once, with what is wrong about it. The request is
+        streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: As for `chat_completion`. Say in them what the fields mean: few servers show the model the schema.
+            messages: The chat so far, as for `chat_completion`. Describe the fields in it: few servers show the schema
+                to the model.
             type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
-            model: The model; default: the client's.
-            **params: Sent as they are; not `n`, `response_format` and `stream`.
+            model: The model to ask. Default: the client's model.
+            **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
+
+        Returns:
+            An instance of the type.
 
         Raises:
-            LLMValidationError: an argument cannot be right, and nothing was sent; or the answer is not what was asked
-                for: `.body` is its text, `.partial` the whole reply, `.context["path"]` the place of the fault.
-            LLMError: as for `chat_completion`, and what iterating its stream raises.
+            LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
+                its text, `.partial` the whole reply, and `.context["path"]` the place of the fault.
+            LLMError: The same errors as `chat_completion`, and those that iterating its stream raises.
         """
         from lmbridge.client import structured
 
@@ -357,83 +409,92 @@ class LLMClient:
         return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
 
     async def list_models(self) -> list[str]:
-        """The ids of the server's models (`GET /v1/models`); it does not queue behind generations.
+        """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
 
         Raises:
-            LLMError: as for `chat_completion`.
+            LLMError: The same errors as `chat_completion`.
         """
-        server = self._server
-        reply = await server.request(server.get("model list", "/models"))
-        value = server.value(reply)
-        entries = value.get("data")
-        if entries is None and "data" in value:
-            return []  # an Ollama without models
-        listed = entries if isinstance(entries, list) else [entries]
-        ids = [entry.get("id") if isinstance(entry, dict) else None for entry in listed]
-        if not isinstance(entries, list) or not all(isinstance(each, str) for each in ids):
-            raise server.is_not(reply, "a list of models")
-        return cast("list[str]", ids)
+        return [entry["id"] for entry in await fetch_models(self._server, "model list")]
 
     async def server_info(self) -> ServerInfo:
-        """Which server it is, its version, what it has loaded, with how much context and how many slots.
+        """Asks which server it is, which models it has loaded, with how much context, and with how many slots.
 
-        It asks afresh each time: `GET /v1/models`, then what the server that this looks like has of its own. LM Studio:
-        `/api/v1/models` (before 0.4.0 `/api/v0/models` as well); llama.cpp: `/props` (a router: once more for each
-        loaded model); Ollama: `/api/version`, `/api/ps`; vLLM: `/version`. Each may take 10 s, and none queues behind
-        generations. What the server does not tell, or refuses to tell, is None.
+        Nothing is cached. The requests are `GET /v1/models`, and then those of the server that this looks like:
+        LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
+        loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
+        generations.
+
+        Returns:
+            The server and its models. What the server does not report is None.
 
         Raises:
-            LLMAuthenticationError: it refuses the key.
-            LLMError: as for `chat_completion`.
+            LLMAuthenticationError: The server refused the key.
+            LLMError: The same errors as `chat_completion`.
         """
         from lmbridge.client.server_info import describe
 
         return await describe(self._server, self._model)
 
     def stats(self) -> ClientStats:
-        """What is in flight and waits, and how often models were swapped and requests repeated, also by model.
+        """Returns what is in flight and queued, and how many swaps and retries there were, in total and by model.
 
-        It counts all that goes through the client's transport; setting `api_base` begins anew.
+        The numbers are those of the client's transport, so they include other clients that share it. Setting `api_base`
+        starts them anew.
         """
         return self._server.transport.stats()
 
     async def health_check(self) -> bool:
-        """Whether the server is there and serves requests. It neither queues nor retries, and takes 5 s at most.
+        """Asks whether the server is running and ready. The request neither queues nor retries, and takes 5 s at most.
 
         Returns:
-            False if nobody answers, or the server is still loading or failing (5xx).
+            True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
 
         Raises:
-            LLMAuthenticationError: it is there, but refuses the key.
-            LLMResponseError: something else answers there.
+            LLMAuthenticationError: The server is running, but refuses the key.
+            LLMResponseError: Something that is not a model server answers at this address.
+            LLMError: The client was given back to its pool.
         """
         server = self._server
-        request = server.get("health check", "/models", seconds=HEALTH, max_retries=0, classify=_never_again)
+        request = server.build_get(
+            "health check", "/models", max_seconds=HEALTH_CHECK_SECONDS, max_retries=0, classify=_never_retry
+        )
         try:
             reply = await server.request(request)
         except (LLMConnectionError, LLMTimeoutError):
             return False
         if reply.status >= 500:
             return False
-        server.value(reply)
+        server.json_object(reply)
         return True
 
     async def close(self) -> None:
-        """Ends what is in flight with `TaskCancelledError` and closes all connections; idempotent.
+        """Ends requests and streams in progress with `TaskCancelledError`, and closes all connections.
 
-        A later request opens the client again.
+        It can be called more than once. A later request opens the client again. A transport that was passed to the
+        constructor stays open.
         """
         await self._server.close()
 
 
-def _body(messages: Any, model: str | None, stream: bool, params: Mapping[str, Any]) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": messages, **params}
-    if model is not None:
-        body["model"] = model
-    if stream:
-        body["stream"] = True
-    return body
+def _has_message(value: Mapping[str, Any]) -> bool:
+    try:
+        return isinstance(value["choices"][0]["message"], dict)
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
-def _never_again(_status: int, _headers: Mapping[str, str], _body: bytes) -> Verdict:
+def _refuse_beside_transport(**options: Any) -> None:
+    """Raises if options are set that belong to the transport.
+
+    Raises:
+        LLMValidationError: They are.
+    """
+    given = [name for name, value in options.items() if value not in (None, False)]
+    if given:
+        raise LLMValidationError(
+            f"{' and '.join(given)} cannot be combined with transport=", hint="pass them to the Transport instead"
+        )
+
+
+def _never_retry(_status: int, _headers: Mapping[str, str], _body: bytes) -> Verdict:
     return Verdict.FAIL

@@ -1,8 +1,9 @@
-"""LM Studio's own API, beside `/v1`: which models are loaded and how; load, unload and download them.
+"""LM Studio's own API beside `/v1`: which models are loaded and how; load, unload and download them.
 
 Shapes and versions are those of LM Studio's REST documentation (https://lmstudio.ai/docs/developer/rest): `/api/v1`
-came with 0.4.0, `/api/v0` with 0.3.6. It answers 200 to a path that it does not know (lmstudio-bug-tracker#618), so
-which server it is, and whether it is too old, is decided by bodies.
+came with 0.4.0, `/api/v0` with 0.3.6. LM Studio answers 200 to a path that it does not know
+(lmstudio-bug-tracker#618). So the bodies of replies, not their statuses, decide whether a server is LM Studio and
+whether it is too old.
 """
 
 from __future__ import annotations
@@ -17,268 +18,281 @@ import attrs
 from lmbridge._checks import check_text
 from lmbridge._text import excerpt
 from lmbridge.client import failures
-from lmbridge.client.server import Server
+from lmbridge.client.model_lists import entries_of
+from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload
 
-POLL: Final = 1.0
+POLL_SECONDS: Final = 1.0
 """Seconds between two questions about a download."""
 
-_V1: Final = "/api/v1/models"
-_V0: Final = "/api/v0/models"
-_ONCE: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
-_UNEXPECTED: Final = "unexpected endpoint or method"
-_ENDED: Final = ("completed", "already_downloaded")
-_UPDATE_HINT: Final = "update LM Studio to 0.4.0 or newer"
-_NOT_HINT: Final = "client.lmstudio needs LM Studio; check api_base, or use that server's own means"
-_LOAD_HINT: Final = "LM Studio may go on loading it; raise Timeouts.load, or ask lmstudio.models() what is loaded"
+_V1_MODELS: Final = "/api/v1/models"
+_V0_MODELS: Final = "/api/v0/models"
+# Loading, unloading and downloading change the server, so a request is sent once only, on a connection of its own.
+_SENT_ONCE: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
+_UNKNOWN_PATH_MESSAGE: Final = "unexpected endpoint or method"
+_DOWNLOAD_ENDS: Final = ("completed", "already_downloaded")
 _NAME_HINT: Final = "for example 'qwen/qwen3-4b-2507'"
-_FAILED_HINT: Final = "see LM Studio's own log; the disk may be full, or the network down"
+_UPDATE_HINT: Final = "update LM Studio to 0.4.0 or newer"
+_OTHER_SERVER_HINT: Final = "client.lmstudio needs LM Studio; check api_base, or use the API of that other server"
+_LOAD_HINT: Final = "LM Studio may go on loading it; raise Timeouts.load, or check lmstudio.models()"
+_DOWNLOAD_HINT: Final = "see LM Studio's own log; the disk may be full, or the network down"
 
 
 class LMStudio:
     """LM Studio's own API, as `client.lmstudio`.
 
-    Every method raises as `chat_completion` does, and an `LLMResponseError` that says so if the server is not LM
-    Studio, or is too old. None of them queues behind generations.
+    No method queues behind generations. Each raises what `LLMClient.chat_completion` raises, and an `LLMResponseError`
+    that says so if the server is not LM Studio or is too old.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerApi) -> None:
         self._server = server
 
     async def models(self) -> list[LMStudioModel]:
-        """The downloaded models, with their loaded instances (`GET /api/v1/models`).
+        """Returns the downloaded models with their loaded instances (`GET /api/v1/models`).
 
         Returns:
-            Dicts as the server sent them. What an LM Studio before 0.4.0 tells (`GET /api/v0/models`) is put into the
-            same fields, with those left out that it does not tell: `parallel`, sizes, names for people.
+            Dicts as the server sent them. The older list of an LM Studio before 0.4.0 (`GET /api/v0/models`) is put
+            into the same fields; the fields that it does not have are left out: `parallel`, sizes, display names.
 
         Raises:
-            LLMResponseError: it is not LM Studio.
+            LLMResponseError: The server is not LM Studio.
         """
-        found = await find(self._server)
+        found = await find_lmstudio(self._server)
         if found.models is not None:
             return found.models
-        self._refusal(found.reply)
+        self._plain_refusal(found.reply)
         raise self._not_offered(found)
 
     async def load(self, model: str, **config: Any) -> LMStudioLoad:
-        """Loads a model, which may take minutes (`POST /api/v1/models/load`): `Timeouts.load` is its limit.
+        """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
-        A model that is loaded already is loaded a second time. It is sent again only if the server refused it before
-        any work.
+        A model that is already loaded is loaded a second time. The request is sent again only if the server refused it
+        before it did any work.
 
         Args:
             model: The `key` of a downloaded model.
-            **config: Sent as it is: `context_length`, `flash_attention`, `eval_batch_size`, `num_experts`,
-                `offload_kv_cache_to_gpu`, `echo_load_config` (to be told the whole configuration), ...
+            **config: Options of LM Studio, sent unchanged: `context_length`, `flash_attention`, `eval_batch_size`,
+                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...
 
         Returns:
-            The server's dict: `instance_id`, by which to ask for it and to unload it, and `load_time_seconds`.
+            The server's dict. Its `instance_id` is the name to ask for and to unload; `load_time_seconds` is the time
+            that loading took.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            ModelNotFoundError: it is not downloaded.
-            ModelLoadError: it does not fit into memory, or crashed.
-            LLMTimeoutError: phase "load"; LM Studio may go on loading it.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            ModelNotFoundError: The model is not downloaded.
+            ModelLoadError: The model does not fit into memory, or crashed.
+            LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
         """
         body = {"model": check_text("model", model, hint=_NAME_HINT), **config}
         try:
             value = await self._post("model load", "load", body, "instance_id", model)
         except LLMTimeoutError as error:
-            if error.phase == "first_byte":
-                error.phase, error.hint = "load", _LOAD_HINT
-            raise
+            if error.phase != "first_byte":
+                raise
+            raise LLMTimeoutError(
+                error.message, error, phase="load", hint=_LOAD_HINT, context=error.context, status=error.status
+            ) from error
         return cast("LMStudioLoad", value)
 
     async def unload(self, instance_id: str) -> LMStudioUnload:
-        """Unloads an instance of a model, whatever it is generating (`POST /api/v1/models/unload`).
+        """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
-            instance_id: The `id` of one of the `loaded_instances`, or what `load` returned.
+            instance_id: The `id` of one of the `loaded_instances`, or the `instance_id` that `load` returned.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            LLMResponseError: there is no such instance.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            LLMResponseError: No such instance exists.
         """
         body = {"instance_id": check_text("instance_id", instance_id, hint=_NAME_HINT)}
         return cast("LMStudioUnload", await self._post("model unload", "unload", body, "instance_id", instance_id))
 
     def download(self, model: str, **options: Any) -> AsyncGenerator[DownloadStatus, None]:
-        """Downloads a model and tells how far it is (`POST /api/v1/models/download`).
+        """Downloads a model and yields its progress (`POST /api/v1/models/download`).
 
-        LM Studio does it by itself: to leave the iteration, or to cancel it, does not stop the download. Asked for
-        the same model again, LM Studio says where it is.
+        LM Studio downloads on its own: leaving the iteration, or cancelling it, does not stop the download. Calling
+        `download` again for the same model yields the progress of the download that is running.
 
         Args:
             model: A name of LM Studio's catalogue, or the link of a repository on Hugging Face.
-            **options: Sent as they are: `quantization` (only with a link).
+            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
 
         Yields:
             The server's dicts, about one a second: `status`, `downloaded_bytes`, `total_size_bytes`,
-            `bytes_per_second`, ... The status of the last one is "completed" or "already_downloaded"; before that it
-            is "downloading", or "paused" for as long as somebody paused it in LM Studio.
+            `bytes_per_second`, ... The status is "downloading", or "paused" while the download is paused in LM Studio;
+            that of the last dict is "completed" or "already_downloaded".
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent. Raised by the call.
-            LLMResponseError: it failed; `partial` is the last status. This and all else is raised by the iteration.
+            LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
+                all other errors.
+            LLMResponseError: The download failed; `partial` is the last status.
+            TaskCancelledError: The client was closed, given back to its pool, or sent to another server, while LM
+                Studio goes on with the download.
         """
         return self._download({"model": check_text("model", model, hint=_NAME_HINT), **options})
 
     async def _download(self, body: Mapping[str, Any]) -> AsyncGenerator[DownloadStatus, None]:
         server, transport, model = self._server, self._server.transport, body["model"]
-        request = server.post("model download", f"{_V1}/download", body, model, **_ONCE)
+        request = server.build_post("model download", f"{_V1_MODELS}/download", body, model, **_SENT_ONCE)
         reply = await server.request(request)
         closing = transport.closing
-        value = await self._checked(reply, "status")
-        while value["status"] not in _ENDED:
+        value = await self._checked_object(reply, "status")
+        while value["status"] not in _DOWNLOAD_ENDS:
             job = value.get("job_id")
             if value["status"] == "failed":
                 raise self._download_failed(model, reply, value)
             if not isinstance(job, str):
-                raise server.is_not(reply, "the status of a download")
+                raise server.unexpected_reply(reply, "the status of a download")
             yield cast("DownloadStatus", value)
             if closing is not None:
-                await asyncio.wait((closing,), timeout=POLL)
+                await asyncio.wait((closing,), timeout=POLL_SECONDS)
             if server.transport is not transport:
-                raise _left_alone("api_base was set, or the client was given back to its pool,", reply, value)
-            if closing is None or closing.done():  # to ask on would open the client again
-                raise _left_alone("the client was closed", reply, value)
-            path = f"{_V1}/download/status/{quote(job, safe='', errors='replace')}"
-            reply = await server.request(server.get("model download", path, below_root=True, model=model))
-            value = await self._checked(reply, "status")
+                raise _download_left("api_base was set", reply, value)
+            if server.refuses_requests:
+                raise _download_left("the client was given back to its pool", reply, value)
+            # Another request would open a closed client again.
+            if closing is None or closing.done():
+                raise _download_left("the client was closed", reply, value)
+            path = f"{_V1_MODELS}/download/status/{quote(job, safe='', errors='replace')}"
+            reply = await server.request(server.build_get("model download", path, below_root=True, model=model))
+            value = await self._checked_object(reply, "status")
         yield cast("DownloadStatus", value)
 
     async def _post(self, operation: str, verb: str, body: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:
-        request = self._server.post(operation, f"{_V1}/{verb}", body, name, **_ONCE)
+        request = self._server.build_post(operation, f"{_V1_MODELS}/{verb}", body, name, **_SENT_ONCE)
         if verb == "load":
-            # A plain reply has `first_byte`: the wait for the whole of it.
+            # The limit of a plain reply is `first_byte`, which covers the whole of it.
             request.timeouts = attrs.evolve(request.timeouts, first_byte=request.timeouts.load)
-        return await self._checked(await self._server.request(request), field)
+        return await self._checked_object(await self._server.request(request), field)
 
-    async def _checked(self, reply: Reply, field: str) -> dict[str, Any]:
-        """The reply's object, if it has the field that LM Studio's has.
+    async def _checked_object(self, reply: Reply, field: str) -> dict[str, Any]:
+        """Returns the object in a reply that has the field which LM Studio's replies have.
 
         Raises:
-            LLMError: it is an error, or not LM Studio's; which of them, another question tells.
+            LLMError: The reply is an error, or the server is not LM Studio; one more request finds out which.
         """
-        refused = self._refusal(reply)
-        if refused is None:
-            value = self._server.value(reply)
+        refusal = self._plain_refusal(reply)
+        if refusal is None:
+            value = self._server.json_object(reply)
             if isinstance(value.get(field), str):
                 return value
-            refused = self._server.is_not(reply, f"LM Studio's: it has no {field!r}")
-        found = await find(self._server)
+            refusal = self._server.unexpected_reply(reply, f"LM Studio's: it has no {field!r}")
+        found = await find_lmstudio(self._server)
         if found.has_v1:
-            raise refused
-        raise self._not_offered(attrs.evolve(found, reply=reply)) from refused
+            raise refusal
+        raise self._not_offered(attrs.evolve(found, reply=reply)) from refusal
 
-    def _refusal(self, reply: Reply) -> LLMError | None:
-        """The error in a reply that any server may have sent, or None if there is none in it.
+    def _plain_refusal(self, reply: Reply) -> LLMError | None:
+        """Returns the error of a reply if any server may have sent it, or None if the reply is not an error.
 
         Raises:
-            LLMError: its class, or a status of 500 or more, says already what it is.
+            LLMError: The error's class, or a status of 500 or more, already says what is wrong.
         """
         try:
-            self._server.value(reply)
+            self._server.json_object(reply)
         except LLMError as error:
             if type(error) is not LLMResponseError or reply.status >= 500:
                 raise
             return error
         return None
 
-    def _not_offered(self, found: Found) -> LLMResponseError:
+    def _not_offered(self, found: FoundLMStudio) -> LLMResponseError:
         reply = found.reply
-        body = self._server.transport.redact(reply.body.decode("utf-8", "replace"))
+        body = self._server.body_text(reply)
         if found.is_lmstudio:
             message, hint = "this LM Studio is too old: it does not have this part of its API yet", _UPDATE_HINT
         else:
-            name, told = reply.headers.get("Server"), excerpt(body)
-            itself = f" (it calls itself {name!r})" if name else ""
-            message = f"this server{itself} is not LM Studio: it answered {reply.status} with {told!r}"
-            hint = _NOT_HINT
+            server_name = reply.headers.get("Server")
+            calls_itself = f" (it calls itself {server_name!r})" if server_name else ""
+            answer = f"it answered {reply.status} with {excerpt(body)!r}"
+            message, hint = f"this server{calls_itself} is not LM Studio: {answer}", _OTHER_SERVER_HINT
         return LLMResponseError(message, hint=hint, status=reply.status, body=body, context=reply.call.context())
 
     def _download_failed(self, model: str, reply: Reply, value: Mapping[str, Any]) -> LLMResponseError:
         return LLMResponseError(
             f"LM Studio could not download {model!r}",
-            hint=_FAILED_HINT,
+            hint=_DOWNLOAD_HINT,
             status=reply.status,
-            body=self._server.transport.redact(reply.body.decode("utf-8", "replace")),
+            body=self._server.body_text(reply),
             context=reply.call.context(),
             partial=value,
         )
 
 
 @attrs.frozen(kw_only=True)
-class Found:
-    """What asking for LM Studio's models found."""
+class FoundLMStudio:
+    """The result of asking a server for LM Studio's list of models."""
 
     reply: Reply
-    """The last one."""
+    """The last reply."""
     is_lmstudio: bool
+    """Whether the server is LM Studio."""
     has_v1: bool = False
+    """Whether it has `/api/v1`, which came with LM Studio 0.4.0."""
     models: list[LMStudioModel] | None = None
-    """None if it is not LM Studio, or an LM Studio that does not tell."""
+    """The models, or None if the server is not LM Studio or does not list them."""
 
 
-async def find(server: Server) -> Found:
-    """Asks for LM Studio's models: one request, or two if it is an LM Studio before 0.4.0."""
-    reply = await server.request(server.get("model list", _V1, below_root=True))
-    models = _listed(server, reply, "models", {"key": str, "loaded_instances": list})
+async def find_lmstudio(server: ServerApi) -> FoundLMStudio:
+    """Asks a server for LM Studio's list of models: one request, or two for an LM Studio before 0.4.0.
+
+    Raises:
+        LLMError: The server did not answer.
+    """
+    reply = await server.request(server.build_get("model list", _V1_MODELS, below_root=True))
+    models = _listed_models(server, reply, "models", {"key": str, "loaded_instances": list})
     if models is not None:
-        return Found(reply=reply, is_lmstudio=True, has_v1=True, models=cast("list[LMStudioModel]", models))
-    if not _is_unexpected(reply):
-        return Found(reply=reply, is_lmstudio=False)
-    reply = await server.request(server.get("model list", _V0, below_root=True))
-    models = _listed(server, reply, "data", {"id": str, "state": str})
-    return Found(reply=reply, is_lmstudio=True, models=None if models is None else [_as_v1(each) for each in models])
+        return FoundLMStudio(reply=reply, is_lmstudio=True, has_v1=True, models=cast("list[LMStudioModel]", models))
+    if not _is_unknown_path(reply):
+        return FoundLMStudio(reply=reply, is_lmstudio=False)
+    reply = await server.request(server.build_get("model list", _V0_MODELS, below_root=True))
+    models = _listed_models(server, reply, "data", {"id": str, "state": str})
+    converted = None if models is None else [_from_v0(entry) for entry in models]
+    return FoundLMStudio(reply=reply, is_lmstudio=True, models=converted)
 
 
-def _left_alone(why: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:
+def _listed_models(
+    server: ServerApi, reply: Reply, field: str, shape: Mapping[str, type]
+) -> list[dict[str, Any]] | None:
+    try:
+        return entries_of(server.json_object(reply), field, shape)
+    except LLMError:
+        # The caller has the reply, and raises an error about it if this is not LM Studio.
+        return None
+
+
+def _is_unknown_path(reply: Reply) -> bool:
+    """Returns whether a reply is LM Studio's answer to a path that it does not know, which no other server words so."""
+    error_body = failures.parse_error_body(reply.body.decode("utf-8", "replace"))
+    return not error_body.is_text and _UNKNOWN_PATH_MESSAGE in error_body.message.lower()
+
+
+def _download_left(reason: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:
     return TaskCancelledError(
-        f"{why} while the model was being downloaded",
-        hint="LM Studio goes on with it; call download again where it runs to see how far it is",
+        f"{reason} while the model was being downloaded",
+        hint="LM Studio goes on with the download; call download() again to see its progress",
         context=reply.call.context(),
         partial=value,
     )
 
 
-def _listed(server: Server, reply: Reply, field: str, shape: Mapping[str, type]) -> list[dict[str, Any]] | None:
-    """The list in a reply, if each of its entries has fields of these types."""
-    try:
-        entries = server.value(reply).get(field)
-    except LLMError:
-        return None  # the caller has the reply, and makes the error of it
-    if not isinstance(entries, list):
-        return None
-    return entries if all(_fits(entry, shape) for entry in entries) else None
-
-
-def _fits(entry: object, shape: Mapping[str, type]) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in shape.items())
-
-
-def _is_unexpected(reply: Reply) -> bool:
-    """Whether it is LM Studio's answer to a path that it does not know, with which it gives itself away."""
-    said = failures.read(reply.body.decode("utf-8", "replace"))
-    return not said.is_bare and _UNEXPECTED in said.message.lower()
-
-
-def _as_v1(entry: Mapping[str, Any]) -> LMStudioModel:
-    """An entry of `/api/v0/models` in the fields of `/api/v1/models`."""
-    kind, told = entry.get("type"), entry.get("capabilities")
+def _from_v0(entry: Mapping[str, Any]) -> LMStudioModel:
+    """Returns an entry of `/api/v0/models` in the fields of `/api/v1/models`."""
+    kind = entry.get("type")
     config = {"context_length": entry["loaded_context_length"]} if "loaded_context_length" in entry else {}
-    capabilities: dict[str, Any] = {"vision": kind == "vlm"}
-    if isinstance(told, list):
-        capabilities["trained_for_tool_use"] = "tool_use" in told
     model: dict[str, Any] = {
         "type": "embedding" if kind == "embeddings" else "llm",
         "key": entry["id"],
         "loaded_instances": [{"id": entry["id"], "config": config}] if entry["state"] == "loaded" else [],
     }
     if kind != "embeddings":
+        capabilities: dict[str, Any] = {"vision": kind == "vlm"}
+        if isinstance(entry.get("capabilities"), list):
+            capabilities["trained_for_tool_use"] = "tool_use" in entry["capabilities"]
         model["capabilities"] = capabilities
     if "quantization" in entry:
         model["quantization"] = {"name": entry["quantization"]}

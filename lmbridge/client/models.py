@@ -1,11 +1,13 @@
-"""`ModelValidator`: which models a server has, asked for once in a while. The only importer of `cachetools`."""
+"""`ModelValidator`: which models a server has, from a list that is cached for some minutes.
+
+The only importer of `cachetools`, whose `TTLCache` is used as a plain mapping with expiry. Its decorators are of no use
+here: they know nothing of coroutines, and would not let concurrent callers share one request.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -13,46 +15,52 @@ import attrs
 from cachetools import TTLCache
 
 from lmbridge._checks import check_callable, check_integer, check_seconds, check_text, invalid_argument
+from lmbridge._tasks import SingleFlight
 from lmbridge.client.llm import LLMClient
 from lmbridge.errors import LLMValidationError, ModelNotFoundError, TaskCancelledError
 
-_Ids = tuple[str, ...]
+_ModelIds = tuple[str, ...]
 
 
 @attrs.frozen(kw_only=True)
 class CacheStats:
-    """What a `ModelValidator` has kept, and how often that helped."""
+    """The contents of the cache of a `ModelValidator`, and how often it helped."""
 
     hits: int
-    """Calls that were answered from the cache."""
+    """The number of calls that were answered from the cache. Each call is either a hit or a miss."""
     misses: int
-    """Calls that had to ask the server, or to wait for one that was asking it. Each call is a hit or a miss."""
+    """The number of calls that asked the server, or waited for another call that was asking it."""
     expirations: int
-    """Lists that were found to be too old. Those that `invalidate` or `maxsize` removed are not among them."""
+    """The number of lists that were dropped because they were too old. Lists that `invalidate` or `maxsize` removed are
+    not counted."""
     size: int
-    """Lists that are kept now, one for each server."""
+    """The number of lists in the cache now, one for each server."""
     maxsize: int
-    """Lists that are kept at most."""
+    """The most lists that the cache can hold."""
     ttl: float
-    """Seconds that a list is kept."""
+    """The seconds that a list stays in the cache."""
 
 
 class ModelValidator:
-    """Says which models a server has, from a list that it keeps for some minutes.
+    """Tells which models a server has, from a list that is cached for some minutes.
 
-    Concurrent calls that find no list share one request. A request that fails is not remembered. If a client's
-    `api_base` is set, the lists of both servers are kept. Use it in one event loop at a time; `close`, or leaving its
-    `async with`, ends what it is doing, and a later call opens it again.
+    Concurrent calls that find no cached list share one request. A request that fails is not cached. If the client's
+    `api_base` is set, the lists of both servers are cached. Use a validator in one event loop at a time. `close`, or
+    leaving its `async with` block, ends what it is doing; a later call opens it again::
+
+        async with ModelValidator("http://127.0.0.1:1234/v1") as validator:
+            print(await validator.get_available_models())
+            await validator.validate_model("qwen3-4b")
 
     Args:
-        api_base: The server, for a client of the validator's own. Default: as for `LLMClient`.
-        client: The client to ask, in place of `api_base`. It stays its owner's to close.
-        ttl: Seconds that a list is kept.
-        maxsize: Lists that are kept; beyond it, the one that was not used for the longest time goes.
-        timer: The clock, in seconds.
+        api_base: The server, for a client that the validator creates for itself. Default: that of `LLMClient`.
+        client: The client to ask, instead of `api_base`. Closing the validator does not close it.
+        ttl: The seconds that a list stays in the cache. Default: 600.
+        maxsize: The most lists in the cache. When it is full, the least recently used list is dropped. Default: 100.
+        timer: The clock, a function that returns seconds. Default: `time.monotonic`.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     def __init__(
@@ -65,7 +73,9 @@ class ModelValidator:
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
         if client is not None and api_base is not None:
-            raise LLMValidationError("api_base given beside client=", hint="set it at the client instead")
+            raise LLMValidationError(
+                "api_base cannot be combined with client=", hint="set the api_base of the client instead"
+            )
         if client is not None and not callable(getattr(client, "list_models", None)):
             raise invalid_argument("client", "an LLMClient or None", client)
         check_seconds("ttl", ttl, optional=False)
@@ -75,10 +85,12 @@ class ModelValidator:
         self._client: Final = LLMClient(api_base) if client is None else client
         self._timer = timer
         self._now = timer()
-        # Its clock stands still within an operation: so what expires does so in `_lists` alone, where it is counted.
-        self._cache: TTLCache[str, _Ids] = TTLCache(maxsize, ttl, timer=lambda: self._now)
+        # The cache's clock stands still within an operation, so that lists expire only in `_current_cache`, where they
+        # are counted.
+        self._cache: TTLCache[str, _ModelIds] = TTLCache(maxsize, ttl, timer=lambda: self._now)
         self._generation = 0
-        self._flights: list[_Flight] = []
+        """Counts calls of `invalidate`: a list that was requested before one of them must not be cached after it."""
+        self._requests = SingleFlight[_ModelIds]("the validator was closed during the request")
         self._hits = self._misses = self._expirations = 0
 
     def __repr__(self) -> str:
@@ -93,61 +105,65 @@ class ModelValidator:
         await self.close()
 
     async def get_available_models(self) -> list[str]:
-        """The ids of the server's models, as it lists them; the list is the caller's own.
+        """Returns the ids of the server's models, in the server's order, as a new list.
 
         Raises:
-            TaskCancelledError: the validator was closed meanwhile.
-            LLMError: as for `LLMClient.list_models`. It is not remembered: the next call asks again.
+            TaskCancelledError: The validator was closed in the meantime.
+            LLMError: The same errors as `LLMClient.list_models`. They are not cached: the next call asks again.
         """
-        ids = self._kept()
+        ids = self._current_cache().get(self._client.api_base)
         if ids is not None:
             self._hits += 1
             return list(ids)
-        return list(await self._ask())
+        return list(await self._request_ids())
 
     async def validate_model(self, model: str) -> str:
-        """Whether the server has a model. One that is missing from a kept list is looked up afresh.
+        """Checks that the server has a model. A model that is missing from a cached list is looked up afresh.
 
-        An id is compared as it is, with `:` and `@` and all. A name also stands for a listed `name@quantisation`
-        (LM Studio) and for a listed `name:latest` (Ollama), but for no other `name:8`: in Ollama that is another model.
+        The whole id is compared, including `:` and `@`. A name also stands for a listed `name@quantization` (LM Studio)
+        and for a listed `name:latest` (Ollama), but not for another tag such as `name:8b`, which in Ollama is another
+        model.
 
         Returns:
-            The id as it is listed; the name as given if several of its quantisations are, of which the server chooses.
+            The id as the server lists it; or the name itself if several of its quantizations are listed, among which
+            the server chooses.
 
         Raises:
-            LLMValidationError: the name is empty or no string; nothing was sent.
-            ModelNotFoundError: the server does not have it; see `available_models`.
-            TaskCancelledError: the validator was closed meanwhile.
-            LLMError: as for `LLMClient.list_models`.
+            LLMValidationError: The name is blank or not a string; nothing was sent.
+            ModelNotFoundError: The server does not have the model; `available_models` lists those that it has.
+            TaskCancelledError: The validator was closed in the meantime.
+            LLMError: The same errors as `LLMClient.list_models`.
         """
         check_text("model", model, hint="get_available_models() returns the names that exist")
-        found = _find(model, self._kept() or ())
-        if found is not None:
+        listed_id = _find_id(model, self._current_cache().get(self._client.api_base) or ())
+        if listed_id is not None:
             self._hits += 1
-            return found
-        ids = await self._ask()
-        found = _find(model, ids)
-        if found is None:
+            return listed_id
+        ids = await self._request_ids()
+        listed_id = _find_id(model, ids)
+        if listed_id is None:
             raise ModelNotFoundError(
                 model,
                 ids,
-                hint="load or download it on the server, or ask for one that is there",
+                hint="load or download it on the server, or ask for a model that the server has",
                 context={"operation": "look-up", "url": self._client.api_base},
             )
-        return found
+        return listed_id
 
     async def get_loaded_models(self) -> list[str] | None:
-        """The ids of the models that are in the server's memory now, or None if it does not say. Never cached.
+        """Returns the ids of the models that are in the server's memory now, or None if the server does not report it.
+
+        The result is never cached.
 
         Raises:
-            LLMError: as for `LLMClient.server_info`.
+            LLMError: The same errors as `LLMClient.server_info`.
         """
         info = await self._client.server_info()
         return None if info.loaded_models is None else list(info.loaded_models)
 
     def cache_stats(self) -> CacheStats:
-        """How often the cache has helped, and what is in it."""
-        size = len(self._lists())
+        """Returns how often the cache has helped, and how full it is."""
+        size = len(self._current_cache())
         return CacheStats(
             hits=self._hits,
             misses=self._misses,
@@ -158,89 +174,49 @@ class ModelValidator:
         )
 
     def invalidate(self) -> None:
-        """Forgets all lists. A list that is on its way reaches those who wait for it, and is not kept."""
-        self._lists().clear()
+        """Drops all cached lists. A request in progress is answered to its callers, but its list is not cached."""
+        self._current_cache().clear()
         self._generation += 1
 
     async def close(self) -> None:
-        """Ends requests under way with `TaskCancelledError`, and closes the client if it is its own; idempotent."""
-        loop = asyncio.get_running_loop()
-        tasks = [flight.task for flight in self._flights if flight.key[0] is loop]
-        for task in tasks:
-            task.cancel()
+        """Ends requests in progress with `TaskCancelledError`, and closes the client if the validator created it.
+
+        It can be called more than once.
+        """
         try:
-            if tasks:
-                await asyncio.wait(tasks)
+            await self._requests.cancel_all()
         finally:
             if self._owns_client:
                 await self._client.close()
 
-    def _lists(self) -> TTLCache[str, _Ids]:
-        """The cache as it is now; lists that are too old are counted and gone."""
+    def _current_cache(self) -> TTLCache[str, _ModelIds]:
+        """Returns the cache without the lists that are too old by now, which are counted."""
         self._now = self._timer()
         self._expirations += len(self._cache.expire())
         return self._cache
 
-    def _kept(self) -> _Ids | None:
-        return self._lists().get(self._client.api_base)
-
-    async def _ask(self) -> _Ids:
-        """The server's list, from a request that all share who ask at the same time."""
+    async def _request_ids(self) -> _ModelIds:
+        """Returns the server's list, from a request that concurrent callers share."""
         self._misses += 1
-        flight = self._flight()
-        flight.waiters += 1
-        try:
-            await asyncio.wait([flight.task])  # which leaves the task alone if its caller is cancelled
-        except asyncio.CancelledError:
-            flight.waiters -= 1
-            if not flight.waiters:
-                flight.task.cancel()
-                await asyncio.wait([flight.task])
-            raise
-        if flight.task.cancelled():
-            raise TaskCancelledError(
-                "the validator was closed meanwhile", context={"operation": "model list", "url": flight.key[1]}
-            )
-        return flight.task.result()
-
-    def _flight(self) -> _Flight:
-        """The request under way that fits, or a new one."""
-        loop = asyncio.get_running_loop()
         api_base, generation = self._client.api_base, self._generation
-        key = (loop, api_base, generation)
-        for flight in self._flights:
-            if flight.key == key and flight.waiters:
-                return flight
-        flight = _Flight(key, loop.create_task(self._fetch(api_base, generation)))
-        self._flights.append(flight)
-        flight.task.add_done_callback(partial(self._landed, flight))
-        return flight
+        try:
+            return await self._requests.run((api_base, generation), lambda: self._fetch(api_base, generation))
+        except TaskCancelledError as error:
+            error.completed(context={"operation": "model list", "url": api_base})
+            raise
 
-    def _landed(self, flight: _Flight, task: asyncio.Task[_Ids]) -> None:
-        self._flights.remove(flight)
-        _ = task.cancelled() or task.exception()  # or asyncio complains of an error that nobody waited for
-
-    async def _fetch(self, api_base: str, generation: int) -> _Ids:
+    async def _fetch(self, api_base: str, generation: int) -> _ModelIds:
         ids = tuple(await self._client.list_models())
-        # A client that was sent elsewhere meanwhile may have asked either server.
+        # If the client's `api_base` was set in the meantime, it is not known which of the servers answered.
         if generation == self._generation and api_base == self._client.api_base:
-            self._lists()[api_base] = ids
+            self._current_cache()[api_base] = ids
         return ids
 
 
-@attrs.define(eq=False)
-class _Flight:
-    """A request for a list, and how many wait for it; without waiters it is being cancelled."""
-
-    key: tuple[asyncio.AbstractEventLoop, str, int]
-    """Its loop, the server's `api_base`, and the generation of the cache that it is for."""
-    task: asyncio.Task[_Ids]
-    waiters: int = 0
-
-
-def _find(model: str, ids: Sequence[str]) -> str | None:
+def _find_id(model: str, ids: Sequence[str]) -> str | None:
+    """Returns the listed id that a name stands for, or None."""
     for name in (model, f"{model}:latest"):
         if name in ids:
             return name
-    quantisations = [each for each in ids if each.startswith(f"{model}@") and each != f"{model}@"]
-    return model if len(quantisations) > 1 else next(iter(quantisations), None)
+    quantizations = [each for each in ids if each.startswith(f"{model}@") and each != f"{model}@"]
+    return model if len(quantizations) > 1 else next(iter(quantizations), None)

@@ -1,58 +1,61 @@
-"""Names of models: the one that was asked for, and the one that answered."""
+"""Compares the model that answered with the one that was asked for."""
 
 from __future__ import annotations
 
 import logging
 import re
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from lmbridge._checks import check_choice
 from lmbridge.errors import ModelMismatchError
 
 logger = logging.getLogger("lmbridge.client")
 
-Mismatch = Literal["warn", "raise", "ignore"]
+MismatchMode = Literal["warn", "raise", "ignore"]
+"""The values of the option `model_mismatch`."""
 
-_HINT = (
-    "LM Studio and a llama.cpp server with one model answer with whatever is loaded; load the model, or ask for the"
-    " one that is there (model_mismatch='ignore' accepts any)"
+_MISMATCH_HINT: Final = (
+    "LM Studio, and a llama.cpp server with one model, answer with whatever model is loaded; load the right model, or"
+    " ask for the one that is loaded (model_mismatch='ignore' accepts any)"
 )
 
 
 def is_same_model(asked: str, served: str) -> bool:
-    """Whether a reply's name is the one asked for, or that with LM Studio's `@quant` or `:instance` behind it."""
-    return served == asked or (
-        served.startswith(asked) and re.fullmatch(r"(@[^@:]+)?(:\d+)?", served[len(asked) :]) is not None
-    )
+    """Returns whether a reply's model is the one asked for: the same name, or LM Studio's `name@quant:instance`."""
+    if served == asked:
+        return True
+    return served.startswith(asked) and re.fullmatch(r"(@[^@:]+)?(:\d+)?", served[len(asked) :]) is not None
 
 
-class ModelNames:
-    """What to do if another model answers; it logs each pair of names once.
+class MismatchPolicy:
+    """What happens if another model answers than the one that was asked for.
+
+    Clients that share a policy log each pair of names once between them.
 
     Args:
-        mode: "warn" logs a line, "raise" raises, "ignore" does nothing.
+        mode: "warn" logs a warning, "raise" raises `ModelMismatchError`, "ignore" does nothing.
 
     Raises:
-        LLMValidationError: the mode is none of these.
+        LLMValidationError: The mode is something else.
     """
 
-    def __init__(self, mode: Mismatch) -> None:
-        self._mode = check_choice("model_mismatch", mode, get_args(Mismatch))
-        self._logged: set[tuple[str, str]] = set()
+    def __init__(self, mode: MismatchMode) -> None:
+        self._mode: Final = check_choice("model_mismatch", mode, get_args(MismatchMode))
+        self._logged_pairs: set[tuple[str, str]] = set()
 
     def check(self, asked: str | None, served: object) -> bool:
-        """Compares the two and tells whether they fit; nothing to compare, or no name at all, is no mismatch.
+        """Returns whether the two names fit; a missing name fits every other.
 
         Raises:
-            ModelMismatchError: they differ, and that is to be an error.
+            ModelMismatchError: They differ, and the mode is "raise".
         """
         if self._mode == "ignore" or not asked or not served or not isinstance(served, str):
             return True
         if is_same_model(asked, served):
             return True
         if self._mode == "raise":
-            raise ModelMismatchError(asked=asked, served=served, hint=_HINT)
-        if (asked, served) not in self._logged:
-            self._logged.add((asked, served))
-            logger.warning("asked for model %r, but %r answered; %s", asked, served, _HINT)
+            raise ModelMismatchError(asked=asked, served=served, hint=_MISMATCH_HINT)
+        if (asked, served) not in self._logged_pairs:
+            self._logged_pairs.add((asked, served))
+            logger.warning("asked for model %r, but %r answered; %s", asked, served, _MISMATCH_HINT)
         return False

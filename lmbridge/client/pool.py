@@ -1,31 +1,38 @@
-"""`LLMClientPool`: a bounded number of clients, each with a model of its own, over one transport."""
+"""`LLMClientPool`: a bounded number of clients, each with its own default model, over one transport.
+
+A lease is a client of its own rather than a shared client whose model is changed: two tasks would see each other's
+model. It costs next to nothing, because connections and limits belong to the transport, which all leases share. A lease
+that was given back refuses further requests by itself; streams that it has opened go on to their end.
+
+Waiting callers are served in the order in which they came, by futures instead of by a semaphore or a queue of idle
+clients: a caller that is cancelled in the very moment in which it gets a client must pass it on, and `close` must be
+able to end all waits with an error of ours.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ssl as ssl_module
 import warnings
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import Final, Literal, NoReturn, Self, cast
+from typing import Final, Self, Unpack, cast
 
 import attrs
 
 from lmbridge._checks import check_integer, check_model_name
-from lmbridge.client.auto import Auto
-from lmbridge.client.llm import LLMClient
-from lmbridge.client.names import Mismatch
-from lmbridge.config import Limits, Timeouts
+from lmbridge._tasks import LoopGuard
+from lmbridge.client.auto import AutoLimits
+from lmbridge.client.llm import ClientOptions, LLMClient
+from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError, TaskCancelledError
-from lmbridge.transport import Request, Transport
 
 _GIVEN_BACK: Final = (
     "this client was given back to its pool",
     "get another one with `await pool.get_client()`, or `async with pool.client()`",
 )
-_CLOSED: Final = ("the pool is closed", "make a new LLMClientPool, and close it when nobody needs it any more")
+_CLOSED: Final = ("the pool is closed", "create a new LLMClientPool, and close it when it is no longer needed")
 
 
 @attrs.frozen(kw_only=True)
@@ -33,11 +40,11 @@ class PoolStats:
     """What a pool is doing at the moment."""
 
     size: int
-    """Clients that may be out at a time."""
+    """The most clients that can be in use at the same time: the `pool_size` of the pool."""
     in_use: int
-    """Clients that are out."""
+    """The number of clients that are in use."""
     waiting: int
-    """Callers that wait for one."""
+    """The number of callers that are waiting for a client."""
 
 
 @attrs.frozen(eq=False)
@@ -47,82 +54,53 @@ class _Waiter:
 
 
 class LLMClientPool:
-    """At most `pool_size` clients at a time, first come, first served, each for one model.
+    """Hands out at most `pool_size` clients at the same time, each for one model; waiting callers come first in order.
 
-    They share one transport: its connections, and its limit on generations in flight, which is never more than
+    The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open
-    again once it is closed.
+    again once it is closed::
+
+        async with LLMClientPool(pool_size=4) as pool, pool.client("qwen3-4b") as client:
+            reply = await client.chat_completion([{"role": "user", "content": "Hello!"}])
 
     Args:
-        pool_size: Clients that may be out at a time.
-        api_base: As for `LLMClient`.
-        model: For clients that are got without one. Default: `DEFAULT_MODEL`, else the server's choice.
-        api_key: As for `LLMClient`.
-        timeout: As for `LLMClient`.
-        max_retries: As for `LLMClient`.
-        limits: As for `LLMClient`; `max_concurrency` is `pool_size` by default, and at most that.
-        model_mismatch: As for `LLMClient`; "warn" logs a line for each pair of names in the whole pool.
-        ssl: As for `LLMClient`.
-        trust_env: As for `LLMClient`.
-        transport: Connections and limits to share beyond this pool, in place of the options about them. It stays its
-            owner's to close, and its own limits count.
+        pool_size: The most clients that can be in use at the same time.
+        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some have a meaning for
+            the pool as a whole. `model` is the model of clients that are requested without one. The `max_concurrency`
+            of `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
+            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
+            it stays open when the pool is closed.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
-    def __init__(
-        self,
-        pool_size: int = 10,
-        *,
-        api_base: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        timeout: Timeouts | None = None,
-        max_retries: int = 2,
-        limits: Limits | Literal["auto"] | None = None,
-        model_mismatch: Mismatch = "warn",
-        ssl: ssl_module.SSLContext | None = None,
-        trust_env: bool = False,
-        transport: Transport | None = None,
-    ) -> None:
+    def __init__(self, pool_size: int = 10, **options: Unpack[ClientOptions]) -> None:
         check_integer("pool_size", pool_size)
-        if limits is None and transport is None:
-            limits = Limits(max_concurrency=pool_size)
+        limits = options.get("limits")
+        if limits is None and options.get("transport") is None:
+            options["limits"] = Limits(max_concurrency=pool_size)
         elif limits == "auto":
-            limits = cast("Literal['auto']", Auto(at_most=pool_size))
+            options["limits"] = cast("Limits", AutoLimits(at_most=pool_size))
         elif isinstance(limits, Limits):
-            limits = attrs.evolve(limits, max_concurrency=min(limits.max_concurrency, pool_size))
+            options["limits"] = attrs.evolve(limits, max_concurrency=min(limits.max_concurrency, pool_size))
         self._size = pool_size
-        self._timeout = timeout
-        self._max_retries = max_retries
-        # It checks the options, and owns what all others share; it is never given out.
-        self._client = LLMClient(
-            api_base,
-            model,
-            api_key,
-            timeout=timeout,
-            max_retries=max_retries,
-            limits=limits,
-            model_mismatch=model_mismatch,
-            ssl=ssl,
-            trust_env=trust_env,
-            transport=transport,
-        )
-        self._retired = _Refusal(self._client._server.transport, *_GIVEN_BACK)  # noqa: SLF001 - a client of ours
-        # Weak: a client that is dropped gives its slot back. By id, because that needs no live object.
-        self._out: dict[int, weakref.ref[PooledClient]] = {}
-        self._waiters: dict[_Waiter, None] = {}  # a queue from which any one can leave
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # This client checks the options and owns what all leases share. It is never handed out.
+        self._client = LLMClient(**options)
+        # Weak references, so that the slot of a client that is dropped becomes free. Keyed by id, because that works
+        # while the client is being collected, too.
+        self._leases: dict[int, weakref.ref[PooledClient]] = {}
+        # A dict is a queue that any waiter can leave at once.
+        self._waiters: dict[_Waiter, None] = {}
+        self._loop_guard = LoopGuard("this pool")
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{len(self._out)} of {self._size} in use"
+        state = "closed" if self._closed else f"{len(self._leases)} of {self._size} in use"
         return f"<{type(self).__name__} {self._client.api_base} {state}>"
 
     async def __aenter__(self) -> Self:
-        if self._closed:
-            raise _closed_error()
+        self._check_open()
         return self
 
     async def __aexit__(
@@ -132,215 +110,176 @@ class LLMClientPool:
 
     @property
     def model(self) -> str | None:
-        """The model of clients that are got without one."""
+        """The model of clients that are requested without one."""
         return self._client.model
 
     async def get_client(self, model: str | None = None) -> LLMClient:
-        """Waits for a client; give it back with `release_client`, or by closing it.
+        """Waits for a client. Give it back with `release_client`, or by closing it.
 
         Args:
-            model: What the client asks for where a call names none; default: the pool's.
+            model: The model of the client's calls that name none. Default: the pool's model.
 
         Raises:
-            LLMValidationError: the model's name cannot be right.
-            LLMError: the pool is closed, or belongs to another event loop.
-            TaskCancelledError: the pool was closed meanwhile.
+            LLMValidationError: The model's name is not valid.
+            LLMError: The pool is closed, or is in use in another event loop.
+            TaskCancelledError: The pool was closed during the wait.
         """
         model = check_model_name(model) or self._client.model
-        loop = self._enter()
-        if not self._waiters and len(self._out) < self._size:
-            return self._give(model)
-        waiter = _Waiter(model, loop.create_future())
+        self._check_open()
+        if self._loop_guard.enter():
+            # They belong to an event loop that no longer exists.
+            self._waiters.clear()
+        if not self._waiters and len(self._leases) < self._size:
+            return self._lease(model)
+        waiter = _Waiter(model, asyncio.get_running_loop().create_future())
         self._waiters[waiter] = None
         try:
             return await waiter.future
         except BaseException:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
-                self._take_back(waiter.future.result())  # given in the same moment: pass it on
+                # The client arrived in the same moment as the cancellation, and is passed on.
+                self._take_back(waiter.future.result())
             raise
         finally:
             self._waiters.pop(waiter, None)
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back, to whoever waits longest.
+        """Gives a client back; the caller that has waited longest gets the next one.
 
-        Its streams that are still open go on to their end; it sends nothing new.
+        Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 
         Raises:
-            LLMValidationError: it is not of this pool, or was given back before.
+            LLMValidationError: The client does not belong to this pool, or was already given back.
         """
         if not isinstance(client, PooledClient) or client.pool is not self:
             raise LLMValidationError(
-                f"{client!r} is no client of {self!r}", hint="release what get_client() of the same pool returned"
+                f"{client!r} does not belong to {self!r}",
+                hint="release a client that get_client() of this pool returned",
             )
         if not self._take_back(client):
             raise LLMValidationError(
-                f"{client!r} was given back before",
+                f"{client!r} was already given back",
                 hint="release a client once, or leave it to `async with pool.client()`",
             )
 
     @asynccontextmanager
     async def client(self, model: str | None = None) -> AsyncGenerator[LLMClient, None]:
-        """Waits for a client, and gives it back whichever way the block is left.
+        """Waits for a client, and gives it back at the end of the `async with` block.
 
         Args:
-            model: As for `get_client`.
+            model: The model of the client's calls that name none. Default: the pool's model.
 
         Raises:
-            LLMError: as for `get_client`.
+            LLMError: The same errors as `get_client`.
         """
         async with await self.get_client(model) as client:
             yield client
 
     def stats(self) -> PoolStats:
-        """How many clients there may be, are out, and are waited for."""
-        return PoolStats(size=self._size, in_use=len(self._out), waiting=len(self._waiters))
+        """Returns how many clients the pool can hand out, how many are in use, and how many callers are waiting."""
+        return PoolStats(size=self._size, in_use=len(self._leases), waiting=len(self._waiters))
 
     async def close(self) -> None:
-        """Ends what is in flight, and every wait for a client, with `TaskCancelledError`; idempotent.
+        """Ends requests in progress, and waits for clients, with `TaskCancelledError`; can be called more than once.
 
-        What goes through a `transport` that was given goes on, but no client of the pool sends anything new.
+        Requests that go through a `transport` which was passed to the constructor are not ended, but no client of the
+        pool sends a new one.
 
         Raises:
-            LLMError: the pool belongs to another event loop that is still alive.
+            LLMError: The pool is in use in another event loop that is still alive.
         """
         if not self._closed:
-            if self._loop is not None and self._loop is not asyncio.get_running_loop() and not self._loop.is_closed():
-                raise _wrong_loop()
+            self._loop_guard.check()
             self._closed = True
-            self._end()
+            self._refuse_everything()
         await self._client.close()
 
-    def _end(self) -> None:
-        refusal = _Refusal(self._client._server.transport, *_CLOSED)  # noqa: SLF001 - a client of ours
-        for reference in list(self._out.values()):
+    def _refuse_everything(self) -> None:
+        for reference in list(self._leases.values()):
             if (client := reference()) is not None:
-                _divert(client, refusal)
+                client.refuse_requests(*_CLOSED)
         waiters = list(self._waiters)
         self._waiters.clear()
         for waiter in waiters:
             if not waiter.future.done():
-                waiter.future.set_exception(TaskCancelledError("the pool was closed while this waited for a client"))
+                waiter.future.set_exception(TaskCancelledError("the pool was closed during the wait for a client"))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            message, hint = _CLOSED
+            raise LLMError(message, hint=hint)
 
     # Slots
 
-    def _enter(self) -> asyncio.AbstractEventLoop:
-        if self._closed:
-            raise _closed_error()
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            if self._loop is not None and not self._loop.is_closed():
-                raise _wrong_loop()
-            self._loop = loop
-            self._waiters.clear()  # they were of a loop that is gone
-        return loop
-
-    def _give(self, model: str | None) -> PooledClient:
-        client = PooledClient(self, self._client, model, timeout=self._timeout, max_retries=self._max_retries)
-        self._out[id(client)] = weakref.ref(client)
+    def _lease(self, model: str | None) -> PooledClient:
+        client = PooledClient(self, self._client, model)
+        self._leases[id(client)] = weakref.ref(client)
         return client
 
     def _take_back(self, client: PooledClient) -> bool:
-        """Frees the client's slot; whether it had one."""
-        if self._out.pop(id(client), None) is None:
+        """Frees the slot of a client; returns whether the client had one."""
+        if self._leases.pop(id(client), None) is None:
             return False
         if not self._closed:
-            _divert(client, self._retired)
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if here:
-            self._admit()
+            client.refuse_requests(*_GIVEN_BACK)
+        if self._loop_guard.is_running():
+            self._serve_waiters()
         else:
-            self._admit_soon()
+            self._serve_waiters_soon()
         return True
 
-    def _drop(self, client: PooledClient) -> bool:
-        """Frees the slot of a client that is being collected, in any thread; whether that was too soon."""
-        if self._out.pop(id(client), None) is None:
+    def _forget(self, client: PooledClient) -> bool:
+        """Frees the slot of a client that is being collected, in any thread; returns whether it was still in use."""
+        if self._leases.pop(id(client), None) is None:
             return False
-        self._admit_soon()  # not now: it may be collected in the midst of anything, `_admit` included
+        # Not at once: the garbage collector may run in the middle of anything, `_serve_waiters` included.
+        self._serve_waiters_soon()
         return not self._closed
 
-    def _admit_soon(self) -> None:
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits in it
-                self._loop.call_soon_threadsafe(self._admit)
+    def _serve_waiters_soon(self) -> None:
+        if (loop := self._loop_guard.loop) is not None:
+            # It raises if the loop is closed, and then nobody is waiting in it.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._serve_waiters)
 
-    def _admit(self) -> None:
-        while self._waiters and len(self._out) < self._size:
+    def _serve_waiters(self) -> None:
+        while self._waiters and len(self._leases) < self._size:
             waiter = next(iter(self._waiters))
             del self._waiters[waiter]
             if not waiter.future.done():
-                waiter.future.set_result(self._give(waiter.model))
+                waiter.future.set_result(self._lease(waiter.model))
 
 
 class PooledClient(LLMClient):
-    """A client that is out: it has a slot of its pool until it is released, closed, or dropped."""
+    """A client that is in use: it has a slot of its pool until it is released, closed or dropped.
 
-    def __init__(
-        self, pool: LLMClientPool, owner: LLMClient, model: str | None, *, timeout: Timeouts | None, max_retries: int
-    ) -> None:
-        server = owner._server  # noqa: SLF001 - the pool's own client
-        super().__init__(model=model, timeout=timeout, max_retries=max_retries, transport=server.transport)
-        self._server.names = server.names  # type: ignore[misc]  # Final for others; a pair is logged once a pool
+    Args:
+        pool: The pool that gets the client back.
+        owner: The pool's own client, whose options and transport are shared.
+        model: The model of calls that name none.
+    """
+
+    def __init__(self, pool: LLMClientPool, owner: LLMClient, model: str | None) -> None:
+        # LLMClient's own constructor would check the options once more, and make a transport.
+        self._attach(owner._server.shared(), model)  # noqa: SLF001 - a client of the same pool
         self.pool: Final = pool
 
     def __del__(self) -> None:
-        pool = getattr(self, "pool", None)  # it may not have come that far
-        if pool is not None and pool._drop(self):  # noqa: SLF001 - its own pool
+        # The attribute does not exist if the constructor has failed.
+        pool = getattr(self, "pool", None)
+        if pool is not None and pool._forget(self):  # noqa: SLF001 - its own pool
             warnings.warn(
-                f"{self!r} was dropped and not given back to its pool; use `async with pool.client()`, or release it",
+                f"{self!r} was dropped without being given back to its pool; use `async with pool.client()`,"
+                " or release it",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
 
+    def refuse_requests(self, message: str, hint: str) -> None:
+        """Makes every further request raise an `LLMError` with this message."""
+        self._server.refuse_requests(message, hint)
+
     async def close(self) -> None:
-        """Gives the client back to its pool; idempotent. Its streams that are still open go on to their end."""
+        """Gives the client back to its pool; can be called more than once. Streams in progress go on to their end."""
         self.pool._take_back(self)  # noqa: SLF001 - its own pool
-
-
-class _Refusal(Transport):
-    """What takes the transport's place for a client that is not to send any more.
-
-    Args:
-        transport: The one before.
-        message: Why it refuses.
-        hint: What to do instead.
-    """
-
-    def __init__(self, transport: Transport, message: str, hint: str) -> None:
-        super().__init__(transport.api_base, api_key=transport.api_key)
-        self._message = message
-        self._hint = hint
-
-    async def request(self, request: Request) -> NoReturn:
-        """Refuses."""
-        self._refuse(request)
-
-    async def stream(self, request: Request) -> NoReturn:
-        """Refuses."""
-        self._refuse(request)
-
-    def _refuse(self, request: Request) -> NoReturn:
-        context = {"operation": request.operation, "url": self.api_base, "model": request.model}
-        raise LLMError(self._message, hint=self._hint, context=context)
-
-
-def _divert(client: PooledClient, transport: Transport) -> None:
-    """Sends the client's later requests through another transport; those under way stay where they are."""
-    client._server.transport = transport  # noqa: SLF001 - a client of ours
-
-
-def _closed_error() -> LLMError:
-    message, hint = _CLOSED
-    return LLMError(message, hint=hint)
-
-
-def _wrong_loop() -> LLMError:
-    return LLMError(
-        "this pool belongs to another event loop that is still alive",
-        hint="make one pool for each loop, or close() this one in the loop that used it first",
-    )

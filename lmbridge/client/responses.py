@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import attrs
 
 from lmbridge.client import failures
-from lmbridge.client.names import ModelNames
+from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.response_fold import ResponseFold
-from lmbridge.client.server import Server
+from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.wire import decode_json
 from lmbridge.errors import LLMError, LLMResponseError, LLMStreamError, LLMValidationError
@@ -56,7 +56,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
     __slots__ = ("_message_event", "_origin")
 
     def __init__(
-        self, events: EventStream, names: ModelNames, redact: failures.Redact, message_event: type[MessageEvent]
+        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, message_event: type[MessageEvent]
     ) -> None:
         super().__init__(events, names, redact, ResponseFold())
         url = urlsplit(events.call.url)
@@ -117,8 +117,8 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             self._left = iter(())
 
     def _failed(self, error: object, text: str) -> LLMError:
-        said = failures.read(self._redact(json.dumps({"error": error or _NO_REASON})))
-        return failures.error_of_event(attrs.evolve(said, text=self._redact(text)), self._events.call.context())
+        said = failures.parse_error_body(self._redact(json.dumps({"error": error or _NO_REASON})))
+        return failures.error_from_event(attrs.evolve(said, text=self._redact(text)), self._events.call.context())
 
     def _end_of_body(self) -> NoReturn:
         if stray := self._events.stray:
@@ -134,7 +134,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
 def _is_error(data: Mapping[str, Any]) -> bool:
     if data.get("error") or data.get("type") == "error":
         return True
-    return not data.get("type") and failures.is_error(data)
+    return not data.get("type") and failures.is_error_object(data)
 
 
 def _message_event() -> type[MessageEvent]:
@@ -143,29 +143,33 @@ def _message_event() -> type[MessageEvent]:
     return cast("type[MessageEvent]", MessageEvent)
 
 
-async def respond(server: Server, body: dict[str, Any], *, stream: bool) -> Response | ResponseStream:
+async def respond(server: ServerApi, body: dict[str, Any], *, stream: bool) -> Response | ResponseStream:
     """Asks for a response; see `LLMClient.create_response`."""
     _check(body["input"], body.get("previous_response_id"), body.get("tools"))
     # One that the server keeps is not made twice.
-    request = server.post("response", "/responses", body, body.get("model"), repeatable=body.get("store") is False)
+    request = server.build_post(
+        "response", "/responses", body, body.get("model"), repeatable=body.get("store") is False
+    )
     if stream:
         message_event = _message_event()
-        return ResponseStream(await server.stream(request), server.names, server.transport.redact, message_event)
+        return ResponseStream(
+            await server.stream(request), server.mismatch_policy, server.transport.redact, message_event
+        )
     reply = await server.request(request)
-    value = server.value(reply)
+    value = server.json_object(reply)
     if not isinstance(value.get("output"), list):
-        raise server.is_not(reply, "a response")
-    server.check_name(reply, value)
+        raise server.unexpected_reply(reply, "a response")
+    server.check_served_model(reply, value)
     if value.get("status") == "failed":
         raise _failed(reply, server)
     return cast("Response", value)
 
 
-def _failed(reply: Reply, server: Server) -> LLMResponseError:
+def _failed(reply: Reply, server: ServerApi) -> LLMResponseError:
     return LLMResponseError(
         _NO_REASON,
         status=reply.status,
-        body=server.transport.redact(reply.body.decode("utf-8", "replace")),
+        body=server.body_text(reply),
         context=reply.call.context(),
     )
 

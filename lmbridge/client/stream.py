@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, 
 
 from lmbridge.client import failures
 from lmbridge.client.fold import Fold, fold_for
-from lmbridge.client.names import ModelNames
+from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.wire import decode_json, decode_strictly
 from lmbridge.errors import (
     LLMError,
@@ -67,7 +67,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
 
     def __init__(
-        self, events: EventStream, names: ModelNames, redact: failures.Redact, fold: Folding[_Reply_co]
+        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, fold: Folding[_Reply_co]
     ) -> None:
         self._events = events
         self._names = names
@@ -201,7 +201,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         Raises:
             LLMError: it is no chunk, but reports an error; or it is a chunk of another reply.
         """
-        if failures.is_error(chunk):
+        if failures.is_error_object(chunk):
             raise self._report(cast("bytes", data).strip().decode("utf-8", "replace"))
         try:
             self._note_model(chunk.get("model"))
@@ -264,18 +264,20 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             )
 
     def _report(self, text: str) -> LLMError:
-        said = failures.read(self._redact(text))
-        return self._fail(failures.error_of_event(said, self._events.call.context()))
+        said = failures.parse_error_body(self._redact(text))
+        return self._fail(failures.error_from_event(said, self._events.call.context()))
 
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
-        if failures.is_about_loading(error):
+        if failures.means_model_unloaded(error):
             self._events.call.mark_unloaded()
-        error.message = self._redact(error.message)  # it may quote a chunk
-        error.args = (error.message,)
-        error.context = {**self._events.call.context(), **error.context}
-        error.status = self._events.status
-        error.partial = self.partial
+        # The message is redacted because it may quote a chunk.
+        error.completed(
+            self._redact(error.message),
+            context=self._events.call.context(),
+            status=self._events.status,
+            partial=self.partial,
+        )
         self._fault = error
         self._left = _NOTHING
         self._events.abort(error)
@@ -300,7 +302,7 @@ class ChatStream(ReplyStream["ChatCompletionChunk", "ChatCompletion"]):
 
     __slots__ = ()
 
-    def __init__(self, events: EventStream, names: ModelNames, redact: failures.Redact, answers: int = 1) -> None:
+    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, answers: int = 1) -> None:
         super().__init__(events, names, redact, Fold(answers))
 
 
@@ -336,7 +338,7 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
             fold.add(chunk)
     except BaseException as error:
         if isinstance(error, LLMError) and error.partial is None and fold is not None and fold.begun:
-            error.partial = fold.reply()
+            error.completed(partial=fold.reply())
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()
         raise

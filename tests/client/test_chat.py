@@ -110,8 +110,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"limits": 5}, "limits must be an instance of Limits or None, not 5"),
     ({"model_mismatch": "explode"}, "model_mismatch must be 'warn', 'raise' or 'ignore', not 'explode'"),
     ({"ssl": False}, "ssl is False; give a SSLContext"),
-    ({"transport": Transport("http://x"), "api_base": ""}, "api_base given beside transport="),
-    ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits given beside"),
+    ({"transport": Transport("http://x"), "api_base": ""}, "api_base cannot be combined with transport="),
+    ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits cannot be combined with"),
 ]
 
 

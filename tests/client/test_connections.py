@@ -21,7 +21,7 @@ from lmbridge import (
     ModelLoadError,
     Timeouts,
 )
-from lmbridge.client import llm, server
+from lmbridge.client import llm, server_api
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.testing.exchange import event
 from lmbridge.testing.wire import chunk
@@ -263,15 +263,15 @@ def test_no_limit_of_aiohttps_own_is_left() -> None:
 
 
 def test_lists_and_health_have_the_limits_that_were_promised() -> None:
-    assert (server.DISCOVERY, llm.HEALTH) == (10, 5)
+    assert (server_api.PROBE_SECONDS, llm.HEALTH_CHECK_SECONDS) == (10, 5)
 
 
 async def test_a_list_and_a_health_check_do_not_take_as_long_as_a_generation_may(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted_server.on_path("/v1/models", stall())
-    monkeypatch.setattr(server, "DISCOVERY", 0.05)
-    monkeypatch.setattr(llm, "HEALTH", 0.05)
+    monkeypatch.setattr(server_api, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(llm, "HEALTH_CHECK_SECONDS", 0.05)
     assert await client.health_check() is False
     with pytest.raises(LLMTimeoutError) as caught:
         await client.list_models()

@@ -81,8 +81,8 @@ def not_loaded(body: Body, hint: str = "see the server's own log", status: int =
     return Wording(status, body, ModelLoadError, hint)
 
 
-LOAD_FIRST: Final = "load a model first: in LM Studio's developer page, with `lms load`, or at the server's start"
-DROPPED: Final = "maybe for another one that was asked for meanwhile"
+LOAD_FIRST: Final = "load a model first: on LM Studio's developer page, with `lms load`, or with the options that start the server"
+DROPPED: Final = "to make room for another model that was requested meanwhile"
 N_CTX: Final = {"type": "exceed_context_size_error", "n_prompt_tokens": 40536, "n_ctx": 32768}
 
 WORDINGS: Final = {
@@ -561,7 +561,7 @@ def test_a_500_about_a_mistake_in_the_request_is_not_retried(text: str) -> None:
     body = json.dumps(told(text, "server_error", 500)).encode()
     assert failures.classify(500, {}, body) is FAIL
     assert failures.classify(503, {}, body) is RETRY
-    assert failures.type_of_error(failures.read(body.decode()), 500) is None
+    assert failures.error_class(failures.parse_error_body(body.decode()), 500) is None
 
 
 def test_a_500_of_the_type_for_mistakes_is_not_retried() -> None:
@@ -673,8 +673,8 @@ def test_a_request_that_the_server_repeats_is_not_its_own_words(text: str, statu
         {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required", "input": text}]},
     ]
     for body in bodies:
-        said = failures.read(json.dumps(body))
-        assert failures.type_of_error(said, status) is None
+        said = failures.parse_error_body(json.dumps(body))
+        assert failures.error_class(said, status) is None
         assert failures.classify(status, {}, said.text.encode()) in (FAIL, RETRY)
 
 
@@ -740,7 +740,7 @@ async def test_a_completion_in_place_of_a_stream_is_not_searched_for_words(
     ],
 )
 def test_an_error_is_told_from_a_reply(value: dict[str, Any], expected: bool) -> None:
-    assert failures.is_error(value) is expected
+    assert failures.is_error_object(value) is expected
 
 
 # In a stream
@@ -1106,20 +1106,20 @@ JSON: Final = st.recursive(
 
 @given(JSON, st.sampled_from([200, 400, 401, 429, 500, 503]))
 def test_any_json_can_be_read(value: Any, status: int) -> None:
-    said = failures.read(json.dumps(value))
+    said = failures.parse_error_body(json.dumps(value))
     assert isinstance(said.message, str)
     assert isinstance(failures.classify(status, {}, json.dumps(value).encode()), Verdict)
-    kind = failures.type_of_error(said, status)
+    kind = failures.error_class(said, status)
     assert kind is None or issubclass(kind, LLMError)
-    assert isinstance(failures.error_of_event(said, {}), kind if status == 200 and kind else LLMError)
+    assert isinstance(failures.error_from_event(said, {}), kind if status == 200 and kind else LLMError)
     if isinstance(value, dict):
-        assert failures.is_error(value) in (True, False)
+        assert failures.is_error_object(value) in (True, False)
 
 
 @given(st.binary())
 def test_any_bytes_can_be_read(body: bytes) -> None:
     assert isinstance(failures.classify(500, {}, body), Verdict)
-    assert failures.read(body.decode("utf-8", "replace")).text == body.decode("utf-8", "replace")
+    assert failures.parse_error_body(body.decode("utf-8", "replace")).text == body.decode("utf-8", "replace")
 
 
 @pytest.mark.timeout(10)
@@ -1141,4 +1141,4 @@ def test_any_bytes_can_be_read(body: bytes) -> None:
 def test_a_hostile_body_takes_no_time(text: str) -> None:
     for status in (200, 400, 500, 503):
         assert isinstance(failures.classify(status, {}, text.encode()), Verdict)
-    assert isinstance(failures.error_of_event(failures.read(text), {}), LLMError)
+    assert isinstance(failures.error_from_event(failures.parse_error_body(text), {}), LLMError)

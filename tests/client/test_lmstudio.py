@@ -134,7 +134,7 @@ def old_server(scripted_server: ScriptedServer) -> ScriptedServer:
 
 @pytest.fixture(autouse=True)
 def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmbridge.client.lmstudio.POLL", 0)
+    monkeypatch.setattr("lmbridge.client.lmstudio.POLL_SECONDS", 0)
 
 
 # Models
@@ -530,7 +530,7 @@ async def test_a_download_ends_when_its_client_is_closed_and_does_not_open_it_ag
     download = client.lmstudio.download("x")
     await anext(download)
     if sleeps:
-        monkeypatch.setattr("lmbridge.client.lmstudio.POLL", 600)
+        monkeypatch.setattr("lmbridge.client.lmstudio.POLL_SECONDS", 600)
         step = asyncio.ensure_future(anext(download))
         await turns()
         await client.close()

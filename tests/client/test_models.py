@@ -446,7 +446,7 @@ async def test_not_found_says_what_there_is_and_what_comes_close(
     assert (error.model_name, error.available_models) == ("qwen3-4", ["qwen3-4b", "gemma-3"])
     assert str(error) == (
         f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); there are:"
-        " qwen3-4b, gemma-3; load or download it on the server, or ask for one that is there"
+        " qwen3-4b, gemma-3; load or download it on the server, or ask for a model that the server has"
     )
     assert len(scripted_server.requests) == 1  # what has just been asked for is fresh
 
@@ -531,7 +531,7 @@ async def test_close_ends_a_request_under_way(scripted_server: ScriptedServer, v
     assert not own_tasks()
     results = await asyncio.gather(*callers, return_exceptions=True)
     assert [type(result) for result in results] == [TaskCancelledError] * 2
-    assert str(results[0]) == f"model list at {scripted_server.api_base}: the validator was closed meanwhile"
+    assert str(results[0]) == f"model list at {scripted_server.api_base}: the validator was closed during the request"
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
@@ -715,7 +715,7 @@ async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> No
         ({"timer": 3}, "timer must be a function, not 3"),
         ({"client": "http://127.0.0.1:1"}, "client must be an LLMClient or None, not 'http"),
         ({"api_base": "nonsense"}, "api_base 'nonsense'"),
-        ({"api_base": "http://127.0.0.1:1", "client": LLMClient("http://127.0.0.1:1")}, "api_base given beside client"),
+        ({"api_base": "http://127.0.0.1:1", "client": LLMClient("http://127.0.0.1:1")}, "api_base cannot be combined with client="),
     ],
 )
 def test_an_argument_that_cannot_be_right_is_refused(options: dict[str, Any], told: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge.client.names import ModelNames, is_same_model
+from lmbridge.client.names import MismatchPolicy, is_same_model
 from lmbridge.errors import ModelMismatchError
 
 
@@ -48,16 +48,16 @@ def test_a_name_with_a_quantisation_is_itself() -> None:
 
 
 def test_raise_raises_with_both_names_and_what_to_do() -> None:
-    names = ModelNames("raise")
+    names = MismatchPolicy("raise")
     for _ in range(2):
-        with pytest.raises(ModelMismatchError, match=r"asked for model 'a', but 'b' answered; .*load the model") as e:
+        with pytest.raises(ModelMismatchError, match=r"asked for model 'a', but 'b' answered; .*load the right model") as e:
             names.check("a", "b")
         assert (e.value.asked, e.value.served) == ("a", "b")
     names.check("a", "a@q4:2")
 
 
 def test_warn_logs_each_pair_once(caplog: pytest.LogCaptureFixture) -> None:
-    names = ModelNames("warn")
+    names = MismatchPolicy("warn")
     for _ in range(3):
         names.check("a", "b")
         names.check("a", "c")
@@ -67,26 +67,26 @@ def test_warn_logs_each_pair_once(caplog: pytest.LogCaptureFixture) -> None:
         "asked for model 'a', but 'b' answered",
         "asked for model 'a', but 'c' answered",
     ]
-    ModelNames("warn").check("a", "b")  # another client's names
+    MismatchPolicy("warn").check("a", "b")  # another client's names
     assert len(caplog.records) == 3
 
 
 def test_ignore_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    ModelNames("ignore").check("a", "b")
+    MismatchPolicy("ignore").check("a", "b")
     assert not caplog.records
 
 
 @pytest.mark.parametrize("asked", [None, ""])
 def test_who_asks_for_no_model_in_particular_gets_no_mismatch(asked: str | None) -> None:
-    ModelNames("raise").check(asked, "b")
+    MismatchPolicy("raise").check(asked, "b")
 
 
 @pytest.mark.parametrize("served", [None, "", 7, ["b"], {"id": "b"}])
 def test_a_reply_that_names_no_model_is_no_mismatch(served: Any) -> None:
-    ModelNames("raise").check("a", served)
+    MismatchPolicy("raise").check("a", served)
 
 
 @pytest.mark.parametrize("mode", ["error", "", None, True, ["warn"]])
 def test_any_other_mode_is_refused(mode: Any) -> None:
     with pytest.raises(ValueError, match=r"^model_mismatch must be 'warn', 'raise' or 'ignore', not "):
-        ModelNames(mode)
+        MismatchPolicy(mode)

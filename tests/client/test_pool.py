@@ -335,7 +335,7 @@ async def test_a_second_release_is_an_error_and_frees_nothing() -> None:
     client = await pool.get_client("m")
     pool.release_client(client)
     other = await pool.get_client()
-    with pytest.raises(LLMValidationError, match="model='m'> was given back before; release a client once"):
+    with pytest.raises(LLMValidationError, match="model='m'> was already given back; release a client once"):
         pool.release_client(client)
     await client.close()
     assert counts(pool) == (1, 0)
@@ -346,7 +346,7 @@ async def test_a_release_of_what_is_not_of_the_pool_is_an_error() -> None:
     pool, other = a_pool(), a_pool()
     of_the_other = await other.get_client()
     for foreign in (of_the_other, LLMClient(NOWHERE), None):
-        with pytest.raises(LLMValidationError, match=r"is no client of <LLMClientPool .*; release what get_client"):
+        with pytest.raises(LLMValidationError, match=r"does not belong to <LLMClientPool .*; release a client that get_client"):
             pool.release_client(foreign)  # type: ignore[arg-type]  # None is none
     assert counts(other) == (1, 0)
     other.release_client(of_the_other)
@@ -600,7 +600,7 @@ def test_in_whatever_order_clients_are_got_given_back_dropped_and_waits_cancelle
 
 # Clients that are lost
 
-DROPPED = "model='lost'> was dropped and not given back to its pool; use `async with pool.client"
+DROPPED = "model='lost'> was dropped without being given back to its pool; use `async with pool.client"
 
 
 async def test_a_client_that_is_dropped_warns_and_its_slot_goes_to_who_waits() -> None:
@@ -636,13 +636,13 @@ async def test_a_client_that_is_lost_to_another_thread_wakes_who_waits_in_the_th
     waiting = get(pool)
     await turns()
     threads: list[int] = []
-    admit = pool._admit
+    admit = pool._serve_waiters
 
     def noted() -> None:
         threads.append(threading.get_ident())
         admit()
 
-    monkeypatch.setattr(pool, "_admit", noted)
+    monkeypatch.setattr(pool, "_serve_waiters", noted)
     if way == "dropped":
         with pytest.warns(ResourceWarning, match=DROPPED):
             await asyncio.to_thread(holders.clear)
@@ -695,7 +695,7 @@ async def test_close_ends_what_is_in_flight_and_every_wait(
     await turns()
     await pool.close()
     for task in waiting:
-        with pytest.raises(TaskCancelledError, match="the pool was closed while this waited for a client"):
+        with pytest.raises(TaskCancelledError, match="the pool was closed during the wait for a client"):
             await task
     with pytest.raises(TaskCancelledError):
         await asked
@@ -717,10 +717,10 @@ async def test_a_closed_pool_and_its_clients_say_so_and_do_not_open_again(
     for _ in range(2):
         await pool.close()
     for use in (pool.get_client, pool.__aenter__, lambda: client.chat_completion(MESSAGES), client.list_models):
-        with pytest.raises(LLMError, match="the pool is closed; make a new LLMClientPool"):
+        with pytest.raises(LLMError, match="the pool is closed; create a new LLMClientPool"):
             await use()
     pool.release_client(client)
-    with pytest.raises(LLMValidationError, match="was given back before"):
+    with pytest.raises(LLMValidationError, match="was already given back"):
         pool.release_client(client)
     with pytest.raises(LLMError, match="the pool is closed"):
         await client.chat_completion(MESSAGES)
@@ -801,7 +801,7 @@ async def test_a_second_live_loop_is_a_clear_error() -> None:
 
     def elsewhere() -> None:
         for use in (pool.get_client, pool.close):
-            with pytest.raises(LLMError, match="another event loop that is still alive; make one pool for each loop"):
+            with pytest.raises(LLMError, match="another event loop that is still alive; make one for each event loop"):
                 asyncio.run(use())
 
     await asyncio.to_thread(elsewhere)

@@ -1,0 +1,260 @@
+"""`ServerApi`: how the endpoints of one client talk to its server.
+
+Each endpoint (chat, embeddings, LM Studio's own API, ...) is a function that builds a request, sends it, and reads the
+reply. What they share is here: the transport with the client's options in front, and the readers that turn a reply
+into a JSON object or into an error. It knows no endpoint, and the transport below it knows no JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Self
+
+import attrs
+
+from lmbridge._text import excerpt
+from lmbridge.client import failures
+from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.wire import decode_json, encode_body
+from lmbridge.config import Timeouts, normalize_api_base
+from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
+from lmbridge.transport import EventStream, Reply, Request, Transport
+
+PROBE_SECONDS: Final = 10.0
+"""The most seconds that a question about the server itself may take; `Timeouts.first_byte` applies if it is shorter."""
+
+
+class ServerApi:
+    """A server as one client sees it: through a transport, with the client's options.
+
+    Args:
+        transport: The connections to the server.
+        make_transport: Makes a transport to another `api_base`, or None if the transport belongs to somebody else and
+            must not be replaced.
+        timeouts: The timeouts of every request.
+        max_retries: How often a failed request may be sent again.
+        mismatch_policy: What happens if another model answers than the one that was asked for.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        make_transport: Callable[[str], Transport] | None,
+        timeouts: Timeouts,
+        max_retries: int,
+        mismatch_policy: MismatchPolicy,
+    ) -> None:
+        self.transport = transport
+        self.mismatch_policy: Final = mismatch_policy
+        self._make_transport = make_transport
+        self._timeouts = timeouts
+        self._max_retries = max_retries
+        self._former_transports: list[Transport] = []
+        self._refusal: tuple[str, str] | None = None
+
+    def shared(self) -> Self:
+        """Returns a `ServerApi` with the same transport and options, which owns nothing and closes nothing."""
+        return type(self)(
+            self.transport,
+            make_transport=None,
+            timeouts=self._timeouts,
+            max_retries=self._max_retries,
+            mismatch_policy=self.mismatch_policy,
+        )
+
+    def set_api_base(self, api_base: str) -> None:
+        """Sends later requests to another server. Requests and streams in progress finish on the old one.
+
+        Raises:
+            LLMValidationError: The URL is not valid, or the transport belongs to somebody else.
+        """
+        if self._make_transport is None:
+            raise LLMValidationError(
+                "api_base cannot be set: this client's transport is shared with others",
+                hint="create another client for another server",
+            )
+        api_base = normalize_api_base(api_base)
+        self._former_transports.append(self.transport)
+        self.transport = self._make_transport(api_base)
+
+    def refuse_requests(self, message: str, hint: str) -> None:
+        """Makes every later request raise an `LLMError` with this message. Streams in progress are not affected."""
+        self._refusal = (message, hint)
+
+    @property
+    def refuses_requests(self) -> bool:
+        """Whether `refuse_requests` was called."""
+        return self._refusal is not None
+
+    async def close(self) -> None:
+        """Closes the transports that this object has made; can be called more than once."""
+        try:
+            for transport in list(self._former_transports):
+                await transport.close()
+                if transport in self._former_transports:
+                    self._former_transports.remove(transport)
+        finally:
+            if self._make_transport is not None:
+                await self.transport.close()
+
+    # Requests
+
+    def build_post(
+        self, operation: str, path: str, body: Mapping[str, Any], model: str | None, **fields: Any
+    ) -> Request:
+        """Returns a request with a JSON body.
+
+        Args:
+            operation: What the request does, for people: "chat completion".
+            path: The path below `/v1`.
+            body: The body, which is encoded here.
+            model: The model that the request is for, by which it is scheduled.
+            **fields: Further fields of the `Request`.
+
+        Raises:
+            LLMValidationError: The body contains something that JSON cannot express.
+        """
+        return Request(
+            operation=operation,
+            method="POST",
+            path=path,
+            body=encode_body(body),
+            model=model,
+            timeouts=self._timeouts,
+            max_retries=self._max_retries,
+            classify=failures.classify,
+            reports_error=failures.reports_error,
+            **fields,
+        )
+
+    def build_get(self, operation: str, path: str, *, max_seconds: float | None = None, **fields: Any) -> Request:
+        """Returns a request that asks about the server: it does not queue behind generations.
+
+        Args:
+            operation: What the request does, for people: "model list".
+            path: The path below `/v1`, or below the server's root with `below_root=True`.
+            max_seconds: The most seconds that the reply may take. Default: `PROBE_SECONDS`.
+            **fields: Fields of the `Request` that differ from the defaults.
+        """
+        seconds = PROBE_SECONDS if max_seconds is None else max_seconds
+        limit = self._timeouts.first_byte
+        request = Request(
+            operation=operation,
+            method="GET",
+            path=path,
+            timeouts=attrs.evolve(self._timeouts, first_byte=seconds if limit is None else min(seconds, limit)),
+            max_retries=self._max_retries,
+            classify=failures.classify,
+            queued=False,
+        )
+        return attrs.evolve(request, **fields)
+
+    async def request(self, request: Request) -> Reply:
+        """Sends a request and returns the whole reply, whatever its status.
+
+        Raises:
+            LLMError: The client was given back to its pool, or the transport got no reply.
+        """
+        await self._prepare(request)
+        return await self.transport.request(request)
+
+    async def stream(self, request: Request) -> EventStream:
+        """Sends a request and returns the events of the reply.
+
+        Raises:
+            LLMError: The client was given back to its pool, the transport got no reply, or the reply is not an event
+                stream.
+        """
+        await self._prepare(request)
+        answer = await self.transport.stream(request)
+        if not isinstance(answer, Reply):
+            return answer
+        if _json_object_in(answer) is None:
+            raise self._error_from(answer)
+        raise self.unexpected_reply(answer, "an event stream")
+
+    async def _prepare(self, request: Request) -> None:
+        if self._refusal is not None:
+            message, hint = self._refusal
+            context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
+            raise LLMError(message, hint=hint, context=context)
+        if self._former_transports:
+            await self._close_idle_transports()
+
+    async def _close_idle_transports(self) -> None:
+        """Closes the transports to former servers whose last request has ended."""
+        # The list is searched afresh after each wait, because another task may have closed some meanwhile.
+        while (idle := next((each for each in self._former_transports if not each.busy), None)) is not None:
+            self._former_transports.remove(idle)
+            await idle.close()
+
+    # Replies
+
+    def json_object(self, reply: Reply) -> dict[str, Any]:
+        """Returns the JSON object that a reply consists of.
+
+        Raises:
+            LLMError: The reply reports an error, or is not a JSON object.
+        """
+        value = _json_object_in(reply)
+        if value is None:
+            raise self._error_from(reply)
+        return value
+
+    def unexpected_reply(
+        self, reply: Reply, expected: str, *, message: str | None = None, hint: str | None = None
+    ) -> LLMResponseError:
+        """Returns the error for a reply that is a JSON object, but not the one that was expected.
+
+        Args:
+            reply: The reply.
+            expected: What it should have been, with an article: "a chat completion".
+            message: The error's text, where more is known than that.
+            hint: What to do about it. Default: to check `api_base`.
+        """
+        body = self.body_text(reply)
+        return LLMResponseError(
+            message or f"the server answered {reply.status} with something that is not {expected}: {excerpt(body)!r}",
+            hint=hint or "check that api_base is an OpenAI-compatible server",
+            status=reply.status,
+            body=body,
+            context=reply.call.context(),
+        )
+
+    def check_served_model(self, reply: Reply, value: Mapping[str, Any]) -> None:
+        """Compares the model that a reply names with the one that was asked for.
+
+        Raises:
+            ModelMismatchError: They differ, and the client's `model_mismatch` is "raise".
+        """
+        try:
+            if not self.mismatch_policy.check(reply.call.request.model, value.get("model")):
+                reply.call.mark_unloaded()
+        except LLMError as error:
+            reply.call.mark_unloaded()
+            error.completed(
+                context=reply.call.context(), status=reply.status, body=self.body_text(reply), partial=value
+            )
+            raise
+
+    def body_text(self, reply: Reply) -> str:
+        """Returns the body of a reply as text, without the API key."""
+        return self.transport.redact(reply.body.decode("utf-8", "replace"))
+
+    def _error_from(self, reply: Reply) -> LLMError:
+        error = failures.error_from_reply(reply, self.transport.redact)
+        if failures.means_model_unloaded(error):
+            reply.call.mark_unloaded()
+        return error
+
+
+def _json_object_in(reply: Reply) -> dict[str, Any] | None:
+    """Returns the JSON object of a reply, or None if the reply reports an error or is something else."""
+    if not 200 <= reply.status < 300:
+        return None
+    try:
+        value = decode_json(reply.body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and not failures.is_error_object(value) else None
