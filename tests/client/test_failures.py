@@ -81,7 +81,7 @@ def not_loaded(body: Body, hint: str = "see the server's own log", status: int =
     return Wording(status, body, ModelLoadError, hint)
 
 
-LOAD_FIRST: Final = "load a model first: on LM Studio's developer page, with `lms load`, or with the options that start the server"
+LOAD_FIRST: Final = "load a model first: on LM Studio's developer page, with `lms load`, or with the options"
 DROPPED: Final = "to make room for another model that was requested meanwhile"
 N_CTX: Final = {"type": "exceed_context_size_error", "n_prompt_tokens": 40536, "n_ctx": 32768}
 
