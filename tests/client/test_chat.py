@@ -111,7 +111,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model_mismatch": "explode"}, "model_mismatch must be 'warn', 'raise' or 'ignore', not 'explode'"),
     ({"ssl": False}, "ssl is False; give a SSLContext"),
     ({"transport": Transport("http://x"), "api_base": ""}, "api_base cannot be combined with transport="),
-    ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits cannot be combined"),
+    ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits cannot be"),
 ]
 
 
