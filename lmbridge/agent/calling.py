@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 import msgspec
 
+from lmbridge._tasks import mark_retrieved
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.errors import ToolError
-from lmbridge.transport.deadline import DeadlineTimer
 
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool, ToolContext
@@ -28,8 +28,8 @@ logger = logging.getLogger("lmbridge.agent")
 _GRACE: Final = 5.0
 """Seconds that a cancelled tool has for its clean-up."""
 _CANCELLED: Final = "it was cancelled from within"
-_tasks: Final[set[asyncio.Future[Any]]] = set()
-"""Tools that are running, be it after they were let go: asyncio itself does not keep its tasks."""
+_running_tools: Final[set[asyncio.Future[Any]]] = set()
+"""Tasks of tools that are still running, kept alive because asyncio holds only weak references to tasks."""
 
 
 @attrs.define
@@ -58,41 +58,38 @@ class _OutOfTimeError(Exception):
 
 
 async def call_tool(
-    tool: Tool,
-    arguments: Mapping[str, Any],
-    context: ToolContext,
-    *,
-    timeout: float | None,
-    max_output: int,
-    deadline_timer: DeadlineTimer,
+    tool: Tool, arguments: Mapping[str, Any], context: ToolContext, *, timeout: float | None, max_output: int
 ) -> Outcome:
-    """Calls a tool; what it raises is an outcome as well.
+    """Calls a tool, and returns an outcome whether it returns, raises, or runs out of time.
 
-    An async tool is a task of its own: when its time is up, or the caller is cancelled, it is cancelled and awaited.
-    If it goes on all the same, it is let go after 5 seconds. A plain function has a thread of its own, not one of
-    asyncio's pool: those are few, so that some that hang would stop all others, and the interpreter waits for them
-    when it ends. Nothing can stop it; nobody waits for it either, and `context.cancelled()` tells it.
+    An async tool runs in a task of its own. When its time is up, or the caller is cancelled, the task is cancelled and
+    awaited for up to 5 seconds; one that is still running then is left behind. A plain function runs in a thread of its
+    own, not in one of asyncio's pool: those are few, so that some that hang would stop all others, and the interpreter
+    waits for them at its exit. Nothing can stop a thread. It is not awaited either; `context.cancelled()` returns True
+    in it from then on.
 
     Args:
         tool: The tool.
         arguments: Its arguments, converted.
-        context: What it may know of the call.
-        timeout: Seconds that it may take, or None.
+        context: What the tool may know about the call.
+        timeout: The agent's limit in seconds, or None. It counts unless the tool has a `timeout` of its own.
         max_output: Characters of its output that are kept.
-        deadline_timer: Where its time is looked after.
     """
     began = time.monotonic()
     over = _Flag()
-    if tool.context_names:
+    leading: tuple[ToolContext, ...] = ()
+    if tool.takes_context_first or tool.context_names:
         asked = context.cancelled
         context = attrs.evolve(context, cancelled=lambda: over.is_set or asked())
         arguments = {**arguments, **dict.fromkeys(tool.context_names, context)}
-    function, timeout = tool.within(timeout)
-    call = partial(function, **arguments)
+        leading = (context,) if tool.takes_context_first else ()
+    if tool.timeout != "agent":
+        timeout = tool.timeout
+    call = partial(tool.function, *leading, **arguments)
     deadline = None if timeout is None else began + timeout
     raw: Any = None
     try:
-        raw = await _result(call, tool.is_async, deadline, timeout, deadline_timer)
+        raw = await _result(call, tool.is_async, deadline, timeout)
         text, is_error = _text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
@@ -103,14 +100,13 @@ async def call_tool(
     return Outcome(capped(text, max_output), is_error, raw, time.monotonic() - began)
 
 
-async def _result(
-    call: Callable[[], Any],
-    is_async: bool,
-    deadline: float | None,
-    timeout: float | None,
-    deadline_timer: DeadlineTimer,
-) -> Any:
-    """What the tool returns, or raises."""
+async def _result(call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None) -> Any:
+    """Returns or raises what the tool does.
+
+    Raises:
+        _OutOfTimeError: The tool was still running at the deadline.
+        ToolError: The tool ended in a way that must not end the run, such as `sys.exit`.
+    """
     if is_async:
         value = call()
     else:
@@ -118,93 +114,55 @@ async def _result(
         if not inspect.isawaitable(value):
             return value
     name = getattr(value, "__qualname__", type(value).__name__)
-    loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
-    task = loop.create_task(_guarded(value, over), name=f"lmbridge-tool-{name}")
-    _tasks.add(task)
-    task.add_done_callback(partial(_forget, value, over))
-    in_time = False
+    task = asyncio.get_running_loop().create_task(_without_exit(value), name=f"lmbridge-tool-{name}")
+    _running_tools.add(task)
+    task.add_done_callback(partial(_forget, value))
     try:
-        await _done(over, deadline, deadline_timer)
-        in_time = task.done()
-    finally:
-        has_ended = task.done() or await _ended(task)
-    if not in_time:
-        ending = "was cancelled" if has_ended else "does not let itself be cancelled, and may still be running"
+        in_time = await _wait(task, deadline)
+    except asyncio.CancelledError:
+        await _end(task)
+        raise
+    if in_time is None:
+        ending = "was cancelled" if await _end(task) else "does not let itself be cancelled, and may still be running"
         raise _OutOfTimeError(f"it has not come to an end within {timeout:g} seconds, and {ending}")
-    if task.cancelled():  # not by us: something that it waited for was
+    if task.cancelled():
+        # Not by us: something that the tool waited for was cancelled.
         raise ToolError(_CANCELLED)
     return task.result()
 
 
-async def _guarded(value: Awaitable[Any], over: asyncio.Future[None]) -> Any:
-    """What the tool returns, or raises: a `sys.exit` in it would end the event loop, and no run alone.
-
-    It tells its end itself: a callback of its task would take one turn of the loop more.
-    """
+async def _without_exit(value: Awaitable[Any]) -> Any:
+    """Awaits the tool; a `sys.exit` in it becomes a `ToolError`, because in a task it would end the event loop."""
     try:
         return await value
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as exc:  # a `sys.exit`, or another that nobody else would catch
+    except BaseException as exc:
         raise ToolError(_told(exc), exc) from exc
-    finally:
-        _set(over)
-
-
-def _set(over: asyncio.Future[None]) -> None:
-    if not (over.done() or over.get_loop().is_closed()):  # a loop may be closed with tools that still run
-        over.set_result(None)
-
-
-@attrs.define(eq=False)
-class _Alarm:
-    """Wakes who waits for a tool when its time is up."""
-
-    over: asyncio.Future[None]
-    when: float
-
-    def on_deadline(self) -> None:
-        _set(self.over)
-
-
-async def _done(over: asyncio.Future[None], deadline: float | None, deadline_timer: DeadlineTimer) -> None:
-    """Waits for the end, or for the deadline."""
-    if deadline is None:
-        await over
-        return
-    alarm = _Alarm(over, deadline_timer.time() + deadline - time.monotonic())
-    deadline_timer.add(alarm)
-    try:
-        await over
-    finally:
-        deadline_timer.discard(alarm)
 
 
 async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:
-    """The work when it is done, or None when its time is up."""
+    """Returns the work when it is done, or None when its time is up."""
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
     done, _ = await asyncio.wait({work}, timeout=timeout)
     return work if done else None
 
 
-async def _ended(task: asyncio.Future[Any]) -> bool:
-    """Cancels the task, and tells whether it has ended after a moment."""
+async def _end(task: asyncio.Future[Any]) -> bool:
+    """Cancels the task, and returns whether it ended within the grace period. A cancel of the caller ends the wait."""
     task.cancel()
     await asyncio.wait({task}, timeout=_GRACE)
     if not task.done():
-        logger.warning("a tool goes on %g seconds after it was cancelled: %r", _GRACE, task)
+        logger.warning("a tool is still running %g seconds after it was cancelled: %r", _GRACE, task)
     return task.done()
 
 
-def _forget(value: Awaitable[Any], over: asyncio.Future[None], task: asyncio.Future[Any]) -> None:
-    _tasks.discard(task)
-    if not task.cancelled():
-        task.exception()  # else asyncio logs that nobody asked for it
-        return
-    _set(over)  # one that was cancelled before it began has not told
+def _forget(value: Awaitable[Any], task: asyncio.Future[Any]) -> None:
+    _running_tools.discard(task)
+    mark_retrieved(task)
     if inspect.iscoroutine(value):
-        value.close()  # else Python warns that nobody awaited it
+        # A task that was cancelled before its first step has not awaited it, and Python would warn about that.
+        value.close()
 
 
 async def _result_of_thread(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:

@@ -42,7 +42,6 @@ from lmbridge.errors import (
     LLMResponseError,
     ModelChangedDuringExecutionError,
 )
-from lmbridge.transport.deadline import DeadlineTimer
 
 logger = logging.getLogger("lmbridge.agent")
 
@@ -91,7 +90,6 @@ class Loop:
         self._history = record.history
         self._channel = channel
         self._stopping = stopping
-        self._deadline_timer = DeadlineTimer(asyncio.get_running_loop())  # over tools: one timer for all of their calls
         self._estimate = TokenEstimate()
         self._context = context
         self._tools_size = len(msgspec.json.encode(tools.definitions)) if tools.definitions else 0
@@ -101,16 +99,13 @@ class Loop:
 
     async def run(self) -> StopReason:
         """Goes on until there is an answer, or a reason to end without."""
-        try:
-            while self._record.rounds < self._settings.max_rounds:
-                stop = await self._round()
-                if stop is not None:
-                    return stop
-                if self._budget.is_spent:
-                    return "budget"
-            return "max_rounds"
-        finally:
-            self._deadline_timer.close()
+        while self._record.rounds < self._settings.max_rounds:
+            stop = await self._round()
+            if stop is not None:
+                return stop
+            if self._budget.is_spent:
+                return "budget"
+        return "max_rounds"
 
     async def _round(self) -> StopReason | None:
         began = time.monotonic()
@@ -360,13 +355,12 @@ class Loop:
         if self._channel.is_heard:
             await self._channel.put(ToolCallStarted(call))
         turn.begin(call.id)
-        context = ToolContext(self._run_id, call.id, call.name, self._stopping)
+        context = ToolContext(self._run_id, call.id, call.name, self._stopping, settings.tool_timeout)
         outcome = await self._tools.call(
             ready,
             context,
             timeout=settings.tool_timeout,
             max_output=settings.max_tool_output,
-            deadline_timer=self._deadline_timer,
         )
         return ToolRecord(
             call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds

@@ -97,6 +97,19 @@ def parameters_of_type(function: Callable[..., Any], wanted: type) -> tuple[str,
     return tuple(name for name, hint in hints.items() if _accepts(hint.annotation, wanted))
 
 
+def first_parameter_is(function: Callable[..., Any], wanted: type) -> bool:
+    """Returns whether the first parameter is positional-only and annotated with a type, or with that type or None.
+
+    The answer is False for a function whose hints cannot be read.
+    """
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except (TypeError, NameError, AttributeError, SyntaxError, ValueError):
+        return False
+    first = next(iter(parameters.values()), None)
+    return first is not None and first.kind is first.POSITIONAL_ONLY and _accepts(first.annotation, wanted)
+
+
 def _underlying_function(function: Callable[..., Any]) -> Any:
     """Returns the object that carries the name, the docstring and the hints of a callable."""
     while isinstance(function, functools.partial):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import attrs
 import msgspec
 
+from lmbridge._checks import check_seconds
 from lmbridge.agent.schemas import build_validator
-from lmbridge.agent.signatures import parameters_of_type, read_signature
+from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
 from lmbridge.client.schemas import digestible_parameters
 from lmbridge.errors import LLMValidationError
 
@@ -27,8 +28,11 @@ class ToolContext:
     tool: str
     """What the tool is called in this run."""
     cancelled: Callable[[], bool] = attrs.field(repr=False)
-    """Whether nobody waits for the result any more. A plain function runs in a thread, which nothing can stop: one
-    that takes long asks now and then."""
+    """Returns whether the result is no longer awaited. A plain function runs in a thread, which nothing can stop: one
+    that takes long calls this now and then, and returns early."""
+    tool_timeout: float | None = None
+    """The agent's `tool_timeout` in seconds, or None if the agent sets no limit. The agent enforces it, unless the tool
+    has a `timeout` of its own; a tool with `timeout=None` can keep to it in its own way."""
 
 
 @attrs.frozen(eq=False)
@@ -44,6 +48,12 @@ class Tool:
             arguments of other types.
         annotations: Whatever else is known of it, like the hints of an MCP server; for `approve`.
         server: The server it comes from, if there may be several with tools of one name.
+        timeout: Seconds that a call may take, in place of the agent's `tool_timeout`, which "agent", the default,
+            stands for. With None the agent sets no limit: for a function that enforces one itself, because not all that
+            it does is to count. It finds the agent's in `ToolContext.tool_timeout`.
+
+    A function whose arguments may have any names can take the `ToolContext` as a positional-only parameter:
+    `async def call(context: ToolContext, /, **arguments)`.
 
     Raises:
         LLMValidationError: an argument cannot be right.
@@ -58,11 +68,7 @@ class Tool:
     _convert: Callable[[Mapping[str, Any]], dict[str, Any]] | None = attrs.field(
         default=None, kw_only=True, repr=False, alias="_convert"
     )
-    _timed: Callable[[float | None], Callable[..., Any]] | None = attrs.field(
-        default=None, kw_only=True, repr=False, alias="_timed"
-    )
-    """Makes the function for a call that may take so many seconds. It keeps to them itself: not all that it does is the
-    call, such as the restart of a server before it."""
+    timeout: float | Literal["agent"] | None = attrs.field(default="agent", kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -73,6 +79,8 @@ class Tool:
             raise self._wrong(f"its function is {self.function!r}", "give a function, async or plain")
         if not isinstance(self.parameters, Mapping):
             raise self._wrong(f"its parameters are {self.parameters!r}", "give the JSON schema of an object")
+        if self.timeout != "agent":
+            check_seconds(f"timeout of tool {self.name!r}", self.timeout)
         try:
             msgspec.json.encode(self.sent_parameters)
         except (ValueError, TypeError, RecursionError) as exc:
@@ -80,7 +88,12 @@ class Tool:
 
     @classmethod
     def from_function(
-        cls, function: Callable[..., Any], *, name: str | None = None, description: str | None = None
+        cls,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout: float | Literal["agent"] | None = "agent",
     ) -> Self:
         """The tool that calls a function; its arguments are converted to the annotated types.
 
@@ -88,6 +101,7 @@ class Tool:
             function: Async or plain. Each parameter has a type hint.
             name: What the tool is called. Default: the function's name.
             description: What it does. Default: the docstring, up to its first section.
+            timeout: Seconds that a call may take; see `Tool`.
 
         Raises:
             LLMValidationError: a parameter has no place in JSON, or no type hint, or the function is none.
@@ -98,6 +112,7 @@ class Tool:
             signature.description if description is None else description,
             signature.schema,
             function,
+            timeout=timeout,
             _convert=signature.convert,
         )
 
@@ -110,6 +125,11 @@ class Tool:
     def context_names(self) -> tuple[str, ...]:
         """The parameters that get a `ToolContext`."""
         return parameters_of_type(self.function, ToolContext)
+
+    @cached_property
+    def takes_context_first(self) -> bool:
+        """Whether the function's first parameter is positional-only and takes the `ToolContext`."""
+        return first_parameter_is(self.function, ToolContext)
 
     @cached_property
     def is_async(self) -> bool:
@@ -125,10 +145,6 @@ class Tool:
     def has_converter(self) -> bool:
         """Whether `convert` is there at once. Where it is not, making it imports a library, which reads files."""
         return self._convert is not None
-
-    def within(self, seconds: float | None) -> tuple[Callable[..., Any], float | None]:
-        """The function for a call that may take so many seconds, and the seconds after which it is to be cut."""
-        return (self.function, seconds) if self._timed is None else (self._timed(seconds), None)
 
     def _wrong(self, what: str, hint: str) -> LLMValidationError:
         return LLMValidationError(f"tool {self.name!r}: {what}", hint=hint)

@@ -19,7 +19,6 @@ from lmbridge.agent.text_calls import read_text_calls, to_wire_call
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
-from lmbridge.transport.deadline import DeadlineTimer
 
 __all__ = ["Equip", "Equipment", "Fault", "Outcome", "Ready", "Toolset"]
 
@@ -153,23 +152,19 @@ class Toolset:
         *,
         timeout: float | None,
         max_output: int,
-        deadline_timer: DeadlineTimer,
     ) -> Coroutine[Any, Any, Outcome]:
         """Makes a call; what the tool raises is for the model to read.
 
         Args:
             ready: What `read` made of it.
             context: For functions that have a parameter for it.
-            timeout: Seconds that the tool may take, or None.
+            timeout: The agent's limit in seconds, or None; a `timeout` of the tool itself takes precedence.
             max_output: Characters of its output that are kept.
-            deadline_timer: Where its time is looked after.
         """
         tool = ready.call.tool
         if tool is None:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="give what read() returned")
-        return call_tool(
-            tool, ready.arguments, context, timeout=timeout, max_output=max_output, deadline_timer=deadline_timer
-        )
+        return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
     def _find(self, asked: str) -> str | None:
         """The sent name of the tool that is meant, by that name or by what the tool is called in this run."""

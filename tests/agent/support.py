@@ -10,7 +10,6 @@ from typing import Any
 from lmbridge import Agent
 from lmbridge.agent.history import check_pairs
 from lmbridge.testing import Behaviour, Request, ScriptedServer, answer
-from lmbridge.transport.deadline import DeadlineTimer
 
 
 def asks(name: str, call_id: str = "call_1", /, **arguments: Any) -> dict[str, Any]:
@@ -31,11 +30,6 @@ def calls(*tool_calls: Mapping[str, Any], text: str = "", **options: Any) -> Beh
 def add(a: int, b: int) -> int:
     """Adds two numbers."""
     return a + b
-
-
-def deadline_timer() -> DeadlineTimer:
-    """Where a call's time is looked after."""
-    return DeadlineTimer(asyncio.get_running_loop())
 
 
 def generations(server: ScriptedServer) -> list[Request]:

@@ -19,10 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge import Tool, ToolContext, ToolError
+from lmbridge import LLMValidationError, Tool, ToolContext, ToolError
 from lmbridge.agent import calling
 from lmbridge.agent.calling import Outcome, call_tool, capped
-from tests.agent.support import deadline_timer
 from tests.support import cancel_at_each_step, turns
 
 
@@ -37,9 +36,7 @@ async def call(
     """What comes of a call of a function."""
     context = ToolContext("run", "call", "tool", cancelled)
     tool = Tool("tool", "", {}, function)
-    return await call_tool(
-        tool, arguments, context, timeout=timeout, max_output=max_output, deadline_timer=deadline_timer()
-    )
+    return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output)
 
 
 class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
@@ -236,15 +233,13 @@ def test_a_tool_that_hangs_does_not_keep_the_interpreter() -> None:
 import asyncio, threading
 from lmbridge import ToolContext
 from lmbridge.agent.toolset import Toolset
-from lmbridge.transport.deadline import DeadlineTimer
 def hang() -> None:
     threading.Event().wait()
 async def main():
     tools = await Toolset.collect([hang])
     ready = tools.read({"function": {"name": "hang", "arguments": "{}"}})
-    deadline_timer = DeadlineTimer(asyncio.get_running_loop())
     context = ToolContext("", "", "", lambda: False)
-    print((await tools.call(ready, context, timeout=0.01, max_output=100, deadline_timer=deadline_timer)).text)
+    print((await tools.call(ready, context, timeout=0.01, max_output=100)).text)
 asyncio.run(main())
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=True)
@@ -374,12 +369,12 @@ async def test_a_tool_that_does_not_let_itself_be_cancelled_is_let_go(
     with caplog.at_level(logging.WARNING, "lmbridge.agent"):
         outcome = await call(stubborn, timeout=0.01)
     assert outcome.text.endswith("does not let itself be cancelled, and may still be running")
-    assert "a tool goes on 0.01 seconds after it was cancelled" in caplog.text
-    (stray,) = calling._tasks
+    assert "a tool is still running 0.01 seconds after it was cancelled" in caplog.text
+    (stray,) = calling._running_tools
     release.set()
     await asyncio.wait([stray])
     await turns()
-    assert not calling._tasks
+    assert not calling._running_tools
 
 
 async def test_a_second_cancel_does_not_wait_for_a_stubborn_tool() -> None:
@@ -400,7 +395,7 @@ async def test_a_second_cancel_does_not_wait_for_a_stubborn_tool() -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    (stray,) = calling._tasks
+    (stray,) = calling._running_tools
     release.set()
     await asyncio.wait([stray])
     await turns()
@@ -420,7 +415,7 @@ async def test_wherever_it_is_cancelled_the_tool_has_ended_before() -> None:
 
     async def after() -> None:
         assert running == []
-        assert not calling._tasks
+        assert not calling._running_tools
 
     await cancel_at_each_step(lambda: call(tool), after, at_least=1)
     await cancel_at_each_step(lambda: call(functools.partial(returns, tool)), after, at_least=2)
@@ -468,7 +463,7 @@ def test_a_tool_whose_loop_was_closed_under_it_is_dropped_without_an_error(
     unraisable: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", unraisable.append)
     kept: set[asyncio.Future[Any]] = set()
-    monkeypatch.setattr(calling, "_tasks", kept)
+    monkeypatch.setattr(calling, "_running_tools", kept)
     loop = asyncio.new_event_loop()
     task = loop.create_task(call(asyncio.Event().wait))
     loop.run_until_complete(turns(5))
@@ -509,43 +504,57 @@ async def test_the_time_of_a_tool_that_has_ended_is_watched_no_longer(ending: st
         if ending == "cancel":
             await asyncio.Event().wait()
 
-    ours = deadline_timer()
+    def timers() -> int:
+        scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # asyncio's own
+        return sum(not timer.cancelled() for timer in scheduled)
+
+    before = timers()
     context = ToolContext("run", "call", "tool", lambda: False)
-    called = asyncio.create_task(
-        call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100, deadline_timer=ours)
-    )
+    called = asyncio.create_task(call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100))
     await turns(1)
-    assert len(ours._deadlines) == 1
+    assert timers() == before + 1
     await turns(5)
     called.cancel()
     await asyncio.wait([called])
     assert called.cancelled() == (ending == "cancel")
-    assert not ours._deadlines
-    ours.close()
+    assert timers() == before
 
 
-# Tools that keep their own time
+# Tools with a time limit of their own
 
 
-async def test_a_tool_that_keeps_its_own_time_is_told_how_much_it_has_and_is_not_cut() -> None:
-    told: list[float | None] = []
+async def test_a_tool_without_a_limit_of_the_agent_gets_its_seconds_and_is_not_stopped() -> None:
+    limits: list[float | None] = []
 
-    def timed(seconds: float | None) -> Callable[..., Any]:
-        async def work() -> str:
-            told.append(seconds)
-            await turns(50)
-            return "done"
+    async def work(context: ToolContext, /, **arguments: str) -> str:
+        limits.append(context.tool_timeout)
+        await turns(50)
+        return arguments["context"]
 
-        return work
-
-    tool = Tool("tool", "", {}, timed(None), _timed=timed)
-    context = ToolContext("run", "call", "tool", lambda: False)
+    tool = Tool("tool", "", {}, work, timeout=None)
     for timeout in (1e-9, None):
-        outcome = await call_tool(tool, {}, context, timeout=timeout, max_output=100, deadline_timer=deadline_timer())
+        context = ToolContext("run", "call", "tool", lambda: False, timeout)
+        outcome = await call_tool(tool, {"context": "done"}, context, timeout=timeout, max_output=100)
         assert (outcome.text, outcome.is_error) == ("done", False)
-    assert told == [1e-9, None]
+    assert limits == [1e-9, None]
 
 
-def test_any_other_tool_is_cut_after_its_time() -> None:
-    function, seconds = Tool("tool", "", {}, turns).within(5)
-    assert (function, seconds) == (turns, 5)
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_the_limit_of_a_tool_takes_the_place_of_the_agents(is_async: bool) -> None:
+    release = threading.Event()
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    tool = Tool("hang", "", {}, hang if is_async else release.wait, timeout=0.01)
+    context = ToolContext("run", "call", "hang", lambda: False)
+    outcome = await call_tool(tool, {}, context, timeout=None, max_output=1_000)
+    release.set()
+    assert outcome.is_error
+    assert "not come to an end within 0.01 seconds" in outcome.text
+
+
+@pytest.mark.parametrize("timeout", [0, -1, True, float("inf"), "60", "none"])
+def test_a_limit_that_is_not_a_number_of_seconds_is_refused(timeout: Any) -> None:
+    with pytest.raises(LLMValidationError, match="timeout of tool 'tool' must be"):
+        Tool("tool", "", {}, turns, timeout=timeout)

@@ -351,7 +351,7 @@ def test_tools_are_compared_by_identity() -> None:
     tool = Tool("now", "", schema, cached)
     assert tool != Tool("now", "", schema, cached)
     assert len({tool, tool}) == 1
-    assert repr(tool) == "Tool(name='now', description='', server=None)"
+    assert repr(tool) == "Tool(name='now', description='', server=None, timeout='agent')"
 
 
 # Docstrings

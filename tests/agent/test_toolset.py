@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.toolset import Fault, Ready, Toolset
-from tests.agent.support import deadline_timer
 from tests.support import replaced
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
@@ -408,9 +407,7 @@ async def test_a_call_is_made_with_the_converted_arguments() -> None:
     read = tools.read(wire("weather", '{"city": "Ulm"}'))
     assert isinstance(read, Ready)
     context = ToolContext("run", "call_1", "weather", lambda: False)
-    outcome = await tools.call(read, context, timeout=30, max_output=100, deadline_timer=deadline_timer())
+    outcome = await tools.call(read, context, timeout=30, max_output=100)
     assert (outcome.text, outcome.is_error) == ("3 days of rain in Ulm", False)
     with pytest.raises(LLMValidationError, match="there is no tool 'x'"):
-        await tools.call(
-            Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100, deadline_timer=deadline_timer()
-        )
+        await tools.call(Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 import msgspec
 
-from lmbridge.agent.tools import Tool
+from lmbridge.agent.tools import Tool, ToolContext
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.config.files import is_offered
 from lmbridge.mcp.sdk import REFUSED
@@ -71,20 +71,19 @@ def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) 
     if schema.get("type", "object") != "object":
         raise LLMValidationError(f"its inputSchema is of type {schema['type']!r}, not an object")
 
-    def timed(seconds: float | None) -> Callable[..., Awaitable[McpText]]:
-        async def call(**arguments: Any) -> McpText:
-            is_idempotent = hints["idempotentHint"] is True
-            result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=timeout or seconds)
-            return McpText(text_of(result), result)
-
-        return call
+    async def call(context: ToolContext | None = None, /, **arguments: Any) -> McpText:
+        seconds = timeout or (None if context is None else context.tool_timeout)
+        is_idempotent = hints["idempotentHint"] is True
+        result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=seconds)
+        return McpText(text_of(result), result)
 
     return Tool(
         name,
         description_of(definition),
         clean_schema(schema),
-        timed(None),
-        _timed=timed,
+        call,
+        # The server enforces the limit, because a restart before the call does not count.
+        timeout=None,
         annotations=hints,
         server=server.spec.name,
     )
