@@ -22,7 +22,6 @@ from lmbridge import ToolContext, ToolError
 from lmbridge.agent.toolset import Ready, Toolset
 from lmbridge.mcp import McpEvent, McpHub, ToolProgress
 from lmbridge.mcp.servers import guardian
-from tests.agent.support import deadline_timer
 from tests.mcp.support import Recorder, gone, names, scripted, tool
 from tests.mcp.test_processes import HOST
 from tests.support import turns
@@ -106,7 +105,7 @@ async def test_calls_of_every_server_work(make_hub: MakeHub, servers: Any, folde
         ready = toolset.read({"id": "1", "function": {"name": name, "arguments": json.dumps(arguments)}})
         assert isinstance(ready, Ready), ready
         context = ToolContext("run", "1", name, lambda: False)
-        outcome = await toolset.call(ready, context, timeout=30, max_output=10_000, deadline_timer=deadline_timer())
+        outcome = await toolset.call(ready, context, timeout=30, max_output=10_000)
         assert not outcome.is_error, outcome.text
         return outcome.text
 

@@ -8,7 +8,6 @@ import pytest
 
 from lmbridge import LLMClient, Tool, ToolContext, collect
 from lmbridge.agent.toolset import Ready, Toolset
-from tests.agent.support import deadline_timer
 
 pytestmark = pytest.mark.real
 
@@ -69,5 +68,5 @@ async def test_a_call_of_the_model_is_read_and_executed(client: LLMClient) -> No
     ready = tools.read(call)
     assert isinstance(ready, Ready)
     context = ToolContext("run", ready.call.id, ready.call.name, lambda: False)
-    outcome = await tools.call(ready, context, timeout=30, max_output=100, deadline_timer=deadline_timer())
+    outcome = await tools.call(ready, context, timeout=30, max_output=100)
     assert outcome.text == "542"
