@@ -1,13 +1,17 @@
-"""The MCP layer (extra `mcp`): the tools of MCP servers, for agents.
+"""MCP servers as tools for agents, and lmbridge as an MCP server for other programs (extra `mcp`).
 
-Importing it needs no extra; the first server that is started does.
+Its folders are layers, and imports go downwards only: `bridge` (what lmbridge is to a host program), `dynamic` (agents
+whose runs name their servers), `servers` (the servers that lmbridge connects to), `sdk` (the only importer of the
+official SDK), and at the bottom `config` (configuration files) and `jsonrpc` (messages on byte streams).
+
+Importing this package does not need the extra; starting the first server does.
 """
 
 from lmbridge.mcp.config.files import McpConfig, ServerSpec, load_config
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
 from lmbridge.mcp.servers.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
 from lmbridge.mcp.servers.hub import McpHub, McpTools
-from lmbridge.mcp.servers.managed import ServerState, ServerStatus
+from lmbridge.mcp.servers.managed_server import ServerState, ServerStatus
 from lmbridge.mcp.servers.results import McpText
 
 __all__ = [

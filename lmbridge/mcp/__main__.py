@@ -12,7 +12,7 @@ from lmbridge._version import __version__
 from lmbridge.errors import LLMError
 from lmbridge.mcp.bridge.bridge import Bridge
 from lmbridge.mcp.bridge.host import HostLink, take_over_stdio
-from lmbridge.mcp.sdk import load
+from lmbridge.mcp.sdk import load_sdk
 from lmbridge.mcp.sdk.server_session import build_server, serve
 
 _DESCRIPTION = """\
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _serve(api_base: str | None, model: str | None, config_path: str | None) -> None:
     try:
-        load()
+        load_sdk()
     except ImportError as exc:
         raise ImportError("the bridge needs the official MCP SDK: pip install 'lmbridge[mcp]'") from exc
     with take_over_stdio() as (reading, writing):

@@ -384,9 +384,9 @@ async def _check_servers_exist(hub: McpHub, names: Sequence[str] | None) -> None
     """
     config = await hub.reload()
     if unknown := [name for name in names or () if name not in config.names]:
-        raise config.unknown(unknown[0])
+        raise config.unknown_server(unknown[0])
     if names is None and not await hub.names():
-        raise config.none_enabled()
+        raise config.no_server_enabled()
 
 
 def _single_server_error(failed: MultiMCPError) -> MCPConnectionError:

@@ -1,4 +1,4 @@
-"""What the tests of MCP have: hubs of scripted servers, closed in the end."""
+"""Fixtures for the tests of MCP: hubs and agents with scripted servers, which are closed after the test."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.mcp.support import Recorder, scripted
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test sees the configuration of the machine that it runs on."""
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gives each test an empty home and working directory, so that no test sees the configuration of its machine."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -31,22 +31,22 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restart is tried at once, and nobody waits long for those that do not end."""
-    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 0.0)
-    monkeypatch.setattr("lmbridge.mcp.servers.processes._TERM_AFTER", 0.2)
-    monkeypatch.setattr("lmbridge.mcp.servers.processes._KILL_AFTER", 0.2)
-    monkeypatch.setattr("lmbridge.mcp.servers.processes._LAST_OUTPUT", 0.2)
+    """Makes restarts happen at once, and gives processes little time to end by themselves."""
+    monkeypatch.setattr("lmbridge.mcp.servers.managed_server._FIRST_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("lmbridge.mcp.servers.server_process._EXIT_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("lmbridge.mcp.servers.process_groups._TERM_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("lmbridge.mcp.servers.server_process._LAST_OUTPUT_SECONDS", 0.2)
 
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """A file for what a scripted server notes."""
+    """The path of a file to which a scripted server adds lines."""
     return tmp_path / "notes"
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
-    """Writes a configuration."""
+    """A function that writes a configuration file and returns its path."""
 
     def write(servers: Mapping[str, Any]) -> Path:
         path = tmp_path / "mcp.json"
@@ -61,7 +61,7 @@ MakeHub = Callable[..., McpHub]
 
 @pytest_asyncio.fixture
 async def make_hub(config: Callable[[Mapping[str, Any]], Path]) -> AsyncIterator[MakeHub]:
-    """Makes hubs; a server is what a scripted one is told, or an entry with a "command" or "url"."""
+    """A function that makes hubs. A server is given by the options of a scripted server, or by its entry."""
     hubs: list[McpHub] = []
 
     def make(servers: Mapping[str, Mapping[str, Any]], **options: Any) -> McpHub:
@@ -76,7 +76,7 @@ async def make_hub(config: Callable[[Mapping[str, Any]], Path]) -> AsyncIterator
 
 @pytest.fixture
 def recorder() -> Recorder[McpEvent]:
-    """For `on_event`: notes events, and waits for one."""
+    """A callback for `on_event` that records events and can wait for one."""
     return Recorder()
 
 
@@ -85,7 +85,7 @@ MakeAgent = Callable[..., DynamicAutonomousAgent]
 
 @pytest_asyncio.fixture
 async def make_agent(config: Callable[[Mapping[str, Any]], Path], client: LLMClient) -> AsyncIterator[MakeAgent]:
-    """Makes agents of the scripted model and of scripted servers, told as to `make_hub`."""
+    """A function that makes agents with the scripted model and with servers that are given as for `make_hub`."""
     agents: list[DynamicAutonomousAgent] = []
 
     def make(servers: Mapping[str, Mapping[str, Any]], **options: Any) -> DynamicAutonomousAgent:

@@ -32,7 +32,7 @@ from lmbridge.testing import Behaviour, ScriptedServer, answer, reply
 from tests.agent.support import add, asks, asks_raw, calls, check_valid, sent, tool_texts
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import METHODS, ONLY_ECHO, echo_the_task, sent_system_message, sent_tool_names, start_run
-from tests.mcp.support import noted, scripted
+from tests.mcp.support import scripted, wait_for_notes
 
 # Return values
 
@@ -178,7 +178,7 @@ async def test_an_unknown_name_is_an_error_that_lists_the_known_ones_and_starts_
     scripted_server: ScriptedServer, make_agent: MakeAgent, on_error: Any, stream: bool
 ) -> None:
     agent = make_agent({"a": {}, "off": {"disabled": True}})
-    for unknown, message in (("b", r"there is no MCP server 'b'; there are: a"), ("off", r"'off' is disabled")):
+    for unknown, message in (("b", r"unknown MCP server 'b'; the enabled ones are: a"), ("off", r"'off' is disabled")):
         with pytest.raises(MCPError, match=message) as caught:
             await agent.autonomous_with_multiple_mcps(["a", unknown], "Go.", on_mcp_error=on_error, stream=stream)
         assert not isinstance(caught.value, MCPConnectionError | MultiMCPError)
@@ -196,7 +196,7 @@ async def test_an_unknown_name_does_not_cancel_runs_of_another_model(
     agent = make_agent({"a": {}}, switch_policy="cancel")
     first = asyncio.create_task(agent.autonomous_with_mcp("a", "Go."))
     await scripted_server.wait_until(lambda: scripted_server.in_flight)
-    with pytest.raises(MCPError, match="there is no MCP server 'b'"):
+    with pytest.raises(MCPError, match="unknown MCP server 'b'"):
         await agent.autonomous_with_mcp("b", "Go.", model="other")
     gate.set()
     assert await first == "to the end"
@@ -280,7 +280,7 @@ async def test_failures_of_several_servers_are_one_error_and_the_started_servers
     scripted_server.default = calls(asks("echo", text="x"))
     scripted_server.script(calls(asks("echo", text="x")), answer("done"))
     assert await agent.autonomous_with_mcp("good", "Go.") == "done"
-    assert await noted(notes) == ["started"]
+    assert await wait_for_notes(notes) == ["started"]
 
 
 @pytest.mark.parametrize(("prompt", "before"), [(None, ""), ("Be brief.", "Be brief.\n\n")])
@@ -298,7 +298,7 @@ async def test_continue_runs_without_the_failed_servers_and_names_them_to_the_mo
     assert isinstance(error, MCPConnectionError)
     assert "missing API_KEY" in str(error)
     (warning,) = [each for each in caplog.records if each.levelno == logging.WARNING]
-    assert warning.message.startswith("the run goes on without MCP server 'dies': ")
+    assert warning.message.startswith("the run continues without MCP server 'dies': ")
     note = "The tools of these MCP servers are missing, because the servers could not be started: dies."
     assert sent_system_message(scripted_server) == before + note
     assert sent_tool_names(scripted_server) == ["echo"]
@@ -328,13 +328,15 @@ async def test_continue_runs_even_if_all_servers_failed(scripted_server: Scripte
 
 
 async def test_discovery_without_an_enabled_server_is_an_error(
-    own_home: Path, client: LLMClient, make_agent: MakeAgent
+    empty_home: Path, client: LLMClient, make_agent: MakeAgent
 ) -> None:
     for servers in ({}, {"off": {"disabled": True}}, {"bridge": {"command": "lmbridge-mcp"}}):
         with pytest.raises(MCPError, match=r"no MCP server is enabled; enable one in .*mcp\.json"):
             await make_agent(servers).autonomous_discover_and_execute("Go.")
     async with DynamicAutonomousAgent(client) as agent:
-        with pytest.raises(MCPError, match=r"no MCP server is enabled; write a configuration; looked for .*mcp\.json"):
+        with pytest.raises(
+            MCPError, match=r"no MCP server is enabled; write a configuration file; looked for .*mcp\.json"
+        ):
             await agent.autonomous_discover_and_execute("Go.")
 
 
@@ -351,13 +353,13 @@ async def test_a_configuration_file_of_the_project_is_used_only_if_it_is_trusted
     assert not notes.exists()
     async with DynamicAutonomousAgent(client, trust_project=True) as agent:
         await agent.autonomous_with_mcp("a", "Go.")
-    assert await noted(notes) == ["started"]
+    assert await wait_for_notes(notes) == ["started"]
 
 
 async def test_a_missing_configuration_file_is_an_error_at_each_use(client: LLMClient, tmp_path: Path) -> None:
     agent = DynamicAutonomousAgent(client, config_path=tmp_path / "none.json")
     for use in (agent.list_available_mcps(), agent.autonomous_with_mcp("a", "Go.")):
-        with pytest.raises(MCPError, match=r"none\.json', and there is no such file"):
+        with pytest.raises(MCPError, match=r"none\.json', but that file does not exist"):
             await use
 
 

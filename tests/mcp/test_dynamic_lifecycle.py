@@ -24,8 +24,7 @@ from tests.agent.support import asks, calls, check_valid, our_tasks, tool_texts
 from tests.agent.test_cancellation import Probe
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import echo_the_task, sent_tool_names
-from tests.mcp.support import gone, noted, scripted
-from tests.mcp.test_hub import rewrite
+from tests.mcp.support import rewrite, scripted, wait_for_notes, wait_until_gone
 from tests.support import cancel_at_each_step, in_flight, turns
 
 
@@ -81,7 +80,7 @@ async def test_a_changed_file_closes_an_old_server_only_after_the_runs_that_use_
     assert not await asyncio.to_thread(is_gone, old)
     gate.set()
     assert tool_texts((await first).messages) == ["on", "count"]
-    await gone(old)
+    await wait_until_gone(old)
 
 
 async def test_a_run_uses_the_configuration_file_as_it_is_when_the_run_starts(
@@ -179,7 +178,7 @@ async def test_a_cancelled_run_stops_servers_that_are_starting(
 ) -> None:
     agent = make_agent({"slow": hanging_server(notes)})
     caller = asyncio.create_task(agent.autonomous_with_mcp("slow", "Go.", stream=stream))
-    await noted(notes)
+    await wait_for_notes(notes)
     caller.cancel("enough")
     with pytest.raises(asyncio.CancelledError) as caught:
         await caller
@@ -214,7 +213,7 @@ async def test_leaving_the_event_stream_early_cancels_the_run(
                 break
     assert events.handle.stop_reason == "cancelled"
     assert count_server_users(agent) == 0
-    assert (await noted(notes))[0].startswith("cancelled ")
+    assert (await wait_for_notes(notes))[0].startswith("cancelled ")
     check_valid(events.handle.messages)
 
 
@@ -300,11 +299,11 @@ async def test_close_waits_for_tools_that_clean_up(scripted_server: ScriptedServ
 async def test_close_ends_servers_that_are_starting(make_agent: MakeAgent, notes: Path) -> None:
     agent = make_agent({"slow": hanging_server(notes, grandchild=True)})
     waiting = asyncio.create_task(agent.autonomous_with_mcp("slow", "Go.", stream=True))
-    grandchild = next(line for line in await noted(notes, 2) if line.startswith("grandchild"))
+    grandchild = next(line for line in await wait_for_notes(notes, 2) if line.startswith("grandchild"))
     await agent.close()
     with pytest.raises(TaskCancelledError, match="its agent was closed"):
         await waiting
-    await gone(int(grandchild.split()[1]))
+    await wait_until_gone(int(grandchild.split()[1]))
     check_idle(agent)
 
 

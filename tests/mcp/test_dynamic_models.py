@@ -14,7 +14,7 @@ from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import generations, sent
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import ONLY_ECHO, echo_the_task
-from tests.mcp.support import noted, scripted
+from tests.mcp.support import scripted, wait_for_notes
 
 
 async def test_a_pool_lends_a_client_for_each_generation(
@@ -85,7 +85,7 @@ async def test_a_second_model_is_refused_while_the_servers_of_the_first_run_star
 ) -> None:
     agent = make_agent({"slow": {"hang": True, "starts": True, "notes": str(notes)}, "a": {}}, switch_policy="reject")
     first = asyncio.create_task(agent.autonomous_with_mcp("slow", "Go.", model="one"))
-    await noted(notes)
+    await wait_for_notes(notes)
     for stream in (False, True):
         with pytest.raises(ModelChangedDuringExecutionError):
             await agent.autonomous_with_mcp("a", "Go.", model="other", stream=stream)
@@ -109,4 +109,4 @@ async def test_a_hundred_runs_on_two_models_share_one_server_process(
     runs = (agent.autonomous_with_mcp("filesystem", f"Task {n}", model=models[n % 2]) for n in range(100))
     assert await asyncio.gather(*runs) == [f"Task {n}" for n in range(100)]
     assert len(generations(scripted_server)) == 200
-    assert await noted(notes) == ["started"]
+    assert await wait_for_notes(notes) == ["started"]

@@ -12,7 +12,7 @@ from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import add, asks, calls, tool_texts
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import sent_tool_names
-from tests.mcp.support import Recorder, noted
+from tests.mcp.support import Recorder, wait_for_notes
 
 
 async def test_listing_servers_follows_the_file_and_starts_nothing(make_agent: MakeAgent) -> None:
@@ -98,7 +98,7 @@ async def test_definitions_take_at_most_half_of_a_known_context(
     await agent.autonomous_with_mcp("a", "Go.")
     assert sent_tool_names(scripted_server) == ["echo", "small"]
     assert "tool 'big_one' is left out: its definition takes about" in caplog.text
-    assert "of 1024 for all" in caplog.text
+    assert "of the 1024 for all" in caplog.text
 
 
 async def test_all_definitions_are_sent_if_the_context_length_is_unknown(
@@ -116,14 +116,14 @@ async def test_tool_timeout_covers_a_call(scripted_server: ScriptedServer, make_
     agent = make_agent({"a": {"notes": str(notes)}}, tool_timeout=0.1)
     scripted_server.script(calls(asks("sleep")), answer("done"))
     result = await agent.autonomous_with_mcp("a", "Go.", full=True)
-    assert "did not answer within 0.1 seconds; it was told to stop" in tool_texts(result.messages)[0]
-    assert (await noted(notes))[0].startswith("cancelled ")
+    assert "did not answer within 0.1 seconds; the call was cancelled" in tool_texts(result.messages)[0]
+    assert (await wait_for_notes(notes))[0].startswith("cancelled ")
 
 
 async def test_tool_timeout_does_not_cover_a_restart(
     scripted_server: ScriptedServer, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers.managed._FIRST_WAIT", 1.0)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed_server._FIRST_BACKOFF_SECONDS", 1.0)
     agent = make_agent({"a": {}}, tool_timeout=0.5)
     scripted_server.script(calls(asks("die")), calls(asks("echo", text="on")), answer("done"))
     result = await agent.autonomous_with_mcp("a", "Go.", full=True)

@@ -22,8 +22,8 @@ from lmbridge import ToolContext, ToolError
 from lmbridge.agent.toolset import Ready, Toolset
 from lmbridge.mcp import McpEvent, McpHub, ToolProgress
 from lmbridge.mcp.servers import guardian
-from tests.mcp.support import Recorder, gone, names, scripted, tool
-from tests.mcp.test_processes import HOST
+from tests.mcp.servers.test_process_groups import HOST
+from tests.mcp.support import Recorder, function_of, names, scripted, wait_until_gone
 from tests.support import turns
 
 pytestmark = pytest.mark.real
@@ -123,9 +123,9 @@ async def test_calls_of_every_server_work(make_hub: MakeHub, servers: Any, folde
 async def test_errors_contain_the_text_of_the_server(make_hub: MakeHub, servers: Any) -> None:
     lease = await make_hub(servers).tools(["time", "filesystem"])
     with pytest.raises(ToolError, match=r"(?i)invalid timezone"):
-        await tool(lease, "get_current_time")(timezone="Nowhere/Land")
+        await function_of(lease, "get_current_time")(timezone="Nowhere/Land")
     with pytest.raises(ToolError, match=r"(?i)access denied"):
-        await tool(lease, "read_text_file")(path="/etc/passwd")
+        await function_of(lease, "read_text_file")(path="/etc/passwd")
 
 
 async def test_destructive_hints_are_available_as_annotations(make_hub: MakeHub, servers: Any) -> None:
@@ -147,23 +147,23 @@ async def test_servers_that_fail_in_several_ways_leave_the_others_usable(make_hu
     hub = make_hub({**faults, **servers})
     lease = await hub.tools(on_error="continue")
     assert set(lease.errors) == {"missing", "hanging", "dying"}
-    assert await tool(lease, "parts", "noisy")() == "one\ntwo"
-    assert "Echo: x" in await tool(lease, "echo")(message="x")
+    assert await function_of(lease, "parts", "noisy")() == "one\ntwo"
+    assert "Echo: x" in await function_of(lease, "echo")(message="x")
 
 
 async def test_a_server_that_is_killed_in_a_call_restarts_and_the_others_go_on(make_hub: MakeHub, servers: Any) -> None:
     recorder: Recorder[McpEvent] = Recorder()
     hub = make_hub({name: servers[name] for name in ("everything", "time")}, on_event=recorder)
     lease = await hub.tools()
-    long = asyncio.create_task(tool(lease, "trigger-long-running-operation")(duration=1, steps=10))
+    long = asyncio.create_task(function_of(lease, "trigger-long-running-operation")(duration=1, steps=10))
     await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
     pid = hub.status()["everything"].pid
     assert pid
     os.kill(pid, signal.SIGKILL)
-    assert "UTC" in await tool(lease, "get_current_time")(timezone="UTC")
+    assert "UTC" in await function_of(lease, "get_current_time")(timezone="UTC")
     # The tool is declared idempotent, so the call was repeated.
     assert "completed" in await long
-    assert await tool(lease, "echo")(message="back") == "Echo: back"
+    assert await function_of(lease, "echo")(message="back") == "Echo: back"
     assert {name: status.starts for name, status in hub.status().items()} == {"everything": 2, "time": 1}
 
 
@@ -176,12 +176,12 @@ async def test_a_call_that_is_not_idempotent_is_not_repeated_when_its_server_is_
     assert pid
     # A stopped server cannot answer before it is killed.
     os.kill(pid, signal.SIGSTOP)
-    call = asyncio.create_task(tool(lease, "git_commit")(repo_path=str(folder), message="once"))
+    call = asyncio.create_task(function_of(lease, "git_commit")(repo_path=str(folder), message="once"))
     await turns(10)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ToolError, match="may or may not have run"):
         await call
-    assert "Untracked" in await tool(lease, "git_status")(repo_path=str(folder))
+    assert "Untracked" in await function_of(lease, "git_status")(repo_path=str(folder))
     assert hub.status()["git"].starts == 2
 
 
@@ -189,8 +189,8 @@ async def test_a_call_that_times_out_leaves_its_session_usable(make_hub: MakeHub
     hub = make_hub({"everything": servers["everything"]})
     lease = await hub.tools(call_timeout=0.5)
     with pytest.raises(ToolError, match=r"did not answer within 0.5 seconds"):
-        await tool(lease, "trigger-long-running-operation")(duration=60, steps=60)
-    assert await tool(lease, "echo")(message="on") == "Echo: on"
+        await function_of(lease, "trigger-long-running-operation")(duration=60, steps=60)
+    assert await function_of(lease, "echo")(message="on") == "Echo: on"
     assert hub.status()["everything"].starts == 1
 
 
@@ -198,7 +198,7 @@ async def test_output_of_a_launcher_before_the_server_starts_is_skipped(make_hub
     command = servers["everything"]["command"]
     script = f"echo 'Starting...'; echo '{{half of a'; printf 'no end of line '; exec {command} stdio"
     lease = await make_hub({"a": {"command": "sh", "args": ["-c", script]}}).tools()
-    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    assert await function_of(lease, "echo")(message="on") == "Echo: on"
 
 
 async def test_a_missing_package_is_reported_in_the_words_of_its_launcher(make_hub: MakeHub, servers: Any) -> None:
@@ -216,12 +216,12 @@ async def test_a_cancelled_call_leaves_the_session_usable(make_hub: MakeHub, ser
     recorder: Recorder[McpEvent] = Recorder()
     hub = make_hub({"everything": servers["everything"]}, on_event=recorder)
     lease = await hub.tools()
-    long = asyncio.create_task(tool(lease, "trigger-long-running-operation")(duration=60, steps=600))
+    long = asyncio.create_task(function_of(lease, "trigger-long-running-operation")(duration=60, steps=600))
     await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
     long.cancel()
     await asyncio.wait([long])
     assert long.cancelled()
-    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    assert await function_of(lease, "echo")(message="on") == "Echo: on"
     assert hub.status()["everything"].starts == 1
 
 
@@ -231,7 +231,7 @@ async def test_a_hundred_runs_share_one_process_for_each_server(make_hub: MakeHu
     async def run(number: int) -> str:
         lease = await hub.tools()
         try:
-            return str(await tool(lease, "echo")(message=str(number)))
+            return str(await function_of(lease, "echo")(message=str(number)))
         finally:
             lease.release()
 
@@ -246,7 +246,7 @@ async def test_all_processes_of_npx_are_gone_when_close_returns(make_hub: MakeHu
         {"a": {"command": "npx", "args": ["--no-install", "mcp-server-everything", "stdio"], "cwd": str(NPM)}}
     )
     lease = await hub.tools()
-    assert await tool(lease, "echo")(message="on") == "Echo: on"
+    assert await function_of(lease, "echo")(message="on") == "Echo: on"
     group = hub.status()["a"].pid
     assert group
     assert await asyncio.to_thread(count_processes, group) > 1
@@ -273,12 +273,12 @@ async def test_all_processes_of_npx_are_gone_after_the_end_of_their_host(
     assert await asyncio.to_thread(count_processes, group) > 1
     host.send_signal(number)
     assert await host.wait() == -number
-    await gone(group)
+    await wait_until_gone(group)
 
 
 def count_processes(group: int) -> int:
     """Returns the number of processes in a process group."""
-    return sum(guardian._runs_in(group, each) for each in Path("/proc").glob("[0-9]*"))
+    return sum(guardian._runs_in_group(each, group) for each in Path("/proc").glob("[0-9]*"))
 
 
 @pytest_asyncio.fixture(params=["streamableHttp", "sse"])
@@ -311,7 +311,7 @@ async def test_a_server_on_http_is_usable(make_hub: MakeHub, everything_url: str
     hub = make_hub({"a": {"url": everything_url}}, on_event=recorder)
     lease = await hub.tools()
     assert "echo" in names(lease.tools)
-    assert await tool(lease, "echo")(message="on") == "Echo: on"
-    await tool(lease, "trigger-long-running-operation")(duration=0.1, steps=2)
+    assert await function_of(lease, "echo")(message="on") == "Echo: on"
+    await function_of(lease, "trigger-long-running-operation")(duration=0.1, steps=2)
     assert await recorder.wait_for(lambda event: isinstance(event, ToolProgress))
     await hub.close()

@@ -1,7 +1,8 @@
-"""Configuration files for MCP servers: where they are, what is in them, and whose programs they start.
+"""Finds and reads the configuration file that names MCP servers.
 
-The formats are those of Claude, LM Studio and Cursor (`mcpServers`) and of VS Code (`servers`, with comments).
-Nothing of the SDK is needed here.
+The formats are those of Claude, LM Studio and Cursor (`mcpServers`) and of VS Code (`servers`, with comments), so that
+one file serves lmbridge and the programs that its user already has. A file in the working directory is read only if it
+is trusted, because it may have come with somebody else's repository and names programs to start.
 """
 
 from __future__ import annotations
@@ -9,122 +10,127 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 from lmbridge.errors import MCPError
-from lmbridge.mcp.config.jsonc import parse_json
-from lmbridge.mcp.config.spec import ServerSpec, expanded, read_spec
+from lmbridge.mcp.config.jsonc import parse_jsonc
+from lmbridge.mcp.config.server_spec import ServerSpec, expand_home, read_spec
 
 __all__ = ["McpConfig", "ServerSpec", "load_config"]
 
 logger = logging.getLogger("lmbridge.mcp")
 
-_KEYS: Final = ("mcpServers", "servers")
-_LARGEST: Final = 4 * 2**20
-"""Bytes of a file that are read at most: a larger one is not a configuration."""
+_SERVER_KEYS: Final = ("mcpServers", "servers")
+_LARGEST_FILE: Final = 4 * 2**20
+"""Bytes that a file may have. A larger file is not a configuration, and reading it would take too long."""
+_TRUST_HINT: Final = (
+    "it may start programs that somebody else has chosen; if you trust it, pass trust_project=True or set "
+    "LMBRIDGE_TRUST_PROJECT=1"
+)
 
 
 @attrs.frozen
 class McpConfig:
-    """What a configuration file says.
-
-    Attributes:
-        path: The file; None if there is none.
-        names: The enabled servers, in the order of the file.
-        servers: Those that can be used.
-        broken: Those whose entry cannot be used, and why.
-        disabled: Servers that are not enabled.
-        untrusted: A file in the working directory that was skipped, because it may be anybody's.
-        searched: The places that were looked at, if there is no file.
-        stamp: Changes when the file does.
-    """
+    """The content of a configuration file."""
 
     path: Path | None = None
+    """The file, or None if none was found."""
     names: tuple[str, ...] = ()
+    """The names of the enabled servers, in the order of the file."""
     servers: Mapping[str, ServerSpec] = attrs.field(factory=dict)
+    """The enabled servers whose entry is valid, by name."""
     broken: Mapping[str, MCPError] = attrs.field(factory=dict)
+    """The enabled servers whose entry is not valid, each with the error."""
     disabled: tuple[str, ...] = ()
+    """The names of the servers that are disabled."""
     untrusted: Path | None = None
+    """A file in the working directory that was skipped because it is not trusted, or None."""
     searched: tuple[Path, ...] = attrs.field(default=(), eq=False)
-    stamp: object = attrs.field(default=None, eq=False)
+    """The paths that were tried, if no file was found."""
+    fingerprint: object = attrs.field(default=None, eq=False)
+    """A value that changes when the file does; see `file_fingerprint`."""
 
-    def unknown(self, name: str) -> MCPError:
-        """The error for a name that is not an enabled server."""
+    def unknown_server(self, name: str) -> MCPError:
+        """Returns the error for a name that is not the name of an enabled server."""
         known = ", ".join(self.names) or "none"
         if name in self.disabled:
-            what = f"the MCP server {name!r} is disabled; there are: {known}"
-            return MCPError(what, hint=f"enable it in {self.path}")
+            return MCPError(
+                f"MCP server {name!r} is disabled; the enabled ones are: {known}", hint=f"enable it in {self.path}"
+            )
         where = f" in {self.path}" if self.path else ""
-        return MCPError(f"there is no MCP server {name!r}; there are: {known}", hint=f"add it{where}" + self._skipped())
+        return MCPError(
+            f"unknown MCP server {name!r}; the enabled ones are: {known}",
+            hint=f"add it{where}{self._describe_skipped()}",
+        )
 
-    def none_enabled(self) -> MCPError:
-        """The error for who wants all servers that are enabled, where there are none."""
-        where = f"enable one in {self.path}" if self.path else "write a configuration"
-        return MCPError("no MCP server is enabled", hint=where + self._skipped())
+    def no_server_enabled(self) -> MCPError:
+        """Returns the error for a caller that wants all enabled servers, if no server is enabled."""
+        advice = f"enable one in {self.path}" if self.path else "write a configuration file"
+        return MCPError("no MCP server is enabled", hint=advice + self._describe_skipped())
 
-    def _skipped(self) -> str:
-        if self.untrusted is None:
-            return "" if self.path else f"; looked for {', '.join(map(str, self.searched))}"
-        return f"; {self.untrusted} was skipped: {_TRUST_HINT}"
-
-
-_TRUST_HINT: Final = (
-    "it starts programs of whoever wrote it; if you trust it, pass trust_project=True or set LMBRIDGE_TRUST_PROJECT=1"
-)
+    def _describe_skipped(self) -> str:
+        if self.untrusted is not None:
+            return f"; {self.untrusted} was skipped: {_TRUST_HINT}"
+        return "" if self.path else f"; looked for {', '.join(map(str, self.searched))}"
 
 
 def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bool = False) -> McpConfig:
-    """Reads the configuration: from the path, or from the first file there is of the places below.
+    """Reads the configuration from a file that is given, or from the first of the usual places that has one.
 
-    These are `MCP_JSON_PATH`, `./.mcp.json` (if it is trusted), `~/.lmstudio/mcp.json` and `~/.mcp.json`. It reads
-    files, so it blocks.
+    The places are, in this order: the path in the environment variable `MCP_JSON_PATH`, `./.mcp.json` if it is trusted,
+    `~/.lmstudio/mcp.json`, and `~/.mcp.json`. The function reads files, so it blocks::
+
+        config = load_config("mcp.json")
+        print(config.names, config.servers["files"].command)
 
     Args:
-        path: The file.
-        trust_project: Whether programs named in `./.mcp.json` may be started. `LMBRIDGE_TRUST_PROJECT=1` says so too.
+        path: The file. Default: the first of the places above.
+        trust_project: Whether programs that `./.mcp.json` names may be started. The environment variable
+            `LMBRIDGE_TRUST_PROJECT=1` means the same.
 
     Raises:
-        MCPError: a file that was named is not there, or the file cannot be read; the text says where.
+        MCPError: A file that was named does not exist, or the file cannot be read or parsed; the text says where. An
+            entry that is not valid does not raise; it is in `McpConfig.broken`.
     """
     found, untrusted = find_config(path, trust_project=trust_project)
     if found is None:
-        return McpConfig(untrusted=untrusted, searched=tuple(_searched()))
-    stamp = file_stamp(found)
-    return attrs.evolve(_read(found), untrusted=untrusted, stamp=stamp)
+        return McpConfig(untrusted=untrusted, searched=tuple(_searched_paths()))
+    # Before the file is read: a change in between must lead to another reading.
+    fingerprint = file_fingerprint(found)
+    return attrs.evolve(_read_config(found), untrusted=untrusted, fingerprint=fingerprint)
 
 
 def find_config(path: str | os.PathLike[str] | None, *, trust_project: bool) -> tuple[Path | None, Path | None]:
-    """The file to read, and the one that was skipped because nobody said that it is trusted.
+    """Returns the file to read, and the file in the working directory that was skipped because it is not trusted.
 
     Raises:
-        MCPError: a file that was named is not there.
+        MCPError: A file that was named does not exist.
     """
     if path is not None:
-        return _named(path, "config_path"), None
-    if given := os.environ.get("MCP_JSON_PATH"):
-        return _named(given, "MCP_JSON_PATH"), None
-    trusted = trust_project or os.environ.get("LMBRIDGE_TRUST_PROJECT") == "1"
+        return _existing_file(path, "config_path"), None
+    if from_environment := os.environ.get("MCP_JSON_PATH"):
+        return _existing_file(from_environment, "MCP_JSON_PATH"), None
+    is_trusted = trust_project or os.environ.get("LMBRIDGE_TRUST_PROJECT") == "1"
     untrusted = None
-    own = _own()
-    project = _project()
-    if project is not None and _is_there(project) and not any(_is_same(project, each) for each in own):
-        if trusted:
+    home_files = _home_files()
+    project = _project_file()
+    if project is not None and _is_file(project) and not any(_is_same_file(project, each) for each in home_files):
+        if is_trusted:
             return project, None
         untrusted = project
-    return next((each for each in own if _is_there(each)), None), untrusted
+    return next((each for each in home_files if _is_file(each)), None), untrusted
 
 
-def warn_of_untrusted(path: Path) -> None:
-    """Says in the log that a file was skipped."""
-    logger.warning("the MCP configuration %s is skipped: %s", path, _TRUST_HINT)
+def warn_untrusted(path: Path) -> None:
+    """Logs a warning that a file in the working directory was skipped."""
+    logger.warning("the MCP configuration %s was skipped: %s", path, _TRUST_HINT)
 
 
-def file_stamp(path: Path) -> object:
-    """What changes when a file does; None if it is not there."""
+def file_fingerprint(path: Path) -> object:
+    """Returns a value that changes when the file does, or None if the file does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -132,85 +138,85 @@ def file_stamp(path: Path) -> object:
     return (str(path), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-def is_offered(tool: str, spec: ServerSpec) -> bool:
-    """Whether the configuration lets a tool of a server be called: it is allowed and not denied."""
-    allowed = spec.allow is None or any(fnmatchcase(tool, glob) for glob in spec.allow)
-    return allowed and not any(fnmatchcase(tool, glob) for glob in spec.deny)
+def _searched_paths() -> list[Path]:
+    project = _project_file()
+    return [*([] if project is None else [project]), *_home_files()]
 
 
-def _searched() -> list[Path]:
-    project = _project()
-    return [*([] if project is None else [project]), *_own()]
-
-
-def _project() -> Path | None:
+def _project_file() -> Path | None:
     try:
         return Path.cwd() / ".mcp.json"
-    except OSError:  # somebody removed the folder
+    except OSError:
+        # The working directory has been removed.
         return None
 
 
-def _own() -> list[Path]:
+def _home_files() -> list[Path]:
     try:
         home = Path.home()
-    except RuntimeError:  # a container may have a user without one
+    except RuntimeError:
+        # In a container, the user may have no home directory.
         return []
     return [home / ".lmstudio" / "mcp.json", home / ".mcp.json"]
 
 
-def _is_there(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # it is in a folder that is closed to us, or no file can have that name
+    except OSError:
+        # The folder may not be accessible, or the name may be too long for a file.
         return False
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    return _is_there(other) and one.samefile(other)
+def _is_same_file(one: Path, other: Path) -> bool:
+    return _is_file(other) and one.samefile(other)
 
 
-def _named(given: str | os.PathLike[str], source: str) -> Path:
-    path = expanded(Path(given))
-    if not _is_there(path):
-        raise MCPError(f"{source} is {str(path)!r}, and there is no such file", hint="give the path of an mcp.json")
+def _existing_file(given: str | os.PathLike[str], source: str) -> Path:
+    path = expand_home(Path(given))
+    if not _is_file(path):
+        raise MCPError(f"{source} is {str(path)!r}, but that file does not exist", hint="give the path of an mcp.json")
     return path.absolute()
 
 
-def _read(path: Path) -> McpConfig:
-    """What a file says.
+def _read_config(path: Path) -> McpConfig:
+    """Reads and parses a file.
 
     Raises:
-        MCPError: it cannot be read as a whole. What is wrong with one server is in `broken`.
+        MCPError: The file as a whole cannot be used. Errors of single servers are in `McpConfig.broken`.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_LARGEST + 1)
-        if len(content) > _LARGEST:
-            raise MCPError(f"{path} is larger than {_LARGEST // 2**20} MiB", hint="give the path of an mcp.json")
-        document = parse_json(content.decode("utf-8-sig"))
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise MCPError(f"{path} is larger than {_LARGEST_FILE // 2**20} MiB", hint="give the path of an mcp.json")
+        document = parse_jsonc(content.decode("utf-8-sig"))
     except OSError as exc:
         raise MCPError(f"{path} cannot be read: {exc.strerror}", exc, hint="check its permissions") from exc
     except ValueError as exc:
-        raise MCPError(f"{path} is no JSON: {exc}", exc, hint="correct it there") from exc
-    return _servers(_entries(document, path), path)
+        raise MCPError(f"{path} is not valid JSON: {exc}", exc, hint="correct the file") from exc
+    key, entries = _find_entries(document, path)
+    return _parse_entries(key, entries, path)
 
 
-def _entries(document: Any, path: Path) -> Mapping[str, Any]:
-    found = [key for key in _KEYS if isinstance(document, dict) and key in document]
-    if len(found) != 1:
-        what = "both 'mcpServers' and 'servers'" if found else "neither 'mcpServers' nor 'servers'"
-        raise MCPError(f"{path} has {what}", hint='put all servers under "mcpServers": {"name": {"command": ...}}')
-    entries = document[found[0]]
+def _find_entries(document: Any, path: Path) -> tuple[str, Mapping[str, Any]]:
+    keys = [key for key in _SERVER_KEYS if isinstance(document, dict) and key in document]
+    if len(keys) != 1:
+        problem = "both 'mcpServers' and 'servers'" if keys else "neither 'mcpServers' nor 'servers'"
+        raise MCPError(f"{path} has {problem}", hint='put all servers under "mcpServers": {"name": {"command": ...}}')
+    (key,) = keys
+    entries = document[key]
     if not isinstance(entries, dict):
-        raise MCPError(f"{path}: {found[0]} is {_kind(entries)}", hint="make it an object, with a key for each server")
-    return {name: (found[0], entry) for name, entry in entries.items()}
+        kind = "null" if entries is None else f"a {type(entries).__name__}"
+        raise MCPError(f"{path}: {key} is {kind}", hint="make it an object with one key for each server")
+    return key, entries
 
 
-def _servers(entries: Mapping[str, Any], path: Path) -> McpConfig:
+def _parse_entries(key: str, entries: Mapping[str, Any], path: Path) -> McpConfig:
     servers: dict[str, ServerSpec] = {}
     broken: dict[str, MCPError] = {}
     disabled: list[str] = []
-    for name, (key, entry) in entries.items():
+    for name, entry in entries.items():
         try:
             spec = read_spec(name, entry, f"{path}: {key}.{name}", path.parent, os.environ)
         except MCPError as error:
@@ -222,7 +228,3 @@ def _servers(entries: Mapping[str, Any], path: Path) -> McpConfig:
             servers[name] = spec
     names = tuple(name for name in entries if name not in disabled)
     return McpConfig(path, names, servers, broken, tuple(disabled))
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"

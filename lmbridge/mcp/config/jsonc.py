@@ -1,4 +1,9 @@
-"""JSON as people write it: with comments, and a comma too many."""
+"""A parser for JSON as people write it in configuration files: with comments, and with a comma after the last item.
+
+Comments and surplus commas are replaced by spaces, and the rest is left to the standard library, so that the line and
+the column of a syntax error are those of the file. A library for JSON with comments would be one more dependency for
+two regular expressions.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +13,36 @@ from typing import Any, Final
 
 _STRING: Final = r'"(?:\\.|[^"\\\n])*"'
 _COMMENT: Final = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?\*/", re.DOTALL)
-_LAST_COMMA: Final = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
+_TRAILING_COMMA: Final = re.compile(rf"{_STRING}|,(?=\s*[}}\]])")
 
 
-def parse_json(text: str) -> Any:
-    """The value of a text: JSON that may hold comments, and a comma before a closing bracket.
+def parse_jsonc(text: str) -> Any:
+    """Parses JSON that may have comments, and a comma before a closing bracket.
 
     Raises:
-        ValueError: it is none, or a key is there twice. The text names line and column, or the key.
+        ValueError: The text is not valid, or an object has the same key twice. The message names the line and the
+            column, or the key.
     """
-    plain = _COMMENT.sub(_blank, text)
-    plain = _LAST_COMMA.sub(_blank, plain)
+    plain = _COMMENT.sub(_blank_out, text)
+    plain = _TRAILING_COMMA.sub(_blank_out, plain)
     try:
-        return json.loads(plain, object_pairs_hook=_unique)
+        return json.loads(plain, object_pairs_hook=_refuse_duplicate_keys)
     except json.JSONDecodeError as exc:
         raise ValueError(f"{exc.msg} at line {exc.lineno} column {exc.colno}") from exc
     except RecursionError as exc:
         raise ValueError("it is nested too deeply") from exc
 
 
-def _blank(found: re.Match[str]) -> str:
-    """A string as it is; anything else as blanks, so that lines and columns stay where they are."""
+def _blank_out(found: re.Match[str]) -> str:
+    """Returns a string unchanged, and spaces for anything else, so that lines and columns stay the same."""
     text = found.group()
     return text if text.startswith('"') else re.sub(r"[^\n]", " ", text)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         result[key] = value
     return result

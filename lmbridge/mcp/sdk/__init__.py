@@ -1,27 +1,24 @@
-"""The official SDK, behind one face for both of its majors; no other folder imports it, and this one when it has to."""
+"""The adapter to the official MCP SDK (the package `mcp`), with one interface for both of its major versions.
 
-from lmbridge.mcp.sdk.client_session import (
-    REFUSED,
-    BadReplyError,
-    Listeners,
-    RefusedError,
-    Session,
-    SessionLostError,
-    explain,
-    open_session,
-)
-from lmbridge.mcp.sdk.wire import NAME, is_v2, load
+Only this folder imports the SDK, and only inside functions, because the import takes half a second and 60 MB. It
+imports `config` and `lmbridge.mcp.jsonrpc`. `servers` uses what is exported here, for the client's side; `bridge` and
+`lmbridge.mcp.__main__` use `sdk.server_session`, for the server's side.
+"""
+
+from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, NotificationHandlers, open_session
+from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
+from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError, describe_error
 
 __all__ = [
-    "NAME",
-    "REFUSED",
+    "LMBRIDGE_NAME",
+    "UNUSABLE_REASON",
     "BadReplyError",
-    "Listeners",
+    "McpSession",
+    "NotificationHandlers",
     "RefusedError",
-    "Session",
     "SessionLostError",
-    "explain",
+    "describe_error",
     "is_v2",
-    "load",
+    "load_sdk",
     "open_session",
 ]

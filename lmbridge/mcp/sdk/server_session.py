@@ -22,8 +22,8 @@ from lmbridge._tasks import end_task
 from lmbridge._version import __version__
 from lmbridge.agent.tools import Tool
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.streams import Tap
-from lmbridge.mcp.sdk.wire import NAME, is_v2, over_stdio
+from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
+from lmbridge.mcp.sdk.streams import MessageTap, streams_over_link
 
 logger = logging.getLogger("lmbridge.mcp")
 
@@ -93,7 +93,7 @@ async def serve(server: Any, link: MessageLink) -> None:
         server: The server that `build_server` returned.
         link: The connection to the host.
     """
-    async with over_stdio(link if is_v2() else _DelayedCancelLink(link), Tap()) as (reading, writing):
+    async with streams_over_link(link if is_v2() else _DelayedCancelLink(link), MessageTap()) as (reading, writing):
         with _restore_cancellation():
             await server.run(reading, writing, server.create_initialization_options())
 
@@ -157,7 +157,7 @@ def _build_v2(service: ToolService) -> Any:
         return sdk.CallToolResult.model_validate(_call_tool_result(answer))
 
     return make(
-        NAME,
+        LMBRIDGE_NAME,
         version=__version__,
         instructions=service.instructions,
         on_list_tools=on_list_tools,
@@ -171,7 +171,7 @@ def _build_v1(service: ToolService) -> Any:
 
     sdk: Any = types
     make: Any = Server
-    server = make(NAME, version=__version__, instructions=service.instructions)
+    server = make(LMBRIDGE_NAME, version=__version__, instructions=service.instructions)
 
     async def on_list_tools(_request: Any) -> Any:
         return sdk.ServerResult(sdk.ListToolsResult.model_validate(_list_tools_result(service)))

@@ -1,1 +1,10 @@
-"""MCP servers that lmbridge starts and connects to, and their tools as tools of an agent."""
+"""The MCP servers that lmbridge starts and connects to, and their tools as tools of an agent.
+
+From the top: `hub` has the servers of a configuration file, `managed_server` starts and restarts one of them,
+`session_owner` is the task that holds one session open, `stdio` and `server_process` run its process, and
+`process_groups` and `guardian` see to it that no process is left behind. `definitions`, `results` and `sanitize` turn
+what a server sends into tools and text.
+
+It imports `config`, `sdk` and `lmbridge.mcp.jsonrpc`. `lmbridge.mcp.dynamic` imports it, and users import its public
+names from `lmbridge.mcp`.
+"""

@@ -1,4 +1,9 @@
-"""Definitions of tools, as servers send them, made `Tool`s: one by one, so that a bad one costs only itself."""
+"""Turns the definitions of tools that servers send into `Tool` objects, one by one.
+
+A definition that cannot be used costs only that tool, and not the others of its server: it is left out, and the caller
+learns which and why. The model sees a description and a schema without invisible characters; arguments are validated
+against the schema as the server sent it.
+"""
 
 from __future__ import annotations
 
@@ -8,66 +13,77 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge._text import shorten
 from lmbridge.agent.tools import Tool, ToolContext
 from lmbridge.errors import LLMValidationError
-from lmbridge.mcp.config.files import is_offered
-from lmbridge.mcp.sdk import REFUSED
-from lmbridge.mcp.servers.managed import McpServer
-from lmbridge.mcp.servers.results import McpText, clean_schema, description_of, hints_of, text_of
+from lmbridge.mcp.sdk import UNUSABLE_REASON
+from lmbridge.mcp.servers.managed_server import ManagedServer
+from lmbridge.mcp.servers.results import McpText, result_text
+from lmbridge.mcp.servers.sanitize import sanitize_text
 
 _BYTES_PER_TOKEN: Final = 3
-"""As an agent estimates prompts."""
+"""The same estimate as the agent's for prompts."""
+_LONGEST_DESCRIPTION: Final = 4_000
+"""Characters of a tool's description that the model gets."""
+_TEXT_KEYS: Final = ("description", "title")
+"""The keys of a schema whose values are prose."""
+_VALUE_KEYS: Final = ("const", "default", "enum", "examples")
+"""The keys of a schema whose values are data, which must not be changed."""
 
 
 @attrs.frozen
 class LeftOut:
-    """A tool that is not offered."""
+    """A tool that is not offered to the model."""
 
     server: str
+    """The name of the server."""
     tool: str
+    """The name of the tool, or its position in the list if it has no name."""
     reason: str
+    """Why it is not offered."""
 
 
-def tools_of(
-    server: McpServer, definitions: Iterable[Any], timeout: float | None, left_out: list[LeftOut]
+def make_tools(
+    server: ManagedServer, definitions: Iterable[Any], timeout: float | None, left_out: list[LeftOut]
 ) -> list[Tool]:
-    """The tools that a server offers and its configuration lets through.
+    """Returns the tools that a server has and its configuration offers.
 
     Args:
-        server: The server.
-        definitions: As it sent them.
-        timeout: Seconds that a call may take.
-        left_out: Gets those that cannot be used.
+        server: The server, which the tools call.
+        definitions: The definitions as the server sent them.
+        timeout: Seconds that a call may take; None for the agent's `tool_timeout`.
+        left_out: A list to which the tools that cannot be used are added. Those that the configuration does not offer
+            are not among them.
     """
     tools: dict[str, Tool] = {}
-    for number, definition in enumerate(definitions):
+    for number, definition in enumerate(definitions, 1):
         name = definition.get("name") if isinstance(definition, Mapping) else None
-        if isinstance(name, str) and name and not is_offered(name, server.spec):
+        if isinstance(name, str) and name and not server.spec.offers(name):
             continue
         try:
-            tool = _tool(server, definition, name, timeout)
+            tool = _make_tool(server, definition, name, timeout)
             if tool.name in tools:
-                raise LLMValidationError("the server has two of that name")
+                raise LLMValidationError("the server has two tools of that name")
         except (LLMValidationError, RecursionError) as exc:
             reason = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
-            left_out.append(LeftOut(server.spec.name, str(name or f"number {number + 1}"), reason))
+            left_out.append(LeftOut(server.spec.name, str(name or f"number {number}"), reason))
         else:
             tools[tool.name] = tool
     return list(tools.values())
 
 
-def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) -> Tool:
+def _make_tool(server: ManagedServer, definition: Any, name: Any, timeout: float | None) -> Tool:
     if not isinstance(name, str) or not name:
         raise LLMValidationError("it has no name")
-    if REFUSED in definition:
-        raise LLMValidationError(str(definition[REFUSED]))
+    if UNUSABLE_REASON in definition:
+        raise LLMValidationError(str(definition[UNUSABLE_REASON]))
     execution = definition.get("execution")
     if isinstance(execution, Mapping) and execution.get("taskSupport") == "required":
         raise LLMValidationError("it can only be called as a task, which is not supported")
-    hints = hints_of(definition)
+    hints = read_hints(definition)
     schema = definition.get("inputSchema")
     if not isinstance(schema, dict):
-        raise LLMValidationError("its inputSchema is no object")
+        raise LLMValidationError("its inputSchema is not an object")
     if schema.get("type", "object") != "object":
         raise LLMValidationError(f"its inputSchema is of type {schema['type']!r}, not an object")
 
@@ -75,12 +91,12 @@ def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) 
         seconds = timeout or (None if context is None else context.tool_timeout)
         is_idempotent = hints["idempotentHint"] is True
         result = await server.call(name, arguments, is_idempotent=is_idempotent, timeout=seconds)
-        return McpText(text_of(result), result)
+        return McpText(result_text(result), result)
 
     return Tool(
         name,
-        description_of(definition),
-        clean_schema(schema),
+        describe_tool(definition),
+        sanitize_schema(schema),
         call,
         # The server enforces the limit, because a restart before the call does not count.
         timeout=None,
@@ -89,29 +105,73 @@ def _tool(server: McpServer, definition: Any, name: Any, timeout: float | None) 
     )
 
 
-def within_budget(tools: Sequence[Tool], most: int | None, left_out: list[LeftOut]) -> list[Tool]:
-    """The tools, in their order, whose definitions fit.
+def describe_tool(definition: Mapping[str, Any]) -> str:
+    """Returns the description of a tool in its server's words, without invisible characters and cut to a maximum."""
+    for text in (definition.get("description"), definition.get("title")):
+        if isinstance(text, str) and text.strip():
+            return shorten(sanitize_text(text).strip(), _LONGEST_DESCRIPTION)
+    return ""
+
+
+def sanitize_schema(schema: Any) -> Any:
+    """Returns a schema whose titles and descriptions have no invisible characters; nothing else is changed."""
+    if isinstance(schema, list):
+        return [sanitize_schema(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _sanitize_value(key, value) for key, value in schema.items()}
+
+
+def _sanitize_value(key: str, value: Any) -> Any:
+    if key in _TEXT_KEYS and isinstance(value, str):
+        return sanitize_text(value)
+    return value if key in _VALUE_KEYS else sanitize_schema(value)
+
+
+def read_hints(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the hints of a tool. Those that the server does not give have the worst value, as the protocol says.
+
+    Hints are claims of the server; nothing makes them true.
+    """
+    given = definition.get("annotations")
+    given = given if isinstance(given, Mapping) else {}
+    is_read_only = given.get("readOnlyHint") is True
+    worst = {
+        "readOnlyHint": False,
+        "destructiveHint": not is_read_only,
+        "idempotentHint": False,
+        "openWorldHint": True,
+    }
+    return {**worst, **{key: value for key, value in given.items() if value is not None}}
+
+
+def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[LeftOut]) -> list[Tool]:
+    """Returns those of the tools, in their order, whose definitions fit into a budget of tokens.
 
     Args:
         tools: The tools.
-        most: About how many tokens their definitions may take; None for any number.
-        left_out: Gets those that do not fit.
+        max_tokens: About how many tokens the definitions may take in all; None for no limit.
+        left_out: A list to which the tools that do not fit are added.
     """
-    if most is None:
+    if max_tokens is None:
         return list(tools)
     kept: list[Tool] = []
     spent = 0
     for tool in tools:
-        tokens = _tokens(tool)
-        if spent + tokens <= most:
+        tokens = _estimate_tokens(tool)
+        if spent + tokens <= max_tokens:
             spent += tokens
             kept.append(tool)
         else:
-            reason = f"its definition takes about {tokens} tokens, and of {most} for all {most - spent} were left"
+            reason = (
+                f"its definition takes about {tokens} tokens, but only {max_tokens - spent} of the {max_tokens} for "
+                "all definitions are left"
+            )
             left_out.append(LeftOut(str(tool.server), tool.name, reason))
     return kept
 
 
-def _tokens(tool: Tool) -> int:
+def _estimate_tokens(tool: Tool) -> int:
     size = len(msgspec.json.encode([tool.name, tool.description, tool.sent_parameters]))
+    # Rounded up.
     return -(-size // _BYTES_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""What servers tell while they run, for a hub's `on_event`."""
+"""The events that a hub passes to `on_event` while its servers run."""
 
 from __future__ import annotations
 
@@ -9,39 +9,50 @@ import attrs
 
 @attrs.frozen
 class ServerStateChanged:
-    """A server has another state."""
+    """The state of a server has changed."""
 
     server: str
+    """The name of the server."""
     state: str
+    """The new state, one of `ServerState`."""
     error: str | None = None
-    """Why, if it is "failed", "backoff" or "lost"."""
+    """The reason, if the state is "failed", "backoff" or "lost"; otherwise None."""
 
 
 @attrs.frozen
 class ServerLog:
-    """A server's log message."""
+    """A server has sent a log message."""
 
     server: str
+    """The name of the server."""
     level: str
+    """The level that the server gave the message, such as "info" or "error"."""
     data: Any
+    """The message: any JSON value, often a string."""
 
 
 @attrs.frozen
 class ToolProgress:
-    """How far a call is."""
+    """A server has reported the progress of a call."""
 
     server: str
+    """The name of the server."""
     tool: str
+    """The name of the tool."""
     progress: float
+    """The amount of work done so far, in a unit that the server chooses."""
     total: float | None = None
+    """The amount of work in all, in the same unit, or None if the server does not know it."""
     message: str | None = None
+    """A description of the progress, or None."""
 
 
 @attrs.frozen
 class ToolsChanged:
-    """A server has other tools; runs that begin from now on get them."""
+    """A server has announced that its tools have changed. Runs that start after this event get the new ones."""
 
     server: str
+    """The name of the server."""
 
 
 McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged

@@ -1,7 +1,13 @@
-"""A process that outlives its host by a moment, to end the servers that the host left behind.
+"""A small process that outlives lmbridge by a moment, to end the servers that lmbridge left behind.
 
-It is run by path and imports no lmbridge. It reads `+123` and `-123` from stdin, a process group that has begun or is
-gone. The end of stdin is the end of the host, by whatever signal: then it ends the groups that are left.
+A program that is killed by SIGKILL, or that crashes, cannot clean up. Its servers would go on, and so would what they
+have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but only direct children, only when
+the very thread that started them ends, and not on macOS. Watching a pipe works for all: the kernel closes it when the
+program ends, whatever the reason.
+
+The guardian is run by its path, with `python -I -S`, and imports nothing of lmbridge, so that it starts in a few
+milliseconds and needs little memory. On stdin it reads lines: `+123` for a process group that has started, `-123` for
+one that is gone. At the end of stdin it ends the groups that are left.
 """
 
 from __future__ import annotations
@@ -14,14 +20,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _TERM_SECONDS = 2.0
+"""Seconds that the groups have to end after SIGTERM."""
 _KILL_SECONDS = 2.0
-_POLL = 0.02
+"""Seconds that are waited for the groups after SIGKILL."""
+_POLL_SECONDS = 0.02
 
 
 def main() -> None:
-    """Waits for the end of stdin."""
+    """Keeps the list of process groups until stdin ends, and then ends the groups that are left."""
+    # Signals to the program's process group, such as Ctrl-C, are for the program.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the host
+        signal.signal(number, signal.SIG_IGN)
     os.setsid()
     groups: set[int] = set()
     for line in sys.stdin.buffer:
@@ -33,42 +42,47 @@ def main() -> None:
 
 
 def end_groups(groups: Iterable[int]) -> None:
-    """Ends process groups, first politely; it blocks until they are gone, for about four seconds at most."""
+    """Ends process groups by SIGTERM and then by SIGKILL.
+
+    It blocks until the groups are gone, for about four seconds at most.
+    """
     left = set(groups)
     for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
         for group in left:
-            send(group, number)
+            send_signal(group, number)
         deadline = time.monotonic() + seconds
         while left := {group for group in left if not is_gone(group)}:
             if time.monotonic() > deadline:
                 break
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
 
 
-def send(group: int, number: int) -> bool:
-    """Sends a signal to a process group; False if there is none that could get it."""
+def send_signal(group: int, number: int) -> bool:
+    """Sends a signal to a process group; returns False if the group has no process that could receive it."""
     try:
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):  # the latter: macOS says it of processes that have ended
+    except (ProcessLookupError, PermissionError):
+        # macOS raises PermissionError for processes that have ended.
         return False
     return True
 
 
 def is_gone(group: int) -> bool:
-    """Whether no process of a group runs any more. Those that ended and that nobody has waited for do not count."""
-    if not send(group, 0):
+    """Returns whether no process of a group runs any more. Zombies, whose exit status was not read, do not count."""
+    if not send_signal(group, 0):
         return True
     processes = list(Path("/proc").glob("[0-9]*"))
-    return bool(processes) and not any(_runs_in(group, process) for process in processes)
+    return bool(processes) and not any(_runs_in_group(process, group) for process in processes)
 
 
-def _runs_in(group: int, process: Path) -> bool:
+def _runs_in_group(process: Path, group: int) -> bool:
     try:
         stat = (process / "stat").read_bytes()
-    except OSError:  # it has ended meanwhile
+    except OSError:
+        # The process has ended since the directory was listed.
         return False
-    state, _, its_group = stat.rpartition(b")")[2].split()[:3]
-    return int(its_group) == group and state not in (b"Z", b"X")
+    state, _, process_group = stat.rpartition(b")")[2].split()[:3]
+    return int(process_group) == group and state not in (b"Z", b"X")
 
 
 if __name__ == "__main__":

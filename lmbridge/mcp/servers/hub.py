@@ -1,4 +1,13 @@
-"""`McpHub`: the servers of a configuration, and their tools for a run."""
+"""`McpHub`: the servers of a configuration file, shared by all runs.
+
+A run asks the hub for the tools of the servers that it needs, and gets a lease, `McpTools`: the tools do not change and
+their servers are not closed for being idle until the run releases it. Servers belong to the hub and not to the run, so
+that a hundred runs start one process for each server and not a hundred.
+
+The configuration file is checked at each use, by its modification time and size, and not watched. A watcher would need
+a thread or a platform's own interface, and a change only matters when a run starts. Servers whose entry is unchanged
+keep their session.
+"""
 
 from __future__ import annotations
 
@@ -12,61 +21,68 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from lmbridge._checks import check_bool, check_callable, check_choice, check_path, check_seconds
+from lmbridge._checks import check_bool, check_callable, check_choice, check_path, check_seconds, invalid_argument
+from lmbridge._tasks import LoopGuard
 from lmbridge.agent.tools import Tool
-from lmbridge.errors import LLMValidationError, MCPError, MultiMCPError
-from lmbridge.mcp.config.files import McpConfig, file_stamp, find_config, load_config, warn_of_untrusted
-from lmbridge.mcp.config.spec import DEFAULT_CONNECT_TIMEOUT
-from lmbridge.mcp.servers.definitions import LeftOut, tools_of, within_budget
+from lmbridge.errors import MCPError, MultiMCPError
+from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
+from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT
+from lmbridge.mcp.servers.definitions import LeftOut, fit_budget, make_tools
 from lmbridge.mcp.servers.events import McpEvent
-from lmbridge.mcp.servers.managed import McpServer, ServerStatus
+from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
 
 logger = logging.getLogger("lmbridge.mcp")
 
-_LINGER: Final = 300.0
-_ITSELF: Final = "is lmbridge's own server, which it does not connect to"
+_DEFAULT_IDLE_LINGER: Final = 300.0
 
 
 @attrs.define(eq=False)
 class McpTools:
-    """The tools of some servers, for a run: they do not change, and their servers are not closed, until `release()`.
-
-    Attributes:
-        tools: The tools.
-        errors: Servers whose tools are missing, and why.
-        left_out: Tools that are not offered, and why.
-    """
+    """The tools of some servers, leased for a run until `release()`. An agent takes it as a provider of tools."""
 
     tools: list[Tool]
+    """The tools. They stay the same, even if a server announces others."""
     errors: dict[str, MCPError]
+    """The servers whose tools are missing because they could not be started, each with the reason."""
     left_out: list[LeftOut]
-    _servers: list[McpServer] = attrs.field(repr=False)
+    """The tools that are not offered, because their definition is not valid or exceeds the budget."""
+    _servers: list[ManagedServer] = attrs.field(repr=False)
 
     async def list_tools(self) -> list[Tool]:
-        """The tools: an agent takes this object as a provider."""
+        """Returns the tools."""
         return self.tools
 
     def release(self) -> None:
-        """Lets the servers go: the run is over. A second time does nothing."""
+        """Ends the lease, so that idle servers can be closed. A second call does nothing."""
         servers, self._servers = self._servers, []
         for server in servers:
             server.release()
 
 
 class McpHub:
-    """MCP servers: started when a run needs them, shared by all runs, closed when nobody has needed them for a while.
+    """The MCP servers of a configuration file, started when a run needs them and closed when none has for a while.
 
-    It needs no `async with`; `close()` is the caller's. Each use looks whether the configuration file has changed.
+    It can be used without `async with`, but `close()` must be called. Each use checks whether the configuration file
+    has changed::
+
+        hub = McpHub("mcp.json")
+        lease = await hub.tools(["files"])
+        result = await Agent(client, tools=[lease]).run("What is in notes.txt?")
+        lease.release()
+        await hub.close()
 
     Args:
-        config_path: The file. Default: see `load_config`.
-        trust_project: Whether `./.mcp.json` may be used.
-        connect_timeout: Seconds for connecting to a server and listing its tools, where the file does not say.
-        idle_linger: Seconds after which a server that no run uses is closed; None for never.
-        on_event: Gets what servers tell; what it raises is logged.
+        config_path: The configuration file. Default: the first that exists of those that `load_config` lists.
+        trust_project: Whether `./.mcp.json` may be used. Default: False, because it may have come with somebody else's
+            repository, and names programs that are started.
+        connect_timeout: Seconds for connecting to a server and listing its tools, unless the file says otherwise.
+            Default: 30.
+        idle_linger: Seconds after which a server that no run uses is closed; None to keep it until `close()`.
+            Default: 300.
+        on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     def __init__(
@@ -75,35 +91,34 @@ class McpHub:
         *,
         trust_project: bool = False,
         connect_timeout: float | None = None,
-        idle_linger: float | None = _LINGER,
+        idle_linger: float | None = _DEFAULT_IDLE_LINGER,
         on_event: Callable[[McpEvent], None] | None = None,
     ) -> None:
-        check_path("config_path", config_path, optional=True)
-        # "no" counts as true in Python, and would start programs of strangers.
-        check_bool("trust_project", trust_project)
-        check_callable("on_event", on_event, optional=True)
-        check_seconds("connect_timeout", connect_timeout)
-        check_seconds("idle_linger", idle_linger)
-        self._path, self._trust = config_path, trust_project
-        self._connect_timeout, self._linger = connect_timeout or DEFAULT_CONNECT_TIMEOUT, idle_linger
-        self._on_event = on_event
+        self._config_path = check_path("config_path", config_path, optional=True)
+        # A string such as "no" counts as true in Python, and would start programs that are not trusted.
+        self._trust_project = check_bool("trust_project", trust_project)
+        self._connect_timeout = check_seconds("connect_timeout", connect_timeout) or DEFAULT_CONNECT_TIMEOUT
+        self._idle_linger = check_seconds("idle_linger", idle_linger)
+        self._on_event = check_callable("on_event", on_event, optional=True)
         self._config: McpConfig | None = None
-        self._seen: object = None
-        self._servers: dict[str, McpServer] = {}
-        self._retired: list[McpServer] = []
-        self._warned: set[Path] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._reloading: asyncio.Lock | None = None
+        self._last_seen: object = None
+        self._servers: dict[str, ManagedServer] = {}
+        self._retired: list[ManagedServer] = []
+        self._warned_files: set[Path] = set()
+        self._loop_guard = LoopGuard("this McpHub", MCPError)
+        self._reload_lock = asyncio.Lock()
         self._is_closed = False
 
     async def names(self) -> list[str]:
-        """The enabled servers, in the order of the file; nothing is started. lmbridge's own is not among them.
+        """Returns the names of the enabled servers, in the order of the file, and starts nothing.
+
+        An entry that starts lmbridge's own MCP server is left out.
 
         Raises:
-            MCPError: the file cannot be read.
+            MCPError: The configuration file cannot be read.
         """
         config = await self.reload()
-        return [name for name in config.names if not _is_itself(config, name)]
+        return [name for name in config.names if not _is_lmbridge(config, name)]
 
     async def tools(
         self,
@@ -113,85 +128,89 @@ class McpHub:
         call_timeout: float | None = None,
         max_definition_tokens: int | None = None,
     ) -> McpTools:
-        """The tools of servers, which are started, in parallel, if they are not running.
+        """Returns the tools of some servers. Servers that are not running are started, in parallel.
 
         Args:
-            names: The servers; None for all.
-            on_error: What happens if some of them cannot be started: "raise", or "continue" with the others.
-            call_timeout: Seconds that a call may take, where the configuration does not say.
-            max_definition_tokens: About how many tokens of a model's context the definitions may take.
+            names: The names of the servers. Default: all enabled servers.
+            on_error: What to do if a server cannot be started: "raise" (the default), or "continue" with the others.
+            call_timeout: Seconds that a call may take, unless the configuration says otherwise. Default: the agent's
+                `tool_timeout`.
+            max_definition_tokens: About how many tokens of the model's context the definitions may take. Default: no
+                limit.
 
         Raises:
-            MCPError: a name is not known; nothing has been started. Or the file cannot be read.
-            MultiMCPError: some could not be started (with "raise"). Those that could stay.
-            LLMValidationError: an argument cannot be right.
+            MCPError: A name is unknown, and nothing has been started; or the configuration file cannot be read.
+            MultiMCPError: Servers could not be started, and `on_error` is "raise". The others stay usable.
+            LLMValidationError: An argument is not valid.
         """
-        check_choice("on_mcp_error", on_error, ("raise", "continue"))
+        check_choice("on_error", on_error, ("raise", "continue"))
         check_seconds("call_timeout", call_timeout)
-        servers, errors = self._chosen(await self.reload(), names)
+        servers, errors = self._select_servers(await self.reload(), names)
         for server in servers:
             server.acquire()
         try:
-            definitions = await self._definitions(servers, errors)
+            definitions = await self._collect_definitions(servers, errors)
             if errors and on_error == "raise":
                 raise MultiMCPError(errors=errors)
             for name, error in errors.items():
-                logger.warning("the run goes on without MCP server %r: %s", name, error)
-            return self._lease(servers, definitions, errors, call_timeout, max_definition_tokens)
+                logger.warning("the run continues without MCP server %r: %s", name, error)
+            return self._make_lease(servers, definitions, errors, call_timeout, max_definition_tokens)
         except BaseException:
             for server in servers:
                 server.release()
             raise
 
     async def reload(self) -> McpConfig:
-        """Looks whether the file has changed, and closes what is no longer in it as soon as no run uses it.
+        """Reads the configuration file if it has changed, and returns its content.
 
-        A file that cannot be read any more changes nothing; the log says so.
+        Servers that have been changed or removed are closed as soon as no run uses them. A file that can no longer be
+        read changes nothing, and a warning is logged.
 
         Raises:
-            MCPError: the file cannot be read, and never could; or the hub is closed.
+            MCPError: The configuration file cannot be read, and never could; or the hub is closed, or in use in another
+                event loop.
         """
-        self._check_loop()
-        if self._reloading is None:
-            self._reloading = asyncio.Lock()
-        async with self._reloading:
+        self._enter_loop()
+        async with self._reload_lock:
             try:
                 config = await asyncio.to_thread(self._load)
             except MCPError as error:
                 if self._config is None:
                     raise
-                logger.warning("the last good MCP configuration stays in use: %s", error)
+                logger.warning("the last valid MCP configuration stays in use: %s", error)
                 config = self._config
-            self._check_open()  # who closed it meanwhile has been told that nothing runs any more
+            # The hub may have been closed while the file was read; nothing may be started after that.
+            self._check_open()
             if config is not self._config:
                 self._apply(config)
             return config
 
     def status(self) -> dict[str, ServerStatus]:
-        """How the servers are that have been used, by name."""
+        """Returns the status of each server that has been used, by name."""
         return {name: server.status for name, server in self._servers.items()}
 
     async def close(self) -> None:
-        """Closes all servers and waits until their processes are gone. A second time does nothing."""
+        """Closes all servers, and waits until their processes are gone. A second call does nothing."""
         self._is_closed = True
-        if self._loop is not None and not self._loop.is_closed():
-            self._check_same_loop()
+        if self._loop_guard.loop is not None and not self._loop_guard.loop.is_closed():
+            self._loop_guard.check()
             await asyncio.gather(*(server.close() for server in [*self._servers.values(), *self._retired]))
         self._servers, self._retired = {}, []
 
     def _load(self) -> McpConfig:
-        """The configuration as it is now; the same object if it has not changed. It blocks."""
-        path, untrusted = find_config(self._path, trust_project=self._trust)
-        seen = (untrusted, None if path is None else file_stamp(path))
-        if self._config is not None and seen == self._seen:
+        """Returns the current configuration, and the same object if it has not changed. It blocks."""
+        path, untrusted = find_config(self._config_path, trust_project=self._trust_project)
+        seen = (untrusted, None if path is None else file_fingerprint(path))
+        if self._config is not None and seen == self._last_seen:
             return self._config
-        self._seen = seen  # a file that is broken is told of once
-        return load_config(self._path, trust_project=self._trust)
+        # Stored before the file is read, so that a broken file is reported once and not at each use.
+        self._last_seen = seen
+        return load_config(self._config_path, trust_project=self._trust_project)
 
     def _apply(self, config: McpConfig) -> None:
-        if config.untrusted is not None and config.untrusted not in self._warned:
-            self._warned.add(config.untrusted)
-            warn_of_untrusted(config.untrusted)
+        if config.untrusted is not None and config.untrusted not in self._warned_files:
+            self._warned_files.add(config.untrusted)
+            warn_untrusted(config.untrusted)
         self._config = config
         for name, server in list(self._servers.items()):
             if config.servers.get(name) != server.spec:
@@ -199,64 +218,75 @@ class McpHub:
                 self._retired = [*(each for each in self._retired if not each.is_closed), server]
                 server.retire()
 
-    def _chosen(self, config: McpConfig, names: Sequence[str] | None) -> tuple[list[McpServer], dict[str, MCPError]]:
-        """The servers of those names, and why some cannot be started.
+    def _select_servers(
+        self, config: McpConfig, names: Sequence[str] | None
+    ) -> tuple[list[ManagedServer], dict[str, MCPError]]:
+        """Returns the servers with the given names, and the errors of those that cannot be started.
 
         Raises:
-            MCPError: a name is not known.
+            MCPError: A name is unknown.
+            LLMValidationError: The names are not a list.
         """
         if isinstance(names, str) or not isinstance(names, Sequence | None):
-            raise LLMValidationError(f"the names of MCP servers are {names!r}", hint="give a list of names")
+            raise invalid_argument("names", "a list of the names of MCP servers, or None", names)
         if names is None:
-            names = [name for name in config.names if not _is_itself(config, name)]
+            names = [name for name in config.names if not _is_lmbridge(config, name)]
+        errors: dict[str, MCPError] = {}
         for name in names:
-            if name not in config.servers and name not in config.broken:
-                raise config.unknown(name)
-        errors = {name: config.broken[name] for name in names if name in config.broken}
-        itself = [name for name in names if _is_itself(config, name)]
-        errors |= {name: MCPError(f"{name!r} {_ITSELF}", hint="leave it out") for name in itself}
+            if name in config.broken:
+                errors[name] = config.broken[name]
+            elif name not in config.servers:
+                raise config.unknown_server(name)
+            elif _is_lmbridge(config, name):
+                problem = f"MCP server {name!r} is lmbridge's own server, to which lmbridge does not connect"
+                errors[name] = MCPError(problem, hint="leave it out")
         return [self._server(config, name) for name in dict.fromkeys(names) if name not in errors], errors
 
-    def _server(self, config: McpConfig, name: str) -> McpServer:
+    def _server(self, config: McpConfig, name: str) -> ManagedServer:
         if name not in self._servers:
             spec = config.servers[name]
             timeout = spec.connect_timeout or self._connect_timeout
-            self._servers[name] = McpServer(spec, self._emit, connect_timeout=timeout, linger=self._linger)
+            self._servers[name] = ManagedServer(
+                spec, self._emit, connect_timeout=timeout, idle_linger=self._idle_linger
+            )
         return self._servers[name]
 
-    async def _definitions(self, servers: Sequence[McpServer], errors: dict[str, MCPError]) -> dict[str, list[Any]]:
-        """What servers sent; of those that could not be started, the error is noted."""
-        found: dict[str, list[Any]] = {}
+    async def _collect_definitions(
+        self, servers: Sequence[ManagedServer], errors: dict[str, MCPError]
+    ) -> dict[str, list[Any]]:
+        """Returns the definitions that each server sent; adds the errors of those that cannot be started."""
+        definitions: dict[str, list[Any]] = {}
 
-        async def ask(server: McpServer) -> None:
+        async def collect(server: ManagedServer) -> None:
             try:
-                found[server.spec.name] = await server.definitions()
+                definitions[server.spec.name] = await server.definitions()
             except MCPError as error:
                 errors[server.spec.name] = error
 
         try:
             async with asyncio.TaskGroup() as group:
                 for server in servers:
-                    group.create_task(ask(server))
-        except ExceptionGroup as failed:  # an extra that is missing
+                    group.create_task(collect(server))
+        except ExceptionGroup as failed:
+            # For example the ImportError if the SDK is not installed, which is the same for all servers.
             raise failed.exceptions[0] from None
-        return found
+        return definitions
 
-    def _lease(
+    def _make_lease(
         self,
-        servers: Sequence[McpServer],
+        servers: Sequence[ManagedServer],
         definitions: dict[str, list[Any]],
         errors: dict[str, MCPError],
         call_timeout: float | None,
-        most_tokens: int | None,
+        max_tokens: int | None,
     ) -> McpTools:
         tools: list[Tool] = []
         left_out: list[LeftOut] = []
         for server in servers:
             if server.spec.name in definitions:
                 timeout = server.spec.call_timeout or call_timeout
-                tools += tools_of(server, definitions[server.spec.name], timeout, left_out)
-        tools = within_budget(tools, most_tokens, left_out)
+                tools += make_tools(server, definitions[server.spec.name], timeout, left_out)
+        tools = fit_budget(tools, max_tokens, left_out)
         for each in left_out:
             logger.warning("MCP server %r: tool %r is left out: %s", each.server, each.tool, each.reason)
         order = [*(server.spec.name for server in servers), *errors]
@@ -267,34 +297,29 @@ class McpHub:
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception:  # the listener's own: told in the log, and no reason to lose the server
-                logger.exception("on_event raised")
+            except Exception:
+                # A bug of the listener must not cost the server.
+                logger.exception("the function given as on_event raised an exception")
 
-    def _check_loop(self) -> None:
-        """Sees to it that the hub is used in one event loop at a time.
+    def _enter_loop(self) -> None:
+        """Binds the hub to the running event loop.
 
         Raises:
-            MCPError: it is closed, or in use in another loop.
+            MCPError: The hub is closed, or in use in another event loop.
         """
         self._check_open()
-        loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        if self._loop is not None and not self._loop.is_closed():
-            self._check_same_loop()
-        if self._servers:
-            warnings.warn("an McpHub was not closed before its event loop was", ResourceWarning, stacklevel=3)
-        self._loop, self._reloading, self._servers, self._retired = loop, None, {}, []
+        if self._loop_guard.enter():
+            if self._servers:
+                message = "an McpHub was not closed before its event loop was"
+                warnings.warn(message, ResourceWarning, stacklevel=3)
+            # Servers and locks belong to the event loop that is gone.
+            self._servers, self._retired, self._reload_lock = {}, [], asyncio.Lock()
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise MCPError("the hub of MCP servers is closed", hint="make another")
-
-    def _check_same_loop(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            raise MCPError("the hub of MCP servers is in use in another event loop", hint="make one for each loop")
+            raise MCPError("this McpHub is closed", hint="make another one")
 
 
-def _is_itself(config: McpConfig, name: str) -> bool:
+def _is_lmbridge(config: McpConfig, name: str) -> bool:
     spec = config.servers.get(name)
     return spec is not None and spec.is_lmbridge

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
-from lmbridge.mcp.servers.processes import Child
-from lmbridge.mcp.servers.results import clean
+from lmbridge.mcp.servers.sanitize import sanitize_text
+from lmbridge.mcp.servers.server_process import ServerProcess
 
 logger = logging.getLogger("lmbridge.mcp")
 
@@ -32,28 +32,26 @@ class StdioLink:
 
     def __init__(self, spec: ServerSpec, on_end: Callable[[str], None]) -> None:
         self._spec, self._on_end = spec, on_end
-        self._child = Child(self._on_output, self._finish)
-        self._inbox = MessageInbox(
-            on_skipped_line=self._log_skipped_line, on_room=lambda: self._child.pause(paused=False)
-        )
+        self._process = ServerProcess(self._on_output, self._finish)
+        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, on_room=self._process.resume_reading)
 
     @property
     def pid(self) -> int | None:
         """The id of the process, or None before it has started."""
-        return self._child.pid
+        return self._process.pid
 
     @property
-    def last_words(self) -> str:
+    def stderr_tail(self) -> str:
         """The last lines that the server wrote to stderr, without secrets and control characters."""
-        return self._spec.redacted(clean(self._child.stderr.text))
+        return self._spec.redact(sanitize_text(self._process.stderr.text))
 
     async def start(self) -> None:
         """Starts the process.
 
         Raises:
-            OSError: It cannot be started.
+            OSError: The process cannot be started.
         """
-        await self._child.start(self._spec.command, self._spec.args, self._spec.env, self._spec.cwd)
+        await self._process.start(self._spec.command, self._spec.args, self._spec.env, self._spec.cwd)
 
     async def end(self, *, patience: float | None = None) -> None:
         """Ends the process and its group. On cancellation, the caller still waits until they are gone.
@@ -68,7 +66,7 @@ class StdioLink:
                 self._spec.name,
                 self._inbox.skipped_lines,
             )
-        await (self._child.end() if patience is None else self._child.end(patience=patience))
+        await self._process.end(patience=patience)
 
     async def receive(self) -> dict[str, Any] | None:
         """Returns the next message, or None once there will be no more."""
@@ -81,7 +79,7 @@ class StdioLink:
             ConnectionError: The server no longer reads. It is raised when `on_end` has been called with the reason.
         """
         try:
-            await self._child.write(message + b"\n")
+            await self._process.write(message + b"\n")
         except ConnectionError:
             # A closed stdin is noticed a moment before the process is known to have ended, and how.
             await self._inbox.wait_closed()
@@ -95,10 +93,10 @@ class StdioLink:
         except MessageTooLargeError as exc:
             self._finish(str(exc))
         if not self._inbox.has_room:
-            self._child.pause(paused=True)
+            self._process.pause_reading()
 
     def _log_skipped_line(self, line: bytes) -> None:
-        shown = self._spec.redacted(line[:_LOGGED_BYTES].decode(errors="replace"))
+        shown = self._spec.redact(line[:_LOGGED_BYTES].decode(errors="replace"))
         logger.warning(
             "MCP server %r: skipped a line on stdout that is not a JSON-RPC message (later ones are not logged): %r",
             self._spec.name,

@@ -30,7 +30,7 @@ async def bridge(scripted_server: ScriptedServer, config: WriteConfig, notes: Pa
 
 
 @pytest_asyncio.fixture
-async def start(scripted_server: ScriptedServer, own_home: Path) -> AsyncIterator[StartBridge]:
+async def start(scripted_server: ScriptedServer, empty_home: Path) -> AsyncIterator[StartBridge]:
     """Starts bridge processes that use the scripted server. They are initialised unless the test says otherwise."""
     hosts: list[Host] = []
 
@@ -38,7 +38,7 @@ async def start(scripted_server: ScriptedServer, own_home: Path) -> AsyncIterato
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *(args or ("-m", "lmbridge.mcp")),
-            env={**os.environ, "LMBRIDGE_API_BASE": scripted_server.api_base, "HOME": str(own_home), **env},
+            env={**os.environ, "LMBRIDGE_API_BASE": scripted_server.api_base, "HOME": str(empty_home), **env},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -30,7 +30,7 @@ from tests.mcp.bridge.support import (
     wire_form,
 )
 from tests.mcp.conftest import MakeHub
-from tests.mcp.support import gone, noted, scripted
+from tests.mcp.support import scripted, wait_for_notes, wait_until_gone
 from tests.support import HALF
 
 # Driven by the official client
@@ -45,7 +45,7 @@ async def test_the_official_client_lists_and_calls_the_tools(scripted_server: Sc
 
     scripted_server.script(answer("Hello there."))
     async with official_session(scripted_server.api_base, tmp_path, DEFAULT_MODEL="gemma-3-4b") as (session, started):
-        assert started["serverInfo"]["name"] == sdk.NAME == "lmbridge"
+        assert started["serverInfo"]["name"] == sdk.LMBRIDGE_NAME == "lmbridge"
         assert started["serverInfo"]["version"] == __version__
         assert started["instructions"]
         tools = wire_form(await session.list_tools())["tools"]
@@ -144,9 +144,9 @@ async def test_cancelling_a_run_cancels_its_calls_of_mcp_servers(
     host = await start(MCP_JSON_PATH=str(config({"slow": entry})))
     scripted_server.script(answer("", tool_calls=[tool_call("sleep")]), answer("Hello again."))
     host.call(1, "autonomous_with_mcp", mcp_name="slow", task="Sleep.")
-    await noted(notes)
+    await wait_for_notes(notes)
     host.send(cancel_notification(1))
-    assert (await noted(notes, 2))[1].startswith("cancelled")
+    assert (await wait_for_notes(notes, 2))[1].startswith("cancelled")
     host.call(2, "autonomous_with_mcp", mcp_name="slow", task="Say hello.")
     while (message := await host.receive())["id"] != 2:
         # See test_a_cancelled_call_stops_the_generation.
@@ -176,7 +176,7 @@ async def test_the_process_ends_at_once_with_calls_in_flight(
     host = await start(MCP_JSON_PATH=str(config({"slow": entry})))
     scripted_server.script(answer("", tool_calls=[tool_call("sleep")]), stall([*HALF]))
     host.call(1, "autonomous_with_mcp", mcp_name="slow", task="Sleep.")
-    await noted(notes)
+    await wait_for_notes(notes)
     host.call(2, "chat_completion", prompt="Hi.")
     await scripted_server.wait_until(lambda: scripted_server.in_flight == 1)
     groups = await asyncio.to_thread(groups_of_children, host.process.pid)
@@ -189,7 +189,7 @@ async def test_the_process_ends_at_once_with_calls_in_flight(
     assert (status, errors) == (0, "")
     await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 1)
     for group in groups:
-        await gone(group)
+        await wait_until_gone(group)
 
 
 def groups_of_children(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Servers on HTTP: headers, redirects, refusals, and sessions that end."""
+"""Servers on HTTP: headers, redirects, error statuses, and sessions and responses that end early."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ from aiohttp.test_utils import TestServer
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import ServerState
 from tests.mcp.conftest import MakeHub
-from tests.mcp.support import names, tool
+from tests.mcp.support import function_of, names
 
 
 class HttpServer:
-    """An MCP server on streamable HTTP that answers with plain JSON.
-
-    Attributes:
-        requests: The headers of what came.
-        status: Answered in place of anything else.
-        location: Where it redirects to.
-        session: The session that it knows.
-        fault: How a call of `sleep` ends: "" for never, "abort" for a connection that breaks off, "end" for a stream of
-            events that ends without an answer.
-        arrived: Set when a call of `sleep` has arrived; it is not answered.
-    """
+    """An MCP server on streamable HTTP that answers with plain JSON, and never answers a call of `sleep`."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
+        """The headers of the requests that arrived."""
         self.status = 0
+        """An HTTP status with which every request is answered, or 0."""
         self.location = ""
+        """A URL to which every request is redirected, or ""."""
         self.session = "s1"
+        """The only session id that the server knows."""
         self.fault = ""
-        self.arrived = asyncio.Event()
+        """How calls end: "" for with a reply, "abort" for by a broken connection, "end" for by a stream of events that
+        ends without a reply."""
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self.handle)
         self._server = TestServer(app)
@@ -90,7 +85,6 @@ class HttpServer:
                     }
                 }
             case "tools/call" if params["name"] == "sleep":
-                self.arrived.set()
                 await asyncio.Event().wait()
             case "tools/call":
                 return {"result": {"content": [{"type": "text", "text": params["arguments"]["text"]}]}}
@@ -117,12 +111,12 @@ async def test_a_server_on_http_is_called_with_its_headers(make_hub: MakeHub, se
     hub = make_hub({"a": {"url": server.url, "headers": {"Authorization": "Bearer token"}}})
     lease = await hub.tools()
     assert names(lease.tools) == ["echo", "sleep"]
-    assert await tool(lease, "echo")(text="on") == "on"
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert {request["Authorization"] for request in server.requests} == {"Bearer token"}
     await hub.close()
 
 
-async def test_no_proxy_of_the_environment_is_used(
+async def test_a_proxy_of_the_environment_is_not_used(
     make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
@@ -131,7 +125,7 @@ async def test_no_proxy_of_the_environment_is_used(
     await hub.close()
 
 
-async def test_no_redirect_is_followed(make_hub: MakeHub, server: HttpServer, other: HttpServer) -> None:
+async def test_a_redirect_is_not_followed(make_hub: MakeHub, server: HttpServer, other: HttpServer) -> None:
     server.location = other.url
     hub = make_hub({"a": {"url": server.url, "headers": {"Authorization": "Bearer token"}}}, connect_timeout=5)
     with pytest.raises(MultiMCPError) as caught:
@@ -147,95 +141,101 @@ async def test_a_redirect_to_the_same_origin_is_not_followed_either(make_hub: Ma
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
-async def test_a_refusal_names_the_status(make_hub: MakeHub, server: HttpServer, status: int) -> None:
+async def test_the_error_of_a_failed_start_names_the_http_status(
+    make_hub: MakeHub, server: HttpServer, status: int
+) -> None:
     server.status = status
     with pytest.raises(MultiMCPError, match=f"it answered with HTTP status {status}"):
         await make_hub({"a": {"url": server.url}}, connect_timeout=5).tools()
 
 
 @pytest.mark.parametrize("path", ["/mcp", "/sse"])
-async def test_nobody_there_is_told(make_hub: MakeHub, path: str) -> None:
+async def test_a_server_that_cannot_be_reached_fails_to_start(make_hub: MakeHub, path: str) -> None:
     hub = make_hub({"a": {"url": f"http://127.0.0.1:9{path}"}}, connect_timeout=5)
     with pytest.raises(MultiMCPError, match=r"could not be started: .*(connect|refused)"):
         await hub.tools()
 
 
-async def test_a_session_that_the_server_forgot_is_lost_and_opened_again(make_hub: MakeHub, server: HttpServer) -> None:
+async def test_a_session_that_the_server_no_longer_knows_is_lost_and_opened_again(
+    make_hub: MakeHub, server: HttpServer
+) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.session = "s2"
     with pytest.raises(ToolError, match="lost during the call"):
-        await tool(lease, "echo")(text="x")
+        await function_of(lease, "echo")(text="x")
     assert hub.status()["a"].state == ServerState.LOST
-    assert await tool(lease, "echo")(text="on") == "on"
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 2
     await hub.close()
 
 
-async def test_a_call_on_http_that_takes_too_long_leaves_the_session(make_hub: MakeHub, server: HttpServer) -> None:
+async def test_a_call_that_times_out_does_not_end_the_session(make_hub: MakeHub, server: HttpServer) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools(call_timeout=0.2)
     with pytest.raises(ToolError, match="did not answer within"):
-        await tool(lease, "sleep")()
-    assert await tool(lease, "echo")(text="on") == "on"
+        await function_of(lease, "sleep")()
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 1
     await hub.close()
 
 
-async def test_a_connection_that_breaks_off_in_a_call_ends_the_call_and_not_the_run(
+async def test_a_connection_that_breaks_during_a_call_fails_the_call_and_the_session(
     make_hub: MakeHub, server: HttpServer
 ) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.fault = "abort"
     with pytest.raises(ToolError, match="may or may not have run"):
-        await tool(lease, "echo")(text="x")
+        await function_of(lease, "echo")(text="x")
     server.fault = ""
-    assert await tool(lease, "echo")(text="on") == "on"
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 2
     await hub.close()
 
 
-async def test_an_answer_that_breaks_off_ends_the_call(
+async def test_a_response_that_ends_without_a_reply_fails_the_call(
     make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.sdk.client_session._SETTLE", 0.05)
+    monkeypatch.setattr("lmbridge.mcp.sdk.http._REPLY_AFTER_END_SECONDS", 0.05)
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.fault = "end"
     with pytest.raises(ToolError, match="its answer broke off, and the tool may have run"):
-        await tool(lease, "echo")(text="x")
+        await function_of(lease, "echo")(text="x")
     server.fault = ""
-    assert await tool(lease, "echo")(text="on") == "on"
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 1
     await hub.close()
 
 
-async def test_a_refusal_in_a_session_names_the_status(make_hub: MakeHub, server: HttpServer) -> None:
+async def test_the_error_of_a_lost_session_names_the_http_status(make_hub: MakeHub, server: HttpServer) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.status = 401
     with pytest.raises(ToolError, match="it answered with HTTP status 401"):
-        await tool(lease, "echo")(text="x")
+        await function_of(lease, "echo")(text="x")
     assert hub.status()["a"].error == "it answered with HTTP status 401"
     await hub.close()
 
 
-async def test_a_redirect_in_a_session_is_told(make_hub: MakeHub, server: HttpServer, other: HttpServer) -> None:
+async def test_the_error_of_a_lost_session_names_a_redirect(
+    make_hub: MakeHub, server: HttpServer, other: HttpServer
+) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     server.location = other.url
     with pytest.raises(ToolError, match="it redirects to"):
-        await tool(lease, "echo")(text="x")
+        await function_of(lease, "echo")(text="x")
     assert other.requests == []
     await hub.close()
 
 
-async def test_arguments_that_cannot_be_sent_leave_the_session(make_hub: MakeHub, server: HttpServer) -> None:
+async def test_arguments_that_cannot_be_sent_do_not_end_the_session(make_hub: MakeHub, server: HttpServer) -> None:
     hub = make_hub({"a": {"url": server.url}})
     lease = await hub.tools()
     with pytest.raises(ToolError, match="the arguments cannot be sent"):
-        await tool(lease, "echo")(text="\ud83d")
-    assert await tool(lease, "echo")(text="on") == "on"
+        await function_of(lease, "echo")(text="\ud83d")
+    assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 1
     await hub.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmbridge.mcp.config.spec import ServerSpec
+from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.servers.stdio import StdioLink
 
 PING = {"jsonrpc": "2.0", "method": "ping"}
@@ -34,7 +34,7 @@ async def test_sending_to_a_process_that_ended_fails_after_the_reason_is_known()
 async def test_a_server_that_sends_faster_than_its_messages_are_handled_has_to_wait() -> None:
     link = link_to("yes '" + json.dumps(PING) + "' | head -n 50000", lambda _: None)
     await link.start()
-    while link._child._pipe(1).is_reading():
+    while link._process._pipe(1).is_reading():
         await asyncio.sleep(0)
     assert len(link._inbox) < 20_000
     received = 0

@@ -1,4 +1,4 @@
-"""The newest revision of the protocol, on HTTP, where changes have to be asked for."""
+"""The stateless revision of the protocol (2026-07-28), in which a client has to subscribe to changes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from aiohttp import web
 
 from lmbridge.mcp import McpEvent, ToolsChanged, sdk
 from tests.mcp.conftest import MakeHub
-from tests.mcp.support import Recorder, names, tool
+from tests.mcp.support import Recorder, function_of, names
 
-pytestmark = pytest.mark.skipif(not sdk.is_v2(), reason="the first major of the SDK does not speak it")
+pytestmark = pytest.mark.skipif(not sdk.is_v2(), reason="SDK 1.x does not speak this revision")
 
 
 @pytest_asyncio.fixture
 async def url() -> AsyncIterator[str]:
-    """The URL of a server."""
+    """The URL of a server that is made with the SDK."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = str(Path(__file__).parent / "modern_server.py")
+    program = str(Path(__file__).parent.parent / "modern_server.py")
     process = await asyncio.create_subprocess_exec(
         sys.executable, program, str(port), stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
     )
@@ -40,22 +40,22 @@ async def url() -> AsyncIterator[str]:
     await process.wait()
 
 
-async def test_its_tools_work_and_their_changes_are_heard_of(
+async def test_tools_can_be_called_and_their_changes_are_noticed(
     make_hub: MakeHub, recorder: Recorder[McpEvent], url: str
 ) -> None:
     hub = make_hub({"a": {"url": url}}, on_event=recorder)
     lease = await hub.tools()
     assert hub.status()["a"].protocol == "2026-07-28"
     assert names(lease.tools) == ["echo", "change"]
-    assert await tool(lease, "echo")(text="on") == "on"
-    assert await tool(lease, "change")() == "changed"
+    assert await function_of(lease, "echo")(text="on") == "on"
+    assert await function_of(lease, "change")() == "changed"
     await recorder.wait_for(lambda event: event == ToolsChanged("a"))
     assert names((await hub.tools()).tools) == ["echo", "change", "new"]
     await hub.close()
 
 
 def definition(name: str, header: str) -> dict[str, Any]:
-    """Of a tool whose argument is to be mirrored into a header."""
+    """Returns the definition of a tool whose argument is also to be sent in the given HTTP header."""
     argument = {"type": "string", "x-mcp-header": header}
     return {"name": name, "inputSchema": {"type": "object", "properties": {"text": argument}}}
 
@@ -79,8 +79,8 @@ RESULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest_asyncio.fixture
-async def asked() -> AsyncIterator[list[str]]:
-    """What a server by hand was asked, after its URL."""
+async def url_and_methods() -> AsyncIterator[list[str]]:
+    """The URL of a server that answers from `RESULTS`, and after it the methods that were requested."""
     seen: list[str] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -99,17 +99,19 @@ async def asked() -> AsyncIterator[list[str]]:
     await runner.cleanup()
 
 
-async def test_a_tool_with_a_header_that_cannot_be_is_left_out_as_the_protocol_wants(
-    make_hub: MakeHub, asked: list[str]
+async def test_a_tool_with_an_invalid_header_is_left_out_as_the_protocol_requires(
+    make_hub: MakeHub, url_and_methods: list[str]
 ) -> None:
-    lease = await make_hub({"a": {"url": asked[0]}}).tools()
+    lease = await make_hub({"a": {"url": url_and_methods[0]}}).tools()
     assert names(lease.tools) == ["good"]
     (left_out,) = lease.left_out
     assert left_out.tool == "bad"
     assert "x-mcp-header" in left_out.reason
 
 
-async def test_a_result_of_no_type_is_complete_as_the_protocol_wants(make_hub: MakeHub, asked: list[str]) -> None:
-    lease = await make_hub({"a": {"url": asked[0]}}).tools()
-    assert await tool(lease, "good")(text="on") == "of no type"
-    assert asked[1:] == ["server/discover", "tools/list", "tools/call"]
+async def test_a_result_without_a_type_counts_as_complete_as_the_protocol_requires(
+    make_hub: MakeHub, url_and_methods: list[str]
+) -> None:
+    lease = await make_hub({"a": {"url": url_and_methods[0]}}).tools()
+    assert await function_of(lease, "good")(text="on") == "of no type"
+    assert url_and_methods[1:] == ["server/discover", "tools/list", "tools/call"]

@@ -1,0 +1,316 @@
+"""`ServerSpec`: one entry of a configuration file, checked, and with its variables filled in.
+
+An entry is checked as a whole before anything is started, and each error names the file and the key. Mistakes are
+errors and not warnings: a misspelled `deny` that is ignored would offer a tool that its user meant to forbid.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+import attrs
+
+from lmbridge._checks import is_number
+from lmbridge.config import is_loopback
+from lmbridge.errors import MCPError
+
+logger = logging.getLogger("lmbridge.mcp")
+
+TransportKind = Literal["stdio", "http", "sse"]
+
+DEFAULT_CONNECT_TIMEOUT: Final = 30.0
+"""Seconds for connecting to a server and listing its tools, unless the configuration or the caller says otherwise."""
+
+_TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
+    "stdio": "stdio",
+    "http": "http",
+    "streamable-http": "http",
+    "streamablehttp": "http",
+    "sse": "sse",
+}
+_LMBRIDGE_KEYS: Final = ("allow", "deny", "connectTimeout", "callTimeout")
+"""The keys of the object `lmbridge` in an entry."""
+_UNSUPPORTED_KEYS: Final = (
+    "auth",
+    "disabledTools",
+    "envFile",
+    "headersHelper",
+    "oauth",
+    "sandbox",
+    "sandboxEnabled",
+    "timeout",
+)
+"""Keys that other programs read, that change what a server does, and that lmbridge ignores, with a warning."""
+_PLACEHOLDER: Final = re.compile(r"\$\{(?P<content>[^}]*)\}")
+_VARIABLE: Final = re.compile(r"(?:env:)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
+_SHORTEST_SECRET: Final = 6
+"""Characters that a value needs to be redacted. Shorter ones are often ordinary words, such as "true" or "en"."""
+_LONGEST_SHOWN_STRING: Final = 20
+"""Characters of a wrong value that an error repeats. A longer string may be a secret."""
+
+
+@attrs.frozen(kw_only=True)
+class ServerSpec:
+    """How one server is reached. Two specs that are equal describe the same server, which is then not restarted."""
+
+    name: str
+    """The key of the entry in the configuration file."""
+    transport: TransportKind
+    """How messages are exchanged: over a process's stdin and stdout, over streamable HTTP, or over the older SSE."""
+    command: str = ""
+    """The program of a stdio server, started without a shell."""
+    args: tuple[str, ...] = attrs.field(default=(), repr=False)
+    """The arguments of the program."""
+    env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """Environment variables of the program, in addition to the few that every server gets."""
+    cwd: str | None = None
+    """The working directory of the program. Default: that of this process."""
+    url: str = attrs.field(default="", repr=False)
+    """The URL of an HTTP or SSE server."""
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    """HTTP headers that are sent with every request, such as Authorization."""
+    allow: tuple[str, ...] | None = None
+    """Glob patterns: only tools whose name matches one of them are offered. Default: None, which allows all."""
+    deny: tuple[str, ...] = ()
+    """Glob patterns: tools whose name matches one of them are not offered."""
+    connect_timeout: float | None = None
+    """Seconds for connecting and listing tools. Default: that of the hub."""
+    call_timeout: float | None = None
+    """Seconds that one call may take. Default: that of the hub's `tools()`, or of the agent."""
+
+    def offers(self, tool: str) -> bool:
+        """Returns whether the configuration lets a tool be called: it is allowed and not denied."""
+        is_allowed = self.allow is None or any(fnmatchcase(tool, pattern) for pattern in self.allow)
+        return is_allowed and not any(fnmatchcase(tool, pattern) for pattern in self.deny)
+
+    def redact(self, text: str) -> str:
+        """Returns the text with `***` in place of the values of `env` and `headers` and the secret parts of the URL."""
+        secrets = {part for value in (*self.env.values(), *self.headers.values()) for part in (value, *value.split())}
+        if self.url:
+            parts = urlsplit(self.url)
+            secrets |= {parts.query, parts.password or ""}
+        for secret in sorted(secrets, key=len, reverse=True):
+            if len(secret) >= _SHORTEST_SECRET:
+                text = text.replace(secret, "***")
+        return text
+
+    @property
+    def target(self) -> str:
+        """The program, or the URL without its password, query and fragment; for messages."""
+        if self.transport == "stdio":
+            return self.command
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+    @property
+    def is_lmbridge(self) -> bool:
+        """Whether the command starts this package's own MCP server, as far as the command shows it."""
+        program = PurePath(self.command).stem
+        pairs = zip(self.args, self.args[1:], strict=False)
+        is_module = any(flag == "-m" and module.split(".")[0] == "lmbridge" for flag, module in pairs)
+        return is_module or program in ("lmbridge", "lmbridge-mcp")
+
+
+def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mapping[str, str]) -> ServerSpec | None:
+    """Returns the server that an entry describes, or None if it is disabled.
+
+    Args:
+        name: The key of the entry.
+        entry: The value of the entry.
+        location: The file and the key, for errors.
+        folder: The folder to which a relative `cwd` or `command` is relative.
+        environ: The values of the variables in `${VAR}`.
+
+    Raises:
+        MCPError: A value is not valid; the text names its key.
+    """
+    reader = _EntryReader(entry, location, environ)
+    if reader.is_disabled():
+        return None
+    transport = reader.transport()
+    options = reader.nested("lmbridge", _LMBRIDGE_KEYS)
+    spec = ServerSpec(
+        name=name,
+        transport=transport,
+        allow=options.optional_strings("allow"),
+        deny=options.optional_strings("deny") or (),
+        connect_timeout=options.seconds("connectTimeout"),
+        call_timeout=options.seconds("callTimeout"),
+    )
+    reader.warn_unsupported(name)
+    if transport != "stdio":
+        return attrs.evolve(spec, url=reader.url(name), headers=reader.headers())
+    cwd = reader.string("cwd")
+    return attrs.evolve(
+        spec,
+        command=_resolve_command(reader, folder),
+        args=reader.strings("args"),
+        env=reader.mapping("env"),
+        cwd=None if cwd is None else str(folder / expand_home(Path(cwd))),
+    )
+
+
+def expand_home(path: Path) -> Path:
+    """Returns the path with `~` replaced by the home directory, or unchanged if that user does not exist."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def _resolve_command(reader: _EntryReader, folder: Path) -> str:
+    command = reader.string("command")
+    if not command or not command.strip():
+        raise reader.error("command", "is empty", "give the program to start")
+    # A path such as ./server is relative to the file, not to the directory in which this program was started.
+    if "/" in command and not command.startswith("/"):
+        return str(folder / expand_home(Path(command)))
+    return command
+
+
+class _EntryReader:
+    """Reads the values of an entry and checks them; each error names the key.
+
+    Args:
+        entry: The value of the entry.
+        location: The file and the key, for errors.
+        environ: The values of the variables in `${VAR}`.
+    """
+
+    def __init__(self, entry: Any, location: str, environ: Mapping[str, str]) -> None:
+        self._location, self._environ = location, environ
+        if not isinstance(entry, dict):
+            raise MCPError(f"{location} is {_show_value(entry)}", hint='make it an object, like {"command": "npx"}')
+        self._entry = entry
+
+    def error(self, key: str, problem: str, hint: str) -> MCPError:
+        return MCPError(f"{self._location}.{key} {problem}", hint=hint)
+
+    def is_disabled(self) -> bool:
+        return self._flag("disabled", default=False) or not self._flag("enabled", default=True)
+
+    def _flag(self, key: str, *, default: bool) -> bool:
+        value = self._entry.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {_show_value(value)}", "write true or false")
+        return value
+
+    def transport(self) -> TransportKind:
+        given = self._entry.get("type", self._entry.get("transport"))
+        present = [key for key in ("command", "url") if key in self._entry]
+        if len(present) != 1:
+            problem = "has both 'command' and 'url'" if present else "has neither 'command' nor 'url'"
+            hint = 'give "command" for a program to start, or "url" for a server that is running'
+            raise MCPError(f"{self._location} {problem}", hint=hint)
+        is_program = present == ["command"]
+        if given is None:
+            path = re.split("[?#]", self.string("url") or "")[0]
+            return "stdio" if is_program else "sse" if path.rstrip("/").endswith("/sse") else "http"
+        kind = _TRANSPORT_NAMES.get(given.lower()) if isinstance(given, str) else None
+        if kind is None or (kind == "stdio") != is_program:
+            hint = f"with '{present[0]}' it must be " + ("stdio" if is_program else "http or sse")
+            raise self.error("type" if "type" in self._entry else "transport", f"is {_show_value(given)}", hint)
+        return kind
+
+    def nested(self, key: str, known: Sequence[str]) -> _EntryReader:
+        nested = _EntryReader(self._entry.get(key, {}), f"{self._location}.{key}", self._environ)
+        for each in nested._entry:
+            # A misspelled rule must not be ignored: it would offer a tool that the user meant to forbid.
+            if each not in known:
+                raise nested.error(each, "is not a known key", f"the keys are: {', '.join(known)}")
+        return nested
+
+    def warn_unsupported(self, name: str) -> None:
+        if found := [key for key in _UNSUPPORTED_KEYS if key in self._entry]:
+            logger.warning("MCP server %r: these keys are not supported and are ignored: %s", name, ", ".join(found))
+
+    def string(self, key: str) -> str | None:
+        return None if key not in self._entry else self._fill_in(key, self._entry[key])
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        values = self._entry.get(key, [])
+        if not isinstance(values, list):
+            raise self.error(key, f"is {_show_value(values)}", "make it a list of strings")
+        return tuple(self._fill_in(f"{key}[{index}]", value) for index, value in enumerate(values))
+
+    def optional_strings(self, key: str) -> tuple[str, ...] | None:
+        return self.strings(key) if key in self._entry else None
+
+    def mapping(self, key: str) -> dict[str, str]:
+        values = self._entry.get(key, {})
+        if not isinstance(values, dict):
+            raise self.error(key, f"is {_show_value(values)}", "make it an object whose values are strings")
+        if wrong := [name for name in values if not name or "=" in name or "\0" in name]:
+            raise self.error(f"{key}.{wrong[0]}", "is not a valid name", "rename it")
+        return {name: self._fill_in(f"{key}.{name}", value) for name, value in values.items()}
+
+    def headers(self) -> dict[str, str]:
+        values = self.mapping("headers")
+        for name, value in values.items():
+            if not value.isascii() or not value.isprintable():
+                raise self.error(f"headers.{name}", "is not a valid header", "use printable ASCII characters")
+        return values
+
+    def url(self, name: str) -> str:
+        url = self.string("url") or ""
+        example = "give it like http://127.0.0.1:8000/mcp"
+        try:
+            parts = urlsplit(url)
+            # Reading the port checks it.
+            _ = parts.port
+        except ValueError as exc:
+            raise self.error("url", f"is not a valid URL: {exc}", example) from exc
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise self.error("url", "is not an http or https URL", example)
+        if parts.scheme == "http" and "headers" in self._entry and not is_loopback(url):
+            logger.warning(
+                "MCP server %r: its headers are sent over the network without encryption; use an https URL", name
+            )
+        return url
+
+    def seconds(self, key: str) -> float | None:
+        value = self._entry.get(key)
+        if value is None:
+            return None
+        if not is_number(value) or not 0 < value < math.inf:
+            raise self.error(key, f"is {_show_value(value)}", "give a positive number of seconds")
+        return float(value)
+
+    def _fill_in(self, key: str, value: Any) -> str:
+        """Returns a string with its variables filled in. The values themselves are not filled in again."""
+        if not isinstance(value, str):
+            raise self.error(key, f"is {_show_value(value)}", "make it a string")
+        filled = _PLACEHOLDER.sub(self._variable_lookup(key), value)
+        if "\0" in filled:
+            raise self.error(key, "contains a null character", "remove it")
+        return filled
+
+    def _variable_lookup(self, key: str) -> Callable[[re.Match[str]], str]:
+        def look_up(placeholder: re.Match[str]) -> str:
+            variable = _VARIABLE.fullmatch(placeholder["content"])
+            if variable is None:
+                problem = f"contains {placeholder.group()}, which is not supported"
+                raise self.error(key, problem, "only ${VAR} and ${VAR:-default} are filled in")
+            name = variable["name"]
+            # As in a shell, `:-` applies to an empty variable as well.
+            value = self._environ.get(name) or variable["default"]
+            if value is None:
+                problem = f"needs the environment variable {name}, which is not set"
+                raise self.error(key, problem, f"set {name}, or write ${{{name}:-default}}")
+            return value
+
+        return look_up
+
+
+def _show_value(value: Any) -> str:
+    """Describes a value that is not valid, without repeating what may be a secret."""
+    if isinstance(value, str):
+        return "a string" if len(value) > _LONGEST_SHOWN_STRING else repr(value)
+    return "null" if value is None else f"a {type(value).__name__}" if isinstance(value, dict | list) else repr(value)

@@ -1,0 +1,30 @@
+"""The installed SDK package: loads it on first use, and says which of its two major versions it is.
+
+Both majors are supported, 2.x first, because other packages in a user's environment decide which one is installed:
+some require `mcp<2`, others `mcp>=2`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+LMBRIDGE_NAME: Final = "lmbridge"
+"""The name by which our client, and our own server, introduce themselves in the protocol."""
+
+
+def load_sdk() -> Any:
+    """Returns the module `mcp`. The first import takes half a second, so it is best called in a thread.
+
+    Raises:
+        ImportError: The SDK is not installed; the text names the `pip install`.
+    """
+    try:
+        import mcp
+    except ImportError as exc:
+        raise ImportError("MCP servers need the official SDK: pip install lmbridge[mcp]") from exc
+    return mcp
+
+
+def is_v2() -> bool:
+    """Returns whether the installed SDK is of version 2.x, and not 1.x."""
+    return hasattr(load_sdk(), "Client")

@@ -1,0 +1,172 @@
+"""The process groups of stdio servers, of which nothing may be left behind.
+
+A server is often a chain of processes: `npx` starts a shell, which starts node. To end the process that was started is
+not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads its own process group, and
+the group is signalled and polled until it is empty, even if its leader has already left. To search for descendants
+instead would miss those whose parent has ended. A control group would catch even a process that leaves the group, but
+exists only on Linux and needs privileges.
+
+There are three ways in which a program may end, and each is covered:
+
+- `close()`, a cancellation and a failed start end the group from here (`end_group`).
+- SIGTERM ends the groups and then the program: a handler is installed at the first start, unless the program has one.
+- Anything else, SIGKILL included, is noticed by the guardian, a separate process; see `guardian`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from lmbridge.mcp.servers import guardian
+
+logger = logging.getLogger("lmbridge.mcp")
+
+_TERM_GRACE_SECONDS: Final = 1.5
+"""Seconds that a group has to end after SIGTERM, before it gets SIGKILL."""
+KILL_WAIT_SECONDS: Final = 2.0
+"""Seconds that are waited for a group to be gone after SIGKILL."""
+_INHERITED_VARIABLES: Final = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+"""The variables that the official MCP SDKs pass on to servers: none of them is likely to be a secret."""
+
+
+class ProcessGroups:
+    """The process groups that this process has started and that are not gone yet.
+
+    The guardian gets a copy of the list through a pipe.
+    """
+
+    def __init__(self) -> None:
+        self._groups: set[int] = set()
+        self._host_pid = 0
+        self._guardian_pipe = -1
+        self._has_checked_sigterm = False
+
+    def add(self, group: int) -> None:
+        """Adds a group that has started."""
+        self._host_pid = os.getpid()
+        if not self._has_checked_sigterm and threading.current_thread() is threading.main_thread():
+            self._has_checked_sigterm = True
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._groups.add(group)
+        self._write_to_guardian(b"+%d\n" % group)
+
+    def discard(self, group: int) -> None:
+        """Removes a group that is gone."""
+        if group in self._groups:
+            self._groups.discard(group)
+            self._write_to_guardian(b"-%d\n" % group)
+
+    def _write_to_guardian(self, line: bytes) -> None:
+        try:
+            os.write(self._guardian_pipe, line)
+        except OSError:
+            # Either no guardian has been started yet, or it was killed. A new one gets the whole list.
+            self._close_guardian_pipe()
+            self._guardian_pipe = _start_guardian()
+            if self._groups and self._guardian_pipe >= 0:
+                os.write(self._guardian_pipe, b"".join(b"+%d\n" % group for group in self._groups))
+
+    def forget_after_fork(self) -> None:
+        """Leaves the groups to the parent process. A copy of the pipe here would keep the guardian waiting."""
+        self._groups = set()
+        self._close_guardian_pipe()
+
+    def _close_guardian_pipe(self) -> None:
+        if self._guardian_pipe >= 0:
+            os.close(self._guardian_pipe)
+        self._guardian_pipe = -1
+
+    def _on_sigterm(self, number: int, _frame: object) -> None:
+        """Ends the groups, and then this process as the signal would have done without a handler."""
+        if self._host_pid == os.getpid():
+            guardian.end_groups(self._groups)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+process_groups: Final = ProcessGroups()
+# Windows cannot fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=process_groups.forget_after_fork)
+
+
+def _start_guardian() -> int:
+    """Starts the guardian; returns the end of its pipe that is written to, or -1 if it cannot be started."""
+    if not sys.executable:
+        logger.warning(
+            "MCP servers may be left running if this process is killed, because the path of the Python that would "
+            "watch it is not known (sys.executable is empty)"
+        )
+        return -1
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    discard_output = [(os.POSIX_SPAWN_OPEN, each, os.devnull, os.O_WRONLY, 0) for each in (1, 2)]
+    command = [sys.executable, "-I", "-S", str(Path(guardian.__file__))]
+    try:
+        os.posix_spawn(
+            sys.executable,
+            command,
+            base_environment(),
+            file_actions=[(os.POSIX_SPAWN_DUP2, read_end, 0), *discard_output],
+        )
+    except OSError:
+        os.close(write_end)
+        raise
+    finally:
+        os.close(read_end)
+    return write_end
+
+
+def base_environment() -> dict[str, str]:
+    """Returns the few variables of this process's environment that every server gets."""
+    values = {name: os.environ.get(name, "") for name in _INHERITED_VARIABLES}
+    # A value that begins with () is a function that a shell exported; the official SDKs leave those out as well.
+    return {name: value for name, value in values.items() if value and not value.startswith("()")}
+
+
+async def end_group(group: int, *, patience: float) -> None:
+    """Ends a process group and waits until no process of it is left. On cancellation, it kills the group at once.
+
+    Args:
+        group: The id of the group, which is the process id of its leader.
+        patience: Seconds that the group has to end by itself before it gets SIGTERM.
+    """
+    # Signal 0 only checks whether the group exists.
+    stages = ((0, patience), (signal.SIGTERM, _TERM_GRACE_SECONDS), (signal.SIGKILL, KILL_WAIT_SECONDS))
+    try:
+        for number, seconds in stages:
+            guardian.send_signal(group, number)
+            if await _is_gone_within(group, seconds):
+                process_groups.discard(group)
+                return
+    except asyncio.CancelledError:
+        guardian.send_signal(group, signal.SIGKILL)
+        # Nothing survives SIGKILL, and the id may soon be given to another group.
+        process_groups.discard(group)
+        raise
+    logger.error("the process group %d is still running %g seconds after SIGKILL", group, KILL_WAIT_SECONDS)
+
+
+async def _is_gone_within(group: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    pause = 0.005
+    while not await _is_gone(group):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return True
+
+
+async def _is_gone(group: int) -> bool:
+    # In a thread, because looking for zombies reads the files of all processes.
+    return not guardian.send_signal(group, 0) or await asyncio.to_thread(guardian.is_gone, group)

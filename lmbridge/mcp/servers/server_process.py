@@ -1,0 +1,229 @@
+"""The child process of a stdio server: starts it, writes to it, hands on what it writes, and ends it.
+
+The class is an asyncio protocol and not a user of `asyncio.create_subprocess_exec`: that one has streams with a limit
+for the length of a line, offers no way to pause the reading of stdout alone, and reports the end of a process only when
+its pipes are closed, which a grandchild may hold open for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, cast
+
+from lmbridge._tasks import settle
+from lmbridge.errors import MCPError
+from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, base_environment, end_group, process_groups
+
+_EXIT_GRACE_SECONDS: Final = 1.0
+"""Seconds that a server has to end by itself once its stdin is closed, before it gets SIGTERM."""
+_LAST_OUTPUT_SECONDS: Final = 1.0
+"""Seconds between the first sign of a process's end and the report of it: the last output, the closing of the pipes and
+the exit status arrive one after the other, in any order."""
+_STDERR_LINES: Final = 10
+"""Lines of stderr that are kept."""
+_STDERR_LINE_LENGTH: Final = 500
+"""Characters of each of those lines that are kept."""
+_MOST_BYTES_PER_CHARACTER: Final = 4
+
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+
+
+class ServerProcess(asyncio.SubprocessProtocol):
+    """A child process that leads its own process group.
+
+    Args:
+        on_output: Called with each piece of bytes that the process writes to stdout.
+        on_end: Called once, with a description of how the process ended, when no more output will come.
+    """
+
+    def __init__(self, on_output: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
+        self.stderr = StderrTail()
+        """The last lines that the process wrote to stderr."""
+        self._on_output, self._on_end = on_output, on_end
+        self._transport: asyncio.SubprocessTransport | None = None
+        self._exited = asyncio.Event()
+        self._open_pipes = {_STDOUT, _STDERR}
+        self._end_is_reported = False
+        self._is_writable = asyncio.Event()
+        self._is_writable.set()
+
+    async def start(self, command: str, args: Sequence[str], env: Mapping[str, str], cwd: str | None) -> None:
+        """Starts the process, without a shell and in a new process group.
+
+        Args:
+            command: The program. It is searched for in the PATH of its environment.
+            args: The arguments of the program.
+            env: Environment variables, in addition to the few that every server gets.
+            cwd: The working directory, or None for that of this process.
+
+        Raises:
+            OSError: The process cannot be started.
+            MCPError: The operating system is Windows, which has no process groups.
+        """
+        if sys.platform == "win32":
+            raise MCPError(
+                "MCP servers on stdio cannot be used on Windows, which has no process groups",
+                hint='use a server with a "url"',
+            )
+        starting = asyncio.ensure_future(
+            asyncio.get_running_loop().subprocess_exec(
+                lambda: self,
+                command,
+                *args,
+                env={**base_environment(), **env},
+                cwd=cwd,
+                start_new_session=True,
+            )
+        )
+        try:
+            # Even if the caller is cancelled, and even twice, a process that has been created must not be lost.
+            await settle(starting)
+        finally:
+            if not starting.cancelled() and starting.exception() is None:
+                self._transport = starting.result()[0]
+                process_groups.add(self._transport.get_pid())
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process and of its group, or None before it has started."""
+        return None if self._transport is None else self._transport.get_pid()
+
+    async def write(self, data: bytes) -> None:
+        """Writes to the process's stdin, and waits while the process does not read.
+
+        Raises:
+            ConnectionError: The process no longer reads.
+        """
+        stdin = self._pipe(_STDIN)
+        if self._end_is_reported or stdin is None or stdin.is_closing():
+            raise BrokenPipeError("the server no longer reads its stdin")
+        stdin.write(data)
+        await self._is_writable.wait()
+
+    def pause_reading(self) -> None:
+        """Stops reading the process's stdout, so that the process has to wait when its pipe is full."""
+        if stdout := self._open_stdout():
+            stdout.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Continues to read the process's stdout."""
+        if stdout := self._open_stdout():
+            stdout.resume_reading()
+
+    async def end(self, *, patience: float | None = None) -> None:
+        """Ends the process and its whole group. On cancellation, the caller still waits until they are gone.
+
+        Args:
+            patience: Seconds that the process has to end by itself, once its stdin is closed. Default: one.
+        """
+        if self._transport is not None:
+            await settle(self._end(self._transport, _EXIT_GRACE_SECONDS if patience is None else patience))
+
+    async def _end(self, transport: asyncio.SubprocessTransport, patience: float) -> None:
+        if (stdin := self._pipe(_STDIN)) is not None:
+            stdin.close()
+        try:
+            await end_group(transport.get_pid(), patience=patience)
+            # Otherwise asyncio would learn the exit status later, when the event loop may be closed.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KILL_WAIT_SECONDS):
+                    await self._exited.wait()
+        finally:
+            transport.close()
+
+    def _pipe(self, fd: int) -> Any:
+        return None if self._transport is None else cast("Any", self._transport.get_pipe_transport(fd))
+
+    def _open_stdout(self) -> Any:
+        stdout = self._pipe(_STDOUT)
+        return None if stdout is None or stdout.is_closing() else stdout
+
+    # The following methods are called by asyncio.
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Hands on what the process has written."""
+        if fd == _STDERR:
+            self.stderr.feed(data)
+        elif not self._end_is_reported:
+            self._on_output(data)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """Records that a pipe was closed."""
+        if fd == _STDIN:
+            self._is_writable.set()
+        self._open_pipes.discard(fd)
+        if fd != _STDERR:
+            self._report_end_soon()
+
+    def process_exited(self) -> None:
+        """Records that the process has ended."""
+        self._exited.set()
+        self._report_end_soon()
+
+    def pause_writing(self) -> None:
+        """Makes writers wait, because the pipe is full."""
+        self._is_writable.clear()
+
+    def resume_writing(self) -> None:
+        """Lets writers continue."""
+        self._is_writable.set()
+
+    def _report_end_soon(self) -> None:
+        """Reports the end when all of it is known, or after a second if it is not.
+
+        A process that the server has started may keep the pipes open after the server's end. The other way round, a
+        server may close its stdout and keep running.
+        """
+        if not self._open_pipes and self._exited.is_set():
+            self._report_end()
+        else:
+            asyncio.get_running_loop().call_later(_LAST_OUTPUT_SECONDS, self._report_end)
+
+    def _report_end(self) -> None:
+        if not self._end_is_reported:
+            self._end_is_reported = True
+            self._is_writable.set()
+            self._on_end(self._describe_end())
+
+    def _describe_end(self) -> str:
+        code = None if self._transport is None else self._transport.get_returncode()
+        if code is None:
+            return "it closed its stdout" if _STDOUT not in self._open_pipes else "it no longer reads its stdin"
+        if code >= 0:
+            return f"it ended with status {code}"
+        with suppress(ValueError):
+            return f"it was killed by {signal.Signals(-code).name}"
+        return f"it was killed by signal {-code}"
+
+
+class StderrTail:
+    """The last lines of a byte stream that arrives in pieces, each cut to a maximum length.
+
+    Args:
+        lines: How many lines are kept.
+    """
+
+    def __init__(self, lines: int = _STDERR_LINES) -> None:
+        self._lines: deque[str] = deque(maxlen=lines)
+        self._unfinished_line = b""
+
+    def feed(self, data: bytes) -> None:
+        """Adds the next piece."""
+        *lines, rest = (self._unfinished_line + data).split(b"\n")
+        self._lines += [self._decode(line) for line in lines if line.strip()]
+        self._unfinished_line = rest[: _MOST_BYTES_PER_CHARACTER * _STDERR_LINE_LENGTH]
+
+    @property
+    def text(self) -> str:
+        """The lines, including one at the end that is not finished."""
+        last = [self._decode(self._unfinished_line)] if self._unfinished_line.strip() else []
+        return "\n".join([*self._lines, *last][-(self._lines.maxlen or 1) :])
+
+    def _decode(self, line: bytes) -> str:
+        cut = line[: _MOST_BYTES_PER_CHARACTER * _STDERR_LINE_LENGTH]
+        return cut.decode(errors="replace").rstrip()[:_STDERR_LINE_LENGTH]

@@ -1,0 +1,324 @@
+"""`SessionOwner`: one task that opens a session with a server, holds it open, and closes it.
+
+Why a task: the SDK is built on anyio, whose cancel scopes must be left in the task that entered them. A session that is
+entered by one run and left by another raises `RuntimeError`; one that is held by an async generator can leave the event
+loop spinning at full load. And when an HTTP request of the SDK fails, its task group cancels the task that entered the
+session, so that every later await of an agent would be cancelled. So only the owner enters the session; callers wait
+for its futures, and make their calls through it.
+
+Other designs were considered:
+
+- an `AsyncExitStack` in the task of the run, as the SDK's examples have it: servers start one after the other, one
+  crash cancels the run, and no other run can use them;
+- a new session for each call: each call then starts a process, which takes 0.2 to 0.8 seconds;
+- a thread with an event loop for each server: two loops, and every call crosses threads twice.
+
+Each call is another task, for the same reason: a cancellation by the SDK must not reach the caller, and a caller that
+is cancelled must not interrupt the SDK at a point where it cannot stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from typing import Any, Final
+
+import attrs
+
+from lmbridge._tasks import end_task, mark_retrieved
+from lmbridge.mcp import sdk
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk import McpSession, SessionLostError
+from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
+from lmbridge.mcp.servers.stdio import StdioLink
+
+logger = logging.getLogger("lmbridge.mcp")
+
+_MOST_PAGES: Final = 100
+"""Pages of a list of tools that are read."""
+_LIVENESS_SECONDS: Final = 5.0
+"""Seconds that a server on HTTP has to prove that its session is alive, after an error that looked like a lost one."""
+_EXIT_REASON_SECONDS: Final = 1.0
+"""Seconds that are waited to learn how a process ended, once its session is lost."""
+_CANCEL_GRACE_SECONDS: Final = 2.0
+"""Seconds that a cancelled request has to notify the server and to end."""
+
+
+@attrs.frozen
+class SessionEnd:
+    """Why a session can no longer be used."""
+
+    reason: str
+    """The reason in words that continue a sentence about the server: "it ended with status 3"."""
+    was_requested: bool = False
+    """Whether the session was closed by us, or with the event loop, and not lost."""
+
+
+_CLOSED_ON_REQUEST: Final = SessionEnd("it was closed", was_requested=True)
+
+
+class SessionOwner:
+    """A session with a server, from its opening to its end. A session that is lost is not opened again.
+
+    Args:
+        spec: The server.
+        emit: Called with the events of the server.
+    """
+
+    def __init__(self, spec: ServerSpec, emit: Callable[[McpEvent], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        """Done when the session can be used. Its exception is the reason why it cannot."""
+        self.ended: asyncio.Future[SessionEnd] = loop.create_future()
+        """Done, with the reason, when the session can no longer be used."""
+        self.tools: list[Any] = []
+        """The definitions of the server's tools, as the server sent them."""
+        self.opened_at = loop.time()
+        """The time of the event loop at which the opening began."""
+        self._spec, self._emit = spec, emit
+        self._link = StdioLink(spec, self._lose) if spec.transport == "stdio" else None
+        self._session: McpSession | None = None
+        self._pending_requests: set[asyncio.Future[None]] = set()
+        self._tools_are_stale = False
+        self._refreshing = asyncio.Lock()
+        self.ended.add_done_callback(self._wake_pending_requests)
+        self.task = loop.create_task(self._run(), name=f"lmbridge-mcp-{spec.name}")
+        """The task that opens and closes the session. It has ended when nothing of the session is left."""
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the server's process; None for a server on HTTP."""
+        return None if self._link is None else self._link.pid
+
+    @property
+    def protocol(self) -> str | None:
+        """The revision of the protocol that is spoken, or None before the session is open."""
+        return None if self._session is None else self._session.protocol
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last lines that the server's process wrote to stderr."""
+        return "" if self._link is None else self._link.stderr_tail
+
+    def stop(self, reason: str | None = None) -> None:
+        """Ends the session, even while it is being opened. It returns at once; the owner's task does the closing.
+
+        Args:
+            reason: Why the session is given up. Default: it was closed on request.
+        """
+        self._mark_ended(_CLOSED_ON_REQUEST if reason is None else SessionEnd(reason))
+        if not self.ready.done():
+            self.task.cancel()
+
+    def _lose(self, reason: str) -> None:
+        self._mark_ended(SessionEnd(reason))
+
+    def _mark_ended(self, end: SessionEnd) -> None:
+        if not self.ended.done():
+            self.ended.set_result(end)
+
+    async def refresh_tools(self) -> None:
+        """Asks for the list of tools again, if the server has announced that it changed.
+
+        Raises:
+            SessionLostError: The session is over. The tools stay as they were, as they do after the following errors.
+            RefusedError: The server answered with an error.
+            BadReplyError: The server's answer is not valid.
+        """
+        async with self._refreshing:
+            if self._tools_are_stale:
+                self._tools_are_stale = False
+                try:
+                    self.tools = await self._request(self._list_tools, None)
+                except BaseException:
+                    self._tools_are_stale = True
+                    raise
+
+    async def call(self, tool: str, arguments: Mapping[str, Any], timeout: float | None) -> Mapping[str, Any]:
+        """Calls a tool, and returns the result as the server sent it.
+
+        Args:
+            tool: The name of the tool.
+            arguments: The arguments of the call.
+            timeout: Seconds that the call may take; None for no limit.
+
+        Raises:
+            TimeoutError: The server has not answered in time. It has been notified that the call is cancelled.
+            SessionLostError: The session ended before the server answered.
+            RefusedError: The server answered with an error.
+            BadReplyError: The server's answer is not valid.
+        """
+
+        def report_progress(done: float, total: float | None, message: str | None) -> None:
+            self._emit(ToolProgress(self._spec.name, tool, done, total, message))
+
+        call = partial(self._live_session().call, tool, arguments, report_progress)
+        result: Mapping[str, Any] = await self._request(call, timeout)
+        return result
+
+    def _live_session(self) -> McpSession:
+        if self.ended.done():
+            raise SessionLostError(self.ended.result().reason)
+        return self._opened_session()
+
+    def _opened_session(self) -> McpSession:
+        if self._session is None:
+            raise SessionLostError("it is not connected")
+        return self._session
+
+    async def _request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
+        """Makes a request in a separate task, and returns its result; it ends with the session, or after the timeout.
+
+        The caller waits for a new future, which is completed by the request or by the end of the session.
+        `asyncio.wait` for the task and for `ended` would say the same, but each of many calls in flight would then
+        search the list of callbacks of `ended`, and wake one turn of the event loop later.
+        """
+        loop = asyncio.get_running_loop()
+        wake = loop.create_future()
+        work = loop.create_task(_run_and_wake(request, wake))
+        # The request may fail at the very moment in which the caller is cancelled.
+        work.add_done_callback(mark_retrieved)
+        self._pending_requests.add(wake)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await wake
+        finally:
+            self._pending_requests.discard(wake)
+            if not work.done():
+                await end_task(work, grace=_CANCEL_GRACE_SECONDS)
+        if work.done() and not work.cancelled():
+            try:
+                return work.result()
+            except SessionLostError as exc:
+                await self._raise_if_lost(exc)
+                raise sdk.RefusedError(str(exc)) from exc
+        if self.ended.done():
+            raise SessionLostError(self.ended.result().reason)
+        raise TimeoutError
+
+    def _wake_pending_requests(self, _: asyncio.Future[SessionEnd]) -> None:
+        for wake in self._pending_requests:
+            _complete(wake)
+
+    async def _raise_if_lost(self, error: SessionLostError) -> None:
+        """Checks whether the session is really lost; returns if it is alive.
+
+        The SDK's errors for a lost session have the codes of ordinary errors and are recognized by their words, which a
+        server may use as well.
+
+        Raises:
+            SessionLostError: The session is lost.
+        """
+        if self._link is None and not self.ended.done():
+            # If the server answers a harmless request, its session is alive. Any error means that it is not.
+            with suppress(Exception):
+                async with asyncio.timeout(_LIVENESS_SECONDS):
+                    await self._live_session().list_page(None)
+                    return
+        elif not self.ended.done():
+            # How the process ended will be known in a moment, and says more than the SDK's error.
+            await asyncio.wait({self.ended}, timeout=_EXIT_REASON_SECONDS)
+        self._lose(str(error))
+        raise SessionLostError(self.ended.result().reason) from error
+
+    async def _run(self) -> None:
+        try:
+            async with AsyncExitStack() as stack:
+                # In a thread, because the import takes half a second.
+                await asyncio.to_thread(sdk.load_sdk)
+                if self._link is not None:
+                    stack.push_async_callback(self._end_process, self._link)
+                    await self._link.start()
+                handlers = sdk.NotificationHandlers(self._on_tools_changed, self._on_log)
+                self._session = await stack.enter_async_context(sdk.open_session(self._spec, self._link, handlers))
+                if self._session.server_name == sdk.LMBRIDGE_NAME:
+                    raise sdk.RefusedError("it is lmbridge itself")
+                self.tools = await self._list_tools_first()
+                self.ready.set_result(None)
+                watching = asyncio.create_task(self._watch_notifications(self._session))
+                try:
+                    # Not `await self.ended`: a cancellation of this task must not cancel the future.
+                    await asyncio.wait({self.ended})
+                finally:
+                    await end_task(watching, grace=_CANCEL_GRACE_SECONDS)
+        except asyncio.CancelledError as exc:
+            self._end_with(_CLOSED_ON_REQUEST, exc)
+            raise
+        except BaseException as exc:  # noqa: BLE001 - the SDK raises groups of anything, also of base exceptions
+            self._end_with(SessionEnd(sdk.describe_error(exc)), exc)
+        finally:
+            self._mark_ended(_CLOSED_ON_REQUEST)
+
+    def _end_with(self, end: SessionEnd, error: BaseException) -> None:
+        """Records why the session has ended, unless the reason is known already, and fails `ready` if it is pending."""
+        self._mark_ended(end)
+        if self.ready.done():
+            return
+        if isinstance(error, ImportError):
+            failure: Exception = error
+        else:
+            failure = SessionLostError(self.ended.result().reason)
+            failure.__cause__ = error
+        self.ready.set_exception(failure)
+        # The caller may have been cancelled meanwhile; asyncio would log an exception that was never retrieved.
+        self.ready.exception()
+
+    async def _end_process(self, link: StdioLink) -> None:
+        """Ends the server's process; only one whose session was closed in good order gets time to leave by itself."""
+        was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
+        await link.end(patience=None if was_closed else 0.0)
+
+    async def _list_tools_first(self) -> list[Any]:
+        try:
+            return await self._list_tools()
+        except sdk.RefusedError:
+            if self._opened_session().has_tools:
+                raise
+            # A server that has only prompts or resources may refuse to list tools.
+            return []
+
+    async def _list_tools(self) -> list[Any]:
+        session = self._opened_session()
+        tools: list[Any] = []
+        cursor: str | None = None
+        seen: set[str] = set()
+        for _ in range(_MOST_PAGES):
+            page = await session.list_page(cursor)
+            tools += page.get("tools") or []
+            cursor = page.get("nextCursor")
+            if not isinstance(cursor, str) or not cursor:
+                return tools
+            if cursor in seen:
+                raise sdk.BadReplyError(f"its list of tools returns to the page {cursor!r}, so it never ends")
+            seen.add(cursor)
+        raise sdk.BadReplyError(f"its list of tools has more than {_MOST_PAGES} pages")
+
+    async def _watch_notifications(self, session: McpSession) -> None:
+        try:
+            await session.watch()
+        except Exception as exc:  # noqa: BLE001 - changes are no longer noticed, but everything else works
+            logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
+
+    def _on_tools_changed(self) -> None:
+        self._tools_are_stale = True
+        self._emit(ToolsChanged(self._spec.name))
+
+    def _on_log(self, level: str, data: Any) -> None:
+        self._emit(ServerLog(self._spec.name, level, data))
+
+
+async def _run_and_wake(request: Callable[[], Awaitable[Any]], wake: asyncio.Future[None]) -> Any:
+    """Makes a request and completes `wake` at its end, one turn of the event loop before a done callback would."""
+    try:
+        return await request()
+    finally:
+        _complete(wake)
+
+
+def _complete(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

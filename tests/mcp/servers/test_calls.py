@@ -1,0 +1,85 @@
+"""Calls of tools: their results, their errors, and what happens when a call is cancelled or times out."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from lmbridge import ToolError
+from lmbridge.mcp import (
+    McpText,
+)
+from tests.mcp.conftest import MakeHub
+from tests.mcp.support import function_of, wait_for_notes
+
+
+async def test_a_text_result_reaches_the_model_verbatim(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {}}).tools(["a"])
+    result = await function_of(lease, "echo")(text=" verbatim\n")
+    assert result == " verbatim\n"
+    assert isinstance(result, McpText)
+    assert result.result["content"] == [{"type": "text", "text": " verbatim\n"}]
+
+
+async def test_the_text_parts_of_a_result_are_joined_by_newlines(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {}}).tools()
+    assert await function_of(lease, "parts")() == "one\ntwo"
+
+
+async def test_a_tool_that_fails_raises_the_text_of_the_server_and_keeps_the_result(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {}}).tools()
+    with pytest.raises(ToolError, match=r"^no such file: a.txt$") as caught:
+        await function_of(lease, "fails")()
+    assert caught.value.context["result"]["isError"] is True
+
+
+async def test_a_protocol_error_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="-32602: bad arguments"):
+        await function_of(lease, "refuses")()
+    assert await function_of(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
+
+
+async def test_a_result_without_content_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {}}).tools()
+    with pytest.raises(ToolError, match="the tool ran, but its result is not valid: content: Field required"):
+        await function_of(lease, "nothing")()
+    assert await function_of(lease, "echo")(text="on") == "on"
+
+
+async def test_a_result_that_is_nested_too_deeply_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"deep_at": ["count"]}}).tools()
+    with pytest.raises(ToolError, match="its result is not valid: Maximum serialization depth exceeded"):
+        await function_of(lease, "count")()
+    assert await function_of(lease, "echo")(text="on") == "on"
+
+
+async def test_arguments_that_cannot_be_sent_are_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="the arguments cannot be sent"):
+        await function_of(lease, "echo")(text="half \ud83d of an emoji")
+    assert await function_of(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
+
+
+async def test_the_server_is_notified_of_a_cancelled_call(make_hub: MakeHub, notes: Path) -> None:
+    lease = await make_hub({"a": {"notes": str(notes), "noted": ["sleep"]}}).tools()
+    call = asyncio.create_task(function_of(lease, "sleep")())
+    await wait_for_notes(notes)
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    assert (await wait_for_notes(notes, 2))[1].startswith("cancelled ")
+    assert await function_of(lease, "echo")(text="on") == "on"
+
+
+async def test_a_call_that_times_out_is_a_tool_error_and_the_server_is_notified(make_hub: MakeHub, notes: Path) -> None:
+    lease = await make_hub({"a": {"notes": str(notes)}}).tools(call_timeout=0.1)
+    with pytest.raises(ToolError, match=r"did not answer within 0.1 seconds; the call was cancelled"):
+        await function_of(lease, "sleep")()
+    assert (await wait_for_notes(notes))[0].startswith("cancelled ")

@@ -1,0 +1,74 @@
+"""A server's child process: starting, writing, ending, and what cancellations do to each."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from lmbridge.mcp.servers import guardian
+from lmbridge.mcp.servers.server_process import ServerProcess, StderrTail
+from tests.support import turns
+
+
+def make_process() -> ServerProcess:
+    return ServerProcess(lambda _: None, lambda _: None)
+
+
+async def test_a_cancelled_end_waits_until_the_group_is_gone() -> None:
+    process = make_process()
+    await process.start("sh", ["-c", "trap '' TERM; echo; sleep 600"], {}, None)
+    pid = process.pid
+    assert pid
+    ending = asyncio.create_task(process.end())
+    await turns()
+    ending.cancel()
+    await asyncio.wait([ending])
+    assert ending.cancelled()
+    assert await asyncio.to_thread(guardian.is_gone, pid)
+
+
+async def test_a_cancelled_start_does_not_lose_the_process() -> None:
+    process = make_process()
+    starting = asyncio.create_task(process.start("sleep", ["600"], {}, None))
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+    assert process.pid
+    await process.end()
+    assert await asyncio.to_thread(guardian.is_gone, process.pid)
+
+
+async def test_a_start_that_is_cancelled_twice_does_not_lose_the_process_either() -> None:
+    process = make_process()
+    starting = asyncio.create_task(process.start("sleep", ["600"], {}, None))
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert process.pid
+    await process.end()
+
+
+async def test_a_process_that_does_not_read_blocks_only_its_writer() -> None:
+    process = make_process()
+    await process.start("sleep", ["600"], {}, None)
+    writing = asyncio.create_task(process.write(b"x" * 2**20))
+    done, _ = await asyncio.wait([writing], timeout=0.05)
+    assert not done
+    await process.end(patience=0)
+    await writing
+    with pytest.raises(ConnectionError):
+        await process.write(b"x")
+
+
+def test_the_stderr_tail_keeps_the_last_lines_of_what_arrives_in_pieces() -> None:
+    tail = StderrTail(lines=2)
+    for piece in (b"one\ntw", b"o\n\nthr", b"ee"):
+        tail.feed(piece)
+    assert tail.text == "two\nthree"
+    tail.feed(b"\xff\n" + b"z" * 10_000)
+    assert tail.text.splitlines()[0] == "three\ufffd"
+    assert tail.text.splitlines()[1] == "z" * 500
