@@ -46,7 +46,7 @@ def test_the_contracts_are_kept() -> None:
 @pytest.mark.parametrize(
     ("library", "importer"),
     [
-        ("aiohttp", "lmbridge/transport/http.py"),
+        ("aiohttp", "lmbridge/transport/session.py"),
         ("backoff", "lmbridge/transport/retry.py"),
         ("cachetools", "lmbridge/client/models.py"),
         ("jsonschema", "lmbridge/agent/schemas.py"),

@@ -12,7 +12,7 @@ from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.config import Limits, Timeouts
 from lmbridge.transport import Transport
-from lmbridge.transport.http import FindLimits
+from lmbridge.transport.transport import FindLimits
 
 if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo

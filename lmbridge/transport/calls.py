@@ -1,10 +1,14 @@
-"""A request, its answer, and the bookkeeping between them: attempts, deadlines, waits. No socket here."""
+"""A request, its reply, and the bookkeeping between them: attempts, deadlines, waits, and the line in the log.
+
+Nothing here sends or reads anything, so all of it can be tested with a clock that stands still.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Final
 
 import attrs
 
@@ -12,6 +16,7 @@ from lmbridge.config import Timeouts
 from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
+from lmbridge.transport.faults import Phase, timed_out
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -24,76 +29,117 @@ from lmbridge.transport.retry import (
 from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
-Phase = Literal["connect", "load", "first_byte", "idle", "total"]
+logger = logging.getLogger("lmbridge.transport")
 
 
-def _never(_data: bytes) -> bool:
+def _reports_no_error(_data: bytes) -> bool:
     return False
+
+
+def _knows_no_usage(_body: bytes) -> TokenUsage | None:
+    return None
+
+
+@attrs.frozen
+class TokenUsage:
+    """The tokens that a server has counted for one request."""
+
+    prompt: int
+    completion: int
 
 
 @attrs.define(kw_only=True, eq=False)
 class Request:
-    """What to send, and how to treat it."""
+    """A request as the client layer describes it: what to send, and how to treat it."""
 
     operation: str
-    """For people: "chat completion"."""
+    """What the request is for, in words for people, such as "chat completion"."""
     method: str
+    """The HTTP method in capital letters."""
     path: str
-    """Below `/v1`: "/chat/completions"."""
+    """The path below `/v1`, such as "/chat/completions"."""
     classify: Classify
+    """Decides from status, headers and body of an error reply whether the request is sent again."""
     timeouts: Timeouts
+    """The time limits of this request."""
     max_retries: int
+    """The number of further attempts after the first one. More than `MAX_RETRIES` are never made."""
     body: bytes | None = None
-    """JSON."""
+    """The body as JSON, or None for a request without a body."""
     model: str | None = None
+    """The model that the request asks for; None if it names none."""
     queued: bool = True
-    """Whether it is a generation, which waits for a permit."""
+    """Whether the request is a generation, which needs a permit. Lists and health checks do not wait for one."""
     repeatable: bool = True
-    """Whether it may be sent again if the server may have begun with it. What is not goes out on a new connection."""
-    reports_error: Callable[[bytes], bool] = _never
-    """Whether a reply with a good status, or the data of an event, reports an error all the same."""
+    """Whether the request may be sent again although the server may have begun to work on it.
+
+    A request that may not is sent on a fresh connection, because a kept one may turn out to be dead.
+    """
+    reports_error: Callable[[bytes], bool] = _reports_no_error
+    """Decides whether the body of a good reply, or the data of an event, reports an error nevertheless."""
+    read_usage: Callable[[bytes], TokenUsage | None] = _knows_no_usage
+    """Finds the number of tokens in the body of a reply, for the line in the log."""
     below_root: bool = False
-    """Whether the path is beside `/v1` and not below it: "/api/v1/models"."""
+    """Whether the path is beside `/v1` instead of below it, such as "/api/v1/models"."""
 
 
-class Call(Deadline):
-    """One request under way, from its admission to the end of its body; and the deadline of each of its attempts."""
+class Call:
+    """One request under way, from its arrival to the end of its body.
 
-    # One object for both: with many requests at a time, what costs is how many objects the collector has to look at.
+    Args:
+        request: The request.
+        url: Its absolute URL.
+        admission: Where its permit comes from.
+        deadline_timer: The timer of the event loop.
+    """
+
     __slots__ = (
         "_admission",
+        "_attempt_started",
+        "_is_over",
         "_load_deadline",
         "_polls",
         "_started",
         "_waits",
-        "attempted",
         "attempts",
+        "deadline_timer",
         "permit",
+        "read_usage",
         "request",
         "retries",
         "total_deadline",
         "url",
     )
 
-    def __init__(
-        self, request: Request, url: str, admission: Admission, permit: Permit | None, deadline_timer: DeadlineTimer
-    ) -> None:
-        super().__init__(deadline_timer, math.inf)
+    def __init__(self, request: Request, url: str, admission: Admission, deadline_timer: DeadlineTimer) -> None:
         self.request = request
-        self.permit = permit
+        self.url = url
+        self.deadline_timer: Final = deadline_timer
+        self.permit: Permit | None = None
+        """The permit that the call holds; None if it needs none, or has none yet."""
         self.attempts = 0
         self.retries = 0
-        self.url = url
+        """The number of attempts after a failure that counts. Polls of a server that is loading do not count."""
+        self.read_usage: Callable[[], TokenUsage | None] | None = None
+        """Returns the number of tokens, if it is known, when the call is over."""
         self._admission = admission
         self._started = deadline_timer.time()
-        self.attempted = self._started
+        self._attempt_started = self._started
         self.total_deadline = self._started + _or_infinity(request.timeouts.total)
+        """The time at which `Timeouts.total` runs out."""
         self._load_deadline = math.inf
         self._waits: Iterator[float] | None = None
         self._polls: Iterator[float] | None = None
+        self._is_over = False
+
+    def admit(self, permit: Permit) -> None:
+        """Takes a permit. The time limits begin here, because the time in the queue does not count."""
+        self.permit = permit
+        self._started = self.deadline_timer.time()
+        self.total_deadline = self._started + _or_infinity(self.request.timeouts.total)
 
     def context(self) -> dict[str, Any]:
-        """What errors say about it."""
+        """Returns what the errors of this call say about it."""
         return {
             "operation": self.request.operation,
             "url": self.url,
@@ -102,24 +148,28 @@ class Call(Deadline):
             "seconds": self.deadline_timer.time() - self._started,
         }
 
-    def begin_attempt(self) -> Self:
-        """Counts an attempt; returns the deadline for its answer, to be entered."""
+    # Attempts
+
+    def begin_attempt(self) -> Deadline:
+        """Counts an attempt, and returns the deadline to wait for its reply under."""
         self.attempts += 1
-        self.attempted = self.deadline_timer.time()
-        self.when = self.first_byte_deadline
-        self._reached = False
-        return self
+        self._attempt_started = self.deadline_timer.time()
+        return Deadline(self.deadline_timer, self.first_byte_deadline)
 
     @property
     def first_byte_deadline(self) -> float:
-        """When the first event, or the whole plain reply, is due."""
-        return min(self.attempted + _or_infinity(self.request.timeouts.first_byte), self.total_deadline)
+        """The time until which the first event of this attempt, or its whole plain reply, has to arrive."""
+        return min(self._attempt_started + _or_infinity(self.request.timeouts.first_byte), self.total_deadline)
 
     def wait_before_next(self, verdict: Verdict, retry_after: float | None) -> float | None:
-        """Seconds to wait before the next attempt, or None if there is to be none.
+        """Returns the seconds to wait before the next attempt, or None if there is to be none.
+
+        Args:
+            verdict: What to do about the last attempt.
+            retry_after: The seconds that the server asked for, if it did.
 
         Raises:
-            LLMTimeoutError: phase "load": the server has been loading for too long.
+            LLMTimeoutError: With phase "load", if the server has been loading for longer than `Timeouts.load`.
         """
         now = self.deadline_timer.time()
         if verdict is Verdict.POLL:
@@ -138,29 +188,33 @@ class Call(Deadline):
         return wait
 
     def _wait_for_loading(self, now: float) -> float:
-        budget = self.request.timeouts.load
         if self._load_deadline == math.inf:
-            self._load_deadline = now + _or_infinity(budget)
+            self._load_deadline = now + _or_infinity(self.request.timeouts.load)
         if now >= self._load_deadline:
             raise self.timed_out("load")
         self._polls = self._polls or poll_waits()
         return min(next(self._polls), self._load_deadline - now)
 
     def timed_out(self, phase: Phase, cause: BaseException | None = None) -> LLMTimeoutError:
-        """The error for a limit that ran out."""
-        limit = getattr(self.request.timeouts, phase)
-        what, hint = _PHASES[phase]
-        return LLMTimeoutError(f"{what} within {limit:g} s", cause, phase=phase, hint=hint, context=self.context())
+        """Returns the error for a time limit of this call that has run out."""
+        return timed_out(phase, getattr(self.request.timeouts, phase), cause).completed(context=self.context())
 
-    def release(self) -> None:
-        """Gives its permit back; a second time does nothing."""
-        if self.permit is not None:
-            self._admission.release(self.permit)
+    def attempt_timed_out(self, cause: BaseException) -> LLMTimeoutError:
+        """Returns the error for an attempt whose deadline has passed."""
+        is_total = self.first_byte_deadline == self.total_deadline
+        return self.timed_out("total" if is_total else "first_byte", cause)
+
+    # What the scheduler has to know
+
+    @property
+    def is_first_request(self) -> bool:
+        """Whether other requests wait until this one has shown that its model is loaded."""
+        return self.permit is not None and self.permit.is_first_request
 
     def note_first_event(self, first: Event) -> None:
-        """Notes its first event, or its whole reply: others may be waiting for the model to be loaded.
+        """Records the first event of a stream, or a whole plain reply: it shows that the model is loaded.
 
-        What reports an error shows that it is not: then the next of them goes alone.
+        An event that reports an error shows nothing. The next request for the model then goes alone again.
         """
         if self.permit is not None and self.permit.is_first_request:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
@@ -168,42 +222,64 @@ class Call(Deadline):
                 self._admission.mark_loaded(self.permit)
 
     def mark_unloaded(self) -> None:
-        """Notes that its model is not loaded, whatever was thought: the next request for it goes alone."""
+        """Records that the server does not have the model loaded. The next request for it goes alone."""
         if self.permit is not None:
             self._admission.mark_unloaded(self.request.model)
+
+    # The end
+
+    def release(self) -> None:
+        """Returns the permit. Calling it again does nothing."""
+        if self.permit is not None:
+            self._admission.release(self.permit)
+
+    def finish(self, outcome: int | str) -> None:
+        """Returns the permit and writes the line about this call to the log. Calling it again does nothing.
+
+        Args:
+            outcome: The status of the reply, or in its place what ended the call, such as the class of an error.
+        """
+        self.release()
+        self.log(outcome)
+
+    def log(self, outcome: int | str) -> None:
+        """Writes the one line about this call to the log; only the first call of this method does."""
+        if self._is_over:
+            return
+        self._is_over = True
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        usage = self.read_usage() if self.read_usage is not None else None
+        logger.info(
+            "%s %s model=%s %s in %.3f s%s, %d attempt%s",
+            self.request.method,
+            self.url,
+            self.request.model,
+            outcome,
+            self.deadline_timer.time() - self._started,
+            f", {usage.prompt} + {usage.completion} tokens" if usage is not None else "",
+            self.attempts,
+            "" if self.attempts == 1 else "s",
+        )
 
 
 @attrs.define(kw_only=True, eq=False)
 class Reply:
-    """A whole answer, whatever its status."""
+    """A whole reply, whatever its status."""
 
     call: Call
+    """The call that it belongs to."""
     status: int
+    """The status code."""
     headers: Mapping[str, str]
+    """The headers. Names are looked up in any case."""
     body: bytes
+    """The body."""
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds that the server asked to wait."""
+        """The seconds that the server asked to wait before the next attempt, or None if it did not ask."""
         return parse_retry_after(self.headers)
-
-
-_PHASES = {
-    "connect": (
-        "no connection",
-        "check that the address is right and the host is up, or raise Timeouts.connect",
-    ),
-    "load": (
-        "the server is still loading its model, not ready",
-        "raise Timeouts.load, or load the model first",
-    ),
-    "first_byte": (
-        "no answer",
-        "the server may be busy with other requests, a long prompt or loading; raise Timeouts.first_byte",
-    ),
-    "idle": ("no further event", "the server may have hung; raise Timeouts.idle if its model is that slow"),
-    "total": ("no end", "raise Timeouts.total, or ask for fewer tokens"),
-}
 
 
 def _or_infinity(seconds: float | None) -> float:

@@ -1,69 +1,53 @@
-"""An event stream under way: read, timed, closed, and never left behind."""
+"""An event stream under way: its events are read, its waits are limited, and its connection is never left open.
+
+A stream holds a permit and a connection, and a model is generating behind it. So each way in which a stream can be
+left gives both back at once: its end, an error, a cancelled read, `abort`, and even its garbage collection.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import warnings
-from typing import Final, Protocol
+from typing import Final
 
-from lmbridge.errors import LLMError, LLMStreamError
-from lmbridge.transport.calls import Call, Phase
+from lmbridge._tasks import mark_retrieved
+from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
+from lmbridge.transport.calls import Call
+from lmbridge.transport.faults import Phase
+from lmbridge.transport.http import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
 
 DRAIN: Final = 0.25
-"""Seconds to wait, after a stream's last event, for the end of its body: then its connection can be used again."""
-
-
-class Body(Protocol):
-    """The bytes of a response (aiohttp's `StreamReader`)."""
-
-    async def readany(self) -> bytes:
-        """What has arrived, at least one byte; nothing at the end."""
-
-    def read_nowait(self) -> bytes:
-        """What has arrived, if anything."""
-
-    def at_eof(self) -> bool:
-        """Whether all has been read."""
-
-
-class Response(Protocol):
-    """What is left to be read, and the way to stop it (aiohttp's `ClientResponse`)."""
-
-    status: int
-
-    @property
-    def content(self) -> Body:
-        """The body."""
-
-    def close(self) -> None:
-        """Closes the connection now; a reader that waits is woken with an error."""
+"""The seconds to wait, after the last event of a stream, for the end of its body. Then its connection can be kept."""
 
 
 class EventStream:
-    """The events of one response, for one reader at a time.
+    """The events of one response. Only one task at a time can read them.
 
-    It holds its call's permit until the body has ended or the connection is closed. Its call's deadline timer must know
-    it, for its limits: a read costs no timer of its own.
+    The stream holds the permit of its call until the body has ended or the connection is closed. The deadline timer of
+    the call has to watch it: a stream has a limit for every wait, and a timer for each of them would cost more than
+    the reading.
+
+    If other requests wait until the first event shows that the model is loaded, that event is read ahead by a task, so
+    that they need not wait for somebody to read the stream. The task holds no reference to the stream, which could not
+    be garbage-collected otherwise. It ends by itself when the connection is closed.
 
     Args:
-        call: The request that it answers.
-        response: Its response, head read.
-        broken: What the body raises if the connection breaks; `OSError` is among it.
-        first: Bytes of the body that were read already.
+        call: The call that the response belongs to.
+        response: The response, of which the head has been read.
+        first: The bytes of the body that have been read already.
     """
 
     __slots__ = (
         "__weakref__",
-        "_broken",
-        "_content",
         "_decoder",
-        "_event_seen",
         "_fault",
         "_first",
+        "_has_events",
         "_idle",
         "_loop",
+        "_read_ahead",
         "_reading",
         "_response",
         "call",
@@ -72,41 +56,54 @@ class EventStream:
         "when",
     )
 
-    def __init__(self, call: Call, response: Response, broken: tuple[type[Exception], ...], first: bytes = b"") -> None:
+    def __init__(self, call: Call, response: HttpResponse, first: bytes = b"") -> None:
         self.call = call
         self.status: Final = response.status
+        """The status of the response."""
         self.ended = False
         """Whether the body has been read to its end."""
+        self.when = math.inf
+        """The deadline of the wait that is going on, by the clock of the event loop."""
         self._response = response
-        self._content = response.content
-        self._broken = broken
         self._first = first
         self._decoder = SSEDecoder()
         self._fault: LLMError | None = None
         self._reading = False
         self._idle = call.request.timeouts.idle
-        self._event_seen = False
-        self.when = math.inf
-        """The deadline of the wait that is going on."""
-        self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop  # None once it is closed
+        self._has_events = False
+        # None as soon as the stream is closed.
+        self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
+        self._read_ahead: asyncio.Task[list[Event] | None] | None = None
 
     @property
     def stray(self) -> str:
-        """What the body held beside events and comments."""
+        """The lines of the body that are neither events nor comments, up to 4 KiB of them."""
         return self._decoder.stray
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more will come: it ended, or it was aborted."""
+        """Whether nothing more will come, because the body has ended or the stream was aborted."""
         return self._loop is None
 
+    def start_reading_ahead(self) -> asyncio.Task[list[Event] | None]:
+        """Starts to read the first event in a task, and returns the task. Its owner awaits it before the loop ends."""
+        self._read_ahead = self.call.deadline_timer.loop.create_task(
+            _read_first_events(self.call, self._response, self._decoder, self._first)
+        )
+        # The exception is raised by `read`, if the stream is read at all.
+        self._read_ahead.add_done_callback(mark_retrieved)
+        self._first = b""
+        return self._read_ahead
+
     async def read(self) -> list[Event]:
-        """The next events, at least one; an empty list if the body has ended.
+        """Waits for further events, and returns them; returns none at the end of the body.
+
+        On cancellation of the caller, the stream is closed.
 
         Raises:
-            LLMTimeoutError: phase "first_byte", "idle" or "total".
-            LLMStreamError: the connection broke, or an event is too large.
-            LLMError: the one that it was aborted with.
+            LLMTimeoutError: With phase "first_byte", "idle" or "total".
+            LLMStreamError: The connection broke, or an event is too large.
+            LLMError: The error that was passed to `abort`.
         """
         if self._fault is not None:
             raise self._fault
@@ -118,83 +115,51 @@ class EventStream:
             raise RuntimeError("another task is reading this stream; only one at a time can")
         self._reading = True
         try:
-            self._expect(self._loop.time())
-            while True:
-                data, self._first = self._first, b""
-                if not data:
-                    data = await self._content.readany()
-                    data = data if self._event_seen else self._begin(data)
-                if not data:
-                    self._end()
-                    return self._decoder.close()
-                if events := self._decoder.feed(data):
-                    self._event_seen = True
-                    self.call.note_first_event(events[0])
-                    return events
+            self._begin_wait(self._loop.time())
+            if self._read_ahead is not None:
+                events = await self._finish_reading_ahead(self._read_ahead)
+            else:
+                first, self._first = self._first, b""
+                events = await _read_events(self._response, self._decoder, first)
+            if events is None:
+                self._end()
+                return self._decoder.close()
+            if not self._has_events:
+                self._has_events = True
+                self.call.note_first_event(events[0])
+        except ConnectionFailed as failure:
+            self.abort(self._fault or self._broken(failure))
         except BaseException as exc:
-            self.abort()
-            if isinstance(exc, LLMError) or not isinstance(exc, self._broken):
-                raise  # first, because our own timeouts are OSErrors as well
-            if self._fault is not None:
-                raise self._fault from None  # that exception is only the sound of our own closing
-            raise self._cut(exc) from exc
+            self._close(type(exc).__name__)
+            raise
+        else:
+            return events
         finally:
             self._reading = False
             self.when = math.inf
-
-    def _begin(self, data: bytes) -> bytes:
-        """The bytes of the first event, for which somebody waits; what came with it is left for later.
-
-        Only what the network brings is cut, and once: cutting off one comment after the other would take time by the
-        square of their number.
-        """
-        end = data.find(b"\n\n") + 2
-        if end < 2:
-            return data
-        self._first = data[end:]
-        return data[:end]
-
-    def look(self) -> bool:
-        """Sees whether the first event has arrived, though nobody may be reading; tells whether to look again later.
-
-        What arrived is kept for the reader. If it is an error, or nothing will come, the permit is given back: others
-        wait for what has failed.
-        """
-        if self._loop is None or self._event_seen or self.call.permit is None or not self.call.permit.is_first_request:
-            return False
-        if self._reading:
-            return not self._content.at_eof()
-        try:
-            self._first += self._content.read_nowait()
-            events = SSEDecoder().feed(self._first)
-        except (LLMError, *self._broken):  # type: ignore[misc]  # it is a tuple of classes
-            self.call.release()  # the reader will meet it
-            return False
-        if events:
-            self.call.note_first_event(events[0])
-        elif not self._content.at_eof():
-            return True
-        if self.call.permit.is_first_request:
-            self.call.release()
-        return False
+        # Either the connection broke, or another task or the deadline timer has aborted the stream and so the read.
+        raise self._fault or self._given_up()
 
     async def drain(self) -> None:
-        """Waits a bounded moment for the end of the body, and gives up the connection if it does not come."""
+        """Waits a bounded moment for the end of the body, and gives up the connection if it does not come.
+
+        On cancellation of the caller, the connection is closed.
+        """
         if self._loop is None:
             return
-        if self._reading or self._loop.is_closed():  # by another task: it is woken by the closing
-            self.abort()
+        # A task that is still reading is woken by the closing.
+        if self._reading or self._read_ahead is not None or self._loop.is_closed():
+            self._close(self.status)
             return
         self._reading = True
         try:
-            if not self._content.at_eof():
-                async with asyncio.timeout(DRAIN):
-                    while await self._content.readany():
-                        pass
-        except self._broken:  # a TimeoutError is an OSError
-            self.abort()
+            async with asyncio.timeout(DRAIN):
+                while await self._response.read_some():
+                    pass
+        except (ConnectionFailed, TimeoutError):
+            self._close(self.status)
         except BaseException:
-            self.abort()
+            self._close(self.status)
             raise
         else:
             self._end()
@@ -202,32 +167,47 @@ class EventStream:
             self._reading = False
 
     def abort(self, fault: LLMError | None = None) -> None:
-        """Closes the connection and gives the permit back, now. A reader, now or later, gets `fault`."""
+        """Closes the connection and returns the permit, at once. Calling it again does nothing.
+
+        Args:
+            fault: The error that a reader gets, now or later. Default: an `LLMStreamError`.
+        """
         if self._loop is not None:
             self._fault = fault
-            self._response.close()
-            self._finish()
+            self._close("closed early" if fault is None else type(fault).__name__)
 
     def _end(self) -> None:
         if self._loop is not None:
             self.ended = True
-            self._finish()
+            self._loop = None
+            self.call.finish(self.status)
 
-    def _finish(self) -> None:
-        self._loop = None
-        self.call.release()
+    def _close(self, outcome: int | str) -> None:
+        if self._loop is not None:
+            self._loop = None
+            self._response.close()
+            self.call.finish(outcome)
+
+    async def _finish_reading_ahead(self, task: asyncio.Task[list[Event] | None]) -> list[Event] | None:
+        # asyncio.wait leaves the task alone if the reader is cancelled; the closing of the response ends it.
+        await asyncio.wait((task,))
+        self._read_ahead = None
+        if task.cancelled():
+            raise self._given_up()
+        return task.result()
 
     # Time
 
-    def _expect(self, now: float) -> None:
-        """Sets the deadline for the wait that begins, and notes who waits."""
+    def _begin_wait(self, now: float) -> None:
+        """Sets the deadline of the wait that begins, and records which task waits."""
         call = self.call
-        if now >= call.total_deadline:  # also where there is always something to read, and no wait to time
+        # Checked here because there is no wait that could end late if the server is always faster than the reader.
+        if now >= call.total_deadline:
             raise call.timed_out("total")
         if call.permit is not None:
             call.permit.note_read(now, asyncio.current_task(call.deadline_timer.loop))
-        if not self._event_seen:
-            self.when = call.when
+        if not self._has_events:
+            self.when = call.first_byte_deadline
         elif self._idle is None:
             self.when = call.total_deadline
         else:
@@ -235,31 +215,41 @@ class EventStream:
         call.deadline_timer.wake_at(self.when)
 
     def on_deadline(self) -> None:
-        """The wait has been too long."""
-        phase: Phase = "idle" if self._event_seen else "first_byte"
+        """Ends the wait that has taken too long; the deadline timer calls it."""
+        phase: Phase = "idle" if self._has_events else "first_byte"
         self.abort(self.call.timed_out("total" if self.when >= self.call.total_deadline else phase))
+
+    # Errors
 
     def _given_up(self) -> LLMStreamError:
         why = "" if self._loop is None else ": the event loop that it was opened in is closed"
         self.abort()
         return LLMStreamError(f"the stream was given up{why}", status=self.status, context=self.call.context())
 
-    def _cut(self, exc: BaseException) -> LLMStreamError:
+    def _broken(self, failure: ConnectionFailed) -> LLMError:
+        error = failure.error
+        if not isinstance(error, LLMConnectionError):
+            # Only a test double fails in other ways than by its connection.
+            return error.completed(status=self.status, context=self.call.context())
         return LLMStreamError(
             "the connection broke in mid-stream",
-            exc,
+            error.__cause__ or error,
             hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
             status=self.status,
             context=self.call.context(),
         )
 
+    # Garbage collection
+
     def __del__(self) -> None:
-        loop = getattr(self, "_loop", None)  # it may not have come that far
+        # The attribute is missing if the constructor failed.
+        loop = getattr(self, "_loop", None)
         if loop is None:
             return
         try:
             self._abandon(loop)
-        finally:  # last, because it may be an error
+        finally:
+            # Last, because the warning may be turned into an error.
             warnings.warn(
                 f"unclosed stream of {self.call.request.operation} with model {self.call.request.model!r}:"
                 " read it to its end, or leave it by `async with` or `aclose()`",
@@ -269,20 +259,50 @@ class EventStream:
             )
 
     def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Closes the connection and gives the permit back, in the loop's own thread."""
+        """Closes the connection and returns the permit, in the thread of the event loop."""
         if loop.is_closed():
+            self.call.log("dropped unclosed")
             return
         try:
-            here = asyncio.get_running_loop() is loop
+            is_running_here = asyncio.get_running_loop() is loop
         except RuntimeError:
-            here = False
+            is_running_here = False
         self._loop = None
-        if here:
-            _abandon(self._response, self.call)
-        else:  # collected in another thread, or between two runs of the loop
-            loop.call_soon_threadsafe(_abandon, self._response, self.call)
+        if is_running_here:
+            _close_abandoned(self._response, self.call)
+        else:
+            # Collected in another thread, or between two runs of the loop.
+            loop.call_soon_threadsafe(_close_abandoned, self._response, self.call)
 
 
-def _abandon(response: Response, call: Call) -> None:
+def _close_abandoned(response: HttpResponse, call: Call) -> None:
     response.close()
-    call.release()
+    call.finish("dropped unclosed")
+
+
+async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes = b"") -> list[Event] | None:
+    """Returns the next events of a body, of which `data` was read before; None at its end."""
+    while True:
+        if data and (events := decoder.feed(data)):
+            return events
+        data = await response.read_some()
+        if not data:
+            return None
+
+
+async def _read_first_events(
+    call: Call, response: HttpResponse, decoder: SSEDecoder, data: bytes
+) -> list[Event] | None:
+    """Reads up to the first event, and reports it to the scheduler.
+
+    If the first event is an error, or does not come, the permit is returned: other requests wait for an event that will
+    not come, and a reader may never appear.
+    """
+    try:
+        events = await _read_events(response, decoder, data)
+        if events:
+            call.note_first_event(events[0])
+        return events
+    finally:
+        if call.is_first_request:
+            call.release()

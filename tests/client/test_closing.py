@@ -48,7 +48,7 @@ async def test_a_client_that_closes_leaves_the_streams_of_a_shared_transport_alo
 async def test_the_connections_to_an_old_server_are_closed_once_it_is_idle(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.transport.http.KEEPALIVE", 60)  # so that they do not just run out
+    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)  # so that they do not just run out
     async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
         await client.chat_completion(MESSAGES)
         client.api_base = other.api_base

@@ -6,7 +6,6 @@ import asyncio
 import gzip
 import socket
 import time
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -23,11 +22,9 @@ from lmbridge import (
 )
 from lmbridge.client import llm, server_api
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
-from lmbridge.testing.exchange import event
-from lmbridge.testing.wire import chunk
-from lmbridge.transport import http
+from lmbridge.transport import session
 from lmbridge.transport.sse import MAX_EVENT_SIZE
-from tests.support import MESSAGES, opened, piece, read_text, replaced, text_of, turns
+from tests.support import MESSAGES, piece, read_text, replaced, turns
 
 
 async def no_such_host(*_: object, **__: object) -> object:
@@ -98,30 +95,6 @@ async def test_a_stream_that_waited_for_its_reader_comes_whole(
         await turns(100)
         rest = [chunk["choices"][0]["delta"]["content"] or "" async for chunk in stream]
     assert (first["choices"][0]["delta"]["content"] or "") + "".join(rest) == text
-
-
-async def test_a_stream_that_was_paused_between_two_chunks_comes_whole(scripted_server: ScriptedServer) -> None:
-    gate = asyncio.Event()
-
-    async def behave(exchange: Exchange) -> None:
-        await exchange.chunk(piece("a"))
-        await gate.wait()
-        ends: list[dict[str, Any] | str] = [piece("b"), piece(finish_reason="stop"), "[DONE]"]
-        await exchange.raw(b"".join(chunk(event(each)) for each in ends) + chunk(b""))
-        await exchange.client_left()
-
-    scripted_server.script(behave)
-    async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=5)) as client:
-        stream = await opened(client)
-        body = stream._events._content
-        assert isinstance(body, aiohttp.StreamReader)
-        while not body.total_bytes:
-            await turns(1)
-        body._protocol.pause_reading()  # as aiohttp does at the last chunk that it takes: their number is limited too
-        assert text_of(await anext(stream)) == "a"
-        rest = asyncio.create_task(read_text(stream))
-        gate.set()
-        assert await rest == "b"
 
 
 async def test_a_refused_connection_is_no_dead_one_and_not_tried_again_silently(
@@ -258,7 +231,7 @@ async def test_a_key_in_the_answer_of_a_server_that_loads_is_not_shown(
 
 
 def test_no_limit_of_aiohttps_own_is_left() -> None:
-    limits = http._client_timeout(5)
+    limits = session._client_timeout(5)
     assert (limits.total, limits.connect, limits.sock_read, limits.sock_connect) == (None, None, None, 5)
 
 

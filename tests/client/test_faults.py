@@ -118,7 +118,7 @@ async def test_the_wait_that_a_server_asks_for_is_not_cut_short(
     scripted_server.script(reply(429, {"error": "slow down"}, {"Retry-After": "0.3"}), answer("Hi"))
     loop = asyncio.get_running_loop()
     began = loop.time()
-    with caplog.at_level(logging.INFO, "lmbridge.transport"):
+    with caplog.at_level(logging.DEBUG, "lmbridge.transport"):
         assert await ask(client, stream=False) == "Hi"
     assert loop.time() - began >= 0.3
     assert "chat completion: status 429; retry in 0.30 s" in caplog.text
@@ -158,7 +158,7 @@ async def test_nobody_there_is_a_connection_error_that_says_where(no_waits: list
 
 async def test_what_does_not_speak_http_is_told_so(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"))
-    with pytest.raises(LLMConnectionError, match="does not speak proper HTTP"):
+    with pytest.raises(LLMConnectionError, match="not proper HTTP"):
         await client.chat_completion(MESSAGES)
 
 
@@ -300,7 +300,7 @@ async def test_a_kept_connection_that_is_dead_is_replaced_silently(
             assert await ask(client, stream) == "Hello from the scripted server."
         assert [request.refused for request in scripted_server.requests] == [False, True, False]
         assert client.stats().retries == 0
-    assert not caplog.records
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
 async def test_a_fresh_connection_that_breaks_is_not_replaced_silently(scripted_server: ScriptedServer) -> None:

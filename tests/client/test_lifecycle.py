@@ -197,7 +197,7 @@ async def test_a_second_live_loop_is_a_clear_error(client: LLMClient) -> None:
 
     def elsewhere() -> None:
         for use in (client.chat_completion(MESSAGES), client.close()):
-            with pytest.raises(LLMError, match="another event loop that is still alive; make one client for each loop"):
+            with pytest.raises(LLMError, match="another event loop that is still alive; make one for each event loop"):
                 asyncio.run(use)
 
     await asyncio.to_thread(elsewhere)

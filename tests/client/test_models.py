@@ -553,7 +553,7 @@ async def test_close_waits_for_the_end_of_the_request() -> None:
 async def test_a_close_that_is_cancelled_closes_the_client_all_the_same(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.transport.http.KEEPALIVE", 60)  # so that connections do not just run out
+    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)  # so that connections do not just run out
     gate = Gate()
     scripted_server.on_path(MODELS, gate)
     validator = ModelValidator(scripted_server.api_base)

@@ -18,7 +18,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.testing import Exchange, ScriptedServer, answer, stall
-from lmbridge.transport import http
+from lmbridge.transport import transport
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
 
 # Left early
@@ -61,14 +61,14 @@ async def test_a_cancel_before_it_is_known_whether_it_is_a_stream_closes_the_con
 async def test_a_stream_that_opens_while_the_client_closes_is_closed_too(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receive = http._receive_events
+    receive = transport._receive_stream
 
     async def close_meanwhile(*arguments: Any) -> Any:
         answer = await receive(*arguments)
         await client.close()
         return answer
 
-    monkeypatch.setattr(http, "_receive_events", close_meanwhile)
+    monkeypatch.setattr(transport, "_receive_stream", close_meanwhile)
     scripted_server.script(stall(after=HALF))
     with pytest.raises(TaskCancelledError, match="the client was closed"):
         await opened(client)

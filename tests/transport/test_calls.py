@@ -11,8 +11,9 @@ import pytest
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import LLMTimeoutError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.calls import Call, Phase, Reply, Request
+from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
+from lmbridge.transport.faults import Phase
 from lmbridge.transport.retry import Verdict
 from tests.transport.clock import Clock
 
@@ -40,7 +41,6 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
         attrs.evolve(request, **options),
         "http://x/v1/chat/completions",
         Admission(Limits()),
-        None,
         DeadlineTimer(asyncio.get_running_loop()),
     )
 
@@ -219,9 +219,8 @@ async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phas
 
 async def test_a_call_gives_its_permit_back_once() -> None:
     admission = Admission(Limits())
-    call = Call(
-        a_call().request, "http://x", admission, await admission.acquire("m"), DeadlineTimer(asyncio.get_running_loop())
-    )
+    call = Call(a_call().request, "http://x", admission, DeadlineTimer(asyncio.get_running_loop()))
+    call.admit(await admission.acquire("m"))
     other = await admission.acquire("m")
     call.release()
     call.release()

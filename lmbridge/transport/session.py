@@ -1,0 +1,273 @@
+"""Sends requests over sockets with aiohttp. This is the only module that imports aiohttp.
+
+aiohttp won over httpx and over asyncio's own streams by measurement: a chunk of a stream costs a third of what it costs
+in httpx, and connection pool, TLS and proxies come with it. It brings three habits of its own that lmbridge must do
+without, and everything that is done about them is in this module:
+
+- *It repeats a GET by itself* when a connection is lost, on fresh connections too. A middleware
+  (`_keep_aiohttp_from_resending`) hides these errors from aiohttp's own retry. The private switch
+  `ClientSession._retry_connection` is not touched.
+- *It does not say on which connection a request failed.* A request is sent again silently only if its connection had
+  been used before, so that has to be known. aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports it. That
+  costs microseconds a request, which a subclass of `TCPConnector` would save by overriding a private method.
+- *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
+  error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
+  limit of minutes runs out. `_AiohttpResponse` therefore watches `response.connection.protocol.closed`, a future that
+  aiohttp itself awaits when a session is closed. It has no leading underscore, but it is not documented either, and it
+  is the only thing of that kind that lmbridge uses. Its documented alternative is `response.connection.transport`,
+  whose `is_closing()` would have to be polled for as long as a stream is silent. `TraceConfig` has no signal for it,
+  and `sock_read` is a limit on silence, which may last for minutes. tests/transport/test_session.py shows what happens
+  with and without it, with the installed version of aiohttp, and `nox -s oldest` runs it with the oldest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl as ssl_module
+from collections.abc import Mapping
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Final
+
+import aiohttp
+from aiohttp.http import HttpProcessingError
+
+from lmbridge.transport import faults
+from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+
+KEEPALIVE: Final = 4.0
+"""The seconds for which an idle connection is kept. LM Studio and llama.cpp close theirs after 5."""
+
+AIOHTTP_FAULTS: Final[faults.FaultTable] = (
+    (aiohttp.ClientConnectorDNSError, faults.UNKNOWN_HOST),
+    (aiohttp.ClientConnectorCertificateError, faults.UNTRUSTED_CERTIFICATE),
+    (aiohttp.ClientSSLError, faults.NO_TLS),
+    (aiohttp.ClientProxyConnectionError, faults.NO_PROXY),
+    (aiohttp.ClientConnectorError, faults.NOT_CONNECTED),
+    (aiohttp.ServerDisconnectedError, faults.NO_RESPONSE),
+    (aiohttp.ClientPayloadError, faults.BROKEN_IN_BODY),
+    (aiohttp.ClientResponseError, faults.NOT_HTTP),
+    (HttpProcessingError, faults.NOT_HTTP),
+    (aiohttp.ClientConnectionError, faults.BROKEN_BEFORE_RESPONSE),
+    (OSError, faults.BROKEN_BEFORE_RESPONSE),
+    (Exception, faults.NOT_SENT),
+)
+"""What the exceptions mean that aiohttp raises before it has a response, most specific first."""
+
+# A ValueError is raised for a password in a .netrc file beside our own key, for example.
+_SENDING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
+_READING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError)
+_LOST_CONNECTION_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+
+
+class AiohttpSession:
+    """An `HttpSession` over sockets, with a pool of connections. Create it in the event loop in which it is used.
+
+    Args:
+        connection_limit: The number of connections that may be open at a time; None for no limit.
+        ssl: A TLS context to use in place of the default one.
+        trust_env: Whether proxies and `.netrc` of the environment are used.
+    """
+
+    def __init__(
+        self, *, connection_limit: int | None, ssl: ssl_module.SSLContext | None = None, trust_env: bool = False
+    ) -> None:
+        self._connection_limit = connection_limit
+        self._ssl = ssl
+        self._trust_env = trust_env
+        self._closed = False
+        self._pooled = self._make_session(keep_connections=True)
+        self._unpooled: aiohttp.ClientSession | None = None
+
+    async def send(self, request: HttpRequest) -> HttpResponse:
+        """Sends a request once; see `HttpSession.send`."""
+        trace = _RequestTrace()
+        try:
+            response = await self._session_for(request).request(
+                request.method,
+                request.url,
+                data=request.body,
+                headers=request.headers,
+                # A redirect would send the key and the prompt to another server.
+                allow_redirects=False,
+                timeout=_client_timeout(request.connect_timeout),
+                trace_request_ctx=trace,
+            )
+        except _SENDING_ERRORS as exc:
+            failure = self._failure(exc, request, trace)
+        except asyncio.CancelledError:
+            # aiohttp cancels its own waits, for a connection or a name, when its session is closed.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
+        else:
+            return _AiohttpResponse(response)
+        # Raised outside of the handlers: the `__context__` of an error must not lead to an exception of aiohttp's that
+        # holds the headers of the request, and so the key.
+        raise failure
+
+    async def close(self) -> None:
+        """Closes all connections; see `HttpSession.close`."""
+        self._closed = True
+        try:
+            await self._pooled.close()
+        finally:
+            if self._unpooled is not None:
+                await self._unpooled.close()
+
+    def _session_for(self, request: HttpRequest) -> aiohttp.ClientSession:
+        if not request.fresh_connection:
+            return self._pooled
+        if self._unpooled is None:
+            self._unpooled = self._make_session(keep_connections=False)
+        return self._unpooled
+
+    def _make_session(self, *, keep_connections: bool) -> aiohttp.ClientSession:
+        trace_config = aiohttp.TraceConfig()
+        trace_config.on_connection_reuseconn.append(_note_reuse)
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                # aiohttp writes "no limit" as 0.
+                limit=self._connection_limit or 0,
+                ssl=self._ssl or True,
+                **({"keepalive_timeout": KEEPALIVE} if keep_connections else {"force_close": True}),
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # aiohttp's default would cut every response after 300 seconds.
+            timeout=aiohttp.ClientTimeout(total=None),
+            trust_env=self._trust_env,
+            trace_configs=[trace_config],
+            middlewares=[_keep_aiohttp_from_resending],
+        )
+
+    def _failure(self, exc: Exception, request: HttpRequest, trace: _RequestTrace) -> ConnectionFailed:
+        if isinstance(exc, _LostConnection):
+            exc = exc.original
+        if isinstance(exc, aiohttp.ConnectionTimeoutError):
+            return ConnectionFailed(faults.timed_out("connect", request.connect_timeout, exc), unsent=True)
+        is_stale = trace.reused and isinstance(exc, _LOST_CONNECTION_ERRORS) and not _response_had_begun(exc)
+        return faults.connection_failed(
+            faults.find_fault(exc, AIOHTTP_FAULTS),
+            _describe(exc),
+            # aiohttp's exceptions about a response have the headers of the request in their repr.
+            exc.__cause__ if isinstance(exc, aiohttp.ClientResponseError) else exc,
+            kind=StaleConnection if is_stale and not self._closed else ConnectionFailed,
+        )
+
+
+class _AiohttpResponse:
+    """An `HttpResponse` that aiohttp has begun to receive."""
+
+    __slots__ = ("_connection_closed", "_content", "_response", "headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        self._response = response
+        self._content = response.content
+        self._connection_closed: asyncio.Future[None] | None = None
+        self._watch_connection()
+
+    async def read_some(self) -> bytes:
+        try:
+            data = await self._content.readany()
+        except _READING_ERRORS as exc:
+            failure = self._failure(exc)
+        else:
+            if not data:
+                self._unwatch_connection()
+            return data
+        raise failure
+
+    async def read(self) -> bytes:
+        try:
+            data = await self._response.read()
+        except _READING_ERRORS as exc:
+            failure = self._failure(exc)
+        else:
+            self._unwatch_connection()
+            return data
+        raise failure
+
+    def close(self) -> None:
+        self._unwatch_connection()
+        self._response.close()
+
+    def _failure(self, exc: Exception) -> ConnectionFailed:
+        cause = None if isinstance(exc, aiohttp.ClientResponseError) else exc
+        return faults.connection_failed(faults.BROKEN_IN_BODY, cause=cause, status=self.status)
+
+    def _watch_connection(self) -> None:
+        """Makes sure that a reader is woken when the connection is lost; the top of the module says why."""
+        connection = self._response.connection
+        # aiohttp gives the connection back as soon as the body has ended, which it often has together with the head.
+        if connection is None or connection.protocol is None:
+            return
+        self._connection_closed = connection.protocol.closed
+        if self._connection_closed is not None:
+            self._connection_closed.add_done_callback(self._on_connection_closed)
+
+    def _unwatch_connection(self) -> None:
+        if self._connection_closed is not None:
+            self._connection_closed.remove_done_callback(self._on_connection_closed)
+            self._connection_closed = None
+
+    def _on_connection_closed(self, closed: asyncio.Future[None]) -> None:
+        # Retrieved, so that asyncio does not log that nobody has looked at the exception.
+        if not closed.cancelled():
+            closed.exception()
+        if not self._content.is_eof():
+            self._response.close()
+
+
+class _RequestTrace:
+    """What aiohttp's tracing reports about one request."""
+
+    __slots__ = ("reused",)
+
+    def __init__(self) -> None:
+        self.reused = False
+        """Whether the request went out on a connection that had been used before."""
+
+
+async def _note_reuse(
+    _session: aiohttp.ClientSession, context: SimpleNamespace, _parameters: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    context.trace_request_ctx.reused = True
+
+
+class _LostConnection(aiohttp.ClientError):
+    """Carries an exception past the `except` clause in which aiohttp would send a request again."""
+
+    def __init__(self, original: Exception) -> None:
+        super().__init__(str(original))
+        self.original = original
+
+
+async def _keep_aiohttp_from_resending(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    try:
+        return await handler(request)
+    except _LOST_CONNECTION_ERRORS as exc:
+        raise _LostConnection(exc) from exc
+
+
+@lru_cache(maxsize=16)
+def _client_timeout(connect: float | None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect)
+
+
+def _response_had_begun(exc: Exception) -> bool:
+    """Returns whether a part of a head had arrived, which aiohttp puts in the place of the exception's message."""
+    return isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(exc.message, str)
+
+
+def _describe(exc: Exception) -> str:
+    if isinstance(exc, aiohttp.ClientResponseError | HttpProcessingError):
+        return exc.message
+    # These two only repeat what their class says.
+    if isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        return ""
+    return faults.describe_os_error(exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc)

@@ -1,0 +1,543 @@
+"""Sends requests to one server: when they are admitted, how often they are sent, and how long they may take.
+
+A request goes through three steps, which `Transport._perform` has in this order:
+
+1. *Admission*: a generation waits for a permit of the scheduler. Lists and health checks do not.
+2. *Attempts*: the request is sent, and sent again as often as the reply, or its absence, allows it.
+3. *The reply*: a plain reply is whole when `request` returns, and its permit has been returned. The `EventStream` that
+   `stream` returns keeps the permit until it is closed.
+
+Alternatives that were considered: retries as a decorator around the whole would give the permit back between two
+attempts, so that a server which says "loading" would see another model's request in between. Retries inside of the HTTP
+session would know nothing of the total time limit. A task for each request, which could be cancelled by `close`, would
+cost more than the request's own bookkeeping; instead, closing the session wakes whatever is waiting.
+
+Sending itself is behind a seam, `lmbridge.transport.http`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl as ssl_module
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+import attrs
+
+from lmbridge._checks import check_instance
+from lmbridge._tasks import LoopGuard, SingleFlight
+from lmbridge._version import __version__
+from lmbridge.config import (
+    Limits,
+    checked_key,
+    default_api_base,
+    default_api_key,
+    is_loopback,
+    normalize_api_base,
+)
+from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
+from lmbridge.transport.admission import Admission
+from lmbridge.transport.calls import Call, Reply, Request
+from lmbridge.transport.deadline import DeadlineTimer
+from lmbridge.transport.events import EventStream
+from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
+from lmbridge.transport.retry import Verdict
+from lmbridge.transport.session import AiohttpSession
+from lmbridge.transport.sse import begins_event_stream
+
+if TYPE_CHECKING:
+    from lmbridge.transport.stats import ClientStats
+
+logger = logging.getLogger("lmbridge.transport")
+
+_SHORTEST_SECRET: Final = 4
+"""The number of characters from which a key is hidden. A shorter one would be found in every second word."""
+_EXTRA_CONNECTIONS: Final = 2
+"""Connections beyond `max_concurrency`, for the requests that do not wait for a permit."""
+_REFUSED_BEFORE_WORK: Final = (429, 503)
+"""Statuses with which a server refuses a request before it begins to work on it."""
+_NOT_REPEATED: Final = (
+    "it was not sent again, because the server may have begun with it; look there before you repeat it"
+)
+
+_T = TypeVar("_T")
+FindLimits = Callable[["Transport"], Awaitable[Limits]]
+"""A function that finds out what a server can do at a time."""
+_Receive = Callable[[Call, HttpResponse], Awaitable[_T]]
+
+
+class Transport:
+    """The connections to one server, and the schedule by which they are used.
+
+    A client makes a transport of its own. Pass one to several clients to let them share its limits::
+
+        async with Transport("http://127.0.0.1:1234", limits=Limits(max_loaded_models=1)) as transport:
+            writer = LLMClient(transport=transport, model="qwen3-4b")
+            critic = LLMClient(transport=transport, model="gemma-3-4b")
+
+    A transport opens with its first request, in the event loop of that request. After `close`, it is as if it had never
+    been opened, and may be opened again, in another event loop as well.
+
+    Args:
+        api_base: The URL of the server, with or without `/v1`. Default: the environment's `LMBRIDGE_API_BASE`, else
+            `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`.
+        api_key: The key that is sent as a bearer token. Default: the environment's `LM_API_TOKEN`.
+        limits: How many requests and models may be in flight at a time, or a function that finds it out. The function
+            is called before the first request, and again after a connection was refused or lost, because the server
+            may be another one then.
+        ssl: A TLS context to use for https in place of the default one.
+        trust_env: Whether proxies and `.netrc` of the environment are used. A loopback address is never proxied.
+
+    Raises:
+        LLMValidationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        api_base: str | None = None,
+        *,
+        api_key: str | None = None,
+        limits: Limits | FindLimits | None = None,
+        ssl: ssl_module.SSLContext | None = None,
+        trust_env: bool = False,
+    ) -> None:
+        self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
+        self._root = self.api_base.rpartition("/")[0]
+        self.api_key: Final = checked_key(default_api_key() if api_key is None else api_key)
+        self._find_limits = limits if callable(limits) else None
+        self.limits = Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
+        """The limits that are in force."""
+        self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
+        self._trust_env = trust_env and not is_loopback(self.api_base)
+        self._secret = None if self.api_key is None else _secret_pattern(self.api_key)
+        self._headers = {"User-Agent": f"lmbridge/{__version__}"}
+        if self.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {self.api_key}"
+        self._json_headers = {**self._headers, "Content-Type": "application/json"}
+        self._open_state: _OpenState | None = None
+        self._retries: Counter[str | None] = Counter()
+        self._swaps: Counter[str | None] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.api_base}>"
+
+    def __del__(self) -> None:
+        if getattr(self, "_open_state", None) is not None:
+            warnings.warn(f"unclosed {self!r}; close its client, or use `async with`", ResourceWarning, 2, source=self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def open_session(self) -> HttpSession:
+        """Creates the session that sends the requests; called when the transport opens, in its event loop.
+
+        Override it to send requests in another way than over a socket. `lmbridge.testing.MockTransport` does.
+        """
+        # The scheduler is the queue, not the connection pool. If limits are found out later, the pool has none.
+        limit = None if self._find_limits is not None else self.limits.max_concurrency + _EXTRA_CONNECTIONS
+        return AiohttpSession(connection_limit=limit, ssl=self._ssl, trust_env=self._trust_env)
+
+    # What is going on
+
+    def stats(self) -> ClientStats:
+        """Returns what is going on at the moment, and what was counted since this transport was made."""
+        # Imported here, because it takes a millisecond, and most programs never ask.
+        from lmbridge.transport.stats import ClientStats, ModelStats  # noqa: PLC0415
+
+        scheduler = None if self._open_state is None else self._open_state.admission.scheduler
+        in_flight = Counter(permit.model for permit in scheduler.in_flight) if scheduler else Counter()
+        queued = Counter(permit.model for permit in scheduler.waiting) if scheduler else Counter()
+        models = dict.fromkeys([*self._retries, *self._swaps, *in_flight, *queued])
+        return ClientStats(
+            in_flight=in_flight.total(),
+            queued=queued.total(),
+            swaps=self._swaps.total(),
+            retries=self._retries.total(),
+            by_model={
+                model: ModelStats(
+                    in_flight=in_flight[model],
+                    queued=queued[model],
+                    swaps=self._swaps[model],
+                    retries=self._retries[model],
+                )
+                for model in models
+            },
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """The number of generations in flight."""
+        return self._open_state.admission.in_flight if self._open_state else 0
+
+    @property
+    def queued(self) -> int:
+        """The number of generations that wait for a permit."""
+        return self._open_state.admission.queued if self._open_state else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request, or any stream, is in flight or waits."""
+        state = self._open_state
+        return state is not None and bool(state.requests or state.admission.in_flight or state.admission.queued)
+
+    @property
+    def closing(self) -> asyncio.Future[None] | None:
+        """A future that is done once the transport, as it is open now, is closed; None if it is not open."""
+        return None if self._open_state is None else self._open_state.closed
+
+    def redact(self, text: str) -> str:
+        """Returns the text without the key, which some servers repeat in their errors."""
+        return text if self._secret is None else self._secret.sub("[api_key]", text)
+
+    # Requests
+
+    async def request(self, request: Request) -> Reply:
+        """Sends a request, and returns its whole reply, whatever its status.
+
+        On cancellation of the caller, the connection is closed and the permit returned.
+
+        Raises:
+            LLMConnectionError: The server cannot be reached, or the connection broke.
+            LLMTimeoutError: A time limit has run out.
+            TaskCancelledError: The transport was closed meanwhile.
+        """
+        return await self._perform(self._ensure_open(), request, _receive_reply, plain=True)
+
+    async def stream(self, request: Request) -> EventStream | Reply:
+        """Sends a request for an event stream. A response that is not one is returned as a whole `Reply`.
+
+        The event stream holds the permit of the request until it is closed.
+
+        On cancellation of the caller, the connection is closed and the permit returned.
+
+        Raises:
+            LLMConnectionError: The server cannot be reached, or the connection broke.
+            LLMTimeoutError: A time limit has run out.
+            TaskCancelledError: The transport was closed meanwhile.
+        """
+        state = self._ensure_open()
+        answer = await self._perform(state, request, _receive_stream, plain=False)
+        if isinstance(answer, EventStream):
+            state.adopt(answer)
+        return answer
+
+    async def close(self) -> None:
+        """Ends what is in flight with a `TaskCancelledError`, and closes every connection; idempotent.
+
+        Raises:
+            LLMError: The transport is open in another event loop that is still alive.
+        """
+        state = self._open_state
+        if state is None:
+            return
+        state.loop_guard.check()
+        self._open_state = None
+        if state.loop.is_closed():
+            _warn_of_closed_loop()
+        else:
+            await state.close()
+
+    # One request
+
+    async def _perform(self, state: _OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
+        url = f"{self._root if request.below_root else self.api_base}{request.path}"
+        call = Call(request, url, state.admission, state.deadline_timer)
+        state.requests += 1
+        try:
+            if request.queued:
+                await self._admit(state, call, plain=plain)
+            answer = await self._attempt_until_final(state, call, receive)
+        except BaseException as exc:
+            call.finish(type(exc).__name__)
+            raise
+        finally:
+            state.requests -= 1
+        if isinstance(answer, Reply):
+            _finish_with_reply(call, answer)
+        return answer
+
+    async def _admit(self, state: _OpenState, call: Call, *, plain: bool) -> None:
+        """Waits for a permit, and gives it to the call."""
+        model = call.request.model
+        # `stats` lists each model that was ever asked for.
+        self._retries.setdefault(model, 0)
+        if self._find_limits is not None and not state.limits_are_known:
+            await state.limit_search.run("limits", partial(self._search_limits, state, self._find_limits))
+        permit = state.admission.acquire_now(model, plain=plain)
+        if permit is None:
+            try:
+                permit = await state.admission.acquire(model, plain=plain)
+            except LLMError as error:
+                context = {"operation": call.request.operation, "url": call.url, "model": model}
+                raise error.completed(context=context)  # noqa: B904 - it is the same error
+        call.admit(permit)
+
+    async def _search_limits(self, state: _OpenState, find_limits: FindLimits) -> None:
+        """Asks the server for its limits. If it does not answer, those in force stay in force."""
+        try:
+            limits = await find_limits(self)
+        except LLMError as error:
+            # A server that has answered with an error will not say more the next time.
+            state.limits_are_known = error.status is not None and error.status < 500
+            if not state.closed.done():
+                logger.warning("the server's limits are not known, so they stay %s: %s", self.limits, error)
+            return
+        state.limits_are_known = True
+        if limits != self.limits:
+            logger.info("the server's limits: %s", limits)
+            self.limits = limits
+            state.admission.set_limits(limits)
+
+    async def _attempt_until_final(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
+        """Sends the request until there is a reply that stands, or an error that does.
+
+        There are two ways in which an attempt fails: the server says no, or it says nothing.
+        """
+        while True:
+            if state.closed.done():
+                raise _closed_error(call)
+            error: LLMError | None = None
+            try:
+                answer = await self._attempt(state, call, receive)
+            except ConnectionFailed as failure:
+                if state.closed.done():
+                    error, wait = _closed_error(call), None
+                else:
+                    error, wait = self._complete_error(call, failure), self._wait_after_failure(state, call, failure)
+            else:
+                if not isinstance(answer, Reply) or answer.status < 400:
+                    return answer
+                wait = self._wait_after_reply(call, answer)
+                if wait is None:
+                    return answer
+            if error is not None and wait is None:
+                # Raised outside of the handler, so that it does not get the failure as its context.
+                raise error
+            # Closing the transport ends the wait.
+            await asyncio.wait((state.closed,), timeout=wait)
+
+    async def _attempt(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
+        """Sends the request once, and reads as much of the response as `receive` does.
+
+        Raises:
+            ConnectionFailed: There is no response, or not all of it.
+            LLMTimeoutError: With phase "first_byte" or "total".
+        """
+        status: int | None = None
+        try:
+            with call.begin_attempt():
+                response = await self._send(state, call)
+                status = response.status
+                try:
+                    if status >= 400:
+                        return await _receive_reply(call, response)
+                    return await receive(call, response)
+                except BaseException:
+                    response.close()
+                    raise
+        except TimeoutError as exc:
+            raise call.attempt_timed_out(exc).completed(status=status) from exc
+
+    async def _send(self, state: _OpenState, call: Call) -> HttpResponse:
+        request = call.request
+        http_request = HttpRequest(
+            method=request.method,
+            url=call.url,
+            headers=self._headers if request.body is None else self._json_headers,
+            body=request.body,
+            connect_timeout=request.timeouts.connect,
+            fresh_connection=not request.repeatable,
+        )
+        try:
+            return await state.session.send(http_request)
+        except StaleConnection:
+            if state.closed.done():
+                raise
+        # A kept connection was dead before any byte of a response had arrived. That is normal (llama.cpp closes after
+        # every stream, and says the opposite), so the request is sent once more, at once, and it is not a retry.
+        state.limits_are_known = False
+        return await state.session.send(http_request)
+
+    def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
+        """Returns the seconds to wait before the next attempt, or None if this reply stands."""
+        verdict = call.request.classify(reply.status, reply.headers, reply.body)
+        if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in _REFUSED_BEFORE_WORK:
+            return None
+        try:
+            wait = call.wait_before_next(verdict, reply.retry_after)
+        except LLMTimeoutError as error:
+            body = self.redact(reply.body.decode("utf-8", "replace"))
+            raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
+        self._note_wait(call, verdict, wait, f"status {reply.status}")
+        return wait
+
+    def _wait_after_failure(self, state: _OpenState, call: Call, failure: ConnectionFailed) -> float | None:
+        """Returns the seconds to wait before the next attempt, or None if this failure stands."""
+        if failure.verdict is not Verdict.RETRY:
+            return None
+        state.limits_are_known = False
+        if not call.request.repeatable and not failure.unsent:
+            failure.error.completed(hint=_NOT_REPEATED)
+            return None
+        wait = call.wait_before_next(failure.verdict, None)
+        self._note_wait(call, failure.verdict, wait, failure.error.message)
+        return wait
+
+    def _note_wait(self, call: Call, verdict: Verdict, wait: float | None, reason: str) -> None:
+        if wait is not None:
+            self._retries[call.request.model] += verdict is Verdict.RETRY
+            logger.debug("%s: %s; %s in %.2f s", call.request.operation, reason, verdict.value, wait)
+
+    def _complete_error(self, call: Call, failure: ConnectionFailed) -> LLMError:
+        """Returns the error of a failure, with its context and without the key."""
+        error = failure.error
+        # The parser's errors quote the server, which may have quoted the key.
+        if error.__cause__ is not None and self.redact(repr(error.__cause__)) != repr(error.__cause__):
+            error.__cause__ = None
+        return error.completed(self.redact(error.message), context=call.context())
+
+    # The state in an event loop
+
+    def _ensure_open(self) -> _OpenState:
+        state = self._open_state
+        if state is not None:
+            state.loop_guard.check()
+            if not state.loop.is_closed():
+                return state
+            _warn_of_closed_loop()
+        self._open_state = state = _OpenState(self.open_session(), Admission(self.limits, self._swaps))
+        return state
+
+
+@attrs.define(eq=False)
+class _OpenState:
+    """Everything about a transport that belongs to one event loop, from its first request until it is closed."""
+
+    session: HttpSession
+    admission: Admission
+    loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
+    loop_guard: LoopGuard = attrs.field(init=False)
+    closed: asyncio.Future[None] = attrs.field(init=False)
+    """Done as soon as the transport begins to close."""
+    streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
+    """The open streams. The references are weak, because a stream that is dropped has to be garbage-collected."""
+    first_event_tasks: set[asyncio.Task[object]] = attrs.field(init=False, factory=set)
+    """The tasks that read the first event of a stream ahead."""
+    requests: int = attrs.field(init=False, default=0)
+    """The number of requests that are under way or wait, without streams that are open."""
+    deadline_timer: DeadlineTimer = attrs.field(init=False)
+    limits_are_known: bool = attrs.field(init=False, default=False)
+    """Whether the server does not have to be asked for its limits."""
+    limit_search: SingleFlight[None] = attrs.field(init=False)
+    """Asks the server for its limits once for all requests that wait for them."""
+
+    @loop_guard.default
+    def _create_loop_guard(self) -> LoopGuard:
+        guard = LoopGuard("this client")
+        guard.enter()
+        return guard
+
+    @closed.default
+    def _create_closed_future(self) -> asyncio.Future[None]:
+        return self.loop.create_future()
+
+    @deadline_timer.default
+    def _create_deadline_timer(self) -> DeadlineTimer:
+        return DeadlineTimer(self.loop, self.streams)
+
+    @limit_search.default
+    def _create_limit_search(self) -> SingleFlight[None]:
+        return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
+
+    def adopt(self, stream: EventStream) -> None:
+        """Takes over the time limits of a stream, and lets it read ahead if other requests wait for its first event.
+
+        Raises:
+            TaskCancelledError: The transport was closed while the stream was opened.
+        """
+        if self.closed.done():
+            error = _closed_error(stream.call)
+            stream.abort(error)
+            raise error
+        # The body is not sent again, and a thousand open streams may have long prompts.
+        stream.call.request.body = None
+        self.streams.add(stream)
+        if stream.call.is_first_request:
+            task = stream.start_reading_ahead()
+            self.first_event_tasks.add(task)
+            task.add_done_callback(self.first_event_tasks.discard)
+
+    async def close(self) -> None:
+        """Ends streams, waits and requests, and closes the session. It has done so even if it is cancelled."""
+        self.closed.set_result(None)
+        for stream in list(self.streams):
+            stream.abort(_closed_error(stream.call))
+        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        try:
+            await self.limit_search.cancel_all()
+        finally:
+            try:
+                await self.session.close()
+                # Their responses are closed, so they end at once.
+                if self.first_event_tasks:
+                    await asyncio.wait(self.first_event_tasks)
+            finally:
+                self.deadline_timer.close()
+
+
+async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
+    """Reads as much of a body as decides whether it is an event stream, and all of it if it is not."""
+    if response.status >= 300:
+        return await _receive_reply(call, response)
+    if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
+        return EventStream(call, response)
+    # Either a stream under another name, or something else, such as an error with status 200: its first bytes decide.
+    first = b""
+    while (is_stream := begins_event_stream(first)) is None and (more := await response.read_some()):
+        first += more
+    return EventStream(call, response, first) if is_stream else await _receive_reply(call, response, first)
+
+
+async def _receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
+    """Reads the rest of a body, of which `first` was read before."""
+    body = await response.read()
+    return Reply(call=call, status=response.status, headers=response.headers, body=first + body if first else body)
+
+
+def _finish_with_reply(call: Call, reply: Reply) -> None:
+    if reply.status < 400:
+        call.note_first_event(reply.body)
+    call.read_usage = partial(call.request.read_usage, reply.body)
+    call.finish(reply.status)
+
+
+def _secret_pattern(key: str) -> re.Pattern[str] | None:
+    r"""Returns a pattern that finds a key in a text, also as JSON may write it: with `\/`, or `\u002B` for a plus."""
+    if len(key) < _SHORTEST_SECRET:
+        return None
+    return re.compile("".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in key))
+
+
+def _closed_error(call: Call) -> TaskCancelledError:
+    return TaskCancelledError("the client was closed meanwhile", context=call.context())
+
+
+def _warn_of_closed_loop() -> None:
+    # Its session cannot be closed properly any more; its sockets are closed when it is garbage-collected.
+    warnings.warn(
+        "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
+        ResourceWarning,
+        stacklevel=4,
+    )
