@@ -30,7 +30,7 @@ PROMPT = "Tell me a story about a lighthouse, in a few sentences."
 
 @asynccontextmanager
 async def model_server(api_base: str | None, model: str | None) -> AsyncIterator[dict[str, str]]:
-    """Yields the environment variables of the bridge. It starts an embedded server if there is no URL."""
+    """Yields the environment variables of the bridge. It starts an embedded server if no URL is given."""
     if api_base:
         env = {"LMBRIDGE_API_BASE": api_base, "DEFAULT_MODEL": model, "LM_API_TOKEN": os.environ.get("LM_API_TOKEN")}
         yield {name: value for name, value in env.items() if value}

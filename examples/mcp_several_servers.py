@@ -38,7 +38,7 @@ SERVERS = {
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """Yields a client of the server at `api_base`, or of an embedded server that it starts if there is no URL."""
+    """Yields a client of the server at `api_base`, or of an embedded server that it starts if no URL is given."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client

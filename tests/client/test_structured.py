@@ -257,7 +257,7 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
         (Point, '{"x": 1} {"x": 2}', "$", "it is no JSON: JSON is malformed: trailing characters"),
         (Point, '```json\n{"x": 1}\n```\nThat is all.', "$", "it is no JSON: JSON is malformed"),
         (Point, '{"x": 1', "$", "it is no JSON: Input data was truncated"),
-        (Point, '{"x": 1, "z": ' + "[" * 5000 + "]" * 5000 + "}", "$", "it is no JSON: maximum recursion depth"),
+        (Point, '{"x": 1, "z": ' + "[" * 20_000 + "]" * 20_000 + "}", "$", "it is no JSON: maximum recursion depth"),
     ],
 )
 async def test_an_answer_that_stays_wrong_raises_with_its_text_and_the_path_of_the_fault(

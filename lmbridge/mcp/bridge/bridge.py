@@ -58,7 +58,7 @@ MaxRoundsArgument = Annotated[
     PositiveInt | None, "How many times the model may be asked. Each round may call tools. Default: 25."
 ]
 RoundTokensArgument = Annotated[
-    PositiveInt | None, "Most tokens of each reply of the model. Default: as many as fit, at most 8192."
+    PositiveInt | None, "Each reply of the model may have this many tokens. Default: as many as fit, at most 8192."
 ]
 OnMcpErrorArgument = Annotated[
     Literal["raise", "continue"],
@@ -81,10 +81,12 @@ class Bridge:
         "Language models that run on the user's machine. chat_completion asks a model. The autonomous tools give a "
         "model a task and the tools of MCP servers. These models are slow: ask for short answers, one thing at a time."
     )
+    """The text about the tools as a whole that a host shows its model."""
 
     def __init__(self, client: LLMClient, agent: DynamicAutonomousAgent) -> None:
         self._client, self._agent = client, agent
         self.tools = [_make_tool(function, title, **hints) for function, title, hints in self._tool_table()]
+        """The tools, in the order in which a host lists them."""
         self._toolset = Toolset(self.tools)
         self._functions: dict[str, _ToolFunction] = {tool.name: tool.function for tool in self.tools}
 
@@ -97,7 +99,7 @@ class Bridge:
         *,
         config_path: str | PathLike[str] | None = None,
     ) -> AsyncIterator[Self]:
-        """Returns a bridge with a client and an agent that are closed at the end of the `async with` block.
+        """Yields a bridge, and closes its client and its agent at the end of the `async with` block.
 
         Args:
             api_base: The URL of the model server; see `LLMClient`. The API key comes from the environment.

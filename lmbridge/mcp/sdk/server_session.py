@@ -1,8 +1,8 @@
 """Serves our tools to an MCP host through the official SDK, with either of its major versions.
 
 This module uses the SDK's low-level `Server` and not its decorators or `FastMCP`. Those validate arguments and turn
-exceptions into results by rules of their own, and the rules differ between 1.x and 2.x. With the low-level server, the
-bridge alone decides what a host reads, whichever SDK is installed.
+exceptions into results by rules that differ between 1.x and 2.x. With the low-level server, the bridge alone decides
+what a host reads, whichever SDK is installed.
 
 Each call runs in a separate task. The SDK cancels a call through an anyio cancel scope, and inside a cancelled scope
 every further `await` is cancelled as well, so that a handler could not close its stream or wait for its tools.
@@ -40,7 +40,7 @@ _CLEANUP_SECONDS: Final = 5.0
 
 @attrs.frozen
 class HostAnswer:
-    """The result of one tool call, as it is sent to the host."""
+    """The result of one tool call that is sent to the host."""
 
     texts: Sequence[str]
     """Text for the host's model. Each item becomes a content block."""
