@@ -1,4 +1,8 @@
-"""lmbridge: an async SDK for the language models on your own machine."""
+"""lmbridge: an async SDK for the language models on your own machine.
+
+Everything public is imported from here. `LLMClient`, the errors and the options are imported at once. Everything else is
+imported at its first use, so that `import lmbridge` stays fast and needs no extra.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +130,7 @@ __all__ = [
     "split_reasoning",
 ]
 
-# What many programs do without, and what needs an extra, is imported when it is asked for: the root stays light.
+# The modules of the names that are imported at their first use.
 _LAZY: Final = {
     "Agent": "lmbridge.agent",
     "CacheStats": "lmbridge.client.models",

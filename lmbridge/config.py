@@ -1,4 +1,8 @@
-"""Options, checked when they are made, and the environment, read here and nowhere else."""
+"""Options that several layers share, and everything that is read from the environment.
+
+Options are frozen and are checked when they are created, so that a wrong value is reported where it was written and not
+by a request an hour later. No other module reads environment variables of the client: what they can change is all here.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from lmbridge.errors import LLMValidationError
 
 _T = TypeVar("_T")
 
-DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"  # not "localhost": that may try ::1 first and wait there
+# The name "localhost" would be tried as ::1 first, which can cost seconds before 127.0.0.1 is tried.
+DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
+"""Where LM Studio listens by default."""
 
 
 def _duration(owner: str, default: float | None) -> Any:
@@ -24,38 +30,62 @@ def _duration(owner: str, default: float | None) -> Any:
 
 @attrs.frozen(kw_only=True)
 class Timeouts:
-    """How long to wait for what, in seconds; None switches a limit off."""
+    """How long a client waits, in seconds. None switches a limit off.
+
+    There is no limit on the time of a whole generation by default, because a local model may write for minutes; what is
+    limited is each silence. For an interactive program, lower the first two::
+
+        LLMClient(timeout=Timeouts(connect=2, first_byte=60))
+
+    Raises:
+        LLMValidationError: A value is not a positive number or None.
+    """
 
     connect: float | None = _duration("Timeouts", 5)
-    """For the socket to be connected."""
+    """The most seconds that connecting the socket may take."""
     load: float | None = _duration("Timeouts", 300)
-    """For a server that answers "loading": from its first such answer to its first other one."""
+    """The most seconds that a server may answer "loading", counted from its first such answer."""
     first_byte: float | None = _duration("Timeouts", 600)
-    """For the first event of a stream, or for the whole of a plain reply, in each attempt."""
+    """The most seconds until the first event of a stream, or until the end of a plain reply. It applies to each
+    attempt, and includes the server's own queue and the processing of the prompt."""
     idle: float | None = _duration("Timeouts", 300)
-    """The longest gap between two events of a stream. Comments and pings are no events."""
+    """The most seconds between two events of a stream. Comments and pings do not count as events."""
     total: float | None = _duration("Timeouts", None)
-    """From admission to the end of the body, retries and polls included."""
+    """The most seconds from admission to the end of the reply, including retries and the time that the server is
+    loading."""
 
 
 @attrs.frozen(kw_only=True)
 class Limits:
-    """How much may be going on at one server at a time."""
+    """How many requests and models may be active at one server at the same time.
+
+    The limits belong to a transport, so clients share them by sharing a transport. docs/model-scheduling.md describes
+    the order in which waiting requests are admitted.
+
+    Raises:
+        LLMValidationError: A value is not valid.
+    """
 
     max_concurrency: int = attrs.field(default=10, validator=as_validator(check_integer, owner="Limits"))
-    """Generations in flight."""
+    """The most generations in flight. Further requests wait in the client."""
     max_loaded_models: int | None = attrs.field(
         default=None, validator=as_validator(check_integer, owner="Limits", optional=True)
     )
-    """Models with generations in flight, for a server that holds no more; None: as many as are asked for."""
+    """The most models with generations in flight. Set it to the number of models that the server keeps loaded, so that
+    no request makes it drop a model that is generating. None, the default, switches model scheduling off."""
     max_wait: float | None = _duration("Limits", 30.0)
-    """Seconds after which a request that waits for its model is overdue; None: never, whatever goes on."""
+    """The seconds after which a request for a model that is not active becomes overdue: then an active model gets no
+    further requests until its place is free. With None, it waits until a place becomes free by itself."""
     max_queue: float | None = _duration("Limits", 600.0)
-    """Seconds that a request may wait to be admitted; None: as long as it takes."""
+    """The most seconds that a request may wait for its admission. With None, it waits as long as it takes."""
 
 
 def default_api_base() -> str:
-    """`LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else LM Studio's own default."""
+    """Returns the server that the environment names: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`.
+
+    Without these variables it is the address where LM Studio listens by default. The result is not checked yet; see
+    `normalize_api_base`.
+    """
     if base := os.environ.get("LMBRIDGE_API_BASE"):
         return base
     host, port = os.environ.get("LMSTUDIO_HOST"), os.environ.get("LMSTUDIO_PORT")
@@ -64,58 +94,69 @@ def default_api_base() -> str:
     host = host or "127.0.0.1"
     if "://" not in host:
         host = f"http://[{host}]" if host.count(":") > 1 and not host.startswith("[") else f"http://{host}"
-    parts = _split(host)
+    parts = _split_url(host)
+    # A host with its own port needs no other, and a URL that is not valid is reported by `normalize_api_base`.
     if not isinstance(parts, SplitResult) or parts.port is not None:
-        return host  # with its own port, or else for `normalize_api_base` to complain of
+        return host
     return parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{port or 1234}").geturl()
 
 
 def default_api_key() -> str | None:
-    """`LM_API_TOKEN`, the name that LM Studio's documentation and SDKs use."""
+    """Returns the environment variable `LM_API_TOKEN`, whose name is that of LM Studio's documentation and SDKs."""
     return os.environ.get("LM_API_TOKEN") or None
 
 
 def default_model() -> str | None:
-    """`DEFAULT_MODEL`."""
+    """Returns the environment variable `DEFAULT_MODEL`."""
     return os.environ.get("DEFAULT_MODEL") or None
 
 
 def normalize_api_base(api_base: str) -> str:
-    """The base URL with `/v1` and without a trailing slash.
+    """Returns a server's URL with its version (`/v1` unless it has one) and without a trailing slash.
+
+    A URL may hold a secret by mistake. Errors repeat it only if it has none of the signs that separate a password or a
+    query from the rest.
 
     Raises:
-        LLMValidationError: it is no http(s) URL, or holds credentials, a query or a fragment.
+        LLMValidationError: The text is not an http or https URL, or has credentials, a query or a fragment.
     """
-    hint = f"give it like {DEFAULT_API_BASE!r}"
-    told = repr(api_base)
-    secret = any(mark in told for mark in "@?#")  # it may be: a password or a key
-    if secret:
-        told = "'...'"
+    hint = f"write it like {DEFAULT_API_BASE!r}"
+    shown = repr(api_base)
+    may_hold_secret = any(sign in shown for sign in "@?#")
+    if may_hold_secret:
+        shown = "'...'"
     if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
-        raise LLMValidationError(f"api_base is {told}", hint=hint)
-    parts = _split(api_base)
+        raise LLMValidationError(f"api_base must be a URL, not {shown}", hint=hint)
+    parts = _split_url(api_base)
     if not isinstance(parts, SplitResult):
-        reason = "" if secret else f": {parts}"
-        raise LLMValidationError(f"api_base {told} is no URL{reason}", None if secret else parts, hint=hint)
+        reason = "" if may_hold_secret else f": {parts}"
+        cause = None if may_hold_secret else parts
+        raise LLMValidationError(f"api_base {shown} is not a valid URL{reason}", cause, hint=hint)
     if parts.username is not None or parts.password is not None:
-        raise LLMValidationError("api_base holds credentials", hint="give the key by api_key=, the URL without it")
+        raise LLMValidationError(
+            "api_base contains credentials", hint="pass the key as api_key=, and the URL without credentials"
+        )
     if parts.query or parts.fragment:
         raise LLMValidationError("api_base has a query or a fragment", hint=hint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LLMValidationError(f"api_base {told} is no http or https URL", hint=hint)
+        raise LLMValidationError(f"api_base {shown} is not an http or https URL", hint=hint)
     path = parts.path.rstrip("/")
     if not _is_version(path.rpartition("/")[2]):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _split(url: str) -> SplitResult | ValueError:
-    """The parts of a URL, or why it is none: returned, because what it says may have to stay unsaid."""
+def _split_url(url: str) -> SplitResult | ValueError:
+    """Returns the parts of a URL, or the reason why it is not valid.
+
+    The reason is returned instead of raised, because it may quote a secret and then must not become a `__context__`.
+    """
     try:
         parts = urlsplit(url)
+        # Both of these raise for a URL that urlsplit alone accepts.
         _ = (parts.hostname or "").encode("idna"), parts.port
-    except ValueError as exc:
-        return exc
+    except ValueError as error:
+        return error
     return parts
 
 
@@ -135,21 +176,22 @@ def checked(name: str, value: _T, kind: type[Any]) -> _T:
 
 
 def checked_key(key: str | None) -> str | None:
-    """An API key that fits into a header, or None.
+    """Accepts an API key that can be sent in a header, and None.
 
     Raises:
-        LLMValidationError: it does not.
+        LLMValidationError: The key is something else. The error does not repeat it, because it is meant to be secret.
     """
     if key is None:
         return None
     if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
-        # The value is not repeated: it is meant to be a secret.
-        raise LLMValidationError("api_key is no key", hint="give a string of printable ASCII without spaces")
+        raise LLMValidationError(
+            "api_key must be printable ASCII without spaces", hint="leave it out to send LM_API_TOKEN, or no key at all"
+        )
     return key
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine's loopback interface."""
+    """Returns whether a URL's host is the loopback interface of this machine."""
     host = (urlsplit(url).hostname or "").removesuffix(".")
     try:
         address = ipaddress.ip_address(host)

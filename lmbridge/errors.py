@@ -3,15 +3,15 @@
 ::
 
     LLMError
-      LLMConnectionError                 nobody there, or the connection broke before a reply
-      LLMTimeoutError                    which limit ran out: `.phase`
-      LLMResponseError                   an HTTP error, or a 200 that is no reply
+      LLMConnectionError                 nothing answers, or the connection broke before a reply
+      LLMTimeoutError                    a limit ran out: `.phase` says which
+      LLMResponseError                   an HTTP error, or a 200 that is not a reply
         LLMAuthenticationError           401, 403
         LLMRateLimitError                429
         ContextLengthExceededError       the prompt does not fit
-        ModelLoadError                   out of memory, crashed, unloaded, nothing loaded
+        ModelLoadError                   out of memory, crashed, unloaded, no model loaded
       LLMStreamError                     a stream that began and broke in a way its body does not name
-      LLMValidationError                 arguments, or a reply that is not what was asked for
+      LLMValidationError                 an invalid argument, or a reply that is not what was asked for
         ModelNotFoundError               the server does not have that model
         ModelMismatchError               another model answered
       TaskCancelledError                 cancelled through lmbridge, not by the caller
@@ -23,8 +23,12 @@
         MCPConnectionError
         MultiMCPError
 
-No class here is an `asyncio.CancelledError`: a cancel by the caller stays what asyncio makes of it.
-Where a builtin fits (`ConnectionError`, `TimeoutError`, `ValueError`) the class inherits it as well.
+"No response" and "the response says no" are different branches, because a program reacts to them differently. The class
+of an `LLMResponseError` is decided by the body of the response and not by its status alone; see `client/failures.py`.
+An error carries its facts as attributes, so that no program has to parse a message. Where a builtin exception fits
+(`ConnectionError`, `TimeoutError`, `ValueError`), the class inherits from it, too.
+
+No class here is an `asyncio.CancelledError`: a cancellation by the caller stays the exception that asyncio raises.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 
 class ErrorDetails(TypedDict, total=False):
-    """Keyword arguments that every error takes; each becomes the attribute of its name."""
+    """Keyword arguments that every error accepts. Each becomes an attribute of the same name; see `LLMError`."""
 
     hint: str | None
     context: Mapping[str, Any] | None
@@ -46,21 +50,25 @@ class ErrorDetails(TypedDict, total=False):
 
 
 class LLMError(Exception):
-    """Base of all errors of this package.
+    """The base class of all errors of this package.
+
+    Its text is one sentence: what was attempted, with which model and on which URL, what went wrong, after how many
+    attempts and seconds, and what to do next. It never contains a key or a header. Errors can be pickled; a part that
+    cannot be pickled is replaced by its text.
 
     Args:
-        message: What happened, in a few words.
-        original_exception: The exception behind it; becomes `__cause__`.
+        message: What went wrong, in a few words.
+        original_exception: The exception that caused this one. It becomes `__cause__`.
         hint: What to do about it.
-        context: What was tried: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
+        context: What was attempted: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
         status: The status of the HTTP response that the error came with.
         body: The text of that response, or of the event in a stream that reported the error.
-        partial: What had arrived: of a stream the dict that `collect` would have made so far (None before the
-            first chunk), of an agent's run its `RunResult` so far.
+        partial: What had arrived before the error. For a stream it is the dict that `collect` would have returned (None
+            before the first chunk), for an agent's run it is the `RunResult` so far.
 
     Attributes:
-        message: As given.
-        timestamp: When the error was made, in UTC.
+        message: What went wrong, without the context and the hint.
+        timestamp: When the error was created, in UTC.
     """
 
     def __init__(
@@ -77,7 +85,8 @@ class LLMError(Exception):
         self.body = details.get("body")
         self.partial: Any = details.get("partial")
         self.timestamp = datetime.now(UTC)
-        if original_exception is not None:  # to set None would hide the exception that is being handled
+        # Setting `__cause__` to None would hide the exception that is being handled.
+        if original_exception is not None:
             self.__cause__ = original_exception
 
     def completed(self, message: str | None = None, **details: Unpack[ErrorDetails]) -> Self:
@@ -114,25 +123,25 @@ class LLMError(Exception):
 
     @property
     def original_exception(self) -> BaseException | None:
-        """The exception behind this one: the same as `__cause__`."""
+        """The exception that caused this one: the same as `__cause__`."""
         return self.__cause__
 
     def __str__(self) -> str:
-        """One sentence: what was tried, where, what came of it, how long it took, and what to do."""
-        text = self._tried() + self.message + self._effort()
+        """Returns one sentence: what was attempted, what went wrong, how long it took, and what to do."""
+        text = self._describe_attempt() + self.message + self._describe_effort()
         return f"{text}; {self.hint}" if self.hint else text
 
-    def _tried(self) -> str:
+    def _describe_attempt(self) -> str:
         operation, model, url = (self.context.get(key) for key in ("operation", "model", "url"))
         words = [str(operation or ("request" if model or url else ""))]
         if model:
             words.append(f"with model {model!r}")
         if url:
             words.append(f"at {url}")
-        tried = " ".join(filter(None, words))
-        return f"{tried}: " if tried else ""
+        attempt = " ".join(filter(None, words))
+        return f"{attempt}: " if attempt else ""
 
-    def _effort(self) -> str:
+    def _describe_effort(self) -> str:
         attempts, seconds = self.context.get("attempts"), self.context.get("seconds")
         parts = []
         if attempts is not None:
@@ -142,7 +151,8 @@ class LLMError(Exception):
         return f" (after {', '.join(parts)})" if parts else ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), _portable(self.args), _portable(self.__dict__), _portable(self.__cause__))
+        state = _picklable(self.args), _picklable(self.__dict__), _picklable(self.__cause__)
+        return _rebuild, (type(self), *state)
 
     def __copy__(self) -> LLMError:
         return _rebuild(type(self), self.args, self.__dict__, self.__cause__)
@@ -151,7 +161,7 @@ class LLMError(Exception):
 def _rebuild(
     kind: type[LLMError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | None
 ) -> LLMError:
-    # Not by calling the class: what its constructor takes differs from class to class.
+    # The class is not called, because its constructor may take other arguments, also in a subclass of a user.
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
@@ -160,36 +170,38 @@ def _rebuild(
     return error
 
 
-def _portable(value: Any) -> Any:
-    """The value; where it cannot be pickled, its parts that can, and of the others their text."""
+def _picklable(value: Any) -> Any:
+    """Returns a value that can be pickled: the value itself, or a copy in which the parts that cannot are texts."""
     if isinstance(value, LLMError) and type(value).__module__ == __name__:
-        return value  # which does the same for itself
+        # Its own __reduce__ does the same.
+        return value
     try:
-        pickle.loads(pickle.dumps(value))  # noqa: S301 - our own bytes, made in the line itself
-    except Exception:  # noqa: BLE001 - a foreign class may raise anything here; its text is kept
+        pickle.loads(pickle.dumps(value))  # noqa: S301 - bytes that were made in this line
+    except Exception:  # noqa: BLE001 - a foreign class may raise anything here
         if isinstance(value, BaseException):
-            return Exception(_told(value))
+            return Exception(_describe_exception(value))
         if isinstance(value, dict):
-            return {key: _portable(part) for key, part in value.items()}
+            return {key: _picklable(part) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return [_portable(part) for part in value] if isinstance(value, list) else tuple(map(_portable, value))
+            parts = map(_picklable, value)
+            return list(parts) if isinstance(value, list) else tuple(parts)
         return repr(value)
     return value
 
 
-def _told(error: BaseException) -> str:
+def _describe_exception(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class LLMConnectionError(LLMError, ConnectionError):
-    """Nobody answers there, or the connection broke before a reply began."""
+    """Nothing answers at this address, or the connection broke before a reply began."""
 
 
 class LLMTimeoutError(LLMError, TimeoutError):
     """A limit of `Timeouts`, or `Limits.max_queue`, ran out.
 
     Attributes:
-        phase: Which one: "connect", "queue", "load", "first_byte", "idle" or "total".
+        phase: The limit that ran out: "connect", "queue", "load", "first_byte", "idle" or "total".
     """
 
     def __init__(
@@ -205,12 +217,12 @@ class LLMTimeoutError(LLMError, TimeoutError):
 
 
 class LLMResponseError(LLMError):
-    """The server said no, or said 200 with something that is no reply.
+    """The server answered with an error, or with a 200 whose body is not a reply.
 
     Attributes:
         status: The HTTP status.
         body: The text of the response.
-        retry_after: Seconds that the server asked to wait, or None.
+        retry_after: The seconds that the server asked to wait before the next request, or None.
     """
 
     def __init__(
@@ -226,19 +238,19 @@ class LLMResponseError(LLMError):
 
 
 class LLMAuthenticationError(LLMResponseError):
-    """The server refused the key, or asks for one (401, 403)."""
+    """The server refused the API key, or requires one (401, 403)."""
 
 
 class LLMRateLimitError(LLMResponseError):
-    """The server has had enough for now (429); see `retry_after`."""
+    """The server refused the request because it gets too many (429); see `retry_after`."""
 
 
 class ContextLengthExceededError(LLMResponseError):
-    """The prompt, or prompt and answer together, do not fit into the model's context.
+    """The prompt, or the prompt and the answer together, do not fit into the model's context.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt, where the server says.
-        context_length: Tokens that fit, where the server says.
+        prompt_tokens: The number of tokens of the prompt, or None if the server does not say.
+        context_length: The number of tokens that fit, or None if the server does not say.
     """
 
     def __init__(
@@ -257,11 +269,11 @@ class ContextLengthExceededError(LLMResponseError):
 
 
 class ModelLoadError(LLMResponseError):
-    """The model is not there to answer: out of memory, crashed, unloaded, or none is loaded."""
+    """The model cannot answer: it does not fit into memory, has crashed or was unloaded, or no model is loaded."""
 
 
 class LLMStreamError(LLMError):
-    """A stream that began and then broke in a way that its body does not name."""
+    """A stream began and then broke, in a way that the stream itself does not name."""
 
     def __init__(
         self,
@@ -273,7 +285,7 @@ class LLMStreamError(LLMError):
 
 
 class LLMValidationError(LLMError, ValueError):
-    """An argument that cannot be right, or a reply that is not what was asked for."""
+    """An argument is not valid, or a reply is not what was asked for."""
 
 
 class ModelNotFoundError(LLMValidationError):
@@ -281,7 +293,7 @@ class ModelNotFoundError(LLMValidationError):
 
     Attributes:
         model_name: The name that was asked for.
-        available_models: The names that there are, as far as known.
+        available_models: The names of the models that the server has, as far as they are known.
     """
 
     def __init__(
@@ -297,13 +309,14 @@ class ModelNotFoundError(LLMValidationError):
 
     def _describe(self) -> str:
         text = f"model {self.model_name!r} not found" if self.model_name else "model not found"
-        names = {name.casefold(): name for name in self.available_models}
-        import difflib  # noqa: PLC0415 - not needed until a model is missing
+        # Imported here because it is not needed until a model is missing.
+        import difflib  # noqa: PLC0415
 
+        names = {name.casefold(): name for name in self.available_models}
         if close := difflib.get_close_matches((self.model_name or "").casefold(), names):
             text += f" (did you mean {' or '.join(repr(names[match]) for match in close)}?)"
         if self.available_models:
-            text += f"; there are: {', '.join(self.available_models)}"
+            text += f"; the server has: {', '.join(self.available_models)}"
         return text
 
 
@@ -332,7 +345,7 @@ class ModelMismatchError(LLMValidationError):
 
 
 class TaskCancelledError(LLMError):
-    """Cancelled through lmbridge (`aclose`, `close`, `cancel`), not by cancelling the caller's task."""
+    """Something was cancelled through lmbridge (`aclose`, `close`, `cancel`), not by cancelling the caller's task."""
 
     def __init__(
         self,
@@ -344,11 +357,11 @@ class TaskCancelledError(LLMError):
 
 
 class ModelChangedDuringExecutionError(TaskCancelledError):
-    """The model changed under a reply or a run; nothing of two models is ever joined.
+    """The model changed in the middle of a reply or a run. Output of two models is never joined.
 
     Attributes:
-        old_model: The model that it began with.
-        new_model: The one that took its place.
+        old_model: The model at the beginning.
+        new_model: The model that took its place.
     """
 
     def __init__(
@@ -367,7 +380,7 @@ class ModelChangedDuringExecutionError(TaskCancelledError):
 
 
 class RunIncompleteError(LLMError):
-    """An agent's run ended for another reason than "stop".
+    """An agent's run ended for another reason than "stop", so it has no final answer.
 
     Attributes:
         result: The `RunResult` so far; the same as `partial`.
@@ -375,7 +388,7 @@ class RunIncompleteError(LLMError):
 
     def __init__(
         self,
-        message: str = "the run did not come to an end of its own",
+        message: str = "the run ended without a final answer",
         original_exception: BaseException | None = None,
         *,
         result: Any = None,
@@ -387,22 +400,22 @@ class RunIncompleteError(LLMError):
 
 
 class MaxRoundsExceededError(RunIncompleteError):
-    """An agent's run used up its rounds."""
+    """An agent's run reached `max_rounds` without a final answer."""
 
 
 class ToolError(LLMError):
-    """A tool failed, or was called in a way that it cannot be called."""
+    """A tool failed, or was called with arguments that it does not accept."""
 
 
 class MCPError(LLMError):
-    """Something about an MCP server."""
+    """Something went wrong with an MCP server or its configuration."""
 
 
 class MCPConnectionError(MCPError):
-    """An MCP server that could not be started or reached.
+    """An MCP server could not be started or reached.
 
     Attributes:
-        server: Its name in the configuration.
+        server: The name of the server in the configuration.
     """
 
     def __init__(
@@ -421,7 +434,7 @@ class MultiMCPError(MCPError):
     """One or more of several MCP servers failed.
 
     Attributes:
-        errors: Server's name to its exception.
+        errors: The exception of each server that failed, by the server's name.
     """
 
     def __init__(
@@ -433,5 +446,5 @@ class MultiMCPError(MCPError):
         **details: Unpack[ErrorDetails],
     ) -> None:
         self.errors = dict(errors or {})
-        told = "; ".join(f"{server}: {str(error) or _told(error)}" for server, error in self.errors.items())
-        super().__init__(message or f"MCP servers failed: {told}", original_exception, **details)
+        reasons = (f"{server}: {str(error) or _describe_exception(error)}" for server, error in self.errors.items())
+        super().__init__(message or f"MCP servers failed: {'; '.join(reasons)}", original_exception, **details)

@@ -1,7 +1,7 @@
-"""The dicts of the wire, for editors and type checkers.
+"""The dicts that servers send, described for editors and type checkers.
 
-At run time they are plain dicts, exactly as the server sent them: no field is added, dropped or converted, and a
-server may leave any of them out.
+At run time these are plain dicts, exactly as the server sent them: no field is added, dropped or converted. TypedDicts
+won over classes because of that promise, and because a server may leave out any field and send others.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from typing import Any, TypedDict
 
 
 class FunctionCall(TypedDict, total=False):
-    """What to call."""
+    """The function of a tool call."""
 
     name: str
     arguments: str
-    """JSON; in a chunk a piece of it."""
+    """The arguments as JSON; in a chunk, a piece of that JSON."""
 
 
 class ToolCall(TypedDict, total=False):
-    """A call that the model asks for."""
+    """A tool call that the model asks for."""
 
     index: int
-    """Only in chunks."""
+    """The position of the call in the reply. Only chunks have it."""
     id: str
     type: str
     function: FunctionCall
 
 
 class Message(TypedDict, total=False):
-    """A message of a reply."""
+    """The message of a plain reply."""
 
     role: str
     content: str
@@ -38,7 +38,7 @@ class Message(TypedDict, total=False):
 
 
 class Delta(TypedDict, total=False):
-    """What a chunk adds to the message."""
+    """The piece that a chunk adds to the message."""
 
     role: str
     content: str | None
@@ -48,7 +48,7 @@ class Delta(TypedDict, total=False):
 
 
 class Usage(TypedDict, total=False):
-    """Tokens."""
+    """The numbers of tokens that a request has used."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -58,7 +58,7 @@ class Usage(TypedDict, total=False):
 
 
 class Choice(TypedDict, total=False):
-    """One of the answers of a plain reply."""
+    """One choice of a plain reply; there are several with the parameter `n`."""
 
     index: int
     message: Message
@@ -67,7 +67,7 @@ class Choice(TypedDict, total=False):
 
 
 class ChunkChoice(TypedDict, total=False):
-    """One of the answers, in a chunk."""
+    """A piece of one choice, in a chunk."""
 
     index: int
     delta: Delta
@@ -89,7 +89,7 @@ class ChatCompletion(TypedDict, total=False):
 
 
 class ChatCompletionChunk(TypedDict, total=False):
-    """One chunk of a streamed reply. `choices` may be empty (a chunk that carries the usage)."""
+    """One chunk of a streamed reply. `choices` is empty in a chunk that carries only the usage."""
 
     id: str
     object: str
@@ -106,16 +106,16 @@ class LMStudioInstance(TypedDict, total=False):
 
     id: str
     config: dict[str, Any]
-    """`context_length` and, of a language model, `parallel`, `eval_batch_size`, `flash_attention`, ..."""
+    """The configuration: `context_length`; for a language model also `parallel`, `eval_batch_size`, ..."""
 
 
 class LMStudioModel(TypedDict, total=False):
     """One of LM Studio's downloaded models (`/api/v1/models`)."""
 
     type: str
-    """"llm" or "embedding"."""
+    """Either "llm" or "embedding"."""
     key: str
-    """What to load it by."""
+    """The name by which the model is loaded."""
     publisher: str
     display_name: str
     architecture: str | None
@@ -124,7 +124,7 @@ class LMStudioModel(TypedDict, total=False):
     params_string: str | None
     loaded_instances: list[LMStudioInstance]
     max_context_length: int
-    """What the model can do; what an instance of it does is in its `config`."""
+    """The longest context that the model supports. That of a loaded instance is in its `config`."""
     format: str | None
     capabilities: dict[str, Any]
     description: str | None
@@ -133,28 +133,28 @@ class LMStudioModel(TypedDict, total=False):
 
 
 class LMStudioLoad(TypedDict, total=False):
-    """What LM Studio says of a model that it has loaded."""
+    """LM Studio's answer after it has loaded a model."""
 
     type: str
     instance_id: str
     load_time_seconds: float
     status: str
     load_config: dict[str, Any]
-    """Only if `echo_load_config` was sent."""
+    """The whole configuration. It is sent only if the request had `echo_load_config`."""
 
 
 class LMStudioUnload(TypedDict, total=False):
-    """What LM Studio says of an instance that it has unloaded."""
+    """LM Studio's answer after it has unloaded an instance."""
 
     instance_id: str
 
 
 class DownloadStatus(TypedDict, total=False):
-    """How far one of LM Studio's downloads is."""
+    """The progress of one of LM Studio's downloads."""
 
     job_id: str
     status: str
-    """"downloading", "paused", "completed", "failed" or "already_downloaded"."""
+    """One of "downloading", "paused", "completed", "failed" and "already_downloaded"."""
     total_size_bytes: int
     downloaded_bytes: int
     bytes_per_second: float
@@ -167,7 +167,7 @@ class DownloadStatus(TypedDict, total=False):
 
 
 class TextChoice(TypedDict, total=False):
-    """One of the answers of a text completion; in a chunk a piece of it."""
+    """One choice of a text completion; in a chunk, a piece of it."""
 
     index: int
     text: str
@@ -189,7 +189,7 @@ class TextCompletion(TypedDict, total=False):
 
 
 class TextCompletionChunk(TypedDict, total=False):
-    """One chunk of a streamed text completion. `choices` may be empty (a chunk that carries the usage)."""
+    """One chunk of a streamed text completion. `choices` is empty in a chunk that carries only the usage."""
 
     id: str
     object: str
@@ -205,12 +205,12 @@ class TextCompletionChunk(TypedDict, total=False):
 
 
 class Embedding(TypedDict, total=False):
-    """The embedding of one of the inputs."""
+    """The embedding of one input."""
 
     index: int
     object: str
     embedding: Any
-    """A list of numbers; a string with `encoding_format="base64"`; of a model without pooling a list for each token."""
+    """A list of numbers; with `encoding_format="base64"` a string; for a model without pooling, one list per token."""
 
 
 class Embeddings(TypedDict, total=False):
@@ -226,10 +226,10 @@ class Embeddings(TypedDict, total=False):
 
 
 class ResponsePart(TypedDict, total=False):
-    """A part of an item's content, or of its summary."""
+    """A part of the content of an item, or of its summary."""
 
     type: str
-    """"output_text", "refusal", "reasoning_text", "summary_text"."""
+    """For example "output_text", "refusal", "reasoning_text" or "summary_text"."""
     text: str
     refusal: str
     annotations: list[dict[str, Any]]
@@ -237,10 +237,10 @@ class ResponsePart(TypedDict, total=False):
 
 
 class ResponseItem(TypedDict, total=False):
-    """Something that the model put out: a message, its reasoning, a function call."""
+    """One item of a response: a message, the model's reasoning, or a function call."""
 
     type: str
-    """"message", "reasoning", "function_call", ..."""
+    """For example "message", "reasoning" or "function_call"."""
     id: str
     status: str
     role: str
@@ -249,11 +249,11 @@ class ResponseItem(TypedDict, total=False):
     call_id: str
     name: str
     arguments: str
-    """JSON."""
+    """The arguments of a function call as JSON."""
 
 
 class ResponseUsage(TypedDict, total=False):
-    """Tokens."""
+    """The numbers of tokens that a response has used."""
 
     input_tokens: int
     output_tokens: int
@@ -266,13 +266,13 @@ class Response(TypedDict, total=False):
     """A plain reply of `/v1/responses`."""
 
     id: str
-    """For `previous_response_id`."""
+    """The name of the response, for `previous_response_id`."""
     object: str
     created_at: float
     completed_at: float | None
     model: str
     status: str
-    """"completed", or "incomplete": see `incomplete_details`."""
+    """For example "completed", or "incomplete", which `incomplete_details` explains."""
     output: list[ResponseItem]
     usage: ResponseUsage | None
     error: dict[str, Any] | None
@@ -281,7 +281,7 @@ class Response(TypedDict, total=False):
 
 
 class ResponseEventData(TypedDict, total=False):
-    """What an event of a streamed response holds; which fields, its `type` says."""
+    """The data of one event of a streamed response. Its `type` determines which fields it has."""
 
     type: str
     sequence_number: int

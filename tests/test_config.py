@@ -183,26 +183,29 @@ def test_a_base_url_ends_in_its_version_without_a_slash(given: str, api_base: st
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("", "api_base is ''"),
-        (" ", "api_base is ' '"),
-        (None, "api_base is None"),
-        (1234, "api_base is 1234"),
-        (b"http://box", "api_base is b'http://box'"),
-        ("http://two words", "api_base is 'http://two words'"),
-        ("http://box\n", "api_base is 'http://box\\n'"),
-        ("http://b\x7fox", "api_base is 'http://b\\x7fox'"),
-        ("http://b\u2028ox", "api_base is 'http://b\\u2028ox'"),
-        ("localhost", "api_base 'localhost' is no http or https URL"),
-        ("localhost:1234", "api_base 'localhost:1234' is no http or https URL"),
-        ("127.0.0.1:1234/v1", "api_base '127.0.0.1:1234/v1' is no http or https URL"),
-        ("//box", "api_base '//box' is no http or https URL"),
-        ("http://", "api_base 'http://' is no http or https URL"),
-        ("http:///v1", "api_base 'http:///v1' is no http or https URL"),
-        ("http://:1234", "api_base 'http://:1234' is no http or https URL"),
-        ("ftp://box", "api_base 'ftp://box' is no http or https URL"),
-        ("http://box:99999", "api_base 'http://box:99999' is no URL: Port out of range 0-65535"),
-        ("http://box:port", "api_base 'http://box:port' is no URL: Port could not be cast to integer value as 'port'"),
-        ("http://[::1", "api_base 'http://[::1' is no URL: Invalid IPv6 URL"),
+        ("", "api_base must be a URL, not ''"),
+        (" ", "api_base must be a URL, not ' '"),
+        (None, "api_base must be a URL, not None"),
+        (1234, "api_base must be a URL, not 1234"),
+        (b"http://box", "api_base must be a URL, not b'http://box'"),
+        ("http://two words", "api_base must be a URL, not 'http://two words'"),
+        ("http://box\n", "api_base must be a URL, not 'http://box\\n'"),
+        ("http://b\x7fox", "api_base must be a URL, not 'http://b\\x7fox'"),
+        ("http://b\u2028ox", "api_base must be a URL, not 'http://b\\u2028ox'"),
+        ("localhost", "api_base 'localhost' is not an http or https URL"),
+        ("localhost:1234", "api_base 'localhost:1234' is not an http or https URL"),
+        ("127.0.0.1:1234/v1", "api_base '127.0.0.1:1234/v1' is not an http or https URL"),
+        ("//box", "api_base '//box' is not an http or https URL"),
+        ("http://", "api_base 'http://' is not an http or https URL"),
+        ("http:///v1", "api_base 'http:///v1' is not an http or https URL"),
+        ("http://:1234", "api_base 'http://:1234' is not an http or https URL"),
+        ("ftp://box", "api_base 'ftp://box' is not an http or https URL"),
+        ("http://box:99999", "api_base 'http://box:99999' is not a valid URL: Port out of range 0-65535"),
+        (
+            "http://box:port",
+            "api_base 'http://box:port' is not a valid URL: Port could not be cast to integer value as 'port'",
+        ),
+        ("http://[::1", "api_base 'http://[::1' is not a valid URL: Invalid IPv6 URL"),
         ("http://box/v1?x=1", "api_base has a query or a fragment"),
         ("http://box/v1#top", "api_base has a query or a fragment"),
     ],
@@ -210,7 +213,7 @@ def test_a_base_url_ends_in_its_version_without_a_slash(given: str, api_base: st
 def test_anything_else_is_refused_with_an_example(given: Any, told: str) -> None:
     with pytest.raises(LLMValidationError) as caught:
         normalize_api_base(given)
-    assert str(caught.value) == f"{told}; give it like 'http://127.0.0.1:1234/v1'"
+    assert str(caught.value) == f"{told}; write it like 'http://127.0.0.1:1234/v1'"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_a_secret_in_a_base_url_is_refused_and_never_repeated(given: Any) -> Non
 
 
 def test_credentials_are_answered_with_where_to_put_them() -> None:
-    with pytest.raises(LLMValidationError, match=r"^api_base holds credentials; give the key by api_key="):
+    with pytest.raises(LLMValidationError, match=r"^api_base contains credentials; pass the key as api_key="):
         normalize_api_base("http://me:secret@box")
 
 
@@ -266,7 +269,10 @@ def test_a_key_is_printable_ascii_or_none(key: str | None) -> None:
 def test_any_other_key_is_refused_and_never_repeated(key: Any) -> None:
     with pytest.raises(LLMValidationError) as caught:
         checked_key(key)
-    assert str(caught.value) == "api_key is no key; give a string of printable ASCII without spaces"
+    assert (
+        str(caught.value)
+        == "api_key must be printable ASCII without spaces; leave it out to send LM_API_TOKEN, or no key at all"
+    )
 
 
 @pytest.mark.parametrize(

@@ -305,12 +305,12 @@ def test_every_error_reads_as_one_sentence(kind: type[LLMError]) -> None:
     ("name", "models", "told"),
     [
         ("lama", [], "model 'lama' not found"),
-        ("gpt-4o", ["llama", "qwen"], "model 'gpt-4o' not found; there are: llama, qwen"),
-        ("lama", ["qwen", "llama"], "model 'lama' not found (did you mean 'llama'?); there are: qwen, llama"),
-        ("LLAMA", ["qwen", "llama"], "model 'LLAMA' not found (did you mean 'llama'?); there are: qwen, llama"),
-        ("phi-4", ["PHI-4"], "model 'phi-4' not found (did you mean 'PHI-4'?); there are: PHI-4"),
-        ("ab1", ["ab2", "ab3"], "model 'ab1' not found (did you mean 'ab3' or 'ab2'?); there are: ab2, ab3"),
-        (None, ["llama"], "model not found; there are: llama"),
+        ("gpt-4o", ["llama", "qwen"], "model 'gpt-4o' not found; the server has: llama, qwen"),
+        ("lama", ["qwen", "llama"], "model 'lama' not found (did you mean 'llama'?); the server has: qwen, llama"),
+        ("LLAMA", ["qwen", "llama"], "model 'LLAMA' not found (did you mean 'llama'?); the server has: qwen, llama"),
+        ("phi-4", ["PHI-4"], "model 'phi-4' not found (did you mean 'PHI-4'?); the server has: PHI-4"),
+        ("ab1", ["ab2", "ab3"], "model 'ab1' not found (did you mean 'ab3' or 'ab2'?); the server has: ab2, ab3"),
+        (None, ["llama"], "model not found; the server has: llama"),
     ],
 )
 def test_a_model_that_was_not_found_is_told_with_close_matches_and_what_there_is(

@@ -95,15 +95,15 @@ async def test_bad_input_is_refused_before_anything_is_sent(
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"api_base": "localhost:1234"}, "no http or https URL; give it like 'http://127.0.0.1:1234/v1'"),
-    ({"api_base": ""}, "api_base is ''"),
-    ({"api_base": 7}, "api_base is 7"),
-    ({"api_base": "http://two words"}, "api_base is 'http://two words'"),
-    ({"api_base": "ftp://x"}, "no http or https URL"),
-    ({"api_base": "http://x:99999"}, "is no URL"),
+    ({"api_base": "localhost:1234"}, "is not an http or https URL; write it like 'http://127.0.0.1:1234/v1'"),
+    ({"api_base": ""}, "api_base must be a URL, not ''"),
+    ({"api_base": 7}, "api_base must be a URL, not 7"),
+    ({"api_base": "http://two words"}, "api_base must be a URL, not 'http://two words'"),
+    ({"api_base": "ftp://x"}, "is not an http or https URL"),
+    ({"api_base": "http://x:99999"}, "is not a valid URL"),
     ({"model": " "}, "model must be .*, not ' '"),
-    ({"api_key": "two words"}, "api_key is no key"),
-    ({"api_key": "new\nline"}, "api_key is no key"),
+    ({"api_key": "two words"}, "api_key must be printable ASCII"),
+    ({"api_key": "new\nline"}, "api_key must be printable ASCII"),
     ({"timeout": 5}, "timeout must be an instance of Timeouts, not 5; for example Timeouts"),
     ({"max_retries": -1}, "max_retries must be an integer of at least 0, not -1"),
     ({"max_retries": 1.5}, "max_retries must be .*, not 1.5"),

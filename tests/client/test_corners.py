@@ -258,5 +258,5 @@ async def test_a_mismatch_has_the_body_of_the_reply(scripted_server: ScriptedSer
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://..", f"http://{'a' * 70}.com"])
 def test_a_host_that_can_be_none_is_refused_when_the_client_is_made(url: str) -> None:
-    with pytest.raises(LLMValidationError, match="is no URL"):
+    with pytest.raises(LLMValidationError, match="is not a valid URL"):
         LLMClient(url)

@@ -406,7 +406,7 @@ async def test_a_missing_model_has_its_close_matches_in_the_text(scripted_server
     assert "did you mean 'test-model-2'?" in error.message
     assert isinstance(error, ModelNotFoundError)
     assert error.available_models == ["test-model-2", "other"]
-    assert "there are: test-model-2, other" in error.message.lower()
+    assert "the server has: test-model-2, other" in error.message.lower()
 
 
 @pytest.mark.parametrize("status", [429, 400])

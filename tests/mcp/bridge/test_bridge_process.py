@@ -280,7 +280,7 @@ async def test_a_message_that_is_too_large_ends_the_process_with_one_line(start:
 @pytest.mark.parametrize(
     ("args", "env", "expected"),
     [
-        (("-m", "lmbridge.mcp"), {"LMBRIDGE_API_BASE": "ftp://x"}, "api_base 'ftp://x' is no http or https URL"),
+        (("-m", "lmbridge.mcp"), {"LMBRIDGE_API_BASE": "ftp://x"}, "api_base 'ftp://x' is not an http or https URL"),
         (
             ("-c", "import sys; sys.modules['mcp'] = None; from lmbridge.mcp.__main__ import main; main([])"),
             {},
