@@ -1,7 +1,7 @@
 """lmbridge: an async SDK for the language models on your own machine.
 
-Everything public is imported from here. `LLMClient`, the errors and the options are imported at once. Everything else is
-imported at its first use, so that `import lmbridge` stays fast and needs no extra.
+Everything public is imported from here. `LLMClient`, the errors and the options are imported at once. Everything else
+is imported at its first use, so that `import lmbridge` stays fast and needs no extra.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def check_integer(
         return value
     number: Any = value
     if not is_integer(number) or number < minimum or (maximum is not None and number > maximum):
-        bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        bounds = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
         others = [repr(also)] if also is not None else []
         raise invalid_argument(name, " or ".join([f"an integer {bounds}", *others, *_none(optional)]), value, hint)
     return value

@@ -64,7 +64,7 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
         Whether the task has ended.
     """
     loop = asyncio.get_running_loop()
-    deadline = None if grace is None else loop.time() + grace
+    deadline = loop.time() + grace if grace is not None else None
     cancellation: asyncio.CancelledError | None = None
     task.cancel()
     while not task.done() and (deadline is None or loop.time() < deadline):
@@ -93,7 +93,7 @@ def _discard_unfinished(task: asyncio.Future[Any]) -> None:
 
 
 def mark_retrieved(task: asyncio.Future[Any]) -> None:
-    """Marks the exception of a finished task as retrieved, so that asyncio does not log that nobody asked for it.
+    """Marks the exception of a finished task as retrieved, so that asyncio does not log it as unhandled.
 
     It can be used as a done callback.
     """
@@ -110,15 +110,15 @@ class _SharedCall(Generic[_T]):
 class SingleFlight(Generic[_T]):
     """Lets callers that want the same thing at the same time share one call.
 
-    The first caller for a key starts the call, in a task of its own; callers that come while it is running wait for the
-    same task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
+    The first caller for a key starts the call in a separate task; callers that come while it is running wait for the same
+    task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
 
     On cancellation of a caller, the others are not affected. If it was the last one that waited, the call is cancelled
     and the caller waits for its end, unless `keep_going` was set. A second cancellation ends that wait.
 
     Args:
         cancelled_message: The text of the `TaskCancelledError` that callers get when `cancel_all` ends their call.
-        keep_going: Whether a call goes on if every caller was cancelled, because its result has a use of its own.
+        keep_going: Whether a call goes on if every caller was cancelled, because its result is useful without them.
     """
 
     def __init__(self, cancelled_message: str, *, keep_going: bool = False) -> None:
@@ -129,7 +129,7 @@ class SingleFlight(Generic[_T]):
     async def run(self, key: Hashable, call: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Returns the result of the call that is running for `key`, or of a new one.
 
-        Each caller gets a copy of its own of an `LLMError` that the call raises, so that callers can add to it.
+        An `LLMError` of the call is copied for each caller, so that callers can complete it independently.
 
         Raises:
             TaskCancelledError: The call was ended by `cancel_all`.
@@ -238,7 +238,7 @@ class LoopGuard:
 
 
 async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
-    """Runs a coroutine in a task of its own, and cancels it on SIGINT or SIGTERM, which counts as its regular end.
+    """Runs a coroutine in a separate task, and cancels it on SIGINT or SIGTERM, which counts as its regular end.
 
     For the main function of a program: it replaces the handlers of both signals, must run in the main thread, and
     leaves the signals ignored, so that an impatient second Ctrl-C interrupts neither the clean-up nor the interpreter's

@@ -32,8 +32,8 @@ def _duration(owner: str, default: float | None) -> Any:
 class Timeouts:
     """How long a client waits, in seconds. None switches a limit off.
 
-    There is no limit on the time of a whole generation by default, because a local model may write for minutes; what is
-    limited is each silence. For an interactive program, lower the first two::
+    There is no limit on the time of a whole generation by default, because a local model may write for minutes. The
+    limits are on each silence. For an interactive program, lower the first two::
 
         LLMClient(timeout=Timeouts(connect=2, first_byte=60))
 
