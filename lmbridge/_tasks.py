@@ -110,8 +110,8 @@ class _SharedCall(Generic[_T]):
 class SingleFlight(Generic[_T]):
     """Lets callers that want the same thing at the same time share one call.
 
-    The first caller for a key starts the call in a separate task; callers that come while it is running wait for the same
-    task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
+    The first caller for a key starts the call in a separate task; callers that come while it is running wait for the
+    same task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
 
     On cancellation of a caller, the others are not affected. If it was the last one that waited, the call is cancelled
     and the caller waits for its end, unless `keep_going` was set. A second cancellation ends that wait.
