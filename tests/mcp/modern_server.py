@@ -1,4 +1,4 @@
-"""An MCP server of the newest protocol, made with the SDK's second major: `python modern_server.py PORT`."""
+"""An MCP server of the stateless protocol (2026-07-28), made with SDK 2.x: `python modern_server.py PORT`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from mcp import server
 
-app: Any = server.MCPServer("modern")  # the first major has none
+# SDK 1.x has no MCPServer.
+app: Any = server.MCPServer("modern")
 
 
-@app.tool()  # type: ignore[untyped-decorator]  # as above
+@app.tool()  # type: ignore[untyped-decorator]  # `app` is of type Any
 def echo(text: str) -> str:
-    """Says it again."""
+    """Returns the text."""
     return text
 
 
@@ -25,6 +26,7 @@ async def change(ctx: Any) -> str:
 if __name__ == "__main__":
     from mcp.server.mcpserver import Context
 
+    # The SDK recognizes the parameter by its annotation, which must not be imported with SDK 1.x.
     change.__annotations__["ctx"] = Context
     app.add_tool(change)
     app.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))

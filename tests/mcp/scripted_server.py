@@ -1,6 +1,20 @@
-"""An MCP server on stdio in plain Python, with the faults that it is told in JSON: `{"hang": true}`.
+"""An MCP server on stdio whose tools and faults are given as JSON in its first argument: `{"hang": true}`.
 
-It is a program of its own and imports nothing but the standard library, so that it starts in 20 ms.
+It is a separate program, and imports only the standard library, so that it starts in 20 ms. These are its options.
+
+About the list of tools: `tools` (names to offer in place of all), `more_tools` (further definitions), `idempotent`
+(names of tools with that hint), `page` (definitions on a page), `endless` (the list returns to its first page),
+`no_tools` and `undeclared` (no tools, or no declaration of them), `list_refused` (the list is refused once after a
+change).
+
+About calls, each a list of names of tools: `noted` (add a line to the notes), `die_at` (exit with status 7; only the
+first time if `once` is a path), `deaf_at` (close stdin), `deep_at` (return a deeply nested result). `size` is the
+number of bytes in the result of `big`.
+
+About the process: `notes` (the path of a file to which lines are added), `starts` (add a line at the start), `name`,
+`hang` (never answer `initialize`), `exit` (exit with that status at once), `die_after_list`, `grandchild` (start a
+process that ignores SIGTERM), `ignore_term`, `ignore_eof`, `flood` (write so many bytes to stderr), `garbage` (write
+lines that are not messages), `unterminated` (write text before a message on its line).
 """
 
 from __future__ import annotations
@@ -35,7 +49,7 @@ def raw(data: bytes) -> None:
 
 
 def note(text: str) -> None:
-    """Adds a line to the file that the test reads."""
+    """Adds a line to the file that a test reads."""
     with Path(OPTIONS["notes"]).open("a") as file:
         file.write(text + "\n")
 
@@ -55,14 +69,14 @@ def text(*texts: str, **fields: Any) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": each} for each in texts], **fields}
 
 
-def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]) -> None:
+def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]) -> None:
     if name in OPTIONS.get("noted", ()):
         note(name)
     if name in OPTIONS.get("die_at", ()):
-        sys.stderr.write("dying as told\n")
+        sys.stderr.write("dying on request\n")
         sys.stderr.flush()
         if OPTIONS.get("once") and Path(OPTIONS["once"]).exists():
-            return send({"id": number, "result": text("alive again")})
+            return send({"id": request_id, "result": text("alive again")})
         if OPTIONS.get("once"):
             Path(OPTIONS["once"]).touch()
         os._exit(7)
@@ -76,12 +90,12 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
         return None
     if name == "big":
         return raw(
-            b'{"jsonrpc":"2.0","id":%d,"result":{"content":[],"x":"' % number + b"x" * OPTIONS["size"] + b'"}}\n'
+            b'{"jsonrpc":"2.0","id":%d,"result":{"content":[],"x":"' % request_id + b"x" * OPTIONS["size"] + b'"}}\n'
         )
     if name == "fails":
         result = text("no such file: a.txt", isError=True)
     if name == "refuses":
-        return send({"id": number, "error": {"code": -32602, "message": "bad arguments"}})
+        return send({"id": request_id, "error": {"code": -32602, "message": "bad arguments"}})
     if name == "nothing":
         result = {}
     if name == "env":
@@ -100,27 +114,27 @@ def call(number: Any, name: str, arguments: dict[str, Any], meta: dict[str, Any]
     if name == "change":
         added.append({"name": "new", "description": "Is new.", "inputSchema": EMPTY})
         send({"method": "notifications/tools/list_changed"})
-    return send({"id": number, "result": result})
+    return send({"id": request_id, "result": result})
 
 
-def listed(number: Any, params: dict[str, Any]) -> None:
+def list_tools(request_id: Any, params: dict[str, Any]) -> None:
     size = OPTIONS.get("page")
     if added and OPTIONS.pop("list_refused", False):
-        return send({"id": number, "error": {"code": -32603, "message": "not now"}})
+        return send({"id": request_id, "error": {"code": -32603, "message": "not now"}})
     every = tools()
     if OPTIONS.get("endless"):
-        return send({"id": number, "result": {"tools": every, "nextCursor": "again"}})
+        return send({"id": request_id, "result": {"tools": every, "nextCursor": "again"}})
     if not size:
-        return send({"id": number, "result": {"tools": every}})
+        return send({"id": request_id, "result": {"tools": every}})
     begin = int(params.get("cursor", 0))
     result: dict[str, Any] = {"tools": every[begin : begin + size]}
     if begin + size < len(every):
         result["nextCursor"] = str(begin + size)
-    return send({"id": number, "result": result})
+    return send({"id": request_id, "result": result})
 
 
 def handle(message: dict[str, Any]) -> None:
-    method, number, params = message.get("method"), message.get("id"), message.get("params") or {}
+    method, request_id, params = message.get("method"), message.get("id"), message.get("params") or {}
     if method == "initialize":
         if OPTIONS.get("hang"):
             return
@@ -131,17 +145,19 @@ def handle(message: dict[str, Any]) -> None:
         if OPTIONS.get("undeclared") or OPTIONS.get("no_tools"):
             del capabilities["tools"]
         version = params["protocolVersion"]
-        send({"id": number, "result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}})
+        send(
+            {"id": request_id, "result": {"protocolVersion": version, "capabilities": capabilities, "serverInfo": info}}
+        )
     elif method == "tools/list" and not OPTIONS.get("no_tools"):
-        listed(number, params)
+        list_tools(request_id, params)
         if OPTIONS.get("die_after_list"):
             os._exit(0)
     elif method == "tools/call":
-        call(number, params["name"], params.get("arguments") or {}, params.get("_meta") or {})
+        call(request_id, params["name"], params.get("arguments") or {}, params.get("_meta") or {})
     elif method == "notifications/cancelled" and "notes" in OPTIONS:
         note(f"cancelled {params.get('requestId')}")
-    elif number is not None:
-        send({"id": number, "error": {"code": -32601, "message": "no such method"}})
+    elif request_id is not None:
+        send({"id": request_id, "error": {"code": -32601, "message": "no such method"}})
 
 
 def begin() -> None:

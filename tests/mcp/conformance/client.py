@@ -1,4 +1,4 @@
-"""The client that the conformance suite runs: `McpHub`, told the address of the suite's server by its last argument."""
+"""The client that the conformance suite tests: `McpHub`. The last argument is the URL of the suite's server."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lmbridge import Tool, ToolError
 from lmbridge.mcp import McpHub
 
 ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {"add_numbers": {"a": 5, "b": 3}}
-"""Of the tools that need some, where the suite does not say."""
-FOCAL: Final = "json_schema_2020_12_tool"
-"""The suite gets the schema of this one back, as an argument of the other."""
+"""Arguments of the tools that need some, for scenarios in which the suite does not give them."""
+SCHEMA_TOOL: Final = "json_schema_2020_12_tool"
+"""The tool whose schema the suite wants back, as an argument of the other tool."""
 
 
-def calls(tools: Iterable[Tool]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What the suite wants to be called: what it says, or else each tool that there is."""
-    told = json.loads(os.environ.get("MCP_CONFORMANCE_CONTEXT") or "{}").get("toolCalls")
-    if told is not None:
-        return [(call["name"], call["arguments"]) for call in told]
+def planned_calls(tools: Iterable[Tool]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the calls that the suite asks for, or else one call of each tool."""
+    requested = json.loads(os.environ.get("MCP_CONFORMANCE_CONTEXT") or "{}").get("toolCalls")
+    if requested is not None:
+        return [(call["name"], call["arguments"]) for call in requested]
     schemas = {tool.name: tool.parameters for tool in tools}
-    if FOCAL in schemas:
-        return [(name, {"schema": schemas[FOCAL]}) for name in schemas if name != FOCAL]
+    if SCHEMA_TOOL in schemas:
+        return [(name, {"schema": schemas[SCHEMA_TOOL]}) for name in schemas if name != SCHEMA_TOOL]
     return [(name, ARGUMENTS.get(name, {})) for name in schemas]
 
 
@@ -39,10 +39,11 @@ async def main(url: str) -> None:
         lease = await hub.tools()
         print([tool.name for tool in lease.tools], lease.left_out)
         functions = {tool.name: tool.function for tool in lease.tools}
-        for name, arguments in calls(lease.tools):
+        for name, arguments in planned_calls(lease.tools):
             try:
                 print(name, await functions[name](**arguments))
-            except ToolError as error:  # for a model to read; the suite looks at what was sent
+            except ToolError as error:
+                # The suite judges what was sent, so a failing tool is not a failure of the client.
                 print(name, "failed:", error)
         lease.release()
     finally:

@@ -1,6 +1,6 @@
-"""Which scenarios of the conformance suite apply to us, which do not and why, and what each may leave undone.
+"""The scenarios of the conformance suite that are run, those that are not, and the checks that may fail, with reasons.
 
-The suite knows more: those on authorization are not listed here, for there is no OAuth, and neither are extensions.
+Scenarios on authorization and on extensions of the protocol are not listed, because lmbridge has neither.
 """
 
 from __future__ import annotations
@@ -10,82 +10,82 @@ from typing import Final, Literal
 
 Role = Literal["client", "server"]
 
-OLD: Final = "2025-11-25"
-NEW: Final = "2026-07-28"
-BOTH: Final = (OLD, NEW)
+REVISION_2025: Final = "2025-11-25"
+REVISION_2026: Final = "2026-07-28"
+BOTH_REVISIONS: Final = (REVISION_2025, REVISION_2026)
 
 RUN: Final[Mapping[Role, Mapping[str, Sequence[str]]]] = {
     "client": {
-        "initialize": [OLD],
-        "tools_call": BOTH,
-        "sse-retry": [OLD],
-        "request-metadata": [NEW],
-        "sep-2322-client-request-state": [NEW],
-        "http-standard-headers": [NEW],
-        "http-custom-headers": [NEW],
-        "http-invalid-tool-headers": [NEW],
-        "json-schema-ref-no-deref": [NEW],
-        "json-schema-2020-12-preservation": BOTH,
+        "initialize": [REVISION_2025],
+        "tools_call": BOTH_REVISIONS,
+        "sse-retry": [REVISION_2025],
+        "request-metadata": [REVISION_2026],
+        "sep-2322-client-request-state": [REVISION_2026],
+        "http-standard-headers": [REVISION_2026],
+        "http-custom-headers": [REVISION_2026],
+        "http-invalid-tool-headers": [REVISION_2026],
+        "json-schema-ref-no-deref": [REVISION_2026],
+        "json-schema-2020-12-preservation": BOTH_REVISIONS,
     },
     "server": {
-        "server-initialize": [OLD],
-        "server-session-lifecycle": [OLD],
-        "server-stateless": [NEW],
-        "ping": [OLD],
-        "tools-list": BOTH,
-        "tools-call-simple-text": BOTH,
-        "tools-call-error": BOTH,
-        "tools-call-with-progress": BOTH,
-        "json-schema-2020-12": BOTH,
-        "server-sse-multiple-streams": BOTH,
-        "dns-rebinding-protection": BOTH,
-        "caching": [NEW],
-        "http-header-validation": [NEW],
+        "server-initialize": [REVISION_2025],
+        "server-session-lifecycle": [REVISION_2025],
+        "server-stateless": [REVISION_2026],
+        "ping": [REVISION_2025],
+        "tools-list": BOTH_REVISIONS,
+        "tools-call-simple-text": BOTH_REVISIONS,
+        "tools-call-error": BOTH_REVISIONS,
+        "tools-call-with-progress": BOTH_REVISIONS,
+        "json-schema-2020-12": BOTH_REVISIONS,
+        "server-sse-multiple-streams": BOTH_REVISIONS,
+        "dns-rebinding-protection": BOTH_REVISIONS,
+        "caching": [REVISION_2026],
+        "http-header-validation": [REVISION_2026],
     },
 }
-"""Scenarios, and the revisions of the protocol in which they are run."""
+"""The scenarios that are run, each with the revisions of the protocol in which it is run."""
 
-_ASKS: Final = "it needs a client that puts a server's questions to a person (elicitation), which ours does not"
-_FIXTURE: Final = "it needs a tool of the suite's that asks back or logs, which none of ours does"
-_ABSENT: Final = "there are no prompts and no resources"
+_NO_ELICITATION: Final = "it needs a client that passes questions of a server to a person (elicitation)"
+_NO_SUCH_TOOL: Final = "it needs a tool of the suite that asks its caller or sends log messages, which ours do not"
+_NO_PROMPTS_OR_RESOURCES: Final = "the server has no prompts and no resources"
 EXCUSED: Final[Mapping[str, Mapping[str, str]]] = {
     "sep-2322-client-request-state": {
-        "sep-2322-client-request-state-echoed": _ASKS,
-        "sep-2322-client-jsonrpc-id-different": _ASKS,
-        "sep-2322-client-no-state-omitted": _ASKS,
+        "sep-2322-client-request-state-echoed": _NO_ELICITATION,
+        "sep-2322-client-jsonrpc-id-different": _NO_ELICITATION,
+        "sep-2322-client-no-state-omitted": _NO_ELICITATION,
     },
     "server-stateless": {
-        "ServerRejectsUndeclaredCapability": _FIXTURE,
-        "MissingCapabilityHttp400": _FIXTURE,
-        "HttpServerNoIndependentRequestsOnStream": _FIXTURE,
-        "ServerNoLogWithoutLogLevel": _FIXTURE,
+        "ServerRejectsUndeclaredCapability": _NO_SUCH_TOOL,
+        "MissingCapabilityHttp400": _NO_SUCH_TOOL,
+        "HttpServerNoIndependentRequestsOnStream": _NO_SUCH_TOOL,
+        "ServerNoLogWithoutLogLevel": _NO_SUCH_TOOL,
     },
     "caching": {
-        "PromptsListCachingHints": _ABSENT,
-        "ResourcesListCachingHints": _ABSENT,
-        "ResourcesTemplatesListCachingHints": _ABSENT,
+        "PromptsListCachingHints": _NO_PROMPTS_OR_RESOURCES,
+        "ResourcesListCachingHints": _NO_PROMPTS_OR_RESOURCES,
+        "ResourcesTemplatesListCachingHints": _NO_PROMPTS_OR_RESOURCES,
     },
 }
-"""Checks of a scenario that fail, by their names, and why that is right."""
+"""The checks of a scenario that may fail, each with the reason."""
 
-_CONTENT: Final = "answers are text"
-_NEVER: Final = "the server never asks its client for anything"
+_TEXT_ONLY: Final = "the server's results are text"
+_NEVER_ASKS: Final = "the server never sends requests to its client"
 NOT_RUN: Final[Mapping[Role, Mapping[str, str]]] = {
-    "client": {"elicitation-sep1034-client-defaults": _ASKS},
+    "client": {"elicitation-sep1034-client-defaults": _NO_ELICITATION},
     "server": {
         "logging-set-level": "the server sends no log messages",
         "tools-call-with-logging": "the server sends no log messages",
-        "completion-complete": "there are no prompts and resources whose arguments could be completed",
-        "tools-call-image": _CONTENT,
-        "tools-call-audio": _CONTENT,
-        "tools-call-embedded-resource": _CONTENT,
-        "tools-call-mixed-content": _CONTENT,
-        "tools-call-sampling": _NEVER,
-        "tools-call-elicitation": _NEVER,
-        "elicitation-sep1034-defaults": _NEVER,
-        "elicitation-sep1330-enums": _NEVER,
-        "server-sse-polling": "resuming a stream on HTTP; the server is one for stdio",
-        "http-custom-header-server-validation": "no tool has its arguments mirrored into headers",
+        "completion-complete": "the server has no prompts or resources whose arguments could be completed",
+        "tools-call-image": _TEXT_ONLY,
+        "tools-call-audio": _TEXT_ONLY,
+        "tools-call-embedded-resource": _TEXT_ONLY,
+        "tools-call-mixed-content": _TEXT_ONLY,
+        "tools-call-sampling": _NEVER_ASKS,
+        "tools-call-elicitation": _NEVER_ASKS,
+        "elicitation-sep1034-defaults": _NEVER_ASKS,
+        "elicitation-sep1330-enums": _NEVER_ASKS,
+        "server-sse-polling": "it resumes a stream on HTTP, and the server is meant for stdio",
+        "http-custom-header-server-validation": "no tool sends its arguments in headers as well",
         **dict.fromkeys(
             [
                 "resources-list",
@@ -101,7 +101,7 @@ NOT_RUN: Final[Mapping[Role, Mapping[str, str]]] = {
                 "prompts-get-embedded-resource",
                 "prompts-get-with-image",
             ],
-            _ABSENT,
+            _NO_PROMPTS_OR_RESOURCES,
         ),
         **dict.fromkeys(
             [
@@ -120,8 +120,8 @@ NOT_RUN: Final[Mapping[Role, Mapping[str, str]]] = {
                 "input-required-result-ignore-extra-params",
                 "input-required-result-validate-input",
             ],
-            _NEVER,
+            _NEVER_ASKS,
         ),
     },
 }
-"""Scenarios that would fail, or pass for the wrong reason."""
+"""The scenarios that are not run, because they would fail or pass for the wrong reason."""
