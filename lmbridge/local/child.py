@@ -1,8 +1,9 @@
-"""What runs in the child process: llama.cpp's server, until stdin ends. It is run by path and imports no lmbridge.
+"""The program of the child process: llama.cpp's server, which runs until stdin ends.
 
-The parent writes one line of JSON, the options (argv would show the key to everybody by `ps`). It gets one line back,
-`{"address": "http://127.0.0.1:35981"}` once the model is loaded, or `{"error": "..."}` if it cannot be. From then on
-the end of stdin is the end of the process, whether the parent closed it or died.
+It is run by its path and imports nothing from lmbridge. The parent writes the options to stdin, as one line of JSON,
+because command lines are visible to every user of the machine and the options contain the API key. The child answers
+with one line: `{"address": "http://127.0.0.1:35981"}` when the model is loaded, or `{"error": "..."}` if it cannot be
+loaded. After that it exits when stdin ends, which happens when the parent closes it and also when the parent dies.
 """
 
 from __future__ import annotations
@@ -19,26 +20,29 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main() -> None:
     """Serves until stdin ends."""
-    # A terminal sends Ctrl-C, and a service manager SIGTERM, to the parent as well, which decides what it means.
+    # A terminal sends Ctrl-C, and a service manager SIGTERM, to the parent as well, which decides what to do about it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     reply = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints from here on goes to the log: nobody takes it for the reply
+    # From here on, whatever a library prints goes to the log, so that the parent does not take it for the reply.
+    os.dup2(2, 1)
     options = json.loads(sys.stdin.buffer.readline())
     _die_with_parent(options["parent"])
     import xllamacpp  # noqa: PLC0415 - its import may print
 
     try:
-        # Holds the GIL until the model is loaded: no thread of Python could watch stdin meanwhile.
+        # This holds the GIL until the model is loaded, so no thread of Python could watch stdin meanwhile.
         server = xllamacpp.Server(_params(xllamacpp.CommonParams(), options))
     except RuntimeError as exc:
-        _say(reply, {"error": str(exc)})
-        sys.exit(1)  # properly: a thread of llama.cpp may still have to write why
+        _send_reply(reply, {"error": str(exc)})
+        # A regular exit, because a thread of llama.cpp may still have to log the reason.
+        sys.exit(1)
     _survive_thread_of_parent()
-    _say(reply, {"address": server.listening_address})
+    _send_reply(reply, {"address": server.listening_address})
     while os.read(0, 1024):
         pass
-    os._exit(0)  # the library's own shutdown waits for streams in flight, up to 30 s
+    # The library's own shutdown would wait for up to 30 s for streams in flight.
+    os._exit(0)
 
 
 def _params(params: Any, options: dict[str, Any]) -> Any:
@@ -49,22 +53,28 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     params.n_ctx = options["n_ctx"]
     params.n_parallel = options["n_parallel"]
-    params.kv_unified = True  # one request alone may use all of n_ctx, not its n-th part
-    params.n_batch = 512  # a client that went away is noticed between batches, not within one
-    params.cache_ram_mib = 256  # prompts of requests gone by; the default is 8 GiB, filled without a word
-    params.n_threads_http = 64  # an open request holds one; with fewer, /health waits behind requests that queue
+    # A single request may use all of n_ctx, and not only its n-th part.
+    params.kv_unified = True
+    # The server notices between two batches that a client has left, so the batches are small.
+    params.n_batch = 512
+    # The cache for the prompts of earlier requests. Its default is 8 GiB.
+    params.cache_ram_mib = 256
+    # Each open request occupies one of these threads. With fewer, /health would wait behind queued requests.
+    params.n_threads_http = 64
     params.sse_ping_interval = 1
     params.embedding = options["embeddings"]
     params.pooling_type = options["pooling"]
     params.api_keys = [options["api_key"]] if options["api_key"] else []
-    params.cors_origins = "localhost"  # by default any web page may read the slots, which show what others ask
+    # By default any web page could read /slots, which shows the prompts of other users.
+    params.cors_origins = "localhost"
     params.endpoint_metrics = params.endpoint_slots = True
     params.ui = params.warmup = False
-    params.verbosity = 1  # errors
+    # Errors only.
+    params.verbosity = 1
     return params
 
 
-def _say(reply: IO[str], message: dict[str, str]) -> None:
+def _send_reply(reply: IO[str], message: dict[str, str]) -> None:
     reply.write(json.dumps(message) + "\n")
     reply.flush()
 
@@ -72,12 +82,14 @@ def _say(reply: IO[str], message: dict[str, str]) -> None:
 def _die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         _set_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the signal was set
-            sys.exit("the parent has gone")
+        # The parent may have died before the signal was set.
+        if os.getppid() != parent:
+            sys.exit("the parent process has ended")
 
 
 def _survive_thread_of_parent() -> None:
-    # The signal comes at the end of the thread that started us, not of its process; stdin is watched from now on.
+    # Linux sends the signal at the end of the thread that started this process, not at the end of its process. From
+    # now on stdin is watched instead.
     if sys.platform == "linux":
         _set_death_signal(0)
 

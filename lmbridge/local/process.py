@@ -1,4 +1,4 @@
-"""Child processes: run to their end, or ended; what they left in their log."""
+"""Child processes: running a command to its end, ending a process, and describing how it ended."""
 
 from __future__ import annotations
 
@@ -10,27 +10,35 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import IO
 
-from lmbridge.local.shield import settle
+from lmbridge._tasks import settle
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 10
-_WATCH_EVERY = 0.1  # seconds
+_POLL_SECONDS = 0.1
 
 
-def tail(log: IO[bytes]) -> str:
-    """The last lines in the log of a child that has ended (reading moves the place where it would write)."""
+def read_tail(log: IO[bytes]) -> str:
+    """Returns the last lines of a log file.
+
+    Call it after the child has ended: reading moves the position at which the child would go on writing.
+    """
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _TAIL_BYTES))
     lines = log.read().decode(errors="replace").splitlines()
     return "\n".join(line.rstrip() for line in lines[-_TAIL_LINES:])
 
 
-async def run(
-    *command: str, log: IO[bytes], env: Mapping[str, str], watch: Callable[[], Awaitable[None]] | None = None
+async def run_command(
+    *command: str, log: IO[bytes], env: Mapping[str, str], poll: Callable[[], Awaitable[None]] | None = None
 ) -> int:
-    """Runs a command to its end and returns its exit status; a cancel kills it.
+    """Runs a command to its end and returns its exit status. On cancellation the command is killed.
 
-    Meanwhile `watch` is awaited ten times a second; what it raises kills the command, too.
+    Args:
+        *command: The program and its arguments.
+        log: The file that gets the output and the errors of the command.
+        env: The environment variables of the command.
+        poll: A function that is awaited ten times a second while the command runs. If it raises, the command is killed
+            and the exception is raised.
     """
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
@@ -38,24 +46,28 @@ async def run(
     try:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_WATCH_EVERY if watch else None):
+                async with asyncio.timeout(_POLL_SECONDS if poll else None):
                     return await process.wait()
-            if watch:
-                await watch()
+            if poll:
+                await poll()
     except BaseException:
-        await end(process)
+        await end_process(process)
         raise
 
 
-async def end(process: Process, *, grace: float = 0.0) -> None:
-    """Closes the child's stdin, kills it if it is still there after the grace (in seconds), and reaps it.
+async def end_process(process: Process, *, grace: float = 0.0) -> None:
+    """Closes the stdin of a child, kills the child if it is still running after a grace period, and reaps it.
 
-    A cancel has to wait for that.
+    It is finished even if the caller is cancelled meanwhile.
+
+    Args:
+        process: The child.
+        grace: Seconds for the child to end by itself. Default: none.
     """
-    await settle(_end(process, grace))
+    await settle(_end_process(process, grace))
 
 
-async def _end(process: Process, grace: float) -> None:
+async def _end_process(process: Process, grace: float) -> None:
     if process.stdin is not None:
         process.stdin.close()
     with suppress(TimeoutError):
@@ -65,11 +77,12 @@ async def _end(process: Process, grace: float) -> None:
         process.kill()
     await process.wait()
     if process.stdout is not None:
-        await process.stdout.read()  # asyncio closes its end of the pipe at the end of the data, not before
+        # asyncio closes its end of the pipe only when the data has been read to its end.
+        await process.stdout.read()
 
 
 def describe_exit(returncode: int | None) -> str:
-    """How the child ended, in words."""
+    """Describes how a child ended: "ended with status 1", "was killed by SIGKILL"."""
     if returncode is None or returncode >= 0:
         return f"ended with status {returncode}"
     with suppress(ValueError):

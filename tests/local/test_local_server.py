@@ -1,4 +1,4 @@
-"""LocalServer with scripted children: what it says of itself, how it fails, that it leaves nothing behind."""
+"""LocalServer with scripted child processes: its options, its errors, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from lmbridge.errors import (
     ModelLoadError,
     ModelNotFoundError,
 )
-from lmbridge.local import LocalServer, server
+from lmbridge.local import LocalServer, local_server
 from tests.local.conftest import HANG, SERVE, Script, Witness
 from tests.support import cancel_at_each_step
 
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_GRACE", 0.05)
+    monkeypatch.setattr(local_server, "_EXIT_GRACE_SECONDS", 0.05)
 
 
 @pytest.fixture
-def taken_port() -> Iterator[int]:
-    """A port on which somebody else listens."""
+def port_in_use() -> Iterator[int]:
+    """A port that is in use."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
 
 
-async def test_it_has_an_address_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_it_has_an_address_only_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
     assert local.model == "tiny"
@@ -53,7 +53,7 @@ async def test_it_has_an_address_while_it_runs(script: Script, gguf: Path, witne
         witness.assert_reaped()
 
 
-async def test_the_child_gets_all_options_and_shows_none(
+async def test_the_child_gets_all_options_and_none_is_visible_to_other_users(
     script: Script, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script(
@@ -101,13 +101,15 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (4, 1), (6, 3), (16, 8), (64, 8)], ids=str)
-def test_it_leaves_cores_to_others(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_number_of_threads_leaves_cores_free(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Not every system has the function, so it may be missing before.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert LocalServer()._options["threads"] == threads
 
 
-def test_the_default_model_gets_the_template_and_the_pooling_that_it_needs(tmp_path: Path) -> None:
+def test_the_default_model_gets_its_own_template_and_pooling(tmp_path: Path) -> None:
     local = LocalServer(embeddings=True)
     assert local.model == "smollm2-135m-instruct"
     assert local._options["pooling"] == 1
@@ -130,7 +132,7 @@ def test_the_default_model_gets_the_template_and_the_pooling_that_it_needs(tmp_p
         ({"model": ""}, "model must be the path of a file, not ''"),
         ({"model": 7}, "model must be .*, not 7"),
         ({"chat_template": b"x"}, "chat_template must be .*, not b'x'"),
-        ({"port": -1}, "port must be an integer from 0 to 65535, not -1; use 0 for any that is free"),
+        ({"port": -1}, "port must be an integer from 0 to 65535, not -1; use 0 for any free port"),
         ({"port": 65_536}, "port must be .*, not 65536"),
         ({"port": "8080"}, "port must be .*, not '8080'"),
         ({"port": True}, "port must be .*, not True"),
@@ -148,42 +150,42 @@ def test_the_default_model_gets_the_template_and_the_pooling_that_it_needs(tmp_p
     # The keys, not the values: the name of a test must not hold an address, or xdist's workers collect different tests.
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
-def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused_by_the_constructor(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(LLMValidationError, match=message):
         LocalServer(**arguments)
 
 
-async def test_a_child_that_dies_is_quoted(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_the_error_for_a_child_that_dies_quotes_its_log(script: Script, gguf: Path, witness: Witness) -> None:
     script(
-        "print('not heard', *range(50), sep='\\n', file=sys.stderr); print('cannot bind', file=sys.stderr); sys.exit(3)"
+        "print('too old', *range(50), sep='\\n', file=sys.stderr); print('cannot bind', file=sys.stderr); sys.exit(3)"
     )
     with pytest.raises(LLMConnectionError) as caught:
         await LocalServer(gguf).__aenter__()
     assert str(caught.value).startswith("start of a local server with model 'tiny': it ended with status 3 before")
-    assert str(caught.value).endswith("its last words:\n" + "\n".join(map(str, range(41, 50))) + "\ncannot bind")
+    assert str(caught.value).endswith("the end of its log:\n" + "\n".join(map(str, range(41, 50))) + "\ncannot bind")
     witness.assert_reaped()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_a_child_that_is_killed_is_said_to_be(script: Script, gguf: Path) -> None:
+async def test_the_error_for_a_child_that_is_killed_names_the_signal(script: Script, gguf: Path) -> None:
     script("os.kill(os.getpid(), signal.SIGILL)")
-    with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready and left no word$"):
+    with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready; its log is empty$"):
         await LocalServer(gguf).__aenter__()
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("reply('hello\\n')", r"it said b'hello\\n', no address and left no word$"),
-        ("reply('[1]\\n')", r"it said b'\[1\]\\n', no address"),
-        ("reply('{}\\n')", r"it said b'{}\\n', no address"),
-        ("reply('{\"address\": 5}\\n')", "no address"),
-        ("os.write(1, b'\\xff\\n')", r"it said b'\\xff\\n', no address"),
-        ("reply('.' * 100_000)", "it said b'more than a line', no address"),
+        ("reply('hello\\n')", r"it replied b'hello\\n' instead of its address; its log is empty$"),
+        ("reply('[1]\\n')", r"it replied b'\[1\]\\n' instead of its address"),
+        ("reply('{}\\n')", r"it replied b'{}\\n' instead of its address"),
+        ("reply('{\"address\": 5}\\n')", "instead of its address"),
+        ("os.write(1, b'\\xff\\n')", r"it replied b'\\xff\\n' instead of its address"),
+        ("reply('.' * 100_000)", "it replied b'an endless line' instead of its address"),
     ],
     ids=["text", "array", "object", "number", "bytes", "endless"],
 )
-async def test_a_child_that_talks_nonsense_is_ended(
+async def test_a_child_with_a_reply_that_cannot_be_read_is_ended(
     script: Script, gguf: Path, witness: Witness, body: str, message: str, short_grace: None
 ) -> None:
     script(f"{body}\n{HANG}")
@@ -197,45 +199,48 @@ async def test_a_child_that_hangs_is_ended(
     script: Script, gguf: Path, witness: Witness, body: str, short_grace: None
 ) -> None:
     script(body)
-    with pytest.raises(LLMConnectionError, match=r"it was not ready within 0\.3 s and left no word$") as caught:
+    with pytest.raises(LLMConnectionError, match=r"it was not ready within 0\.3 s; its log is empty$") as caught:
         await LocalServer(gguf, start_timeout=0.3).__aenter__()
     assert isinstance(caught.value.__cause__, TimeoutError)
     witness.assert_reaped()
 
 
-async def test_a_child_that_hangs_is_quoted(script: Script, gguf: Path, witness: Witness, short_grace: None) -> None:
+async def test_the_error_for_a_child_that_hangs_quotes_its_log(
+    script: Script, gguf: Path, witness: Witness, short_grace: None
+) -> None:
     script(f"print('loading layer 7', file=sys.stderr, flush=True); tell('said'); {HANG}")
     start = asyncio.create_task(LocalServer(gguf, start_timeout=3).__aenter__())
-    await witness.come()
+    await witness.next_pid()
     assert await witness.word() == "said"
     with pytest.raises(
-        LLMConnectionError, match=r"'tiny': it was not ready within 3 s; its last words:\nloading layer 7$"
+        LLMConnectionError, match=r"'tiny': it was not ready within 3 s; the end of its log:\nloading layer 7$"
     ):
         await start
     witness.assert_reaped()
 
 
-async def test_a_taken_port_is_named_before_anything_is_fetched_or_started(
-    script: Script, gguf: Path, witness: Witness, taken_port: int, monkeypatch: pytest.MonkeyPatch
+async def test_a_port_in_use_is_reported_before_anything_is_downloaded_or_started(
+    script: Script, gguf: Path, witness: Witness, port_in_use: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def locate(**_: Any) -> Path:
+    async def locate_model(**_: Any) -> Path:
         pytest.fail("a model was looked for")
 
-    monkeypatch.setattr(server, "locate", locate)
+    monkeypatch.setattr(local_server, "locate_model", locate_model)
     script(SERVE)
     for model in (gguf, None):
         with pytest.raises(
-            LLMConnectionError, match=rf"^cannot listen on port {taken_port} of 127\.0\.0\.1: .*in use; free it, give"
+            LLMConnectionError,
+            match=rf"^cannot listen on port {port_in_use} of 127\.0\.0\.1: .*in use; free the port",
         ) as caught:
-            await LocalServer(model, port=taken_port).__aenter__()
+            await LocalServer(model, port=port_in_use).__aenter__()
         assert isinstance(caught.value.__cause__, OSError)
     assert witness.pids == []
 
 
-async def test_a_port_that_is_taken_while_the_model_loads_is_named(
-    script: Script, gguf: Path, witness: Witness, taken_port: int, monkeypatch: pytest.MonkeyPatch
+async def test_a_port_that_is_taken_while_the_model_loads_is_reported(
+    script: Script, gguf: Path, witness: Witness, port_in_use: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, looks = server._check_port, 0
+    look, looks = local_server._check_port, 0
 
     def first_it_is_free(port: int) -> None:
         nonlocal looks
@@ -243,28 +248,28 @@ async def test_a_port_that_is_taken_while_the_model_loads_is_named(
         if looks > 1:
             look(port)
 
-    monkeypatch.setattr(server, "_check_port", first_it_is_free)
+    monkeypatch.setattr(local_server, "_check_port", first_it_is_free)
     script("reply(json.dumps({'error': 'Failed to init server, please check the input params.'}) + '\\n')")
-    with pytest.raises(LLMConnectionError, match=f"cannot listen on port {taken_port} of"):
-        await LocalServer(gguf, port=taken_port).__aenter__()
+    with pytest.raises(LLMConnectionError, match=f"cannot listen on port {port_in_use} of"):
+        await LocalServer(gguf, port=port_in_use).__aenter__()
     witness.assert_reaped()
 
 
-async def test_the_progress_of_a_fetch_is_passed_on(
+async def test_the_progress_of_a_download_is_passed_on(
     script: Script, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def locate(*, progress: Any) -> Path:
+    async def locate_model(*, progress: Any) -> Path:
         progress(1, 2)
         return gguf
 
-    monkeypatch.setattr(server, "locate", locate)
+    monkeypatch.setattr(local_server, "locate_model", locate_model)
     script(SERVE)
-    told: list[tuple[int, int]] = []
-    async with LocalServer(progress=lambda done, total: told.append((done, total))):
-        assert told == [(1, 2)]
+    reported: list[tuple[int, int]] = []
+    async with LocalServer(progress=lambda done, total: reported.append((done, total))):
+        assert reported == [(1, 2)]
 
 
-async def test_its_end_can_be_waited_for(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_wait_returns_when_the_server_has_ended(script: Script, gguf: Path, witness: Witness) -> None:
     local = LocalServer(gguf)
     script(SERVE)
     with pytest.raises(LLMError, match="is not running; enter it"):
@@ -287,20 +292,20 @@ async def test_its_end_can_be_waited_for(script: Script, gguf: Path, witness: Wi
         await local.wait()
 
 
-async def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(script: Script, gguf: Path) -> None:
+async def test_the_error_for_a_model_that_cannot_be_loaded_quotes_the_reason(script: Script, gguf: Path) -> None:
     script("print('tensor 7 is torn', file=sys.stderr); reply(json.dumps({'error': 'no'}) + '\\n')")
     with pytest.raises(
-        ModelLoadError, match=r"llama\.cpp cannot load .*tiny\.gguf; its last words:\ntensor 7 is torn$"
+        ModelLoadError, match=r"llama\.cpp cannot load .*tiny\.gguf; the end of its log:\ntensor 7 is torn$"
     ):
         await LocalServer(gguf).__aenter__()
 
 
-async def test_files_are_looked_at_before_anything_starts(script: Script, gguf: Path, tmp_path: Path) -> None:
+async def test_files_are_checked_before_the_child_is_started(script: Script, gguf: Path, tmp_path: Path) -> None:
     script("tell('started')")
-    with pytest.raises(ModelNotFoundError, match=r"model '.*none\.gguf' not found; give the path of a GGUF file"):
+    with pytest.raises(ModelNotFoundError, match=r"model '.*none\.gguf' not found; pass the path of a GGUF file"):
         await LocalServer(tmp_path / "none.gguf").__aenter__()
     (tmp_path / "text.gguf").write_text("hello")
-    with pytest.raises(ModelLoadError, match=r"text\.gguf is no GGUF file: it begins with b'hell'"):
+    with pytest.raises(ModelLoadError, match=r"text\.gguf is not a GGUF file: it begins with b'hell'"):
         await LocalServer(tmp_path / "text.gguf").__aenter__()
     with pytest.raises(LLMValidationError, match="cannot read the chat template"):
         await LocalServer(gguf, chat_template=tmp_path / "none.jinja").__aenter__()
@@ -315,36 +320,38 @@ async def test_without_the_extra_the_error_names_it(gguf: Path, monkeypatch: pyt
         await LocalServer(gguf).__aenter__()
 
 
-async def test_a_cpu_without_avx2_is_told_so(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cpu_without_avx2_is_reported(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    monkeypatch.setattr(server, "_cpu_features", lambda: frozenset({"sse4_2", "fma"}))
+    monkeypatch.setattr(local_server, "_cpu_features", lambda: frozenset({"sse4_2", "fma"}))
     with pytest.raises(LLMConnectionError, match="this CPU lacks avx2, f16c"):
         await LocalServer(gguf).__aenter__()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo")
-def test_the_cpu_is_asked_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_instruction_sets_of_the_cpu_are_read_where_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert server._cpu_features(cpuinfo) == server._CPU_FEATURES
+    assert local_server._cpu_features(cpuinfo) == local_server._CPU_FEATURES
     cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2\nprocessor\t: 1\n")
-    assert {"fpu", "sse4_2"} < server._cpu_features(cpuinfo)
-    assert "avx2" not in server._cpu_features(cpuinfo)
+    assert {"fpu", "sse4_2"} < local_server._cpu_features(cpuinfo)
+    assert "avx2" not in local_server._cpu_features(cpuinfo)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert server._cpu_features(cpuinfo) == server._CPU_FEATURES
+    assert local_server._cpu_features(cpuinfo) == local_server._CPU_FEATURES
 
 
-async def test_a_cancel_of_the_start_ends_the_child(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_a_cancelled_start_ends_the_child(script: Script, gguf: Path, witness: Witness) -> None:
     script(HANG)
     start = asyncio.create_task(LocalServer(gguf, start_timeout=None).__aenter__())
-    await witness.come()
+    await witness.next_pid()
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
     witness.assert_reaped()
 
 
-async def test_a_cancel_anywhere_leaves_no_child(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_a_cancellation_at_any_moment_leaves_no_child(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
 
@@ -353,7 +360,7 @@ async def test_a_cancel_anywhere_leaves_no_child(script: Script, gguf: Path, wit
             await asyncio.sleep(0)
 
     async def after() -> None:
-        await witness.gone()
+        await witness.wait_until_all_ended()
         witness.assert_reaped()
         assert local._running is None
         with pytest.raises(LLMError):
@@ -363,7 +370,7 @@ async def test_a_cancel_anywhere_leaves_no_child(script: Script, gguf: Path, wit
     await after()
 
 
-async def test_a_child_that_does_not_heed_is_killed(
+async def test_a_child_that_ignores_the_end_of_its_stdin_is_killed(
     script: Script, gguf: Path, witness: Witness, short_grace: None
 ) -> None:
     script(f"{SERVE}\n{HANG}")
@@ -375,12 +382,12 @@ async def test_a_child_that_does_not_heed_is_killed(
 async def test_a_cancelled_close_still_ends_the_child(
     script: Script, gguf: Path, witness: Witness, short_grace: None
 ) -> None:
-    script(f"{SERVE}; tell('told to go')\n{HANG}")
+    script(f"{SERVE}; tell('stdin ended')\n{HANG}")
     local = LocalServer(gguf)
     await local.__aenter__()
-    await witness.come()
+    await witness.next_pid()
     close = asyncio.create_task(local.close())
-    assert await witness.word() == "told to go"
+    assert await witness.word() == "stdin ended"
     for _ in range(3):
         close.cancel()
         await asyncio.sleep(0)
@@ -390,7 +397,7 @@ async def test_a_cancelled_close_still_ends_the_child(
     await local.close()
 
 
-async def test_it_can_be_closed_over_and_over(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_it_can_be_closed_many_times(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
     await local.close()
@@ -400,7 +407,7 @@ async def test_it_can_be_closed_over_and_over(script: Script, gguf: Path, witnes
     await local.close()
 
 
-async def test_it_runs_once_at_a_time(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_it_cannot_be_entered_while_it_runs(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
     first, second = await asyncio.gather(local.__aenter__(), local.__aenter__(), return_exceptions=True)
@@ -422,17 +429,17 @@ async def test_a_failed_start_can_be_repeated(script: Script, gguf: Path) -> Non
         assert local.api_base
 
 
-async def test_a_server_that_crashed_is_reported_at_the_end(
+async def test_close_logs_the_crash_of_a_server(
     script: Script, gguf: Path, witness: Witness, caplog: pytest.LogCaptureFixture
 ) -> None:
     script("sys.stdin.readline(); serve(); print('assertion failed', file=sys.stderr); sys.exit(7)")
     with caplog.at_level(logging.WARNING, "lmbridge.local"):
         async with LocalServer(gguf):
-            await witness.gone()
-    assert caplog.messages == ["the server of tiny ended with status 7; its last words:\nassertion failed"]
+            await witness.wait_until_all_ended()
+    assert caplog.messages == ["the server of tiny ended with status 7; the end of its log:\nassertion failed"]
 
 
-async def test_one_that_was_never_closed_says_so(script: Script, gguf: Path, witness: Witness) -> None:
+async def test_a_server_that_was_never_closed_warns(script: Script, gguf: Path, witness: Witness) -> None:
     script(SERVE)
     local = LocalServer(gguf)
     await local.__aenter__()

