@@ -1,9 +1,10 @@
-"""Many questions, few clients: a pool hands them out in turn, each with the model that its task asks for.
+"""Asks many questions through a pool of few clients, each with the model that its task needs.
 
     python examples/pool.py
     python examples/pool.py --api-base http://127.0.0.1:1234/v1 --models qwen3-4b gemma-3-4b --size 4
 
-Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts the server of `lmbridge[local]`.
+Without `--api-base` and without LMBRIDGE_API_BASE in the environment, it starts the embedded server, which needs the
+extra `lmbridge[local]`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ANIMALS = ("bear", "camel", "duck", "eagle", "fox", "goat", "horse", "ibex", "ja
 
 @asynccontextmanager
 async def connect(api_base: str | None, size: int) -> AsyncIterator[LLMClientPool]:
-    """A pool for the server at `api_base`, or else for one that is started here."""
+    """Yields a pool for the server at `api_base`, or for an embedded server that it starts if there is no URL."""
     if api_base:
         async with LLMClientPool(size, api_base=api_base) as pool:
             yield pool
@@ -36,7 +37,7 @@ async def connect(api_base: str | None, size: int) -> AsyncIterator[LLMClientPoo
 
 
 async def ask(pool: LLMClientPool, model: str | None, animal: str) -> None:
-    """Waits for a client, asks its question, and gives the client back, whatever happens."""
+    """Waits for a client, asks one question, and gives the client back even if an error occurs."""
     messages = [{"role": "user", "content": f"What does a {animal} eat? Answer in one sentence."}]
     async with pool.client(model) as client:
         reply = await collect(await client.chat_completion(messages, stream=True, max_tokens=30))
@@ -46,13 +47,13 @@ async def ask(pool: LLMClientPool, model: str | None, animal: str) -> None:
 
 
 async def ask_all(pool: LLMClientPool, models: Sequence[str]) -> None:
-    """Asks all questions at once; the pool says whose turn it is."""
+    """Starts all questions at the same time; the pool decides when each of them gets a client."""
     turns = cycle(models or [None])
     await asyncio.gather(*[ask(pool, model, animal) for animal, model in zip(ANIMALS, turns, strict=False)])
 
 
 async def main() -> None:
-    """Reads the arguments, and asks."""
+    """Reads the arguments and asks the questions."""
     parser = argparse.ArgumentParser(description="Asks many questions through a pool of few clients.")
     parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
     parser.add_argument("--models", nargs="+", default=[], help="models of that server, asked in turn")

@@ -1,4 +1,4 @@
-"""Streams an answer to the terminal, from a real model that comes with `lmbridge[local]`.
+"""Streams an answer to the terminal, by default from the small model of `lmbridge[local]`.
 
     python examples/quickstart.py
     python examples/quickstart.py "What is a llama?"
@@ -25,7 +25,7 @@ PROMPT = "Give me three tips for a good night's sleep."
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of an embedded server that it starts if there is no URL."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -36,12 +36,12 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
 
 
 def show_progress(done: int, total: int) -> None:
-    """Prints how much of the model has been fetched; what is printed next takes the place of that line."""
+    """Prints how much of the model has been downloaded; the next output overwrites the line."""
     print(f"{done / 1e6:4.0f} of {total / 1e6:.0f} MB", end="\r", file=sys.stderr, flush=True)
 
 
 async def show_answer(client: LLMClient, prompt: str) -> None:
-    """Prints the prompt, each chunk as it arrives, then the model, its tokens and the time."""
+    """Prints the prompt, then each chunk as it arrives, and at the end the model, its tokens and the time."""
     print(f"> {prompt}\n")
     began = time.perf_counter()
     stream = await client.chat_completion(
@@ -74,7 +74,8 @@ async def main() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("lmbridge").setLevel(logging.INFO)  # says so when it fetches the model
+    # At this level, the embedded server logs that it is downloading its model.
+    logging.getLogger("lmbridge").setLevel(logging.INFO)
     try:
         asyncio.run(main())
     except (LLMError, ImportError) as error:
