@@ -17,11 +17,16 @@ What it is to do with a request is any async function of an `Exchange`::
 
 `OneModelServer` is one that holds a single model, and kills what it is generating for the sake of the next.
 
-`lmbridge.testing.fixtures` has the same as a pytest fixture.
+`MockTransport` needs no socket: it calls a function for each request::
+
+    client = LLMClient(transport=MockTransport(lambda request: {"choices": [{"message": {"content": "Hello"}}]}))
+
+`lmbridge.testing.fixtures` has the scripted server as a pytest fixture.
 """
 
 from lmbridge.testing.behaviours import answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.testing.exchange import Behaviour, Exchange
+from lmbridge.testing.mock_transport import MockRequest, MockResponse, MockTransport
 from lmbridge.testing.one_model import OneModelServer
 from lmbridge.testing.server import ScriptedServer
 from lmbridge.testing.wire import Request
@@ -29,6 +34,9 @@ from lmbridge.testing.wire import Request
 __all__ = [
     "Behaviour",
     "Exchange",
+    "MockRequest",
+    "MockResponse",
+    "MockTransport",
     "OneModelServer",
     "Request",
     "ScriptedServer",
