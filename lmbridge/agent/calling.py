@@ -1,4 +1,16 @@
-"""One call of a tool: in a task or a thread of its own, within its time, and what came of it as text."""
+"""Executes one tool call, within its time limit, and turns whatever happens into text for the model.
+
+An async tool runs in its own task. Awaiting it directly in the task of the run, under `asyncio.timeout`, would be
+simpler. But then a tool that swallows its cancellation would hold up the run for ever, a `CancelledError` that the
+tool raises itself could not be told from a cancellation of the run, and the tool could cancel the run through
+`asyncio.current_task()`. With a separate task, the run decides how long it waits, and sees exactly how the tool ended.
+
+A plain function runs in its own daemon thread. `asyncio.to_thread` was the alternative: its executor has few threads,
+so that a handful of functions that hang would block those of all other runs, and the interpreter waits for these
+threads when it exits. A process pool would make it possible to kill a function, but its arguments and results would
+have to be picklable, and closures and bound methods could not be tools. So a function that takes too long is left
+running; its result is dropped, and `ToolContext.cancelled()` lets it find out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +23,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import attrs
 import msgspec
@@ -25,237 +37,260 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lmbridge.agent")
 
-_GRACE: Final = 5.0
-"""Seconds that a cancelled tool has for its clean-up."""
-_CANCELLED: Final = "it was cancelled from within"
+_CLEAN_UP_SECONDS: Final = 5.0
+"""The time that a tool has for its clean-up after it was cancelled."""
+_CANCELLED_FROM_WITHIN: Final = "it was cancelled from within"
 _running_tools: Final[set[asyncio.Future[Any]]] = set()
 """Tasks of tools that are still running, kept alive because asyncio holds only weak references to tasks."""
 
 
 @attrs.define
-class Outcome:
-    """What came of a call."""
+class ToolOutcome:
+    """The result of a tool call, whether the tool returned, raised or ran out of time."""
 
     text: str
-    """For the model."""
+    """The text that the model receives."""
     is_error: bool
+    """Whether the tool failed, and the text describes how."""
     raw: Any = attrs.field(repr=False)
-    """What the tool returned or raised; None if it ran out of time."""
+    """The object that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float
+    """How long the call took."""
 
 
-class _Flag:
-    """Set once, and read from any thread."""
+class _CallDeadline(NamedTuple):
+    """The time limit of one call."""
 
-    __slots__ = ("is_set",)
+    seconds: float | None
+    """The limit in seconds, for texts; None if there is no limit."""
+    at: float | None
+    """The end of the time in terms of `time.monotonic()`; None if there is no limit."""
 
-    def __init__(self) -> None:
-        self.is_set = False
+    def remaining(self) -> float | None:
+        """Returns the seconds until the deadline, or None if there is no limit."""
+        return None if self.at is None else max(0.0, self.at - time.monotonic())
+
+
+class _ThreadResult(NamedTuple):
+    """How a plain function ended: with a value or with an exception."""
+
+    value: Any
+    error: BaseException | None
 
 
 class _OutOfTimeError(Exception):
-    """A tool has not come to its end in time; the text says what that means."""
+    """The tool was still running at its deadline. The text is meant for the model."""
 
 
 async def call_tool(
     tool: Tool, arguments: Mapping[str, Any], context: ToolContext, *, timeout: float | None, max_output: int
-) -> Outcome:
-    """Calls a tool, and returns an outcome whether it returns, raises, or runs out of time.
+) -> ToolOutcome:
+    """Calls a tool, and returns an outcome whether it returns, raises or runs out of time.
 
-    An async tool runs in a task of its own. When its time is up, or the caller is cancelled, the task is cancelled and
-    awaited for up to 5 seconds; one that is still running then is left behind. A plain function runs in a thread of its
-    own, not in one of asyncio's pool: those are few, so that some that hang would stop all others, and the interpreter
-    waits for them at its exit. Nothing can stop a thread. It is not awaited either; `context.cancelled()` returns True
-    in it from then on.
+    When its time is up, an async tool is cancelled, and awaited for up to 5 seconds; a plain function is left running.
+    In both cases `context.cancelled()` returns True in the tool from then on.
+
+    On cancellation of the caller, the tool is cancelled or left running in the same way, and the cancellation is
+    raised.
 
     Args:
         tool: The tool.
-        arguments: Its arguments, converted.
-        context: What the tool may know about the call.
-        timeout: The agent's limit in seconds, or None. It counts unless the tool has a `timeout` of its own.
-        max_output: Characters of its output that are kept.
+        arguments: The keyword arguments for its function, already converted.
+        context: The information about the call that the function can ask for.
+        timeout: The agent's time limit in seconds, or None. A `timeout` of the tool takes precedence over it.
+        max_output: The number of characters to which the text of the outcome is truncated.
     """
     began = time.monotonic()
-    over = _Flag()
+    has_ended = threading.Event()
     leading: tuple[ToolContext, ...] = ()
     if tool.takes_context_first or tool.context_names:
-        asked = context.cancelled
-        context = attrs.evolve(context, cancelled=lambda: over.is_set or asked())
+        run_is_cancelled = context.cancelled
+        context = attrs.evolve(context, cancelled=lambda: has_ended.is_set() or run_is_cancelled())
         arguments = {**arguments, **dict.fromkeys(tool.context_names, context)}
         leading = (context,) if tool.takes_context_first else ()
     if tool.timeout != "agent":
         timeout = tool.timeout
     call = partial(tool.function, *leading, **arguments)
-    deadline = None if timeout is None else began + timeout
+    deadline = _CallDeadline(timeout, None if timeout is None else began + timeout)
     raw: Any = None
     try:
-        raw = await _result(call, tool.is_async, deadline, timeout)
-        text, is_error = _text(raw), False
+        raw = await _execute(call, tool.is_async, deadline)
+        text, is_error = _as_text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
-    except Exception as exc:  # noqa: BLE001 - whatever a tool raises is for the model to read
-        raw, text, is_error = exc, _told(exc), True
+    except Exception as exc:  # noqa: BLE001 - the model reads every exception of a tool
+        raw, text, is_error = exc, _describe_exception(exc), True
     finally:
-        over.is_set = True
-    return Outcome(capped(text, max_output), is_error, raw, time.monotonic() - began)
+        has_ended.set()
+    return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began)
 
 
-async def _result(call: Callable[[], Any], is_async: bool, deadline: float | None, timeout: float | None) -> Any:
+async def _execute(call: Callable[[], Any], is_async: bool, deadline: _CallDeadline) -> Any:
     """Returns or raises what the tool does.
 
     Raises:
         _OutOfTimeError: The tool was still running at the deadline.
         ToolError: The tool ended in a way that must not end the run, such as `sys.exit`.
     """
-    if is_async:
-        value = call()
-    else:
-        value = await _result_of_thread(call, deadline, timeout)
-        if not inspect.isawaitable(value):
-            return value
-    name = getattr(value, "__qualname__", type(value).__name__)
-    task = asyncio.get_running_loop().create_task(_without_exit(value), name=f"lmbridge-tool-{name}")
+    result = call() if is_async else await _execute_in_thread(call, deadline)
+    if is_async or inspect.isawaitable(result):
+        return await _execute_in_task(result, deadline)
+    return result
+
+
+# Async tools
+
+
+async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -> Any:
+    name = getattr(awaitable, "__qualname__", type(awaitable).__name__)
+    task = asyncio.get_running_loop().create_task(_await_without_exit(awaitable), name=f"lmbridge-tool-{name}")
     _running_tools.add(task)
-    task.add_done_callback(partial(_forget, value))
+    task.add_done_callback(partial(_forget_task, awaitable))
     try:
-        in_time = await _wait(task, deadline)
+        await asyncio.wait({task}, timeout=deadline.remaining())
     except asyncio.CancelledError:
-        await _end(task)
+        await _cancel_and_wait(task)
         raise
-    if in_time is None:
-        ending = "was cancelled" if await _end(task) else "does not let itself be cancelled, and may still be running"
-        raise _OutOfTimeError(f"it has not come to an end within {timeout:g} seconds, and {ending}")
+    if not task.done():
+        has_ended = await _cancel_and_wait(task)
+        ending = "was cancelled" if has_ended else "ignored its cancellation, so it may still be running"
+        raise _OutOfTimeError(f"it did not finish within {deadline.seconds:g} seconds, and {ending}")
     if task.cancelled():
-        # Not by us: something that the tool waited for was cancelled.
-        raise ToolError(_CANCELLED)
+        # The task was not cancelled here: something that the tool awaited was.
+        raise ToolError(_CANCELLED_FROM_WITHIN)
     return task.result()
 
 
-async def _without_exit(value: Awaitable[Any]) -> Any:
-    """Awaits the tool; a `sys.exit` in it becomes a `ToolError`, because in a task it would end the event loop."""
+async def _await_without_exit(awaitable: Awaitable[Any]) -> Any:
+    """Awaits the tool. A `sys.exit` in it becomes a `ToolError`, because in a task it would end the event loop."""
     try:
-        return await value
+        return await awaitable
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as exc:
-        raise ToolError(_told(exc), exc) from exc
+        raise ToolError(_describe_exception(exc), exc) from exc
 
 
-async def _wait(work: asyncio.Future[Any], deadline: float | None) -> asyncio.Future[Any] | None:
-    """Returns the work when it is done, or None when its time is up."""
-    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-    done, _ = await asyncio.wait({work}, timeout=timeout)
-    return work if done else None
+async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
+    """Cancels the task of a tool, and returns whether it ended in time for its clean-up.
 
-
-async def _end(task: asyncio.Future[Any]) -> bool:
-    """Cancels the task, and returns whether it ended within the grace period. A cancel of the caller ends the wait."""
+    On cancellation of the caller, the wait ends at once: a tool that hangs must not hold up its run a second time.
+    """
     task.cancel()
-    await asyncio.wait({task}, timeout=_GRACE)
+    await asyncio.wait({task}, timeout=_CLEAN_UP_SECONDS)
     if not task.done():
-        logger.warning("a tool is still running %g seconds after it was cancelled: %r", _GRACE, task)
+        logger.warning("a tool is still running %g seconds after it was cancelled: %r", _CLEAN_UP_SECONDS, task)
     return task.done()
 
 
-def _forget(value: Awaitable[Any], task: asyncio.Future[Any]) -> None:
+def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     _running_tools.discard(task)
     mark_retrieved(task)
-    if inspect.iscoroutine(value):
-        # A task that was cancelled before its first step has not awaited it, and Python would warn about that.
-        value.close()
+    if inspect.iscoroutine(awaitable):
+        # A task that was cancelled before its first step has not awaited the coroutine, and Python would warn of that.
+        awaitable.close()
 
 
-async def _result_of_thread(call: Callable[[], Any], deadline: float | None, timeout: float | None) -> Any:
-    """What a plain function returns, or raises."""
-    work = _in_thread(call)
-    done = None
+# Plain functions
+
+
+async def _execute_in_thread(call: Callable[[], Any], deadline: _CallDeadline) -> Any:
+    future = _start_thread(call)
     try:
-        done = await _wait(work, deadline)
-    finally:
-        if done is None:
-            work.add_done_callback(_close)
-    if done is None:
-        late = f"it has not come to an end within {timeout:g} seconds; it may still be running, its result is lost"
-        raise _OutOfTimeError(late)
-    value, error = done.result()
-    if isinstance(error, asyncio.CancelledError):
-        raise ToolError(_CANCELLED, error)
+        await asyncio.wait({future}, timeout=deadline.remaining())
+    except asyncio.CancelledError:
+        future.add_done_callback(_close_unwanted_coroutine)
+        raise
+    if not future.done():
+        future.add_done_callback(_close_unwanted_coroutine)
+        raise _OutOfTimeError(
+            f"it did not finish within {deadline.seconds:g} seconds; it may still be running, but its result is lost"
+        )
+    value, error = future.result()
     if error is None:
         return value
+    if isinstance(error, asyncio.CancelledError):
+        raise ToolError(_CANCELLED_FROM_WITHIN, error)
     if isinstance(error, Exception | KeyboardInterrupt):
         raise error
-    raise ToolError(_told(error), error)  # a `sys.exit`, which would end the event loop
+    # Raised as it is, a `sys.exit` would end the event loop.
+    raise ToolError(_describe_exception(error), error)
 
 
-def _close(work: asyncio.Future[tuple[Any, BaseException | None]]) -> None:
-    """Closes a coroutine that a plain function returned and nobody will await: else Python warns of it."""
-    value, _ = work.result()
-    if inspect.iscoroutine(value):
-        value.close()
+def _start_thread(call: Callable[[], Any]) -> asyncio.Future[_ThreadResult]:
+    """Starts a daemon thread that makes the call, and returns a future that it completes at the end.
 
-
-def _in_thread(call: Callable[[], Any]) -> asyncio.Future[tuple[Any, BaseException | None]]:
-    """What the call returns and raises, as soon as it has; a cancel releases who waits, and nothing else."""
+    The exception of the call is part of the result and not set on the future, which refuses a `StopIteration` and
+    would log an exception that is never retrieved.
+    """
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+    future: asyncio.Future[_ThreadResult] = loop.create_future()
 
     def run() -> None:
-        value, error = None, None
         try:
-            value = call()
-        except BaseException as exc:  # noqa: BLE001 - raised again where it is awaited
-            error = exc
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(future.set_result, (value, error))
+            result = _ThreadResult(call(), None)
+        except BaseException as exc:  # noqa: BLE001 - raised again by the task that awaits the future
+            result = _ThreadResult(None, exc)
+        # If the event loop has been closed meanwhile, nothing waits for the result any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(future.set_result, result)
 
+    # The function sees the context variables of its run, as it would with asyncio.to_thread.
     threading.Thread(target=contextvars.copy_context().run, args=(run,), name="lmbridge-tool", daemon=True).start()
     return future
+
+
+def _close_unwanted_coroutine(future: asyncio.Future[_ThreadResult]) -> None:
+    """Closes a coroutine that a plain function returned too late, because Python warns if it is never awaited."""
+    value = future.result().value
+    if inspect.iscoroutine(value):
+        value.close()
 
 
 # Texts
 
 
-def _text(value: Any) -> str:
-    """A result for the model: a text as it is, anything else as JSON.
+def _as_text(result: Any) -> str:
+    """Returns a string unchanged, and any other result as JSON.
 
     Raises:
-        ToolError: it has no place in JSON.
+        ToolError: The result cannot be represented in JSON.
     """
-    if isinstance(value, str):
-        text = str.__str__(value)  # of an enum, its value
-    else:
-        try:
-            text = msgspec.json.encode(value).decode()
-        except (TypeError, ValueError, RecursionError) as exc:
-            reason = str(exc).rpartition("\n")[2]
-            raise ToolError(f"it ran, but its result ({type(value).__name__}) is not JSON: {reason}", exc) from exc
-    return text
-
-
-def _told(error: BaseException) -> str:
-    """An exception for the model: its class and what it says, without where in the code."""
-    if isinstance(error, BaseExceptionGroup):
-        return "; ".join(_told(each) for each in error.exceptions)
+    if isinstance(result, str):
+        # The plain string of a subclass; for a string enum, that is its value.
+        return str.__str__(result)
     try:
-        said = str(error)
-    except Exception:  # noqa: BLE001 - a tool's exception is a tool's code
-        said = ""
+        return msgspec.json.encode(result).decode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        # The lines of msgspec's message before its last one explain how to extend msgspec.
+        reason = str(exc).rpartition("\n")[2]
+        raise ToolError(f"it ran, but its result ({type(result).__name__}) is not JSON: {reason}", exc) from exc
+
+
+def _describe_exception(error: BaseException) -> str:
+    """Returns the class and the message of an exception, without a traceback; of a `ToolError`, the message alone."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_describe_exception(each) for each in error.exceptions)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - an exception class of a tool may fail in its own code
+        message = ""
     if isinstance(error, ToolError):
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def capped(text: str, most: int) -> str:
-    """The text, or its head and its tail around how much was left out.
+def truncate_output(text: str, limit: int) -> str:
+    """Returns the text, or its beginning and end around a note that says how many characters were omitted.
 
-    Half a surrogate pair, which no request can hold, becomes a question mark.
+    Half a surrogate pair, which no request can contain, becomes a question mark.
 
     Args:
-        text: Any text.
-        most: Characters of it that are kept.
+        text: The output of a tool.
+        limit: The number of characters of the text that are kept.
     """
-    if len(text) > most:
-        tail = most // 2
-        omitted = len(text) - most
-        text = f"{text[: most - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
+    if len(text) > limit:
+        tail = limit // 2
+        omitted = len(text) - limit
+        text = f"{text[: limit - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
     return replace_lone_surrogates(text)

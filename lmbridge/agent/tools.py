@@ -1,4 +1,9 @@
-"""`Tool`: what a model may call."""
+"""`Tool`, a function that a model may call, and the objects around a call of it.
+
+A tool is a name, a description, a JSON schema and a function. Everything else, such as the version of the schema that
+servers receive, is derived from these when it is first needed, because an agent may be given hundreds of tools of MCP
+servers and use three of them.
+"""
 
 from __future__ import annotations
 
@@ -19,44 +24,63 @@ from lmbridge.errors import LLMValidationError
 
 @attrs.frozen
 class ToolContext:
-    """What a tool may know about its call. A function gets it for a parameter that is annotated with it."""
+    r"""Information about a call, which a function receives for a parameter that is annotated with this class.
+
+    ```python
+    def count_lines(folder: str, context: ToolContext) -> int:
+        lines = 0
+        for path in Path(folder).rglob("*.txt"):
+            if context.cancelled():
+                break
+            lines += path.read_text().count("\n")
+        return lines
+    ```
+    """
 
     run_id: str
-    """The run that the call belongs to."""
+    """The id of the run that the call belongs to."""
     call_id: str
-    """The call, as the model or the server numbered it."""
+    """The id of the call, as the model or the server gave it."""
     tool: str
-    """What the tool is called in this run."""
+    """The name of the tool in this run."""
     cancelled: Callable[[], bool] = attrs.field(repr=False)
-    """Returns whether the result is no longer awaited. A plain function runs in a thread, which nothing can stop: one
-    that takes long calls this now and then, and returns early."""
+    """Returns whether the result is no longer needed. A plain function runs in a thread, which nothing can stop, so a
+    function that takes long should call this now and then and return early."""
     tool_timeout: float | None = None
-    """The agent's `tool_timeout` in seconds, or None if the agent sets no limit. The agent enforces it, unless the tool
-    has a `timeout` of its own; a tool with `timeout=None` can keep to it in its own way."""
+    """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces it unless the tool
+    has a `timeout`; a tool with `timeout=None` can enforce it in its own way."""
 
 
 @attrs.frozen(eq=False)
 class Tool:
-    """A function that a model may call, and what the model is told about it.
+    """A function that a model may call, with the name, description and schema that the model sees.
+
+    Use `Tool.from_function` to derive these from a function, or pass the function itself to an agent. Make a `Tool`
+    directly if the schema comes from elsewhere, or if type hints cannot express it:
+
+    ```python
+    schema = {"type": "object", "properties": {"path": {"type": "string", "pattern": "^/"}}, "required": ["path"]}
+    tool = Tool("list_files", "Lists the files in a folder.", schema, list_files)
+    ```
 
     Args:
-        name: What it is called; any text. Servers are sent a name made from it.
-        description: What it does, for the model.
-        parameters: A JSON schema of an object. What the model sends is validated against it as it stands; servers are
-            sent what they can take of it.
-        function: Called with the arguments as keywords, as plain JSON values; async or plain. See `from_function` for
-            arguments of other types.
-        annotations: Whatever else is known of it, like the hints of an MCP server; for `approve`.
-        server: The server it comes from, if there may be several with tools of one name.
-        timeout: Seconds that a call may take, in place of the agent's `tool_timeout`, which "agent", the default,
-            stands for. With None the agent sets no limit: for a function that enforces one itself, because not all that
-            it does is to count. It finds the agent's in `ToolContext.tool_timeout`.
-
-    A function whose arguments may have any names can take the `ToolContext` as a positional-only parameter:
-    `async def call(context: ToolContext, /, **arguments)`.
+        name: The name of the tool. It may be any text; requests contain a version of it that all servers accept.
+        description: What the tool does, for the model. It may be empty.
+        parameters: The JSON schema of the arguments, which has to describe an object. The arguments that a model sends
+            are validated against it. Servers receive a simplified version that they can all process.
+        function: The async or plain function. It is called with the arguments as keywords; they are plain JSON values.
+            It can also take the `ToolContext`, as a positional-only first parameter if its arguments may have any
+            names: `async def call(context: ToolContext, /, **arguments)`.
+        annotations: Further information about the tool, such as the hints of an MCP server. An `approve` callback can
+            read it.
+        server: The name of the server that the tool comes from. It becomes part of the tool's name in a run where
+            several tools have the same name.
+        timeout: The time limit of a call in seconds. The default, "agent", stands for the agent's `tool_timeout`. None
+            means that the function enforces a limit itself, for example because a part of its work should not count;
+            it finds the agent's limit in `ToolContext.tool_timeout`.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument has the wrong type, or the schema does not describe an object.
     """
 
     name: str
@@ -72,19 +96,23 @@ class Tool:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise LLMValidationError(f"a tool's name is {self.name!r}", hint="give it a name")
+            raise LLMValidationError(
+                f"the name of a tool must be a non-empty text, not {self.name!r}", hint="pass a name"
+            )
         if not isinstance(self.description, str):
-            raise self._wrong(f"its description is {self.description!r}", "give a text; it may be empty")
+            raise self._invalid(
+                f"its description must be a text, not {self.description!r}", "pass a text; it may be empty"
+            )
         if not callable(self.function):
-            raise self._wrong(f"its function is {self.function!r}", "give a function, async or plain")
+            raise self._invalid(f"its function cannot be called: {self.function!r}", "pass an async or plain function")
         if not isinstance(self.parameters, Mapping):
-            raise self._wrong(f"its parameters are {self.parameters!r}", "give the JSON schema of an object")
+            raise self._invalid(f"its parameters must be a JSON schema, not {self.parameters!r}", "pass a dict")
         if self.timeout != "agent":
             check_seconds(f"timeout of tool {self.name!r}", self.timeout)
         try:
             msgspec.json.encode(self.sent_parameters)
         except (ValueError, TypeError, RecursionError) as exc:
-            raise self._wrong(f"its parameters cannot be sent: {exc}", "give the JSON schema of an object") from exc
+            raise self._invalid(f"its parameters cannot be sent: {exc}", "pass the JSON schema of an object") from exc
 
     @classmethod
     def from_function(
@@ -95,16 +123,19 @@ class Tool:
         description: str | None = None,
         timeout: float | Literal["agent"] | None = "agent",
     ) -> Self:
-        """The tool that calls a function; its arguments are converted to the annotated types.
+        """Makes a tool from the type hints and the docstring of a function.
+
+        Before a call, the arguments are converted to the annotated types.
 
         Args:
-            function: Async or plain. Each parameter has a type hint.
-            name: What the tool is called. Default: the function's name.
-            description: What it does. Default: the docstring, up to its first section.
-            timeout: Seconds that a call may take; see `Tool`.
+            function: An async or plain function whose parameters all have type hints.
+            name: The name of the tool. Default: the name of the function.
+            description: What the tool does. Default: the docstring up to its first section.
+            timeout: The time limit of a call in seconds, "agent" or None; see `Tool`.
 
         Raises:
-            LLMValidationError: a parameter has no place in JSON, or no type hint, or the function is none.
+            LLMValidationError: The object is not a function, or a parameter has no type hint, has a type that JSON
+                cannot express, or cannot be passed by keyword.
         """
         signature = read_signature(function, injected=ToolContext, name=name)
         return cls(
@@ -118,64 +149,68 @@ class Tool:
 
     @cached_property
     def sent_parameters(self) -> Mapping[str, Any]:
-        """What servers are sent in place of `parameters`."""
+        """The simplified version of `parameters` that servers receive."""
         return digestible_parameters(self.parameters)
 
     @cached_property
     def context_names(self) -> tuple[str, ...]:
-        """The parameters that get a `ToolContext`."""
+        """The names of the parameters that receive the `ToolContext`."""
         return parameters_of_type(self.function, ToolContext)
 
     @cached_property
     def takes_context_first(self) -> bool:
-        """Whether the function's first parameter is positional-only and takes the `ToolContext`."""
+        """True if the function's first parameter is positional-only and receives the `ToolContext`."""
         return first_parameter_is(self.function, ToolContext)
 
     @cached_property
     def is_async(self) -> bool:
-        """Whether the function is called in the event loop; any other one is in a thread of its own."""
+        """True if the function runs in the event loop, False if it runs in a thread."""
         return inspect.iscoroutinefunction(self.function)
 
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        """Makes keywords for the function of JSON values, or raises a `ValueError` that says what is wrong where."""
+        """Converts JSON values to keyword arguments. It raises a `ValueError` that says what is wrong where."""
         return self._convert or build_validator(self.parameters, self.sent_parameters)
 
     @property
     def has_converter(self) -> bool:
-        """Whether `convert` is there at once. Where it is not, making it imports a library, which reads files."""
+        """True if `convert` exists already. Otherwise its first use imports jsonschema, which blocks for a while."""
         return self._convert is not None
 
-    def _wrong(self, what: str, hint: str) -> LLMValidationError:
-        return LLMValidationError(f"tool {self.name!r}: {what}", hint=hint)
+    def _invalid(self, reason: str, hint: str) -> LLMValidationError:
+        return LLMValidationError(f"tool {self.name!r}: {reason}", hint=hint)
 
 
 @attrs.frozen
 class ToolCall:
-    """A call that a model asks for."""
+    """A tool call that a model has requested."""
 
     id: str
+    """The id of the call, as the model or the server gave it."""
     name: str
-    """What the tool is called in this run; of an unknown tool, what the model called it."""
+    """The name of the tool in this run, or the name that the model used if there is no such tool."""
     arguments: Mapping[str, Any] | None
-    """The arguments, as JSON values; None if what the model sent are none."""
+    """The arguments as JSON values, or None if they could not be read."""
     tool: Tool | None = attrs.field(default=None, repr=False)
-    """The tool, if there is one of that name."""
+    """The tool, or None if there is no tool with this name."""
 
 
 @runtime_checkable
 class ToolProvider(Protocol):
-    """Something that has tools: it is asked for them at the start of each run."""
+    """An object that provides tools, which may differ from run to run.
+
+    An agent accepts it among its tools, and calls `list_tools` at the start of each run.
+    """
 
     async def list_tools(self) -> Sequence[Tool]:
-        """The tools that there are now."""
+        """Returns the tools for the run that is starting."""
         ...
 
 
 def as_tool(tool_or_function: Tool | Callable[..., Any]) -> Tool:
-    """The tool, or the one that calls the function.
+    """Returns a tool unchanged, and makes one from a function.
 
     Raises:
-        LLMValidationError: it is neither, or the function cannot be one.
+        LLMValidationError: The object is neither, or the function cannot be a tool.
     """
     return tool_or_function if isinstance(tool_or_function, Tool) else Tool.from_function(tool_or_function)

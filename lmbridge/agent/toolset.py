@@ -13,14 +13,14 @@ import attrs
 import msgspec
 
 from lmbridge._text import shorten
-from lmbridge.agent.calling import Outcome, call_tool
+from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.schemas import coerce_to_schema
 from lmbridge.agent.text_calls import read_text_calls, to_wire_call
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
-__all__ = ["Equip", "Equipment", "Fault", "Outcome", "Ready", "Toolset"]
+__all__ = ["Equip", "Equipment", "Fault", "ToolOutcome", "Ready", "Toolset"]
 
 _QUOTED: Final = 200
 """Characters of malformed arguments that the model is shown again."""
@@ -152,7 +152,7 @@ class Toolset:
         *,
         timeout: float | None,
         max_output: int,
-    ) -> Coroutine[Any, Any, Outcome]:
+    ) -> Coroutine[Any, Any, ToolOutcome]:
         """Makes a call; what the tool raises is for the model to read.
 
         Args:

@@ -1,4 +1,4 @@
-"""Calls of tools: threads and tasks, their time, their cancels, and what comes of them."""
+"""One tool call: its thread or task, its time limit, its cancellation, and the text for the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, Tool, ToolContext, ToolError
 from lmbridge.agent import calling
-from lmbridge.agent.calling import Outcome, call_tool, capped
+from lmbridge.agent.calling import ToolOutcome, call_tool, truncate_output
 from tests.support import cancel_at_each_step, turns
 
 
@@ -32,14 +32,14 @@ async def call(
     max_output: int = 1_000,
     cancelled: Callable[[], bool] = lambda: False,
     **arguments: Any,
-) -> Outcome:
-    """What comes of a call of a function."""
+) -> ToolOutcome:
+    """Calls a function as a tool, and returns the outcome."""
     context = ToolContext("run", "call", "tool", cancelled)
     tool = Tool("tool", "", {}, function)
     return await call_tool(tool, arguments, context, timeout=timeout, max_output=max_output)
 
 
-class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
+class Letter(str, enum.Enum):  # noqa: UP042 - users may write it like this
     A = "a"
 
 
@@ -49,7 +49,7 @@ class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
 @pytest.mark.parametrize(
     ("result", "text"),
     [
-        ("as it is", "as it is"),
+        ("plain text", "plain text"),
         ("", ""),
         (Letter.A, "a"),
         (None, "null"),
@@ -59,7 +59,7 @@ class Letter(str, enum.Enum):  # noqa: UP042 - what a user may have
         ("half \ud800 a pair", "half ? a pair"),
     ],
 )
-async def test_a_text_is_kept_and_anything_else_is_json(result: Any, text: str) -> None:
+async def test_a_string_is_unchanged_and_any_other_result_becomes_json(result: Any, text: str) -> None:
     async def tool() -> Any:
         return result
 
@@ -69,23 +69,23 @@ async def test_a_text_is_kept_and_anything_else_is_json(result: Any, text: str) 
         assert outcome.seconds >= 0
 
 
-async def test_a_result_that_is_no_json_is_an_error_that_says_so() -> None:
+async def test_a_result_that_json_cannot_represent_is_an_error() -> None:
     outcome = await call(lambda: {"a": object()})
     assert outcome.is_error
     assert outcome.text.startswith("it ran, but its result (dict) is not JSON: ")
     assert "\n" not in outcome.text
 
 
-async def test_the_arguments_are_keywords() -> None:
+async def test_arguments_are_passed_as_keywords() -> None:
     assert (await call(lambda a, b: a - b, b=1, a=3)).text == "2"
 
 
-def returns(tool: Callable[[], Any]) -> Any:
-    """A plain function that returns a coroutine."""
+def call_plainly(tool: Callable[[], Any]) -> Any:
+    """Calls an async tool from a plain function, which therefore returns a coroutine."""
     return tool()
 
 
-async def test_whatever_is_awaitable_in_the_end_is_awaited() -> None:
+async def test_an_awaitable_result_is_awaited() -> None:
     async def tool(text: str) -> str:
         await asyncio.sleep(0)
         return text
@@ -103,7 +103,7 @@ async def test_whatever_is_awaitable_in_the_end_is_awaited() -> None:
 
 
 class UnusualError(BaseException):
-    """What no `except Exception` catches."""
+    """An exception that `except Exception` does not catch."""
 
 
 class UnspeakableError(Exception):
@@ -127,7 +127,7 @@ class UnspeakableError(Exception):
         (UnusualError("odd"), "UnusualError: odd"),
     ],
 )
-async def test_what_a_tool_raises_is_text_without_a_traceback(error: BaseException, text: str) -> None:
+async def test_an_exception_becomes_text_without_a_traceback(error: BaseException, text: str) -> None:
     def plain() -> None:
         raise error
 
@@ -141,30 +141,30 @@ async def test_what_a_tool_raises_is_text_without_a_traceback(error: BaseExcepti
         assert isinstance(outcome.raw, Exception)
 
 
-async def test_arguments_that_the_function_does_not_take_are_an_error_as_well() -> None:
+async def test_an_unexpected_argument_is_an_error() -> None:
     async def tool() -> None: ...
 
     assert "unexpected keyword argument 'a'" in (await call(tool, a=1)).text
     assert "unexpected keyword argument 'a'" in (await call(lambda: 1, a=1)).text
 
 
-async def test_an_interrupt_in_a_thread_goes_on() -> None:
+async def test_a_keyboard_interrupt_in_a_thread_is_raised() -> None:
     def tool() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        await _in_no_task(call(tool))
+        await _await_in_this_task(call(tool))
 
 
-async def _in_no_task(coroutine: Any) -> Any:
-    """Awaited here: a task that an interrupt ends would stop the loop of the tests."""
+async def _await_in_this_task(coroutine: Any) -> Any:
+    """Awaits in the task of the test: in a new task, the interrupt would stop the event loop."""
     return await coroutine
 
 
 # Threads
 
 
-async def test_a_plain_function_runs_in_a_thread_of_its_own_with_the_context_of_the_caller() -> None:
+async def test_a_plain_function_runs_in_a_daemon_thread_with_the_context_of_the_caller() -> None:
     variable = contextvars.ContextVar("variable", default="none")
     variable.set("mine")
     seen: list[Any] = []
@@ -178,7 +178,7 @@ async def test_a_plain_function_runs_in_a_thread_of_its_own_with_the_context_of_
     assert seen == [True, True]
 
 
-async def test_tools_that_hang_do_not_take_the_threads_of_others() -> None:
+async def test_functions_that_hang_do_not_block_others() -> None:
     release = threading.Event()
     hanging = [asyncio.ensure_future(call(lambda: release.wait(30))) for _ in range(50)]
     try:
@@ -188,7 +188,7 @@ async def test_tools_that_hang_do_not_take_the_threads_of_others() -> None:
         await asyncio.gather(*hanging)
 
 
-async def test_a_thread_whose_time_is_up_is_left_and_told() -> None:
+async def test_a_function_that_is_out_of_time_is_left_running_and_can_find_out() -> None:
     release, told = threading.Event(), threading.Event()
 
     def tool(context: ToolContext) -> str:
@@ -201,13 +201,11 @@ async def test_a_thread_whose_time_is_up_is_left_and_told() -> None:
     release.set()
     assert outcome.is_error
     assert outcome.raw is None
-    assert outcome.text == (
-        "it has not come to an end within 0.01 seconds; it may still be running, its result is lost"
-    )
+    assert outcome.text == ("it did not finish within 0.01 seconds; it may still be running, but its result is lost")
     assert await asyncio.to_thread(told.wait, 30)
 
 
-async def test_a_cancel_does_not_wait_for_a_thread() -> None:
+async def test_a_cancelled_call_does_not_wait_for_its_thread() -> None:
     started, release, told = asyncio.Event(), threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -228,7 +226,7 @@ async def test_a_cancel_does_not_wait_for_a_thread() -> None:
     await turns()
 
 
-def test_a_tool_that_hangs_does_not_keep_the_interpreter() -> None:
+def test_a_function_that_hangs_does_not_keep_the_interpreter_running() -> None:
     code = """
 import asyncio, threading
 from lmbridge import ToolContext
@@ -247,7 +245,7 @@ asyncio.run(main())
     assert not process.stderr
 
 
-async def test_a_call_sees_the_cancel_of_its_run() -> None:
+async def test_the_context_reports_the_cancellation_of_the_run() -> None:
     is_over = False
 
     async def tool(context: ToolContext) -> list[bool]:
@@ -262,7 +260,7 @@ async def test_a_call_sees_the_cancel_of_its_run() -> None:
 # Tasks
 
 
-async def test_an_async_tool_whose_time_is_up_is_cancelled_and_awaited() -> None:
+async def test_an_async_tool_that_is_out_of_time_is_cancelled_and_awaited() -> None:
     cleaned: list[str] = []
 
     async def tool() -> None:
@@ -273,20 +271,21 @@ async def test_an_async_tool_whose_time_is_up_is_cancelled_and_awaited() -> None
             cleaned.append("up")
 
     outcome = await call(tool, timeout=0)
-    assert outcome.text == "it has not come to an end within 0 seconds, and was cancelled"
+    assert outcome.text == "it did not finish within 0 seconds, and was cancelled"
     assert outcome.is_error
-    assert cleaned == ["up"] or not cleaned  # a task that never began has nothing to clean up
+    # A task that was cancelled before its first step has nothing to clean up.
+    assert cleaned == ["up"] or not cleaned
     outcome = await call(tool, timeout=0.01)
-    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
+    assert outcome.text == "it did not finish within 0.01 seconds, and was cancelled"
     assert "up" in cleaned
 
 
-async def test_the_time_of_a_plain_function_counts_for_what_it_returns() -> None:
+async def test_the_time_limit_covers_a_coroutine_that_a_plain_function_returns() -> None:
     outcome = await call(lambda: asyncio.Event().wait(), timeout=0.01)
-    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
+    assert outcome.text == "it did not finish within 0.01 seconds, and was cancelled"
 
 
-async def test_a_coroutine_that_comes_too_late_is_closed() -> None:
+async def test_a_coroutine_that_is_returned_too_late_is_closed() -> None:
     release, returned = threading.Event(), threading.Event()
 
     async def late() -> None: ...
@@ -310,19 +309,20 @@ def _join_tools() -> None:
             thread.join(30)
 
 
-async def test_without_a_timeout_a_tool_has_all_the_time() -> None:
+async def test_a_tool_without_a_timeout_is_awaited() -> None:
     assert (await call(lambda: 1, timeout=None)).text == "1"
 
 
-async def test_an_error_that_comes_with_a_cancel_is_not_complained_of() -> None:
-    complaints: list[Any] = []
+async def test_an_exception_at_the_moment_of_a_cancel_is_not_logged() -> None:
+    logged_contexts: list[Any] = []
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    loop.set_exception_handler(lambda _, context: logged_contexts.append(context))
     go = asyncio.Event()
 
     async def tool() -> None:
         await go.wait()
-        loop.call_soon(callers[0].cancel)  # after the end of this task, before whoever awaits it goes on
+        # Runs after this task has ended, and before the task that awaits it continues.
+        loop.call_soon(callers[0].cancel)
         raise ValueError("too late")
 
     callers = [asyncio.ensure_future(call(tool))]
@@ -331,13 +331,13 @@ async def test_an_error_that_comes_with_a_cancel_is_not_complained_of() -> None:
     await asyncio.wait(callers)
     assert callers.pop().cancelled()
     gc.collect()
-    assert complaints == []
+    assert logged_contexts == []
 
 
 @pytest.mark.parametrize("ending", ["value", "error"])
-async def test_a_tool_that_ends_otherwise_when_it_is_cancelled_is_out_of_time_all_the_same(ending: str) -> None:
-    complaints: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+async def test_a_tool_that_returns_or_raises_when_it_is_cancelled_is_still_out_of_time(ending: str) -> None:
+    logged_contexts: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged_contexts.append(context))
 
     async def tool() -> str:
         try:
@@ -348,15 +348,16 @@ async def test_a_tool_that_ends_otherwise_when_it_is_cancelled_is_out_of_time_al
         return "swallowed"
 
     outcome = await call(tool, timeout=0.01)
-    assert outcome.text == "it has not come to an end within 0.01 seconds, and was cancelled"
-    gc.collect()  # an exception that nobody asked for is told when its task goes
-    assert complaints == []
+    assert outcome.text == "it did not finish within 0.01 seconds, and was cancelled"
+    # An exception that was never retrieved is logged when its task is collected.
+    gc.collect()
+    assert logged_contexts == []
 
 
-async def test_a_tool_that_does_not_let_itself_be_cancelled_is_let_go(
+async def test_a_tool_that_ignores_its_cancellation_is_left_running(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(calling, "_GRACE", 0.01)
+    monkeypatch.setattr(calling, "_CLEAN_UP_SECONDS", 0.01)
     release = asyncio.Event()
 
     async def stubborn() -> None:
@@ -368,11 +369,11 @@ async def test_a_tool_that_does_not_let_itself_be_cancelled_is_let_go(
 
     with caplog.at_level(logging.WARNING, "lmbridge.agent"):
         outcome = await call(stubborn, timeout=0.01)
-    assert outcome.text.endswith("does not let itself be cancelled, and may still be running")
+    assert outcome.text.endswith("ignored its cancellation, so it may still be running")
     assert "a tool is still running 0.01 seconds after it was cancelled" in caplog.text
-    (stray,) = calling._running_tools
+    (leftover,) = calling._running_tools
     release.set()
-    await asyncio.wait([stray])
+    await asyncio.wait([leftover])
     await turns()
     assert not calling._running_tools
 
@@ -395,13 +396,13 @@ async def test_a_second_cancel_does_not_wait_for_a_stubborn_tool() -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    (stray,) = calling._running_tools
+    (leftover,) = calling._running_tools
     release.set()
-    await asyncio.wait([stray])
+    await asyncio.wait([leftover])
     await turns()
 
 
-async def test_wherever_it_is_cancelled_the_tool_has_ended_before() -> None:
+async def test_the_tool_has_ended_before_the_cancelled_call_raises() -> None:
     running: list[int] = []
 
     async def tool() -> None:
@@ -418,35 +419,36 @@ async def test_wherever_it_is_cancelled_the_tool_has_ended_before() -> None:
         assert not calling._running_tools
 
     await cancel_at_each_step(lambda: call(tool), after, at_least=1)
-    await cancel_at_each_step(lambda: call(functools.partial(returns, tool)), after, at_least=2)
-    gc.collect()  # a coroutine that was never awaited warns when it goes
+    await cancel_at_each_step(lambda: call(functools.partial(call_plainly, tool)), after, at_least=2)
+    # A coroutine that was never awaited warns when it is collected.
+    gc.collect()
 
 
-# The cap
+# Truncation
 
 
-def test_output_beyond_the_cap_keeps_head_and_tail() -> None:
-    assert capped("abcdefghij", 10) == "abcdefghij"
-    assert capped("abcdefghij", 5) == "abc\n[... 5 characters omitted]\nij"
-    assert capped("abcdefghij", 1) == "a\n[... 9 characters omitted]\n"
-    assert capped("abcdefghij", 0) == "\n[... 10 characters omitted]\n"
-    assert capped("", 0) == ""
+def test_long_output_keeps_its_beginning_and_its_end() -> None:
+    assert truncate_output("abcdefghij", 10) == "abcdefghij"
+    assert truncate_output("abcdefghij", 5) == "abc\n[... 5 characters omitted]\nij"
+    assert truncate_output("abcdefghij", 1) == "a\n[... 9 characters omitted]\n"
+    assert truncate_output("abcdefghij", 0) == "\n[... 10 characters omitted]\n"
+    assert truncate_output("", 0) == ""
 
 
 @given(st.text(max_size=60), st.integers(0, 60))
-def test_the_cap_keeps_as_much_as_it_says_and_counts_exactly(text: str, most: int) -> None:
-    made = capped(text, most)
-    if len(text) <= most:
-        assert made == text
+def test_truncation_keeps_the_limit_and_counts_the_rest(text: str, limit: int) -> None:
+    truncated = truncate_output(text, limit)
+    if len(text) <= limit:
+        assert truncated == text
         return
-    head, _, rest = made.partition(f"\n[... {len(text) - most} characters omitted]\n")
+    head, _, rest = truncated.partition(f"\n[... {len(text) - limit} characters omitted]\n")
     assert text.startswith(head)
     assert text.endswith(rest)
-    assert len(head) + len(rest) == most
+    assert len(head) + len(rest) == limit
     assert 0 <= len(head) - len(rest) <= 1
 
 
-async def test_results_and_errors_are_capped_and_the_raw_one_is_not() -> None:
+async def test_the_text_of_results_and_errors_is_truncated_and_the_raw_one_is_not() -> None:
     outcome = await call(lambda: "x" * 50, max_output=10)
     assert outcome.text == "xxxxx\n[... 40 characters omitted]\nxxxxx"
     assert outcome.raw == "x" * 50
@@ -457,7 +459,7 @@ async def test_results_and_errors_are_capped_and_the_raw_one_is_not() -> None:
     assert "characters omitted" in (await call(tool, max_output=10)).text
 
 
-def test_a_tool_whose_loop_was_closed_under_it_is_dropped_without_an_error(
+def test_a_tool_whose_event_loop_is_closed_is_dropped_without_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     unraisable: list[object] = []
@@ -474,11 +476,11 @@ def test_a_tool_whose_loop_was_closed_under_it_is_dropped_without_an_error(
     gc.collect()
     assert [record.message.partition("\n")[0] for record in caplog.records] == [
         "Task was destroyed but it is pending!"
-    ] * 2  # asyncio's own
+    ] * 2
     assert unraisable == []
 
 
-async def test_a_tool_that_is_cancelled_before_it_began_is_waited_for_no_longer() -> None:
+async def test_a_tool_that_is_cancelled_before_its_first_step_ends_the_call() -> None:
     begun: list[str] = []
 
     async def tool() -> None:
@@ -490,40 +492,41 @@ async def test_a_tool_that_is_cancelled_before_it_began_is_waited_for_no_longer(
                 task.cancel()
 
     called = asyncio.create_task(call(tool, timeout=None))
-    asyncio.get_running_loop().call_soon(cancel_tool)  # after the call has made its task, before that runs
+    # Runs after the call has created the tool's task, and before the first step of that task.
+    asyncio.get_running_loop().call_soon(cancel_tool)
     outcome = await called
     assert (outcome.text, outcome.is_error, begun) == ("it was cancelled from within", True, [])
     gc.collect()
 
 
 @pytest.mark.parametrize("ending", ["value", "error", "cancel"])
-async def test_the_time_of_a_tool_that_has_ended_is_watched_no_longer(ending: str) -> None:
+async def test_the_timer_of_a_tool_that_has_ended_is_cancelled(ending: str) -> None:
     async def work() -> None:
         if ending == "error":
             raise ValueError
         if ending == "cancel":
             await asyncio.Event().wait()
 
-    def timers() -> int:
-        scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # asyncio's own
+    def pending_timers() -> int:
+        scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # not public
         return sum(not timer.cancelled() for timer in scheduled)
 
-    before = timers()
+    before = pending_timers()
     context = ToolContext("run", "call", "tool", lambda: False)
     called = asyncio.create_task(call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100))
     await turns(1)
-    assert timers() == before + 1
+    assert pending_timers() == before + 1
     await turns(5)
     called.cancel()
     await asyncio.wait([called])
     assert called.cancelled() == (ending == "cancel")
-    assert timers() == before
+    assert pending_timers() == before
 
 
 # Tools with a time limit of their own
 
 
-async def test_a_tool_without_a_limit_of_the_agent_gets_its_seconds_and_is_not_stopped() -> None:
+async def test_a_tool_without_a_timeout_gets_the_limit_of_the_agent_and_is_not_stopped() -> None:
     limits: list[float | None] = []
 
     async def work(context: ToolContext, /, **arguments: str) -> str:
@@ -540,7 +543,7 @@ async def test_a_tool_without_a_limit_of_the_agent_gets_its_seconds_and_is_not_s
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_the_limit_of_a_tool_takes_the_place_of_the_agents(is_async: bool) -> None:
+async def test_the_timeout_of_a_tool_replaces_the_limit_of_the_agent(is_async: bool) -> None:
     release = threading.Event()
 
     async def hang() -> None:
@@ -551,10 +554,10 @@ async def test_the_limit_of_a_tool_takes_the_place_of_the_agents(is_async: bool)
     outcome = await call_tool(tool, {}, context, timeout=None, max_output=1_000)
     release.set()
     assert outcome.is_error
-    assert "not come to an end within 0.01 seconds" in outcome.text
+    assert "did not finish within 0.01 seconds" in outcome.text
 
 
 @pytest.mark.parametrize("timeout", [0, -1, True, float("inf"), "60", "none"])
-def test_a_limit_that_is_not_a_number_of_seconds_is_refused(timeout: Any) -> None:
+def test_a_timeout_that_is_not_a_number_of_seconds_is_refused(timeout: Any) -> None:
     with pytest.raises(LLMValidationError, match="timeout of tool 'tool' must be"):
         Tool("tool", "", {}, turns, timeout=timeout)

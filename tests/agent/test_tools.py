@@ -331,12 +331,12 @@ def test_a_tool_with_its_own_schema_gets_plain_json_values() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("", "", {}, print), "a tool's name is ''; give it a name"),
-        ((None, "", {}, print), "a tool's name is None"),
-        (("x", None, {}, print), "tool 'x': its description is None; give a text"),
-        (("x", "", {}, "print"), "tool 'x': its function is 'print'"),
-        (("x", "", None, print), "tool 'x': its parameters are None; give the JSON schema of an object"),
-        (("x", "", [], print), r"tool 'x': its parameters are \[\]"),
+        (("", "", {}, print), "a tool's name must be a non-empty text, not ''; pass a name"),
+        ((None, "", {}, print), "a tool's name must be a non-empty text, not None"),
+        (("x", None, {}, print), "tool 'x': its description must be a text, not None; it may be empty"),
+        (("x", "", {}, "print"), "tool 'x': its function cannot be called: 'print'"),
+        (("x", "", None, print), "tool 'x': its parameters must be a JSON schema, not None; pass a dict"),
+        (("x", "", [], print), r"tool 'x': its parameters must be a JSON schema, not \[\]"),
         (("x", "", {"type": "array"}, print), "tool 'x': its parameters cannot be sent: it is not of an object"),
         (("x", "", {"properties": {"a": {"enum": [object()]}}}, print), "tool 'x': its parameters cannot be sent: Enc"),
     ],
