@@ -2,7 +2,7 @@
 
 An async tool runs in its own task. Awaiting it directly in the task of the run, under `asyncio.timeout`, would be
 simpler. But then a tool that swallows its cancellation would hold up the run for ever, a `CancelledError` that the
-tool raises itself could not be told from a cancellation of the run, and the tool could cancel the run through
+tool raises itself would look like a cancellation of the run, and the tool could cancel the run through
 `asyncio.current_task()`. With a separate task, the run decides how long it waits, and sees exactly how the tool ended.
 
 A plain function runs in its own daemon thread. `asyncio.to_thread` was the alternative: its executor has few threads,
@@ -62,12 +62,12 @@ class _CallDeadline(NamedTuple):
     """The time limit of one call."""
 
     seconds: float | None
-    """The limit in seconds, for texts; None if there is no limit."""
+    """The limit in seconds, for error texts; None without a limit."""
     at: float | None
-    """The end of the time in terms of `time.monotonic()`; None if there is no limit."""
+    """The value of `time.monotonic()` at the deadline; None without a limit."""
 
     def remaining(self) -> float | None:
-        """Returns the seconds until the deadline, or None if there is no limit."""
+        """Returns the seconds until the deadline, or None without a limit."""
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
 
@@ -213,7 +213,7 @@ async def _execute_in_thread(call: Callable[[], Any], deadline: _CallDeadline) -
         raise ToolError(_CANCELLED_FROM_WITHIN, error)
     if isinstance(error, Exception | KeyboardInterrupt):
         raise error
-    # Raised as it is, a `sys.exit` would end the event loop.
+    # A `sys.exit` that is raised unchanged would end the event loop.
     raise ToolError(_describe_exception(error), error)
 
 

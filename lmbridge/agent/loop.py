@@ -31,7 +31,7 @@ from lmbridge.agent.result import Round, StopReason, ToolRecord
 from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.source import Source, TokenEstimate
 from lmbridge.agent.tools import ToolCall, ToolContext
-from lmbridge.agent.toolset import Fault, Ready, Toolset
+from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from lmbridge.client.fold import Fold
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
@@ -308,7 +308,7 @@ class Loop:
         self._record.calls += map(_as_call, asked)
         approve = self._settings.approve
         refused = [
-            approve is not None and isinstance(each, Ready) and not await self._is_allowed(approve, each.call)
+            approve is not None and isinstance(each, ReadyCall) and not await self._is_allowed(approve, each.call)
             for each in asked
         ]
         most = self._settings.max_parallel_tools
@@ -319,7 +319,7 @@ class Loop:
         records = await _together(answers)
         self._history.end_turn()
         for each in asked:
-            self._bad_calls.note(bad=isinstance(each, Fault))
+            self._bad_calls.note(bad=isinstance(each, InvalidCall))
         return records
 
     async def _is_allowed(self, approve: Approve, call: ToolCall) -> bool:
@@ -335,10 +335,10 @@ class Loop:
             ) from exc
 
     async def _answer_call(
-        self, asked: Ready | Fault, is_refused: bool, turn: Turn, places: AbstractAsyncContextManager[None]
+        self, asked: ReadyCall | InvalidCall, is_refused: bool, turn: Turn, places: AbstractAsyncContextManager[None]
     ) -> ToolRecord:
         call = _as_call(asked)
-        if isinstance(asked, Fault):
+        if isinstance(asked, InvalidCall):
             record = ToolRecord(call=call, text=asked.text, is_error=True)
         elif is_refused:
             record = self._noted(ToolRecord(call=call, text=_REFUSED, is_error=True))
@@ -350,7 +350,7 @@ class Loop:
             await self._channel.put(ToolCallFinished(record))
         return record
 
-    async def _call(self, ready: Ready, turn: Turn) -> ToolRecord:
+    async def _call(self, ready: ReadyCall, turn: Turn) -> ToolRecord:
         call, settings = ready.call, self._settings
         if self._channel.is_heard:
             await self._channel.put(ToolCallStarted(call))
@@ -380,5 +380,5 @@ async def _together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[
     return [task.result() for task in tasks]
 
 
-def _as_call(asked: Ready | Fault) -> ToolCall:
-    return asked.call if isinstance(asked, Ready) else ToolCall(asked.call_id, asked.name, None)
+def _as_call(asked: ReadyCall | InvalidCall) -> ToolCall:
+    return asked.call if isinstance(asked, ReadyCall) else ToolCall(asked.call_id, asked.name, None)

@@ -96,13 +96,9 @@ class Tool:
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise LLMValidationError(
-                f"the name of a tool must be a non-empty text, not {self.name!r}", hint="pass a name"
-            )
+            raise LLMValidationError(f"a tool's name must be a non-empty text, not {self.name!r}", hint="pass a name")
         if not isinstance(self.description, str):
-            raise self._invalid(
-                f"its description must be a text, not {self.description!r}", "pass a text; it may be empty"
-            )
+            raise self._invalid(f"its description must be a text, not {self.description!r}", "it may be empty")
         if not callable(self.function):
             raise self._invalid(f"its function cannot be called: {self.function!r}", "pass an async or plain function")
         if not isinstance(self.parameters, Mapping):

@@ -1,4 +1,8 @@
-"""`Toolset`: the tools of one run, from what the model is told of them to what came of a call."""
+"""`Toolset`, the tools of one run: their definitions for requests, and the way from a requested call to its outcome.
+
+The set does not change during a run. If it did, every change would alter the beginning of the prompt, and the server
+would have to process the whole conversation again; and a model could call a tool that has just disappeared.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import msgspec
 
+from lmbridge._checks import invalid_argument
 from lmbridge._text import shorten
 from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.schemas import coerce_to_schema
@@ -20,35 +25,36 @@ from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
-__all__ = ["Equip", "Equipment", "Fault", "ToolOutcome", "Ready", "Toolset"]
+__all__ = ["Equip", "Equipment", "InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
-_QUOTED: Final = 200
-"""Characters of malformed arguments that the model is shown again."""
-_LISTED: Final = 50
-"""Names that the model is told when it calls a tool that is not there."""
+_QUOTED_CHARACTERS: Final = 200
+"""The number of characters that an error text quotes of malformed arguments or of an unknown name."""
+_LISTED_NAMES: Final = 50
+"""The number of tools or parameters that an error text lists."""
 
 
 @attrs.define
-class Ready:
-    """A call that can be made."""
+class ReadyCall:
+    """A requested call whose tool exists and whose arguments are valid."""
 
     call: ToolCall
-    """What was asked for; its `arguments` are JSON values, those of the wrong type set right."""
+    """The call as it was requested. Its `arguments` are JSON values, with values of the wrong type coerced."""
     arguments: Mapping[str, Any] = attrs.field(repr=False)
-    """The keywords for the tool's function."""
+    """The keyword arguments for the function of the tool, converted to the types that it expects."""
 
 
 @attrs.frozen
-class Fault:
-    """A call that cannot be made."""
+class InvalidCall:
+    """A requested call that cannot be made."""
 
     call_id: str
+    """The id of the call, as the model or the server gave it."""
     name: str
-    """What the model called the tool."""
+    """The name of the tool that the model used."""
     text: str
-    """For the model: what is wrong, and what would be right."""
+    """The text for the model, which says what is wrong and what would be right."""
     bad_arguments: bool
-    """Whether the arguments are no JSON object: sent to a server again, they make it fail."""
+    """True if the arguments are not a JSON object. They must not be sent again: llama.cpp answers 500 to them."""
 
 
 @attrs.frozen
@@ -67,136 +73,136 @@ Equip: TypeAlias = Callable[[int | None], AbstractAsyncContextManager[Equipment]
 
 
 class Toolset:
-    """The tools of one run; they do not change while it goes on.
+    """The tools of one run.
 
     Args:
-        tools: The tools.
+        tools: The tools, in the order in which requests list them.
 
     Raises:
-        LLMValidationError: two of them cannot be told apart.
+        LLMValidationError: Two tools would have the same name.
 
     Attributes:
-        definitions: What a request's `tools` holds.
-        names: The names that are sent, in the order of the tools.
+        definitions: The value of `tools` in requests.
+        names: The names of the tools in requests, in the same order.
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
-        called = names_in_run(tools)
-        sent = names_in_requests(called)
-        self.names = [sent[name] for name in called]
+        run_names = names_in_run(tools)
+        self._request_names = names_in_requests(run_names)
+        self.names = [self._request_names[name] for name in run_names]
         self.definitions = [_definition(name, tool) for name, tool in zip(self.names, tools, strict=True)]
-        self._sent = sent
-        self._called = dict(zip(self.names, called, strict=True))
+        self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
 
     @classmethod
     async def collect(cls, tools: Sequence[Tool | Callable[..., Any] | ToolProvider]) -> Toolset:
-        """The tools that were given, and those that providers have now.
+        """Makes the set for a run that is starting, and asks the providers among its tools for theirs.
 
         Raises:
-            LLMValidationError: something is no tool, or two cannot be told apart.
-            ToolError: a provider raised something that is no `LLMError`, which goes on as it is.
+            LLMValidationError: An object is not a tool, or two tools would have the same name.
+            LLMError: A provider raised this error.
+            ToolError: A provider raised an exception of another class, which is the cause.
         """
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-            raise LLMValidationError(f"tools is {tools!r}", hint="give a list of functions, Tools or providers")
-        found: list[Tool] = []
+            raise invalid_argument("tools", "a list of functions, Tools or providers", tools)
+        collected: list[Tool] = []
         for each in tools:
+            # A class with a method `list_tools` passes the check of the protocol, but only its instances are providers.
             if not isinstance(each, type) and isinstance(each, ToolProvider):
-                found += await _provided(each)
+                collected += await _list_tools(each)
             else:
-                found.append(as_tool(each))
-        if slow := [tool for tool in found if not tool.has_converter]:
-            await asyncio.to_thread(_prepare, slow)
-        return cls(found)
+                collected.append(as_tool(each))
+        if unprepared := [tool for tool in collected if not tool.has_converter]:
+            await asyncio.to_thread(_prepare, unprepared)
+        return cls(collected)
 
-    def read(self, call: Mapping[str, Any]) -> Ready | Fault:
-        """What a call asks for, or what is wrong with it; it never raises, and never guesses.
+    def read(self, call: Mapping[str, Any]) -> ReadyCall | InvalidCall:
+        """Checks a call that a model has requested. This method never raises, and never guesses a tool or a value.
 
         Args:
-            call: As in a message's `tool_calls`; the arguments may be an object as well as its JSON.
+            call: An entry of a message's `tool_calls`. Its arguments may be an object or its JSON.
         """
         function = call.get("function")
         function = function if isinstance(function, Mapping) else {}
         call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
-        given, wrong = _arguments(function.get("arguments"))
-        bad = not isinstance(given, dict)
+        decoded, problem = _decode_arguments(function.get("arguments"))
+        bad_arguments = not isinstance(decoded, dict)
         name = self._find(asked)
         if name is None:
-            return Fault(call_id, asked, self._unknown(asked), bad_arguments=bad)
+            return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
-        if wrong is None:
+        if problem is None:
             try:
-                values = coerce_to_schema(_object(given), tool.sent_parameters)
-                return Ready(ToolCall(call_id, self._called[name], values, tool), tool.convert(values))
-            except Exception as exc:  # noqa: BLE001 - types of the user have code of the user, which may raise anything
-                wrong = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
-        told = f"the arguments for {name!r} are wrong: {wrong}{_parameters(tool)}"
-        return Fault(call_id, asked, told, bad_arguments=bad)
+                values = coerce_to_schema(_as_object(decoded), tool.sent_parameters)
+                return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
+            except Exception as exc:  # noqa: BLE001 - the constructor of a user's type may raise anything
+                problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+        text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
+        return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
 
     def find_text_call(self, text: str) -> list[dict[str, Any]] | None:
-        """The calls that an answer consists of, as a server would have sent them; None if it is an answer.
+        """Returns the calls that a reply consists of, in the form of `tool_calls`, or None if it is an ordinary answer.
 
         Args:
-            text: The whole answer. It has to be nothing but calls in one known syntax, of tools that there are; what
-                the model thought may stand before.
+            text: The whole reply. Apart from the model's reasoning at its beginning, it has to consist of calls of
+                existing tools, in one of the known syntaxes.
         """
         calls = read_text_calls(text) or []
-        found = [(self._find(name), arguments) for name, arguments in calls]
-        wire = [dict(to_wire_call(name, arguments)) for name, arguments in found if name is not None]
-        return wire if wire and len(wire) == len(found) else None
+        named = [(self._find(name), arguments) for name, arguments in calls]
+        wire_calls = [dict(to_wire_call(name, arguments)) for name, arguments in named if name is not None]
+        return wire_calls if wire_calls and len(wire_calls) == len(named) else None
 
     def call(
-        self,
-        ready: Ready,
-        context: ToolContext,
-        *,
-        timeout: float | None,
-        max_output: int,
+        self, ready: ReadyCall, context: ToolContext, *, timeout: float | None, max_output: int
     ) -> Coroutine[Any, Any, ToolOutcome]:
-        """Makes a call; what the tool raises is for the model to read.
+        """Executes a call. If the tool fails, the outcome describes that to the model.
 
         Args:
-            ready: What `read` made of it.
-            context: For functions that have a parameter for it.
-            timeout: The agent's limit in seconds, or None; a `timeout` of the tool itself takes precedence.
-            max_output: Characters of its output that are kept.
+            ready: The call, as `read` returned it.
+            context: The information about the call that the function can ask for.
+            timeout: The agent's time limit in seconds, or None. A `timeout` of the tool takes precedence over it.
+            max_output: The number of characters to which the text of the outcome is truncated.
+
+        Raises:
+            LLMValidationError: The call does not come from `read`.
         """
         tool = ready.call.tool
         if tool is None:
-            raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="give what read() returned")
+            raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="pass a call that read() returned")
         return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
     def _find(self, asked: str) -> str | None:
-        """The sent name of the tool that is meant, by that name or by what the tool is called in this run."""
-        return asked if asked in self._tools else self._sent.get(asked)
+        """Returns the name in requests of the tool that a model has named by that, or by its name in the run."""
+        return asked if asked in self._tools else self._request_names.get(asked)
 
-    def _unknown(self, asked: str) -> str:
-        what = f"there is no tool {shorten(asked, _QUOTED)!r}" if asked else "the call names no tool"
+    def _describe_unknown(self, asked: str) -> str:
+        """Says that a tool does not exist, and lists those that do, with the most similar names first."""
+        problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
         if not self.names:
-            return f"{what}: there are none"
-        close = difflib.get_close_matches(asked.lower(), self.names)
-        listed = [*close, *(name for name in self.names if name not in close)]
-        more = f", and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-        return f"{what}; there are: {', '.join(listed[:_LISTED])}{more}"
+            return f"{problem}: there are no tools"
+        similar = difflib.get_close_matches(asked.lower(), self.names)
+        names = [*similar, *(name for name in self.names if name not in similar)]
+        more = f", and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+        return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"
 
 
-async def _provided(provider: ToolProvider) -> list[Tool]:
-    """The tools that a provider has now."""
+async def _list_tools(provider: ToolProvider) -> list[Tool]:
+    """Returns the current tools of a provider."""
     try:
         return [as_tool(tool) for tool in await provider.list_tools()]
     except LLMError:
         raise
-    except Exception as exc:  # code of the user, which may raise anything
+    except Exception as exc:  # the provider is code of the user, which may raise anything
         raise ToolError(
             f"a provider of tools ({type(provider).__name__}) raised {type(exc).__name__}: {exc}",
             exc,
-            hint="its list_tools() is to return a list of Tools",
+            hint="its list_tools() has to return a list of Tools",
             context={"operation": "agent run"},
         ) from exc
 
 
 def _prepare(tools: Sequence[Tool]) -> None:
-    """Makes now, and outside of the event loop, what would be made at the first call."""
+    """Builds the validators of tools in a thread, because the import of jsonschema would block the event loop."""
     for tool in tools:
         _ = tool.convert
 
@@ -206,46 +212,51 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _arguments(given: Any) -> tuple[Any, str | None]:
-    """The JSON value of a call's arguments, or why there is none; nothing at all is no arguments."""
-    if given is None or (isinstance(given, str) and not given.strip()):
+def _decode_arguments(arguments: Any) -> tuple[Any, str | None]:
+    """Returns the JSON value of a call's arguments, or None and what is wrong. Missing arguments become an object."""
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         return {}, None
-    if not isinstance(given, str):
-        return given, None
+    if not isinstance(arguments, str):
+        return arguments, None
     try:
-        values = msgspec.json.decode(given)
+        decoded = msgspec.json.decode(arguments)
     except (ValueError, RecursionError) as exc:
-        return None, f"not valid JSON: {_place(given, exc)}"
-    return ({} if values is None else values), None
+        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}"
+    return ({} if decoded is None else decoded), None
 
 
-def _object(given: Any) -> dict[str, Any]:
-    """The arguments, or what they spell: some models write their JSON twice over.
+def _as_object(decoded: Any) -> dict[str, Any]:
+    """Returns the arguments as a dict. A string is decoded once more, because some models encode their JSON twice.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: The arguments are not an object.
     """
-    values = coerce_to_schema(given, {"type": "object"}) if isinstance(given, str) else given
+    values = coerce_to_schema(decoded, {"type": "object"}) if isinstance(decoded, str) else decoded
     if not isinstance(values, dict):
-        raise ValueError(f"they have to be a JSON object, not {shorten(json.dumps(values), _QUOTED)}")  # noqa: TRY004 - as any other
+        shown = shorten(json.dumps(values), _QUOTED_CHARACTERS)
+        raise ValueError(f"they have to be a JSON object, not {shown}")  # noqa: TRY004 - callers expect a ValueError
     return values
 
 
-def _place(text: str, error: Exception) -> str:
-    """What is wrong with a text that is no JSON, and where, with the text around it."""
+def _locate_json_error(text: str, error: Exception) -> str:
+    """Describes why a text is not valid JSON, where the error is, and what the text says there.
+
+    The message comes from the `json` module if it refuses the text as well, because msgspec reports only a byte offset.
+    """
     try:
         json.loads(text)
     except json.JSONDecodeError as exc:
-        begin = max(0, exc.pos - _QUOTED // 2)
-        where = f"line {exc.lineno} column {exc.colno} (character {exc.pos})"
-        return f"{exc.msg} at {where}, near {text[begin : begin + _QUOTED]!r}"
+        begin = max(0, exc.pos - _QUOTED_CHARACTERS // 2)
+        position = f"line {exc.lineno} column {exc.colno} (character {exc.pos})"
+        return f"{exc.msg} at {position}, near {text[begin : begin + _QUOTED_CHARACTERS]!r}"
     except (ValueError, RecursionError):
-        pass  # too deep, or a number without end: the other decoder said so
-    return f"{error}, in {shorten(text, _QUOTED)!r}"
+        # The text is nested too deeply or contains a huge number; msgspec has described that already.
+        pass
+    return f"{error}, in {shorten(text, _QUOTED_CHARACTERS)!r}"
 
 
-def _parameters(tool: Tool) -> str:
-    """What a tool takes, for who got it wrong."""
+def _describe_parameters(tool: Tool) -> str:
+    """Lists the parameters of a tool for a model that got its arguments wrong."""
     required = tool.sent_parameters.get("required", ())
-    known = [name if name in required else f"{name} (optional)" for name in tool.sent_parameters["properties"]]
-    return f"; it takes: {', '.join(known[:_LISTED])}" if known else "; it takes none"
+    names = [name if name in required else f"{name} (optional)" for name in tool.sent_parameters["properties"]]
+    return f"it takes: {', '.join(names[:_LISTED_NAMES])}" if names else "it takes no arguments"

@@ -1,3 +1,5 @@
+"""`Toolset`: names, definitions, and calls that a model requests, also as text."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
-from lmbridge.agent.toolset import Fault, Ready, Toolset
+from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from tests.support import replaced
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
@@ -25,7 +27,7 @@ async def weather(city: str, days: int = 3) -> str:
 
 
 def now() -> str:
-    """Tells the time."""
+    """Returns the time."""
     return "12:00"
 
 
@@ -34,7 +36,7 @@ def tool(name: str, server: str | None = None, parameters: dict[str, Any] | None
 
 
 class Provider:
-    """Something that has tools."""
+    """A provider that returns these tools, or raises this error."""
 
     def __init__(self, *tools: Tool, error: Exception | None = None) -> None:
         self.tools = tools
@@ -51,15 +53,15 @@ def wire(name: Any, arguments: Any = "{}", call_id: Any = "call_1") -> dict[str,
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-async def ready(*tools: Any, name: str, arguments: Any = "{}") -> Ready:
+async def read_ready(*tools: Any, name: str, arguments: Any = "{}") -> ReadyCall:
     read = (await Toolset.collect(tools)).read(wire(name, arguments))
-    assert isinstance(read, Ready)
+    assert isinstance(read, ReadyCall)
     return read
 
 
-async def fault(*tools: Any, name: Any, arguments: Any = "{}") -> Fault:
+async def read_invalid(*tools: Any, name: Any, arguments: Any = "{}") -> InvalidCall:
     read = (await Toolset.collect(tools)).read(wire(name, arguments))
-    assert isinstance(read, Fault)
+    assert isinstance(read, InvalidCall)
     return read
 
 
@@ -87,17 +89,17 @@ async def test_functions_tools_and_providers_become_definitions_in_their_order()
     assert json.loads(json.dumps(tools.definitions)) == tools.definitions
 
 
-async def test_no_tools_are_no_definitions() -> None:
+async def test_a_set_without_tools_has_no_definitions() -> None:
     tools = await Toolset.collect(())
     assert (tools.definitions, tools.names) == ([], [])
     assert tools.find_text_call('<tool_call>{"name": "x"}</tool_call>') is None
 
 
 @pytest.mark.parametrize(
-    ("tools", "told"),
+    ("tools", "text"),
     [
-        (weather, "tools is <function weather.*; give a list"),
-        ("weather", "tools is 'weather'; give a list"),
+        (weather, "tools must be a list of functions, Tools or providers, not <function weather.*"),
+        ("weather", "tools must be a list of functions, Tools or providers, not 'weather'"),
         (["weather"], "'weather' is not a tool"),
         ([Provider], "<class '.*Provider'> is not a tool"),
         ([weather, weather], "there are two tools 'weather'; give one of them another name"),
@@ -106,12 +108,12 @@ async def test_no_tools_are_no_definitions() -> None:
         ([{"type": "function"}], "{'type': 'function'} is not a tool"),
     ],
 )
-async def test_what_is_no_tool_is_refused(tools: Any, told: str) -> None:
-    with pytest.raises(LLMValidationError, match=f"^{told}"):
+async def test_objects_that_are_not_tools_and_duplicates_are_refused(tools: Any, text: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^{text}"):
         await Toolset.collect(tools)
 
 
-async def test_what_a_provider_raises_goes_on() -> None:
+async def test_an_error_of_a_provider_is_raised() -> None:
     with pytest.raises(MCPError, match="gone"):
         await Toolset.collect([weather, Provider(error=MCPError("gone"))])
     with pytest.raises(ToolError, match="raised OSError: gone") as caught:
@@ -122,13 +124,13 @@ async def test_what_a_provider_raises_goes_on() -> None:
 # Names
 
 
-def test_a_tool_is_called_by_its_own_name_where_that_is_unique() -> None:
+def test_a_tool_keeps_its_name_where_it_is_unique() -> None:
     tools = [tool("search", "web"), tool("search", "files"), tool("read", "files"), tool("search")]
     assert names_in_run(tools) == ["web__search", "files__search", "read", "search"]
 
 
 @pytest.mark.parametrize(
-    ("name", "sent"),
+    ("name", "pattern"),
     [
         ("get_weather", "get_weather"),
         ("getWeather", "get_weather"),
@@ -141,72 +143,72 @@ def test_a_tool_is_called_by_its_own_name_where_that_is_unique() -> None:
         ("é", "tool_......"),
     ],
 )
-def test_a_name_is_sent_in_snake_case(name: str, sent: str) -> None:
-    made = names_in_requests([name])[name]
-    assert re.fullmatch(r"[a-z0-9_]{1,64}", made)
-    assert re.fullmatch(sent, made)
+def test_a_name_becomes_snake_case_in_requests(name: str, pattern: str) -> None:
+    sent = names_in_requests([name])[name]
+    assert re.fullmatch(r"[a-z0-9_]{1,64}", sent)
+    assert re.fullmatch(pattern, sent)
 
 
-def test_names_that_would_become_the_same_get_a_hash_but_for_the_one_that_is_one() -> None:
-    made = names_in_requests(["get_weather", "getWeather", "get-weather", "read.file", "read-file"])
-    assert made["get_weather"] == "get_weather"
-    assert re.fullmatch(r"get_weather_[0-9a-f]{6}", made["getWeather"])
-    assert re.fullmatch(r"read_file_[0-9a-f]{6}", made["read.file"])
-    assert len(set(made.values())) == 5
+def test_names_that_would_become_the_same_get_a_hash_unless_they_are_valid() -> None:
+    sent = names_in_requests(["get_weather", "getWeather", "get-weather", "read.file", "read-file"])
+    assert sent["get_weather"] == "get_weather"
+    assert re.fullmatch(r"get_weather_[0-9a-f]{6}", sent["getWeather"])
+    assert re.fullmatch(r"read_file_[0-9a-f]{6}", sent["read.file"])
+    assert len(set(sent.values())) == 5
 
 
-def test_a_name_that_looks_like_a_hashed_one_stays_its_own() -> None:
+def test_a_name_that_looks_like_a_hashed_one_is_kept() -> None:
     hashed = names_in_requests(["a.b", "a-b"])["a.b"]
-    made = names_in_requests(["a.b", "a-b", hashed])
-    assert made[hashed] == hashed
-    assert made["a.b"] != hashed
-    assert len(set(made.values())) == 3
+    sent = names_in_requests(["a.b", "a-b", hashed])
+    assert sent[hashed] == hashed
+    assert sent["a.b"] != hashed
+    assert len(set(sent.values())) == 3
 
 
-def test_names_of_one_hash_do_not_depend_on_their_order_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_with_the_same_hash_do_not_depend_on_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     sha256 = hashlib.sha256
-    monkeypatch.setattr("hashlib.sha256", lambda _: sha256(b"always this"))
-    made = names_in_requests(["a.b", "a-b", "a b"])
-    assert names_in_requests(["a b", "a.b", "a-b"]) == made
-    assert sorted(len(name) for name in made.values()) == [10, 11, 12]
+    monkeypatch.setattr("hashlib.sha256", lambda _: sha256(b"the same hash"))
+    sent = names_in_requests(["a.b", "a-b", "a b"])
+    assert names_in_requests(["a b", "a.b", "a-b"]) == sent
+    assert sorted(len(name) for name in sent.values()) == [10, 11, 12]
 
 
 NAMES = st.lists(st.text("aAbB_.-1 é", min_size=1, max_size=6) | st.text(min_size=1, max_size=80), unique=True)
 
 
 @given(NAMES, st.randoms())
-def test_names_are_sent_as_servers_take_them_each_another_whatever_their_order(names: list[str], random: Any) -> None:
-    made = names_in_requests(names)
-    assert set(made) == set(names)
-    assert len(set(made.values())) == len(names)
-    assert all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in made.values())
+def test_names_in_requests_are_valid_unique_and_independent_of_their_order(names: list[str], random: Any) -> None:
+    sent = names_in_requests(names)
+    assert set(sent) == set(names)
+    assert len(set(sent.values())) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9_]{1,64}", name) for name in sent.values())
     shuffled = names.copy()
     random.shuffle(shuffled)
-    assert names_in_requests(shuffled) == made
+    assert names_in_requests(shuffled) == sent
 
 
 @pytest.mark.parametrize("asked", ["files_read", "Files.Read"])
-async def test_a_tool_may_be_asked_for_by_the_sent_name_or_its_own(asked: str) -> None:
-    read = await ready(tool("Files.Read"), name=asked)
+async def test_a_model_may_use_the_name_in_requests_or_the_original_one(asked: str) -> None:
+    read = await read_ready(tool("Files.Read"), name=asked)
     assert read.call.name == "Files.Read"
 
 
-async def test_a_tool_of_several_servers_has_to_be_asked_for_with_its_server() -> None:
+async def test_a_name_that_several_servers_share_needs_the_server() -> None:
     tools = (tool("Search", "Web"), tool("Search", "Files"))
     for asked in ("web__search", "Web__Search"):
-        read = await ready(*tools, name=asked)
+        read = await read_ready(*tools, name=asked)
         assert read.call.name == "Web__Search"
         assert read.call.tool is tools[0]
-    wrong = await fault(*tools, name="Search")
+    wrong = await read_invalid(*tools, name="Search")
     assert wrong.text == "there is no tool 'Search'; there are: web__search, files__search"
 
 
 # Reading calls
 
 
-async def test_a_call_that_fits_can_be_made() -> None:
+async def test_a_valid_call_is_ready() -> None:
     by_hand = tool("By hand", parameters=CITY)
-    read = await ready(by_hand, name="by_hand", arguments='{"city": "Ulm"}')
+    read = await read_ready(by_hand, name="by_hand", arguments='{"city": "Ulm"}')
     assert read.call == ToolCall("call_1", "By hand", {"city": "Ulm"}, by_hand)
     assert read.arguments == {"city": "Ulm"}
 
@@ -221,15 +223,15 @@ async def test_a_call_that_fits_can_be_made() -> None:
     ],
 )
 @pytest.mark.parametrize("function", [weather, tool("weather", parameters=CITY)])
-async def test_what_can_mean_one_thing_only_is_set_right(arguments: Any, function: Any) -> None:
-    read = await ready(function, name="weather", arguments=arguments)
+async def test_arguments_with_one_possible_reading_are_coerced(arguments: Any, function: Any) -> None:
+    read = await read_ready(function, name="weather", arguments=arguments)
     assert read.call.arguments == read.arguments == {"city": "Ulm", "days": 2}
 
 
 @pytest.mark.parametrize("arguments", ["", " ", None, "null", "{}"])
-async def test_no_arguments_are_none_where_none_are_needed(arguments: Any) -> None:
-    assert (await ready(now, name="now", arguments=arguments)).arguments == {}
-    wrong = await fault(weather, name="weather", arguments=arguments)
+async def test_missing_arguments_are_an_empty_object(arguments: Any) -> None:
+    assert (await read_ready(now, name="now", arguments=arguments)).arguments == {}
+    wrong = await read_invalid(weather, name="weather", arguments=arguments)
     assert wrong.text == (
         "the arguments for 'weather' are wrong: $: object missing required field `city`;"
         " it takes: city, days (optional)"
@@ -237,7 +239,7 @@ async def test_no_arguments_are_none_where_none_are_needed(arguments: Any) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
         ('{"city": "Ulm"', "not valid JSON: Expecting ',' delimiter at line 1 column 15 (character 14), near '{\""),
         ('{"city":\n "Ulm",\n}', "not valid JSON: "),
@@ -252,52 +254,52 @@ async def test_no_arguments_are_none_where_none_are_needed(arguments: Any) -> No
         ('"Ulm"', 'they have to be a JSON object, not "Ulm"'),
     ],
 )
-async def test_arguments_that_are_no_json_object_are_told_with_the_place(arguments: str, told: str) -> None:
-    wrong = await fault(weather, name="weather", arguments=arguments)
+async def test_arguments_that_are_not_a_json_object_are_reported_with_the_position(arguments: str, text: str) -> None:
+    wrong = await read_invalid(weather, name="weather", arguments=arguments)
     assert wrong.bad_arguments
-    assert wrong.text.startswith(f"the arguments for 'weather' are wrong: {told}")
+    assert wrong.text.startswith(f"the arguments for 'weather' are wrong: {text}")
     assert wrong.text.endswith("; it takes: city, days (optional)")
     assert len(wrong.text) < 700
 
 
-async def test_of_long_arguments_the_place_is_quoted() -> None:
+async def test_the_position_in_long_arguments_is_quoted() -> None:
     arguments = '{"city": "' + "x" * 10_000 + '" "days": 5, "more": "' + "y" * 10_000 + '"}'
-    wrong = await fault(weather, name="weather", arguments=arguments)
+    wrong = await read_invalid(weather, name="weather", arguments=arguments)
     assert "(character 10012)" in wrong.text
     assert 'xx" "days": 5' in wrong.text
     assert len(wrong.text) < 500
 
 
-async def test_wrong_types_are_told_with_the_path() -> None:
-    wrong = await fault(weather, name="weather", arguments='{"city": 5}')
-    assert wrong == Fault(
+async def test_arguments_of_the_wrong_type_are_reported_with_their_path() -> None:
+    wrong = await read_invalid(weather, name="weather", arguments='{"city": 5}')
+    assert wrong == InvalidCall(
         "call_1",
         "weather",
         "the arguments for 'weather' are wrong: $.city: expected `str`, got `int`; it takes: city, days (optional)",
         bad_arguments=False,
     )
-    wrong = await fault(tool("weather", parameters=CITY), name="weather", arguments='{"city": 5}')
+    wrong = await read_invalid(tool("weather", parameters=CITY), name="weather", arguments='{"city": 5}')
     assert wrong.text.startswith("the arguments for 'weather' are wrong: $.city: 5 is not of type 'string'; ")
     points = {"type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "integer"}}}
-    wrong = await fault(tool("p", parameters=points), name="p", arguments='{"at": "x"}')
+    wrong = await read_invalid(tool("p", parameters=points), name="p", arguments='{"at": "x"}')
     assert wrong.text.endswith("$.at: 'x' is not of type 'integer'; it takes: at (optional)")
-    wrong = await fault(now, name="now", arguments='{"zone": "CET"}')
-    assert wrong.text.endswith("$: object contains unknown field `zone`; it takes none")
-    wrong = await fault(weather, name="weather", arguments='"{\\"city\\": 5}"')
+    wrong = await read_invalid(now, name="now", arguments='{"zone": "CET"}')
+    assert wrong.text.endswith("$: object contains unknown field `zone`; it takes no arguments")
+    wrong = await read_invalid(weather, name="weather", arguments='"{\\"city\\": 5}"')
     assert wrong.bad_arguments
 
 
-async def test_an_unknown_tool_is_told_with_the_names_that_there_are() -> None:
-    wrong = await fault(now, weather, name="get_weather")
-    assert wrong == Fault(
+async def test_an_unknown_tool_is_reported_with_the_known_names() -> None:
+    wrong = await read_invalid(now, weather, name="get_weather")
+    assert wrong == InvalidCall(
         "call_1", "get_weather", "there is no tool 'get_weather'; there are: weather, now", bad_arguments=False
     )
     assert (
-        await fault(now, name="x" * 5_000, arguments="{")
+        await read_invalid(now, name="x" * 5_000, arguments="{")
     ).text == f"there is no tool '{'x' * 200}...'; there are: now"
-    assert (await fault(now, name="x", arguments="{")).bad_arguments
-    assert (await fault(name="x")).text == "there is no tool 'x': there are none"
-    many = await fault(*(tool(f"t{number}") for number in range(60)), name="zzz")
+    assert (await read_invalid(now, name="x", arguments="{")).bad_arguments
+    assert (await read_invalid(name="x")).text == "there is no tool 'x': there are no tools"
+    many = await read_invalid(*(tool(f"t{number}") for number in range(60)), name="zzz")
     assert many.text.endswith("t49, and 10 more")
 
 
@@ -306,11 +308,11 @@ async def test_an_unknown_tool_is_told_with_the_names_that_there_are() -> None:
 )
 async def test_a_call_of_any_shape_is_read(call: Any) -> None:
     read = (await Toolset.collect([now])).read(call)
-    assert isinstance(read, Fault)
+    assert isinstance(read, InvalidCall)
     assert "there are: now" in read.text
 
 
-async def test_types_of_the_user_may_raise_anything() -> None:
+async def test_an_exception_of_a_users_type_makes_the_call_invalid() -> None:
     class Odd:
         def __init__(self) -> None: ...
 
@@ -318,16 +320,16 @@ async def test_types_of_the_user_may_raise_anything() -> None:
         raise KeyError("inside")
 
     deep = '{"city": ' + "[" * 700 + "]" * 700 + "}"
-    assert isinstance(await fault(tool("deep", parameters=CITY), name="deep", arguments=deep), Fault)
+    assert isinstance(await read_invalid(tool("deep", parameters=CITY), name="deep", arguments=deep), InvalidCall)
     odd = Tool("odd", "", {}, Odd, _convert=convert)
-    assert "KeyError: 'inside'; it takes none" in (await fault(odd, name="odd")).text
+    assert "KeyError: 'inside'; it takes no arguments" in (await read_invalid(odd, name="odd")).text
 
 
 @given(st.text(max_size=60) | st.none() | st.integers() | st.dictionaries(st.text(max_size=3), st.integers()))
 def test_reading_never_raises(arguments: Any) -> None:
     tools = Toolset([Tool.from_function(weather), tool("by hand", parameters=CITY)])
     for name in tools.names:
-        assert isinstance(tools.read(wire(name, arguments)), Ready | Fault)
+        assert isinstance(tools.read(wire(name, arguments)), ReadyCall | InvalidCall)
 
 
 # Calls as text
@@ -339,18 +341,18 @@ REQUEST = '[TOOL_REQUEST]{"name": "weather", "arguments": {"city": "Ulm"}}[END_T
 @pytest.mark.parametrize(
     "text", [CALL, REQUEST, f"\n{CALL}\n", f"<think>Ulm?</think>\n\n{CALL}", f"Ulm?</think>{CALL}"]
 )
-async def test_an_answer_that_is_a_call_is_one(text: str) -> None:
+async def test_a_reply_that_consists_of_a_call_is_recognized(text: str) -> None:
     tools = await Toolset.collect([weather])
     (call,) = tools.find_text_call(text) or []
     assert call["type"] == "function"
     assert call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
     read = tools.read(call)
-    assert isinstance(read, Ready)
+    assert isinstance(read, ReadyCall)
     assert read.arguments == {"city": "Ulm"}
 
 
-async def test_several_calls_are_several() -> None:
+async def test_several_calls_in_one_reply_are_recognized() -> None:
     tools = await Toolset.collect([weather, tool("Other.Tool")])
     other, bare = '{"name": "Other.Tool", "arguments": "{}"}', '{"name": "weather"}'
     text = f"{CALL}\n<tool_call>{other}</tool_call><tool_call>{bare}</tool_call>"
@@ -363,7 +365,7 @@ async def test_several_calls_are_several() -> None:
     assert len({call["id"] for call in calls}) == 3
 
 
-async def test_what_stands_in_a_call_is_its_own() -> None:
+async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     arguments = {"city": "</think></tool_call><think>"}
     text = f"<tool_call>{json.dumps({'name': 'weather', 'arguments': arguments})}</tool_call>"
     (call,) = (await Toolset.collect([weather])).find_text_call(text) or []
@@ -395,19 +397,19 @@ async def test_what_stands_in_a_call_is_its_own() -> None:
         "[TOOL_REQUEST]weather[END_TOOL_REQUEST]",
     ],
 )
-async def test_any_other_answer_is_an_answer(text: str) -> None:
+async def test_any_other_reply_is_an_ordinary_answer(text: str) -> None:
     assert (await Toolset.collect([weather])).find_text_call(text) is None
 
 
 # Calling
 
 
-async def test_a_call_is_made_with_the_converted_arguments() -> None:
+async def test_a_call_receives_the_converted_arguments() -> None:
     tools = await Toolset.collect([weather])
     read = tools.read(wire("weather", '{"city": "Ulm"}'))
-    assert isinstance(read, Ready)
+    assert isinstance(read, ReadyCall)
     context = ToolContext("run", "call_1", "weather", lambda: False)
     outcome = await tools.call(read, context, timeout=30, max_output=100)
     assert (outcome.text, outcome.is_error) == ("3 days of rain in Ulm", False)
     with pytest.raises(LLMValidationError, match="there is no tool 'x'"):
-        await tools.call(Ready(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100)
+        await tools.call(ReadyCall(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100)

@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 
 from lmbridge import ToolContext, ToolError
-from lmbridge.agent.toolset import Ready, Toolset
+from lmbridge.agent.toolset import ReadyCall, Toolset
 from lmbridge.mcp import McpEvent, McpHub, ToolProgress
 from lmbridge.mcp.servers import guardian
 from tests.mcp.servers.test_process_groups import HOST
@@ -103,7 +103,7 @@ async def test_calls_of_every_server_work(make_hub: MakeHub, servers: Any, folde
 
     async def call(name: str, **arguments: Any) -> str:
         ready = toolset.read({"id": "1", "function": {"name": name, "arguments": json.dumps(arguments)}})
-        assert isinstance(ready, Ready), ready
+        assert isinstance(ready, ReadyCall), ready
         context = ToolContext("run", "1", name, lambda: False)
         outcome = await toolset.call(ready, context, timeout=30, max_output=10_000)
         assert not outcome.is_error, outcome.text

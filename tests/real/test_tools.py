@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lmbridge import LLMClient, Tool, ToolContext, collect
-from lmbridge.agent.toolset import Ready, Toolset
+from lmbridge.agent.toolset import ReadyCall, Toolset
 
 pytestmark = pytest.mark.real
 
@@ -66,7 +66,7 @@ async def test_a_call_of_the_model_is_read_and_executed(client: LLMClient) -> No
     stream = await client.chat_completion(messages, stream=True, tools=tools.definitions, max_tokens=80, temperature=0)
     (call,) = (await collect(stream))["choices"][0]["message"]["tool_calls"]
     ready = tools.read(call)
-    assert isinstance(ready, Ready)
+    assert isinstance(ready, ReadyCall)
     context = ToolContext("run", ready.call.id, ready.call.name, lambda: False)
     outcome = await tools.call(ready, context, timeout=30, max_output=100)
     assert outcome.text == "542"

@@ -18,7 +18,7 @@ from msgspec import Meta
 from lmbridge.agent.events import ReasoningDelta, RoundStarted, TextDelta, ToolCallStarted
 from lmbridge.agent.runs import RunStream
 from lmbridge.agent.tools import Tool
-from lmbridge.agent.toolset import Fault, Toolset
+from lmbridge.agent.toolset import InvalidCall, Toolset
 from lmbridge.client import LLMClient
 from lmbridge.client.stream import ReplyStream, collect
 from lmbridge.errors import LLMError, LLMValidationError
@@ -124,7 +124,7 @@ class Bridge:
             report: Sends a progress notification. Default: None, which reports nothing.
         """
         read = self._toolset.read({"function": {"name": name, "arguments": dict(arguments)}})
-        if isinstance(read, Fault):
+        if isinstance(read, InvalidCall):
             return HostAnswer([read.text], is_error=True)
         progress = ProgressReporter(report)
         current_progress.set(progress)
