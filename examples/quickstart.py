@@ -74,8 +74,8 @@ async def main() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    # At this level, the embedded server logs that it is downloading its model.
-    logging.getLogger("lmbridge").setLevel(logging.INFO)
+    # At this level, the embedded server logs that it downloads its model.
+    logging.getLogger("lmbridge.local").setLevel(logging.INFO)
     try:
         asyncio.run(main())
     except (LLMError, ImportError) as error:

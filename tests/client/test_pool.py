@@ -1,4 +1,4 @@
-"""Clients that are got, given back, waited for, lost, and cut off."""
+"""The pool of clients: leases, waiting, giving back, cancellation, lost clients, closing, event loops."""
 
 from __future__ import annotations
 
@@ -46,36 +46,36 @@ async def pool(scripted_server: ScriptedServer) -> AsyncIterator[LLMClientPool]:
         yield pool
 
 
-def a_pool(size: int = 1, **options: Any) -> LLMClientPool:
-    """A pool that is asked for clients, which are asked for nothing."""
+def unconnected_pool(size: int = 1, **options: Any) -> LLMClientPool:
+    """Returns a pool whose clients send no requests."""
     return LLMClientPool(size, api_base=NOWHERE, **options)
 
 
-def get(pool: LLMClientPool, model: str | None = None) -> asyncio.Task[LLMClient]:
-    """A task of its own that asks for a client."""
+def start_get(pool: LLMClientPool, model: str | None = None) -> asyncio.Task[LLMClient]:
+    """Starts a task that waits for a client."""
     return asyncio.create_task(pool.get_client(model))
 
 
 def counts(pool: LLMClientPool) -> tuple[int, int]:
-    """Clients that are out, and callers that wait."""
+    """Returns the number of clients in use and of waiting callers."""
     stats = pool.stats()
     return stats.in_use, stats.waiting
 
 
 async def name_the_model(exchange: Exchange) -> None:
-    """Answers with the name of the model that was asked for, in its content."""
+    """Answers with the name of the requested model in the content."""
     await answer(f"I am {exchange.model}")(exchange)
 
 
-# What a client of a pool is
+# Leases
 
 
-async def test_the_model_of_a_pool_is_that_of_clients_got_without_one() -> None:
+async def test_the_pools_model_is_that_of_clients_requested_without_one() -> None:
     assert LLMClientPool(model="m").model == "m"
     assert LLMClientPool().model is None
 
 
-async def test_a_client_asks_for_the_model_that_it_was_got_for(
+async def test_a_client_asks_for_the_model_it_was_leased_for(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
     scripted_server.default = name_the_model
@@ -131,7 +131,7 @@ async def test_two_hundred_tasks_over_fifty_models_get_two_hundred_right_answers
     assert scripted_server.connections <= 12
 
 
-async def test_a_client_that_many_tasks_use_has_no_more_in_flight_than_the_pool_has_clients(
+async def test_a_client_shared_by_many_tasks_has_no_more_requests_in_flight_than_the_pool_size(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
     async with pool.client() as client:
@@ -140,7 +140,7 @@ async def test_a_client_that_many_tasks_use_has_no_more_in_flight_than_the_pool_
 
 
 @pytest.mark.parametrize(("limit", "most"), [(1, 1), (20, 3)])
-async def test_limits_may_lower_what_is_in_flight_and_cannot_raise_it(
+async def test_limits_can_lower_the_number_of_requests_in_flight_but_not_raise_it(
     scripted_server: ScriptedServer, limit: int, most: int
 ) -> None:
     limits = Limits(max_concurrency=limit)
@@ -149,7 +149,7 @@ async def test_limits_may_lower_what_is_in_flight_and_cannot_raise_it(
     assert scripted_server.max_in_flight == most
 
 
-async def test_a_pair_of_names_is_logged_once_a_pool(
+async def test_a_pair_of_mismatched_names_is_logged_once_per_pool(
     pool: LLMClientPool, scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted_server.default = answer("Hi", model="other")
@@ -163,7 +163,7 @@ async def test_a_pair_of_names_is_logged_once_a_pool(
     ]
 
 
-async def test_the_options_of_the_pool_are_those_of_its_clients(scripted_server: ScriptedServer) -> None:
+async def test_clients_have_the_options_of_their_pool(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer("Hi", model="other")
     pool = LLMClientPool(
         api_base=scripted_server.origin,
@@ -201,7 +201,7 @@ async def test_the_options_of_the_pool_are_those_of_its_clients(scripted_server:
         {"limits": Limits(), "transport": Transport(NOWHERE)},
     ],
 )
-def test_an_option_that_cannot_be_right_is_the_error_that_it_is_for_a_client(options: dict[str, Any]) -> None:
+def test_an_invalid_option_raises_the_same_error_as_for_a_client(options: dict[str, Any]) -> None:
     with pytest.raises(LLMValidationError) as of_the_client:
         LLMClient(**options)
     with pytest.raises(LLMValidationError) as of_the_pool:
@@ -210,16 +210,16 @@ def test_an_option_that_cannot_be_right_is_the_error_that_it_is_for_a_client(opt
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "10", None])
-def test_a_size_that_cannot_be_right_is_refused(size: Any) -> None:
+def test_an_invalid_size_is_refused(size: Any) -> None:
     with pytest.raises(LLMValidationError, match=r"pool_size must be an integer of at least 1, not "):
         LLMClientPool(size)
 
 
-async def test_a_pool_tells_what_it_is_doing() -> None:
-    pool = a_pool(2)
+async def test_stats_and_repr_show_the_state_of_the_pool() -> None:
+    pool = unconnected_pool(2)
     assert repr(pool) == "<LLMClientPool http://127.0.0.1:1/v1 0 of 2 in use>"
     held = [await pool.get_client(), await pool.get_client()]
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
     assert pool.stats() == PoolStats(size=2, in_use=2, waiting=1)
     pool.release_client(held.pop())
@@ -229,22 +229,22 @@ async def test_a_pool_tells_what_it_is_doing() -> None:
     await pool.close()
     assert repr(pool) == "<LLMClientPool http://127.0.0.1:1/v1 closed>"
     with pytest.raises(AttributeError):
-        pool.stats().size = 3  # type: ignore[misc]  # that is the test
+        pool.stats().size = 3  # type: ignore[misc]  # stats are read-only
 
 
 # Order
 
 
-async def test_a_free_client_is_given_without_waiting() -> None:
-    getting = a_pool().get_client("a")
+async def test_a_free_client_is_returned_without_waiting() -> None:
+    getting = unconnected_pool().get_client("a")
     with pytest.raises(StopIteration) as given_at_once:
         getting.send(None)
     await given_at_once.value.value.close()
 
 
-async def test_who_comes_first_is_served_first() -> None:
-    pool = a_pool(3)
-    tasks = [get(pool, str(number)) for number in range(10)]
+async def test_callers_are_served_in_the_order_in_which_they_came() -> None:
+    pool = unconnected_pool(3)
+    tasks = [start_get(pool, str(number)) for number in range(10)]
     for done in range(3, 11):
         await turns()
         assert [task.done() for task in tasks] == [True] * done + [False] * (10 - done)
@@ -256,32 +256,32 @@ async def test_who_comes_first_is_served_first() -> None:
     assert counts(pool) == (0, 0)
 
 
-async def test_who_comes_in_the_moment_of_a_release_stands_behind_those_who_wait() -> None:
-    pool = a_pool()
+async def test_a_caller_that_comes_during_a_release_queues_behind_the_waiting_ones() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    first = get(pool)
+    first = start_get(pool)
     await turns()
     pool.release_client(client)
-    last = get(pool)
+    last = start_get(pool)
     await turns()
     assert (first.done(), last.done()) == (True, False)
     pool.release_client(await first)
     pool.release_client(await last)
 
 
-async def test_those_who_wait_set_no_timer() -> None:
-    pool = a_pool()
+async def test_waiting_sets_no_timer() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
-    assert asyncio.get_running_loop()._scheduled == []  # type: ignore[attr-defined]  # asyncio's own list of timers
+    assert asyncio.get_running_loop()._scheduled == []  # type: ignore[attr-defined]  # asyncio's timers
     pool.release_client(client)
     await (await waiting).close()
 
 
 @pytest.mark.parametrize("model", ["", " ", 5])
-async def test_a_name_that_is_none_is_told_before_any_waiting(model: Any) -> None:
-    pool = a_pool()
+async def test_an_invalid_model_name_is_refused_before_waiting(model: Any) -> None:
+    pool = unconnected_pool()
     async with pool.client():
         with pytest.raises(LLMValidationError, match="model must be the name of a model"):
             await pool.get_client(model)
@@ -293,8 +293,8 @@ async def test_a_name_that_is_none_is_told_before_any_waiting(model: Any) -> Non
 # Giving back
 
 
-async def test_a_block_gives_its_client_back_whichever_way_it_is_left() -> None:
-    pool = a_pool()
+async def test_a_block_gives_its_client_back_however_it_is_left() -> None:
+    pool = unconnected_pool()
 
     async def returning() -> None:
         async with pool.client():
@@ -330,8 +330,8 @@ async def test_a_block_gives_its_client_back_whichever_way_it_is_left() -> None:
         assert counts(pool) == (0, 0), leave
 
 
-async def test_a_second_release_is_an_error_and_frees_nothing() -> None:
-    pool = a_pool()
+async def test_a_second_release_raises_and_frees_nothing() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client("m")
     pool.release_client(client)
     other = await pool.get_client()
@@ -342,12 +342,12 @@ async def test_a_second_release_is_an_error_and_frees_nothing() -> None:
     pool.release_client(other)
 
 
-async def test_a_release_of_what_is_not_of_the_pool_is_an_error() -> None:
-    pool, other = a_pool(), a_pool()
+async def test_releasing_a_client_of_another_pool_raises() -> None:
+    pool, other = unconnected_pool(), unconnected_pool()
     of_the_other = await other.get_client()
     for foreign in (of_the_other, LLMClient(NOWHERE), None):
         with pytest.raises(LLMValidationError, match=r"does not belong to <LLMClientPool .*; release a client that"):
-            pool.release_client(foreign)  # type: ignore[arg-type]  # None is none
+            pool.release_client(foreign)  # type: ignore[arg-type]  # not a client
     assert counts(other) == (1, 0)
     other.release_client(of_the_other)
 
@@ -366,7 +366,7 @@ USES: list[Callable[[LLMClient], Awaitable[Any]]] = [
 
 
 @pytest.mark.parametrize("use", USES)
-async def test_a_client_that_was_given_back_says_so(
+async def test_a_client_that_was_given_back_refuses_every_request(
     pool: LLMClientPool, scripted_server: ScriptedServer, use: Callable[[LLMClient], Awaitable[Any]]
 ) -> None:
     client = await pool.get_client()
@@ -382,7 +382,7 @@ async def test_a_client_that_was_given_back_says_so(
     assert client.api_base == scripted_server.api_base
 
 
-async def test_a_stream_goes_on_when_its_client_is_given_back_and_keeps_its_place(
+async def test_a_stream_goes_on_after_its_client_was_given_back_and_keeps_its_permit(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
     gate = asyncio.Event()
@@ -401,7 +401,7 @@ async def test_a_stream_goes_on_when_its_client_is_given_back_and_keeps_its_plac
     assert scripted_server.max_in_flight == 2
 
 
-async def test_a_plain_request_goes_on_when_its_client_is_given_back(
+async def test_a_plain_request_goes_on_after_its_client_was_given_back(
     scripted_server: ScriptedServer, no_waits: list[float]
 ) -> None:
     async with LLMClientPool(api_base=scripted_server.api_base, api_key="secret-key") as pool:
@@ -432,13 +432,13 @@ async def test_a_plain_request_goes_on_when_its_client_is_given_back(
         assert "bad key [api_key]" in str(caught.value)
 
 
-# Cancels
+# Cancellation
 
 
-async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
-    pool = a_pool()
+async def test_a_cancelled_waiter_costs_the_others_nothing() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    tasks = [get(pool) for _ in range(3)]
+    tasks = [start_get(pool) for _ in range(3)]
     await turns()
     tasks[0].cancel()
     await turns()
@@ -450,22 +450,23 @@ async def test_a_waiter_that_is_cancelled_costs_the_others_nothing() -> None:
     await (await tasks[2]).close()
 
 
-async def test_a_client_is_not_given_to_a_waiter_that_is_being_cancelled() -> None:
-    pool = a_pool()
+async def test_a_client_is_not_handed_to_a_waiter_that_is_being_cancelled() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    tasks = [get(pool), get(pool)]
+    tasks = [start_get(pool), start_get(pool)]
     await turns()
     tasks[0].cancel()
-    pool.release_client(client)  # before the cancelled task has run
+    # The cancelled task has not run yet.
+    pool.release_client(client)
     await turns()
     assert (tasks[0].cancelled(), tasks[1].done()) == (True, True)
     await (await tasks[1]).close()
 
 
-async def test_waiters_that_are_cancelled_in_the_moment_in_which_they_get_a_client_pass_it_on() -> None:
-    pool = a_pool()
+async def test_waiters_cancelled_in_the_moment_they_get_a_client_pass_it_on() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    tasks = [get(pool, str(number)) for number in range(4)]
+    tasks = [start_get(pool, str(number)) for number in range(4)]
     await turns()
     pool.release_client(client)
     for task in tasks[:3]:
@@ -477,10 +478,10 @@ async def test_waiters_that_are_cancelled_in_the_moment_in_which_they_get_a_clie
     assert counts(pool) == (0, 0)
 
 
-async def test_a_client_that_nobody_takes_is_back() -> None:
-    pool = a_pool()
+async def test_a_client_whose_last_waiter_is_cancelled_is_given_back() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    task = get(pool)
+    task = start_get(pool)
     await turns()
     pool.release_client(client)
     task.cancel()
@@ -488,8 +489,8 @@ async def test_a_client_that_nobody_takes_is_back() -> None:
     assert (task.cancelled(), counts(pool)) == (True, (0, 0))
 
 
-async def test_a_caller_waits_no_longer_than_it_wants() -> None:
-    pool = a_pool()
+async def test_a_timeout_around_the_wait_ends_it() -> None:
+    pool = unconnected_pool()
     async with pool.client():
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
@@ -497,8 +498,8 @@ async def test_a_caller_waits_no_longer_than_it_wants() -> None:
         assert counts(pool) == (1, 0)
 
 
-async def test_a_wait_that_is_given_up_without_a_cancel_passes_its_client_on() -> None:
-    pool = a_pool()
+async def test_a_wait_that_is_closed_without_a_cancellation_passes_its_client_on() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
     waiting = pool.get_client()
     waiting.send(None)
@@ -508,7 +509,7 @@ async def test_a_wait_that_is_given_up_without_a_cancel_passes_its_client_on() -
     assert counts(pool) == (0, 0)
 
 
-async def test_a_cancel_at_each_wait_of_a_block_leaves_nothing_behind(scripted_server: ScriptedServer) -> None:
+async def test_a_cancellation_at_each_await_of_a_block_leaves_nothing_behind(scripted_server: ScriptedServer) -> None:
     async with LLMClientPool(1, api_base=scripted_server.api_base) as pool:
 
         async def run() -> None:
@@ -529,7 +530,7 @@ async def test_a_cancel_at_each_wait_of_a_block_leaves_nothing_behind(scripted_s
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_a_storm_of_cancels_loses_no_client_and_mixes_no_answers_up(
+async def test_random_cancellations_lose_no_client_and_mix_up_no_answers(
     scripted_server: ScriptedServer, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -554,7 +555,8 @@ async def test_a_storm_of_cancels_loses_no_client_and_mixes_no_answers_up(
         held = [await pool.get_client() for _ in range(4)]
         for client in held:
             pool.release_client(client)
-    assert scripted_server.max_in_flight <= 4 + len(scripted_server.aborts)  # it may notice later that one left
+    # The server may notice only later that a client has left.
+    assert scripted_server.max_in_flight <= 4 + len(scripted_server.aborts)
 
 
 Kind = Literal["come", "release", "drop", "cancel"]
@@ -565,16 +567,18 @@ _steps = st.lists(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 9)),
 @settings(deadline=None, max_examples=150)
 @given(size=st.integers(1, 4), steps=_steps)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_in_whatever_order_clients_are_got_given_back_dropped_and_waits_cancelled_none_is_lost(
+def test_no_client_is_lost_in_any_order_of_gets_releases_drops_and_cancellations(
     size: int, steps: list[list[tuple[Kind, int]]]
 ) -> None:
     async def run() -> None:
-        pool = a_pool(size)
-        tasks: list[asyncio.Task[LLMClient]] = []  # in the order in which they came, without those that are over
+        pool = unconnected_pool(size)
+        # The callers in the order in which they came, without those that have ended.
+        tasks: list[asyncio.Task[LLMClient]] = []
         for step in steps:
-            for kind, number in step:  # all in one turn of the loop
+            # All actions of a step happen in one turn of the event loop.
+            for kind, number in step:
                 if kind == "come":
-                    tasks.append(get(pool))
+                    tasks.append(start_get(pool))
                 elif tasks:
                     task = tasks[number % len(tasks)]
                     if not task.done() and kind == "cancel":
@@ -598,26 +602,27 @@ def test_in_whatever_order_clients_are_got_given_back_dropped_and_waits_cancelle
     asyncio.run(run())
 
 
-# Clients that are lost
+# Lost clients
 
 DROPPED = "model='lost'> was dropped without being given back to its pool; use `async with pool.client"
 
 
-async def test_a_client_that_is_dropped_warns_and_its_slot_goes_to_who_waits() -> None:
-    pool = a_pool()
+async def test_a_dropped_client_warns_and_the_next_waiter_gets_its_slot() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client("lost")
-    waiting = get(pool, "next")
+    waiting = start_get(pool, "next")
     await turns()
     with pytest.warns(ResourceWarning, match=DROPPED):
         del client
-    assert counts(pool) == (0, 1)  # it may have been dropped in the midst of anything: who waits is served later
+    # The waiter is served later, because a client can be dropped in the middle of anything.
+    assert counts(pool) == (0, 1)
     assert (await waiting).model == "next"
     pool.release_client(await waiting)
     assert counts(pool) == (0, 0)
 
 
-async def test_a_client_that_is_found_in_a_cycle_is_back_as_well() -> None:
-    pool = a_pool()
+async def test_the_slot_of_a_client_in_a_reference_cycle_is_freed_by_the_garbage_collector() -> None:
+    pool = unconnected_pool()
     cycle: list[Any] = [await pool.get_client("lost")]
     cycle.append(cycle)
     del cycle
@@ -628,21 +633,21 @@ async def test_a_client_that_is_found_in_a_cycle_is_back_as_well() -> None:
 
 
 @pytest.mark.parametrize("way", ["dropped", "released"])
-async def test_a_client_that_is_lost_to_another_thread_wakes_who_waits_in_the_thread_of_the_loop(
+async def test_a_client_lost_in_another_thread_wakes_a_waiter_in_the_thread_of_the_loop(
     monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    pool = a_pool()
+    pool = unconnected_pool()
     holders = [await pool.get_client("lost")]
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
     threads: list[int] = []
-    admit = pool._serve_waiters
+    serve_waiters = pool._serve_waiters
 
-    def noted() -> None:
+    def recording_serve_waiters() -> None:
         threads.append(threading.get_ident())
-        admit()
+        serve_waiters()
 
-    monkeypatch.setattr(pool, "_serve_waiters", noted)
+    monkeypatch.setattr(pool, "_serve_waiters", recording_serve_waiters)
     if way == "dropped":
         with pytest.warns(ResourceWarning, match=DROPPED):
             await asyncio.to_thread(holders.clear)
@@ -654,7 +659,7 @@ async def test_a_client_that_is_lost_to_another_thread_wakes_who_waits_in_the_th
 
 
 def test_a_client_that_outlives_its_loop_can_be_given_back_or_dropped() -> None:
-    pool = a_pool(2)
+    pool = unconnected_pool(2)
 
     async def take() -> tuple[LLMClient, LLMClient]:
         return await pool.get_client(), await pool.get_client("lost")
@@ -666,12 +671,12 @@ def test_a_client_that_outlives_its_loop_can_be_given_back_or_dropped() -> None:
     assert counts(pool) == (0, 0)
 
 
-def test_a_client_that_was_never_made_is_dropped_in_silence() -> None:
+def test_a_client_whose_constructor_failed_is_dropped_without_a_warning() -> None:
     PooledClient.__new__(PooledClient)
 
 
-async def test_a_dropped_client_of_a_closed_pool_is_nobodys_loss() -> None:
-    pool = a_pool()
+async def test_a_dropped_client_of_a_closed_pool_does_not_warn() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
     await pool.close()
     del client
@@ -681,9 +686,7 @@ async def test_a_dropped_client_of_a_closed_pool_is_nobodys_loss() -> None:
 # Closing
 
 
-async def test_close_ends_what_is_in_flight_and_every_wait(
-    pool: LLMClientPool, scripted_server: ScriptedServer
-) -> None:
+async def test_close_ends_requests_streams_and_waits(pool: LLMClientPool, scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(), stall(after=HALF))
     plain, streaming = await pool.get_client(), await pool.get_client()
     asked = asyncio.create_task(plain.chat_completion(MESSAGES))
@@ -691,7 +694,7 @@ async def test_close_ends_what_is_in_flight_and_every_wait(
     stream = await opened(streaming)
     for text in ("Hel", "lo"):
         assert text_of(await anext(stream)) == text
-    waiting = [get(pool) for _ in range(3)]
+    waiting = [start_get(pool) for _ in range(3)]
     await turns()
     await pool.close()
     for task in waiting:
@@ -709,7 +712,7 @@ async def test_close_ends_what_is_in_flight_and_every_wait(
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-async def test_a_closed_pool_and_its_clients_say_so_and_do_not_open_again(
+async def test_a_closed_pool_and_its_clients_refuse_requests_and_do_not_open_again(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
     client = await pool.get_client()
@@ -728,10 +731,10 @@ async def test_a_closed_pool_and_its_clients_say_so_and_do_not_open_again(
 
 
 @pytest.mark.parametrize("cancel_first", [True, False])
-async def test_a_cancel_in_the_moment_of_the_close_stays_a_cancel(cancel_first: bool) -> None:
-    pool = a_pool()
+async def test_a_cancellation_during_close_stays_a_cancellation(cancel_first: bool) -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
     if cancel_first:
         waiting.cancel()
@@ -742,10 +745,10 @@ async def test_a_cancel_in_the_moment_of_the_close_stays_a_cancel(cancel_first: 
     pool.release_client(client)
 
 
-async def test_who_is_given_a_client_just_before_the_close_gets_one_of_a_closed_pool() -> None:
-    pool = a_pool()
+async def test_a_client_handed_out_just_before_close_refuses_requests() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
     pool.release_client(client)
     await pool.close()
@@ -753,7 +756,7 @@ async def test_who_is_given_a_client_just_before_the_close_gets_one_of_a_closed_
         await (await waiting).chat_completion(MESSAGES)
 
 
-async def test_a_pool_leaves_the_transport_that_it_was_given_to_its_owner(scripted_server: ScriptedServer) -> None:
+async def test_a_pool_does_not_close_a_transport_that_was_passed_to_it(scripted_server: ScriptedServer) -> None:
     gate = asyncio.Event()
     scripted_server.script(answer("one two", gate=gate))
     async with Transport(scripted_server.api_base, limits=Limits(max_concurrency=1)) as transport:
@@ -767,11 +770,11 @@ async def test_a_pool_leaves_the_transport_that_it_was_given_to_its_owner(script
         assert await LLMClient(transport=transport).health_check()
 
 
-async def test_an_unused_pool_needs_no_loop_and_no_closing() -> None:
+async def test_an_unused_pool_needs_neither_an_event_loop_nor_closing() -> None:
     await asyncio.to_thread(LLMClientPool, api_base=NOWHERE)
 
 
-async def test_a_cancel_at_each_wait_of_closing_leaves_nothing_open(scripted_server: ScriptedServer) -> None:
+async def test_a_cancellation_at_each_await_of_close_leaves_nothing_open(scripted_server: ScriptedServer) -> None:
     pool = client = None
 
     async def run() -> None:
@@ -790,13 +793,13 @@ async def test_a_cancel_at_each_wait_of_closing_leaves_nothing_open(scripted_ser
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-# Loops
+# Event loops
 
 
-async def test_a_second_live_loop_is_a_clear_error() -> None:
-    pool = a_pool()
+async def test_use_in_a_second_live_event_loop_raises() -> None:
+    pool = unconnected_pool()
     client = await pool.get_client()
-    waiting = get(pool)
+    waiting = start_get(pool)
     await turns()
 
     def elsewhere() -> None:
@@ -810,33 +813,33 @@ async def test_a_second_live_loop_is_a_clear_error() -> None:
     pool.release_client(await waiting)
 
 
-def test_a_close_in_the_wrong_loop_can_be_made_good_in_the_right_one() -> None:
+def test_a_close_in_the_wrong_event_loop_can_be_repeated_in_the_right_one() -> None:
     with ServerThread() as api_base, asyncio.Runner() as one, asyncio.Runner() as other:
         pool = LLMClientPool(api_base=api_base)
         client = one.run(pool.get_client())
         other.run(collecting(client))
-        with pytest.raises(LLMError, match="open in another event loop that is still alive"):
+        with pytest.raises(LLMError, match="in use in another event loop that is still alive"):
             one.run(pool.close())
         other.run(pool.close())
         pool.release_client(client)
 
 
-def test_those_who_waited_in_a_loop_that_is_gone_are_forgotten() -> None:
-    pool = a_pool()
+def test_waiters_of_a_closed_event_loop_are_forgotten() -> None:
+    pool = unconnected_pool()
 
-    async def wait_for_ever() -> None:
+    async def wait_forever() -> None:
         await pool.get_client("of the first")
 
     loop = asyncio.new_event_loop()
     client = loop.run_until_complete(pool.get_client())
-    waiting = wait_for_ever()
+    waiting = wait_forever()
     task = loop.create_task(waiting)
     loop.run_until_complete(turns())
     loop.close()
     assert counts(pool) == (1, 1)
 
     async def go_on() -> None:
-        second = get(pool, "of the second")
+        second = start_get(pool, "of the second")
         await turns()
         assert counts(pool) == (1, 1)
         pool.release_client(client)
@@ -846,18 +849,20 @@ def test_those_who_waited_in_a_loop_that_is_gone_are_forgotten() -> None:
 
     asyncio.run(go_on())
     assert not task.done()
-    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio would log what this test did on purpose
+    # Otherwise asyncio would log that this test has left a task pending, which is its purpose.
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
     waiting.close()
 
 
-def test_a_pool_works_from_loop_to_loop_until_it_is_closed() -> None:
+def test_a_pool_can_be_used_in_one_event_loop_after_another() -> None:
     with ServerThread() as api_base:
         pool = LLMClientPool(1, api_base=api_base)
 
         async def ask() -> None:
             async with pool.client() as client:
                 await client.chat_completion(MESSAGES)
-            await pool._client.close()  # its connections; asyncio warns of those that are left to a dead loop
+            # asyncio warns about connections that are still open when their event loop is closed.
+            await pool._client.close()
 
         for _ in range(2):
             asyncio.run(ask())
@@ -866,7 +871,7 @@ def test_a_pool_works_from_loop_to_loop_until_it_is_closed() -> None:
             asyncio.run(ask())
 
 
-async def test_a_stream_left_in_the_middle_frees_its_place_for_the_next_client(
+async def test_a_stream_left_in_the_middle_frees_its_permit_for_the_next_client(
     scripted_server: ScriptedServer,
 ) -> None:
     scripted_server.script(stall(after=[piece("a")]))
