@@ -37,6 +37,15 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
     return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint or _default_hint(name))
 
 
+def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidationError:
+    """Returns the error for an argument of the wrong type: "`name` must be `expected`, not `type`".
+
+    It is for arguments that hold content, such as messages: the error does not repeat the value, which may be long.
+    """
+    kind = "None" if value is None else type(value).__name__
+    return LLMValidationError(f"{name} must be {expected}, not {kind}", hint=hint)
+
+
 def is_integer(value: object) -> TypeGuard[int]:
     """Returns whether a value is an integer; True and False are not, although Python counts them as integers."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -151,7 +151,7 @@ async def test_structured_output_prints_an_answer_that_is_still_wrong_after_a_co
     scripted_server.default = answer('{"transport": "ship"}')
     outcome = await run("structured_output.py", "--api-base", scripted_server.api_base)
     assert outcome.status == 1
-    assert "the answer is no Booking: $.transport: " in outcome.errors
+    assert "the answer is not a valid Booking: $.transport: " in outcome.errors
     assert outcome.errors.endswith('\nthe answer was: {"transport": "ship"}\n')
 
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 import attrs
 import msgspec
 
-from lmbridge.client.wire import CheckedMessages, check_messages, encode_body
+from lmbridge.client.inputs import CheckedMessages, check_messages
+from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
 
 Message = dict[str, Any]

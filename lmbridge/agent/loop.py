@@ -32,7 +32,7 @@ from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.source import Source, TokenEstimate
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
-from lmbridge.client.fold import Fold
+from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
@@ -203,15 +203,21 @@ class Loop:
 
     async def _listen(self, stream: Any) -> Reply:
         """Reads a stream to its end; leaving it in any other way closes it, so that the server stops."""
-        fold = None if isinstance(stream, ReplyStream) else Fold()  # ours folds what it hands out
-        so_far = (lambda: stream.partial) if fold is None else (lambda: fold.reply() if fold.begun else None)
+        # A stream of lmbridge has an accumulator of its own.
+        accumulator = None if isinstance(stream, ReplyStream) else ChatAccumulator()
+
+        def so_far() -> Any:
+            if accumulator is None:
+                return stream.partial
+            return accumulator.reply() if accumulator.has_begun else None
+
         self._record.follow(so_far)
         splitter = None if self._channel.is_muted else ReasoningSplitter()
         served = None
         try:
             async for chunk in stream:
-                if fold is not None:
-                    fold.add(chunk)
+                if accumulator is not None:
+                    accumulator.add(chunk)
                 if (name := chunk.get("model")) != served:
                     served = name
                     self._check_served(name)

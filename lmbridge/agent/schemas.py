@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from lmbridge._text import excerpt
-from lmbridge.client.schemas import resolved
+from lmbridge.client.schemas import resolve_reference
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -46,7 +46,7 @@ def coerce_to_schema(value: Any, schema: Any) -> Any:
 
     Args:
         value: A JSON value. It is not modified.
-        schema: The schema of the value, as `digestible_parameters` returns it.
+        schema: The schema of the value, as `simplify_parameters` returns it.
     """
     if value is None or isinstance(value, int):
         return value
@@ -113,7 +113,7 @@ def build_validator(
 
     Args:
         schema: A JSON schema of any draft; without `$schema`, draft 2020-12.
-        sent_schema: The version of it that servers receive, as `digestible_parameters` returns it.
+        sent_schema: The version of it that servers receive, as `simplify_parameters` returns it.
     """
     jsonschema_validator = _jsonschema_validator(schema, sent_schema)
 
@@ -158,7 +158,7 @@ def _self_contained(part: Any, root: Mapping[str, Any]) -> Any:
         return [_self_contained(each, root) for each in part]
     if not isinstance(part, Mapping):
         return part
-    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(root, reference):
+    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolve_reference(root, reference):
         return {}
     return {
         key: value if key in _VALUE_KEYWORDS else _self_contained(value, root)
@@ -180,12 +180,12 @@ def _is_usable(keyword: str, value: Any) -> bool:
     return not (keyword in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
 
 
-def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:
+def _can_be_resolve_reference(root: Mapping[str, Any], reference: str) -> bool:
     """Follows a chain of references, and returns whether it ends at a schema."""
     followed: set[str] = set()
     while reference not in followed:
         followed.add(reference)
-        target = resolved(root, reference)
+        target = resolve_reference(root, reference)
         if not isinstance(target, Mapping) or not isinstance(next_reference := target.get("$ref"), str):
             return isinstance(target, Mapping | bool)
         reference = next_reference

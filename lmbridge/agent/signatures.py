@@ -21,7 +21,7 @@ import attrs
 import msgspec
 
 from lmbridge.agent.docstrings import read_docstring
-from lmbridge.client.schemas import fault
+from lmbridge.client.schemas import describe_fault
 from lmbridge.errors import LLMValidationError
 
 _ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"
@@ -202,7 +202,7 @@ def _convert_arguments(struct: type[msgspec.Struct], values: Mapping[str, Any]) 
     try:
         converted = msgspec.convert(dict(values), struct, str_keys=True)
     except msgspec.ValidationError as exc:
-        raise ValueError(": ".join(fault(exc))) from exc
+        raise ValueError(": ".join(describe_fault(exc))) from exc
     fields = ((name, getattr(converted, name)) for name in struct.__struct_fields__)
     return {name: value for name, value in fields if value is not msgspec.UNSET}
 

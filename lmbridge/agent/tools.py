@@ -18,7 +18,7 @@ import msgspec
 from lmbridge._checks import check_seconds
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
-from lmbridge.client.schemas import digestible_parameters
+from lmbridge.client.schemas import simplify_parameters
 from lmbridge.errors import LLMValidationError
 
 
@@ -146,7 +146,7 @@ class Tool:
     @cached_property
     def sent_parameters(self) -> Mapping[str, Any]:
         """The simplified version of `parameters` that servers receive."""
-        return digestible_parameters(self.parameters)
+        return simplify_parameters(self.parameters)
 
     @cached_property
     def context_names(self) -> tuple[str, ...]:

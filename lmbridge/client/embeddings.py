@@ -1,4 +1,4 @@
-"""Embeddings (`/v1/embeddings`): in the order of the inputs, and all of them or an error."""
+"""Embeddings (`/v1/embeddings`): one for each input, in the order of the inputs, or an error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-from lmbridge._checks import check_integer
-from lmbridge.client.inputs import Text, checked_texts
+from lmbridge._checks import check_integer, is_integer
+from lmbridge.client.inputs import Text, check_texts
 from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
@@ -15,22 +15,22 @@ from lmbridge.types import Embeddings
 
 
 async def embed(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
-    """Asks for the embeddings of some texts; see `LLMClient.embeddings`."""
-    texts = checked_texts("input", body["input"])
+    """Sends the request or requests of `LLMClient.embeddings`, and returns their reply."""
+    texts = check_texts("input", body["input"])
     check_integer("batch_size", batch_size, optional=True)
     if batch_size is None or len(texts) <= batch_size:
-        return await _ask(server, body, 0, len(texts))
-    return _merged(await _ask_for_batches(server, body, list(texts), batch_size))
+        return await _embed_batch(server, body, 0, len(texts))
+    return _merge_batches(await _embed_in_batches(server, body, list(texts), batch_size))
 
 
-async def _ask_for_batches(server: ServerApi, body: dict[str, Any], texts: list[Text], size: int) -> list[Embeddings]:
-    # One after another: a server computes the texts of one request side by side already, and whoever else waits in
-    # the queue gets a turn between two of them.
+async def _embed_in_batches(server: ServerApi, body: dict[str, Any], texts: list[Text], size: int) -> list[Embeddings]:
+    # Batches are sent one after another. A server already computes the texts of one request in parallel, and other
+    # requests that are queued get a turn between two batches.
     batches: list[Embeddings] = []
     for start in range(0, len(texts), size):
         batch = texts[start : start + size]
         try:
-            batches.append(await _ask(server, {**body, "input": batch}, start, len(batch)))
+            batches.append(await _embed_batch(server, {**body, "input": batch}, start, len(batch)))
             _check_same_model(server, batches[0].get("model"), batches[-1].get("model"))
         except LLMError as error:
             error.completed(context={"inputs": f"{start} to {start + len(batch) - 1}"})
@@ -38,32 +38,35 @@ async def _ask_for_batches(server: ServerApi, body: dict[str, Any], texts: list[
     return batches
 
 
-async def _ask(server: ServerApi, body: dict[str, Any], first: int, count: int) -> Embeddings:
-    """One request; its inputs have the numbers from `first` on."""
+async def _embed_batch(server: ServerApi, body: dict[str, Any], first: int, count: int) -> Embeddings:
+    """Sends one request, whose inputs are number `first` and the following of all inputs."""
     reply = await server.request(server.build_post("embeddings", "/embeddings", body, body.get("model")))
     value = server.json_object(reply)
-    entries = _in_order(value.get("data"), count)
+    entries = _sorted_entries(value.get("data"), count)
     if entries is None:
         raise server.unexpected_reply(reply, f"embeddings for {count} input{'' if count == 1 else 's'}")
     server.check_served_model(reply, value)
     for number, entry in enumerate(entries, first):
         if not _is_embedding(entry.get("embedding")):
-            raise _no_embedding(server, reply, number)
+            raise _invalid_embedding(server, reply, number)
     return cast("Embeddings", {**value, "data": entries})
 
 
-def _in_order(entries: object, count: int) -> list[dict[str, Any]] | None:
-    """The entries by their index; None if they are not one for each input."""
+def _sorted_entries(entries: object, count: int) -> list[dict[str, Any]] | None:
+    """Returns the entries sorted by index, or None if there is not exactly one for each input."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         return None
-    by_index = {entry.get("index"): entry for entry in entries if type(entry.get("index")) is int}
+    by_index = {entry.get("index"): entry for entry in entries if is_integer(entry.get("index"))}
     if len(entries) != count or by_index.keys() != set(range(count)):
         return None
     return [by_index[index] for index in range(count)]
 
 
 def _is_embedding(value: object) -> bool:
-    """Whether it is base64, or finite numbers, or, of a model without pooling, such numbers for each token."""
+    """Returns whether a value is an embedding: base64, a list of finite numbers, or one such list for each token.
+
+    Models without pooling return the last form.
+    """
     if isinstance(value, str):
         return bool(value)
     if not isinstance(value, list) or not value:
@@ -74,23 +77,25 @@ def _is_embedding(value: object) -> bool:
 
 
 def _is_finite(numbers: list[Any]) -> bool:
+    # One number that is not finite makes the sum infinite or NaN. A null, which servers send in place of NaN, is a
+    # TypeError; an integer that does not fit into a float is an OverflowError.
     try:
-        return math.isfinite(sum(numbers))  # one that is not makes the sum so, too
-    except (TypeError, OverflowError):  # null, where the server had NaN; a whole number that no float holds
+        return math.isfinite(sum(numbers))
+    except (TypeError, OverflowError):
         return False
 
 
-def _no_embedding(server: ServerApi, reply: Reply, number: int) -> LLMResponseError:
+def _invalid_embedding(server: ServerApi, reply: Reply, number: int) -> LLMResponseError:
     return server.unexpected_reply(
         reply,
         "embeddings",
         message=f"the embedding of input {number} is not a list of finite numbers",
-        hint="the model computed none for that text; another text, or another quantization of the model, may work",
+        hint="the model computed no valid one for this text; try another text, or another quantization of the model",
     )
 
 
 def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> None:
-    """Vectors of two models must not stand side by side."""
+    """Refuses to put vectors of two models side by side, because they cannot be compared."""
     if old and new and old != new:
         raise ModelChangedDuringExecutionError(
             f"the first batch was embedded by model {old!r}, a later one by {new!r}",
@@ -101,16 +106,17 @@ def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> No
         )
 
 
-def _merged(batches: Sequence[Embeddings]) -> Embeddings:
+def _merge_batches(batches: Sequence[Embeddings]) -> Embeddings:
     entries = [entry for batch in batches for entry in batch["data"]]
     for number, entry in enumerate(entries):
         entry["index"] = number
-    return {**batches[0], "data": entries, "usage": cast("Any", _sum([batch.get("usage") for batch in batches]))}
+    usage = _sum_usage([batch.get("usage") for batch in batches])
+    return {**batches[0], "data": entries, "usage": cast("Any", usage)}
 
 
-def _sum(usages: Sequence[Any]) -> dict[str, int] | None:
-    """The counts that every batch tells, added up; None if one tells nothing."""
+def _sum_usage(usages: Sequence[Any]) -> dict[str, int] | None:
+    """Returns the sums of the counts that every batch reports, or None if a batch reports no usage."""
     if not all(isinstance(usage, dict) and usage for usage in usages):
         return None
-    known = [key for key in usages[0] if all(type(usage.get(key)) is int for usage in usages)]
-    return {key: sum(usage[key] for usage in usages) for key in known}
+    shared = [key for key in usages[0] if all(is_integer(usage.get(key)) for usage in usages)]
+    return {key: sum(usage[key] for usage in usages) for key in shared}

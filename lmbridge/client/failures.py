@@ -20,7 +20,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._text import excerpt
-from lmbridge.client.wire import decode_json
+from lmbridge.client.json_codec import decode_json
 from lmbridge.errors import (
     ContextLengthExceededError,
     ErrorDetails,

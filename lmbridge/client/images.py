@@ -7,71 +7,88 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+from lmbridge._checks import wrong_type
 from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
 
-_MAGIC: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-_LABELS: Final = frozenset({"image/png", "image/jpeg", "image/jpg"})
-_SHOWN: Final = 200
-"""Characters of an argument that an error's text repeats."""
-_HINT: Final = "give a path, the bytes of a file, or a data URL like 'data:image/png;base64,...'"
-_CONVERT: Final = "convert it to PNG or JPEG: local servers read little else"
+_MAGIC_NUMBERS: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
+_MEDIA_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/jpg"})
+_SHOWN_CHARACTERS: Final = 200
+"""Characters of an argument that an error repeats."""
+_SOURCES_HINT: Final = "give a path, the bytes of a file, or a data URL like 'data:image/png;base64,...'"
+_CONVERT_HINT: Final = "convert it to PNG or JPEG: local servers read little else"
 
 
 def image_part(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
-    """The content part of a message that shows an image: PNG or JPEG, as a data URL.
+    """Returns the content part of a message that shows an image: a PNG or JPEG, as a data URL.
 
-    What it is its first bytes say, not the name of the file or the label in the URL. A file is read at once, which
-    blocks: in an event loop give the bytes, or call it by `asyncio.to_thread`. URLs are refused: local servers fetch
-    nothing (LM Studio answers them with 400), and neither does this function.
+    For example::
+
+        question = {"type": "text", "text": "What is in this picture?"}
+        await client.chat_completion([{"role": "user", "content": [question, image_part("picture.png")]}])
+
+    The format is recognized by the first bytes, whatever the name of the file or the label in the URL is. URLs on the
+    web are refused, because local servers do not fetch them (LM Studio answers them with 400).
+
+    A file is read at once, which blocks. In an event loop, give the bytes, or call this function with
+    `asyncio.to_thread`.
 
     Args:
         source: A path, the bytes of a file, or a data URL.
 
     Raises:
-        LLMValidationError: no such file, or no image that servers read.
+        LLMValidationError: The file cannot be read, or is not an image that servers accept.
     """
-    data = _read(source)
-    kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
-    if kind is None:
-        found = f"begins with {data[:12]!r}, which is neither PNG nor JPEG" if data else "is empty"
-        raise LLMValidationError(f"the image {found}", hint=_CONVERT if data else _HINT)
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+    data = _read_source(source)
+    media_type = next((kind for magic, kind in _MAGIC_NUMBERS.items() if data.startswith(magic)), None)
+    if media_type is None:
+        if not data:
+            raise LLMValidationError("the image is empty", hint=_SOURCES_HINT)
+        raise LLMValidationError(
+            f"the image begins with {data[:12]!r}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
+        )
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{base64.b64encode(data).decode()}"}}
 
 
-def _read(source: object) -> bytes:
+def _read_source(source: object) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if isinstance(source, str):
         scheme = source[:8].lower()
         if scheme.startswith("data:"):
-            return _decode(source)
+            return _decode_data_url(source)
         if scheme.startswith(("http://", "https://")):
             raise LLMValidationError(
-                f"the image is a URL, {shorten(source, _SHOWN)!r}",
-                hint="fetch it first: local servers take images inline",
+                f"the image is a URL, {_shown(source)}", hint="fetch it first: local servers take images inline"
             )
     elif not isinstance(source, os.PathLike):
-        raise LLMValidationError(f"the image is of type {type(source).__name__}", hint=_HINT)
+        raise wrong_type("the image", "a path, bytes or a data URL", source, _SOURCES_HINT)
     if not source:
-        raise LLMValidationError("the image is an empty string", hint=_HINT)
+        raise LLMValidationError("the image is an empty string", hint=_SOURCES_HINT)
     try:
         return Path(source).read_bytes()
-    except (OSError, ValueError) as exc:  # ValueError: a path that holds a NUL
+    # A path that holds a NUL is a ValueError.
+    except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise LLMValidationError(
-            f"cannot read the image {shorten(str(source), _SHOWN)!r}: {reason}", exc, hint=_HINT
+            f"cannot read the image {_shown(str(source))}: {reason}", exc, hint=_SOURCES_HINT
         ) from exc
 
 
-def _decode(url: str) -> bytes:
+def _decode_data_url(url: str) -> bytes:
     head, _, payload = url.partition(",")
-    label, *options = head[len("data:") :].lower().split(";")
-    if label not in _LABELS:
-        raise LLMValidationError(f"the data URL is labelled {shorten(label, _SHOWN)!r}, no PNG or JPEG", hint=_CONVERT)
+    media_type, *options = head[len("data:") :].lower().split(";")
+    if media_type not in _MEDIA_TYPES:
+        raise LLMValidationError(
+            f"the data URL is labelled {_shown(media_type)}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
+        )
     if "base64" not in options:
-        raise LLMValidationError("the data URL holds no base64", hint=_HINT)
+        raise LLMValidationError("the data URL is not base64", hint=_SOURCES_HINT)
     try:
         return base64.b64decode(payload, validate=True)
     except ValueError as exc:
-        raise LLMValidationError(f"the data URL holds no base64: {exc}", exc, hint=_HINT) from exc
+        raise LLMValidationError(f"the data URL is not valid base64: {exc}", exc, hint=_SOURCES_HINT) from exc
+
+
+def _shown(text: str) -> str:
+    return repr(shorten(text, _SHOWN_CHARACTERS))

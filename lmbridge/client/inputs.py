@@ -1,63 +1,103 @@
-"""Texts, and texts as token ids: the prompts of a text completion, the inputs of an embedding."""
+"""Checks of what a model is given: the messages of a chat, the prompts of a completion, the texts of an embedding.
+
+A wrong input is refused before anything is sent, with its place in the argument. Servers answer such mistakes with a
+500, with a 400 in the words of a C++ library, or with a reply to something else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmbridge._checks import is_integer
+from lmbridge._checks import is_integer, wrong_type
 from lmbridge.errors import LLMValidationError
 
 Text = str | Sequence[int]
 """A text, or its token ids."""
 Texts = Text | Sequence[Text]
+"""One text, or several."""
 
-_HINT = "give a string, a list of strings, or token ids: a list of numbers for each text"
+_EXAMPLE_MESSAGES = "[{'role': 'user', 'content': 'Hello'}]"
+_TEXTS_HINT = "give a string, a list of strings, or token ids: a list of numbers for each text"
+# For `isinstance`. The concrete types stand first because the check against an abstract one is slow.
+_MAPPING_TYPES = (dict, Mapping)
+_SEQUENCE_TYPES = (list, Sequence)
+_STRING_TYPES = (str, bytes, bytearray)
+_CONTENT_TYPES = (str, list, tuple)
 
 
-def checked_texts(name: str, value: Texts, *, may_be_empty: bool = False) -> Sequence[Text]:
-    """The single texts of an argument that may be one text or several.
+class CheckedMessages(list[dict[str, Any]]):
+    """Messages that need no check: an agent's history, which grows with each request, checks them as they are added."""
 
-    Args:
-        name: Of the argument, for the error.
-        value: What was given.
-        may_be_empty: Whether a text may be an empty string.
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that the messages of a chat have the right shape.
 
     Raises:
-        LLMValidationError: it is no text, or holds none, or an empty one.
+        LLMValidationError: There is no message, or a message has no role, or content that is neither a text nor a list.
+    """
+    if type(messages) is CheckedMessages:
+        return
+    if not isinstance(messages, _SEQUENCE_TYPES) or isinstance(messages, _STRING_TYPES):
+        raise wrong_type("messages", "a list of messages", messages, f"for example {_EXAMPLE_MESSAGES}")
+    if not messages:
+        raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE_MESSAGES}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, _MAPPING_TYPES):
+            raise wrong_type(f"messages[{number}]", "a dict", message, f"for example {_EXAMPLE_MESSAGES}")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise LLMValidationError(
+                f"messages[{number}] has no role", hint="add 'role': 'system', 'user', 'assistant' or 'tool'"
+            )
+        if content is not None and not isinstance(content, _CONTENT_TYPES):
+            raise wrong_type(
+                f"messages[{number}]['content']",
+                "a string or a list of content parts",
+                content,
+                "for an image, see image_part()",
+            )
+
+
+def check_texts(name: str, value: Texts, *, allow_empty: bool = False) -> Sequence[Text]:
+    """Checks an argument that is one text or several, and returns the list of its texts.
+
+    Args:
+        name: The name of the argument, for the error.
+        value: The argument.
+        allow_empty: Whether a text may be an empty string.
+
+    Raises:
+        LLMValidationError: There is no text, or one that is empty, or something that is not a text.
     """
     if isinstance(value, str):
-        _check(name, value, may_be_empty)
+        _check_text_or_tokens(name, value, allow_empty)
         return [value]
     if not _is_list(value):
-        raise LLMValidationError(f"{name} is {_kind(value)}", hint=_HINT)
+        raise wrong_type(name, "a text or a list of texts", value, _TEXTS_HINT)
     if not value:
         raise LLMValidationError(f"{name} is empty", hint="give at least one text")
     if is_integer(value[0]):
-        _check(name, value, may_be_empty)
-        return [value]  # type: ignore[list-item]  # it has been checked just now
+        _check_text_or_tokens(name, value, allow_empty)
+        return [value]  # type: ignore[list-item]  # the line above has checked that these are token ids
     for number, text in enumerate(value):
-        _check(f"{name}[{number}]", text, may_be_empty)
-    return value  # type: ignore[return-value]  # as above
+        _check_text_or_tokens(f"{name}[{number}]", text, allow_empty)
+    return value  # type: ignore[return-value]  # the loop above has checked each text
 
 
-def _check(name: str, text: Any, may_be_empty: bool) -> None:
+def _check_text_or_tokens(name: str, text: Any, allow_empty: bool) -> None:
     if isinstance(text, str):
-        if not text and not may_be_empty:
+        if not text and not allow_empty:
             raise LLMValidationError(f"{name} is an empty string", hint="leave it out: servers refuse an empty text")
         return
     if not _is_list(text):
-        raise LLMValidationError(f"{name} is {_kind(text)}", hint=_HINT)
+        raise wrong_type(name, "a text", text, _TEXTS_HINT)
     if not text:
-        raise LLMValidationError(f"{name} is an empty list", hint=_HINT)
+        raise LLMValidationError(f"{name} is an empty list", hint=_TEXTS_HINT)
     if not all(map(is_integer, text)):
         wrong = next(number for number, token in enumerate(text) if not is_integer(token))
-        raise LLMValidationError(f"{name}[{wrong}] is {_kind(text[wrong])} among token ids", hint=_HINT)
+        raise wrong_type(f"{name}[{wrong}]", "a token id like those before it", text[wrong], _TEXTS_HINT)
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"

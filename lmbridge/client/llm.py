@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar,
 
 from lmbridge._checks import check_instance, check_integer, check_model_name
 from lmbridge.client.auto import resolve_limits
+from lmbridge.client.chat_stream import ChatStream
+from lmbridge.client.inputs import check_messages
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.names import MismatchMode, MismatchPolicy
 from lmbridge.client.server_api import ServerApi
-from lmbridge.client.stream import ChatStream
-from lmbridge.client.wire import check_messages
 from lmbridge.config import Limits, Timeouts, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport import Transport, Verdict

@@ -1,50 +1,61 @@
-"""What a model thinks, told apart from what it answers, wherever the server puts it."""
+"""The reasoning of a model, separated from its answer, wherever the server puts it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-_OPEN: Final = "<think>"
-_CLOSE: Final = "</think>"
+_OPENING_TAG: Final = "<think>"
+_CLOSING_TAG: Final = "</think>"
 
 
 class Piece(NamedTuple):
-    """Some of a reply."""
+    """A piece of a reply: a part of its reasoning, or of its text."""
 
     kind: Literal["reasoning", "text"]
     text: str
 
 
 class SplitReply(NamedTuple):
-    """A reply in two; either may be empty."""
+    """A whole reply, split in two; either part may be empty."""
 
     reasoning: str
     text: str
 
 
 class ReasoningSplitter:
-    """Tells reasoning from text while a reply arrives.
+    """Separates the reasoning from the text while a reply arrives.
 
-    Reasoning is what stands in `reasoning_content` (llama.cpp, LM Studio, DeepSeek) or `reasoning` (Ollama, newer
-    vLLM, gpt-oss in LM Studio), and a `<think>` block at the very start of the content, cut anywhere between chunks.
-    Further tags in the text are text; a block without an end is reasoning to the end. White space around the block is
-    nobody's. Chunks are only read. Of several answers it is the first (`index` 0).
+    For example::
+
+        splitter = ReasoningSplitter()
+        async for chunk in stream:
+            for kind, text in splitter.feed(chunk):
+                print(kind, text)
+        for kind, text in splitter.close():
+            print(kind, text)
+
+    Reasoning is whatever arrives as `reasoning_content` (llama.cpp, LM Studio, DeepSeek) or as `reasoning` (Ollama,
+    newer vLLM, gpt-oss in LM Studio), and a `<think>` block at the very start of the content, even if chunks cut its
+    tags in two. A block that is never closed is reasoning to the end; tags further on are text. White space around the
+    block is dropped. Of several answers, only the first (`index` 0) is split. The chunks are not changed.
 
     Args:
-        starts_in_reasoning: Whether the content begins inside a block: the templates of some models open it in the
-            prompt, so that only the `</think>` is sent. It does not count once the server sends reasoning by itself.
+        starts_in_reasoning: Set this if the content begins inside a block. The chat templates of some models open the
+            block in the prompt, so that the reply has only the `</think>`. The option has no effect once the server
+            has sent reasoning in a field of its own. Default: False.
     """
 
-    __slots__ = ("_held", "_starts_inside", "_state")
+    __slots__ = ("_held_back", "_starts_in_reasoning", "_state")
 
     def __init__(self, *, starts_in_reasoning: bool = False) -> None:
-        self._state: Literal["start", "inside", "behind", "text"] = "start"
-        self._held = ""  # what may be half a tag, or the white space before it
-        self._starts_inside = starts_in_reasoning
+        self._state: Literal["start", "in_block", "after_block", "in_text"] = "start"
+        # The end of the content so far, if it may be the first half of a tag or the white space before one.
+        self._held_back = ""
+        self._starts_in_reasoning = starts_in_reasoning
 
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
-        """The pieces that a chunk adds; a whole reply is a chunk as well."""
+        """Returns the pieces that a chunk adds. A whole reply can be fed as if it were a single chunk."""
         pieces: list[Piece] = []
         for choice in chunk.get("choices") or ():
             if choice.get("index"):
@@ -54,68 +65,75 @@ class ReasoningSplitter:
                 continue
             reasoning, content = part.get("reasoning_content") or part.get("reasoning"), part.get("content")
             if reasoning and isinstance(reasoning, str):
-                self._starts_inside = False
+                self._starts_in_reasoning = False
                 pieces.append(Piece("reasoning", reasoning))
             if content and isinstance(content, str):
-                pieces += self._split(content)
+                pieces += self._split_content(content)
         return pieces
 
     def close(self) -> list[Piece]:
-        """The pieces that were held back, because they might have become a tag: call it when the reply has ended."""
-        held, self._held = self._held, ""
-        if not held:
+        """Returns the pieces that were held back because they could have become a tag. Call it after the last chunk."""
+        held_back, self._held_back = self._held_back, ""
+        if not held_back:
             return []
-        inside = self._state == "inside" or (self._state == "start" and self._starts_inside)
-        return [Piece("reasoning" if inside else "text", held)]
+        in_block = self._state == "in_block" or (self._state == "start" and self._starts_in_reasoning)
+        return [Piece("reasoning" if in_block else "text", held_back)]
 
-    def _split(self, content: str) -> list[Piece]:
-        if self._state == "text":
+    def _split_content(self, content: str) -> list[Piece]:
+        if self._state == "in_text":
             return [Piece("text", content)]
-        content = self._held + content
-        self._held = ""
+        content = self._held_back + content
+        self._held_back = ""
         if self._state == "start":
-            return self._begin(content)
-        if self._state == "inside":
-            return self._think(content)
-        return self._answer(content)
+            return self._split_start(content)
+        if self._state == "in_block":
+            return self._split_block(content)
+        return self._split_text(content)
 
-    def _begin(self, content: str) -> list[Piece]:
-        begun = content.lstrip()
-        if begun.startswith(_OPEN):
-            self._state = "inside"
-            return self._think(begun.removeprefix(_OPEN))
-        if _OPEN.startswith(begun):
-            self._held = content
+    def _split_start(self, content: str) -> list[Piece]:
+        start = content.lstrip()
+        if start.startswith(_OPENING_TAG):
+            self._state = "in_block"
+            return self._split_block(start.removeprefix(_OPENING_TAG))
+        if _OPENING_TAG.startswith(start):
+            self._held_back = content
             return []
-        self._state = "inside" if self._starts_inside else "text"
-        return self._think(content) if self._starts_inside else [Piece("text", content)]
+        if self._starts_in_reasoning:
+            self._state = "in_block"
+            return self._split_block(content)
+        self._state = "in_text"
+        return [Piece("text", content)]
 
-    def _think(self, content: str) -> list[Piece]:
-        reasoning, close, rest = content.partition(_CLOSE)
-        if close:
-            self._state = "behind"
+    def _split_block(self, content: str) -> list[Piece]:
+        reasoning, closing_tag, rest = content.partition(_CLOSING_TAG)
+        if closing_tag:
+            self._state = "after_block"
         else:
-            half = _half_a_tag(content)
-            reasoning, self._held = content[: len(content) - half], content[len(content) - half :]
+            kept = len(content) - _length_of_half_a_tag(content)
+            reasoning, self._held_back = content[:kept], content[kept:]
         pieces = [Piece("reasoning", reasoning)] if reasoning else []
-        return pieces + self._answer(rest)
+        return pieces + self._split_text(rest)
 
-    def _answer(self, content: str) -> list[Piece]:
+    def _split_text(self, content: str) -> list[Piece]:
         text = content.lstrip()
         if not text:
             return []
-        self._state = "text"
+        self._state = "in_text"
         return [Piece("text", text)]
 
 
 def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
-    """The reasoning and the text of a reply, be it of a plain call or out of `collect`; the reply is only read.
+    """Returns the reasoning and the text of a whole reply, of a plain call or from `collect`.
 
-    It is what `ReasoningSplitter` makes of the chunks. In addition, what stands before a `</think>` that nothing
-    opened is reasoning: of a whole reply that can be told, of a stream only if it is known before.
+    For example::
+
+        reasoning, text = split_reasoning(await client.chat_completion(messages))
+
+    The rules are those of `ReasoningSplitter`, with one more: content before a `</think>` that was never opened is
+    reasoning. In a whole reply the tag is there to be seen; in a stream it would be seen too late.
 
     Args:
-        reply: A chat completion.
+        reply: A chat completion. It is not changed.
     """
     choices = reply.get("choices") or ()
     message = (choices[0].get("message") or {}) if choices else {}
@@ -123,15 +141,15 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     if not content and not (choices and choices[0].get("index")):
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         return SplitReply(reasoning if isinstance(reasoning, str) else "", "")
-    before, close, _after = (content if isinstance(content, str) else "").partition(_CLOSE)
-    splitter = ReasoningSplitter(starts_in_reasoning=bool(close) and _OPEN not in before)
-    said: dict[str, str] = {"reasoning": "", "text": ""}
+    before, closing_tag, _ = (content if isinstance(content, str) else "").partition(_CLOSING_TAG)
+    splitter = ReasoningSplitter(starts_in_reasoning=bool(closing_tag) and _OPENING_TAG not in before)
+    parts: dict[str, str] = {"reasoning": "", "text": ""}
     for piece in (*splitter.feed(reply), *splitter.close()):
-        said[piece.kind] += piece.text
-    return SplitReply(**said)
+        parts[piece.kind] += piece.text
+    return SplitReply(**parts)
 
 
-def _half_a_tag(content: str) -> int:
-    """How many characters at the end may be the beginning of the closing tag."""
-    sizes = range(min(len(content), len(_CLOSE) - 1), 0, -1)
-    return next((size for size in sizes if _CLOSE.startswith(content[-size:])), 0)
+def _length_of_half_a_tag(content: str) -> int:
+    """Returns how many characters at the end of the content may be the beginning of a closing tag."""
+    lengths = range(min(len(content), len(_CLOSING_TAG) - 1), 0, -1)
+    return next((length for length in lengths if _CLOSING_TAG.startswith(content[-length:])), 0)

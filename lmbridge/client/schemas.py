@@ -1,4 +1,14 @@
-"""JSON schemas as local servers take them, and what msgspec says of a value that does not fit its type."""
+"""JSON schemas, simplified so that every local server accepts them.
+
+Servers turn a schema into a grammar, and each of them stumbles over something else: llama.cpp over patterns that are
+not anchored, long bounds and some combinations of keywords, llguidance over formats that it does not know, MLX in LM
+Studio over a list of types, and LM Studio refuses every tool if it dislikes one. A schema that is not accepted fails
+the whole request. So what a server may stumble over is left out. The result accepts more than the original, and the
+original validates what the model wrote.
+
+The rules are written here by hand, because a library that only inlines references would solve the smallest part of
+the problem. Their sources are llama.cpp's converter and the issues of LM Studio.
+"""
 
 from __future__ import annotations
 
@@ -12,212 +22,217 @@ import msgspec
 from lmbridge._checks import is_integer, is_number
 from lmbridge._text import excerpt
 
-_FAULT: Final = re.compile(r"(?P<what>.*) - at (?P<path>`.*`)", re.DOTALL)
+_MSGSPEC_FAULT: Final = re.compile(r"(?P<fault>.*) - at (?P<path>`.*`)", re.DOTALL)
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
 _FORMATS: Final = ("date", "date-time", "time", "uuid")
-"""What llama.cpp and llguidance know; the latter refuses any other."""
-_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
-"""Patterns that every llama.cpp knows; to any other, older ones answer 400."""
-_LARGEST: Final = 1_000
-"""Larger bounds of lengths run into the limit of llama.cpp's grammars, where each is that many rules."""
-_CHOICES: Final = 200
-"""Values of an enum that a model is told."""
-_PARTS: Final = 2_000
-"""Parts of a tool's schema; beyond it, references are no longer replaced: each may hold any number of others."""
-_DEPTH: Final = 2
-"""How often a type that holds itself is written out within itself."""
+"""The formats that both llama.cpp and llguidance know; the latter refuses a schema with any other."""
+_SIMPLE_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
+"""Patterns that every version of llama.cpp knows. Older ones answer 400 to any other."""
+_LARGEST_BOUND: Final = 1_000
+"""The largest bound of a length that is sent: a grammar of llama.cpp has as many rules, and their number is limited."""
+_LONGEST_ENUM: Final = 200
+"""The largest number of values of an enum that is sent."""
+_MOST_PARTS: Final = 2_000
+"""Parts of a schema after which references are no longer replaced: each may hold any number of others."""
+_RECURSION_DEPTH: Final = 2
+"""How often a type that contains itself is written out within itself."""
 
 
 def _is_size(value: Any) -> bool:
     return is_integer(value) and value >= 0
 
 
-_SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_KNOWN: Final[Mapping[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_SIZES, _is_size),
+_SIZE_KEYWORDS: Final = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_KEYWORDS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_SIZE_KEYWORDS, _is_size),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), is_number),
     "multipleOf": lambda value: is_number(value) and value > 0,
     "type": lambda value: value in _TYPES,
     "enum": lambda value: isinstance(value, list) and bool(value),
-    "pattern": lambda value: isinstance(value, str) and _PATTERN.fullmatch(value) is not None,
+    "pattern": lambda value: isinstance(value, str) and _SIMPLE_PATTERN.fullmatch(value) is not None,
     "format": lambda value: value in _FORMATS,
     "uniqueItems": lambda value: isinstance(value, bool),
     "description": lambda value: isinstance(value, str),
     "examples": lambda value: isinstance(value, list),
     "contentEncoding": lambda value: isinstance(value, str),
 }
-"""What is sent, and of which values: no server trips over it, and it says something to a model or a grammar."""
-_NOTES: Final = ("description", "default", "examples")
+"""The keywords that are sent, besides those that hold schemas, each with a check of its value.
+
+Every server accepts them, and they mean something to a model or to a grammar.
+"""
+_ANNOTATIONS: Final = ("description", "default", "examples")
 
 
-def digestible(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a type, as local servers take it in a `response_format`.
+def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a type as local servers accept it in a `response_format`.
 
-    Every `$ref` is replaced by what it points to, but those of types that hold themselves: llama.cpp follows these.
-    Objects take no other fields than theirs, and what some grammar trips over is left out: it narrows what a model can
-    write, while the type itself judges what it wrote. Source: llama.cpp's converter, and issues of LM Studio.
+    References are replaced by their targets, except those to types that contain themselves: llama.cpp follows these.
+    Objects allow no additional fields.
 
     Args:
-        schema: What `msgspec.json.schema` returns.
+        schema: The result of `msgspec.json.schema`.
     """
-    digest = _Digest(schema, closes=True, keeps=True)
-    whole = digest.part({key: value for key, value in schema.items() if key != "$defs"}, ())
-    if digest.endless:
-        whole["$defs"] = {name: digest.part(schema["$defs"][name], ("",)) for name in sorted(digest.endless)}
+    simplifier = _Simplifier(schema, close_objects=True, keep_recursion=True)
+    whole = simplifier.simplify({key: value for key, value in schema.items() if key != "$defs"}, ())
+    if simplifier.recursive:
+        whole["$defs"] = {
+            name: simplifier.simplify(schema["$defs"][name], ("",)) for name in sorted(simplifier.recursive)
+        }
     return whole
 
 
-def digestible_parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool's parameters, from wherever it comes, as local servers take it.
+def simplify_parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a tool's parameters as local servers accept it, whoever wrote it.
 
-    One schema that a server does not take makes it refuse the whole request, or all tools of it. So here is no
-    reference (a type that holds itself is written out twice; what is not in the schema, and nothing is ever fetched,
-    may be anything), an object at the top, one type a part, and no keyword but those that every server takes. The
-    result lets through what the original may refuse, so the original judges what a model wrote.
+    The result contains no reference: a type that contains itself is written out twice, and a reference to something
+    outside of the schema, which is never fetched, becomes a part that accepts anything. It has an object at the top,
+    one type in each part, and only keywords that every server accepts.
 
     Args:
         schema: A JSON schema of any draft.
 
     Raises:
-        ValueError: it is none of an object.
+        ValueError: The schema is not that of an object.
     """
-    digest = _Digest(schema, closes=False, keeps=False)
+    simplifier = _Simplifier(schema, close_objects=False, keep_recursion=False)
     try:
-        whole = digest.part(schema, ("#",))
+        whole = simplifier.simplify(schema, ("#",))
     except RecursionError as exc:
         raise ValueError("it is nested too deeply") from exc
-    return _of_an_object(whole)
+    return _as_object_schema(whole)
 
 
-class _Digest:
-    """A schema while it is made digestible.
+class _Simplifier:
+    """Simplifies the parts of one schema.
 
     Args:
-        root: The schema, for references.
-        closes: Whether objects take no other fields than theirs.
-        keeps: Whether references of types that hold themselves are kept.
+        root: The schema, which references point into.
+        close_objects: Whether objects allow no additional fields.
+        keep_recursion: Whether references to types that contain themselves are kept.
 
     Attributes:
-        endless: The definitions whose references are kept.
+        recursive: The names of the definitions that references are kept to.
     """
 
-    def __init__(self, root: Mapping[str, Any], *, closes: bool, keeps: bool) -> None:
+    def __init__(self, root: Mapping[str, Any], *, close_objects: bool, keep_recursion: bool) -> None:
         self._root = root
-        self._closes = closes
-        self._keeps = keeps
-        self._left = _PARTS
-        self.endless = set(_endless(root.get("$defs", {}))) if keeps else set()
+        self._close_objects = close_objects
+        self._keep_recursion = keep_recursion
+        self._parts_left = _MOST_PARTS
+        self.recursive = set(_recursive_definitions(root.get("$defs", {}))) if keep_recursion else set()
 
-    def part(self, part: Any, path: tuple[str, ...]) -> dict[str, Any]:
-        """A part of the schema, digested.
+    def simplify(self, part: Any, path: tuple[str, ...]) -> dict[str, Any]:
+        """Returns a part of the schema, simplified.
 
         Args:
-            part: Anything that stands where a schema should.
-            path: The references that led here.
+            part: Whatever stands where a schema should stand.
+            path: The references that led to this part.
         """
         if not isinstance(part, Mapping):
-            return {}  # True, or garbage: anything
-        self._left -= 1
+            # True, or garbage: anything is accepted.
+            return {}
+        self._parts_left -= 1
         if isinstance(ref := part.get("$ref"), str):
             part = {key: value for key, value in part.items() if key != "$ref"}
-            if path and ref.removeprefix("#/$defs/") in self.endless:
-                return {"$ref": ref, **self._digested(part, path)}
-            return self.part({**self._target(ref, path), **part}, (*path, ref))
-        if parts := _schemas(part.get("allOf")):
+            if path and ref.removeprefix("#/$defs/") in self.recursive:
+                return {"$ref": ref, **self._simplify_keywords(part, path)}
+            return self.simplify({**self._target_of(ref, path), **part}, (*path, ref))
+        if branches := _possible_schemas(part.get("allOf")):
             rest = {key: value for key, value in part.items() if key != "allOf"}
-            return _merged([self.part(each, path) for each in (rest, *parts)])
-        return _one_type(self._digested(part, path or ("",)))
+            return _merge_schemas([self.simplify(branch, path) for branch in (rest, *branches)])
+        return _with_one_type(self._simplify_keywords(part, path or ("",)))
 
-    def _target(self, ref: str, path: tuple[str, ...]) -> Mapping[str, Any]:
-        target = resolved(self._root, ref)
+    def _target_of(self, ref: str, path: tuple[str, ...]) -> Mapping[str, Any]:
+        target = resolve_reference(self._root, ref)
         if not isinstance(target, Mapping):
             return {}
-        if not self._keeps and (path.count(ref) >= _DEPTH or self._left <= 0):
+        if not self._keep_recursion and (path.count(ref) >= _RECURSION_DEPTH or self._parts_left <= 0):
             return {"type": target["type"]} if "type" in target else {}
         return target
 
-    def _digested(self, part: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        digested: dict[str, Any] = {}
+    def _simplify_keywords(self, part: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        simplified: dict[str, Any] = {}
         for key, value in part.items():
-            if key in _HOLDERS:
-                if (made := _HOLDERS[key](self, value, path)) is not None:
-                    digested.setdefault("anyOf" if key == "oneOf" else key, made)
+            if key in _SCHEMA_KEYWORDS:
+                if (schemas := _SCHEMA_KEYWORDS[key](self, value, path)) is not None:
+                    simplified.setdefault("anyOf" if key == "oneOf" else key, schemas)
             elif key == "const":
-                digested["enum"] = [value]
+                simplified["enum"] = [value]
             elif key == "type" and isinstance(value, list):
-                digested[key] = [each for each in _TYPES if each in value]
+                simplified[key] = [name for name in _TYPES if name in value]
             elif self._is_sent(key, value):
-                digested[key] = value
-        return self._as_object_or_list(digested, part)
+                simplified[key] = value
+        return self._reconcile(simplified, part)
 
     def _is_sent(self, key: str, value: Any) -> bool:
-        if self._keeps:
-            return key in _KNOWN and _KNOWN[key](value)
-        if key == "default":
-            return value is not None  # that one breaks chat templates
-        if (key in _SIZES and _is_size(value) and value > _LARGEST) or (key == "enum" and _is_too_long(value)):
-            return False
-        return key in _KNOWN and _KNOWN[key](value)
+        if not self._keep_recursion:
+            if key == "default":
+                # A default of null breaks chat templates.
+                return value is not None
+            if key in _SIZE_KEYWORDS and _is_size(value) and value > _LARGEST_BOUND:
+                return False
+            if key == "enum" and isinstance(value, list) and len(value) > _LONGEST_ENUM:
+                return False
+        return key in _KEYWORDS and _KEYWORDS[key](value)
 
-    def _as_object_or_list(self, digested: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-        """Sets right what keywords mean together."""
-        if "prefixItems" in digested and part.get("items") is False:
-            digested.pop("items", None)  # llama.cpp answers 400 to the two together
-        if "required" in digested:
-            known = digested.get("properties", {})
-            required = [name for name in digested.pop("required") if name in known]
-            digested |= {"required": required} if required else {}
-        if self._closes and "properties" in digested:
-            digested.setdefault("additionalProperties", False)
-        return digested
+    def _reconcile(self, simplified: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+        """Adjusts keywords whose meaning depends on another keyword."""
+        if "prefixItems" in simplified and part.get("items") is False:
+            # llama.cpp answers 400 if both are there.
+            simplified.pop("items", None)
+        if "required" in simplified:
+            known = simplified.get("properties", {})
+            required = [name for name in simplified.pop("required") if name in known]
+            simplified |= {"required": required} if required else {}
+        if self._close_objects and "properties" in simplified:
+            simplified.setdefault("additionalProperties", False)
+        return simplified
+
+    # Keywords that hold schemas
 
     def properties(self, value: Any, path: tuple[str, ...]) -> dict[str, Any]:
-        """What `properties` holds; a property that must not be there is left out."""
-        known = value if isinstance(value, Mapping) else {}
-        return {str(name): self.part(each, path) for name, each in known.items() if each is not False}
+        """Simplifies `properties`; a property that is `false`, and so must not exist, is left out."""
+        properties = value if isinstance(value, Mapping) else {}
+        return {str(name): self.simplify(part, path) for name, part in properties.items() if part is not False}
 
     def branches(self, value: Any, path: tuple[str, ...]) -> list[Any] | None:
-        """What a list of schemas holds."""
-        return [self.part(each, path) for each in _schemas(value)] or None
+        """Simplifies a list of schemas."""
+        return [self.simplify(part, path) for part in _possible_schemas(value)] or None
 
     def items(self, value: Any, path: tuple[str, ...]) -> Any:
-        """What `items` holds; as a list (drafts before 2020) it may be anything."""
-        return self.part(value, path) if isinstance(value, Mapping) else None
+        """Simplifies `items`; a list of them, as in drafts before 2020, is dropped."""
+        return self.simplify(value, path) if isinstance(value, Mapping) else None
 
-    def additional(self, value: Any, path: tuple[str, ...]) -> Any:
-        """What `additionalProperties` holds."""
+    def additional_properties(self, value: Any, path: tuple[str, ...]) -> Any:
+        """Simplifies `additionalProperties`."""
         if isinstance(value, bool):
             return value
-        return (self.part(value, path) or True) if isinstance(value, Mapping) else None
+        return (self.simplify(value, path) or True) if isinstance(value, Mapping) else None
 
     def required(self, value: Any, _path: tuple[str, ...]) -> list[str] | None:
-        """What `required` holds; in old drafts it could be a bool."""
-        return [each for each in value if isinstance(each, str)] if isinstance(value, list) else None
+        """Simplifies `required`; a bool, as in old drafts, is dropped."""
+        return [name for name in value if isinstance(name, str)] if isinstance(value, list) else None
 
 
-_HOLDERS: Final[Mapping[str, Callable[[_Digest, Any, tuple[str, ...]], Any]]] = {
-    "properties": _Digest.properties,
-    "anyOf": _Digest.branches,
-    "oneOf": _Digest.branches,
-    "prefixItems": _Digest.branches,
-    "items": _Digest.items,
-    "additionalProperties": _Digest.additional,
-    "required": _Digest.required,
+_SCHEMA_KEYWORDS: Final[Mapping[str, Callable[[_Simplifier, Any, tuple[str, ...]], Any]]] = {
+    "properties": _Simplifier.properties,
+    "anyOf": _Simplifier.branches,
+    "oneOf": _Simplifier.branches,
+    "prefixItems": _Simplifier.branches,
+    "items": _Simplifier.items,
+    "additionalProperties": _Simplifier.additional_properties,
+    "required": _Simplifier.required,
 }
 
 
-def _schemas(value: Any) -> list[Any]:
-    """The schemas of a list that can be met at all."""
-    return [each for each in value if isinstance(each, Mapping) or each is True] if isinstance(value, list) else []
+def _possible_schemas(value: Any) -> list[Any]:
+    """Returns the schemas of a list that some value can satisfy."""
+    return [part for part in value if isinstance(part, Mapping) or part is True] if isinstance(value, list) else []
 
 
-def _is_too_long(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > _CHOICES
-
-
-def _one_type(part: dict[str, Any]) -> dict[str, Any]:
-    """A part whose list of types is written as alternatives: MLX in LM Studio does not take lists."""
+def _with_one_type(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns a part whose list of types is written as alternatives, because MLX in LM Studio accepts no list."""
     if not isinstance(types := part.get("type"), list):
         return part
     if len(types) == 1:
@@ -225,55 +240,56 @@ def _one_type(part: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in part.items() if key != "type"}
     if not types or "enum" in part or "anyOf" in part:
         return rest
-    notes = {key: value for key, value in rest.items() if key in _NOTES}
-    bounds = {key: value for key, value in rest.items() if key not in _NOTES}
-    return notes | {"anyOf": [{"type": "null"} if each == "null" else {"type": each, **bounds} for each in types]}
+    annotations = {key: value for key, value in rest.items() if key in _ANNOTATIONS}
+    bounds = {key: value for key, value in rest.items() if key not in _ANNOTATIONS}
+    return annotations | {"anyOf": [{"type": "null"} if name == "null" else {"type": name, **bounds} for name in types]}
 
 
-def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all the parts ask for. The first one wins, but properties and what is required are those of all."""
+def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns one schema for an `allOf`: the first part wins, but properties and required names are those of all."""
     merged: dict[str, Any] = {}
     for part in parts:
         merged = {**part, **merged}
     if any("properties" in part for part in parts):
-        merged["properties"] = _alternatives(parts)
-        merged.pop("additionalProperties", None)  # each part meant those that it does not know
+        merged["properties"] = _merge_properties(parts)
+        # Each part meant the properties that it does not know, and another part may know them.
+        merged.pop("additionalProperties", None)
     if required := list(dict.fromkeys(name for part in parts for name in part.get("required", ()))):
         merged["required"] = required
     return merged
 
 
-def _alternatives(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The properties of all the parts; one that differs between them may be as in any."""
-    found: dict[str, list[Any]] = {}
+def _merge_properties(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the properties of all the parts. One that differs between them may be as in any of them."""
+    schemas_by_name: dict[str, list[Any]] = {}
     for part in parts:
         for name, schema in part.get("properties", {}).items():
-            if schema not in (known := found.setdefault(name, [])):
+            if schema not in (known := schemas_by_name.setdefault(name, [])):
                 known.append(schema)
-    return {name: known[0] if len(known) == 1 else {"anyOf": known} for name, known in found.items()}
+    return {name: known[0] if len(known) == 1 else {"anyOf": known} for name, known in schemas_by_name.items()}
 
 
-def _of_an_object(whole: dict[str, Any]) -> dict[str, Any]:
-    """A schema with an object at its top, and no alternatives there.
+def _as_object_schema(whole: dict[str, Any]) -> dict[str, Any]:
+    """Returns a schema with an object at its top, and no alternatives there.
 
     Raises:
-        ValueError: it is of something else.
+        ValueError: The schema is not that of an object.
     """
     branches = whole.pop("anyOf", [])
-    objects = [each for each in branches if each.get("type", "object") == "object"]
+    objects = [branch for branch in branches if branch.get("type", "object") == "object"]
     if whole.get("type", "object") != "object" or (branches and not objects):
         raise ValueError("it is not of an object")
     if objects:
-        required = set.intersection(*(set(each.get("required", ())) for each in objects))
-        keep = [name for name in objects[0].get("required", ()) if name in required]
-        merged = _merged([whole, *({**each, "required": keep} for each in objects)])
+        required = set.intersection(*(set(branch.get("required", ())) for branch in objects))
+        kept = [name for name in objects[0].get("required", ()) if name in required]
+        merged = _merge_schemas([whole, *({**branch, "required": kept} for branch in objects)])
         whole = {key: merged[key] for key in dict.fromkeys((*whole, "properties", "required")) if merged.get(key)}
     first = {"type": "object", "properties": whole.get("properties", {})}
     return first | {key: value for key, value in whole.items() if key != "enum"}
 
 
-def resolved(root: Mapping[str, Any], ref: str) -> Any:
-    """What a reference within a schema points to, or None: `#/$defs/Point`, `#/properties/from`, `#`."""
+def resolve_reference(root: Mapping[str, Any], ref: str) -> Any:
+    """Returns the target of a reference within a schema, such as `#/$defs/Point` or `#`, or None if there is none."""
     if not ref.startswith("#"):
         return None
     target: Any = root
@@ -288,15 +304,15 @@ def resolved(root: Mapping[str, Any], ref: str) -> Any:
     return target if ref == "#" or ref.startswith("#/") else None
 
 
-def _endless(definitions: Mapping[str, Any]) -> Iterator[str]:
-    """The definitions of msgspec that refer to themselves, directly or not."""
+def _recursive_definitions(definitions: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the names of msgspec's definitions that refer to themselves, directly or not."""
     for name in definitions:
         reached: set[str] = set()
-        left = list(_references(definitions[name]))
-        while left:
-            if (each := left.pop()) not in reached:
-                reached.add(each)
-                left += _references(definitions[each])
+        remaining = list(_references(definitions[name]))
+        while remaining:
+            if (reference := remaining.pop()) not in reached:
+                reached.add(reference)
+                remaining += _references(definitions[reference])
         if name in reached:
             yield name
 
@@ -307,15 +323,18 @@ def _references(part: Any) -> Iterator[str]:
             yield ref.removeprefix("#/$defs/")
         part = list(part.values())
     if isinstance(part, list):
-        for each in part:
-            yield from _references(each)
+        for child in part:
+            yield from _references(child)
 
 
-def fault(error: Exception) -> tuple[str, str]:
-    """The path of a fault, like `$.items[2].price`, and what is wrong there. msgspec tells both in its text only."""
+def describe_fault(error: Exception) -> tuple[str, str]:
+    """Returns where a value does not fit its type, such as `$.items[2].price`, and what is wrong there.
+
+    msgspec says both in the text of its error, and nowhere else.
+    """
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
-        return "$", f"it is no JSON: {text}"
-    found = _FAULT.fullmatch(text)
-    path, what = (found["path"].replace("`", ""), found["what"]) if found else ("$", text)
-    return path, excerpt(what[:1].lower() + what[1:])
+        return "$", f"it is not valid JSON: {text}"
+    found = _MSGSPEC_FAULT.fullmatch(text)
+    path, fault = (found["path"].replace("`", ""), found["fault"]) if found else ("$", text)
+    return path, excerpt(fault[:1].lower() + fault[1:])

@@ -14,8 +14,8 @@ import attrs
 
 from lmbridge._text import excerpt
 from lmbridge.client import failures
+from lmbridge.client.json_codec import decode_json, encode_body
 from lmbridge.client.names import MismatchPolicy
-from lmbridge.client.wire import decode_json, encode_body
 from lmbridge.config import Timeouts, normalize_api_base
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
 from lmbridge.transport import EventStream, Reply, Request, Transport

@@ -1,17 +1,24 @@
-"""Streamed replies: what all their streams have in common, that of a chat completion, and `collect`."""
+"""Streamed replies: what the streams of all endpoints have in common, and `collect`.
+
+A stream is an object of its own, and not an `async def` generator with a `yield` in it, for three reasons. Closing a
+generator from another task raises "asynchronous generator is already running", but stopping a stream from elsewhere is
+what a stop button does. A generator that is dropped is closed by the event loop at some later time, in a task that
+is never awaited, while the server goes on generating. And a generator cannot say what it has received so far.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, overload
 
 from lmbridge.client import failures
-from lmbridge.client.fold import Fold, fold_for
+from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
+from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy
-from lmbridge.client.wire import decode_json, decode_strictly
 from lmbridge.errors import (
     LLMError,
     LLMStreamError,
@@ -22,72 +29,86 @@ from lmbridge.errors import (
 from lmbridge.transport import Event, EventStream, NamedEvent
 
 if TYPE_CHECKING:
-    from lmbridge.types import ChatCompletion, ChatCompletionChunk  # noqa: F401 - in the quotes of a base class
+    from lmbridge.types import ChatCompletion
 
 logger = logging.getLogger("lmbridge.client")
 
 _DONE: Final = b"[DONE]"
-_NOTHING: Final[Iterator[Event]] = iter(())
-_CUT_HINT: Final = "the server stopped, crashed or was cut off; what had arrived is in .partial"
-
+_NO_EVENTS: Final[Iterator[Event]] = iter(())
 
 _Item = TypeVar("_Item")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
-class Folding(Protocol[_Reply_co]):
-    """A reply that grows by what its stream hands out."""
+class Accumulator(Protocol[_Reply_co]):
+    """A reply that grows with the events of its stream."""
 
     @property
-    def begun(self) -> bool:
-        """Whether anything was added."""
+    def has_begun(self) -> bool:
+        """Whether any event was added."""
 
     @property
     def has_delta(self) -> bool:
-        """Whether that held any piece of an answer."""
+        """Whether any of the events held a piece of an answer."""
 
     @property
-    def finished(self) -> bool:
-        """Whether the reply is whole, even if nothing more comes."""
+    def is_finished(self) -> bool:
+        """Whether the reply is complete, even if the stream breaks now."""
 
     def add(self, chunk: Mapping[str, Any], /) -> None:
-        """Adds what an event held; raises `LLMStreamError` if it is of an unknown shape."""
+        """Adds the data of an event; raises `LLMStreamError` if its shape is unknown."""
 
     def reply(self) -> _Reply_co:
-        """The reply so far, as a new dict."""
+        """Returns the reply so far as a new dict."""
 
 
 class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
-    """The pieces of one reply: the base of the streams of all endpoints.
+    """The base class of the streams of all endpoints: an async generator of the pieces of one reply.
 
-    Iterate it, once and by one task at a time; it is an async context manager too. Leaving it early, in any way,
-    closes the connection, so that the server stops generating, and gives its permit back.
+    Iterate it once, from one task at a time. It is also an async context manager. Leaving it early, in any way, closes
+    the connection, so that the server stops generating, and frees its place in the queue.
+
+    A subclass defines `_read_object`, which turns the JSON object of an event into an item of the iteration.
     """
 
-    __slots__ = ("_add", "_done", "_events", "_fault", "_fold", "_left", "_model", "_names", "_redact")
+    __slots__ = (
+        "_accumulator",
+        "_add",
+        "_events",
+        "_failure",
+        "_is_complete",
+        "_model",
+        "_names",
+        "_pending",
+        "_redact",
+    )
+
+    _EXPECTED_END: str = "[DONE] or a finish reason"
+    """How the stream ends, for the error that says that it did not."""
 
     def __init__(
-        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, fold: Folding[_Reply_co]
+        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, accumulator: Accumulator[_Reply_co]
     ) -> None:
         self._events = events
         self._names = names
         self._redact = redact
-        # Events are decoded as they are handed out, not as they arrive: hundreds of decoded chunks waiting at a time
-        # would keep the garbage collector busy for a third of the whole cost.
-        self._left: Iterator[Event] = _NOTHING
-        self._fold = fold
-        self._add = fold.add
+        self._accumulator = accumulator
+        # Kept, because looking the method up for each chunk takes longer than the call.
+        self._add = accumulator.add
+        # Events that have arrived and are not yet decoded. They are decoded when they are handed out, and not when
+        # they arrive: hundreds of decoded chunks that wait at a time would keep the garbage collector busy.
+        self._pending: Iterator[Event] = _NO_EVENTS
         self._model: str | None = None
-        self._done = False
-        self._fault: LLMError | None = None
+        self._is_complete = False
+        self._failure: LLMError | None = None
 
     @property
     def partial(self) -> _Reply_co | None:
-        """What `collect` would make of the stream so far, as a new dict; None before the first chunk."""
-        return self._fold.reply() if self._fold.begun else None
+        """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
+        return self._accumulator.reply() if self._accumulator.has_begun else None
 
     def __repr__(self) -> str:
-        state = "failed" if self._fault else "ended" if self._events.closed else "open"
+        state = "failed" if self._failure else "ended" if self._events.closed else "open"
         return f"<{type(self).__name__} model={self._model!r} {state}>"
 
     def __aiter__(self) -> Self:
@@ -95,45 +116,33 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     async def __anext__(self) -> _Item:
         while True:
-            for event in self._left:  # an iterator: it goes on where the last chunk was
-                chunk: Any = None
-                try:
-                    chunk = decode_strictly(event)  # type: ignore[arg-type]  # see the except
-                    usual = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
-                except (KeyError, TypeError, ValueError, RecursionError):  # an event with a name is a TypeError
-                    usual = False
-                if usual:
-                    try:
-                        self._add(chunk)
-                    except LLMError as error:
-                        self._fail(error)
-                        raise
-                    return chunk  # type: ignore[no-any-return]  # no cast: it would be a call for each chunk
-                other = self._add_unusual(chunk, event) if isinstance(chunk, dict) else self._read_unusual(event)
-                if other is not None:
-                    return other
-            await self._read_more()
+            # An iterator: the loop goes on behind the event that it returned last.
+            for event in self._pending:
+                if (item := self._read_event(event)) is not None:
+                    return item
+            await self._receive()
 
     async def asend(self, value: None) -> _Item:
-        """The next chunk; a stream takes no values."""
+        """Returns the next item. Only None can be sent, because a stream takes no values."""
         if value is not None:
             raise TypeError(f"a {type(self).__name__} takes no values; iterate it")
         return await self.__anext__()
 
     async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> _Item:
-        """Closes the stream and raises."""
+        """Closes the stream and raises the exception."""
         await self.aclose()
         error = typ if isinstance(typ, BaseException) else typ() if val is None else val
         raise error.with_traceback(tb) if tb is not None else error
 
     async def aclose(self) -> None:
-        """Closes the stream, from any task; idempotent.
+        """Closes the stream; may be called from any task, and more than once.
 
-        Before its end the connection is closed, and whoever reads, now or later, gets `TaskCancelledError`.
+        Before the end of the reply this closes the connection. A task that reads the stream, now or later, then gets
+        `TaskCancelledError` and never a silent end.
         """
-        if self._done:
+        if self._is_complete:
             await self._events.drain()
-        elif self._fault is None:
+        elif self._failure is None:
             self._fail(TaskCancelledError("the stream was closed before its end"))
 
     async def __aenter__(self) -> Self:
@@ -146,23 +155,41 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     # Reading
 
-    async def _read_more(self) -> None:
-        """Waits for more events; raises the end of the stream, whichever it is."""
-        if self._fault is not None:
-            raise self._fault
-        if not self._done and self._events.ended:
+    @abstractmethod
+    def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> _Item | None:
+        """Returns the item for the JSON object of an event, or None if the event is not for the caller.
+
+        Args:
+            value: The object.
+            name: The name of the event, or "".
+            data: The text that the object was decoded from.
+
+        Raises:
+            LLMError: The object reports an error, or does not belong to this reply.
+        """
+
+    async def _receive(self) -> None:
+        """Waits for more events.
+
+        Raises:
+            StopAsyncIteration: The reply is complete.
+            LLMError: The stream has failed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if not self._is_complete and self._events.ended:
             self._end_of_body()
-        if self._done:
+        if self._is_complete:
             await self._events.drain()
             raise StopAsyncIteration
         try:
-            self._left = iter(await self._events.read())
+            self._pending = iter(await self._events.read())
         except (LLMStreamError, LLMTimeoutError) as error:
-            if not self._fold.finished:
+            if not self._accumulator.is_finished:
                 self._fail(error)
                 raise
-            logger.debug("after the finish reason: %s", error)
-            self._done = True
+            logger.debug("the stream broke after the finish reason, which is no loss: %s", error)
+            self._is_complete = True
         except LLMError as error:
             self._fail(error)
             raise
@@ -170,53 +197,37 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
 
-    def _read_unusual(self, event: Event) -> _Item | None:
-        """The chunk of an event that is not just one more piece of the same reply; None for the end, or for nothing.
+    def _read_event(self, event: Event) -> _Item | None:
+        """Returns the item for an event, or None for `[DONE]` and for events that are not for the caller.
 
         Raises:
-            LLMError: the event reports an error, or is one.
+            LLMError: The event reports an error, or is not JSON.
         """
         name, data = (event.name, event.data) if isinstance(event, NamedEvent) else ("", event)
         data = data.strip()
         if data == _DONE:
-            self._finish()
-            self._left = _NOTHING
+            self._on_done()
             return None
         if not data and name != "error":
             return None
-        text = data.decode("utf-8", "replace")
         try:
-            chunk = decode_json(data)
+            value = decode_json(data)
         except ValueError:
+            text = data.decode("utf-8", "replace")
             if self._events.ended and name != "error" and text.startswith(("{", "[")):
-                return None  # the end of the body cut it off: that is told when the body's end is
-            raise self._report(text) from None
-        if not isinstance(chunk, dict) or name == "error":
-            raise self._report(text)
-        return self._add_unusual(chunk, data)
+                # The end of the body cut this event off. `_end_of_body` raises the error that says so.
+                return None
+            raise self._reported(text) from None
+        if not isinstance(value, dict) or name == "error":
+            raise self._reported(data.decode("utf-8", "replace"))
+        return self._read_object(value, name, data)
 
-    def _add_unusual(self, chunk: dict[str, Any], data: Event) -> _Item:
-        """Adds a chunk that begins the reply, or names no model.
-
-        Raises:
-            LLMError: it is no chunk, but reports an error; or it is a chunk of another reply.
-        """
-        if failures.is_error_object(chunk):
-            raise self._report(cast("bytes", data).strip().decode("utf-8", "replace"))
-        try:
-            self._note_model(chunk.get("model"))
-            self._add(chunk)
-        except LLMError as error:
-            self._fail(error)
-            raise
-        return cast("_Item", chunk)
-
-    def _note_model(self, model: str | None) -> None:
-        """Notes the name of the model that answers.
+    def _check_model(self, model: str | None) -> None:
+        """Notes which model answers.
 
         Raises:
-            ModelMismatchError: it is not the one that was asked for, and that is to be an error.
-            ModelChangedDuringExecutionError: it is not the one of the chunks before.
+            ModelMismatchError: It is not the model that was asked for, and `model_mismatch` is "raise".
+            ModelChangedDuringExecutionError: It is not the model of the chunks before.
         """
         if not model or model == self._model:
             return
@@ -231,18 +242,28 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             self._events.call.mark_unloaded()
         self._model = model
 
-    async def _collect(self) -> _Reply_co:
+    async def _read_to_end(self) -> _Reply_co:
         async with self:
             async for _ in self:
                 pass
-        return self._fold.reply()
+        return self._accumulator.reply()
 
-    # Endings
+    # The end
 
-    def _finish(self) -> None:
-        if (stray := self._events.stray) and not self._fold.finished:
-            raise self._report(stray)
-        if not self._fold.has_delta:
+    def _on_done(self) -> None:
+        """Ends the stream at `[DONE]`."""
+        self._complete()
+        self._pending = _NO_EVENTS
+
+    def _complete(self) -> None:
+        """Marks the reply as complete.
+
+        Raises:
+            LLMError: The reply cannot be complete: the body held an error as bare text, or there was no answer at all.
+        """
+        if (stray := self._events.stray) and not self._accumulator.is_finished:
+            raise self._reported(stray)
+        if not self._accumulator.has_delta:
             raise self._fail(
                 LLMStreamError(
                     "the stream ended without a single piece of an answer",
@@ -250,60 +271,46 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                     " shorten it, or load the model with a longer context",
                 )
             )
-        self._done = True
+        self._is_complete = True
 
     def _end_of_body(self) -> None:
-        """The body ended: that is the end of the reply only after a finish reason."""
-        if self._fold.finished:
-            self._finish()
+        """Ends the stream where its body ends, which completes the reply only if it is finished.
+
+        Raises:
+            LLMError: The reply is not finished.
+        """
+        if self._accumulator.is_finished:
+            self._complete()
         elif stray := self._events.stray:
-            raise self._report(stray)
+            raise self._reported(stray)
         else:
             raise self._fail(
-                LLMStreamError("the stream was cut off: it ended without [DONE] or a finish reason", hint=_CUT_HINT)
+                LLMStreamError(
+                    f"the stream was cut off: it ended without {self._EXPECTED_END}",
+                    hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
+                )
             )
 
-    def _report(self, text: str) -> LLMError:
-        said = failures.parse_error_body(self._redact(text))
-        return self._fail(failures.error_from_event(said, self._events.call.context()))
+    def _reported(self, text: str) -> LLMError:
+        """Ends the stream with the error that the server reported, and returns that error."""
+        report = failures.parse_error_body(self._redact(text))
+        return self._fail(failures.error_from_event(report, self._events.call.context()))
 
     def _fail(self, error: LLMError) -> LLMError:
-        """Ends the stream with an error, which is told what had arrived; the connection is closed now."""
+        """Ends the stream with an error: completes the error, closes the connection at once, returns the error."""
         if failures.means_model_unloaded(error):
             self._events.call.mark_unloaded()
-        # The message is redacted because it may quote a chunk.
+        # The message may quote a chunk, and a chunk may repeat the key.
         error.completed(
             self._redact(error.message),
             context=self._events.call.context(),
             status=self._events.status,
             partial=self.partial,
         )
-        self._fault = error
-        self._left = _NOTHING
+        self._failure = error
+        self._pending = _NO_EVENTS
         self._events.abort(error)
         return error
-
-
-class ChatStream(ReplyStream["ChatCompletionChunk", "ChatCompletion"]):
-    """The chunks of one chat completion, as the server sent them.
-
-    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
-    finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
-    that the server stops generating, and gives its permit back.
-
-    Raises (while it is iterated):
-        LLMStreamError: it was cut off, or the server reported an error that is none of those below.
-        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: the server reported one.
-        LLMTimeoutError: phase "first_byte", "idle" or "total".
-        ModelMismatchError: another model answers (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: the model's name changed between two chunks.
-        TaskCancelledError: it was closed, by another task or before its end.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, answers: int = 1) -> None:
-        super().__init__(events, names, redact, Fold(answers))
 
 
 @overload
@@ -315,33 +322,40 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion: .
 
 
 async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
-    """Folds a stream of chunks into the dict that the plain call would have returned.
+    """Reads a stream to its end, and returns the dict that the plain call would have returned.
 
-    Content, reasoning and tool calls are joined, usage and finish reason kept; usage that the stream did not tell is
-    None (servers tell it when asked with `stream_options={"include_usage": True}`). The stream is closed if an error
-    interrupts it. Of a stream of ours it is the whole reply, also if some or all of it was read before.
+    For example::
+
+        stream = await client.chat_completion(messages, stream=True)
+        reply = await collect(stream)
+        print(reply["choices"][0]["message"]["content"])
+
+    Content, reasoning and tool calls are joined; usage and finish reason are kept. Servers send the usage of a stream
+    only when asked, with `stream_options={"include_usage": True}`; otherwise it is None. If an error or a cancellation
+    interrupts the reading, the stream is closed.
 
     Args:
-        stream: A `ChatStream`, `TextStream` or `ResponseStream`, or any other iterable of the chunks of a chat or
-            text completion.
+        stream: A `ChatStream`, `TextStream` or `ResponseStream`. It may have been read in part, or to its end, before:
+            the result is the whole reply in any case. Any other asynchronous iterable of the chunks of a chat or text
+            completion can be given as well; of that, the result is what it still yields.
 
     Raises:
-        LLMError: what iterating the stream raises.
-        LLMStreamError: a chunk is none, or there was none at all.
+        LLMStreamError: A chunk has an unknown shape, or there was no chunk.
+        LLMError: Whatever the iteration of the stream raises.
     """
     if isinstance(stream, ReplyStream):
-        return await stream._collect()  # noqa: SLF001 - it has folded what was read of it before
-    fold: Fold | None = None
+        return await stream._read_to_end()  # noqa: SLF001 - it has accumulated what was read before
+    accumulator: ChatAccumulator | None = None
     try:
         async for chunk in stream:
-            fold = fold or fold_for(chunk)
-            fold.add(chunk)
+            accumulator = accumulator or accumulator_for(chunk)
+            accumulator.add(chunk)
     except BaseException as error:
-        if isinstance(error, LLMError) and error.partial is None and fold is not None and fold.begun:
-            error.completed(partial=fold.reply())
+        if isinstance(error, LLMError) and error.partial is None and accumulator is not None and accumulator.has_begun:
+            error.completed(partial=accumulator.reply())
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()
         raise
-    if fold is None:
-        raise LLMStreamError("there was no chunk to collect", hint="has the stream been read already?")
-    return fold.reply()
+    if accumulator is None:
+        raise LLMStreamError("there was no chunk to collect", hint="the stream may have been read before")
+    return accumulator.reply()

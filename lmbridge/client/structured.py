@@ -1,4 +1,4 @@
-"""Answers of a type: the schema that is sent to get one, and how it is read."""
+"""Structured answers: the schema of a type is sent along, and the answer becomes an instance of that type."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ import attrs
 import msgspec
 
 from lmbridge._text import excerpt, replace_lone_surrogates, shorten
+from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.reasoning import split_reasoning
-from lmbridge.client.schemas import digestible, fault
-from lmbridge.client.stream import ChatStream, collect
+from lmbridge.client.schemas import describe_fault, simplify_answer_schema
+from lmbridge.client.stream import collect
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ChatCompletion
 
 T = TypeVar("T")
 
-_OWN: Final = ("n", "response_format", "stream")
-_TYPES: Final = "give a dataclass, an attrs class, a TypedDict or a msgspec.Struct; anything else can be a field of one"
-_CUT: Final = (
-    "raise max_tokens, load the model with a longer context, or bound the type's texts and lists with"
-    " msgspec.Meta(max_length=...)"
+_RESERVED_PARAMETERS: Final = ("n", "response_format", "stream")
+_TYPES_HINT: Final = (
+    "give a dataclass, an attrs class, a TypedDict or a msgspec.Struct; anything else can be a field of one"
 )
-_REPEATED: Final = 8_000
-"""Characters of a wrong answer that the model is shown again."""
+_QUOTED_CHARACTERS: Final = 8_000
+"""Characters of a wrong answer that are sent back to the model."""
 
 
 @attrs.frozen
-class Answer(Generic[T]):
-    """What an answer is to be."""
+class AnswerFormat(Generic[T]):
+    """How an answer of a type is asked for, and how it is read."""
 
     name: str
+    """The name of the type."""
     response_format: Mapping[str, Any]
+    """The parameter of the request, with the type's JSON schema."""
     decoder: msgspec.json.Decoder[T]
 
 
@@ -46,69 +47,71 @@ async def parse(
     *,
     url: str,
 ) -> T:
-    """Asks for an instance of a type; a wrong one is sent back once, with what is wrong about it.
+    """Asks for an instance of a type. A wrong answer is sent back once, with what is wrong about it.
 
     Args:
-        ask: `chat_completion`.
+        ask: The client's `chat_completion`.
         messages: The messages.
-        type_: What the answer is to be.
+        type_: The type of the answer.
         params: Further parameters of the request.
-        url: The server, for errors.
+        url: The URL of the server, for errors.
 
     Raises:
-        LLMValidationError: an argument cannot be right, or the answer is not what was asked for.
-        LLMError: the request failed.
+        LLMValidationError: An argument cannot be right, or the second answer was wrong as well.
+        LLMError: A request failed.
     """
-    if own := [name for name in _OWN if name in params]:
+    if reserved := [name for name in _RESERVED_PARAMETERS if name in params]:
         raise LLMValidationError(
-            f"{' and '.join(own)} given to parse, which asks for one answer of its own format",
-            hint="leave it out, or use chat_completion",
+            f"parse() does not accept {' and '.join(reserved)}, because it sets them itself",
+            hint="leave them out, or use chat_completion()",
         )
-    answer: Answer[T] = answer_of(type_)
-    # Streamed: servers notice that a client has left only when they next write.
-    streamed = partial(ask, stream=True, response_format=answer.response_format, **params)
+    answer_format: AnswerFormat[T] = answer_format_of(type_)
+    # Streamed, because many servers notice only when they next write that a client has cancelled its request.
+    ask_streamed = partial(ask, stream=True, response_format=answer_format.response_format, **params)
     context = {"operation": "structured answer", "url": url}
-    reply = await collect(await streamed(messages))
+    reply = await collect(await ask_streamed(messages))
     try:
-        return _read(reply, answer, {**context, "attempts": 1})
+        return _decode_answer(reply, answer_format, {**context, "attempts": 1})
     except LLMValidationError as error:
         if "path" not in error.context:
             raise
         messages = [*messages, *_correction(error)]
-    reply = await collect(await streamed(messages))
-    return _read(reply, answer, {**context, "attempts": 2})
+    reply = await collect(await ask_streamed(messages))
+    return _decode_answer(reply, answer_format, {**context, "attempts": 2})
 
 
-# Reading
+# Reading the answer
 
 
-def _read(reply: ChatCompletion, answer: Answer[T], context: Mapping[str, Any]) -> T:
-    """The instance that a reply holds.
+def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], context: Mapping[str, Any]) -> T:
+    """Returns the instance that a reply holds.
 
     Raises:
-        LLMValidationError: it holds none; its `context` has a `path` if the model may do better when told what.
+        LLMValidationError: It does not hold one. The `context` of the error has a `path` if the model may do better
+            when it is shown what is wrong.
     """
-    text = _text_of(reply)
+    text = _answer_text(reply)
     try:
-        return answer.decoder.decode(text)
+        return answer_format.decoder.decode(text)
     except (ValueError, RecursionError) as exc:
         context = {**context, "model": reply.get("model")}
         choice = reply["choices"][0]
         if choice.get("finish_reason") == "length":
-            what, hint = "the answer was cut off", "raise max_tokens, or load the model with a longer context"
+            message, hint = "the answer was cut off", "raise max_tokens, or load the model with a longer context"
         elif not text:
-            what, hint = _nothing(reply)
+            message, hint = _explain_empty_answer(reply)
         else:
-            context["path"], reason = fault(exc)
-            what = f"the answer is no {answer.name}: {context['path']}: {reason}"
+            context["path"], fault = describe_fault(exc)
+            message = f"the answer is not a valid {answer_format.name}: {context['path']}: {fault}"
             hint = "its text is in .body; say in the prompt what the fields are, or ask a larger model"
-        raise LLMValidationError(what, exc, hint=hint, context=context, body=text, partial=reply) from exc
+        raise LLMValidationError(message, exc, hint=hint, context=context, body=text, partial=reply) from exc
 
 
-def _text_of(reply: ChatCompletion) -> str:
-    """The answer without what the model thought before it, and without a fence around all of it."""
+def _answer_text(reply: ChatCompletion) -> str:
+    """Returns the answer without the reasoning before it, and without a Markdown fence around the whole of it."""
     text: str = reply["choices"][0]["message"].get("content") or ""
-    if not text.lstrip().startswith("{"):  # a tag inside of JSON is none
+    # In an answer that begins as JSON does, a tag is a part of some string.
+    if not text.lstrip().startswith("{"):
         text = split_reasoning(reply).text
     text = text.strip()
     fence, _, rest = text.partition("\n")
@@ -116,51 +119,54 @@ def _text_of(reply: ChatCompletion) -> str:
     return rest.removesuffix("```").strip() if is_fenced else text
 
 
-def _nothing(reply: ChatCompletion) -> tuple[str, str]:
-    """Why there is no text, and what to do."""
+def _explain_empty_answer(reply: ChatCompletion) -> tuple[str, str]:
+    """Returns why a reply has no text, and what to do about it."""
     message: Mapping[str, Any] = reply["choices"][0]["message"]
     if message.get("tool_calls"):
-        return "the model called a tool instead of answering", "give parse no tools; .partial has the calls"
+        return "the model called a tool instead of answering", "give parse() no tools; .partial has the calls"
     if refusal := message.get("refusal"):
-        return f"the model refused: {excerpt(refusal)}", "ask otherwise, or ask another model"
+        return f"the model refused: {excerpt(refusal)}", "rephrase the question, or ask another model"
     if split_reasoning(reply).reasoning:
-        return "the model thought, but did not answer", "switch its thinking off; .partial has what it thought"
-    return "the answer is empty", "ask again, or without parse: not every server and model can answer by a schema"
+        return "the model reasoned, but did not answer", "switch its reasoning off; .partial has what it wrote"
+    return "the answer is empty", "try again, or without parse(): not every server and model can follow a schema"
 
 
 def _correction(error: LLMValidationError) -> list[dict[str, Any]]:
-    """The messages that show the model its wrong answer, and say what is wrong about it."""
-    shown = shorten(replace_lone_surrogates(error.body or ""), _REPEATED)
-    told = f"That is wrong: {error.message}. Answer again, with the whole JSON object."
-    return [{"role": "assistant", "content": shown}, {"role": "user", "content": told}]
+    """Returns the messages that show the model its wrong answer, and say what is wrong about it."""
+    answer = shorten(replace_lone_surrogates(error.body or ""), _QUOTED_CHARACTERS)
+    request = f"That is wrong: {error.message}. Answer again, with the whole JSON object."
+    return [{"role": "assistant", "content": answer}, {"role": "user", "content": request}]
 
 
-# Schemas
+# Asking for the answer
 
 
-def answer_of(type_: Any) -> Answer[Any]:
-    """What an answer of a type is to be; found out once for each type.
+def answer_format_of(type_: Any) -> AnswerFormat[Any]:
+    """Returns how an answer of a type is asked for and read. It is computed once for each type.
 
     Raises:
-        LLMValidationError: the type is none that is an object in JSON, or has a field that has no place in JSON.
+        LLMValidationError: JSON has no object for the type, or the type has a field that JSON has nothing for.
     """
     try:
-        return _answer_of(type_)
-    except (TypeError, NameError) as exc:  # msgspec's last line says what it is, those before how to extend msgspec
+        return _cached_answer_format(type_)
+    except (TypeError, NameError) as exc:
+        # The last line of msgspec's text says what is wrong; those before it say how to extend msgspec.
         reason = str(exc).rpartition("\n")[2]
-        raise LLMValidationError(f"cannot parse an answer as {_name(type_)}: {reason}", exc, hint=_TYPES) from exc
+        raise LLMValidationError(
+            f"cannot parse an answer as {_type_name(type_)}: {reason}", exc, hint=_TYPES_HINT
+        ) from exc
 
 
 @lru_cache(maxsize=256)
-def _answer_of(type_: Any) -> Answer[Any]:
-    schema = digestible(msgspec.json.schema(type_))
+def _cached_answer_format(type_: Any) -> AnswerFormat[Any]:
+    schema = simplify_answer_schema(msgspec.json.schema(type_))
     if schema.get("type") != "object":
-        raise TypeError("it is no object in JSON")
-    name = _name(type_)
+        raise TypeError("it is not an object in JSON")
+    name = _type_name(type_)
     label = re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64]
     wire = {"type": "json_schema", "json_schema": {"name": label, "strict": True, "schema": schema}}
-    return Answer(name, wire, msgspec.json.Decoder(type_))
+    return AnswerFormat(name, wire, msgspec.json.Decoder(type_))
 
 
-def _name(type_: object) -> str:
+def _type_name(type_: object) -> str:
     return str(getattr(type_, "__name__", type_))

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge.agent.schemas import build_validator, coerce_to_schema
-from lmbridge.client.schemas import digestible_parameters
+from lmbridge.client.schemas import simplify_parameters
 from tests.client.test_schemas import SCHEMAS
 
 
 def validate(schema: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    return build_validator(schema, digestible_parameters(schema))(arguments)
+    return build_validator(schema, simplify_parameters(schema))(arguments)
 
 
 def error_of(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ def test_a_value_that_fits_no_alternative_is_described_for_each_of_them() -> Non
 
 def test_the_original_schema_decides_and_not_the_version_that_is_sent() -> None:
     schema = {"type": "object", "properties": {"id": {"type": "string", "pattern": r"^\d+$", "not": {"const": "0"}}}}
-    assert digestible_parameters(schema)["properties"] == {"id": {"type": "string"}}
+    assert simplify_parameters(schema)["properties"] == {"id": {"type": "string"}}
     assert validate(schema, {"id": "12"})
     assert "does not match" in error_of(schema, {"id": "a"})
     assert "should not be valid" in error_of(schema, {"id": "0"})
@@ -202,7 +202,7 @@ def test_values_within_a_schema_are_not_read_as_schemas() -> None:
 @given(SCHEMAS, st.dictionaries(st.sampled_from(["a", "b"]), st.none() | st.integers() | st.text(max_size=3)))
 def test_validation_raises_only_value_errors_with_a_path(schema: dict[str, Any], arguments: dict[str, Any]) -> None:
     try:
-        sent = digestible_parameters(schema)
+        sent = simplify_parameters(schema)
     except ValueError:
         return
     try:

@@ -31,8 +31,8 @@ from lmbridge import (
     ModelNotFoundError,
     collect,
 )
+from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.failures import classify
-from lmbridge.client.stream import ChatStream
 from lmbridge.testing import ScriptedServer, raw
 from lmbridge.testing.wire import chunk
 from lmbridge.transport import Verdict

@@ -67,13 +67,13 @@ async def test_a_base_url_needs_no_v1(scripted_server: ScriptedServer, suffix: s
 
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
-    ({"messages": None}, "messages is None; give a list of messages"),
+    ({"messages": None}, "messages must be a list of messages, not None; for example"),
     ({"messages": []}, "messages is empty"),
-    ({"messages": "Hello"}, "messages is of type str"),
-    ({"messages": ["Hello"]}, r"messages\[0\] is of type str"),
+    ({"messages": "Hello"}, "messages must be a list of messages, not str"),
+    ({"messages": ["Hello"]}, r"messages\[0\] must be a dict, not str"),
     ({"messages": [{"content": "Hello"}]}, r"messages\[0\] has no role; add 'role'"),
-    ({"messages": [{"role": "user", "content": b"Hello"}]}, r"messages\[0\]\['content'\] is of type bytes"),
-    ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\['content'\] is of type int"),
+    ({"messages": [{"role": "user", "content": b"Hello"}]}, r"messages\[0\]\['content'\] must be .*, not bytes"),
+    ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]\['content'\] must be .*, not int"),
     ({"messages": [{"role": "user", "content": [{"x": object()}]}]}, r"messages\[0\]\['content'\]\[0\]\['x'\]"),
     ({"messages": MESSAGES, "seed": object()}, "seed is of type object, which cannot be sent as JSON"),
     ({"messages": MESSAGES, "temperature": float("nan")}, "temperature is nan"),

@@ -89,17 +89,17 @@ async def test_a_prompt_is_sent_as_it_is_and_nothing_is_added(
 
 
 BAD: list[tuple[Any, str]] = [
-    (None, "prompt is None; give a string"),
-    (5, "prompt is of type int"),
-    (b"x", "prompt is of type bytes"),
+    (None, "prompt must be a text or a list of texts, not None; give a string"),
+    (5, "prompt must be a text or a list of texts, not int"),
+    (b"x", "prompt must be a text or a list of texts, not bytes"),
     ([], "prompt is empty; give at least one text"),
     ([[]], r"prompt\[0\] is an empty list"),
-    ([None], r"prompt\[0\] is None"),
-    (["a", 5], r"prompt\[1\] is of type int"),
-    ([True], r"prompt\[0\] is of type bool"),
-    ([1, "a"], r"prompt\[1\] is of type str among token ids"),
-    ([[1, 2.5]], r"prompt\[0\]\[1\] is of type float among token ids"),
-    ({"a": 1}, "prompt is of type dict"),
+    ([None], r"prompt\[0\] must be a text, not None"),
+    (["a", 5], r"prompt\[1\] must be a text, not int"),
+    ([True], r"prompt\[0\] must be a text, not bool"),
+    ([1, "a"], r"prompt\[1\] must be a token id like those before it, not str"),
+    ([[1, 2.5]], r"prompt\[0\]\[1\] must be a token id like those before it, not float"),
+    ({"a": 1}, "prompt must be a text or a list of texts, not dict"),
 ]
 
 

@@ -29,7 +29,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.client import failures
-from lmbridge.client.stream import ChatStream
+from lmbridge.client.chat_stream import ChatStream
 from lmbridge.testing import Behaviour, ScriptedServer, answer, reply, sse
 from lmbridge.transport import Verdict
 from tests.support import MESSAGES, piece, text_of

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmbridge import LLMClient, ReasoningSplitter, collect, split_reasoning
-from lmbridge.client.fold import Fold
+from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.support import MESSAGES
 
@@ -176,7 +176,7 @@ def test_a_stream_cut_anywhere_splits_as_its_whole_reply_does(
     bounds = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
     chunks = [chunk(**{key: reasoning})] if key else []
     chunks += [chunk(content=content[start:end]) for start, end in pairwise(bounds)]
-    fold = Fold()
+    fold = ChatAccumulator()
     for each in chunks or [chunk()]:
         fold.add(each)
     before, close, _ = content.partition("</think>")

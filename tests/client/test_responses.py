@@ -128,17 +128,20 @@ async def test_nothing_is_added_to_a_request(scripted_server: ScriptedServer) ->
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"input": None}, "input is None; give a string, or a list of items"),
-    ({"input": 5}, "input is of type int"),
-    ({"input": b"x"}, "input is of type bytes"),
-    ({"input": {"role": "user"}}, "input is of type dict"),
+    ({"input": None}, "input must be a string or a list of items, not None; for example"),
+    ({"input": 5}, "input must be a string or a list of items, not int"),
+    ({"input": b"x"}, "input must be a string or a list of items, not bytes"),
+    ({"input": {"role": "user"}}, "input must be a string or a list of items, not dict"),
     ({"input": []}, "input is empty; give at least one item"),
-    ({"input": ["a"]}, r"input\[0\] is of type str; give a dict"),
+    ({"input": ["a"]}, r"input\[0\] must be a dict, not str"),
     ({"input": [{"content": "a"}]}, r"input\[0\] has neither role nor type"),
-    ({"previous_response_id": ""}, "previous_response_id is ''; give the 'id'"),
-    ({"previous_response_id": 5}, "previous_response_id is 5"),
-    ({"tools": [FLAT, "add"]}, r"tools\[1\] is of type str; give a dict"),
-    ({"tools": (NESTED,)}, r"tools\[0\] is nested.*; here they are flat: {'type': 'function', 'name': 'add', "),
+    ({"previous_response_id": ""}, "previous_response_id must be .*, not ''; give the 'id'"),
+    ({"previous_response_id": 5}, "previous_response_id must be .*, not 5"),
+    ({"tools": [FLAT, "add"]}, r"tools\[1\] must be a dict, not str"),
+    (
+        {"tools": (NESTED,)},
+        r"tools\[0\] is nested.*; tools of a response are flat: {.*'name': 'add', ",
+    ),
     ({"model": ""}, "model must be .*, not ''"),
 ]
 

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.client.schemas import digestible_parameters, resolved
+from lmbridge.client.schemas import resolve_reference, simplify_parameters
 
 
 def part(schema: Any, **root: Any) -> Any:
     """What becomes of a parameter's schema."""
-    return digestible_parameters({"type": "object", "properties": {"x": schema}, **root})["properties"]["x"]
+    return simplify_parameters({"type": "object", "properties": {"x": schema}, **root})["properties"]["x"]
 
 
 @pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"properties": None}, {"type": "any"}, {"$schema": 5}])
 def test_at_the_top_is_an_object(schema: dict[str, Any]) -> None:
-    assert digestible_parameters(schema) == {"type": "object", "properties": {}}
+    assert simplify_parameters(schema) == {"type": "object", "properties": {}}
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_at_the_top_is_an_object(schema: dict[str, Any]) -> None:
 )
 def test_parameters_that_are_no_object_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it is not of an object"):
-        digestible_parameters(schema)
+        simplify_parameters(schema)
 
 
 def test_what_is_nested_without_measure_is_refused() -> None:
@@ -34,7 +34,7 @@ def test_what_is_nested_without_measure_is_refused() -> None:
     for _ in range(2_000):
         schema = {"type": "object", "properties": {"x": schema}}
     with pytest.raises(ValueError, match="nested too deeply"):
-        digestible_parameters(schema)
+        simplify_parameters(schema)
 
 
 @pytest.mark.parametrize("place", ["$defs", "definitions"])
@@ -46,7 +46,7 @@ def test_references_are_replaced_by_what_they_point_to(place: str) -> None:
 
 def test_references_may_point_anywhere_in_the_schema() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"$ref": "#/properties/a"}}}
-    assert digestible_parameters(schema)["properties"]["b"] == {"type": "string"}
+    assert simplify_parameters(schema)["properties"]["b"] == {"type": "string"}
     assert part({"$ref": "#/$defs/a~1b~0%20c"}, **{"$defs": {"a/b~ c": {"type": "null"}}}) == {"type": "null"}
     assert part({"$ref": "#/$defs/x/anyOf/1"}, **{"$defs": {"x": {"anyOf": [{}, {"type": "null"}]}}}) == {
         "type": "null"
@@ -65,8 +65,8 @@ def test_a_type_that_holds_itself_is_written_out_twice() -> None:
     once = {"type": "object", "properties": {"value": {}, "next": {"type": "object"}}}
     twice = {"type": "object", "properties": {"value": {}, "next": once}}
     assert part({"$ref": "#/$defs/Node"}, **{"$defs": {"Node": node}}) == twice
-    assert digestible_parameters(node | {"$defs": {"Node": node}})["properties"]["next"] == twice
-    assert "$ref" not in json.dumps(digestible_parameters({"properties": {"child": {"$ref": "#"}}}))
+    assert simplify_parameters(node | {"$defs": {"Node": node}})["properties"]["next"] == twice
+    assert "$ref" not in json.dumps(simplify_parameters({"properties": {"child": {"$ref": "#"}}}))
 
 
 def test_references_in_a_circle_are_anything() -> None:
@@ -160,7 +160,7 @@ def test_all_of_is_one_part() -> None:
     }
     first = {"properties": {"a": {}}, "required": ["a"], "additionalProperties": False}
     second = {"properties": {"b": {}}, "required": ["b", "a"]}
-    assert digestible_parameters({"type": "object", "allOf": [first, second]}) == {
+    assert simplify_parameters({"type": "object", "allOf": [first, second]}) == {
         "type": "object",
         "properties": {"a": {}, "b": {}},
         "required": ["a", "b"],
@@ -170,7 +170,7 @@ def test_all_of_is_one_part() -> None:
 def test_alternatives_at_the_top_are_one_object() -> None:
     circle = {"type": "object", "properties": {"kind": {"const": "circle"}, "r": {}}, "required": ["kind", "r"]}
     square = {"type": "object", "properties": {"kind": {"const": "square"}, "a": {}}, "required": ["kind", "a"]}
-    assert digestible_parameters({"oneOf": [circle, square, {"type": "null"}], "description": "A shape."}) == {
+    assert simplify_parameters({"oneOf": [circle, square, {"type": "null"}], "description": "A shape."}) == {
         "type": "object",
         "properties": {"kind": {"anyOf": [{"enum": ["circle"]}, {"enum": ["square"]}]}, "r": {}, "a": {}},
         "description": "A shape.",
@@ -185,15 +185,15 @@ def test_objects_stay_as_open_as_they_are() -> None:
 def test_the_original_is_not_changed() -> None:
     schema = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"x": {"const": 1}}}}}
     before = json.dumps(schema)
-    digestible_parameters(schema)
+    simplify_parameters(schema)
     assert json.dumps(schema) == before
 
 
 def test_a_reference_is_found_or_none() -> None:
     root = {"$defs": {"A": {"type": "null"}}}
-    assert resolved(root, "#/$defs/A") == {"type": "null"}
-    assert resolved(root, "#") == root
-    assert resolved(root, "#A") is None
+    assert resolve_reference(root, "#/$defs/A") == {"type": "null"}
+    assert resolve_reference(root, "#") == root
+    assert resolve_reference(root, "#A") is None
 
 
 _KEYWORDS = [
@@ -218,10 +218,10 @@ SCHEMAS = st.dictionaries(st.sampled_from(_KEYWORDS), _VALUES, max_size=6)
 @given(SCHEMAS)
 def test_whatever_comes_in_what_is_sent_is_a_valid_schema_of_an_object(schema: dict[str, Any]) -> None:
     try:
-        sent = digestible_parameters(schema)
+        sent = simplify_parameters(schema)
     except ValueError as exc:
         assert str(exc) == "it is not of an object"  # noqa: PT017 - it need not be raised
         return
     assert sent["type"] == "object"
     jsonschema.Draft202012Validator.check_schema(sent)
-    assert digestible_parameters(sent) == sent
+    assert simplify_parameters(sent) == sent

@@ -17,7 +17,7 @@ import pytest
 from msgspec import Meta
 
 from lmbridge import LLMClient, LLMError, LLMResponseError, LLMStreamError, LLMValidationError
-from lmbridge.client.structured import answer_of
+from lmbridge.client.structured import answer_format_of
 from lmbridge.testing import ScriptedServer, answer, reply, sse
 from tests.support import MESSAGES, cancel_at_each_step, in_flight, piece
 
@@ -121,7 +121,7 @@ class Even:
 
 
 def schema_of(type_: Any) -> dict[str, Any]:
-    schema: dict[str, Any] = answer_of(type_).response_format["json_schema"]["schema"]
+    schema: dict[str, Any] = answer_format_of(type_).response_format["json_schema"]["schema"]
     return schema
 
 
@@ -221,7 +221,7 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
     assert (await client.parse(messages, Order, seed=1)).items == [Item("pen", 1.5, Colour.BLUE)]
     first, second = scripted_server.requests
     told = (
-        "That is wrong: the answer is no Order: $.items[1].price: expected `float`, got `str`."
+        "That is wrong: the answer is not a valid Order: $.items[1].price: expected `float`, got `str`."
         " Answer again, with the whole JSON object."
     )
     repair = [{"role": "assistant", "content": wrong}, {"role": "user", "content": told}]
@@ -252,12 +252,17 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
         (Pair[Even], '{"left": {"number": 2}, "right": {"number": 3}}', "$.right", "odd numbers are not even"),
         (Point, '{"x": "1"}', "$.x", "expected `int`, got `str`"),
         (Point, "[1, 2]", "$", "expected `object`, got `array`"),
-        (Point, "Here you are: x is 1.", "$", "it is no JSON: JSON is malformed"),
-        (Point, 'Here you are: {"x": 1}', "$", "it is no JSON: JSON is malformed"),
-        (Point, '{"x": 1} {"x": 2}', "$", "it is no JSON: JSON is malformed: trailing characters"),
-        (Point, '```json\n{"x": 1}\n```\nThat is all.', "$", "it is no JSON: JSON is malformed"),
-        (Point, '{"x": 1', "$", "it is no JSON: Input data was truncated"),
-        (Point, '{"x": 1, "z": ' + "[" * 20_000 + "]" * 20_000 + "}", "$", "it is no JSON: maximum recursion depth"),
+        (Point, "Here you are: x is 1.", "$", "it is not valid JSON: JSON is malformed"),
+        (Point, 'Here you are: {"x": 1}', "$", "it is not valid JSON: JSON is malformed"),
+        (Point, '{"x": 1} {"x": 2}', "$", "it is not valid JSON: JSON is malformed: trailing characters"),
+        (Point, '```json\n{"x": 1}\n```\nThat is all.', "$", "it is not valid JSON: JSON is malformed"),
+        (Point, '{"x": 1', "$", "it is not valid JSON: Input data was truncated"),
+        (
+            Point,
+            '{"x": 1, "z": ' + "[" * 20_000 + "]" * 20_000 + "}",
+            "$",
+            "it is not valid JSON: maximum recursion depth",
+        ),
     ],
 )
 async def test_an_answer_that_stays_wrong_raises_with_its_text_and_the_path_of_the_fault(
@@ -268,7 +273,7 @@ async def test_an_answer_that_stays_wrong_raises_with_its_text_and_the_path_of_t
         await client.parse(MESSAGES, type_)
     error = caught.value
     assert len(scripted_server.requests) == 2
-    assert f"the answer is no {type_.__name__}: {path}: " in str(error)
+    assert f"the answer is not a valid {type_.__name__}: {path}: " in str(error)
     assert reason in str(error)
     assert "(after 2 attempts)" in str(error)
     assert error.body == text
@@ -287,7 +292,7 @@ async def test_half_a_character_is_no_json_and_can_be_sent_back(
     # As servers send it that cut an emoji in two.
     delta = '{"index": 0, "delta": {"content": "{\\ud83d"}, "finish_reason": "stop"}'
     scripted_server.default = sse(f'data: {{"choices": [{delta}]}}\n\n')
-    with pytest.raises(LLMValidationError, match=r"\$: it is no JSON: 'utf-8' codec can't encode") as caught:
+    with pytest.raises(LLMValidationError, match=r"\$: it is not valid JSON: 'utf-8' codec can't encode") as caught:
         await client.parse(MESSAGES, Point)
     assert caught.value.body == "{\ud83d"
     assert scripted_server.requests[1].json["messages"][1]["content"] == "{?"
@@ -334,8 +339,8 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
         (answer("", tool_calls=[CALL]), "the model called a tool instead of answering"),
         (answer(""), "the answer is empty"),
         (answer(" \n"), "the answer is empty"),
-        (answer("", reasoning='{"x": 1}'), "the model thought, but did not answer"),
-        (answer('<think>{"x": 1}'), "the model thought, but did not answer"),
+        (answer("", reasoning='{"x": 1}'), "the model reasoned, but did not answer"),
+        (answer('<think>{"x": 1}'), "the model reasoned, but did not answer"),
         (sse(piece(finish_reason="stop"), done=True), "the stream ended without a single piece"),
         (
             sse({**piece(), "choices": [{"index": 0, "delta": {"refusal": "No way."}, "finish_reason": "stop"}]}),
@@ -387,7 +392,7 @@ async def test_a_cancel_anywhere_leaves_nothing_behind(scripted_server: Scripted
 
 @pytest.mark.parametrize("param", ["n", "response_format", "stream"])
 async def test_what_it_sets_itself_is_refused(scripted_server: ScriptedServer, client: LLMClient, param: str) -> None:
-    with pytest.raises(LLMValidationError, match=f"^{param} given to parse"):
+    with pytest.raises(LLMValidationError, match=rf"^parse\(\) does not accept {param}, because"):
         await client.parse(MESSAGES, Point, **dict[str, Any]({param: 1}))
     with pytest.raises(LLMValidationError, match="messages is empty"):
         await client.parse([], Point)
@@ -397,20 +402,20 @@ async def test_what_it_sets_itself_is_refused(scripted_server: ScriptedServer, c
 @pytest.mark.parametrize(
     ("type_", "told"),
     [
-        (int, "int: it is no object in JSON"),
-        (list[Point], "list: it is no object in JSON"),
-        (Point | None, "it is no object in JSON"),
-        (Circle | Square, "it is no object in JSON"),
-        (Corner, "Corner: it is no object in JSON"),
-        (Colour, "Colour: it is no object in JSON"),
-        (Any, "Any: it is no object in JSON"),
+        (int, "int: it is not an object in JSON"),
+        (list[Point], "list: it is not an object in JSON"),
+        (Point | None, "it is not an object in JSON"),
+        (Circle | Square, "it is not an object in JSON"),
+        (Corner, "Corner: it is not an object in JSON"),
+        (Colour, "Colour: it is not an object in JSON"),
+        (Any, "Any: it is not an object in JSON"),
         (Plain, "Plain: type <class '.*Plain'> is not supported"),
         (HoldsPlain, "HoldsPlain: type <class '.*Plain'> is not supported"),
         (HoldsUnknown, "HoldsUnknown: name 'Unknown' is not defined"),
         (dataclasses.make_dataclass("Odd", [("x", Annotated[str, Meta(ge=0)])]), "Odd: Can only set `ge` on a numeric"),
         ("Point", "Point: Type ''Point'' is not supported"),
         ({"type": "object"}, "unhashable type: 'dict'"),
-        (None, "None: it is no object in JSON"),
+        (None, "None: it is not an object in JSON"),
     ],
 )
 async def test_a_type_that_cannot_be_asked_for_is_refused_before_anything_is_sent(
@@ -523,12 +528,12 @@ def test_descriptions_are_sent_and_titles_are_not() -> None:
 
 @pytest.mark.parametrize("type_", [Pair[int], dataclasses.make_dataclass("Größe" * 20, [("x", int)])])
 def test_the_name_is_one_that_servers_take(type_: Any) -> None:
-    name = answer_of(type_).response_format["json_schema"]["name"]
+    name = answer_format_of(type_).response_format["json_schema"]["name"]
     assert name.isascii()
     assert name.replace("_", "").isalnum()
     assert len(name) <= 64
 
 
 def test_a_schema_is_made_once_for_a_type() -> None:
-    assert answer_of(Order) is answer_of(Order)
-    assert answer_of(Pair[int]) is not answer_of(Pair[str])
+    assert answer_format_of(Order) is answer_format_of(Order)
+    assert answer_format_of(Pair[int]) is not answer_format_of(Pair[str])

@@ -13,72 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.client.wire import check_messages, decode_json, decode_strictly, encode_body
+from lmbridge.client.json_codec import decode_json, decode_strictly, encode_body
 from lmbridge.errors import LLMValidationError
 
 USER = {"role": "user", "content": "Hello"}
-EXAMPLE = "[{'role': 'user', 'content': 'Hello'}]"
 
 
-# Arguments
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [USER],
-        (USER,),
-        [types.MappingProxyType(USER)],
-        collections.deque([USER]),
-        [{"role": "assistant", "content": None, "tool_calls": []}],
-        [{"role": "assistant"}],
-        [{"role": "user", "content": ""}],
-        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
-        [{"role": "user", "content": ({"type": "text", "text": "Hello"},)}],
-        [{"role": "a role of the future", "content": "x", "name": "y"}],
-    ],
-)
-def test_messages_are_a_sequence_of_mappings_with_a_role(messages: Any) -> None:
-    check_messages(messages)
-
-
-@pytest.mark.parametrize(
-    ("messages", "told"),
-    [
-        (None, f"messages is None; give a list of messages, like {EXAMPLE}"),
-        ("Hello", f"messages is of type str; give a list of messages, like {EXAMPLE}"),
-        (b"Hello", f"messages is of type bytes; give a list of messages, like {EXAMPLE}"),
-        (USER, f"messages is of type dict; give a list of messages, like {EXAMPLE}"),
-        (iter([USER]), f"messages is of type list_iterator; give a list of messages, like {EXAMPLE}"),
-        ({1}, f"messages is of type set; give a list of messages, like {EXAMPLE}"),
-        ([], f"messages is empty; give at least one message, like {EXAMPLE}"),
-        ((), f"messages is empty; give at least one message, like {EXAMPLE}"),
-        ([USER, "Hello"], f"messages[1] is of type str; give a dict for each message, like {EXAMPLE}"),
-        ([None], f"messages[0] is None; give a dict for each message, like {EXAMPLE}"),
-        ([USER, USER, {}], "messages[2] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
-        ([{"role": ""}], "messages[0] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
-        ([{"role": 1}], "messages[0] has no role; add 'role': 'system', 'user', 'assistant' or 'tool'"),
-        (
-            [{"role": "user", "content": 7}],
-            "messages[0]['content'] is of type int; give a string, or a list of content parts",
-        ),
-        (
-            [USER, {"role": "user", "content": {"type": "text"}}],
-            "messages[1]['content'] is of type dict; give a string, or a list of content parts",
-        ),
-        (
-            [{"role": "user", "content": b"Hello"}],
-            "messages[0]['content'] is of type bytes; give a string, or a list of content parts",
-        ),
-    ],
-)
-def test_other_messages_are_refused_with_the_place_and_what_to_give(messages: Any, told: str) -> None:
-    with pytest.raises(LLMValidationError) as caught:
-        check_messages(messages)
-    assert str(caught.value) == told
-
-
-# Bodies
+# Encoding requests
 
 
 @attrs.frozen
@@ -90,12 +31,12 @@ class Struct(msgspec.Struct):
     y: int
 
 
-def test_a_body_is_sent_as_it_is_in_its_order() -> None:
+def test_a_body_is_encoded_in_its_own_order() -> None:
     body = {"messages": [USER], "b": 1, "a": [1.5, True, None, {"deep": {"er": "é\u2028"}}], "big": 2**70}
     assert encode_body(body) == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def test_any_mapping_and_any_sequence_is_sent_as_what_it_is() -> None:
+def test_any_mapping_is_sent_as_an_object_and_any_sequence_as_an_array() -> None:
     body = {
         "proxy": types.MappingProxyType({"a": collections.UserDict(b=1)}),
         "chain": collections.ChainMap({"a": 1}, {"b": 2}),
@@ -119,7 +60,7 @@ class Odd:
 
 
 @pytest.mark.parametrize(
-    ("body", "where"),
+    ("body", "path"),
     [
         ({"tools": Odd()}, "tools is of type Odd"),
         ({"n": 1, "tools": [1, {"a b": [Odd()]}]}, "tools[1]['a b'][0] is of type Odd"),
@@ -133,16 +74,16 @@ class Odd:
         ({("a", "b"): 1}, "the request is of type dict"),
     ],
 )
-def test_what_json_does_not_have_is_refused_with_its_place(body: Mapping[Any, Any], where: str) -> None:
+def test_a_value_that_json_does_not_have_is_refused_with_its_path(body: Mapping[Any, Any], path: str) -> None:
     with pytest.raises(LLMValidationError) as caught:
         encode_body(body)
-    assert str(caught.value).startswith(f"{where}, which cannot be sent as JSON: ")
+    assert str(caught.value).startswith(f"{path}, which cannot be sent as JSON: ")
     assert str(caught.value).endswith("; give strings, numbers, booleans, None, lists and dicts with string keys")
     assert "Odd object" not in str(caught.value)
     assert "recursion" not in str(caught.value)
 
 
-def test_a_body_that_holds_itself_is_refused() -> None:
+def test_a_body_that_contains_itself_is_refused() -> None:
     tools: list[Any] = []
     tools.append(tools)
     with pytest.raises(LLMValidationError, match=r"^tools\[0\].* is of type list, which cannot be sent as JSON"):
@@ -150,7 +91,7 @@ def test_a_body_that_holds_itself_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "text"),
     [
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": -math.inf}, "temperature is -inf"),
@@ -159,18 +100,18 @@ def test_a_body_that_holds_itself_is_refused() -> None:
         ({"tools": types.MappingProxyType({"a": collections.deque([math.nan])})}, "tools['a'][0] is nan"),
     ],
 )
-def test_nan_and_infinity_are_refused_wherever_they_are_and_never_sent_as_null(body: dict[str, Any], told: str) -> None:
+def test_nan_and_infinity_are_refused_at_any_depth_and_never_sent_as_null(body: dict[str, Any], text: str) -> None:
     with pytest.raises(LLMValidationError) as caught:
         encode_body(body)
-    assert str(caught.value) == f"{told}, which JSON does not have; give a finite number"
+    assert str(caught.value) == f"{text}, which JSON does not have; give a finite number"
 
 
-def test_null_is_sent_where_it_was_given() -> None:
+def test_none_is_sent_as_null() -> None:
     body = {"stop": None, "messages": [{"role": "assistant", "content": None}, {"role": "user", "content": "null"}]}
     assert json.loads(encode_body(body)) == body
 
 
-def test_a_deep_body_is_sent_or_refused_but_never_a_recursion_error() -> None:
+def test_a_deeply_nested_body_is_sent_or_refused_but_never_a_recursion_error() -> None:
     for depth in range(0, 1200, 50):
         value: Any = None
         for _ in range(depth):
@@ -192,11 +133,11 @@ _json = st.recursive(
 
 @settings(deadline=None)
 @given(body=st.dictionaries(st.text(), _json, max_size=4))
-def test_what_was_encoded_is_decoded_as_it_was(body: dict[str, Any]) -> None:
+def test_encoding_and_decoding_returns_the_same_body(body: dict[str, Any]) -> None:
     assert decode_json(encode_body(body)) == json.loads(encode_body(body)) == body
 
 
-# Replies
+# Decoding replies
 
 
 @pytest.mark.parametrize(
@@ -213,24 +154,24 @@ def test_what_was_encoded_is_decoded_as_it_was(body: dict[str, Any]) -> None:
         (b'{"a": "\xe6\x97"}', {"a": "\ufffd"}),
     ],
 )
-def test_replies_are_read_as_servers_send_them(data: bytes, value: object) -> None:
+def test_replies_are_decoded_as_servers_send_them(data: bytes, value: object) -> None:
     assert decode_json(data) == value
 
 
-def test_not_a_number_is_read_too() -> None:
+def test_nan_is_decoded() -> None:
     assert math.isnan(decode_json(b"[NaN]")[0])
 
 
 @pytest.mark.parametrize(
     "data", [b"", b" ", b"{", b"secret", b"{'a': 1}", b'{"a": 1}secret', b"\xff\xfe", b"[" * 100_000, b"1" * 5000]
 )
-def test_what_is_no_json_is_a_value_error_that_does_not_repeat_it(data: bytes) -> None:
+def test_invalid_json_is_a_value_error_that_does_not_repeat_the_data(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         decode_json(data)
     assert "secret" not in f"{caught.value} {vars(caught.value)}"
     assert caught.value.__cause__ is None
 
 
-def test_the_strict_decoder_takes_events_with_names_for_a_type_error() -> None:
+def test_the_strict_decoder_raises_a_type_error_for_an_event_object() -> None:
     with pytest.raises(TypeError):
         decode_strictly(Odd())  # type: ignore[arg-type]  # what the test is about

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.client.fold import Fold
+from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.errors import LLMStreamError
 
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
@@ -33,15 +33,15 @@ FIRST = a_chunk(a_choice({"role": "assistant", "content": None}))
 LAST = a_chunk(a_choice({}, "stop"))
 
 
-def folded(chunks: Iterable[Mapping[str, Any]]) -> Fold:
-    fold = Fold()
+def accumulate(chunks: Iterable[Mapping[str, Any]]) -> ChatAccumulator:
+    accumulator = ChatAccumulator()
     for chunk in chunks:
-        fold.add(chunk)
-    return fold
+        accumulator.add(chunk)
+    return accumulator
 
 
 def reply_of(*chunks: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(folded(chunks).reply())
+    return dict(accumulate(chunks).reply())
 
 
 def message_of(*deltas: dict[str, Any]) -> dict[str, Any]:
@@ -188,35 +188,35 @@ def test_chunks_are_left_as_they_are() -> None:
         for _ in range(3)
     ]
     before = copy.deepcopy(chunks)
-    fold = folded(chunks)
-    fold.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]  # more than the type tells
+    accumulator = accumulate(chunks)
+    accumulator.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]  # more than the type tells
     assert chunks == before
 
 
 def test_a_reply_does_not_change_with_what_comes_later() -> None:
     chunk = a_chunk(a_choice({"content": "a", "annotations": [1]}, logprobs={"content": [1]}))
-    fold = folded([chunk])
-    reply, before = fold.reply(), copy.deepcopy(fold.reply())
-    fold.add(chunk)
+    accumulator = accumulate([chunk])
+    reply, before = accumulator.reply(), copy.deepcopy(accumulator.reply())
+    accumulator.add(chunk)
     assert reply == before
-    assert fold.reply() != before
+    assert accumulator.reply() != before
 
 
 # How far it is
 
 
 def test_a_reply_has_begun_with_any_chunk_and_has_a_delta_with_any_piece_of_a_message() -> None:
-    assert (Fold().begun, Fold().has_delta) == (False, False)
+    assert (ChatAccumulator().has_begun, ChatAccumulator().has_delta) == (False, False)
     for empty in (a_chunk(), LAST, a_chunk(a_choice(None)), a_chunk(usage=USAGE)):
-        assert (folded([empty]).begun, folded([empty]).has_delta) == (True, False)
+        assert (accumulate([empty]).has_begun, accumulate([empty]).has_delta) == (True, False)
     for full in (FIRST, text(""), a_chunk(a_choice({"content": "x"}, index=1))):
-        assert (folded([full]).begun, folded([full]).has_delta) == (True, True)
-    assert folded([FIRST, LAST, a_chunk()]).has_delta
+        assert (accumulate([full]).has_begun, accumulate([full]).has_delta) == (True, True)
+    assert accumulate([FIRST, LAST, a_chunk()]).has_delta
 
 
 def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> None:
-    fold = Fold()
-    assert not fold.finished
+    accumulator = ChatAccumulator()
+    assert not accumulator.is_finished
     other = a_chunk(a_choice({"content": "x"}, index=1))
     for chunk, finished in [
         (a_chunk(), False),
@@ -228,8 +228,8 @@ def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> No
         (a_chunk(a_choice({}, "length", index=1)), True),
         (a_chunk(a_choice({}, None)), True),
     ]:
-        fold.add(chunk)
-        assert fold.finished is finished
+        accumulator.add(chunk)
+        assert accumulator.is_finished is finished
 
 
 # What is no chunk
@@ -262,24 +262,24 @@ def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> No
     ],
 )
 def test_what_is_no_chunk_is_an_error_that_shows_it(chunk: Any) -> None:
-    for fold in (Fold(), folded([FIRST, text("x")])):
+    for accumulator in (ChatAccumulator(), accumulate([FIRST, text("x")])):
         with pytest.raises(LLMStreamError, match=r"a chunk of an unknown shape: ") as caught:
-            fold.add(chunk)
+            accumulator.add(chunk)
         assert repr(chunk) in str(caught.value)
-        fold.reply()
+        accumulator.reply()
 
 
 def test_a_large_chunk_is_shown_in_part() -> None:
     with pytest.raises(LLMStreamError) as caught:
-        Fold().add({"choices": [{"delta": "x" * 10_000}]})
+        ChatAccumulator().add({"choices": [{"delta": "x" * 10_000}]})
     assert len(str(caught.value)) < 300
 
 
-# The short way of `add`
+# The fast way of `add`
 
 PLAIN = text("x")
 # Each differs from a plain piece of text in one way.
-UNUSUAL = [
+NOT_SIMPLE = [
     a_chunk(a_choice({})),
     a_chunk(a_choice({"content": ""})),
     a_chunk(a_choice({"content": None})),
@@ -301,14 +301,18 @@ UNUSUAL = [
 
 @pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": USAGE}, None])
 def test_chunks_that_only_add_text_are_added_as_any_others_are(usage: dict[str, Any] | None) -> None:
-    for chunks in itertools.product([PLAIN, *UNUSUAL], repeat=3):
-        short, long = Fold(), Fold()
+    for chunks in itertools.product([PLAIN, *NOT_SIMPLE], repeat=3):
+        fast, slow = ChatAccumulator(), ChatAccumulator()
         for number, chunk in enumerate(chunks):
             told = {**chunk, **({"usage": {"completion_tokens": number}} if usage is None else usage)}
-            short.add(told)
-            long._add(told)
-            assert (short.begun, short.has_delta, short.finished) == (long.begun, long.has_delta, long.finished)
-        assert _without_ids(short.reply()) == _without_ids(long.reply())
+            fast.add(told)
+            slow._add_slowly(told)
+            assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
+                slow.has_begun,
+                slow.has_delta,
+                slow.is_finished,
+            )
+        assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
 # Each differs in one way from a piece of a call that brings nothing but arguments.
@@ -332,13 +336,17 @@ PIECES = [
 
 def test_chunks_that_only_add_arguments_are_added_as_any_others_are() -> None:
     for pieces in itertools.product(PIECES, repeat=3):
-        short, long = Fold(), Fold()
+        fast, slow = ChatAccumulator(), ChatAccumulator()
         for piece in pieces:
             chunk = a_chunk(a_choice({"tool_calls": piece}))
-            short.add(chunk)
-            long._add(chunk)
-            assert (short.begun, short.has_delta, short.finished) == (long.begun, long.has_delta, long.finished)
-        assert _without_ids(short.reply()) == _without_ids(long.reply())
+            fast.add(chunk)
+            slow._add_slowly(chunk)
+            assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
+                slow.has_begun,
+                slow.has_delta,
+                slow.is_finished,
+            )
+        assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
 def test_arguments_in_an_unusual_chunk_are_added_as_any_others_are() -> None:
@@ -353,21 +361,23 @@ def test_arguments_in_an_unusual_chunk_are_added_as_any_others_are() -> None:
         a_chunk(a_choice(more), timings={"n": 1}),
     ]
     for chunks in itertools.product([a_chunk(a_choice(more)), PLAIN, *unusual], repeat=3):
-        short, long = Fold(), Fold()
+        fast, slow = ChatAccumulator(), ChatAccumulator()
         for chunk in chunks:
-            short.add(chunk)
-            long._add(chunk)
-        assert _without_ids(short.reply()) == _without_ids(long.reply())
+            fast.add(chunk)
+            slow._add_slowly(chunk)
+        assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
 @pytest.mark.parametrize(
     "pieces", ["ab", {"a": 1}, 5, [5], [{"index": 0, "function": 5}], [{"index": 0, "function": "a"}]]
 )
 def test_pieces_of_calls_that_are_none_are_an_error_wherever_they_come(pieces: Any) -> None:
-    fold = folded([a_chunk(a_choice({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}))])
+    accumulator = accumulate(
+        [a_chunk(a_choice({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}))]
+    )
     with pytest.raises(LLMStreamError, match="unknown shape"):
-        fold.add(a_chunk(a_choice({"tool_calls": pieces})))
-    assert fold.reply()["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "{"
+        accumulator.add(a_chunk(a_choice({"tool_calls": pieces})))
+    assert accumulator.reply()["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == "{"
 
 
 def _without_ids(reply: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -397,7 +407,7 @@ CALLS: list[Call] = [
 
 def calls_of(stream: Iterable[list[Piece]]) -> list[dict[str, Any]]:
     chunks = [a_chunk(a_choice({"tool_calls": pieces})) for pieces in stream]
-    reply = folded(copy.deepcopy(chunks)).reply()
+    reply = accumulate(copy.deepcopy(chunks)).reply()
     calls: list[dict[str, Any]] = reply["choices"][0]["message"]["tool_calls"]  # type: ignore[assignment]  # as plain dicts
     return calls
 
@@ -657,8 +667,8 @@ def test_arguments_that_were_cut_are_kept_as_far_as_they_came() -> None:
 
 
 def test_an_id_that_was_made_up_stays_the_same() -> None:
-    fold = folded([a_chunk(a_choice({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}))])
-    assert fold.reply() == fold.reply()
+    accumulator = accumulate([a_chunk(a_choice({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}))])
+    assert accumulator.reply() == accumulator.reply()
 
 
 def test_a_name_that_came_before_its_id_belongs_to_it() -> None:

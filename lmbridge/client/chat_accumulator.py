@@ -1,0 +1,276 @@
+"""Chunks of a stream, accumulated into the reply that the plain call would have returned.
+
+Accumulation is incremental: each chunk is merged when it is handed to the caller, and only its text is kept. So the
+reply so far is there at any moment, which every error needs for its `.partial`.
+
+The alternatives were worse. Keeping the chunks and merging them on demand is simpler, but a long answer then holds
+thousands of nested dicts, which cost memory and slow the garbage collector down, and every look at `.partial` starts
+over. Merging only in `collect` leaves an error without what had arrived. A generic recursive merge, as some libraries
+use it, gets names, roles, usage and tool calls wrong, because servers repeat some fields and leave others out; so each
+field that is known has a rule of its own, and the generic merge serves only the others.
+
+`add` runs once for each token of every stream, which makes it one of the three places in lmbridge where speed is worth
+some readability. A chunk that holds nothing but one more piece of text, or of arguments, takes a fast path; any other
+chunk takes the slow path, which knows all rules. Both must give the same result, and the tests compare them for every
+sequence of three chunks.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from lmbridge._text import shorten
+from lmbridge.client.tool_call_accumulator import (
+    FunctionCallAccumulator,
+    ToolCallAccumulator,
+    copy_fields,
+    merge_field,
+)
+from lmbridge.errors import LLMStreamError
+
+if TYPE_CHECKING:
+    from lmbridge.types import ChatCompletion
+
+_TEXT_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
+"""Fields of a delta, besides `content`, whose values are pieces of a text."""
+_CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason"})
+"""Fields that every choice of a chunk has."""
+_SHOWN_CHARACTERS: Final = 200
+"""Characters of a malformed chunk that the error shows."""
+
+
+class ChatAccumulator:
+    """A chat completion, as far as its chunks have arrived.
+
+    For example::
+
+        accumulator = ChatAccumulator()
+        async for chunk in stream:
+            accumulator.add(chunk)
+        reply = accumulator.reply()
+
+    Args:
+        choices: The number of answers that were asked for (`n`). The reply is not finished before each of them is.
+
+    Attributes:
+        has_begun: Whether any chunk was added.
+        has_delta: Whether any chunk added something to a message; its role alone counts.
+    """
+
+    __slots__ = (
+        "_choices",
+        "_expected_choices",
+        "_fast_path_fields",
+        "_fields",
+        "_first_content",
+        "_usage",
+        "has_begun",
+        "has_delta",
+    )
+
+    def __init__(self, choices: int = 1) -> None:
+        self.has_begun = False
+        self.has_delta = False
+        self._expected_choices = choices
+        self._choices: dict[int, _ChoiceAccumulator] = {}
+        self._fields: dict[str, Any] = {}
+        self._usage: Any = None
+        # The content of choice 0, which the fast path writes to without looking the choice up.
+        self._first_content = io.StringIO()
+        # The number of fields that a chunk must have to take the fast path: that of the chunk before it, or -1.
+        self._fast_path_fields = -1
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every answer that was asked for, and every other one that began, has its finish reason."""
+        return len(self._choices) >= self._expected_choices and all(
+            choice.finish_reason is not None for choice in self._choices.values()
+        )
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Adds a chunk.
+
+        Raises:
+            LLMStreamError: The chunk does not have the shape of a chat completion chunk.
+        """
+        # The fast path. Some servers repeat the usage in each chunk, or begin to in the middle, so it is looked at.
+        try:
+            (choice,) = chunk["choices"]
+            delta = choice["delta"]
+            is_simple = (
+                len(delta) == 1
+                and len(chunk) == self._fast_path_fields
+                and not chunk.get("usage")
+                and choice["finish_reason"] is None
+                and choice["index"] == 0
+                and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
+            )
+            text = delta.get("content")
+        except (AttributeError, KeyError, TypeError, ValueError):
+            is_simple, text, delta = False, None, {}
+        if is_simple and type(text) is str:
+            self.has_delta = True
+            self._first_content.write(text)
+            return
+        if is_simple and self._choices[0].extend_last_call(delta.get("tool_calls")):
+            return
+        try:
+            self._add_slowly(chunk)
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise _unknown_shape(chunk, exc) from exc
+
+    def _add_slowly(self, chunk: Mapping[str, Any]) -> None:
+        self.has_begun = True
+        fields, values = self._fields, chunk.values()
+        if None in values or "" in values:
+            # A later chunk may leave out what an earlier one named; then the earlier value stays.
+            fields.update({key: value for key, value in chunk.items() if value not in (None, "") or key not in fields})
+        else:
+            fields.update(chunk)
+        # `reply` fills this in; the key stands here to keep the order of the fields.
+        fields["choices"] = None
+        self._usage = chunk.get("usage") or self._usage
+        for part in chunk.get("choices") or ():
+            index = part.get("index") or 0
+            choice = self._choices.get(index)
+            if choice is None:
+                if not isinstance(index, int):
+                    raise TypeError("the index of a choice is not a number")
+                choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
+                self._choices[index] = choice
+            self.has_delta |= choice.add(part)
+        # The fast path creates no choice, and merges no fields: it is for chunks that have those of this one.
+        self._fast_path_fields = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
+
+    def reply(self) -> ChatCompletion:
+        """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
+        choices = [choice.as_dict(index) for index, choice in sorted(self._choices.items())]
+        reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self._usage}
+        return cast("ChatCompletion", reply)
+
+
+class TextAccumulator(ChatAccumulator):
+    """A text completion, as far as its chunks have arrived.
+
+    It is accumulated as a chat completion whose content is the text, and has another shape only on its way in and out.
+    """
+
+    __slots__ = ()
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Adds a chunk.
+
+        Raises:
+            LLMStreamError: The chunk does not have the shape of a text completion chunk.
+        """
+        try:
+            choices = [_as_chat_choice(choice) for choice in chunk.get("choices") or ()]
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise _unknown_shape(chunk, exc) from exc
+        super().add({**chunk, "choices": choices})
+
+    def reply(self) -> Any:
+        """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
+        reply: dict[str, Any] = {**super().reply(), "object": "text_completion"}
+        reply["choices"] = [
+            {"text": choice.pop("message")["content"], "logprobs": None, **choice} for choice in reply["choices"]
+        ]
+        return reply
+
+
+def accumulator_for(chunk: object) -> ChatAccumulator:
+    """Returns an empty accumulator for the kind of stream that begins with this chunk."""
+    try:
+        is_text = chunk["object"] == "text_completion" or "text" in chunk["choices"][0]  # type: ignore[index]  # it may be anything
+    except (KeyError, TypeError, IndexError):
+        is_text = False
+    return TextAccumulator() if is_text else ChatAccumulator()
+
+
+class _ChoiceAccumulator:
+    """One of the answers. What most answers do not have is created only when it arrives."""
+
+    __slots__ = (
+        "_choice_fields",
+        "_content",
+        "_function_call",
+        "_message_fields",
+        "_other_texts",
+        "_role",
+        "_tool_calls",
+        "finish_reason",
+    )
+
+    def __init__(self, content: io.StringIO) -> None:
+        self.finish_reason: str | None = None
+        self._role = "assistant"
+        self._content = content
+        self._other_texts: dict[str, io.StringIO] | None = None
+        self._tool_calls: ToolCallAccumulator | None = None
+        self._function_call: FunctionCallAccumulator | None = None
+        # Fields that are not known, of the message and of the choice around it.
+        self._message_fields: dict[str, Any] | None = None
+        self._choice_fields: dict[str, Any] | None = None
+
+    def extend_last_call(self, pieces: Any) -> bool:
+        """Appends to the last tool call if the pieces hold only arguments; returns whether they were added."""
+        return self._tool_calls is not None and self._tool_calls.extend_last(pieces)
+
+    def add(self, part: Mapping[str, Any]) -> bool:
+        """Adds a choice of a chunk; returns whether it had a delta that was not empty."""
+        delta = part.get("delta") or {}
+        for key, value in delta.items():
+            if value is not None:
+                self._add_to_message(key, value)
+        self.finish_reason = part.get("finish_reason") or self.finish_reason
+        if not part.keys() <= _CHOICE_FIELDS:
+            for key, value in part.items():
+                if key not in _CHOICE_FIELDS and value is not None:
+                    self._choice_fields = self._choice_fields or {}
+                    merge_field(self._choice_fields, key, value)
+        return bool(delta)
+
+    def _add_to_message(self, key: str, value: Any) -> None:
+        if key == "content":
+            self._content.write(value)
+        elif key == "role":
+            self._role = value or self._role
+        elif key in _TEXT_FIELDS:
+            self._other_texts = self._other_texts or {}
+            self._other_texts.setdefault(key, io.StringIO()).write(value)
+        elif key == "tool_calls":
+            self._tool_calls = self._tool_calls or ToolCallAccumulator()
+            for piece in value:
+                self._tool_calls.add(piece)
+        elif key == "function_call":
+            self._function_call = self._function_call or FunctionCallAccumulator()
+            self._function_call.extend(value)
+        else:
+            self._message_fields = self._message_fields or {}
+            merge_field(self._message_fields, key, value)
+
+    def as_dict(self, index: int) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": self._role, "content": self._content.getvalue()}
+        if self._other_texts is not None:
+            message |= {key: text.getvalue() for key, text in self._other_texts.items()}
+        if self._message_fields is not None:
+            message |= copy_fields(self._message_fields)
+        if self._tool_calls is not None and (calls := self._tool_calls.calls()):
+            message["tool_calls"] = calls
+        if self._function_call is not None:
+            message["function_call"] = self._function_call.function()
+        choice = {"index": index, "message": message, "finish_reason": self.finish_reason}
+        return choice if self._choice_fields is None else choice | copy_fields(self._choice_fields)
+
+
+def _as_chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+    part = dict(choice)
+    part["delta"] = {"content": part.pop("text")} if "text" in part else {}
+    return part
+
+
+def _unknown_shape(chunk: object, exc: Exception) -> LLMStreamError:
+    shown = shorten(repr(chunk), _SHOWN_CHARACTERS)
+    return LLMStreamError(f"the stream holds a chunk of an unknown shape: {shown}", exc)

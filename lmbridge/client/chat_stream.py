@@ -1,0 +1,97 @@
+"""The stream of a chat completion, and what it shares with that of a text completion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from lmbridge.client import failures
+from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.json_codec import decode_strictly
+from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.stream import ReplyStream
+from lmbridge.errors import LLMError
+from lmbridge.transport import EventStream
+
+if TYPE_CHECKING:
+    from lmbridge.types import ChatCompletion, ChatCompletionChunk  # noqa: F401 - in the quotes of a base class
+
+_Chunk = TypeVar("_Chunk")
+_Reply_co = TypeVar("_Reply_co", covariant=True)
+
+
+class ChunkStream(ReplyStream[_Chunk, _Reply_co]):
+    """A stream whose events are chunks with `choices`."""
+
+    __slots__ = ()
+
+    def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> _Chunk:  # noqa: ARG002 - chunks need no name
+        """Adds a chunk to the reply and returns it.
+
+        Raises:
+            LLMError: It reports an error instead, or is a chunk of another model's reply.
+        """
+        if failures.is_error_object(value):
+            raise self._reported(data.strip().decode("utf-8", "replace"))
+        try:
+            self._check_model(value.get("model"))
+            self._add(value)
+        except LLMError as error:
+            self._fail(error)
+            raise
+        return cast("_Chunk", value)
+
+
+class ChatStream(ChunkStream["ChatCompletionChunk", "ChatCompletion"]):
+    """The chunks of one chat completion, exactly as the server sent them.
+
+    For example::
+
+        async with await client.chat_completion(messages, stream=True) as stream:
+            async for chunk in stream:
+                for choice in chunk["choices"]:
+                    print(choice["delta"].get("content") or "", end="")
+
+    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises,
+    with what had arrived in `.partial`. Leaving it early, in any way, closes the connection, so that the server stops
+    generating, and frees its place in the queue.
+
+    Raises (while it is iterated):
+        LLMStreamError: The stream was cut off, or the server reported an error that is none of those below.
+        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported such an error.
+        LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
+        ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: The name of the model changed between two chunks.
+        TaskCancelledError: The stream was closed, by another task or before its end.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, choices: int = 1) -> None:
+        super().__init__(events, names, redact, ChatAccumulator(choices))
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        """Returns the next chunk.
+
+        The fast path, for a chunk that only continues the reply, is written out here, because a method call for each
+        chunk would be measurable. Any other event is left to `_read_object` and `_read_event`.
+        """
+        while True:
+            for event in self._pending:
+                chunk: Any = None
+                try:
+                    chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
+                    continues = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
+                except (KeyError, TypeError, ValueError, RecursionError):
+                    continues = False
+                if continues:
+                    try:
+                        self._add(chunk)
+                    except LLMError as error:
+                        self._fail(error)
+                        raise
+                    return chunk  # type: ignore[no-any-return]  # a cast would be a call for each chunk
+                if isinstance(chunk, dict):
+                    return self._read_object(chunk, "", cast("bytes", event))
+                if (item := self._read_event(event)) is not None:
+                    return item
+            await self._receive()
