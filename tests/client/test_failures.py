@@ -1,4 +1,4 @@
-"""What servers say when something is wrong, what is made of it, and what must never be taken for it."""
+"""Errors of servers: their wordings, the error that each becomes, and texts that must not be taken for errors."""
 
 from __future__ import annotations
 
@@ -39,23 +39,25 @@ Body = str | Mapping[str, Any] | list[Any]
 POLL, RETRY, FAIL = Verdict.POLL, Verdict.RETRY, Verdict.FAIL
 
 
-def told(message: str, kind: str | None = "invalid_request_error", code: Any = None, **fields: Any) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+def openai_error(
+    message: str, kind: str | None = "invalid_request_error", code: Any = None, **fields: Any
+) -> dict[str, Any]:
+    """Returns an error body in the shape of OpenAI's."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code, **fields}}
 
 
 @attrs.frozen
 class Wording:
-    """What a server says, and what is to be made of it."""
+    """The wording of an error, and the error that it must become."""
 
     status: int
     body: Body
     kind: type[LLMError] = LLMResponseError
     hint: str | None = None
-    """A part of it; None for no hint."""
+    """A part of the expected hint, or None if no hint is expected."""
     verdict: Verdict = FAIL
     by_status: bool = False
-    """Whether the status alone tells the class, so that in a stream it is just any error."""
+    """Whether the status alone decides the class, so that the same text in a stream is an `LLMStreamError`."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
 
     @property
@@ -91,28 +93,32 @@ WORDINGS: Final = {
     "bad tool choice": Wording(400, {"error": "Invalid tool_choice type: 'object'. Supported: none, auto, required"}),
     "bad messages": Wording(400, {"error": "Invalid 'messages' in payload"}),
     "bad image": Wording(400, {"error": "'url' field must be a base64 encoded image."}),
-    "zod": Wording(400, told("Required", "invalid_request_error", "invalid_type", param="tools.0.name")),
+    "zod": Wording(400, openai_error("Required", "invalid_request_error", "invalid_type", param="tools.0.name")),
     "identifier": not_found(
-        told('Invalid model identifier "x". Please specify a valid downloaded model (e.g., a/b, c@q4_k_m, d-2).'),
+        openai_error(
+            'Invalid model identifier "x". Please specify a valid downloaded model (e.g., a/b, c@q4_k_m, d-2).'
+        ),
         ["a/b", "c@q4_k_m", "d-2"],
     ),
     "your models": not_found(
-        told(
+        openai_error(
             'Model "x" not found. Please specify a valid model.\n\nYour models:\n\na/b\n  c:2\n', code="model_not_found"
         ),
         ["a/b", "c:2"],
         status=404,
     ),
-    "code alone": not_found(told("It is not there.", code="model_not_found"), status=404),
+    "code alone": not_found(openai_error("It is not there.", code="model_not_found"), status=404),
     "not there": not_found({"error": "Model not found"}, status=404),
     "no models": not_loaded(
         {"error": "No models loaded. Please load a model in the developer page or use the 'lms load' command."},
         LOAD_FIRST,
     ),
-    "no models, as an object": not_loaded(told("No models loaded. Please load a model."), LOAD_FIRST, status=404),
+    "no models, as an object": not_loaded(
+        openai_error("No models loaded. Please load a model."), LOAD_FIRST, status=404
+    ),
     "no token": Wording(
         401,
-        told("An LM Studio API token is required to make requests.", "invalid_request", "invalid_api_key"),
+        openai_error("An LM Studio API token is required to make requests.", "invalid_request", "invalid_api_key"),
         LLMAuthenticationError,
         "pass api_key=, or set LM_API_TOKEN",
     ),
@@ -168,13 +174,13 @@ WORDINGS: Final = {
             " model requires approximately 273.25 GB of memory"
         }
     ),
-    "resources, older": not_loaded(told("Model loading aborted due to insufficient system resources.")),
+    "resources, older": not_loaded(openai_error("Model loading aborted due to insufficient system resources.")),
     "load": not_loaded({"error": 'Failed to load model "qwen/qwen3-coder-30b". Error: Operation canceled.'}),
     "resources, short": not_loaded({"error": "insufficient system resources"}),
     "loading failed": not_loaded({"error": "Model loading failed."}),
-    "load, bare": not_loaded(told("Failed to load model"), status=500),
+    "load, bare": not_loaded(openai_error("Failed to load model"), status=500),
     "load, exit code": not_loaded({"error": "Error loading model. (Exit code: 18446744072635812000)."}, status=500),
-    "load, code": not_loaded(told("SIGABRT", "internal_error", "model_load_failed"), status=500),
+    "load, code": not_loaded(openai_error("SIGABRT", "internal_error", "model_load_failed"), status=500),
     "crash": not_loaded(
         {"error": "The model has crashed without additional information. (Exit code: null). Error Data: n/a"}
     ),
@@ -183,36 +189,44 @@ WORDINGS: Final = {
         {"error": "<LM Studio error> Unknown exception during inferencing.. Error Data: n/a, Additional Data: n/a"}
     ),
     "unloaded": not_loaded({"error": "Model unloaded."}, DROPPED),
-    "is unloaded": not_loaded(told("Model is unloaded."), DROPPED, status=500),
+    "is unloaded": not_loaded(openai_error("Model is unloaded."), DROPPED, status=500),
     "template": Wording(
         400, {"error": "Error rendering prompt with jinja template: ... Error Data: n/a, Additional Data: n/a"}
     ),
-    # llama.cpp; what else it says is among the captures
-    "router, not found": not_found(told("model 'no-such' not found", code=400)),
-    "router, not loaded": not_loaded(told("model is not loaded", code=400), LOAD_FIRST),
-    "router, broken": not_loaded(told("model name=broken failed to load", "server_error", 500), status=500),
-    "context": overflow(told("the request exceeds the available context size, try increasing it"), None, None),
+    # llama.cpp; the captures have its other errors
+    "router, not found": not_found(openai_error("model 'no-such' not found", code=400)),
+    "router, not loaded": not_loaded(openai_error("model is not loaded", code=400), LOAD_FIRST),
+    "router, broken": not_loaded(openai_error("model name=broken failed to load", "server_error", 500), status=500),
+    "context": overflow(openai_error("the request exceeds the available context size, try increasing it"), None, None),
     "context, text alone": overflow(
-        told("request (40031 tokens) exceeds the available context size (2048 tokens), try increasing it"), 40031, 2048
+        openai_error("request (40031 tokens) exceeds the available context size (2048 tokens), try increasing it"),
+        40031,
+        2048,
     ),
     "context, fields": overflow({"error": {"message": "no", **N_CTX}}, 40536, 32768),
     "context, wrapped": overflow(json.dumps({"error": {"message": "no", **N_CTX}, "status": 400}), 40536, 32768),
-    "generating": overflow(told("Context size has been exceeded.", "server_error", 500), None, None, status=500),
+    "generating": overflow(
+        openai_error("Context size has been exceeded.", "server_error", 500), None, None, status=500
+    ),
     # Ollama
-    "ollama": not_found(told('model "x" not found, try pulling it first', "api_error"), status=404),
+    "ollama": not_found(openai_error('model "x" not found, try pulling it first', "api_error"), status=404),
     "ollama, native": not_found({"error": "model 'x:7b' not found"}, status=404),
     "ollama, memory": not_loaded(
-        told("model requires more system memory (5.3 GiB) than is available (3.3 GiB)", "api_error"), status=500
+        openai_error("model requires more system memory (5.3 GiB) than is available (3.3 GiB)", "api_error"), status=500
     ),
-    "ollama, runner": not_loaded(told("llama runner process has terminated: exit status 2", "api_error"), status=500),
+    "ollama, runner": not_loaded(
+        openai_error("llama runner process has terminated: exit status 2", "api_error"), status=500
+    ),
     "ollama, stopped": not_loaded(
-        told("model runner has unexpectedly stopped, this may be due to resource limitations"), status=500
+        openai_error("model runner has unexpectedly stopped, this may be due to resource limitations"), status=500
     ),
-    "ollama, blob": not_loaded(told("unable to load model: blobs/sha256-1234", "api_error"), status=500),
-    "ollama, context": overflow(told("the input length exceeds the context length", "api_error"), None, None),
+    "ollama, blob": not_loaded(openai_error("unable to load model: blobs/sha256-1234", "api_error"), status=500),
+    "ollama, context": overflow(openai_error("the input length exceeds the context length", "api_error"), None, None),
     "ollama, path": Wording(404, "404 page not found", hint="check api_base"),
     "ollama, full": Wording(
-        503, told("server busy, please try again. maximum pending requests exceeded", "api_error"), verdict=RETRY
+        503,
+        openai_error("server busy, please try again. maximum pending requests exceeded", "api_error"),
+        verdict=RETRY,
     ),
     # vLLM
     "vllm, older": not_found(
@@ -225,10 +239,10 @@ WORDINGS: Final = {
         },
         status=404,
     ),
-    "vllm": not_found(told("The model `x` does not exist.", "NotFoundError", 404), status=404),
+    "vllm": not_found(openai_error("The model `x` does not exist.", "NotFoundError", 404), status=404),
     "vllm, no key": Wording(401, {"error": "Unauthorized"}, LLMAuthenticationError, "pass api_key=", by_status=True),
     "vllm, context": overflow(
-        told(
+        openai_error(
             "This model's maximum context length is 8192 tokens. However, you requested 9500 tokens (9000 in the"
             " messages, 500 in the completion). Please reduce the length of the messages or completion."
         ),
@@ -236,7 +250,7 @@ WORDINGS: Final = {
         8192,
     ),
     "vllm, max_tokens": overflow(
-        told(
+        openai_error(
             "'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 32768"
             " tokens and your request has 1200 input tokens (32000 > 32768 - 1200)."
         ),
@@ -244,7 +258,7 @@ WORDINGS: Final = {
         32768,
     ),
     "vllm, newer": overflow(
-        told(
+        openai_error(
             "This model's maximum context length is 8192 tokens. However, you requested 500 output tokens and your"
             " prompt contains at least 9001 input tokens, for a total of at least 9501 tokens."
         ),
@@ -252,23 +266,27 @@ WORDINGS: Final = {
         8192,
     ),
     "vllm, prompt": overflow(
-        told("The decoder prompt (length 17772) is longer than the maximum model length of 16384."), 17772, 16384
+        openai_error("The decoder prompt (length 17772) is longer than the maximum model length of 16384."),
+        17772,
+        16384,
     ),
     "vllm, too long": overflow(
-        told("The prompt (total length 25938) is too long to fit into the model (context length 4096)."), 25938, 4096
+        openai_error("The prompt (total length 25938) is too long to fit into the model (context length 4096)."),
+        25938,
+        4096,
     ),
     "vllm, memory": not_loaded(
-        told("CUDA out of memory. Tried to allocate 2.00 GiB", "InternalServerError"), status=500
+        openai_error("CUDA out of memory. Tried to allocate 2.00 GiB", "InternalServerError"), status=500
     ),
     # Others
-    "openai, path": Wording(404, told("Invalid URL (POST /chat/completions)"), hint="check api_base"),
+    "openai, path": Wording(404, openai_error("Invalid URL (POST /chat/completions)"), hint="check api_base"),
     "express": Wording(404, {"error": "Cannot POST /v1/chat/completions"}, hint="check api_base"),
-    "code for the context": overflow(told("It is too long.", code="context_length_exceeded"), None, None),
+    "code for the context": overflow(openai_error("It is too long.", code="context_length_exceeded"), None, None),
     "no quotes": not_found({"error": "Model qwen3:8b does not exist"}, status=404),
     "message beside": not_loaded({"error": {"code": 500}, "message": "Model unloaded."}, DROPPED),
-    "openai, context": overflow(told("Your input exceeds the context window of this model."), None, None),
+    "openai, context": overflow(openai_error("Your input exceeds the context window of this model."), None, None),
     "sglang": overflow(
-        told(
+        openai_error(
             "Requested token count exceeds the model's maximum context length of 8192 tokens. You requested a total of"
             " 9100 tokens: 9000 tokens from the input messages and 100 tokens for the completion."
         ),
@@ -276,18 +294,20 @@ WORDINGS: Final = {
         8192,
     ),
     "sglang, input": overflow(
-        told("The input (9001 tokens) is longer than the model's context length (8192 tokens)."), 9001, 8192
+        openai_error("The input (9001 tokens) is longer than the model's context length (8192 tokens)."), 9001, 8192
     ),
     "llama-swap": not_found({"error": "could not find real modelID for x"}),
-    "litellm": not_found(told("Invalid model name passed in model=x. Call `/v1/models` to view available models")),
+    "litellm": not_found(
+        openai_error("Invalid model name passed in model=x. Call `/v1/models` to view available models")
+    ),
     "litellm, code in words": Wording(
-        429, told("slow down", "None", "429"), LLMRateLimitError, "Limits.max_concurrency", RETRY
+        429, openai_error("slow down", "None", "429"), LLMRateLimitError, "Limits.max_concurrency", RETRY
     ),
     "rate": Wording(
         429, {"error": "Too many requests"}, LLMRateLimitError, "Limits.max_concurrency", RETRY, by_status=True
     ),
     "rate, in its type": Wording(
-        400, told("slow down", "rate_limit_error"), LLMRateLimitError, "Limits.max_concurrency"
+        400, openai_error("slow down", "rate_limit_error"), LLMRateLimitError, "Limits.max_concurrency"
     ),
     "forbidden": Wording(403, {"error": "no"}, LLMAuthenticationError, "set LM_API_TOKEN", by_status=True),
     "fastapi": Wording(404, {"detail": "Not Found"}, hint="check api_base"),
@@ -307,7 +327,7 @@ def each_wording(wordings: Mapping[str, Wording]) -> pytest.MarkDecorator:
 
 
 async def fail(server: ScriptedServer, behaviour: Behaviour, *, stream: bool = False, **options: Any) -> LLMError:
-    """The error of one request, asked for once; of a stream it has to come from the `await`."""
+    """Returns the error of one request without retries; for a stream, the `await` has to raise it."""
     server.script(behaviour)
     async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
         with pytest.raises(LLMError) as caught:
@@ -316,8 +336,8 @@ async def fail(server: ScriptedServer, behaviour: Behaviour, *, stream: bool = F
     return caught.value
 
 
-async def break_off(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
-    """The error that iterating a stream ends with, and the chunks before it."""
+async def fail_in_stream(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
+    """Returns the error that iterating a stream raises, and the chunks before it."""
     server.script(behaviour)
     chunks: list[Any] = []
     async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
@@ -332,7 +352,7 @@ async def break_off(server: ScriptedServer, behaviour: Behaviour, **options: Any
 
 async def read_into(chunks: list[Any], stream: ChatStream) -> None:
     async for each in stream:
-        chunks.append(each)  # noqa: PERF401 - a comprehension would lose them to the error
+        chunks.append(each)  # noqa: PERF401 - a comprehension would lose the chunks before the error
 
 
 def check(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
@@ -352,7 +372,7 @@ def check(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @each_wording(WORDINGS)
-async def test_what_a_server_answers_names_its_error(
+async def test_a_reply_becomes_the_error_that_its_body_names(
     scripted_server: ScriptedServer, wording: Wording, stream: bool
 ) -> None:
     error = await fail(
@@ -364,11 +384,11 @@ async def test_what_a_server_answers_names_its_error(
 
 
 @each_wording(WORDINGS)
-def test_what_a_server_answers_tells_whether_to_ask_again(wording: Wording) -> None:
+def test_a_reply_decides_whether_the_request_is_sent_again(wording: Wording) -> None:
     assert failures.classify(wording.status, {}, wording.text.encode()) is wording.verdict
 
 
-async def test_an_error_repeats_what_the_server_said(scripted_server: ScriptedServer) -> None:
+async def test_an_error_quotes_the_message_of_the_server(scripted_server: ScriptedServer) -> None:
     error = await fail(scripted_server, reply(400, {"error": "Invalid 'messages' in payload"}))
     assert error.message == "the server answered 400: Invalid 'messages' in payload"
 
@@ -379,20 +399,22 @@ async def test_an_error_with_status_200_says_so(scripted_server: ScriptedServer)
 
 
 @pytest.mark.parametrize("body", [b"", b" \n", b"\xef\xbb\xbf"])
-async def test_an_error_without_a_word_says_so(scripted_server: ScriptedServer, body: bytes) -> None:
+async def test_an_error_without_a_message_says_so(scripted_server: ScriptedServer, body: bytes) -> None:
     error = await fail(scripted_server, reply(418, body))
     assert error.message == "the server answered 418 with an empty body"
     assert type(error) is LLMResponseError
 
 
-async def test_a_long_text_is_told_in_part_and_kept_whole(scripted_server: ScriptedServer) -> None:
+async def test_a_long_message_is_shortened_and_kept_in_the_body(scripted_server: ScriptedServer) -> None:
     text = "no " * 1000
     error = await fail(scripted_server, reply(400, {"error": text}))
     assert error.message == f"the server answered 400: {text[:500]}... (3000 characters)"
     assert error.body == json.dumps({"error": text}, separators=(",", ":"))
 
 
-async def test_a_model_that_the_caller_did_not_name_is_named_by_the_server(scripted_server: ScriptedServer) -> None:
+async def test_a_missing_model_that_the_caller_did_not_name_is_taken_from_the_message(
+    scripted_server: ScriptedServer,
+) -> None:
     scripted_server.script(reply(404, {"error": "model 'tiny' not found"}))
     async with LLMClient(scripted_server.api_base) as client:
         with pytest.raises(ModelNotFoundError, match="model 'tiny' not found") as caught:
@@ -400,9 +422,9 @@ async def test_a_model_that_the_caller_did_not_name_is_named_by_the_server(scrip
     assert caught.value.model_name == "tiny"
 
 
-async def test_a_missing_model_has_its_close_matches_in_the_text(scripted_server: ScriptedServer) -> None:
+async def test_the_error_for_a_missing_model_suggests_close_matches(scripted_server: ScriptedServer) -> None:
     text = 'Invalid model identifier "x". Please specify a valid downloaded model (e.g., test-model-2, other, ...).'
-    error = await fail(scripted_server, reply(400, told(text)))
+    error = await fail(scripted_server, reply(400, openai_error(text)))
     assert "did you mean 'test-model-2'?" in error.message
     assert isinstance(error, ModelNotFoundError)
     assert error.available_models == ["test-model-2", "other"]
@@ -410,13 +432,13 @@ async def test_a_missing_model_has_its_close_matches_in_the_text(scripted_server
 
 
 @pytest.mark.parametrize("status", [429, 400])
-async def test_the_wait_that_a_server_asks_for_is_kept(scripted_server: ScriptedServer, status: int) -> None:
+async def test_the_wait_that_a_server_asks_for_is_in_the_error(scripted_server: ScriptedServer, status: int) -> None:
     error = await fail(scripted_server, reply(status, {"error": "busy"}, {"Retry-After": "17"}))
     assert isinstance(error, LLMResponseError)
     assert error.retry_after == 17
 
 
-async def test_a_redirect_is_never_taken_for_what_its_page_says(scripted_server: ScriptedServer) -> None:
+async def test_the_page_of_a_redirect_does_not_decide_the_error(scripted_server: ScriptedServer) -> None:
     error = await fail(
         scripted_server, reply(307, "model 'x' not found", {"Location": "http://user:pass@other/v1?key=secret"})
     )
@@ -430,12 +452,12 @@ async def test_a_redirect_is_never_taken_for_what_its_page_says(scripted_server:
 @pytest.mark.parametrize(
     "behaviour",
     [
-        reply(401, told("Incorrect API key provided: sk-secret-1")),
+        reply(401, openai_error("Incorrect API key provided: sk-secret-1")),
         reply(307, "sk-secret-1", {"Location": "http://other/sk-secret-1/v1"}),
         reply(200, {"error": "Incorrect API key provided: sk-secret-1"}),
     ],
 )
-async def test_a_key_that_the_server_repeats_is_not_shown(
+async def test_a_key_that_the_server_repeats_is_redacted(
     scripted_server: ScriptedServer, behaviour: Behaviour, stream: bool
 ) -> None:
     error = await fail(scripted_server, behaviour, stream=stream, api_key="sk-secret-1")
@@ -445,7 +467,7 @@ async def test_a_key_that_the_server_repeats_is_not_shown(
 
 @pytest.mark.parametrize("status", [404, 405])
 @pytest.mark.parametrize("body", ["", "<html><h1>404 Not Found</h1></html>", '{"error": "Not Found"}'])
-async def test_a_path_that_is_not_there_hints_at_the_address(
+async def test_the_error_for_an_unknown_path_suggests_checking_api_base(
     scripted_server: ScriptedServer, status: int, body: str
 ) -> None:
     error = await fail(scripted_server, reply(status, body))
@@ -453,7 +475,7 @@ async def test_a_path_that_is_not_there_hints_at_the_address(
     assert error.hint == "the server does not know this path; check api_base"
 
 
-# Asking again
+# Retries
 
 
 @pytest.mark.parametrize(
@@ -464,12 +486,12 @@ async def test_a_path_that_is_not_there_hints_at_the_address(
 @pytest.mark.parametrize(
     "body", [b"", b'{"error": "try later"}', b"<html>Loading...</html>", b'{"error": {}}', b"\xff"]
 )
-def test_the_status_decides_where_the_body_says_nothing(status: int, verdict: Verdict, body: bytes) -> None:
+def test_the_status_decides_if_the_body_says_nothing(status: int, verdict: Verdict, body: bytes) -> None:
     assert failures.classify(status, {}, body) is verdict
 
 
 LOADING: Final = (
-    told("Loading model", "unavailable_error", 503),  # llama.cpp
+    openai_error("Loading model", "unavailable_error", 503),  # llama.cpp
     {"message": "Loading model", "type": "unavailable_error", "code": 503},
     {"error": "Model meta-llama/Llama-2-70b-chat is currently loading", "estimated_time": 20.0},  # Hugging Face
     {"error": "loading"},
@@ -486,7 +508,7 @@ def test_a_503_that_says_loading_is_polled(body: Body) -> None:
 
 @pytest.mark.parametrize("body", LOADING)
 @pytest.mark.parametrize("status", [400, 404, 408, 409, 429, 500, 502, 504])
-def test_no_other_status_is_polled(status: int, body: Body) -> None:
+def test_other_statuses_are_not_polled(status: int, body: Body) -> None:
     text = body if isinstance(body, str) else json.dumps(body)
     assert failures.classify(status, {}, text.encode()) is not POLL
 
@@ -506,21 +528,21 @@ def test_no_other_status_is_polled(status: int, body: Body) -> None:
         "uploading is off",
     ],
 )
-def test_a_load_that_failed_and_a_page_are_not_polled(text: str) -> None:
+def test_a_failed_load_and_an_html_page_are_not_polled(text: str) -> None:
     assert failures.classify(503, {}, text.encode()) is RETRY
     assert failures.classify(503, {}, json.dumps({"error": text}).encode()) is RETRY
 
 
 @pytest.mark.parametrize("status", [400, 404, 408, 429, 500, 502, 503, 504])
 @pytest.mark.parametrize("text", ["No models loaded. Please load a model", "no model is currently loaded"])
-def test_where_no_model_is_loaded_asking_again_does_not_help(status: int, text: str) -> None:
+def test_a_request_is_not_sent_again_if_no_model_is_loaded(status: int, text: str) -> None:
     assert failures.classify(status, {}, json.dumps({"error": text}).encode()) is FAIL
 
 
-async def test_a_server_that_loads_is_polled_until_it_answers(
+async def test_a_loading_server_is_polled_until_it_answers(
     scripted_server: ScriptedServer, no_waits: list[float]
 ) -> None:
-    scripted_server.script(*[reply(503, told("Loading model", "unavailable_error", 503))] * 4, answer("Hi"))
+    scripted_server.script(*[reply(503, openai_error("Loading model", "unavailable_error", 503))] * 4, answer("Hi"))
     async with LLMClient(scripted_server.api_base, max_retries=0, timeout=Timeouts(load=60)) as client:
         whole = await client.chat_completion(MESSAGES)
     assert whole["choices"][0]["message"]["content"] == "Hi"
@@ -558,18 +580,18 @@ async def test_a_server_that_loads_is_polled_until_it_answers(
     ],
 )
 def test_a_500_about_a_mistake_in_the_request_is_not_retried(text: str) -> None:
-    body = json.dumps(told(text, "server_error", 500)).encode()
+    body = json.dumps(openai_error(text, "server_error", 500)).encode()
     assert failures.classify(500, {}, body) is FAIL
     assert failures.classify(503, {}, body) is RETRY
     assert failures.error_class(failures.parse_error_body(body.decode()), 500) is None
 
 
-def test_a_500_of_the_type_for_mistakes_is_not_retried() -> None:
-    assert failures.classify(500, {}, json.dumps(told("no", "invalid_request_error")).encode()) is FAIL
-    assert failures.classify(500, {}, json.dumps(told("no", "server_error")).encode()) is RETRY
+def test_a_500_whose_type_is_a_mistake_in_the_request_is_not_retried() -> None:
+    assert failures.classify(500, {}, json.dumps(openai_error("no", "invalid_request_error")).encode()) is FAIL
+    assert failures.classify(500, {}, json.dumps(openai_error("no", "server_error")).encode()) is RETRY
 
 
-# What is no sign of a failure
+# Texts that are not errors
 
 SCARES: Final = (
     "CUDA out of memory",
@@ -592,7 +614,9 @@ SCARES: Final = (
 
 
 @pytest.mark.parametrize("text", SCARES)
-async def test_words_in_a_reply_are_no_error(scripted_server: ScriptedServer, client: LLMClient, text: str) -> None:
+async def test_a_reply_that_talks_about_errors_is_not_an_error(
+    scripted_server: ScriptedServer, client: LLMClient, text: str
+) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "error", "arguments": json.dumps({"error": text})}}
     extra = {"error": None, "detail": text, "message": text, "stats": {"error": text}}
     scripted_server.default = answer(text, chunks=list(text), tool_calls=[call], reasoning=text, extra=extra)
@@ -615,7 +639,7 @@ async def test_words_in_a_reply_are_no_error(scripted_server: ScriptedServer, cl
         {**piece("Hi"), "message": "fine", "detail": "fine", "type": "chunk", "code": 200},
     ],
 )
-async def test_a_chunk_with_an_empty_error_is_a_chunk(
+async def test_a_chunk_with_an_empty_error_field_is_a_chunk(
     scripted_server: ScriptedServer, client: LLMClient, chunk: dict[str, Any]
 ) -> None:
     scripted_server.script(sse(chunk, piece(finish_reason="stop"), done=True))
@@ -654,8 +678,10 @@ async def test_a_chunk_with_an_empty_error_is_a_chunk(
     ],
 )
 @pytest.mark.parametrize("as_object", [True, False])
-async def test_a_bad_parameter_is_just_that(scripted_server: ScriptedServer, message: str, as_object: bool) -> None:
-    body = told(message) if as_object else {"error": message}
+async def test_an_error_about_a_parameter_is_not_taken_for_another_error(
+    scripted_server: ScriptedServer, message: str, as_object: bool
+) -> None:
+    body = openai_error(message) if as_object else {"error": message}
     error = await fail(scripted_server, reply(400, body))
     assert type(error) is LLMResponseError
     assert error.message == f"the server answered 400: {message}"
@@ -664,23 +690,27 @@ async def test_a_bad_parameter_is_just_that(scripted_server: ScriptedServer, mes
 
 @pytest.mark.parametrize("text", SCARES)
 @pytest.mark.parametrize("status", [400, 422, 500])
-def test_a_request_that_the_server_repeats_is_not_its_own_words(text: str, status: int) -> None:
+def test_a_quoted_request_does_not_decide_the_error(text: str, status: int) -> None:
     bodies: list[Body] = [
-        told(f"Failed to parse tools: Missing tool function; tools = {json.dumps([text])}"),
-        told(f"Failed to parse messages: Missing 'role'; messages = {json.dumps([text])}"),
-        told(f"7 validation errors:\n  {{'type': 'literal_error', 'loc': ('body', 'messages', 0), 'input': {text!r}}}"),
-        told(f"[{{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required', 'input': {text!r}}}]"),
+        openai_error(f"Failed to parse tools: Missing tool function; tools = {json.dumps([text])}"),
+        openai_error(f"Failed to parse messages: Missing 'role'; messages = {json.dumps([text])}"),
+        openai_error(
+            f"7 validation errors:\n  {{'type': 'literal_error', 'loc': ('body', 'messages', 0), 'input': {text!r}}}"
+        ),
+        openai_error(
+            f"[{{'type': 'missing', 'loc': ('body', 'messages'), 'msg': 'Field required', 'input': {text!r}}}]"
+        ),
         {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required", "input": text}]},
     ]
     for body in bodies:
-        said = failures.parse_error_body(json.dumps(body))
-        assert failures.error_class(said, status) is None
-        assert failures.classify(status, {}, said.text.encode()) in (FAIL, RETRY)
+        error_body = failures.parse_error_body(json.dumps(body))
+        assert failures.error_class(error_body, status) is None
+        assert failures.classify(status, {}, error_body.text.encode()) in (FAIL, RETRY)
 
 
 @pytest.mark.parametrize("text", SCARES)
 @pytest.mark.parametrize("status", [200, 400, 500])
-async def test_a_page_is_no_server_of_models(scripted_server: ScriptedServer, text: str, status: int) -> None:
+async def test_an_html_page_does_not_decide_the_error(scripted_server: ScriptedServer, text: str, status: int) -> None:
     page = f"\n<!DOCTYPE html><html><title>Oops</title><p>{text}</p></html>"
     for stream in (False, True):
         scripted_server.requests.clear()
@@ -691,9 +721,11 @@ async def test_a_page_is_no_server_of_models(scripted_server: ScriptedServer, te
 
 
 @pytest.mark.parametrize("text", SCARES)
-async def test_half_a_chunk_is_not_searched_for_words(scripted_server: ScriptedServer, text: str) -> None:
+async def test_a_chunk_that_was_cut_off_does_not_decide_the_error(scripted_server: ScriptedServer, text: str) -> None:
     half = json.dumps(piece(text))[:-3]
-    error, chunks = await break_off(scripted_server, sse(piece("Hi"), f"data: {half}\n\n", piece("there"), done=True))
+    error, chunks = await fail_in_stream(
+        scripted_server, sse(piece("Hi"), f"data: {half}\n\n", piece("there"), done=True)
+    )
     assert type(error) is LLMStreamError
     assert [text_of(each) for each in chunks] == ["Hi"]
     assert error.body == half
@@ -701,7 +733,7 @@ async def test_half_a_chunk_is_not_searched_for_words(scripted_server: ScriptedS
 
 @pytest.mark.parametrize("text", SCARES)
 @pytest.mark.parametrize("end", [None, -3])
-async def test_a_completion_in_place_of_a_stream_is_not_searched_for_words(
+async def test_a_completion_in_place_of_a_stream_does_not_decide_the_error(
     scripted_server: ScriptedServer, text: str, end: int | None
 ) -> None:
     whole = {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": text}}], "error": None}
@@ -739,20 +771,20 @@ async def test_a_completion_in_place_of_a_stream_is_not_searched_for_words(
         ({"status": "ok"}, False),
     ],
 )
-def test_an_error_is_told_from_a_reply(value: dict[str, Any], expected: bool) -> None:
+def test_errors_are_distinguished_from_replies(value: dict[str, Any], expected: bool) -> None:
     assert failures.is_error_object(value) is expected
 
 
-# In a stream
+# Errors in a stream
 
 
 @pytest.mark.parametrize("before", [(), ("Hel", "lo")], ids=["at once", "after some text"])
 @each_wording({name: wording for name, wording in WORDINGS.items() if wording.text})
-async def test_what_a_stream_says_names_its_error(
+async def test_an_event_becomes_the_error_that_its_text_names(
     scripted_server: ScriptedServer, wording: Wording, before: tuple[str, ...]
 ) -> None:
     event = "".join(f"data: {line}\n" for line in wording.text.split("\n"))
-    error, chunks = await break_off(scripted_server, sse(*map(piece, before), f"{event}\n", done=True))
+    error, chunks = await fail_in_stream(scripted_server, sse(*map(piece, before), f"{event}\n", done=True))
     kind = wording.kind_in_stream
     check(error, wording if kind is wording.kind else attrs.evolve(wording, hint=error.hint), kind)
     assert [text_of(each) for each in chunks] == list(before)
@@ -765,7 +797,7 @@ async def test_what_a_stream_says_names_its_error(
 
 
 SHAPES: Final[dict[str, tuple[str, type[LLMError], str, str]]] = {
-    # The events' bytes, the class, what is told, the body.
+    # The bytes of the events, the class of the error, its message, its body.
     "object": ('data: {"error": {"message": "no"}}\n\n', LLMStreamError, "no", '{"error": {"message": "no"}}'),
     "object with a code": ('data: {"error": {"code": 401, "message": "no"}}\n\n', LLMAuthenticationError, "no", ""),
     "object with 429": ('data: {"error": {"code": 429, "message": "no"}}\n\n', LLMRateLimitError, "no", ""),
@@ -825,7 +857,7 @@ SHAPES: Final[dict[str, tuple[str, type[LLMError], str, str]]] = {
 @pytest.mark.parametrize(
     ("event", "kind", "message", "body"), [pytest.param(*shape, id=name) for name, shape in SHAPES.items()]
 )
-async def test_an_error_in_a_stream_is_never_its_end(
+async def test_an_error_in_a_stream_is_never_taken_for_its_end(
     scripted_server: ScriptedServer,
     event: str,
     kind: type[LLMError],
@@ -834,7 +866,7 @@ async def test_an_error_in_a_stream_is_never_its_end(
     before: tuple[str, ...],
     done: bool,
 ) -> None:
-    error, chunks = await break_off(scripted_server, sse(*map(piece, before), event, done=done))
+    error, chunks = await fail_in_stream(scripted_server, sse(*map(piece, before), event, done=done))
     assert type(error) is kind
     assert error.message == f"the server ended the stream: {message}"
     assert error.status == 200
@@ -845,31 +877,31 @@ async def test_an_error_in_a_stream_is_never_its_end(
     )
 
 
-async def test_lines_that_are_no_events_tell_why_a_stream_was_cut_off(scripted_server: ScriptedServer) -> None:
-    error, _ = await break_off(scripted_server, sse(piece("Hi"), "proxy error: Model unloaded."))
+async def test_lines_that_are_not_events_explain_why_a_stream_was_cut_off(scripted_server: ScriptedServer) -> None:
+    error, _ = await fail_in_stream(scripted_server, sse(piece("Hi"), "proxy error: Model unloaded."))
     assert type(error) is ModelLoadError
     assert error.message == "the server ended the stream: proxy error: Model unloaded."
     assert error.body == "proxy error: Model unloaded."
     assert error.partial["choices"][0]["message"]["content"] == "Hi"
 
 
-async def test_pings_are_no_words(scripted_server: ScriptedServer) -> None:
-    error, _ = await break_off(scripted_server, sse(piece("Hi"), ":\n\n", ": ping\n\n", "id: 1\nretry: 5\n\n"))
+async def test_pings_are_not_quoted_in_the_error(scripted_server: ScriptedServer) -> None:
+    error, _ = await fail_in_stream(scripted_server, sse(piece("Hi"), ":\n\n", ": ping\n\n", "id: 1\nretry: 5\n\n"))
     assert type(error) is LLMStreamError
     assert error.message == "the stream was cut off: it ended without [DONE] or a finish reason"
     assert error.body is None
 
 
-async def test_a_key_that_a_stream_repeats_is_not_shown(scripted_server: ScriptedServer) -> None:
+async def test_a_key_that_a_stream_repeats_is_redacted(scripted_server: ScriptedServer) -> None:
     event = 'data: {"error": {"code": 401, "message": "Incorrect API key provided: sk-secret-1"}}\n\n'
     for behaviour in (sse(event), sse(piece("Hi"), event), sse("upstream: sk-secret-1")):
-        error, _ = await break_off(scripted_server, behaviour, api_key="sk-secret-1")
+        error, _ = await fail_in_stream(scripted_server, behaviour, api_key="sk-secret-1")
         assert "sk-secret" not in f"{error} {error.body} {vars(error)}"
         assert "[api_key]" in str(error)
 
 
-async def test_an_error_after_the_finish_reason_is_an_error(scripted_server: ScriptedServer) -> None:
-    error, chunks = await break_off(
+async def test_an_error_after_the_finish_reason_is_raised(scripted_server: ScriptedServer) -> None:
+    error, chunks = await fail_in_stream(
         scripted_server,
         sse(piece("Hi"), piece(finish_reason="stop"), 'data: {"error": "Model unloaded."}\n\n', done=True),
     )
@@ -879,19 +911,19 @@ async def test_an_error_after_the_finish_reason_is_an_error(scripted_server: Scr
 
 
 @pytest.mark.parametrize("usage", [None, {"prompt_tokens": 9000, "completion_tokens": 0, "total_tokens": 9000}])
-async def test_a_stream_without_a_single_delta_is_an_error(
+async def test_a_stream_without_a_single_delta_raises(
     scripted_server: ScriptedServer, usage: dict[str, int] | None
 ) -> None:
-    # What LM Studio does with a prompt that is longer than the context: all well but for the answer.
+    # LM Studio answers a prompt that is longer than the context with a regular stream that has no answer.
     empty: dict[str, Any] = {"object": "chat.completion.chunk", "model": "test-model", "choices": [], "usage": usage}
-    error, _ = await break_off(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
+    error, _ = await fail_in_stream(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
     assert type(error) is LLMStreamError
     assert "without a single piece of an answer" in error.message
     assert "longer than the loaded context" in (error.hint or "")
     assert error.partial["usage"] == usage
 
 
-# Something else than a stream
+# Replies that are not a stream
 
 NO_STREAMS: Final[dict[str, tuple[str, str, type[LLMError], str]]] = {
     # Content-Type, body, class, a part of the message.
@@ -923,7 +955,7 @@ NO_STREAMS: Final[dict[str, tuple[str, str, type[LLMError], str]]] = {
 @pytest.mark.parametrize(
     ("content_type", "body", "kind", "message"), [pytest.param(*each, id=name) for name, each in NO_STREAMS.items()]
 )
-async def test_something_else_in_place_of_a_stream_is_an_error_of_the_await(
+async def test_a_reply_that_is_not_a_stream_is_raised_by_the_await(
     scripted_server: ScriptedServer, content_type: str, body: str, kind: type[LLMError], message: str
 ) -> None:
     error = await fail(scripted_server, reply(200, body, content_type=content_type), stream=True)
@@ -936,7 +968,7 @@ async def test_something_else_in_place_of_a_stream_is_an_error_of_the_await(
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/octet-stream", ""])
 @pytest.mark.parametrize("start", ["", ":\n\n", "event: message\n", "id: 1\n", "retry: 5\n", "\r\n", "\ufeff"])
-async def test_a_stream_under_another_name_is_a_stream(
+async def test_a_stream_with_another_content_type_is_a_stream(
     scripted_server: ScriptedServer, client: LLMClient, start: str, content_type: str
 ) -> None:
     first = f"{start}data: {json.dumps(piece('Hi'))}\n\n"
@@ -946,25 +978,27 @@ async def test_a_stream_under_another_name_is_a_stream(
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
-async def test_an_error_in_a_stream_under_any_name_is_an_error(
+async def test_an_error_in_a_stream_with_any_content_type_is_raised(
     scripted_server: ScriptedServer, content_type: str
 ) -> None:
-    error, _ = await break_off(
+    error, _ = await fail_in_stream(
         scripted_server, sse('data: {"error": "Model unloaded."}\n\n', content_type=content_type, done=True)
     )
     assert type(error) is ModelLoadError
 
 
 @pytest.mark.parametrize("body", ["{}", '{"error": "Model unloaded."}', "Model unloaded.", '"Model unloaded."'])
-async def test_json_that_is_called_a_stream_is_never_a_reply(scripted_server: ScriptedServer, body: str) -> None:
-    error, chunks = await break_off(scripted_server, sse(body))
+async def test_json_with_the_content_type_of_a_stream_is_not_a_reply(
+    scripted_server: ScriptedServer, body: str
+) -> None:
+    error, chunks = await fail_in_stream(scripted_server, sse(body))
     assert isinstance(error, LLMStreamError | ModelLoadError)
     assert isinstance(error, ModelLoadError) == ("Model" in body)
     assert chunks == []
     assert error.body == body
 
 
-# Something else than a reply
+# Replies that are not a completion
 
 
 @pytest.mark.parametrize(
@@ -984,7 +1018,9 @@ async def test_json_that_is_called_a_stream_is_never_a_reply(scripted_server: Sc
         (b'{"status": "ok"}', "something that is not a chat completion"),
     ],
 )
-async def test_a_reply_that_is_none_is_an_error(scripted_server: ScriptedServer, body: bytes, message: str) -> None:
+async def test_a_reply_that_is_not_a_completion_raises(
+    scripted_server: ScriptedServer, body: bytes, message: str
+) -> None:
     error = await fail(scripted_server, reply(200, body, content_type="application/json"))
     assert type(error) is LLMResponseError
     assert message in error.message
@@ -1020,7 +1056,7 @@ OTHER: Final = [
 
 
 async def served(server: ScriptedServer, asked: str | None, name: str | None, mode: Any, *, stream: bool) -> Any:
-    """The folded reply of a model that calls itself by this name."""
+    """Returns the whole reply of a model that reports this name."""
     server.script(answer("Hi", extra={"model": name}))
     async with LLMClient(server.api_base, asked, model_mismatch=mode) as client:
         whole: Any = await client.chat_completion(MESSAGES, stream=stream)
@@ -1029,7 +1065,7 @@ async def served(server: ScriptedServer, asked: str | None, name: str | None, mo
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("asked", "name"), SAME)
-async def test_a_model_that_answers_to_its_name_is_no_mismatch(
+async def test_a_fitting_name_is_not_a_mismatch(
     scripted_server: ScriptedServer, asked: str | None, name: str | None, stream: bool
 ) -> None:
     whole = await served(scripted_server, asked, name, "raise", stream=stream)
@@ -1038,7 +1074,7 @@ async def test_a_model_that_answers_to_its_name_is_no_mismatch(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("asked", "name"), OTHER)
-async def test_a_mismatch_can_be_an_error(scripted_server: ScriptedServer, asked: str, name: str, stream: bool) -> None:
+async def test_a_mismatch_can_be_raised(scripted_server: ScriptedServer, asked: str, name: str, stream: bool) -> None:
     with pytest.raises(ModelMismatchError, match="asked for model") as caught:
         await served(scripted_server, asked, name, "raise", stream=stream)
     assert (caught.value.asked, caught.value.served, caught.value.status) == (asked, name, 200)
@@ -1070,11 +1106,9 @@ async def test_a_mismatch_can_be_ignored(
 
 
 @pytest.mark.parametrize("mode", ["warn", "ignore"])
-async def test_a_name_that_changes_between_chunks_is_always_an_error(
-    scripted_server: ScriptedServer, mode: str
-) -> None:
+async def test_a_name_that_changes_between_chunks_always_raises(scripted_server: ScriptedServer, mode: str) -> None:
     behaviour = sse(piece("Hel"), piece("lo", model=None), piece("!", model="other"), done=True)
-    error, chunks = await break_off(scripted_server, behaviour, model_mismatch=mode)
+    error, chunks = await fail_in_stream(scripted_server, behaviour, model_mismatch=mode)
     assert isinstance(error, ModelChangedDuringExecutionError)
     assert (error.old_model, error.new_model, error.status) == ("test-model", "other", 200)
     assert error.partial["choices"][0]["message"]["content"] == "Hello"
@@ -1090,7 +1124,7 @@ async def test_chunks_without_a_name_change_nothing(scripted_server: ScriptedSer
         assert [text_of(each) async for each in stream] == ["a", "a", "b", "c"]
 
 
-# Whatever a server sends
+# Arbitrary bodies
 
 JSON: Final = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(SCARES),
@@ -1105,19 +1139,19 @@ JSON: Final = st.recursive(
 
 
 @given(JSON, st.sampled_from([200, 400, 401, 429, 500, 503]))
-def test_any_json_can_be_read(value: Any, status: int) -> None:
-    said = failures.parse_error_body(json.dumps(value))
-    assert isinstance(said.message, str)
+def test_any_json_can_be_parsed(value: Any, status: int) -> None:
+    error_body = failures.parse_error_body(json.dumps(value))
+    assert isinstance(error_body.message, str)
     assert isinstance(failures.classify(status, {}, json.dumps(value).encode()), Verdict)
-    kind = failures.error_class(said, status)
+    kind = failures.error_class(error_body, status)
     assert kind is None or issubclass(kind, LLMError)
-    assert isinstance(failures.error_from_event(said, {}), kind if status == 200 and kind else LLMError)
+    assert isinstance(failures.error_from_event(error_body, {}), kind if status == 200 and kind else LLMError)
     if isinstance(value, dict):
         assert failures.is_error_object(value) in (True, False)
 
 
 @given(st.binary())
-def test_any_bytes_can_be_read(body: bytes) -> None:
+def test_any_bytes_can_be_parsed(body: bytes) -> None:
     assert isinstance(failures.classify(500, {}, body), Verdict)
     assert failures.parse_error_body(body.decode("utf-8", "replace")).text == body.decode("utf-8", "replace")
 
@@ -1138,7 +1172,7 @@ def test_any_bytes_can_be_read(body: bytes) -> None:
     ],
     ids=["brackets", "braces", "digits", "words", "quotes", "expected", "numbers", "spaces", "models"],
 )
-def test_a_hostile_body_takes_no_time(text: str) -> None:
+def test_a_hostile_body_is_parsed_quickly(text: str) -> None:
     for status in (200, 400, 500, 503):
         assert isinstance(failures.classify(status, {}, text.encode()), Verdict)
     assert isinstance(failures.error_from_event(failures.parse_error_body(text), {}), LLMError)

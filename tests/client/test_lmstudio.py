@@ -70,7 +70,7 @@ def status(value: str, done: int = 948, **fields: Any) -> dict[str, Any]:
 
 
 def unexpected(method: str, path: str) -> Behaviour:
-    """What LM Studio answers to a path that it does not know: with status 200 (lmstudio-bug-tracker#618)."""
+    """Answers like LM Studio on a path that it does not know: with status 200 (lmstudio-bug-tracker#618)."""
     return reply(200, {"error": f"Unexpected endpoint or method. ({method} {path})"})
 
 
@@ -79,7 +79,7 @@ def refusal(kind: str, message: str, **fields: Any) -> dict[str, Any]:
 
 
 def in_turn(*behaviours: Behaviour) -> Behaviour:
-    """One behaviour after the other, and the last one for ever."""
+    """Answers with one behaviour after the other, and then always with the last one."""
     left = list(behaviours)
 
     async def behave(exchange: Exchange) -> None:
@@ -88,20 +88,20 @@ def in_turn(*behaviours: Behaviour) -> Behaviour:
     return behave
 
 
-def asked(server: ScriptedServer) -> list[str]:
+def requests_of(server: ScriptedServer) -> list[str]:
     return [f"{request.method} {request.path}" for request in server.requests]
 
 
 @pytest_asyncio.fixture
 async def server(scripted_server: ScriptedServer) -> AsyncIterator[ScriptedServer]:
-    """LM Studio 0.4 with two models, one of them loaded."""
+    """A server like LM Studio 0.4 with two models, one of them loaded."""
     scripted_server.on_path(V1, reply(200, {"models": [GEMMA, NOMIC]}))
     yield scripted_server
 
 
 @pytest.fixture
 def old_server(scripted_server: ScriptedServer) -> ScriptedServer:
-    """LM Studio 0.3."""
+    """A server like LM Studio 0.3."""
     for method, path in (("GET", V1), ("POST", LOAD), ("POST", UNLOAD), ("POST", DOWNLOAD)):
         scripted_server.on_path(path, unexpected(method, path))
     entries = [
@@ -140,12 +140,12 @@ def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 # Models
 
 
-async def test_models_are_what_the_server_sent(server: ScriptedServer, client: LLMClient) -> None:
+async def test_models_are_the_dicts_that_the_server_sent(server: ScriptedServer, client: LLMClient) -> None:
     assert await client.lmstudio.models() == [GEMMA, NOMIC]
-    assert asked(server) == [f"GET {V1}"]
+    assert requests_of(server) == [f"GET {V1}"]
 
 
-async def test_an_older_one_tells_the_same_in_the_same_fields(old_server: ScriptedServer, client: LLMClient) -> None:
+async def test_models_of_an_older_lm_studio_have_the_same_fields(old_server: ScriptedServer, client: LLMClient) -> None:
     assert await client.lmstudio.models() == [
         {
             "type": "llm",
@@ -173,16 +173,18 @@ async def test_an_older_one_tells_the_same_in_the_same_fields(old_server: Script
             "loaded_instances": [{"id": "nomic-embed", "config": {}}],
         },
     ]
-    assert asked(old_server) == [f"GET {V1}", f"GET {V0}"]
+    assert requests_of(old_server) == [f"GET {V1}", f"GET {V0}"]
 
 
-async def test_one_that_is_older_still_is_told_to_be_too_old(old_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_lm_studio_without_either_list_is_reported_as_too_old(
+    old_server: ScriptedServer, client: LLMClient
+) -> None:
     old_server.on_path(V0, unexpected("GET", V0))
     with pytest.raises(LLMResponseError, match=r"this LM Studio is too old.*update LM Studio to 0.4.0"):
         await client.lmstudio.models()
 
 
-async def test_a_server_in_trouble_is_not_taken_for_another_server(
+async def test_a_failing_lm_studio_is_not_reported_as_another_server(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float]
 ) -> None:
     scripted_server.on_path(V1, reply(502, "<html><h1>Bad Gateway</h1></html>"))
@@ -218,7 +220,7 @@ EACH_CALL: Final = pytest.mark.parametrize(("path", "call"), CALLS.values(), ids
         reply(200, {"models": [{"name": "llama3.2:latest"}], "data": [{"id": "x"}]}),
     ],
 )
-async def test_another_server_is_told_to_be_none(
+async def test_another_server_is_reported_as_not_lm_studio(
     scripted_server: ScriptedServer,
     client: LLMClient,
     path: str,
@@ -232,17 +234,20 @@ async def test_another_server_is_told_to_be_none(
     assert caught.value.context["url"] == f"{scripted_server.origin}{path}"
     assert caught.value.status in (200, 404, 405)
     assert caught.value.body
-    assert f"POST {path}" not in asked(scripted_server)[1:]  # it is asked for once
+    # The request is sent once only.
+    assert f"POST {path}" not in requests_of(scripted_server)[1:]
 
 
-async def test_the_error_says_what_the_server_calls_itself(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_error_quotes_the_name_in_the_server_header(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.on_path(V1, reply(404, {"error": "File Not Found"}, {"Server": "llama.cpp"}))
     with pytest.raises(LLMResponseError, match=r"this server \(it calls itself 'llama.cpp'\) is not LM Studio"):
         await client.lmstudio.models()
 
 
 @pytest.mark.parametrize("name", ["load", "unload", "download"])
-async def test_an_lm_studio_without_it_is_told_to_be_too_old(
+async def test_an_lm_studio_without_the_path_is_reported_as_too_old(
     old_server: ScriptedServer, client: LLMClient, name: str
 ) -> None:
     path, call = CALLS[name]
@@ -255,18 +260,20 @@ async def test_an_lm_studio_without_it_is_told_to_be_too_old(
 
 
 @EACH_CALL
-async def test_a_refused_key_is_a_named_error(
+async def test_a_refused_key_raises_an_authentication_error(
     scripted_server: ScriptedServer, client: LLMClient, path: str, call: Callable[[LLMClient], Awaitable[Any]]
 ) -> None:
-    told = refusal("invalid_request", "An LM Studio API token is required", code="invalid_api_key")
-    scripted_server.on_path(path, reply(401, told))
+    body = refusal("invalid_request", "An LM Studio API token is required", code="invalid_api_key")
+    scripted_server.on_path(path, reply(401, body))
     with pytest.raises(LLMAuthenticationError, match="pass api_key="):
         await call(client)
     assert len(scripted_server.requests) == 1
 
 
 @EACH_CALL
-async def test_a_dead_port_is_a_named_error(path: str, call: Callable[[LLMClient], Awaitable[Any]]) -> None:
+async def test_an_unreachable_server_raises_a_connection_error(
+    path: str, call: Callable[[LLMClient], Awaitable[Any]]
+) -> None:
     async with LLMClient("http://127.0.0.1:1", max_retries=0) as client:
         with pytest.raises(LLMConnectionError) as caught:
             await call(client)
@@ -276,7 +283,7 @@ async def test_a_dead_port_is_a_named_error(path: str, call: Callable[[LLMClient
 # Load and unload
 
 
-async def test_a_load_sends_its_configuration_as_it_is(server: ScriptedServer, client: LLMClient) -> None:
+async def test_load_sends_the_configuration_unchanged(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(LOAD, reply(200, LOADED))
     loaded = await client.lmstudio.load("gemma-3-270m-it-qat", context_length=16384, flash_attention=True)
     assert loaded == LOADED
@@ -284,13 +291,13 @@ async def test_a_load_sends_its_configuration_as_it_is(server: ScriptedServer, c
     assert request.json == {"model": "gemma-3-270m-it-qat", "context_length": 16384, "flash_attention": True}
 
 
-async def test_an_unload_names_the_instance(server: ScriptedServer, client: LLMClient) -> None:
+async def test_unload_sends_the_name_of_the_instance(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(UNLOAD, reply(200, {"instance_id": "gemma:2"}))
     assert await client.lmstudio.unload("gemma:2") == {"instance_id": "gemma:2"}
     assert server.requests[0].json == {"instance_id": "gemma:2"}
 
 
-async def test_none_of_them_queues_behind_generations(server: ScriptedServer) -> None:
+async def test_no_method_queues_behind_generations(server: ScriptedServer) -> None:
     server.on_path(LOAD, reply(200, LOADED))
     server.on_path(UNLOAD, reply(200, {"instance_id": "x"}))
     server.on_path(DOWNLOAD, reply(200, {"status": "already_downloaded"}))
@@ -304,7 +311,7 @@ async def test_none_of_them_queues_behind_generations(server: ScriptedServer) ->
 
 
 @pytest.mark.parametrize(
-    ("status_code", "body", "kind", "told"),
+    ("status_code", "body", "kind", "message"),
     [
         (500, refusal("internal_error", "Signal: SIGABRT", code="model_load_failed"), ModelLoadError, "SIGABRT"),
         (
@@ -318,22 +325,22 @@ async def test_none_of_them_queues_behind_generations(server: ScriptedServer) ->
         (500, refusal("unknown", "something"), LLMResponseError, "the server answered 500: something"),
     ],
 )
-async def test_lm_studios_own_refusals_keep_their_class_and_words(
+async def test_errors_of_lm_studio_keep_their_class_and_text(
     server: ScriptedServer,
     client: LLMClient,
     status_code: int,
     body: dict[str, Any],
     kind: type[Exception],
-    told: str,
+    message: str,
 ) -> None:
     server.on_path(LOAD, reply(status_code, body))
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=message) as caught:
         await client.lmstudio.load("x", context_length=-1)
     assert type(caught.value) is kind
-    assert asked(server).count(f"POST {LOAD}") == 1
+    assert requests_of(server).count(f"POST {LOAD}") == 1
 
 
-async def test_a_load_may_take_as_long_as_the_limit_for_loading(server: ScriptedServer) -> None:
+async def test_a_load_may_take_as_long_as_the_load_timeout(server: ScriptedServer) -> None:
     server.on_path(LOAD, stall())
     async with LLMClient(server.api_base, timeout=Timeouts(load=0.05, first_byte=60)) as client:
         with pytest.raises(LLMTimeoutError, match=r"no answer within 0.05 s.*raise Timeouts.load") as caught:
@@ -342,7 +349,7 @@ async def test_a_load_may_take_as_long_as_the_limit_for_loading(server: Scripted
     assert len(server.requests) == 1
 
 
-async def test_the_limit_for_loading_is_not_that_of_an_unload(server: ScriptedServer) -> None:
+async def test_the_load_timeout_does_not_apply_to_unload(server: ScriptedServer) -> None:
     server.on_path(UNLOAD, stall())
     async with LLMClient(server.api_base, timeout=Timeouts(load=60, first_byte=0.05)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
@@ -351,14 +358,14 @@ async def test_the_limit_for_loading_is_not_that_of_an_unload(server: ScriptedSe
 
 
 @pytest.mark.parametrize("name", ["load", "unload", "download"])
-async def test_nothing_is_sent_twice_once_the_server_may_have_begun(
+async def test_no_request_is_sent_again_after_the_server_may_have_begun(
     server: ScriptedServer, client: LLMClient, no_waits: list[float], name: str
 ) -> None:
     path, call = CALLS[name]
     server.on_path(path, hang_up())
     with pytest.raises(LLMConnectionError, match="it was not sent again"):
         await call(client)
-    assert asked(server) == [f"POST {path}"]
+    assert requests_of(server) == [f"POST {path}"]
 
 
 async def test_a_load_that_was_refused_before_any_work_is_sent_again(
@@ -366,12 +373,12 @@ async def test_a_load_that_was_refused_before_any_work_is_sent_again(
 ) -> None:
     server.on_path(LOAD, in_turn(reply(503, {"error": "busy"}), reply(429, {"error": "busy"}), reply(200, LOADED)))
     assert await client.lmstudio.load("x") == LOADED
-    assert asked(server) == [f"POST {LOAD}"] * 3
+    assert requests_of(server) == [f"POST {LOAD}"] * 3
 
 
 @pytest.mark.parametrize("wrong", [None, "", " ", 3, b"x"])
 @pytest.mark.parametrize("name", ["load", "unload", "download"])
-async def test_a_wrong_name_is_refused_before_anything_is_sent(
+async def test_an_invalid_name_is_refused_before_anything_is_sent(
     server: ScriptedServer, client: LLMClient, name: str, wrong: Any
 ) -> None:
     with pytest.raises(LLMValidationError, match=r"must be a string that is not blank, not .*; for example"):
@@ -379,7 +386,7 @@ async def test_a_wrong_name_is_refused_before_anything_is_sent(
     assert server.requests == []
 
 
-async def test_a_configuration_that_json_does_not_have_is_refused(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_configuration_that_json_cannot_express_is_refused(server: ScriptedServer, client: LLMClient) -> None:
     with pytest.raises(LLMValidationError, match="context_length is nan"):
         await client.lmstudio.load("x", context_length=float("nan"))
     assert server.requests == []
@@ -402,36 +409,34 @@ async def test_a_cancelled_load_leaves_nothing_behind(server: ScriptedServer, cl
 # Download
 
 
-async def test_a_download_tells_how_far_it_is_until_its_end(server: ScriptedServer, client: LLMClient) -> None:
-    told = [
+async def test_a_download_yields_its_progress_until_it_is_completed(server: ScriptedServer, client: LLMClient) -> None:
+    statuses = [
         status("downloading", bytes_per_second=7834.7),
         status("downloading", 1_000_000),
         status("paused", 1_000_000),
         status("downloading", 2_000_000),
         status("completed", 2279145003, completed_at="2025-10-03T15:43:12.102Z"),
     ]
-    server.on_path(DOWNLOAD, reply(200, told[0]))
-    server.on_path(STATUS, in_turn(*(reply(200, each) for each in told[1:])))
+    server.on_path(DOWNLOAD, reply(200, statuses[0]))
+    server.on_path(STATUS, in_turn(*(reply(200, each) for each in statuses[1:])))
     link = "https://huggingface.co/lmstudio-community/gpt-oss-20b-GGUF"
-    assert [each async for each in client.lmstudio.download(link, quantization="Q4_K_M")] == told
+    assert [each async for each in client.lmstudio.download(link, quantization="Q4_K_M")] == statuses
     assert server.requests[0].json == {"model": link, "quantization": "Q4_K_M"}
-    assert asked(server) == [f"POST {DOWNLOAD}", *[f"GET {STATUS}"] * 4]
+    assert requests_of(server) == [f"POST {DOWNLOAD}", *[f"GET {STATUS}"] * 4]
 
 
-async def test_what_is_downloaded_already_is_one_status(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_model_that_is_already_downloaded_yields_one_status(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, {"status": "already_downloaded"}))
     assert [each async for each in client.lmstudio.download("x")] == [{"status": "already_downloaded"}]
-    assert asked(server) == [f"POST {DOWNLOAD}"]
+    assert requests_of(server) == [f"POST {DOWNLOAD}"]
 
 
-async def test_nothing_is_asked_before_the_first_step(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_download_sends_nothing_before_it_is_iterated(server: ScriptedServer, client: LLMClient) -> None:
     await client.lmstudio.download("x").aclose()
     assert server.requests == []
 
 
-async def test_a_download_that_fails_is_an_error_with_its_last_status(
-    server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_failed_download_raises_with_its_last_status(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
     server.on_path(STATUS, reply(200, status("failed", 5000)))
     download = client.lmstudio.download("qwen/qwen3-4b")
@@ -445,39 +450,41 @@ async def test_a_download_that_fails_is_an_error_with_its_last_status(
         await anext(download)
 
 
-async def test_a_download_that_fails_at_once_is_that_error_too(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_download_that_fails_at_once_raises_the_same_error(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, {"status": "failed"}))
     with pytest.raises(LLMResponseError, match="could not download"):
         await anext(client.lmstudio.download("x"))
 
 
-async def test_a_job_that_lm_studio_forgot_is_its_own_error(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_job_that_lm_studio_has_forgotten_raises_its_error(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
     server.on_path(STATUS, reply(404, refusal("job_not_found", "No such job")))
     with pytest.raises(LLMResponseError, match="the server answered 404: No such job"):
         _ = [each async for each in client.lmstudio.download("x")]
 
 
-async def test_a_status_without_a_job_is_no_status(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_status_without_a_job_raises(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, {"status": "downloading"}))
     with pytest.raises(LLMResponseError, match="not the status of a download"):
         await anext(client.lmstudio.download("x"))
 
 
-async def test_a_job_is_named_in_the_path_whatever_is_in_it(server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_name_of_a_job_is_quoted_in_the_path(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, {"status": "downloading", "job_id": "a/b?c"}))
     server.on_path(f"{DOWNLOAD}/status/a%2Fb%3Fc", reply(200, status("completed")))
     assert len([each async for each in client.lmstudio.download("x")]) == 2
 
 
-async def test_a_job_whose_name_is_no_text_is_its_own_error(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_job_with_half_a_surrogate_pair_in_its_name_can_be_asked_about(
+    server: ScriptedServer, client: LLMClient
+) -> None:
     job = r'{"status": "downloading", "job_id": "\ud800"}'
     server.on_path(DOWNLOAD, reply(200, job, content_type="application/json"))
     with pytest.raises(LLMResponseError, match="404"):
         _ = [each async for each in client.lmstudio.download("x")]
 
 
-async def test_a_question_that_fails_for_the_moment_is_asked_again(
+async def test_a_progress_request_that_fails_temporarily_is_retried(
     server: ScriptedServer, client: LLMClient, no_waits: list[float]
 ) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
@@ -485,7 +492,7 @@ async def test_a_question_that_fails_for_the_moment_is_asked_again(
     assert len([each async for each in client.lmstudio.download("x")]) == 2
 
 
-async def test_a_download_that_is_left_asks_no_more(server: ScriptedServer, client: LLMClient) -> None:
+async def test_leaving_the_iteration_sends_no_further_request(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
     server.on_path(STATUS, reply(200, status("downloading")))
     download = client.lmstudio.download("x")
@@ -496,7 +503,9 @@ async def test_a_download_that_is_left_asks_no_more(server: ScriptedServer, clie
     assert not client._server.transport.busy
 
 
-async def test_a_cancel_anywhere_in_a_download_leaves_nothing_behind(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_cancellation_at_each_await_of_a_download_leaves_nothing_behind(
+    server: ScriptedServer, client: LLMClient
+) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
 
     async def run() -> None:
@@ -510,7 +519,7 @@ async def test_a_cancel_anywhere_in_a_download_leaves_nothing_behind(server: Scr
     await cancel_at_each_step(run, after, at_least=6)
 
 
-async def test_a_download_is_not_looked_for_on_another_server(server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_download_ends_when_api_base_is_set(server: ScriptedServer, client: LLMClient) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
     download = client.lmstudio.download("x")
     await anext(download)
@@ -544,7 +553,7 @@ async def test_a_download_ends_when_its_client_is_closed_and_does_not_open_it_ag
     await server.wait_until(lambda: server.open_connections == 0)
 
 
-async def test_a_download_ends_when_its_client_goes_back_to_its_pool(server: ScriptedServer) -> None:
+async def test_a_download_ends_when_its_client_is_given_back_to_its_pool(server: ScriptedServer) -> None:
     server.on_path(DOWNLOAD, reply(200, status("downloading")))
     async with LLMClientPool(api_base=server.api_base) as pool:
         async with pool.client() as client:
@@ -555,7 +564,7 @@ async def test_a_download_ends_when_its_client_goes_back_to_its_pool(server: Scr
     assert len(server.requests) == 1
 
 
-async def test_the_key_is_in_no_error(server: ScriptedServer) -> None:
+async def test_no_error_contains_the_key(server: ScriptedServer) -> None:
     server.on_path(DOWNLOAD, reply(200, {"status": "failed", "note": "sk-lm-12345678:secret"}))
     server.on_path(V1, reply(404, "no sk-lm-12345678:secret here"))
     async with LLMClient(server.api_base, api_key="sk-lm-12345678:secret") as client:

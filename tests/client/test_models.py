@@ -1,4 +1,4 @@
-"""`ModelValidator`: what it keeps, for how long, and who shares a request with whom."""
+"""`ModelValidator`: what is cached and for how long, shared requests, names of models, closing, event loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODELS = "/v1/models"
 
 
 class Clock:
-    """A timer that goes only when it is told to."""
+    """A timer that stands still until a test sets it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -38,7 +38,7 @@ class Clock:
 
 
 class Gate:
-    """A model list that waits to be let through, once or for good."""
+    """A reply with a list of models that is sent when `opened` is set."""
 
     def __init__(self, *models: str) -> None:
         self.models = models
@@ -61,23 +61,23 @@ async def validator(scripted_server: ScriptedServer, clock: Clock) -> AsyncItera
 
 
 def own_tasks() -> set[asyncio.Task[Any]]:
-    """Tasks that the package has started."""
+    """Returns the running tasks that the validator has started."""
     return {task for task in asyncio.all_tasks() if "ModelValidator" in repr(task.get_coro())}
 
 
-async def asking(
+async def start_callers(
     validator: ModelValidator, server: ScriptedServer, callers: int, requests: int = 1
 ) -> list[asyncio.Task[list[str]]]:
-    """Callers that all wait, and as many requests at the server."""
+    """Starts callers, and waits until the server has received that many requests."""
     tasks = [asyncio.create_task(validator.get_available_models()) for _ in range(callers)]
     await server.wait_until(lambda: len(server.requests) == requests)
     return tasks
 
 
-# What is kept
+# The cache
 
 
-async def test_a_list_is_asked_for_once(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_a_list_is_requested_once(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
     scripted_server.models = ["a", "b"]
     for _ in range(3):
         assert await validator.get_available_models() == ["a", "b"]
@@ -85,19 +85,19 @@ async def test_a_list_is_asked_for_once(scripted_server: ScriptedServer, validat
     assert validator.cache_stats() == CacheStats(hits=2, misses=1, expirations=0, size=1, maxsize=100, ttl=600)
 
 
-async def test_a_new_validator_has_kept_nothing() -> None:
+async def test_the_cache_of_a_new_validator_is_empty() -> None:
     stats = ModelValidator(ttl=5, maxsize=3).cache_stats()
     assert stats == CacheStats(hits=0, misses=0, expirations=0, size=0, maxsize=3, ttl=5)
 
 
-async def test_the_list_is_the_callers_own(validator: ModelValidator) -> None:
+async def test_each_caller_gets_a_list_of_its_own(validator: ModelValidator) -> None:
     for _ in range(2):
         models = await validator.get_available_models()
         assert models == ["test-model"]
         models.clear()
 
 
-async def test_a_list_is_kept_for_its_time_and_no_longer(
+async def test_a_list_is_cached_for_ttl_seconds(
     scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
 ) -> None:
     await validator.get_available_models()
@@ -119,12 +119,12 @@ async def test_an_expired_list_is_counted_once(validator: ModelValidator, clock:
     assert validator.cache_stats().expirations == 1
 
 
-async def test_a_list_is_kept_from_its_arrival_on(
+async def test_the_time_of_a_list_starts_at_its_arrival(
     scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
 ) -> None:
     gate = Gate("a")
     scripted_server.on_path(MODELS, gate)
-    (caller,) = await asking(validator, scripted_server, 1)
+    (caller,) = await start_callers(validator, scripted_server, 1)
     clock.now += 400
     gate.opened.set()
     await caller
@@ -133,8 +133,9 @@ async def test_a_list_is_kept_from_its_arrival_on(
     assert len(scripted_server.requests) == 1
 
 
-async def test_no_list_expires_uncounted(scripted_server: ScriptedServer) -> None:
-    ticks = iter(range(1_000_000))  # each look at the clock is a second later
+async def test_every_list_that_expires_is_counted(scripted_server: ScriptedServer) -> None:
+    # Each time that the clock is read, it is a second later.
+    ticks = iter(range(1_000_000))
     async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
         validator = ModelValidator(client=client, ttl=3, timer=lambda: next(ticks))
         for number in range(60):
@@ -144,7 +145,7 @@ async def test_no_list_expires_uncounted(scripted_server: ScriptedServer) -> Non
         assert stats.misses == len(scripted_server.requests + other.requests) == stats.expirations + stats.size
 
 
-async def test_invalidate_forgets(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_invalidate_drops_all_lists(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
     await validator.get_available_models()
     scripted_server.models = ["new"]
     validator.invalidate()
@@ -153,15 +154,15 @@ async def test_invalidate_forgets(scripted_server: ScriptedServer, validator: Mo
     assert validator.cache_stats().expirations == 0
 
 
-async def test_a_list_that_comes_after_invalidate_is_not_kept(
+async def test_a_list_requested_before_invalidate_is_not_cached(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     old, new = Gate("old"), Gate("new")
     scripted_server.on_path(MODELS, old)
-    before = await asking(validator, scripted_server, 2)
+    before = await start_callers(validator, scripted_server, 2)
     validator.invalidate()
     scripted_server.on_path(MODELS, new)
-    after = await asking(validator, scripted_server, 2, requests=2)
+    after = await start_callers(validator, scripted_server, 2, requests=2)
     new.opened.set()
     assert await asyncio.gather(*after) == [["new"], ["new"]]
     old.opened.set()
@@ -170,7 +171,7 @@ async def test_a_list_that_comes_after_invalidate_is_not_kept(
     assert len(scripted_server.requests) == 2
 
 
-async def test_each_server_has_its_list(scripted_server: ScriptedServer, clock: Clock) -> None:
+async def test_each_server_has_its_own_list(scripted_server: ScriptedServer, clock: Clock) -> None:
     async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
         validator = ModelValidator(client=client, timer=clock)
         for _ in range(2):
@@ -184,7 +185,7 @@ async def test_each_server_has_its_list(scripted_server: ScriptedServer, clock: 
         assert (validator.cache_stats().expirations, validator.cache_stats().size) == (2, 1)
 
 
-async def test_a_list_that_makes_room_for_another_is_no_expiration(scripted_server: ScriptedServer) -> None:
+async def test_a_list_dropped_because_of_maxsize_is_not_counted_as_expired(scripted_server: ScriptedServer) -> None:
     async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
         validator = ModelValidator(client=client, maxsize=1)
         for server in (scripted_server, other, scripted_server):
@@ -194,14 +195,14 @@ async def test_a_list_that_makes_room_for_another_is_no_expiration(scripted_serv
         assert (stats.misses, stats.expirations, stats.size, stats.maxsize) == (3, 0, 1, 1)
 
 
-async def test_a_list_under_way_while_the_client_moves_is_kept_for_neither_server(
+async def test_a_list_requested_while_api_base_is_set_is_cached_for_neither_server(
     scripted_server: ScriptedServer,
 ) -> None:
     gate = Gate("old")
     scripted_server.on_path(MODELS, gate)
     async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
         validator = ModelValidator(client=client)
-        (before,) = await asking(validator, scripted_server, 1)
+        (before,) = await start_callers(validator, scripted_server, 1)
         client.api_base = other.api_base
         assert await validator.get_available_models() == ["other"]
         gate.opened.set()
@@ -210,7 +211,7 @@ async def test_a_list_under_way_while_the_client_moves_is_kept_for_neither_serve
         assert validator.cache_stats().size == 1
 
 
-async def test_a_client_that_moves_at_once_is_not_believed_about_the_old_server(
+async def test_setting_api_base_right_after_a_call_caches_nothing_wrong_for_the_old_server(
     scripted_server: ScriptedServer,
 ) -> None:
     async with ScriptedServer(["other"]) as other, LLMClient(scripted_server.api_base) as client:
@@ -226,7 +227,7 @@ async def test_a_client_that_moves_at_once_is_not_believed_about_the_old_server(
 
 
 @pytest.mark.usefixtures("no_waits")
-async def test_a_failure_reaches_all_who_wait_and_is_not_kept(
+async def test_a_failure_is_raised_by_all_waiting_callers_and_is_not_cached(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.on_path(MODELS, reply(500, {"error": "broken"}))
@@ -240,7 +241,7 @@ async def test_a_failure_reaches_all_who_wait_and_is_not_kept(
     assert (stats.hits, stats.misses, stats.size) == (0, 4, 1)
 
 
-async def test_a_reply_that_is_no_list_of_models_is_not_kept(
+async def test_a_reply_that_is_not_a_list_of_models_is_not_cached(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.on_path(MODELS, reply(200, {"data": [{"name": "a"}]}))
@@ -251,7 +252,7 @@ async def test_a_reply_that_is_no_list_of_models_is_not_kept(
 
 
 @pytest.mark.usefixtures("no_waits")
-async def test_a_failed_fresh_look_does_not_say_not_found(
+async def test_a_failed_second_request_is_not_reported_as_model_not_found(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     await validator.get_available_models()
@@ -261,12 +262,10 @@ async def test_a_failed_fresh_look_does_not_say_not_found(
     assert await validator.get_available_models() == ["test-model"]
 
 
-# One request for all
+# Shared requests
 
 
-async def test_callers_at_the_same_time_share_a_request(
-    scripted_server: ScriptedServer, validator: ModelValidator
-) -> None:
+async def test_concurrent_callers_share_one_request(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
     results = await asyncio.gather(*[validator.get_available_models() for _ in range(50)])
     assert results == [["test-model"]] * 50
     assert len({id(result) for result in results}) == 50
@@ -280,7 +279,7 @@ async def test_a_cancelled_caller_does_not_fail_the_others(
 ) -> None:
     gate = Gate("a")
     scripted_server.on_path(MODELS, gate)
-    callers = await asking(validator, scripted_server, 3)
+    callers = await start_callers(validator, scripted_server, 3)
     callers[cancelled].cancel()
     await asyncio.wait([callers[cancelled]])
     assert callers.pop(cancelled).cancelled()
@@ -294,7 +293,7 @@ async def test_the_request_is_cancelled_with_its_last_caller(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.on_path(MODELS, stall())
-    callers = await asking(validator, scripted_server, 3)
+    callers = await start_callers(validator, scripted_server, 3)
     for caller in callers:
         caller.cancel()
         await asyncio.wait([caller])
@@ -303,19 +302,22 @@ async def test_the_request_is_cancelled_with_its_last_caller(
     await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 1)
 
 
-async def test_nobody_joins_a_request_that_is_being_cancelled(
+async def test_a_request_that_is_being_cancelled_is_not_shared(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.on_path(MODELS, stall())
-    (caller,) = await asking(validator, scripted_server, 1)
+    (caller,) = await start_callers(validator, scripted_server, 1)
     scripted_server.on_path(MODELS, reply(200, {"data": [{"id": "a"}]}))
     caller.cancel()
-    await asyncio.sleep(0)  # one turn: the caller has cancelled the request, which has not ended yet
+    # After one turn of the event loop, the caller has cancelled the request, but the request has not ended yet.
+    await asyncio.sleep(0)
     assert own_tasks()
     assert await validator.get_available_models() == ["a"]
 
 
-async def test_a_timeout_of_the_caller_is_a_timeout(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_a_timeout_around_a_call_ends_its_request(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
     scripted_server.on_path(MODELS, stall())
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
@@ -323,7 +325,9 @@ async def test_a_timeout_of_the_caller_is_a_timeout(scripted_server: ScriptedSer
     assert not own_tasks()
 
 
-async def test_a_caller_may_be_cancelled_anywhere(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_a_cancellation_at_each_await_of_a_call_leaves_no_task_behind(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
     async def ask() -> None:
         validator.invalidate()
         await validator.validate_model("test-model")
@@ -335,8 +339,8 @@ async def test_a_caller_may_be_cancelled_anywhere(scripted_server: ScriptedServe
     assert await validator.get_available_models() == ["test-model"]
 
 
-class Stubborn(LLMClient):
-    """A client whose requests do not end at once when they are cancelled, and then with an error."""
+class SlowToCancelClient(LLMClient):
+    """A client whose requests, when they are cancelled, go on until `released` is set and then fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,8 +356,8 @@ class Stubborn(LLMClient):
             raise LLMConnectionError("broken")
 
 
-async def test_a_caller_waits_for_the_end_of_the_request_that_it_cancelled() -> None:
-    client = Stubborn()
+async def test_a_cancelled_caller_waits_until_its_request_has_ended() -> None:
+    client = SlowToCancelClient()
     caller = asyncio.create_task(ModelValidator(client=client).get_available_models())
     await client.asked.wait()
     caller.cancel()
@@ -365,10 +369,10 @@ async def test_a_caller_waits_for_the_end_of_the_request_that_it_cancelled() -> 
     assert not own_tasks()
 
 
-async def test_a_caller_that_is_cancelled_twice_waits_no_longer_and_nobody_complains() -> None:
-    complaints: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    client = Stubborn()
+async def test_a_second_cancellation_ends_that_wait_and_asyncio_logs_nothing() -> None:
+    logged: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    client = SlowToCancelClient()
     caller = asyncio.create_task(ModelValidator(client=client).get_available_models())
     await client.asked.wait()
     caller.cancel()
@@ -381,16 +385,14 @@ async def test_a_caller_that_is_cancelled_twice_waits_no_longer_and_nobody_compl
     await asyncio.wait([request])
     del caller, request
     gc.collect()
-    assert complaints == []
+    assert logged == []
 
 
-# Whether a model is there
+# Names of models
 
 
 @pytest.mark.parametrize("model", ["a", "org/a-1.5", "a:8", "a:latest", "a@q4_k_m", "a@q4_k_m:2", "Ä"])
-async def test_an_id_is_compared_as_it_is(
-    scripted_server: ScriptedServer, validator: ModelValidator, model: str
-) -> None:
+async def test_the_whole_id_is_compared(scripted_server: ScriptedServer, validator: ModelValidator, model: str) -> None:
     scripted_server.models = ["b", model]
     assert await validator.validate_model(model) == model
 
@@ -406,7 +408,7 @@ async def test_an_id_is_compared_as_it_is(
         ("a", ["a:latest", "a"], "a"),
     ],
 )
-async def test_a_name_stands_for_its_quantisation_and_for_its_latest_tag(
+async def test_a_name_stands_for_its_quantization_and_for_its_latest_tag(
     scripted_server: ScriptedServer, validator: ModelValidator, asked: str, listed: list[str], found: str
 ) -> None:
     scripted_server.models = listed
@@ -428,7 +430,7 @@ async def test_a_name_stands_for_its_quantisation_and_for_its_latest_tag(
         ("a ", "a"),
     ],
 )
-async def test_another_name_is_another_model(
+async def test_a_name_does_not_stand_for_other_ids(
     scripted_server: ScriptedServer, validator: ModelValidator, asked: str, listed: str
 ) -> None:
     scripted_server.models = [listed]
@@ -436,7 +438,7 @@ async def test_another_name_is_another_model(
         await validator.validate_model(asked)
 
 
-async def test_not_found_says_what_there_is_and_what_comes_close(
+async def test_model_not_found_lists_the_models_and_close_matches(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.models = ["qwen3-4b", "gemma-3"]
@@ -448,10 +450,11 @@ async def test_not_found_says_what_there_is_and_what_comes_close(
         f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); there are:"
         " qwen3-4b, gemma-3; load or download it on the server, or ask for a model that the server has"
     )
-    assert len(scripted_server.requests) == 1  # what has just been asked for is fresh
+    # A list that has just been requested is not requested again.
+    assert len(scripted_server.requests) == 1
 
 
-async def test_a_model_that_is_in_the_kept_list_is_not_asked_for_again(
+async def test_a_model_in_the_cached_list_is_found_without_a_request(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     await validator.get_available_models()
@@ -460,7 +463,7 @@ async def test_a_model_that_is_in_the_kept_list_is_not_asked_for_again(
     assert (validator.cache_stats().hits, validator.cache_stats().misses) == (1, 1)
 
 
-async def test_a_model_that_is_missing_from_the_kept_list_is_looked_up_afresh(
+async def test_a_model_missing_from_the_cached_list_is_looked_up_afresh(
     scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
 ) -> None:
     await validator.get_available_models()
@@ -468,13 +471,14 @@ async def test_a_model_that_is_missing_from_the_kept_list_is_looked_up_afresh(
     clock.now += 500
     assert await validator.validate_model("new") == "new"
     clock.now += 500
-    assert await validator.get_available_models() == ["test-model", "new"]  # the fresh list is the one that is kept
+    # The new list has replaced the cached one.
+    assert await validator.get_available_models() == ["test-model", "new"]
     assert len(scripted_server.requests) == 2
     stats = validator.cache_stats()
     assert (stats.hits, stats.misses, stats.expirations) == (1, 2, 0)
 
 
-async def test_a_list_that_is_too_old_vouches_for_no_model(
+async def test_a_model_is_not_looked_up_in_a_list_that_is_too_old(
     scripted_server: ScriptedServer, validator: ModelValidator, clock: Clock
 ) -> None:
     await validator.validate_model("test-model")
@@ -485,14 +489,14 @@ async def test_a_list_that_is_too_old_vouches_for_no_model(
     assert (validator.cache_stats().hits, validator.cache_stats().expirations) == (0, 1)
 
 
-async def test_not_found_is_not_kept_either(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_model_not_found_is_not_cached(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
     with pytest.raises(ModelNotFoundError):
         await validator.validate_model("new")
     scripted_server.models = ["new"]
     assert await validator.validate_model("new") == "new"
 
 
-async def test_fresh_looks_at_the_same_time_share_a_request(
+async def test_concurrent_second_requests_are_shared(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     await validator.get_available_models()
@@ -502,7 +506,9 @@ async def test_fresh_looks_at_the_same_time_share_a_request(
     assert len(scripted_server.requests) == 2
 
 
-async def test_a_server_without_models_has_none(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_a_server_without_models_has_an_empty_list(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
     scripted_server.models = []
     assert await validator.get_available_models() == []
     assert await validator.get_available_models() == []
@@ -512,7 +518,7 @@ async def test_a_server_without_models_has_none(scripted_server: ScriptedServer,
 
 
 @pytest.mark.parametrize("name", ["", "  ", None, 3, ["test-model"], b"test-model"])
-async def test_a_name_that_is_none_is_refused_before_anything_is_sent(
+async def test_an_invalid_name_is_refused_before_anything_is_sent(
     scripted_server: ScriptedServer, validator: ModelValidator, name: Any
 ) -> None:
     with pytest.raises(LLMValidationError, match=r"model must be .*; get_available_models\(\) returns") as caught:
@@ -524,9 +530,9 @@ async def test_a_name_that_is_none_is_refused_before_anything_is_sent(
 # Closing
 
 
-async def test_close_ends_a_request_under_way(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_close_ends_a_request_in_progress(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
     scripted_server.on_path(MODELS, stall())
-    callers = await asking(validator, scripted_server, 2)
+    callers = await start_callers(validator, scripted_server, 2)
     await validator.close()
     assert not own_tasks()
     results = await asyncio.gather(*callers, return_exceptions=True)
@@ -535,8 +541,8 @@ async def test_close_ends_a_request_under_way(scripted_server: ScriptedServer, v
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_close_waits_for_the_end_of_the_request() -> None:
-    client = Stubborn()
+async def test_close_waits_until_the_request_has_ended() -> None:
+    client = SlowToCancelClient()
     validator = ModelValidator(client=client)
     caller = asyncio.create_task(validator.get_available_models())
     await client.asked.wait()
@@ -550,19 +556,21 @@ async def test_close_waits_for_the_end_of_the_request() -> None:
         await caller
 
 
-async def test_a_close_that_is_cancelled_closes_the_client_all_the_same(
+async def test_a_cancelled_close_still_closes_the_client(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)  # so that connections do not just run out
+    # Otherwise idle connections could be closed because of their age.
+    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)
     gate = Gate()
     scripted_server.on_path(MODELS, gate)
     validator = ModelValidator(scripted_server.api_base)
-    callers = await asking(validator, scripted_server, 1)
+    callers = await start_callers(validator, scripted_server, 1)
     validator.invalidate()
     scripted_server.on_path(MODELS, stall())
-    callers += await asking(validator, scripted_server, 1, requests=2)
+    callers += await start_callers(validator, scripted_server, 1, requests=2)
     gate.opened.set()
-    await callers[0]  # so that there is an idle connection as well
+    # There is an idle connection, too.
+    await callers[0]
     closing = asyncio.create_task(validator.close())
     asyncio.get_running_loop().call_soon(closing.cancel)
     await asyncio.wait([closing, callers[1]])
@@ -570,7 +578,7 @@ async def test_a_close_that_is_cancelled_closes_the_client_all_the_same(
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-async def test_a_closed_validator_opens_again_and_closes_twice(scripted_server: ScriptedServer) -> None:
+async def test_a_closed_validator_opens_again_and_can_be_closed_twice(scripted_server: ScriptedServer) -> None:
     validator = ModelValidator(scripted_server.api_base)
     await validator.close()
     for _ in range(2):
@@ -581,36 +589,34 @@ async def test_a_closed_validator_opens_again_and_closes_twice(scripted_server: 
         await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-async def test_a_given_client_stays_open(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_client_that_was_passed_stays_open(scripted_server: ScriptedServer, client: LLMClient) -> None:
     async with ModelValidator(client=client) as validator:
         await validator.get_available_models()
     await client.list_models()
     assert [request.connection for request in scripted_server.requests] == [1, 1]
 
 
-async def test_a_request_to_a_given_client_ends_with_the_validator(
+async def test_a_request_of_a_client_that_was_passed_ends_when_the_validator_is_closed(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.on_path(MODELS, stall())
     async with ModelValidator(client=client) as validator:
-        (caller,) = await asking(validator, scripted_server, 1)
+        (caller,) = await start_callers(validator, scripted_server, 1)
     with pytest.raises(TaskCancelledError):
         await caller
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_the_client_that_is_closed_ends_the_request_too(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_closing_the_client_ends_the_request(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.on_path(MODELS, stall())
     validator = ModelValidator(client=client)
-    (caller,) = await asking(validator, scripted_server, 1)
+    (caller,) = await start_callers(validator, scripted_server, 1)
     await client.close()
     with pytest.raises(TaskCancelledError, match="the client was closed"):
         await caller
 
 
-async def test_close_may_be_cancelled_anywhere(scripted_server: ScriptedServer) -> None:
+async def test_a_cancellation_at_each_await_of_close_leaves_nothing_open(scripted_server: ScriptedServer) -> None:
     scripted_server.on_path(MODELS, stall())
     validator = ModelValidator(scripted_server.api_base)
     callers: list[asyncio.Task[list[str]]] = []
@@ -631,42 +637,44 @@ async def test_close_may_be_cancelled_anywhere(scripted_server: ScriptedServer) 
     await check()
 
 
-# Loops
+# Event loops
 
 
-async def elsewhere(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """The result of a coroutine in another loop, while this one lives."""
+async def run_in_another_loop(make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Returns the result of a coroutine in another event loop, in a thread, while this loop is alive."""
     return await asyncio.to_thread(lambda: asyncio.run(make()))
 
 
-async def test_a_request_belongs_to_its_loop(scripted_server: ScriptedServer, validator: ModelValidator) -> None:
+async def test_a_request_is_not_shared_between_event_loops(
+    scripted_server: ScriptedServer, validator: ModelValidator
+) -> None:
     gate = Gate("a")
     scripted_server.on_path(MODELS, gate)
-    (caller,) = await asking(validator, scripted_server, 1)
+    (caller,) = await start_callers(validator, scripted_server, 1)
     with pytest.raises(LLMError, match="this client is open in another event loop"):
-        await elsewhere(validator.get_available_models)
+        await run_in_another_loop(validator.get_available_models)
     gate.opened.set()
     assert await caller == ["a"]
-    assert await elsewhere(validator.get_available_models) == ["a"]  # what is kept belongs to no loop
+    assert await run_in_another_loop(validator.get_available_models) == ["a"]
 
 
-async def test_close_leaves_the_requests_of_another_loop_alone(
+async def test_close_does_not_end_requests_of_another_event_loop(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     gate = Gate("a")
     scripted_server.on_path(MODELS, gate)
     validator = ModelValidator(client=client)
-    (caller,) = await asking(validator, scripted_server, 1)
-    await elsewhere(validator.close)
+    (caller,) = await start_callers(validator, scripted_server, 1)
+    await run_in_another_loop(validator.close)
     gate.opened.set()
     assert await caller == ["a"]
 
 
-# Loaded
+# Loaded models
 
 
 def lm_studio(*loaded: str) -> Behaviour:
-    """LM Studio's own list, of which these are loaded."""
+    """Answers with LM Studio's own list, in which these models are loaded."""
     models: list[dict[str, Any]] = [
         {"type": "llm", "key": name, "loaded_instances": [{"id": name, "config": {}}] if name in loaded else []}
         for name in ("a", "b@q4_k_m")
@@ -674,7 +682,7 @@ def lm_studio(*loaded: str) -> Behaviour:
     return reply(200, {"models": models})
 
 
-async def test_what_is_loaded_is_told_from_what_is_downloaded_and_is_not_cached(
+async def test_loaded_models_are_distinguished_from_downloaded_ones_and_not_cached(
     scripted_server: ScriptedServer, validator: ModelValidator
 ) -> None:
     scripted_server.models = ["a", "b@q4_k_m"]
@@ -686,12 +694,12 @@ async def test_what_is_loaded_is_told_from_what_is_downloaded_and_is_not_cached(
     assert (stats.hits, stats.misses) == (2, 1)
 
 
-async def test_a_server_that_does_not_say_what_is_loaded_is_not_guessed_at(validator: ModelValidator) -> None:
+async def test_loaded_models_are_none_if_the_server_does_not_report_them(validator: ModelValidator) -> None:
     assert await validator.get_loaded_models() is None
 
 
 @pytest.mark.usefixtures("no_waits")
-async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> None:
+async def test_asking_an_unreachable_server_for_its_loaded_models_raises() -> None:
     async with ModelValidator("http://127.0.0.1:1") as validator:
         with pytest.raises(LLMConnectionError):
             await validator.get_loaded_models()
@@ -701,7 +709,7 @@ async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"ttl": 0}, "ttl must be a positive number of seconds, not 0"),
         ({"ttl": -1}, "ttl must be .*, not -1"),
@@ -718,15 +726,15 @@ async def test_what_is_loaded_is_not_known_of_a_server_that_is_not_there() -> No
         ({"api_base": "http://127.0.0.1:1", "client": LLMClient("http://127.0.0.1:1")}, "api_base cannot be combined"),
     ],
 )
-def test_an_argument_that_cannot_be_right_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(LLMValidationError, match=told):
+def test_an_invalid_argument_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LLMValidationError, match=message):
         ModelValidator(**options)
 
 
-def test_the_repr_names_the_server() -> None:
+def test_repr_names_the_server() -> None:
     assert repr(ModelValidator("http://127.0.0.1:1")) == "<ModelValidator http://127.0.0.1:1/v1>"
 
 
-def test_the_server_is_the_environments_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_server_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMBRIDGE_API_BASE", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9/v1" in repr(ModelValidator())
