@@ -5,7 +5,7 @@ imports `config` and `lmbridge.mcp.jsonrpc`. `servers` uses what is exported her
 `lmbridge.mcp.__main__` use `sdk.server_session`, for the server's side.
 """
 
-from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, NotificationHandlers, open_session
+from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, NotificationHandlers, open_mcp_session
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
 from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError, describe_error
 
@@ -20,5 +20,5 @@ __all__ = [
     "describe_error",
     "is_v2",
     "load_sdk",
-    "open_session",
+    "open_mcp_session",
 ]

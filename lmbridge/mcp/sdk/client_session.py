@@ -6,7 +6,7 @@ three errors in `session_errors`. The SDK's own models and exceptions stay in th
 Three properties of the SDK shape this module:
 
 - Its anyio cancel scopes have to be left in the task that entered them. Otherwise it raises `RuntimeError`, or the
-  event loop spins at full load for ever. So `open_session` must be entered and left by one task, which `servers`
+  event loop spins at full load for ever. So `open_mcp_session` must be entered and left by one task, which `servers`
   provides.
 - It rejects a whole list of tools for one bad definition; see `MessageTap`.
 - SDK 1.x does not notify the server when a call is cancelled, so `_SessionV1` does.
@@ -84,7 +84,7 @@ class McpSession(Protocol):
 
 
 @asynccontextmanager
-async def open_session(
+async def open_mcp_session(
     spec: ServerSpec, link: MessageLink | None, handlers: NotificationHandlers
 ) -> AsyncIterator[McpSession]:
     """Opens a session with a server, and closes it at the end of the block. One task must enter and leave the block.
@@ -184,7 +184,7 @@ class _SessionBase:
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         self._tap.tool_page = None
         try:
-            page = await self._map_errors(self._list_tools(cursor))
+            page = await self._map_errors(self._sdk_list_tools(cursor))
         except ValueError as exc:
             raise BadReplyError(f"its list of tools is not valid: {_first_problem(exc)}") from exc
         return _mark_unusable(self._tap.tool_page or _as_dict(page), {tool.name for tool in page.tools})
@@ -202,7 +202,7 @@ class _SessionBase:
             on_progress(done, total, message)
 
         try:
-            return _as_dict(await self._map_errors(self._call_tool(tool, dict(arguments), report_progress)))
+            return _as_dict(await self._map_errors(self._sdk_call_tool(tool, dict(arguments), report_progress)))
         except ValueError as exc:
             raise BadReplyError(f"the tool ran, but its result is not valid: {_first_problem(exc)}") from exc
 
@@ -235,10 +235,10 @@ class _SessionBase:
         except (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError) as exc:
             raise SessionLostError(_CONNECTION_CLOSED) from exc
 
-    async def _list_tools(self, cursor: str | None) -> Any:
+    async def _sdk_list_tools(self, cursor: str | None) -> Any:
         raise NotImplementedError
 
-    async def _call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
         raise NotImplementedError
 
 
@@ -247,10 +247,10 @@ class _SessionV2(_SessionBase):
         super().__init__(client, tap, client.server_info, client.protocol_version, client.server_capabilities)
         self._handlers = handlers
 
-    async def _list_tools(self, cursor: str | None) -> Any:
+    async def _sdk_list_tools(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor=cursor)
 
-    async def _call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
         return await self._client.call_tool(tool, arguments, progress_callback=report_progress)
 
     async def watch(self) -> None:
@@ -273,10 +273,10 @@ class _SessionV1(_SessionBase):
     def __init__(self, client: Any, initialized: Any, tap: MessageTap) -> None:
         super().__init__(client, tap, initialized.serverInfo, initialized.protocolVersion, initialized.capabilities)
 
-    async def _list_tools(self, cursor: str | None) -> Any:
+    async def _sdk_list_tools(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor)
 
-    async def _call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
         request_ids: list[Any] = []
         token = sent_call_ids.set(request_ids)
         task: Any = asyncio.current_task()

@@ -61,7 +61,7 @@ def make_tools(
         if isinstance(name, str) and name and not server.spec.offers(name):
             continue
         try:
-            tool = _make_tool(server, definition, name, timeout)
+            tool = _tool_from_definition(server, definition, name, timeout)
             if tool.name in tools:
                 raise LLMValidationError("the server has two tools of that name")
         except (LLMValidationError, RecursionError) as exc:
@@ -72,7 +72,7 @@ def make_tools(
     return list(tools.values())
 
 
-def _make_tool(server: ManagedServer, definition: Any, name: Any, timeout: float | None) -> Tool:
+def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, timeout: float | None) -> Tool:
     if not isinstance(name, str) or not name:
         raise LLMValidationError("it has no name")
     if UNUSABLE_REASON in definition:

@@ -173,16 +173,16 @@ class McpHub:
         self._enter_loop()
         async with self._reload_lock:
             try:
-                config = await asyncio.to_thread(self._load)
+                config = await asyncio.to_thread(self._load_config)
             except MCPError as error:
                 if self._config is None:
                     raise
                 logger.warning("the last valid MCP configuration stays in use: %s", error)
                 config = self._config
             # The hub may have been closed while the file was read; nothing may be started after that.
-            self._check_open()
+            self._check_not_closed()
             if config is not self._config:
-                self._apply(config)
+                self._apply_config(config)
             return config
 
     def status(self) -> dict[str, ServerStatus]:
@@ -197,7 +197,7 @@ class McpHub:
             await asyncio.gather(*(server.close() for server in [*self._servers.values(), *self._retired]))
         self._servers, self._retired = {}, []
 
-    def _load(self) -> McpConfig:
+    def _load_config(self) -> McpConfig:
         """Returns the current configuration, and the same object if it has not changed. It blocks."""
         path, untrusted = find_config(self._config_path, trust_project=self._trust_project)
         seen = (untrusted, None if path is None else file_fingerprint(path))
@@ -207,7 +207,7 @@ class McpHub:
         self._last_seen = seen
         return load_config(self._config_path, trust_project=self._trust_project)
 
-    def _apply(self, config: McpConfig) -> None:
+    def _apply_config(self, config: McpConfig) -> None:
         if config.untrusted is not None and config.untrusted not in self._warned_files:
             self._warned_files.add(config.untrusted)
             warn_untrusted(config.untrusted)
@@ -307,7 +307,7 @@ class McpHub:
         Raises:
             MCPError: The hub is closed, or in use in another event loop.
         """
-        self._check_open()
+        self._check_not_closed()
         if self._loop_guard.enter():
             if self._servers:
                 message = "an McpHub was not closed before its event loop was"
@@ -315,7 +315,7 @@ class McpHub:
             # Servers and locks belong to the event loop that is gone.
             self._servers, self._retired, self._reload_lock = {}, [], asyncio.Lock()
 
-    def _check_open(self) -> None:
+    def _check_not_closed(self) -> None:
         if self._is_closed:
             raise MCPError("this McpHub is closed", hint="make another one")
 

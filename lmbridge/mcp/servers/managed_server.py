@@ -37,7 +37,7 @@ _FIRST_BACKOFF_SECONDS: Final = 0.5
 _LONGEST_BACKOFF_SECONDS: Final = 30.0
 _MOST_DOUBLINGS: Final = 10
 _STABLE_SECONDS: Final = 10.0
-"""Seconds that a session has to live for its end to count as the first failure, without a longer pause."""
+"""Seconds after which a session counts as stable, so that the next start is not delayed when it ends."""
 _CLOSE_SECONDS: Final = 6.0
 """Seconds that a session and its processes have to end."""
 
@@ -254,7 +254,7 @@ class ManagedServer:
         return result
 
     async def _connect(self) -> SessionOwner:
-        """Returns a session that can be used. Callers that wait for one at the same time share it.
+        """Returns a session that can be used. Callers that wait at the same time share one session.
 
         Raises:
             MCPConnectionError: The server cannot be started, or is closed.
@@ -267,20 +267,20 @@ class ManagedServer:
         if self._session is not None:
             return self._session
         try:
-            return await self._opening.run("session", self._open)
+            return await self._opening.run("session", self._open_and_track)
         except TaskCancelledError as exc:
             raise self._connection_error("was closed while it was starting") from exc
 
-    async def _open(self) -> SessionOwner:
+    async def _open_and_track(self) -> SessionOwner:
         self._opening_task = asyncio.current_task()
         try:
-            return await self._open_session()
+            return await self._open_new_session()
         finally:
             # Another opening may have begun meanwhile, if this one was cancelled.
             if self._opening_task is asyncio.current_task():
                 self._opening_task = None
 
-    async def _open_session(self) -> SessionOwner:
+    async def _open_new_session(self) -> SessionOwner:
         session: SessionOwner | None = None
         try:
             await self._back_off()

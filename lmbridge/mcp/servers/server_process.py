@@ -122,9 +122,9 @@ class ServerProcess(asyncio.SubprocessProtocol):
             patience: Seconds that the process has to end by itself, once its stdin is closed. Default: one.
         """
         if self._transport is not None:
-            await settle(self._end(self._transport, _EXIT_GRACE_SECONDS if patience is None else patience))
+            await settle(self._end_and_reap(self._transport, _EXIT_GRACE_SECONDS if patience is None else patience))
 
-    async def _end(self, transport: asyncio.SubprocessTransport, patience: float) -> None:
+    async def _end_and_reap(self, transport: asyncio.SubprocessTransport, patience: float) -> None:
         if (stdin := self._pipe(_STDIN)) is not None:
             stdin.close()
         try:

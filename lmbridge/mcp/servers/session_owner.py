@@ -85,7 +85,7 @@ class SessionOwner:
         self._tools_are_stale = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
-        self.task = loop.create_task(self._run(), name=f"lmbridge-mcp-{spec.name}")
+        self.task = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
         """The task that opens and closes the session. It has ended when nothing of the session is left."""
 
     @property
@@ -132,7 +132,7 @@ class SessionOwner:
             if self._tools_are_stale:
                 self._tools_are_stale = False
                 try:
-                    self.tools = await self._request(self._list_tools, None)
+                    self.tools = await self._make_request(self._list_all_tools, None)
                 except BaseException:
                     self._tools_are_stale = True
                     raise
@@ -156,7 +156,7 @@ class SessionOwner:
             self._emit(ToolProgress(self._spec.name, tool, done, total, message))
 
         call = partial(self._live_session().call, tool, arguments, report_progress)
-        result: Mapping[str, Any] = await self._request(call, timeout)
+        result: Mapping[str, Any] = await self._make_request(call, timeout)
         return result
 
     def _live_session(self) -> McpSession:
@@ -169,7 +169,7 @@ class SessionOwner:
             raise SessionLostError("it is not connected")
         return self._session
 
-    async def _request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
+    async def _make_request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
         """Makes a request in a separate task, and returns its result; it ends with the session, or after the timeout.
 
         The caller waits for a new future, which is completed by the request or by the end of the session.
@@ -202,7 +202,7 @@ class SessionOwner:
 
     def _wake_pending_requests(self, _: asyncio.Future[SessionEnd]) -> None:
         for wake in self._pending_requests:
-            _complete(wake)
+            _wake_up(wake)
 
     async def _raise_if_lost(self, error: SessionLostError) -> None:
         """Checks whether the session is really lost; returns if it is alive.
@@ -225,16 +225,16 @@ class SessionOwner:
         self._lose(str(error))
         raise SessionLostError(self.ended.result().reason) from error
 
-    async def _run(self) -> None:
+    async def _hold_session(self) -> None:
         try:
             async with AsyncExitStack() as stack:
                 # In a thread, because the import takes half a second.
                 await asyncio.to_thread(sdk.load_sdk)
                 if self._link is not None:
-                    stack.push_async_callback(self._end_process, self._link)
+                    stack.push_async_callback(self._end_server_process, self._link)
                     await self._link.start()
                 handlers = sdk.NotificationHandlers(self._on_tools_changed, self._on_log)
-                self._session = await stack.enter_async_context(sdk.open_session(self._spec, self._link, handlers))
+                self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
                 self.tools = await self._list_tools_first()
@@ -267,21 +267,21 @@ class SessionOwner:
         # The caller may have been cancelled meanwhile; asyncio would log an exception that was never retrieved.
         self.ready.exception()
 
-    async def _end_process(self, link: StdioLink) -> None:
+    async def _end_server_process(self, link: StdioLink) -> None:
         """Ends the server's process; only one whose session was closed in good order gets time to leave by itself."""
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
 
     async def _list_tools_first(self) -> list[Any]:
         try:
-            return await self._list_tools()
+            return await self._list_all_tools()
         except sdk.RefusedError:
             if self._opened_session().has_tools:
                 raise
             # A server that has only prompts or resources may refuse to list tools.
             return []
 
-    async def _list_tools(self) -> list[Any]:
+    async def _list_all_tools(self) -> list[Any]:
         session = self._opened_session()
         tools: list[Any] = []
         cursor: str | None = None
@@ -316,9 +316,9 @@ async def _run_and_wake(request: Callable[[], Awaitable[Any]], wake: asyncio.Fut
     try:
         return await request()
     finally:
-        _complete(wake)
+        _wake_up(wake)
 
 
-def _complete(future: asyncio.Future[None]) -> None:
+def _wake_up(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)

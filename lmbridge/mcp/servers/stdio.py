@@ -32,7 +32,7 @@ class StdioLink:
 
     def __init__(self, spec: ServerSpec, on_end: Callable[[str], None]) -> None:
         self._spec, self._on_end = spec, on_end
-        self._process = ServerProcess(self._on_output, self._finish)
+        self._process = ServerProcess(self._on_output, self._end_link)
         self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, on_room=self._process.resume_reading)
 
     @property
@@ -91,7 +91,7 @@ class StdioLink:
         try:
             self._inbox.feed(data)
         except MessageTooLargeError as exc:
-            self._finish(str(exc))
+            self._end_link(str(exc))
         if not self._inbox.has_room:
             self._process.pause_reading()
 
@@ -103,7 +103,7 @@ class StdioLink:
             shown,
         )
 
-    def _finish(self, reason: str) -> None:
+    def _end_link(self, reason: str) -> None:
         if not self._inbox.is_closed:
             self._inbox.close()
             self._on_end(reason)

@@ -308,14 +308,14 @@ async def test_a_hub_that_is_closed_while_the_file_is_read_starts_nothing(
     make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = make_hub({"a": {}})
-    reading, go_on, load = threading.Event(), threading.Event(), hub._load
+    reading, go_on, load = threading.Event(), threading.Event(), hub._load_config
 
     def slow() -> Any:
         reading.set()
         go_on.wait()
         return load()
 
-    monkeypatch.setattr(hub, "_load", slow)
+    monkeypatch.setattr(hub, "_load_config", slow)
     run = asyncio.create_task(hub.tools())
     await asyncio.to_thread(reading.wait)
     await hub.close()
