@@ -7,7 +7,7 @@ The alternatives were worse. Keeping the chunks and merging them on demand is si
 thousands of nested dicts, which cost memory and slow the garbage collector down, and every look at `.partial` starts
 over. Merging only in `collect` leaves an error without what had arrived. A generic recursive merge, as some libraries
 use it, gets names, roles, usage and tool calls wrong, because servers repeat some fields and leave others out; so each
-field that is known has a rule of its own, and the generic merge serves only the others.
+known field has its own rule, and the generic merge is used only for the others.
 
 `add` runs once for each token of every stream, which makes it one of the three places in lmbridge where speed is worth
 some readability. A chunk that holds nothing but one more piece of text, or of arguments, takes a fast path; any other

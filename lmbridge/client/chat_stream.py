@@ -56,8 +56,8 @@ class ChatStream(ChunkStream["ChatCompletionChunk", "ChatCompletion"]):
     generating, and frees its place in the queue.
 
     Raises (while it is iterated):
-        LLMStreamError: The stream was cut off, or the server reported an error that is none of those below.
-        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported such an error.
+        LLMStreamError: The stream was cut off, or the server reported an error other than those below.
+        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
         ModelChangedDuringExecutionError: The name of the model changed between two chunks.

@@ -1,4 +1,4 @@
-"""JSON as it is sent, strictly, and as it is read, leniently.
+"""Strict encoding of requests as JSON, and lenient decoding of replies.
 
 msgspec encodes and decodes, because it is several times faster than `json`, and a stream decodes once for each token.
 What it refuses in a reply goes to `json`, because servers send NaN and halves of surrogate pairs, and an answer is not

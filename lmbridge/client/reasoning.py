@@ -43,7 +43,7 @@ class ReasoningSplitter:
     Args:
         starts_in_reasoning: Set this if the content begins inside a block. The chat templates of some models open the
             block in the prompt, so that the reply has only the `</think>`. The option has no effect once the server
-            has sent reasoning in a field of its own. Default: False.
+            has sent reasoning in a separate field. Default: False.
     """
 
     __slots__ = ("_held_back", "_starts_in_reasoning", "_state")

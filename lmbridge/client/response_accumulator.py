@@ -109,7 +109,7 @@ class ResponseAccumulator:
             self._item(event.get("item_id")).append_arguments(event["delta"])
 
     def _item(self, item_id: str | None) -> _ItemAccumulator:
-        """Returns the item with this id, or the newest if there is no id; creates one where there is none."""
+        """Returns the item with this id, or the newest if there is no id; creates one if necessary."""
         for item in reversed(self._items):
             if item_id is None or item.id == item_id:
                 return item

@@ -103,7 +103,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         return failures.error_from_event(attrs.evolve(report, text=self._redact(text)), self._events.call.context())
 
     def _on_done(self) -> None:
-        # A response ends with an event of its own, so `[DONE]` is like the end of the body.
+        # The end of a response is a named event, so `[DONE]` without that event is like the end of the body.
         self._end_of_body()
 
 

@@ -83,7 +83,7 @@ def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def simplify_parameters(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the schema of a tool's parameters as local servers accept it, whoever wrote it.
+    """Returns the schema of a tool's parameters in the form that local servers accept.
 
     The result contains no reference: a type that contains itself is written out twice, and a reference to something
     outside of the schema, which is never fetched, becomes a part that accepts anything. It has an object at the top,

@@ -49,26 +49,25 @@ async def test_chunks_are_handed_out_while_the_server_still_writes(
     assert await read_text(stream) == "two"
 
 
-async def test_the_first_event_is_read_alone_whatever_came_with_it(
-    scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("comments", [0, 500])
+async def test_events_that_arrive_together_are_parsed_together_whatever_comments_precede_them(
+    scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch, comments: int
 ) -> None:
-    sizes: list[int] = []
-    feed = SSEDecoder.feed
+    event_counts: list[int] = []
+    original_feed = SSEDecoder.feed
 
-    def noted(decoder: SSEDecoder, data: bytes) -> list[Event]:
-        events = feed(decoder, data)
-        sizes.append(len(events))
+    def counting_feed(decoder: SSEDecoder, data: bytes) -> list[Event]:
+        events = original_feed(decoder, data)
+        event_counts.append(len(events))
         return events
 
-    monkeypatch.setattr(SSEDecoder, "feed", noted)
+    monkeypatch.setattr(SSEDecoder, "feed", counting_feed)
     sent: list[dict[str, Any] | str] = [piece("a"), piece("b"), piece("c", finish_reason="stop"), "[DONE]"]
-    for comments, parts in ((0, [1, 3]), (500, [0, 4])):  # comments are not cut off one by one
-        sizes.clear()
-        body = b": wait\n\n" * comments + b"".join(map(event, sent))
-        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
-        scripted_server.script(raw(head + body))
-        assert await read_text(await opened(client)) == "abc"
-        assert sizes == parts
+    body = b": wait\n\n" * comments + b"".join(map(event, sent))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+    scripted_server.script(raw(head + body))
+    assert await read_text(await opened(client)) == "abc"
+    assert event_counts == [4]
 
 
 async def test_a_chunk_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
