@@ -1,11 +1,13 @@
-"""Turns sentences into instances of a type, which the server's grammar and a validation see to.
+"""Turns a sentence into an instance of a dataclass.
 
     python examples/structured_output.py
     python examples/structured_output.py "Two tickets to Oslo for Ada, please."
     python examples/structured_output.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
 
-Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts the server of `lmbridge[local]`. Its
-model is so small that the form is right, and the content often is not.
+The form of the answer is enforced by the server's grammar, and checked again by lmbridge.
+
+Without `--api-base`, and without LMBRIDGE_API_BASE in the environment, it starts a server (`lmbridge[local]`). The
+model of that server is so small that the form is right, but the content often is not.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=30)]
 
 @dataclass
 class Trip:
-    """What one passenger books."""
+    """The trip of one passenger."""
 
     passenger: Name
     city: Name
@@ -42,7 +44,7 @@ class Trip:
 
 @dataclass
 class Booking:
-    """What a sentence says."""
+    """Everything that a sentence books."""
 
     transport: Literal["train", "bus", "plane"]
     trips: Annotated[list[Trip], Meta(min_length=1, max_length=3)]
@@ -50,7 +52,7 @@ class Booking:
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of a server that is started for this program."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -60,16 +62,16 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
 
 
 async def book(client: LLMClient, sentence: str) -> Booking:
-    """What the model makes of a sentence; checkers know that it is a `Booking`."""
+    """Asks the model for the booking in a sentence. Type checkers know that the result is a `Booking`."""
     messages = [{"role": "system", "content": TASK}, {"role": "user", "content": sentence}]
     return await client.parse(messages, Booking, temperature=0, max_tokens=400)
 
 
 async def main() -> None:
-    """Reads the arguments and prints the booking."""
+    """Parses the arguments and prints the booking."""
     parser = argparse.ArgumentParser(description="Turns a sentence into a booking.")
     parser.add_argument("sentence", nargs="?", default=SENTENCE)
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of your server")
     parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
