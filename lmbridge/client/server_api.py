@@ -16,6 +16,7 @@ from lmbridge._text import excerpt
 from lmbridge.client import failures
 from lmbridge.client.json_codec import decode_json, encode_body
 from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Timeouts, normalize_api_base
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
 from lmbridge.transport import EventStream, Reply, Request, Transport
@@ -125,6 +126,7 @@ class ServerApi:
             max_retries=self._max_retries,
             classify=failures.classify,
             reports_error=failures.reports_error,
+            read_usage=usage_in_body,
             **fields,
         )
 

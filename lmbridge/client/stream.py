@@ -9,6 +9,7 @@ is never awaited, while the server goes on generating. And a generator cannot sa
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.usage import usage_in_stream
 from lmbridge.errors import (
     LLMError,
     LLMStreamError,
@@ -98,6 +100,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         # Events that have arrived and are not yet decoded. They are decoded when they are handed out, and not when
         # they arrive: hundreds of decoded chunks that wait at a time would keep the garbage collector busy.
         self._pending: Iterator[Event] = _NO_EVENTS
+        # Not a method of this stream: the call would hold a reference to the stream, which could not be dropped then.
+        events.call.read_usage = functools.partial(usage_in_stream, accumulator)
         self._model: str | None = None
         self._is_complete = False
         self._failure: LLMError | None = None

@@ -251,7 +251,7 @@ class Call:
             return
         usage = self.read_usage() if self.read_usage is not None else None
         logger.info(
-            "%s %s model=%s %s in %.3f s%s, %d attempt%s",
+            "%s %s model=%s %s in %.2f s%s, %d attempt%s",
             self.request.method,
             self.url,
             self.request.model,
