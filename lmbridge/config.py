@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
 from lmbridge._checks import as_validator, check_integer, check_seconds
 from lmbridge.errors import LLMValidationError
-
-_T = TypeVar("_T")
 
 # The name "localhost" would be tried as ::1 first, which can cost seconds before 127.0.0.1 is tried.
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
@@ -162,17 +160,6 @@ def _split_url(url: str) -> SplitResult | ValueError:
 
 def _is_version(segment: str) -> bool:
     return segment[:1] == "v" and segment[1:].isdigit()
-
-
-def checked(name: str, value: _T, kind: type[Any]) -> _T:
-    """The value of an option, if it is of its kind.
-
-    Raises:
-        LLMValidationError: it is not.
-    """
-    if not isinstance(value, kind):
-        raise LLMValidationError(f"{name} is {value!r}", hint=f"give a {kind.__name__}, or None for the default")
-    return value
 
 
 def checked_key(key: str | None) -> str | None:

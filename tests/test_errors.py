@@ -57,7 +57,7 @@ BASES: dict[type[LLMError], tuple[type[BaseException], ...]] = {
     MCPConnectionError: (MCPError,),
     MultiMCPError: (MCPError,),
 }
-# The arguments that a class has beside the message, the cause and the details that all have.
+# The arguments of a class besides the message, the cause and the details that all classes have.
 OWN: dict[type[LLMError], dict[str, Any]] = {
     LLMTimeoutError: {"phase": "idle"},
     LLMResponseError: {"retry_after": 3.0},
@@ -93,7 +93,7 @@ every_copy = pytest.mark.parametrize("copied", [pickled, copy.copy, copy.deepcop
 
 
 def make(kind: type[LLMError], cause: BaseException | None = None) -> LLMError:
-    """An error that has everything that it can have."""
+    """Returns an error with a value for every argument of its class."""
     own = OWN.get(kind, {})
     if kind is ModelNotFoundError:
         return ModelNotFoundError(**own, original_exception=cause, **DETAILS)
@@ -112,7 +112,7 @@ class Unpicklable:
 
 
 class OfTwoArgumentsError(Exception):
-    """It can be pickled, but not be made again from it."""
+    """An exception that can be pickled, but not unpickled."""
 
     def __init__(self, what: str, where: str) -> None:
         super().__init__(f"{what} at {where}")
@@ -129,7 +129,7 @@ class OfAUserError(ToolError):
 # The tree
 
 
-def test_the_tree_is_the_one_that_was_promised() -> None:
+def test_the_classes_and_their_bases_are_those_of_the_design() -> None:
     found = {
         kind: kind.__bases__
         for kind in vars(errors).values()
@@ -144,7 +144,7 @@ def test_no_error_is_a_cancellation_and_each_is_an_ordinary_exception(kind: type
     assert not issubclass(kind, asyncio.CancelledError)
 
 
-def test_callers_can_catch_the_builtins_that_they_know() -> None:
+def test_errors_can_be_caught_as_the_builtin_exceptions_that_fit() -> None:
     for kind, builtin in (
         (LLMConnectionError, OSError),
         (LLMTimeoutError, asyncio.TimeoutError),
@@ -155,7 +155,7 @@ def test_callers_can_catch_the_builtins_that_they_know() -> None:
 
 
 @every_class
-def test_every_class_is_in_the_tree_of_the_documentation(kind: type[LLMError]) -> None:
+def test_every_class_is_in_the_tree_in_the_docstring(kind: type[LLMError]) -> None:
     assert f" {kind.__name__}" in (errors.__doc__ or "")
 
 
@@ -163,7 +163,7 @@ def test_every_class_is_in_the_tree_of_the_documentation(kind: type[LLMError]) -
 
 
 @every_class
-def test_every_error_has_what_it_was_given(kind: type[LLMError]) -> None:
+def test_the_arguments_of_every_error_become_attributes(kind: type[LLMError]) -> None:
     cause = ValueError("deeper")
     before = datetime.now(UTC)
     error = make(kind, cause)
@@ -177,40 +177,40 @@ def test_every_error_has_what_it_was_given(kind: type[LLMError]) -> None:
 
 
 @every_class
-def test_every_error_can_be_made_without_arguments_or_with_what_it_is_about(kind: type[LLMError]) -> None:
+def test_every_error_can_be_created_without_details(kind: type[LLMError]) -> None:
     error = ModelNotFoundError("lama") if kind is ModelNotFoundError else kind()
     assert str(error) == error.message != ""
     assert (error.hint, error.context, error.status, error.body, error.partial) == (None, {}, None, None, None)
     assert error.__cause__ is None
 
 
-def test_the_second_argument_is_the_exception_behind_it() -> None:
+def test_the_second_argument_is_the_cause() -> None:
     cause = OSError("no route")
     assert LLMError("it broke", cause).__cause__ is cause
     assert ModelNotFoundError("lama", ["llama"], cause).__cause__ is cause
     assert ModelChangedDuringExecutionError("it broke", "a", "b", cause).__cause__ is cause
 
 
-def test_an_error_that_is_raised_from_another_has_it_as_original_exception() -> None:
+def test_the_cause_of_raise_from_is_the_original_exception() -> None:
     cause = ValueError("deeper")
     with pytest.raises(ToolError) as caught:
         raise ToolError("it broke") from cause
     assert caught.value.original_exception is cause
 
 
-def test_an_error_that_is_raised_while_another_is_handled_does_not_hide_it() -> None:
+def test_an_error_raised_in_a_handler_does_not_hide_the_handled_exception() -> None:
     def handle() -> None:
         try:
             raise ValueError("deeper")
         except ValueError:
-            raise ToolError("it broke")  # noqa: B904 - on purpose
+            raise ToolError("it broke")  # noqa: B904 - this is what the test is about
 
     with pytest.raises(ToolError) as caught:
         handle()
     assert "ValueError: deeper" in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_context_is_the_errors_own() -> None:
+def test_the_context_is_a_copy() -> None:
     given = {"model": "m"}
     error = LLMError("it broke", context=given)
     error.context["attempts"] = 1
@@ -218,7 +218,7 @@ def test_a_context_is_the_errors_own() -> None:
 
 
 @every_class
-def test_every_error_can_be_completed_with_what_is_not_known_where_it_is_made(kind: type[LLMError]) -> None:
+def test_every_error_can_be_completed(kind: type[LLMError]) -> None:
     error = ModelNotFoundError("lama") if kind is ModelNotFoundError else kind()
     message = error.message
     assert error.completed(**DETAILS) is error
@@ -226,34 +226,34 @@ def test_every_error_can_be_completed_with_what_is_not_known_where_it_is_made(ki
     assert error.message == error.args[0] == message
 
 
-def test_what_an_error_knows_is_not_replaced_when_it_is_completed() -> None:
+def test_completing_an_error_does_not_replace_its_own_facts() -> None:
     error = LLMError("it broke", hint="mine", status=503, body="mine", context={"model": "mine"})
     error.completed(hint="theirs", status=500, body="theirs", context={"model": "theirs", "url": "http://x/v1"})
     assert (error.hint, error.status, error.body) == ("mine", 503, "mine")
     assert error.context == {"model": "mine", "url": "http://x/v1"}
 
 
-def test_the_layer_above_knows_more_of_what_had_arrived() -> None:
+def test_completing_an_error_replaces_partial() -> None:
     error = LLMError("it broke", partial={"choices": []})
     assert error.completed(partial=None).partial == {"choices": []}
     assert error.completed(partial="the run so far").partial == "the run so far"
 
 
-def test_an_error_is_completed_with_a_text_that_can_be_shown() -> None:
+def test_completing_an_error_can_replace_its_message() -> None:
     error = LLMError("the key hunter2 is wrong", hint="pass another").completed("the key [api_key] is wrong")
     assert str(error) == "the key [api_key] is wrong; pass another"
     assert "hunter2" not in repr(error)
 
 
 @pytest.mark.parametrize("kind", [RunIncompleteError, MaxRoundsExceededError])
-def test_the_result_of_an_incomplete_run_is_its_partial_too(kind: type[RunIncompleteError]) -> None:
+def test_the_result_of_an_incomplete_run_is_also_its_partial(kind: type[RunIncompleteError]) -> None:
     result = object()
     assert kind(result=result).partial is kind(result=result).result is result
     assert kind(result=result, partial="other").partial == "other"
     assert kind().partial is None
 
 
-def test_the_errors_of_several_servers_are_kept_by_name() -> None:
+def test_the_errors_of_several_servers_are_stored_by_name() -> None:
     failed: dict[str, BaseException] = {"files": MCPConnectionError("no such program"), "web": TimeoutError()}
     error = MultiMCPError(errors=failed)
     assert error.errors == failed
@@ -262,11 +262,11 @@ def test_the_errors_of_several_servers_are_kept_by_name() -> None:
     assert str(MultiMCPError("nothing started", errors=failed)) == "nothing started"
 
 
-# What an error says
+# Texts
 
 
 @pytest.mark.parametrize(
-    ("details", "told"),
+    ("details", "text"),
     [
         ({}, "it broke"),
         ({"hint": "try again"}, "it broke; try again"),
@@ -290,8 +290,8 @@ def test_the_errors_of_several_servers_are_kept_by_name() -> None:
         ),
     ],
 )
-def test_an_error_reads_as_one_sentence(details: ErrorDetails, told: str) -> None:
-    assert str(LLMError("it broke", **details)) == told
+def test_an_error_reads_as_one_sentence(details: ErrorDetails, text: str) -> None:
+    assert str(LLMError("it broke", **details)) == text
 
 
 @every_class
@@ -302,7 +302,7 @@ def test_every_error_reads_as_one_sentence(kind: type[LLMError]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "models", "told"),
+    ("name", "models", "text"),
     [
         ("lama", [], "model 'lama' not found"),
         ("gpt-4o", ["llama", "qwen"], "model 'gpt-4o' not found; the server has: llama, qwen"),
@@ -313,13 +313,11 @@ def test_every_error_reads_as_one_sentence(kind: type[LLMError]) -> None:
         (None, ["llama"], "model not found; the server has: llama"),
     ],
 )
-def test_a_model_that_was_not_found_is_told_with_close_matches_and_what_there_is(
-    name: str | None, models: list[str], told: str
-) -> None:
-    assert str(ModelNotFoundError(name, models)) == told
+def test_model_not_found_lists_close_matches_and_all_models(name: str | None, models: list[str], text: str) -> None:
+    assert str(ModelNotFoundError(name, models)) == text
 
 
-def test_a_mismatch_and_a_change_tell_both_models() -> None:
+def test_a_mismatch_and_a_change_name_both_models() -> None:
     assert str(ModelMismatchError(asked="a", served="b")) == "asked for model 'a', but 'b' answered"
     changed = ModelChangedDuringExecutionError(old_model="a", new_model="b")
     assert str(changed) == "the model changed from 'a' to 'b'"
@@ -330,7 +328,7 @@ def test_a_mismatch_and_a_change_tell_both_models() -> None:
 
 @every_class
 @every_copy
-def test_a_copy_has_everything(kind: type[LLMError], copied: Copier) -> None:
+def test_a_copy_has_all_attributes(kind: type[LLMError], copied: Copier) -> None:
     error = make(kind, ValueError("deeper"))
     error.add_note("noted")
     other = copied(error)
@@ -383,21 +381,21 @@ def test_the_causes_of_causes_survive_pickling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "told"),
+    ("cause", "text"),
     [
         (OfTwoArgumentsError("it broke", "x"), "OfTwoArgumentsError: it broke at x"),
         (ValueError(Unpicklable("this")), "ValueError: this"),
         (type("LocalError", (Exception,), {})(), "LocalError"),
     ],
 )
-def test_of_a_cause_that_cannot_be_pickled_its_text_survives(cause: BaseException, told: str) -> None:
+def test_a_cause_that_cannot_be_pickled_is_replaced_by_its_text(cause: BaseException, text: str) -> None:
     other = pickled(LLMError("it broke", cause)).__cause__
     assert type(other) is Exception
-    assert str(other) == told
+    assert str(other) == text
 
 
 @every_class
-def test_what_cannot_be_pickled_is_left_behind_as_text_and_all_else_survives(kind: type[LLMError]) -> None:
+def test_parts_that_cannot_be_pickled_are_replaced_by_their_text(kind: type[LLMError]) -> None:
     error = make(kind)
     error.partial = Unpicklable("so far")
     error.context["tools"] = {"now": [1, (2, Unpicklable("a function"))]}
@@ -409,7 +407,7 @@ def test_what_cannot_be_pickled_is_left_behind_as_text_and_all_else_survives(kin
     assert (str(other), other.status, other.body) == (str(error), error.status, error.body)
 
 
-def test_of_the_errors_of_several_servers_each_survives_as_far_as_it_can() -> None:
+def test_the_errors_of_several_servers_are_pickled_one_by_one() -> None:
     failed = {"a": OfTwoArgumentsError("it broke", "x"), "b": MCPConnectionError("no such program", server="b")}
     other = pickled(MultiMCPError(errors=failed))
     assert isinstance(other, MultiMCPError)
@@ -417,14 +415,14 @@ def test_of_the_errors_of_several_servers_each_survives_as_far_as_it_can() -> No
     assert cast("MCPConnectionError", other.errors["b"]).server == "b"
 
 
-def test_a_result_that_cannot_be_pickled_does_not_stop_its_error() -> None:
+def test_an_error_can_be_pickled_although_its_result_cannot() -> None:
     other = pickled(MaxRoundsExceededError("25 rounds", result=Unpicklable("RunResult(...)")))
     assert isinstance(other, MaxRoundsExceededError)
     assert other.result == other.partial == "RunResult(...)"
 
 
 @every_copy
-def test_an_error_of_a_users_own_class_is_copied_too(copied: Copier) -> None:
+def test_an_error_of_a_users_subclass_can_be_copied(copied: Copier) -> None:
     error = OfAUserError(code=7)
     assert vars(copied(error)) == vars(error)
     assert str(copied(error)) == "code 7; look it up"

@@ -1,7 +1,8 @@
-"""What `lmbridge` exports, and what importing it costs."""
+"""The names that `lmbridge` exports, the modules that importing it loads, and the signatures of clients."""
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -10,28 +11,29 @@ from types import ModuleType
 import pytest
 
 import lmbridge
+from lmbridge.client.llm import ClientOptions
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lmbridge.__path__, "lmbridge."))
 LAZY = {"aiohttp_sse_client", "jsonschema", "mcp", "opentelemetry", "pytest", "rich", "typer", "xllamacpp"}
 
 
 def python(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Returns what a new interpreter prints."""
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
-def test_all_is_sorted_and_holds_nothing_twice() -> None:
+def test_all_is_sorted_and_has_no_duplicates() -> None:
     assert lmbridge.__all__ == sorted(set(lmbridge.__all__))
 
 
 @pytest.mark.parametrize("name", lmbridge.__all__)
-def test_every_name_imports(name: str) -> None:
+def test_every_name_can_be_imported(name: str) -> None:
     assert getattr(lmbridge, name) is not None
 
 
-def test_all_is_what_the_root_exports() -> None:
+def test_all_lists_exactly_what_the_root_exports() -> None:
     exported = {
         name
         for name, value in vars(lmbridge).items()
@@ -41,23 +43,33 @@ def test_all_is_what_the_root_exports() -> None:
     assert exported | set(lmbridge._LAZY) | {"__version__"} == set(lmbridge.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_raises_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'lmbridge' has no attribute 'LMClient'"):
         _ = lmbridge.LMClient
 
 
-def test_the_root_imports_no_extra_and_nothing_that_is_not_used_yet() -> None:
+def test_the_root_imports_no_extra_and_no_module_before_its_first_use() -> None:
     loaded = python("import sys, lmbridge; print(*sys.modules)").split()
     assert not LAZY & {name.partition(".")[0] for name in loaded}
     assert "lmbridge.local" not in loaded
     assert "lmbridge.testing" not in loaded
 
 
-def test_the_local_server_is_imported_when_it_is_asked_for() -> None:
+def test_importing_the_local_server_does_not_load_llama_cpp() -> None:
     code = "import sys; from lmbridge import LocalServer; print(LocalServer.__name__, 'xllamacpp' in sys.modules)"
     assert python(code).split() == ["LocalServer", "False"]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_imports_alone(module: str) -> None:
+def test_every_module_can_be_imported_alone(module: str) -> None:
     python(f"import {module}")
+
+
+def test_the_options_of_a_pool_are_those_of_a_client() -> None:
+    options = list(inspect.signature(lmbridge.LLMClient).parameters)
+    assert list(ClientOptions.__annotations__) == options
+
+
+def test_an_unknown_option_of_a_pool_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="max_retrys"):
+        lmbridge.LLMClientPool(max_retrys=1)  # type: ignore[call-arg]  # misspelled

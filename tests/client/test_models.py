@@ -447,8 +447,8 @@ async def test_model_not_found_lists_the_models_and_close_matches(
     error = caught.value
     assert (error.model_name, error.available_models) == ("qwen3-4", ["qwen3-4b", "gemma-3"])
     assert str(error) == (
-        f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); there are:"
-        " qwen3-4b, gemma-3; load or download it on the server, or ask for a model that the server has"
+        f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); the server"
+        " has: qwen3-4b, gemma-3; load or download it on the server, or ask for a model that the server has"
     )
     # A list that has just been requested is not requested again.
     assert len(scripted_server.requests) == 1
@@ -651,7 +651,7 @@ async def test_a_request_is_not_shared_between_event_loops(
     gate = Gate("a")
     scripted_server.on_path(MODELS, gate)
     (caller,) = await start_callers(validator, scripted_server, 1)
-    with pytest.raises(LLMError, match="this client is open in another event loop"):
+    with pytest.raises(LLMError, match="this client is in use in another event loop"):
         await run_in_another_loop(validator.get_available_models)
     gate.opened.set()
     assert await caller == ["a"]
