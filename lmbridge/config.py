@@ -30,8 +30,8 @@ def _duration(owner: str, default: float | None) -> Any:
 class Timeouts:
     """How long a client waits, in seconds. None switches a limit off.
 
-    There is no limit on the time of a whole generation by default, because a local model may write for minutes. The
-    limits are on each silence. For an interactive program, lower the first two::
+    By default a whole generation may take any time, because a local model may write for minutes. Each period of silence
+    is limited instead. An interactive program may want to notice a dead or busy server sooner::
 
         LLMClient(timeout=Timeouts(connect=2, first_byte=60))
 

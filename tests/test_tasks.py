@@ -330,7 +330,7 @@ def test_a_signal_ends_a_program_after_its_clean_up_and_more_signals_change_noth
 
 
 def run_program(body: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process of its own, because it changes the handlers of signals."""
+    """Runs code in another process, because it changes the handlers of signals."""
     code = f"import asyncio\nfrom lmbridge._tasks import run_until_signal\n{body}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 

@@ -29,7 +29,7 @@ POLL_SECONDS: Final = 1.0
 
 _V1_MODELS: Final = "/api/v1/models"
 _V0_MODELS: Final = "/api/v0/models"
-# Loading, unloading and downloading change the server, so a request is sent once only, on a connection of its own.
+# Loading, unloading and downloading change the server, so such a request is sent only once.
 _SENT_ONCE: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
 _UNKNOWN_PATH_MESSAGE: Final = "unexpected endpoint or method"
 _DOWNLOAD_ENDS: Final = ("completed", "already_downloaded")
@@ -230,7 +230,7 @@ class FoundLMStudio:
     reply: Reply
     """The last reply."""
     is_lmstudio: bool
-    """Whether the server is LM Studio."""
+    """Whether the server is LM Studio, of any version."""
     has_v1: bool = False
     """Whether it has `/api/v1`, which came with LM Studio 0.4.0."""
     models: list[LMStudioModel] | None = None

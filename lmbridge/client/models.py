@@ -42,7 +42,7 @@ class CacheStats:
 
 
 class ModelValidator:
-    """Tells which models a server has, from a list that is cached for some minutes.
+    """Checks which models a server has, with a list that is cached for some minutes.
 
     Concurrent calls that find no cached list share one request. A request that fails is not cached. If the client's
     `api_base` is set, the lists of both servers are cached. Use a validator in one event loop at a time. `close`, or

@@ -1,7 +1,7 @@
 """`LLMClientPool`: a bounded number of clients, each with its own default model, over one transport.
 
-A lease is a client of its own rather than a shared client whose model is changed: two tasks would see each other's
-model. It costs next to nothing, because connections and limits belong to the transport, which all leases share. A lease
+Each lease is a new client. Changing the model of a shared client instead would let two tasks see each other's model. A
+lease costs next to nothing, because connections and limits belong to the transport, which all leases share. A lease
 that was given back refuses further requests by itself; streams that it has opened go on to their end.
 
 Waiting callers are served in the order in which they came, by futures instead of by a semaphore or a queue of idle
@@ -238,7 +238,7 @@ class LLMClientPool:
 
     def _serve_waiters_soon(self) -> None:
         if (loop := self._loop_guard.loop) is not None:
-            # It raises if the loop is closed, and then nobody is waiting in it.
+            # The call raises if the loop is closed, and then no caller is waiting in it.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._serve_waiters)
 

@@ -158,7 +158,10 @@ class ServerApi:
         Raises:
             LLMError: The client was given back to its pool, or the transport got no reply.
         """
-        await self._prepare(request)
+        if self._refusal is not None:
+            raise self._refused(request, *self._refusal)
+        if self._former_transports:
+            await self._close_idle_transports()
         return await self.transport.request(request)
 
     async def stream(self, request: Request) -> EventStream:
@@ -168,7 +171,10 @@ class ServerApi:
             LLMError: The client was given back to its pool, the transport got no reply, or the reply is not an event
                 stream.
         """
-        await self._prepare(request)
+        if self._refusal is not None:
+            raise self._refused(request, *self._refusal)
+        if self._former_transports:
+            await self._close_idle_transports()
         answer = await self.transport.stream(request)
         if not isinstance(answer, Reply):
             return answer
@@ -176,13 +182,9 @@ class ServerApi:
             raise self._error_from(answer)
         raise self.unexpected_reply(answer, "an event stream")
 
-    async def _prepare(self, request: Request) -> None:
-        if self._refusal is not None:
-            message, hint = self._refusal
-            context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
-            raise LLMError(message, hint=hint, context=context)
-        if self._former_transports:
-            await self._close_idle_transports()
+    def _refused(self, request: Request, message: str, hint: str) -> LLMError:
+        context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
+        return LLMError(message, hint=hint, context=context)
 
     async def _close_idle_transports(self) -> None:
         """Closes the transports to former servers whose last request has ended."""
