@@ -1,6 +1,7 @@
-"""The agent layer: autonomous loops over a client that it knows by a Protocol."""
+"""The agent layer: runs a model with tools in a loop, over any client that satisfies a Protocol."""
 
 from lmbridge.agent.agent import Agent
+from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ChunkStream
 from lmbridge.agent.events import (
     ReasoningDelta,
     RoundFinished,
@@ -12,11 +13,15 @@ from lmbridge.agent.events import (
     ToolCallStarted,
 )
 from lmbridge.agent.result import Round, RunResult, ToolRecord
+from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext
 
 __all__ = [
     "Agent",
+    "ChatClient",
+    "ChatClientPool",
+    "ChunkStream",
     "ReasoningDelta",
     "Round",
     "RoundFinished",
@@ -24,8 +29,10 @@ __all__ = [
     "RunEvent",
     "RunFinished",
     "RunHandle",
+    "RunInfo",
     "RunResult",
     "RunStream",
+    "RunTools",
     "TextDelta",
     "Tool",
     "ToolCall",

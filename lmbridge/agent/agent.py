@@ -1,57 +1,68 @@
-"""`Agent`: settings, and the runs that share them."""
+"""`Agent`: the settings that its runs share, and the methods that start runs."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, TypeAlias, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lmbridge._checks import check_model_name
+from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
-from lmbridge.agent.runs import RunHandle, RunStream, current_ticket
-from lmbridge.agent.settings import Approve, MaxTokens, Settings, Task, checked_task
-from lmbridge.agent.source import ChatClient, ChatPool, Source
-from lmbridge.agent.switching import Admission, SwitchPolicy, Ticket
-from lmbridge.agent.tools import Tool, ToolProvider, as_tool
-from lmbridge.agent.toolset import Equip, Equipment, Toolset
+from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
+from lmbridge.agent.runs import RunHandle, RunStream, current_permit
+from lmbridge.agent.settings import Approve, MaxTokens, Settings, Task, check_task
+from lmbridge.agent.source import ClientSource
+from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
 from lmbridge.errors import LLMValidationError
-
-AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
 
 
 class Agent:
     """Lets a model work on a task with tools, round after round, until it has an answer.
 
-    One agent serves any number of runs at a time, in one event loop. It owns nothing that is to be closed: the client
-    stays the caller's.
+    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed: the client
+    remains the caller's::
+
+        async with LLMClient(model="qwen3-4b") as client:
+            agent = Agent(client, tools=[add])
+            result = await agent.run("What is 317 plus 225?")
+            print(result.text)
 
     Args:
-        client: An `LLMClient`, or an `LLMClientPool`, which lends a client for each generation.
-        model: Asked for where a run names none. Default: the client's.
-        tools: What the model may call: async or plain functions, `Tool`s, or providers with `async list_tools()`,
-            which are asked at the start of each run.
-        system_prompt: The leading system message of each run.
-        max_rounds: Times that the model is asked in a run.
-        max_tokens: Tokens of a reply; "auto" for 8192, or what is left of the model's context if that is less.
-        max_seconds: Seconds that a run may take, waiting included; whatever it does then is cut.
-        max_total_tokens: Tokens that a run may use, prompts included; looked at between its rounds.
-        switch_policy: What a run with another model does to those in flight: "isolate" runs beside them, "reject"
-            refuses it, "cancel" cancels them, "drain" waits for their end.
-        tool_timeout: Seconds that a call may take; None for any number.
-        max_parallel_tools: Calls of one reply that are made at a time.
-        max_tool_output: Characters of a call's result that the model is told; of more it gets the head and the tail.
-        max_bad_calls: Calls in a row that cannot be made, after which a run ends.
-        approve: Asked before each call, with the `ToolCall`, one call at a time; if it says no, the model is told so.
-            Async, or plain and quick. What it raises ends the run.
+        client: An `LLMClient`, an `LLMClientPool`, or another object that satisfies `ChatClient` or `ChatClientPool`.
+            A client is borrowed from a pool for one generation at a time.
+        model: The model of runs that name none. Default: the client's model.
+        tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
+            `async list_tools()`, which are asked at the start of each run.
+        system_prompt: The leading system message of every run. Default: none.
+        max_rounds: How many times the model is asked in one run. Default: 25.
+        max_tokens: The most tokens of one reply. The default, "auto", stands for 8192, or for what is left of the
+            model's context if that is known and smaller.
+        max_seconds: Seconds that a run may take, including the time that it waits. What it is doing when they are over
+            is cancelled. Default: no limit.
+        max_total_tokens: Tokens that a run may use, prompts included. It is checked between rounds. Default: no limit.
+        switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
+            them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
+        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout` of its own. None means no
+            limit. Default: 60.
+        max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
+        max_tool_output: How many characters of a call's result the model gets; of a longer one it gets the head and
+            the tail. Default: 20,000.
+        max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
+        approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
+            returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
+            exception in it ends the run. Default: every call is made.
+        open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
+            need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
+            context manager is left when the run ends, in whichever way. Default: none.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is invalid.
     """
 
     def __init__(
         self,
-        client: ChatClient | ChatPool,
+        client: ChatClient | ChatClientPool,
         *,
         model: str | None = None,
         tools: Sequence[AnyTool] = (),
@@ -66,8 +77,9 @@ class Agent:
         max_tool_output: int = 20_000,
         max_bad_calls: int = 5,
         approve: Approve | None = None,
+        open_tools: OpenTools | None = None,
     ) -> None:
-        self._source = Source(client)
+        self._source = ClientSource(client)
         self._settings = Settings(
             model=model,
             system_prompt=system_prompt,
@@ -82,15 +94,15 @@ class Agent:
             max_bad_calls=max_bad_calls,
             approve=approve,
         )
-        self._tools = _Tools(tools)
-        self._admission = Admission(switch_policy, self._source.model if model is None else model)
+        self._tool_sources = ToolSources(tools, open_tools)
+        self._admission = RunAdmission(switch_policy, self._source.model if model is None else model)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._source!r} model={self.model!r}>"
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none; None where the server, or the pool, chooses."""
+        """The model of runs that name none; None if the server, or the pool, chooses it."""
         return self._admission.default
 
     async def run(
@@ -102,37 +114,40 @@ class Agent:
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunResult:
-        """Works on a task until there is an answer, or a reason to end without.
+        """Works on a task until the model has an answer, or there is a reason to end without one.
 
-        Cancelled, it stops the server's generation and all tools before it raises.
+        On cancellation, it stops the server's generation and all tools before it raises.
 
         Args:
-            task: What to do: a text, or a list of content parts (text and images).
-            model: The model of this run, which does not change while it goes on. Default: the agent's.
-            tools: Those of this run, in place of the agent's.
-            messages: The conversation to go on with, like `result.messages` of another run.
-            max_rounds: In place of the agent's.
-            max_tokens: In place of the agent's.
+            task: What to do, as a string or as a list of content parts (text and images).
+            model: The model of this run, which does not change while it is in progress. Default: the agent's.
+            tools: The tools of this run, in place of the agent's `tools`.
+            messages: A conversation to continue, such as `result.messages` of another run. Default: a new one.
+            max_rounds: The limit of this run, in place of the agent's.
+            max_tokens: The limit of this run, in place of the agent's.
+            open_tools: Opens tools for this run, in place of the agent's `open_tools`.
 
         Returns:
-            The result; its `stop_reason` says whether it is an answer.
+            The result. Its `stop_reason` says whether it is an answer.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            MaxRoundsExceededError: the rounds were used up.
-            ModelChangedDuringExecutionError: the `switch_policy` refused the run or had it cancelled, or the server
-                swapped models.
-            ContextLengthExceededError: the conversation does not fit into the context, and cannot be trimmed.
-            LLMError: a request failed. Each of these has the run so far in `.partial`.
+            LLMValidationError: An argument is invalid; nothing was sent.
+            MaxRoundsExceededError: The run used up its rounds.
+            ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
+                models.
+            ContextLengthExceededError: The conversation does not fit into the context, and cannot be trimmed further.
+            LLMError: A request failed. Every error of a run that has begun holds the run so far in `.partial`.
         """
-        handle = self._start(
+        handle = self._create_run(
             task,
-            self._own(tools).equip,
             model=model,
+            tools=tools,
             messages=messages,
             max_rounds=max_rounds,
             max_tokens=max_tokens,
+            open_tools=open_tools,
             is_muted=True,
         )
         return await handle.result()
@@ -146,26 +161,30 @@ class Agent:
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunStream:
-        """The same as `run`, as a stream of events, the last of which is `RunFinished`.
+        """Starts a run, and returns its events. The last event is `RunFinished`.
 
-        The run begins at once. Leaving the stream early cancels it.
+        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
 
-        Args:
-            task: As for `run`.
-            model: As for `run`.
-            tools: As for `run`.
-            messages: As for `run`.
-            max_rounds: As for `run`.
-            max_tokens: As for `run`.
+            async with agent.stream("What is 1 plus 2?") as events:
+                async for event in events:
+                    print(event)
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
+            LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
+                lists, are raised by the iteration.
         """
         handle = self.start(
-            task, model=model, tools=tools, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+            task,
+            model=model,
+            tools=tools,
+            messages=messages,
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
+            open_tools=open_tools,
         )
-        return RunStream(handle, owns=True)
+        return RunStream(handle, owns_run=True)
 
     def start(
         self,
@@ -176,102 +195,70 @@ class Agent:
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunHandle:
-        """The same as `run`, without waiting for it.
-
-        Args:
-            task: As for `run`.
-            model: As for `run`.
-            tools: As for `run`.
-            messages: As for `run`.
-            max_rounds: As for `run`.
-            max_tokens: As for `run`.
+        """Starts a run in the background. The arguments are those of `run`.
 
         Returns:
-            What cancels the run, tells its events and its messages, and waits for its result.
+            A handle that cancels the run, gives access to its events and messages, and waits for its result.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
+            LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
+                lists, are raised by `await handle.result()`.
         """
-        return self._start(
+        return self._create_run(
             task,
-            self._own(tools).equip,
             model=model,
+            tools=tools,
             messages=messages,
             max_rounds=max_rounds,
             max_tokens=max_tokens,
+            open_tools=open_tools,
+            is_muted=False,
         )
 
-    def _own(self, tools: Sequence[AnyTool] | None) -> _Tools:
-        return self._tools if tools is None else _Tools(tools)
-
-    def _start(
+    def _create_run(
         self,
         task: Task,
-        equip: Equip,
         *,
         model: str | None,
+        tools: Sequence[AnyTool] | None,
+        messages: Sequence[Mapping[str, Any]] | None,
         max_rounds: int | None,
         max_tokens: MaxTokens | None,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        is_muted: bool = False,
+        open_tools: OpenTools | None,
+        is_muted: bool,
     ) -> RunHandle:
         settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens)
-        history = History(checked_task(task), system_prompt=settings.system_prompt, messages=messages)
+        sources = self._tool_sources
+        if tools is not None or open_tools is not None:
+            sources = ToolSources(
+                sources.tools if tools is None else tools, sources.open_tools if open_tools is None else open_tools
+            )
         return RunHandle(
             check_model_name(model),
             source=self._source,
             admission=self._admission,
             settings=settings,
-            equip=equip,
-            history=history,
+            tool_sources=sources,
+            history=History(check_task(task), system_prompt=settings.system_prompt, messages=messages),
             is_muted=is_muted,
         )
 
     async def switch_model(self, model: str) -> None:
-        """Gives the agent another model, when the runs in flight that `switch_policy` names have ended.
+        """Changes the model of runs that name none, once the runs that are in the way have ended.
 
-        "isolate" cancels those that took the agent's model, "cancel" all with another model; "drain" waits for the
-        latter. Cancelled while it waits, it has changed nothing.
+        With "isolate", the runs that took the agent's model are cancelled. With "cancel", all runs with another model
+        are, and with "drain" their end is awaited. A call that is cancelled while it waits has changed nothing.
 
         Args:
-            model: What later runs take that name none.
+            model: The name of the new model.
 
         Raises:
-            LLMValidationError: the name cannot be right.
-            ModelChangedDuringExecutionError: the policy is "reject", and runs are in flight; or a tool of a run asks
-                for it that would have to end first.
+            LLMValidationError: The name is invalid.
+            ModelChangedDuringExecutionError: The policy is "reject" and runs are in flight, or the call comes from a
+                tool of a run that would have to end first.
         """
         if check_model_name(model) is None:
-            raise LLMValidationError("model is None", hint="name the model that the agent is to use from now on")
-        await self._admission.enter(Ticket(asked=model, is_switch=True, parent=current_ticket.get()))
-
-
-class _Tools:
-    """The tools that were given, put into a set once, or, where there are providers, for each run.
-
-    Raises:
-        LLMValidationError: something is no tool, or two have one name.
-    """
-
-    def __init__(self, tools: Sequence[AnyTool]) -> None:
-        if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-            raise LLMValidationError(f"tools is {tools!r}", hint="give a list of functions, Tools or providers")
-        self._tools: list[Tool | ToolProvider] = []
-        for each in tools:
-            self._tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # what is left
-        own = [each for each in self._tools if isinstance(each, Tool)]
-        self._set = Toolset(own)
-        self._has_providers = len(own) < len(self._tools)
-
-    def equip(self, _context: int | None) -> AbstractAsyncContextManager[Equipment]:
-        """The tools for a run that begins."""
-        return self._collected() if self._has_providers else nullcontext(Equipment(self._set))
-
-    @asynccontextmanager
-    async def _collected(self) -> AsyncIterator[Equipment]:
-        yield Equipment(await Toolset.collect(self._tools))
-
-
-def _is_provider(tool: AnyTool) -> TypeGuard[ToolProvider]:
-    return not isinstance(tool, Tool | type) and isinstance(tool, ToolProvider)
+            raise LLMValidationError("model must be the name of a model, not None", hint="name the agent's new model")
+        await self._admission.enter(RunPermit(requested_model=model, is_switch=True, parent=current_permit.get()))

@@ -1,7 +1,9 @@
-"""Tasks of our own, and who cancelled them: we, or the task that awaits them.
+"""`OwnTask`: a task that lmbridge has created, and that only lmbridge cancels.
 
-A cancel by lmbridge hits only such a task, and comes out of it as an error of ours. A cancel of the caller's own task
-is passed on to it, waited for, and goes on as the plain `asyncio.CancelledError` that it is.
+A cancellation by lmbridge hits only such a task, and comes out of it as an error of lmbridge. A cancellation of the
+caller's own task is passed on to it, its end is awaited, and it then continues as the plain `asyncio.CancelledError`
+that it was. The alternative, running in the caller's task and cancelling that, cannot tell the two apart afterwards:
+a `wait_for` or a `TaskGroup` around it would take our cancellation for its own.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from lmbridge._tasks import end_task
 from lmbridge.errors import TaskCancelledError
 
 T = TypeVar("T")
 
 
 class OwnTask(Generic[T]):
-    """A task that only we cancel, with the error to tell.
+    """A task that only lmbridge cancels, and the error that a cancellation becomes.
 
     Args:
-        coroutine: What it does.
-        name: Its name, for debuggers.
-        complete: Adds to the error of a cancel what is known only at the end.
+        coroutine: The work of the task.
+        name: The name of the task, for debuggers.
+        complete: Adds to the error of a cancellation what is known only at the end.
     """
 
     def __init__(
@@ -34,28 +37,28 @@ class OwnTask(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Whether the task has ended."""
         return self._task.done()
 
     @property
     def was_cancelled(self) -> bool:
-        """Whether it has ended by a cancel."""
+        """Whether the task has ended because it was cancelled."""
         return self._task.cancelled()
 
     @property
     def stopping(self) -> bool:
-        """Whether it was cancelled; it may still be cleaning up."""
+        """Whether the task was cancelled; it may still be cleaning up."""
         return self._error is not None or self._task.cancelling() > 0
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Has a function called once it has ended."""
+        """Registers a function that is called when the task has ended."""
         self._task.add_done_callback(lambda _: callback())
 
     def cancel(self, error: TaskCancelledError) -> bool:
-        """Cancels it, without waiting for its end; of several errors the first one is told.
+        """Cancels the task, without waiting for its end. Of several errors, the first one is raised.
 
         Returns:
-            False if it had ended before.
+            False if the task had already ended.
         """
         if self._task.done():
             return False
@@ -64,55 +67,50 @@ class OwnTask(Generic[T]):
         return True
 
     def cancel_from_anywhere(self, error: TaskCancelledError) -> None:
-        """Cancels it from any thread, or from a finalizer."""
+        """Cancels the task from any thread, or from a finalizer."""
         if not self._task.done() and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.cancel, error)
 
     async def end(self, error: TaskCancelledError) -> None:
-        """Cancels it and waits until it has ended; being cancelled itself, it goes on waiting before it raises."""
-        self.cancel(error)
-        cancelled: asyncio.CancelledError | None = None
-        while not self._task.done():
-            try:
-                await asyncio.wait((self._task,))
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-                self._task.cancel()  # as often as the caller is: what it does to clean up may hang
-        if not self._task.cancelled():
-            self._task.exception()  # whoever ends it does not ask; asyncio would log that nobody did
-        if cancelled is not None:
-            raise cancelled
+        """Cancels the task and waits until it has ended.
+
+        On cancellation of the caller, the task is cancelled once more, because its clean-up may hang, and the wait
+        continues; the cancellation is raised when the task has ended.
+        """
+        if not self._task.done():
+            self._error = self._error or error
+        await end_task(self._task)
 
     async def wait(self) -> None:
-        """Waits until it has ended. A cancel of the caller cancels it as well, and is raised when it has ended."""
+        """Waits until the task has ended. A cancellation of the caller cancels it too, and is raised at its end."""
         try:
             await asyncio.wait((self._task,))
         except asyncio.CancelledError:
-            await self.end(TaskCancelledError("the run was cancelled, as was a task that awaited it"))
+            await self.end(TaskCancelledError("the run was cancelled, because a task that awaited it was cancelled"))
             raise
 
     def outcome(self) -> T:
-        """What came of it.
+        """Returns the result of the task, or raises what ended it.
 
         Raises:
-            TaskCancelledError: it was cancelled.
-            Exception: what it raised.
+            TaskCancelledError: The task was cancelled.
+            Exception: Whatever the task raised.
         """
         if not self._task.cancelled():
             return self._task.result()
-        raise self._cancelled()
+        raise self._cancellation_error()
 
-    def _cancelled(self) -> TaskCancelledError:
+    def _cancellation_error(self) -> TaskCancelledError:
         self._error = self._error or TaskCancelledError("the run's own task was cancelled: its event loop is ending")
         if self._error.partial is None:
             self._complete(self._error)
         return self._error
 
     def check(self) -> None:
-        """Goes on with the cancel if something swallowed it; to be called within the task.
+        """Resumes a cancellation that some code on the way has swallowed. It is called within the task.
 
         Raises:
-            asyncio.CancelledError: it was cancelled.
+            asyncio.CancelledError: The task was cancelled.
         """
         if self._error is not None:
             raise asyncio.CancelledError

@@ -1,4 +1,8 @@
-"""What a run tells, on its way to whoever listens: bounded, so that a slow listener slows the run down."""
+"""`Channel`: carries the events of a run to its listeners, with a bound on how many may wait.
+
+`asyncio.Queue` is close, but it has no way to end a stream for its readers (before Python 3.13), nor room for a last
+event that must never be lost. A slow listener slows the run down instead of growing memory.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 
 CAPACITY: Final = 64
-"""Events that may wait for a listener."""
+"""How many events may wait for one listener."""
 
 
 class Subscription(Generic[T]):
-    """The events for one listener."""
+    """The events for one listener.
+
+    Attributes:
+        is_over: Whether no further event will be added.
+    """
 
     def __init__(self, channel: Channel[T]) -> None:
         self._channel = channel
@@ -22,21 +30,21 @@ class Subscription(Generic[T]):
         self.is_over = False
 
     async def put(self, event: T) -> None:
-        """Adds an event, as soon as there is room."""
+        """Adds an event as soon as there is room for it."""
         while len(self._waiting) >= CAPACITY and not self.is_over:
-            await self._change()
+            await self._wait_for_change()
         self.put_now(event)
 
     def put_now(self, event: T) -> None:
-        """Adds an event, whether there is room or not; drops it if nobody listens any more."""
+        """Adds an event even if there is no room; drops it if the subscription has ended."""
         if not self.is_over:
             self._waiting.append(event)
             self._changed.set()
 
     async def get(self) -> T | None:
-        """The next event, or None if none is going to come."""
+        """Waits for the next event; returns None if there will not be another one."""
         while not self._waiting and not self.is_over:
-            await self._change()
+            await self._wait_for_change()
         if not self._waiting:
             return None
         event = self._waiting.popleft()
@@ -44,28 +52,29 @@ class Subscription(Generic[T]):
         return event
 
     def end(self, *, discard: bool) -> None:
-        """Ends it: no event is added any more, and those that wait may be dropped."""
+        """Ends the subscription: no event is added any more, and with `discard` those that wait are dropped."""
         self.is_over = True
         if discard:
             self._waiting.clear()
         self._changed.set()
 
     def leave(self) -> None:
-        """Ends it on the side of the listener."""
+        """Ends the subscription on the side of the listener."""
         self._channel.drop(self)
         self.end(discard=True)
 
-    async def _change(self) -> None:
-        # One event for both sides: at any time only one of them waits, but for the moment in which it is woken.
+    async def _wait_for_change(self) -> None:
+        # One asyncio.Event is enough for both sides: only one of them waits at a time, except in the moment in which
+        # it is being woken.
         self._changed.clear()
         await self._changed.wait()
 
 
 class Channel(Generic[T]):
-    """From a run to any number of listeners; without any, events are dropped.
+    """Carries events from one run to any number of listeners. Without a listener, events are dropped.
 
     Args:
-        is_muted: Whether there will never be any, so that nothing has to be made ready for them.
+        is_muted: Whether there will never be a listener, so that no event has to be prepared.
     """
 
     def __init__(self, *, is_muted: bool = False) -> None:
@@ -76,11 +85,11 @@ class Channel(Generic[T]):
 
     @property
     def is_heard(self) -> bool:
-        """Whether anybody listens."""
+        """Whether there is at least one listener."""
         return bool(self._subscriptions)
 
     def subscribe(self) -> Subscription[T]:
-        """Begins to listen: to what comes from now on, and to the last event in any case."""
+        """Adds a listener, which gets all events from now on, and the last event in any case."""
         subscription = Subscription(self)
         if self._last is not None:
             subscription.put_now(self._last)
@@ -91,27 +100,23 @@ class Channel(Generic[T]):
         return subscription
 
     def drop(self, subscription: Subscription[T]) -> None:
-        """Forgets a listener."""
+        """Removes a listener."""
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
 
     async def put(self, event: T) -> None:
-        """Tells all listeners; waits for those that are slow."""
+        """Sends an event to all listeners, and waits for the slow ones."""
         for subscription in tuple(self._subscriptions):
             await subscription.put(event)
 
     def put_last(self, event: T) -> None:
-        """Tells all listeners the last event, for which there is always room; those that come later, too."""
+        """Sends the last event to all listeners, also to later ones. There is always room for it."""
         self._last = event
         for subscription in self._subscriptions:
             subscription.put_now(event)
 
     def close(self, *, discard: bool) -> None:
-        """Ends all subscriptions.
-
-        Args:
-            discard: Whether what nobody has read yet is dropped.
-        """
+        """Ends all subscriptions; with `discard`, events that have not been read are dropped."""
         self._is_closed = True
         for subscription in self._subscriptions:
             subscription.end(discard=discard)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on."""
+"""The events of a run, as `agent.stream` and `handle.events()` return them."""
 
 from __future__ import annotations
 
@@ -15,45 +15,50 @@ class RoundStarted:
     """The model is about to be asked."""
 
     round: int
-    """From 1."""
+    """The number of the round; the first one is 1."""
     model: str | None
+    """The model of the run; None if the server chooses it."""
 
 
 @attrs.frozen
 class TextDelta:
-    """A piece of what the model says."""
+    """A piece of the model's answer."""
 
     text: str
+    """The piece, of any length."""
 
 
 @attrs.frozen
 class ReasoningDelta:
-    """A piece of what the model thinks."""
+    """A piece of the model's reasoning."""
 
     text: str
+    """The piece, of any length."""
 
 
 @attrs.frozen
 class ToolCallStarted:
-    """A tool is about to be called."""
+    """A tool is about to be called. A call that cannot be made is finished without having started."""
 
     call: ToolCall
+    """The call, as the model requested it."""
 
 
 @attrs.frozen
 class ToolCallFinished:
-    """A call is answered: by the tool, by its failure, or because it could not be made."""
+    """A call has a result: the tool's, its error, or the reason why it could not be made."""
 
     record: ToolRecord
+    """The call and its result."""
 
     @property
     def call(self) -> ToolCall:
-        """What the model asked for."""
+        """The call, as the model requested it."""
         return self.record.call
 
     @property
     def text(self) -> str:
-        """What the model is told."""
+        """The text that the model gets as the result."""
         return self.record.text
 
     @property
@@ -64,16 +69,18 @@ class ToolCallFinished:
 
 @attrs.frozen
 class RoundFinished:
-    """A round came to its end, its tools included."""
+    """A round has ended, its tool calls included."""
 
     round: Round
+    """The round, as it is in `RunResult.log`."""
 
 
 @attrs.frozen
 class RunFinished:
-    """The run ended well; the last event of such a run."""
+    """The run has ended without an error. It is the last event of such a run."""
 
     result: RunResult
+    """The result, as `agent.run` returns it."""
 
 
 RunEvent: TypeAlias = (

@@ -1,4 +1,4 @@
-"""What ends a run that does not come to its end: the same call over and over, bad calls, spent budgets."""
+"""Reasons to end a run without an answer: repeated calls, calls that cannot be made, and a spent token budget."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from typing import Any, Final
 import msgspec
 
 WARN_AT: Final = 3
+"""How often the same call must have had the same result before the model gets a warning."""
 STOP_AT: Final = 5
+"""How often the same call must have had the same result before the run ends."""
 
-_canonical: Final = msgspec.json.Encoder(order="sorted").encode
+_encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 class RepetitionGuard:
     """Counts calls that had the same arguments and the same result before, in whichever order they come.
 
-    A poll whose result changes is a new one each time, and so is not counted.
+    A poll whose result changes is a different call each time, so it is not counted.
+
+    Attributes:
+        tripped: Whether the run has to end.
     """
 
     def __init__(self) -> None:
-        self._seen: Counter[int] = Counter()
+        self._counts: Counter[int] = Counter()
         self.tripped = False
 
     def note(self, name: str, arguments: Any, result: str) -> str:
-        """Counts a call that was answered.
+        """Counts a call that has its result.
 
         Returns:
-            The result to tell the model: with a warning behind it if it has had it too often.
+            The result for the model, followed by a warning if the model has had it too often.
         """
-        key = hash((name, _canonical(arguments), result))  # not the texts themselves: results may be large
-        self._seen[key] += 1
-        times = self._seen[key]
+        # A hash instead of the texts, because results may be large.
+        key = hash((name, _encode_sorted(arguments), result))
+        self._counts[key] += 1
+        times = self._counts[key]
         self.tripped |= times >= STOP_AT
         if times < WARN_AT:
             return result
         return (
             f"{result}\n\n[This call was made {times} times, with the same arguments and the same result each time."
-            " Do something else, or answer with what there is.]"
+            " Do something else, or answer with what you have.]"
         )
 
 
@@ -45,7 +51,10 @@ class BadCallGuard:
     """Counts calls in a row that could not be made.
 
     Args:
-        limit: How many end the run.
+        limit: How many of them end the run.
+
+    Attributes:
+        tripped: Whether the run has to end.
     """
 
     def __init__(self, limit: int) -> None:
@@ -54,7 +63,7 @@ class BadCallGuard:
         self.tripped = False
 
     def note(self, *, bad: bool) -> None:
-        """Counts a call; a good one begins the count anew."""
+        """Counts a call; one that could be made starts the count again."""
         self._in_a_row = self._in_a_row + 1 if bad else 0
         self.tripped |= self._in_a_row >= self._limit
 
@@ -63,7 +72,7 @@ class TokenBudget:
     """Adds up the tokens of a run.
 
     Args:
-        limit: How many it may use; None for any number.
+        limit: How many tokens the run may use; None means no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -71,10 +80,10 @@ class TokenBudget:
         self._spent = 0
 
     def spend(self, tokens: int) -> None:
-        """Counts the tokens of a round."""
+        """Adds the tokens of a round."""
         self._spent += tokens
 
     @property
     def is_spent(self) -> bool:
-        """Whether the limit is reached."""
+        """Whether the limit has been reached."""
         return self._limit is not None and self._spent >= self._limit

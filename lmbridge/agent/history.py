@@ -1,4 +1,16 @@
-"""The conversation of a run: valid at every moment, and cut to what fits."""
+"""`History`: the conversation of a run, valid at every moment, and trimmed to what fits into the context.
+
+A conversation that a server accepts has rules: one leading system message, a result right behind every call, arguments
+that parse, and no content that is null. A run breaks them for as long as its tools are running, and a cancelled run
+would break them for ever. So the assistant message whose calls are being made is kept apart, as a `Turn`, and joins the
+conversation only together with all its results; whoever looks at the conversation before gets placeholders for those
+that are missing. Repairing the conversation afterwards was the alternative, and each caller would have had to do it.
+
+What is sent and what the user sees are two views of the same messages. Trimming removes messages from the first only,
+in whole groups: an exchange before the task, or a turn with its results. The rest of what is sent never changes, byte
+for byte, because a server can then reuse its prompt cache. Summarising old messages was considered and rejected: it
+costs a generation, and loses facts without a trace.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +26,18 @@ from lmbridge.errors import LLMValidationError
 
 Message = dict[str, Any]
 
-_PENDING: Final = "No result: the tool is still running."
-_NOT_BEGUN: Final = "Not called: the run ended before."
-_INTERRUPTED: Final = (
+_STILL_RUNNING_RESULT: Final = "No result: the tool is still running."
+_NOT_CALLED_RESULT: Final = "Not called: the run ended before."
+_INTERRUPTED_RESULT: Final = (
     "No result: the run ended while the tool was running. It may still be running, and it may or may not have had"
     " its effect."
 )
-_IMAGE_BYTES: Final = 3_000  # as much as a thousand tokens of text: what most models make of an image, at most
-_LONGEST_NAME: Final = 64
-"""Characters of the name in a call: no tool has a longer one, but a model may make one up, to be sent each time."""
-_PAIRS: Final = "each call of an assistant message must be answered by a message with role 'tool' right behind it"
+_IMAGE_BYTES: Final = 3_000
+"""The size that an image counts for, about that of a thousand tokens of text: most models turn it into fewer."""
+_MAX_NAME_CHARACTERS: Final = 64
+"""Characters that are kept of the name in a call. No tool has a longer name, but a model may make one up, and it would
+be sent again with every request."""
+_PAIRS_HINT: Final = "each call of an assistant message must be answered by a message with role 'tool' right behind it"
 
 
 @attrs.define
@@ -31,12 +45,14 @@ class Turn:
     """An assistant message whose calls are being made."""
 
     message: Message
+    """The assistant message."""
     results: dict[str, str | None]
-    """The calls' ids; what is known of each."""
+    """The result of each call by its id, in order; None while there is none."""
     begun: set[str] = attrs.field(factory=set)
+    """The ids of the calls that have been started."""
 
     def begin(self, call_id: str) -> None:
-        """Notes that a call is being made."""
+        """Notes that a call has been started."""
         self.begun.add(call_id)
 
     def answer(self, call_id: str, text: str) -> None:
@@ -44,29 +60,31 @@ class Turn:
         self.results[call_id] = text
 
     def as_messages(self, *, ended: bool) -> Iterator[Message]:
-        """The message and its results; those that are missing are told as such."""
+        """Yields the message and its results, with placeholders for results that are missing."""
         yield self.message
         for call_id, result in self.results.items():
-            yield _result(call_id, self._missing(call_id, ended=ended) if result is None else result)
+            yield _result_message(call_id, self._placeholder(call_id, ended=ended) if result is None else result)
 
-    def _missing(self, call_id: str, *, ended: bool) -> str:
+    def _placeholder(self, call_id: str, *, ended: bool) -> str:
         if not ended:
-            return _PENDING
-        return _INTERRUPTED if call_id in self.begun else _NOT_BEGUN
+            return _STILL_RUNNING_RESULT
+        return _INTERRUPTED_RESULT if call_id in self.begun else _NOT_CALLED_RESULT
 
 
 class History:
-    """The messages of a run, those before it included.
-
-    What is sent may leave out what came long ago; what is told to the user never does.
+    """The messages of a run, including those of the conversation that it continues.
 
     Args:
         task: The content of the user message that the run begins with.
-        system_prompt: The leading system message. It replaces those in `messages`, which are otherwise made one.
-        messages: The conversation before.
+        system_prompt: The leading system message. It replaces the system messages in `messages`, which are otherwise
+            joined into one.
+        messages: The conversation that the run continues. Default: none.
 
     Raises:
-        LLMValidationError: the messages are no valid conversation, or the task cannot be sent.
+        LLMValidationError: The messages are not a valid conversation, or the task cannot be sent.
+
+    Attributes:
+        size: The bytes of the messages to send; see `size_of`.
     """
 
     def __init__(
@@ -77,13 +95,14 @@ class History:
         messages: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         task = msgspec.json.decode(encode_body({"task": task}))["task"]
-        system, before = _read(messages) if messages else ("", [])
+        system, before = _read_messages(messages) if messages else ("", [])
         system = system if system_prompt is None else system_prompt
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []
         self._body = before
-        # Groups of messages that are left out together, oldest first; those before the task, and those after it.
+        # Groups of messages that trimming leaves out together, oldest first: those before the task, and those after it.
         self._before = _exchanges(before)
-        if before and before[-1]["role"] == "user":  # many templates refuse two user messages in a row
+        if before and before[-1]["role"] == "user":
+            # Many chat templates refuse two user messages in a row.
             self._task = {"role": "user", "content": _joined(before.pop()["content"], task)}
             self._before[-1].pop()
         else:
@@ -91,57 +110,59 @@ class History:
         before.append(self._task)
         self._after: list[list[Message]] = []
         self._turn: Turn | None = None
-        self._sent: CheckedMessages | None = None  # until something else than its end changes
+        # The messages to send, kept until something other than their end changes.
+        self._to_send: CheckedMessages | None = None
         self.size = sum(map(size_of, (*self._head, *before)))
 
-    def tell(self, note: str) -> None:
-        """Adds to the leading system message."""
+    def add_system_note(self, note: str) -> None:
+        """Appends a text to the leading system message; an empty one changes nothing."""
         if not note:
             return
-        self._sent = None
+        self._to_send = None
         self.size -= sum(map(size_of, self._head))
         content = "\n\n".join([*(message["content"] for message in self._head), note])
         self._head = [{"role": "system", "content": content}]
         self.size += size_of(self._head[0])
 
-    def sent(self) -> CheckedMessages:
-        """The messages to send: a new list of the same dicts, which nobody changes."""
-        if self._sent is None:
+    def to_send(self) -> CheckedMessages:
+        """Returns the messages of the next request: a new list of the same dicts, which must not be changed."""
+        if self._to_send is None:
             groups = (self._head, *self._before, [self._task], *self._after)
-            self._sent = CheckedMessages(message for group in groups for message in group)
-        return CheckedMessages(self._sent)
+            self._to_send = CheckedMessages(message for group in groups for message in group)
+        return CheckedMessages(self._to_send)
 
     def snapshot(self, *, ended: bool) -> list[Message]:
-        """A copy of the whole conversation, valid whatever is going on.
+        """Returns a copy of the whole conversation, which is valid at any moment.
 
         Args:
-            ended: Whether no result is going to come any more.
+            ended: Whether the run has ended, so that results that are missing will never arrive.
         """
         turn = [] if self._turn is None else self._turn.as_messages(ended=ended)
-        return _copied([*self._head, *self._body, *turn])  # type: ignore[no-any-return]  # as it goes in
+        copied: list[Message] = _deep_copy([*self._head, *self._body, *turn])
+        return copied
 
-    def answer(self, text: str) -> None:
-        """Adds what the model answered."""
+    def add_answer(self, text: str) -> None:
+        """Adds an answer of the model."""
         self._append([{"role": "assistant", "content": text}])
 
     def begin_turn(self, text: str, calls: Iterable[Mapping[str, Any]]) -> Turn:
-        """Adds what the model said and the calls that it asked for, which are open until `end_turn`."""
-        wire = [_call(call) for call in calls]
+        """Adds a reply with calls, which are open until `end_turn`."""
+        wire = [_resendable_call(call) for call in calls]
         message = {"role": "assistant", "content": text, "tool_calls": wire}
         self._turn = Turn(message, {call["id"]: None for call in wire})
         return self._turn
 
     def end_turn(self) -> None:
-        """Closes the turn: what has no result will not get one any more."""
+        """Closes the turn. Calls that have no result get a placeholder for good."""
         turn, self._turn = self._turn, None
         if turn is not None:
             self._append(list(turn.as_messages(ended=True)))
 
     def trim(self, excess: int) -> bool:
-        """Leaves out the oldest exchanges and turns, whole ones; the task and the last turn stay.
+        """Leaves the oldest exchanges and turns out of what is sent. The task and the last turn always stay.
 
         Args:
-            excess: How much is to go, as `size` counts.
+            excess: How many bytes, as `size` counts them, have to go.
 
         Returns:
             Whether anything was left out.
@@ -156,17 +177,17 @@ class History:
     def _append(self, messages: list[Message]) -> None:
         self._body.extend(messages)
         self._after.append(messages)
-        if self._sent is not None:
-            self._sent += messages
+        if self._to_send is not None:
+            self._to_send += messages
         self.size += sum(map(size_of, messages))
 
     def _drop(self, messages: list[Message]) -> None:
-        self._sent = None
+        self._to_send = None
         self.size -= sum(map(size_of, messages))
 
 
 def size_of(message: Mapping[str, Any]) -> int:
-    """Bytes that a message takes as JSON, an image counted as so much text."""
+    """Returns the bytes that a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
     content = message.get("content")
     if isinstance(content, list):
         return sum(_IMAGE_BYTES if part.get("type") == "image_url" else len(_encode(part)) for part in content)
@@ -176,84 +197,86 @@ def size_of(message: Mapping[str, Any]) -> int:
 _encode: Final = msgspec.json.Encoder().encode
 
 
-def arguments_of(text: object) -> str:
-    """The arguments of a call, if they are a JSON object; "{}" otherwise."""
+def valid_arguments(text: object) -> str:
+    """Returns the arguments of a call if they are a JSON object, and "{}" otherwise."""
     try:
-        known = isinstance(text, str) and isinstance(msgspec.json.decode(text), dict)
+        is_valid = isinstance(text, str) and isinstance(msgspec.json.decode(text), dict)
     except (ValueError, RecursionError):
-        known = False
-    return str(text) if known else "{}"
+        is_valid = False
+    return str(text) if is_valid else "{}"
 
 
-def _call(call: Mapping[str, Any]) -> Message:
-    """A call as it may be sent again: malformed arguments make llama.cpp answer 500 for ever (#25510)."""
+def _resendable_call(call: Mapping[str, Any]) -> Message:
+    """Returns a call that can be sent again. Malformed arguments would make llama.cpp answer 500 for ever (#25510)."""
     function = call["function"]
-    arguments = arguments_of(function["arguments"])
-    name = function["name"][:_LONGEST_NAME] or "unknown"
+    arguments = valid_arguments(function["arguments"])
+    name = function["name"][:_MAX_NAME_CHARACTERS] or "unknown"
     return {"id": str(call["id"]), "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _result(call_id: str, text: str) -> Message:
+def _result_message(call_id: str, text: str) -> Message:
     return {"role": "tool", "tool_call_id": call_id, "content": text}
 
 
-# What came before
+# The conversation that a run continues
 
 
-def _copied(value: Any) -> Any:
-    """A deep copy, by JSON."""
+def _deep_copy(value: Any) -> Any:
+    """Copies a JSON value by encoding and decoding it, which is faster than `copy.deepcopy`."""
     return msgspec.json.decode(_encode(value))
 
 
-def _read(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Message]]:
-    """The system's text, and the other messages as copies in the shape that all servers take."""
+def _read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Message]]:
+    """Returns the system prompt, and copies of the other messages in the form that all servers accept."""
     check_messages(messages)
     read: list[Message] = msgspec.json.decode(encode_body({"messages": messages}))["messages"]
     system = [_text_of(each) for each in read if each["role"] in ("system", "developer")]
-    others = [_normal(each, number) for number, each in enumerate(read) if each["role"] not in ("system", "developer")]
+    others = [
+        _normalize(each, number) for number, each in enumerate(read) if each["role"] not in ("system", "developer")
+    ]
     check_pairs(others)
     return "\n\n".join(filter(None, system)), others
 
 
-def _normal(message: Message, number: int) -> Message:
+def _normalize(message: Message, number: int) -> Message:
     message["content"] = "" if message.get("content") is None else message["content"]
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
         return message
     try:
-        message["tool_calls"] = [_normal_call(call) for call in message["tool_calls"]]
+        message["tool_calls"] = [_normalize_call(call) for call in message["tool_calls"]]
     except (KeyError, TypeError, ValueError) as exc:
         raise LLMValidationError(
-            f"messages[{number}] holds a tool call without an id, a name, or arguments that are a JSON object",
+            f"messages[{number}] has a tool call without an id, a name, or arguments that are a JSON object",
             exc,
-            hint="leave it and its result out",
+            hint="leave out the call and its result",
         ) from exc
     return message
 
 
-def _normal_call(call: Mapping[str, Any]) -> Message:
+def _normalize_call(call: Mapping[str, Any]) -> Message:
     function = call["function"]
     arguments = function["arguments"]
     if isinstance(arguments, dict):
         arguments = _encode(arguments).decode()
     if not isinstance(msgspec.json.decode(arguments), dict) or not function["name"] or not call["id"]:
-        raise ValueError("no call")
+        raise ValueError("not a tool call")
     return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that every call is answered, once, and right behind it.
+    """Checks that every call has exactly one result, right behind its message.
 
     Raises:
-        LLMValidationError: one is not, or there is an answer to nothing.
+        LLMValidationError: A result is missing, or belongs to no call.
     """
     pending: list[str] = []
     for message in messages:
         if message["role"] == "tool":
             if message.get("tool_call_id") not in pending:
                 raise LLMValidationError(
-                    f"messages hold a result of {message.get('tool_call_id')!r}, which is no call before it",
-                    hint=_PAIRS,
+                    f"messages have a result for the call {message.get('tool_call_id')!r}, but no such call before it",
+                    hint=_PAIRS_HINT,
                 )
             pending.remove(message["tool_call_id"])
         elif pending:
@@ -261,11 +284,11 @@ def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
         else:
             pending = [call["id"] for call in message.get("tool_calls") or ()]
     if pending:
-        raise LLMValidationError(f"messages hold the call {pending[0]!r} without a result", hint=_PAIRS)
+        raise LLMValidationError(f"messages have no result for the call {pending[0]!r}", hint=_PAIRS_HINT)
 
 
 def _exchanges(messages: list[Message]) -> list[list[Message]]:
-    """The messages in groups that each begin with a user's."""
+    """Returns the messages in groups, each of which begins with a user message."""
     groups: list[list[Message]] = []
     for message in messages:
         if not groups or message["role"] == "user":

@@ -1,4 +1,4 @@
-"""What is known of a run while it goes on."""
+"""`RunRecord`: everything that is known of a run while it is in progress."""
 
 from __future__ import annotations
 
@@ -14,86 +14,91 @@ from lmbridge.agent.tools import ToolCall
 from lmbridge.client.reasoning import SplitReply, split_reasoning
 from lmbridge.types import Usage
 
-_NOTHING: Final = SplitReply("", "")
+_EMPTY_REPLY: Final = SplitReply("", "")
 
 
-def _no_usage() -> Usage:
+def _zero_usage() -> Usage:
     return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
 @attrs.define(eq=False)
-class Record:
-    """A run so far."""
+class RunRecord:
+    """The state of a run so far, from which its `RunResult` is made at any moment."""
 
     history: History
     model: str | None = None
-    """The model asked for."""
-    served: str | None = None
-    """The name in the first reply that had one."""
+    """The model that is requested; None if the server chooses it."""
+    served_model: str | None = None
+    """The model that the first reply with a name in it came from."""
     rounds: int = 0
+    """How many rounds have begun."""
     calls: list[ToolCall] = attrs.field(factory=list)
+    """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """Sources of tools that failed."""
+    """Sources of tools that failed, by name."""
     log: list[Round] = attrs.field(factory=list)
-    usage: Usage = attrs.field(factory=_no_usage)
+    """The rounds that have ended."""
+    usage: Usage = attrs.field(factory=_zero_usage)
+    """Tokens of all rounds, as far as the server counted them."""
     round_usage: Usage | None = None
-    _said: SplitReply = _NOTHING
-    _so_far: Callable[[], Mapping[str, Any] | None] | None = None
-    _is_speaking: bool = False
+    """Tokens of the current round; None if the server has not counted any."""
+    _last_reply: SplitReply = _EMPTY_REPLY
+    _reply_so_far: Callable[[], Mapping[str, Any] | None] | None = None
+    _is_replying: bool = False
 
     @property
-    def said(self) -> SplitReply:
-        """What the model said last, and what it thought before that."""
-        return self._said if self._so_far is None else split_reasoning(self._so_far() or {})
+    def last_reply(self) -> SplitReply:
+        """The model's last reply, as far as it has arrived."""
+        return self._last_reply if self._reply_so_far is None else split_reasoning(self._reply_so_far() or {})
 
     @property
     def text(self) -> str:
-        """What the model said last."""
-        return self.said.text
+        """The text of the last reply."""
+        return self.last_reply.text
 
     @property
     def reasoning(self) -> str:
-        """What it thought before that."""
-        return self.said.reasoning
+        """The reasoning of the last reply."""
+        return self.last_reply.reasoning
 
     def begin_round(self) -> None:
-        """The next round begins."""
+        """Counts a round that begins."""
         self.rounds += 1
         self.round_usage = None
 
     def begin_reply(self) -> None:
-        """The model is asked: what it said before is not what it says now."""
-        self._said, self._so_far, self._is_speaking = _NOTHING, None, True
+        """Forgets the last reply, because the model is about to be asked again."""
+        self._last_reply, self._reply_so_far, self._is_replying = _EMPTY_REPLY, None, True
 
-    def follow(self, so_far: Callable[[], Mapping[str, Any] | None]) -> None:
-        """The model speaks.
+    def attach_stream(self, reply_so_far: Callable[[], Mapping[str, Any] | None]) -> None:
+        """Follows the reply that is being streamed.
 
         Args:
-            so_far: The reply as far as it came, whenever it is asked for; None if nothing has come.
+            reply_so_far: Returns the chat completion as far as it has arrived, or None before its first chunk.
         """
-        self._so_far = so_far
+        self._reply_so_far = reply_so_far
 
     def end_reply(self, text: str, reasoning: str) -> None:
-        """The reply is whole."""
-        self._said, self._so_far, self._is_speaking = SplitReply(reasoning, text), None, False
+        """Notes a reply that has arrived completely."""
+        self._last_reply, self._reply_so_far, self._is_replying = SplitReply(reasoning, text), None, False
 
-    def count(self, usage: Usage) -> None:
-        """Adds what the server counted for a reply."""
+    def add_usage(self, usage: Usage) -> None:
+        """Adds the tokens that the server counted for a reply."""
         self.usage = _sum(self.usage, usage)
-        self.round_usage = _sum(self.round_usage or _no_usage(), usage)
+        self.round_usage = _sum(self.round_usage or _zero_usage(), usage)
 
-    def cut(self) -> None:
-        """The run ends in the middle: keeps what the model was saying."""
-        self._said, self._so_far = self.said, None
-        if self._is_speaking and self.text:
-            self.history.answer(replace_lone_surrogates(self.text))
-        self._is_speaking = False
+    def truncate(self) -> None:
+        """Ends the run in the middle of a reply, and keeps the part of it that has arrived."""
+        self._last_reply, self._reply_so_far = self.last_reply, None
+        if self._is_replying and self.text:
+            self.history.add_answer(replace_lone_surrogates(self.text))
+        self._is_replying = False
 
     def result(self, stop_reason: StopReason) -> RunResult:
-        """The run, as a value of its own."""
+        """Returns a snapshot of the run."""
         return RunResult(
             text=self.text,
-            model=self.model or self.served,
+            model=self.model or self.served_model,
             rounds=self.rounds,
             stop_reason=stop_reason,
             messages=self.history.snapshot(ended=stop_reason != "running"),

@@ -1,4 +1,4 @@
-"""What a model answered, as a run needs it."""
+"""`ModelReply`: the parts of a chat completion that a run needs."""
 
 from __future__ import annotations
 
@@ -13,40 +13,46 @@ from lmbridge.client.reasoning import split_reasoning
 from lmbridge.types import Usage
 
 WireCall: TypeAlias = Mapping[str, Any]
+"""A call as it is in a message's `tool_calls`."""
 
 
 @attrs.define(kw_only=True)
-class Reply:
-    """What the model answered."""
+class ModelReply:
+    """One reply of the model."""
 
     text: str
+    """The answer, without the reasoning."""
     reasoning: str
+    """The reasoning, wherever the server put it."""
     calls: Sequence[WireCall]
+    """The calls that the model requests."""
     finish_reason: str | None
+    """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
+    """The tokens of the request, as the server counted them; None if it did not."""
 
     @classmethod
-    def read(cls, reply: Mapping[str, Any]) -> Reply:
-        """That of a whole chat completion."""
-        reply = replace_lone_surrogates(reply)
-        choice: Mapping[str, Any] = next(iter(reply.get("choices") or ()), {})
-        reasoning, text = split_reasoning(reply)
+    def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
+        """Reads a complete chat completion."""
+        completion = replace_lone_surrogates(completion)
+        choice: Mapping[str, Any] = next(iter(completion.get("choices") or ()), {})
+        reasoning, text = split_reasoning(completion)
         return cls(
             text=text,
             reasoning=reasoning,
             calls=(choice.get("message") or {}).get("tool_calls") or (),
             finish_reason=choice.get("finish_reason"),
-            usage=reply.get("usage"),
+            usage=completion.get("usage"),
         )
 
     @property
     def is_empty(self) -> bool:
-        """Whether it is no answer at all."""
+        """Whether it holds neither an answer nor a call. A reply that was cut by its limit is not empty."""
         return not (self.calls or self.text.strip() or self.finish_reason == "length")
 
     @property
-    def is_cut(self) -> bool:
-        """Whether its last call lacks the end of its arguments."""
+    def has_cut_call(self) -> bool:
+        """Whether the arguments of its last call were cut off by the limit on tokens."""
         if not self.calls or self.finish_reason != "length":
             return False
         try:

@@ -1,4 +1,4 @@
-"""What a run comes to: its result, and the log of its rounds."""
+"""`RunResult`: the outcome of a run, and the log of its rounds."""
 
 from __future__ import annotations
 
@@ -15,72 +15,82 @@ StopReason = Literal[
 ]
 """Why a run ended.
 
-A run that ends with one of the first five returns its result. "max_rounds", "cancelled" and "error" are those of the
-result that an exception carries; "running" is that of a run that goes on.
+A run that ends with one of the first five returns its result. "max_rounds", "cancelled" and "error" occur in the result
+that an exception carries, and "running" in that of a run that is still in progress.
 """
 
 ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
-    "length": ("its last reply was cut, at max_tokens or the end of the context", "raise max_tokens, or ask for less"),
-    "repetition": ("the model made the same call again and again", "say more plainly what is to be done"),
-    "bad_calls": ("the model's calls could not be made", "give it fewer tools, or use another model"),
-    "budget": ("max_seconds or max_total_tokens were used up", "raise them"),
-    "max_rounds": ("it used up its rounds", "raise max_rounds, or ask for less"),
+    "length": (
+        "its last reply was cut off at max_tokens or at the end of the context",
+        "raise max_tokens, or give it a smaller task",
+    ),
+    "repetition": ("the model made the same call again and again", "describe the task in more detail"),
+    "bad_calls": ("the model's calls could not be made", "offer fewer tools, or use another model"),
+    "budget": ("max_seconds or max_total_tokens was used up", "raise the limit"),
+    "max_rounds": ("it used up its rounds", "raise max_rounds, or give it a smaller task"),
 }
-"""What a stop reason without an answer means, and what to do."""
+"""For each stop reason without an answer: what happened, and what to do next."""
 
 
 @attrs.frozen(kw_only=True)
 class ToolRecord:
-    """A call that the model asked for, and what came of it."""
+    """A call that the model requested, and its result."""
 
     call: ToolCall
+    """The call, as the model requested it."""
     text: str
-    """What the model was told."""
+    """The text that the model got as the result."""
     is_error: bool = False
     """Whether the call could not be made, was refused, or failed."""
     raw: Any = attrs.field(default=None, repr=False)
-    """What the tool returned, as it returned it."""
+    """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float = 0.0
+    """How long the call took, in seconds."""
 
 
 @attrs.frozen(kw_only=True)
 class Round:
-    """One turn of the model, and the calls that it asked for."""
+    """One reply of the model, and the calls that it requested in it."""
 
     number: int
-    """From 1."""
+    """The number of the round; the first one is 1."""
     model: str | None
-    """The name that the server gave; if it gave none, the one asked for."""
+    """The model that the server named; if it named none, the one that was requested."""
     text: str
+    """The answer of this round."""
     reasoning: str
+    """The reasoning of this round."""
     finish_reason: str | None
+    """Why the server stopped generating; None if it did not say."""
     tool_calls: tuple[ToolRecord, ...]
-    """In the order in which the model asked for them."""
+    """The calls and their results, in the order in which the model requested them."""
     usage: Usage | None
-    """Tokens, as the server counted them; None if it told none."""
+    """The tokens of the round, as the server counted them; None if it did not."""
     seconds: float
+    """How long the round took, its tools included."""
 
 
 @attrs.frozen(kw_only=True)
 class RunResult:
-    """A run that ended, or as far as it came."""
+    """A run that has ended, or the part of it that has been done so far."""
 
     text: str
-    """What the model said last: its answer, if `stop_reason` is "stop"."""
+    """The text of the model's last reply, which is its answer if `stop_reason` is "stop"."""
     model: str | None
-    """The model of the run; None before it is fixed, and where the choice is the server's and it named none."""
+    """The model of the run; None before the run is admitted, and if the server chose it without naming it."""
     rounds: int
-    """Rounds that began."""
+    """How many rounds have begun."""
     stop_reason: StopReason
+    """Why the run ended."""
     messages: list[dict[str, Any]] = attrs.field(repr=False)
-    """The whole conversation, valid to go on with: `agent.run(task, messages=result.messages)`."""
+    """The whole conversation, which can be continued: `agent.run(task, messages=result.messages)`."""
     tool_calls: tuple[ToolCall, ...]
-    """The calls that the model asked for, in order."""
+    """The calls that the model requested, in order."""
     usage: Usage
-    """The sums over all rounds, as far as the server told."""
+    """The tokens of all rounds, as far as the server counted them."""
     reasoning: str
-    """What the model thought before `text`."""
+    """The reasoning that led to `text`."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """Sources of tools that failed, by name, where the run went on without them."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)
-    """The rounds that came to their end."""
+    """The rounds that have ended."""

@@ -1,4 +1,4 @@
-"""A run: its task, the handle to it, and the streams of its events."""
+"""A run from the outside: the task that it is, the handle to it, and the streams of its events."""
 
 from __future__ import annotations
 
@@ -14,153 +14,170 @@ from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, RunFinished
 from lmbridge.agent.history import History
-from lmbridge.agent.loop import Loop
-from lmbridge.agent.record import Record
+from lmbridge.agent.loop import RunLoop
+from lmbridge.agent.record import RunRecord
 from lmbridge.agent.result import ENDINGS, RunResult, StopReason
+from lmbridge.agent.run_tools import RunInfo, ToolSources
 from lmbridge.agent.settings import Settings
-from lmbridge.agent.source import Source
-from lmbridge.agent.switching import Admission, Ticket
-from lmbridge.agent.toolset import Equip, Toolset
+from lmbridge.agent.source import ClientSource
+from lmbridge.agent.switching import RunAdmission, RunPermit
+from lmbridge.agent.toolset import Toolset
 from lmbridge.errors import LLMError, MaxRoundsExceededError, TaskCancelledError
 
-# A ticket and not the run: sockets and timers keep the context that they were made in, and would keep all of the run.
-current_ticket: Final[ContextVar[Ticket | None]] = ContextVar("lmbridge_run", default=None)
-"""That of the run whose tool is running, if one is."""
+# A permit and not the run itself: sockets and timers keep the context in which they were created, and would keep the
+# whole conversation alive with it.
+current_permit: Final[ContextVar[RunPermit | None]] = ContextVar("lmbridge_run", default=None)
+"""The permit of the run whose tool is running, or None outside of a tool."""
 
 
-_running: Final[set[RunHandle]] = set()
-"""The runs in flight: asyncio itself does not keep its tasks."""
+_runs_in_flight: Final[set[RunHandle]] = set()
+"""The runs in flight, kept alive because asyncio holds only weak references to tasks."""
 
 
 class RunHandle:
-    """A run that goes on by itself: what `agent.start` returns.
+    """A run that is in progress, as `agent.start` returns it.
 
-    It goes on whether anybody waits for it, listens to it, or keeps the handle.
+    The run goes on whether or not it is awaited, has a listener, or its handle is kept::
+
+        handle = agent.start("Summarise the report.")
+        ...
+        result = await handle.result()
+
+    Attributes:
+        id: The id of the run, a random string.
     """
 
     def __init__(
         self,
         model: str | None,
         *,
-        source: Source,
-        admission: Admission,
+        source: ClientSource,
+        admission: RunAdmission,
         settings: Settings,
-        equip: Equip,
+        tool_sources: ToolSources,
         history: History,
         is_muted: bool = False,
     ) -> None:
-        asyncio.get_running_loop()  # or raises, before there is a coroutine that nobody awaits
+        # Raises without a running loop, before a coroutine is created that would never be awaited.
+        asyncio.get_running_loop()
         self.id: Final = os.urandom(16).hex()
         self._has_begun = False
-        self._beginning: asyncio.Future[None] | None = None  # for who waits for it
+        self._begun_waiter: asyncio.Future[None] | None = None
         self._source = source
         self._admission = admission
         self._settings = settings
-        self._equip = equip
-        self._record = Record(history)
+        self._tool_sources = tool_sources
+        self._record = RunRecord(history)
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
-        self.ticket: Final = Ticket(asked=model, parent=current_ticket.get(), cancel=self._cancel)
+        self.permit: Final = RunPermit(requested_model=model, parent=current_permit.get(), cancel=self._cancel)
         self._stop_reason: StopReason = "running"
-        self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete)
-        self._task.add_done_callback(self._close)
-        _running.add(self)
+        self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
+        self._task.add_done_callback(self._on_end)
+        _runs_in_flight.add(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} model={self._record.model!r} {self.stop_reason}>"
 
     @property
     def stop_reason(self) -> StopReason:
-        """Why it ended, or "running"."""
+        """Why the run ended, or "running"."""
         return self._stop_reason
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, in whichever way."""
+        """Whether the run has ended, in whichever way."""
         return self._task.done
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """A copy of the conversation so far: valid at any moment, to be gone on with later."""
+        """A copy of the conversation so far. It is valid at any moment, and can be continued later."""
         return self._record.history.snapshot(ended=self.done)
 
     @property
     def partial(self) -> RunResult:
-        """The run so far, also while it goes on; `stop_reason` is "running" then."""
+        """The run so far, also while it is in progress; its `stop_reason` is "running" then."""
         return self._record.result(self._stop_reason)
 
     def cancel(self) -> bool:
-        """Cancels the run, without waiting for its end; `await handle.result()` waits, and raises.
+        """Cancels the run, without waiting for its end. `await handle.result()` waits for it, and raises.
 
         Returns:
-            False if it had ended before.
+            False if the run had already ended.
         """
         return self._cancel(TaskCancelledError("the run was cancelled by its handle"))
 
-    def events(self) -> RunStream:
-        """What the run tells from now on. Leaving it detaches, and the run goes on."""
-        return RunStream(self, owns=False)
+    async def aclose(self, reason: str = "the run was cancelled by its handle") -> None:
+        """Cancels the run and waits for its end. It raises nothing, and does nothing if the run has ended.
 
-    async def result(self) -> RunResult:
-        """Waits for the end of the run. Cancelled meanwhile, it cancels the run and waits for it.
+        A tool of the run itself cannot wait for the run's end: called by one, it cancels the run and returns.
 
-        Raises:
-            TaskCancelledError: the run was cancelled.
-            MaxRoundsExceededError: it used up its rounds.
-            LLMError: it failed; `.partial` is the run so far.
+        Args:
+            reason: The message of the `TaskCancelledError` that `result()` raises.
         """
-        if self._is_current():
-            raise LLMError("a run cannot wait for itself", hint="wait for it outside of its own tools")
-        await self._task.wait()
-        return self._task.outcome()
-
-    # Inside
-
-    async def begun(self) -> None:
-        """Waits until it has its tools, or has ended."""
-        if not self._has_begun:
-            self._beginning = self._beginning or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._beginning)
-
-    def _begin(self) -> None:
-        self._has_begun = True
-        if self._beginning is not None and not self._beginning.done():
-            self._beginning.set_result(None)
-
-    def _cancel(self, error: TaskCancelledError) -> bool:
-        return self._task.cancel(error)
-
-    async def _leave(self, error: TaskCancelledError) -> None:
-        """Cancels the run and waits for its end, unless it is one of its own tools that does so."""
-        if self._is_current():
+        error = TaskCancelledError(reason)
+        if self._is_called_by_own_tool():
             self._cancel(error)
         else:
             await self._task.end(error)
 
-    def _is_current(self) -> bool:
-        """Whether this is called by one of its own tools."""
-        ticket = current_ticket.get()
-        return ticket is not None and (ticket is self.ticket or self.ticket in ticket.ancestors())
+    def events(self) -> RunStream:
+        """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
+        return RunStream(self, owns_run=False)
+
+    async def result(self) -> RunResult:
+        """Waits for the end of the run. On cancellation of the caller, it cancels the run and waits for its end.
+
+        Raises:
+            TaskCancelledError: The run was cancelled.
+            MaxRoundsExceededError: The run used up its rounds.
+            LLMError: The run failed; `.partial` is the run so far.
+        """
+        if self._is_called_by_own_tool():
+            raise LLMError("a run cannot wait for itself", hint="wait for it outside of its own tools")
+        await self._task.wait()
+        return self._task.outcome()
+
+    async def begun(self) -> None:
+        """Waits until the run has been admitted and has its tools, or has ended."""
+        if not self._has_begun:
+            self._begun_waiter = self._begun_waiter or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._begun_waiter)
+
+    # The run itself
+
+    def _mark_begun(self) -> None:
+        self._has_begun = True
+        if self._begun_waiter is not None and not self._begun_waiter.done():
+            self._begun_waiter.set_result(None)
+
+    def _cancel(self, error: TaskCancelledError) -> bool:
+        return self._task.cancel(error)
+
+    def _is_called_by_own_tool(self) -> bool:
+        permit = current_permit.get()
+        return permit is not None and (permit is self.permit or self.permit in permit.ancestors())
 
     async def _main(self) -> RunResult:
-        current_ticket.set(self.ticket)
+        current_permit.set(self.permit)
         try:
-            stop = await self._within_time()
-            self._task.check()  # something on the way may have swallowed the cancel
+            stop = await self._run_within_max_seconds()
+            # A tool or a provider on the way may have swallowed the cancellation.
+            self._task.check()
         except asyncio.CancelledError as error:
             self._stop_reason = "cancelled" if self._task.stopping else "error"
             if self._task.stopping:
                 raise
             raise LLMError(
-                "the run was not cancelled, but something that it waited for",
+                "the run was not cancelled, but something that it waited for was",
                 error,
                 hint="look for what `approve`, a provider of tools, or the client awaits",
                 context={"operation": "agent run", "model": self._record.model},
                 partial=self.partial,
             ) from error
-        except Exception as error:  # noted, not kept: whatever ended the run goes on
+        except Exception as error:
             self._stop_reason = "error"
             if isinstance(error, LLMError):
-                error.partial = self.partial
+                error.completed(partial=self.partial)
             raise
         self._stop_reason = stop
         result = self.partial
@@ -168,85 +185,94 @@ class RunHandle:
             raise MaxRoundsExceededError(
                 f"the run did not come to an answer within {result.rounds} rounds",
                 result=result,
-                hint=f"{ENDINGS['max_rounds'][1]}; what it did is in .result",
+                hint=f"{ENDINGS['max_rounds'][1]}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
         self._channel.put_last(RunFinished(result))
         return result
 
-    async def _within_time(self) -> StopReason:
+    async def _run_within_max_seconds(self) -> StopReason:
         if self._settings.max_seconds is None:
-            return await self._admitted()
+            return await self._run_when_admitted()
         clock = asyncio.timeout(self._settings.max_seconds)
         try:
             async with clock:
-                return await self._admitted()
+                return await self._run_when_admitted()
         except TimeoutError as error:
+            # A tool or the client may raise a TimeoutError of its own.
             if isinstance(error, LLMError) or not clock.expired():
                 raise
-            self._record.cut()
+            self._record.truncate()
             return "budget"
 
-    async def _admitted(self) -> StopReason:
-        await self._admission.enter(self.ticket)
+    async def _run_when_admitted(self) -> StopReason:
+        await self._admission.enter(self.permit)
         try:
-            model = self._record.model = self.ticket.model
-            context = await self._source.context_length(model)
-            async with self._equip(context) as equipment:
-                self._record.errors = equipment.errors
-                self._record.history.tell(equipment.note)
-                self._begin()
-                return await self._loop(equipment.tools, context).run()
+            model = self._record.model = self.permit.model
+            context_length = await self._source.context_length(model)
+            info = RunInfo(run_id=self.id, model=model, context_length=context_length)
+            async with self._tool_sources.open(info) as opened:
+                self._record.errors = opened.errors
+                self._record.history.add_system_note(opened.note)
+                self._mark_begun()
+                return await self._loop(opened.toolset, context_length).run()
+            # Reached only if the context manager of open_tools has suppressed the exception that ended the run.
+            self._task.check()
+            raise LLMError(
+                "the context manager of open_tools suppressed the error that ended the run",
+                hint="let exceptions pass in its __aexit__",
+                context={"operation": "agent run", "model": model},
+            )
         finally:
-            self._admission.leave(self.ticket)
+            self._admission.leave(self.permit)
 
-    def _loop(self, tools: Toolset, context: int | None) -> Loop:
-        stopping = lambda: self._task.stopping  # noqa: E731 - a property as a function
-        return Loop(
+    def _loop(self, toolset: Toolset, context_length: int | None) -> RunLoop:
+        return RunLoop(
             self.id,
             source=self._source,
             settings=self._settings,
-            tools=tools,
-            context=context,
+            toolset=toolset,
+            context_length=context_length,
             record=self._record,
             channel=self._channel,
-            stopping=stopping,
+            is_stopping=lambda: self._task.stopping,
         )
 
-    def _complete(self, error: TaskCancelledError) -> None:
+    def _complete_error(self, error: TaskCancelledError) -> None:
         self._stop_reason = "cancelled"
-        error.partial = self.partial
-        error.context = {"operation": "agent run", "model": self._record.model, **error.context}
+        error.completed(context={"operation": "agent run", "model": self._record.model}, partial=self.partial)
 
-    def _close(self) -> None:
-        _running.discard(self)
-        self._begin()
-        if self._stop_reason == "running":  # it was cancelled before it began
+    def _on_end(self) -> None:
+        _runs_in_flight.discard(self)
+        self._mark_begun()
+        if self._stop_reason == "running":
+            # The task was cancelled before its first step.
             self._stop_reason = "cancelled" if self._task.was_cancelled else "error"
-        self.ticket.cancel = _nothing
-        # A cancelled run tells no text any more: nobody is to take it for part of an answer.
+        # The permit outlives the run in the contexts of sockets and timers, and must not keep the run alive.
+        self.permit.cancel = _ignore_cancel
+        # Text of a cancelled run is dropped: a listener must not take it for part of an answer.
         self._channel.close(discard=self._stop_reason == "cancelled")
 
 
 class RunStream(AsyncGenerator[RunEvent, None]):
-    """The events of a run: what `agent.stream` and `handle.events()` return.
+    """The events of a run, as `agent.stream` and `handle.events()` return them.
 
-    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `RunFinished`;
-    anything else raises, with `.partial`. Leaving that of `agent.stream` early, in any way, cancels the run and waits
-    for its end. Leaving that of `handle.events()` only ends the listening.
+    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
+    any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
+    the run and waits for its end. Leaving that of `handle.events()` only detaches from the run.
     """
 
-    def __init__(self, run: RunHandle, *, owns: bool) -> None:
+    def __init__(self, run: RunHandle, *, owns_run: bool) -> None:
         self._run = run
-        self._owns = owns
+        self._owns_run = owns_run
         self._events = run._channel.subscribe()  # noqa: SLF001 - two halves of one thing
         self._loop = asyncio.get_running_loop()
-        self._left = False
-        self._ended = False
+        self._has_left = False
+        self._has_finished = False
 
     @property
     def handle(self) -> RunHandle:
-        """The run."""
+        """The handle of the run."""
         return self._run
 
     def __repr__(self) -> str:
@@ -262,37 +288,37 @@ class RunStream(AsyncGenerator[RunEvent, None]):
             await self.aclose()
             raise
         if event is None:
-            raise self._end()
-        self._ended = isinstance(event, RunFinished)
+            raise self._end_of_events()
+        self._has_finished = isinstance(event, RunFinished)
         return event
 
-    def _end(self) -> Exception:
-        """What the end of the events is to the reader; raises what ended the run."""
+    def _end_of_events(self) -> Exception:
+        """Returns what ends the iteration; raises the error that ended the run, if one did."""
         if self._run.done:
             self._run._task.outcome()  # noqa: SLF001 - two halves of one thing
-        if self._ended:
+        if self._has_finished:
             return StopAsyncIteration()
         return TaskCancelledError("the events of the run were closed before its end", partial=self._run.partial)
 
     async def asend(self, value: None) -> RunEvent:
-        """The next event; a stream takes no values."""
+        """Returns the next event; values cannot be sent to the stream."""
         if value is not None:
-            raise TypeError(f"a {type(self).__name__} takes no values; iterate it")
+            raise TypeError(f"a {type(self).__name__} does not accept values; iterate it")
         return await self.__anext__()
 
     async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> RunEvent:
-        """Leaves the stream and raises."""
+        """Leaves the stream, and raises the given exception."""
         await self.aclose()
         error = typ if isinstance(typ, BaseException) else typ() if val is None else val
         raise error.with_traceback(tb) if tb is not None else error
 
     async def aclose(self) -> None:
-        """Leaves the stream, from any task; idempotent."""
-        self._left = True
-        if self._owns and not self._ended:
-            # Not the events first: whoever reads them is to get the error of the run.
-            await self._run._leave(TaskCancelledError("the run was cancelled: its events were left"))  # noqa: SLF001 - its own run
-        if not self._owns or self._run.done:
+        """Leaves the stream, from any task. It is idempotent."""
+        self._has_left = True
+        if self._owns_run and not self._has_finished:
+            # The run is ended before the events: a task that reads them must get the run's own error.
+            await self._run.aclose("the run was cancelled, because its event stream was closed before its end")
+        if not self._owns_run or self._run.done:
             self._events.leave()
 
     async def __aenter__(self) -> Self:
@@ -304,19 +330,19 @@ class RunStream(AsyncGenerator[RunEvent, None]):
         await self.aclose()
 
     def __del__(self) -> None:
-        if getattr(self, "_left", True) or self._ended or self._run.done or self._loop.is_closed():
+        if getattr(self, "_has_left", True) or self._has_finished or self._run.done or self._loop.is_closed():
             return
-        if self._owns:
+        if self._owns_run:
             warnings.warn(
                 f"{self!r} was dropped before its end; use `async with`, or aclose()",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
-            error = TaskCancelledError("the run was cancelled: its events were dropped")
+            error = TaskCancelledError("the run was cancelled, because its event stream was dropped")
             self._run._task.cancel_from_anywhere(error)  # noqa: SLF001 - two halves of one thing
         self._loop.call_soon_threadsafe(self._events.leave)
 
 
-def _nothing(_error: TaskCancelledError) -> None:
-    """What remains of the cancel of a run that has ended."""
+def _ignore_cancel(_error: TaskCancelledError) -> None:
+    """Replaces the `cancel` of a permit whose run has ended."""

@@ -1,4 +1,4 @@
-"""Where generations come from: a client, or a pool that lends one for each."""
+"""`ClientSource`: lends a client for each generation, and remembers the context length of each model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
+from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ReportsServerInfo
 from lmbridge.client.names import is_same_model
 from lmbridge.errors import LLMError, LLMValidationError
 
@@ -18,90 +19,70 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lmbridge.agent")
 
-_DISCOVERY: Final = 5.0
-"""Seconds that the question for the context length may take."""
-_AGAIN: Final = 60.0
-"""Seconds after which it is asked again, if nobody knew."""
-_TELLING: Final = 2_000
-"""Bytes from which on a prompt says how many tokens a byte has: in a short one the template's own are too many."""
+_DISCOVERY_SECONDS: Final = 5.0
+"""Seconds that the request for the context length may take."""
+_ASK_AGAIN_SECONDS: Final = 60.0
+"""Seconds after which an unknown context length is requested again."""
 
 
-class ChatClient(Protocol):
-    """What a run needs of a client: `LLMClient` has it. `server_info` may be there as well."""
-
-    @property
-    def model(self) -> str | None:
-        """The model asked for where a call names none."""
-        ...
-
-    async def chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None, stream: Any, **params: Any
-    ) -> Any:
-        """A stream of the chunks of the next message."""
-        ...
-
-
-class ChatPool(Protocol):
-    """What lends clients: `LLMClientPool` does."""
-
-    def client(self, model: str | None = None) -> AbstractAsyncContextManager[ChatClient]:
-        """Lends a client."""
-        ...
-
-
-class Source:
-    """A client or a pool, and what is known of the models there.
+class ClientSource:
+    """A client or a pool of an agent, and the context lengths of its models.
 
     Args:
-        client: It.
-        timer: Seconds, for when to ask again.
+        client: The client, or the pool that lends clients.
+        timer: Returns seconds of a monotonic clock; replaced in tests.
 
     Raises:
-        LLMValidationError: it is neither.
+        LLMValidationError: The object is neither a client nor a pool.
     """
 
-    def __init__(self, client: ChatClient | ChatPool, *, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, client: ChatClient | ChatClientPool, *, timer: Callable[[], float] = time.monotonic) -> None:
         is_client, is_pool = hasattr(client, "chat_completion"), hasattr(client, "client")
         if isinstance(client, type) or not (is_client or is_pool):
-            raise LLMValidationError(f"client is {client!r}", hint="give an LLMClient or an LLMClientPool")
+            raise LLMValidationError(
+                f"client must be an LLMClient or an LLMClientPool, not {client!r}",
+                hint="an object of your own needs the methods of lmbridge.ChatClient",
+            )
         self._client: Any = client
         self._is_pool = not is_client
         self._timer = timer
-        self._contexts: dict[str | None, tuple[int | None, float]] = {}
-        self._asking: dict[str | None, asyncio.Lock] = {}
+        self._context_lengths: dict[str | None, tuple[int | None, float]] = {}
+        self._locks: dict[str | None, asyncio.Lock] = {}
 
     @property
     def model(self) -> str | None:
-        """The model asked for where nobody names one; None if the server, or the pool, chooses."""
+        """The client's default model; None if the server, or the pool, chooses it."""
         return getattr(self._client, "model", None)
 
     def lease(self, model: str | None) -> AbstractAsyncContextManager[ChatClient]:
-        """A client, for as long as the block goes on."""
+        """Lends a client for as long as the block is open."""
         if self._is_pool:
-            return self._client.client(model)  # type: ignore[no-any-return]  # as its Protocol says
+            return self._client.client(model)  # type: ignore[no-any-return]  # a ChatClientPool
         return nullcontext(self._client)
 
     async def context_length(self, model: str | None) -> int | None:
-        """Tokens that a request to the model may need, the answer included; None if the server does not tell.
+        """Returns how many tokens fit into the model's context, the answer included; None if the server does not say.
 
-        The server is asked once for each model; if it did not tell, because the model was not loaded or the server
-        busy, again after a minute. What goes wrong then is left to the generation to tell.
+        The server is asked once for each model. If it did not say, because the model was not loaded or the server was
+        busy, it is asked again after a minute. An error of this request is only logged: the generation that follows
+        meets the same problem, and reports it.
         """
         if not self._is_known(model):
-            async with self._asking.setdefault(model, asyncio.Lock()):
+            async with self._locks.setdefault(model, asyncio.Lock()):
                 if not self._is_known(model):
-                    self._contexts[model] = await self._ask(model), self._timer()
-        return self._contexts[model][0]
+                    self._context_lengths[model] = await self._request_context_length(model), self._timer()
+        return self._context_lengths[model][0]
 
     def _is_known(self, model: str | None) -> bool:
-        context, asked = self._contexts.get(model, (None, -math.inf))
-        return context is not None or self._timer() - asked < _AGAIN
+        context_length, requested_at = self._context_lengths.get(model, (None, -math.inf))
+        return context_length is not None or self._timer() - requested_at < _ASK_AGAIN_SECONDS
 
-    async def _ask(self, model: str | None) -> int | None:
+    async def _request_context_length(self, model: str | None) -> int | None:
         try:
-            async with asyncio.timeout(_DISCOVERY), self.lease(model) as client:
-                ask = getattr(client, "server_info", None)
-                return None if ask is None else _context_of(await ask(), model)
+            async with asyncio.timeout(_DISCOVERY_SECONDS), self.lease(model) as client:
+                if not isinstance(client, ReportsServerInfo):
+                    return None
+                return _context_length_in(await client.server_info(), model)
         except (LLMError, TimeoutError) as error:
             logger.debug("the context length of model %r is unknown: %s", model, error)
             return None
@@ -110,42 +91,10 @@ class Source:
         return repr(self._client)
 
 
-def _context_of(info: ServerInfo, model: str | None) -> int | None:
+def _context_length_in(info: ServerInfo, model: str | None) -> int | None:
     named = [each for each in info.models if model is not None and is_same_model(model, each.id)]
     for each in named:
         if each.context_length is not None:
             return each.context_length
-    # Of a model that is not loaded yet, those that are say nothing.
+    # The context length of a loaded model says nothing about a model that is not loaded yet.
     return None if any(each.loaded is False for each in named) else info.context_length
-
-
-class TokenEstimate:
-    """How many tokens a prompt has: what the server counted last, and a guess for what came since.
-
-    A token is taken for three bytes of JSON: a little more than most English text and code needs, and about right for
-    a Chinese character.
-    """
-
-    def __init__(self) -> None:
-        self._known_size = 0
-        self._known_tokens = 0
-        self._per_byte = 1 / 3
-
-    def tokens(self, size: int) -> int:
-        """The tokens of a prompt.
-
-        Args:
-            size: Its bytes as JSON, tools included.
-        """
-        return max(0, self._known_tokens + round((size - self._known_size) * self._per_byte))
-
-    def size(self, tokens: int) -> int:
-        """The bytes that so many tokens of a prompt take."""
-        return round(tokens / self._per_byte)
-
-    def learn(self, size: int, tokens: int | None) -> None:
-        """Notes what the server counted for a prompt of this size."""
-        if tokens and size:
-            self._known_size, self._known_tokens = size, tokens
-            if size > _TELLING:
-                self._per_byte = min(max(tokens / size, 1 / 8), 2.0)

@@ -1,26 +1,30 @@
-"""Which run may disturb which, when their models differ.
-
-`Switchboard` decides, and does nothing else: no task and no wait. `Admission` is the same for tasks, which wait until
-they are let in.
+"""Decides which runs may be in flight together when their models differ.
 
 ========  =================================  ==============================================
 policy    a run with another model           a switch of the agent's model
 ========  =================================  ==============================================
 isolate   runs beside the others             cancels the runs that took the agent's model
-reject    is refused                         is refused while there are runs
+reject    is refused                         is refused while runs are in flight
 cancel    cancels the others, then runs      the same
 drain     runs when the others have ended    the same
 ========  =================================  ==============================================
 
-Who has to wait stands in one queue. A run that was started by a tool of a run in flight must not wait for that one,
-which waits for its tool: it is let in past the queue, or refused at once.
+A run's model is fixed when it is admitted, and never changes afterwards. The alternative, one model for the whole agent
+that a switch changes under its runs, would let the second half of a conversation be written by another model.
+
+`Switchboard` makes the decisions and does nothing else: it creates no task and never waits, so every rule can be tested
+without an event loop. `RunAdmission` applies the decisions to tasks, which wait until they are admitted. A lock for
+each model would be shorter, but it could neither cancel the runs that are in the way nor keep the order of arrival.
+
+Runs and switches that have to wait stand in one queue. A run that was started by a tool of a run in flight must not
+wait for that run, which is itself waiting for the tool: it passes the queue, or is refused at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Final, Literal
 
 import attrs
 
@@ -28,211 +32,220 @@ from lmbridge.errors import ModelChangedDuringExecutionError, TaskCancelledError
 
 SwitchPolicy = Literal["isolate", "reject", "cancel", "drain"]
 
+_REJECTED_HINT: Final = (
+    "wait until it has ended, or choose another switch_policy: 'isolate' runs both, 'drain' waits,"
+    " 'cancel' cancels the first"
+)
+_NESTED_HINT: Final = "a tool's own runs need the model of the run that called it, or an agent of their own"
+_CANCELLED_HINT: Final = (
+    "choose the switch_policy 'drain' to let runs end first, or 'isolate' to run models side by side"
+)
+
 
 @attrs.define(eq=False, kw_only=True)
-class Ticket:
+class RunPermit:
     """A run, or a switch of the agent's model, from its arrival to its end."""
 
-    asked: str | None
-    """The model that it names; a run that names none takes the agent's."""
+    requested_model: str | None
+    """The model that it names, or None for the agent's model."""
     is_switch: bool = False
-    parent: Ticket | None = None
-    """The run whose tool started it, of whichever agent."""
+    """Whether it switches the agent's model, and is not a run."""
+    parent: RunPermit | None = None
+    """The permit of the run whose tool started it, which may belong to another agent."""
     cancel: Callable[[TaskCancelledError], object] = lambda _error: None
+    """Cancels the run with that error, without waiting for its end."""
     model: str | None = None
-    """Of a run: fixed when it is admitted."""
-    doomed_by: Ticket | None = None
-    """Who had it cancelled."""
+    """The model of a run, fixed when it is admitted."""
+    cancelled_by: RunPermit | None = None
+    """The run or the switch that had this run cancelled."""
 
-    def ancestors(self) -> Iterator[Ticket]:
-        """The run that started it, the one that started that, and so on."""
-        ticket = self.parent
-        while ticket is not None:
-            yield ticket
-            ticket = ticket.parent
+    def ancestors(self) -> Iterator[RunPermit]:
+        """Yields the run whose tool started this one, the run that started that one, and so on."""
+        permit = self.parent
+        while permit is not None:
+            yield permit
+            permit = permit.parent
 
 
 @attrs.define
 class Effects:
-    """What follows from an arrival or an end."""
+    """What follows from an arrival or a departure."""
 
-    admitted: list[Ticket] = attrs.field(factory=list)
-    doomed: list[tuple[Ticket, ModelChangedDuringExecutionError]] = attrs.field(factory=list)
+    admitted: list[RunPermit] = attrs.field(factory=list)
+    """Runs and switches that may go ahead now, in the order of their arrival."""
+    cancelled: list[tuple[RunPermit, ModelChangedDuringExecutionError]] = attrs.field(factory=list)
+    """Runs that have to be cancelled, and the error that each of them raises."""
 
 
 class Switchboard:
-    """Decides who runs.
+    """Decides which runs are in flight, without any task.
 
     Args:
-        policy: What a run with another model does to those in flight.
-        default: The agent's model; None where the choice is the server's.
+        policy: What a run with another model does to the runs in flight.
+        default: The agent's model, or None if the server chooses it.
 
     Attributes:
-        default: As given, until it is switched.
+        default: The agent's model, which a switch changes.
     """
 
     def __init__(self, policy: SwitchPolicy, default: str | None) -> None:
         self.default = default
         self._policy = policy
-        self._running: dict[Ticket, None] = {}
-        self._queue: dict[Ticket, None] = {}
+        self._running: dict[RunPermit, None] = {}
+        self._queue: dict[RunPermit, None] = {}
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nobody."""
+        """Whether no run is in flight and nothing waits."""
         return not self._running and not self._queue
 
-    def arrive(self, ticket: Ticket) -> Effects:
-        """Takes somebody in: it is admitted now, or has to wait until a later effect admits it.
+    def arrive(self, permit: RunPermit) -> Effects:
+        """Admits a run or a switch now, or puts it into the queue, from which later effects admit it.
 
         Raises:
-            ModelChangedDuringExecutionError: it is refused.
+            ModelChangedDuringExecutionError: It is refused.
         """
         effects = Effects()
-        self._refuse(ticket)
-        if self._passes_the_queue(ticket):
-            self._admit(ticket, effects)
+        self._refuse(permit)
+        if self._passes_the_queue(permit):
+            self._admit(permit, effects)
         else:
-            self._queue[ticket] = None
+            self._queue[permit] = None
             self._advance(effects)
         return effects
 
-    def leave(self, ticket: Ticket) -> Effects:
-        """Lets somebody go, who may have been admitted or not."""
+    def leave(self, permit: RunPermit) -> Effects:
+        """Removes a run or a switch that has ended, or that no longer waits."""
         effects = Effects()
-        self._running.pop(ticket, None)
-        self._queue.pop(ticket, None)
+        self._running.pop(permit, None)
+        self._queue.pop(permit, None)
         self._advance(effects)
         return effects
 
     # Decisions
 
-    def _wanted(self, ticket: Ticket) -> str | None:
-        return self.default if ticket.asked is None else ticket.asked
+    def _wanted_model(self, permit: RunPermit) -> str | None:
+        return self.default if permit.requested_model is None else permit.requested_model
 
-    def _refuse(self, ticket: Ticket) -> None:
-        in_the_way = self._in_the_way(ticket)
+    def _refuse(self, permit: RunPermit) -> None:
+        blockers = self._blockers(permit)
         if self._policy == "reject":
-            is_change = ticket.is_switch and ticket.asked != self.default
-            for run in self._running if is_change else in_the_way:
-                raise self._refusal(run, ticket, "is in flight", _REJECTED)
-        for ancestor in filter(self._running.__contains__, ticket.ancestors()):
-            if ancestor in in_the_way:
-                raise self._refusal(ancestor, ticket, "is in flight, and started it by a tool", _NESTED)
-            if ancestor.doomed_by is not None and (self._policy == "cancel" or ticket.asked is None):
-                raise self._cancellation(ancestor, ancestor.doomed_by)  # as it was told itself: this is part of it
+            is_change = permit.is_switch and permit.requested_model != self.default
+            for run in self._running if is_change else blockers:
+                raise self._refusal(run, permit, "is in flight", _REJECTED_HINT)
+        for ancestor in filter(self._running.__contains__, permit.ancestors()):
+            if ancestor in blockers:
+                raise self._refusal(ancestor, permit, "is in flight, and started it by a tool", _NESTED_HINT)
+            if ancestor.cancelled_by is not None and (self._policy == "cancel" or permit.requested_model is None):
+                # The new run is part of its ancestor, so it gets the same error.
+                raise self._cancellation(ancestor, ancestor.cancelled_by)
 
-    def _passes_the_queue(self, ticket: Ticket) -> bool:
+    def _passes_the_queue(self, permit: RunPermit) -> bool:
         if self._policy == "isolate":
-            return not ticket.is_switch and (ticket.asked is not None or not self._queue)
-        return any(ancestor in self._running for ancestor in ticket.ancestors())
+            return not permit.is_switch and (permit.requested_model is not None or not self._queue)
+        return any(ancestor in self._running for ancestor in permit.ancestors())
 
-    def _in_the_way(self, ticket: Ticket) -> list[Ticket]:
-        """The runs in flight that have to end before it is admitted."""
-        if ticket.asked == self.default if ticket.is_switch else self._policy == "isolate":
+    def _blockers(self, permit: RunPermit) -> list[RunPermit]:
+        """Returns the runs in flight that have to end before the permit is admitted."""
+        if permit.requested_model == self.default if permit.is_switch else self._policy == "isolate":
             return []
-        wanted = self._wanted(ticket)
+        wanted = self._wanted_model(permit)
         runs = (run for run in self._running if run.model != wanted)
-        return [run for run in runs if self._policy != "isolate" or run.asked is None]
+        return [run for run in runs if self._policy != "isolate" or run.requested_model is None]
 
     def _advance(self, effects: Effects) -> None:
         while self._queue:
             first = next(iter(self._queue))
-            blockers = self._in_the_way(first)
+            blockers = self._blockers(first)
             if blockers:
-                self._doom(blockers, first, effects)
+                self._cancel(blockers, first, effects)
                 return
             del self._queue[first]
             self._admit(first, effects)
 
-    def _admit(self, ticket: Ticket, effects: Effects) -> None:
-        if ticket.is_switch:
-            self.default = ticket.asked
+    def _admit(self, permit: RunPermit, effects: Effects) -> None:
+        if permit.is_switch:
+            self.default = permit.requested_model
         else:
-            ticket.model = self._wanted(ticket)
-            self._running[ticket] = None
-        effects.admitted.append(ticket)
+            permit.model = self._wanted_model(permit)
+            self._running[permit] = None
+        effects.admitted.append(permit)
 
-    def _doom(self, runs: list[Ticket], by: Ticket, effects: Effects) -> None:
+    def _cancel(self, runs: list[RunPermit], by: RunPermit, effects: Effects) -> None:
         if self._policy == "drain":
             return
         for run in runs:
-            if run.doomed_by is None:
-                run.doomed_by = by
-                effects.doomed.append((run, self._cancellation(run, by)))
+            if run.cancelled_by is None:
+                run.cancelled_by = by
+                effects.cancelled.append((run, self._cancellation(run, by)))
 
-    def _cancellation(self, run: Ticket, by: Ticket) -> ModelChangedDuringExecutionError:
-        new = self._wanted(by)
-        message = f"the run with model {run.model!r} was cancelled by {_described(by)} {new!r}"
-        return ModelChangedDuringExecutionError(message, run.model, new, hint=_CANCELLED)
+    def _cancellation(self, run: RunPermit, by: RunPermit) -> ModelChangedDuringExecutionError:
+        new = self._wanted_model(by)
+        message = f"the run with model {run.model!r} was cancelled by {_describe_permit(by)} {new!r}"
+        return ModelChangedDuringExecutionError(message, run.model, new, hint=_CANCELLED_HINT)
 
-    def _refusal(self, run: Ticket, ticket: Ticket, why: str, hint: str) -> ModelChangedDuringExecutionError:
-        new = self._wanted(ticket)
-        message = f"{_described(ticket)} {new!r} was refused: a run with model {run.model!r} {why}"
+    def _refusal(self, run: RunPermit, permit: RunPermit, why: str, hint: str) -> ModelChangedDuringExecutionError:
+        new = self._wanted_model(permit)
+        message = f"{_describe_permit(permit)} {new!r} was refused: a run with model {run.model!r} {why}"
         return ModelChangedDuringExecutionError(message, run.model, new, hint=hint)
 
 
-def _described(ticket: Ticket) -> str:
-    return "a switch of the agent's model to" if ticket.is_switch else "a run with model"
+def _describe_permit(permit: RunPermit) -> str:
+    return "a switch of the agent's model to" if permit.is_switch else "a run with model"
 
 
-_REJECTED = (
-    "wait until it has ended, or choose another switch_policy: 'isolate' runs both, 'drain' waits,"
-    " 'cancel' cancels the first"
-)
-_NESTED = "a tool's own runs need the model of the run that called it, or an agent of their own"
-_CANCELLED = "choose the switch_policy 'drain' to let runs end first, or 'isolate' to run models side by side"
-
-
-class Admission:
-    """Lets runs and switches in as the switchboard decides.
+class RunAdmission:
+    """Admits runs and switches, as a `Switchboard` decides.
 
     Args:
-        policy: As for `Switchboard`.
-        default: As for `Switchboard`.
+        policy: See `Switchboard`.
+        default: See `Switchboard`.
     """
 
     def __init__(self, policy: SwitchPolicy, default: str | None) -> None:
         self._board = Switchboard(policy, default)
-        self._waiting: dict[Ticket, asyncio.Future[None]] = {}
+        self._waiting: dict[RunPermit, asyncio.Future[None]] = {}
 
     @property
     def default(self) -> str | None:
-        """The agent's model."""
+        """The agent's model, or None if the server chooses it."""
         return self._board.default
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs and nothing waits."""
+        """Whether no run is in flight and nothing waits."""
         return self._board.is_idle
 
-    async def enter(self, ticket: Ticket) -> None:
-        """Waits until it is let in; whoever is must `leave`. Cancelled while it waits, it was never here.
+    async def enter(self, permit: RunPermit) -> None:
+        """Waits until the permit is admitted. A run that was admitted must `leave`.
+
+        On cancellation, the permit leaves the queue, and has changed nothing.
 
         Raises:
-            ModelChangedDuringExecutionError: it is refused.
+            ModelChangedDuringExecutionError: The run or the switch is refused.
         """
-        effects = self._board.arrive(ticket)
+        effects = self._board.arrive(permit)
         self._apply(effects)
-        if ticket in effects.admitted:
+        if permit in effects.admitted:
             return
-        admitted = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        admitted = self._waiting[permit] = asyncio.get_running_loop().create_future()
         try:
             await admitted
         except BaseException:
-            self.leave(ticket)  # it may have been let in meanwhile
+            # It may have been admitted in the same moment, and would then block others for ever.
+            self.leave(permit)
             raise
         finally:
-            self._waiting.pop(ticket, None)
+            self._waiting.pop(permit, None)
 
-    def leave(self, ticket: Ticket) -> None:
-        """Makes way for those who wait."""
-        self._apply(self._board.leave(ticket))
+    def leave(self, permit: RunPermit) -> None:
+        """Gives the permit back, and admits what waited for that."""
+        self._apply(self._board.leave(permit))
 
     def _apply(self, effects: Effects) -> None:
-        for ticket in effects.admitted:
-            future = self._waiting.get(ticket)
+        for permit in effects.admitted:
+            future = self._waiting.get(permit)
             if future is not None and not future.done():
                 future.set_result(None)
-        for ticket, error in effects.doomed:
-            ticket.cancel(error)
+        for permit, error in effects.cancelled:
+            permit.cancel(error)

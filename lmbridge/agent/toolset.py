@@ -10,8 +10,7 @@ import asyncio
 import difflib
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import attrs
 import msgspec
@@ -25,7 +24,7 @@ from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
-__all__ = ["Equip", "Equipment", "InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
+__all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
 _QUOTED_CHARACTERS: Final = 200
 """The number of characters that an error text quotes of malformed arguments or of an unknown name."""
@@ -55,21 +54,6 @@ class InvalidCall:
     """The text for the model, which says what is wrong and what would be right."""
     bad_arguments: bool
     """True if the arguments are not a JSON object. They must not be sent again: llama.cpp answers 500 to them."""
-
-
-@attrs.frozen
-class Equipment:
-    """What a run has to work with, from when it has its model to its end."""
-
-    tools: Toolset
-    note: str = ""
-    """For the leading system message."""
-    errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """Sources of tools that failed, by name."""
-
-
-Equip: TypeAlias = Callable[[int | None], AbstractAsyncContextManager[Equipment]]
-"""Called when a run begins, with the tokens of its model's context, if they are known; the block is the run."""
 
 
 class Toolset:

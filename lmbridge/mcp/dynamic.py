@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Final, Literal, Self, TypeAlias, Unpack, overload
 
 from lmbridge.agent.agent import Agent
+from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.result import ENDINGS, RunResult
+from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.settings import MaxTokens, Task
-from lmbridge.agent.source import ChatClient, ChatPool
-from lmbridge.agent.toolset import Equipment, Toolset
 from lmbridge.client import LLMClient
 from lmbridge.errors import (
     LLMValidationError,
@@ -83,7 +83,7 @@ class DynamicAutonomousAgent:
 
     def __init__(
         self,
-        client: ChatClient | ChatPool | None = None,
+        client: ChatClient | ChatClientPool | None = None,
         *,
         config_path: str | os.PathLike[str] | None = None,
         trust_project: bool = False,
@@ -95,7 +95,6 @@ class DynamicAutonomousAgent:
         if client is None:
             client = self._own_client = LLMClient(limits="auto")
         self._agent = Agent(client, **agent_options)
-        self._tools = list(agent_options.get("tools", ()))
         self._make_hub = partial(
             McpHub, config_path, trust_project=trust_project, connect_timeout=connect_timeout, on_event=on_mcp_event
         )
@@ -304,7 +303,7 @@ class DynamicAutonomousAgent:
             if self._own_client is not None:
                 stack.push_async_callback(self._own_client.close)
             stack.push_async_callback(hub.close)
-            await asyncio.gather(*(run._leave(TaskCancelledError(_CLOSED_MESSAGE)) for run in runs))  # noqa: SLF001 - its own
+            await asyncio.gather(*(run.aclose(_CLOSED_MESSAGE) for run in runs))
         if before is not None and not before.done():
             await asyncio.wait({before})
 
@@ -339,26 +338,25 @@ class DynamicAutonomousAgent:
                 raise
         if hub is not self._hub:
             raise TaskCancelledError(_CLOSED_MESSAGE)
-        handle = self._agent._start(  # noqa: SLF001 - made for those who find tools in a way of their own
+        handle = self._agent.start(
             task,
-            partial(self._equip, hub, names, on_error),
+            open_tools=partial(self._open_tools, hub, names, on_error),
             model=options["model"],
             max_rounds=options["max_rounds"],
             max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
-            is_muted=not stream,
         )
         self._runs.add(handle)
         if stream:
-            return await _wait_for_start(RunStream(handle, owns=True))
+            return await _wait_for_start(RunStream(handle, owns_run=True))
         result = await handle.result()
         return result if full else _answer_text(result)
 
     @asynccontextmanager
-    async def _equip(
-        self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, context: int | None
-    ) -> AsyncIterator[Equipment]:
+    async def _open_tools(
+        self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, run: RunInfo
+    ) -> AsyncIterator[RunTools]:
         """Starts the servers of a run and yields its tools; the servers are released when the run ends."""
-        most = None if context is None else context // _DEFINITIONS_SHARE
+        most = None if run.context_length is None else run.context_length // _DEFINITIONS_SHARE
         try:
             tools = await hub.tools(
                 names, on_error="raise" if on_error == "single" else on_error, max_definition_tokens=most
@@ -369,9 +367,7 @@ class DynamicAutonomousAgent:
             single = _single_server_error(failed)
             raise single from single.__cause__
         try:
-            yield Equipment(
-                await Toolset.collect([*self._tools, tools]), _missing_servers_note(tools.errors), tools.errors
-            )
+            yield RunTools(tools=tools.tools, note=_missing_servers_note(tools.errors), errors=tools.errors)
         finally:
             tools.release()
 

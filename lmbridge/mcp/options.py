@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
-from lmbridge.agent.agent import AnyTool
+from lmbridge.agent.run_tools import AnyTool
 from lmbridge.agent.settings import Approve, MaxTokens
 from lmbridge.agent.switching import SwitchPolicy
 

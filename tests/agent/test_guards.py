@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
-from lmbridge.agent.source import TokenEstimate
+from lmbridge.agent.tokens import TokenEstimate
 
 
 def test_the_third_time_warns_and_the_fifth_ends() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError
-from lmbridge.agent.history import History, arguments_of, size_of
+from lmbridge.agent.history import History, size_of, valid_arguments
 from tests.agent.support import asks, asks_raw, check_valid, tool_texts
 
 
@@ -36,9 +36,9 @@ def test_an_open_turn_is_told_as_far_as_it_is_known() -> None:
         check_valid(messages)
         for text, expected in zip(tool_texts(messages), told, strict=True):
             assert expected in text
-    assert history.sent() == [{"role": "user", "content": "Go."}]
+    assert history.to_send() == [{"role": "user", "content": "Go."}]
     history.end_turn()
-    check_valid(history.sent())
+    check_valid(history.to_send())
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1', "", "null", "[1]", "3", '"x"', "\ud800", "[" * 100_000])
@@ -53,7 +53,7 @@ def test_malformed_arguments_are_replaced(arguments: str) -> None:
 @given(st.dictionaries(st.text(), st.integers() | st.text()))
 def test_arguments_that_are_an_object_stay_as_they_are(arguments: dict[str, Any]) -> None:
     text = json.dumps(arguments)
-    assert arguments_of(text) == text
+    assert valid_arguments(text) == text
 
 
 def test_there_is_one_leading_system_message() -> None:
@@ -63,10 +63,10 @@ def test_there_is_one_leading_system_message() -> None:
         {"role": "assistant", "content": None},
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
     ]
-    kept = History("Go.", messages=messages).sent()
+    kept = History("Go.", messages=messages).to_send()
     assert kept[0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
     check_valid(kept)
-    replaced = History("Go.", messages=messages, system_prompt="Be exact.").sent()
+    replaced = History("Go.", messages=messages, system_prompt="Be exact.").to_send()
     assert replaced[0] == {"role": "system", "content": "Be exact."}
     assert kept[1:] == replaced[1:]
     assert kept[2] == {"role": "assistant", "content": ""}
@@ -82,7 +82,7 @@ def test_there_is_one_leading_system_message() -> None:
 )
 def test_there_are_never_two_user_messages_in_a_row(before: Any, task: Any, joined: Any) -> None:
     history = History(task, messages=[{"role": "user", "content": before}])
-    assert history.sent() == history.snapshot(ended=True) == [{"role": "user", "content": joined}]
+    assert history.to_send() == history.snapshot(ended=True) == [{"role": "user", "content": joined}]
 
 
 def test_arguments_that_are_an_object_are_sent_as_text() -> None:
@@ -92,7 +92,7 @@ def test_arguments_that_are_an_object_are_sent_as_text() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "x"},
     ]
-    sent = History("Go.", messages=messages).sent()
+    sent = History("Go.", messages=messages).to_send()
     assert sent[1]["tool_calls"][0]["function"]["arguments"] == '{"a":1}'
     check_valid(sent)
 
@@ -135,10 +135,10 @@ def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -
     whole = history.snapshot(ended=True)
     sizes = [history.size]
     while history.trim(1):
-        check_valid(history.sent())
-        assert history.size == sum(map(size_of, history.sent())) < sizes[-1]
+        check_valid(history.to_send())
+        assert history.size == sum(map(size_of, history.to_send())) < sizes[-1]
         sizes.append(history.size)
-    left = history.sent()
+    left = history.to_send()
     assert [message["role"] for message in left] == ["system", "user", "assistant", "tool", "tool"]
     assert (left[1]["content"], tool_texts(left)) == ("Go.", ["r2", "r2"])
     assert len(sizes) == 6
@@ -175,18 +175,20 @@ def test_ids_that_are_numbers_and_names_without_end_become_what_servers_take() -
 )
 def test_a_note_is_told_in_the_one_leading_system_message(prompt: str | None, before: Any, expected: str) -> None:
     history = History("Go.", system_prompt=prompt, messages=before)
-    history.tell("Note.")
+    history.add_system_note("Note.")
     messages = history.snapshot(ended=True)
     check_valid(messages)
-    assert messages == history.sent() == [{"role": "system", "content": expected}, {"role": "user", "content": "Go."}]
+    assert (
+        messages == history.to_send() == [{"role": "system", "content": expected}, {"role": "user", "content": "Go."}]
+    )
     assert history.size == sum(map(size_of, messages))
 
 
 def test_no_note_changes_nothing() -> None:
     history = History("Go.", system_prompt="Be brief.")
     size = history.size
-    history.tell("")
-    assert history.sent()[0] == {"role": "system", "content": "Be brief."}
+    history.add_system_note("")
+    assert history.to_send()[0] == {"role": "system", "content": "Be brief."}
     assert history.size == size
 
 
@@ -197,7 +199,7 @@ def test_what_is_sent_is_the_whole_conversation_but_for_what_was_trimmed(steps: 
     history = History("Go.", system_prompt="Be brief.", messages=before)
     for number, step in enumerate(steps):
         if step == "answer":
-            history.answer(f"answer {number}")
+            history.add_answer(f"answer {number}")
         elif step == "turn":
             turn(history, f"call {number}")
         elif step == "begin":
@@ -206,10 +208,10 @@ def test_what_is_sent_is_the_whole_conversation_but_for_what_was_trimmed(steps: 
         elif step == "end":
             history.end_turn()
         elif step == "tell":
-            history.tell(f"Note {number}.")
+            history.add_system_note(f"Note {number}.")
         else:
             history.trim(1 if step == "trim" else history.size)
-        sent = history.sent()
+        sent = history.to_send()
         groups = (history._head, *history._before, [history._task], *history._after)
         assert sent == [message for group in groups for message in group]
         assert history.size == sum(map(size_of, sent))

@@ -25,7 +25,7 @@ from lmbridge import (
     ToolCall,
     image_part,
 )
-from lmbridge.agent.switching import Ticket
+from lmbridge.agent.switching import RunPermit
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse, stall
 from tests.agent.support import (
     Gate,
@@ -394,7 +394,7 @@ async def test_time_runs_out_while_a_run_waits_for_others_too(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     agent = Agent(client, max_seconds=0.1, switch_policy="drain")
-    other = Ticket(asked="other")
+    other = RunPermit(requested_model="other")
     await agent._admission.enter(other)
     result = await agent.run("Wait.")
     assert (result.rounds, result.stop_reason) == (0, "budget")
@@ -426,7 +426,7 @@ async def test_an_empty_first_answer_is_asked_for_once_more(scripted_server: Scr
 
 async def test_two_empty_first_answers_are_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = answer("", reasoning="Hm.")
-    with pytest.raises(LLMResponseError, match="nothing, twice") as caught:
+    with pytest.raises(LLMResponseError, match="an empty answer twice") as caught:
         await Agent(client, tools=[add]).run("Hi.")
     assert len(generations(scripted_server)) == 2
     assert caught.value.partial.reasoning == "Hm."
@@ -718,7 +718,7 @@ def test_an_option_that_cannot_be_right_is_told(client: LLMClient, options: dict
 
 @pytest.mark.parametrize("client", [None, "http://localhost", LLMClient])
 def test_a_client_that_is_none_is_told(client: Any) -> None:
-    with pytest.raises(LLMValidationError, match="client is"):
+    with pytest.raises(LLMValidationError, match="client must be"):
         Agent(client)
 
 

@@ -6,8 +6,7 @@ import asyncio
 import gc
 import math
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ import pytest
 from lmbridge import (
     Agent,
     LLMClient,
-    LLMError,
     LLMResponseError,
     RoundStarted,
     RunFinished,
@@ -27,9 +25,8 @@ from lmbridge import (
     ToolError,
 )
 from lmbridge.agent.channel import CAPACITY, Channel
-from lmbridge.agent.toolset import Equipment, Toolset
 from lmbridge.testing import ScriptedServer, answer, reply
-from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, sent, tool_texts
+from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, tool_texts
 from tests.support import in_flight, piece
 
 
@@ -90,7 +87,7 @@ async def test_a_run_goes_on_if_nobody_keeps_it_nor_its_agent() -> None:
             yield piece("done", finish_reason="stop")
 
     agent = Agent(Double())
-    agent._source._contexts[None] = None, math.inf  # so does the timer of that question
+    agent._source._context_lengths[None] = None, math.inf  # so does the timer of that question
     agent.start("Go.")
     del agent
     while not waiting:
@@ -345,59 +342,6 @@ async def test_the_error_of_a_provider_has_the_run_so_far(client: LLMClient) -> 
     with pytest.raises(ToolError, match="raised OSError: gone") as caught:
         await Agent(client, tools=[Provider()]).run("Hi.")
     assert caught.value.partial.stop_reason == "error"
-
-
-@asynccontextmanager
-async def equipped(_context: int | None) -> AsyncIterator[Equipment]:
-    """Tools, but not those of one source."""
-    yield Equipment(Toolset([]), "Something is missing.", {"source": OSError("it is not there")})
-
-
-async def test_what_a_run_lacks_is_in_its_result_and_told_to_the_model(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
-    agent = Agent(client)
-    handle = agent._start("Go.", equipped, model=None, max_rounds=None, max_tokens=None)
-    await handle.begun()
-    assert not handle.done
-    result = await handle.result()
-    await handle.begun()
-    assert str(result.errors["source"]) == "it is not there"
-    assert sent(scripted_server)["messages"][0] == {"role": "system", "content": "Something is missing."}
-
-
-async def test_a_run_that_fails_names_what_it_lacked(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    scripted_server.default = reply(400, {"error": "no such thing"})
-    handle = Agent(client)._start("Go.", equipped, model=None, max_rounds=None, max_tokens=None)
-    with pytest.raises(LLMError) as caught:
-        await handle.result()
-    assert list(caught.value.partial.errors) == ["source"]
-
-
-async def test_what_a_run_works_with_is_there_until_its_end_and_given_back_however_it_ends(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
-    log: list[str] = []
-
-    @asynccontextmanager
-    async def equip(_context: int | None) -> AsyncIterator[Equipment]:
-        log.append("taken")
-        try:
-            yield Equipment(Toolset([]))
-        finally:
-            log.append(f"given back after {len(scripted_server.requests)}")
-
-    scripted_server.script(answer("one"), answer("two", gate=asyncio.Event()))
-    agent = Agent(client)
-    await agent._source.context_length("test-model")
-    scripted_server.requests.clear()
-    await agent._start("Go.", equip, model=None, max_rounds=None, max_tokens=None).result()
-    handle = agent._start("Go.", equip, model=None, max_rounds=None, max_tokens=None)
-    await scripted_server.wait_until(lambda: scripted_server.in_flight)
-    handle.cancel()
-    with pytest.raises(TaskCancelledError):
-        await handle.result()
-    assert log == ["taken", "given back after 1", "taken", "given back after 2"]
 
 
 async def test_a_run_that_never_began_says_so_when_it_is_over(client: LLMClient) -> None:

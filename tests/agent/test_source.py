@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, LLMClientPool, LLMResponseError
-from lmbridge.agent.source import Source
+from lmbridge.agent.source import ClientSource
 from lmbridge.client.server_info import ModelInfo, ServerInfo
 from lmbridge.testing import ScriptedServer, reply
 from tests.agent.support import sent
@@ -21,7 +21,7 @@ class Double:
 
     def __init__(self, info: Any) -> None:
         self.info = info
-        self.asked = 0
+        self.requested_model = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -29,7 +29,7 @@ class Double:
         raise NotImplementedError
 
     async def server_info(self) -> Any:
-        self.asked += 1
+        self.requested_model += 1
         await self.gate.wait()
         if isinstance(self.info, Exception):
             raise self.info
@@ -47,54 +47,54 @@ INFO = ServerInfo(
     ("model", "context"), [("own", 4096), ("other", 2048), ("x", 1024), ("unheard of", 1024), (None, 1024)]
 )
 async def test_the_context_is_that_of_the_model_if_the_server_tells_it(model: str | None, context: int) -> None:
-    assert await Source(Double(INFO)).context_length(model) == context
+    assert await ClientSource(Double(INFO)).context_length(model) == context
 
 
 @pytest.mark.parametrize("error", [LLMResponseError("no"), TimeoutError()])
 async def test_a_server_that_does_not_tell_is_not_asked_again(error: Exception) -> None:
     double = Double(error)
-    source = Source(double)
+    source = ClientSource(double)
     assert await source.context_length("own") is None
     assert await source.context_length("own") is None
-    assert double.asked == 1
+    assert double.requested_model == 1
 
 
 async def test_who_could_not_tell_is_asked_again_after_a_minute() -> None:
     now = 0.0
     double = Double(LLMResponseError("busy"))
-    source = Source(double, timer=lambda: now)
+    source = ClientSource(double, timer=lambda: now)
     assert await source.context_length("own") is None
     double.info = INFO
     now = 61.0
     assert await source.context_length("own") == 4096
     now = 1_000.0
     assert await source.context_length("own") == 4096
-    assert double.asked == 2
+    assert double.requested_model == 2
 
 
 async def test_the_context_of_another_model_is_not_that_of_one_that_is_not_loaded() -> None:
     models = (ModelInfo(id="loaded", loaded=True, context_length=2048), ModelInfo(id="other", loaded=False))
     info = ServerInfo(kind="lmstudio", models=models, context_length=2048)
-    assert await Source(Double(info)).context_length("other") is None
+    assert await ClientSource(Double(info)).context_length("other") is None
 
 
 async def test_a_server_that_does_not_answer_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmbridge.agent.source._DISCOVERY", 0.01)
+    monkeypatch.setattr("lmbridge.agent.source._DISCOVERY_SECONDS", 0.01)
     double = Double(INFO)
     double.gate.clear()
-    assert await Source(double).context_length("own") is None
+    assert await ClientSource(double).context_length("own") is None
 
 
 async def test_who_asks_first_may_be_cancelled() -> None:
     double = Double(INFO)
     double.gate.clear()
-    source = Source(double)
+    source = ClientSource(double)
     first, second = (asyncio.create_task(source.context_length("own")) for _ in range(2))
     await asyncio.sleep(0)
     first.cancel()
     double.gate.set()
     assert await second == 4096
-    assert double.asked == 2
+    assert double.requested_model == 2
     assert first.cancelled()
 
 
@@ -105,14 +105,14 @@ async def test_a_client_that_knows_no_server_info_will_do() -> None:
         async def chat_completion(self, messages: Any, **options: Any) -> Any:
             raise NotImplementedError
 
-    assert await Source(Plain()).context_length(None) is None
+    assert await ClientSource(Plain()).context_length(None) is None
 
 
 async def test_a_pool_lends_a_client_for_the_question(scripted_server: ScriptedServer) -> None:
     models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
     scripted_server.on_path("/v1/models", reply(200, models))
     async with LLMClientPool(1, api_base=scripted_server.api_base) as pool:
-        assert await Source(pool).context_length("test-model") == 4096
+        assert await ClientSource(pool).context_length("test-model") == 4096
         assert pool.stats().in_use == 0
 
 

@@ -19,7 +19,7 @@ from lmbridge import (
     RunResult,
     TextDelta,
 )
-from lmbridge.agent.switching import Admission, Effects, Switchboard, SwitchPolicy, Ticket
+from lmbridge.agent.switching import Effects, RunAdmission, RunPermit, Switchboard, SwitchPolicy
 from lmbridge.testing import Exchange, ScriptedServer, answer
 from tests.agent.support import Gate, add, asks, calls, our_tasks, sent
 from tests.support import cancel_at_each_step, in_flight
@@ -27,16 +27,16 @@ from tests.support import cancel_at_each_step, in_flight
 POLICIES: list[SwitchPolicy] = ["isolate", "reject", "cancel", "drain"]
 
 
-def run(model: str | None = None, parent: Ticket | None = None) -> Ticket:
-    return Ticket(asked=model, parent=parent)
+def run(model: str | None = None, parent: RunPermit | None = None) -> RunPermit:
+    return RunPermit(requested_model=model, parent=parent)
 
 
-def switch(model: str, parent: Ticket | None = None) -> Ticket:
-    return Ticket(asked=model, is_switch=True, parent=parent)
+def switch(model: str, parent: RunPermit | None = None) -> RunPermit:
+    return RunPermit(requested_model=model, is_switch=True, parent=parent)
 
 
-def doomed(effects: Effects) -> list[Ticket]:
-    return [ticket for ticket, _ in effects.doomed]
+def cancelled_runs(effects: Effects) -> list[RunPermit]:
+    return [permit for permit, _ in effects.cancelled]
 
 
 # The switchboard
@@ -45,11 +45,11 @@ def doomed(effects: Effects) -> list[Ticket]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_runs_with_the_same_model_run_side_by_side(policy: SwitchPolicy) -> None:
     board = Switchboard(policy, "a")
-    for ticket in (run(), run("a"), run()):
-        effects = board.arrive(ticket)
-        assert effects.admitted == [ticket]
-        assert effects.doomed == []
-        assert ticket.model == "a"
+    for permit in (run(), run("a"), run()):
+        effects = board.arrive(permit)
+        assert effects.admitted == [permit]
+        assert effects.cancelled == []
+        assert permit.model == "a"
 
 
 def test_isolate_runs_another_model_beside_the_first() -> None:
@@ -57,7 +57,7 @@ def test_isolate_runs_another_model_beside_the_first() -> None:
     first, second = run(), run("b")
     board.arrive(first)
     effects = board.arrive(second)
-    assert (effects.admitted, effects.doomed, second.model, first.model) == ([second], [], "b", "a")
+    assert (effects.admitted, effects.cancelled, second.model, first.model) == ([second], [], "b", "a")
 
 
 def test_isolate_switch_cancels_only_runs_that_took_the_default() -> None:
@@ -66,7 +66,7 @@ def test_isolate_switch_cancels_only_runs_that_took_the_default() -> None:
     board.arrive(default)
     board.arrive(explicit)
     effects = board.arrive(change)
-    assert doomed(effects) == [default]
+    assert cancelled_runs(effects) == [default]
     assert effects.admitted == []
     assert board.default == "a"
     later = run()
@@ -95,12 +95,12 @@ def test_cancel_cancels_the_others_and_runs_when_they_have_ended() -> None:
     board.arrive(first)
     board.arrive(second)
     effects = board.arrive(third)
-    assert doomed(effects) == [first, second]
-    assert [(error.old_model, error.new_model) for _, error in effects.doomed] == [("a", "b")] * 2
+    assert cancelled_runs(effects) == [first, second]
+    assert [(error.old_model, error.new_model) for _, error in effects.cancelled] == [("a", "b")] * 2
     assert board.leave(first) == Effects(), "nobody is cancelled twice"
     assert board.leave(second).admitted == [third]
     effects = board.arrive(change := switch("c"))
-    assert doomed(effects) == [third]
+    assert cancelled_runs(effects) == [third]
     assert board.leave(third).admitted == [change]
     assert board.default == "c"
 
@@ -148,8 +148,8 @@ def test_a_nested_run_with_the_same_model_passes_a_waiting_drain() -> None:
     assert board.arrive(nested).admitted == [nested]
     deeper = run("a", parent=nested)
     assert board.arrive(deeper).admitted == [deeper]
-    for ticket in (deeper, nested):
-        assert board.leave(ticket).admitted == []
+    for permit in (deeper, nested):
+        assert board.leave(permit).admitted == []
     assert board.leave(first).admitted == [waiting]
 
 
@@ -161,7 +161,7 @@ def test_a_nested_run_with_another_model_is_refused_at_once(policy: SwitchPolicy
         with pytest.raises(ModelChangedDuringExecutionError) as caught:
             board.arrive(nested)
         assert (caught.value.old_model, caught.value.new_model) == ("a", "b")
-    assert first.doomed_by is None
+    assert first.cancelled_by is None
 
 
 def test_a_nested_run_under_isolate_simply_runs() -> None:
@@ -198,24 +198,24 @@ steps = st.lists(
 @given(st.sampled_from(POLICIES), steps)
 def test_whatever_comes_nobody_waits_for_ever_and_models_never_mix(policy: SwitchPolicy, script: Any) -> None:
     board = Switchboard(policy, "a")
-    running: list[Ticket] = []
-    waiting: list[Ticket] = []
+    running: list[RunPermit] = []
+    waiting: list[RunPermit] = []
 
     def apply(effects: Effects) -> None:
-        for ticket in effects.admitted:
-            if ticket in waiting:
-                waiting.remove(ticket)
-            if not ticket.is_switch:
-                running.append(ticket)
+        for permit in effects.admitted:
+            if permit in waiting:
+                waiting.remove(permit)
+            if not permit.is_switch:
+                running.append(permit)
         if policy in ("reject", "drain"):
-            assert len({ticket.model for ticket in running}) <= 1
-            assert effects.doomed == []
+            assert len({permit.model for permit in running}) <= 1
+            assert effects.cancelled == []
         if policy == "cancel":
-            assert len({ticket.model for ticket in running}) <= 1
+            assert len({permit.model for permit in running}) <= 1
 
-    def leave(ticket: Ticket) -> None:
-        running.remove(ticket)
-        apply(board.leave(ticket))
+    def leave(permit: RunPermit) -> None:
+        running.remove(permit)
+        apply(board.leave(permit))
 
     for what, model, pick in script:
         if what == "leave":
@@ -223,16 +223,16 @@ def test_whatever_comes_nobody_waits_for_ever_and_models_never_mix(policy: Switc
                 leave(running[pick % len(running)])
             continue
         parent = running[pick % len(running)] if what == "nested" and running else None
-        ticket = switch(model or "a", parent) if what == "switch" else run(model, parent)
-        waiting.append(ticket)
+        permit = switch(model or "a", parent) if what == "switch" else run(model, parent)
+        waiting.append(permit)
         try:
-            apply(board.arrive(ticket))
+            apply(board.arrive(permit))
         except ModelChangedDuringExecutionError:
-            waiting.remove(ticket)
+            waiting.remove(permit)
             continue
-        if parent is not None and ticket in waiting:
+        if parent is not None and permit in waiting:
             assert policy == "isolate", "a run must not wait for its ancestor"
-            assert all(ancestor.doomed_by is None for ancestor in ticket.ancestors() if ancestor in running)
+            assert all(ancestor.cancelled_by is None for ancestor in permit.ancestors() if ancestor in running)
     while running:
         leave(running[0])
     assert waiting == []
@@ -240,7 +240,7 @@ def test_whatever_comes_nobody_waits_for_ever_and_models_never_mix(policy: Switc
 
 
 async def test_a_cancel_anywhere_in_the_queue_makes_way() -> None:
-    admission = Admission("drain", "a")
+    admission = RunAdmission("drain", "a")
 
     async def scenario() -> None:
         first, second = run(), run("b")

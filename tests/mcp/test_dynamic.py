@@ -153,7 +153,7 @@ async def test_too_many_rounds_are_an_error_even_with_full(
 
 async def test_max_seconds_ends_a_run_whose_servers_are_still_starting(make_agent: MakeAgent) -> None:
     agent = make_agent({"a": {"hang": True}}, max_seconds=0.2)
-    with pytest.raises(RunIncompleteError, match="max_seconds or max_total_tokens were used up") as caught:
+    with pytest.raises(RunIncompleteError, match="max_seconds or max_total_tokens was used up") as caught:
         await agent.autonomous_with_mcp("a", "Go.")
     assert (caught.value.result.rounds, caught.value.result.stop_reason) == (0, "budget")
     events = [event async for event in await agent.autonomous_with_mcp("a", "Go.", stream=True)]

@@ -327,13 +327,14 @@ async def test_a_run_says_which_servers_were_missing(bridge: Bridge, scripted_se
         (
             {},
             [answer("Half an", finish_reason="length")],
-            "its last reply was cut, at max_tokens or the end of the context; raise max_tokens, or ask for less",
+            "its last reply was cut off at max_tokens or at the end of the context; raise max_tokens, or give it a smaller"
+            " task",
             [],
         ),
         (
             {"max_rounds": 2},
             [answer("Well,", tool_calls=[tool_call("count")])] * 2,
-            "it used up its rounds; raise max_rounds, or ask for less",
+            "it used up its rounds; raise max_rounds, or give it a smaller task",
             ["count, count"],
         ),
     ],

@@ -1,0 +1,73 @@
+"""What an agent needs of a client, as Protocols: the only things that it knows of the layer below.
+
+An agent could have named `LLMClient` itself. Protocols won because a run needs a single method of it, and because they
+make it possible to run an agent over another SDK, a cache, a recording, or a double in a test. `LLMClient` and
+`LLMClientPool` satisfy them without inheriting from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lmbridge.client.server_info import ServerInfo
+
+
+class ChunkStream(Protocol):
+    """The chunks of one chat completion, as an OpenAI-compatible server sends them.
+
+    Each chunk is a dict with `choices`, whose first entry has a `delta`. A `ChatStream` is one, and so is an async
+    generator of dicts.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Mapping[str, Any]]:
+        """Returns the iterator over the chunks. An error that ends the reply is raised by it."""
+        ...
+
+    async def aclose(self) -> None:
+        """Leaves the stream before its end, so that the server stops generating. It must be idempotent."""
+        ...
+
+
+class ChatClient(Protocol):
+    """A client that an agent can use, such as `LLMClient`.
+
+    A client that also has `server_info()` (see `ReportsServerInfo`) is asked for the context length of its models.
+    """
+
+    @property
+    def model(self) -> str | None:
+        """The model of runs that name none, or None if the server chooses it."""
+        ...
+
+    async def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None, stream: Literal[True], **params: Any
+    ) -> ChunkStream:
+        """Requests the next message of a conversation, and returns its chunks.
+
+        Args:
+            messages: The conversation. The list is the callee's; the messages in it must not be changed.
+            model: The model of the run, or None for the client's default.
+            stream: Always True: only a stream makes a server notice that its client has left.
+            **params: Further fields of the request: `max_tokens`, `stream_options`, and `tools` if there are any.
+        """
+        ...
+
+
+class ChatClientPool(Protocol):
+    """A pool that lends clients to an agent, such as `LLMClientPool`."""
+
+    def client(self, model: str | None = None) -> AbstractAsyncContextManager[ChatClient]:
+        """Lends a client for as long as the block is open. An agent opens one block for each generation."""
+        ...
+
+
+@runtime_checkable
+class ReportsServerInfo(Protocol):
+    """A client that can say what its server is and what its models can do."""
+
+    async def server_info(self) -> ServerInfo:
+        """Returns what is known of the server and its models."""
+        ...

@@ -1,0 +1,123 @@
+"""The tools of an agent and of its runs: fixed ones, providers, and tools that are opened for each run.
+
+Tools that need a connection or a process must exist for as long as a run, and must be released when it ends, also when
+it is cancelled. A callback at the start and another at the end would have to be paired by hand; an async context
+manager is the construct of the language for that, so `open_tools` is a function that returns one. The MCP layer uses
+the same door: nothing here knows of MCP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, TypeAlias, TypeGuard
+
+import attrs
+
+from lmbridge._checks import check_callable, check_instance
+from lmbridge.agent.tools import Tool, ToolProvider, as_tool
+from lmbridge.agent.toolset import Toolset
+from lmbridge.errors import LLMError, LLMValidationError, ToolError
+
+AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
+"""What `tools=` accepts: a `Tool`, a function, or an object with `async list_tools()`."""
+
+
+@attrs.frozen(kw_only=True)
+class RunInfo:
+    """What is known of a run when its tools are opened."""
+
+    run_id: str
+    """The id of the run: that of its handle, and of the `ToolContext` of its calls."""
+    model: str | None
+    """The model of the run; None if the server chooses it."""
+    context_length: int | None
+    """The tokens that fit into the model's context, the answer included; None if the server does not say."""
+
+
+@attrs.frozen(kw_only=True)
+class RunTools:
+    """The tools that `open_tools` gives to one run. They do not change until the run ends."""
+
+    tools: Sequence[AnyTool] = ()
+    """The tools, which are offered beside those of `tools=`."""
+    note: str = ""
+    """A text that is added to the leading system message, for example about tools that are missing. Default: none."""
+    errors: Mapping[str, Exception] = attrs.field(factory=dict)
+    """Sources of tools that failed, by name, where the run goes on without them. They become `RunResult.errors`."""
+
+
+OpenTools: TypeAlias = Callable[[RunInfo], AbstractAsyncContextManager[RunTools]]
+"""A function that is called when a run has been admitted. The context manager is left when the run ends."""
+
+
+@attrs.frozen
+class OpenedTools:
+    """The tools of a run that is in progress, ready to be offered to its model."""
+
+    toolset: Toolset
+    note: str = ""
+    errors: Mapping[str, Exception] = attrs.field(factory=dict)
+
+
+class ToolSources:
+    """The `tools` and `open_tools` of an agent or of a run.
+
+    Args:
+        tools: See `Agent`.
+        open_tools: See `Agent`.
+
+    Raises:
+        LLMValidationError: An entry cannot be a tool, two tools have the same name, or `open_tools` is not a function.
+    """
+
+    def __init__(self, tools: Sequence[AnyTool], open_tools: OpenTools | None) -> None:
+        if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+            raise LLMValidationError(
+                f"tools must be a list, not {type(tools).__name__}", hint="pass a list of functions, Tools or providers"
+            )
+        self.tools: list[Tool | ToolProvider] = []
+        for each in tools:
+            self.tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # not a provider
+        self.open_tools = check_callable("open_tools", open_tools, optional=True)
+        # Built once for all runs, and checked when the agent is created.
+        self._fixed = Toolset([each for each in self.tools if isinstance(each, Tool)])
+        self._is_fixed = open_tools is None and all(isinstance(each, Tool) for each in self.tools)
+
+    @asynccontextmanager
+    async def open(self, run: RunInfo) -> AsyncIterator[OpenedTools]:
+        """Yields the tools of a run; those that were opened for it are closed when the block is left.
+
+        Raises:
+            LLMValidationError: Two tools have the same name, or `open_tools` gave something else than `RunTools`.
+            ToolError: A provider or `open_tools` raised an error that is not an `LLMError`.
+        """
+        if self._is_fixed:
+            yield OpenedTools(self._fixed)
+            return
+        async with AsyncExitStack() as stack:
+            opened = await self._enter(stack, run)
+            toolset = await Toolset.collect([*self.tools, *opened.tools])
+            yield OpenedTools(toolset, opened.note, opened.errors)
+
+    async def _enter(self, stack: AsyncExitStack, run: RunInfo) -> RunTools:
+        if self.open_tools is None:
+            return RunTools()
+        try:
+            opened: RunTools = check_instance(
+                "the value of open_tools", await stack.enter_async_context(self.open_tools(run)), RunTools
+            )
+        except LLMError:
+            raise
+        except Exception as exc:
+            raise ToolError(
+                f"open_tools raised {type(exc).__name__}: {exc}",
+                exc,
+                hint="it must return an async context manager that yields RunTools",
+                context={"operation": "agent run", "model": run.model},
+            ) from exc
+        return opened
+
+
+def _is_provider(tool: AnyTool) -> TypeGuard[ToolProvider]:
+    return not isinstance(tool, Tool | type) and isinstance(tool, ToolProvider)
