@@ -22,7 +22,7 @@ that an exception carries, and "running" in that of a run that is still in progr
 ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
     "length": (
         "its last reply was cut off at max_tokens or at the end of the context",
-        "raise max_tokens, or give it a smaller task",
+        "raise max_tokens, or ask for less",
     ),
     "repetition": ("the model made the same call again and again", "describe the task in more detail"),
     "bad_calls": ("the model's calls could not be made", "offer fewer tools, or use another model"),

@@ -327,7 +327,7 @@ async def test_a_run_says_which_servers_were_missing(bridge: Bridge, scripted_se
         (
             {},
             [answer("Half an", finish_reason="length")],
-            "its last reply was cut off at max_tokens or at the end of the context; raise max_tokens, or give it a",
+            "its last reply was cut off at max_tokens or at the end of the context; raise max_tokens, or ask for less",
             [],
         ),
         (
