@@ -3,7 +3,8 @@
 The body of a reply decides, not its status alone: llama.cpp reports mistakes of the client with status 500, LM Studio
 reports errors with status 200, and every server words the same failure differently. So a body is first parsed into an
 `ErrorBody`, whatever its JSON looks like, and its message is then searched for the patterns below. They were all seen
-on real servers or in their issue trackers; `tests/client/test_failures.py` quotes each of them.
+on real servers or in their issue trackers. The tests quote each of them, in `tests/client/test_failures.py` or as a
+capture in `tests/data`.
 
 Deciding by texts is fragile. It is done because no field exists that all servers fill in, and so that an unknown text
 does no harm: the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.

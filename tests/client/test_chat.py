@@ -109,7 +109,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_retries": 1.5}, "max_retries must be .*, not 1.5"),
     ({"limits": 5}, "limits must be an instance of Limits or None, not 5"),
     ({"model_mismatch": "explode"}, "model_mismatch must be 'warn', 'raise' or 'ignore', not 'explode'"),
-    ({"ssl": False}, "ssl is False; give a SSLContext"),
+    ({"ssl": False}, "ssl must be an instance of SSLContext or None, not False"),
     ({"transport": Transport("http://x"), "api_base": ""}, "api_base cannot be combined with transport="),
     ({"transport": Transport("http://x"), "limits": Limits(), "api_key": "sk-1"}, "api_key and limits cannot be"),
 ]
