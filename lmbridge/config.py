@@ -72,8 +72,9 @@ class Limits:
     """The most models with generations in flight. Set it to the number of models that the server keeps loaded, so that
     no request makes it drop a model that is generating. None, the default, switches model scheduling off."""
     max_wait: float | None = _duration("Limits", 30.0)
-    """The seconds after which a request for a model that is not active becomes overdue: then an active model gets no
-    further requests until its place is free. With None, it waits until a place becomes free by itself."""
+    """The seconds that a request for a model that is not active waits before it is overdue. For an overdue request, the
+    model that has been active longest finishes its generations and makes room. With None, no request is ever overdue:
+    it waits until a model has nothing in flight by itself. Only used with `max_loaded_models`."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait for its admission. With None, it waits as long as it takes."""
 
