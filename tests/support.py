@@ -36,7 +36,7 @@ async def opened(client: LLMClient) -> ChatStream:
 
 
 def in_flight(client: LLMClient) -> int:
-    """Places that the client's transport has given."""
+    """Returns the number of permits that the transport of a client has handed out."""
     return client._server.transport.in_flight
 
 

@@ -1,4 +1,8 @@
-"""Doubles to test with: a scripted server on a real socket, and what it can be told to do.
+"""Doubles for tests: servers on a real socket that reply as a test has scripted them, and a transport without a socket.
+
+A mock of the client would be simpler, but it would leave out what goes wrong in practice: bytes that are cut anywhere,
+connections that break, clients that leave. So `ScriptedServer` speaks HTTP, and the real client is tested. Where a test
+is not about the connection, `MockTransport` replaces only the socket.
 
 Example::
 
@@ -9,27 +13,27 @@ Example::
         ...  # point a client at server.api_base
         assert [request.path for request in server.requests] == ["/v1/chat/completions"] * 2
 
-What it is to do with a request is any async function of an `Exchange`::
+A behaviour is any async function of an `Exchange`, so you can write your own::
 
     async def break_off(exchange: Exchange) -> None:
         await exchange.delta("Hel")
         exchange.reset()
 
-`OneModelServer` is one that holds a single model, and kills what it is generating for the sake of the next.
+`OneModelServer` holds a single model, and kills what it is generating when another model is asked for.
 
 `MockTransport` needs no socket: it calls a function for each request::
 
     client = LLMClient(transport=MockTransport(lambda request: {"choices": [{"message": {"content": "Hello"}}]}))
 
-`lmbridge.testing.fixtures` has the scripted server as a pytest fixture.
+`lmbridge.testing.fixtures` contains a pytest fixture with a `ScriptedServer`.
 """
 
 from lmbridge.testing.behaviours import answer, hang_up, raw, reply, reset, sse, stall
 from lmbridge.testing.exchange import Behaviour, Exchange
 from lmbridge.testing.mock_transport import MockRequest, MockResponse, MockTransport
-from lmbridge.testing.one_model import OneModelServer
-from lmbridge.testing.server import ScriptedServer
-from lmbridge.testing.wire import Request
+from lmbridge.testing.one_model_server import OneModelServer
+from lmbridge.testing.scripted_server import ScriptedServer
+from lmbridge.testing.wire import RecordedRequest
 
 __all__ = [
     "Behaviour",
@@ -38,7 +42,7 @@ __all__ = [
     "MockResponse",
     "MockTransport",
     "OneModelServer",
-    "Request",
+    "RecordedRequest",
     "ScriptedServer",
     "answer",
     "hang_up",

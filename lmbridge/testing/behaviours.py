@@ -1,4 +1,4 @@
-"""Ready-made behaviours: functions that return what a `ScriptedServer` is to do with a request."""
+"""Ready-made behaviours: functions that return what a `ScriptedServer` does with a request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import attrs
 
 from lmbridge.testing import wire
 from lmbridge.testing.completions import completion, completion_chunk, usage_chunk
-from lmbridge.testing.exchange import Behaviour, Exchange, event
+from lmbridge.testing.exchange import Behaviour, Exchange, encode_event
 
-_FRAGMENT = 8  # characters of a tool call's arguments in one delta
+# The number of characters of the arguments of a tool call that one delta carries.
+_FRAGMENT_LENGTH = 8
 
 
 def answer(
@@ -29,29 +30,29 @@ def answer(
     pace: float = 0.0,
     extra: Mapping[str, Any] | None = None,
 ) -> Behaviour:
-    """Answer as a chat completion: a plain one, or a stream if the request has `"stream": true`.
+    """Replies with a chat completion: a plain one, or a stream if the request has `"stream": true`.
 
-    A stream is shaped like llama.cpp's: a chunk with the role, the reasoning, the content, the tool calls (their
-    arguments in fragments), the finish reason with an empty delta, the usage in a chunk without choices if the
-    request's `stream_options` ask for it, and `[DONE]`.
+    A stream has the form of llama.cpp's: a chunk with the role, the reasoning, the content, the tool calls with their
+    arguments in fragments, the finish reason with an empty delta, the usage in a chunk without choices if the
+    `stream_options` of the request ask for it, and `[DONE]`.
 
     Args:
-        text: The content.
-        chunks: The content as a stream has it; by default `text`, a word a chunk.
-        model: The model that says it answers, if another than the request's.
-        finish_reason: None for a reply that never names one. By default "tool_calls" with tool calls, and "stop"
-            without.
-        usage: By default a token for the prompt and one for each chunk of content.
-        tool_calls: As in a message: `{"id", "type", "function": {"name", "arguments"}}`.
-        reasoning: For `reasoning_content`.
-        gate: Awaited after the first chunk of content (or before the end, if there is none), and before a plain
-            reply: lets a test hold the stream open.
-        pace: Seconds before each chunk of content; a plain reply takes as long as all of them.
-        extra: More fields for the completion, or for each chunk.
+        text: The content of the answer.
+        chunks: The content as a stream is to send it. Default: one chunk for each word of `text`.
+        model: The name of the model that the reply contains. Default: the model of the request.
+        finish_reason: The finish reason; None for a reply that never has one. Default: "tool_calls" if there are tool
+            calls, otherwise "stop".
+        usage: The token usage. Default: one token for the prompt, and one for each chunk of content.
+        tool_calls: The tool calls, as a message has them: `{"id", "type", "function": {"name", "arguments"}}`.
+        reasoning: The text of `reasoning_content`. Default: the reply has none.
+        gate: An event that lets a test hold the reply back. It is awaited after the first chunk of content (before the
+            finish reason if there is no content), and before a plain reply.
+        pace: The seconds to wait before each chunk of content. A plain reply takes as long as all of them together.
+        extra: Further fields for the completion, or for each chunk.
     """
     return _Answer(
         text=text,
-        chunks=_words(text) if chunks is None else list(chunks),
+        chunks=_split_words(text) if chunks is None else list(chunks),
         model=model,
         finish_reason=("tool_calls" if tool_calls else "stop") if finish_reason == "" else finish_reason,
         usage=usage,
@@ -79,35 +80,35 @@ class _Answer:
     async def __call__(self, exchange: Exchange) -> None:
         model = exchange.model if self.model is None else self.model
         if exchange.request.fields.get("stream"):
-            await self._stream(exchange, model)
+            await self._send_stream(exchange, model)
         else:
-            await self._whole(exchange, model)
+            await self._send_whole(exchange, model)
 
-    async def _whole(self, exchange: Exchange, model: str) -> None:
+    async def _send_whole(self, exchange: Exchange, model: str) -> None:
         message: dict[str, Any] = {"content": self.text}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
         body = completion(exchange.reply_id, model, message, finish_reason=self.finish_reason, usage=self._usage())
-        await self._hold()
-        await self._pace(len(self.chunks))
+        await self._wait_for_gate()
+        await self._sleep_for(len(self.chunks))
         await reply(200, body | self.extra)(exchange)
 
-    async def _stream(self, exchange: Exchange, model: str) -> None:
-        held = False
+    async def _send_stream(self, exchange: Exchange, model: str) -> None:
+        gate_passed = False
         for delta in self._deltas():
-            speaks = delta.get("content") is not None
-            await self._pace(speaks)
+            has_content = delta.get("content") is not None
+            await self._sleep_for(has_content)
             await exchange.chunk(completion_chunk(exchange.reply_id, model, delta) | self.extra)
-            if speaks and not held:
-                held = True
-                await self._hold()
-        if not held:
-            await self._hold()
-        await self._finish(exchange, model)
+            if has_content and not gate_passed:
+                gate_passed = True
+                await self._wait_for_gate()
+        if not gate_passed:
+            await self._wait_for_gate()
+        await self._send_end(exchange, model)
 
-    async def _finish(self, exchange: Exchange, model: str) -> None:
+    async def _send_end(self, exchange: Exchange, model: str) -> None:
         if self.finish_reason is not None:
             last = completion_chunk(exchange.reply_id, model, {}, finish_reason=self.finish_reason)
             await exchange.chunk(last | self.extra)
@@ -119,7 +120,7 @@ class _Answer:
 
     def _deltas(self) -> Iterator[dict[str, Any]]:
         yield {"role": "assistant", "content": None}
-        for piece in _words(self.reasoning or ""):
+        for piece in _split_words(self.reasoning or ""):
             yield {"reasoning_content": piece}
         for piece in self.chunks:
             yield {"content": piece}
@@ -133,27 +134,27 @@ class _Answer:
         tokens = len(self.chunks)
         return {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
 
-    async def _pace(self, chunks: int) -> None:
+    async def _sleep_for(self, chunks: int) -> None:
         if self.pace and chunks:
             await asyncio.sleep(self.pace * chunks)
 
-    async def _hold(self) -> None:
+    async def _wait_for_gate(self) -> None:
         if self.gate is not None:
             await self.gate.wait()
 
 
-def _words(text: str) -> list[str]:
-    """The words of a text, each with the space before it."""
+def _split_words(text: str) -> list[str]:
+    """Splits a text into its words, each with the space before it."""
     return re.findall(r"\s*\S+|\s+", text)
 
 
 def _call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A tool call as a stream has it: the name first, then only fragments of the arguments."""
+    """Yields a tool call as a stream sends it: the name first, and then only fragments of the arguments."""
     function = call.get("function") or {}
     arguments = function.get("arguments") or ""
     yield {"index": index, **call, "function": {**function, "arguments": ""}}
-    for start in range(0, len(arguments), _FRAGMENT):
-        yield {"index": index, "function": {"arguments": arguments[start : start + _FRAGMENT]}}
+    for start in range(0, len(arguments), _FRAGMENT_LENGTH):
+        yield {"index": index, "function": {"arguments": arguments[start : start + _FRAGMENT_LENGTH]}}
 
 
 def reply(
@@ -162,25 +163,25 @@ def reply(
     headers: Mapping[str, str] | None = None,
     content_type: str | None = None,
 ) -> Behaviour:
-    """Answer with a whole response that has a Content-Length.
+    """Replies with a whole response that has a Content-Length.
 
     Args:
         status: The HTTP status.
-        body: The body; a mapping or a sequence goes as JSON.
-        headers: More header fields; they replace those of the same name that would be sent without them.
-        content_type: By default what fits the type of `body`.
+        body: The body. A mapping or a sequence is sent as JSON.
+        headers: Further header fields. They replace default ones of the same name.
+        content_type: The Content-Type. Default: the one that fits the type of `body`.
     """
     if isinstance(body, str):
-        data, fitting = body.encode(), "text/plain; charset=utf-8"
+        data, default_type = body.encode(), "text/plain; charset=utf-8"
     elif isinstance(body, bytes):
-        data, fitting = body, "application/octet-stream"
+        data, default_type = body, "application/octet-stream"
     else:
-        data, fitting = wire.to_json(body), "application/json"
+        data, default_type = wire.to_json(body), "application/json"
 
     async def behave(exchange: Exchange) -> None:
         length = {} if wire.has_no_body("", status) else {"Content-Length": str(len(data))}
         await exchange.start(
-            status, wire.with_own(length, headers), content_type=content_type or fitting, chunked=False
+            status, wire.override_fields(length, headers), content_type=content_type or default_type, chunked=False
         )
         await exchange.send(data)
         await exchange.end()
@@ -195,20 +196,20 @@ def sse(
     done: bool = False,
     end: bool = True,
 ) -> Behaviour:
-    """Answer with a stream of events, each in an HTTP chunk of its own.
+    """Replies with a stream of events, each in a separate HTTP chunk.
 
     Args:
-        *events: A mapping goes as `data: ` and its JSON; text and bytes go as they are, with no `data: ` or empty
-            line of ours, so that they can be any part of an event.
+        *events: The events. A mapping is sent as `data: ` and its JSON. Text and bytes are sent unchanged, without a
+            `data: ` or an empty line that you have not written, so that they can be any part of an event.
         content_type: The Content-Type.
         status: The HTTP status.
-        done: Whether `data: [DONE]` follows.
-        end: Whether the body ends properly. Otherwise the server hangs up in the middle of it.
+        done: Whether `data: [DONE]` follows the events.
+        end: Whether the body is ended properly. If not, the server hangs up in the middle of it.
     """
 
     async def behave(exchange: Exchange) -> None:
         await exchange.start(status, content_type=content_type)
-        await _send(exchange, events)
+        await _send_events(exchange, events)
         if done:
             await exchange.done()
         if end:
@@ -219,16 +220,16 @@ def sse(
     return behave
 
 
-async def _send(exchange: Exchange, events: Sequence[Mapping[str, Any] | str | bytes]) -> None:
+async def _send_events(exchange: Exchange, events: Sequence[Mapping[str, Any] | str | bytes]) -> None:
     for item in events:
         if isinstance(item, Mapping):
-            await exchange.send(event(item))
+            await exchange.send(encode_event(item))
         else:
             await exchange.send(item.encode() if isinstance(item, str) else item)
 
 
 def raw(*pieces: bytes) -> Behaviour:
-    """Send bytes as they are, the status line included, each in a packet of its own; then FIN."""
+    """Sends pieces of a reply unchanged, status line included, each in a separate packet, and then hangs up."""
 
     async def behave(exchange: Exchange) -> None:
         for piece in pieces:
@@ -239,24 +240,24 @@ def raw(*pieces: bytes) -> Behaviour:
 
 
 def stall(after: Sequence[Mapping[str, Any] | str | bytes] = ()) -> Behaviour:
-    """Answer nothing more until the client leaves.
+    """Sends nothing more until the client leaves.
 
     Args:
-        after: Events to send first, as `sse` takes them. Without any there is not even a head; `after=("",)` is a
-            head alone.
+        after: Events to send first, in the form that `sse` takes. Without any, not even the head is sent; `after=("",)`
+            sends only the head.
     """
 
     async def behave(exchange: Exchange) -> None:
         if after:
             await exchange.start()
-            await _send(exchange, after)
+            await _send_events(exchange, after)
         await exchange.client_left()
 
     return behave
 
 
 def reset() -> Behaviour:
-    """Read the request, then break the connection with a RST."""
+    """Reads the request, and then breaks the connection with a RST."""
 
     async def behave(exchange: Exchange) -> None:
         exchange.reset()
@@ -265,7 +266,7 @@ def reset() -> Behaviour:
 
 
 def hang_up() -> Behaviour:
-    """Read the request, then close the connection without an answer."""
+    """Reads the request, and then closes the connection without a reply."""
 
     async def behave(exchange: Exchange) -> None:
         exchange.hang_up()

@@ -1,11 +1,12 @@
-"""The shapes of OpenAI's chat completions, as plain dicts."""
+"""Replies in the form of OpenAI's API, as plain dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-CREATED: Final = 1_767_225_600  # 2026-01-01: the same in every run
+CREATED: Final = 1_767_225_600
+"""The time of every reply, 2026-01-01, so that replies are the same in every run."""
 
 
 def completion(
@@ -16,7 +17,7 @@ def completion(
     finish_reason: str | None,
     usage: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A whole reply."""
+    """Returns a whole chat completion."""
     choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": finish_reason}
     return {**_head(reply_id, model, "chat.completion"), "choices": [choice], "usage": dict(usage)}
 
@@ -24,24 +25,24 @@ def completion(
 def completion_chunk(
     reply_id: str, model: str, delta: Mapping[str, Any], *, finish_reason: str | None = None
 ) -> dict[str, Any]:
-    """One chunk of a stream."""
+    """Returns one chunk of a streamed chat completion."""
     choice = {"index": 0, "delta": dict(delta), "finish_reason": finish_reason}
     return {**_head(reply_id, model, "chat.completion.chunk"), "choices": [choice]}
 
 
 def usage_chunk(reply_id: str, model: str, usage: Mapping[str, Any]) -> dict[str, Any]:
-    """The chunk that ends a stream whose request has `stream_options.include_usage`: it has no choices."""
+    """Returns the chunk without choices that ends a stream if the request has `stream_options.include_usage`."""
     return {**_head(reply_id, model, "chat.completion.chunk"), "choices": [], "usage": dict(usage)}
 
 
 def model_list(models: list[str]) -> dict[str, Any]:
-    """What `GET /v1/models` answers."""
+    """Returns the reply to `GET /v1/models`."""
     data = [{"id": model, "object": "model", "owned_by": "lmbridge.testing"} for model in models]
     return {"object": "list", "data": data}
 
 
-def error(message: str, kind: str) -> dict[str, Any]:
-    """The body of a reply that says no."""
+def error_body(message: str, kind: str) -> dict[str, Any]:
+    """Returns the body of an error."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -1,4 +1,4 @@
-"""One client's socket: requests in, bytes out, and when the client left."""
+"""One connection of a client: it receives requests, sends bytes, and notices when the client leaves."""
 
 from __future__ import annotations
 
@@ -9,49 +9,60 @@ import struct
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
 
-from lmbridge.testing.wire import Request, RequestParser
+from lmbridge.testing.wire import RecordedRequest, RequestParser
 
+# With this option set, closing a socket sends a RST.
 _NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
-class Bell:
-    """Wakes everyone who waits for something to change."""
+class ChangeNotifier:
+    """Wakes all tasks that wait for something to change.
+
+    `asyncio.Condition` does the same for code that can await its lock. Most changes here are noticed in callbacks.
+    """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def ring(self) -> None:
-        """Something changed."""
+    def notify(self) -> None:
+        """Wakes all waiting tasks."""
         self._event.set()
         self._event = asyncio.Event()
 
-    async def rung(self) -> None:
-        """Return at the next ring."""
+    async def wait(self) -> None:
+        """Waits for the next change."""
         await self._event.wait()
 
     async def wait_until(self, condition: Callable[[], object]) -> None:
-        """Return as soon as the condition holds; it is looked at again at each ring."""
+        """Waits until a condition holds. It is evaluated now and at each change."""
         while not condition():
-            await self.rung()
+            await self.wait()
 
 
 class Connection(asyncio.Protocol):
-    """A connection and the one task that serves it.
+    """A connection and the task that serves it.
 
-    A protocol and not a pair of streams, since it has to see the client leave while a behaviour waits for something
-    else, and must not take the bytes of a pipelined request for that.
+    It is an asyncio protocol and not a pair of streams, because it has to notice that the client leaves while a
+    behaviour waits for something else, and must not mistake the bytes of a pipelined request for that.
 
     Args:
-        number: Which connection of its server this is; the first is 1.
-        serve: Started as a task once the socket is there.
-        changed: Called after everything that happens on the socket.
+        number: The number of the connection among those of its server. The first is 1.
+        serve: The function that serves the connection. It is started as a task when the socket is connected.
+        on_change: A function that is called after everything that happens on the socket.
+
+    Attributes:
+        served: The number of requests that have been served.
+        busy: Whether a request is being served.
+        left: Whether the client closed the connection, or broke it, before the server did.
+        hung_up: Whether the server closed the connection.
+        lost: Whether the socket is closed.
     """
 
     def __init__(
         self,
         number: int,
         serve: Callable[[Connection], Coroutine[Any, Any, None]],
-        changed: Callable[[], None],
+        on_change: Callable[[], None],
     ) -> None:
         self.number = number
         self.served = 0
@@ -61,8 +72,8 @@ class Connection(asyncio.Protocol):
         self.lost = False
         self.task: asyncio.Task[None] | None = None
         self._serve = serve
-        self._changed = changed
-        self._bell = Bell()
+        self._on_change = on_change
+        self._changes = ChangeNotifier()
         self._parser = RequestParser(number)
         self._transport: asyncio.Transport | None = None
         self._unsent = False
@@ -70,81 +81,81 @@ class Connection(asyncio.Protocol):
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can be sent: the client left, or the server hung up."""
+        """Whether nothing more can be sent, because the client left or the server hung up."""
         return self.left or self.hung_up
 
     @property
     def cancelled(self) -> bool:
-        """Whether the task was cancelled: because the client left, or the server is being closed."""
+        """Whether the task was cancelled, because the client left or the server is being closed."""
         return self.task is not None and self.task.cancelling() > 0
 
     @property
     def sent(self) -> bool:
-        """Whether all that was written is with the kernel."""
+        """Whether the kernel has taken all bytes that were written."""
         return not self._unsent
 
-    async def next_request(self) -> Request | None:
-        """The next request, or None once the connection is over.
+    async def next_request(self) -> RecordedRequest | None:
+        """Waits for the next request. Returns None if the connection is closed before one has arrived.
 
         Raises:
-            BadRequest: The client sent something else.
+            BadRequest: If the client sent something that is not a request.
         """
         while not self.over:
             if (request := self._parser.next_request()) is not None:
                 return request
-            await self._bell.rung()
+            await self._changes.wait()
         return None
 
     async def write(self, data: bytes) -> None:
-        """Send bytes as a packet of their own, once those before them are sent.
+        """Sends bytes in a separate packet, after the bytes before them have been sent.
 
         Raises:
-            ConnectionResetError: The client has left.
-            RuntimeError: The server has hung up.
+            ConnectionResetError: If the client has left.
+            RuntimeError: If the server has hung up.
         """
-        # In one turn the loop sees what was sent before, in the next a client in this loop reads it: so it gets each
-        # piece by itself. Before the write and not after it, so that nothing comes between the last bytes of a reply
-        # and the note that it is whole.
+        # In the first turn the loop notices what was sent before, and in the second a client in the same loop reads it.
+        # So the client gets each piece separately. This happens before the write and not after it, so that nothing can
+        # come between the last bytes of a reply and the note that the reply is complete.
         for _ in range(2):
             await asyncio.sleep(0)
         await self.flush()
         if self.left:
             raise ConnectionResetError("the client has left")
         if self.hung_up or self._transport is None:
-            raise RuntimeError("the connection was closed by the script before")
+            raise RuntimeError("cannot send: the behaviour has closed the connection before")
         self._transport.write(data)
-        self._ring()
+        self._notify()
 
     async def flush(self) -> None:
-        """Return once all that was written is sent, or can no longer be."""
-        await self._bell.wait_until(lambda: self.sent or self.left or self.lost)
+        """Waits until all bytes that were written have been sent, or can no longer be sent."""
+        await self._changes.wait_until(lambda: self.sent or self.left or self.lost)
 
     async def client_left(self) -> None:
-        """Return once the client has closed the connection; who awaits this is not cancelled by it."""
+        """Waits until the client has closed the connection. The task is not cancelled for that while it waits here."""
         self._watchers += 1
         try:
-            await self._bell.wait_until(lambda: self.left or self.lost)
+            await self._changes.wait_until(lambda: self.left or self.lost)
         finally:
             self._watchers -= 1
 
     def hang_up(self) -> None:
-        """FIN, after what was written."""
+        """Closes the connection with a FIN after the bytes that were written."""
         if not self.over and self._transport is not None:
             self.hung_up = True
             self._transport.close()
-            self._ring()
+            self._notify()
 
     def reset(self) -> None:
-        """RST, at once."""
+        """Breaks the connection with a RST at once."""
         if not self.over and self._transport is not None:
             self.hung_up = True
             linger = self._transport.get_extra_info("socket").setsockopt
             linger(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self._transport.abort()
-            self._ring()
+            self._notify()
 
     def abandon(self) -> None:
-        """Close the socket and cancel the task, whatever they are at."""
+        """Closes the socket and cancels the task, whatever they are doing."""
         self.hung_up = True
         if self._transport is not None and not self.lost:
             self._transport.abort()
@@ -152,51 +163,53 @@ class Connection(asyncio.Protocol):
             self.task.cancel()
 
     async def wait_closed(self) -> None:
-        """Return once the socket is closed."""
-        await self._bell.wait_until(lambda: self.lost)
+        """Waits until the socket is closed."""
+        await self._changes.wait_until(lambda: self.lost)
 
-    # What asyncio calls. It has set TCP_NODELAY by then (see `loop.create_server`).
+    # Methods of asyncio.Protocol. asyncio has set TCP_NODELAY on the socket.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start to serve."""
+        """Starts the task that serves the connection."""
         self._transport = cast(asyncio.Transport, transport)
-        if self.hung_up:  # the server was closed between accept and here
+        # The server may have been closed after the connection was accepted.
+        if self.hung_up:
             self._transport.abort()
             return
-        self._transport.set_write_buffer_limits(high=0)  # so that a pause is: not all of it is sent
+        # With this limit, asyncio pauses writing as soon as not all bytes have been sent.
+        self._transport.set_write_buffer_limits(high=0)
         self.task = asyncio.get_running_loop().create_task(self._serve(self))
-        self._ring()
+        self._notify()
 
     def data_received(self, data: bytes) -> None:
-        """Keep it for `next_request`."""
+        """Passes the bytes to the parser."""
         self._parser.feed(data)
-        self._ring()
+        self._notify()
 
     def eof_received(self) -> None:
-        """Take it for leaving, as the servers do; the transport closes itself."""
-        self._leave()
+        """Notes that the client has left, as real servers do on half a close. The transport closes itself."""
+        self._note_client_left()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
-        """Note that the socket is closed."""
+        """Notes that the socket is closed."""
         self.lost = True
-        self._leave()
+        self._note_client_left()
 
     def pause_writing(self) -> None:
-        """Note that bytes wait for the client to read."""
+        """Notes that bytes wait for the client to read."""
         self._unsent = True
 
     def resume_writing(self) -> None:
-        """Note that none do."""
+        """Notes that all bytes have been sent."""
         self._unsent = False
-        self._ring()
+        self._notify()
 
-    def _leave(self) -> None:
+    def _note_client_left(self) -> None:
         if not self.over:
             self.left = True
             if self.busy and not self._watchers and self.task is not None:
                 self.task.cancel()
-        self._ring()
+        self._notify()
 
-    def _ring(self) -> None:
-        self._bell.ring()
-        self._changed()
+    def _notify(self) -> None:
+        self._changes.notify()
+        self._on_change()

@@ -1,4 +1,4 @@
-"""One request and the means to answer it: what a behaviour is given."""
+"""`Exchange`: a request and the means to reply to it, which is the argument of every behaviour."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, TypeAlias
 from lmbridge.testing import wire
 from lmbridge.testing.completions import completion_chunk
 from lmbridge.testing.connection import Connection
-from lmbridge.testing.wire import Request
+from lmbridge.testing.wire import RecordedRequest
 
 
 class Exchange:
-    """A request and its reply, byte by byte.
+    """A request, and methods that send the reply byte by byte.
 
-    What is sent goes to the socket at once, as a packet of its own. A behaviour that returns after `start` without
-    `end`, `reset` or `hang_up` has its body ended properly. One that waits or sends when the client leaves is
-    cancelled there, unless it awaits `client_left`.
+    Everything is sent to the socket at once, in a separate packet. If a behaviour returns after `start` without `end`,
+    `reset` or `hang_up`, the body is ended properly. If the client leaves while a behaviour waits or sends, the
+    behaviour is cancelled there, unless it awaits `client_left`.
 
     Attributes:
-        request: What is to be answered.
-        reply_id: The `id` for the completion.
-        model: The model that the request asks for, or else the server's first.
-        started: Something was sent.
-        streamed: The body goes in chunks.
-        ended: Nothing more is to be sent.
-        closes: The connection ends with the reply: its head says so, or nothing else ends the body.
+        request: The request.
+        reply_id: The `id` of the completion.
+        model: The model that the request asks for, or the first model of the server if it names none.
+        started: Whether something has been sent.
+        streamed: Whether the body is sent in chunks.
+        ended: Whether the reply is complete, or was broken off by the behaviour.
+        closes: Whether the connection ends with the reply, because its head says so or because only that ends its body.
     """
 
     def __init__(
         self,
-        request: Request,
+        request: RecordedRequest,
         connection: Connection,
         *,
         reply_id: str,
@@ -43,7 +43,7 @@ class Exchange:
         self.started = self.streamed = self.ended = self.closes = False
         self._connection = connection
         self._advertise = advertise
-        self._bare = False
+        self._has_no_body = False
 
     async def start(
         self,
@@ -53,26 +53,26 @@ class Exchange:
         content_type: str | None = "text/event-stream",
         chunked: bool = True,
     ) -> None:
-        """Send the head.
+        """Sends the head of the reply.
 
         Args:
             status: The HTTP status.
-            headers: More header fields; they replace those of the same name that would be sent without them.
-            content_type: The Content-Type, or None for none.
-            chunked: Whether the body goes in chunks. Otherwise it is as long as a Content-Length in `headers` says,
-                or, without one, ends with the connection.
+            headers: Further header fields. They replace default ones of the same name.
+            content_type: The Content-Type; None sends none.
+            chunked: Whether the body is sent in chunks. If not, a Content-Length in `headers` has to give its length,
+                or it ends with the connection.
         """
         if self.started:
-            raise RuntimeError("the reply was started before")
-        self._bare = wire.has_no_body(self.request.method, status)
-        self.streamed = chunked and not self._bare
-        fields = wire.with_own(self._usual(content_type), headers)
-        told = wire.Headers(fields.items())
-        delimited = self.streamed or self._bare or "Content-Length" in told
-        self.closes = not delimited or "close" in told.get("Connection", "").lower()
-        await self._write(wire.head(status, fields))
+            raise RuntimeError("start() was called twice, or after the reply was started by another method")
+        self._has_no_body = wire.has_no_body(self.request.method, status)
+        self.streamed = chunked and not self._has_no_body
+        fields = wire.override_fields(self._default_fields(content_type), headers)
+        sent = wire.Headers(fields.items())
+        delimited = self.streamed or self._has_no_body or "Content-Length" in sent
+        self.closes = not delimited or "close" in sent.get("Connection", "").lower()
+        await self._write(wire.encode_head(status, fields))
 
-    def _usual(self, content_type: str | None) -> dict[str, str]:
+    def _default_fields(self, content_type: str | None) -> dict[str, str]:
         fields = dict(self._advertise)
         if content_type is not None:
             fields["Content-Type"] = content_type
@@ -81,21 +81,22 @@ class Exchange:
         return fields
 
     async def send(self, data: bytes) -> None:
-        """Send bytes of the body: a chunk of their own if it goes in chunks."""
+        """Sends bytes of the body, in a separate chunk if the body is sent in chunks."""
         if not self.started:
-            raise RuntimeError("send() before start()")
-        if data and not self._bare:  # an empty chunk would end the body
-            await self._write(wire.chunk(data) if self.streamed else data)
+            raise RuntimeError("send() was called before start()")
+        # An empty chunk would end the body.
+        if data and not self._has_no_body:
+            await self._write(wire.encode_chunk(data) if self.streamed else data)
 
     async def chunk(self, payload: Mapping[str, Any] | bytes | str) -> None:
-        """Send one event, `data: ...` and an empty line; starts a 200 event stream if nothing was sent before.
+        """Sends one event: `data: ...` and an empty line. It starts an event stream if nothing was sent before.
 
         Args:
-            payload: What follows `data: `; a mapping as JSON.
+            payload: The data of the event. A mapping is sent as JSON.
         """
         if not self.started:
             await self.start()
-        await self.send(event(payload))
+        await self.send(encode_event(payload))
 
     async def delta(
         self,
@@ -105,13 +106,13 @@ class Exchange:
         model: str | None = None,
         **delta: Any,
     ) -> None:
-        """Send one chat.completion.chunk in OpenAI's shape.
+        """Sends one `chat.completion.chunk` in the form of OpenAI's API.
 
         Args:
-            content: The delta's content; None leaves it out.
-            finish_reason: The choice's.
-            model: The chunk's model, if it is to be another than `self.model`.
-            **delta: More of the delta, such as `role`, `tool_calls` or `reasoning_content`.
+            content: The content of the delta. None leaves it out.
+            finish_reason: The finish reason of the choice.
+            model: The model that the chunk names. Default: `self.model`.
+            **delta: Further fields of the delta, such as `role`, `tool_calls` or `reasoning_content`.
         """
         if content is not None:
             delta["content"] = content
@@ -119,54 +120,55 @@ class Exchange:
         await self.chunk(completion_chunk(self.reply_id, model, delta, finish_reason=finish_reason))
 
     async def done(self) -> None:
-        """Send `data: [DONE]`."""
+        """Sends `data: [DONE]`."""
         await self.chunk("[DONE]")
 
     async def end(self) -> None:
-        """End the body properly. The connection stays open for the next request."""
+        """Ends the body properly. The connection stays open for the next request."""
         if self.ended:
             return
         if not self.started:
-            raise RuntimeError("no reply was started that could end")
+            raise RuntimeError("the behaviour sent no reply")
         if self.streamed:
-            await self._write(wire.chunk(b""))
+            await self._write(wire.encode_chunk(b""))
         self.ended = True
 
     async def raw(self, data: bytes) -> None:
-        """Send bytes as they are, without any framing."""
+        """Sends bytes unchanged, without any framing."""
         await self._write(data)
 
     def reset(self) -> None:
-        """Break the connection with a RST."""
+        """Breaks the connection with a RST."""
         self.ended = self.ended or not self._connection.over
         self._connection.reset()
 
     def hang_up(self) -> None:
-        """Close the connection with a FIN, whatever was announced."""
+        """Closes the connection with a FIN, even if the body is not complete."""
         self.ended = self.ended or not self._connection.over
         self._connection.hang_up()
 
     async def client_left(self) -> None:
-        """Return once the client has closed the connection (half of it is enough).
+        """Waits until the client has closed the connection, or its half of it.
 
-        The request counts as aborted then. What is sent later fails with a `ConnectionResetError`, which is no
-        failure of the behaviour.
+        Then the request counts as aborted. Sending anything later raises a `ConnectionResetError`, which does not count
+        as an error of the behaviour.
         """
         await self._connection.client_left()
 
     async def _write(self, data: bytes) -> None:
         if self.ended:
-            raise RuntimeError("the reply has ended")
+            raise RuntimeError("the reply has already ended")
         await self._connection.write(data)
-        self.started = True  # not before: a behaviour that was cancelled there has sent nothing
+        # It is set only now, because a behaviour that was cancelled while it waited to write has sent nothing.
+        self.started = True
 
 
 Behaviour: TypeAlias = Callable[[Exchange], Awaitable[None]]
-"""What to do with a request; an async function is one."""
+"""An async function that replies to a request."""
 
 
-def event(payload: Mapping[str, Any] | bytes | str) -> bytes:
-    """One event of a stream."""
+def encode_event(payload: Mapping[str, Any] | bytes | str) -> bytes:
+    """Returns one event of an event stream as bytes."""
     if isinstance(payload, Mapping):
         payload = wire.to_json(payload)
     return b"data: %b\n\n" % (payload.encode() if isinstance(payload, str) else payload)

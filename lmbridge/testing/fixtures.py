@@ -1,4 +1,4 @@
-"""pytest fixtures; take them with `pytest_plugins = ["lmbridge.testing.fixtures"]` in the top `conftest.py`."""
+"""Fixtures for pytest. Put `pytest_plugins = ["lmbridge.testing.fixtures"]` into the top-level `conftest.py`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ except ImportError as error:
         "lmbridge.testing.fixtures needs pytest and pytest-asyncio: pip install pytest pytest-asyncio"
     ) from error
 
-from lmbridge.testing.server import ScriptedServer
+from lmbridge.testing.scripted_server import ScriptedServer
 
 
 @pytest_asyncio.fixture
 async def scripted_server() -> AsyncIterator[ScriptedServer]:
-    """A running `ScriptedServer`; what its behaviours raised fails the test."""
+    """Yields a running `ScriptedServer`. If one of its behaviours raises an exception, the test fails."""
     async with ScriptedServer() as server:
         yield server

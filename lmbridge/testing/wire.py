@@ -1,4 +1,8 @@
-"""HTTP/1.1 as far as a test double needs it, without a socket: bytes to requests, replies to bytes (RFC 9112)."""
+"""HTTP/1.1 as far as a test double needs it, without a socket: parses requests and encodes replies (RFC 9112).
+
+The double does not use an HTTP library, because such a library would refuse to send what tests have to send: replies
+that break off, wrong lengths, and heads that are not valid.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,16 @@ import msgspec
 
 MAX_HEAD: Final = 256 * 1024
 MAX_BODY: Final = 256 * 1024 * 1024
-_DIGITS: Final = re.compile(r"[0-9A-Fa-f]+")  # int() takes signs, prefixes and underscores as well
+# int() would accept signs, prefixes and underscores as well.
+_DIGITS: Final = re.compile(r"[0-9A-Fa-f]+")
 
 
 class BadRequest(ValueError):  # noqa: N818 - the name of the status that answers it
-    """What arrived is no HTTP/1.1 request."""
+    """The bytes that arrived are not an HTTP/1.1 request."""
 
 
 class Headers(Mapping[str, str]):
-    """Header fields by name, in any case; fields of one name are joined by a comma (RFC 9110, 5.3)."""
+    """Header fields by name, in any case. Fields of the same name are joined by a comma (RFC 9110, 5.3)."""
 
     def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
         self._fields: dict[str, str] = {}
@@ -46,24 +51,24 @@ class Headers(Mapping[str, str]):
 
 
 @attrs.define(eq=False, kw_only=True)
-class Request:
-    """A request as it arrived, and what became of it."""
+class RecordedRequest:
+    """A request as it arrived at a `ScriptedServer`, and how it ended."""
 
     method: str
     path: str
-    """As on the wire, percent-encoded, without the query."""
+    """The path as it was sent, percent-encoded, without the query."""
     query: str = ""
     version: str = "HTTP/1.1"
     headers: Headers = attrs.field(factory=Headers, repr=False)
     body: bytes = attrs.field(default=b"", repr=False)
     connection: int = 1
-    """The number of the connection that it came on; the first is 1."""
+    """The number of the connection on which the request arrived. The first is 1."""
     aborted: bool = False
-    """The client left before the reply was whole."""
+    """Whether the client left before the reply was complete."""
     finished: bool = False
-    """All of the reply was sent; of one that is cut on purpose, all there was to be."""
+    """Whether the whole reply was sent, up to the point where the behaviour broke it off, if it did."""
     refused: bool = False
-    """Closed without a byte of reply, as `ScriptedServer.hang_up_reused` asked for."""
+    """Whether the connection was closed without a reply, because of `ScriptedServer.hang_up_reused`."""
 
     def __str__(self) -> str:
         state = next((name for name in ("aborted", "finished", "refused") if getattr(self, name)), "unfinished")
@@ -71,16 +76,16 @@ class Request:
 
     @cached_property
     def json(self) -> Any:
-        """The body, parsed.
+        """The parsed body.
 
         Raises:
-            msgspec.DecodeError: It is no JSON.
+            msgspec.DecodeError: If the body is not JSON.
         """
         return msgspec.json.decode(self.body)
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The body's JSON object; empty if the body is anything else."""
+        """The JSON object in the body, or an empty dict if the body is anything else."""
         try:
             parsed = self.json
         except msgspec.DecodeError:
@@ -89,47 +94,48 @@ class Request:
 
     @property
     def asks_to_close(self) -> bool:
-        """Whether the connection is to end with the reply."""
+        """Whether the client asks for the connection to be closed after the reply."""
         return self.version == "HTTP/1.0" or "close" in self.headers.get("Connection", "").lower()
 
 
 class RequestParser:
-    """Bytes in, requests out, however the bytes are cut and however many requests they hold."""
+    """Parses requests from bytes, wherever the bytes are cut and however many requests they contain."""
 
     def __init__(self, connection: int = 1) -> None:
         self._connection = connection
         self._buffer = bytearray()
-        self._steps = self._request()
+        self._steps = self._parse_request()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes as they arrived."""
+        """Adds bytes that have arrived."""
         self._buffer += data
 
-    def next_request(self) -> Request | None:
-        """The next whole request, or None until more bytes are fed.
+    def next_request(self) -> RecordedRequest | None:
+        """Returns the next complete request, or None if more bytes are needed.
 
         Raises:
-            BadRequest: The bytes are no request; nothing after them can be understood.
+            BadRequest: If the bytes are not a request. Nothing after them can be parsed.
         """
         try:
             next(self._steps)
         except StopIteration as done:
-            self._steps = self._request()
-            request: Request | None = done.value
+            self._steps = self._parse_request()
+            request: RecordedRequest | None = done.value
             return request
         return None
 
-    # Generators that pause at `yield` until there are more bytes.
+    # These generators pause at `yield` until more bytes have arrived.
 
-    def _request(self) -> Generator[None, None, Request]:
+    def _parse_request(self) -> Generator[None, None, RecordedRequest]:
         line = b""
-        while not line:  # RFC 9112, 2.2: ignore empty lines before the request line
-            line = yield from self._line()
-        method, target, version = _request_line(line)
-        headers = yield from self._headers()
-        body = yield from self._body(headers)
+        # RFC 9112, 2.2: empty lines before the request line are ignored.
+        while not line:
+            line = yield from self._read_line()
+        method, target, version = _parse_request_line(line)
+        headers = yield from self._parse_headers()
+        body = yield from self._parse_body(headers)
         path, _, query = target.partition("?")
-        return Request(
+        return RecordedRequest(
             method=method,
             path=path,
             query=query,
@@ -139,45 +145,46 @@ class RequestParser:
             connection=self._connection,
         )
 
-    def _headers(self) -> Generator[None, None, Headers]:
+    def _parse_headers(self) -> Generator[None, None, Headers]:
         fields: list[tuple[str, str]] = []
         size = 0
-        while line := (yield from self._line()):
+        while line := (yield from self._read_line()):
             name, colon, value = line.decode("latin-1").partition(":")
             size += len(line)
             if not colon or not name or name != name.strip() or size > MAX_HEAD:
-                raise BadRequest(f"no header field: {line[:100]!r}")
+                raise BadRequest(f"not a header field: {line[:100]!r}")
             fields.append((name, value.strip()))
         return Headers(fields)
 
-    def _body(self, headers: Headers) -> Generator[None, None, bytes]:
+    def _parse_body(self, headers: Headers) -> Generator[None, None, bytes]:
         if headers.get("Transfer-Encoding", "").lower() == "chunked":
-            return (yield from self._chunks())
-        return (yield from self._exactly(_size(headers.get("Content-Length", "0"), base=10)))
+            return (yield from self._parse_chunks())
+        return (yield from self._read_exactly(_parse_size(headers.get("Content-Length", "0"), base=10)))
 
-    def _chunks(self) -> Generator[None, None, bytes]:
+    def _parse_chunks(self) -> Generator[None, None, bytes]:
         body = bytearray()
         while True:
-            line = yield from self._line()
-            size = _size(line.partition(b";")[0].strip().decode("latin-1"), base=16)
+            line = yield from self._read_line()
+            size = _parse_size(line.partition(b";")[0].strip().decode("latin-1"), base=16)
             if not size:
                 break
-            body += yield from self._exactly(size)
-            if (yield from self._line()):
-                raise BadRequest("a chunk is longer than it says")
+            body += yield from self._read_exactly(size)
+            if (yield from self._read_line()):
+                raise BadRequest("a chunk is longer than its announced size")
             if len(body) > MAX_BODY:
                 raise BadRequest("the body is too long")
-        yield from self._headers()  # the trailer
+        # The trailer.
+        yield from self._parse_headers()
         return bytes(body)
 
-    def _line(self) -> Generator[None, None, bytes]:
+    def _read_line(self) -> Generator[None, None, bytes]:
         while (end := self._buffer.find(b"\r\n")) < 0:
             if len(self._buffer) > MAX_HEAD:
-                raise BadRequest("a line without an end")
+                raise BadRequest("a line is too long")
             yield
         return self._take(end, skip=2)
 
-    def _exactly(self, size: int) -> Generator[None, None, bytes]:
+    def _read_exactly(self, size: int) -> Generator[None, None, bytes]:
         while len(self._buffer) < size:
             yield
         return self._take(size)
@@ -188,49 +195,51 @@ class RequestParser:
         return taken
 
 
-def _request_line(line: bytes) -> tuple[str, str, str]:
+def _parse_request_line(line: bytes) -> tuple[str, str, str]:
     parts = line.decode("latin-1").split(" ")
     if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
-        raise BadRequest(f"no request line: {line[:100]!r}")
+        raise BadRequest(f"not a request line: {line[:100]!r}")
     return parts[0], parts[1], parts[2]
 
 
-def _size(text: str, *, base: int) -> int:
+def _parse_size(text: str, *, base: int) -> int:
     try:
         size = int(text, base) if _DIGITS.fullmatch(text) else -1
-    except ValueError:  # a hexadecimal digit where decimal ones belong
+    except ValueError:
+        # A hexadecimal digit in a decimal number.
         size = -1
     if not 0 <= size <= MAX_BODY:
-        raise BadRequest(f"no length to read: {text[:100]!r}")
+        raise BadRequest(f"not a valid length: {text[:100]!r}")
     return size
 
 
 def has_no_body(method: str, status: int) -> bool:
-    """Whether a reply ends with its head, whatever that announces (RFC 9112, 6.3)."""
+    """Returns whether a reply ends with its head, whatever the head announces (RFC 9112, 6.3)."""
     return method == "HEAD" or status < 200 or status in (204, 304)
 
 
-def with_own(usual: Mapping[str, str], own: Mapping[str, str] | None) -> dict[str, str]:
-    """Header fields, those of our own instead of the usual ones of the same name."""
-    named = Headers((own or {}).items())
-    return {name: value for name, value in usual.items() if name not in named} | dict(own or {})
+def override_fields(defaults: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns the default header fields, with the given ones in place of those of the same name."""
+    named = Headers((given or {}).items())
+    return {name: value for name, value in defaults.items() if name not in named} | dict(given or {})
 
 
-def head(status: int, fields: Mapping[str, str]) -> bytes:
-    """The status line and the header fields of a reply, up to and with the empty line."""
+def encode_head(status: int, fields: Mapping[str, str]) -> bytes:
+    """Returns the status line and the header fields of a reply, including the empty line after them."""
     try:
         reason = http.HTTPStatus(status).phrase
-    except ValueError:  # servers make up their own, such as 529
+    except ValueError:
+        # Some servers use statuses that are not registered, such as 529.
         reason = ""
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def to_json(payload: object) -> bytes:
-    """JSON, of mappings that are no dict as well."""
+    """Encodes a value as JSON. Mappings need not be dicts."""
     return msgspec.json.encode(payload, enc_hook=dict)
 
 
-def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body; an empty one ends the body."""
+def encode_chunk(data: bytes) -> bytes:
+    """Returns one chunk of a chunked body. An empty chunk ends the body."""
     return b"%x\r\n%b\r\n" % (len(data), data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmbridge import Agent
 from lmbridge.agent.history import check_pairs
-from lmbridge.testing import Behaviour, Request, ScriptedServer, answer
+from lmbridge.testing import Behaviour, RecordedRequest, ScriptedServer, answer
 
 
 def asks(name: str, call_id: str = "call_1", /, **arguments: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-def generations(server: ScriptedServer) -> list[Request]:
+def generations(server: ScriptedServer) -> list[RecordedRequest]:
     """The requests for a generation."""
     return [request for request in server.requests if request.path == "/v1/chat/completions"]
 

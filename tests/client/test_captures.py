@@ -34,7 +34,7 @@ from lmbridge import (
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.failures import classify
 from lmbridge.testing import ScriptedServer, raw
-from lmbridge.testing.wire import chunk
+from lmbridge.testing.wire import encode_chunk
 from lmbridge.transport import Verdict
 from tests.support import MESSAGES
 
@@ -83,9 +83,9 @@ class Capture:
         fields = "".join(f"{name}: {value}\r\n" for name, value in {**self.headers, **framing}.items())
         yield f"HTTP/1.1 {self.status} As Recorded\r\n{fields}\r\n".encode()
         for piece in pieces:
-            yield chunk(piece) if self.is_stream else piece
+            yield encode_chunk(piece) if self.is_stream else piece
         if self.is_stream and self.is_whole:
-            yield chunk(b"")
+            yield encode_chunk(b"")
 
     def as_recorded(self) -> Iterator[bytes]:
         """The response with each event in a packet of its own."""

@@ -20,7 +20,7 @@ from lmbridge import (
     collect,
 )
 from lmbridge.testing import Exchange, ScriptedServer, answer, raw, sse, stall
-from lmbridge.testing.exchange import event
+from lmbridge.testing.exchange import encode_event
 from lmbridge.transport.sse import Event, SSEDecoder
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, replaced, text_of
 
@@ -63,7 +63,7 @@ async def test_events_that_arrive_together_are_parsed_together_whatever_comments
 
     monkeypatch.setattr(SSEDecoder, "feed", counting_feed)
     sent: list[dict[str, Any] | str] = [piece("a"), piece("b"), piece("c", finish_reason="stop"), "[DONE]"]
-    body = b": wait\n\n" * comments + b"".join(map(event, sent))
+    body = b": wait\n\n" * comments + b"".join(map(encode_event, sent))
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
     scripted_server.script(raw(head + body))
     assert await read_text(await opened(client)) == "abc"

@@ -26,7 +26,7 @@ async def http() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture
 async def dial() -> AsyncIterator[Dial]:
-    """A raw connection to a server, closed after the test."""
+    """Returns a function that opens a raw connection to a server. It is closed after the test."""
     async with AsyncExitStack() as stack:
 
         async def connect(server: ScriptedServer) -> Client:
@@ -40,7 +40,7 @@ async def dial() -> AsyncIterator[Dial]:
 
 @pytest.fixture
 def post(dial: Dial) -> Post:
-    """A raw connection that has sent a request."""
+    """Returns a function that sends a request on a raw connection."""
 
     async def send(server: ScriptedServer, client: Client | None = None, **body: Any) -> Client:
         reader, writer = client or await dial(server)

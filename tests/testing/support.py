@@ -1,4 +1,4 @@
-"""Raw connections, as the fixtures of `conftest.py` make them."""
+"""The types of the fixtures in `conftest.py` that open raw connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ready-made behaviours, as an HTTP client sees them."""
+"""The ready-made behaviours as an HTTP client sees them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def plain(http: aiohttp.ClientSession, server: ScriptedServer, **body: Any
 
 
 async def stream(http: aiohttp.ClientSession, server: ScriptedServer, **body: Any) -> list[Any]:
-    """The chunks; the stream has to end with [DONE]."""
+    """Returns the chunks of a stream, which has to end with [DONE]."""
     async with http.post(f"{server.api_base}/chat/completions", json={"stream": True, **body}) as response:
         assert response.status == 200
         assert response.content_type == "text/event-stream"
@@ -37,7 +37,7 @@ def deltas(chunks: list[Any]) -> list[Any]:
     return [chunk["choices"][0]["delta"] for chunk in chunks]
 
 
-async def test_answer_is_a_completion(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_sends_a_completion(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(answer("Hello there"))
     body = await plain(http, server, model="asked")
     assert body["object"] == "chat.completion"
@@ -48,7 +48,9 @@ async def test_answer_is_a_completion(server: ScriptedServer, http: aiohttp.Clie
     assert body["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
 
-async def test_answer_is_a_stream_if_asked_for_one(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_sends_a_stream_if_the_request_asks_for_one(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     server.script(answer("Hello,  dear\nworld "))
     chunks = await stream(http, server, model="asked")
     contents = [{"content": piece} for piece in ("Hello,", "  dear", "\nworld", " ")]
@@ -59,12 +61,14 @@ async def test_answer_is_a_stream_if_asked_for_one(server: ScriptedServer, http:
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
-async def test_answers_stream_has_the_chunks_it_is_given(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_the_stream_of_answer_has_the_given_chunks(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(answer("abc", chunks=("a", "", "bc")))
     assert deltas(await stream(http, server))[1:-1] == [{"content": "a"}, {"content": ""}, {"content": "bc"}]
 
 
-async def test_answers_stream_reports_usage_only_if_asked(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_the_stream_of_answer_reports_usage_only_if_the_request_asks_for_it(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     usage = {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}
     server.script(answer("Hi", usage=usage), answer("Hi", usage=usage))
     assert all("usage" not in chunk for chunk in await stream(http, server))
@@ -72,7 +76,7 @@ async def test_answers_stream_reports_usage_only_if_asked(server: ScriptedServer
     assert (last["choices"], last["usage"]) == ([], usage)
 
 
-async def test_answer_says_what_it_is_told(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_sends_the_given_fields(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     behaviour = answer("Hi", model="other", finish_reason="length", extra={"system_fingerprint": "b1"})
     server.script(behaviour, behaviour)
     body = await plain(http, server, model="asked")
@@ -83,20 +87,22 @@ async def test_answer_says_what_it_is_told(server: ScriptedServer, http: aiohttp
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
-async def test_answer_may_never_name_a_finish_reason(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_can_leave_the_finish_reason_out(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(answer("Hi", finish_reason=None), answer("Hi", finish_reason=None))
     assert (await plain(http, server))["choices"][0]["finish_reason"] is None
     assert deltas(await stream(http, server)) == [{"role": "assistant", "content": None}, {"content": "Hi"}]
 
 
-async def test_answer_calls_tools(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_can_contain_tool_calls(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(answer("", tool_calls=[CALL]))
     (choice,) = (await plain(http, server))["choices"]
     assert choice["message"]["tool_calls"] == [CALL]
     assert choice["finish_reason"] == "tool_calls"
 
 
-async def test_answers_stream_calls_tools_in_fragments(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_the_stream_of_answer_sends_tool_calls_in_fragments(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     server.script(answer("", tool_calls=[CALL, CALL | {"id": "c2"}]))
     chunks = await stream(http, server)
     parts = [part for delta in deltas(chunks) for part in delta.get("tool_calls", ())]
@@ -114,7 +120,7 @@ async def test_answers_stream_calls_tools_in_fragments(server: ScriptedServer, h
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-async def test_answer_reasons(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_answer_can_contain_reasoning(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(answer("4", reasoning="two and two"), answer("4", reasoning="two and two"))
     assert (await plain(http, server))["choices"][0]["message"]["reasoning_content"] == "two and two"
     pieces = deltas(await stream(http, server))[1:-1]
@@ -129,7 +135,8 @@ async def test_a_gate_holds_a_stream_after_its_first_content(server: ScriptedSer
     await reader.readuntil(b'"content":"Hello"')
     assert server.in_flight == 1
     gate.set()
-    gate.clear()  # it is for the first content only
+    # The gate holds only the first content back.
+    gate.clear()
     assert b'"content":" there"' in await reader.readuntil(b"[DONE]")
 
 
@@ -163,7 +170,7 @@ async def test_a_client_that_leaves_a_held_stream_aborts_it(server: ScriptedServ
         (b"\x00\xff", "application/octet-stream", b"\x00\xff"),
     ],
 )
-async def test_reply_is_a_whole_response(
+async def test_reply_sends_a_whole_response(
     server: ScriptedServer, http: aiohttp.ClientSession, body: Any, content_type: str, expected: bytes
 ) -> None:
     server.script(reply(503, body, {"Retry-After": "2"}))
@@ -178,13 +185,13 @@ async def test_reply_is_a_whole_response(
     assert server.requests[0].finished
 
 
-async def test_reply_takes_another_content_type(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_reply_can_have_another_content_type(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(reply(200, b"<html>", content_type="text/html"))
     async with http.post(server.api_base) as response:
         assert response.headers["Content-Type"] == "text/html"
 
 
-async def test_reply_may_announce_another_length(server: ScriptedServer, post: Post) -> None:
+async def test_reply_can_announce_a_wrong_length(server: ScriptedServer, post: Post) -> None:
     server.script(reply(200, b"abc", {"content-length": "2", "Connection": "close"}))
     reader, _ = await post(server)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -193,7 +200,7 @@ async def test_reply_may_announce_another_length(server: ScriptedServer, post: P
     assert body == b"abc"
 
 
-async def test_reply_without_content_announces_none(server: ScriptedServer, post: Post) -> None:
+async def test_reply_with_a_status_without_a_body_announces_no_length(server: ScriptedServer, post: Post) -> None:
     server.script(reply(204), answer("next"))
     client = await post(server)
     assert b"Content-Length" not in await client[0].readuntil(b"\r\n\r\n")
@@ -201,7 +208,7 @@ async def test_reply_without_content_announces_none(server: ScriptedServer, post
     assert (await client[0].readline()) == b"HTTP/1.1 200 OK\r\n"
 
 
-async def test_sse_sends_each_event_in_a_chunk_of_its_own(server: ScriptedServer, post: Post) -> None:
+async def test_sse_sends_each_event_in_a_separate_chunk(server: ScriptedServer, post: Post) -> None:
     server.script(sse({"a": 1}, "da", b"ta: x\n\n", done=True))
     reader, _ = await post(server)
     _, _, body = (await reader.readuntil(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
@@ -209,13 +216,15 @@ async def test_sse_sends_each_event_in_a_chunk_of_its_own(server: ScriptedServer
     assert body == b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
-async def test_sse_takes_a_status_and_a_content_type(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_sse_can_have_another_status_and_content_type(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     server.script(sse("x", status=500, content_type="text/x"))
     async with http.post(server.api_base) as response:
         assert (response.status, response.content_type, await response.text()) == (500, "text/x", "x")
 
 
-async def test_sse_may_be_cut(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_sse_can_be_broken_off(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(sse({"a": 1}, end=False))
     async with http.post(server.api_base) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
@@ -224,16 +233,14 @@ async def test_sse_may_be_cut(server: ScriptedServer, http: aiohttp.ClientSessio
     assert not server.aborts
 
 
-async def test_raw_sends_every_byte_as_it_is_and_hangs_up(server: ScriptedServer, post: Post) -> None:
+async def test_raw_sends_the_bytes_unchanged_and_hangs_up(server: ScriptedServer, post: Post) -> None:
     server.script(raw(b"HTTP/1.1 2", b"00 OK\r\n\r\nda", b"ta"))
     reader, _ = await post(server)
     assert await reader.read() == b"HTTP/1.1 200 OK\r\n\r\ndata"
     assert server.requests[0].finished
 
 
-async def test_stall_answers_nothing_until_the_client_leaves(
-    server: ScriptedServer, http: aiohttp.ClientSession
-) -> None:
+async def test_stall_sends_nothing_until_the_client_leaves(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(stall())
     request = asyncio.create_task(http.post(f"{server.api_base}/chat/completions"))
     await server.wait_until(lambda: server.in_flight)
@@ -243,7 +250,7 @@ async def test_stall_answers_nothing_until_the_client_leaves(
     assert server.open_connections == 0
 
 
-async def test_stall_may_come_after_events(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_stall_can_send_events_first(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(stall(after=({"a": 1}, "data: 2\n\n")))
     async with http.post(f"{server.api_base}/chat/completions") as response:
         received = b""
@@ -254,14 +261,14 @@ async def test_stall_may_come_after_events(server: ScriptedServer, http: aiohttp
     await server.wait_until(lambda: server.aborts)
 
 
-async def test_stall_may_come_after_the_head(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_stall_can_send_the_head_first(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.script(stall(after=("",)))
     async with http.post(f"{server.api_base}/chat/completions") as response:
         assert response.status == 200
     await server.wait_until(lambda: server.aborts)
 
 
-async def test_reset_breaks_the_connection_without_an_answer(server: ScriptedServer, post: Post) -> None:
+async def test_reset_breaks_the_connection_without_a_reply(server: ScriptedServer, post: Post) -> None:
     server.script(reset())
     reader, _ = await post(server)
     with pytest.raises(ConnectionResetError):
@@ -269,7 +276,7 @@ async def test_reset_breaks_the_connection_without_an_answer(server: ScriptedSer
     assert not server.aborts
 
 
-async def test_hang_up_closes_the_connection_without_an_answer(
+async def test_hang_up_closes_the_connection_without_a_reply(
     server: ScriptedServer, http: aiohttp.ClientSession
 ) -> None:
     server.script(hang_up())

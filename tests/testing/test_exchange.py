@@ -1,4 +1,4 @@
-"""What a behaviour of one's own can do, as the bytes of the connection show it."""
+"""What a behaviour can do with an `Exchange`, as the bytes of the connection show it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_each_send_is_a_chunk_of_the_body(server: ScriptedServer, post: Po
     assert server.requests[0].finished
 
 
-async def test_what_is_sent_arrives_before_more_is_sent(server: ScriptedServer, post: Post) -> None:
+async def test_each_piece_arrives_before_the_next_one_is_sent(server: ScriptedServer, post: Post) -> None:
     gate = asyncio.Event()
 
     async def behave(exchange: Exchange) -> None:
@@ -49,7 +49,7 @@ async def test_what_is_sent_arrives_before_more_is_sent(server: ScriptedServer, 
     await reader.readuntil(b"second")
 
 
-async def test_small_packets_are_not_held_back(server: ScriptedServer, post: Post) -> None:
+async def test_small_packets_are_sent_at_once(server: ScriptedServer, post: Post) -> None:
     options = []
 
     async def behave(exchange: Exchange) -> None:
@@ -80,7 +80,7 @@ async def test_a_chunk_is_an_event_and_starts_the_stream(server: ScriptedServer,
     assert data == STREAM_HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
 
 
-async def test_a_delta_is_a_chunk_in_openais_shape(server: ScriptedServer, post: Post) -> None:
+async def test_a_delta_is_a_chunk_in_the_form_of_openai(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.delta("Hi", role="assistant")
         await exchange.delta(model="other", finish_reason="stop")
@@ -96,7 +96,7 @@ async def test_a_delta_is_a_chunk_in_openais_shape(server: ScriptedServer, post:
     assert last["choices"] == [{"index": 0, "delta": {}, "finish_reason": "stop"}]
 
 
-async def test_a_delta_names_the_servers_first_model_if_none_is_asked_for(post: Post) -> None:
+async def test_a_delta_names_the_first_model_if_the_request_names_none(post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.delta("Hi")
 
@@ -106,7 +106,7 @@ async def test_a_delta_names_the_servers_first_model_if_none_is_asked_for(post: 
         assert b'"model":"first"' in await reader.readuntil(b"0\r\n\r\n")
 
 
-async def test_a_body_is_ended_if_the_behaviour_does_not(server: ScriptedServer, post: Post) -> None:
+async def test_a_body_is_ended_if_the_behaviour_does_not_end_it(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start()
 
@@ -128,7 +128,7 @@ async def test_a_body_without_chunks_or_length_ends_with_the_connection(server: 
     assert await reader.read() == b"HTTP/1.1 201 Created\r\n\r\nbody"
 
 
-async def test_own_header_fields_replace_the_usual_ones(server: ScriptedServer, post: Post) -> None:
+async def test_given_header_fields_replace_the_default_ones(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start(headers={"content-type": "x/y", "X-More": "1"})
 
@@ -138,7 +138,7 @@ async def test_own_header_fields_replace_the_usual_ones(server: ScriptedServer, 
     assert head == b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\ncontent-type: x/y\r\nX-More: 1\r\n\r\n"
 
 
-async def test_a_connection_whose_end_is_announced_is_closed(server: ScriptedServer, post: Post) -> None:
+async def test_a_connection_is_closed_if_the_reply_announces_it(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start(headers={"Connection": "close"})
 
@@ -147,7 +147,7 @@ async def test_a_connection_whose_end_is_announced_is_closed(server: ScriptedSer
     assert (await reader.read()).endswith(b"Connection: close\r\n\r\n0\r\n\r\n")
 
 
-async def test_raw_bytes_go_unframed_and_leave_the_connection_open(server: ScriptedServer, post: Post) -> None:
+async def test_raw_bytes_are_sent_unframed_and_leave_the_connection_open(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
         await exchange.raw(b"ok")
@@ -208,7 +208,7 @@ async def test_a_behaviour_is_cancelled_when_the_client_leaves(server: ScriptedS
     assert server.in_flight == 0
 
 
-async def test_a_behaviour_that_sends_and_sends_is_cancelled_when_the_client_leaves(
+async def test_a_behaviour_that_keeps_sending_is_cancelled_when_the_client_leaves(
     server: ScriptedServer, post: Post
 ) -> None:
     async def behave(exchange: Exchange) -> None:
@@ -222,7 +222,7 @@ async def test_a_behaviour_that_sends_and_sends_is_cancelled_when_the_client_lea
     await server.wait_until(lambda: server.aborts)
 
 
-async def test_a_behaviour_may_wait_for_the_client_to_leave(server: ScriptedServer, post: Post) -> None:
+async def test_a_behaviour_can_wait_for_the_client_to_leave(server: ScriptedServer, post: Post) -> None:
     seen = []
 
     async def behave(exchange: Exchange) -> None:
@@ -244,7 +244,7 @@ async def test_a_behaviour_may_wait_for_the_client_to_leave(server: ScriptedServ
 
 
 @pytest.mark.parametrize("unread", [0, 50_000_000])
-async def test_half_a_close_is_leaving(server: ScriptedServer, post: Post, unread: int) -> None:
+async def test_a_client_that_closes_its_half_has_left(server: ScriptedServer, post: Post, unread: int) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start()
         await exchange.send(b"x" * unread)
@@ -257,7 +257,7 @@ async def test_half_a_close_is_leaving(server: ScriptedServer, post: Post, unrea
     await server.wait_until(lambda: server.aborts)
 
 
-async def test_hanging_up_on_a_client_that_left_does_not_make_the_reply_whole(
+async def test_hanging_up_on_a_client_that_left_does_not_make_the_reply_complete(
     server: ScriptedServer, post: Post
 ) -> None:
     async def behave(exchange: Exchange) -> None:
@@ -272,7 +272,7 @@ async def test_hanging_up_on_a_client_that_left_does_not_make_the_reply_whole(
     assert not server.requests[0].finished
 
 
-async def test_a_client_that_leaves_after_the_end_is_no_abort(server: ScriptedServer, post: Post) -> None:
+async def test_a_client_that_leaves_after_the_end_is_not_an_abort(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.done()
         await exchange.end()
@@ -286,9 +286,7 @@ async def test_a_client_that_leaves_after_the_end_is_no_abort(server: ScriptedSe
     assert not server.aborts
 
 
-async def test_the_bytes_of_a_next_request_are_neither_lost_nor_taken_for_leaving(
-    server: ScriptedServer, post: Post
-) -> None:
+async def test_a_pipelined_request_is_neither_lost_nor_taken_for_leaving(server: ScriptedServer, post: Post) -> None:
     gate = asyncio.Event()
     server.script(answer("first", gate=gate), answer("second"))
     client = await post(server, stream=True)
@@ -302,7 +300,7 @@ async def test_the_bytes_of_a_next_request_are_neither_lost_nor_taken_for_leavin
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_reply_that_the_client_does_not_read_to_its_end_is_aborted(
+async def test_a_reply_that_the_client_does_not_read_to_the_end_is_aborted(
     server: ScriptedServer, post: Post, chunked: bool
 ) -> None:
     async def behave(exchange: Exchange) -> None:
@@ -318,7 +316,7 @@ async def test_a_reply_that_the_client_does_not_read_to_its_end_is_aborted(
     assert not server.requests[0].finished
 
 
-async def test_a_long_reply_that_the_client_reads_is_whole(server: ScriptedServer, post: Post) -> None:
+async def test_a_long_reply_that_the_client_reads_is_finished(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start(headers={"Content-Length": "50000000"}, chunked=False)
         await exchange.send(b"x" * 50_000_000)
@@ -369,9 +367,7 @@ async def no_reply(exchange: Exchange) -> None:
 
 
 @pytest.mark.parametrize("behaviour", [start_twice, send_before_start, send_after_end, send_after_hang_up, no_reply])
-async def test_a_behaviour_that_cannot_be_right_is_an_error(
-    server: ScriptedServer, post: Post, behaviour: Behaviour
-) -> None:
+async def test_wrong_use_of_an_exchange_is_an_error(server: ScriptedServer, post: Post, behaviour: Behaviour) -> None:
     server.script(behaviour)
     reader, _ = await post(server)
     await reader.read()
@@ -380,7 +376,7 @@ async def test_a_behaviour_that_cannot_be_right_is_an_error(
     server.errors.clear()
 
 
-async def test_a_head_that_was_cancelled_before_it_was_sent_leaves_the_reply_to_be_started(
+async def test_a_head_that_was_cancelled_before_it_was_sent_can_be_sent_again(
     server: ScriptedServer, post: Post
 ) -> None:
     async def behave(exchange: Exchange) -> None:

@@ -1,4 +1,4 @@
-"""The server that holds one model, as an HTTP client sees it."""
+"""`OneModelServer` as an HTTP client sees it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import aiohttp
 import pytest
 
 from lmbridge.testing import Exchange, OneModelServer, answer
-from lmbridge.testing.one_model import Ending
+from lmbridge.testing.one_model_server import Ending
 
 Reply = tuple[int, str]
 
 
 async def ask(http: aiohttp.ClientSession, server: OneModelServer, model: str, *, stream: bool = True) -> Reply:
-    """The status and the body, whatever they are; a broken connection raises."""
+    """Sends a request, and returns the status and the body. A broken connection raises an exception."""
     body = {"model": model, "stream": stream}
     async with http.post(f"{server.api_base}/chat/completions", json=body) as response:
         return response.status, await response.text()
 
 
 def content(body: str) -> str:
-    """What a stream said, up to where it ends."""
+    """Returns the content of a stream, up to where it ends."""
     events = [event.removeprefix("data: ") for event in body.split("\n\n") if event]
     chunks: list[Any] = [json.loads(event) for event in events if event != "[DONE]"]
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if "choices" in chunk)
 
 
 def instant(**options: Any) -> OneModelServer:
-    """One that takes no time."""
+    """Returns a server that takes no time to load models and to generate."""
     return OneModelServer(load_seconds=0, token_seconds=0, **options)
 
 
 class Held:
-    """A generation that has begun, and goes on when it is told to."""
+    """A generation that has begun, and goes on when the test allows it."""
 
     def __init__(self, http: aiohttp.ClientSession, server: OneModelServer, model: str, *, stream: bool = True) -> None:
         self.gate = asyncio.Event()
@@ -55,7 +55,7 @@ async def held(http: aiohttp.ClientSession, server: OneModelServer, model: str, 
     return generation
 
 
-async def test_a_model_is_loaded_once_and_answers_in_full(http: aiohttp.ClientSession) -> None:
+async def test_a_model_is_loaded_once_and_answers_completely(http: aiohttp.ClientSession) -> None:
     async with instant(tokens=3) as server:
         for _ in range(2):
             status, body = await ask(http, server, "model-a")
@@ -66,7 +66,7 @@ async def test_a_model_is_loaded_once_and_answers_in_full(http: aiohttp.ClientSe
         assert (server.loads, server.loaded, server.swaps, server.kills) == (["model-a"], ["model-a"], 0, [])
 
 
-async def test_an_idle_model_makes_room_without_a_kill(http: aiohttp.ClientSession) -> None:
+async def test_an_idle_model_is_dropped_without_a_kill(http: aiohttp.ClientSession) -> None:
     async with instant() as server:
         for model in ("model-a", "model-b", "model-a"):
             assert content((await ask(http, server, model))[1]) == server.text(model)
@@ -74,7 +74,7 @@ async def test_an_idle_model_makes_room_without_a_kill(http: aiohttp.ClientSessi
         assert (server.swaps, server.kills, server.double_loads) == (2, [], 0)
 
 
-async def test_a_generation_is_killed_for_another_model_by_an_event(http: aiohttp.ClientSession) -> None:
+async def test_a_killed_stream_can_end_with_an_error_event(http: aiohttp.ClientSession) -> None:
     async with instant(endings=["error"]) as server:
         a = await held(http, server, "model-a")
         assert content((await ask(http, server, "model-b"))[1]) == server.text("model-b")
@@ -86,7 +86,7 @@ async def test_a_generation_is_killed_for_another_model_by_an_event(http: aiohtt
         assert (server.swaps, server.kills) == (1, [server.requests[0]])
 
 
-async def test_a_killed_stream_may_just_end(http: aiohttp.ClientSession) -> None:
+async def test_a_killed_stream_can_end_without_a_finish_reason(http: aiohttp.ClientSession) -> None:
     async with instant(endings=["cut"]) as server:
         a = await held(http, server, "model-a")
         await ask(http, server, "model-b")
@@ -96,7 +96,7 @@ async def test_a_killed_stream_may_just_end(http: aiohttp.ClientSession) -> None
         assert 'finish_reason":"' not in body
 
 
-async def test_a_killed_stream_may_break(http: aiohttp.ClientSession) -> None:
+async def test_a_killed_stream_can_end_with_a_broken_connection(http: aiohttp.ClientSession) -> None:
     async with instant(endings=["reset"]) as server:
         a = await held(http, server, "model-a")
         await ask(http, server, "model-b")
@@ -104,7 +104,7 @@ async def test_a_killed_stream_may_break(http: aiohttp.ClientSession) -> None:
             await a.task
 
 
-async def test_a_killed_plain_request_is_refused(http: aiohttp.ClientSession) -> None:
+async def test_a_killed_plain_request_gets_an_error(http: aiohttp.ClientSession) -> None:
     async with instant(endings=["error"]) as server:
         a = await held(http, server, "model-a", stream=False)
         await ask(http, server, "model-b")
@@ -113,7 +113,7 @@ async def test_a_killed_plain_request_is_refused(http: aiohttp.ClientSession) ->
 
 
 @pytest.mark.parametrize("ending", ["cut", "reset"])
-async def test_a_killed_plain_request_may_have_no_answer(http: aiohttp.ClientSession, ending: Ending) -> None:
+async def test_a_killed_plain_request_can_get_no_reply(http: aiohttp.ClientSession, ending: Ending) -> None:
     async with instant(endings=[ending]) as server:
         a = await held(http, server, "model-a", stream=False)
         await ask(http, server, "model-b")
@@ -121,7 +121,7 @@ async def test_a_killed_plain_request_may_have_no_answer(http: aiohttp.ClientSes
             await a.task
 
 
-async def test_a_model_that_is_being_loaded_is_dropped_too(http: aiohttp.ClientSession) -> None:
+async def test_a_model_that_is_being_loaded_is_dropped_as_well(http: aiohttp.ClientSession) -> None:
     async with OneModelServer(load_seconds=60, endings=["error"]) as server:
         a = asyncio.create_task(ask(http, server, "model-a"))
         await server.wait_until(lambda: server.loads)
@@ -132,14 +132,14 @@ async def test_a_model_that_is_being_loaded_is_dropped_too(http: aiohttp.ClientS
         await server.wait_until(lambda: server.aborts)
 
 
-async def test_first_requests_that_come_at_once_each_load_the_model(http: aiohttp.ClientSession) -> None:
+async def test_first_requests_that_arrive_together_each_load_the_model(http: aiohttp.ClientSession) -> None:
     async with OneModelServer(load_seconds=0.01, token_seconds=0) as server:
         replies = await asyncio.gather(*(ask(http, server, "model-a") for _ in range(3)))
         assert {content(body) for _, body in replies} == {server.text("model-a")}
         assert (server.loads, server.double_loads, server.swaps) == (["model-a"] * 3, 2, 0)
 
 
-async def test_answers_beyond_what_a_model_generates_at_a_time_queue(http: aiohttp.ClientSession) -> None:
+async def test_requests_beyond_the_parallel_ones_wait(http: aiohttp.ClientSession) -> None:
     async with instant(parallel=1) as server:
         first = await held(http, server, "model-a")
         second = Held(http, server, "model-a")
@@ -170,7 +170,7 @@ async def test_the_seed_draws_the_endings(http: aiohttp.ClientSession) -> None:
     assert await endings(2) != first
 
 
-async def test_with_room_for_two_an_idle_model_is_dropped_before_a_busy_one(http: aiohttp.ClientSession) -> None:
+async def test_an_idle_model_is_dropped_before_a_busy_one(http: aiohttp.ClientSession) -> None:
     async with instant(models=["a", "b", "c"], capacity=2) as server:
         a = await held(http, server, "a")
         await ask(http, server, "b")
@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_ends_its_generation(http: aiohttp.ClientSess
         assert server.kills == []
 
 
-async def test_what_a_behaviour_raises_is_kept(http: aiohttp.ClientSession) -> None:
+async def test_the_exception_of_a_behaviour_is_kept(http: aiohttp.ClientSession) -> None:
     error = ValueError("no such script")
 
     async def fail(_: Exchange) -> None:
@@ -205,7 +205,7 @@ async def test_what_a_behaviour_raises_is_kept(http: aiohttp.ClientSession) -> N
         server.errors.clear()
 
 
-async def test_the_list_of_models_needs_none(http: aiohttp.ClientSession) -> None:
+async def test_listing_the_models_loads_none(http: aiohttp.ClientSession) -> None:
     async with instant() as server, http.get(f"{server.api_base}/models") as response:
         assert [model["id"] for model in (await response.json())["data"]] == ["model-a", "model-b"]
         assert server.loads == []

@@ -1,4 +1,4 @@
-"""Which behaviour answers, what the server has seen, and how it keeps and closes its connections."""
+"""`ScriptedServer`: the choice of a behaviour, the records, the connections, and the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.testing.support import Client, Dial, Post
 
 
 async def say(http: aiohttp.ClientSession, server: ScriptedServer, model: str = "m") -> str:
-    """The status of a reply, or the content of a completion."""
+    """Sends a chat request, and returns the content of the completion, or the status of an error."""
     async with http.post(f"{server.api_base}/chat/completions", json={"model": model}) as response:
         if response.status != 200:
             return str(response.status)
@@ -22,7 +22,7 @@ async def say(http: aiohttp.ClientSession, server: ScriptedServer, model: str = 
 
 
 async def read_reply(client: Client) -> bytes:
-    """One reply with a Content-Length, its head included."""
+    """Reads one reply with a Content-Length, including its head."""
     head = await client[0].readuntil(b"\r\n\r\n")
     size = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
     return head + await client[0].readexactly(size)
@@ -49,7 +49,7 @@ async def test_a_get_takes_nothing_from_the_script(server: ScriptedServer, http:
     assert await say(http, server) == "one"
 
 
-async def test_a_model_has_its_behaviour_once_the_script_is_used_up(
+async def test_the_behaviour_of_a_model_is_used_after_the_script(
     server: ScriptedServer, http: aiohttp.ClientSession
 ) -> None:
     server.on_model("a", answer("I am a"))
@@ -58,7 +58,7 @@ async def test_a_model_has_its_behaviour_once_the_script_is_used_up(
     assert said == ["scripted", "I am a", "Hello from the scripted server.", "I am a"]
 
 
-async def test_a_path_has_its_behaviour_before_the_script_and_for_all_methods(
+async def test_the_behaviour_of_a_path_is_used_before_the_script_and_for_all_methods(
     server: ScriptedServer, http: aiohttp.ClientSession
 ) -> None:
     server.on_path("/v1/models", reply(200, b"mine"))
@@ -152,11 +152,13 @@ async def test_a_get_is_not_in_flight(server: ScriptedServer, http: aiohttp.Clie
     assert (server.in_flight, server.max_in_flight) == (0, 0)
 
 
-async def test_waiting_returns_at_once_if_it_is_true(server: ScriptedServer) -> None:
+async def test_waiting_returns_at_once_if_the_condition_holds(server: ScriptedServer) -> None:
     await server.wait_until(lambda: True, timeout=0)
 
 
-async def test_waiting_in_vain_says_what_was_seen(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_the_error_of_waiting_in_vain_lists_what_happened(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     server.script(hang_up(), answer("unused"))
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await say(http, server)
@@ -170,7 +172,7 @@ async def test_waiting_in_vain_says_what_was_seen(server: ScriptedServer, http: 
 # How it keeps and closes its connections.
 
 
-async def test_a_connection_is_kept(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_a_connection_is_kept_open(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     for _ in range(3):
         await say(http, server)
     assert server.connections == 1
@@ -187,7 +189,7 @@ async def test_a_connection_is_closed_if_the_request_asks_for_it(
     assert b"\r\nConnection: close\r\n" in await reader.read()
 
 
-async def test_a_connection_that_is_to_be_closed_is_so_after_raw_bytes_too(server: ScriptedServer, dial: Dial) -> None:
+async def test_a_connection_is_closed_on_request_after_raw_bytes_as_well(server: ScriptedServer, dial: Dial) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.raw(b"HTTP/1.1 204 \r\n\r\n")
 
@@ -222,7 +224,7 @@ async def test_without_keep_alive_each_reply_ends_its_connection_unannounced(pos
         assert b"Connection:" not in await reader.read()
 
 
-async def test_a_connection_is_closed_after_the_most_requests_it_may_serve(post: Post) -> None:
+async def test_a_connection_is_closed_after_max_requests_per_connection(post: Post) -> None:
     async with ScriptedServer(max_requests_per_connection=2) as server:
         client = await post(server)
         await read_reply(client)
@@ -248,7 +250,7 @@ async def test_idle_connections_can_be_dropped(server: ScriptedServer, dial: Dia
     await read_reply(fresh)
 
 
-async def test_a_reused_connection_can_turn_out_dead(server: ScriptedServer, post: Post) -> None:
+async def test_a_reused_connection_can_turn_out_to_be_dead(server: ScriptedServer, post: Post) -> None:
     server.hang_up_reused = 1
     server.script(answer("one"), answer("two"), answer("three"))
     client = await post(server)
@@ -265,14 +267,14 @@ async def test_a_reused_connection_can_turn_out_dead(server: ScriptedServer, pos
     assert not server.aborts
 
 
-async def test_what_is_no_request_is_answered_with_400(server: ScriptedServer, dial: Dial) -> None:
+async def test_bytes_that_are_not_a_request_get_status_400(server: ScriptedServer, dial: Dial) -> None:
     reader, writer = await dial(server)
     writer.write(b"hello\r\n\r\n")
     assert (await reader.read()).startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert not server.requests
 
 
-async def test_a_client_that_sends_no_request_and_leaves_is_no_error(server: ScriptedServer, dial: Dial) -> None:
+async def test_a_client_that_leaves_without_a_request_is_not_an_error(server: ScriptedServer, dial: Dial) -> None:
     _, writer = await dial(server)
     writer.write(b"hello\r\n\r\n")
     writer.close()
@@ -281,10 +283,10 @@ async def test_a_client_that_sends_no_request_and_leaves_is_no_error(server: Scr
     assert not server.errors
 
 
-# What goes wrong, and the end.
+# Errors, and closing
 
 
-async def test_what_a_behaviour_raises_is_raised_at_the_end(http: aiohttp.ClientSession) -> None:
+async def test_the_exception_of_a_behaviour_is_raised_by_close(http: aiohttp.ClientSession) -> None:
     server = await ScriptedServer().__aenter__()
     server.script(fail)
     assert await say(http, server) == "500"
@@ -296,7 +298,7 @@ async def test_what_a_behaviour_raises_is_raised_at_the_end(http: aiohttp.Client
     await server.close()
 
 
-async def test_what_a_behaviour_raises_is_in_the_reply_if_there_is_none_yet(
+async def test_the_exception_of_a_behaviour_is_the_reply_if_there_is_none_yet(
     server: ScriptedServer, http: aiohttp.ClientSession
 ) -> None:
     server.script(fail)
@@ -305,7 +307,7 @@ async def test_what_a_behaviour_raises_is_in_the_reply_if_there_is_none_yet(
     server.errors.clear()
 
 
-async def test_a_reply_that_began_is_cut_if_its_behaviour_raises(server: ScriptedServer, post: Post) -> None:
+async def test_a_reply_that_began_is_broken_off_if_its_behaviour_raises(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         await exchange.start()
         raise ValueError
@@ -317,7 +319,7 @@ async def test_a_reply_that_began_is_cut_if_its_behaviour_raises(server: Scripte
     server.errors.clear()
 
 
-async def test_an_error_of_the_test_itself_comes_first(http: aiohttp.ClientSession) -> None:
+async def test_an_exception_of_the_test_itself_takes_precedence(http: aiohttp.ClientSession) -> None:
     async def test() -> None:
         async with ScriptedServer() as server:
             server.script(fail)
@@ -329,7 +331,7 @@ async def test_an_error_of_the_test_itself_comes_first(http: aiohttp.ClientSessi
     assert "no such thing" in caught.value.__notes__[0]
 
 
-async def test_an_outcome_of_pytest_in_a_behaviour_is_kept(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_a_pytest_failure_in_a_behaviour_is_kept(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     async def behave(exchange: Exchange) -> None:
         pytest.fail("not so")
 
@@ -338,7 +340,9 @@ async def test_an_outcome_of_pytest_in_a_behaviour_is_kept(server: ScriptedServe
     assert isinstance(server.errors.pop(), pytest.fail.Exception)
 
 
-async def test_a_cancel_that_nobody_asked_for_is_an_error(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_a_behaviour_that_awaits_a_cancelled_future_is_an_error(
+    server: ScriptedServer, http: aiohttp.ClientSession
+) -> None:
     async def behave(exchange: Exchange) -> None:
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         broken.cancel()
@@ -349,7 +353,7 @@ async def test_a_cancel_that_nobody_asked_for_is_an_error(server: ScriptedServer
     assert isinstance(server.errors.pop(), asyncio.CancelledError)
 
 
-async def test_what_a_behaviour_raises_when_it_is_cancelled_is_kept(server: ScriptedServer, post: Post) -> None:
+async def test_the_exception_of_a_behaviour_that_is_cancelled_is_kept(server: ScriptedServer, post: Post) -> None:
     async def behave(exchange: Exchange) -> None:
         try:
             await asyncio.Event().wait()
@@ -364,7 +368,7 @@ async def test_what_a_behaviour_raises_when_it_is_cancelled_is_kept(server: Scri
     assert isinstance(server.errors.pop(), ValueError)
 
 
-async def test_closing_cancels_and_awaits_all_that_runs(post: Post) -> None:
+async def test_close_cancels_and_awaits_the_running_behaviours(post: Post) -> None:
     ends = []
 
     async def behave(exchange: Exchange) -> None:
@@ -387,7 +391,7 @@ async def test_closing_cancels_and_awaits_all_that_runs(post: Post) -> None:
     assert not any(request.finished for request in server.requests[:3])
 
 
-async def test_closing_takes_the_clients_with_it(post: Post) -> None:
+async def test_close_closes_the_connections_of_the_clients(post: Post) -> None:
     async with ScriptedServer() as server:
         client = await post(server)
         await read_reply(client)
@@ -397,7 +401,7 @@ async def test_closing_takes_the_clients_with_it(post: Post) -> None:
 
 
 @pytest.mark.parametrize("turns", range(8))
-async def test_closing_leaves_no_connection_that_was_just_made(dial: Dial, turns: int) -> None:
+async def test_close_leaves_no_connection_that_was_just_accepted(dial: Dial, turns: int) -> None:
     before = asyncio.all_tasks()
     async with ScriptedServer() as server:
         dialling = asyncio.ensure_future(dial(server))
@@ -405,17 +409,18 @@ async def test_closing_leaves_no_connection_that_was_just_made(dial: Dial, turns
             await asyncio.sleep(0)
     await asyncio.wait([dialling])
     dialling.exception()
-    gc.collect()  # a socket left open warns here
+    # A socket that was left open would warn here.
+    gc.collect()
     assert asyncio.all_tasks() - before <= {dialling}
 
 
-async def test_closing_twice_is_closing_once() -> None:
+async def test_close_can_be_called_twice() -> None:
     async with ScriptedServer() as server:
         await server.close()
     await server.close()
 
 
-async def test_a_server_is_opened_once() -> None:
+async def test_a_server_can_be_opened_only_once() -> None:
     server = ScriptedServer()
     with pytest.raises(RuntimeError, match="not open"):
         _ = server.origin
@@ -426,7 +431,7 @@ async def test_a_server_is_opened_once() -> None:
         await server.__aenter__()
 
 
-async def test_many_clients_at_a_time(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
+async def test_many_clients_are_served_at_the_same_time(server: ScriptedServer, http: aiohttp.ClientSession) -> None:
     server.default = answer("one two three four")
     said = await asyncio.gather(*(say(http, server) for _ in range(100)))
     assert said == ["one two three four"] * 100

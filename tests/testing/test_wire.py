@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.testing.wire import BadRequest, Headers, Request, RequestParser, chunk, head
+from lmbridge.testing.wire import BadRequest, Headers, RecordedRequest, RequestParser, encode_chunk, encode_head
 
 SIMPLE = b"GET /v1/models?page=2 HTTP/1.1\r\nHost: test\r\n\r\n"
 SIZED = b'POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"a": 42}'
@@ -17,7 +17,7 @@ CHUNKED = (
 )
 
 
-def parse(*pieces: bytes) -> list[Request]:
+def parse(*pieces: bytes) -> list[RecordedRequest]:
     parser = RequestParser()
     requests = []
     for piece in pieces:
@@ -80,13 +80,13 @@ def test_empty_lines_between_requests_are_ignored() -> None:
         b"GET / HTTP/1.1\r\n" + b"Name: value\r\n" * 30_000,
     ],
 )
-def test_what_is_no_request_is_refused(data: bytes) -> None:
+def test_bytes_that_are_not_a_request_are_refused(data: bytes) -> None:
     with pytest.raises(BadRequest):
         parse(data)
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 6\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
-def test_a_body_may_be_too_long(monkeypatch: pytest.MonkeyPatch, framing: bytes) -> None:
+def test_a_body_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch, framing: bytes) -> None:
     monkeypatch.setattr("lmbridge.testing.wire.MAX_BODY", 5)
     with pytest.raises(BadRequest):
         parse(b"POST / HTTP/1.1\r\n" + framing + b"3\r\nabc\r\n" * 2)
@@ -101,14 +101,16 @@ def test_a_body_may_be_too_long(monkeypatch: pytest.MonkeyPatch, framing: bytes)
         ("HTTP/1.0", [], True),
     ],
 )
-def test_a_request_may_ask_to_close(version: str, fields: list[tuple[str, str]], asks: bool) -> None:
-    request = Request(method="GET", path="/", version=version, headers=Headers(fields))
+def test_a_request_can_ask_for_the_connection_to_be_closed(
+    version: str, fields: list[tuple[str, str]], asks: bool
+) -> None:
+    request = RecordedRequest(method="GET", path="/", version=version, headers=Headers(fields))
     assert request.asks_to_close is asks
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[1]", b"null"])
-def test_a_body_that_is_no_object_has_no_fields(body: bytes) -> None:
-    assert Request(method="POST", path="/", body=body).fields == {}
+def test_a_body_that_is_not_an_object_has_no_fields(body: bytes) -> None:
+    assert RecordedRequest(method="POST", path="/", body=body).fields == {}
 
 
 def test_header_fields_are_looked_up_in_any_case_and_joined() -> None:
@@ -119,11 +121,11 @@ def test_header_fields_are_looked_up_in_any_case_and_joined() -> None:
     assert dict(headers) == {"accept": "a, b", "x-key": "k"}
 
 
-def test_a_head_names_its_status_or_leaves_the_name_out() -> None:
-    assert head(404, {"A": "b"}) == b"HTTP/1.1 404 Not Found\r\nA: b\r\n\r\n"
-    assert head(529, {}) == b"HTTP/1.1 529 \r\n\r\n"
+def test_a_head_names_its_status_if_it_is_registered() -> None:
+    assert encode_head(404, {"A": "b"}) == b"HTTP/1.1 404 Not Found\r\nA: b\r\n\r\n"
+    assert encode_head(529, {}) == b"HTTP/1.1 529 \r\n\r\n"
 
 
-def test_a_chunk_says_how_long_it_is() -> None:
-    assert chunk(json.dumps("x" * 30).encode()) == b'20\r\n"' + b"x" * 30 + b'"\r\n'
-    assert chunk(b"") == b"0\r\n\r\n"
+def test_a_chunk_begins_with_its_length() -> None:
+    assert encode_chunk(json.dumps("x" * 30).encode()) == b'20\r\n"' + b"x" * 30 + b'"\r\n'
+    assert encode_chunk(b"") == b"0\r\n\r\n"

@@ -1,4 +1,4 @@
-"""A server that does as it is told, on a real socket of the loopback interface."""
+"""`ScriptedServer`: an OpenAI-compatible server on a real socket that replies as a test has scripted it."""
 
 from __future__ import annotations
 
@@ -11,42 +11,47 @@ from typing import Final, Self
 
 from lmbridge.testing import completions
 from lmbridge.testing.behaviours import answer, reply
-from lmbridge.testing.connection import Bell, Connection
+from lmbridge.testing.connection import ChangeNotifier, Connection
 from lmbridge.testing.exchange import Behaviour, Exchange
-from lmbridge.testing.wire import BadRequest, Request
+from lmbridge.testing.wire import BadRequest, RecordedRequest
 
 _HOST: Final = "127.0.0.1"
 GENERATIONS: Final = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "messages", "responses")
 )
-"""The paths of what a model has to answer."""
+"""The paths for which a model has to generate something."""
 
 
 class ScriptedServer:
-    """An OpenAI-compatible server whose every byte is under control.
+    """An OpenAI-compatible server on the loopback interface that lets a test control every byte.
 
-    What answers a request, the first that fits: the behaviour for its path (`on_path`), then, if it is not a GET,
-    the next one of the script (`script`), the one for its model (`on_model`), or `default`. `GET /v1/models` lists
-    `models`; an unknown path is a 404.
+    A request is answered by the first behaviour that there is: the one for its path (`on_path`); then, if it is not a
+    GET, the next one of the script (`script`), the one for its model (`on_model`), or `default`. `GET /v1/models` lists
+    `models`. An unknown path gets status 404.
+
+        async with ScriptedServer() as server:
+            server.script(reply(503, {"error": "busy"}), answer("Hello"))
+            client = LLMClient(server.api_base)
 
     Args:
-        models: The models that the server has.
-        close_after_stream: Close the connection right after a streamed reply, without having announced it, as
-            llama.cpp does; its heads advertise `Keep-Alive: timeout=5, max=100` nevertheless.
-        keep_alive: False closes the connection after each reply, without having announced it.
-        max_requests_per_connection: Replies after which the connection is closed, without having announced it.
+        models: The names of the models that the server has.
+        close_after_stream: Whether the connection is closed after each streamed reply without an announcement, as
+            llama.cpp does. The replies advertise `Keep-Alive: timeout=5, max=100` nevertheless.
+        keep_alive: Set it to False to close the connection after each reply without an announcement.
+        max_requests_per_connection: The number of replies after which a connection is closed without an announcement.
+            Default: no limit.
 
     Attributes:
-        models: As given; may be changed at any time.
-        default: What answers a request for which there is nothing else.
-        hang_up_reused: How many of the next requests on a connection that has served one before are to be closed
-            without a byte of reply: a kept connection that turns out dead only when it is used. They are recorded
-            as `refused`, and take nothing from the script.
-        requests: All requests, in the order in which they arrived.
-        aborts: Those whose client left before the reply was whole.
-        errors: What behaviours raised. `close` raises it; clear the list if you expected it.
-        in_flight: Requests other than GET that are being handled.
-        max_in_flight: The most that were at any one time.
+        models: The names of the models. The list may be changed at any time.
+        default: The behaviour that answers requests for which there is no other one.
+        hang_up_reused: The number of further requests on reused connections that are answered by closing the connection
+            without a reply: a client finds such a connection dead only when it uses it. These requests are recorded as
+            `refused`, and take nothing from the script.
+        requests: All requests in the order in which they arrived.
+        aborts: The requests whose client left before the reply was complete.
+        errors: The exceptions that behaviours have raised. `close` raises them; clear the list if you expected them.
+        in_flight: The number of requests that are being answered, not counting GETs.
+        max_in_flight: The highest value that `in_flight` has had.
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class ScriptedServer:
         self.models = list(models)
         self.default: Behaviour = answer("Hello from the scripted server.")
         self.hang_up_reused = 0
-        self.requests: list[Request] = []
-        self.aborts: list[Request] = []
+        self.requests: list[RecordedRequest] = []
+        self.aborts: list[RecordedRequest] = []
         self.errors: list[BaseException] = []
         self.in_flight = 0
         self.max_in_flight = 0
@@ -72,13 +77,13 @@ class ScriptedServer:
         self._by_model: dict[str, Behaviour] = {}
         self._by_path: dict[str, Behaviour] = {}
         self._connections: list[Connection] = []
-        self._bell = Bell()
+        self._changes = ChangeNotifier()
         self._listener: asyncio.Server | None = None
         self._port: int | None = None
 
     async def __aenter__(self) -> Self:
         if self._port is not None:
-            raise RuntimeError("a scripted server is opened once; make another one")
+            raise RuntimeError("a ScriptedServer can be opened only once; create another one")
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(self._accept, _HOST, 0, backlog=1024)
         self._port = self._listener.sockets[0].getsockname()[1]
@@ -92,13 +97,14 @@ class ScriptedServer:
         except BaseExceptionGroup as group:
             if error is None:
                 raise
-            error.add_note(f"besides, behaviours of the scripted server raised: {group.exceptions!r}")
+            error.add_note(f"in addition, behaviours of the scripted server raised: {group.exceptions!r}")
 
     async def close(self) -> None:
-        """Stop: cancel the behaviours that still run, and close all sockets.
+        """Stops the server: cancels the behaviours that are still running, and closes all sockets.
 
         Raises:
-            BaseExceptionGroup: A behaviour raised, and `errors` still has it. Raised by the first call only.
+            BaseExceptionGroup: If behaviours have raised exceptions, and `errors` still contains them. Only the first
+                call raises it.
         """
         if self._listener is None:
             return
@@ -117,68 +123,71 @@ class ScriptedServer:
 
     @property
     def origin(self) -> str:
-        """The server's URL, without a path."""
+        """The URL of the server without a path, such as `http://127.0.0.1:35981`."""
         if self._port is None:
-            raise RuntimeError("the scripted server is not open; use `async with`")
+            raise RuntimeError("the ScriptedServer is not open; enter it with `async with`")
         return f"http://{_HOST}:{self._port}"
 
     @property
     def api_base(self) -> str:
-        """The URL to point a client at: `origin` and `/v1`."""
+        """The base URL for a client: `origin` and `/v1`."""
         return f"{self.origin}/v1"
 
     @property
     def connections(self) -> int:
-        """Connections accepted so far."""
+        """The number of connections that were accepted so far."""
         return len(self._connections)
 
     @property
     def open_connections(self) -> int:
-        """Connections that neither side has closed."""
+        """The number of connections that neither side has closed."""
         return sum(not connection.over for connection in self._connections)
 
     def script(self, *behaviours: Behaviour) -> None:
-        """Append behaviours for the next requests that are not GET, one each."""
+        """Appends behaviours for the next requests that are not GETs, one for each request."""
         self._script.extend(behaviours)
 
     def on_model(self, model: str, behaviour: Behaviour) -> None:
-        """Answer requests for a model with this behaviour once the script is used up."""
+        """Sets the behaviour that answers requests for a model when the script is used up."""
         self._by_model[model] = behaviour
 
     def on_path(self, path: str, behaviour: Behaviour) -> None:
-        """Answer requests for a path, whatever their method, with this behaviour instead of the script's."""
+        """Sets the behaviour that answers all requests for a path, whatever their method, in place of the script."""
         self._by_path[path] = behaviour
 
     def drop_connections(self) -> None:
-        """Close the connections that were kept after a reply and serve no request now."""
+        """Closes the connections that were kept open after a reply and are idle now."""
         for connection in self._connections:
             if connection.served and not connection.busy:
                 connection.hang_up()
 
     async def wait_until(self, condition: Callable[[], object], timeout: float = 10) -> None:
-        """Wait for something to come true.
+        """Waits until a condition holds.
 
         Args:
-            condition: Looked at now and after everything that happens on the server.
-            timeout: Seconds after which to give up.
+            condition: A function that is called now and after everything that happens on the server.
+            timeout: The seconds to wait at most.
 
         Raises:
-            TimeoutError: It did not come true; says what was seen.
+            TimeoutError: If the condition does not hold in time. The message lists what has happened on the server.
         """
         try:
             async with asyncio.timeout(timeout):
-                await self._bell.wait_until(condition)
+                await self._changes.wait_until(condition)
         except TimeoutError as error:
-            raise TimeoutError(f"not within {timeout} s; the scripted server saw: {self._seen()}") from error
+            raise TimeoutError(f"the condition did not hold within {timeout} s; {self._describe_activity()}") from error
 
-    def _seen(self) -> str:
-        facts = [f"{self.open_connections} of {self.connections} connections open", f"{self.in_flight} in flight"]
+    def _describe_activity(self) -> str:
+        facts = [
+            f"the scripted server has {self.open_connections} of {self.connections} connections open",
+            f"{self.in_flight} in flight",
+        ]
         facts.append(f"{len(self._script)} scripted behaviours left")
         facts += [f"raised {error!r}" for error in self.errors]
         return "; ".join([*facts, *map(str, self.requests)])
 
     def _accept(self) -> Connection:
-        connection = Connection(self.connections + 1, self._serve, self._bell.ring)
+        connection = Connection(self.connections + 1, self._serve, self._changes.notify)
         self._connections.append(connection)
         return connection
 
@@ -187,35 +196,37 @@ class ScriptedServer:
             while (request := await connection.next_request()) is not None:
                 await self._handle(connection, request)
         except BadRequest as error:
-            unread = self._exchange(Request(method="", path="", connection=connection.number), connection)
+            exchange = self._make_exchange(
+                RecordedRequest(method="", path="", connection=connection.number), connection
+            )
             with contextlib.suppress(ConnectionError):
-                await reply(400, completions.error(str(error), "invalid_request_error"))(unread)
+                await reply(400, completions.error_body(str(error), "invalid_request_error"))(exchange)
         finally:
             connection.hang_up()
 
-    async def _handle(self, connection: Connection, request: Request) -> None:
+    async def _handle(self, connection: Connection, request: RecordedRequest) -> None:
         self.requests.append(request)
         if connection.served and self.hang_up_reused > 0:
             self.hang_up_reused -= 1
             request.refused = True
             connection.hang_up()
             return
-        exchange = self._exchange(request, connection)
+        exchange = self._make_exchange(request, connection)
         generates = request.method != "GET"
         self.in_flight += generates
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         connection.busy = True
-        self._bell.ring()
+        self._changes.notify()
         try:
-            await self._perform(self._choose(request), exchange, connection)
+            await self._run_behaviour(self._choose_behaviour(request), exchange, connection)
         finally:
             connection.busy = False
             connection.served += 1
             self.in_flight -= generates
-            self._settle(exchange, connection)
-            self._bell.ring()
+            self._record_outcome(exchange, connection)
+            self._changes.notify()
 
-    def _exchange(self, request: Request, connection: Connection) -> Exchange:
+    def _make_exchange(self, request: RecordedRequest, connection: Connection) -> Exchange:
         model = request.fields.get("model")
         advertise = {}
         if request.asks_to_close:
@@ -230,28 +241,28 @@ class ScriptedServer:
             advertise=advertise,
         )
 
-    def _choose(self, request: Request) -> Behaviour:
+    def _choose_behaviour(self, request: RecordedRequest) -> Behaviour:
         if request.path in self._by_path:
             return self._by_path[request.path]
         if request.method == "GET":
-            return self._look_up(request)
+            return self._answer_get(request)
         if self._script:
             return self._script.popleft()
         model = request.fields.get("model")
         if isinstance(model, str) and model in self._by_model:
             return self._by_model[model]
-        return self.default if request.path in GENERATIONS else self._unknown(request)
+        return self.default if request.path in GENERATIONS else self._not_found(request)
 
-    def _look_up(self, request: Request) -> Behaviour:
+    def _answer_get(self, request: RecordedRequest) -> Behaviour:
         if request.path == "/v1/models":
             return reply(200, completions.model_list(self.models))
-        return self._unknown(request)
+        return self._not_found(request)
 
-    def _unknown(self, request: Request) -> Behaviour:
+    def _not_found(self, request: RecordedRequest) -> Behaviour:
         message = f"Invalid URL ({request.method} {request.path})"
-        return reply(404, completions.error(message, "invalid_request_error"))
+        return reply(404, completions.error_body(message, "invalid_request_error"))
 
-    async def _perform(self, behaviour: Behaviour, exchange: Exchange, connection: Connection) -> None:
+    async def _run_behaviour(self, behaviour: Behaviour, exchange: Exchange, connection: Connection) -> None:
         try:
             await behaviour(exchange)
             if not connection.over:
@@ -259,24 +270,25 @@ class ScriptedServer:
             await connection.flush()
         except asyncio.CancelledError as error:
             if not connection.cancelled:
-                await self._fail(error, exchange, connection)  # what the behaviour awaited was cancelled, not it
+                # Something that the behaviour awaited was cancelled, and not the behaviour itself.
+                await self._report_failure(error, exchange, connection)
             elif not connection.left:
                 raise
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - for close() to raise, pytest's own outcomes included
+        except BaseException as error:  # noqa: BLE001 - close() raises it, and so does the outcome of pytest.fail()
             if not (connection.left and isinstance(error, ConnectionError)):
-                await self._fail(error, exchange, connection)
+                await self._report_failure(error, exchange, connection)
 
-    async def _fail(self, error: BaseException, exchange: Exchange, connection: Connection) -> None:
-        """Keep the error, and let the client know as well: its test would wait for a reply otherwise."""
+    async def _report_failure(self, error: BaseException, exchange: Exchange, connection: Connection) -> None:
+        """Keeps the exception, and tells the client as well, because its test would wait for a reply otherwise."""
         self.errors.append(error)
         if not (exchange.started or connection.over):
-            told = completions.error(f"the behaviour of the scripted server raised {error!r}", "server_error")
-            await reply(500, told)(exchange)
+            body = completions.error_body(f"the behaviour of the scripted server raised {error!r}", "server_error")
+            await reply(500, body)(exchange)
         connection.hang_up()
 
-    def _settle(self, exchange: Exchange, connection: Connection) -> None:
+    def _record_outcome(self, exchange: Exchange, connection: Connection) -> None:
         request = exchange.request
         request.finished = exchange.ended and connection.sent
         request.aborted = connection.left and not request.finished
@@ -296,10 +308,12 @@ class ScriptedServer:
 
 
 async def _close_listener(listener: asyncio.Server) -> None:
-    """Stop accepting, and only then close: asyncio loses a connection whose accept is half done (gh-109564)."""
+    """Stops accepting connections, and then closes: asyncio loses a connection that is being accepted (gh-109564)."""
     loop = asyncio.get_running_loop()
     for listening in listener.sockets:
-        with contextlib.suppress(NotImplementedError):  # the proactor of Windows, which accepts in one go
+        # The proactor of Windows does not have this method, and does not need it.
+        with contextlib.suppress(NotImplementedError):
             loop.remove_reader(listening.fileno())
-    await asyncio.sleep(0)  # what was accepted before becomes a `Connection` in this turn
+    # Connections that were accepted before become a `Connection` in this turn of the loop.
+    await asyncio.sleep(0)
     listener.close()
