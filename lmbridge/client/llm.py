@@ -389,8 +389,8 @@ class LLMClient:
         streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: The chat so far, as for `chat_completion`. Describe the fields in it: few servers show the schema
-                to the model.
+            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
+                show the schema to the model.
             type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
