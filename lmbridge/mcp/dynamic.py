@@ -91,9 +91,9 @@ class DynamicAutonomousAgent:
         on_mcp_event: Callable[[McpEvent], None] | None = None,
         **agent_options: Unpack[AgentOptions],
     ) -> None:
-        self._own_client: LLMClient | None = None
+        self._default_client: LLMClient | None = None
         if client is None:
-            client = self._own_client = LLMClient(limits="auto")
+            client = self._default_client = LLMClient(limits="auto")
         self._agent = Agent(client, **agent_options)
         self._make_hub = partial(
             McpHub, config_path, trust_project=trust_project, connect_timeout=connect_timeout, on_event=on_mcp_event
@@ -298,14 +298,14 @@ class DynamicAutonomousAgent:
         self._closing = asyncio.create_task(closing, name="lmbridge-agent-close")
         await asyncio.shield(self._closing)
 
-    async def _close(self, hub: McpHub, runs: Sequence[RunHandle], before: asyncio.Task[None] | None) -> None:
+    async def _close(self, hub: McpHub, runs: Sequence[RunHandle], previous_closing: asyncio.Task[None] | None) -> None:
         async with AsyncExitStack() as stack:
-            if self._own_client is not None:
-                stack.push_async_callback(self._own_client.close)
+            if self._default_client is not None:
+                stack.push_async_callback(self._default_client.close)
             stack.push_async_callback(hub.close)
             await asyncio.gather(*(run.aclose(_CLOSED_MESSAGE) for run in runs))
-        if before is not None and not before.done():
-            await asyncio.wait({before})
+        if previous_closing is not None and not previous_closing.done():
+            await asyncio.wait({previous_closing})
 
     async def __aenter__(self) -> Self:
         return self
@@ -325,6 +325,7 @@ class DynamicAutonomousAgent:
         stream: bool,
         full: bool,
     ) -> str | RunResult | RunStream:
+        """Starts a run with the tools of some servers (all enabled ones if `names` is None) and returns its outcome."""
         if stream and full:
             raise LLMValidationError(
                 "stream and full cannot both be set",
@@ -336,6 +337,7 @@ class DynamicAutonomousAgent:
         except MCPError:
             if hub is self._hub:
                 raise
+        # `close` has replaced the hub in the meantime, so this run belongs to those that it cancels.
         if hub is not self._hub:
             raise TaskCancelledError(_CLOSED_MESSAGE)
         handle = self._agent.start(
@@ -356,11 +358,10 @@ class DynamicAutonomousAgent:
         self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, run: RunInfo
     ) -> AsyncIterator[RunTools]:
         """Starts the servers of a run and yields its tools; the servers are released when the run ends."""
-        most = None if run.context_length is None else run.context_length // _DEFINITIONS_SHARE
+        max_definition_tokens = run.context_length // _DEFINITIONS_SHARE if run.context_length is not None else None
+        hub_on_error: OnMcpError = "raise" if on_error == "single" else on_error
         try:
-            tools = await hub.tools(
-                names, on_error="raise" if on_error == "single" else on_error, max_definition_tokens=most
-            )
+            tools = await hub.tools(names, on_error=hub_on_error, max_definition_tokens=max_definition_tokens)
         except MultiMCPError as failed:
             if on_error != "single":
                 raise

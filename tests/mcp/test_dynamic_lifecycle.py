@@ -411,8 +411,8 @@ def test_a_closed_agent_can_be_used_in_the_next_event_loop(config: Callable[...,
 
     async def run() -> str:
         async with ScriptedServer() as server, agent:
-            assert agent._own_client
-            agent._own_client.api_base = server.api_base
+            assert agent._default_client
+            agent._default_client.api_base = server.api_base
             return await agent.autonomous_with_mcp("a", "Go.")
 
     assert [asyncio.run(run()) for _ in range(2)] == ["Hello from the scripted server."] * 2

@@ -39,8 +39,8 @@ async def test_the_default_client_is_configured_from_the_environment_with_automa
     agent = DynamicAutonomousAgent(config_path=config({"a": scripted({})}))
     assert agent.model == "qwen3-4b"
     assert await agent.autonomous_with_mcp("a", "Go.") == "Hello from the scripted server."
-    assert agent._own_client
-    assert agent._own_client._server.transport.limits == Limits(max_concurrency=3)
+    assert agent._default_client
+    assert agent._default_client._server.transport.limits == Limits(max_concurrency=3)
     await agent.close()
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 
