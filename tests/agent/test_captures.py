@@ -11,7 +11,7 @@ import pytest
 from lmbridge import Agent, LLMClient, LLMError
 from lmbridge.testing import ScriptedServer, answer, raw, sse
 from tests.agent.support import check_valid, sent, told, tool_texts
-from tests.client.test_captures import BREAKS, CALLS, STREAMS, Capture, _ending, _line_for, each_of
+from tests.client.test_captures import BREAKS, CALLS, STREAMS, Capture, each_of, expectation_for, finish_reason_of
 from tests.support import in_flight, piece
 
 
@@ -42,7 +42,7 @@ async def test_a_recorded_reply_is_a_round_of_a_run(scripted_server: ScriptedSer
         assert in_flight(client) == 0
     result = events[-1].result
     check_valid(result.messages)
-    calls = [(name, json.loads(arguments)) for name, arguments in _line_for(capture, CALLS, [])]
+    calls = [(name, json.loads(arguments)) for name, arguments in expectation_for(capture, CALLS, [])]
     assert [(call.name, call.arguments) for call in result.tool_calls][: len(calls)] == calls
     records = [record for each in result.log for record in each.tool_calls]
     assert [(each.call.name, each.call.arguments) for each in records if not each.is_error] == made
@@ -53,7 +53,7 @@ async def test_a_recorded_reply_is_a_round_of_a_run(scripted_server: ScriptedSer
         assert result.text == "All done."
         check_valid(sent(scripted_server)["messages"])
     elif result.log[0].text != "All done.":  # of an empty reply, which was asked for once more
-        assert result.stop_reason == _ending(capture)
+        assert result.stop_reason == finish_reason_of(capture)
         spoken = "".join(event.text for event in events if type(event).__name__ == "TextDelta")
         assert result.text == spoken
     assert result.model == served or result.model == capture.model

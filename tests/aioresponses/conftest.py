@@ -1,7 +1,7 @@
-"""aioresponses' mocks, where they work.
+"""Tests with the mocks of aioresponses, where these work.
 
-aioresponses 0.7.9 cannot make a response with aiohttp 3.14 (docs/dependencies.md). Then these files are not collected;
-`nox -s aioresponses`, which is part of `make test`, runs them with an aiohttp that it supports.
+aioresponses 0.7.9 cannot create a response with aiohttp 3.14 (docs/dependencies.md says why). In that case the tests in
+this folder are not collected; the nox session `aioresponses` runs them with a version of aiohttp that is supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ API_BASE = "http://127.0.0.1:1234/v1"
 
 
 def mocks_work() -> bool:
-    """Whether the installed aioresponses can answer a request of the installed aiohttp."""
+    """Returns whether the installed aioresponses can answer a request of the installed aiohttp."""
 
     async def ask() -> None:
         with aioresponses() as mock:
@@ -30,7 +30,8 @@ def mocks_work() -> bool:
 
     try:
         asyncio.run(ask())
-    except TypeError:  # ClientResponse takes other arguments than aioresponses gives
+    # The constructor of ClientResponse has changed since.
+    except TypeError:
         return False
     return True
 
@@ -40,13 +41,13 @@ collect_ignore_glob = [] if mocks_work() else ["test_*.py"]
 
 @pytest.fixture
 def mock() -> Iterator[aioresponses]:
-    """Answers every request of aiohttp; one for which it has nothing fails to connect."""
+    """Answers every request of aiohttp. A request without a prepared answer fails to connect."""
     with aioresponses() as mock:
         yield mock
 
 
 @pytest_asyncio.fixture
 async def client(mock: aioresponses) -> AsyncIterator[LLMClient]:
-    """A client whose server is the mock."""
+    """A client whose requests the mock answers."""
     async with LLMClient(API_BASE, "test-model", "a-secret-key") as client:
         yield client

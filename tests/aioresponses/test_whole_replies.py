@@ -1,4 +1,4 @@
-"""Requests whose answer is one whole body, on mocks of aiohttp's session."""
+"""Plain requests, answered by mocks of aiohttp's session instead of a server."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def completion(content: str = "Hello", model: str = "test-model") -> dict[str, A
 
 
 def calls(mock: aioresponses) -> list[RequestCall]:
-    """The requests that were made, of all URLs."""
+    """Returns the requests that were made to any URL."""
     return [call for made in mock.requests.values() for call in made]
 
 
 # Replies
 
 
-async def test_a_reply_is_returned_as_it_is(mock: aioresponses, client: LLMClient) -> None:
+async def test_a_reply_is_returned_unchanged(mock: aioresponses, client: LLMClient) -> None:
     mock.post(CHAT, payload=completion("Grüße") | {"extra": [1, None]})
     assert await client.chat_completion(MESSAGES) == completion("Grüße") | {"extra": [1, None]}
 
 
-async def test_the_request_has_the_arguments_and_the_key(mock: aioresponses, client: LLMClient) -> None:
+async def test_a_request_has_the_arguments_and_the_key(mock: aioresponses, client: LLMClient) -> None:
     mock.post(CHAT, payload=completion())
     await client.chat_completion(MESSAGES, temperature=0.5)
     (call,) = calls(mock)
@@ -65,7 +65,7 @@ async def test_models_are_listed(mock: aioresponses, client: LLMClient) -> None:
     assert await client.list_models() == ["a:8b", "b@q4_k_m"]
 
 
-async def test_a_validator_asks_once_for_many(mock: aioresponses, client: LLMClient) -> None:
+async def test_concurrent_validations_make_one_request(mock: aioresponses, client: LLMClient) -> None:
     mock.get(MODELS, payload={"data": [{"id": "test-model"}]})
     validator = ModelValidator(client=client)
     assert await asyncio.gather(*[validator.validate_model("test-model") for _ in range(10)]) == ["test-model"] * 10
@@ -73,7 +73,7 @@ async def test_a_validator_asks_once_for_many(mock: aioresponses, client: LLMCli
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False), (503, False)])
-async def test_health_is_what_the_model_list_says(
+async def test_the_health_check_asks_for_the_model_list(
     mock: aioresponses, client: LLMClient, status: int, healthy: bool
 ) -> None:
     mock.get(MODELS, status=status, payload={"data": []})
@@ -88,7 +88,7 @@ async def test_a_server_that_is_not_there_is_not_healthy(mock: aioresponses, cli
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "kind", "told"),
+    ("status", "body", "kind", "expected_text"),
     [
         (400, {"error": {"message": "temperature must be a number"}}, LLMResponseError, "temperature must be a number"),
         (401, {"error": {"message": "Invalid API key"}}, LLMAuthenticationError, "Invalid API key"),
@@ -97,11 +97,11 @@ async def test_a_server_that_is_not_there_is_not_healthy(mock: aioresponses, cli
         (200, {"unexpected": True}, LLMResponseError, "not a chat completion"),
     ],
 )
-async def test_the_body_decides_which_error_it_is(
-    mock: aioresponses, client: LLMClient, status: int, body: dict[str, Any], kind: type[LLMError], told: str
+async def test_the_body_decides_the_class_of_the_error(
+    mock: aioresponses, client: LLMClient, status: int, body: dict[str, Any], kind: type[LLMError], expected_text: str
 ) -> None:
     mock.post(CHAT, status=status, payload=body)
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=expected_text) as caught:
         await client.chat_completion(MESSAGES)
     assert type(caught.value) is kind
     assert caught.value.status == status
@@ -109,7 +109,7 @@ async def test_the_body_decides_which_error_it_is(
     assert len(calls(mock)) == 1
 
 
-async def test_another_model_that_answers_is_an_error_if_asked_for(mock: aioresponses) -> None:
+async def test_an_answer_of_another_model_can_raise(mock: aioresponses) -> None:
     mock.post(CHAT, payload=completion(model="other"))
     async with LLMClient(API_BASE, "test-model", model_mismatch="raise") as client:
         with pytest.raises(ModelMismatchError) as caught:
@@ -118,7 +118,7 @@ async def test_another_model_that_answers_is_an_error_if_asked_for(mock: aioresp
     assert caught.value.partial == completion(model="other")
 
 
-async def test_a_redirect_is_an_error_and_is_not_followed(mock: aioresponses, client: LLMClient) -> None:
+async def test_a_redirect_raises_and_is_not_followed(mock: aioresponses, client: LLMClient) -> None:
     mock.post(CHAT, status=307, headers={"Location": "http://elsewhere.test/v1/chat/completions"})
     with pytest.raises(LLMResponseError, match=r"redirects .*elsewhere"):
         await client.chat_completion(MESSAGES)
@@ -126,7 +126,7 @@ async def test_a_redirect_is_an_error_and_is_not_followed(mock: aioresponses, cl
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "told"),
+    ("raised", "kind", "expected_text"),
     [
         (aiohttp.ServerDisconnectedError(), LLMConnectionError, "closed the connection without an answer"),
         (aiohttp.ClientPayloadError(), LLMConnectionError, "broke in the middle of the answer"),
@@ -134,12 +134,12 @@ async def test_a_redirect_is_an_error_and_is_not_followed(mock: aioresponses, cl
         (aiohttp.ConnectionTimeoutError(), LLMTimeoutError, "no connection within 5 s"),
     ],
 )
-async def test_what_aiohttp_raises_is_an_error_of_ours(
-    mock: aioresponses, raised: Exception, kind: type[LLMError], told: str
+async def test_exceptions_of_aiohttp_become_errors_of_lmbridge(
+    mock: aioresponses, raised: Exception, kind: type[LLMError], expected_text: str
 ) -> None:
     mock.post(CHAT, exception=raised, repeat=True)
     async with LLMClient(API_BASE, "test-model", max_retries=0) as client:
-        with pytest.raises(kind, match=told) as caught:
+        with pytest.raises(kind, match=expected_text) as caught:
             await client.chat_completion(MESSAGES)
     assert caught.value.context["attempts"] == 1
 
@@ -154,7 +154,7 @@ async def test_bad_arguments_are_refused_before_anything_is_sent(mock: aiorespon
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-async def test_a_passing_error_is_retried(
+async def test_a_temporary_error_is_retried(
     mock: aioresponses, client: LLMClient, no_waits: list[float], status: int
 ) -> None:
     mock.post(CHAT, status=status, body="busy")
@@ -164,7 +164,7 @@ async def test_a_passing_error_is_retried(
     assert len(no_waits) == 1
 
 
-async def test_retries_come_to_an_end(mock: aioresponses, client: LLMClient, no_waits: list[float]) -> None:
+async def test_the_number_of_retries_is_limited(mock: aioresponses, client: LLMClient, no_waits: list[float]) -> None:
     mock.post(CHAT, status=503, body="busy", repeat=True)
     with pytest.raises(LLMResponseError, match="after 3 attempts"):
         await client.chat_completion(MESSAGES)
@@ -172,7 +172,7 @@ async def test_retries_come_to_an_end(mock: aioresponses, client: LLMClient, no_
 
 
 @pytest.mark.usefixtures("no_waits")
-async def test_a_server_that_loads_its_model_is_asked_until_it_is_ready(mock: aioresponses, client: LLMClient) -> None:
+async def test_a_server_that_loads_its_model_is_polled_until_it_is_ready(mock: aioresponses, client: LLMClient) -> None:
     loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
     mock.post(CHAT, status=503, payload=loading, repeat=5)
     mock.post(CHAT, payload=completion())
@@ -180,7 +180,7 @@ async def test_a_server_that_loads_its_model_is_asked_until_it_is_ready(mock: ai
     assert len(calls(mock)) == 6
 
 
-async def test_a_wait_that_is_too_long_is_the_callers(mock: aioresponses, client: LLMClient) -> None:
+async def test_a_long_retry_after_is_raised_instead_of_waited_for(mock: aioresponses, client: LLMClient) -> None:
     mock.post(CHAT, status=429, body="slow down", headers={"Retry-After": "3600"})
     with pytest.raises(LLMRateLimitError) as caught:
         await client.chat_completion(MESSAGES)

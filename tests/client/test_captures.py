@@ -1,8 +1,8 @@
-"""Replies of real servers, recorded byte for byte, through the client.
+"""The client reads replies of real servers that were recorded byte for byte.
 
-The captures are of llama.cpp (`xllamacpp-*`, and `skulk-*`, another build), of its router (`router`) and of
-llama-cpp-python, with SmolLM2, Qwen2.5-Coder-0.5B and Gemma 3, with and without chat templates that know tools. Each
-has one line below that says what it is; none is taken for good because nobody said anything about it.
+The captures are of llama.cpp (`xllamacpp-*`, and `skulk-*`, which is another build), of its router (`router`) and of
+llama-cpp-python, with SmolLM2, Qwen2.5-Coder-0.5B and Gemma 3, with and without chat templates that support tools. Each
+of them is listed below as what it is, so that no capture passes without an expectation.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Capture:
     """A recorded exchange."""
 
     name: str
-    """Its path below the folder, without the suffix."""
+    """The path of the file in the folder, without its suffix."""
     asked: dict[str, Any]
-    """The request, as far as it was recorded: a long one was cut."""
+    """The body of the request. A long one was recorded only in part."""
     status: int
     headers: dict[str, str]
-    """Without those that frame the body: it was recorded unframed."""
+    """The headers of the response, without those about the framing of the body."""
     body: bytes
     is_whole: bool
-    """Whether the body came to its proper end; the connection broke otherwise."""
+    """Whether the body came to its proper end. Otherwise the connection broke."""
 
     @property
     def is_stream(self) -> bool:
@@ -69,7 +69,7 @@ class Capture:
 
     @property
     def events(self) -> list[Any]:
-        """The JSON of the stream's events, `[DONE]` left out."""
+        """The parsed data of the stream's events, without `[DONE]`."""
         data = re.findall(rb"^data: (?!\[DONE\])(.*)$", self.body, re.MULTILINE)
         return [json.loads(event) for event in data]
 
@@ -78,7 +78,7 @@ class Capture:
         return [event for event in self.events if "choices" in event]
 
     def wire(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The response as it goes over the wire: the head, and the pieces of the body, framed."""
+        """Yields the response as it is sent: the head, and the pieces of the body with their framing."""
         framing = {"transfer-encoding": "chunked"} if self.is_stream else {"content-length": str(len(self.body))}
         fields = "".join(f"{name}: {value}\r\n" for name, value in {**self.headers, **framing}.items())
         yield f"HTTP/1.1 {self.status} As Recorded\r\n{fields}\r\n".encode()
@@ -88,12 +88,12 @@ class Capture:
             yield encode_chunk(b"")
 
     def as_recorded(self) -> Iterator[bytes]:
-        """The response with each event in a packet of its own."""
+        """Yields the response with each event in a separate packet."""
         return self.wire(re.findall(rb".+?\n\n|.+\Z", self.body, re.DOTALL) if self.is_stream else [self.body])
 
 
 def parse(name: str, data: bytes) -> Capture:
-    """Reads a capture: lines about the request, a status line and headers, and the body; or the body alone."""
+    """Parses a file: lines about the request, a status line, headers and the body; or only the body."""
     asked: dict[str, Any] = {}
     while data.startswith(b"### "):
         line, _, data = data.partition(b"\n")
@@ -105,7 +105,7 @@ def parse(name: str, data: bytes) -> Capture:
         first, *lines = head.decode().splitlines()
         status = int(first.split()[1])
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    # What the tool that recorded it wrote behind the body.
+    # The recording tool has written a line after the body.
     left = re.search(rb"curl rc=(\d+)\n\Z", data)
     data = re.sub(rb"curl rc=\d+\n\Z|\n\[t=[^\]]*\]\n\Z", b"", data)
     length = headers.pop("content-length", None)
@@ -118,7 +118,8 @@ def parse(name: str, data: bytes) -> Capture:
 def _request(line: bytes) -> dict[str, Any]:
     try:
         asked = json.loads(line)
-    except ValueError:  # cut, or no JSON on purpose
+    # It was cut, or is not JSON on purpose.
+    except ValueError:
         model = re.search(rb'"model": "([^"]+)"', line)
         return {"model": model[1].decode()} if model else {}
     assert isinstance(asked, dict)
@@ -133,7 +134,7 @@ CAPTURES: Final = {
 }
 
 
-# What each of them is
+# The expected result of each capture
 
 ENDINGS: Final = {
     "stop": """
@@ -187,7 +188,7 @@ ENDINGS: Final = {
             tool_required_add tool_required_parallel tool_required_parallel_stream tool_required_stream
     """,
 }
-"""Finish reason to the captures that are whole replies with it."""
+"""The captures of complete replies, by finish reason."""
 
 CALLS: Final = {
     "llamacpppython-smoltools/tool_auto": [("get_weather", '{ "city": "Paris", "unit": "c"}')],
@@ -199,11 +200,11 @@ CALLS: Final = {
     "xllamacpp-smollm2-autotpl/tool_required_stream": [("get_weather", '{"city": ",", "unit": "c"}')],
     "xllamacpp-smollm2-autotpl/tool_required_add": [("add", '{"a": 17, "b": 25}')],
     "xllamacpp-smollm2-autotpl/tool_required_parallel*": [("get_weather", '{"city": "Paris", "unit": "c"}')],
-    # Cut by max_tokens.
+    # These were cut off by max_tokens.
     "xllamacpp-smollm2-autotpl/err_tool_choice_named_unknown": [("add", "{")],
     "xllamacpp-smollm2-autotpl/err_tool_schema_pattern": [("f", '{"')],
 }
-"""Tool calls; the other replies have none (they may spell some in their text)."""
+"""The tool calls of captures. The other replies have none, though some write calls into their text."""
 
 REASONING: Final = {
     "reasoning/nonstream": "\nThe answer is 4.",
@@ -218,67 +219,68 @@ MODELS: Final = {
     "xllamacpp-*/models": ["smollm2"],
 }
 OTHERS: Final = {"skulk-qwen05/*": "qwen-coder-0.5b", "xllamacpp-*/err_unknown_model": "smollm2"}
-"""The model that answered, where another one was asked for by name."""
+"""The model that answered, for captures in which another one was asked for."""
 UNLIKE: Final = {
     "llamacpppython-smol/tool_auto",
     "skulk-smollm2-qwentpl/tool_required_parallel",
-    "xllamacpp-smollm2-autotpl/tool_required_truncated",  # the start of a call: text in the one, nothing in the other
+    # The start of a call is text in one of the two, and missing in the other.
+    "xllamacpp-smollm2-autotpl/tool_required_truncated",
     "xllamacpp-smollm2-qwentpl/tool_auto",
     "xllamacpp-smollm2-qwentpl/tool_required_parallel",
 }
-"""Where the model itself wrote something else when it was asked for a stream."""
+"""Captures in which the model itself wrote something else when a stream was asked for."""
 
 
 @attrs.frozen
 class Failure:
-    """What a capture is to be raised as."""
+    """The error that a capture is expected to raise."""
 
     kind: type[LLMError]
-    told: str
-    """A part of the message."""
+    message_part: str
+    """A part of its message."""
     hint: str | None = None
-    """A part of the hint."""
+    """A part of its hint."""
     verdict: Verdict = Verdict.FAIL
     attributes: dict[str, Any] = attrs.field(factory=dict)
     body: str | None = None
-    """What in the middle of a stream reported it."""
+    """The event or text in the middle of a stream that reported it, or None."""
 
 
-_NO_ANSWER: Final = Failure(LLMStreamError, "cut off: it ended without [DONE] or a finish reason", "server stopped")
-_CUT: Final = Failure(LLMStreamError, "the connection broke in mid-stream", "server stopped")
-_KEY: Final = Failure(LLMAuthenticationError, "answered 401: Invalid API Key", "pass api_key=")
-_NO_PATH: Final = Failure(LLMResponseError, "answered 404: File Not Found", "check api_base")
+_CUT_OFF: Final = Failure(LLMStreamError, "cut off: it ended without [DONE] or a finish reason", "server stopped")
+_BROKEN_CONNECTION: Final = Failure(LLMStreamError, "the connection broke in mid-stream", "server stopped")
+_INVALID_KEY: Final = Failure(LLMAuthenticationError, "answered 401: Invalid API Key", "pass api_key=")
+_UNKNOWN_PATH: Final = Failure(LLMResponseError, "answered 404: File Not Found", "check api_base")
 _UNKNOWN_500: Final = Failure(LLMResponseError, 'answered 500: {"message": ""', verdict=Verdict.RETRY)
 
 
-def _overflow(told: str, prompt: int) -> Failure:
+def _overflow(message_part: str, prompt: int) -> Failure:
     tokens = {"prompt_tokens": prompt, "context_length": 2048}
-    return Failure(ContextLengthExceededError, told, "shorten the messages", attributes=tokens)
+    return Failure(ContextLengthExceededError, message_part, "shorten the messages", attributes=tokens)
 
 
-def _refused(status: int, told: str, verdict: Verdict = Verdict.FAIL) -> Failure:
-    return Failure(LLMResponseError, f"the server answered {status}: {told}", verdict=verdict)
+def _refused(status: int, message_part: str, verdict: Verdict = Verdict.FAIL) -> Failure:
+    return Failure(LLMResponseError, f"the server answered {status}: {message_part}", verdict=verdict)
 
 
 FAILURES: Final = {
-    "auth/chat_badkey": _KEY,
-    "auth/chat_nokey": _KEY,
-    "kill_KILL": _CUT,
-    "kill_TERM": _CUT,
+    "auth/chat_badkey": _INVALID_KEY,
+    "auth/chat_nokey": _INVALID_KEY,
+    "kill_KILL": _BROKEN_CONNECTION,
+    "kill_TERM": _BROKEN_CONNECTION,
     "llamacpppython-smol/chat_content_parts": _refused(500, "can only concatenate str"),
     "llamacpppython-smol/err_405": Failure(LLMResponseError, "answered 405: Method Not Allowed", "check api_base"),
     "llamacpppython-smol/err_bad_json": _refused(500, "Internal Server Error", Verdict.RETRY),
     "llamacpppython-smol/err_ctx_overflow": _overflow("maximum context length is 2048 tokens", 40031),
-    "llamacpppython-smol/err_ctx_overflow_stream": _NO_ANSWER,
+    "llamacpppython-smol/err_ctx_overflow_stream": _CUT_OFF,
     "llamacpppython-smol/err_role": _refused(500, "7 validation errors"),
     "llamacpppython-smol/err_temp_string": _refused(500, "1 validation error"),
     "llamacpppython-smol/json_schema": _refused(500, "1 validation error"),
     "llamacpppython-smoltools/err_tool_choice_named_unknown": _refused(500, "Tool with name 'zzz' not found"),
     "llamacpppython-smoltools/err_tool_schema_bad": _UNKNOWN_500,
-    "llamacpppython-smoltools/tool_auto_stream": _NO_ANSWER,
+    "llamacpppython-smoltools/tool_auto_stream": _CUT_OFF,
     "llamacpppython-smoltools/tool_required": _UNKNOWN_500,
     "llamacpppython-smoltools/tool_required_add": _UNKNOWN_500,
-    "llamacpppython-smoltools/tool_required_stream": _NO_ANSWER,
+    "llamacpppython-smoltools/tool_required_stream": _CUT_OFF,
     "llamacpppython-smoltools/tool_roundtrip": _refused(500, "7 validation errors"),
     "midstream_error_nonstream": _refused(500, "The model produced output that does not match the expected peg-native"),
     "midstream_error_sse": Failure(
@@ -304,11 +306,11 @@ FAILURES: Final = {
     "router/err_not_loaded_autoload_false": Failure(ModelLoadError, "400: model is not loaded", "load a model first"),
     "xllamacpp-gemma/err_ctx_overflow": _overflow("request (40024 tokens) exceeds the available context", 40024),
     "xllamacpp-smollm2*/chat_image": _refused(500, "image input is not supported"),
-    "xllamacpp-smollm2*/err_405": _NO_PATH,
+    "xllamacpp-smollm2*/err_405": _UNKNOWN_PATH,
     "xllamacpp-smollm2*/err_bad_json": _refused(400, "[json.exception.parse_error.101] parse error at line 1"),
     "xllamacpp-smollm2*/err_ctx_overflow": _overflow("request (40031 tokens) exceeds the available context", 40031),
     "xllamacpp-smollm2*/err_ctx_overflow_stream": _overflow("request (40031 tokens) exceeds the available", 40031),
-    "xllamacpp-smollm2*/err_delete": _NO_PATH,
+    "xllamacpp-smollm2*/err_delete": _UNKNOWN_PATH,
     "xllamacpp-smollm2*/err_empty_body": _refused(400, "[json.exception.parse_error.101] parse error at line 1"),
     "xllamacpp-smollm2*/err_messages_type": _refused(400, "Expected 'messages' to be an array"),
     "xllamacpp-smollm2*/err_no_messages": _refused(400, "'messages' is required"),
@@ -321,12 +323,12 @@ FAILURES: Final = {
     "xllamacpp-smollm2*/err_tools_type": _refused(500, "Failed to parse tools: Expected 'tools' to be an array"),
     "xllamacpp-smollm2*/err_two_assistant_last": _refused(400, "Cannot have 2 or more assistant messages"),
     "xllamacpp-smollm2*/json_schema_bad": _refused(400, "Unable to generate parser for this template"),
-    "xllamacpp-smollm2*/models_id": _NO_PATH,
+    "xllamacpp-smollm2*/models_id": _UNKNOWN_PATH,
 }
 
 
-def _named(table: str) -> list[str]:
-    """The captures that a table names: a folder and a colon, then names."""
+def captures_in(table: str) -> list[str]:
+    """Returns the captures in a table whose lines have a folder, a colon and names."""
     names, folder = [], ""
     for word in table.split():
         if word.endswith(":"):
@@ -336,37 +338,37 @@ def _named(table: str) -> list[str]:
     return names
 
 
-def _ending(capture: Capture) -> str:
-    (ending,) = [reason for reason, names in ENDINGS.items() if capture.name in _named(names)]
+def finish_reason_of(capture: Capture) -> str:
+    (ending,) = [reason for reason, names in ENDINGS.items() if capture.name in captures_in(names)]
     return ending
 
 
-def _line_for(capture: Capture, table: dict[str, Any], default: Any = None) -> Any:
+def expectation_for(capture: Capture, table: dict[str, Any], default: Any = None) -> Any:
     found = [value for pattern, value in table.items() if fnmatch(capture.name, pattern)]
     assert len(found) <= 1
     return found[0] if found else default
 
 
-REPLIES: Final = [CAPTURES[name] for name in _named(" ".join(ENDINGS.values()))]
+REPLIES: Final = [CAPTURES[name] for name in captures_in(" ".join(ENDINGS.values()))]
 PLAIN: Final = [capture for capture in REPLIES if not capture.is_stream]
 STREAMS: Final = [capture for capture in REPLIES if capture.is_stream]
-FAILED: Final = [each for each in CAPTURES.values() if _line_for(each, FAILURES)]
+FAILED: Final = [each for each in CAPTURES.values() if expectation_for(each, FAILURES)]
 REFUSALS: Final = [capture for capture in FAILED if capture.status >= 400]
 BREAKS: Final = [capture for capture in FAILED if capture.status < 400]
-LISTS: Final = [capture for capture in CAPTURES.values() if _line_for(capture, MODELS)]
+LISTS: Final = [capture for capture in CAPTURES.values() if expectation_for(capture, MODELS)]
 
 
 def each_of(captures: Iterable[Capture]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("capture", [pytest.param(each, id=each.name) for each in captures])
 
 
-def test_each_capture_has_one_line_that_says_what_it_is() -> None:
+def test_each_capture_has_exactly_one_expected_result() -> None:
     known = [each.name for each in [*REPLIES, *FAILED, *LISTS]]
     assert sorted(known) == sorted(CAPTURES)
     assert len(CAPTURES) == 250
 
 
-def test_no_line_is_about_a_capture_that_is_not_there() -> None:
+def test_no_expectation_is_about_a_missing_capture() -> None:
     patterns = [*FAILURES, *MODELS, *CALLS, *REASONING, *OTHERS, *UNLIKE]
     assert [each for each in patterns if not any(fnmatch(name, each) for name in CAPTURES)] == []
 
@@ -384,8 +386,8 @@ def test_a_capture_is_a_stream_if_one_was_asked_for() -> None:
 
 
 async def ask(server: ScriptedServer, capture: Capture, *, stream: bool, mismatch: Any = None) -> Any:
-    """The reply, or the stream's chunks; a failure is raised, and so is any model's name that is not expected."""
-    mismatch = mismatch or ("warn" if _line_for(capture, OTHERS) else "raise")
+    """Returns the reply, or the chunks of the stream. Raises failures, and unexpected names of models."""
+    mismatch = mismatch or ("warn" if expectation_for(capture, OTHERS) else "raise")
     async with LLMClient(server.api_base, capture.model, max_retries=0, model_mismatch=mismatch) as client:
         reply: Any = await client.chat_completion(MESSAGES, stream=stream)
         if not isinstance(reply, ChatStream):
@@ -399,8 +401,8 @@ async def streamed(chunks: Iterable[Any]) -> Any:
         yield each
 
 
-def fold(chunks: Iterable[Any]) -> dict[str, Any]:
-    """A stream's chunks in one, in the plainest way that will do for these servers."""
+def merge_chunks(chunks: Iterable[Any]) -> dict[str, Any]:
+    """Merges the chunks of a stream in the simplest way that works for these servers."""
     texts: dict[tuple[int, str], str] = {}
     calls: dict[tuple[int, int], dict[str, Any]] = {}
     endings: dict[int, str | None] = {}
@@ -427,8 +429,8 @@ def fold(chunks: Iterable[Any]) -> dict[str, Any]:
     }
 
 
-def gist(reply: Any) -> dict[str, Any]:
-    """Of a whole reply what `fold` tells of a stream."""
+def summarize(reply: Any) -> dict[str, Any]:
+    """Returns the same summary of a whole reply as `merge_chunks` returns of a stream."""
     (choice,) = reply["choices"]
     message = choice["message"]
     assert message["role"] == "assistant"
@@ -442,47 +444,52 @@ def gist(reply: Any) -> dict[str, Any]:
     }
 
 
-def calls_of(told: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(call["name"], call["arguments"]) for call in told["calls"]]
+def calls_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(call["name"], call["arguments"]) for call in summary["calls"]]
 
 
 @each_of(PLAIN)
-async def test_a_plain_reply_is_what_the_server_sent(scripted_server: ScriptedServer, capture: Capture) -> None:
+async def test_a_plain_reply_is_returned_as_the_server_sent_it(
+    scripted_server: ScriptedServer, capture: Capture
+) -> None:
     scripted_server.script(raw(*capture.as_recorded()))
     reply = await ask(scripted_server, capture, stream=False)
     assert reply == json.loads(capture.body)
-    assert {choice["finish_reason"] for choice in reply["choices"]} == {_ending(capture)}
+    assert {choice["finish_reason"] for choice in reply["choices"]} == {finish_reason_of(capture)}
     assert reply["usage"]["total_tokens"] == reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"]
     if len(reply["choices"]) == 1:
-        told = gist(reply)
-        assert calls_of(told) == _line_for(capture, CALLS, [])
-        assert told["reasoning"] == _line_for(capture, REASONING, "")
-        assert told["content"] or told["calls"] or told["reasoning"]
+        summary = summarize(reply)
+        assert calls_of(summary) == expectation_for(capture, CALLS, [])
+        assert summary["reasoning"] == expectation_for(capture, REASONING, "")
+        assert summary["content"] or summary["calls"] or summary["reasoning"]
 
 
 @each_of(STREAMS)
-async def test_a_stream_is_what_the_server_sent_and_folds_into_its_reply(
+async def test_chunks_are_returned_as_the_server_sent_them_and_collected_into_the_reply(
     scripted_server: ScriptedServer, capture: Capture
 ) -> None:
     scripted_server.script(raw(*capture.as_recorded()))
     chunks = await ask(scripted_server, capture, stream=True)
     assert chunks == capture.events
     reply = await collect(streamed(chunks))
-    told = gist(reply)
-    assert told == fold(chunks)
+    summary = summarize(reply)
+    assert summary == merge_chunks(chunks)
     known = {"role", "content", "reasoning_content", "tool_calls"}
     legacy = {"function_call"} if capture.name == "llamacpppython-smoltools/tool_named_stream" else set()
     assert set(reply["choices"][0]["message"]) - known == legacy
-    assert told["finish_reason"] == _ending(capture)
-    assert calls_of(told) == _line_for(capture, CALLS, [])
-    assert told["reasoning"] == _line_for(capture, REASONING, "")
+    assert summary["finish_reason"] == finish_reason_of(capture)
+    assert calls_of(summary) == expectation_for(capture, CALLS, [])
+    assert summary["reasoning"] == expectation_for(capture, REASONING, "")
     wants_usage = bool((capture.asked.get("stream_options") or {}).get("include_usage"))
-    assert (told["usage"] is not None) == (wants_usage and "llamacpppython" not in capture.name)
+    assert (summary["usage"] is not None) == (wants_usage and "llamacpppython" not in capture.name)
 
 
 @each_of(each for each in STREAMS if each.name.removesuffix("_stream") in CAPTURES and each.name.endswith("_stream"))
-def test_a_stream_folds_into_the_reply_that_the_same_request_got_without_one(capture: Capture) -> None:
-    streamed, plain = fold(capture.chunks), gist(json.loads(CAPTURES[capture.name.removesuffix("_stream")].body))
+def test_a_stream_is_collected_into_the_reply_of_the_same_plain_request(capture: Capture) -> None:
+    streamed, plain = (
+        merge_chunks(capture.chunks),
+        summarize(json.loads(CAPTURES[capture.name.removesuffix("_stream")].body)),
+    )
     usage = streamed.pop("usage")
     assert usage is None or usage["prompt_tokens"] == plain["usage"]["prompt_tokens"]
     same = [streamed[key] == plain[key] for key in ("content", "reasoning", "finish_reason")]
@@ -490,19 +497,19 @@ def test_a_stream_folds_into_the_reply_that_the_same_request_got_without_one(cap
     assert all(same) == (capture.name.removesuffix("_stream") not in UNLIKE)
 
 
-async def test_text_of_many_scripts_arrives_whole(scripted_server: ScriptedServer) -> None:
+async def test_text_in_many_scripts_is_complete(scripted_server: ScriptedServer) -> None:
     capture = CAPTURES["llamacpppython-smol/stream_utf8"]
     scripted_server.script(raw(*capture.as_recorded()))
-    told = gist(await collect(streamed(await ask(scripted_server, capture, stream=True))))
-    assert told["content"].startswith("🙂 ñandú 日本\n\nThis is a Japanese phrase th")
+    summary = summarize(await collect(streamed(await ask(scripted_server, capture, stream=True))))
+    assert summary["content"].startswith("🙂 ñandú 日本\n\nThis is a Japanese phrase th")
 
 
-@each_of(capture for capture in REPLIES if _line_for(capture, OTHERS))
-async def test_another_model_than_the_one_asked_for_is_told(
+@each_of(capture for capture in REPLIES if expectation_for(capture, OTHERS))
+async def test_an_answer_of_another_model_is_noticed(
     scripted_server: ScriptedServer, capture: Capture, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted_server.script(raw(*capture.as_recorded()), raw(*capture.as_recorded()))
-    served = _line_for(capture, OTHERS)
+    served = expectation_for(capture, OTHERS)
     with caplog.at_level(logging.WARNING, "lmbridge"):
         await ask(scripted_server, capture, stream=capture.is_stream)
     (line,) = caplog.messages
@@ -515,14 +522,15 @@ async def test_another_model_than_the_one_asked_for_is_told(
 
 @pytest.mark.parametrize("stream", [False, True])
 @each_of(REFUSALS)
-async def test_a_refusal_is_named_whether_a_stream_was_asked_for_or_not(
+async def test_a_refusal_raises_the_same_error_for_streams_and_plain_requests(
     scripted_server: ScriptedServer, capture: Capture, stream: bool
 ) -> None:
-    failure = _line_for(capture, FAILURES)
+    failure = expectation_for(capture, FAILURES)
     scripted_server.script(raw(*capture.as_recorded()))
     async with LLMClient(scripted_server.api_base, capture.model, max_retries=0) as client:
         with pytest.raises(LLMError) as caught:
-            await client.chat_completion(MESSAGES, stream=stream)  # the await raises, not the iteration
+            # The await raises, and not the iteration.
+            await client.chat_completion(MESSAGES, stream=stream)
     check(caught.value, capture, failure)
     assert caught.value.body == capture.body.decode()
     assert caught.value.partial is None
@@ -530,10 +538,10 @@ async def test_a_refusal_is_named_whether_a_stream_was_asked_for_or_not(
 
 
 @each_of(BREAKS)
-async def test_a_stream_that_breaks_is_an_error_with_what_had_arrived(
+async def test_an_incomplete_stream_raises_with_the_partial_reply(
     scripted_server: ScriptedServer, capture: Capture
 ) -> None:
-    failure = _line_for(capture, FAILURES)
+    failure = expectation_for(capture, FAILURES)
     scripted_server.script(raw(*capture.as_recorded()))
     chunks: list[Any] = []
     async with LLMClient(scripted_server.api_base, capture.model, max_retries=0) as client:
@@ -545,7 +553,7 @@ async def test_a_stream_that_breaks_is_an_error_with_what_had_arrived(
     assert chunks == capture.chunks
     if chunks:
         assert caught.value.partial == await collect(streamed(chunks))
-        assert gist(caught.value.partial) == fold(chunks)
+        assert summarize(caught.value.partial) == merge_chunks(chunks)
         assert caught.value.partial["choices"][0]["finish_reason"] is None
     else:
         assert caught.value.partial is None
@@ -558,7 +566,7 @@ async def read_into(chunks: list[Any], stream: ChatStream) -> None:
 
 def check(error: LLMError, capture: Capture, failure: Failure) -> None:
     assert type(error) is failure.kind
-    assert failure.told in error.message
+    assert failure.message_part in error.message
     if failure.hint is None:
         assert error.hint is None
     else:
@@ -574,16 +582,16 @@ def check(error: LLMError, capture: Capture, failure: Failure) -> None:
 async def test_a_list_of_models_is_read(scripted_server: ScriptedServer, capture: Capture) -> None:
     scripted_server.on_path("/v1/models", raw(*capture.as_recorded()))
     async with LLMClient(scripted_server.api_base) as client:
-        assert await client.list_models() == _line_for(capture, MODELS)
+        assert await client.list_models() == expectation_for(capture, MODELS)
         assert await client.health_check()
 
 
-# However the bytes are cut
+# However the bytes are split
 
 ODD: Final = (1, 2, 3, 5, 7, 11, 13, 64, 1021)
 
 
-def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+def split_bytes(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
     start = 0
     for size in itertools.cycle(sizes):
         if start >= len(data):
@@ -612,7 +620,7 @@ LONG: Final = (
 
 
 async def outcome(server: ScriptedServer, capture: Capture, packets: Iterable[bytes]) -> tuple[Any, ...]:
-    """All that the caller gets to see, but for times and for ids that we made up."""
+    """Returns everything that the caller can see, except times and generated ids."""
     server.script(raw(*packets))
     try:
         return (await ask(server, capture, stream=capture.is_stream),)
@@ -621,17 +629,17 @@ async def outcome(server: ScriptedServer, capture: Capture, packets: Iterable[by
 
 
 @each_of(CAPTURES[name] for name in SHORT)
-async def test_a_byte_at_a_time_is_the_same_reply(scripted_server: ScriptedServer, capture: Capture) -> None:
+async def test_a_reply_that_arrives_byte_by_byte_is_the_same(scripted_server: ScriptedServer, capture: Capture) -> None:
     expected = await outcome(scripted_server, capture, capture.as_recorded())
-    packets = cut(b"".join(capture.as_recorded()), [1])
+    packets = split_bytes(b"".join(capture.as_recorded()), [1])
     assert await outcome(scripted_server, capture, packets) == expected
 
 
 @each_of(CAPTURES[name] for name in [*SHORT, *LONG])
 @pytest.mark.parametrize("sizes", [[1], ODD, [2**20]], ids=["bytes", "odd sizes", "all at once"])
-async def test_however_the_body_is_cut_it_is_the_same_reply(
+async def test_a_reply_is_the_same_however_its_body_is_split(
     scripted_server: ScriptedServer, capture: Capture, sizes: Iterable[int]
 ) -> None:
     expected = await outcome(scripted_server, capture, capture.as_recorded())
-    packets = cut(b"".join(capture.wire(cut(capture.body, sizes))), [4096])
+    packets = split_bytes(b"".join(capture.wire(split_bytes(capture.body, sizes))), [4096])
     assert await outcome(scripted_server, capture, packets) == expected

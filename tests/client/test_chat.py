@@ -1,4 +1,4 @@
-"""Plain chat completions, and what is refused before anything is sent."""
+"""Plain chat completions, the checks of arguments and options, model lists and health checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lmbridge.testing import ScriptedServer, answer, reply
 from tests.support import MESSAGES
 
 
-async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_reply_is_the_dict_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = {"choices": [{"message": {"content": "Hi", "odd": [1]}}], "model": "test-model", "strange": {"a": None}}
     scripted_server.script(reply(200, sent))
     assert await client.chat_completion(MESSAGES) == sent
@@ -60,7 +60,7 @@ async def test_defaults_come_from_the_environment(
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
-async def test_a_base_url_needs_no_v1(scripted_server: ScriptedServer, suffix: str) -> None:
+async def test_v1_is_added_to_a_base_url(scripted_server: ScriptedServer, suffix: str) -> None:
     async with LLMClient(scripted_server.origin + suffix) as client:
         await client.chat_completion(MESSAGES)
         assert client.api_base == scripted_server.api_base
@@ -83,12 +83,12 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), BAD_REQUESTS)
+@pytest.mark.parametrize(("arguments", "expected_text"), BAD_REQUESTS)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_bad_input_is_refused_before_anything_is_sent(
-    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], told: str, stream: bool
+    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], expected_text: str, stream: bool
 ) -> None:
-    with pytest.raises(LLMValidationError, match=told) as caught:
+    with pytest.raises(LLMValidationError, match=expected_text) as caught:
         await client.chat_completion(**arguments, stream=stream)
     assert isinstance(caught.value, ValueError)
     assert scripted_server.connections == 0
@@ -115,21 +115,22 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "told"), BAD_OPTIONS)
-def test_a_bad_option_is_refused_when_the_client_is_made(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(LLMValidationError, match=told) as caught:
+@pytest.mark.parametrize(("options", "expected_text"), BAD_OPTIONS)
+def test_an_invalid_option_is_refused_when_the_client_is_created(options: dict[str, Any], expected_text: str) -> None:
+    with pytest.raises(LLMValidationError, match=expected_text) as caught:
         LLMClient(**options)
-    assert "api_key" not in options or options["api_key"] not in str(caught.value)  # not even a wrong one
+    # Even a key that is not valid is a secret.
+    assert "api_key" not in options or options["api_key"] not in str(caught.value)
 
 
-def test_a_negative_timeout_is_refused_when_it_is_made() -> None:
+def test_a_negative_timeout_is_refused_when_it_is_created() -> None:
     with pytest.raises(
         LLMValidationError, match=r"Timeouts\.idle must be a positive number of seconds or None, not -1"
     ):
         Timeouts(idle=-1)
 
 
-def test_good_options_are_taken() -> None:
+def test_valid_options_are_accepted() -> None:
     context = ssl.create_default_context()
     client = LLMClient("https://x", "m", "key", ssl=context, trust_env=True, max_retries=0, model_mismatch="raise")
     assert client.api_base == "https://x/v1"
@@ -139,7 +140,7 @@ def test_good_options_are_taken() -> None:
 @pytest.mark.parametrize(
     "body", [{}, {"choices": []}, {"choices": [{}]}, {"choices": [None]}, {"choices": {"a": 1}}, {"choices": "x"}, []]
 )
-async def test_a_reply_that_is_no_completion_is_an_error(
+async def test_a_reply_that_is_not_a_completion_raises(
     scripted_server: ScriptedServer, client: LLMClient, body: Any
 ) -> None:
     scripted_server.script(reply(200, body))
@@ -150,7 +151,7 @@ async def test_a_reply_that_is_no_completion_is_an_error(
 
 
 @pytest.mark.parametrize("body", ["Model unloaded.", '"Model unloaded."'])
-async def test_bare_text_in_place_of_a_reply_names_its_error(
+async def test_bare_text_in_place_of_a_reply_raises_the_error_that_it_describes(
     scripted_server: ScriptedServer, client: LLMClient, body: str
 ) -> None:
     scripted_server.script(reply(200, body))
@@ -158,17 +159,15 @@ async def test_bare_text_in_place_of_a_reply_names_its_error(
         await client.chat_completion(MESSAGES)
 
 
-async def test_a_byte_order_mark_before_a_reply_is_no_trouble(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_byte_order_mark_before_a_reply_is_accepted(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(reply(200, b'\xef\xbb\xbf{"choices": [{"message": {"content": "Hi"}}]}'))
     assert (await client.chat_completion(MESSAGES))["choices"][0]["message"]["content"] == "Hi"
 
 
-# Another model
+# Answers of another model
 
 
-async def test_another_model_is_logged_once_a_pair(
+async def test_a_mismatch_is_logged_once_for_each_pair_of_models(
     scripted_server: ScriptedServer, client: LLMClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted_server.default = answer("x", model="other")
@@ -181,7 +180,7 @@ async def test_another_model_is_logged_once_a_pair(
     assert "asked for model 'test-model', but 'other' answered" in caplog.text
 
 
-async def test_another_model_can_be_an_error(scripted_server: ScriptedServer) -> None:
+async def test_a_mismatch_can_raise(scripted_server: ScriptedServer) -> None:
     scripted_server.default = answer("x", model="other")
     async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="raise") as client:
         with pytest.raises(ModelMismatchError) as plain:
@@ -194,11 +193,12 @@ async def test_another_model_can_be_an_error(scripted_server: ScriptedServer) ->
         assert (caught.value.asked, caught.value.served) == ("test-model", "other")
         assert caught.value.status == 200
         assert scripted_server.api_base in str(caught.value)
-    assert plain.value.partial["choices"][0]["message"]["content"] == "x"  # nothing is lost
+    # The answer is not lost.
+    assert plain.value.partial["choices"][0]["message"]["content"] == "x"
 
 
 @pytest.mark.parametrize("served", ["test-model", "test-model:2", "test-model@q4_k_m", None])
-async def test_an_instance_or_a_quantization_is_the_same_model(
+async def test_an_instance_or_a_quantization_counts_as_the_same_model(
     scripted_server: ScriptedServer, served: str | None
 ) -> None:
     scripted_server.default = reply(200, {"choices": [{"message": {"content": "x"}}], "model": served})
@@ -206,7 +206,7 @@ async def test_an_instance_or_a_quantization_is_the_same_model(
         await client.chat_completion(MESSAGES)
 
 
-# Lists and health
+# Model lists and health checks
 
 
 async def test_models_are_listed_by_id(scripted_server: ScriptedServer, client: LLMClient) -> None:
@@ -217,25 +217,25 @@ async def test_models_are_listed_by_id(scripted_server: ScriptedServer, client: 
 @pytest.mark.parametrize(
     "body", [{}, {"data": 5}, {"data": "x"}, {"data": [1]}, {"data": [{}]}, {"models": []}, [], "x"]
 )
-async def test_a_list_of_models_that_is_none_is_an_error(
-    scripted_server: ScriptedServer, client: LLMClient, body: Any
-) -> None:
+async def test_a_malformed_list_of_models_raises(scripted_server: ScriptedServer, client: LLMClient, body: Any) -> None:
     scripted_server.on_path("/v1/models", reply(200, body))
     with pytest.raises(LLMResponseError, match="something that is n"):
         await client.list_models()
 
 
-async def test_an_ollama_without_models_lists_none(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_list_of_an_ollama_without_models_is_empty(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.on_path("/v1/models", reply(200, {"object": "list", "data": None}))
     assert await client.list_models() == []
 
 
-async def test_health_is_true_where_models_are_listed(client: LLMClient) -> None:
+async def test_a_server_that_lists_models_is_healthy(client: LLMClient) -> None:
     assert await client.health_check() is True
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
-async def test_health_is_false_while_the_server_loads_or_fails(
+async def test_a_server_that_loads_or_fails_is_not_healthy(
     scripted_server: ScriptedServer, client: LLMClient, status: int
 ) -> None:
     scripted_server.on_path("/v1/models", reply(status, {"error": {"message": "Loading model"}}))
@@ -243,7 +243,7 @@ async def test_health_is_false_while_the_server_loads_or_fails(
     assert len(scripted_server.requests) == 1  # it neither retries nor polls
 
 
-async def test_health_is_false_where_nobody_is() -> None:
+async def test_a_server_that_is_not_there_is_not_healthy() -> None:
     async with ScriptedServer() as gone:
         pass
     async with LLMClient(gone.api_base) as client:
@@ -253,7 +253,7 @@ async def test_health_is_false_where_nobody_is() -> None:
 @pytest.mark.parametrize(
     ("status", "body"), [(401, {"error": "no"}), (404, {"error": "what?"}), (200, {"error": "Unexpected endpoint"})]
 )
-async def test_health_is_an_error_where_something_else_answers(
+async def test_the_health_check_raises_if_something_else_answers(
     scripted_server: ScriptedServer, client: LLMClient, status: int, body: dict[str, str]
 ) -> None:
     scripted_server.on_path("/v1/models", reply(status, body))

@@ -33,7 +33,7 @@ FIRST = a_chunk(a_choice({"role": "assistant", "content": None}))
 LAST = a_chunk(a_choice({}, "stop"))
 
 
-def accumulate(chunks: Iterable[Mapping[str, Any]]) -> ChatAccumulator:
+def accumulated(chunks: Iterable[Mapping[str, Any]]) -> ChatAccumulator:
     accumulator = ChatAccumulator()
     for chunk in chunks:
         accumulator.add(chunk)
@@ -41,11 +41,11 @@ def accumulate(chunks: Iterable[Mapping[str, Any]]) -> ChatAccumulator:
 
 
 def reply_of(*chunks: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(accumulate(chunks).reply())
+    return dict(accumulated(chunks).reply())
 
 
 def message_of(*deltas: dict[str, Any]) -> dict[str, Any]:
-    """The message of a reply whose chunks have these deltas."""
+    """Returns the message of a reply whose chunks have these deltas."""
     message: dict[str, Any] = reply_of(*(a_chunk(a_choice(delta)) for delta in deltas))["choices"][0]["message"]
     return message
 
@@ -64,7 +64,7 @@ def test_a_stream_becomes_the_reply_that_the_plain_call_would_have_given() -> No
     }
 
 
-def test_what_had_arrived_of_a_stream_is_a_reply_without_an_end() -> None:
+def test_a_partial_reply_has_no_finish_reason() -> None:
     reply = reply_of(FIRST, text("Hel"))
     assert reply["choices"][0] == {
         "index": 0,
@@ -75,19 +75,19 @@ def test_what_had_arrived_of_a_stream_is_a_reply_without_an_end() -> None:
     assert reply_of() == {"object": "chat.completion", "choices": [], "usage": None}
 
 
-def test_an_answer_that_begins_with_text_and_no_role_is_kept_from_its_first_piece() -> None:
+def test_an_answer_without_a_role_is_kept_from_its_first_piece() -> None:
     for start in ([], [a_chunk()], [a_chunk(choices=None)], [a_chunk(a_choice({"content": "other"}, index=1))]):
         reply = reply_of(*start, text("Hel"), text("lo"))
         assert reply["choices"][0]["message"]["content"] == "Hello"
 
 
-def test_a_whole_answer_in_one_chunk_is_a_reply() -> None:
+def test_a_single_chunk_may_hold_the_whole_answer() -> None:
     reply = reply_of(a_chunk(a_choice({"role": "assistant", "content": "Hello"}, "stop"), usage=USAGE))
     assert reply["choices"][0]["message"]["content"] == "Hello"
     assert (reply["choices"][0]["finish_reason"], reply["usage"]) == ("stop", USAGE)
 
 
-def test_chunks_without_choices_or_without_a_delta_are_no_obstacle() -> None:
+def test_chunks_without_choices_or_without_a_delta_are_accepted() -> None:
     odd = [a_chunk(), a_chunk(choices=None), dict(HEAD), a_chunk(a_choice(None)), a_chunk({"index": 0}), a_chunk({})]
     for chunk in odd:
         reply = reply_of(chunk, FIRST, chunk, text("Hel"), chunk, text("lo"), chunk, LAST, chunk)
@@ -96,22 +96,22 @@ def test_chunks_without_choices_or_without_a_delta_are_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("key", ["content", "reasoning_content", "reasoning", "refusal"])
-def test_texts_are_joined_and_those_that_never_came_are_not_there(key: str) -> None:
+def test_texts_are_joined_and_fields_that_never_arrived_are_missing(key: str) -> None:
     message = message_of({"role": "assistant", key: "Hel"}, {key: None}, {key: "lo "}, {key: ""}, {key: "🙂"})
     assert message == {"role": "assistant", "content": "", key: "Hello 🙂"}
 
 
-def test_reasoning_and_content_do_not_mix() -> None:
+def test_reasoning_and_content_are_kept_apart() -> None:
     message = message_of({"reasoning_content": "Hm"}, {"content": "Hel", "reasoning_content": "m."}, {"content": "lo"})
     assert message == {"role": "assistant", "content": "Hello", "reasoning_content": "Hmm."}
 
 
-def test_a_role_is_kept_as_it_came() -> None:
+def test_the_role_is_kept_and_is_assistant_by_default() -> None:
     assert message_of({"role": "tool"}, {"role": None}, {"role": ""}, {"content": "x"})["role"] == "tool"
     assert message_of({"content": "x"})["role"] == "assistant"
 
 
-def test_usage_is_what_the_last_chunk_that_told_it_said() -> None:
+def test_usage_is_that_of_the_last_chunk_with_usage() -> None:
     later = {**USAGE, "completion_tokens": 9}
     assert reply_of(FIRST, text("x"), LAST)["usage"] is None
     assert reply_of(FIRST, text("x", usage=None), a_chunk(usage={}))["usage"] is None
@@ -123,7 +123,7 @@ def test_usage_is_what_the_last_chunk_that_told_it_said() -> None:
     assert reply_of(a_chunk(more, usage=None), a_chunk(more, usage=USAGE), a_chunk(more, usage=None))["usage"] == USAGE
 
 
-def test_several_answers_are_kept_apart_and_in_the_order_of_their_numbers() -> None:
+def test_several_answers_are_kept_apart_and_sorted_by_index() -> None:
     pieces = [(1, "b"), (0, "a"), (2, "c"), (0, "A"), (1, "B"), (0, "!"), (2, "C")]
     chunks = [a_chunk(a_choice({"content": piece}, index=index)) for index, piece in pieces]
     both = a_chunk(a_choice({"content": "?"}, "stop"), a_choice({"content": "?"}, "length", index=1))
@@ -135,13 +135,13 @@ def test_several_answers_are_kept_apart_and_in_the_order_of_their_numbers() -> N
     ]
 
 
-def test_an_answer_without_a_number_is_the_first() -> None:
+def test_an_answer_without_an_index_is_the_first() -> None:
     unnumbered = {"delta": {"content": "a"}, "finish_reason": None}
     (choice,) = reply_of(a_chunk(unnumbered), a_chunk({**unnumbered, "index": None}), text("b"))["choices"]
     assert (choice["index"], choice["message"]["content"]) == (0, "aab")
 
 
-def test_logprobs_grow() -> None:
+def test_logprobs_are_joined() -> None:
     def with_logprobs(content: str, logprobs: Any) -> dict[str, Any]:
         return a_chunk(a_choice({"content": content}, logprobs=logprobs))
 
@@ -158,7 +158,7 @@ def test_logprobs_grow() -> None:
     assert "logprobs" not in reply_of(with_logprobs("a", None), with_logprobs("b", None))["choices"][0]
 
 
-def test_fields_that_are_not_known_are_kept_where_they_were() -> None:
+def test_unknown_fields_are_kept_in_their_place() -> None:
     reply = reply_of(
         a_chunk(a_choice({"role": "assistant", "annotations": [1]}, token_ids=[1]), system_fingerprint="f"),
         a_chunk(a_choice({"content": "x"}, token_ids=[2, 3])),
@@ -179,7 +179,7 @@ def test_fields_that_are_not_known_are_kept_where_they_were() -> None:
     assert (reply["timings"], reply["system_fingerprint"], reply["model"]) == ({"predicted_n": 2}, "f", "m")
 
 
-def test_chunks_are_left_as_they_are() -> None:
+def test_chunks_are_not_changed() -> None:
     chunks = [
         a_chunk(
             a_choice({"annotations": [1], "tool_calls": [{"index": 0, "x": [1]}]}, logprobs={"content": [1]}),
@@ -188,33 +188,33 @@ def test_chunks_are_left_as_they_are() -> None:
         for _ in range(3)
     ]
     before = copy.deepcopy(chunks)
-    accumulator = accumulate(chunks)
-    accumulator.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]  # more than the type tells
+    accumulator = accumulated(chunks)
+    accumulator.reply()["choices"][0]["message"]["annotations"].append(7)  # type: ignore[typeddict-item]  # a field that the type does not have
     assert chunks == before
 
 
-def test_a_reply_does_not_change_with_what_comes_later() -> None:
+def test_later_chunks_do_not_change_a_reply_that_was_returned() -> None:
     chunk = a_chunk(a_choice({"content": "a", "annotations": [1]}, logprobs={"content": [1]}))
-    accumulator = accumulate([chunk])
+    accumulator = accumulated([chunk])
     reply, before = accumulator.reply(), copy.deepcopy(accumulator.reply())
     accumulator.add(chunk)
     assert reply == before
     assert accumulator.reply() != before
 
 
-# How far it is
+# Progress
 
 
 def test_a_reply_has_begun_with_any_chunk_and_has_a_delta_with_any_piece_of_a_message() -> None:
     assert (ChatAccumulator().has_begun, ChatAccumulator().has_delta) == (False, False)
     for empty in (a_chunk(), LAST, a_chunk(a_choice(None)), a_chunk(usage=USAGE)):
-        assert (accumulate([empty]).has_begun, accumulate([empty]).has_delta) == (True, False)
+        assert (accumulated([empty]).has_begun, accumulated([empty]).has_delta) == (True, False)
     for full in (FIRST, text(""), a_chunk(a_choice({"content": "x"}, index=1))):
-        assert (accumulate([full]).has_begun, accumulate([full]).has_delta) == (True, True)
-    assert accumulate([FIRST, LAST, a_chunk()]).has_delta
+        assert (accumulated([full]).has_begun, accumulated([full]).has_delta) == (True, True)
+    assert accumulated([FIRST, LAST, a_chunk()]).has_delta
 
 
-def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> None:
+def test_a_reply_is_finished_when_every_answer_that_began_has_its_finish_reason() -> None:
     accumulator = ChatAccumulator()
     assert not accumulator.is_finished
     other = a_chunk(a_choice({"content": "x"}, index=1))
@@ -232,7 +232,7 @@ def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> No
         assert accumulator.is_finished is finished
 
 
-# What is no chunk
+# Malformed chunks
 
 
 @pytest.mark.parametrize(
@@ -261,24 +261,24 @@ def test_a_reply_is_finished_when_every_answer_that_began_has_its_reason() -> No
         {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"arguments": {"half": "\ud83d"}}}]}}]},
     ],
 )
-def test_what_is_no_chunk_is_an_error_that_shows_it(chunk: Any) -> None:
-    for accumulator in (ChatAccumulator(), accumulate([FIRST, text("x")])):
+def test_a_malformed_chunk_raises_an_error_that_shows_it(chunk: Any) -> None:
+    for accumulator in (ChatAccumulator(), accumulated([FIRST, text("x")])):
         with pytest.raises(LLMStreamError, match=r"a chunk of an unknown shape: ") as caught:
             accumulator.add(chunk)
         assert repr(chunk) in str(caught.value)
         accumulator.reply()
 
 
-def test_a_large_chunk_is_shown_in_part() -> None:
+def test_an_error_shows_only_the_beginning_of_a_large_chunk() -> None:
     with pytest.raises(LLMStreamError) as caught:
         ChatAccumulator().add({"choices": [{"delta": "x" * 10_000}]})
     assert len(str(caught.value)) < 300
 
 
-# The fast way of `add`
+# The fast path of `add` gives the same result as the slow path
 
 PLAIN = text("x")
-# Each differs from a plain piece of text in one way.
+# Each of these differs from a simple piece of text in one way.
 NOT_SIMPLE = [
     a_chunk(a_choice({})),
     a_chunk(a_choice({"content": ""})),
@@ -300,13 +300,13 @@ NOT_SIMPLE = [
 
 
 @pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": USAGE}, None])
-def test_chunks_that_only_add_text_are_added_as_any_others_are(usage: dict[str, Any] | None) -> None:
+def test_the_fast_path_for_text_gives_the_result_of_the_slow_path(usage: dict[str, Any] | None) -> None:
     for chunks in itertools.product([PLAIN, *NOT_SIMPLE], repeat=3):
         fast, slow = ChatAccumulator(), ChatAccumulator()
         for number, chunk in enumerate(chunks):
-            told = {**chunk, **({"usage": {"completion_tokens": number}} if usage is None else usage)}
-            fast.add(told)
-            slow._add_slowly(told)
+            sent = {**chunk, **({"usage": {"completion_tokens": number}} if usage is None else usage)}
+            fast.add(sent)
+            slow._add_slowly(sent)
             assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
                 slow.has_begun,
                 slow.has_delta,
@@ -315,7 +315,7 @@ def test_chunks_that_only_add_text_are_added_as_any_others_are(usage: dict[str, 
         assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
-# Each differs in one way from a piece of a call that brings nothing but arguments.
+# Each of these, except the first, differs in one way from a piece that holds only arguments.
 PIECES = [
     [{"index": 0, "function": {"arguments": "a"}}],
     [{"index": 1, "function": {"arguments": "b"}}],
@@ -334,7 +334,7 @@ PIECES = [
 ]
 
 
-def test_chunks_that_only_add_arguments_are_added_as_any_others_are() -> None:
+def test_the_fast_path_for_arguments_gives_the_result_of_the_slow_path() -> None:
     for pieces in itertools.product(PIECES, repeat=3):
         fast, slow = ChatAccumulator(), ChatAccumulator()
         for piece in pieces:
@@ -349,7 +349,7 @@ def test_chunks_that_only_add_arguments_are_added_as_any_others_are() -> None:
         assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
-def test_arguments_in_an_unusual_chunk_are_added_as_any_others_are() -> None:
+def test_arguments_among_other_fields_take_the_slow_path() -> None:
     more = {"tool_calls": [{"index": 0, "function": {"arguments": "a"}}]}
     unusual = [
         a_chunk(a_choice(more, index=1)),
@@ -371,8 +371,8 @@ def test_arguments_in_an_unusual_chunk_are_added_as_any_others_are() -> None:
 @pytest.mark.parametrize(
     "pieces", ["ab", {"a": 1}, 5, [5], [{"index": 0, "function": 5}], [{"index": 0, "function": "a"}]]
 )
-def test_pieces_of_calls_that_are_none_are_an_error_wherever_they_come(pieces: Any) -> None:
-    accumulator = accumulate(
+def test_malformed_pieces_of_calls_raise(pieces: Any) -> None:
+    accumulator = accumulated(
         [a_chunk(a_choice({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": "{"}}]}))]
     )
     with pytest.raises(LLMStreamError, match="unknown shape"):
@@ -390,12 +390,12 @@ def _without_ids(reply: Mapping[str, Any]) -> Mapping[str, Any]:
 # Tool calls
 
 Call = tuple[str, str, str]
-"""Id, name, arguments."""
+"""The id, the name and the arguments of a call."""
 Piece = dict[str, Any]
 Stream = Iterator[list[Piece]]
 """The `tool_calls` of each delta."""
 Cut = Callable[[str], list[str]]
-"""Cuts arguments into pieces."""
+"""A function that splits arguments into pieces."""
 
 CALLS: list[Call] = [
     ("id-a", "get_weather", '{"city": "Paris", "days": [1, 2]}'),
@@ -407,7 +407,7 @@ CALLS: list[Call] = [
 
 def calls_of(stream: Iterable[list[Piece]]) -> list[dict[str, Any]]:
     chunks = [a_chunk(a_choice({"tool_calls": pieces})) for pieces in stream]
-    reply = accumulate(copy.deepcopy(chunks)).reply()
+    reply = accumulated(copy.deepcopy(chunks)).reply()
     calls: list[dict[str, Any]] = reply["choices"][0]["message"]["tool_calls"]  # type: ignore[assignment]  # as plain dicts
     return calls
 
@@ -423,17 +423,17 @@ def in_pieces(
     name_apart: bool = False,
     opening: bool = True,
 ) -> Stream:
-    """The calls one after the other, each in pieces.
+    """Yields the calls one after the other, each in pieces.
 
     Args:
         calls: The calls.
-        cut: How arguments are cut.
-        index: The field with a call's number, in its first piece and in later ones.
-        ids: The field with its id.
+        cut: Splits the arguments of a call.
+        index: Returns the `index` field of a piece, from the number of its call and whether it is the first piece.
+        ids: Returns the `id` field of a piece, from the id of its call and whether it is the first piece.
         name_again: Whether each piece has the name.
-        name_later: What later pieces have for a name.
-        name_apart: Whether the name comes in a piece of its own, behind the one with the id.
-        opening: Whether the first piece has no arguments yet.
+        name_later: The name in later pieces.
+        name_apart: Whether the name has a separate piece, after the piece with the id.
+        opening: Whether the first piece has empty arguments.
     """
     for number, (call_id, name, arguments) in enumerate(calls):
         parts = cut(arguments)
@@ -450,48 +450,48 @@ def in_pieces(
             yield [{**index(number, opens), **ids(call_id, opens), "function": {**named, "arguments": part}}]
 
 
-def _nothing(_: object, _first: bool) -> dict[str, Any]:
+def _no_field(_: object, _first: bool) -> dict[str, Any]:
     return {}
 
 
-def _zero(_: int, _first: bool) -> dict[str, Any]:
+def _index_zero(_: int, _first: bool) -> dict[str, Any]:
     return {"index": 0}
 
 
-def _null(_: int, _first: bool) -> dict[str, Any]:
+def _index_null(_: int, _first: bool) -> dict[str, Any]:
     return {"index": None}
 
 
-def _from_one(number: int, _first: bool) -> dict[str, Any]:
+def _index_from_one(number: int, _first: bool) -> dict[str, Any]:
     return {"index": number + 1}
 
 
-def _at_first(number: int, first: bool) -> dict[str, Any]:
+def _index_in_first_piece(number: int, first: bool) -> dict[str, Any]:
     return {"index": number} if first else {}
 
 
-def _later(number: int, first: bool) -> dict[str, Any]:
+def _index_in_later_pieces(number: int, first: bool) -> dict[str, Any]:
     return {} if first else {"index": number}
 
 
-def _always(call_id: str, _first: bool) -> dict[str, Any]:
+def _id_always(call_id: str, _first: bool) -> dict[str, Any]:
     return {"id": call_id, "type": "function"}
 
 
-def _then_empty(call_id: str, first: bool) -> dict[str, Any]:
+def _id_then_empty(call_id: str, first: bool) -> dict[str, Any]:
     return {"id": call_id if first else ""}
 
 
-def _then_null(call_id: str, first: bool) -> dict[str, Any]:
+def _id_then_null(call_id: str, first: bool) -> dict[str, Any]:
     return {"id": call_id if first else None, "type": "function"}
 
 
-def _empty(_: str, _first: bool) -> dict[str, Any]:
+def _id_empty(_: str, _first: bool) -> dict[str, Any]:
     return {"id": "", "type": "function"}
 
 
 def in_turns(calls: Sequence[Call], cut: Cut) -> Stream:
-    """All calls at the same time, told apart by their index."""
+    """Yields the pieces of all calls in turns, distinguished by their index."""
     streams = [
         in_pieces([call], cut, index=lambda _, first, number=number: {"index": number})  # type: ignore[misc]  # mypy infers no lambda with defaults
         for number, call in enumerate(calls)
@@ -500,21 +500,21 @@ def in_turns(calls: Sequence[Call], cut: Cut) -> Stream:
         yield from ([piece] for delta in deltas for piece in delta)
 
 
-def batched(calls: Sequence[Call], cut: Cut) -> Stream:
-    """A delta for every three pieces."""
+def three_pieces_per_delta(calls: Sequence[Call], cut: Cut) -> Stream:
+    """Yields a delta for every three pieces."""
     pieces = [piece for delta in in_pieces(calls, cut) for piece in delta]
     for at in range(0, len(pieces), 3):
         yield pieces[at : at + 3]
 
 
-def whole(
+def whole_calls(
     *,
-    index: Callable[[int, bool], dict[str, Any]] = _nothing,
+    index: Callable[[int, bool], dict[str, Any]] = _no_field,
     ids: bool = True,
     as_object: bool = False,
     together: bool,
 ) -> Callable[[Sequence[Call], Cut], Stream]:
-    """Each call in one piece; all of them in one delta, or one by one."""
+    """Returns a stream with each call in one piece, all of them in one delta or one by one."""
 
     def stream(calls: Sequence[Call], _: Cut) -> Stream:
         pieces = [
@@ -537,61 +537,61 @@ def _quirk(**options: Any) -> Callable[[Sequence[Call], Cut], Stream]:
 WITH_IDS: dict[str, Callable[[Sequence[Call], Cut], Stream]] = {
     "as OpenAI does": _quirk(),
     "arguments from the first piece on": _quirk(opening=False),
-    "several pieces in a delta": batched,
+    "several pieces in a delta": three_pieces_per_delta,
     "calls in turns": in_turns,
-    "no index": _quirk(index=_nothing),
-    "index null": _quirk(index=_null),
-    "index 0 for every call": _quirk(index=_zero),
-    "first index 1": _quirk(index=_from_one),
-    "index in the first piece only": _quirk(index=_at_first),
-    "index in later pieces only": _quirk(index=_later),
-    "id in each piece": _quirk(ids=_always),
-    "id in each piece and index 0": _quirk(ids=_always, index=_zero),
-    "id in each piece and no index": _quirk(ids=_always, index=_nothing),
-    "id empty in later pieces": _quirk(ids=_then_empty),
-    "id empty in later pieces and index 0": _quirk(ids=_then_empty, index=_zero),
-    "id null in later pieces": _quirk(ids=_then_null),
-    "name empty in later pieces": _quirk(name_later="", index=_zero),
-    "name null in later pieces": _quirk(name_later=None, index=_nothing),
+    "no index": _quirk(index=_no_field),
+    "index null": _quirk(index=_index_null),
+    "index 0 for every call": _quirk(index=_index_zero),
+    "first index 1": _quirk(index=_index_from_one),
+    "index in the first piece only": _quirk(index=_index_in_first_piece),
+    "index in later pieces only": _quirk(index=_index_in_later_pieces),
+    "id in each piece": _quirk(ids=_id_always),
+    "id in each piece and index 0": _quirk(ids=_id_always, index=_index_zero),
+    "id in each piece and no index": _quirk(ids=_id_always, index=_no_field),
+    "id empty in later pieces": _quirk(ids=_id_then_empty),
+    "id empty in later pieces and index 0": _quirk(ids=_id_then_empty, index=_index_zero),
+    "id null in later pieces": _quirk(ids=_id_then_null),
+    "name empty in later pieces": _quirk(name_later="", index=_index_zero),
+    "name null in later pieces": _quirk(name_later=None, index=_no_field),
     "id and name in separate deltas": _quirk(name_apart=True),
-    "id and name in separate deltas and index 0": _quirk(name_apart=True, index=_zero),
-    "id and name in separate deltas and no index": _quirk(name_apart=True, index=_nothing),
-    "name and id in each piece": _quirk(name_again=True, ids=_always),
-    "name and id in each piece and index 0": _quirk(name_again=True, ids=_always, index=_zero),
-    "whole calls one by one": whole(together=False),
-    "whole calls at once": whole(together=True),
-    "whole calls with index 0": whole(together=True, index=_zero),
-    "whole calls with arguments as an object": whole(together=False, as_object=True),
+    "id and name in separate deltas and index 0": _quirk(name_apart=True, index=_index_zero),
+    "id and name in separate deltas and no index": _quirk(name_apart=True, index=_no_field),
+    "name and id in each piece": _quirk(name_again=True, ids=_id_always),
+    "name and id in each piece and index 0": _quirk(name_again=True, ids=_id_always, index=_index_zero),
+    "whole calls one by one": whole_calls(together=False),
+    "whole calls at once": whole_calls(together=True),
+    "whole calls with index 0": whole_calls(together=True, index=_index_zero),
+    "whole calls with arguments as an object": whole_calls(together=False, as_object=True),
 }
 WITHOUT_IDS: dict[str, Callable[[Sequence[Call], Cut], Stream]] = {
-    "no id": _quirk(ids=_nothing),
-    "no id but an empty one": _quirk(ids=_empty),
-    "no id and name empty in later pieces": _quirk(ids=_nothing, name_later="", index=_zero),
-    "no id and no opening": _quirk(ids=_nothing, opening=False),
-    "no id and no index": _quirk(ids=_nothing, index=_nothing),
-    "no id, no index and no opening": _quirk(ids=_nothing, index=_nothing, opening=False),
-    "no id and index 0": _quirk(ids=_nothing, index=_zero),
-    "no id and index null": _quirk(ids=_nothing, index=_null),
-    "no id and first index 1": _quirk(ids=_nothing, index=_from_one),
-    "whole calls without id one by one": whole(ids=False, together=False),
-    "whole calls without id at once": whole(ids=False, together=True),
-    "whole calls without id and with index 0": whole(ids=False, together=True, index=_zero),
-    "whole calls without id and with arguments as an object": whole(ids=False, together=False, as_object=True),
+    "no id": _quirk(ids=_no_field),
+    "no id but an empty one": _quirk(ids=_id_empty),
+    "no id and name empty in later pieces": _quirk(ids=_no_field, name_later="", index=_index_zero),
+    "no id and no opening": _quirk(ids=_no_field, opening=False),
+    "no id and no index": _quirk(ids=_no_field, index=_no_field),
+    "no id, no index and no opening": _quirk(ids=_no_field, index=_no_field, opening=False),
+    "no id and index 0": _quirk(ids=_no_field, index=_index_zero),
+    "no id and index null": _quirk(ids=_no_field, index=_index_null),
+    "no id and first index 1": _quirk(ids=_no_field, index=_index_from_one),
+    "whole calls without id one by one": whole_calls(ids=False, together=False),
+    "whole calls without id at once": whole_calls(ids=False, together=True),
+    "whole calls without id and with index 0": whole_calls(ids=False, together=True, index=_index_zero),
+    "whole calls without id and with arguments as an object": whole_calls(ids=False, together=False, as_object=True),
 }
-# Where the name comes again without an id, an empty piece behind whole arguments is the beginning of another call.
+# If the name is repeated without an id, an empty piece after complete arguments begins another call.
 WITHOUT_EMPTY_PIECES: dict[str, Callable[[Sequence[Call], Cut], Stream]] = {
     "name in each piece, id in the first": _quirk(name_again=True),
-    "name in each piece and no id": _quirk(name_again=True, ids=_nothing),
-    "name in each piece, no id and no index": _quirk(name_again=True, ids=_nothing, index=_nothing),
-    "name in each piece, no id and index 0": _quirk(name_again=True, ids=_nothing, index=_zero),
+    "name in each piece and no id": _quirk(name_again=True, ids=_no_field),
+    "name in each piece, no id and no index": _quirk(name_again=True, ids=_no_field, index=_no_field),
+    "name in each piece, no id and index 0": _quirk(name_again=True, ids=_no_field, index=_index_zero),
 }
 QUIRKS = WITH_IDS | WITHOUT_IDS | WITHOUT_EMPTY_PIECES
 
 
-def check(quirk: str, calls: Sequence[Call], cut: Cut) -> None:
+def check_quirk(quirk: str, calls: Sequence[Call], cut: Cut) -> None:
     got = calls_of(QUIRKS[quirk](calls, cut))
-    told = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in got]
-    assert told == [(name, json.loads(arguments)) for _, name, arguments in calls]
+    joined = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in got]
+    assert joined == [(name, json.loads(arguments)) for _, name, arguments in calls]
     assert all(set(call) == {"id", "type", "function"} and call["type"] == "function" for call in got)
     if quirk in WITHOUT_IDS or "no id" in quirk:
         assert len({call["id"] for call in got}) == len(calls)
@@ -603,10 +603,11 @@ def check(quirk: str, calls: Sequence[Call], cut: Cut) -> None:
 
 
 @pytest.mark.parametrize("quirk", QUIRKS)
-def test_tool_calls_are_put_together_whatever_the_server_leaves_out(quirk: str) -> None:
+def test_tool_calls_are_joined_under_every_quirk_of_servers(quirk: str) -> None:
     for calls in (CALLS[:1], CALLS[:2], CALLS[1:3], CALLS, CALLS[::-1]):
-        check(quirk, calls, lambda arguments: [arguments])
-        check(quirk, calls, list)  # letter by letter
+        check_quirk(quirk, calls, lambda arguments: [arguments])
+        # `list` splits the arguments into single characters.
+        check_quirk(quirk, calls, list)
 
 
 _arguments = st.dictionaries(
@@ -627,13 +628,15 @@ _calls = st.lists(
     calls=_calls,
     cuts=st.lists(st.integers(0, 60), max_size=6),
 )
-def test_the_same_calls_come_out_of_any_pieces_under_any_quirk(quirk: str, calls: list[Call], cuts: list[int]) -> None:
+def test_tool_calls_are_joined_however_their_arguments_are_split(
+    quirk: str, calls: list[Call], cuts: list[int]
+) -> None:
     def cut(arguments: str) -> list[str]:
         edges = [0, *sorted(at % (len(arguments) + 1) for at in cuts), len(arguments)]
         parts = [arguments[start:end] for start, end in itertools.pairwise(edges)]
         return parts if quirk not in WITHOUT_EMPTY_PIECES else [part for part in parts if part]
 
-    check(quirk, calls, cut)
+    check_quirk(quirk, calls, cut)
 
 
 @pytest.mark.parametrize(
@@ -646,42 +649,42 @@ def test_the_same_calls_come_out_of_any_pieces_under_any_quirk(quirk: str, calls
         [{"index": 0, "function": {"name": "f"}}, {"index": 1, "function": {"name": "f", "arguments": None}}],
     ],
 )
-def test_two_calls_without_arguments_stay_two(pieces: list[Piece]) -> None:
+def test_two_calls_without_arguments_are_kept_apart(pieces: list[Piece]) -> None:
     names = [piece["function"]["name"] for piece in pieces]
     for calls in (calls_of([pieces]), calls_of([piece] for piece in pieces)):
         assert [call["function"] for call in calls] == [{"name": name, "arguments": ""} for name in names]
         assert calls[0]["id"] != calls[1]["id"]
 
 
-def test_a_name_that_a_server_with_ids_sends_in_pieces_is_one_name() -> None:
+def test_a_name_in_pieces_is_joined_if_the_server_sends_ids() -> None:
     pieces = [{"index": 0, "id": "a", "function": {"name": "get_"}}, {"index": 0, "function": {"name": "weather"}}]
     (call,) = calls_of([[piece] for piece in pieces])
     assert call == {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": ""}}
 
 
-def test_arguments_that_were_cut_are_kept_as_far_as_they_came() -> None:
+def test_arguments_of_an_incomplete_stream_are_kept() -> None:
     stream = list(in_pieces(CALLS[:1], list))
     for count in range(1, len(stream)):
         (call,) = calls_of(stream[:count])
         assert call["function"]["arguments"] == CALLS[0][2][: count - 1]
 
 
-def test_an_id_that_was_made_up_stays_the_same() -> None:
-    accumulator = accumulate([a_chunk(a_choice({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}))])
+def test_a_generated_id_stays_the_same() -> None:
+    accumulator = accumulated([a_chunk(a_choice({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}))])
     assert accumulator.reply() == accumulator.reply()
 
 
-def test_a_name_that_came_before_its_id_belongs_to_it() -> None:
+def test_a_name_may_arrive_before_its_id() -> None:
     stream: list[list[Piece]] = [[{"function": {"name": "f"}}], [{"id": "a"}], [{"function": {"arguments": "{}"}}]]
     assert calls_of(stream) == [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
-def test_a_call_may_begin_with_nothing_but_its_number() -> None:
+def test_a_call_may_begin_with_only_its_index() -> None:
     (call,) = calls_of([[{"index": 0}], [{"index": 0, "function": {"name": "f"}}], [{"function": {"arguments": "{}"}}]])
     assert call["function"] == {"name": "f", "arguments": "{}"}
 
 
-def test_fields_of_a_call_that_are_not_known_are_kept() -> None:
+def test_unknown_fields_of_a_call_are_kept() -> None:
     stream = [
         [{"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}, "extra_content": {"signature": "s"}}],
         [{"index": 0, "function": {"arguments": "{}"}, "extra_content": None}],
@@ -690,7 +693,7 @@ def test_fields_of_a_call_that_are_not_known_are_kept() -> None:
     assert call["extra_content"] == {"signature": "s"}
 
 
-def test_calls_and_text_of_one_reply_are_both_kept_and_an_empty_list_is_no_call() -> None:
+def test_a_reply_may_have_text_and_calls_and_an_empty_list_adds_no_call() -> None:
     piece = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
     message = message_of({"content": "Let me see.", "tool_calls": []}, {"content": "", "tool_calls": [piece]})
     assert message["content"] == "Let me see."
@@ -698,7 +701,7 @@ def test_calls_and_text_of_one_reply_are_both_kept_and_an_empty_list_is_no_call(
     assert "tool_calls" not in message_of({"content": "Hello", "tool_calls": []}, {"tool_calls": None})
 
 
-def test_the_calls_of_several_answers_are_kept_apart() -> None:
+def test_calls_of_several_answers_are_kept_apart() -> None:
     def call(index: int, name: str) -> dict[str, Any]:
         return a_chunk(a_choice({"tool_calls": [{"function": {"name": name, "arguments": "{}"}}]}, index=index))
 
@@ -707,7 +710,7 @@ def test_the_calls_of_several_answers_are_kept_apart() -> None:
     assert names == [["f", "h"], ["g"]]
 
 
-def test_a_name_in_pieces_keeps_one_that_is_how_it_already_ends() -> None:
+def test_a_piece_of_a_name_is_kept_even_if_the_name_already_ends_with_it() -> None:
     first = {"index": 0, "id": "x", "function": {"name": "ad", "arguments": ""}}
     second = {"index": 0, "function": {"name": "d", "arguments": "{}"}}
     (call,) = calls_of([[first], [second]])

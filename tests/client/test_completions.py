@@ -1,4 +1,4 @@
-"""Text completions: plain and streamed, with the guarantees of a chat."""
+"""Text completions, plain and streamed, with the same guarantees as chat completions."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ PROMPT = "The capital of France is"
 
 
 def text(piece: str, finish_reason: str | None = None, *, index: int = 0, **fields: Any) -> dict[str, Any]:
-    """A chunk."""
+    """Returns a chunk."""
     choice = {"text": piece, "index": index, "logprobs": None, "finish_reason": finish_reason}
     return {"object": "text_completion", "model": "test-model", "id": "cmpl-1", "choices": [choice], **fields}
 
 
 def whole(*texts: str, **fields: Any) -> dict[str, Any]:
-    """A plain reply."""
+    """Returns a plain reply."""
     choices = [
         {"text": each, "index": index, "logprobs": None, "finish_reason": "stop"} for index, each in enumerate(texts)
     ]
@@ -51,8 +51,8 @@ async def opened(client: LLMClient) -> TextStream:
     return await client.text_completion(PROMPT, stream=True)
 
 
-async def folded(client: LLMClient, stream: bool) -> TextCompletion:
-    """The reply, also of a stream."""
+async def complete(client: LLMClient, stream: bool) -> TextCompletion:
+    """Returns the reply of a plain call, or the collected one of a stream."""
     answer = await client.text_completion(PROMPT, stream=stream)
     return await collect(answer) if isinstance(answer, TextStream) else answer
 
@@ -66,10 +66,10 @@ async def read(stream: TextStream) -> str:
     return "".join([choice["text"] async for chunk in stream for choice in chunk["choices"]])
 
 
-# Plain
+# Plain completions
 
 
-async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_reply_is_the_dict_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = whole(" Paris.", odd={"a": None})
     scripted_server.script(reply(200, sent))
     assert await client.text_completion(PROMPT) == sent
@@ -78,7 +78,7 @@ async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServ
 @pytest.mark.parametrize(
     "prompt", ["", PROMPT, [PROMPT, "One,"], (PROMPT, "One,"), [1, 2, 3], [[1, 2], [3]], [PROMPT, [1]]], ids=str
 )
-async def test_a_prompt_is_sent_as_it_is_and_nothing_is_added(
+async def test_a_prompt_is_sent_unchanged_and_nothing_is_added(
     scripted_server: ScriptedServer, prompt: Any, client: LLMClient
 ) -> None:
     scripted_server.default = reply(200, whole("a", "b"))
@@ -103,12 +103,12 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "told"), BAD)
+@pytest.mark.parametrize(("prompt", "expected_text"), BAD)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_bad_prompt_is_refused_before_anything_is_sent(
-    scripted_server: ScriptedServer, client: LLMClient, prompt: Any, told: str, stream: bool
+    scripted_server: ScriptedServer, client: LLMClient, prompt: Any, expected_text: str, stream: bool
 ) -> None:
-    with pytest.raises(LLMValidationError, match=told):
+    with pytest.raises(LLMValidationError, match=expected_text):
         await client.text_completion(prompt, stream=stream)
     assert scripted_server.connections == 0
 
@@ -116,7 +116,7 @@ async def test_a_bad_prompt_is_refused_before_anything_is_sent(
 @pytest.mark.parametrize(
     "body", [{"choices": []}, {"choices": [{"message": {"content": "a"}}]}, {"choices": [None]}, {"data": []}, []]
 )
-async def test_a_reply_that_is_no_text_completion_is_an_error(
+async def test_a_reply_that_is_not_a_text_completion_raises(
     scripted_server: ScriptedServer, client: LLMClient, body: Any
 ) -> None:
     scripted_server.script(reply(200, body))
@@ -125,14 +125,14 @@ async def test_a_reply_that_is_no_text_completion_is_an_error(
     assert caught.value.status == 200
 
 
-async def test_a_prompt_without_an_answer_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_prompt_without_an_answer_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(reply(200, whole("a")))
     with pytest.raises(LLMResponseError, match="not text completions of 2 prompts"):
         await client.text_completion([PROMPT, PROMPT])
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_errors_of_the_server_are_those_of_a_chat(
+async def test_server_errors_raise_the_same_classes_as_for_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, stream: bool
 ) -> None:
     said = {"error": {"message": "request (40 tokens) exceeds the available context size (16 tokens)"}}
@@ -143,41 +143,41 @@ async def test_errors_of_the_server_are_those_of_a_chat(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_it_is_tried_again_as_a_chat_is(
+async def test_a_request_is_retried_like_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], stream: bool
 ) -> None:
     good = sse(text(" Paris", "stop"), done=True) if stream else reply(200, whole(" Paris"))
     scripted_server.script(reply(503, {"error": "busy"}), hang_up(), good)
-    assert (await folded(client, stream))["choices"][0]["text"] == " Paris"
+    assert (await complete(client, stream))["choices"][0]["text"] == " Paris"
     assert len(scripted_server.requests) == 3
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_another_model_is_told(scripted_server: ScriptedServer, stream: bool) -> None:
+async def test_an_answer_of_another_model_is_noticed(scripted_server: ScriptedServer, stream: bool) -> None:
     scripted_server.script(sse(text("a", "stop"), done=True) if stream else reply(200, whole("a")))
     async with LLMClient(scripted_server.api_base, "other", model_mismatch="raise") as client:
         with pytest.raises(ModelMismatchError) as caught:
-            await folded(client, stream)
+            await complete(client, stream)
     assert (caught.value.asked, caught.value.served) == ("other", "test-model")
 
 
-# Streamed
+# Streamed completions
 
 
-async def test_chunks_are_the_dicts_that_were_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_chunks_are_the_dicts_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = [*HALF, text("", "stop", odd=[1]), {"choices": [], "model": "test-model", "usage": {"prompt_tokens": 5}}]
     scripted_server.script(sse(*sent, done=True))
     assert [chunk async for chunk in await opened(client)] == sent
 
 
-async def test_a_stream_folds_into_the_plain_reply(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_collect_returns_the_plain_reply(scripted_server: ScriptedServer, client: LLMClient) -> None:
     usage = {"prompt_tokens": 5, "completion_tokens": 2}
     scripted_server.script(sse(*HALF, text("", "stop"), text("", choices=[], usage=usage), done=True))
     reply = await collect(await opened(client))
     assert reply == whole(" Paris", usage=usage)
 
 
-async def test_other_iterables_of_its_chunks_fold_too() -> None:
+async def test_collect_accepts_other_iterables_of_chunks() -> None:
     async def chunks() -> Any:
         for each in (*HALF, text("", "stop")):
             yield each
@@ -197,7 +197,7 @@ async def test_logprobs_are_joined(scripted_server: ScriptedServer, client: LLMC
 
 
 @pytest.mark.parametrize(("prompt", "n"), [([PROMPT, "x"], None), (PROMPT, 2), ([[1, 2], [3]], 1)])
-async def test_a_stream_has_an_answer_for_each_prompt_and_each_n(
+async def test_a_stream_has_n_answers_for_each_prompt(
     scripted_server: ScriptedServer, client: LLMClient, prompt: Any, n: int | None
 ) -> None:
     params: dict[str, Any] = {} if n is None else {"n": n}
@@ -210,7 +210,7 @@ async def test_a_stream_has_an_answer_for_each_prompt_and_each_n(
     assert caught.value.partial["choices"][0]["text"] == "a"
 
 
-async def test_the_null_that_llamacpp_sends_before_several_prompts_is_skipped(
+async def test_the_null_that_llama_cpp_sends_before_several_answers_is_skipped(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(sse("data: null\n\n", text("a", "stop"), text("b", "stop", index=1), done=True))
@@ -218,13 +218,13 @@ async def test_the_null_that_llamacpp_sends_before_several_prompts_is_skipped(
     assert [choice["text"] for choice in reply["choices"]] == ["a", "b"]
 
 
-async def test_an_empty_answer_is_one(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_answer_may_be_empty(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(text("", "length"), done=True))
     assert (await collect(await opened(client)))["choices"][0]["text"] == ""
 
 
 @pytest.mark.parametrize(
-    ("events", "error", "told"),
+    ("events", "error", "expected_text"),
     [
         (HALF, LLMStreamError, "cut off: it ended without"),
         ((*HALF, {"error": {"message": "model crashed"}}), ModelLoadError, "model crashed"),
@@ -236,12 +236,12 @@ async def test_an_empty_answer_is_one(scripted_server: ScriptedServer, client: L
         ((*HALF, "data: 7\n\n"), LLMStreamError, "the server ended the stream: 7"),
     ],
 )
-async def test_a_stream_that_breaks_is_an_error_with_what_had_arrived(
-    scripted_server: ScriptedServer, client: LLMClient, events: Any, error: type[Exception], told: str
+async def test_an_incomplete_stream_raises_with_the_partial_reply(
+    scripted_server: ScriptedServer, client: LLMClient, events: Any, error: type[Exception], expected_text: str
 ) -> None:
     scripted_server.script(sse(*events))
     stream = await opened(client)
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=expected_text) as caught:
         await read(stream)
     partial = getattr(caught.value, "partial", None)
     assert partial is not None
@@ -250,13 +250,13 @@ async def test_a_stream_that_breaks_is_an_error_with_what_had_arrived(
     assert in_flight(client) == 0
 
 
-async def test_a_stream_without_any_answer_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_stream_without_any_answer_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse({"choices": [{"index": 0, "finish_reason": "stop"}]}, done=True))
     with pytest.raises(LLMStreamError, match="without a single piece"):
         await collect(await opened(client))
 
 
-async def test_a_gap_that_is_too_long_is_an_idle_timeout(scripted_server: ScriptedServer) -> None:
+async def test_a_long_gap_between_events_is_an_idle_timeout(scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(after=HALF))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.05)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
@@ -265,7 +265,7 @@ async def test_a_gap_that_is_too_long_is_an_idle_timeout(scripted_server: Script
     assert caught.value.partial["choices"][0]["text"] == " Paris"
 
 
-async def test_closed_by_another_task_the_reader_gets_an_error(
+async def test_the_reader_of_a_stream_that_another_task_closes_gets_an_error(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -281,7 +281,9 @@ async def test_closed_by_another_task_the_reader_gets_an_error(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_dropped_unclosed_it_warns_and_leaves(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_dropping_an_open_stream_warns_and_closes_its_connection(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(stall(after=HALF))
     with pytest.warns(ResourceWarning, match="unclosed stream of text completion with model 'test-model'"):
         await take_one(client)
@@ -290,7 +292,7 @@ async def test_dropped_unclosed_it_warns_and_leaves(scripted_server: ScriptedSer
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_cancel_anywhere_leaves_nothing_behind(
+async def test_cancelling_at_any_step_leaves_nothing_behind(
     scripted_server: ScriptedServer, no_waits: list[float], stream: bool
 ) -> None:
     good = sse(*HALF, text("", "stop"), done=True) if stream else reply(200, whole(" Paris"))
@@ -299,7 +301,7 @@ async def test_a_cancel_anywhere_leaves_nothing_behind(
         async def run() -> None:
             scripted_server._script.clear()
             scripted_server.script(reply(503, {"error": "busy"}), good)
-            await folded(client, stream)
+            await complete(client, stream)
 
         async def after() -> None:
             assert in_flight(client) == 0

@@ -1,4 +1,4 @@
-"""Embeddings: one for each text, in the order of the texts, or an error."""
+"""Embeddings: there is one for each text, in the order of the texts, or an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import MESSAGES, cancel_at_each_step, in_flight
 
 
 def body(*vectors: Any, order: Any = None, **fields: Any) -> dict[str, Any]:
-    """A reply."""
+    """Returns a reply."""
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
     if order is not None:
         data = [data[index] for index in order]
@@ -30,14 +30,14 @@ def body(*vectors: Any, order: Any = None, **fields: Any) -> dict[str, Any]:
     return {"object": "list", "model": "test-model", "data": data, "usage": usage, **fields}
 
 
-async def lengths(exchange: Exchange) -> None:
-    """Embeds each text as its length, and sends the last one first."""
+async def embed_lengths(exchange: Exchange) -> None:
+    """Replies with the length of each text as its embedding, last text first."""
     texts = exchange.request.json["input"]
     vectors = [[float(len(text)), 1.0] for text in texts]
     await reply(200, body(*vectors, order=range(len(texts) - 1, -1, -1)))(exchange)
 
 
-async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_reply_is_the_dict_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = body([0.5, -1, 2.0], odd={"a": None})
     scripted_server.script(reply(200, sent))
     assert await client.embeddings("a") == sent
@@ -45,20 +45,22 @@ async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServ
     assert (request.path, request.json) == ("/v1/embeddings", {"input": "a", "model": "test-model"})
 
 
-async def test_embeddings_stand_in_the_order_of_the_texts(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_embeddings_are_sorted_in_the_order_of_the_texts(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(reply(200, body([0.0], [1.0], [2.0], order=(2, 0, 1))))
     data = (await client.embeddings(["a", "b", "c"]))["data"]
     assert [(entry["index"], entry["embedding"]) for entry in data] == [(0, [0.0]), (1, [1.0]), (2, [2.0])]
 
 
 @pytest.mark.parametrize("given", [[1, 2], [[1, 2], [3]], ["a", [1]], ("a", "b")], ids=str)
-async def test_token_ids_are_sent_as_they_are(scripted_server: ScriptedServer, client: LLMClient, given: Any) -> None:
+async def test_token_ids_are_sent_unchanged(scripted_server: ScriptedServer, client: LLMClient, given: Any) -> None:
     scripted_server.script(reply(200, body(*[[1.0]] * (1 if isinstance(given[0], int) else 2))))
     await client.embeddings(given, dimensions=1)
     assert scripted_server.requests[0].json == {"input": list(given), "model": "test-model", "dimensions": 1}
 
 
-async def test_base64_is_handed_out_as_it_is(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_base64_is_returned_unchanged(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(reply(200, body("AACAPw==", "AAAAQA==", order=(1, 0))))
     data = (await client.embeddings(["a", "b"], encoding_format="base64"))["data"]
     assert [entry["embedding"] for entry in data] == ["AACAPw==", "AAAAQA=="]
@@ -79,11 +81,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), BAD)
+@pytest.mark.parametrize(("arguments", "expected_text"), BAD)
 async def test_bad_input_is_refused_before_anything_is_sent(
-    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], told: str
+    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], expected_text: str
 ) -> None:
-    with pytest.raises(LLMValidationError, match=told):
+    with pytest.raises(LLMValidationError, match=expected_text):
         await client.embeddings(**arguments)
     assert scripted_server.connections == 0
 
@@ -104,7 +106,7 @@ INCOMPLETE: list[Any] = [
 
 
 @pytest.mark.parametrize("sent", INCOMPLETE)
-async def test_a_reply_without_one_embedding_for_each_text_is_an_error(
+async def test_a_reply_without_exactly_one_embedding_for_each_text_raises(
     scripted_server: ScriptedServer, client: LLMClient, sent: Any
 ) -> None:
     scripted_server.script(reply(200, sent))
@@ -129,7 +131,7 @@ async def test_a_reply_without_one_embedding_for_each_text_is_an_error(
         f"[{10**400}]",
     ],
 )
-async def test_an_embedding_that_is_not_finite_numbers_is_an_error(
+async def test_an_embedding_that_is_not_a_list_of_finite_numbers_raises(
     scripted_server: ScriptedServer, client: LLMClient, vector: str
 ) -> None:
     sent = f'{{"data": [{{"index": 0, "embedding": [1.0]}}, {{"index": 1, "embedding": {vector}}}]}}'
@@ -140,7 +142,7 @@ async def test_an_embedding_that_is_not_finite_numbers_is_an_error(
     assert str(caught.value).startswith("embeddings with model 'test-model' at http")
 
 
-async def test_errors_and_retries_are_those_of_a_chat(
+async def test_errors_and_retries_are_the_same_as_for_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float]
 ) -> None:
     scripted_server.script(reply(503, {"error": "busy"}), hang_up(), reply(200, body([1.0])))
@@ -152,21 +154,21 @@ async def test_errors_and_retries_are_those_of_a_chat(
     assert len(scripted_server.requests) == 4
 
 
-async def test_another_model_is_told(scripted_server: ScriptedServer) -> None:
+async def test_an_answer_of_another_model_is_noticed(scripted_server: ScriptedServer) -> None:
     scripted_server.script(reply(200, body([1.0])))
     async with LLMClient(scripted_server.api_base, "other", model_mismatch="raise") as client:
         with pytest.raises(ModelMismatchError):
             await client.embeddings("a")
 
 
-# In batches
+# Batches
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 100])
-async def test_batches_make_one_reply_in_the_order_of_the_texts(
+async def test_batches_are_merged_into_one_reply_in_the_order_of_the_texts(
     scripted_server: ScriptedServer, client: LLMClient, size: int
 ) -> None:
-    scripted_server.default = lengths
+    scripted_server.default = embed_lengths
     texts = ["x" * length for length in (3, 1, 4, 1, 5, 9, 2)]
     merged = await client.embeddings(texts, batch_size=size, dimensions=2)
     assert merged["data"] == [
@@ -189,14 +191,16 @@ async def test_one_text_is_never_split(scripted_server: ScriptedServer, client: 
 
 
 @pytest.mark.parametrize("usage", [None, {}])
-async def test_usage_that_one_batch_does_not_tell_is_none(
+async def test_usage_is_none_if_one_batch_has_none(
     scripted_server: ScriptedServer, client: LLMClient, usage: Any
 ) -> None:
     scripted_server.script(reply(200, body([1.0])), reply(200, body([1.0], usage=usage)))
     assert (await client.embeddings(["a", "b"], batch_size=1))["usage"] is None
 
 
-async def test_usage_holds_what_every_batch_tells(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_usage_has_the_counts_that_every_batch_reports(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(
         reply(200, body([1.0], usage={"prompt_tokens": 2, "total_tokens": 2, "cost": 0.5})),
         reply(200, body([1.0], usage={"prompt_tokens": 3})),
@@ -204,7 +208,7 @@ async def test_usage_holds_what_every_batch_tells(scripted_server: ScriptedServe
     assert (await client.embeddings(["a", "b"], batch_size=1))["usage"] == {"prompt_tokens": 5}
 
 
-async def test_a_batch_that_fails_fails_the_whole_and_says_which(
+async def test_a_failing_batch_fails_the_whole_and_the_error_says_which_it_was(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(reply(200, body([1.0], [1.0])), reply(400, {"error": "too long"}))
@@ -217,7 +221,7 @@ async def test_a_batch_that_fails_fails_the_whole_and_says_which(
         await client.embeddings(["a", "b", "c", "d", "e"], batch_size=2)
 
 
-async def test_batches_of_two_models_are_never_joined(scripted_server: ScriptedServer) -> None:
+async def test_batches_of_two_models_are_never_merged(scripted_server: ScriptedServer) -> None:
     scripted_server.script(reply(200, body([1.0])), reply(200, body([1.0], model="other")))
     async with LLMClient(scripted_server.api_base, model_mismatch="ignore") as client:
         with pytest.raises(ModelChangedDuringExecutionError, match="embeddings at http") as caught:
@@ -225,12 +229,12 @@ async def test_batches_of_two_models_are_never_joined(scripted_server: ScriptedS
     assert (caught.value.old_model, caught.value.new_model) == ("test-model", "other")
 
 
-async def test_others_get_their_turn_between_two_batches(scripted_server: ScriptedServer) -> None:
+async def test_other_requests_get_a_turn_between_two_batches(scripted_server: ScriptedServer) -> None:
     first = asyncio.Event()
 
     async def held(exchange: Exchange) -> None:
         await first.wait()
-        await lengths(exchange)
+        await embed_lengths(exchange)
 
     scripted_server.on_path("/v1/embeddings", held)
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
@@ -246,44 +250,46 @@ async def test_others_get_their_turn_between_two_batches(scripted_server: Script
     ]
 
 
-async def test_a_list_that_changes_meanwhile_changes_nothing(
+async def test_changing_the_list_during_the_request_has_no_effect(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     texts = ["a", "bb", "ccc"]
 
     async def change(exchange: Exchange) -> None:
         texts.clear()
-        await lengths(exchange)
+        await embed_lengths(exchange)
 
     scripted_server.default = change
     merged = await client.embeddings(texts, batch_size=1)
     assert [entry["embedding"][0] for entry in merged["data"]] == [1, 2, 3]
 
 
-async def test_a_cancel_anywhere_leaves_nothing_behind(scripted_server: ScriptedServer, no_waits: list[float]) -> None:
+async def test_cancelling_at_any_step_leaves_nothing_behind(
+    scripted_server: ScriptedServer, no_waits: list[float]
+) -> None:
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
 
         async def run() -> None:
             scripted_server._script.clear()
-            scripted_server.script(lengths, reply(503, {"error": "busy"}), lengths, lengths)
+            scripted_server.script(embed_lengths, reply(503, {"error": "busy"}), embed_lengths, embed_lengths)
             await client.embeddings(["a", "b", "c"], batch_size=1)
 
         async def after() -> None:
             assert in_flight(client) == 0
             scripted_server._script.clear()
-            scripted_server.script(lengths)
+            scripted_server.script(embed_lengths)
             assert (await client.embeddings(["a"]))["data"]
 
         await cancel_at_each_step(run, after, at_least=6)
 
 
-async def test_closing_the_client_ends_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_closing_the_client_ends_the_request(scripted_server: ScriptedServer, client: LLMClient) -> None:
     gate = asyncio.Event()
 
     async def held(_exchange: Exchange) -> None:
         await gate.wait()
 
-    scripted_server.script(lengths, held)
+    scripted_server.script(embed_lengths, held)
     many = asyncio.create_task(client.embeddings(["a", "b", "c"], batch_size=1))
     await scripted_server.wait_until(lambda: len(scripted_server.requests) == 2)
     await client.close()

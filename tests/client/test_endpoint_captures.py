@@ -1,6 +1,6 @@
-"""Replies of real servers on other endpoints than that of chats, recorded byte for byte, through the client.
+"""The client reads recorded replies of real servers from the other endpoints: completions, responses, embeddings.
 
-The servers and models are those of `test_captures`; each capture has one line below that says what it is.
+The servers and models are those of `test_captures`, and each capture is listed below with its expected result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from lmbridge import LLMClient, LLMError, LLMResponseError, collect
 from lmbridge.client.stream import ReplyStream
 from lmbridge.testing import ScriptedServer, raw
-from tests.client.test_captures import Capture, cut, parse
+from tests.client.test_captures import Capture, parse, split_bytes
 
 FOLDER: Final = Path(__file__).parents[1] / "data" / "endpoints"
 CAPTURES: Final = {
@@ -35,7 +35,7 @@ TEXTS: Final = {
     "xllamacpp-smollm2/completions": _PARIS,
     "xllamacpp-smollm2/completions_stream": " Paris.\n\n",
 }
-"""Text completions, all ended by `max_tokens`."""
+"""Captures of text completions, all of which ended at `max_tokens`, with their text."""
 RESPONSES: Final = {
     "reasoning/responses": " is a mathematical concept that refers to the sum of two numbers.",
     "xllamacpp-smollm2-autotpl/responses": _HELLO,
@@ -44,11 +44,11 @@ RESPONSES: Final = {
     "xllamacpp-smollm2/responses_stream": _HELLO,
 }
 EMBEDDINGS: Final = {
-    # No pooling, so a vector for each token; "base64" is not heard of.
+    # The model has no pooling, so there is a vector for each token, and the server ignores "base64".
     "llamacpppython-embed/embeddings": [1, 1],
     "llamacpppython-embed/embeddings_b64": [1],
 }
-"""Vectors of each text."""
+"""Captures of embeddings, with the length of the embedding of each text."""
 _NO_EMBEDDINGS: Final = (501, "This server does not support embeddings. Start it with `--embeddings`", None)
 FAILURES: Final = {
     "llamacpppython-smol/embeddings": (
@@ -62,7 +62,7 @@ FAILURES: Final = {
     "xllamacpp-smollm2/embeddings": _NO_EMBEDDINGS,
     "xllamacpp-smollm2/embeddings_b64": _NO_EMBEDDINGS,
 }
-"""Status, what is told, and the hint; all are a `LLMResponseError`."""
+"""Captures of refusals, with the status, the message and the hint of the `LLMResponseError`."""
 
 
 def each_of(*tables: dict[str, Any]) -> pytest.MarkDecorator:
@@ -70,13 +70,13 @@ def each_of(*tables: dict[str, Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("capture", [pytest.param(CAPTURES[name], id=name) for name in names])
 
 
-def test_each_capture_has_one_line_that_says_what_it_is() -> None:
+def test_each_capture_has_exactly_one_expected_result() -> None:
     assert sorted([*TEXTS, *RESPONSES, *EMBEDDINGS, *FAILURES]) == sorted(CAPTURES)
     assert len(CAPTURES) == 20
 
 
 async def ask(client: LLMClient, capture: Capture) -> Any:
-    """The same request again, as far as it was recorded, or a like one."""
+    """Sends the recorded request again, or a similar one if it was not recorded."""
     params = {key: value for key, value in capture.asked.items() if key != "model"}
     match capture.name.rpartition("/")[2].partition("_")[0]:
         case "completions":
@@ -89,7 +89,7 @@ async def ask(client: LLMClient, capture: Capture) -> Any:
 
 @pytest.fixture
 def replay(scripted_server: ScriptedServer) -> Any:
-    """Asks for a capture, its bytes in these pieces."""
+    """Returns a function that asks for a capture and lets the server send it in the given pieces."""
 
     async def replayed(capture: Capture, pieces: Iterator[bytes]) -> Any:
         scripted_server.script(raw(*pieces))
@@ -105,7 +105,7 @@ def replay(scripted_server: ScriptedServer) -> Any:
 
 
 @each_of(TEXTS)
-async def test_a_text_completion_is_read(replay: Any, capture: Capture) -> None:
+async def test_a_text_completion_is_read_as_the_server_sent_it(replay: Any, capture: Capture) -> None:
     reply, chunks = await replay(capture, capture.as_recorded())
     (choice,) = reply["choices"]
     assert (choice["text"], choice["finish_reason"]) == (TEXTS[capture.name], "length")
@@ -119,7 +119,7 @@ async def test_a_text_completion_is_read(replay: Any, capture: Capture) -> None:
 
 
 @each_of(RESPONSES)
-async def test_a_response_is_read(replay: Any, capture: Capture) -> None:
+async def test_a_response_is_read_as_the_server_sent_it(replay: Any, capture: Capture) -> None:
     reply, events = await replay(capture, capture.as_recorded())
     assert (reply["object"], reply["status"]) == ("response", "completed")
     assert reply["output"][-1]["content"][0]["text"].startswith(RESPONSES[capture.name])
@@ -133,25 +133,26 @@ async def test_a_response_is_read(replay: Any, capture: Capture) -> None:
 
 
 @each_of(EMBEDDINGS)
-async def test_embeddings_are_read(replay: Any, capture: Capture) -> None:
+async def test_embeddings_are_read_as_the_server_sent_them(replay: Any, capture: Capture) -> None:
     reply, _ = await replay(capture, capture.as_recorded())
     assert reply == json.loads(capture.body)
     assert [len(entry["embedding"]) for entry in reply["data"]] == EMBEDDINGS[capture.name]
 
 
 @each_of(FAILURES)
-async def test_a_refusal_is_named(replay: Any, capture: Capture) -> None:
-    status, told, hint = FAILURES[capture.name]
+async def test_a_refusal_raises_with_its_status_and_text(replay: Any, capture: Capture) -> None:
+    status, message, hint = FAILURES[capture.name]
     with pytest.raises(LLMError) as caught:
         await replay(capture, capture.as_recorded())
     assert type(caught.value) is LLMResponseError
-    assert caught.value.message == f"the server answered {status}: {told}"
+    assert caught.value.message == f"the server answered {status}: {message}"
     assert (caught.value.status, caught.value.body, caught.value.hint) == (status, capture.body.decode(), hint)
 
 
 @each_of({name: None for name in CAPTURES if name.endswith("_stream")})
-async def test_a_stream_that_stops_early_is_never_whole(replay: Any, capture: Capture) -> None:
-    events = list(capture.as_recorded())[:-1]  # without the chunk that ends the body
+async def test_a_stream_that_stops_early_raises(replay: Any, capture: Capture) -> None:
+    # Without the chunk that ends the body.
+    events = list(capture.as_recorded())[:-1]
     last = next(place for place, event in enumerate(events) if b'"length"' in event or b"response.completed" in event)
     for kept in range(2, last, 3):
         with pytest.raises(LLMError) as caught:
@@ -161,7 +162,7 @@ async def test_a_stream_that_stops_early_is_never_whole(replay: Any, capture: Ca
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 @each_of(TEXTS, RESPONSES)
-async def test_however_the_body_is_cut_it_is_the_same_reply(replay: Any, capture: Capture, size: int) -> None:
+async def test_a_reply_is_the_same_however_its_body_is_split(replay: Any, capture: Capture, size: int) -> None:
     expected = await replay(capture, capture.as_recorded())
-    packets = cut(b"".join(capture.wire(cut(capture.body, [size]))), [4096])
+    packets = split_bytes(b"".join(capture.wire(split_bytes(capture.body, [size]))), [4096])
     assert await replay(capture, packets) == expected

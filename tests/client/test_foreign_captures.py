@@ -1,7 +1,7 @@
-"""Answers of real servers on paths that a client never asks, recorded byte for byte: none of them is a chat.
+"""Recorded answers of real servers that are not chat completions: none of them is mistaken for one.
 
-A wrong `api_base`, or a proxy in between, may bring any of these. They are llama.cpp's own paths and those that it has
-from others (Anthropic's messages, LM Studio's and Ollama's APIs), of its router, and of llama-cpp-python.
+A wrong `api_base`, or a proxy in between, can lead to any of them. They come from llama.cpp's own paths, from those of
+other APIs that it serves (Anthropic, LM Studio, Ollama), from its router, and from llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ CAPTURES: Final = {
 NO_SUCH_PATH: Final = (404, "the server does not know this path; check api_base")
 RUNNING: Final = (400, "the server answered 400: model is already running")
 NO_RERANKING: Final = (501, "This server does not support reranking")
-NO_REPLY: Final = (200, "the server answered 200 with something that is n")  # ot a ..., or: either ... nor ...
-TOLD: Final = {
+# The text goes on with "not a ..." or with "neither ... nor ...".
+NO_REPLY: Final = (200, "the server answered 200 with something that is n")
+REFUSALS: Final = {
     **dict.fromkeys(("api_tags", "api_v0_models", "err_404", "lmstudio_chat", "ollama_chat", "version"), NO_SUCH_PATH),
     "llamacpppython-smol/health": NO_SUCH_PATH,
     "load_again": RUNNING,
     "rerank": NO_RERANKING,
 }
-"""Status, and what the error says, of those that are not simply something else."""
-EVENTS: Final[dict[str, type[LLMError]]] = {
+"""The status and a part of the message, for captures that are refusals. The others are `NO_REPLY`."""
+OTHER_STREAMS: Final[dict[str, type[LLMError]]] = {
     "messages_stream": LLMStreamError,
-    "models_sse": ModelChangedDuringExecutionError,  # they tell of several models
+    # These events name several models.
+    "models_sse": ModelChangedDuringExecutionError,
 }
-"""They are event streams, but of other events."""
+"""The errors for captures that are event streams of another kind."""
 
 
 @pytest.fixture(params=[pytest.param(capture, id=name) for name, capture in CAPTURES.items()])
@@ -46,11 +48,11 @@ def capture(request: pytest.FixtureRequest) -> Capture:
     return found
 
 
-def test_all_of_them_are_here() -> None:
+def test_no_capture_is_missing() -> None:
     assert len(CAPTURES) == 42
 
 
-async def test_none_is_taken_for_a_reply(
+async def test_a_plain_request_raises(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], capture: Capture
 ) -> None:
     serve(scripted_server, capture)
@@ -59,13 +61,13 @@ async def test_none_is_taken_for_a_reply(
     check(caught.value, capture)
 
 
-async def test_none_is_taken_for_a_stream(
+async def test_a_streamed_request_raises(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], capture: Capture
 ) -> None:
     serve(scripted_server, capture)
     with pytest.raises(LLMError) as caught:
         await collect(await opened(client))
-    if (kind := EVENTS.get(capture.name.rpartition("/")[2])) is not None:
+    if (kind := OTHER_STREAMS.get(capture.name.rpartition("/")[2])) is not None:
         assert type(caught.value) is kind
     else:
         check(caught.value, capture)
@@ -73,10 +75,11 @@ async def test_none_is_taken_for_a_stream(
 
 
 def serve(server: ScriptedServer, capture: Capture) -> None:
-    server.script(*[raw(*capture.as_recorded())] * 6)  # as often as it may be asked for
+    # The client may ask six times, retries included.
+    server.script(*[raw(*capture.as_recorded())] * 6)
 
 
 def check(error: LLMError, capture: Capture) -> None:
-    status, told = TOLD.get(capture.name) or TOLD.get(capture.name.rpartition("/")[2]) or NO_REPLY
+    status, message_part = REFUSALS.get(capture.name) or REFUSALS.get(capture.name.rpartition("/")[2]) or NO_REPLY
     assert (capture.status, error.status) == (status, status)
-    assert told in str(error)
+    assert message_part in str(error)

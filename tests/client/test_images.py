@@ -26,14 +26,14 @@ def part(data: bytes, label: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("data", "kind"), [(PNG, "image/png"), (JPEG, "image/jpeg")])
-def test_an_image_becomes_a_data_url_wherever_it_comes_from(tmp_path: Path, data: bytes, kind: str) -> None:
+def test_an_image_from_any_source_becomes_a_data_url(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(data)
     sources: list[Any] = [path, str(path), data, bytearray(data), memoryview(data), data_url(data, kind)]
     assert [image_part(source) for source in sources] == [part(data, kind)] * 6
 
 
-def test_what_it_is_its_bytes_say_not_its_name(tmp_path: Path) -> None:
+def test_the_format_is_recognized_by_the_bytes_and_not_by_the_name(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(JPEG)
     assert image_part(path) == part(JPEG, "image/jpeg")
@@ -43,7 +43,7 @@ def test_what_it_is_its_bytes_say_not_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [GIF, WEBP, PNG[:4], b"<svg/>", b"\x00" + PNG])
-def test_other_images_are_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_image_formats_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(data)
     for source in (data, path, data_url(data, "image/png")):
@@ -67,7 +67,7 @@ def test_urls_are_not_fetched(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "expected_text"),
     [
         (b"", "the image is empty; give a path"),
         ("", "the image is an empty string"),
@@ -84,14 +84,14 @@ def test_urls_are_not_fetched(url: str) -> None:
         ("data:image/png;base64,", "the image is empty"),
     ],
 )
-def test_what_is_no_image_is_refused_with_what_to_give(source: Any, told: str) -> None:
-    with pytest.raises(LLMValidationError, match=told) as caught:
+def test_a_source_that_is_not_an_image_is_refused_with_a_hint(source: Any, expected_text: str) -> None:
+    with pytest.raises(LLMValidationError, match=expected_text) as caught:
         image_part(source)
     assert caught.value.hint
     assert len(str(caught.value)) < 500
 
 
-async def test_in_an_event_loop_the_file_is_read_by_a_thread(
+async def test_a_thread_can_read_the_file_for_an_event_loop(
     tmp_path: Path, scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     path = tmp_path / "picture.png"

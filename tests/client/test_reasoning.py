@@ -28,7 +28,7 @@ def a_reply(content: str | None, **message: Any) -> dict[str, Any]:
 
 
 def streamed(chunks: Sequence[dict[str, Any]], *, starts_in_reasoning: bool = False) -> tuple[str, str]:
-    """Reasoning and text of a stream, as a splitter tells them."""
+    """Returns the reasoning and the text of a stream, as a splitter separates them."""
     splitter = ReasoningSplitter(starts_in_reasoning=starts_in_reasoning)
     pieces = [piece for each in chunks for piece in splitter.feed(each)] + splitter.close()
     assert splitter.close() == []
@@ -57,25 +57,25 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("content", "reasoning", "text"), SPLITS)
-def test_a_think_block_at_the_start_is_reasoning_and_nothing_else_is(content: str, reasoning: str, text: str) -> None:
+def test_only_a_think_block_at_the_start_is_reasoning(content: str, reasoning: str, text: str) -> None:
     assert split_reasoning(a_reply(content)) == (reasoning, text)
     assert streamed([chunk(content=content)]) == (reasoning, text)
     assert streamed([chunk(content=character) for character in content]) == (reasoning, text)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
-def test_reasoning_has_two_names(key: str) -> None:
+def test_reasoning_is_found_under_both_of_its_names(key: str) -> None:
     assert split_reasoning(a_reply("Hello.", **{key: "Hm."})) == ("Hm.", "Hello.")
     chunks = [chunk(role="assistant", content=None), chunk(**{key: "H"}), chunk(**{key: "m."}), chunk(content="Hello.")]
     assert streamed(chunks) == ("Hm.", "Hello.")
 
 
-def test_reasoning_under_both_names_is_told_once() -> None:
+def test_reasoning_that_is_sent_under_both_names_is_returned_once() -> None:
     assert split_reasoning(a_reply("Hello.", reasoning_content="Hm.", reasoning="Hm.")).reasoning == "Hm."
     assert streamed([chunk(reasoning_content="Hm.", reasoning="Hm.")]) == ("Hm.", "")
 
 
-def test_pieces_come_as_soon_as_they_are_known() -> None:
+def test_pieces_are_returned_as_soon_as_their_kind_is_known() -> None:
     splitter = ReasoningSplitter()
     contents = [" ", "<th", "ink>Let me", " think <", "/b> </thi", "nk>\n", "\n", "Hel", "lo </think>"]
     pieces = [[tuple(piece) for piece in splitter.feed(chunk(content=content))] for content in contents]
@@ -92,25 +92,27 @@ def test_pieces_come_as_soon_as_they_are_known() -> None:
     ]
 
 
-def test_one_chunk_may_hold_all_kinds() -> None:
+def test_one_chunk_may_hold_pieces_of_both_kinds() -> None:
     splitter = ReasoningSplitter()
     pieces = splitter.feed(chunk(reasoning="a", content="<think>b</think>c"))
     assert [tuple(piece) for piece in pieces] == [("reasoning", "a"), ("reasoning", "b"), ("text", "c")]
 
 
-def test_a_block_that_the_prompt_opened_is_reasoning_where_that_is_known() -> None:
+def test_a_block_that_the_prompt_opened_is_reasoning_if_that_is_known() -> None:
     content = "I think.\n</think>\n\nHello."
     assert split_reasoning(a_reply(content)) == ("I think.\n", "Hello.")
     assert split_reasoning(a_reply("</think>Hello.")) == ("", "Hello.")
     characters = [chunk(content=character) for character in content]
     assert streamed(characters, starts_in_reasoning=True) == ("I think.\n", "Hello.")
-    assert streamed(characters) == ("", content)  # what was handed out as text stays text
+    # Text that was already handed out stays text.
+    assert streamed(characters) == ("", content)
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("<think>Hm.</think>Hello.", ("Hm.", "Hello.")),  # the template opens it, and the model as well
+        # The template opens the block, and the model opens it again.
+        ("<think>Hm.</think>Hello.", ("Hm.", "Hello.")),
         ("</think>Hello.", ("", "Hello.")),
         ("Hm.", ("Hm.", "")),
         ("<thi", ("<thi", "")),
@@ -121,13 +123,13 @@ def test_a_stream_that_starts_in_reasoning_ends_it_once(content: str, expected: 
     assert streamed([chunk(content=character) for character in content], starts_in_reasoning=True) == expected
 
 
-def test_a_server_that_sends_reasoning_by_itself_has_ended_it() -> None:
+def test_starts_in_reasoning_has_no_effect_if_the_server_sends_reasoning_in_a_field() -> None:
     chunks = [chunk(reasoning_content="Hm."), chunk(content="Hello.")]
     assert streamed(chunks, starts_in_reasoning=True) == ("Hm.", "Hello.")
     assert split_reasoning(a_reply("The tag </think> ends it.", reasoning="Hm.")).text == "The tag </think> ends it."
 
 
-def test_other_answers_are_not_mixed_in() -> None:
+def test_only_the_first_answer_is_split() -> None:
     chunks = [
         chunk(content="<think>a"),
         chunk(1, content="<think>b</think>c", reasoning="d"),
@@ -149,12 +151,12 @@ def test_other_answers_are_not_mixed_in() -> None:
         chunk(reasoning_content=[]),
     ],
 )
-def test_chunks_and_replies_without_text_are_no_obstacle(odd: dict[str, Any]) -> None:
+def test_chunks_and_replies_without_text_are_accepted(odd: dict[str, Any]) -> None:
     assert streamed([odd, chunk(content="<think>a"), odd, chunk(content="</think>b"), odd]) == ("a", "b")
     assert split_reasoning(odd) == ("", "")
 
 
-def test_chunks_and_replies_stay_as_they_are() -> None:
+def test_chunks_and_replies_are_not_changed() -> None:
     chunks = [chunk(content="<think>a"), chunk(reasoning="b", content="</think>c")]
     reply = a_reply("<think>a</think>c", reasoning="b")
     before = copy.deepcopy((chunks, reply))
@@ -170,22 +172,22 @@ CONTENTS = st.lists(
 
 @given(content=CONTENTS, reasoning=CONTENTS, cuts=st.lists(st.integers(0, 80)), key=st.sampled_from(["reasoning", ""]))
 @example(content="<think>a</think>\nb", reasoning="", cuts=[3, 9, 12], key="")
-def test_a_stream_cut_anywhere_splits_as_its_whole_reply_does(
+def test_a_stream_is_split_like_its_whole_reply_however_it_is_chunked(
     content: str, reasoning: str, cuts: list[int], key: str
 ) -> None:
     bounds = sorted({0, len(content), *(cut for cut in cuts if cut < len(content))})
     chunks = [chunk(**{key: reasoning})] if key else []
     chunks += [chunk(content=content[start:end]) for start, end in pairwise(bounds)]
-    fold = ChatAccumulator()
+    accumulator = ChatAccumulator()
     for each in chunks or [chunk()]:
-        fold.add(each)
+        accumulator.add(each)
     before, close, _ = content.partition("</think>")
     is_known = bool(close) and "<think>" not in before
-    assert streamed(chunks, starts_in_reasoning=is_known) == split_reasoning(fold.reply())
+    assert streamed(chunks, starts_in_reasoning=is_known) == split_reasoning(accumulator.reply())
 
 
 @pytest.mark.parametrize("name", ["", "_budget3"])
-def test_a_real_server_s_reasoning_is_found_in_both(name: str) -> None:
+def test_reasoning_of_a_real_server_is_found_in_streams_and_plain_replies(name: str) -> None:
     plain = json.loads((CAPTURES / f"nonstream{name}.json").read_text())
     lines = (CAPTURES / f"stream{name}.txt").read_text().splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
@@ -193,7 +195,7 @@ def test_a_real_server_s_reasoning_is_found_in_both(name: str) -> None:
     assert streamed(chunks) == split_reasoning(plain)
 
 
-async def test_a_client_s_stream_and_its_collected_reply_split_alike(
+async def test_a_stream_and_its_collected_reply_are_split_alike(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.default = answer("Hello to you.", reasoning="Be kind, be brief.")
@@ -205,7 +207,7 @@ async def test_a_client_s_stream_and_its_collected_reply_split_alike(
     assert split_reasoning(await client.chat_completion(MESSAGES)) == ("Be kind, be brief.", "Hello to you.")
 
 
-async def test_usage_that_nobody_told_is_none(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_usage_is_none_if_the_server_did_not_send_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("Hello."), reply(200, a_reply("Hello.")))
     assert (await collect(await client.chat_completion(MESSAGES, stream=True)))["usage"] is None
     assert (await client.chat_completion(MESSAGES)).get("usage") is None

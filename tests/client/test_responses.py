@@ -1,4 +1,4 @@
-"""Responses: plain, streamed as named events, kept by the server and so never made twice."""
+"""Responses: plain ones, streams of named events, and retries that never create a stored response twice."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ NESTED = {"type": "function", "function": {"name": "add", "parameters": {"type":
 
 
 def named(kind: str, **fields: Any) -> bytes:
-    """An event with its name, which its data repeats."""
+    """Returns an event with its name, which its data repeats."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode({"type": kind, **fields}))
 
 
 def message(text: str, status: str = "completed", **fields: Any) -> dict[str, Any]:
-    """An item of the output."""
+    """Returns an item of the output."""
     part = {"type": "output_text", "text": text, "annotations": []}
     return {"id": "msg_1", "type": "message", "role": "assistant", "status": status, "content": [part], **fields}
 
 
 def response(*output: Any, **fields: Any) -> dict[str, Any]:
-    """A whole one."""
+    """Returns a complete response."""
     usage = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
     whole = {"id": "resp_1", "object": "response", "model": "test-model", "status": "completed", "error": None}
     return {**whole, "output": list(output), "usage": usage, **fields}
@@ -82,7 +82,7 @@ async def opened(client: LLMClient) -> ResponseStream:
 
 
 async def ask(client: LLMClient, stream: bool, **params: Any) -> Response:
-    """The response, also of a stream."""
+    """Returns the response of a plain call, or the collected one of a stream."""
     answer = await client.create_response("Hi", stream=stream, **params)
     return await collect(answer) if isinstance(answer, ResponseStream) else answer
 
@@ -102,10 +102,10 @@ def text_of(partial: Any) -> str:
     return text
 
 
-# Plain
+# Plain responses
 
 
-async def test_the_reply_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_reply_is_the_dict_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = response(message("Hello"), odd={"a": None})
     scripted_server.script(reply(200, sent))
     assert await client.create_response("Say hello.") == sent
@@ -146,19 +146,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), BAD)
+@pytest.mark.parametrize(("arguments", "expected_text"), BAD)
 @pytest.mark.parametrize("stream", [True, False])
 async def test_bad_input_is_refused_before_anything_is_sent(
-    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], told: str, stream: bool
+    scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any], expected_text: str, stream: bool
 ) -> None:
-    with pytest.raises(LLMValidationError, match=told):
+    with pytest.raises(LLMValidationError, match=expected_text):
         await client.create_response(**{"input": "Hi", **arguments}, stream=stream)
     assert scripted_server.connections == 0
 
 
-async def test_an_incomplete_response_is_handed_out_as_it_is(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_an_incomplete_response_is_returned_unchanged(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = response(message("Hel"), status="incomplete", incomplete_details={"reason": "max_output_tokens"})
     scripted_server.script(reply(200, sent), sse(*HALF, named("response.incomplete", response=sent)))
     assert await client.create_response("Hi") == sent
@@ -166,7 +164,7 @@ async def test_an_incomplete_response_is_handed_out_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "told"),
+    ("fields", "error", "expected_text"),
     [
         ({"status": "failed", "error": {"message": "model crashed"}}, ModelLoadError, "model crashed"),
         ({"error": {"code": "rate_limit_exceeded", "message": "slow"}}, LLMRateLimitError, "slow"),
@@ -174,11 +172,11 @@ async def test_an_incomplete_response_is_handed_out_as_it_is(
         ({"output": None}, LLMResponseError, "something that is not a response"),
     ],
 )
-async def test_a_response_that_failed_is_an_error(
-    scripted_server: ScriptedServer, client: LLMClient, fields: Any, error: type[LLMError], told: str
+async def test_a_failed_response_raises(
+    scripted_server: ScriptedServer, client: LLMClient, fields: Any, error: type[LLMError], expected_text: str
 ) -> None:
     scripted_server.script(reply(200, response(**fields)))
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=expected_text) as caught:
         await client.create_response("Hi")
     assert caught.value.status == 200
     assert '"resp_1"' in (caught.value.body or "")
@@ -186,7 +184,7 @@ async def test_a_response_that_failed_is_an_error(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_errors_of_the_server_are_those_of_a_chat(
+async def test_server_errors_raise_the_same_classes_as_for_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, stream: bool
 ) -> None:
     scripted_server.script(reply(400, {"error": {"message": "too long", "type": "exceed_context_size_error"}}))
@@ -194,14 +192,14 @@ async def test_errors_of_the_server_are_those_of_a_chat(
         await client.create_response("Hi", stream=stream)
 
 
-async def test_json_in_place_of_a_stream_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_json_in_place_of_a_stream_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(reply(200, WHOLE))
     with pytest.raises(LLMResponseError, match="not an event stream"):
         await opened(client)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_another_model_is_told(
+async def test_an_answer_of_another_model_is_noticed(
     scripted_server: ScriptedServer, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     scripted_server.default = sse(*ALL) if stream else reply(200, WHOLE)
@@ -214,10 +212,10 @@ async def test_another_model_is_told(
     assert caplog.messages[0].startswith("asked for model 'other', but 'test-model' answered")
 
 
-# Streamed
+# Streamed responses
 
 
-async def test_events_are_message_events_beside_what_they_hold(
+async def test_events_are_message_events_with_their_parsed_data(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(sse(*ALL))
@@ -234,7 +232,7 @@ async def test_events_are_message_events_beside_what_they_hold(
     )
 
 
-async def test_events_are_handed_out_while_the_server_still_writes(
+async def test_events_are_handed_out_while_the_server_is_still_writing(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -243,7 +241,7 @@ async def test_events_are_handed_out_while_the_server_still_writes(
     assert seen[-1] == "response.output_text.delta"
 
 
-async def test_a_stream_folds_into_the_plain_reply(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_collect_returns_the_plain_reply(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(*ALL))
     stream = await opened(client)
     await anext(stream)
@@ -252,7 +250,7 @@ async def test_a_stream_folds_into_the_plain_reply(scripted_server: ScriptedServ
 
 
 @pytest.mark.parametrize("last", [(), ("data: [DONE]\n\n",), ("event: done\ndata: [DONE]\n\n",), ("garbage\n",)])
-async def test_what_follows_the_last_event_does_not_matter(
+async def test_events_after_the_last_one_are_ignored(
     scripted_server: ScriptedServer, client: LLMClient, last: tuple[str, ...]
 ) -> None:
     scripted_server.script(sse(b"".join(ALL) + "".join(last).encode()), sse(*ALL, *last))
@@ -263,7 +261,7 @@ async def test_what_follows_the_last_event_does_not_matter(
             await anext(stream)
 
 
-async def test_it_ends_with_its_last_event_even_if_the_body_does_not(
+async def test_a_stream_ends_with_its_last_event_even_if_the_body_goes_on(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lmbridge.transport.events.DRAIN", 0.01)
@@ -273,7 +271,9 @@ async def test_it_ends_with_its_last_event_even_if_the_body_does_not(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_events_without_names_are_known_by_their_type(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_events_without_names_are_recognized_by_their_type(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     bare = [event.partition(b"\n")[2] for event in ALL]
     scripted_server.script(sse(*bare))
     stream = await opened(client)
@@ -282,7 +282,7 @@ async def test_events_without_names_are_known_by_their_type(scripted_server: Scr
     assert await collect(stream) == WHOLE
 
 
-async def test_events_without_types_are_known_by_their_names(
+async def test_events_without_types_are_recognized_by_their_names(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     data = msgspec.json.encode({"response": WHOLE})
@@ -292,7 +292,7 @@ async def test_events_without_types_are_known_by_their_names(
     assert await collect(stream) == WHOLE
 
 
-async def test_comments_empty_events_and_unknown_events_are_no_trouble(
+async def test_comments_empty_events_and_unknown_events_are_accepted(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     others = (": ping\n\n", "event: ping\ndata:\n\n", named("response.mystery.event", x=1), {"keep": "alive"})
@@ -355,22 +355,27 @@ CALL = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "add
     ],
     ids=["nothing", "text", "deltas alone", "part done", "item done", "call", "reasoning", "indices"],
 )
-async def test_a_stream_that_is_cut_is_an_error_with_what_had_arrived(
+async def test_an_incomplete_stream_raises_with_the_partial_response(
     scripted_server: ScriptedServer, client: LLMClient, events: tuple[bytes, ...], output: Any
 ) -> None:
     scripted_server.script(sse(HALF[0], *events), sse(HALF[0], *events, done=True), sse(HALF[0], *events, end=False))
-    for told in ("without response.completed", "without response.completed", "the connection broke in mid-stream"):
-        with pytest.raises(LLMStreamError, match=told) as caught:
+    for expected_text in (
+        "without response.completed",
+        "without response.completed",
+        "the connection broke in mid-stream",
+    ):
+        with pytest.raises(LLMStreamError, match=expected_text) as caught:
             await read(await opened(client))
         partial = caught.value.partial
         for item in partial["output"]:
             if item.get("id") == "msg_1" and "type" in item and "type" not in output[-1]:
-                del item["type"], item["role"]  # made up, where only deltas told of the item
+                # They are assumed if the item is known only from its deltas.
+                del item["type"], item["role"]
         assert partial == {**STARTED, "output": output}
     assert in_flight(client) == 0
 
 
-async def test_a_stream_of_nothing_is_cut(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_empty_stream_is_incomplete(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(":\n\n"), sse(done=True))
     for _ in range(2):
         with pytest.raises(LLMStreamError, match="cut off") as caught:
@@ -378,9 +383,7 @@ async def test_a_stream_of_nothing_is_cut(scripted_server: ScriptedServer, clien
         assert caught.value.partial is None
 
 
-async def test_a_stream_cut_at_any_byte_is_never_taken_for_whole(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_stream_that_is_cut_at_any_byte_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     body = b"".join(ALL)
     for cut in range(0, len(body) - 2, 7):
         scripted_server.script(sse(body[:cut]))
@@ -393,7 +396,7 @@ FAILED = response(message("Hel", "incomplete"), status="failed", error={"code": 
 
 
 @pytest.mark.parametrize(
-    ("last", "error", "told"),
+    ("last", "error", "expected_text"),
     [
         (named("response.failed", response=FAILED), LLMStreamError, r"the server ended the stream: Oh no\."),
         (named("response.failed", response={**FAILED, "error": None}), LLMStreamError, "with no reason given"),
@@ -423,12 +426,12 @@ FAILED = response(message("Hel", "incomplete"), status="failed", error={"code": 
         ),
     ],
 )
-async def test_an_error_in_a_stream_is_named_and_has_what_had_arrived(
-    scripted_server: ScriptedServer, client: LLMClient, last: bytes, error: type[LLMError], told: str
+async def test_an_error_in_a_stream_has_its_class_and_the_partial_response(
+    scripted_server: ScriptedServer, client: LLMClient, last: bytes, error: type[LLMError], expected_text: str
 ) -> None:
     scripted_server.script(sse(*HALF, last))
     stream = await opened(client)
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=expected_text) as caught:
         await read(stream)
     assert type(caught.value) is error
     assert text_of(caught.value.partial) in ("Hello", "Hel")
@@ -439,7 +442,7 @@ async def test_an_error_in_a_stream_is_named_and_has_what_had_arrived(
     assert in_flight(client) == 0
 
 
-async def test_the_error_of_a_failed_response_has_its_event_for_a_body_and_its_output(
+async def test_the_error_of_a_failed_response_has_the_event_and_the_output(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     last = named("response.failed", response=FAILED)
@@ -450,7 +453,7 @@ async def test_the_error_of_a_failed_response_has_its_event_for_a_body_and_its_o
     assert caught.value.partial == FAILED
 
 
-async def test_the_key_is_told_nowhere(scripted_server: ScriptedServer) -> None:
+async def test_the_key_appears_in_no_error(scripted_server: ScriptedServer) -> None:
     failed = {**FAILED, "error": {"message": "bad key sk-secret"}}
     scripted_server.script(sse(*HALF, named("response.failed", response=failed)))
     async with LLMClient(scripted_server.api_base, api_key="sk-secret") as client:
@@ -459,7 +462,7 @@ async def test_the_key_is_told_nowhere(scripted_server: ScriptedServer) -> None:
     assert "sk-secret" not in f"{caught.value} {caught.value.body}"
 
 
-async def test_a_gap_that_is_too_long_is_an_idle_timeout(scripted_server: ScriptedServer) -> None:
+async def test_a_long_gap_between_events_is_an_idle_timeout(scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(after=HALF))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.05)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
@@ -468,7 +471,7 @@ async def test_a_gap_that_is_too_long_is_an_idle_timeout(scripted_server: Script
     assert text_of(caught.value.partial) == "Hello"
 
 
-async def test_closed_by_another_task_the_reader_gets_an_error(
+async def test_the_reader_of_a_stream_that_another_task_closes_gets_an_error(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -484,7 +487,9 @@ async def test_closed_by_another_task_the_reader_gets_an_error(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_dropped_unclosed_it_warns_and_leaves(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_dropping_an_open_stream_warns_and_closes_its_connection(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(stall(after=HALF))
     with pytest.warns(ResourceWarning, match="unclosed stream of response with model 'test-model'"):
         await take_one(client)
@@ -493,7 +498,7 @@ async def test_dropped_unclosed_it_warns_and_leaves(scripted_server: ScriptedSer
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_cancel_anywhere_leaves_nothing_behind(
+async def test_cancelling_at_any_step_leaves_nothing_behind(
     scripted_server: ScriptedServer, no_waits: list[float], stream: bool
 ) -> None:
     good = sse(*ALL) if stream else reply(200, WHOLE)
@@ -514,12 +519,12 @@ async def test_a_cancel_anywhere_leaves_nothing_behind(
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 
 
-# What the server keeps is not made twice
+# A response that the server stores is not created twice
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("first", [reply(503, {"error": "busy"}), reply(429, {"error": "slow down"})])
-async def test_it_is_sent_again_if_the_server_has_not_begun(
+async def test_a_request_is_retried_if_the_server_has_not_begun(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], stream: bool, first: Any
 ) -> None:
     scripted_server.script(first, sse(*ALL) if stream else reply(200, WHOLE))
@@ -527,7 +532,7 @@ async def test_it_is_sent_again_if_the_server_has_not_begun(
     assert len(scripted_server.requests) == 2
 
 
-async def test_a_server_that_is_loading_is_waited_for(
+async def test_a_request_waits_for_a_server_that_is_loading(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float]
 ) -> None:
     loading = reply(503, {"error": {"message": "Loading model", "code": 503}})
@@ -535,7 +540,7 @@ async def test_a_server_that_is_loading_is_waited_for(
     assert await ask(client, stream=False) == WHOLE
 
 
-async def test_a_refused_connection_is_tried_again(no_waits: list[float]) -> None:
+async def test_a_refused_connection_is_retried(no_waits: list[float]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
     async with LLMClient(f"http://127.0.0.1:{port}") as client:
@@ -545,7 +550,7 @@ async def test_a_refused_connection_is_tried_again(no_waits: list[float]) -> Non
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("status", [408, 500, 502, 504])
-async def test_an_error_behind_which_it_may_have_begun_is_the_last(
+async def test_an_error_is_not_retried_if_the_server_may_have_begun(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], stream: bool, status: int
 ) -> None:
     scripted_server.script(reply(status, {"error": "odd"}), reply(200, WHOLE))
@@ -556,7 +561,7 @@ async def test_an_error_behind_which_it_may_have_begun_is_the_last(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("breaks", [reset(), hang_up()])
-async def test_a_connection_that_breaks_before_a_reply_is_an_error_that_says_why_it_is_the_last(
+async def test_the_error_of_a_broken_connection_says_why_it_was_not_retried(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], stream: bool, breaks: Any
 ) -> None:
     scripted_server.script(breaks, reply(200, WHOLE))
@@ -566,7 +571,7 @@ async def test_a_connection_that_breaks_before_a_reply_is_an_error_that_says_why
     assert len(scripted_server.requests) == 1
 
 
-async def test_it_goes_out_on_a_connection_of_its_own_since_a_kept_one_may_be_dead(
+async def test_a_request_uses_a_new_connection_because_a_kept_one_may_be_dead(
     scripted_server: ScriptedServer,
 ) -> None:
     async with LLMClient(scripted_server.api_base, "test-model", max_retries=0) as client:
@@ -578,12 +583,13 @@ async def test_it_goes_out_on_a_connection_of_its_own_since_a_kept_one_may_be_de
         assert await ask(client, stream=True) == WHOLE
         assert [request.connection for request in scripted_server.requests] == [1, 2, 3, 4]
         await scripted_server.wait_until(lambda: scripted_server.open_connections == 1)
-        await client.chat_completion(MESSAGES)  # the kept one is dead, and replaced silently
+        # The kept connection is dead, and is replaced silently.
+        await client.chat_completion(MESSAGES)
     assert sum(request.refused for request in scripted_server.requests) == 1
 
 
 @pytest.mark.parametrize("first", [reset(), reply(502, {"error": "odd"}), reply(500, {"error": "odd"})])
-async def test_one_that_is_not_kept_is_sent_again_like_a_chat(
+async def test_a_request_that_is_not_stored_is_retried_like_a_chat(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], first: Any
 ) -> None:
     scripted_server.script(reply(200, WHOLE), first, reply(200, WHOLE))
@@ -594,7 +600,7 @@ async def test_one_that_is_not_kept_is_sent_again_like_a_chat(
 
 
 @pytest.mark.parametrize("store", [True, None, 0, "false"])
-async def test_only_false_says_that_it_is_not_kept(
+async def test_only_store_false_makes_a_request_retryable(
     scripted_server: ScriptedServer, client: LLMClient, no_waits: list[float], store: Any
 ) -> None:
     scripted_server.script(reply(502, {"error": "odd"}), reply(200, WHOLE))

@@ -12,24 +12,24 @@ from lmbridge.client.schemas import resolve_reference, simplify_parameters
 
 
 def part(schema: Any, **root: Any) -> Any:
-    """What becomes of a parameter's schema."""
+    """Returns the simplified schema of a parameter."""
     return simplify_parameters({"type": "object", "properties": {"x": schema}, **root})["properties"]["x"]
 
 
 @pytest.mark.parametrize("schema", [{}, {"type": "object"}, {"properties": None}, {"type": "any"}, {"$schema": 5}])
-def test_at_the_top_is_an_object(schema: dict[str, Any]) -> None:
+def test_the_top_of_the_schema_is_an_object(schema: dict[str, Any]) -> None:
     assert simplify_parameters(schema) == {"type": "object", "properties": {}}
 
 
 @pytest.mark.parametrize(
     "schema", [{"type": "array"}, {"type": "string"}, {"anyOf": [{"type": "string"}, {"type": "null"}]}]
 )
-def test_parameters_that_are_no_object_are_refused(schema: dict[str, Any]) -> None:
+def test_parameters_that_are_not_an_object_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="it is not of an object"):
         simplify_parameters(schema)
 
 
-def test_what_is_nested_without_measure_is_refused() -> None:
+def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
     schema: dict[str, Any] = {}
     for _ in range(2_000):
         schema = {"type": "object", "properties": {"x": schema}}
@@ -38,7 +38,7 @@ def test_what_is_nested_without_measure_is_refused() -> None:
 
 
 @pytest.mark.parametrize("place", ["$defs", "definitions"])
-def test_references_are_replaced_by_what_they_point_to(place: str) -> None:
+def test_references_are_replaced_by_their_targets(place: str) -> None:
     point = {"type": "object", "properties": {"x": {"type": "integer"}}, "title": "Point", "description": "A point."}
     sent = part({"$ref": f"#/{place}/Point", "description": "Where."}, **{place: {"Point": point}})
     assert sent == {"type": "object", "properties": {"x": {"type": "integer"}}, "description": "Where."}
@@ -56,11 +56,11 @@ def test_references_may_point_anywhere_in_the_schema() -> None:
 @pytest.mark.parametrize(
     "ref", ["http://127.0.0.1:9/x.json", "other.json#/a", "#/$defs/None", "#anchor", "#/properties/x/5", "#/type/y", ""]
 )
-def test_references_that_lead_nowhere_are_anything(ref: str) -> None:
+def test_references_without_a_target_accept_anything(ref: str) -> None:
     assert part({"$ref": ref}) == {}
 
 
-def test_a_type_that_holds_itself_is_written_out_twice() -> None:
+def test_a_recursive_type_is_written_out_twice() -> None:
     node = {"type": "object", "properties": {"value": {}, "next": {"$ref": "#/$defs/Node"}}}
     once = {"type": "object", "properties": {"value": {}, "next": {"type": "object"}}}
     twice = {"type": "object", "properties": {"value": {}, "next": once}}
@@ -69,11 +69,11 @@ def test_a_type_that_holds_itself_is_written_out_twice() -> None:
     assert "$ref" not in json.dumps(simplify_parameters({"properties": {"child": {"$ref": "#"}}}))
 
 
-def test_references_in_a_circle_are_anything() -> None:
+def test_circular_references_accept_anything() -> None:
     assert part({"$ref": "#/$defs/a"}, **{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}) == {}
 
 
-def test_references_that_multiply_come_to_an_end() -> None:
+def test_references_that_multiply_are_limited() -> None:
     names = [f"n{number}" for number in range(40)]
     definitions: dict[str, Any] = {
         name: {"type": "object", "properties": {each: {"$ref": f"#/$defs/{following}"} for each in "ab"}}
@@ -83,7 +83,7 @@ def test_references_that_multiply_come_to_an_end() -> None:
     assert 1_000 < len(json.dumps(sent)) < 500_000
 
 
-def test_no_keyword_is_sent_that_some_server_trips_over() -> None:
+def test_keywords_that_some_server_refuses_are_left_out() -> None:
     assert part(
         {
             "$id": "x",
@@ -147,11 +147,11 @@ def test_no_keyword_is_sent_that_some_server_trips_over() -> None:
         ),
     ],
 )
-def test_parts_are_made_such_that_every_server_takes_them(schema: Any, sent: Any) -> None:
+def test_parts_are_rewritten_so_that_every_server_accepts_them(schema: Any, sent: Any) -> None:
     assert part(schema) == sent
 
 
-def test_all_of_is_one_part() -> None:
+def test_all_of_is_merged_into_one_part() -> None:
     named = {"allOf": [{"$ref": "#/$defs/Kind"}], "description": "Which.", "default": "a"}
     assert part(named, **{"$defs": {"Kind": {"enum": ["a", "b"], "title": "Kind"}}}) == {
         "enum": ["a", "b"],
@@ -167,7 +167,7 @@ def test_all_of_is_one_part() -> None:
     }
 
 
-def test_alternatives_at_the_top_are_one_object() -> None:
+def test_alternatives_at_the_top_are_merged_into_one_object() -> None:
     circle = {"type": "object", "properties": {"kind": {"const": "circle"}, "r": {}}, "required": ["kind", "r"]}
     square = {"type": "object", "properties": {"kind": {"const": "square"}, "a": {}}, "required": ["kind", "a"]}
     assert simplify_parameters({"oneOf": [circle, square, {"type": "null"}], "description": "A shape."}) == {
@@ -178,7 +178,7 @@ def test_alternatives_at_the_top_are_one_object() -> None:
     }
 
 
-def test_objects_stay_as_open_as_they_are() -> None:
+def test_additional_properties_are_kept() -> None:
     assert part({"type": "object", "properties": {"a": {}}}) == {"type": "object", "properties": {"a": {}}}
 
 
@@ -189,7 +189,7 @@ def test_the_original_is_not_changed() -> None:
     assert json.dumps(schema) == before
 
 
-def test_a_reference_is_found_or_none() -> None:
+def test_a_reference_without_a_target_resolves_to_none() -> None:
     root = {"$defs": {"A": {"type": "null"}}}
     assert resolve_reference(root, "#/$defs/A") == {"type": "null"}
     assert resolve_reference(root, "#") == root
@@ -212,11 +212,11 @@ _VALUES = st.recursive(
     max_leaves=25,
 )
 SCHEMAS = st.dictionaries(st.sampled_from(_KEYWORDS), _VALUES, max_size=6)
-"""Schemas and what looks like one."""
+"""Schemas, and dicts that merely look like one."""
 
 
 @given(SCHEMAS)
-def test_whatever_comes_in_what_is_sent_is_a_valid_schema_of_an_object(schema: dict[str, Any]) -> None:
+def test_every_schema_becomes_a_valid_schema_of_an_object_or_is_refused(schema: dict[str, Any]) -> None:
     try:
         sent = simplify_parameters(schema)
     except ValueError as exc:

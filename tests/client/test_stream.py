@@ -1,4 +1,4 @@
-"""Streams: handed out as they come, whole or an error, and never left behind."""
+"""Streams: chunks are handed out as they arrive, an incomplete stream raises, and leaving one frees its connection."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def partial_text(error: BaseException) -> str:
     return text
 
 
-# Whole
+# Complete streams
 
 
-async def test_chunks_are_handed_out_while_the_server_still_writes(
+async def test_chunks_are_handed_out_while_the_server_is_still_writing(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     gate = asyncio.Event()
@@ -70,7 +70,7 @@ async def test_events_that_arrive_together_are_parsed_together_whatever_comments
     assert event_counts == [4]
 
 
-async def test_a_chunk_is_the_dict_that_was_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_chunks_are_the_dicts_that_the_server_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
     sent = [
         piece("a", strange={"deep": [1, 2.5, None]}),
         piece("b", finish_reason="stop", timings={"n": 1}),
@@ -80,32 +80,38 @@ async def test_a_chunk_is_the_dict_that_was_sent(scripted_server: ScriptedServer
     assert [chunk async for chunk in await opened(client)] == sent
 
 
-async def test_a_finish_reason_ends_a_stream_without_done(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_finish_reason_completes_a_stream_without_done(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(sse(*HALF, piece(finish_reason="stop")))
     assert await read_text(await opened(client)) == "Hello"
 
 
-async def test_done_ends_a_stream_without_a_finish_reason(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_done_completes_a_stream_without_a_finish_reason(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(sse(*HALF, done=True))
     reply = await collect(await opened(client))
     assert reply["choices"][0]["finish_reason"] is None
 
 
-async def test_a_connection_that_breaks_after_the_finish_reason_breaks_no_answer(
+async def test_a_connection_may_break_after_the_finish_reason(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(sse(*HALF, piece(finish_reason="stop"), end=False))
     assert await read_text(await opened(client)) == "Hello"
 
 
-async def test_one_of_two_answers_cut_off_is_a_cut_stream(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_stream_is_incomplete_if_one_of_two_answers_has_no_finish_reason(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     second = {"index": 1, "delta": {"content": "x"}, "finish_reason": None}
     scripted_server.script(sse(piece("a"), piece("b", choices=[second]), piece(finish_reason="stop")))
     with pytest.raises(LLMStreamError):
         await read_text(await opened(client))
 
 
-async def test_an_answer_of_two_that_never_began_is_a_cut_stream(
+async def test_a_stream_is_incomplete_if_one_of_two_answers_never_began(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.default = sse(piece("a"), piece(finish_reason="stop"))
@@ -115,7 +121,7 @@ async def test_an_answer_of_two_that_never_began_is_a_cut_stream(
 
 
 @pytest.mark.parametrize("data", ["data:\n\n", 'data: {"message": "cu'])
-async def test_an_error_event_is_an_error_whatever_is_left_of_it(
+async def test_an_error_event_raises_even_if_it_is_empty_or_cut_off(
     scripted_server: ScriptedServer, client: LLMClient, data: str
 ) -> None:
     scripted_server.script(sse(*HALF, "event: error\n" + data))
@@ -123,7 +129,7 @@ async def test_an_error_event_is_an_error_whatever_is_left_of_it(
         await read_text(await opened(client))
 
 
-async def test_the_old_way_to_call_a_function_is_folded_too(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_collect_joins_the_older_function_call(scripted_server: ScriptedServer, client: LLMClient) -> None:
     pieces: list[dict[str, str]] = [{"name": "f", "arguments": ""}, {"arguments": '{"a"'}, {"arguments": ": 1}"}]
     deltas = [piece(choices=[{"index": 0, "delta": {"function_call": each}, "finish_reason": None}]) for each in pieces]
     scripted_server.script(sse(*deltas, piece(finish_reason="function_call"), done=True))
@@ -131,7 +137,7 @@ async def test_the_old_way_to_call_a_function_is_folded_too(scripted_server: Scr
     assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}  # type: ignore[typeddict-item]  # an old field, not in the type
 
 
-async def test_a_stream_that_ended_stays_ended(client: LLMClient) -> None:
+async def test_a_complete_stream_stays_complete(client: LLMClient) -> None:
     stream = await opened(client)
     await read_text(stream)
     with pytest.raises(StopAsyncIteration):
@@ -140,25 +146,27 @@ async def test_a_stream_that_ended_stays_ended(client: LLMClient) -> None:
     assert await read_text(stream) == ""
 
 
-async def test_an_event_of_megabytes_arrives_whole(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_event_may_have_megabytes(scripted_server: ScriptedServer, client: LLMClient) -> None:
     long = "x" * 3_000_000
     scripted_server.script(sse(piece(long), piece(finish_reason="stop"), done=True))
     assert await read_text(await opened(client)) == long
 
 
-async def test_a_bad_byte_is_replaced_and_ends_nothing(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_invalid_byte_is_replaced_and_does_not_end_the_stream(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     bad = replaced(msgspec.json.encode(piece("a?b")), b"a?b", b"a\xffb")
     scripted_server.script(sse(b"data: " + bad + b"\n\n", piece(finish_reason="stop"), done=True))
     assert await read_text(await opened(client)) == "a\ufffdb"
 
 
-async def test_what_only_python_calls_json_is_read(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_infinity_in_a_chunk_is_read(scripted_server: ScriptedServer, client: LLMClient) -> None:
     odd = replaced(msgspec.json.encode(piece("a", score=0)), b'"score":0', b'"score":-Infinity')
     scripted_server.script(sse(b"data: " + odd + b"\n\n", piece(finish_reason="stop"), done=True))
     assert await read_text(await opened(client)) == "a"
 
 
-async def test_events_without_data_pings_and_named_events_are_no_trouble(
+async def test_empty_events_and_pings_are_skipped_and_named_events_are_read(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     named = b"event: message\ndata: " + msgspec.json.encode(piece("!")) + b"\n\n"
@@ -180,18 +188,20 @@ async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, c
     assert in_flight(client) == 0
 
 
-# Cut
+# Incomplete streams
 
 
 @pytest.mark.parametrize("ends_properly", [True, False])
-async def test_a_stream_cut_at_any_byte_is_never_taken_for_whole(
+async def test_a_stream_that_is_cut_at_any_byte_raises(
     scripted_server: ScriptedServer, client: LLMClient, ends_properly: bool
 ) -> None:
     events = [b"data: " + msgspec.json.encode(chunk) for chunk in (*HALF, piece(finish_reason="stop"))]
     body = b"".join(event + b"\n\n" for event in events)
-    needed = [len(events[0]), len(events[0]) + 2 + len(events[1])]  # bytes until an event's JSON is whole
+    # The number of bytes after which the JSON of an event is complete.
+    needed = [len(events[0]), len(events[0]) + 2 + len(events[1])]
     if not ends_properly:
-        needed = [bytes_ + 2 for bytes_ in needed]  # a broken connection leaves nothing but finished events
+        # Of a broken connection, only events that are followed by a blank line count.
+        needed = [bytes_ + 2 for bytes_ in needed]
     for cut in range(0, len(body) - 2, 3):
         scripted_server.script(sse(body[:cut], end=ends_properly))
         stream = await opened(client)
@@ -205,14 +215,14 @@ async def test_a_stream_cut_at_any_byte_is_never_taken_for_whole(
     assert in_flight(client) == 0
 
 
-async def test_a_stream_without_a_delta_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_stream_without_a_delta_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     for events in ((), (piece(finish_reason="stop"),), ({"choices": [], "usage": {"prompt_tokens": 9000}},)):
         scripted_server.script(sse(*events, done=True))
         with pytest.raises(LLMStreamError, match="without a single piece of an answer"):
             await read_text(await opened(client))
 
 
-async def test_a_chunk_of_an_unknown_shape_is_an_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_chunk_of_an_unknown_shape_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     for choices in ("text", [1], [{"delta": "text"}], [{"delta": {"content": 7}}]):
         scripted_server.script(sse(*HALF, piece(choices=choices), piece(finish_reason="stop"), done=True))
         with pytest.raises(LLMStreamError, match="unknown shape") as caught:
@@ -221,7 +231,7 @@ async def test_a_chunk_of_an_unknown_shape_is_an_error(scripted_server: Scripted
     assert in_flight(client) == 0
 
 
-async def test_an_error_comes_after_the_chunks_before_it_and_comes_again(
+async def test_an_error_is_raised_after_the_chunks_before_it_and_raised_again(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(sse(*HALF, {"error": {"message": "Compute error."}}))
@@ -236,16 +246,16 @@ async def test_an_error_comes_after_the_chunks_before_it_and_comes_again(
     assert first.value.status == 200
 
 
-async def test_an_error_says_what_was_tried(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_error_says_what_was_attempted(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(*HALF))
     with pytest.raises(LLMStreamError) as caught:
         await read_text(await opened(client))
-    told = str(caught.value)
-    assert f"chat completion with model 'test-model' at {scripted_server.api_base}/chat/completions" in told
-    assert "without [DONE] or a finish reason (after 1 attempt, " in told
+    text = str(caught.value)
+    assert f"chat completion with model 'test-model' at {scripted_server.api_base}/chat/completions" in text
+    assert "without [DONE] or a finish reason (after 1 attempt, " in text
 
 
-async def test_a_model_that_changes_in_mid_reply_is_an_error_whatever_the_setting(
+async def test_a_change_of_the_model_in_mid_reply_raises_whatever_model_mismatch_is(
     scripted_server: ScriptedServer,
 ) -> None:
     scripted_server.script(sse(piece("a"), piece("b", model="other"), piece(finish_reason="stop"), done=True))
@@ -256,9 +266,7 @@ async def test_a_model_that_changes_in_mid_reply_is_an_error_whatever_the_settin
     assert partial_text(caught.value) == "a"
 
 
-async def test_json_nested_beyond_reason_is_an_error_like_any_other(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_json_that_is_nested_too_deeply_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(*HALF, "data: " + "[" * 100_000 + "\n\n", done=True))
     with pytest.raises(LLMStreamError) as caught:
         await read_text(await opened(client))
@@ -266,16 +274,14 @@ async def test_json_nested_beyond_reason_is_an_error_like_any_other(
     assert in_flight(client) == 0
 
 
-async def test_bare_text_is_an_error_even_where_done_follows(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_bare_text_raises_even_if_done_follows(scripted_server: ScriptedServer, client: LLMClient) -> None:
     for last in ("proxy error: it is gone\n\n", "data: it is gone"):
         scripted_server.script(sse(*HALF, last, done=last.endswith("\n")))
         with pytest.raises(LLMStreamError, match="it is gone"):
             await read_text(await opened(client))
 
 
-async def test_a_mislabelled_stream_is_known_by_its_first_bytes_however_they_are_cut(
+async def test_a_mislabelled_stream_is_recognized_by_its_first_bytes_however_they_are_split(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     body = b"\xef\xbb\xbf\ndata: " + msgspec.json.encode(piece("Hi", finish_reason="stop")) + b"\n\n"
@@ -284,10 +290,12 @@ async def test_a_mislabelled_stream_is_known_by_its_first_bytes_however_they_are
     assert await read_text(await opened(client)) == "Hi"
 
 
-# Left early
+# Leaving a stream early
 
 
-async def test_break_and_drop_closes_the_connection_at_once(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_dropping_a_stream_closes_its_connection_at_once(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(stall(after=HALF))
 
     async def take_one() -> None:
@@ -296,11 +304,12 @@ async def test_break_and_drop_closes_the_connection_at_once(scripted_server: Scr
 
     with pytest.warns(ResourceWarning, match="unclosed stream of chat completion with model 'test-model'"):
         await take_one()
-    assert in_flight(client) == 0  # synchronously
+    # The slot is free at once, before the event loop has run again.
+    assert in_flight(client) == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_a_stream_dropped_in_a_cycle_is_closed_when_it_is_collected(
+async def test_a_stream_in_a_reference_cycle_is_closed_by_the_garbage_collector(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -310,12 +319,13 @@ async def test_a_stream_dropped_in_a_cycle_is_closed_when_it_is_collected(
     cycle.append(cycle)
     del stream, cycle
     with pytest.warns(ResourceWarning, match="unclosed stream"):
-        await asyncio.to_thread(gc.collect)  # in another thread, as the collector may
+        # The garbage collector may run in any thread.
+        await asyncio.to_thread(gc.collect)
     await scripted_server.wait_until(lambda: scripted_server.aborts)
     assert in_flight(client) == 0
 
 
-async def test_leaving_the_context_closes_the_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_leaving_the_async_with_closes_the_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(stall(after=HALF), stall(after=HALF))
     async with await opened(client) as stream:
         await anext(stream)
@@ -327,7 +337,7 @@ async def test_leaving_the_context_closes_the_connection(scripted_server: Script
     assert in_flight(client) == 0
 
 
-async def test_a_stream_that_was_closed_early_never_looks_whole(
+async def test_a_stream_that_was_closed_early_never_looks_complete(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -353,7 +363,8 @@ async def test_aclose_from_another_task_wakes_the_reader(scripted_server: Script
 
     reader = asyncio.create_task(read())
     await waiting.wait()
-    await asyncio.sleep(0)  # into its wait
+    # The reader now waits for the next event.
+    await asyncio.sleep(0)
     await stream.aclose()
     with pytest.raises(TaskCancelledError) as caught:
         await reader
@@ -362,7 +373,7 @@ async def test_aclose_from_another_task_wakes_the_reader(scripted_server: Script
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_cancelling_the_reader_closes_the_connection_and_stays_a_cancel(
+async def test_cancelling_the_reader_closes_the_connection_and_raises_cancelled_error(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -379,7 +390,7 @@ async def test_cancelling_the_reader_closes_the_connection_and_stays_a_cancel(
         await anext(stream)
 
 
-async def test_a_timeout_of_the_callers_closes_the_connection(
+async def test_a_timeout_of_the_caller_closes_the_connection(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
@@ -390,7 +401,7 @@ async def test_a_timeout_of_the_callers_closes_the_connection(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_two_readers_at_a_time_are_refused(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_second_reader_is_refused(scripted_server: ScriptedServer, client: LLMClient) -> None:
     gate = asyncio.Event()
     scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
     stream = await opened(client)
@@ -401,10 +412,11 @@ async def test_two_readers_at_a_time_are_refused(scripted_server: ScriptedServer
     with pytest.raises(RuntimeError, match="another task is reading"):
         await anext(stream)
     gate.set()
-    assert await reader == "two"  # and the one that was there first is not disturbed
+    # The task that was reading first is not disturbed.
+    assert await reader == "two"
 
 
-async def test_collect_closes_the_stream_that_it_gives_up(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_cancelled_collect_closes_the_stream(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(stall(after=HALF))
     stream = await opened(client)
     collecting = asyncio.create_task(collect(stream))
@@ -416,15 +428,17 @@ async def test_collect_closes_the_stream_that_it_gives_up(scripted_server: Scrip
     assert in_flight(client) == 0
 
 
-async def test_collect_makes_the_dict_of_the_plain_call(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_collect_returns_the_dict_of_the_plain_call(scripted_server: ScriptedServer, client: LLMClient) -> None:
     calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]
     scripted_server.default = answer("Hi there", tool_calls=calls, reasoning="think of it")
     plain = await client.chat_completion(MESSAGES)
-    folded = await collect(await client.chat_completion(MESSAGES, stream=True, stream_options={"include_usage": True}))
-    assert {**folded, "id": None} == {**plain, "id": None}
+    collected = await collect(
+        await client.chat_completion(MESSAGES, stream=True, stream_options={"include_usage": True})
+    )
+    assert {**collected, "id": None} == {**plain, "id": None}
 
 
-async def test_what_was_read_before_is_part_of_what_is_collected(client: LLMClient) -> None:
+async def test_collect_returns_the_whole_reply_of_a_stream_that_was_read_before(client: LLMClient) -> None:
     stream = await opened(client)
     await anext(stream)
     await anext(stream)
@@ -433,7 +447,7 @@ async def test_what_was_read_before_is_part_of_what_is_collected(client: LLMClie
         assert reply["choices"][0]["message"]["content"] == "Hello from the scripted server."
 
 
-async def test_there_must_be_something_to_collect() -> None:
+async def test_collect_raises_if_there_is_no_chunk() -> None:
     async def nothing() -> AsyncGenerator[dict[str, object], None]:
         return
         yield {}
@@ -445,22 +459,20 @@ async def test_there_must_be_something_to_collect() -> None:
 # Connections
 
 
-async def test_streams_one_after_another_share_a_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_consecutive_streams_share_a_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
     for _ in range(5):
         await read_text(await opened(client))
     assert scripted_server.connections == 1
 
 
-async def test_the_end_of_the_body_is_waited_for_a_bounded_moment(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_the_wait_for_the_end_of_the_body_is_bounded(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(stall(after=[*HALF, piece(finish_reason="stop"), "data: [DONE]\n\n"]))
     assert await read_text(await opened(client)) == "Hello"
     assert in_flight(client) == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_a_cancel_while_draining_gives_the_connection_up(
+async def test_cancelling_while_the_body_is_drained_closes_the_connection(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=[*HALF, piece(finish_reason="stop"), "data: [DONE]\n\n"]))
@@ -476,7 +488,7 @@ async def test_a_cancel_while_draining_gives_the_connection_up(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_aclose_while_another_task_drains_gives_the_connection_up(
+async def test_aclose_while_another_task_drains_the_body_closes_the_connection(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     last = b"data: " + msgspec.json.encode(piece(finish_reason="stop")) + b"\n\ndata: [DONE]\n\n"
@@ -492,24 +504,26 @@ async def test_aclose_while_another_task_drains_gives_the_connection_up(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_a_stream_tells_what_it_holds_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_partial_is_the_reply_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(*HALF, piece("!", finish_reason="stop")))
-    told: list[str | None] = []
+    contents: list[str | None] = []
     async with await opened(client) as stream:
         assert stream.partial is None
         async for _ in stream:
             assert stream.partial is not None
-            told.append(stream.partial["choices"][0]["message"]["content"])
+            contents.append(stream.partial["choices"][0]["message"]["content"])
             stream.partial["choices"].clear()
-    assert told == ["Hel", "Hello", "Hello!"]
+    assert contents == ["Hel", "Hello", "Hello!"]
     assert stream.partial == await collect(stream)
 
 
-# Time
+# Time limits
 
 
 @pytest.mark.parametrize("ping", ["", ": ping\n\n"])
-async def test_the_first_event_has_a_limit_that_pings_do_not_move(scripted_server: ScriptedServer, ping: str) -> None:
+async def test_the_limit_for_the_first_event_is_not_extended_by_pings(
+    scripted_server: ScriptedServer, ping: str
+) -> None:
     async def pings(exchange: Exchange) -> None:
         await exchange.start()
         while True:
@@ -526,7 +540,7 @@ async def test_the_first_event_has_a_limit_that_pings_do_not_move(scripted_serve
 
 
 @pytest.mark.parametrize("ping", ["", ": ping\n\n"])
-async def test_the_gap_between_events_has_a_limit_that_pings_do_not_move(
+async def test_the_limit_for_the_gap_between_events_is_not_extended_by_pings(
     scripted_server: ScriptedServer, ping: str
 ) -> None:
     async def pings(exchange: Exchange) -> None:
@@ -544,7 +558,7 @@ async def test_the_gap_between_events_has_a_limit_that_pings_do_not_move(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
-async def test_events_that_keep_coming_move_the_limit_between_them(scripted_server: ScriptedServer) -> None:
+async def test_the_limit_for_the_gap_starts_anew_with_each_event(scripted_server: ScriptedServer) -> None:
     async def steady(exchange: Exchange) -> None:
         for _ in range(6):
             await exchange.chunk(piece("a"))
@@ -556,7 +570,7 @@ async def test_events_that_keep_coming_move_the_limit_between_them(scripted_serv
         assert await read_text(await opened(client)) == "aaaaaa"
 
 
-async def test_a_slow_reader_is_no_slow_server(scripted_server: ScriptedServer) -> None:
+async def test_a_slow_reader_does_not_exceed_the_limit_for_the_gap(scripted_server: ScriptedServer) -> None:
     gate = asyncio.Event()
     scripted_server.script(answer("one two", chunks=["one ", "two"], gate=gate))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=5, idle=0.6)) as client:
@@ -570,11 +584,12 @@ async def test_a_slow_reader_is_no_slow_server(scripted_server: ScriptedServer) 
         scripted_server.script(answer("three"))
         stream = await opened(client)
         await anext(stream)
-        await asyncio.sleep(0.8)  # the reader's own time, longer than the limit, while all is there to be read
+        # The reader pauses for longer than the limit, while everything that it has not read has already arrived.
+        await asyncio.sleep(0.8)
         assert await read_text(stream) == "three"
 
 
-async def test_the_whole_has_a_limit_of_its_own(scripted_server: ScriptedServer) -> None:
+async def test_the_whole_request_has_a_limit(scripted_server: ScriptedServer) -> None:
     async def endless(exchange: Exchange) -> None:
         while True:
             await exchange.chunk(piece("a"))
@@ -588,7 +603,7 @@ async def test_the_whole_has_a_limit_of_its_own(scripted_server: ScriptedServer)
     assert set(partial_text(caught.value)) == {"a"}
 
 
-async def test_limits_can_be_off(scripted_server: ScriptedServer) -> None:
+async def test_every_limit_can_be_switched_off(scripted_server: ScriptedServer) -> None:
     off = Timeouts(connect=None, load=None, first_byte=None, idle=None, total=None)
     async with LLMClient(scripted_server.api_base, timeout=off) as client:
         assert await read_text(await opened(client)) == "Hello from the scripted server."

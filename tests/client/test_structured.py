@@ -126,7 +126,7 @@ def schema_of(type_: Any) -> dict[str, Any]:
 
 
 def field(annotation: Any) -> Any:
-    """The schema of a field with this annotation."""
+    """Returns the schema of a field with this annotation."""
     return schema_of(dataclasses.make_dataclass("Holder", [("field", annotation)]))["properties"]["field"]
 
 
@@ -169,7 +169,7 @@ async def test_an_answer_becomes_an_instance(
     }
 
 
-async def test_another_model_may_be_asked(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_model_can_be_chosen_for_a_call(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = answer('{"x": 1}')
     assert await client.parse(MESSAGES, Point, model="other") == Point(1)
     assert scripted_server.requests[0].json["model"] == "other"
@@ -189,7 +189,7 @@ async def test_another_model_may_be_asked(scripted_server: ScriptedServer, clien
         '{"x": 1, "note": "```"}',
     ],
 )
-async def test_thinking_and_a_fence_around_the_answer_are_no_part_of_it(
+async def test_reasoning_before_the_answer_and_a_fence_around_it_are_removed(
     scripted_server: ScriptedServer, client: LLMClient, text: str
 ) -> None:
     scripted_server.default = answer(text)
@@ -197,19 +197,19 @@ async def test_thinking_and_a_fence_around_the_answer_are_no_part_of_it(
     assert len(scripted_server.requests) == 1
 
 
-async def test_reasoning_beside_the_answer_is_no_part_of_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_reasoning_in_a_separate_field_is_ignored(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = answer('{"x": 1}', reasoning='Maybe {"x": 2}?')
     assert await client.parse(MESSAGES, Point) == Point(1)
 
 
-async def test_an_answer_that_is_whole_counts_though_the_model_was_cut_off_behind_it(
+async def test_a_complete_answer_counts_even_if_the_model_was_cut_off_after_it(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.default = answer('{"x": 1}\n\n\n', finish_reason="length")
     assert await client.parse(MESSAGES, Point) == Point(1)
 
 
-# Repair
+# Correcting a wrong answer
 
 
 async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
@@ -220,11 +220,11 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
     messages = tuple(copy.deepcopy(MESSAGES))
     assert (await client.parse(messages, Order, seed=1)).items == [Item("pen", 1.5, Colour.BLUE)]
     first, second = scripted_server.requests
-    told = (
+    expected_text = (
         "That is wrong: the answer is not a valid Order: $.items[1].price: expected `float`, got `str`."
         " Answer again, with the whole JSON object."
     )
-    repair = [{"role": "assistant", "content": wrong}, {"role": "user", "content": told}]
+    repair = [{"role": "assistant", "content": wrong}, {"role": "user", "content": expected_text}]
     assert second.json == {**first.json, "messages": [*MESSAGES, *repair]}
     assert messages == tuple(MESSAGES)
 
@@ -265,7 +265,7 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
         ),
     ],
 )
-async def test_an_answer_that_stays_wrong_raises_with_its_text_and_the_path_of_the_fault(
+async def test_a_second_wrong_answer_raises_with_its_text_and_the_path_of_the_mistake(
     scripted_server: ScriptedServer, client: LLMClient, type_: Any, text: str, path: str, reason: str
 ) -> None:
     scripted_server.default = answer("", chunks=[text])
@@ -286,10 +286,10 @@ async def test_an_answer_that_stays_wrong_raises_with_its_text_and_the_path_of_t
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-async def test_half_a_character_is_no_json_and_can_be_sent_back(
+async def test_an_answer_with_half_a_character_is_wrong_and_can_be_sent_back(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
-    # As servers send it that cut an emoji in two.
+    # Some servers cut an emoji in two.
     delta = '{"index": 0, "delta": {"content": "{\\ud83d"}, "finish_reason": "stop"}'
     scripted_server.default = sse(f'data: {{"choices": [{delta}]}}\n\n')
     with pytest.raises(LLMValidationError, match=r"\$: it is not valid JSON: 'utf-8' codec can't encode") as caught:
@@ -298,28 +298,30 @@ async def test_half_a_character_is_no_json_and_can_be_sent_back(
     assert scripted_server.requests[1].json["messages"][1]["content"] == "{?"
 
 
-async def test_the_error_is_about_the_last_answer(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_error_describes_the_last_answer(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer('{"x": "a"}'), answer('{"x": 1, "y": "b"}'))
     with pytest.raises(LLMValidationError, match=r"\$\.y: expected `int`") as caught:
         await client.parse(MESSAGES, Point)
     assert caught.value.body == '{"x": 1, "y": "b"}'
 
 
-async def test_a_long_wrong_answer_is_not_sent_back_whole(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_only_the_beginning_of_a_long_wrong_answer_is_sent_back(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(answer("", chunks=["no " * 50_000]), answer('{"x": 1}'))
     assert await client.parse(MESSAGES, Point) == Point(1)
     shown = scripted_server.requests[1].json["messages"][1]["content"]
     assert (len(shown), shown[-6:]) == (8003, " no...")
 
 
-async def test_a_request_that_fails_is_not_repaired(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_failed_request_is_not_corrected(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = reply(400, {"error": "failed to parse grammar"})
     with pytest.raises(LLMResponseError, match="failed to parse grammar"):
         await client.parse(MESSAGES, Point)
     assert len(scripted_server.requests) == 1
 
 
-async def test_a_stream_that_breaks_is_no_answer(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_incomplete_stream_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = sse(piece('{"x": 1}'), end=False)
     with pytest.raises(LLMStreamError) as caught:
         await client.parse(MESSAGES, Point)
@@ -331,7 +333,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "told"),
+    ("behaviour", "expected_text"),
     [
         (answer('{"x": 1', finish_reason="length"), "the answer was cut off (after 1 attempt); raise max_tokens"),
         (answer('{"x": "a', finish_reason="length"), "the answer was cut off"),
@@ -348,13 +350,13 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
         ),
     ],
 )
-async def test_where_there_is_nothing_to_correct_the_model_is_not_asked_again(
-    scripted_server: ScriptedServer, client: LLMClient, behaviour: Any, told: str
+async def test_the_model_is_not_asked_again_if_there_is_nothing_to_correct(
+    scripted_server: ScriptedServer, client: LLMClient, behaviour: Any, expected_text: str
 ) -> None:
     scripted_server.default = behaviour
     with pytest.raises(LLMError) as caught:
         await client.parse(MESSAGES, Point)
-    assert told in str(caught.value)
+    assert expected_text in str(caught.value)
     assert caught.value.hint
     assert caught.value.partial is not None
     assert "path" not in caught.value.context
@@ -364,7 +366,7 @@ async def test_where_there_is_nothing_to_correct_the_model_is_not_asked_again(
 # Cancellation
 
 
-async def test_cancelling_it_stops_the_server(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_cancelling_parse_stops_the_server(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = answer("", chunks=['{"x":', " 1}"], gate=asyncio.Event())
     task = asyncio.create_task(client.parse(MESSAGES, Point))
     await scripted_server.wait_until(lambda: scripted_server.requests)
@@ -375,7 +377,7 @@ async def test_cancelling_it_stops_the_server(scripted_server: ScriptedServer, c
     assert in_flight(client) == 0
 
 
-async def test_a_cancel_anywhere_leaves_nothing_behind(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_cancelling_at_any_step_leaves_nothing_behind(scripted_server: ScriptedServer, client: LLMClient) -> None:
     async def run() -> None:
         scripted_server._script.clear()
         scripted_server.script(answer('{"x": "a"}'), answer('{"x": 1}'))
@@ -391,7 +393,9 @@ async def test_a_cancel_anywhere_leaves_nothing_behind(scripted_server: Scripted
 
 
 @pytest.mark.parametrize("param", ["n", "response_format", "stream"])
-async def test_what_it_sets_itself_is_refused(scripted_server: ScriptedServer, client: LLMClient, param: str) -> None:
+async def test_parameters_that_parse_sets_itself_are_refused(
+    scripted_server: ScriptedServer, client: LLMClient, param: str
+) -> None:
     with pytest.raises(LLMValidationError, match=rf"^parse\(\) does not accept {param}, because"):
         await client.parse(MESSAGES, Point, **dict[str, Any]({param: 1}))
     with pytest.raises(LLMValidationError, match="messages is empty"):
@@ -400,7 +404,7 @@ async def test_what_it_sets_itself_is_refused(scripted_server: ScriptedServer, c
 
 
 @pytest.mark.parametrize(
-    ("type_", "told"),
+    ("type_", "expected_text"),
     [
         (int, "int: it is not an object in JSON"),
         (list[Point], "list: it is not an object in JSON"),
@@ -418,10 +422,12 @@ async def test_what_it_sets_itself_is_refused(scripted_server: ScriptedServer, c
         (None, "None: it is not an object in JSON"),
     ],
 )
-async def test_a_type_that_cannot_be_asked_for_is_refused_before_anything_is_sent(
-    scripted_server: ScriptedServer, client: LLMClient, type_: Any, told: str
+async def test_a_type_that_cannot_be_used_is_refused_before_anything_is_sent(
+    scripted_server: ScriptedServer, client: LLMClient, type_: Any, expected_text: str
 ) -> None:
-    with pytest.raises(LLMValidationError, match=f"^cannot parse an answer as .*{told}.*; give a dataclass") as caught:
+    with pytest.raises(
+        LLMValidationError, match=f"^cannot parse an answer as .*{expected_text}.*; give a dataclass"
+    ) as caught:
         await client.parse(MESSAGES, type_)
     assert "\n" not in str(caught.value)
     assert not scripted_server.requests
@@ -430,7 +436,7 @@ async def test_a_type_that_cannot_be_asked_for_is_refused_before_anything_is_sen
 # Schemas
 
 
-def test_the_schema_is_what_local_servers_take() -> None:
+def test_the_schema_is_one_that_local_servers_accept() -> None:
     item = {
         "type": "object",
         "properties": {
@@ -456,7 +462,7 @@ def test_the_schema_is_what_local_servers_take() -> None:
     }
 
 
-def test_a_type_that_holds_itself_keeps_its_reference() -> None:
+def test_a_recursive_type_keeps_its_reference() -> None:
     node = {
         "type": "object",
         "properties": {
@@ -470,14 +476,14 @@ def test_a_type_that_holds_itself_keeps_its_reference() -> None:
     assert field(Node | None) == {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}
 
 
-def test_types_that_hold_each_other_keep_their_references() -> None:
+def test_mutually_recursive_types_keep_their_references() -> None:
     schema = schema_of(Folder)
     assert schema["properties"]["files"]["items"] == {"$ref": "#/$defs/File"}
     assert sorted(schema["$defs"]) == ["File", "Folder"]
     assert schema["$defs"]["File"]["properties"]["owner"] == schema_of(Person)
 
 
-def test_what_servers_trip_over_is_left_to_validation() -> None:
+def test_constraints_that_servers_refuse_are_left_to_the_validation() -> None:
     assert field(tuple[int, str]) == {
         "type": "array",
         "minItems": 2,
@@ -507,7 +513,7 @@ def test_what_servers_trip_over_is_left_to_validation() -> None:
         (r"^a\$", False),
     ],
 )
-def test_a_pattern_is_sent_where_every_server_knows_it(pattern: str, is_sent: bool) -> None:
+def test_a_pattern_is_sent_only_if_every_server_accepts_it(pattern: str, is_sent: bool) -> None:
     assert ("pattern" in field(Annotated[str, Meta(pattern=pattern)])) is is_sent
 
 
@@ -527,13 +533,13 @@ def test_descriptions_are_sent_and_titles_are_not() -> None:
 
 
 @pytest.mark.parametrize("type_", [Pair[int], dataclasses.make_dataclass("Größe" * 20, [("x", int)])])
-def test_the_name_is_one_that_servers_take(type_: Any) -> None:
+def test_the_name_is_one_that_servers_accept(type_: Any) -> None:
     name = answer_format_of(type_).response_format["json_schema"]["name"]
     assert name.isascii()
     assert name.replace("_", "").isalnum()
     assert len(name) <= 64
 
 
-def test_a_schema_is_made_once_for_a_type() -> None:
+def test_a_schema_is_computed_once_for_a_type() -> None:
     assert answer_format_of(Order) is answer_format_of(Order)
     assert answer_format_of(Pair[int]) is not answer_format_of(Pair[str])
