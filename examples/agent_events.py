@@ -1,9 +1,9 @@
-"""A run as it happens: what the model says, and a line below it that tells what is going on and for how long.
+"""Shows a run while it is in progress: the model's text, and below it a status line with the elapsed time.
 
     python examples/agent_events.py
     python examples/agent_events.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
 
-The line is drawn on stderr, and only if that is a terminal. Without `--api-base`, and without LMBRIDGE_API_BASE
+The status line is drawn on stderr, and only if that is a terminal. Without `--api-base`, and without LMBRIDGE_API_BASE
 in the environment, it starts the server of `lmbridge[local]`.
 """
 
@@ -36,14 +36,14 @@ PEOPLE = {"ulm": 130_000, "oslo": 720_000}
 
 
 async def count_people(city: str) -> str:
-    """Counts the people of a city. It takes its time."""
+    """Counts the people of a city, and takes half a second for it."""
     await asyncio.sleep(0.5)
     return f"{PEOPLE[city.lower()]:,}"
 
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of a local server that is started for the example."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -53,7 +53,7 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
 
 
 class StatusLine:
-    """The last line of the terminal, drawn anew ten times a second; without a terminal, nothing."""
+    """The last line of the terminal, redrawn ten times a second. Without a terminal it shows nothing."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -61,17 +61,17 @@ class StatusLine:
         self._is_terminal = sys.stderr.isatty()
 
     def print(self, text: str) -> None:
-        """Prints a line above it."""
+        """Prints a line above the status line."""
         self.clear()
         print(text, flush=True)
 
     def clear(self) -> None:
-        """Makes room for what is printed next."""
+        """Erases the status line, before something else is printed."""
         if self._is_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
     async def draw(self) -> None:
-        """Draws it until it is cancelled."""
+        """Draws the status line until the task is cancelled."""
         for sign in cycle("|/-\\"):
             if self._is_terminal and self.text:
                 seconds = time.monotonic() - self._began
@@ -80,8 +80,8 @@ class StatusLine:
             await asyncio.sleep(0.1)
 
 
-async def follow(client: LLMClient, line: StatusLine) -> None:
-    """Shows each event; leaving the `async with` early would cancel the run."""
+async def print_events(client: LLMClient, line: StatusLine) -> None:
+    """Prints the events of a run. Leaving the `async with` block early would cancel the run."""
     running: list[str] = []
     agent = Agent(client, tools=[count_people], max_rounds=8, max_tokens=300)
     async with agent.stream(TASK) as events:
@@ -92,14 +92,16 @@ async def follow(client: LLMClient, line: StatusLine) -> None:
                 case ReasoningDelta():
                     line.text = "thinking"
                 case TextDelta(text):
-                    line.text = ""  # what is printed moves: no line below it
+                    # No status line while text is being printed: it would overwrite the text.
+                    line.text = ""
                     line.clear()
                     print(text, end="", flush=True)
                 case ToolCallStarted(call):
                     running.append(call.name)
                     line.text = f"running: {', '.join(running)}"
                 case ToolCallFinished():
-                    if event.call.name in running:  # a call that could not be made has not started
+                    # A call that could not be made is finished without having been started.
+                    if event.call.name in running:
                         running.remove(event.call.name)
                     line.print(f"{'x' if event.is_error else '+'} {event.call.name}: {event.text}")
                 case RunFinished(result):
@@ -109,21 +111,21 @@ async def follow(client: LLMClient, line: StatusLine) -> None:
 
 
 async def show(client: LLMClient) -> None:
-    """The run, and the line beside it for as long as the run goes on."""
+    """Runs the agent, with the status line beside it."""
     line = StatusLine()
     drawing = asyncio.create_task(line.draw())
     try:
-        await follow(client, line)
+        await print_events(client, line)
     finally:
         drawing.cancel()
         line.clear()
 
 
 async def main() -> None:
-    """Reads the arguments, and shows it."""
-    parser = argparse.ArgumentParser(description="Shows a run as it happens.")
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    """Parses the arguments and runs the example."""
+    parser = argparse.ArgumentParser(description="Shows a run while it is in progress.")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await show(client)

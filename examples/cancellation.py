@@ -1,4 +1,4 @@
-"""Ways of stopping a run, and what is left of it: a handle, a time limit, another task, a stream that is left.
+"""Stops a run in five ways, and shows what is left of it: by its handle, a time limit, a sibling task, and so on.
 
     python examples/cancellation.py
     python examples/cancellation.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b
@@ -22,7 +22,7 @@ LONG = "Write a long story about a lighthouse and the people who live near it."
 
 @asynccontextmanager
 async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMClient]:
-    """A client of the server at `api_base`, or else of one that is started here."""
+    """Yields a client of the server at `api_base`, or of a local server that is started for the example."""
     if api_base:
         async with LLMClient(api_base, model) as client:
             yield client
@@ -31,29 +31,29 @@ async def connect(api_base: str | None, model: str | None) -> AsyncIterator[LLMC
             yield client
 
 
-async def until_it_speaks(handle: RunHandle) -> None:
-    """Waits for the first text of a run; leaving the events of a handle does not stop it."""
+async def wait_for_first_text(handle: RunHandle) -> None:
+    """Waits for the first text of a run. Leaving the events of a handle does not stop the run."""
     async for event in handle.events():
         if isinstance(event, TextDelta):
             return
 
 
 async def by_handle(agent: Agent) -> None:
-    """`cancel` is the stop button: whoever waits for the result gets an error that has the run so far."""
+    """Cancels a run by its handle. Awaiting the result then raises an error that holds the run so far."""
     handle = agent.start(LONG)
-    await until_it_speaks(handle)
+    await wait_for_first_text(handle)
     handle.cancel()
     try:
         await handle.result()
     except TaskCancelledError as error:
         messages = error.partial.messages if error.partial else []
-        print(f"-- stopped; {len(messages)} messages to go on with")
+        print(f"-- stopped; {len(messages)} messages to continue from")
     else:
-        print("-- it had ended before")
+        print("-- it had already ended")
 
 
 async def by_time(agent: Agent) -> None:
-    """`asyncio.timeout` works as everywhere; when it raises, the server has been told."""
+    """Puts a run under `asyncio.timeout`. When that raises, the server has already stopped generating."""
     handle = agent.start(LONG)
     try:
         async with asyncio.timeout(1):
@@ -65,17 +65,17 @@ async def by_time(agent: Agent) -> None:
 
 
 async def by_budget(client: LLMClient) -> None:
-    """`max_seconds` is no error: the result has what there is, and says why it ended."""
+    """Uses `max_seconds`, which is not an error: the result has the text so far, and says why the run ended."""
     result = await Agent(client, max_tokens=1000, max_seconds=1).run(LONG)
     print(f"-- {result.stop_reason} after {len(result.text)} characters")
 
 
 async def by_a_sibling(agent: Agent) -> None:
-    """A task that fails takes the others of its group with it, runs included."""
+    """Lets another task of the same group fail, which cancels the whole group, the run included."""
     handle = agent.start(LONG)
 
     async def fail() -> None:
-        await until_it_speaks(handle)
+        await wait_for_first_text(handle)
         raise RuntimeError("the power is out")
 
     try:
@@ -87,7 +87,7 @@ async def by_a_sibling(agent: Agent) -> None:
 
 
 async def by_leaving(agent: Agent) -> None:
-    """Leaving a stream of events early cancels its run and waits for the end of that."""
+    """Leaves an event stream early, which cancels its run and waits for the run's end."""
     async with agent.stream(LONG) as events:
         async for event in events:
             if isinstance(event, TextDelta):
@@ -96,7 +96,7 @@ async def by_leaving(agent: Agent) -> None:
 
 
 async def show(client: LLMClient) -> None:
-    """Everything above."""
+    """Runs all of the examples above."""
     agent = Agent(client, max_tokens=1000)
     for way in (by_handle, by_time, by_a_sibling, by_leaving):
         print(f"== {way.__name__}")
@@ -106,10 +106,10 @@ async def show(client: LLMClient) -> None:
 
 
 async def main() -> None:
-    """Reads the arguments, and shows it."""
-    parser = argparse.ArgumentParser(description="Shows ways of stopping a run.")
-    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="a server of your own")
-    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="a model of that server")
+    """Parses the arguments and runs the example."""
+    parser = argparse.ArgumentParser(description="Stops a run in five ways.")
+    parser.add_argument("--api-base", default=os.environ.get("LMBRIDGE_API_BASE"), help="the URL of a running server")
+    parser.add_argument("--model", default=os.environ.get("DEFAULT_MODEL"), help="the name of a model on that server")
     args = parser.parse_args()
     async with connect(args.api_base, args.model) as client:
         await show(client)
