@@ -46,7 +46,7 @@ def answer(
         tool_calls: The tool calls, as a message has them: `{"id", "type", "function": {"name", "arguments"}}`.
         reasoning: The text of `reasoning_content`. Default: the reply has none.
         gate: An event that lets a test hold the reply back. It is awaited after the first chunk of content (before the
-            finish reason if there is no content), and before a plain reply.
+            finish reason if the content is empty), and before a plain reply.
         pace: The seconds to wait before each chunk of content. A plain reply takes as long as all of them together.
         extra: Further fields for the completion, or for each chunk.
     """

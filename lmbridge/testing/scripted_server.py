@@ -43,7 +43,7 @@ class ScriptedServer:
 
     Attributes:
         models: The names of the models. The list may be changed at any time.
-        default: The behaviour that answers requests for which there is no other one.
+        default: The behaviour that answers all other requests.
         hang_up_reused: The number of further requests on reused connections that are answered by closing the connection
             without a reply: a client finds such a connection dead only when it uses it. These requests are recorded as
             `refused`, and take nothing from the script.
@@ -276,12 +276,12 @@ class ScriptedServer:
                 raise
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 - close() raises it, and so does the outcome of pytest.fail()
+        except BaseException as error:  # noqa: BLE001 - close() raises it, even a pytest.fail()
             if not (connection.left and isinstance(error, ConnectionError)):
                 await self._report_failure(error, exchange, connection)
 
     async def _report_failure(self, error: BaseException, exchange: Exchange, connection: Connection) -> None:
-        """Keeps the exception, and tells the client as well, because its test would wait for a reply otherwise."""
+        """Keeps the exception, and tells the client as well, because the test would wait for a reply otherwise."""
         self.errors.append(error)
         if not (exchange.started or connection.over):
             body = completions.error_body(f"the behaviour of the scripted server raised {error!r}", "server_error")

@@ -3,9 +3,9 @@
 The scheduler decides and never waits; this module waits and never decides. The alternative was one class built on
 `asyncio.Condition`, where every change wakes all waiting tasks and each checks whether it is its turn. That costs a
 wake-up of ten thousand tasks a change, and its rules can be tested only through an event loop. Here each waiting task
-has a future of its own, and exactly the tasks that are admitted wake up.
+has its own future, and exactly the tasks that are admitted wake up.
 
-All state belongs to one event loop and changes only between awaits, so there is no lock.
+All state belongs to one event loop and changes only between awaits, so no lock is needed.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Permit:
     arrived_at: float
     """The time at which the request arrived, by the clock of the event loop."""
     holder: weakref.ref[asyncio.Task[object]] | None = None
-    """The task that last read the stream, or the task that opened it as long as nobody has read it.
+    """The task that last read the stream, or the task that opened it if the stream has not been read yet.
 
     The reference is weak because a task's result, or the traceback of its exception, may hold the very stream whose
     garbage collection returns the permit.
