@@ -20,8 +20,7 @@ it.
 
 The rules in full:
 
-- At most `max_concurrency` requests are in flight. Among the requests that may go, the one that arrived first goes
-  first.
+- At most `max_concurrency` requests are in flight. Among those that may go, the one that arrived first goes first.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -36,7 +35,7 @@ The rules in full:
   They finish what is in flight, get nothing new, and lose their slots when they are idle.
 
 The state machine never waits and never looks at a clock: the caller passes the time, and `lmbridge.transport.admission`
-does the waiting. So a test can drive it through thousands of histories a second, which is how the bound was proven.
+does the waiting. So a test can drive it through thousands of random histories, and check the bound in each of them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge.mcp.jsonrpc import MessageInbox, MessageReader, MessageTooLargeError
-from tests.support import turns
+from tests.support import replaced, turns
 
 PING = {"jsonrpc": "2.0", "method": "ping"}
 LINE = json.dumps(PING).encode() + b"\n"
@@ -40,7 +40,7 @@ def test_it_does_not_matter_where_the_bytes_are_split(lines: list[bytes], places
         b"{not} json {" + LINE,
         b'\xff {"id" : ' + LINE,
         b'log {"result": 1} ' + LINE,
-        LINE.replace(b"\n", b"\r\n"),
+        replaced(LINE, b"\n", b"\r\n"),
         b"  " + LINE,
         LINE.rstrip() + b" and on it goes\n",
         b"\xef\xbb\xbf" + LINE,
