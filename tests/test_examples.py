@@ -221,7 +221,7 @@ async def test_cancellation_stops_every_run_on_the_server(scripted_server: Scrip
     outcome = await run("cancellation.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
     assert (outcome.status, outcome.errors) == (0, "")
     assert outcome.output == (
-        "== by_handle\n-- stopped; 1 messages to go on with\n"
+        "== by_handle\n-- stopped; 1 messages to continue from\n"
         "== by_time\n-- cancelled after 3 characters\n"
         "== by_a_sibling\n-- the power is out; the run: cancelled\n"
         "== by_leaving\n-- left\n"
@@ -235,7 +235,7 @@ async def test_switching_shows_the_effect_of_each_policy(scripted_server: Script
     command = ("switching.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b", "--other", "gemma-3-4b")
     outcome = await run(*command)
     assert (outcome.status, outcome.errors) == (0, "")
-    whole, cut = "to its end (stop)", "not to its end: qwen3-4b -> gemma-3-4b"
+    whole, cut = "completed (stop)", "stopped by a change of model: qwen3-4b -> gemma-3-4b"
     assert outcome.output == (
         f"== isolate\nfirst run: {whole}\nsecond run: {whole}\n"
         f"== reject\nfirst run: {whole}\nsecond run: {cut}\n"
