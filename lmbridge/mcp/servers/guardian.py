@@ -1,9 +1,9 @@
 """A small process that outlives lmbridge by a moment, to end the servers that lmbridge left behind.
 
-A program that is killed by SIGKILL, or that crashes, cannot clean up. Its servers would go on, and so would what they
-have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but only direct children, only when
-the very thread that started them ends, and not on macOS. Watching a pipe works for all: the kernel closes it when the
-program ends, whatever the reason.
+A program that is killed by SIGKILL, or that crashes, cannot clean up. Its servers would keep running, and so would the
+processes that they have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but only direct
+children, only when the very thread that started them ends, and not on macOS. Watching a pipe works for all: the kernel
+closes it when the program ends, whatever the reason.
 
 The guardian is run by its path, with `python -I -S`, and imports nothing of lmbridge, so that it starts in a few
 milliseconds and needs little memory. On stdin it reads lines: `+123` for a process group that has started, `-123` for

@@ -208,7 +208,7 @@ class ManagedServer:
             timeout: Seconds that the call may take, without a restart before it; None for no limit.
 
         Raises:
-            ToolError: The call failed in whatever way; the text is for the model.
+            ToolError: The call failed, for whatever reason; the text is for the model.
         """
         name = self.spec.name
         try:
@@ -218,7 +218,10 @@ class ManagedServer:
                 if not is_idempotent:
                     raise
                 logger.info(
-                    "MCP server %r was lost during the idempotent call of %r; repeating it: %s", name, tool, exc
+                    "MCP server %r was lost during a call of %r, which is repeated because it is idempotent: %s",
+                    name,
+                    tool,
+                    exc,
                 )
                 return await self._call_once(tool, arguments, timeout)
         except SessionLostError as exc:
@@ -272,6 +275,9 @@ class ManagedServer:
             raise self._connection_error("was closed while it was starting") from exc
 
     async def _open_and_track(self) -> SessionOwner:
+        # `_shut_down` cannot cancel this task before its first step, because it does not know the task yet.
+        if self._state is ServerState.CLOSED:
+            raise self._connection_error("was closed while it was starting")
         self._opening_task = asyncio.current_task()
         try:
             return await self._open_new_session()
@@ -319,7 +325,7 @@ class ManagedServer:
         await asyncio.sleep(max(0.0, pause))
 
     def _start_failed(self, session: SessionOwner, error: BaseException | None) -> MCPConnectionError:
-        """Records a failed start and returns its error. Without an `error`, the time for the start was over."""
+        """Records a failed start and returns its error. Without an `error`, the server has not answered in time."""
         self._schedule_backoff()
         self._error = self.spec.redact(session.ended.result().reason)
         self._change_state(ServerState.FAILED)

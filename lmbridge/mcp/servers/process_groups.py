@@ -1,7 +1,7 @@
 """The process groups of stdio servers, of which nothing may be left behind.
 
 A server is often a chain of processes: `npx` starts a shell, which starts node. To end the process that was started is
-not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads its own process group, and
+not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads a new process group, and
 the group is signalled and polled until it is empty, even if its leader has already left. To search for descendants
 instead would miss those whose parent has ended. A control group would catch even a process that leaves the group, but
 exists only on Linux and needs privileges.

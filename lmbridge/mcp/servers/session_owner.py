@@ -8,13 +8,13 @@ for its futures, and make their calls through it.
 
 Other designs were considered:
 
-- an `AsyncExitStack` in the task of the run, as the SDK's examples have it: servers start one after the other, one
-  crash cancels the run, and no other run can use them;
-- a new session for each call: each call then starts a process, which takes 0.2 to 0.8 seconds;
-- a thread with an event loop for each server: two loops, and every call crosses threads twice.
+- An `AsyncExitStack` in the task of the run, as in the SDK's examples. Servers then start one after the other, one
+  crash cancels the run, and no other run can use them.
+- A new session for each call. Each call then starts a process, which takes 0.2 to 0.8 seconds.
+- A thread with its own event loop for each server. Each call then crosses threads twice.
 
-Each call is another task, for the same reason: a cancellation by the SDK must not reach the caller, and a caller that
-is cancelled must not interrupt the SDK at a point where it cannot stop.
+Each request runs in a separate task, for the same reason: a cancellation by the SDK must not reach the caller, and a
+caller that is cancelled must not have to wait for an SDK that does not stop.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class SessionOwner:
             _wake_up(wake)
 
     async def _raise_if_lost(self, error: SessionLostError) -> None:
-        """Checks whether the session is really lost; returns if it is alive.
+        """Returns if the session is alive after all, in spite of an error that says it is lost.
 
         The SDK's errors for a lost session have the codes of ordinary errors and are recognized by their words, which a
         server may use as well.
@@ -268,7 +268,7 @@ class SessionOwner:
         self.ready.exception()
 
     async def _end_server_process(self, link: StdioLink) -> None:
-        """Ends the server's process; only one whose session was closed in good order gets time to leave by itself."""
+        """Ends the server's process. It gets time to end by itself only if the session was closed on request."""
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import MultiMCPError, ToolError
+from lmbridge import MCPConnectionError, MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
 from lmbridge.mcp.sdk import RefusedError
 from lmbridge.mcp.servers.guardian import is_gone
@@ -280,6 +280,21 @@ async def test_closing_a_server_while_it_starts_fails_the_run_that_waits(make_hu
     await hub.close()
     assert await asyncio.to_thread(is_gone, group)
     assert "was closed while it was starting" in str((await run).errors["a"])
+
+
+async def test_a_server_that_is_closed_before_its_start_has_begun_is_not_started(
+    make_hub: MakeHub, notes: Path
+) -> None:
+    hub = make_hub({"a": {"starts": True, "notes": str(notes)}})
+    server = hub._server(await hub.reload(), "a")
+    waiting = asyncio.create_task(server.definitions())
+    # By then the task that opens the session exists, and has not made its first step.
+    await asyncio.sleep(0)
+    await server.close()
+    with pytest.raises(MCPConnectionError, match="was closed while it was starting"):
+        await waiting
+    assert server.is_closed
+    assert not notes.exists()
 
 
 async def group_of(notes: Path) -> int:
