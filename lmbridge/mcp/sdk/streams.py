@@ -3,8 +3,8 @@
 The SDK accepts any pair of streams in place of its transports. This module uses that for two purposes. First, a stdio
 server's messages come from our own bounded reader (see `lmbridge.mcp.jsonrpc`). Second, a `MessageTap` looks at each
 message before the SDK does, because the SDK would reject a whole list of tools for one bad definition, and because its
-errors do not say what an HTTP server answered. The alternatives were to
-parse replies without the SDK, or to patch it; the streams are part of its public interface.
+errors do not say what an HTTP server answered. The alternatives were to parse replies without the SDK, or to patch it;
+the streams are part of its public interface.
 """
 
 from __future__ import annotations
