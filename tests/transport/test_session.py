@@ -1,0 +1,263 @@
+"""The session over sockets: what it does about aiohttp's habits, with whatever version of aiohttp is installed.
+
+`nox -s oldest` runs these tests with the oldest aiohttp that is supported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from lmbridge.testing import ScriptedServer, answer, hang_up, raw, reply, stall
+from lmbridge.transport import faults, session
+from lmbridge.transport.http import ConnectionFailed, HttpRequest, StaleConnection
+from lmbridge.transport.retry import Verdict
+from lmbridge.transport.session import AIOHTTP_FAULTS, AiohttpSession
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest_asyncio.fixture
+async def http_session() -> AsyncIterator[AiohttpSession]:
+    http_session = AiohttpSession(connection_limit=None)
+    yield http_session
+    await http_session.close()
+
+
+def get(server: ScriptedServer, **fields: Any) -> HttpRequest:
+    return HttpRequest(method="GET", url=f"{server.api_base}/models", headers={}, **fields)
+
+
+def post(server: ScriptedServer, **fields: Any) -> HttpRequest:
+    return HttpRequest(method="POST", url=f"{server.api_base}/chat/completions", headers={}, body=b"{}", **fields)
+
+
+async def test_a_body_can_be_read_in_parts_or_whole(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    scripted_server.default = reply(200, {"text": "Hello"})
+    response = await http_session.send(post(scripted_server))
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
+    assert await response.read() == b'{"text":"Hello"}'
+    response = await http_session.send(post(scripted_server))
+    body = b""
+    while part := await response.read_some():
+        body += part
+    assert body == b'{"text":"Hello"}'
+    assert scripted_server.connections == 1
+
+
+# aiohttp repeats a GET by itself
+
+
+async def test_a_get_on_a_lost_connection_is_not_repeated(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    scripted_server.on_path("/v1/models", hang_up())
+    with pytest.raises(ConnectionFailed) as caught:
+        await http_session.send(get(scripted_server))
+    assert not isinstance(caught.value, StaleConnection)
+    assert len(scripted_server.requests) == 1
+
+
+async def test_aiohttp_would_repeat_it_without_the_middleware(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def pass_on(request: Any, handler: Any) -> Any:
+        return await handler(request)
+
+    monkeypatch.setattr(session, "_keep_aiohttp_from_resending", pass_on)
+    scripted_server.on_path("/v1/models", hang_up())
+    http_session = AiohttpSession(connection_limit=None)
+    with pytest.raises(ConnectionFailed):
+        await http_session.send(get(scripted_server))
+    await http_session.close()
+    assert len(scripted_server.requests) == 2
+
+
+# aiohttp does not say on which connection a request failed
+
+
+@pytest.mark.parametrize("build", [get, post])
+async def test_only_a_kept_connection_can_be_stale(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, build: Any
+) -> None:
+    await (await http_session.send(build(scripted_server))).read()
+    scripted_server.hang_up_reused = 1
+    with pytest.raises(StaleConnection) as caught:
+        await http_session.send(build(scripted_server))
+    assert caught.value.verdict is Verdict.RETRY
+    await (await http_session.send(build(scripted_server))).read()
+    assert len(scripted_server.requests) == 3
+
+
+async def test_a_connection_that_dies_in_the_head_of_a_response_is_not_stale(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    await (await http_session.send(post(scripted_server))).read()
+    scripted_server.script(raw(b"HTTP/1.1 200 OK\r\nContent-Le"))
+    with pytest.raises(ConnectionFailed) as caught:
+        await http_session.send(post(scripted_server))
+    assert not isinstance(caught.value, StaleConnection)
+
+
+async def test_a_fresh_connection_is_used_where_a_request_must_not_be_sent_twice(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    for _ in range(2):
+        await (await http_session.send(post(scripted_server, fresh_connection=True))).read()
+    assert scripted_server.connections == 2
+
+
+# aiohttp forgets the reader of a body with broken framing
+
+
+async def read_body_with_broken_framing(server: ScriptedServer, http_session: AiohttpSession) -> None:
+    gate = asyncio.Event()
+
+    async def behave(exchange: Any) -> None:
+        await exchange.raw(CHUNKED + b"2\r\n{}\r\n")
+        await gate.wait()
+        await exchange.raw(b"zz\r\nnot a chunk\r\n")
+
+    server.script(behave)
+    response = await http_session.send(post(server))
+    try:
+        assert await response.read_some() == b"{}"
+        gate.set()
+        await response.read_some()
+    finally:
+        response.close()
+
+
+async def test_the_reader_of_a_body_with_broken_framing_is_woken(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    with pytest.raises(ConnectionFailed, match="broke in the middle of the answer") as caught:
+        async with asyncio.timeout(10):
+            await read_body_with_broken_framing(scripted_server, http_session)
+    assert caught.value.verdict is Verdict.FAIL
+    assert caught.value.error.status == 200
+
+
+async def test_aiohttp_would_not_wake_it(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this test fails, aiohttp wakes the reader, and lmbridge need not watch the connection any longer."""
+    if aiohttp.http_parser.HttpResponseParser is aiohttp.http_parser.HttpResponseParserPy:
+        pytest.skip("aiohttp's parser in Python wakes the reader")
+    monkeypatch.setattr(session._AiohttpResponse, "_watch_connection", lambda _: None)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await read_body_with_broken_framing(scripted_server, http_session)
+
+
+async def test_kept_connections_do_not_collect_callbacks(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    watched = set()
+    for _ in range(5):
+        gate = asyncio.Event()
+        scripted_server.script(answer("one two three", gate=gate))
+        request = post(scripted_server)
+        request.body = b'{"stream": true}'
+        response = await http_session.send(request)
+        assert isinstance(response, session._AiohttpResponse)
+        closed = response._connection_closed
+        assert closed is not None
+        watched.add(closed)
+        gate.set()
+        while await response.read_some():
+            pass
+        assert response._connection_closed is None
+    # One connection, one future. Its owner may have a callback, but not one for each of the responses.
+    (closed,) = watched
+    assert len(closed._callbacks or []) <= 1
+
+
+# Closing
+
+
+async def test_close_wakes_what_waits_for_a_response_or_a_body(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    scripted_server.script(stall(after=["a"]), stall())
+    response = await http_session.send(post(scripted_server))
+    await response.read_some()
+    reading = asyncio.create_task(response.read_some())
+    sending = asyncio.create_task(http_session.send(post(scripted_server)))
+    await scripted_server.wait_until(lambda: len(scripted_server.requests) == 2)
+    await http_session.close()
+    for task in (reading, sending):
+        with pytest.raises(ConnectionFailed):
+            await task
+    await http_session.close()
+
+
+async def test_closing_a_response_wakes_its_reader(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    scripted_server.script(stall(after=["a"]))
+    response = await http_session.send(post(scripted_server))
+    await response.read_some()
+    reading = asyncio.create_task(response.read_some())
+    await asyncio.sleep(0)
+    response.close()
+    with pytest.raises(ConnectionFailed):
+        await reading
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+# The table of errors
+
+
+def test_a_class_stands_before_the_classes_that_it_inherits_from() -> None:
+    for table in (AIOHTTP_FAULTS, faults.PYTHON_FAULTS):
+        classes = [kind for kind, _ in table]
+        for index, kind in enumerate(classes):
+            assert not any(issubclass(later, kind) for later in classes[index + 1 :]), kind
+
+
+def test_every_error_of_aiohttp_has_a_meaning_of_its_own() -> None:
+    errors = [
+        error
+        for _, error in inspect.getmembers(aiohttp, inspect.isclass)
+        if issubclass(error, aiohttp.ClientError) and error is not aiohttp.ClientError
+    ]
+    assert len(errors) > 15
+    without = {
+        error.__name__
+        for error in errors
+        if next(fault for kind, fault in AIOHTTP_FAULTS if issubclass(error, kind)) is faults.NOT_SENT
+    }
+    # Mistakes in a URL are found when a client is made, redirects are not followed, and nothing is uploaded.
+    assert without <= {
+        "InvalidURL",
+        "InvalidUrlClientError",
+        "InvalidUrlRedirectClientError",
+        "NonHttpUrlClientError",
+        "NonHttpUrlRedirectClientError",
+        "RedirectClientError",
+        "UploadAbortedError",
+    }
+
+
+@pytest.mark.parametrize(
+    ("exc", "fault"),
+    [
+        (ConnectionRefusedError(111, "x"), faults.NOT_CONNECTED),
+        (ConnectionResetError(104, "x"), faults.BROKEN_BEFORE_RESPONSE),
+        (ssl.SSLCertVerificationError(1, "x"), faults.UNTRUSTED_CERTIFICATE),
+        (ssl.SSLError(1, "x"), faults.NO_TLS),
+        (KeyError("x"), faults.NOT_SENT),
+    ],
+)
+def test_errors_of_python_have_a_meaning_too(exc: Exception, fault: faults.Fault) -> None:
+    assert faults.find_fault(exc, faults.PYTHON_FAULTS) is fault
