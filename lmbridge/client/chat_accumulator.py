@@ -57,6 +57,7 @@ class ChatAccumulator:
     Attributes:
         has_begun: Whether any chunk was added.
         has_delta: Whether any chunk added something to a message; its role alone counts.
+        usage: The token usage in the last chunk that had one, or None.
     """
 
     __slots__ = (
@@ -65,18 +66,18 @@ class ChatAccumulator:
         "_fast_path_fields",
         "_fields",
         "_first_content",
-        "_usage",
         "has_begun",
         "has_delta",
+        "usage",
     )
 
     def __init__(self, choices: int = 1) -> None:
         self.has_begun = False
         self.has_delta = False
+        self.usage: Any = None
         self._expected_choices = choices
         self._choices: dict[int, _ChoiceAccumulator] = {}
         self._fields: dict[str, Any] = {}
-        self._usage: Any = None
         # The content of choice 0, which the fast path writes to without looking the choice up.
         self._first_content = io.StringIO()
         # The number of fields that a chunk must have to take the fast path: that of the chunk before it, or -1.
@@ -131,7 +132,7 @@ class ChatAccumulator:
             fields.update(chunk)
         # `reply` fills this in; the key stands here to keep the order of the fields.
         fields["choices"] = None
-        self._usage = chunk.get("usage") or self._usage
+        self.usage = chunk.get("usage") or self.usage
         for part in chunk.get("choices") or ():
             index = part.get("index") or 0
             choice = self._choices.get(index)
@@ -147,7 +148,7 @@ class ChatAccumulator:
     def reply(self) -> ChatCompletion:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
         choices = [choice.as_dict(index) for index, choice in sorted(self._choices.items())]
-        reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self._usage}
+        reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
         return cast("ChatCompletion", reply)
 
 

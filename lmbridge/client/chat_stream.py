@@ -19,8 +19,8 @@ _Chunk = TypeVar("_Chunk")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
-class ChunkStream(ReplyStream[_Chunk, _Reply_co]):
-    """A stream whose events are chunks with `choices`."""
+class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
+    """A stream whose events are chunks with `choices`: that of a chat or a text completion."""
 
     __slots__ = ()
 
@@ -33,7 +33,7 @@ class ChunkStream(ReplyStream[_Chunk, _Reply_co]):
         if failures.is_error_object(value):
             raise self._reported(data.strip().decode("utf-8", "replace"))
         try:
-            self._check_model(value.get("model"))
+            self._note_served_model(value.get("model"))
             self._add(value)
         except LLMError as error:
             self._fail(error)
@@ -41,7 +41,7 @@ class ChunkStream(ReplyStream[_Chunk, _Reply_co]):
         return cast("_Chunk", value)
 
 
-class ChatStream(ChunkStream["ChatCompletionChunk", "ChatCompletion"]):
+class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
     """The chunks of one chat completion, exactly as the server sent them.
 
     For example::
@@ -53,7 +53,7 @@ class ChatStream(ChunkStream["ChatCompletionChunk", "ChatCompletion"]):
 
     Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises,
     with what had arrived in `.partial`. Leaving it early, in any way, closes the connection, so that the server stops
-    generating, and frees its place in the queue.
+    generating, and frees its slot.
 
     Raises (while it is iterated):
         LLMStreamError: The stream was cut off, or the server reported an error other than those below.
@@ -66,8 +66,10 @@ class ChatStream(ChunkStream["ChatCompletionChunk", "ChatCompletion"]):
 
     __slots__ = ()
 
-    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, choices: int = 1) -> None:
-        super().__init__(events, names, redact, ChatAccumulator(choices))
+    def __init__(
+        self, events: EventStream, mismatch_policy: MismatchPolicy, redact: failures.Redact, choices: int = 1
+    ) -> None:
+        super().__init__(events, mismatch_policy, redact, ChatAccumulator(choices))
 
     async def __anext__(self) -> ChatCompletionChunk:
         """Returns the next chunk.

@@ -7,7 +7,7 @@ from typing import Any, Final, cast
 
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import TextAccumulator
-from lmbridge.client.chat_stream import ChunkStream
+from lmbridge.client.chat_stream import CompletionStream
 from lmbridge.client.inputs import check_texts
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
@@ -17,7 +17,7 @@ from lmbridge.types import TextCompletion, TextCompletionChunk
 _NULL: Final = b"null"
 
 
-class TextStream(ChunkStream[TextCompletionChunk, TextCompletion]):
+class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
     """The chunks of one text completion, exactly as the server sent them.
 
     It is used like a `ChatStream`, and raises the same errors. `.partial` and the result of `collect` have the shape of
@@ -26,8 +26,10 @@ class TextStream(ChunkStream[TextCompletionChunk, TextCompletion]):
 
     __slots__ = ()
 
-    def __init__(self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, choices: int = 1) -> None:
-        super().__init__(events, names, redact, TextAccumulator(choices))
+    def __init__(
+        self, events: EventStream, mismatch_policy: MismatchPolicy, redact: failures.Redact, choices: int = 1
+    ) -> None:
+        super().__init__(events, mismatch_policy, redact, TextAccumulator(choices))
 
     def _read_event(self, event: Event) -> TextCompletionChunk | None:
         # llama.cpp sends a null before the answers to several prompts.

@@ -75,6 +75,11 @@ class ResponseAccumulator:
         """Whether there was any piece of an answer. A response that is complete without any output counts as well."""
         return self.is_finished or bool(self._items)
 
+    @property
+    def usage(self) -> Any:
+        """The token usage in the last event that had one, or None."""
+        return self._response.get("usage")
+
     def add(self, event: Mapping[str, Any]) -> None:
         """Adds the data of an event. Events of an unknown type add nothing.
 
@@ -145,11 +150,11 @@ class _ItemAccumulator:
         self._fields: dict[str, Any] = {**fields, **lists}
 
     def add_part(self, list_name: str, part: Mapping[str, Any]) -> None:
-        self._parts(list_name).append(dict(part))
+        self._part_list(list_name).append(dict(part))
 
     def replace_part(self, list_name: str, index: int | None, part: Mapping[str, Any]) -> None:
         """Puts a finished part in the place of the one that grew; appends it if there was none."""
-        parts = self._parts(list_name)
+        parts = self._part_list(list_name)
         position = len(parts) - 1 if index is None else index
         if 0 <= position < len(parts):
             parts[position] = dict(part)
@@ -158,7 +163,7 @@ class _ItemAccumulator:
 
     def append_text(self, target: _Target, index: int | None, piece: str) -> None:
         """Appends a piece of text to the part at `index`, or to the newest part."""
-        parts = self._parts(target.list_name)
+        parts = self._part_list(target.list_name)
         position = len(parts) - 1 if index is None else index
         if not 0 <= position < len(parts):
             parts.append({"type": target.part_type})
@@ -176,7 +181,7 @@ class _ItemAccumulator:
         }
         return {**_with_plain_texts(self._fields), **lists}
 
-    def _parts(self, list_name: str) -> list[dict[str, Any]]:
+    def _part_list(self, list_name: str) -> list[dict[str, Any]]:
         if not self._fields.get(list_name):
             # A new list, and never one that belongs to an event.
             self._fields[list_name] = []

@@ -63,9 +63,13 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
     _EXPECTED_END = "response.completed or response.incomplete"
 
     def __init__(
-        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, event_class: type[MessageEvent]
+        self,
+        events: EventStream,
+        mismatch_policy: MismatchPolicy,
+        redact: failures.Redact,
+        event_class: type[MessageEvent],
     ) -> None:
-        super().__init__(events, names, redact, ResponseAccumulator())
+        super().__init__(events, mismatch_policy, redact, ResponseAccumulator())
         url = urlsplit(events.call.url)
         self._origin = f"{url.scheme}://{url.netloc}"
         self._event_class = event_class
@@ -87,7 +91,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         response = value.get("response")
         response = response if isinstance(response, dict) else {}
         try:
-            self._check_model(response.get("model"))
+            self._note_served_model(response.get("model"))
             self._add(value)
         except LLMError as error:
             self._fail(error)
@@ -95,7 +99,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         if value["type"] == "response.failed" or response.get("status") == "failed" or response.get("error"):
             raise self._fail(self._failed_response(response.get("error"), text))
         if self._accumulator.is_finished:
-            self._complete()
+            self._mark_complete()
             self._pending = iter(())
 
     def _failed_response(self, error: object, text: str) -> LLMError:

@@ -57,6 +57,10 @@ class Accumulator(Protocol[_Reply_co]):
     def is_finished(self) -> bool:
         """Whether the reply is complete, even if the stream breaks now."""
 
+    @property
+    def usage(self) -> Any:
+        """The token usage that the server has sent so far, or None."""
+
     def add(self, chunk: Mapping[str, Any], /) -> None:
         """Adds the data of an event; raises `LLMStreamError` if its shape is unknown."""
 
@@ -68,7 +72,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     """The base class of the streams of all endpoints: an async generator of the pieces of one reply.
 
     Iterate it once, from one task at a time. It is also an async context manager. Leaving it early, in any way, closes
-    the connection, so that the server stops generating, and frees its place in the queue.
+    the connection, so that the server stops generating, and frees its slot.
 
     A subclass defines `_read_object`, which turns the JSON object of an event into an item of the iteration.
     """
@@ -79,8 +83,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         "_events",
         "_failure",
         "_is_complete",
+        "_mismatch_policy",
         "_model",
-        "_names",
         "_pending",
         "_redact",
     )
@@ -89,13 +93,17 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     """How the stream ends, for the error that says that it did not."""
 
     def __init__(
-        self, events: EventStream, names: MismatchPolicy, redact: failures.Redact, accumulator: Accumulator[_Reply_co]
+        self,
+        events: EventStream,
+        mismatch_policy: MismatchPolicy,
+        redact: failures.Redact,
+        accumulator: Accumulator[_Reply_co],
     ) -> None:
         self._events = events
-        self._names = names
+        self._mismatch_policy = mismatch_policy
         self._redact = redact
         self._accumulator = accumulator
-        # Kept, because looking the method up for each chunk takes longer than the call.
+        # The bound method is kept, because it is called once for each chunk.
         self._add = accumulator.add
         # Events that have arrived and are not yet decoded. They are decoded when they are handed out, and not when
         # they arrive: hundreds of decoded chunks that wait at a time would keep the garbage collector busy.
@@ -226,7 +234,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             raise self._reported(data.decode("utf-8", "replace"))
         return self._read_object(value, name, data)
 
-    def _check_model(self, model: str | None) -> None:
+    def _note_served_model(self, model: str | None) -> None:
         """Notes which model answers.
 
         Raises:
@@ -242,7 +250,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 model,
                 hint="the server swapped models in mid-stream; send requests for different models one after another",
             )
-        if not self._names.check(self._events.call.request.model, model):
+        if not self._mismatch_policy.check(self._events.call.request.model, model):
             self._events.call.mark_unloaded()
         self._model = model
 
@@ -256,10 +264,10 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     def _on_done(self) -> None:
         """Ends the stream at `[DONE]`."""
-        self._complete()
+        self._mark_complete()
         self._pending = _NO_EVENTS
 
-    def _complete(self) -> None:
+    def _mark_complete(self) -> None:
         """Marks the reply as complete.
 
         Raises:
@@ -284,7 +292,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             LLMError: The reply is not finished.
         """
         if self._accumulator.is_finished:
-            self._complete()
+            self._mark_complete()
         elif stray := self._events.stray:
             raise self._reported(stray)
         else:

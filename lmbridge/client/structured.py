@@ -90,7 +90,7 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
         LLMValidationError: It does not hold one. The `context` of the error has a `path` if the model may do better
             when it is shown what is wrong.
     """
-    text = _answer_text(reply)
+    text = _bare_answer(reply)
     try:
         return answer_format.decoder.decode(text)
     except (ValueError, RecursionError) as exc:
@@ -107,7 +107,7 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
         raise LLMValidationError(message, exc, hint=hint, context=context, body=text, partial=reply) from exc
 
 
-def _answer_text(reply: ChatCompletion) -> str:
+def _bare_answer(reply: ChatCompletion) -> str:
     """Returns the answer without the reasoning before it, and without a Markdown fence around the whole of it."""
     text: str = reply["choices"][0]["message"].get("content") or ""
     # In an answer that begins as JSON does, a tag is a part of some string.

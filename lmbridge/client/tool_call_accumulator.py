@@ -55,7 +55,7 @@ class ToolCallAccumulator:
         """Adds one entry of a delta's `tool_calls`."""
         function = piece.get("function") or {}
         call_id, index, name = piece.get("id") or None, piece.get("index"), function.get("name") or None
-        call = self._find(call_id, index, name)
+        call = self._find_call(call_id, index, name)
         if call is None:
             call = _PartialCall(call_id, index)
             self._calls.append(call)
@@ -65,7 +65,7 @@ class ToolCallAccumulator:
         """Returns the calls so far, in the order in which they began. A call without an id gets a generated one."""
         return [call.as_dict() for call in self._calls]
 
-    def _find(self, call_id: str | None, index: int | None, name: str | None) -> _PartialCall | None:
+    def _find_call(self, call_id: str | None, index: int | None, name: str | None) -> _PartialCall | None:
         """Returns the call that a piece belongs to, or None if the piece begins a new call."""
         if not self._calls:
             return None

@@ -11,9 +11,7 @@ from lmbridge.transport import TokenUsage
 
 class _Accumulator(Protocol):
     @property
-    def has_begun(self) -> bool: ...
-
-    def reply(self) -> Any: ...
+    def usage(self) -> Any: ...
 
 
 def usage_in_body(body: bytes) -> TokenUsage | None:
@@ -27,12 +25,15 @@ def usage_in_body(body: bytes) -> TokenUsage | None:
 
 def usage_in_stream(accumulator: _Accumulator) -> TokenUsage | None:
     """Returns the number of tokens that the chunks of a stream have reported so far."""
-    return usage_in_reply(accumulator.reply()) if accumulator.has_begun else None
+    return _token_usage(accumulator.usage)
 
 
 def usage_in_reply(reply: Mapping[str, Any]) -> TokenUsage | None:
     """Returns the number of tokens that a reply reports, under the names of chat completions or of responses."""
-    usage = reply.get("usage")
+    return _token_usage(reply.get("usage"))
+
+
+def _token_usage(usage: object) -> TokenUsage | None:
     if not isinstance(usage, Mapping):
         return None
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
