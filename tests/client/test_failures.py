@@ -83,8 +83,8 @@ def not_loaded(body: Body, hint: str = "see the server's own log", status: int =
     return Wording(status, body, ModelLoadError, hint)
 
 
-LOAD_FIRST: Final = "load a model first: on LM Studio's developer page, with `lms load`, or with the options"
-DROPPED: Final = "to make room for another model that was requested meanwhile"
+LOAD_FIRST_HINT: Final = "load a model first: on LM Studio's developer page, with `lms load`, or with the options"
+EVICTED_HINT: Final = "to make room for another model that was requested meanwhile"
 N_CTX: Final = {"type": "exceed_context_size_error", "n_prompt_tokens": 40536, "n_ctx": 32768}
 
 WORDINGS: Final = {
@@ -111,10 +111,10 @@ WORDINGS: Final = {
     "not there": not_found({"error": "Model not found"}, status=404),
     "no models": not_loaded(
         {"error": "No models loaded. Please load a model in the developer page or use the 'lms load' command."},
-        LOAD_FIRST,
+        LOAD_FIRST_HINT,
     ),
     "no models, as an object": not_loaded(
-        openai_error("No models loaded. Please load a model."), LOAD_FIRST, status=404
+        openai_error("No models loaded. Please load a model."), LOAD_FIRST_HINT, status=404
     ),
     "no token": Wording(
         401,
@@ -188,14 +188,14 @@ WORDINGS: Final = {
     "crash, older": not_loaded(
         {"error": "<LM Studio error> Unknown exception during inferencing.. Error Data: n/a, Additional Data: n/a"}
     ),
-    "unloaded": not_loaded({"error": "Model unloaded."}, DROPPED),
-    "is unloaded": not_loaded(openai_error("Model is unloaded."), DROPPED, status=500),
+    "unloaded": not_loaded({"error": "Model unloaded."}, EVICTED_HINT),
+    "is unloaded": not_loaded(openai_error("Model is unloaded."), EVICTED_HINT, status=500),
     "template": Wording(
         400, {"error": "Error rendering prompt with jinja template: ... Error Data: n/a, Additional Data: n/a"}
     ),
     # llama.cpp; the captures have its other errors
     "router, not found": not_found(openai_error("model 'no-such' not found", code=400)),
-    "router, not loaded": not_loaded(openai_error("model is not loaded", code=400), LOAD_FIRST),
+    "router, not loaded": not_loaded(openai_error("model is not loaded", code=400), LOAD_FIRST_HINT),
     "router, broken": not_loaded(openai_error("model name=broken failed to load", "server_error", 500), status=500),
     "context": overflow(openai_error("the request exceeds the available context size, try increasing it"), None, None),
     "context, text alone": overflow(
@@ -283,7 +283,7 @@ WORDINGS: Final = {
     "express": Wording(404, {"error": "Cannot POST /v1/chat/completions"}, hint="check api_base"),
     "code for the context": overflow(openai_error("It is too long.", code="context_length_exceeded"), None, None),
     "no quotes": not_found({"error": "Model qwen3:8b does not exist"}, status=404),
-    "message beside": not_loaded({"error": {"code": 500}, "message": "Model unloaded."}, DROPPED),
+    "message beside": not_loaded({"error": {"code": 500}, "message": "Model unloaded."}, EVICTED_HINT),
     "openai, context": overflow(openai_error("Your input exceeds the context window of this model."), None, None),
     "sglang": overflow(
         openai_error(
@@ -326,7 +326,9 @@ def each_wording(wordings: Mapping[str, Wording]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("wording", [pytest.param(wording, id=name) for name, wording in wordings.items()])
 
 
-async def fail(server: ScriptedServer, behaviour: Behaviour, *, stream: bool = False, **options: Any) -> LLMError:
+async def error_of_request(
+    server: ScriptedServer, behaviour: Behaviour, *, stream: bool = False, **options: Any
+) -> LLMError:
     """Returns the error of one request without retries; for a stream, the `await` has to raise it."""
     server.script(behaviour)
     async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
@@ -336,7 +338,7 @@ async def fail(server: ScriptedServer, behaviour: Behaviour, *, stream: bool = F
     return caught.value
 
 
-async def fail_in_stream(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
+async def error_of_stream(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
     """Returns the error that iterating a stream raises, and the chunks before it."""
     server.script(behaviour)
     chunks: list[Any] = []
@@ -355,7 +357,7 @@ async def read_into(chunks: list[Any], stream: ChatStream) -> None:
         chunks.append(each)  # noqa: PERF401 - a comprehension would lose the chunks before the error
 
 
-def check(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
+def assert_is_expected(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
     assert type(error) is kind
     assert error.body == wording.text
     assert {name: getattr(error, name) for name in wording.attributes} == wording.attributes
@@ -375,10 +377,10 @@ def check(error: LLMError, wording: Wording, kind: type[LLMError]) -> None:
 async def test_a_reply_becomes_the_error_that_its_body_names(
     scripted_server: ScriptedServer, wording: Wording, stream: bool
 ) -> None:
-    error = await fail(
+    error = await error_of_request(
         scripted_server, reply(wording.status, wording.text, content_type="application/json"), stream=stream
     )
-    check(error, wording, wording.kind)
+    assert_is_expected(error, wording, wording.kind)
     assert error.status == wording.status
     assert error.partial is None
 
@@ -389,25 +391,25 @@ def test_a_reply_decides_whether_the_request_is_sent_again(wording: Wording) -> 
 
 
 async def test_an_error_quotes_the_message_of_the_server(scripted_server: ScriptedServer) -> None:
-    error = await fail(scripted_server, reply(400, {"error": "Invalid 'messages' in payload"}))
+    error = await error_of_request(scripted_server, reply(400, {"error": "Invalid 'messages' in payload"}))
     assert error.message == "the server answered 400: Invalid 'messages' in payload"
 
 
 async def test_an_error_with_status_200_says_so(scripted_server: ScriptedServer) -> None:
-    error = await fail(scripted_server, reply(200, {"error": "Invalid 'messages' in payload"}))
+    error = await error_of_request(scripted_server, reply(200, {"error": "Invalid 'messages' in payload"}))
     assert error.message == "the server answered 200, but with an error: Invalid 'messages' in payload"
 
 
 @pytest.mark.parametrize("body", [b"", b" \n", b"\xef\xbb\xbf"])
 async def test_an_error_without_a_message_says_so(scripted_server: ScriptedServer, body: bytes) -> None:
-    error = await fail(scripted_server, reply(418, body))
+    error = await error_of_request(scripted_server, reply(418, body))
     assert error.message == "the server answered 418 with an empty body"
     assert type(error) is LLMResponseError
 
 
 async def test_a_long_message_is_shortened_and_kept_in_the_body(scripted_server: ScriptedServer) -> None:
     text = "no " * 1000
-    error = await fail(scripted_server, reply(400, {"error": text}))
+    error = await error_of_request(scripted_server, reply(400, {"error": text}))
     assert error.message == f"the server answered 400: {text[:500]}... (3000 characters)"
     assert error.body == json.dumps({"error": text}, separators=(",", ":"))
 
@@ -424,7 +426,7 @@ async def test_a_missing_model_that_the_caller_did_not_name_is_taken_from_the_me
 
 async def test_the_error_for_a_missing_model_suggests_close_matches(scripted_server: ScriptedServer) -> None:
     text = 'Invalid model identifier "x". Please specify a valid downloaded model (e.g., test-model-2, other, ...).'
-    error = await fail(scripted_server, reply(400, openai_error(text)))
+    error = await error_of_request(scripted_server, reply(400, openai_error(text)))
     assert "did you mean 'test-model-2'?" in error.message
     assert isinstance(error, ModelNotFoundError)
     assert error.available_models == ["test-model-2", "other"]
@@ -433,13 +435,13 @@ async def test_the_error_for_a_missing_model_suggests_close_matches(scripted_ser
 
 @pytest.mark.parametrize("status", [429, 400])
 async def test_the_wait_that_a_server_asks_for_is_in_the_error(scripted_server: ScriptedServer, status: int) -> None:
-    error = await fail(scripted_server, reply(status, {"error": "busy"}, {"Retry-After": "17"}))
+    error = await error_of_request(scripted_server, reply(status, {"error": "busy"}, {"Retry-After": "17"}))
     assert isinstance(error, LLMResponseError)
     assert error.retry_after == 17
 
 
 async def test_the_page_of_a_redirect_does_not_decide_the_error(scripted_server: ScriptedServer) -> None:
-    error = await fail(
+    error = await error_of_request(
         scripted_server, reply(307, "model 'x' not found", {"Location": "http://user:pass@other/v1?key=secret"})
     )
     assert type(error) is LLMResponseError
@@ -460,7 +462,7 @@ async def test_the_page_of_a_redirect_does_not_decide_the_error(scripted_server:
 async def test_a_key_that_the_server_repeats_is_redacted(
     scripted_server: ScriptedServer, behaviour: Behaviour, stream: bool
 ) -> None:
-    error = await fail(scripted_server, behaviour, stream=stream, api_key="sk-secret-1")
+    error = await error_of_request(scripted_server, behaviour, stream=stream, api_key="sk-secret-1")
     assert "sk-secret" not in f"{error} {error.body} {vars(error)}"
     assert "[api_key]" in str(error)
 
@@ -470,7 +472,7 @@ async def test_a_key_that_the_server_repeats_is_redacted(
 async def test_the_error_for_an_unknown_path_suggests_checking_api_base(
     scripted_server: ScriptedServer, status: int, body: str
 ) -> None:
-    error = await fail(scripted_server, reply(status, body))
+    error = await error_of_request(scripted_server, reply(status, body))
     assert type(error) is LLMResponseError
     assert error.hint == "the server does not know this path; check api_base"
 
@@ -593,7 +595,7 @@ def test_a_500_whose_type_is_a_mistake_in_the_request_is_not_retried() -> None:
 
 # Texts that are not errors
 
-SCARES: Final = (
+ALARMING_TEXTS: Final = (
     "CUDA out of memory",
     "model 'x' not found",
     "Loading model",
@@ -613,7 +615,7 @@ SCARES: Final = (
 )
 
 
-@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("text", ALARMING_TEXTS)
 async def test_a_reply_that_talks_about_errors_is_not_an_error(
     scripted_server: ScriptedServer, client: LLMClient, text: str
 ) -> None:
@@ -624,9 +626,9 @@ async def test_a_reply_that_talks_about_errors_is_not_an_error(
     message = whole["choices"][0]["message"]
     assert message["content"] == text
     async with await client.chat_completion(MESSAGES, stream=True) as stream:
-        folded = (await collect(stream))["choices"][0]["message"]
-    assert {**folded} == {**message}
-    assert folded["reasoning_content"] == text
+        collected = (await collect(stream))["choices"][0]["message"]
+    assert {**collected} == {**message}
+    assert collected["reasoning_content"] == text
 
 
 @pytest.mark.parametrize(
@@ -682,13 +684,13 @@ async def test_an_error_about_a_parameter_is_not_taken_for_another_error(
     scripted_server: ScriptedServer, message: str, as_object: bool
 ) -> None:
     body = openai_error(message) if as_object else {"error": message}
-    error = await fail(scripted_server, reply(400, body))
+    error = await error_of_request(scripted_server, reply(400, body))
     assert type(error) is LLMResponseError
     assert error.message == f"the server answered 400: {message}"
     assert failures.classify(400, {}, json.dumps(body).encode()) is FAIL
 
 
-@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("text", ALARMING_TEXTS)
 @pytest.mark.parametrize("status", [400, 422, 500])
 def test_a_quoted_request_does_not_decide_the_error(text: str, status: int) -> None:
     bodies: list[Body] = [
@@ -708,22 +710,22 @@ def test_a_quoted_request_does_not_decide_the_error(text: str, status: int) -> N
         assert failures.classify(status, {}, error_body.text.encode()) in (FAIL, RETRY)
 
 
-@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("text", ALARMING_TEXTS)
 @pytest.mark.parametrize("status", [200, 400, 500])
 async def test_an_html_page_does_not_decide_the_error(scripted_server: ScriptedServer, text: str, status: int) -> None:
     page = f"\n<!DOCTYPE html><html><title>Oops</title><p>{text}</p></html>"
     for stream in (False, True):
         scripted_server.requests.clear()
-        error = await fail(scripted_server, reply(status, page, content_type="text/html"), stream=stream)
+        error = await error_of_request(scripted_server, reply(status, page, content_type="text/html"), stream=stream)
         assert type(error) is LLMResponseError
         assert "Oops" in error.message
         assert error.body == page
 
 
-@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("text", ALARMING_TEXTS)
 async def test_a_chunk_that_was_cut_off_does_not_decide_the_error(scripted_server: ScriptedServer, text: str) -> None:
     half = json.dumps(piece(text))[:-3]
-    error, chunks = await fail_in_stream(
+    error, chunks = await error_of_stream(
         scripted_server, sse(piece("Hi"), f"data: {half}\n\n", piece("there"), done=True)
     )
     assert type(error) is LLMStreamError
@@ -731,14 +733,14 @@ async def test_a_chunk_that_was_cut_off_does_not_decide_the_error(scripted_serve
     assert error.body == half
 
 
-@pytest.mark.parametrize("text", SCARES)
+@pytest.mark.parametrize("text", ALARMING_TEXTS)
 @pytest.mark.parametrize("end", [None, -3])
 async def test_a_completion_in_place_of_a_stream_does_not_decide_the_error(
     scripted_server: ScriptedServer, text: str, end: int | None
 ) -> None:
     whole = {"object": "chat.completion", "choices": [{"index": 0, "message": {"content": text}}], "error": None}
     body = json.dumps(whole)[:end]
-    error = await fail(scripted_server, reply(200, body, content_type="application/json"), stream=True)
+    error = await error_of_request(scripted_server, reply(200, body, content_type="application/json"), stream=True)
     assert type(error) is LLMResponseError
     assert error.body == body
 
@@ -784,9 +786,9 @@ async def test_an_event_becomes_the_error_that_its_text_names(
     scripted_server: ScriptedServer, wording: Wording, before: tuple[str, ...]
 ) -> None:
     event = "".join(f"data: {line}\n" for line in wording.text.split("\n"))
-    error, chunks = await fail_in_stream(scripted_server, sse(*map(piece, before), f"{event}\n", done=True))
+    error, chunks = await error_of_stream(scripted_server, sse(*map(piece, before), f"{event}\n", done=True))
     kind = wording.kind_in_stream
-    check(error, wording if kind is wording.kind else attrs.evolve(wording, hint=error.hint), kind)
+    assert_is_expected(error, wording if kind is wording.kind else attrs.evolve(wording, hint=error.hint), kind)
     assert [text_of(each) for each in chunks] == list(before)
     assert error.status == 200
     if before:
@@ -866,7 +868,7 @@ async def test_an_error_in_a_stream_is_never_taken_for_its_end(
     before: tuple[str, ...],
     done: bool,
 ) -> None:
-    error, chunks = await fail_in_stream(scripted_server, sse(*map(piece, before), event, done=done))
+    error, chunks = await error_of_stream(scripted_server, sse(*map(piece, before), event, done=done))
     assert type(error) is kind
     assert error.message == f"the server ended the stream: {message}"
     assert error.status == 200
@@ -878,7 +880,7 @@ async def test_an_error_in_a_stream_is_never_taken_for_its_end(
 
 
 async def test_lines_that_are_not_events_explain_why_a_stream_was_cut_off(scripted_server: ScriptedServer) -> None:
-    error, _ = await fail_in_stream(scripted_server, sse(piece("Hi"), "proxy error: Model unloaded."))
+    error, _ = await error_of_stream(scripted_server, sse(piece("Hi"), "proxy error: Model unloaded."))
     assert type(error) is ModelLoadError
     assert error.message == "the server ended the stream: proxy error: Model unloaded."
     assert error.body == "proxy error: Model unloaded."
@@ -886,7 +888,7 @@ async def test_lines_that_are_not_events_explain_why_a_stream_was_cut_off(script
 
 
 async def test_pings_are_not_quoted_in_the_error(scripted_server: ScriptedServer) -> None:
-    error, _ = await fail_in_stream(scripted_server, sse(piece("Hi"), ":\n\n", ": ping\n\n", "id: 1\nretry: 5\n\n"))
+    error, _ = await error_of_stream(scripted_server, sse(piece("Hi"), ":\n\n", ": ping\n\n", "id: 1\nretry: 5\n\n"))
     assert type(error) is LLMStreamError
     assert error.message == "the stream was cut off: it ended without [DONE] or a finish reason"
     assert error.body is None
@@ -895,13 +897,13 @@ async def test_pings_are_not_quoted_in_the_error(scripted_server: ScriptedServer
 async def test_a_key_that_a_stream_repeats_is_redacted(scripted_server: ScriptedServer) -> None:
     event = 'data: {"error": {"code": 401, "message": "Incorrect API key provided: sk-secret-1"}}\n\n'
     for behaviour in (sse(event), sse(piece("Hi"), event), sse("upstream: sk-secret-1")):
-        error, _ = await fail_in_stream(scripted_server, behaviour, api_key="sk-secret-1")
+        error, _ = await error_of_stream(scripted_server, behaviour, api_key="sk-secret-1")
         assert "sk-secret" not in f"{error} {error.body} {vars(error)}"
         assert "[api_key]" in str(error)
 
 
 async def test_an_error_after_the_finish_reason_is_raised(scripted_server: ScriptedServer) -> None:
-    error, chunks = await fail_in_stream(
+    error, chunks = await error_of_stream(
         scripted_server,
         sse(piece("Hi"), piece(finish_reason="stop"), 'data: {"error": "Model unloaded."}\n\n', done=True),
     )
@@ -916,7 +918,7 @@ async def test_a_stream_without_a_single_delta_raises(
 ) -> None:
     # LM Studio answers a prompt that is longer than the context with a regular stream that has no answer.
     empty: dict[str, Any] = {"object": "chat.completion.chunk", "model": "test-model", "choices": [], "usage": usage}
-    error, _ = await fail_in_stream(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
+    error, _ = await error_of_stream(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
     assert type(error) is LLMStreamError
     assert "without a single piece of an answer" in error.message
     assert "longer than the loaded context" in (error.hint or "")
@@ -958,7 +960,7 @@ NO_STREAMS: Final[dict[str, tuple[str, str, type[LLMError], str]]] = {
 async def test_a_reply_that_is_not_a_stream_is_raised_by_the_await(
     scripted_server: ScriptedServer, content_type: str, body: str, kind: type[LLMError], message: str
 ) -> None:
-    error = await fail(scripted_server, reply(200, body, content_type=content_type), stream=True)
+    error = await error_of_request(scripted_server, reply(200, body, content_type=content_type), stream=True)
     assert type(error) is kind
     assert message in error.message
     assert (error.status, error.body) == (200, body)
@@ -981,7 +983,7 @@ async def test_a_stream_with_another_content_type_is_a_stream(
 async def test_an_error_in_a_stream_with_any_content_type_is_raised(
     scripted_server: ScriptedServer, content_type: str
 ) -> None:
-    error, _ = await fail_in_stream(
+    error, _ = await error_of_stream(
         scripted_server, sse('data: {"error": "Model unloaded."}\n\n', content_type=content_type, done=True)
     )
     assert type(error) is ModelLoadError
@@ -991,7 +993,7 @@ async def test_an_error_in_a_stream_with_any_content_type_is_raised(
 async def test_json_with_the_content_type_of_a_stream_is_not_a_reply(
     scripted_server: ScriptedServer, body: str
 ) -> None:
-    error, chunks = await fail_in_stream(scripted_server, sse(body))
+    error, chunks = await error_of_stream(scripted_server, sse(body))
     assert isinstance(error, LLMStreamError | ModelLoadError)
     assert isinstance(error, ModelLoadError) == ("Model" in body)
     assert chunks == []
@@ -1021,7 +1023,7 @@ async def test_json_with_the_content_type_of_a_stream_is_not_a_reply(
 async def test_a_reply_that_is_not_a_completion_raises(
     scripted_server: ScriptedServer, body: bytes, message: str
 ) -> None:
-    error = await fail(scripted_server, reply(200, body, content_type="application/json"))
+    error = await error_of_request(scripted_server, reply(200, body, content_type="application/json"))
     assert type(error) is LLMResponseError
     assert message in error.message
     assert "check that api_base is an OpenAI-compatible server" in (error.hint or "")
@@ -1030,7 +1032,7 @@ async def test_a_reply_that_is_not_a_completion_raises(
 
 # Names of models
 
-SAME: Final = [
+FITTING_NAMES: Final = [
     ("test-model", "test-model"),
     ("test-model", "test-model:2"),
     ("test-model", "test-model@q4_k_m"),
@@ -1041,7 +1043,7 @@ SAME: Final = [
     ("test-model", None),
     (None, "anything"),
 ]
-OTHER: Final = [
+MISMATCHED_NAMES: Final = [
     ("test-model", "other"),
     ("test-model", "test-model-2"),
     ("test-model", "test-model:latest"),
@@ -1055,7 +1057,9 @@ OTHER: Final = [
 ]
 
 
-async def served(server: ScriptedServer, asked: str | None, name: str | None, mode: Any, *, stream: bool) -> Any:
+async def reply_of_model(
+    server: ScriptedServer, asked: str | None, name: str | None, mode: Any, *, stream: bool
+) -> Any:
     """Returns the whole reply of a model that reports this name."""
     server.script(answer("Hi", extra={"model": name}))
     async with LLMClient(server.api_base, asked, model_mismatch=mode) as client:
@@ -1064,19 +1068,19 @@ async def served(server: ScriptedServer, asked: str | None, name: str | None, mo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("asked", "name"), SAME)
+@pytest.mark.parametrize(("asked", "name"), FITTING_NAMES)
 async def test_a_fitting_name_is_not_a_mismatch(
     scripted_server: ScriptedServer, asked: str | None, name: str | None, stream: bool
 ) -> None:
-    whole = await served(scripted_server, asked, name, "raise", stream=stream)
+    whole = await reply_of_model(scripted_server, asked, name, "raise", stream=stream)
     assert whole["choices"][0]["message"]["content"] == "Hi"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("asked", "name"), OTHER)
+@pytest.mark.parametrize(("asked", "name"), MISMATCHED_NAMES)
 async def test_a_mismatch_can_be_raised(scripted_server: ScriptedServer, asked: str, name: str, stream: bool) -> None:
     with pytest.raises(ModelMismatchError, match="asked for model") as caught:
-        await served(scripted_server, asked, name, "raise", stream=stream)
+        await reply_of_model(scripted_server, asked, name, "raise", stream=stream)
     assert (caught.value.asked, caught.value.served, caught.value.status) == (asked, name, 200)
     assert isinstance(caught.value, LLMValidationError)
 
@@ -1101,14 +1105,14 @@ async def test_a_mismatch_is_logged_once_for_each_pair(
 async def test_a_mismatch_can_be_ignored(
     scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
-    await served(scripted_server, "test-model", "other", "ignore", stream=stream)
+    await reply_of_model(scripted_server, "test-model", "other", "ignore", stream=stream)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("mode", ["warn", "ignore"])
 async def test_a_name_that_changes_between_chunks_always_raises(scripted_server: ScriptedServer, mode: str) -> None:
     behaviour = sse(piece("Hel"), piece("lo", model=None), piece("!", model="other"), done=True)
-    error, chunks = await fail_in_stream(scripted_server, behaviour, model_mismatch=mode)
+    error, chunks = await error_of_stream(scripted_server, behaviour, model_mismatch=mode)
     assert isinstance(error, ModelChangedDuringExecutionError)
     assert (error.old_model, error.new_model, error.status) == ("test-model", "other", 200)
     assert error.partial["choices"][0]["message"]["content"] == "Hello"
@@ -1127,7 +1131,7 @@ async def test_chunks_without_a_name_change_nothing(scripted_server: ScriptedSer
 # Arbitrary bodies
 
 JSON: Final = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(SCARES),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ALARMING_TEXTS),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
