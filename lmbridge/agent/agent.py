@@ -43,7 +43,7 @@ class Agent:
         max_total_tokens: Tokens that a run may use, prompts included. It is checked between rounds. Default: no limit.
         switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
             them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
-        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout` of its own. None means no
+        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
             limit. Default: 60.
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets; of a longer one it gets the head and

@@ -72,7 +72,7 @@ class RoundFinished:
     """A round has ended, its tool calls included."""
 
     round: Round
-    """The round, as it is in `RunResult.log`."""
+    """The entry of `RunResult.log` for this round."""
 
 
 @attrs.frozen

@@ -3,7 +3,7 @@
 A conversation that a server accepts has rules: one leading system message, a result right behind every call, arguments
 that parse, and no content that is null. A run breaks them for as long as its tools are running, and a cancelled run
 would break them for ever. So the assistant message whose calls are being made is kept apart, as a `Turn`, and joins the
-conversation only together with all its results; whoever looks at the conversation before gets placeholders for those
+conversation only together with all its results; a copy that is taken before has placeholders for those
 that are missing. Repairing the conversation afterwards was the alternative, and each caller would have had to do it.
 
 What is sent and what the user sees are two views of the same messages. Trimming removes messages from the first only,

@@ -8,7 +8,7 @@ show it in a stack trace. What a stage needs for its decision is kept elsewhere 
 Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
 they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
 for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a pool of
-ten clients, and a tool that runs an agent of its own would wait for itself.
+ten clients, and a tool that runs another agent would wait for itself.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ class RunLoop:
 
 
 async def _run_together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[ToolRecord]:
-    """Awaits all answers side by side; a single one, which is the usual case, needs no task of its own."""
+    """Awaits all answers side by side; a single one, as in most replies, needs no extra task."""
     if len(answers) == 1:
         return [await answers[0]]
     async with asyncio.TaskGroup() as group:

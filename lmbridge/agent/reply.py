@@ -13,7 +13,7 @@ from lmbridge.client.reasoning import split_reasoning
 from lmbridge.types import Usage
 
 WireCall: TypeAlias = Mapping[str, Any]
-"""A call as it is in a message's `tool_calls`."""
+"""An entry of a message's `tool_calls`."""
 
 
 @attrs.define(kw_only=True)

@@ -199,7 +199,7 @@ class RunHandle:
             async with clock:
                 return await self._run_when_admitted()
         except TimeoutError as error:
-            # A tool or the client may raise a TimeoutError of its own.
+            # A tool or the client may also raise a TimeoutError.
             if isinstance(error, LLMError) or not clock.expired():
                 raise
             self._record.truncate()

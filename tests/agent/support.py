@@ -1,4 +1,4 @@
-"""What the tests of agents share."""
+"""Helpers that the tests of agents share: scripted calls, requests that arrived, and a tool that can be held."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lmbridge.testing import Behaviour, RecordedRequest, ScriptedServer, answer
 
 
 def asks(name: str, call_id: str = "call_1", /, **arguments: Any) -> dict[str, Any]:
-    """A call as a model makes it."""
+    """Returns a tool call as a model writes it."""
     return asks_raw(name, json.dumps(arguments), call_id)
 
 
 def asks_raw(name: str, arguments: str, call_id: str = "call_1") -> dict[str, Any]:
-    """A call with arguments that may be no JSON."""
+    """Returns a tool call whose arguments need not be valid JSON."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def calls(*tool_calls: Mapping[str, Any], text: str = "", **options: Any) -> Behaviour:
-    """A reply that asks for calls."""
+    """Returns a reply that requests tool calls."""
     return answer(text, tool_calls=tool_calls, **options)
 
 
@@ -33,23 +33,26 @@ def add(a: int, b: int) -> int:
 
 
 def generations(server: ScriptedServer) -> list[RecordedRequest]:
-    """The requests for a generation."""
+    """Returns the requests for a generation that the server received."""
     return [request for request in server.requests if request.path == "/v1/chat/completions"]
 
 
 def sent(server: ScriptedServer, number: int = -1) -> dict[str, Any]:
-    """What a generation was asked for."""
+    """Returns the body of a request for a generation; by default that of the last one."""
     fields: dict[str, Any] = generations(server)[number].json
     return fields
 
 
 def tool_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the model was told of its calls."""
+    """Returns the results of tool calls in a conversation, in order."""
     return [message["content"] for message in messages if message["role"] == "tool"]
 
 
 def check_valid(messages: Sequence[Mapping[str, Any]]) -> None:
-    """What every server takes: one leading system message, calls answered, arguments that parse, no null."""
+    """Checks that every server accepts a conversation.
+
+    That means one leading system message, a result for every call, arguments that parse, and no content that is null.
+    """
     assert [number for number, message in enumerate(messages) if message["role"] == "system"] in ([], [0])
     check_pairs(messages)
     for message in messages:
@@ -61,7 +64,7 @@ def check_valid(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 class Gate:
-    """A tool that waits until it is let go, and says what became of it."""
+    """A tool that waits until it is opened, and counts how its calls ended."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
@@ -70,13 +73,14 @@ class Gate:
         self.cancelled = 0
 
     async def wait(self, name: str = "") -> str:
-        """Waits."""
+        """Waits until the gate is open."""
         self.running += 1
         self.begun.set()
         try:
             await self.open.wait()
         except asyncio.CancelledError:
-            await asyncio.sleep(0)  # clean-up takes its time
+            # The clean-up takes a turn of the loop.
+            await asyncio.sleep(0)
             self.cancelled += 1
             raise
         finally:
@@ -85,10 +89,10 @@ class Gate:
 
 
 def our_tasks() -> list[asyncio.Task[Any]]:
-    """The tasks of runs that are there."""
+    """Returns the tasks of runs that have not ended."""
     return [task for task in asyncio.all_tasks() if task.get_name().startswith("lmbridge-run")]
 
 
-async def told(agent: Agent, task: str = "Go.", **options: Any) -> list[Any]:
-    """All events of a run."""
+async def collect_events(agent: Agent, task: str = "Go.", **options: Any) -> list[Any]:
+    """Runs an agent, and returns all events of the run."""
     return [event async for event in agent.stream(task, **options)]

@@ -1,4 +1,4 @@
-"""Cancelling a run, in each way and at each of its waits: the server stops, the tools stop, nothing is left."""
+"""Cancelling a run in every way and at each of its awaits: server and tools stop, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import Steps, in_flight
 
 
 class Probe:
-    """Counts the waits of every run's task, and does something at the n-th.
+    """Counts the awaits of the tasks of runs, and calls a function at the n-th.
 
     Args:
         monkeypatch: To reach the coroutine of the run.
@@ -55,7 +55,7 @@ WAYS = ["handle", "caller", "timeout", "sibling", "stream", "reader", "task"]
 
 
 async def stopped(agent: Agent, way: str, probe: Probe) -> tuple[bool, RunHandle]:
-    """Runs the agent, and has it stopped at the probe's wait in one of the ways; whether it was, and its handle."""
+    """Runs the agent and stops it at the probe's await; returns whether it was stopped, and the handle."""
     if way in ("stream", "reader"):
         return await stopped_stream(agent, way, probe)
     handle = agent.start("Go.")
@@ -151,7 +151,7 @@ async def test_a_cancel_at_any_wait_of_a_run_leaves_nothing_behind(
     running = 0
 
     async def work(number: int) -> int:
-        """Works for a while."""
+        """Works for a few turns of the loop."""
         nonlocal running
         running += 1
         try:
@@ -159,7 +159,8 @@ async def test_a_cancel_at_any_wait_of_a_run_leaves_nothing_behind(
                 await asyncio.sleep(0)
         finally:
             try:
-                await asyncio.sleep(0)  # clean-up takes its time, and may be cancelled as well
+                # The clean-up takes a turn of the loop, and may be cancelled too.
+                await asyncio.sleep(0)
             finally:
                 running -= 1
         return number
@@ -168,7 +169,8 @@ async def test_a_cancel_at_any_wait_of_a_run_leaves_nothing_behind(
     at, stops = 0, 0
     async with LLMClient(scripted_server.api_base, "test-model", limits=Limits(max_concurrency=1)) as client:
         agent = Agent(client, tools=[work])
-        await agent._source.context_length("test-model")  # known from here on, so that each run has the same waits
+        # Looked up beforehand, so that every run has the same awaits.
+        await agent._source.context_length("test-model")
         while True:
             at += 1
             probe.count, probe.at = 0, at
@@ -185,7 +187,7 @@ async def test_a_cancel_at_any_wait_of_a_run_leaves_nothing_behind(
             if probe.count < at:
                 assert not was_stopped
                 break
-            # The connection of a stream that was left is closed, and so its server stopped.
+            # The connection of a stream that was left is closed, so the server has stopped.
             await scripted_server.wait_until(lambda: scripted_server.in_flight == 0)
             scripted_server._script.clear()
             scripted_server.script(answer("fine"))
@@ -207,7 +209,8 @@ async def test_a_cancel_at_any_wait_gives_the_pools_client_back(
             probe.count, probe.at = 0, at
             scripted_server._script.clear()
             scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
-            agent = Agent(pool, tools=[add])  # a new one: its question for the context is cancelled as well
+            # A new agent, so that its request for the context length is cancelled too.
+            agent = Agent(pool, tools=[add])
             was_stopped, _ = await stopped(agent, "handle", probe)
             assert pool.stats().in_use == 0
             if probe.count < at:
@@ -216,7 +219,7 @@ async def test_a_cancel_at_any_wait_gives_the_pools_client_back(
     assert at > 6
 
 
-async def test_the_servers_generation_stops(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_server_stops_generating(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("one two", gate=asyncio.Event()))
     handle = Agent(client).start("Go.")
     async for event in handle.events():
@@ -249,7 +252,9 @@ async def test_every_parallel_tool_is_cancelled_and_awaited(scripted_server: Scr
     assert texts[5] == "Not called: the run ended before."
 
 
-async def test_the_callers_cancel_stays_its_own(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_cancellation_of_the_caller_stays_a_cancelled_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(answer("one two", gate=asyncio.Event()))
     caller = asyncio.create_task(Agent(client).run("Go."))
     await scripted_server.wait_until(lambda: scripted_server.in_flight)
@@ -260,13 +265,13 @@ async def test_the_callers_cancel_stays_its_own(scripted_server: ScriptedServer,
     assert our_tasks() == []
 
 
-async def test_a_second_cancel_of_the_caller_does_not_cut_the_clean_up(
+async def test_a_second_cancel_of_the_caller_does_not_interrupt_the_clean_up(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     cleaning, finish, cleaned = asyncio.Event(), asyncio.Event(), False
 
     async def stubborn() -> None:
-        """Cleans up for a while."""
+        """Needs time for its clean-up."""
         nonlocal cleaned
         try:
             await asyncio.Event().wait()
@@ -295,7 +300,9 @@ async def test_a_second_cancel_of_the_caller_does_not_cut_the_clean_up(
     assert handle.done
 
 
-async def test_whoever_else_waits_gets_our_error(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_other_tasks_that_await_the_run_get_a_task_cancelled_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(answer("one two", gate=asyncio.Event()))
     handle = Agent(client).start("Go.")
     first, second = (asyncio.create_task(handle.result()) for _ in range(2))
@@ -307,7 +314,7 @@ async def test_whoever_else_waits_gets_our_error(scripted_server: ScriptedServer
         await first
 
 
-async def test_a_hook_that_swallows_the_cancel_does_not_keep_the_run(
+async def test_a_callback_that_swallows_the_cancellation_does_not_keep_the_run_alive(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     asked = asyncio.Event()
@@ -328,7 +335,7 @@ async def test_a_hook_that_swallows_the_cancel_does_not_keep_the_run(
         await handle.result()
 
 
-async def test_a_run_that_is_cancelled_before_it_began_has_a_record(client: LLMClient) -> None:
+async def test_a_run_that_is_cancelled_before_it_began_has_a_partial_result(client: LLMClient) -> None:
     handle = Agent(client).start("Go.")
     assert handle.cancel()
     with pytest.raises(TaskCancelledError, match="agent run") as caught:
@@ -377,9 +384,7 @@ async def test_a_tool_that_waits_for_its_own_run_does_not_hang(
     assert caplog.messages == [], "no tool goes on after its cancel"
 
 
-async def test_a_second_cancel_gets_through_a_clean_up_that_hangs(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_second_cancel_ends_a_clean_up_that_hangs(scripted_server: ScriptedServer, client: LLMClient) -> None:
     asked, cleaning = asyncio.Event(), asyncio.Event()
 
     async def approve(call: Any) -> bool:
@@ -402,15 +407,17 @@ async def test_a_second_cancel_gets_through_a_clean_up_that_hangs(
     assert our_tasks() == []
 
 
-async def test_a_thread_is_told_and_not_waited_for(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    begun, told = threading.Event(), threading.Event()
+async def test_a_thread_can_see_the_cancellation_and_is_not_awaited(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    begun, has_seen_cancel = threading.Event(), threading.Event()
 
     def busy(context: ToolContext) -> None:
-        """Is busy until it is told to stop."""
+        """Is busy until its result is no longer awaited."""
         begun.set()
         while not context.cancelled():
             pass
-        told.set()
+        has_seen_cancel.set()
 
     scripted_server.script(calls(asks("busy")))
     handle = Agent(client, tools=[busy]).start("Go.")
@@ -418,7 +425,7 @@ async def test_a_thread_is_told_and_not_waited_for(scripted_server: ScriptedServ
     handle.cancel()
     with pytest.raises(TaskCancelledError):
         await handle.result()
-    assert await asyncio.to_thread(told.wait, 10)
+    assert await asyncio.to_thread(has_seen_cancel.wait, 10)
 
 
 async def test_a_nested_run_is_cancelled_with_the_tool_that_awaits_it(
@@ -427,7 +434,7 @@ async def test_a_nested_run_is_cancelled_with_the_tool_that_awaits_it(
     scripted_server.script(calls(asks("delegate")), answer("one two", gate=asyncio.Event()))
 
     async def delegate() -> str:
-        """Lets another run do it."""
+        """Delegates to another run."""
         return (await agent.run("Do it.", tools=())).text
 
     agent = Agent(client, tools=[delegate])
@@ -481,7 +488,9 @@ asyncio.run(main())
 """
 
 
-async def test_a_run_that_fails_unseen_is_logged_by_asyncio(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_error_of_a_run_that_is_never_awaited_is_logged_by_asyncio(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     seen: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context))
     scripted_server.script(reply(400, {"error": "no"}))
@@ -493,7 +502,9 @@ async def test_a_run_that_fails_unseen_is_logged_by_asyncio(scripted_server: Scr
     assert [context["message"] for context in seen] == ["Task exception was never retrieved"]
 
 
-async def test_a_cancel_from_within_is_no_cancel_of_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_cancelled_error_from_a_callback_does_not_count_as_a_cancellation_of_the_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     async def approve(_: object) -> bool:
         raise asyncio.CancelledError
 

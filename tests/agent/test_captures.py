@@ -1,4 +1,4 @@
-"""Replies of real servers, recorded byte for byte, and the shapes of tool calls that servers are known for."""
+"""Runs over recorded replies of real servers, and over the forms in which servers are known to stream tool calls."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from lmbridge import Agent, LLMClient, LLMError
 from lmbridge.testing import ScriptedServer, answer, raw, sse
-from tests.agent.support import check_valid, sent, told, tool_texts
+from tests.agent.support import check_valid, collect_events, sent, tool_texts
 from tests.client.test_captures import BREAKS, CALLS, STREAMS, Capture, each_of, expectation_for, finish_reason_of
 from tests.support import in_flight, piece
 
 
 def tools(made: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Those of the recorded requests; they note how they are called."""
+    """Returns the tools of the recorded requests, which note how they are called."""
 
     async def get_weather(city: str, unit: str | None = None) -> str:
-        """Tells the weather."""
+        """Returns the weather."""
         made.append(("get_weather", {"city": city} if unit is None else {"city": city, "unit": unit}))
         return "get_weather did it"
 
@@ -32,13 +32,13 @@ def tools(made: list[tuple[str, dict[str, Any]]]) -> list[Any]:
 
 
 @each_of(STREAMS)
-async def test_a_recorded_reply_is_a_round_of_a_run(scripted_server: ScriptedServer, capture: Capture) -> None:
+async def test_a_recorded_reply_becomes_a_round_of_a_run(scripted_server: ScriptedServer, capture: Capture) -> None:
     made: list[tuple[str, dict[str, Any]]] = []
     served = next(chunk["model"] for chunk in capture.chunks)
     scripted_server.script(raw(*capture.as_recorded()))
     scripted_server.default = answer("All done.", model=served)
     async with LLMClient(scripted_server.api_base, capture.model, model_mismatch="ignore") as client:
-        events = await told(Agent(client, tools=tools(made)))
+        events = await collect_events(Agent(client, tools=tools(made)))
         assert in_flight(client) == 0
     result = events[-1].result
     check_valid(result.messages)
@@ -60,7 +60,7 @@ async def test_a_recorded_reply_is_a_round_of_a_run(scripted_server: ScriptedSer
 
 
 @each_of(BREAKS)
-async def test_a_recorded_failure_is_an_error_with_the_run_so_far(
+async def test_a_recorded_failure_becomes_an_error_with_the_run_so_far(
     scripted_server: ScriptedServer, capture: Capture
 ) -> None:
     scripted_server.script(raw(*capture.as_recorded()))
@@ -72,7 +72,7 @@ async def test_a_recorded_failure_is_an_error_with_the_run_so_far(
     check_valid(caught.value.partial.messages)
 
 
-# Shapes: two calls of a turn, as servers are known to stream them
+# Two calls of one reply, in the forms in which servers are known to stream them
 
 PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
 
@@ -132,7 +132,7 @@ def shapes(names: Iterable[str] = SHAPES) -> pytest.MarkDecorator:
 
 @shapes()
 @pytest.mark.parametrize("reason", ["tool_calls", "stop"])
-async def test_calls_of_any_shape_are_made_once_each(
+async def test_calls_in_any_form_are_made_once_each(
     scripted_server: ScriptedServer, client: LLMClient, shape: str, reason: str
 ) -> None:
     made: list[tuple[str, dict[str, Any]]] = []
@@ -145,7 +145,7 @@ async def test_calls_of_any_shape_are_made_once_each(
 
 
 @pytest.mark.parametrize("cut", range(1, len(PARIS)))
-async def test_vllm_a_cut_call_that_is_said_to_be_whole_goes_back_to_the_model(
+async def test_a_cut_call_with_the_finish_reason_of_a_whole_one_is_reported_to_the_model(
     scripted_server: ScriptedServer, client: LLMClient, cut: int
 ) -> None:
     made: list[tuple[str, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""What ends a run that does not come to its end."""
+"""Reasons to end a run without an answer, and the estimate of tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
 from lmbridge.agent.tokens import TokenEstimate
 
 
-def test_the_third_time_warns_and_the_fifth_ends() -> None:
+def test_the_third_repetition_warns_and_the_fifth_ends_the_run() -> None:
     guard = RepetitionGuard()
-    told = [guard.note("f", {"a": 1, "b": 2} if n % 2 else {"b": 2, "a": 1}, "same") for n in range(4)]
-    assert [text == "same" for text in told] == [True, True, False, False]
+    texts = [guard.note("f", {"a": 1, "b": 2} if n % 2 else {"b": 2, "a": 1}, "same") for n in range(4)]
+    assert [text == "same" for text in texts] == [True, True, False, False]
     assert not guard.tripped
     guard.note("f", {"a": 1, "b": 2}, "same")
     assert guard.tripped
@@ -28,7 +28,7 @@ def test_a_cycle_of_two_calls_is_a_repetition_too() -> None:
 
 
 @pytest.mark.parametrize("what", ["name", "arguments", "result"])
-def test_a_call_that_differs_is_another_one(what: str) -> None:
+def test_a_call_that_differs_in_anything_is_a_different_call(what: str) -> None:
     guard = RepetitionGuard()
     for number in range(20):
         name = f"f{number}" if what == "name" else "f"
@@ -38,7 +38,7 @@ def test_a_call_that_differs_is_another_one(what: str) -> None:
     assert not guard.tripped
 
 
-def test_bad_calls_count_in_a_row() -> None:
+def test_bad_calls_are_counted_only_in_a_row() -> None:
     guard = BadCallGuard(3)
     for bad in (True, True, False, True, True):
         guard.note(bad=bad)
@@ -59,7 +59,7 @@ def test_a_budget_is_spent_when_its_limit_is_reached() -> None:
     assert not unlimited.is_spent
 
 
-def test_an_estimate_learns_from_what_the_server_counted() -> None:
+def test_an_estimate_learns_from_the_tokens_that_the_server_counted() -> None:
     estimate = TokenEstimate()
     assert estimate.tokens(3000) == 1000
     estimate.learn(4000, 1000)
@@ -71,7 +71,7 @@ def test_an_estimate_learns_from_what_the_server_counted() -> None:
     assert estimate.tokens(4000) == 1000
 
 
-def test_a_short_prompt_does_not_say_how_many_tokens_a_byte_has() -> None:
+def test_a_short_prompt_does_not_change_the_tokens_per_byte() -> None:
     estimate = TokenEstimate()
     estimate.learn(40, 60)
     assert estimate.tokens(40) == 60

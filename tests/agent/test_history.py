@@ -1,4 +1,4 @@
-"""The conversation of a run: valid at every moment, and cut in whole pieces."""
+"""The conversation of a run: valid at every moment, and trimmed in whole groups of messages."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def turn(history: History, *call_ids: str, text: str = "result") -> None:
     history.end_turn()
 
 
-def test_an_open_turn_is_told_as_far_as_it_is_known() -> None:
+def test_an_open_turn_has_placeholders_for_missing_results() -> None:
     history = History("Go.")
     opened = history.begin_turn("So:", [asks("f", "1"), asks("f", "2"), asks("f", "3")])
     opened.begin("1")
     opened.begin("2")
     opened.answer("2", "two")
-    for ended, told in (
+    for ended, texts in (
         (False, ["still running", "two", "still running"]),
         (True, ["may still be", "two", "Not called"]),
     ):
         messages = history.snapshot(ended=ended)
         check_valid(messages)
-        for text, expected in zip(tool_texts(messages), told, strict=True):
+        for text, expected in zip(tool_texts(messages), texts, strict=True):
             assert expected in text
     assert history.to_send() == [{"role": "user", "content": "Go."}]
     history.end_turn()
@@ -42,7 +42,7 @@ def test_an_open_turn_is_told_as_far_as_it_is_known() -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1', "", "null", "[1]", "3", '"x"', "\ud800", "[" * 100_000])
-def test_malformed_arguments_are_replaced(arguments: str) -> None:
+def test_malformed_arguments_are_replaced_by_an_empty_object(arguments: str) -> None:
     history = History("Go.")
     history.begin_turn("", [asks_raw("f", arguments), asks_raw("", "{}", "2")])
     message = history.snapshot(ended=True)[1]
@@ -51,7 +51,7 @@ def test_malformed_arguments_are_replaced(arguments: str) -> None:
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text()))
-def test_arguments_that_are_an_object_stay_as_they_are(arguments: dict[str, Any]) -> None:
+def test_arguments_that_are_an_object_are_unchanged(arguments: dict[str, Any]) -> None:
     text = json.dumps(arguments)
     assert valid_arguments(text) == text
 
@@ -117,7 +117,7 @@ RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
         "x",
     ],
 )
-def test_messages_that_no_server_takes_are_told(messages: Any) -> None:
+def test_messages_that_no_server_accepts_are_refused(messages: Any) -> None:
     with pytest.raises(LLMValidationError) as caught:
         History("Go.", messages=messages)
     assert caught.value.hint
@@ -145,12 +145,12 @@ def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -
     assert history.snapshot(ended=True) == whole, "nothing is lost to the user"
 
 
-def test_an_image_counts_as_what_a_model_makes_of_it() -> None:
+def test_an_image_counts_as_a_fixed_size() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
     assert size_of({"role": "user", "content": [{"type": "text", "text": "What?"}, image]}) < 5_000
 
 
-def test_ids_that_are_numbers_and_names_without_end_become_what_servers_take() -> None:
+def test_numeric_ids_and_endless_names_are_made_acceptable() -> None:
     history = History("Go.")
     turn = history.begin_turn("", [{"id": 7, "function": {"name": "n" * 10_000, "arguments": "{}"}}])
     turn.answer("7", "done")
@@ -173,7 +173,7 @@ def test_ids_that_are_numbers_and_names_without_end_become_what_servers_take() -
         (None, [{"role": "system", "content": "Old."}], "Old.\n\nNote."),
     ],
 )
-def test_a_note_is_told_in_the_one_leading_system_message(prompt: str | None, before: Any, expected: str) -> None:
+def test_a_note_becomes_part_of_the_leading_system_message(prompt: str | None, before: Any, expected: str) -> None:
     history = History("Go.", system_prompt=prompt, messages=before)
     history.add_system_note("Note.")
     messages = history.snapshot(ended=True)
@@ -184,7 +184,7 @@ def test_a_note_is_told_in_the_one_leading_system_message(prompt: str | None, be
     assert history.size == sum(map(size_of, messages))
 
 
-def test_no_note_changes_nothing() -> None:
+def test_an_empty_note_changes_nothing() -> None:
     history = History("Go.", system_prompt="Be brief.")
     size = history.size
     history.add_system_note("")
@@ -194,7 +194,7 @@ def test_no_note_changes_nothing() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["answer", "turn", "begin", "end", "trim", "trim all", "tell"]), max_size=12))
-def test_what_is_sent_is_the_whole_conversation_but_for_what_was_trimmed(steps: list[str]) -> None:
+def test_the_messages_to_send_are_the_whole_conversation_except_for_trimmed_ones(steps: list[str]) -> None:
     before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     history = History("Go.", system_prompt="Be brief.", messages=before)
     for number, step in enumerate(steps):
@@ -216,4 +216,5 @@ def test_what_is_sent_is_the_whole_conversation_but_for_what_was_trimmed(steps: 
         assert sent == [message for group in groups for message in group]
         assert history.size == sum(map(size_of, sent))
         check_valid(sent)
-        sent.clear()  # whoever gets it may do with it what it likes
+        # The list belongs to the caller, which may change it.
+        sent.clear()

@@ -34,9 +34,9 @@ from tests.agent.support import (
     asks_raw,
     calls,
     check_valid,
+    collect_events,
     generations,
     sent,
-    told,
     tool_texts,
 )
 from tests.support import in_flight, piece
@@ -89,13 +89,13 @@ async def test_every_generation_is_streamed_and_bounded(scripted_server: Scripte
         assert [tool["function"]["name"] for tool in request["tools"]] == ["add"]
 
 
-async def test_without_tools_none_are_sent(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_request_without_tools_has_no_tools_field(scripted_server: ScriptedServer, client: LLMClient) -> None:
     await Agent(client, tools=[add], max_tokens=50).run("Hi.", tools=())
     assert "tools" not in sent(scripted_server)
     assert sent(scripted_server)["max_tokens"] == 50
 
 
-async def test_calls_count_whatever_the_finish_reason(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_calls_are_made_whatever_the_finish_reason_is(scripted_server: ScriptedServer, client: LLMClient) -> None:
     for reason in ("stop", "length", "tool_calls", "function_call"):
         scripted_server.script(calls(asks("add", a=1, b=2), finish_reason=reason), answer("3"))
         assert (await Agent(client, tools=[add]).run("1 + 2?")).text == "3"
@@ -146,7 +146,7 @@ async def test_a_hundred_runs_share_a_pool_of_ten(scripted_server: ScriptedServe
         (asks_raw("", "{}"), "names no tool"),
     ],
 )
-async def test_a_bad_call_goes_back_and_the_history_stays_valid(
+async def test_a_bad_call_is_reported_to_the_model_and_the_history_stays_valid(
     scripted_server: ScriptedServer, client: LLMClient, call: dict[str, Any], told_to_the_model: str
 ) -> None:
     scripted_server.script(calls(call), calls(asks("add", "call_2", a=1, b=2)), answer("3"))
@@ -166,20 +166,20 @@ async def test_bad_calls_in_a_row_end_the_run(scripted_server: ScriptedServer, c
     check_valid(result.messages)
 
 
-async def test_a_good_call_begins_the_count_of_bad_ones_anew(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_good_call_resets_the_count_of_bad_ones(scripted_server: ScriptedServer, client: LLMClient) -> None:
     bad, good = asks_raw("add", "{"), asks("add", "call_2", a=1, b=2)
     scripted_server.script(calls(bad), calls(good), calls(bad), answer("3"))
     assert (await Agent(client, tools=[add], max_bad_calls=2).run("1 + 2?")).stop_reason == "stop"
 
 
 @pytest.mark.parametrize("cut", range(len('{"a": 1, "b": 2}')))
-async def test_a_call_that_was_cut_is_never_made(scripted_server: ScriptedServer, client: LLMClient, cut: int) -> None:
+async def test_a_call_that_was_cut_off_is_never_made(
+    scripted_server: ScriptedServer, client: LLMClient, cut: int
+) -> None:
     made: list[int] = []
 
     def note(a: int = 0, b: int = 0) -> None:
-        """Notes."""
+        """Notes its arguments."""
         made.append(a + b)
 
     whole = asks("note", "call_1", a=5, b=5)
@@ -191,17 +191,19 @@ async def test_a_call_that_was_cut_is_never_made(scripted_server: ScriptedServer
     check_valid(result.messages)
 
 
-async def test_an_answer_that_was_cut_says_so(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_answer_that_was_cut_off_has_the_stop_reason_length(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(answer("Once upon", finish_reason="length"))
     result = await Agent(client).run("Tell a story.")
     assert (result.stop_reason, result.text) == ("length", "Once upon")
 
 
-async def test_a_failing_tool_tells_the_model_and_does_not_stop_its_siblings(
+async def test_the_error_of_a_tool_goes_to_the_model_and_does_not_stop_other_tools(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     async def fail() -> None:
-        """Fails."""
+        """Raises an error."""
         raise OSError("disk full")
 
     scripted_server.script(calls(asks("fail"), asks("add", "call_2", a=1, b=2)), answer("ok"))
@@ -212,16 +214,16 @@ async def test_a_failing_tool_tells_the_model_and_does_not_stop_its_siblings(
     assert [record.is_error for record in result.log[0].tool_calls] == [True, False]
 
 
-async def test_results_stand_in_the_order_of_the_calls(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_results_are_in_the_order_of_the_calls(scripted_server: ScriptedServer, client: LLMClient) -> None:
     second_done = asyncio.Event()
 
     async def first() -> str:
-        """Waits for the second."""
+        """Waits for the second tool."""
         await second_done.wait()
         return "first"
 
     async def second() -> str:
-        """Lets the first go."""
+        """Releases the first tool."""
         second_done.set()
         return "second"
 
@@ -231,13 +233,13 @@ async def test_results_stand_in_the_order_of_the_calls(scripted_server: Scripted
 
 
 @pytest.mark.parametrize("asked", [2, 3, 4, 9])
-async def test_no_more_tools_run_at_a_time_than_allowed(
+async def test_max_parallel_tools_limits_the_tools_that_run_together(
     scripted_server: ScriptedServer, client: LLMClient, asked: int
 ) -> None:
     running, most = 0, 0
 
     async def work(number: int) -> int:
-        """Works."""
+        """Returns its number after a while."""
         nonlocal running, most
         running += 1
         most = max(most, running)
@@ -268,7 +270,7 @@ async def test_a_call_quoted_in_an_answer_is_not_made(scripted_server: ScriptedS
     assert (result.text, result.tool_calls) == (text, ())
 
 
-async def test_thinking_is_told_apart_and_not_sent_back(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_reasoning_is_separated_and_not_sent_back(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(
         calls(asks("add", a=1, b=2), text="<think>Hm.</think>Let me add."),
         answer("<think>Done.</think>3"),
@@ -294,14 +296,16 @@ async def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run(
     check_valid(result.messages)
 
 
-async def test_a_character_that_came_in_two_halves_is_one(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_character_that_arrived_in_two_halves_is_joined(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     chunk = 'data: {"model": "test-model", "choices": [{"index": 0, "delta": {"content": "%s"}, "finish_reason": %s}]}'
     chunks = (chunk % (r"\ud83d", "null"), chunk % (r"\ude00", '"stop"'))
     scripted_server.script(sse(*(f"{each}\n\n" for each in chunks), done=True))
     assert (await Agent(client).run("Go.")).text == "\N{GRINNING FACE}"
 
 
-async def test_a_run_that_is_cut_in_the_middle_of_a_character_has_a_valid_history(
+async def test_a_run_that_ends_in_the_middle_of_a_character_has_a_valid_history(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     chunk = (
@@ -315,7 +319,9 @@ async def test_a_run_that_is_cut_in_the_middle_of_a_character_has_a_valid_histor
 # Guards and budgets
 
 
-async def test_the_same_call_again_and_again_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_repeated_call_with_the_same_result_ends_the_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.default = calls(asks("add", a=1, b=2))
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.stop_reason, result.rounds) == ("repetition", 5)
@@ -327,7 +333,7 @@ async def test_a_poll_whose_result_changes_goes_on(scripted_server: ScriptedServ
     polls = iter(range(100))
 
     async def poll() -> int:
-        """Polls."""
+        """Returns a different number each time."""
         return next(polls)
 
     scripted_server.script(*[calls(asks("poll"))] * 9, answer("ready"))
@@ -358,7 +364,7 @@ async def test_a_token_budget_ends_the_run_between_rounds(scripted_server: Scrip
     check_valid(result.messages)
 
 
-async def test_a_token_budget_counts_by_guess_where_the_server_tells_no_usage(
+async def test_a_token_budget_uses_an_estimate_where_the_server_reports_no_usage(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     chunk = piece(None)
@@ -370,7 +376,7 @@ async def test_a_token_budget_counts_by_guess_where_the_server_tells_no_usage(
     assert result.log[0].usage is None
 
 
-async def test_time_that_runs_out_in_a_tool_cuts_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_max_seconds_cancels_a_running_tool(scripted_server: ScriptedServer, client: LLMClient) -> None:
     gate = Gate()
     scripted_server.script(calls(asks("wait")))
     result = await Agent(client, tools=[gate.wait], max_seconds=0.3).run("Wait.")
@@ -379,7 +385,7 @@ async def test_time_that_runs_out_in_a_tool_cuts_it(scripted_server: ScriptedSer
     check_valid(result.messages)
 
 
-async def test_time_that_runs_out_in_a_generation_keeps_what_there_is(
+async def test_max_seconds_keeps_the_text_of_a_running_generation(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(answer("Once upon a time", chunks=["Once ", "upon"], gate=asyncio.Event()))
@@ -390,7 +396,7 @@ async def test_time_that_runs_out_in_a_generation_keeps_what_there_is(
     assert in_flight(client) == 0
 
 
-async def test_time_runs_out_while_a_run_waits_for_others_too(
+async def test_max_seconds_counts_while_a_run_waits_for_others(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     agent = Agent(client, max_seconds=0.1, switch_policy="drain")
@@ -403,7 +409,7 @@ async def test_time_runs_out_while_a_run_waits_for_others_too(
     assert generations(scripted_server) == []
 
 
-async def test_a_clients_own_timeout_is_no_budget(scripted_server: ScriptedServer) -> None:
+async def test_a_timeout_of_the_client_is_an_error_and_not_a_budget(scripted_server: ScriptedServer) -> None:
     scripted_server.script(answer("x", gate=asyncio.Event()))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.1)) as client:
         with pytest.raises(LLMTimeoutError) as caught:
@@ -416,7 +422,7 @@ async def test_a_clients_own_timeout_is_no_budget(scripted_server: ScriptedServe
 # Empty answers
 
 
-async def test_an_empty_first_answer_is_asked_for_once_more(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_empty_first_answer_is_requested_once_more(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer(" "), answer("Hello."))
     result = await Agent(client).run("Hi.")
     assert (result.text, result.rounds, len(generations(scripted_server))) == ("Hello.", 1, 2)
@@ -443,7 +449,7 @@ async def test_an_empty_answer_after_a_tool_ends_the_run(scripted_server: Script
 # Errors
 
 
-async def test_an_error_carries_the_run_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_error_holds_the_run_so_far(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(calls(asks("add", a=1, b=2)), reply(400, {"error": {"message": "no grammar for you"}}))
     with pytest.raises(LLMResponseError, match="no grammar") as caught:
         await Agent(client, tools=[add]).run("1 + 2?")
@@ -488,7 +494,7 @@ async def test_another_instance_of_the_model_is_the_same_model(
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_a_refused_call_is_not_made_and_the_model_is_told(
+async def test_a_refused_call_is_not_made_and_the_model_gets_a_refusal(
     scripted_server: ScriptedServer, client: LLMClient, is_async: bool
 ) -> None:
     asked: list[ToolCall] = []
@@ -512,7 +518,7 @@ async def test_a_refused_call_is_not_made_and_the_model_is_told(
 
 async def test_an_exception_of_approve_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
     def approve(call: ToolCall) -> bool:
-        raise KeyError("nobody")
+        raise KeyError("no user")
 
     scripted_server.script(calls(asks("add", a=1, b=2)))
     with pytest.raises(LLMError, match="approve raised KeyError") as caught:
@@ -532,7 +538,7 @@ async def test_max_tokens_is_what_is_left_of_the_context(scripted_server: Script
     assert 3900 < sent(scripted_server)["max_tokens"] < 4096 - 64
 
 
-async def test_the_context_is_asked_for_once(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_context_length_is_requested_once(scripted_server: ScriptedServer, client: LLMClient) -> None:
     agent = Agent(client)
     await asyncio.gather(*(agent.run("Hi.") for _ in range(20)))
     await agent.run("Hi.")
@@ -544,7 +550,7 @@ def overflow(prompt: int, context: int) -> Any:
     return reply(400, {"error": {"code": 400, **error}})
 
 
-async def test_an_overflow_trims_the_oldest_turns_and_asks_again(
+async def test_an_overflow_trims_the_oldest_turns_and_sends_the_request_again(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     def read(page: int) -> str:
@@ -571,7 +577,7 @@ async def test_an_overflow_that_cannot_be_trimmed_is_raised(scripted_server: Scr
     assert len(generations(scripted_server)) == 1
 
 
-async def test_an_overflow_by_the_answer_alone_is_asked_for_a_shorter_one(
+async def test_an_overflow_by_the_answer_alone_lowers_max_tokens(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(overflow(10, 4096), answer("Hello."))
@@ -579,7 +585,7 @@ async def test_an_overflow_by_the_answer_alone_is_asked_for_a_shorter_one(
     assert sent(scripted_server)["max_tokens"] == 4096 - 10 - 64
 
 
-async def test_history_is_trimmed_before_it_overflows_where_the_context_is_known(
+async def test_history_is_trimmed_beforehand_if_the_context_length_is_known(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 1000}]}
@@ -600,7 +606,7 @@ async def test_history_is_trimmed_before_it_overflows_where_the_context_is_known
     assert len(result.messages) == 23
 
 
-async def test_what_cannot_be_trimmed_is_sent_for_the_server_to_judge(
+async def test_a_prompt_that_cannot_be_trimmed_is_sent_anyway(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 1000}]}
@@ -610,7 +616,7 @@ async def test_what_cannot_be_trimmed_is_sent_for_the_server_to_judge(
 
 
 @pytest.mark.parametrize("context", [None, 100_000])
-async def test_an_overflow_without_numbers_trims_a_part(
+async def test_an_overflow_without_numbers_trims_a_quarter(
     scripted_server: ScriptedServer, client: LLMClient, context: int | None
 ) -> None:
     entry = {"id": "test-model", "owned_by": "vllm"} | ({} if context is None else {"max_model_len": context})
@@ -633,7 +639,7 @@ async def test_an_overflow_without_numbers_trims_a_part(
 # Going on
 
 
-async def test_a_run_goes_on_from_another(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_run_continues_the_conversation_of_another(scripted_server: ScriptedServer, client: LLMClient) -> None:
     agent = Agent(client, tools=[add], system_prompt="Be exact.")
     scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"), answer("4"))
     first = await agent.run("1 + 2?")
@@ -666,7 +672,7 @@ async def test_a_provider_is_asked_at_each_run(scripted_server: ScriptedServer, 
     assert provider.asked == 2
 
 
-async def test_any_object_with_chat_completion_will_do() -> None:
+async def test_any_object_with_chat_completion_can_be_a_client() -> None:
     class Double:
         model = "double"
         closed = 0
@@ -710,14 +716,14 @@ async def test_any_object_with_chat_completion_will_do() -> None:
         ({"tools": [3]}, "3"),
     ],
 )
-def test_an_option_that_cannot_be_right_is_told(client: LLMClient, options: dict[str, Any], named: str) -> None:
+def test_an_invalid_option_is_refused(client: LLMClient, options: dict[str, Any], named: str) -> None:
     with pytest.raises(LLMValidationError, match=named) as caught:
         Agent(client, **options)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("client", [None, "http://localhost", LLMClient])
-def test_a_client_that_is_none_is_told(client: Any) -> None:
+def test_an_object_that_is_not_a_client_is_refused(client: Any) -> None:
     with pytest.raises(LLMValidationError, match="client must be"):
         Agent(client)
 
@@ -739,7 +745,7 @@ def test_a_client_that_is_none_is_told(client: Any) -> None:
         {"task": "x", "messages": [{"content": "no role"}]},
     ],
 )
-async def test_an_argument_that_cannot_be_right_is_told_before_anything_is_sent(
+async def test_an_invalid_argument_is_refused_before_anything_is_sent(
     scripted_server: ScriptedServer, client: LLMClient, arguments: dict[str, Any]
 ) -> None:
     agent = Agent(client)
@@ -751,11 +757,11 @@ async def test_an_argument_that_cannot_be_right_is_told_before_anything_is_sent(
     assert scripted_server.requests == []
 
 
-async def test_the_events_tell_the_whole_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_the_events_cover_the_whole_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(
         calls(asks("add", a=1, b=2), asks_raw("add", "{", "call_2"), reasoning="Hm."), answer("It is 3.")
     )
-    events = await told(Agent(client, tools=[add]))
+    events = await collect_events(Agent(client, tools=[add]))
     assert [type(event).__name__ for event in events] == [
         "RoundStarted",
         "ReasoningDelta",

@@ -1,4 +1,4 @@
-"""Handles and event streams: who listens, who leaves, and what that does to the run."""
+"""Handles and event streams: what listening to a run, and leaving it, does to the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, 
 from tests.support import in_flight, piece
 
 
-async def test_a_handle_tells_the_run_while_it_goes_on(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_handle_shows_the_run_while_it_is_in_progress(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     gate = Gate()
     scripted_server.script(calls(asks("wait"), text="Let me wait."), answer("done"))
     handle = Agent(client, tools=[gate.wait]).start("Wait.")
@@ -51,7 +53,7 @@ async def test_a_handle_tells_the_run_while_it_goes_on(scripted_server: Scripted
     assert handle.messages == result.messages == handle.partial.messages
 
 
-async def test_what_the_user_does_to_messages_does_not_touch_the_run(
+async def test_changes_to_the_messages_of_a_handle_do_not_affect_the_run(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     gate = Gate()
@@ -68,26 +70,26 @@ async def test_what_the_user_does_to_messages_does_not_touch_the_run(
     check_valid(result.messages)
 
 
-async def test_a_run_goes_on_if_nobody_keeps_it_nor_its_agent() -> None:
+async def test_a_run_goes_on_without_a_reference_to_it_or_to_its_agent() -> None:
     waiting: list[weakref.ref[asyncio.Future[str]]] = []
-    told: list[str] = []
+    received: list[str] = []
 
     class Double:
-        """A client without sockets and timers, which would keep the run as well; it waits for what nobody knows."""
+        """A client that waits for ever, without sockets and timers, which would keep the run alive too."""
 
         model = None
 
         async def chat_completion(self, messages: Any, **options: Any) -> AsyncGenerator[dict[str, Any]]:
             future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
             waiting.append(weakref.ref(future))
-            told.append(await future)
+            received.append(await future)
             return self.chunks()
 
         async def chunks(self) -> AsyncGenerator[dict[str, Any]]:
             yield piece("done", finish_reason="stop")
 
     agent = Agent(Double())
-    agent._source._context_lengths[None] = None, math.inf  # so does the timer of that question
+    agent._source._context_lengths[None] = None, math.inf  # its timer too
     agent.start("Go.")
     del agent
     while not waiting:
@@ -98,10 +100,10 @@ async def test_a_run_goes_on_if_nobody_keeps_it_nor_its_agent() -> None:
     future.set_result("found")
     while our_tasks():
         await asyncio.sleep(0)
-    assert told == ["found"]
+    assert received == ["found"]
 
 
-async def test_a_stream_that_is_closed_behind_its_run_tells_no_more(client: LLMClient) -> None:
+async def test_a_stream_whose_channel_was_closed_has_no_more_events(client: LLMClient) -> None:
     stream = Agent(client).stream("Go.")
     assert isinstance(await anext(stream), RoundStarted)
     await stream.handle.result()
@@ -110,7 +112,7 @@ async def test_a_stream_that_is_closed_behind_its_run_tells_no_more(client: LLMC
         await anext(stream)
 
 
-async def test_events_before_anybody_listens_are_dropped(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_events_without_a_listener_are_dropped(scripted_server: ScriptedServer, client: LLMClient) -> None:
     gate = Gate()
     scripted_server.script(calls(asks("wait")), answer("done"))
     handle = Agent(client, tools=[gate.wait]).start("Wait.")
@@ -121,7 +123,7 @@ async def test_events_before_anybody_listens_are_dropped(scripted_server: Script
     assert names == ["ToolCallFinished", "RoundFinished", "RoundStarted", "TextDelta", "RoundFinished", "RunFinished"]
 
 
-async def test_several_listen_to_one_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_a_run_can_have_several_listeners(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("one two three"))
     handle = Agent(client).start("Go.")
 
@@ -195,13 +197,13 @@ async def test_leaving_the_stream_of_a_run_cancels_it(
         await anext(stream)
 
 
-async def test_who_is_cancelled_while_it_leaves_waits_for_the_end_nevertheless(
+async def test_a_reader_that_is_cancelled_while_it_leaves_still_waits_for_the_end_of_the_run(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     cleaning, finish = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
-        """Takes time to clean up."""
+        """Needs time for its clean-up."""
         try:
             await asyncio.Event().wait()
         finally:
@@ -229,7 +231,7 @@ async def test_a_stream_that_is_dropped_warns_and_cancels_its_run(
     scripted_server.script(answer("one two three", gate=asyncio.Event()))
     stream = Agent(client).stream("Go.")
     handle = stream.handle
-    with pytest.warns(ResourceWarning, match="dropped before its end"):  # noqa: PT031 - it is dropped at the break
+    with pytest.warns(ResourceWarning, match="dropped before its end"):  # noqa: PT031 - dropped at the break
         async for event in stream:
             if isinstance(event, TextDelta):
                 del stream
@@ -271,7 +273,7 @@ async def test_a_slow_listener_slows_the_run(scripted_server: ScriptedServer, cl
     assert text == "".join(f"{number} " for number in range(words))
 
 
-async def test_the_last_event_needs_no_room(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_there_is_always_room_for_the_last_event(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("", chunks=["x"] * (CAPACITY - 2)))
     stream = Agent(client).stream("Go.")  # RoundStarted, the text, RoundFinished
     result = await stream.handle.result()
@@ -279,7 +281,9 @@ async def test_the_last_event_needs_no_room(scripted_server: ScriptedServer, cli
     assert isinstance([event async for event in stream][-1], RunFinished)
 
 
-async def test_an_error_comes_behind_the_events_before_it(scripted_server: ScriptedServer, client: LLMClient) -> None:
+async def test_an_error_is_raised_after_the_events_before_it(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
     scripted_server.script(calls(asks("add", a=1, b=2)), reply(400, {"error": "no"}))
     stream = Agent(client, tools=[add]).stream("Go.")
     seen: list[str] = []
@@ -297,14 +301,14 @@ async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, c
     stream = Agent(client).stream("Go.")
     assert isinstance(await stream.asend(None), RoundStarted)
     with pytest.raises(TypeError):
-        await stream.asend(1)  # type: ignore[arg-type]  # what the test is about
+        await stream.asend(1)  # type: ignore[arg-type]  # the subject of the test
     with pytest.raises(KeyError):
         await stream.athrow(KeyError("x"))
     assert stream.handle.done
     assert "RunStream of <RunHandle" in repr(stream)
 
 
-async def test_a_channel_without_room_lets_go_of_who_put_when_its_listener_leaves() -> None:
+async def test_a_full_channel_releases_the_run_when_its_listener_leaves() -> None:
     channel: Channel[int] = Channel()
     subscription = channel.subscribe()
     for number in range(CAPACITY):
@@ -319,9 +323,7 @@ async def test_a_channel_without_room_lets_go_of_who_put_when_its_listener_leave
     assert await channel.subscribe().get() is None
 
 
-async def test_who_listens_after_the_end_is_told_how_it_ended(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
+async def test_a_listener_after_the_end_gets_the_outcome(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("Hello."), reply(400, {"error": "no"}))
     agent = Agent(client)
     handle = agent.start("Hi.")
@@ -344,7 +346,7 @@ async def test_the_error_of_a_provider_has_the_run_so_far(client: LLMClient) -> 
     assert caught.value.partial.stop_reason == "error"
 
 
-async def test_a_run_that_never_began_says_so_when_it_is_over(client: LLMClient) -> None:
+async def test_begun_returns_when_a_run_ends_without_having_begun(client: LLMClient) -> None:
     handle = Agent(client).start("Go.")
     handle.cancel()
     await handle.begun()

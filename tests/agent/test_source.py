@@ -1,4 +1,4 @@
-"""What is known of the models of a client or a pool."""
+"""The context lengths of models, which are requested from a client or from a client of a pool."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lmbridge.testing import ScriptedServer, reply
 from tests.agent.support import sent
 
 
-class Double:
-    """A client that tells what it is given, when it is let to."""
+class FixedInfoClient:
+    """A client whose server_info() returns a fixed value, or raises it, when it is allowed to."""
 
     model = "own"
 
@@ -46,22 +46,24 @@ INFO = ServerInfo(
 @pytest.mark.parametrize(
     ("model", "context"), [("own", 4096), ("other", 2048), ("x", 1024), ("unheard of", 1024), (None, 1024)]
 )
-async def test_the_context_is_that_of_the_model_if_the_server_tells_it(model: str | None, context: int) -> None:
-    assert await ClientSource(Double(INFO)).context_length(model) == context
+async def test_the_context_length_is_that_of_the_model_if_the_server_reports_it(
+    model: str | None, context: int
+) -> None:
+    assert await ClientSource(FixedInfoClient(INFO)).context_length(model) == context
 
 
 @pytest.mark.parametrize("error", [LLMResponseError("no"), TimeoutError()])
-async def test_a_server_that_does_not_tell_is_not_asked_again(error: Exception) -> None:
-    double = Double(error)
+async def test_an_error_is_not_retried_at_once(error: Exception) -> None:
+    double = FixedInfoClient(error)
     source = ClientSource(double)
     assert await source.context_length("own") is None
     assert await source.context_length("own") is None
     assert double.requested_model == 1
 
 
-async def test_who_could_not_tell_is_asked_again_after_a_minute() -> None:
+async def test_an_unknown_context_length_is_requested_again_after_a_minute() -> None:
     now = 0.0
-    double = Double(LLMResponseError("busy"))
+    double = FixedInfoClient(LLMResponseError("busy"))
     source = ClientSource(double, timer=lambda: now)
     assert await source.context_length("own") is None
     double.info = INFO
@@ -72,21 +74,21 @@ async def test_who_could_not_tell_is_asked_again_after_a_minute() -> None:
     assert double.requested_model == 2
 
 
-async def test_the_context_of_another_model_is_not_that_of_one_that_is_not_loaded() -> None:
+async def test_a_model_that_is_not_loaded_does_not_get_the_context_length_of_another() -> None:
     models = (ModelInfo(id="loaded", loaded=True, context_length=2048), ModelInfo(id="other", loaded=False))
     info = ServerInfo(kind="lmstudio", models=models, context_length=2048)
-    assert await ClientSource(Double(info)).context_length("other") is None
+    assert await ClientSource(FixedInfoClient(info)).context_length("other") is None
 
 
-async def test_a_server_that_does_not_answer_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_does_not_answer_is_given_up_after_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmbridge.agent.source._DISCOVERY_SECONDS", 0.01)
-    double = Double(INFO)
+    double = FixedInfoClient(INFO)
     double.gate.clear()
     assert await ClientSource(double).context_length("own") is None
 
 
-async def test_who_asks_first_may_be_cancelled() -> None:
-    double = Double(INFO)
+async def test_the_first_caller_may_be_cancelled_without_affecting_others() -> None:
+    double = FixedInfoClient(INFO)
     double.gate.clear()
     source = ClientSource(double)
     first, second = (asyncio.create_task(source.context_length("own")) for _ in range(2))
@@ -98,7 +100,7 @@ async def test_who_asks_first_may_be_cancelled() -> None:
     assert first.cancelled()
 
 
-async def test_a_client_that_knows_no_server_info_will_do() -> None:
+async def test_a_client_without_server_info_has_no_context_length() -> None:
     class Plain:
         model = None
 
@@ -108,7 +110,7 @@ async def test_a_client_that_knows_no_server_info_will_do() -> None:
     assert await ClientSource(Plain()).context_length(None) is None
 
 
-async def test_a_pool_lends_a_client_for_the_question(scripted_server: ScriptedServer) -> None:
+async def test_a_pool_lends_a_client_for_the_request(scripted_server: ScriptedServer) -> None:
     models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
     scripted_server.on_path("/v1/models", reply(200, models))
     async with LLMClientPool(1, api_base=scripted_server.api_base) as pool:

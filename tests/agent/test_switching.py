@@ -1,4 +1,4 @@
-"""Which run may disturb which: the switchboard by itself, and agents whose models are switched."""
+"""Runs with different models: the decisions of the switchboard alone, and agents whose models are switched."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_drain_waits_and_later_runs_wait_behind_it() -> None:
     assert board.leave(waiting).admitted == [behind]
 
 
-def test_drain_switch_waits_and_what_comes_behind_takes_the_new_model() -> None:
+def test_drain_switch_waits_and_later_runs_take_the_new_model() -> None:
     board = Switchboard("drain", "a")
     board.arrive(first := run())
     change, behind = switch("b"), run()
@@ -125,7 +125,7 @@ def test_drain_switch_waits_and_what_comes_behind_takes_the_new_model() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_who_leaves_the_queue_has_changed_nothing(policy: SwitchPolicy) -> None:
+def test_leaving_the_queue_changes_nothing(policy: SwitchPolicy) -> None:
     board = Switchboard(policy, "a")
     board.arrive(first := run())
     if policy != "reject":
@@ -176,7 +176,7 @@ def test_a_nested_run_under_isolate_simply_runs() -> None:
     assert board.arrive(change := switch("c", parent=explicit)).admitted == [change]
 
 
-def test_a_nested_run_of_a_run_that_is_being_cancelled_is_told_so() -> None:
+def test_a_nested_run_of_a_run_that_is_being_cancelled_gets_the_same_error() -> None:
     policies: list[SwitchPolicy] = ["isolate", "cancel"]
     for policy in policies:
         board = Switchboard(policy, "a")
@@ -196,7 +196,7 @@ steps = st.lists(
 
 
 @given(st.sampled_from(POLICIES), steps)
-def test_whatever_comes_nobody_waits_for_ever_and_models_never_mix(policy: SwitchPolicy, script: Any) -> None:
+def test_no_run_waits_for_ever_and_models_never_mix(policy: SwitchPolicy, script: Any) -> None:
     board = Switchboard(policy, "a")
     running: list[RunPermit] = []
     waiting: list[RunPermit] = []
@@ -239,7 +239,7 @@ def test_whatever_comes_nobody_waits_for_ever_and_models_never_mix(policy: Switc
     assert board.is_idle
 
 
-async def test_a_cancel_anywhere_in_the_queue_makes_way() -> None:
+async def test_a_cancelled_waiter_anywhere_in_the_queue_frees_its_place() -> None:
     admission = RunAdmission("drain", "a")
 
     async def scenario() -> None:
@@ -262,7 +262,7 @@ async def test_a_cancel_anywhere_in_the_queue_makes_way() -> None:
 
 
 async def begun(agent: Agent, gate: Gate, model: str | None = None) -> RunHandle:
-    """A run that is in the midst of a tool."""
+    """Starts a run, and waits until its tool is running."""
     gate.begun.clear()
     handle = agent.start("Wait.", model=model)
     await gate.begun.wait()
@@ -271,7 +271,7 @@ async def begun(agent: Agent, gate: Gate, model: str | None = None) -> RunHandle
 
 @pytest.fixture
 def gate(scripted_server: ScriptedServer) -> Gate:
-    """A tool that holds each run until it is opened; the server makes every run call it once."""
+    """Returns a tool that holds each run until it is opened. The server makes every run call it once."""
 
     async def behave(exchange: Exchange) -> None:
         fields = exchange.request.json
@@ -293,7 +293,7 @@ async def test_isolate_gives_each_run_its_own_model(client: LLMClient, gate: Gat
     assert (await second.result()).text == "answer of other"
 
 
-async def test_the_seed_a_second_model_raises_under_reject(client: LLMClient, gate: Gate) -> None:
+async def test_a_second_model_raises_under_reject(client: LLMClient, gate: Gate) -> None:
     agent = Agent(client, tools=[gate.wait], switch_policy="reject")
     first = await begun(agent, gate, "mistralai/magistral-small-2509")
     with pytest.raises(ModelChangedDuringExecutionError) as caught:
@@ -308,7 +308,7 @@ async def test_the_seed_a_second_model_raises_under_reject(client: LLMClient, ga
     assert (await agent.run("Now.", model="qwen/qwen3-coder-30b")).text == "answer of qwen/qwen3-coder-30b"
 
 
-async def test_the_seed_a_hundred_runs_on_two_models_succeed_under_isolate(scripted_server: ScriptedServer) -> None:
+async def test_a_hundred_runs_on_two_models_succeed_under_isolate(scripted_server: ScriptedServer) -> None:
     models = ["qwen/qwen3-coder-30b", "mistralai/magistral-small-2509"]
 
     async def behave(exchange: Exchange) -> None:
@@ -388,7 +388,7 @@ async def test_switch_model_under_isolate_cancels_the_runs_that_took_the_default
     assert (await agent.run("Go.", tools=())).text == "answer of other"
 
 
-async def test_switch_model_under_reject_raises_while_there_are_runs(client: LLMClient, gate: Gate) -> None:
+async def test_switch_model_under_reject_raises_while_runs_are_in_flight(client: LLMClient, gate: Gate) -> None:
     agent = Agent(client, tools=[gate.wait], switch_policy="reject")
     handle = await begun(agent, gate)
     with pytest.raises(ModelChangedDuringExecutionError):
@@ -416,7 +416,7 @@ async def test_switch_model_waits_for_the_end_of_the_others(
     assert agent.model == "other"
 
 
-async def test_a_switch_that_is_cancelled_has_changed_nothing(client: LLMClient, gate: Gate) -> None:
+async def test_a_cancelled_switch_changes_nothing(client: LLMClient, gate: Gate) -> None:
     agent = Agent(client, tools=[gate.wait], switch_policy="drain")
     handle = await begun(agent, gate)
     switching = asyncio.create_task(agent.switch_model("other"))
@@ -430,7 +430,7 @@ async def test_a_switch_that_is_cancelled_has_changed_nothing(client: LLMClient,
     assert (await handle.result()).model == agent.model == "test-model"
 
 
-async def test_a_waiting_run_that_is_cancelled_makes_way(client: LLMClient, gate: Gate) -> None:
+async def test_a_waiting_run_that_is_cancelled_frees_its_place(client: LLMClient, gate: Gate) -> None:
     agent = Agent(client, tools=[gate.wait], switch_policy="drain")
     first = await begun(agent, gate)
     second = agent.start("Go.", model="other", tools=())
@@ -443,13 +443,13 @@ async def test_a_waiting_run_that_is_cancelled_makes_way(client: LLMClient, gate
 
 
 @pytest.mark.parametrize("policy", ["reject", "cancel", "drain"])
-async def test_a_tools_own_run_with_another_model_is_told_at_once(
+async def test_a_run_of_a_tool_with_another_model_is_refused_at_once(
     scripted_server: ScriptedServer, client: LLMClient, policy: SwitchPolicy
 ) -> None:
     errors: list[ModelChangedDuringExecutionError] = []
 
     async def delegate() -> str:
-        """Asks another model."""
+        """Delegates to another model."""
         for ask in (agent.run("Do it.", model="other", tools=()), agent.switch_model("other")):
             try:
                 await ask
@@ -464,16 +464,16 @@ async def test_a_tools_own_run_with_another_model_is_told_at_once(
     assert [(error.old_model, error.new_model) for error in errors] == [("test-model", "other")] * 2
 
 
-async def test_a_run_whose_model_nobody_names_leaves_the_choice_to_the_server(scripted_server: ScriptedServer) -> None:
+async def test_a_run_without_a_model_leaves_the_choice_to_the_server(scripted_server: ScriptedServer) -> None:
     async with LLMClient(scripted_server.api_base) as client:
         result = await Agent(client).run("Hi.")
     assert "model" not in sent(scripted_server)
     assert result.model == "test-model"
 
 
-async def test_no_name_is_no_model_to_switch_to(client: LLMClient) -> None:
+async def test_switch_model_needs_a_name(client: LLMClient) -> None:
     agent = Agent(client)
     for name in ("", None):
         with pytest.raises(LLMValidationError):
-            await agent.switch_model(name)  # type: ignore[arg-type]  # what the test is about
+            await agent.switch_model(name)  # type: ignore[arg-type]  # the subject of the test
     assert our_tasks() == []
