@@ -21,7 +21,7 @@ def fast_server(**options: Any) -> OneModelServer:
     return OneModelServer(**{"load_seconds": 0.005, "token_seconds": 0.0005, "tokens": 12, **options})
 
 
-def scheduled(server: OneModelServer, **limits: Any) -> LLMClient:
+def scheduling_client(server: OneModelServer, **limits: Any) -> LLMClient:
     """Returns a client whose limits fit the server."""
     return LLMClient(server.api_base, limits=Limits(**{"max_concurrency": 4, "max_loaded_models": 1, **limits}))
 
@@ -41,14 +41,14 @@ async def send_mixed(client: LLMClient, models: Iterable[str]) -> list[str | Bas
     return await asyncio.gather(*asked, return_exceptions=True)
 
 
-def drawn(count: int, models: Iterable[str], seed: int) -> list[str]:
+def draw_models(count: int, models: Iterable[str], seed: int) -> list[str]:
     return random.Random(seed).choices(list(models), k=count)
 
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_mixed_requests_are_all_answered_with_a_single_swap(seed: int) -> None:
-    async with fast_server(seed=seed) as server, scheduled(server) as client:
-        models = drawn(60, (A, B), seed)
+    async with fast_server(seed=seed) as server, scheduling_client(server) as client:
+        models = draw_models(60, (A, B), seed)
         assert await send_mixed(client, models) == [server.text(model) for model in models]
         assert (server.swaps, server.kills, server.double_loads) == (1, [], 0)
         assert client.stats().swaps == 1
@@ -56,8 +56,8 @@ async def test_mixed_requests_are_all_answered_with_a_single_swap(seed: int) -> 
 
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_generation_is_killed_when_waiters_become_overdue(seed: int) -> None:
-    async with fast_server(seed=seed, models=(A, B, C)) as server, scheduled(server, max_wait=0.01) as client:
-        models = drawn(60, server.models, seed)
+    async with fast_server(seed=seed, models=(A, B, C)) as server, scheduling_client(server, max_wait=0.01) as client:
+        models = draw_models(60, server.models, seed)
         assert await send_mixed(client, models) == [server.text(model) for model in models]
         assert (server.kills, server.double_loads) == ([], 0)
         assert server.swaps == client.stats().swaps
@@ -65,7 +65,7 @@ async def test_no_generation_is_killed_when_waiters_become_overdue(seed: int) ->
 
 async def test_without_scheduling_answers_are_lost_and_the_errors_suggest_scheduling() -> None:
     async with fast_server(endings=["error"]) as server, LLMClient(server.api_base) as client:
-        models = drawn(60, (A, B), 0)
+        models = draw_models(60, (A, B), 0)
         results = await send_mixed(client, models)
         lost = [result for result in results if isinstance(result, BaseException)]
         assert lost
@@ -79,7 +79,7 @@ async def test_without_scheduling_answers_are_lost_and_the_errors_suggest_schedu
 @pytest.mark.parametrize("seed", range(3))
 async def test_without_scheduling_no_broken_answer_looks_complete(seed: int, no_waits: list[float]) -> None:
     async with fast_server(seed=seed) as server, LLMClient(server.api_base) as client:
-        models = drawn(40, (A, B), seed)
+        models = draw_models(40, (A, B), seed)
         results = await send_mixed(client, models)
         assert server.kills
         for model, result in zip(models, results, strict=True):
@@ -87,7 +87,7 @@ async def test_without_scheduling_no_broken_answer_looks_complete(seed: int, no_
 
 
 async def test_sequential_callers_share_the_loaded_model() -> None:
-    async with fast_server(tokens=40) as server, scheduled(server) as client:
+    async with fast_server(tokens=40) as server, scheduling_client(server) as client:
         models = [(A, B)[index % 2] for index in range(60)]
         tasks = []
         for number, model in enumerate(models, 1):
@@ -105,7 +105,7 @@ async def wait_until_reached(client: LLMClient, server: OneModelServer, number: 
 
 
 async def test_one_request_at_a_time_swaps_each_time_and_kills_no_generation() -> None:
-    async with fast_server() as server, scheduled(server) as client:
+    async with fast_server() as server, scheduling_client(server) as client:
         for model in (A, B) * 4:
             assert await ask(client, model) == server.text(model)
         assert server.loads == [A, B] * 4
@@ -113,7 +113,7 @@ async def test_one_request_at_a_time_swaps_each_time_and_kills_no_generation() -
 
 
 async def test_a_busy_model_does_not_keep_another_waiting_forever() -> None:
-    async with fast_server() as server, scheduled(server, max_wait=0.02) as client:
+    async with fast_server() as server, scheduling_client(server, max_wait=0.02) as client:
         done = asyncio.Event()
 
         async def feed() -> None:
@@ -129,7 +129,7 @@ async def test_a_busy_model_does_not_keep_another_waiting_forever() -> None:
         assert server.kills == []
 
 
-async def break_off(client: LLMClient, model: str) -> None:
+async def leave_stream_early(client: LLMClient, model: str) -> None:
     async with await client.chat_completion(MESSAGES, model=model, stream=True) as stream:
         await anext(stream)
 
@@ -150,21 +150,21 @@ async def drop(client: LLMClient, model: str) -> None:
     await asyncio.wait({task})
 
 
-@pytest.mark.parametrize("leave", [break_off, cancel, drop])
+@pytest.mark.parametrize("leave", [leave_stream_early, cancel, drop])
 async def test_requests_that_are_abandoned_do_not_affect_the_others(
     leave: Callable[[LLMClient, str], Awaitable[None]],
 ) -> None:
-    async with fast_server() as server, scheduled(server, max_wait=0.05) as client:
-        models = drawn(40, (A, B), 7)
+    async with fast_server() as server, scheduling_client(server, max_wait=0.05) as client:
+        models = draw_models(40, (A, B), 7)
         results, *_ = await asyncio.gather(
-            send_mixed(client, models), *(leave(client, model) for model in drawn(20, (A, B), 8))
+            send_mixed(client, models), *(leave(client, model) for model in draw_models(20, (A, B), 8))
         )
         assert results == [server.text(model) for model in models]
         assert in_flight(client) == client.stats().queued == 0
 
 
 async def test_an_unread_stream_keeps_its_model_and_the_queue_timeout_names_it() -> None:
-    async with fast_server() as server, scheduled(server, max_queue=0.05) as client:
+    async with fast_server() as server, scheduling_client(server, max_queue=0.05) as client:
         gate = asyncio.Event()
         server.script(answer("one two", gate=gate))
         stream = await client.chat_completion(MESSAGES, model=A, stream=True)
@@ -179,7 +179,7 @@ async def test_an_unread_stream_keeps_its_model_and_the_queue_timeout_names_it()
 
 
 async def test_a_closed_stream_makes_room_for_another_model() -> None:
-    async with fast_server() as server, scheduled(server) as client:
+    async with fast_server() as server, scheduling_client(server) as client:
         server.script(answer("one two", gate=asyncio.Event()))
         stream = await client.chat_completion(MESSAGES, model=A, stream=True)
         waiting = asyncio.create_task(ask(client, B))
@@ -193,15 +193,15 @@ async def test_a_closed_stream_makes_room_for_another_model() -> None:
 async def test_three_models_share_a_server_with_room_for_two(seed: int) -> None:
     async with (
         fast_server(seed=seed, models=(A, B, C), capacity=2) as server,
-        scheduled(server, max_loaded_models=2, max_wait=0.02) as client,
+        scheduling_client(server, max_loaded_models=2, max_wait=0.02) as client,
     ):
-        models = drawn(60, server.models, seed)
+        models = draw_models(60, server.models, seed)
         assert await send_mixed(client, models) == [server.text(model) for model in models]
         assert server.kills == []
 
 
 async def test_a_request_can_be_repeated_after_an_eviction() -> None:
-    async with fast_server(endings=["error"]) as server, scheduled(server) as client:
+    async with fast_server(endings=["error"]) as server, scheduling_client(server) as client:
         gate = asyncio.Event()
         server.script(answer("one two", gate=gate))
         lost = asyncio.create_task(ask(client, A))

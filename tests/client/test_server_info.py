@@ -29,7 +29,7 @@ FOLDER: Final = Path(__file__).parents[1] / "data" / "server_info"
 RECORDED: Final = {path.stem: parse(path.stem, path.read_bytes()) for path in sorted(FOLDER.glob("*.txt"))}
 
 
-def listing(*entries: dict[str, Any]) -> dict[str, Any]:
+def models_list(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"object": "list", "data": [{"object": "model", **each} for each in entries]}
 
 
@@ -98,7 +98,7 @@ async def test_properties_that_llama_cpp_does_not_show_are_none(scripted_server:
     assert len(scripted_server.requests) == 2
 
 
-def routed(**values: str) -> dict[str, Any]:
+def router_models(**values: str) -> dict[str, Any]:
     """Returns the recorded list of the router's models, with some of them in another state."""
     models: dict[str, Any] = json.loads(CAPTURES["router/models_before"].body)
     for entry in models["data"]:
@@ -145,7 +145,7 @@ async def test_a_router_is_asked_about_each_loaded_model(
     scripted_server: ScriptedServer, model: str | None, context: int | None, slots: int | None
 ) -> None:
     scripted_server.on_path("/props", router_props)
-    result = await info(scripted_server, model, models=routed(smol_a="loaded", smol_b="sleeping"))
+    result = await info(scripted_server, model, models=router_models(smol_a="loaded", smol_b="sleeping"))
     assert result.loaded_models == ("smol-a", "smol-b")
     assert result.models[2] == ModelInfo(id="smol-a", loaded=True, context_length=2048, slots=2)
     assert result.models[3] == ModelInfo(id="smol-b", loaded=True, context_length=1024, slots=3)
@@ -158,28 +158,28 @@ async def test_a_router_is_asked_about_each_loaded_model(
 async def test_the_name_of_a_routed_model_is_quoted_in_the_path(scripted_server: ScriptedServer) -> None:
     scripted_server.on_path("/props", router_props)
     entry = {"id": "org/a&b#c:Q8", "owned_by": "llamacpp", "status": {"value": "loaded"}}
-    result = await info(scripted_server, models=listing(entry))
+    result = await info(scripted_server, models=models_list(entry))
     assert (result.context_length, result.slots) == (4096, 1)
 
 
 async def test_a_router_that_hides_its_properties_still_reports_its_loaded_models(
     scripted_server: ScriptedServer,
 ) -> None:
-    result = await info(scripted_server, models=routed(smol_b="loaded"))
+    result = await info(scripted_server, models=router_models(smol_b="loaded"))
     assert result.loaded_models == ("smol-b",)
     assert (result.context_length, result.slots, result.max_loaded_models) == (None, None, None)
 
 
 async def test_a_router_without_a_limit_has_no_max_loaded_models(scripted_server: ScriptedServer) -> None:
     props = {"role": "router", "max_instances": 0}
-    result = await info(scripted_server, models=listing({"id": "x", "owned_by": "llamacpp"}), props=props)
+    result = await info(scripted_server, models=models_list({"id": "x", "owned_by": "llamacpp"}), props=props)
     assert result.max_loaded_models is None
 
 
 # LM Studio
 
 
-def studio(*models: dict[str, Any]) -> dict[str, Any]:
+def lmstudio_models(*models: dict[str, Any]) -> dict[str, Any]:
     return {
         "models": [{"type": "llm", "loaded_instances": [], "max_context_length": 131072, **each} for each in models]
     }
@@ -189,8 +189,8 @@ def instance(name: str, context: int, **config: Any) -> dict[str, Any]:
     return {"id": name, "config": {"context_length": context, **config}}
 
 
-OWNED: Final = listing({"id": "qwen3-4b", "owned_by": "organization_owner"})
-STUDIO: Final = studio(
+LMSTUDIO_LIST: Final = models_list({"id": "qwen3-4b", "owned_by": "organization_owner"})
+LMSTUDIO_MODELS: Final = lmstudio_models(
     {"key": "qwen3-4b", "loaded_instances": [instance("qwen3-4b", 8192, parallel=4), instance("qwen3-4b:2", 4096)]},
     {"key": "gemma-3", "loaded_instances": [instance("gemma-3", 16384, parallel=2)]},
     {"key": "gpt-oss-20b"},
@@ -212,7 +212,7 @@ STUDIO: Final = studio(
 async def test_lm_studio_reports_context_and_slots_of_its_loaded_instances(
     scripted_server: ScriptedServer, model: str | None, context: int | None, slots: int | None
 ) -> None:
-    result = await info(scripted_server, model, models=OWNED, v1=STUDIO)
+    result = await info(scripted_server, model, models=LMSTUDIO_LIST, v1=LMSTUDIO_MODELS)
     assert result == ServerInfo(
         kind="lmstudio",
         models=(
@@ -230,21 +230,21 @@ async def test_lm_studio_reports_context_and_slots_of_its_loaded_instances(
 
 
 async def test_lm_studio_without_models_is_recognized(scripted_server: ScriptedServer) -> None:
-    result = await info(scripted_server, models=listing(), v1=studio())
+    result = await info(scripted_server, models=models_list(), v1=lmstudio_models())
     assert result == ServerInfo(kind="lmstudio")
     assert result.loaded_models == ()
 
 
-def lm_studio_unknown(path: str) -> dict[str, Any]:
+def lmstudio_unknown_path(path: str) -> dict[str, Any]:
     return {"error": f"Unexpected endpoint or method. (GET {path})"}
 
 
 async def test_an_older_lm_studio_reports_less(scripted_server: ScriptedServer) -> None:
-    v0 = listing(
+    v0 = models_list(
         {"id": "qwen3-4b", "type": "llm", "state": "loaded", "loaded_context_length": 4096},
         {"id": "gemma-3", "type": "vlm", "state": "not-loaded"},
     )
-    result = await info(scripted_server, models=OWNED, v1=lm_studio_unknown("/api/v1/models"), v0=v0)
+    result = await info(scripted_server, models=LMSTUDIO_LIST, v1=lmstudio_unknown_path("/api/v1/models"), v0=v0)
     models = (ModelInfo(id="qwen3-4b", loaded=True, context_length=4096), ModelInfo(id="gemma-3", loaded=False))
     assert result == ServerInfo(kind="lmstudio", models=models, context_length=4096)
     assert requested_paths(scripted_server) == ["/v1/models", "/api/v1/models", "/api/v0/models"]
@@ -253,12 +253,12 @@ async def test_an_older_lm_studio_reports_less(scripted_server: ScriptedServer) 
 async def test_the_oldest_lm_studio_is_recognized_by_its_error(scripted_server: ScriptedServer) -> None:
     result = await info(
         scripted_server,
-        models=OWNED,
-        v1=lm_studio_unknown("/api/v1/models"),
-        v0=lm_studio_unknown("/api/v0/models"),
+        models=LMSTUDIO_LIST,
+        v1=lmstudio_unknown_path("/api/v1/models"),
+        v0=lmstudio_unknown_path("/api/v0/models"),
         # It answers 200 to these as well.
-        props=lm_studio_unknown("/props"),
-        ollama=lm_studio_unknown("/api/version"),
+        props=lmstudio_unknown_path("/props"),
+        ollama=lmstudio_unknown_path("/api/version"),
     )
     assert result == ServerInfo(kind="lmstudio", models=(ModelInfo(id="qwen3-4b"),))
     assert result.loaded_models is None
@@ -267,7 +267,7 @@ async def test_the_oldest_lm_studio_is_recognized_by_its_error(scripted_server: 
 # Ollama
 
 
-TAGS: Final = listing({"id": "llama3.2:latest", "owned_by": "library"}, {"id": "qwen3:8b", "owned_by": "library"})
+TAGS: Final = models_list({"id": "llama3.2:latest", "owned_by": "library"}, {"id": "qwen3:8b", "owned_by": "library"})
 RUNNING: Final = {
     "models": [
         {"name": "llama3.2:latest", "model": "llama3.2:latest", "context_length": 8192},
@@ -316,7 +316,7 @@ async def test_an_ollama_that_does_not_report_running_models(scripted_server: Sc
 
 
 async def test_ollama_is_recognized_by_models_of_another_namespace(scripted_server: ScriptedServer) -> None:
-    models = listing({"id": "me/mine:latest", "owned_by": "me"})
+    models = models_list({"id": "me/mine:latest", "owned_by": "me"})
     result = await info(scripted_server, models=models, ollama={"version": "0.12.6"}, ps={"models": []})
     assert (result.kind, result.loaded_models) == ("ollama", ())
 
@@ -325,7 +325,7 @@ async def test_ollama_is_recognized_by_models_of_another_namespace(scripted_serv
 
 
 async def test_vllm_reports_its_version_and_the_context_of_its_model(scripted_server: ScriptedServer) -> None:
-    models = listing(
+    models = models_list(
         {"id": "Qwen/Qwen3-8B", "owned_by": "vllm", "root": "Qwen/Qwen3-8B", "max_model_len": 40960},
         {"id": "my-lora", "owned_by": "vllm", "parent": "Qwen/Qwen3-8B", "max_model_len": None},
     )
@@ -357,7 +357,7 @@ async def test_another_server_is_unknown_and_has_the_models_that_it_lists(script
 
 
 async def test_a_context_length_listed_by_another_server_is_used(scripted_server: ScriptedServer) -> None:
-    models = listing({"id": "x", "owned_by": "sglang", "max_model_len": 32768})
+    models = models_list({"id": "x", "owned_by": "sglang", "max_model_len": 32768})
     result = await info(scripted_server, models=models)
     assert (result.kind, result.context_length, result.slots) == ("unknown", 32768, None)
 
@@ -365,12 +365,14 @@ async def test_a_context_length_listed_by_another_server_is_used(scripted_server
 @pytest.mark.parametrize("wrong", [0, -1, True, "4096", 1.5, None, [4]])
 async def test_a_value_that_is_not_a_count_is_none(scripted_server: ScriptedServer, wrong: Any) -> None:
     model = {"key": "x", "loaded_instances": [{"id": wrong, "config": {"context_length": wrong, "parallel": wrong}}]}
-    result = await info(scripted_server, models=OWNED, v1=studio(model, {"key": "y", "loaded_instances": [wrong]}))
+    result = await info(
+        scripted_server, models=LMSTUDIO_LIST, v1=lmstudio_models(model, {"key": "y", "loaded_instances": [wrong]})
+    )
     assert (result.context_length, result.slots) == (None, None)
     assert result.models[1] == ModelInfo(id="y", loaded=True)
     props = {"default_generation_settings": {"n_ctx": wrong}, "total_slots": wrong, "build_info": wrong}
     result = await info(
-        scripted_server, models=listing({"id": "x", "owned_by": "llamacpp", "meta": wrong}), props=props
+        scripted_server, models=models_list({"id": "x", "owned_by": "llamacpp", "meta": wrong}), props=props
     )
     assert (result.context_length, result.slots) == (None, None)
 
@@ -406,14 +408,14 @@ async def test_an_unreachable_server_raises_a_connection_error() -> None:
 
 
 async def test_the_paths_are_below_the_root_of_a_server_that_is_below_a_path(scripted_server: ScriptedServer) -> None:
-    scripted_server.on_path("/box/v1/models", reply(200, OWNED))
-    scripted_server.on_path("/box/api/v1/models", reply(200, STUDIO))
+    scripted_server.on_path("/box/v1/models", reply(200, LMSTUDIO_LIST))
+    scripted_server.on_path("/box/api/v1/models", reply(200, LMSTUDIO_MODELS))
     async with LLMClient(f"{scripted_server.origin}/box") as client:
         assert (await client.server_info()).kind == "lmstudio"
 
 
 async def test_server_info_does_not_queue_behind_generations(scripted_server: ScriptedServer) -> None:
-    serve(scripted_server, models=OWNED, v1=STUDIO)
+    serve(scripted_server, models=LMSTUDIO_LIST, v1=LMSTUDIO_MODELS)
     scripted_server.default = stall()
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
         generation = asyncio.create_task(client.chat_completion(MESSAGES))
@@ -440,7 +442,7 @@ async def test_replies_that_report_nothing_are_logged_at_debug_level(
     scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG, "lmbridge.client"):
-        await info(scripted_server, models=listing({"id": "x", "owned_by": "llamacpp"}))
+        await info(scripted_server, models=models_list({"id": "x", "owned_by": "llamacpp"}))
     assert "the server answered 404" in caplog.text
 
 
