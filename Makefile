@@ -44,18 +44,19 @@ lint: .venv-test/installed
 	.venv-test/bin/ruff format --check
 	.venv-test/bin/mypy
 
+BENCH_OPTIONS = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+
 bench: .venv-bench/installed
-	@.venv-bench/bin/python -m benchmarks \
-		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
+	@.venv-bench/bin/python -m benchmarks clients growth $(BENCH_OPTIONS)
 
 swaps: .venv-swaps/installed
-	@.venv-swaps/bin/python -m benchmarks.model_swaps $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+	@.venv-swaps/bin/python -m benchmarks model-swaps $(BENCH_OPTIONS)
 
 agents: .venv-agents/installed
-	@.venv-agents/bin/python -m benchmarks.agents $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+	@.venv-agents/bin/python -m benchmarks agents $(BENCH_OPTIONS)
 
 mcp-bench: .venv-mcp/installed $(NPM)/node_modules/.package-lock.json
-	@.venv-mcp/bin/python -m benchmarks.mcp_calls $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(WRITE),--write)
+	@.venv-mcp/bin/python -m benchmarks mcp-calls $(BENCH_OPTIONS)
 
 conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m tests.mcp.conformance.run

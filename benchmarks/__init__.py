@@ -1,1 +1,14 @@
-"""lmbridge beside its peers and beside the limit: `make bench`, or `python -m benchmarks`."""
+"""Benchmarks of lmbridge against hand-written code, other libraries and the official MCP SDK.
+
+    python -m benchmarks [TABLE ...] [--rounds N] [--only ROW] [--write]
+
+- `specification.py`: the classes that describe a table: its rows, peers, bars and place in the documentation.
+- `tables/`: one file for each table.
+- `runner.py`: measures any table, in rounds; `processes.py` starts its processes.
+- `workers/`: the programs of these processes, with a method for each workload.
+- `peers/`, `agent_peers/`, `mcp_peers.py`: the libraries that are compared.
+- `stub.py`, `mcp_stub.py`, `swap_servers.py`, `routers.py`: the servers.
+- `report.py`, `chart.py`, `swap_chart.py`: tables and charts of the results.
+
+`python -m benchmarks.admission` measures the admission of requests alone, without a server.
+"""

@@ -1,105 +1,119 @@
-"""Measures, prints the tables, and writes them into the documentation if told to."""
+"""Measures tables, prints them, and writes them into the documentation with `--write`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Final
 
 from benchmarks import report
-from benchmarks.chart import COLOURS, chart
-from benchmarks.peers import PEERS
 from benchmarks.processes import ROOT
-from benchmarks.rows import ROWS, SWEEPS, Row
-from benchmarks.run import STEADY_ROUNDS, Results, rows_of, sweeps_of
+from benchmarks.results import Results
+from benchmarks.runner import measure_table
+from benchmarks.specification import Table
+from benchmarks.tables import TABLES
 
-PAGE: Final = ROOT / "docs" / "performance.md"
-CHART: Final = ROOT / "docs" / "performance.svg"
-ROUNDS: Final = 15
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="", help="rows whose name holds this: " + ", ".join(_names()))
-    parser.add_argument("--peers", default=",".join(PEERS), help="these clients only; the limit is always one")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show whether it works")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} and {CHART.name} in docs/")
-    parser.add_argument("--json", type=Path, help="write every figure to this file")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error("--rounds is at least 1")
-    unknown = set(given.peers.split(",")) - set(PEERS)
-    if unknown:
-        parser.error(f"there is no client {', '.join(sorted(unknown))}")
-    if not any(given.only in name for name in _names()):
-        parser.error(f"there is no row {given.only!r}")
-    if given.write and (given.only or given.tiny or given.peers != ",".join(PEERS)):
-        parser.error("only a full run is written")
-    return given
+DOCS: Final = ROOT / "docs"
 
 
-def _names() -> list[str]:
-    return [each.key for each in (*ROWS, *SWEEPS)]
+def parse_arguments() -> argparse.Namespace:
+    listed = "\n".join(f"  {table.name:12} {table.about}; rows: {_keys(table)}" for table in TABLES.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"tables:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="default: all that this environment can measure")
+    parser.add_argument("--rounds", type=int, help="default: as many as the table needs")
+    parser.add_argument("--only", default="", metavar="ROW", help="measure the rows whose name contains this")
+    parser.add_argument("--peers", default="", help="measure these columns, separated by commas, and the baseline")
+    parser.add_argument("--tiny", action="store_true", help="use sizes that only show that everything works")
+    parser.add_argument("--write", action="store_true", help="write the tables and charts in docs/")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    arguments = parser.parse_args()
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if unknown := set(arguments.tables) - set(TABLES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; there are: {', '.join(TABLES)}")
+    chosen = [TABLES[name] for name in arguments.tables or TABLES]
+    if unknown := set(filter(None, arguments.peers.split(","))).difference(*(table.peers for table in chosen)):
+        parser.error(f"there is no column {', '.join(sorted(unknown))}")
+    if not any(arguments.only in row.key for table in chosen for row in table.rows):
+        parser.error(f"no row has a name with {arguments.only!r}")
+    if arguments.write and (arguments.only or arguments.tiny or arguments.peers):
+        parser.error("--write needs whole tables: leave out --only, --peers and --tiny")
+    return arguments
 
 
-def installed(names: Sequence[str]) -> list[str]:
-    """The clients that can be imported here, the limit first."""
-    return [
-        name
-        for name, about in PEERS.items()
-        if name == "limit" or (name in names and importlib.util.find_spec(about.imports.partition(",")[0]))
-    ]
+def _keys(table: Table) -> str:
+    return ", ".join(row.key for row in table.rows)
 
 
-def tell(what: str) -> None:
+def report_progress(text: str) -> None:
+    """Shows what is being measured in the last line of a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def write(rows: Sequence[Row], results: Results, first: str, second: str, where: str) -> None:
-    """Brings the documentation up to date."""
-    page = PAGE.read_text()
-    for name, text in (("table", first), ("steady", second), ("machine", where)):
-        page = report.replaced(page, name, text)
-    bars = []
-    for row in rows:
-        if not row.absolute:
-            limit = results[row.key, "limit"]
-            ratios = {name: results[row.key, name].ratios(limit) for name in COLOURS}
-            bars.append((row.title, {name: median(values) for name, values in ratios.items() if values}))
-    PAGE.write_text(page)
-    CHART.write_text(chart(bars, {name: PEERS[name].title for name in COLOURS}))
+def run_table(table: Table, arguments: argparse.Namespace) -> Results:
+    """Measures a table, prints it, and writes it into the documentation if that was asked for."""
+    wanted = arguments.peers.split(",") if arguments.peers else list(table.peers)
+    peers = [name for name in table.installed_peers() if name in wanted or name == table.baseline]
+    reasons = {row.key: row.why_missing() for row in table.rows}
+    rows = [row for row in table.rows if arguments.only in row.key and reasons[row.key] is None]
+    rounds = arguments.rounds or table.rounds
+    began, load = time.monotonic(), os.getloadavg()[0]
+    results = measure_table(table, rows, peers, rounds, report_progress, tiny=arguments.tiny)
+    report_progress("")
+    lines = table.format(table, rows, results) if table.format else report.format_ratios(table, rows, peers, results)
+    notes = report.list_notes(table, rows, peers, results)
+    notes += [
+        f"Not measured here: {row.title} ({reason})."
+        for row in table.rows
+        if arguments.only in row.key and (reason := reasons[row.key])
+    ]
+    machine = report.describe_machine(table, peers, rounds, load, time.monotonic() - began)
+    print("\n\n".join([table.name, report.as_plain(lines), "\n".join([*notes, *machine]), ""]))
+    if arguments.write:
+        write(table, lines, notes, machine)
+        if table.draw:
+            (DOCS / table.chart).write_text(table.draw(table, results))
+    return results
+
+
+def write(table: Table, lines: Sequence[Sequence[str]], notes: Sequence[str], machine: Sequence[str]) -> None:
+    """Replaces the sections of the table in its page: the table, its notes, and the machine."""
+    page = (DOCS / table.page).read_text()
+    sections = {
+        table.name: report.as_markdown(lines),
+        f"{table.name}-notes": "\n".join(f"- {line.removeprefix('* ')}" for line in notes),
+        f"{table.name}-machine": "\n".join(f"- {line}" for line in machine),
+    }
+    for name, text in sections.items():
+        page = report.replace_section(page, name, text)
+    (DOCS / table.page).write_text(page)
 
 
 def main() -> None:
-    given = arguments()
-    began, load = time.monotonic(), os.getloadavg()[0]
-    names = installed(given.peers.split(","))
-    rows = [row for row in ROWS if given.only in row.key]
-    sweeps = [sweep for sweep in SWEEPS if given.only in sweep.key]
-    results = rows_of(rows, names, given.rounds, tell, tiny=given.tiny) if rows else {}
-    steady = sweeps_of(sweeps, min(given.rounds, STEADY_ROUNDS), tell, tiny=given.tiny) if sweeps else {}
-    tell("")
-    tables = [report.table(rows, names, results)] if rows else []
-    if sweeps:
-        tables.append(report.steady_table(sweeps, steady, tiny=given.tiny))
-    where = report.machine(names, given.rounds, load, time.monotonic() - began)
-    stars = report.notes(rows, names, results)
-    print("\n\n".join([*map(report.plain, tables), "\n".join([*stars, *where])]))
-    if given.json:
-        figures = {f"{row} / {name}": each.as_json() for (row, name), each in {**results, **steady}.items()}
-        given.json.write_text(json.dumps(figures, indent=1))
-    if given.write:
-        first, second = map(report.markdown, tables)
-        write(rows, results, "\n".join([first, *stars]), second, "\n".join(f"- {line}" for line in where))
+    arguments = parse_arguments()
+    figures = {}
+    for name in arguments.tables or TABLES:
+        table = TABLES[name]
+        if not any(arguments.only in row.key for row in table.rows):
+            continue
+        if reason := table.why_missing():
+            print(f"{name}: skipped, because {reason}\n")
+            continue
+        results = run_table(table, arguments)
+        figures[name] = {f"{row} / {peer}": result.as_json() for (row, peer), result in results.items()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What scheduling costs: a request that need not wait, and each of many that do.
+"""Measures the cost of admission: for a request that need not wait, and for each of many that have to.
 
     python -m benchmarks.admission
 
-CPU microseconds, best of five, of the admission alone: no socket, no server.
+It prints CPU microseconds, the best of five, of the admission alone, without a socket or a server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lmbridge.config import Limits
 from lmbridge.transport.admission import Admission
 
 BAR = 5.0
-"""Microseconds that a request which need not wait may pay."""
+"""The most microseconds that admission may cost a request that need not wait."""
 
 
 async def uncontended(limits: Limits) -> float:

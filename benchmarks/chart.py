@@ -1,4 +1,4 @@
-"""SVGs that are readable on light and on dark pages; the ratios as bars on a logarithmic scale."""
+"""Charts as SVG that are readable on light and dark pages: the ratios to the limit as bars on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks.report import TIMES
 COLOURS: Final = {
     "lmbridge": ("#0b7a4b", "#3ecf8e"),
     "openai": ("#8250df", "#b392f0"),
-    "httpx": ("#0969da", "#58a6ff"),
+    "httpx2": ("#0969da", "#58a6ff"),
     "litellm": ("#bc4c00", "#f0883e"),
 }
-"""On light, on dark."""
+"""The colours of the clients that are shown, on a light and on a dark page."""
 _WIDTH: Final = 860
 _LEFT: Final = 250
 _RIGHT: Final = 70
@@ -24,15 +24,15 @@ _BAR: Final = 11
 _GAP: Final = 16
 
 
-def chart(rows: Sequence[tuple[str, Mapping[str, float]]], titles: Mapping[str, str]) -> str:
-    """Draws it.
+def draw_ratios(rows: Sequence[tuple[str, Mapping[str, float]]], titles: Mapping[str, str]) -> str:
+    """Returns a chart of ratios.
 
     Args:
-        rows: What was measured, with each client's ratio to the limit.
-        titles: The clients to show, from top to bottom, and what they are called.
+        rows: The titles of the rows, with the ratio of each client to the limit.
+        titles: The titles of the clients, from top to bottom.
     """
-    most = max((value for _, ratios in rows for value in ratios.values()), default=10.0)
-    decades = max(1.0, math.log10(most))
+    largest = max((value for _, ratios in rows for value in ratios.values()), default=10.0)
+    decades = max(1.0, math.log10(largest))
 
     def x(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * math.log10(max(value, 1.0)) / decades
@@ -50,8 +50,8 @@ def chart(rows: Sequence[tuple[str, Mapping[str, float]]], titles: Mapping[str, 
             else:
                 width = max(x(value) - _LEFT, 1.5)
                 parts.append(f'<rect class="{name}" x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR - 1}"/>')
-                told = f"{value:.2f}" if value < 10 else f"{value:.0f}"
-                parts.append(f'<text class="small" x="{_LEFT + width + 4:.1f}" y="{y + 9}">{told}{TIMES}</text>')
+                label = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+                parts.append(f'<text class="small" x="{_LEFT + width + 4:.1f}" y="{y + 9}">{label}{TIMES}</text>')
             y += _BAR
         y += _GAP
     grid = [
@@ -65,25 +65,27 @@ def chart(rows: Sequence[tuple[str, Mapping[str, float]]], titles: Mapping[str, 
         legend.append(f'<rect class="{name}" x="{at:.0f}" y="14" width="12" height="12"/>')
         legend.append(f'<text x="{at + 18:.0f}" y="25">{escape(title)}</text>')
         at += 42 + 7.5 * len(title)
-    label = "Cost in multiples of the limit, on a logarithmic scale"
-    return page(_WIDTH, y, label, {name: COLOURS[name] for name in titles}, [*legend, *grid, *parts])
+    description = "Cost in multiples of the limit, on a logarithmic scale"
+    return svg_page(_WIDTH, y, description, {name: COLOURS[name] for name in titles}, [*legend, *grid, *parts])
 
 
-def page(width: int, height: int, label: str, colours: Mapping[str, tuple[str, str]], parts: Sequence[str]) -> str:
-    """An SVG of these parts.
+def svg_page(
+    width: int, height: int, description: str, colours: Mapping[str, tuple[str, str]], parts: Sequence[str]
+) -> str:
+    """Returns an SVG document.
 
     Args:
-        width: In pixels.
-        height: In pixels.
-        label: What it says to those who cannot see it.
-        colours: By class: on light, on dark.
-        parts: The elements.
+        width: The width in pixels.
+        height: The height in pixels.
+        description: The text for readers who cannot see the chart.
+        colours: The colours of each CSS class, on a light and on a dark page.
+        parts: The elements of the chart.
     """
     light = "\n".join(f".{name} {{ fill: {on_light} }}" for name, (on_light, _) in colours.items())
     dark = "\n".join(f".{name} {{ fill: {on_dark} }}" for name, (_, on_dark) in colours.items())
     body = "\n".join(parts)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
-aria-label="{escape(label)}">
+aria-label="{escape(description)}">
 <style>
 text {{ font: 13px system-ui, sans-serif; fill: #1f2328 }}
 .small {{ font-size: 10.5px; fill: #59636e }}

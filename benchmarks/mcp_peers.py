@@ -1,49 +1,37 @@
-"""The two ways to a tool of an MCP server that are compared: the official SDK's own, and ours."""
+"""The ways to call a tool of an MCP server that are compared: through the official SDK, and through lmbridge."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from mcp import Client, StdioServerParameters, stdio_client
 
-from benchmarks.peers import About
+from benchmarks.mcp_servers import MCP_SERVERS
 from benchmarks.processes import ROOT
 from lmbridge.agent.calling import call_tool
 from lmbridge.agent.tools import ToolContext
 from lmbridge.mcp import McpHub
-from lmbridge.transport.deadline import DeadlineTimer
 
-_NPM: Final = ROOT / "tests" / "mcp" / "npm" / "node_modules"
-SERVERS: Final[Mapping[str, Sequence[str]]] = {
-    "stub": (sys.executable, "-m", "benchmarks.mcp_stub"),
-    "time": (sys.executable, "-m", "mcp_server_time", "--local-timezone", "UTC"),
-    "everything": ("node", str(_NPM / "@modelcontextprotocol" / "server-everything" / "dist" / "index.js"), "stdio"),
-}
-"""Commands of servers."""
-WAYS: Final[Mapping[str, About]] = {
-    "sdk": About("the official SDK", "", "mcp", ("mcp", "pydantic", "anyio")),
-    "again": About("the SDK again", "", "mcp", ("mcp",)),
-    "lmbridge": About("lmbridge", "", "lmbridge", ("lmbridge", "msgspec")),
-    "agent": About("lmbridge, as an agent calls", "", "lmbridge", ("lmbridge",)),
-}
+_TIMEOUT: Final = 60.0
+_MAX_OUTPUT: Final = 10**6
+_session_owners: Final[list[asyncio.Task[None]]] = []
+"""The tasks that hold sessions open until the process ends."""
 
 
-class Way(Protocol):
-    """A way to a tool."""
+class McpPeer(Protocol):
+    """A session with a server."""
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str:
-        """The text of a call's result."""
+        """Calls a tool, and returns the text of its result."""
         ...
 
 
-class _Sdk:
-    """A client of the official SDK, as its documentation shows it."""
+class _SdkSession:
+    """A client of the official SDK, used as its documentation shows."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -54,67 +42,57 @@ class _Sdk:
         return text
 
 
-class _Hub:
-    """A tool of our hub, called by itself."""
+class _HubTools:
+    """The tools of an `McpHub`, called directly."""
 
     def __init__(self, lease: Any) -> None:
-        self._functions = {tool.name: tool.function for tool in lease.tools}
+        self._tools = {tool.name: tool for tool in lease.tools}
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str:
-        text: str = await self._functions[tool](**arguments)
+        text: str = await self._tools[tool].function(**arguments)
         return text
 
 
-class _Agent:
-    """A tool of our hub, called as an agent's loop does: its arguments are checked, its time and output bounded."""
+class _AgentTools:
+    """The tools of an `McpHub`, called as the agent loop does, with validation, a time limit and a limit of output."""
 
     def __init__(self, lease: Any) -> None:
         self._tools = {tool.name: (tool, tool.convert) for tool in lease.tools}
-        self._context = ToolContext("run", "call", "tool", lambda: False)
-        self._deadline_timer = DeadlineTimer(asyncio.get_running_loop())
+        self._context = ToolContext("run", "call", "tool", lambda: False, _TIMEOUT)
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> str:
         found, convert = self._tools[tool]
-        outcome = await call_tool(
-            found,
-            convert(arguments),
-            self._context,
-            timeout=60.0,
-            max_output=10**6,
-            deadline_timer=self._deadline_timer,
-        )
+        keywords = convert(arguments)
+        outcome = await call_tool(found, keywords, self._context, timeout=_TIMEOUT, max_output=_MAX_OUTPUT)
         return outcome.text
 
 
-async def open_way(name: str, server: str) -> Way:
-    """A way to the tools of a server of its own, open until the process ends."""
-    opened: asyncio.Future[Way] = asyncio.get_running_loop().create_future()
-    owner = (_own_sdk if name in ("sdk", "again") else _own_hub)(name, server, opened)
-    _owners.append(task := asyncio.create_task(owner))
-    await asyncio.wait({task, opened}, return_when=asyncio.FIRST_COMPLETED)
+async def open_session(peer: str, server: str) -> McpPeer:
+    """Starts a server, and opens a session with it that stays open until the process ends."""
+    opened: asyncio.Future[McpPeer] = asyncio.get_running_loop().create_future()
+    owner = _own_sdk_session(server, opened) if peer in ("sdk", "sdk-again") else _own_hub(peer, server, opened)
+    _session_owners.append(task := asyncio.create_task(owner))
+    waited_for: set[asyncio.Future[Any]] = {task, opened}
+    await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         task.result()
     return opened.result()
 
 
-_owners: Final[list[asyncio.Task[None]]] = []
-"""The tasks that hold sessions open."""
-
-
-async def _own_sdk(_: str, server: str, opened: asyncio.Future[Way]) -> None:
-    command, *args = SERVERS[server]
+async def _own_sdk_session(server: str, opened: asyncio.Future[McpPeer]) -> None:
+    command, *args = MCP_SERVERS[server]
     parameters = StdioServerParameters(command=command, args=args, cwd=ROOT)
     async with Client(stdio_client(parameters), mode="legacy") as client:
         await client.list_tools()
-        opened.set_result(_Sdk(client))
+        opened.set_result(_SdkSession(client))
+        # The session has to be closed by the task that opened it, so this task never ends.
         await asyncio.get_running_loop().create_future()
 
 
-async def _own_hub(name: str, server: str, opened: asyncio.Future[Way]) -> None:
-    command, *args = SERVERS[server]
+async def _own_hub(peer: str, server: str, opened: asyncio.Future[McpPeer]) -> None:
+    command, *args = MCP_SERVERS[server]
     config = Path(tempfile.mkdtemp()) / "mcp.json"
     entry = {"command": command, "args": args, "cwd": str(ROOT)}
     config.write_text(json.dumps({"mcpServers": {server: entry}}))
-    lease = await McpHub(config).tools(call_timeout=60.0)
-    make: Callable[[Any], Way] = _Agent if name == "agent" else _Hub
-    opened.set_result(make(lease))
+    lease = await McpHub(config).tools(call_timeout=_TIMEOUT)
+    opened.set_result(_AgentTools(lease) if peer == "lmbridge-agent" else _HubTools(lease))

@@ -1,4 +1,4 @@
-"""An MCP server on stdio that does next to nothing: what a call costs is its client's."""
+"""An MCP server on stdio that does almost nothing, so that the cost of a call is that of the client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOOL: Final = {
 
 
 def answer(message: dict[str, Any]) -> dict[str, Any]:
-    """The result of a request."""
+    """Returns the result of a request."""
     params = message.get("params") or {}
     if message["method"] == "initialize":
         info = {"name": "stub", "version": "1"}

@@ -1,4 +1,4 @@
-"""The processes: the stub server on one core, the clients on another."""
+"""The processes of a measurement: servers on one core, the peers on another."""
 
 from __future__ import annotations
 
@@ -13,11 +13,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from benchmarks.peers import PEERS, environment
-
 ROOT: Final = Path(__file__).parent.parent
+SERVER_CORE: Final = 0
+"""The index, in `cores()`, of the core that servers run on."""
+PEER_CORE: Final = 1
+"""The index, in `cores()`, of the core that the peers run on."""
 PRIORITY: Final = -15
-_IMPORT: Final = """
+"""The niceness of the processes, so that other work on the machine waits."""
+START_SECONDS: Final = 10.0
+"""The time that the stub server may take to start, and a worker to notice that its time is up."""
+_CORES: Final = "LMBRIDGE_BENCHMARK_CORES"
+"""The environment variable that passes the cores on to processes that are pinned to one of them."""
+_UNWANTED: Final = (
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONOPTIMIZE",
+    "PYTHONASYNCIODEBUG",
+    "PYTHONDEVMODE",
+    "PYTHONTRACEMALLOC",
+)
+_IMPORT_PROGRAM: Final = """
 import time
 began = time.process_time()
 import {}
@@ -25,24 +39,46 @@ print((time.process_time() - began) * 1e3)
 """
 
 
-class FailedError(Exception):
-    """There is no figure, and why."""
+class MeasurementError(Exception):
+    """A figure could not be measured, for the reason that the text gives."""
 
 
 def cores() -> tuple[int, int] | None:
-    """The server's core and the clients'; None where processes cannot be pinned, or there is but one core."""
+    """Returns the cores for servers and peers, or None if processes cannot be pinned or there is only one core."""
+    if passed_on := os.environ.get(_CORES):
+        server, peer = map(int, passed_on.split(","))
+        return server, peer
     if not hasattr(os, "sched_setaffinity"):
         return None
     usable = sorted(os.sched_getaffinity(0))
     return (usable[0], usable[1]) if len(usable) > 1 else None
 
 
-class Process:
-    """A Python process on one of the cores, spoken to by lines.
+def environment() -> dict[str, str]:
+    """Returns the environment of all processes: no proxies, no keys, no downloads, no telemetry, and a stable heap.
+
+    asyncio reads into a new buffer of 256 KiB each time. Whether its memory is returned to the system after each read,
+    which costs two page faults and 20 microseconds a request, depends on the accidental layout of the heap. Therefore
+    the allocator is told to keep all memory.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _UNWANTED and not name.lower().endswith("_proxy")
+    }
+    quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "CRITICAL", "DO_NOT_TRACK": "1"}
+    defaults = {"LMBRIDGE_API_BASE": "", "LM_API_TOKEN": "", "DEFAULT_MODEL": ""}
+    heap = {"MALLOC_TRIM_THRESHOLD_": str(2**28), "MALLOC_TOP_PAD_": str(2**26)}
+    pinned = {_CORES: "{},{}".format(*pair)} if (pair := cores()) else {}
+    return {**inherited, **quiet, **defaults, **heap, **pinned}
+
+
+class PinnedProcess:
+    """A Python process on one of the cores, which reads commands and prints answers, one a line.
 
     Args:
-        core: Which of `cores()`.
-        *args: For the interpreter.
+        core: `SERVER_CORE` or `PEER_CORE`.
+        *args: The arguments of the interpreter.
     """
 
     def __init__(self, core: int, *args: str) -> None:
@@ -55,25 +91,34 @@ class Process:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        if pinned := cores():
-            os.sched_setaffinity(self._process.pid, {pinned[core]})
-        with suppress(AttributeError, PermissionError):  # what else runs on this machine shall wait, if it may be told
+        if pair := cores():
+            os.sched_setaffinity(self._process.pid, {pair[core]})
+        # Without the permission to raise the priority, other work on the machine increases the spread.
+        with suppress(AttributeError, PermissionError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, PRIORITY)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills the process."""
         self._process.kill()
         self._process.communicate()
 
     def read(self, bound: float) -> str:
-        """The next line that it prints."""
+        """Returns the next line that the process prints; it is empty if the process has ended.
+
+        Raises:
+            MeasurementError: Nothing was printed within `bound` seconds.
+        """
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], bound)[0]:
-            raise FailedError(f"not done in {bound:g} s")
+            raise MeasurementError(f"not finished within {bound:g} s")
         return self._process.stdout.readline()
 
     def write(self, line: str) -> None:
@@ -82,48 +127,54 @@ class Process:
         self._process.stdin.flush()
 
 
-class Stub(Process):
-    """The server."""
+class Stub(PinnedProcess):
+    """The stub server of completions."""
 
     def __init__(self) -> None:
-        super().__init__(0, "-m", "benchmarks.stub")
-        self.port = int(self.read(10))
+        super().__init__(SERVER_CORE, "-m", "benchmarks.stub")
+        self.port = int(self.read(START_SECONDS))
 
 
-class Worker(Process):
-    """A client in a process of its own.
+class Worker(PinnedProcess):
+    """A process that measures.
 
     Args:
-        name: Which client.
-        port: The server's.
-        module: Its program.
+        module: Its program, which calls `benchmarks.workers.serve`.
+        name: The peer or the server that it works with.
+        port: The port of the stub server, or 0.
     """
 
-    def __init__(self, name: str, port: int, module: str = "benchmarks.worker") -> None:
-        super().__init__(1, "-m", module, name, str(port))
+    def __init__(self, module: str, name: str, port: int) -> None:
+        super().__init__(PEER_CORE, "-m", module, name, str(port))
 
-    def measure(self, workload: str, arguments: Mapping[str, Any], bound: float) -> float | None:
-        """A figure of a workload; None is "never".
+    def measure(self, workload: str, arguments: Mapping[str, Any], bound: float) -> Any:
+        """Returns the figure of a workload; None means that the awaited event never came.
 
         Raises:
-            FailedError: there is none.
+            MeasurementError: The workload failed, or took more than `bound` seconds.
         """
-        self.write(json.dumps({"do": workload, "bound": bound, **arguments}))
-        line = self.read(bound * 1.5 + 10)  # what blocks its loop does not see the bound
+        try:
+            self.write(json.dumps({"do": workload, "bound": bound, **arguments}))
+            # Code that blocks the event loop of the worker does not notice the bound there.
+            line = self.read(bound * 1.5 + START_SECONDS)
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise FailedError("its process died")
+            raise MeasurementError("its process died")
         answer = json.loads(line)
-        if "failed" in answer:
-            raise FailedError(answer["failed"])
-        value: float | None = answer["value"]
-        return value
+        if "failure" in answer:
+            raise MeasurementError(answer["failure"])
+        return answer["value"]
 
 
-def measure_import(name: str, bound: float) -> float:
-    """CPU milliseconds that the import of a client takes in a fresh process."""
-    modules = PEERS[name].imports
-    with Process(1, "-c", _IMPORT.format(modules)) as process:
+def measure_import(modules: str, bound: float) -> float:
+    """Returns the CPU milliseconds of an import in a new interpreter.
+
+    Raises:
+        MeasurementError: The modules cannot be imported.
+    """
+    with PinnedProcess(PEER_CORE, "-c", _IMPORT_PROGRAM.format(modules)) as process:
         line = process.read(bound)
     if not line:
-        raise FailedError(f"cannot import {modules}")
+        raise MeasurementError(f"cannot import {modules}")
     return float(line)

@@ -1,39 +1,134 @@
-"""Results as tables for people, the same in a terminal and in the documentation."""
+"""Formats results as tables, in the same way for a terminal and for the documentation."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from benchmarks.peers import PEERS, About, versions
 from benchmarks.processes import cores
-from benchmarks.rows import Row, Sweep
-from benchmarks.run import Result, Results, spread
+from benchmarks.results import Result, Results, spread
+from benchmarks.specification import OURS, Growth, Row, Table, TableLines
 
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 DASH: Final = "\N{EN DASH}"
+_FAILURE_CHARACTERS: Final = 160
 
 
-def machine(
-    names: Iterable[str], rounds: int, load_before: float, seconds: float, among: Mapping[str, About] = PEERS
-) -> list[str]:
-    """What was measured with what, where and when."""
-    pinned = cores()
-    pinning = f"server on core {pinned[0]}, clients on core {pinned[1]}" if pinned else "nothing pinned"
-    found = versions(names, among)
+def format_ratios(table: Table, rows: Sequence[Row], peers: Sequence[str], results: Results) -> TableLines:
+    """Returns a line for each row, with the figure of the baseline and the ratios of the other peers."""
+    lines = [["", *(table.peers[name].title for name in peers), "spread", "our bar", ""]]
+    for row in rows:
+        baseline, ours = results[row.key, table.baseline], results[row.key, OURS]
+        cells = [_cell(row, results[row.key, name], baseline, is_baseline=name == table.baseline) for name in peers]
+        lines.append([row.title, *cells, _spread(row, ours, baseline), _bar(row), _verdict(row, ours, baseline)])
+    keys = {row.key for row in rows}
+    return lines + [
+        _growth_line(growth, table, peers, results) for growth in table.growths if {growth.first, growth.last} <= keys
+    ]
+
+
+def _cell(row: Row, result: Result, baseline: Result, *, is_baseline: bool) -> str:
+    if result.figures and result.is_never:
+        return "never"
+    if result.median is None:
+        return "failed*" if result.failure else DASH
+    mark = "*" if result.failure else ""
+    if row.is_absolute:
+        return f"{result.median:.2f} {row.unit}{mark}"
+    if is_baseline:
+        return f"{format_figure(result.median)} {row.unit}{mark}"
+    ratios = result.ratios(baseline)
+    return f"{_ratio(median(ratios))}{mark}" if ratios else DASH
+
+
+def _spread(row: Row, ours: Result, baseline: Result) -> str:
+    if row.is_absolute:
+        values = list(ours.known.values())
+        return f"±{spread(values):.2f} {row.unit}" if len(values) > 1 else ""
+    return _percent(ours.ratios(baseline))
+
+
+def _bar(row: Row) -> str:
+    if row.bar is None:
+        return ""
+    return f"+{row.bar:g} {row.unit}" if row.is_absolute else f"{row.bar:.2f}{TIMES}"
+
+
+def _verdict(row: Row, ours: Result, baseline: Result) -> str:
+    """Returns "ok" or "over" for a row with a bar, and nothing if it was not measured."""
+    if row.bar is None:
+        return ""
+    if ours.figures and ours.is_never:
+        return "over"
+    if ours.median is None or baseline.median is None:
+        return ""
+    cost = ours.median - baseline.median if row.is_absolute else median(ours.ratios(baseline) or [0.0])
+    return "ok" if cost <= row.bar else "over"
+
+
+def _growth_line(growth: Growth, table: Table, peers: Sequence[str], results: Results) -> list[str]:
+    growths = {name: results[growth.last, name].ratios(results[growth.first, name]) for name in peers}
+    more = [ours / limit for ours, limit in zip(growths.get(OURS, ()), growths.get(table.baseline, ()), strict=False)]
+    cells = [_ratio(median(each)) if each else DASH for each in growths.values()]
+    verdict = ("ok" if median(more) <= growth.bar else "over") if more else ""
+    return [growth.title, *cells, _percent(more), f"{growth.bar:.2f}{TIMES} the growth of the limit", verdict]
+
+
+def format_figure(value: float) -> str:
+    """Returns a figure with about three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{format_figure(value)}{TIMES}"
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"±{spread(values) / median(values) * 100:.0f} %" if len(values) > 1 else ""
+
+
+def list_notes(table: Table, rows: Sequence[Row], peers: Sequence[str], results: Results) -> list[str]:
+    """Returns the reasons for failures, and what this environment could not measure."""
+    notes = [
+        f"* {table.peers[name].title}, {row.title}: {result.failure.splitlines()[0][:_FAILURE_CHARACTERS]}"
+        for row in rows
+        for name in peers
+        if (result := results.get((row.key, name))) is not None and result.failure
+    ]
+    missing = [info.title for name, info in table.peers.items() if name not in peers]
+    if missing:
+        notes.append(f"Not measured here: {', '.join(missing)}.")
+    return notes + (table.notes(table, rows, results) if table.notes else [])
+
+
+def describe_machine(table: Table, peers: Iterable[str], rounds: int, load_before: float, seconds: float) -> list[str]:
+    """Returns when and where the table was measured, and with which versions."""
+    pair = cores()
+    pinning = f"server on core {pair[0]}, clients on core {pair[1]}" if pair else "processes are not pinned"
     loads = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {rounds} rounds in {seconds / 60:.0f} minutes",
         f"{_processor()}, {os.cpu_count()} cores, {pinning}; load average {loads}",
         f"{platform.platform(terse=True)}, {platform.python_implementation()} {platform.python_version()}",
-        ", ".join(f"{name} {version}" for name, version in found.items()),
+        ", ".join(f"{name} {version}" for name, version in _versions(table, peers).items()),
     ]
+
+
+def _versions(table: Table, peers: Iterable[str]) -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for distribution in (each for name in peers for each in table.peers[name].distributions):
+        try:
+            versions[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _processor() -> str:
@@ -44,90 +139,8 @@ def _processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def figure(value: float) -> str:
-    """With as many digits as it is worth."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def ratio(value: float) -> str:
-    return f"{value:.0f}{TIMES}" if value >= 100 else f"{value:.1f}{TIMES}" if value >= 10 else f"{value:.2f}{TIMES}"
-
-
-def percent(values: Sequence[float]) -> str:
-    return f"±{spread(values) / median(values) * 100:.0f} %" if len(values) > 1 else ""
-
-
-def verdict(row: Row, ours: Result, limit: Result) -> str:
-    """Whether lmbridge is within our bar."""
-    if ours.middle is None or limit.middle is None:
-        return "" if not ours.never or not ours.figures else "over"
-    more = ours.middle - limit.middle if row.absolute else median(ours.ratios(limit))
-    return "ok" if more <= row.bar else "over"
-
-
-def table(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[list[str]]:
-    """The first table: a line for each row, and the heading before them."""
-    lines = [["", *(PEERS[name].title for name in names), "spread", "our bar", ""]]
-    for row in rows:
-        limit = results[row.key, "limit"]
-        ours = results[row.key, "lmbridge"]
-        bar = f"+{row.bar:g} ms" if row.absolute else f"{row.bar:.2f}{TIMES}"
-        cells = [_cell(row, name, results[row.key, name], limit) for name in names]
-        spreads = percent(ours.ratios(limit)) if not row.absolute else _milliseconds(ours)
-        lines.append([row.title, *cells, spreads, bar, verdict(row, ours, limit)])
-    return lines
-
-
-def _milliseconds(result: Result) -> str:
-    values = list(result.known.values())
-    return f"±{spread(values):.2f} ms" if len(values) > 1 else ""
-
-
-def _cell(row: Row, name: str, result: Result, limit: Result) -> str:
-    if result.figures and result.never:
-        return "never"
-    if result.middle is None:
-        return "failed*" if result.failed else DASH
-    if row.absolute:
-        return f"{result.middle:.2f} {row.unit}"
-    if name == "limit":
-        return f"{figure(result.middle)} {row.unit}"
-    ratios = result.ratios(limit)
-    mark = "*" if result.failed else ""
-    return f"{ratio(median(ratios))}{mark}" if ratios else DASH
-
-
-def notes(rows: Sequence[Row], names: Sequence[str], results: Results) -> list[str]:
-    """What a star in the table means."""
-    return [
-        f"* {PEERS[name].title}, {row.title}: {result.failed.splitlines()[0][:160]}"
-        for row in rows
-        for name in names
-        if (result := results[row.key, name]).failed
-    ]
-
-
-def steady_table(sweeps: Sequence[Sweep], results: Results, *, tiny: bool = False) -> list[list[str]]:
-    """The second table."""
-    lines = [["µs CPU", "limit", "growth", "lmbridge", "growth", "spread", "our bar", ""]]
-    for sweep in sweeps:
-        values = sweep.tiny_values if tiny else sweep.values
-        cells = [sweep.title.format(", ".join(f"{value:,}" for value in values))]
-        growths = {}
-        for name in ("limit", "lmbridge"):
-            figures = [results[f"{sweep.key} {value}", name] for value in values]
-            cells.append(" · ".join(DASH if each.middle is None else figure(each.middle) for each in figures))
-            base = figures[values.index(sweep.since) if sweep.since in values else 0]
-            growths[name] = figures[-1].ratios(base)
-            cells.append(ratio(median(growths[name])) if growths[name] else figures[-1].failed)
-        more = [ours / limit for ours, limit in zip(growths["lmbridge"], growths["limit"], strict=False)]
-        passed = ("ok" if median(more) <= sweep.bar else "over") if more else ""
-        lines.append([*cells, percent(growths["lmbridge"]), f"{sweep.bar:.2f}{TIMES} the limit's", passed])
-    return lines
-
-
-def plain(lines: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal."""
+def as_plain(lines: Sequence[Sequence[str]]) -> str:
+    """Returns a table for a terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -138,18 +151,22 @@ def plain(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table for the documentation."""
+def as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Returns a table for the documentation."""
     head, *rest = lines
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *rest])
 
 
-def replaced(page: str, name: str, text: str) -> str:
-    """The page with what stands between the markers of that name replaced."""
+def replace_section(page: str, name: str, text: str) -> str:
+    """Returns the page with other text between the markers of a section.
+
+    Raises:
+        ValueError: The page has no such section.
+    """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"the page has no {begin} ... {end}")
+        raise ValueError(f"the page has no section between {begin} and {end}")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"

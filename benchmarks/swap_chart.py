@@ -1,4 +1,4 @@
-"""What became of the requests, as bars."""
+"""A chart of the fates of requests, as bars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Final
 
-from benchmarks.chart import page
+from benchmarks.chart import svg_page
 
 COLOURS: Final = {
     "whole": ("#0b7a4b", "#3ecf8e"),
@@ -14,7 +14,7 @@ COLOURS: Final = {
     "failed": ("#cf222e", "#f85149"),
     "wrong-model": ("#8250df", "#b392f0"),
 }
-"""On light, on dark."""
+"""The colours of each kind, on a light and on a dark page."""
 _WIDTH: Final = 860
 _LEFT: Final = 220
 _RIGHT: Final = 150
@@ -22,12 +22,12 @@ _BAR: Final = 18
 _STEP: Final = 24
 
 
-def swap_chart(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests: int) -> str:
-    """Draws it.
+def draw_swaps(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests: int) -> str:
+    """Returns the chart.
 
     Args:
-        bars: Where, which client, how many of each kind, and a remark; those of one place follow each other.
-        requests: How many there are in each.
+        bars: The row, the client, the number of requests of each kind, and a remark. Bars of one row follow each other.
+        requests: The number of requests that each bar stands for.
     """
     parts, at = [], 16.0
     for kind in ("whole", "truncated", "failed", "wrong model"):
@@ -49,7 +49,7 @@ def swap_chart(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests
             x += width
         parts.append(f'<text class="small" x="{_WIDTH - _RIGHT + 8}" y="{y + 13}">{escape(remark)}</text>')
         y += _STEP
-    return page(_WIDTH, y + 10, "What became of the requests, by server and client", COLOURS, parts)
+    return svg_page(_WIDTH, y + 10, "The fates of the requests, by server and client", COLOURS, parts)
 
 
 def _class(kind: str) -> str:

@@ -1,7 +1,7 @@
-"""The servers that hold one model at a time, each in a process of its own.
+"""The servers that hold one model at a time, each in a separate process.
 
-The process prints its address and its models as a line of JSON, answers each line with the loads so far, and ends with
-its stdin.
+The process prints its address and its models as a line of JSON, answers each further line with the loads so far, and
+ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -16,63 +16,82 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks.processes import Process
+from benchmarks.processes import SERVER_CORE, MeasurementError, PinnedProcess
 from benchmarks.routers import EmbeddedRouter, LlamaServerRouter, two_models
 from lmbridge.testing import OneModelServer
 
-SEED: Final = 1796
-TOKENS: Final = 40
+_SEED: Final = 1796
+_TOKENS: Final = 40
+_START_SECONDS: Final = 120.0
+_ANSWER_SECONDS: Final = 30.0
 
 
-class About(NamedTuple):
-    """What there is to know of a server without starting it."""
+class SwapServerInfo(NamedTuple):
+    """Facts about a server that are known without starting it."""
 
     title: str
     is_real: bool
+    """True if it runs models, False if it is scripted."""
     tokens: int
-    """How long an answer is."""
-    gap: float
-    """Seconds between two callers that start one after another."""
+    """The length of an answer."""
+    seconds_between_callers: float
 
 
-SERVERS: Final = {
-    "killing": About("kills what it is generating (scripted)", is_real=False, tokens=TOKENS, gap=0.01),
-    "llama-server": About("llama-server, router, `models-max 1`", is_real=True, tokens=16, gap=0.05),
-    "embedded": About("small router over the embedded server", is_real=True, tokens=16, gap=0.05),
+SWAP_SERVERS: Final = {
+    "killing": SwapServerInfo("kills what it is generating (scripted)", False, _TOKENS, 0.01),
+    "llama-server": SwapServerInfo("llama-server, router, `models-max 1`", True, 16, 0.05),
+    "embedded": SwapServerInfo("small router over the embedded server", True, 16, 0.05),
 }
 
 
-class SwapServer(Process):
-    """A server of one of these kinds, fresh."""
+class SwapServer(PinnedProcess):
+    """A new server.
+
+    Args:
+        kind: Its name in `SWAP_SERVERS`.
+
+    Raises:
+        MeasurementError: The server did not start.
+    """
 
     def __init__(self, kind: str) -> None:
-        super().__init__(0, "-m", "benchmarks.swap_servers", kind)
-        ready = json.loads(self.read(120) or '{"failed": true}')
+        super().__init__(SERVER_CORE, "-m", "benchmarks.swap_servers", kind)
+        line = self.read(_START_SECONDS)
+        if not line:
+            raise MeasurementError(f"the server {kind!r} did not start")
+        ready = json.loads(line)
         self.api_base: str = ready["api_base"]
         self.models: list[str] = ready["models"]
 
     def loads(self) -> list[str]:
-        """The model of each load so far, in order."""
+        """Returns the model of each load so far, in order."""
         self.write("loads")
-        loads: list[str] = json.loads(self.read(30))
+        loads: list[str] = json.loads(self.read(_ANSWER_SECONDS))
         return loads
 
-    def __exit__(self, *raised: object) -> None:
-        self.write("end")  # it has children of its own
-        self.read(30)
-        super().__exit__(None, None, None)
+    def close(self) -> None:
+        """Lets the server end its own processes before it is killed."""
+        self.write("end")
+        self.read(_ANSWER_SECONDS)
+        super().close()
 
 
-def swaps(loads: Sequence[str]) -> int:
-    """Loads of another model than the one before."""
+def count_swaps(loads: Sequence[str]) -> int:
+    """Returns how often a server loaded another model than the one before."""
     return sum(before != after for before, after in pairwise(loads))
 
 
+def scripted_texts(models: Sequence[str]) -> dict[str, str]:
+    """Returns the answers of the scripted server's models."""
+    server = OneModelServer(models, tokens=_TOKENS)
+    return {model: server.text(model) for model in models}
+
+
 @asynccontextmanager
-async def serving(kind: str) -> AsyncIterator[Any]:
-    """The server itself, in the running loop."""
+async def _running_server(kind: str) -> AsyncIterator[Any]:
+    """Runs a server in this event loop."""
     if kind == "killing":
-        async with OneModelServer(tokens=TOKENS, seed=SEED) as server:
+        async with OneModelServer(tokens=_TOKENS, seed=_SEED) as server:
             yield server
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -81,17 +100,17 @@ async def serving(kind: str) -> AsyncIterator[Any]:
                 yield router
 
 
-async def serve(kind: str) -> None:
+async def _serve(kind: str) -> None:
     loop = asyncio.get_running_loop()
-    asked: asyncio.Queue[str] = asyncio.Queue()
-    loop.add_reader(sys.stdin, lambda: asked.put_nowait(sys.stdin.readline()))
-    async with serving(kind) as server:
+    commands: asyncio.Queue[str] = asyncio.Queue()
+    loop.add_reader(sys.stdin, lambda: commands.put_nowait(sys.stdin.readline()))
+    async with _running_server(kind) as server:
         print(json.dumps({"api_base": server.api_base, "models": list(server.models)}), flush=True)
-        while (await asked.get()).strip() == "loads":
+        while (await commands.get()).strip() == "loads":
             print(json.dumps(server.loads), flush=True)
         loop.remove_reader(sys.stdin)
     print(flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1]))
+    asyncio.run(_serve(sys.argv[1]))

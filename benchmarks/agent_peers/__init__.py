@@ -1,6 +1,6 @@
-"""The agent loops that are compared, each in the way that its own documentation shows.
+"""The agent loops that are compared, each used as its documentation shows.
 
-A module here is imported only in the process of its loop. openai-agents and pydantic-ai need not be installed.
+A module in this folder is imported only by the worker that measures its loop. The frameworks need not be installed.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from typing import Final
 
 from benchmarks.agent_peers.base import AgentPeer
-from benchmarks.peers import About
+from benchmarks.specification import PeerInfo
 
-AGENTS: Final[Mapping[str, About]] = {
-    "limit": About("limit, by hand", "limit", "aiohttp", ("aiohttp", "orjson")),
-    "control": About("limit again", "limit", "aiohttp", ("aiohttp", "orjson")),
-    "plain": About("by hand, not streamed", "plain", "aiohttp", ("aiohttp", "orjson")),
-    "lmbridge": About("lmbridge", "lmbridge", "lmbridge", ("lmbridge", "msgspec")),
-    "openai-agents": About("openai-agents", "openai_agents", "agents", ("openai-agents", "openai"), far=True),
-    "pydantic-ai": About("pydantic-ai", "pydantic_ai", "pydantic_ai", ("pydantic-ai-slim", "pydantic"), far=True),
+AGENT_PEERS: Final[Mapping[str, PeerInfo]] = {
+    "limit": PeerInfo("limit, by hand", "limit", "aiohttp", ("aiohttp", "orjson")),
+    "limit-again": PeerInfo("limit again", "limit", "aiohttp", ("aiohttp", "orjson")),
+    "plain": PeerInfo("by hand, not streamed", "plain", "aiohttp", ("aiohttp", "orjson")),
+    "lmbridge": PeerInfo("lmbridge", "lmbridge", "lmbridge", ("lmbridge", "msgspec")),
+    "openai-agents": PeerInfo("openai-agents", "openai_agents", "agents", ("openai-agents", "openai"), few_rounds=True),
+    "pydantic-ai": PeerInfo(
+        "pydantic-ai", "pydantic_ai", "pydantic_ai", ("pydantic-ai-slim", "pydantic"), few_rounds=True
+    ),
 }
 
 
-def agent(name: str, base: str) -> AgentPeer:
-    """A loop at work on the API at `base`."""
-    made: AgentPeer = importlib.import_module(f"benchmarks.agent_peers.{AGENTS[name].module}").Agent(base)
-    return made
+def make_agent(name: str, base: str) -> AgentPeer:
+    """Makes an agent that uses the API at `base`."""
+    agent: AgentPeer = importlib.import_module(f"benchmarks.agent_peers.{AGENT_PEERS[name].module}").Agent(base)
+    return agent

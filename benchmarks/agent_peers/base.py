@@ -1,4 +1,4 @@
-"""What each agent loop has to do."""
+"""The interface of the agent loops that are compared, and the task that all get."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, Final
 
 SYSTEM: Final = "You are a helpful assistant."
 TASK: Final = "Add the numbers, one after the other."
-MOST_ROUNDS: Final = 1000
+MAX_ROUNDS: Final = 1000
 AT_ONCE: Final = 2000
-"""More runs than are ever under way, so that none queues."""
+"""More runs than are ever in flight, so that no request waits."""
 SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
@@ -21,13 +21,13 @@ TOOLS: Final = [
 
 
 class AgentPeer:
-    """A loop over one server, with `add` as its only tool."""
+    """An agent with one server, and with `add` as its only tool."""
 
     def __init__(self, base: str) -> None:
         raise NotImplementedError
 
     async def run(self, model: str) -> int:
-        """A run, up to its answer; returns the length of that."""
+        """Runs the task, and returns the length of the answer."""
         raise NotImplementedError
 
 

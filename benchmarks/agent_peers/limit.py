@@ -1,4 +1,4 @@
-"""The limit, as a hand-written loop: streamed, so that the server notices who leaves; nothing is checked."""
+"""The limit: a loop by hand that checks nothing. It streams, so that a server stops when a run is cancelled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yarl import URL
 
 from benchmarks.agent_peers.base import AT_ONCE, SYSTEM, TASK, TOOLS, AgentPeer, add
 from benchmarks.peers.base import JSON
-from benchmarks.peers.limit import dumps, loads
+from benchmarks.peers.json_codec import dumps, loads
 
 
 class Agent(AgentPeer):
@@ -33,7 +33,7 @@ class Agent(AgentPeer):
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": str(result)})
 
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One generation, as a message."""
+        """Makes one request, and returns the message of the reply."""
         data = dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
         text, calls = "", list[Any]()
         async with self._session.post(self._url, data=data, headers=JSON) as response:

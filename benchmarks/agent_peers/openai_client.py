@@ -1,4 +1,4 @@
-"""openai-python's client, as both frameworks use it."""
+"""The client of openai-python for both frameworks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from benchmarks.agent_peers.base import AT_ONCE
 
 
 def openai_client(base: str) -> openai.AsyncOpenAI:
-    """One that does not queue."""
+    """Makes a client whose requests never wait for a connection."""
     limits = type(DEFAULT_CONNECTION_LIMITS)(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
-    # Its own default of 5 s to connect ends 1,000 requests at a time with APITimeoutError.
+    # With the default of 5 s to connect, 1,000 requests at a time end with APITimeoutError.
     http_client = openai.DefaultAsyncHttpxClient(limits=limits, timeout=600.0)
     return openai.AsyncOpenAI(base_url=base, api_key="none", http_client=http_client, timeout=600.0)

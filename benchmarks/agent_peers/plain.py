@@ -1,4 +1,4 @@
-"""The same by hand with plain requests, which a server may go on with when nobody waits for them any more."""
+"""The loop by hand with plain requests, which a server may continue to answer after a run was cancelled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.agent_peers import limit
 from benchmarks.peers.base import JSON
-from benchmarks.peers.limit import dumps, loads
+from benchmarks.peers.json_codec import dumps, loads
 
 
 class Agent(limit.Agent):

@@ -1,4 +1,4 @@
-"""pydantic-ai: `Agent.run`, whose requests are plain."""
+"""pydantic-ai with `Agent.run`, which does not stream."""
 
 from __future__ import annotations
 

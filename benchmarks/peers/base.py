@@ -1,4 +1,4 @@
-"""What each client has to do."""
+"""The interface of the clients that are compared."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ MESSAGES: Final = [
 JSON: Final = {"Content-Type": "application/json"}
 
 
-class Peer:
-    """A client with at most `at_once` requests under way."""
+class ClientPeer:
+    """A client that sends at most `at_once` requests at a time to the API at `base`."""
 
     def __init__(self, base: str, at_once: int) -> None:
         raise NotImplementedError
 
     async def ask(self, model: str) -> int:
-        """A plain request; returns the length of its text."""
+        """Makes a plain request, and returns the length of its text."""
         raise NotImplementedError
 
     async def stream(self, model: str) -> AsyncIterator[Any]:
-        """A streamed one, up to where its chunks can be iterated."""
+        """Makes a streamed request, and returns an iterator over its chunks."""
         raise NotImplementedError
 
     async def read(self, model: str) -> tuple[int, int]:
-        """Reads a stream to its end; returns the number of its chunks and the length of its text."""
+        """Reads a stream to its end, and returns the number of its chunks and the length of its text."""
         count = length = 0
         async for chunk in await self.stream(model):
             count += 1
@@ -36,7 +36,7 @@ class Peer:
         return count, length
 
     async def leave(self, stream: Any) -> None:
-        """Closes a stream before its end, in the way that its library offers."""
+        """Closes a stream before its end, in the way that the library documents."""
         await stream.aclose()
 
     async def close(self) -> None:
@@ -44,7 +44,7 @@ class Peer:
 
 
 async def read_objects(stream: AsyncIterator[Any]) -> tuple[int, int]:
-    """`Peer.read` for chunks that are objects."""
+    """Does the same as `ClientPeer.read` for chunks that are objects instead of dicts."""
     count = length = 0
     async for chunk in stream:
         count += 1

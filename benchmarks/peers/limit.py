@@ -1,6 +1,6 @@
-"""The limit: nobody who uses aiohttp can be much faster.
+"""The limit: a client by hand that only reads, splits and decodes, without checks, errors or time limits.
 
-No check, no error, no timeout: nothing but bytes read, split and decoded.
+A client that uses aiohttp cannot be much faster.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from benchmarks.peers.base import JSON, MESSAGES, Peer
-
-try:
-    from orjson import dumps, loads
-except ImportError:
-    from msgspec.json import decode as loads
-    from msgspec.json import encode as dumps
+from benchmarks.peers.base import JSON, MESSAGES, ClientPeer
+from benchmarks.peers.json_codec import dumps, loads
 
 
-class Client(Peer):
+class Client(ClientPeer):
     def __init__(self, base: str, at_once: int) -> None:
         self._url = URL(f"{base}/chat/completions")
-        # 0 is "as many as there are"; a client that has to queue, like the others, uses aiohttp's own queue.
+        # In the workload where requests have to wait, they wait in aiohttp's queue; 0 stands for no limit.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=at_once if at_once < 100 else 0),
             timeout=aiohttp.ClientTimeout(total=None),

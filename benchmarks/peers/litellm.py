@@ -1,4 +1,4 @@
-"""litellm, on the path that it has for OpenAI-compatible servers."""
+"""litellm, with its provider for servers that are compatible with OpenAI."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import litellm
 
-from benchmarks.peers.base import MESSAGES, Peer, read_objects
+from benchmarks.peers.base import MESSAGES, ClientPeer, read_objects
 
 
-class Client(Peer):
-    def __init__(self, base: str, at_once: int) -> None:  # noqa: ARG002 - it does not queue
+class Client(ClientPeer):
+    def __init__(self, base: str, at_once: int) -> None:  # noqa: ARG002 - it has no such limit
         litellm.suppress_debug_info = True
         self._acompletion: Any = litellm.acompletion
         self._options = {"api_base": base, "api_key": "none", "messages": MESSAGES, "timeout": 600.0}
@@ -28,4 +28,4 @@ class Client(Peer):
         return await read_objects(await self.stream(model))
 
     async def close(self) -> None:
-        pass  # its clients are its own
+        """Does nothing: litellm keeps its connections in a cache that cannot be closed here."""

@@ -1,15 +1,15 @@
-"""lmbridge, with nothing switched off."""
+"""lmbridge with its default options, except for the number of concurrent requests."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any
 
-from benchmarks.peers.base import MESSAGES, Peer
+from benchmarks.peers.base import MESSAGES, ClientPeer
 from lmbridge import Limits, LLMClient
 
 
-class Client(Peer):
+class Client(ClientPeer):
     def __init__(self, base: str, at_once: int) -> None:
         self._client = LLMClient(base, limits=Limits(max_concurrency=at_once))
 

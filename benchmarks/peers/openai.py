@@ -1,4 +1,4 @@
-"""openai-python."""
+"""openai-python with its default options, except for the number of connections and the time limits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import openai
 from openai import DEFAULT_CONNECTION_LIMITS
 
-from benchmarks.peers.base import MESSAGES, Peer, read_objects
+from benchmarks.peers.base import MESSAGES, ClientPeer, read_objects
 
 
-class Client(Peer):
+class Client(ClientPeer):
     def __init__(self, base: str, at_once: int) -> None:
         limits = type(DEFAULT_CONNECTION_LIMITS)(max_connections=at_once, max_keepalive_connections=at_once)
-        # Its own default of 5 s to connect ends 1,000 requests at a time with APITimeoutError.
+        # With the default of 5 s to connect, 1,000 requests at a time end with APITimeoutError.
         client = openai.DefaultAsyncHttpxClient(limits=limits, timeout=600.0)
         self._client = openai.AsyncOpenAI(base_url=base, api_key="none", http_client=client, timeout=600.0)
         self._create: Any = self._client.chat.completions.create

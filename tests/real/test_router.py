@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 
 from benchmarks.routers import EmbeddedRouter, LlamaServerRouter, two_models, why_no_llama_server
-from benchmarks.swap_servers import swaps
+from benchmarks.swap_servers import count_swaps
 from lmbridge import Limits, LLMClient, LLMError, collect
 from tests.support import MESSAGES
 
@@ -62,7 +62,7 @@ async def test_mixed_requests_are_answered_by_their_model_with_one_swap(router: 
     assert [model for model, _ in replies] == names
     assert {reason for _, reason in replies} <= {"length", "stop"}
     assert sorted(router.loads) == sorted(router.models)
-    assert swaps(router.loads) == scheduled.stats().swaps == 1
+    assert count_swaps(router.loads) == scheduled.stats().swaps == 1
 
 
 async def test_a_request_for_another_model_waits_until_a_stream_has_ended(router: Router, scheduled: LLMClient) -> None:

@@ -1,21 +1,24 @@
-"""httpx by hand: read, split and decoded as the limit does it."""
+"""A client by hand with httpx2, which reads, splits and decodes like the limit.
+
+httpx2 continues httpx. openai-python and the MCP SDK use it now, so it shows how much of their cost is their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import httpx
-from orjson import dumps, loads
+import httpx2
 
-from benchmarks.peers.base import JSON, MESSAGES, Peer
+from benchmarks.peers.base import JSON, MESSAGES, ClientPeer
+from benchmarks.peers.json_codec import dumps, loads
 
 
-class Client(Peer):
+class Client(ClientPeer):
     def __init__(self, base: str, at_once: int) -> None:
         self._url = f"{base}/chat/completions"
-        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
-        self._client = httpx.AsyncClient(limits=limits, timeout=600.0, trust_env=False)
+        limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+        self._client = httpx2.AsyncClient(limits=limits, timeout=600.0, trust_env=False)
 
     async def ask(self, model: str) -> int:
         data = dumps({"model": model, "messages": MESSAGES})

@@ -1,0 +1,17 @@
+"""The tables, each in its own file; rows, sizes and bars are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from benchmarks.specification import Table
+from benchmarks.tables.agents import AGENTS_TABLE
+from benchmarks.tables.clients import CLIENTS_TABLE
+from benchmarks.tables.growth import GROWTH_TABLE
+from benchmarks.tables.mcp_calls import MCP_CALLS_TABLE
+from benchmarks.tables.model_swaps import MODEL_SWAPS_TABLE
+
+TABLES: Final[Mapping[str, Table]] = {
+    table.name: table for table in (CLIENTS_TABLE, GROWTH_TABLE, AGENTS_TABLE, MCP_CALLS_TABLE, MODEL_SWAPS_TABLE)
+}
