@@ -135,7 +135,7 @@ class Switchboard:
                 raise self._refusal(run, permit, "is in flight", _REJECTED_HINT)
         for ancestor in filter(self._running.__contains__, permit.ancestors()):
             if ancestor in blockers:
-                raise self._refusal(ancestor, permit, "is in flight, and started it by a tool", _NESTED_HINT)
+                raise self._refusal(ancestor, permit, "is in flight, and one of its tools asked for this", _NESTED_HINT)
             if ancestor.cancelled_by is not None and (self._policy == "cancel" or permit.requested_model is None):
                 # The new run is part of its ancestor, so it gets the same error.
                 raise self._cancellation(ancestor, ancestor.cancelled_by)

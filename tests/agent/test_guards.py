@@ -1,11 +1,10 @@
-"""Reasons to end a run without an answer, and the estimate of tokens."""
+"""Reasons to end a run without an answer."""
 
 from __future__ import annotations
 
 import pytest
 
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
-from lmbridge.agent.tokens import TokenEstimate
 
 
 def test_the_third_repetition_warns_and_the_fifth_ends_the_run() -> None:
@@ -57,22 +56,3 @@ def test_a_budget_is_spent_when_its_limit_is_reached() -> None:
         each.spend(1)
     assert budget.is_spent
     assert not unlimited.is_spent
-
-
-def test_an_estimate_learns_from_the_tokens_that_the_server_counted() -> None:
-    estimate = TokenEstimate()
-    assert estimate.tokens(3000) == 1000
-    estimate.learn(4000, 1000)
-    assert estimate.tokens(4000) == 1000
-    assert estimate.tokens(8000) == 2000
-    assert estimate.tokens(2000) == 500
-    assert estimate.size(100) == 400
-    estimate.learn(10_000, None)
-    assert estimate.tokens(4000) == 1000
-
-
-def test_a_short_prompt_does_not_change_the_tokens_per_byte() -> None:
-    estimate = TokenEstimate()
-    estimate.learn(40, 60)
-    assert estimate.tokens(40) == 60
-    assert estimate.tokens(3040) == 1060
