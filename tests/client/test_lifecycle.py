@@ -1,4 +1,4 @@
-"""Clients opened, closed, moved to another server, shared, and used in several loops."""
+"""Clients that are opened, closed, shared, and used in several event loops."""
 
 from __future__ import annotations
 
@@ -9,46 +9,22 @@ import threading
 
 import pytest
 
-from lmbridge import Limits, LLMClient, LLMError, LLMValidationError, TaskCancelledError, Transport, collect
-from lmbridge.testing import ScriptedServer, answer, reply, stall
-from tests.support import MESSAGES, piece, read_text
+from lmbridge import Limits, LLMClient, LLMError, LLMValidationError, Transport, collect
+from lmbridge.testing import ScriptedServer, answer
+from tests.support import MESSAGES, read_text
 
 
-async def test_close_ends_a_stream_with_what_had_arrived(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    scripted_server.script(stall(after=[piece("a"), piece("b")]))
-    stream = await client.chat_completion(MESSAGES, stream=True)
-    await anext(stream)
-    await anext(stream)
-    reader = asyncio.create_task(read_text(stream))
-    await asyncio.sleep(0)
-    await client.close()
-    with pytest.raises(TaskCancelledError, match="the client was closed") as caught:
-        await reader
-    assert caught.value.partial["choices"][0]["message"]["content"] == "ab"
-    await scripted_server.wait_until(lambda: scripted_server.aborts)
-
-
-async def test_close_ends_plain_requests_and_those_that_queue(scripted_server: ScriptedServer) -> None:
-    scripted_server.default = stall()
-    client = LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=2))
-    asked = [asyncio.create_task(client.chat_completion(MESSAGES)) for _ in range(5)]
-    await scripted_server.wait_until(lambda: scripted_server.in_flight == 2)
-    await client.close()
-    results = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(result) for result in results] == [TaskCancelledError] * 5
-    assert len(scripted_server.requests) == 2
-
-
-async def test_close_ends_the_wait_before_a_retry(scripted_server: ScriptedServer) -> None:
-    scripted_server.default = reply(429, {"error": "slow down"}, {"Retry-After": "50"})
-    client = LLMClient(scripted_server.api_base)
-    asked = asyncio.create_task(client.chat_completion(MESSAGES))
-    await scripted_server.wait_until(lambda: scripted_server.requests and scripted_server.requests[0].finished)
-    await asyncio.sleep(0.05)  # until the client has read the answer and waits
-    await client.close()
-    with pytest.raises(TaskCancelledError):
-        await asked
-    assert len(scripted_server.requests) == 1
+async def test_a_client_that_closes_leaves_the_streams_of_a_shared_transport_alone(
+    scripted_server: ScriptedServer,
+) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("one two", gate=gate))
+    async with Transport(scripted_server.api_base) as transport:
+        stream = await LLMClient(transport=transport).chat_completion(MESSAGES, stream=True)
+        async with LLMClient(transport=transport) as other:
+            assert await other.health_check()
+        gate.set()
+        assert await read_text(stream) == "one two"
 
 
 async def test_a_closed_client_opens_again_and_closes_twice(scripted_server: ScriptedServer) -> None:
@@ -66,54 +42,6 @@ async def test_an_unused_client_needs_no_loop_and_no_closing() -> None:
     await asyncio.to_thread(LLMClient, "http://127.0.0.1:1")
 
 
-async def test_api_base_can_be_set_while_a_stream_ends_on_the_old_one(scripted_server: ScriptedServer) -> None:
-    gate = asyncio.Event()
-    scripted_server.script(answer("from the old one", gate=gate))
-    async with ScriptedServer() as other, LLMClient(scripted_server.api_base, api_key="key") as client:
-        other.default = answer("from the other")
-        stream = await client.chat_completion(MESSAGES, stream=True)
-        client.api_base = other.origin
-        assert client.api_base == other.api_base
-        reply = await client.chat_completion(MESSAGES)
-        assert reply["choices"][0]["message"]["content"] == "from the other"
-        assert other.requests[0].headers["authorization"] == "Bearer key"
-        gate.set()
-        assert await read_text(stream) == "from the old one"
-        await client.chat_completion(MESSAGES)
-        await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)  # it is not kept for ever
-
-
-async def test_a_plain_request_ends_on_the_old_server_too(scripted_server: ScriptedServer) -> None:
-    gate = asyncio.Event()
-    scripted_server.script(answer("from the old one", gate=gate))
-    async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
-        asked = asyncio.create_task(client.chat_completion(MESSAGES))
-        await scripted_server.wait_until(lambda: scripted_server.in_flight)
-        client.api_base = other.api_base
-        await client.list_models()
-        gate.set()
-        assert (await asked)["choices"][0]["message"]["content"] == "from the old one"
-
-
-async def test_close_closes_the_old_servers_as_well(scripted_server: ScriptedServer) -> None:
-    scripted_server.script(stall(after=[piece("a")]))
-    client = LLMClient(scripted_server.api_base)
-    stream = await client.chat_completion(MESSAGES, stream=True)
-    client.api_base = "http://127.0.0.1:1"
-    await client.close()
-    with pytest.raises(TaskCancelledError):
-        await read_text(stream)
-
-
-async def test_a_wrong_api_base_is_refused_and_changes_nothing(
-    scripted_server: ScriptedServer, client: LLMClient
-) -> None:
-    with pytest.raises(LLMValidationError):
-        client.api_base = "nonsense"
-    assert client.api_base == scripted_server.api_base
-    assert await client.health_check()
-
-
 async def test_clients_that_share_a_transport_share_its_limits_and_leave_it_open(
     scripted_server: ScriptedServer,
 ) -> None:
@@ -126,9 +54,6 @@ async def test_clients_that_share_a_transport_share_its_limits_and_leave_it_open
         with pytest.raises(LLMValidationError, match="api_base cannot be set"):
             clients[1].api_base = "http://127.0.0.1:1"
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
-
-
-# Loops
 
 
 class ServerThread:

@@ -1,0 +1,113 @@
+"""Streams that are dropped, or whose reader is stopped: the connection is closed and the permit returned."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import warnings
+
+import pytest
+
+from lmbridge import (
+    LLMClient,
+    LLMError,
+)
+from lmbridge.testing import Exchange, ScriptedServer, stall
+from tests.support import HALF, MESSAGES, in_flight, opened
+
+
+async def test_a_stream_that_was_the_result_of_a_task_can_be_dropped(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    asked = asyncio.create_task(client.chat_completion(MESSAGES, stream=True))
+    await asyncio.wait([asked])
+    with pytest.warns(ResourceWarning, match="unclosed stream"):  # noqa: PT031 - the last reference goes in there
+        del asked
+        gc.collect()
+    assert client._server.transport.in_flight == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_a_stream_in_the_traceback_of_a_failed_task_can_be_dropped(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+
+    async def fail() -> None:
+        stream = await client.chat_completion(MESSAGES, stream=True)
+        await anext(stream)
+        raise KeyError
+
+    failing = asyncio.create_task(fail())
+    await asyncio.wait([failing])
+    assert isinstance(failing.exception(), KeyError)
+    with pytest.warns(ResourceWarning, match="unclosed stream"):  # noqa: PT031 - the last reference goes in there
+        del failing
+        gc.collect()
+    assert client._server.transport.in_flight == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_break_and_drop_closes_the_connection_even_if_warnings_are_errors(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+
+    async def take_one() -> None:
+        async for _ in await client.chat_completion(MESSAGES, stream=True):
+            break
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        await take_one()
+    assert client._server.transport.in_flight == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_reading_again_after_an_abandoned_read_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await client.chat_completion(MESSAGES, stream=True)
+    await anext(stream)
+    await anext(stream)
+    read = stream.__anext__()
+    read.send(None)
+    read.close()
+    with pytest.raises(LLMError) as caught:
+        await anext(stream)
+    assert caught.value.partial["choices"][0]["message"]["content"] == "Hello"
+
+
+async def test_an_abandoned_read_closes_the_connection(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
+    await anext(stream)
+    await anext(stream)
+    read = stream.__anext__()
+    read.send(None)  # into its wait
+    read.close()
+    assert in_flight(client) == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+async def test_a_cancel_before_a_stream_is_recognized_closes_the_connection(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    async def head_only(exchange: Exchange) -> None:
+        await exchange.start(content_type="text/plain")
+        started.set()
+        await exchange.client_left()
+
+    started = asyncio.Event()
+    scripted_server.script(head_only)
+    asked = asyncio.create_task(opened(client))
+    await started.wait()
+    await asyncio.sleep(0.05)  # until the client has read the head
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert in_flight(client) == 0
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
