@@ -150,7 +150,7 @@ class MessageInbox:
 
     @property
     def has_room(self) -> bool:
-        """Whether more should be read."""
+        """Whether the owner should read more."""
         return len(self._messages) <= _BACKLOG_LIMIT
 
     @property
