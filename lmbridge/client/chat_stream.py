@@ -31,7 +31,7 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
             LLMError: It reports an error instead, or is a chunk of another model's reply.
         """
         if failures.is_error_object(value):
-            raise self._reported(data.strip().decode("utf-8", "replace"))
+            raise self._server_error(data.strip().decode("utf-8", "replace"))
         try:
             self._note_served_model(value.get("model"))
             self._add(value)

@@ -82,7 +82,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         """
         text = data.decode("utf-8", "replace")
         if _is_error(value):
-            raise self._reported(text)
+            raise self._server_error(text)
         self._add_to_response(value if value.get("type") else {**value, "type": name}, text)
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
         return ResponseEvent(event, cast("ResponseEventData", value))

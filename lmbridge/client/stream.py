@@ -1,9 +1,12 @@
 """Streamed replies: what the streams of all endpoints have in common, and `collect`.
 
-A stream is an object of its own, and not an `async def` generator with a `yield` in it, for three reasons. Closing a
-generator from another task raises "asynchronous generator is already running", but stopping a stream from elsewhere is
-what a stop button does. A generator that is dropped is closed by the event loop at some later time, in a task that
-is never awaited, while the server goes on generating. And a generator cannot say what it has received so far.
+A stream is an instance of a class, and not an `async def` function with a `yield` in it, for three reasons:
+
+- Closing a generator from another task raises "asynchronous generator is already running". But that is what a stop
+  button does.
+- A generator that is dropped is closed by the event loop at some later time, in a task that is never awaited, while the
+  server goes on generating.
+- A generator cannot say what it has received so far.
 """
 
 from __future__ import annotations
@@ -229,9 +232,9 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             if self._events.ended and name != "error" and text.startswith(("{", "[")):
                 # The end of the body cut this event off. `_end_of_body` raises the error that says so.
                 return None
-            raise self._reported(text) from None
+            raise self._server_error(text) from None
         if not isinstance(value, dict) or name == "error":
-            raise self._reported(data.decode("utf-8", "replace"))
+            raise self._server_error(data.decode("utf-8", "replace"))
         return self._read_object(value, name, data)
 
     def _note_served_model(self, model: str | None) -> None:
@@ -273,8 +276,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         Raises:
             LLMError: The reply cannot be complete: the body held an error as bare text, or there was no answer at all.
         """
-        if (stray := self._events.stray) and not self._accumulator.is_finished:
-            raise self._reported(stray)
+        if (bare_text := self._events.stray) and not self._accumulator.is_finished:
+            raise self._server_error(bare_text)
         if not self._accumulator.has_delta:
             raise self._fail(
                 LLMStreamError(
@@ -293,8 +296,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         """
         if self._accumulator.is_finished:
             self._mark_complete()
-        elif stray := self._events.stray:
-            raise self._reported(stray)
+        elif bare_text := self._events.stray:
+            raise self._server_error(bare_text)
         else:
             raise self._fail(
                 LLMStreamError(
@@ -303,7 +306,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 )
             )
 
-    def _reported(self, text: str) -> LLMError:
+    def _server_error(self, text: str) -> LLMError:
         """Ends the stream with the error that the server reported, and returns that error."""
         report = failures.parse_error_body(self._redact(text))
         return self._fail(failures.error_from_event(report, self._events.call.context()))
