@@ -100,10 +100,10 @@ class History:
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []
         self._body = before
         # Groups of messages that trimming leaves out together, oldest first: those before the task, and those after it.
-        self._before = _exchanges(before)
+        self._before = _group_by_user_message(before)
         if before and before[-1]["role"] == "user":
             # Many chat templates refuse two user messages in a row.
-            self._task = {"role": "user", "content": _joined(before.pop()["content"], task)}
+            self._task = {"role": "user", "content": _join_contents(before.pop()["content"], task)}
             self._before[-1].pop()
         else:
             self._task = {"role": "user", "content": task}
@@ -230,7 +230,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Mes
     """Returns the system prompt, and copies of the other messages in the form that all servers accept."""
     check_messages(messages)
     read: list[Message] = msgspec.json.decode(encode_body({"messages": messages}))["messages"]
-    system = [_text_of(each) for each in read if each["role"] in ("system", "developer")]
+    system = [_plain_text(each) for each in read if each["role"] in ("system", "developer")]
     others = [
         _normalize(each, number) for number, each in enumerate(read) if each["role"] not in ("system", "developer")
     ]
@@ -287,7 +287,7 @@ def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
         raise LLMValidationError(f"messages have no result for the call {pending[0]!r}", hint=_PAIRS_HINT)
 
 
-def _exchanges(messages: list[Message]) -> list[list[Message]]:
+def _group_by_user_message(messages: list[Message]) -> list[list[Message]]:
     """Returns the messages in groups, each of which begins with a user message."""
     groups: list[list[Message]] = []
     for message in messages:
@@ -297,16 +297,16 @@ def _exchanges(messages: list[Message]) -> list[list[Message]]:
     return groups
 
 
-def _joined(before: str | list[Any], task: str | list[Any]) -> str | list[Any]:
+def _join_contents(before: str | list[Any], task: str | list[Any]) -> str | list[Any]:
     if isinstance(before, str) and isinstance(task, str):
         return f"{before}\n\n{task}"
-    return [*_parts(before), *_parts(task)]
+    return [*_as_parts(before), *_as_parts(task)]
 
 
-def _parts(content: str | list[Any]) -> list[Any]:
+def _as_parts(content: str | list[Any]) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
+def _plain_text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)

@@ -133,7 +133,7 @@ class RunHandle:
             LLMError: The run failed; `.partial` is the run so far.
         """
         if self._is_called_by_own_tool():
-            raise LLMError("a run cannot wait for itself", hint="wait for it outside of its own tools")
+            raise LLMError("a run cannot wait for itself", hint="await the result outside of the tools of this run")
         await self._task.wait()
         return self._task.outcome()
 

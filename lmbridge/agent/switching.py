@@ -36,7 +36,7 @@ _REJECTED_HINT: Final = (
     "wait until it has ended, or choose another switch_policy: 'isolate' runs both, 'drain' waits,"
     " 'cancel' cancels the first"
 )
-_NESTED_HINT: Final = "a tool's own runs need the model of the run that called it, or an agent of their own"
+_NESTED_HINT: Final = "runs that a tool starts need the model of the run that called it, or a separate agent"
 _CANCELLED_HINT: Final = (
     "choose the switch_policy 'drain' to let runs end first, or 'isolate' to run models side by side"
 )
