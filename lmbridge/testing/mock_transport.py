@@ -84,7 +84,7 @@ class MockResponse:
     json: Any = attrs.field(default=None, kw_only=True)
     """A value that is sent as JSON. None stands for no body."""
     body: bytes | str = attrs.field(default=b"", kw_only=True)
-    """A body that is sent as it is."""
+    """A body that is sent unchanged, for a reply that is not JSON."""
     events: MockEvents | None = attrs.field(default=None, kw_only=True)
     """The events of an event stream: dicts, strings or bytes, from a list, a generator or an async generator."""
     done: bool = attrs.field(default=True, kw_only=True)
@@ -116,7 +116,7 @@ class MockTransport(Transport):
         client = LLMClient(model="qwen3-4b", transport=MockTransport(handler))
 
     The handler may be a plain or an async function, or an async generator function. It may raise an `OSError`, which
-    plays a connection that failed (`ConnectionRefusedError`: nobody is listening; `TimeoutError`: connecting took too
+    plays a connection that failed (`ConnectionRefusedError`: no server is listening; `TimeoutError`: it took too
     long), or an `LLMError`, which is raised to the caller. A generator may raise them as well, which plays a
     connection that breaks in the middle of the body. Any other exception, such as that of a failed `assert`, reaches
     the caller unchanged, and nothing is retried.
@@ -250,7 +250,7 @@ class _WholeResponse:
 class _StreamedResponse:
     """An `HttpResponse` whose body comes from a generator.
 
-    The generator runs in a task of its own from its first event to its end, because timeouts and cancel scopes in it
+    The generator runs in one task from its first event to its end, because timeouts and cancel scopes in it
     belong to one task, while a stream may be read by several tasks, one after the other.
     """
 
@@ -323,7 +323,7 @@ def _as_response(answer: MockAnswer, request: MockRequest) -> MockResponse:
     """Returns what a handler returned as a response.
 
     Raises:
-        TypeError: It is none of the things that a handler can return.
+        TypeError: A handler cannot return such a value.
     """
     if isinstance(answer, MockResponse):
         return answer
@@ -390,5 +390,5 @@ def _played_failure(
     """Returns the failure that a handler plays by raising an exception; with a `status`, in the middle of the body."""
     if status is not None and not isinstance(exc, LLMError):
         return faults.connection_failed(faults.BROKEN_IN_BODY, cause=exc, status=status)
-    # A handler may raise the same error for every attempt, and each gets a context of its own.
+    # A handler may raise the same error for every attempt, and each attempt adds its own context.
     return faults.failure_of(copy.copy(exc) if isinstance(exc, LLMError) else exc, connect_timeout=connect_timeout)

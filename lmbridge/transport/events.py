@@ -201,7 +201,7 @@ class EventStream:
     def _begin_wait(self, now: float) -> None:
         """Sets the deadline of the wait that begins, and records which task waits."""
         call = self.call
-        # Checked here because there is no wait that could end late if the server is always faster than the reader.
+        # Checked here as well, because a read never waits if the server is always faster than the reader.
         if now >= call.total_deadline:
             raise call.timed_out("total")
         if call.permit is not None:

@@ -45,7 +45,7 @@ class HttpRequest:
 
 
 class HttpResponse(Protocol):
-    """A response whose head has been read. Whoever holds it reads the body to its end, or closes it."""
+    """A response whose head has been read. Its owner has to read the body to its end, or to close it."""
 
     @property
     def status(self) -> int:
@@ -82,8 +82,8 @@ class HttpSession(Protocol):
         On cancellation of the caller, the connection is closed.
 
         Raises:
-            ConnectionFailed: There is no response.
-            StaleConnection: There is none because a kept connection was dead: the request can be sent again at once.
+            ConnectionFailed: No response arrived.
+            StaleConnection: No response arrived because a kept connection was dead. The request can be sent again.
         """
 
     async def close(self) -> None:
@@ -94,7 +94,7 @@ class ConnectionFailed(Exception):  # noqa: N818 - it is caught by the transport
     """An attempt that did not get a response, or not all of it.
 
     Args:
-        error: The error for the user, if there is no further attempt.
+        error: The error for the user, in case this was the last attempt.
         verdict: Whether a further attempt makes sense.
         unsent: Whether the server has certainly not seen any part of the request.
     """

@@ -194,7 +194,7 @@ class Transport:
 
     @property
     def closing(self) -> asyncio.Future[None] | None:
-        """A future that is done once the transport, as it is open now, is closed; None if it is not open."""
+        """A future that is done once the open transport begins to close; None if the transport is not open."""
         return None if self._open_state is None else self._open_state.closed
 
     def redact(self, text: str) -> str:
@@ -332,7 +332,7 @@ class Transport:
         """Sends the request once, and reads as much of the response as `receive` does.
 
         Raises:
-            ConnectionFailed: There is no response, or not all of it.
+            ConnectionFailed: No response arrived, or only a part of it.
             LLMTimeoutError: With phase "first_byte" or "total".
         """
         status: int | None = None

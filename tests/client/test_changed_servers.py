@@ -106,7 +106,7 @@ async def test_api_base_can_be_set_while_a_stream_ends_on_the_old_one(scripted_s
         gate.set()
         assert await read_text(stream) == "from the old one"
         await client.chat_completion(MESSAGES)
-        await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)  # it is not kept for ever
+        await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
 async def test_a_plain_request_ends_on_the_old_server_too(scripted_server: ScriptedServer) -> None:

@@ -92,8 +92,10 @@ async def test_an_error_in_the_request_is_not_retried(
 
 
 async def test_a_500_that_would_occur_again_is_not_retried(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    told = {"error": {"code": 500, "message": "Failed to parse tool call arguments as JSON", "type": "server_error"}}
-    scripted_server.script(reply(500, told))
+    error_body = {
+        "error": {"code": 500, "message": "Failed to parse tool call arguments as JSON", "type": "server_error"}
+    }
+    scripted_server.script(reply(500, error_body))
     with pytest.raises(LLMResponseError, match="Failed to parse tool call arguments"):
         await client.chat_completion(MESSAGES)
     assert len(scripted_server.requests) == 1
@@ -161,10 +163,10 @@ async def test_a_refused_connection_is_an_error_that_names_the_server(no_waits: 
             await client.chat_completion(MESSAGES)
     assert isinstance(caught.value, ConnectionError)
     assert caught.value.__cause__ is not None
-    told = str(caught.value)
-    assert f"with model 'm' at {gone.api_base}/chat/completions: could not connect: Connection refused" in told
-    assert "(after 3 attempts, " in told
-    assert told.endswith("start the server there, or pass the right api_base")
+    message = str(caught.value)
+    assert f"with model 'm' at {gone.api_base}/chat/completions: could not connect: Connection refused" in message
+    assert "(after 3 attempts, " in message
+    assert message.endswith("start the server there, or pass the right api_base")
     assert len(no_waits) == 2
 
 
@@ -212,8 +214,8 @@ async def test_loading_has_its_own_time_limit(scripted_server: ScriptedServer, n
 async def test_no_model_loaded_is_raised_at_once_with_a_hint(
     scripted_server: ScriptedServer, client: LLMClient, status: int
 ) -> None:
-    told = "No models loaded. Please load a model in the developer page or use the 'lms load' command."
-    scripted_server.script(reply(status, {"error": told}))
+    message = "No models loaded. Please load a model in the developer page or use the 'lms load' command."
+    scripted_server.script(reply(status, {"error": message}))
     with pytest.raises(ModelLoadError, match="load a model first"):
         await client.chat_completion(MESSAGES)
     assert len(scripted_server.requests) == 1

@@ -1,3 +1,5 @@
+"""The bookkeeping of one call: retries, polls, deadlines, and its permit."""
+
 from __future__ import annotations
 
 import asyncio
@@ -46,7 +48,7 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
 
 
 def waits(call: Call, clock: Clock, verdict: Verdict, retry_after: float | None = None) -> Iterator[float]:
-    """Asks what to do about the same answer again and again, and does it."""
+    """Yields the waits after the same verdict over and over, and lets the time pass."""
     for _ in range(1000):
         wait = call.wait_before_next(verdict, retry_after)
         if wait is None:
@@ -54,7 +56,7 @@ def waits(call: Call, clock: Clock, verdict: Verdict, retry_after: float | None 
         yield wait
         clock.wait(wait)
         call.begin_attempt()
-    pytest.fail("it would go on for ever")
+    pytest.fail("it would go on forever")
 
 
 # Retries
@@ -73,7 +75,7 @@ async def test_waits_grow_from_retry_to_retry(clock: Clock) -> None:
     assert list(waits(a_call(), clock, RETRY)) == [0.5, 1.0, 2.0, 4.0, 8.0]
 
 
-async def test_an_answer_that_stands_is_not_waited_for(clock: Clock) -> None:
+async def test_a_reply_that_stands_is_not_repeated(clock: Clock) -> None:
     call = a_call()
     assert call.wait_before_next(FAIL, None) is None
     assert call.wait_before_next(FAIL, 1.0) is None
@@ -90,7 +92,7 @@ async def test_jitter_never_shortens_the_wait_that_the_server_asked_for(
 
 
 @pytest.mark.usefixtures("no_waits")
-async def test_a_server_may_ask_for_a_minute_and_beyond_that_the_answer_stands(clock: Clock) -> None:
+async def test_a_retry_after_of_more_than_a_minute_is_not_waited_for(clock: Clock) -> None:
     assert a_call().wait_before_next(RETRY, 60.0) == 60.0
     call = a_call()
     for retry_after in (60.01, 3600.0, math.inf):
@@ -101,7 +103,7 @@ async def test_a_server_may_ask_for_a_minute_and_beyond_that_the_answer_stands(c
 # Loading
 
 
-async def test_polls_are_no_retries(clock: Clock) -> None:
+async def test_polls_do_not_count_as_retries(clock: Clock) -> None:
     call = a_call(Timeouts(load=300), max_retries=1)
     polls = [wait for wait, _ in zip(waits(call, clock, POLL), range(20), strict=False)]
     assert (polls[0], polls[-1], call.retries) == (0.5, 2.0, 0)
@@ -147,24 +149,24 @@ async def test_another_answer_in_between_ends_the_loading(clock: Clock) -> None:
         clock.wait(9)
 
 
-async def test_without_a_budget_loading_may_take_as_long_as_it_takes(clock: Clock) -> None:
+async def test_without_a_limit_loading_may_take_any_time(clock: Clock) -> None:
     call = a_call(Timeouts(load=None))
     for _ in range(5):
         assert call.wait_before_next(POLL, None) is not None
         clock.wait(1e6)
 
 
-async def test_a_poll_comes_at_its_own_pace_whatever_retry_after_says(clock: Clock) -> None:
+async def test_polls_ignore_retry_after(clock: Clock) -> None:
     call = a_call()
     assert call.wait_before_next(POLL, 30.0) == 0.5
     assert call.wait_before_next(POLL, 3600.0) == 0.75
 
 
-# The whole
+# The total limit
 
 
 @pytest.mark.usefixtures("full_waits")
-async def test_a_wait_that_would_pass_the_total_limit_is_not_begun(clock: Clock) -> None:
+async def test_a_wait_that_would_exceed_the_total_limit_is_not_begun(clock: Clock) -> None:
     call = a_call(Timeouts(total=3.5, load=None))
     assert list(waits(call, clock, RETRY)) == [0.5, 1.0]  # the next is 2 s, and would end at 3.5 s
     assert call.retries == 2
@@ -176,7 +178,7 @@ async def test_a_wait_that_would_pass_the_total_limit_is_not_begun(clock: Clock)
     assert call.wait_before_next(POLL, None) is None
 
 
-async def test_the_total_limit_begins_with_the_call_and_the_one_for_an_answer_with_each_attempt(clock: Clock) -> None:
+async def test_the_total_limit_starts_with_the_call_and_the_first_byte_limit_with_each_attempt(clock: Clock) -> None:
     call = a_call(Timeouts(first_byte=10, total=25))
     assert call.total_deadline == 1025
     assert call.begin_attempt().when == 1010
@@ -193,7 +195,7 @@ async def test_without_limits_there_is_no_deadline(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "told"),
+    ("phase", "text"),
     [
         ("connect", "no connection within 1 s"),
         ("load", "the server is still loading its model, not ready within 2 s"),
@@ -202,7 +204,7 @@ async def test_without_limits_there_is_no_deadline(clock: Clock) -> None:
         ("total", "no end within 5 s"),
     ],
 )
-async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phase: Phase, told: str) -> None:
+async def test_the_error_of_a_limit_names_the_limit_and_the_request(clock: Clock, phase: Phase, text: str) -> None:
     call = a_call(Timeouts(connect=1, load=2, first_byte=3, idle=0.4, total=5))
     call.begin_attempt()
     clock.wait(2.5)
@@ -210,14 +212,14 @@ async def test_a_limit_that_ran_out_says_which_and_after_what(clock: Clock, phas
     error = call.timed_out(phase, cause)
     assert (error.phase, error.__cause__) == (phase, cause)
     prefix = "chat completion with model 'm' at http://x/v1/chat/completions: "
-    assert str(error).startswith(f"{prefix}{told} (after 1 attempt, 2.50 s); ")
+    assert str(error).startswith(f"{prefix}{text} (after 1 attempt, 2.50 s); ")
     assert f"Timeouts.{phase}" in str(error)
 
 
-# Its permit, its answer
+# Permit and reply
 
 
-async def test_a_call_gives_its_permit_back_once() -> None:
+async def test_a_call_returns_its_permit_once() -> None:
     admission = Admission(Limits())
     call = Call(a_call().request, "http://x", admission, DeadlineTimer(asyncio.get_running_loop()))
     call.admit(await admission.acquire("m"))
@@ -226,10 +228,10 @@ async def test_a_call_gives_its_permit_back_once() -> None:
     call.release()
     assert admission.in_flight == 1
     admission.release(other)
-    a_call().release()  # one that needs no permit has none to give
+    a_call().release()
 
 
-async def test_a_reply_knows_for_how_long_the_server_asked_to_wait() -> None:
+async def test_a_reply_has_the_seconds_of_its_retry_after_header() -> None:
     reply = Reply(call=a_call(), status=429, headers={"Retry-After": "1.5"}, body=b"")
     assert reply.retry_after == 1.5
     assert attrs.evolve(reply, headers={}).retry_after is None

@@ -1,4 +1,4 @@
-"""A cancel at every single wait of a request: nothing is left, and the next request works."""
+"""Requests that are cancelled at each of their awaits: nothing is left behind, and the next request works."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_a_cancel_anywhere_in_a_request_leaves_nothing_behind(
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-async def test_a_cancel_anywhere_in_the_queue_passes_the_place_on(scripted_server: ScriptedServer) -> None:
+async def test_a_cancel_anywhere_in_the_queue_passes_the_permit_on(scripted_server: ScriptedServer) -> None:
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
         first: asyncio.Task[None]
         gate: asyncio.Event

@@ -133,7 +133,11 @@ async def test_loopback_by_name_is_never_proxied(
         assert not proxy.requests
 
 
-async def test_a_proxy_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_that_cannot_be_reached_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, no_blocking_calls: BlockBuster
+) -> None:
+    # aiohttp 3.13 looks for a .netrc file in the event loop.
+    no_blocking_calls.deactivate()
     async with ScriptedServer() as gone:
         pass
     monkeypatch.setenv("HTTP_PROXY", gone.origin)

@@ -72,14 +72,14 @@ async def test_the_secret_parts_of_a_redirect_target_are_not_shown(
 
 async def test_a_key_is_never_shown(scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture) -> None:
     key = "sk-lm-very-secret"
-    told = {"error": {"message": f"Incorrect API key provided: {key}", "code": "invalid_api_key"}}
+    error_body = {"error": {"message": f"Incorrect API key provided: {key}", "code": "invalid_api_key"}}
     async with LLMClient(scripted_server.api_base, api_key=key, max_retries=0) as client:
         with caplog.at_level(logging.DEBUG):
             for behaviour in (
-                reply(401, told),
-                reply(200, told),
+                reply(401, error_body),
+                reply(200, error_body),
                 reply(200, {"echo": key}),
-                sse(told),
+                sse(error_body),
                 sse(f"data: nonsense {key}\n\n"),
                 sse(piece(choices=key)),
                 sse(piece("a"), f"proxy error: {key}"),

@@ -1,4 +1,4 @@
-"""What counts as an event stream, and what comes in place of one."""
+"""Which responses count as event streams, and what happens if a stream was asked for and something else arrives."""
 
 from __future__ import annotations
 

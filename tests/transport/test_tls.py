@@ -1,4 +1,4 @@
-"""https."""
+"""Connections over TLS."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ async def https() -> AsyncIterator[Listener]:
     server.close()
 
 
-async def test_a_certificate_of_ones_own_is_trusted_if_a_context_says_so(https: Listener) -> None:
+async def test_a_private_certificate_is_trusted_with_a_context(https: Listener) -> None:
     context = ssl.create_default_context(cafile=str(DATA / "cert.pem"))
     async with LLMClient(f"https://127.0.0.1:{https.port}", ssl=context) as client:
         assert (await client.chat_completion(MESSAGES))["choices"][0]["message"]["content"] == "Hi"
 
 
-async def test_a_certificate_that_is_not_trusted_is_told_so_at_once(https: Listener, no_waits: list[float]) -> None:
+async def test_an_untrusted_certificate_is_an_error_at_once(https: Listener, no_waits: list[float]) -> None:
     async with LLMClient(f"https://127.0.0.1:{https.port}") as client:
         with pytest.raises(
             LLMConnectionError, match=r"certificate is not trusted: .*CERTIFICATE_VERIFY_FAILED.*pass ssl=ssl\.create"
@@ -58,7 +58,7 @@ async def test_a_certificate_that_is_not_trusted_is_told_so_at_once(https: Liste
     assert caught.value.context["attempts"] == 1
 
 
-async def test_https_to_a_server_of_http_is_told_so_at_once(no_waits: list[float]) -> None:
+async def test_https_to_a_server_without_tls_is_an_error_at_once(no_waits: list[float]) -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
