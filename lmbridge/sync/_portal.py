@@ -1,0 +1,191 @@
+"""The event loop behind `lmbridge.sync`: one thread for the whole process, in which everything asynchronous runs.
+
+A blocking call is handed to that loop, and the calling thread waits for its result. One loop for the process, and not
+one for each call or for each thread, because the pooled connections, the schedule and the caches of a client belong to
+the loop that opened them: with `asyncio.run` for each call they would be thrown away each time. A loop in a thread of
+its own also works where the caller already has a running loop, as in a notebook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextvars
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Final, Protocol, TypeVar
+
+from lmbridge.errors import LLMError
+
+_T = TypeVar("_T")
+
+_EXIT_SECONDS: Final = 5.0
+"""Seconds that closing what is still open may take when the interpreter exits."""
+
+
+class _Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+class Portal:
+    """A background event loop, and the way into it for threads that block.
+
+    The thread starts with the first call. It is a daemon, so it never keeps the interpreter alive; `shut_down`, which
+    runs when the interpreter exits, closes what is still open.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._open: weakref.WeakSet[_Closable] = weakref.WeakSet()
+
+    def run(self, make_coroutine: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Runs a coroutine in the background loop, and waits for its result.
+
+        If the waiting thread is interrupted (Ctrl-C), the coroutine is cancelled, its clean-up is awaited, and the
+        interruption is raised: no generation goes on behind the back of a program that was told to stop.
+
+        Args:
+            make_coroutine: Makes the coroutine. It is called in the loop's thread.
+
+        Raises:
+            LLMError: The caller is itself running in the background loop, and would wait for itself.
+            Exception: Whatever the coroutine raises.
+        """
+        loop = self._running_loop()
+        finished: concurrent.futures.Future[_T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[_T]] = []
+
+        def start() -> None:
+            try:
+                task = loop.create_task(make_coroutine())
+            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+                finished.set_exception(error)
+                return
+            tasks.append(task)
+            task.add_done_callback(finish)
+
+        def finish(task: asyncio.Task[_T]) -> None:
+            if task.cancelled():
+                finished.set_exception(asyncio.CancelledError())
+            elif (error := task.exception()) is not None:
+                finished.set_exception(error)
+            else:
+                finished.set_result(task.result())
+
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
+        # With the caller's context, so that a run that is started inside a tool knows which run it belongs to.
+        loop.call_soon_threadsafe(start, context=contextvars.copy_context())
+        try:
+            return finished.result()
+        except BaseException:
+            if not finished.done():
+                loop.call_soon_threadsafe(cancel)
+                concurrent.futures.wait([finished])
+            raise
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Calls a plain function in the loop's thread, and waits for its result.
+
+        Raises:
+            LLMError: As for `run`.
+            Exception: Whatever the function raises.
+        """
+
+        async def call_in_loop() -> _T:
+            return function()
+
+        return self.run(call_in_loop)
+
+    def keep_until_exit(self, resource: _Closable) -> None:
+        """Remembers an object, without keeping it alive, that `shut_down` closes if it still exists then."""
+        self._open.add(resource)
+
+    def close_soon(self, close: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Runs a coroutine that closes something, without waiting for it. Any thread may call it at any time.
+
+        It is meant for `__del__`, which may run in the middle of anything, so it takes no lock and raises nothing.
+        """
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+
+        def start() -> None:
+            task = loop.create_task(close())
+            _closing.add(task)
+            task.add_done_callback(_forget_closing)
+
+        with suppress(RuntimeError):  # the loop was closed in this moment
+            loop.call_soon_threadsafe(start)
+
+    def shut_down(self) -> None:
+        """Closes what is still open, ends the loop and its thread. A later call begins with a new loop."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is None or thread is None:
+            return
+
+        async def close_all() -> None:
+            await asyncio.gather(*(each.close() for each in list(self._open)), return_exceptions=True)
+            if _closing:
+                await asyncio.wait(_closing)
+
+        with suppress(concurrent.futures.TimeoutError, asyncio.CancelledError):
+            asyncio.run_coroutine_threadsafe(close_all(), loop).result(timeout=_EXIT_SECONDS)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_EXIT_SECONDS)
+
+    def forget_after_fork(self) -> None:
+        """Starts anew in the child of a fork, where the thread of the loop does not exist."""
+        self._lock = threading.Lock()
+        self._loop = self._thread = None
+        self._open = weakref.WeakSet()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        thread = self._thread
+        if thread is not None and thread is threading.current_thread():
+            raise LLMError(
+                "lmbridge.sync was called inside its own event loop, where it would wait for itself",
+                hint="use a plain function as the tool or callback, or the asynchronous classes of lmbridge in it",
+            )
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="lmbridge-sync", daemon=True)
+                self._thread.start()
+            return self._loop
+
+
+_closing: Final[set[asyncio.Task[object]]] = set()
+"""Tasks of `close_soon`, kept alive because asyncio holds only weak references to tasks."""
+
+
+def _forget_closing(task: asyncio.Task[object]) -> None:
+    _closing.discard(task)
+    if not task.cancelled():
+        task.exception()  # What goes wrong while something is closed that was dropped has no caller to go to.
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+portal: Final = Portal()
+"""The portal that all of `lmbridge.sync` uses."""
+
+atexit.register(portal.shut_down)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=portal.forget_after_fork)

@@ -1,0 +1,175 @@
+"""What the classes of `lmbridge.sync` have in common: each holds an object of the asynchronous library.
+
+A method of a blocking class runs the method of the same name in the background loop, and wraps what it returns if that
+has something to await in it: a stream becomes an iterator, a run's handle one with a blocking `result()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import Any, ClassVar, Final, Generic, Self, TypeVar
+
+from lmbridge.sync._portal import portal
+
+_Item_co = TypeVar("_Item_co", covariant=True)
+_NOTHING_LEFT = object()
+
+
+_blocking_classes: Final[dict[str, type[Wrapper]]] = {}
+"""The blocking class of each asynchronous class, by its name: the key needs no import of what may not be in use."""
+
+
+class Wrapper:
+    """A blocking object around an asynchronous one.
+
+    Attributes:
+        wrapped: The asynchronous object. It belongs to the background loop: use it there, or not at all.
+    """
+
+    wraps: ClassVar[str] = ""
+    """Where the asynchronous class is, for example "lmbridge.client.llm:LLMClient"."""
+
+    wrapped: Any
+
+    def __init_subclass__(cls) -> None:
+        if "wraps" in cls.__dict__:
+            _blocking_classes[cls.wraps] = cls
+
+    @classmethod
+    def around(cls, wrapped: Any) -> Self:
+        """Makes a blocking object around an asynchronous one that exists."""
+        self = cls.__new__(cls)
+        self.wrapped = wrapped
+        return self
+
+    def __repr__(self) -> str:
+        return f"<sync {self.wrapped!r}>"
+
+    def _await(self, make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Runs a coroutine in the background loop, and wraps its result."""
+        return wrap(portal.run(make_coroutine))
+
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """Calls a plain function in the thread of the background loop, and wraps its result."""
+        return wrap(portal.call(function))
+
+
+class Owner(Wrapper):
+    """A blocking object that owns connections.
+
+    Close it, or use it as a context manager. One that is dropped, or still open when the interpreter exits, is closed
+    then.
+    """
+
+    _is_closed = False
+
+    def _open(self, make: Callable[[], Any]) -> None:
+        self.wrapped = portal.call(make)
+        portal.keep_until_exit(self.wrapped)
+
+    def __enter__(self) -> Self:
+        portal.run(self.wrapped.__aenter__)
+        self._is_closed = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes it; what is in flight in other threads ends with `TaskCancelledError`. Idempotent."""
+        portal.run(self.wrapped.close)
+        self._is_closed = True
+
+    def __del__(self) -> None:
+        if not self._is_closed and hasattr(self, "wrapped"):
+            portal.close_soon(self.wrapped.close)
+
+
+class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
+    """A blocking iterator over an asynchronous stream.
+
+    Iterate it once, in one thread at a time; it is a context manager too. Leaving it early, by `close()`, by the end of
+    its `with` block, or by dropping it, ends the stream, so that the server stops generating.
+    """
+
+    _is_finished = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> _Item_co:
+        item = portal.run(self._next_item)
+        if item is _NOTHING_LEFT:
+            self._is_finished = True
+            raise StopIteration
+        return item  # type: ignore[no-any-return]  # the class is generic in it
+
+    async def _next_item(self) -> Any:
+        # A StopAsyncIteration cannot cross a future, and a coroutine cannot raise StopIteration.
+        try:
+            return await anext(self.wrapped)
+        except StopAsyncIteration:
+            return _NOTHING_LEFT
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def collect(self) -> Any:
+        """Reads the stream to its end, and returns the dict that the plain call would have returned."""
+        from lmbridge.client.stream import collect  # noqa: PLC0415 - a run's events have no use for it
+
+        reply = portal.run(lambda: collect(self.wrapped))
+        self._is_finished = True
+        return reply
+
+    def close(self) -> None:
+        """Leaves the stream, from any thread; idempotent."""
+        self._is_finished = True
+        portal.run(self.wrapped.aclose)
+
+    def __del__(self) -> None:
+        if self._is_finished or not hasattr(self, "wrapped"):
+            return
+        # Handed over to the loop's thread, where alone its connection may be closed.
+        portal.close_soon(self.wrapped.aclose)
+
+
+class _AsyncStream(Stream[Any]):
+    """A blocking iterator over an async generator that has no class of its own."""
+
+
+@contextlib.contextmanager
+def entered(make: Callable[[], Any]) -> Iterator[Any]:
+    """Enters an asynchronous context manager in the background loop for the length of a `with` block."""
+    manager = portal.call(make)
+    value = wrap(portal.run(manager.__aenter__))
+    try:
+        yield value
+    except BaseException as exc:
+        error, trace = exc, exc.__traceback__
+        if not portal.run(lambda: manager.__aexit__(type(error), error, trace)):
+            raise
+    else:
+        portal.run(lambda: manager.__aexit__(None, None, None))
+
+
+def wrap(value: Any) -> Any:
+    """Returns a blocking object for an asynchronous one; anything else is returned unchanged."""
+    for kind in type(value).__mro__:
+        if (blocking := _blocking_classes.get(f"{kind.__module__}:{kind.__qualname__}")) is not None:
+            return blocking.around(value)
+    return _AsyncStream.around(value) if isinstance(value, AsyncIterator) else value
+
+
+def unwrap(value: Any) -> Any:
+    """Returns the asynchronous object inside a blocking one; anything else is returned unchanged."""
+    return value.wrapped if isinstance(value, Wrapper) else value

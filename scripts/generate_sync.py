@@ -1,0 +1,349 @@
+"""Writes the blocking classes of `lmbridge.sync` from the source of the asynchronous ones.
+
+    python scripts/generate_sync.py            writes lmbridge/sync/_client.py, _agent.py and _mcp.py
+    python scripts/generate_sync.py --check    exits with 1 if they are not up to date
+
+A generated method has the signature and the docstring of the asynchronous one, without `async` and `await`; its body
+hands the call to the background loop. Code was preferred over descriptors that wrap at run time, because editors and
+type checkers read it, and because a traceback through it can be followed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+ROOT: Final = Path(__file__).parent.parent
+FOLDER: Final = ROOT / "lmbridge" / "sync"
+
+
+class Spec(NamedTuple):
+    """A blocking class to write."""
+
+    module: str
+    """The module of the asynchronous class."""
+    name: str
+    kind: str
+    """The base class in _wrap.py: "Owner", "Stream" or "Wrapper"."""
+
+
+FILES: Final = {
+    "_client": [
+        Spec("lmbridge.client.stream", "ChatStream", "Stream"),
+        Spec("lmbridge.client.completions", "TextStream", "Stream"),
+        Spec("lmbridge.client.responses", "ResponseStream", "Stream"),
+        Spec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
+        Spec("lmbridge.client.llm", "LLMClient", "Owner"),
+        Spec("lmbridge.client.pool", "LLMClientPool", "Owner"),
+    ],
+    "_agent": [
+        Spec("lmbridge.agent.runs", "RunStream", "Stream"),
+        Spec("lmbridge.agent.runs", "RunHandle", "Wrapper"),
+        Spec("lmbridge.agent.agent", "Agent", "Wrapper"),
+    ],
+    "_mcp": [Spec("lmbridge.mcp.dynamic", "DynamicAutonomousAgent", "Owner")],
+}
+HOME: Final = {spec.name: file for file, specs in FILES.items() for spec in specs}
+BLOCKING_TOO: Final = {"ChatClient": "LLMClient", "ChatPool": "LLMClientPool"}
+"""Protocols of asynchronous objects in whose place a blocking class is taken as well."""
+LEFT_OUT: Final = {"aclose", "asend", "athrow", "begun", "close"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Module:
+    """The source of a module: its classes, and where each name in it comes from."""
+
+    _read: dict[str, Module] = {}  # noqa: RUF012 - a cache
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tree = ast.parse((ROOT / (name.replace(".", "/") + ".py")).read_text())
+        self.classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
+        self.imports: dict[str, tuple[str, str]] = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                self.imports |= {each.asname or each.name: (node.module, each.name) for each in node.names}
+            elif isinstance(node, ast.Import):
+                self.imports |= {each.asname or each.name: (each.name, "") for each in node.names}
+
+    @classmethod
+    def named(cls, name: str) -> Module:
+        if name not in cls._read:
+            cls._read[name] = cls(name)
+        return cls._read[name]
+
+    def import_line(self, name: str) -> str | None:
+        """The statement that brings a name of this module's annotations elsewhere; None for a builtin."""
+        if name in self.imports:
+            module, original = self.imports[name]
+            if not original:
+                return f"import {module}" + (f" as {name}" if name != module else "")
+            return f"from {module} import {original}" + (f" as {name}" if name != original else "")
+        defined = {target.id for node in self.tree.body for target in _targets(node)} | set(self.classes)
+        return f"from {self.name} import {name}" if name in defined else None
+
+
+def _targets(node: ast.stmt) -> Iterator[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    yield from (target for target in targets if isinstance(target, ast.Name))
+
+
+class Translate(ast.NodeTransformer):
+    """Turns an annotation of the asynchronous class into one of the blocking class."""
+
+    def __init__(self, type_variables: dict[str, ast.expr]) -> None:
+        self._type_variables = type_variables
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if isinstance(node.value, str) and node.value.isidentifier() and node.value[0].isupper():
+            return self.visit(ast.Name(node.value))  # type: ignore[no-any-return]
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in BLOCKING_TOO:
+            return ast.BinOp(ast.Name(BLOCKING_TOO[node.id]), ast.BitOr(), node)
+        return self._type_variables.get(node.id, node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id == "Literal":
+            return node
+        self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id in ("AsyncGenerator", "AsyncIterator"):
+            item = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
+            return ast.Subscript(ast.Name("Iterator"), item)
+        return node
+
+
+class Writer:
+    """Writes one file."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._typing: set[str] = set()
+        self._spec_module = Module.named(FILES[file][0].module)
+        self._runtime: set[str] = {"from typing import TYPE_CHECKING, Any, overload"}
+
+    def write(self) -> str:
+        body = "\n\n\n".join(self._class(spec) for spec in FILES[self._file])
+        runtime, typing = "\n".join(sorted(self._runtime)), "\n".join(f"    {each}" for each in sorted(self._typing))
+        return (
+            '"""Blocking classes, written by scripts/generate_sync.py: change that, or the asynchronous classes."""\n\n'
+            f"from __future__ import annotations\n\n{runtime}\n\nif TYPE_CHECKING:\n    pass\n{typing}\n\n{body}\n"
+        )
+
+    def _class(self, spec: Spec) -> str:
+        module = Module.named(spec.module)
+        node = module.classes[spec.name]
+        self._spec_module = module
+        item, functions = "", []
+        for owner, base, variables in _lineage(module, node):
+            if spec.kind == "Stream" and not item and (found := _item_type(base, variables)) is not None:
+                item = f"[{self._annotation(found, owner, variables)}]"
+                # The argument of a base class is evaluated, unlike an annotation.
+                self._runtime |= {line for line in [self._imported(item[1:-1], owner)] if line}
+            known = {function.name for _, function, _ in functions}
+            functions += [(owner, each, variables) for each in _functions(base) if each.name not in known]
+        self._runtime.add(f"from lmbridge.sync._wrap import {spec.kind}")
+        lines = [f"class {spec.name}({spec.kind}{item}):"]
+        if docstring := ast.get_docstring(node):
+            lines.append(_indented(_docstring(docstring)))
+        lines.append(f'    wraps = "{spec.module}:{spec.name}"')
+        lines += [self._function(owner, each, variables, spec) for owner, each, variables in functions]
+        return "\n\n".join(lines)
+
+    def _function(self, owner: Module, node: Function, variables: dict[str, ast.expr], spec: Spec) -> str:
+        decorators = [ast.unparse(each) for each in node.decorator_list]
+        is_manager = "asynccontextmanager" in decorators
+        kept = [each for each in decorators if each in ("overload", "property") or each.endswith(".setter")]
+        arguments = ast.unparse(self._arguments(node.args, owner, variables))
+        returns = "None" if node.returns is None else self._annotation(node.returns, owner, variables)
+        if is_manager:
+            returns = f"AbstractContextManager[{returns.removeprefix('Iterator[')}"
+            self._typing.add("from contextlib import AbstractContextManager")
+        head = "".join(f"@{each}\n" for each in kept) + f"def {node.name}({arguments}) -> {returns}:"
+        if "overload" in kept:
+            return _indented(f"{head} ...")
+        body = ""
+        if docstring := ast.get_docstring(node):
+            body += f"{_docstring(docstring)}\n"
+        return _indented(f"{head}\n{_indented(body + self._body(node, returns, kept, spec, is_manager=is_manager))}")
+
+    def _body(self, node: Function, returns: str, kept: list[str], spec: Spec, *, is_manager: bool) -> str:
+        call = f"({', '.join(_passed(node.args))})"
+        if "unwrap(" in call:
+            self._runtime.add("from lmbridge.sync._wrap import unwrap")
+        if node.name == "__init__":
+            self._runtime |= {"from lmbridge.sync._portal import portal", f"import {spec.module} as {_alias(spec)}"}
+            make = f"lambda: {_alias(spec)}.{spec.name}{call}"
+            return f"self._open({make})" if spec.kind == "Owner" else f"self.wrapped = portal.call({make})"
+        target = f"self.wrapped.{node.name}"
+        if any(each.endswith(".setter") for each in kept):
+            return f'self._call(lambda: setattr(self.wrapped, "{node.name}", {node.args.args[1].arg}))'
+        if is_manager:
+            self._runtime.add("from lmbridge.sync._wrap import entered")
+            return f"return entered(lambda: {target}{call})"
+        if "property" in kept:
+            expression = f"self._call(lambda: {target})"
+        elif isinstance(node, ast.AsyncFunctionDef):
+            expression = f"self._await(lambda: {target}{call})"
+        else:
+            expression = f"self._call(lambda: {target}{call})"
+        expression = re.sub(r"lambda: ([\w.]+)\(\)\)$", r"\1)", expression)
+        if returns == "None":
+            return expression
+        return f"result: {returns} = {expression}\nreturn result"
+
+    def _arguments(self, arguments: ast.arguments, owner: Module, variables: dict[str, ast.expr]) -> ast.arguments:
+        for each in _all_arguments(arguments):
+            if each.annotation is not None:
+                each.annotation = ast.parse(self._annotation(each.annotation, owner, variables), mode="eval").body
+        for default in [*arguments.defaults, *filter(None, arguments.kw_defaults)]:
+            for name in (part.id for part in ast.walk(default) if isinstance(part, ast.Name)):
+                if line := owner.import_line(name):
+                    self._runtime.add(line)
+        return arguments
+
+    def _annotation(self, node: ast.expr, owner: Module, variables: dict[str, ast.expr]) -> str:
+        copied = ast.parse(ast.unparse(node), mode="eval").body
+        translated = Translate(variables).visit(copied)
+        for name in (part.id for part in ast.walk(translated) if isinstance(part, ast.Name)):
+            self._import(name, owner)
+        return ast.unparse(translated)
+
+    def _import(self, name: str, owner: Module) -> None:
+        if name in HOME:
+            if HOME[name] != self._file:
+                self._typing.add(f"from lmbridge.sync.{HOME[name]} import {name}")
+        elif name == "Iterator":
+            self._typing.add("from collections.abc import Iterator")
+        elif name != "Any" and (line := self._imported(name, owner)):
+            self._typing.add(line)
+
+    def _imported(self, name: str, owner: Module) -> str | None:
+        # What a type variable of a base class stands for is a name of the class's own module.
+        return owner.import_line(name) or self._spec_module.import_line(name)
+
+
+def _alias(spec: Spec) -> str:
+    """The name under which a generated file imports the module of an asynchronous class."""
+    return f"_{spec.module.rpartition('.')[2]}"
+
+
+def _lineage(
+    module: Module, node: ast.ClassDef, variables: dict[str, ast.expr] | None = None
+) -> Iterator[tuple[Module, ast.ClassDef, dict[str, ast.expr]]]:
+    """A class and its bases within lmbridge, with what their type variables stand for."""
+    yield module, node, variables or {}
+    for base in node.bases:
+        name = base.value if isinstance(base, ast.Subscript) else base
+        if not isinstance(name, ast.Name):
+            continue
+        home = module if name.id in module.classes else None
+        if home is None and module.imports.get(name.id, ("", ""))[0].startswith("lmbridge."):
+            home = Module.named(module.imports[name.id][0])
+        if home is None or name.id not in home.classes:
+            continue
+        parent = home.classes[name.id]
+        given = base.slice.elts if isinstance(base, ast.Subscript) and isinstance(base.slice, ast.Tuple) else []
+        yield from _lineage(home, parent, dict(zip(_type_variables(parent), given, strict=False)))
+
+
+def _type_variables(node: ast.ClassDef) -> list[str]:
+    for base in node.bases:
+        if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "Generic":
+            elements = base.slice.elts if isinstance(base.slice, ast.Tuple) else [base.slice]
+            return [ast.unparse(each) for each in elements]
+    return []
+
+
+def _item_type(node: ast.ClassDef, variables: dict[str, ast.expr]) -> ast.expr | None:
+    """What an asynchronous stream yields: the first argument of its base `AsyncGenerator[...]`."""
+    for base in node.bases:
+        if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "AsyncGenerator":
+            item = base.slice.elts[0] if isinstance(base.slice, ast.Tuple) else base.slice
+            return variables.get(ast.unparse(item), item)
+    return None
+
+
+def _functions(node: ast.ClassDef) -> list[Function]:
+    return [
+        each
+        for each in node.body
+        if isinstance(each, Function)
+        and each.name not in LEFT_OUT
+        and (not each.name.startswith("_") or (each.name == "__init__" and node.name in PUBLIC_CONSTRUCTORS))
+    ]
+
+
+PUBLIC_CONSTRUCTORS: Final = {"LLMClient", "LLMClientPool", "Agent", "DynamicAutonomousAgent"}
+
+
+def _all_arguments(arguments: ast.arguments) -> Iterable[ast.arg]:
+    yield from [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    yield from filter(None, [arguments.vararg, arguments.kwarg])
+
+
+def _passed(arguments: ast.arguments) -> list[str]:
+    """The arguments of the call that is handed on; objects of blocking classes give the asynchronous one in them."""
+    taken = [_handed_on(each) for each in [*arguments.posonlyargs, *arguments.args][1:]]
+    taken += [f"{each.arg}={_handed_on(each)}" for each in arguments.kwonlyargs]
+    if arguments.kwarg is not None:
+        taken.append(f"**{arguments.kwarg.arg}")
+    return taken
+
+
+def _handed_on(argument: ast.arg) -> str:
+    names = set() if argument.annotation is None else set(re.findall(r"\w+", ast.unparse(argument.annotation)))
+    return f"unwrap({argument.arg})" if names & ({*HOME, "ChatClient", "ChatPool"}) else argument.arg
+
+
+def _docstring(text: str) -> str:
+    """The docstring of an asynchronous class or function, for the blocking one."""
+    text = re.sub(r"\basync (with|for|def)\b", r"\1", text)
+    text = re.sub(r"\bawait (?=[\w(])", "", text)
+    return f'"""{text}\n"""' if "\n" in text else f'"""{text}"""'
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" if line else "" for line in text.rstrip("\n").split("\n"))
+
+
+def _formatted(source: str) -> str:
+    options = ["--quiet", "--stdin-filename", str(FOLDER / "_generated.py")]
+    for command in (["check", "--fix", "--exit-zero"], ["format"]):
+        done = subprocess.run(  # noqa: S603 - ruff, from this environment
+            [Path(sys.executable).parent / "ruff", *command, *options, "-"],
+            input=source,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        source = done.stdout
+    return source
+
+
+def main() -> int:
+    """Writes the files, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for file in FILES:
+        source, path = _formatted(Writer(file).write()), FOLDER / f"{file}.py"
+        if not path.exists() or path.read_text() != source:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if not check:
+                path.write_text(source)
+    if stale:
+        print(f"{'not up to date' if check else 'written'}: {', '.join(stale)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
