@@ -87,10 +87,17 @@ class Portal:
         try:
             return finished.result()
         except BaseException:
-            if not finished.done():
-                loop.call_soon_threadsafe(cancel)
-                concurrent.futures.wait([finished])
+            loop.call_soon_threadsafe(cancel)
+            concurrent.futures.wait([finished])
+            if finished.exception() is None:
+                self._discard(finished.result())
             raise
+
+    def _discard(self, result: object) -> None:
+        """Closes a stream that was opened in the moment in which its caller was interrupted."""
+        aclose = getattr(result, "aclose", None)
+        if aclose is not None:
+            self.close_soon(aclose)
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Calls a plain function in the loop's thread, and waits for its result.
