@@ -131,7 +131,10 @@ class Writer:
 
     def write(self) -> str:
         body = "\n\n\n".join(self._class(spec) for spec in FILES[self._file])
-        runtime, typing = "\n".join(sorted(self._runtime)), "\n".join(f"    {each}" for each in sorted(self._typing))
+        runtime, typing = (
+            "\n".join(sorted(self._runtime)),
+            "\n".join(f"    {each}" for each in sorted(self._typing - self._runtime)),
+        )
         return (
             '"""Blocking classes, written by scripts/generate_sync.py: change that, or the asynchronous classes."""\n\n'
             f"from __future__ import annotations\n\n{runtime}\n\nif TYPE_CHECKING:\n    pass\n{typing}\n\n{body}\n"
@@ -141,7 +144,8 @@ class Writer:
         module = Module.named(spec.module)
         node = module.classes[spec.name]
         self._spec_module = module
-        item, functions = "", []
+        item = ""
+        functions: list[tuple[Module, Function, dict[str, ast.expr]]] = []
         for owner, base, variables in _lineage(module, node):
             if spec.kind == "Stream" and not item and (found := _item_type(base, variables)) is not None:
                 item = f"[{self._annotation(found, owner, variables)}]"

@@ -404,3 +404,15 @@ async def test_embeddings_search_runs_on_the_embedded_server(notes: Path) -> Non
     assert outcome.status == 0, outcome.errors
     assert outcome.output.startswith("> A price is a price.  (4 passages)\n\n1.000  deep/money.txt:1\n")
     assert len(outcome.output.split("\n\n")) == 4
+
+
+async def test_the_blocking_script_prints_a_summary_of_each_file(
+    scripted_server: ScriptedServer, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{name}.txt" for name in ("a", "b", "c")]
+    for file in files:
+        file.write_text(FOX)
+    scripted_server.default = answer("It is about a fox.")
+    outcome = await run("sync_script.py", "--api-base", scripted_server.api_base, *map(str, files))
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output == "".join(f"{file.name}: It is about a fox.\n" for file in files)

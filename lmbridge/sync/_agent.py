@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lmbridge.agent.agent import AnyTool
-    from lmbridge.agent.events import RunEvent
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.settings import Approve, MaxTokens, Task
     from lmbridge.agent.source import ChatClient, ChatPool

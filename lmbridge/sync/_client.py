@@ -14,20 +14,19 @@ if TYPE_CHECKING:
     import ssl as ssl_module
     from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
-    from typing import Literal
+    from typing import Literal, Unpack
 
     from lmbridge.client.inputs import Texts
-    from lmbridge.client.llm import _T
-    from lmbridge.client.names import Mismatch
+    from lmbridge.client.llm import _T, ClientOptions
+    from lmbridge.client.names import MismatchMode
     from lmbridge.client.pool import PoolStats
-    from lmbridge.client.responses import ResponseEvent, ResponseInput
+    from lmbridge.client.responses import ResponseInput
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.config import Limits, Timeouts
     from lmbridge.transport import Transport
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import (
         ChatCompletion,
-        ChatCompletionChunk,
         DownloadStatus,
         Embeddings,
         LMStudioLoad,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
         LMStudioUnload,
         Response,
         TextCompletion,
-        TextCompletionChunk,
     )
 
 
@@ -99,79 +97,83 @@ class ResponseStream(Stream[ResponseEvent]):
 class LMStudio(Wrapper):
     """LM Studio's own API, as `client.lmstudio`.
 
-    Every method raises as `chat_completion` does, and an `LLMResponseError` that says so if the server is not LM
-    Studio, or is too old. None of them queues behind generations.
+    No method queues behind generations. Each raises what `LLMClient.chat_completion` raises, and an `LLMResponseError`
+    that says so if the server is not LM Studio or is too old.
     """
 
     wraps = "lmbridge.client.lmstudio:LMStudio"
 
     def models(self) -> list[LMStudioModel]:
-        """The downloaded models, with their loaded instances (`GET /api/v1/models`).
+        """Returns the downloaded models with their loaded instances (`GET /api/v1/models`).
 
         Returns:
-            Dicts as the server sent them. What an LM Studio before 0.4.0 tells (`GET /api/v0/models`) is put into the
-            same fields, with those left out that it does not tell: `parallel`, sizes, names for people.
+            Dicts as the server sent them. The older list of an LM Studio before 0.4.0 (`GET /api/v0/models`) is put
+            into the same fields; the fields that it does not have are left out: `parallel`, sizes, display names.
 
         Raises:
-            LLMResponseError: it is not LM Studio.
+            LLMResponseError: The server is not LM Studio.
         """
         result: list[LMStudioModel] = self._await(self.wrapped.models)
         return result
 
     def load(self, model: str, **config: Any) -> LMStudioLoad:
-        """Loads a model, which may take minutes (`POST /api/v1/models/load`): `Timeouts.load` is its limit.
+        """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
-        A model that is loaded already is loaded a second time. It is sent again only if the server refused it before
-        any work.
+        A model that is already loaded is loaded a second time. The request is sent again only if the server refused it
+        before it did any work.
 
         Args:
             model: The `key` of a downloaded model.
-            **config: Sent as it is: `context_length`, `flash_attention`, `eval_batch_size`, `num_experts`,
-                `offload_kv_cache_to_gpu`, `echo_load_config` (to be told the whole configuration), ...
+            **config: Options of LM Studio, sent unchanged: `context_length`, `flash_attention`, `eval_batch_size`,
+                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...
 
         Returns:
-            The server's dict: `instance_id`, by which to ask for it and to unload it, and `load_time_seconds`.
+            The server's dict. Its `instance_id` is the name to ask for and to unload; `load_time_seconds` is the time
+            that loading took.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            ModelNotFoundError: it is not downloaded.
-            ModelLoadError: it does not fit into memory, or crashed.
-            LLMTimeoutError: phase "load"; LM Studio may go on loading it.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            ModelNotFoundError: The model is not downloaded.
+            ModelLoadError: The model does not fit into memory, or crashed.
+            LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
         """
         result: LMStudioLoad = self._await(lambda: self.wrapped.load(model, **config))
         return result
 
     def unload(self, instance_id: str) -> LMStudioUnload:
-        """Unloads an instance of a model, whatever it is generating (`POST /api/v1/models/unload`).
+        """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
-            instance_id: The `id` of one of the `loaded_instances`, or what `load` returned.
+            instance_id: The `id` of one of the `loaded_instances`, or the `instance_id` that `load` returned.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            LLMResponseError: there is no such instance.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            LLMResponseError: No such instance exists.
         """
         result: LMStudioUnload = self._await(lambda: self.wrapped.unload(instance_id))
         return result
 
     def download(self, model: str, **options: Any) -> Iterator[DownloadStatus]:
-        """Downloads a model and tells how far it is (`POST /api/v1/models/download`).
+        """Downloads a model and yields its progress (`POST /api/v1/models/download`).
 
-        LM Studio does it by itself: to leave the iteration, or to cancel it, does not stop the download. Asked for
-        the same model again, LM Studio says where it is.
+        LM Studio downloads on its own: leaving the iteration, or cancelling it, does not stop the download. Calling
+        `download` again for the same model yields the progress of the download that is running.
 
         Args:
             model: A name of LM Studio's catalogue, or the link of a repository on Hugging Face.
-            **options: Sent as they are: `quantization` (only with a link).
+            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
 
         Yields:
             The server's dicts, about one a second: `status`, `downloaded_bytes`, `total_size_bytes`,
-            `bytes_per_second`, ... The status of the last one is "completed" or "already_downloaded"; before that it
-            is "downloading", or "paused" for as long as somebody paused it in LM Studio.
+            `bytes_per_second`, ... The status is "downloading", or "paused" while the download is paused in LM Studio;
+            that of the last dict is "completed" or "already_downloaded".
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent. Raised by the call.
-            LLMResponseError: it failed; `partial` is the last status. This and all else is raised by the iteration.
+            LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
+                all other errors.
+            LLMResponseError: The download failed; `partial` is the last status.
+            TaskCancelledError: The client was closed, given back to its pool, or sent to another server, while LM
+                Studio goes on with the download.
         """
         result: Iterator[DownloadStatus] = self._call(lambda: self.wrapped.download(model, **options))
         return result
@@ -180,26 +182,36 @@ class LMStudio(Wrapper):
 class LLMClient(Owner):
     """A client of one server with an OpenAI-compatible `/v1`.
 
-    It opens with its first request. `close`, or leaving its `with`, returns it to unopened. Use one for as
-    many tasks as you like, in one event loop.
+    It opens with its first request. `close`, or leaving its `with` block, closes its connections; a later request
+    opens it again. One client serves any number of concurrent tasks of one event loop::
+
+        with LLMClient("http://127.0.0.1:1234/v1") as client:
+            reply = client.chat_completion([{"role": "user", "content": "Hello!"}])
+            print(reply["choices"][0]["message"]["content"])
 
     Args:
-        api_base: The server, with or without `/v1`. Default: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and
-            `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1` (LM Studio).
-        model: Asked for where a call names none. Default: `DEFAULT_MODEL`, else the server's choice.
-        api_key: Sent as a bearer token. Default: `LM_API_TOKEN`.
-        timeout: How long to wait for what.
-        max_retries: Further attempts after refused connections and passing errors; at most 5 are made.
-        limits: How much may be going on at a time; "auto" asks the server (docs/model-scheduling.md says what).
-        model_mismatch: What to do if another model answers than the one asked for: "warn" logs a line for each
-            pair of names, "raise" raises `ModelMismatchError`, "ignore" does nothing.
-        ssl: A context for https in place of the default verification.
-        trust_env: Whether to use the environment's proxies and netrc. Loopback is never proxied.
-        transport: Connections and limits to share with other clients, in place of the options about them. It stays
-            its owner's to close.
+        api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
+            else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
+        model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
+            chooses.
+        api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
+        timeout: The timeouts of each request. Default: those of `Timeouts()`.
+        max_retries: How often a request is sent again after a refused connection or a temporary error. At most 5 are
+            made. Default: 2.
+        limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
+            docs/model-scheduling.md describes. Default: those of `Limits()`.
+        model_mismatch: What happens if another model answers than the one that was asked for. "warn", the default, logs
+            a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing.
+        ssl: The context for https, for example with a certificate authority of your own. Default: the usual
+            verification.
+        trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
+            interface is never reached through a proxy. Default: False.
+        transport: A transport whose connections and limits are shared with other clients. It replaces the options
+            `api_base`, `api_key`, `limits`, `ssl` and `trust_env`, and remains open when the client is closed.
+            Default: the client makes a transport for itself.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     wraps = "lmbridge.client.llm:LLMClient"
@@ -213,7 +225,7 @@ class LLMClient(Owner):
         timeout: Timeouts | None = None,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
-        model_mismatch: Mismatch = "warn",
+        model_mismatch: MismatchMode = "warn",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
@@ -235,13 +247,17 @@ class LLMClient(Owner):
 
     @property
     def model(self) -> str | None:
-        """The model asked for where a call names none."""
+        """The model of calls that name none, or None if the server chooses."""
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
     @property
     def api_base(self) -> str:
-        """The server's base URL, with `/v1`. It may be set: later requests go there, streams under way end here."""
+        """The server's URL, with `/v1`.
+
+        It can be set: later requests go to the new server, and streams in progress finish on the old one. Setting it
+        raises `LLMValidationError` if the URL is not valid, or if the client was created with `transport=`.
+        """
         result: str = self._call(lambda: self.wrapped.api_base)
         return result
 
@@ -251,7 +267,7 @@ class LLMClient(Owner):
 
     @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: what is loaded and how; load, unload, download. Other servers refuse it."""
+        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise."""
         result: LMStudio = self._call(lambda: self.wrapped.lmstudio)
         return result
 
@@ -281,22 +297,24 @@ class LLMClient(Owner):
         """Asks for the next message of a chat (`POST /v1/chat/completions`).
 
         Args:
-            messages: Dicts with `role` and `content`, at least one.
-            model: The model; default: the client's.
-            stream: Whether to return a `ChatStream` instead of the whole reply.
-            **params: Sent as they are: `temperature`, `max_tokens`, `tools`, `response_format`, ...
+            messages: The chat so far: dicts with `role` and `content`, at least one.
+            model: The model to ask. Default: the client's model.
+            stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
+            **params: Parameters of the API, sent unchanged: `temperature`, `max_tokens`, `tools`, `response_format`,
+                ... Parameters that are not given are not sent.
 
         Returns:
-            The server's reply, or a stream of its chunks, as plain dicts.
+            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            LLMConnectionError: nobody there, or the connection broke.
-            LLMTimeoutError: a limit ran out; see `phase`.
-            LLMResponseError: the server said no, or what it said is no reply; see also its subclasses.
-            ModelNotFoundError: the server does not have the model.
-            ModelMismatchError: another model answered (`model_mismatch="raise"`).
-            TaskCancelledError: the client was closed meanwhile.
+            LLMValidationError: An argument is not valid; nothing was sent.
+            LLMConnectionError: The server cannot be reached, or the connection broke.
+            LLMTimeoutError: A timeout or the queue limit ran out; `phase` says which one.
+            LLMResponseError: The server reported an error, or sent something that is not a chat completion. Its
+                subclasses are more specific.
+            ModelNotFoundError: The server does not have the model.
+            ModelMismatchError: Another model answered (only with `model_mismatch="raise"`).
+            TaskCancelledError: The client was closed in the meantime.
         """
         result: ChatCompletion | ChatStream = self._await(
             lambda: self.wrapped.chat_completion(messages, model=model, stream=stream, **params)
@@ -321,16 +339,20 @@ class LLMClient(Owner):
     def text_completion(
         self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> TextCompletion | TextStream:
-        """Asks how a text goes on, with no chat template around it (`POST /v1/completions`).
+        """Asks for the continuation of a text, without a chat template (`POST /v1/completions`).
 
         Args:
-            prompt: A string or token ids, or a list of these: `n` answers for each, in the order of their `index`.
-            model: The model; default: the client's.
-            stream: Whether to return a `TextStream` instead of the whole reply.
-            **params: Sent as they are: `max_tokens`, `temperature`, `stop`, ...
+            prompt: A string or a list of token ids, or a list of several of them. The reply has `n` choices for each
+                prompt, in the order of their `index`.
+            model: The model to ask. Default: the client's model.
+            stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
+            **params: Parameters of the API, sent unchanged: `max_tokens`, `temperature`, `stop`, ...
+
+        Returns:
+            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
 
         Raises:
-            LLMError: as for `chat_completion`.
+            LLMError: The same errors as `chat_completion`.
         """
         result: TextCompletion | TextStream = self._await(
             lambda: self.wrapped.text_completion(prompt, model=model, stream=stream, **params)
@@ -343,18 +365,19 @@ class LLMClient(Owner):
         """Asks for the embeddings of texts (`POST /v1/embeddings`).
 
         Args:
-            input: A string or token ids, or a list of these; none empty.
-            model: The model; default: the client's.
-            batch_size: How many texts a request may hold. More are sent in several requests, one after another, and
-                their replies made one: indices count through, usage is added up. Default: all in one.
-            **params: Sent as they are: `encoding_format`, `dimensions`, ...
+            input: A string or a list of token ids, or a list of several of them; none may be empty.
+            model: The model to ask. Default: the client's model.
+            batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
+                another, and their replies are merged: the indices are consecutive, and the usage is summed up.
+                Default: all texts in one request.
+            **params: Parameters of the API, sent unchanged: `encoding_format`, `dimensions`, ...
 
         Returns:
             The server's reply; its `data` has one embedding for each text, in the order of the texts.
 
         Raises:
-            LLMResponseError: an embedding is missing, or holds something else than finite numbers.
-            LLMError: as for `chat_completion`. There is never a part of the embeddings.
+            LLMResponseError: An embedding is missing, or contains something else than finite numbers.
+            LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
         """
         result: Embeddings = self._await(
             lambda: self.wrapped.embeddings(input, model=model, batch_size=batch_size, **params)
@@ -403,23 +426,25 @@ class LLMClient(Owner):
         stream: bool = False,
         **params: Any,
     ) -> Response | ResponseStream:
-        """Asks for a response, which the server may keep and go on from (`POST /v1/responses`).
+        """Asks for a response, which the server may store and continue later (`POST /v1/responses`).
 
-        A response that the server keeps is not made twice: unless `store=False` is given, a request is sent again
-        only after a refused connection, a 429 or a 503.
+        A response that the server stores must not be created twice. Therefore, unless `store=False` is given, a request
+        is sent again only after a refused connection, a 429 or a 503.
 
         Args:
-            input: A string, or a list of items: messages, results of function calls.
-            model: The model; default: the client's.
-            previous_response_id: The `id` of the response to go on from.
-            stream: Whether to return a `ResponseStream` of named events instead of the whole response.
-            **params: Sent as they are: `instructions`, `max_output_tokens`, `tools` (flat ones), `store`, ...
+            input: A string, or a list of items: messages, and results of function calls.
+            model: The model to ask. Default: the client's model.
+            previous_response_id: The `id` of the stored response to continue.
+            stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
+                end.
+            **params: Parameters of the API, sent unchanged: `instructions`, `max_output_tokens`, `tools` (in the flat
+                form of this API), `store`, ...
 
         Returns:
-            The response, or a stream of its events. Whether it is "completed" or "incomplete", its `status` says.
+            The response, or a stream of its events. Its `status` is "completed" or "incomplete".
 
         Raises:
-            LLMError: as for `chat_completion`, also for a response that failed.
+            LLMError: The same errors as `chat_completion`, also for a response that failed.
         """
         result: Response | ResponseStream = self._await(
             lambda: self.wrapped.create_response(
@@ -431,171 +456,149 @@ class LLMClient(Owner):
     def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = None, **params: Any
     ) -> _T:
-        """Asks for an answer of a type: its schema goes along, and what comes back is validated.
+        """Asks for an answer of a certain type: its JSON schema is sent along, and the answer is validated.
 
-        An answer that is none is sent back once, with what is wrong about it. The request is streamed, so that the
-        server stops when this is cancelled.
+        An answer that is not valid is sent back to the model once, with what is wrong about it. The request is
+        streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: As for `chat_completion`. Say in them what the fields mean: few servers show the model the schema.
+            messages: The chat so far, as for `chat_completion`. Describe the fields in it: few servers show the schema
+                to the model.
             type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
-            model: The model; default: the client's.
-            **params: Sent as they are; not `n`, `response_format` and `stream`.
+            model: The model to ask. Default: the client's model.
+            **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
+
+        Returns:
+            An instance of the type.
 
         Raises:
-            LLMValidationError: an argument cannot be right, and nothing was sent; or the answer is not what was asked
-                for: `.body` is its text, `.partial` the whole reply, `.context["path"]` the place of the fault.
-            LLMError: as for `chat_completion`, and what iterating its stream raises.
+            LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
+                its text, `.partial` the whole reply, and `.context["path"]` the place of the fault.
+            LLMError: The same errors as `chat_completion`, and those that iterating its stream raises.
         """
         result: _T = self._await(lambda: self.wrapped.parse(messages, type_, model=model, **params))
         return result
 
     def list_models(self) -> list[str]:
-        """The ids of the server's models (`GET /v1/models`); it does not queue behind generations.
+        """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
 
         Raises:
-            LLMError: as for `chat_completion`.
+            LLMError: The same errors as `chat_completion`.
         """
         result: list[str] = self._await(self.wrapped.list_models)
         return result
 
     def server_info(self) -> ServerInfo:
-        """Which server it is, its version, what it has loaded, with how much context and how many slots.
+        """Asks which server it is, which models it has loaded, with how much context, and with how many slots.
 
-        It asks afresh each time: `GET /v1/models`, then what the server that this looks like has of its own. LM Studio:
-        `/api/v1/models` (before 0.4.0 `/api/v0/models` as well); llama.cpp: `/props` (a router: once more for each
-        loaded model); Ollama: `/api/version`, `/api/ps`; vLLM: `/version`. Each may take 10 s, and none queues behind
-        generations. What the server does not tell, or refuses to tell, is None.
+        Nothing is cached. The requests are `GET /v1/models`, and then those of the server that this looks like:
+        LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
+        loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
+        generations.
+
+        Returns:
+            The server and its models. What the server does not report is None.
 
         Raises:
-            LLMAuthenticationError: it refuses the key.
-            LLMError: as for `chat_completion`.
+            LLMAuthenticationError: The server refused the key.
+            LLMError: The same errors as `chat_completion`.
         """
         result: ServerInfo = self._await(self.wrapped.server_info)
         return result
 
     def stats(self) -> ClientStats:
-        """What is in flight and waits, and how often models were swapped and requests repeated, also by model.
+        """Returns what is in flight and queued, and how many swaps and retries there were, in total and by model.
 
-        It counts all that goes through the client's transport; setting `api_base` begins anew.
+        The numbers are those of the client's transport, so they include other clients that share it. Setting `api_base`
+        starts them anew.
         """
         result: ClientStats = self._call(self.wrapped.stats)
         return result
 
     def health_check(self) -> bool:
-        """Whether the server is there and serves requests. It neither queues nor retries, and takes 5 s at most.
+        """Asks whether the server is running and ready. The request neither queues nor retries, and takes 5 s at most.
 
         Returns:
-            False if nobody answers, or the server is still loading or failing (5xx).
+            True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
 
         Raises:
-            LLMAuthenticationError: it is there, but refuses the key.
-            LLMResponseError: something else answers there.
+            LLMAuthenticationError: The server is running, but refuses the key.
+            LLMResponseError: Something that is not a model server answers at this address.
+            LLMError: The client was given back to its pool.
         """
         result: bool = self._await(self.wrapped.health_check)
         return result
 
 
 class LLMClientPool(Owner):
-    """At most `pool_size` clients at a time, first come, first served, each for one model.
+    """Hands out at most `pool_size` clients at the same time, each for one model; waiting callers come first in order.
 
-    They share one transport: its connections, and its limit on generations in flight, which is never more than
+    The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open
-    again once it is closed.
+    again once it is closed::
+
+        with LLMClientPool(pool_size=4) as pool, pool.client("qwen3-4b") as client:
+            reply = client.chat_completion([{"role": "user", "content": "Hello!"}])
 
     Args:
-        pool_size: Clients that may be out at a time.
-        api_base: As for `LLMClient`.
-        model: For clients that are got without one. Default: `DEFAULT_MODEL`, else the server's choice.
-        api_key: As for `LLMClient`.
-        timeout: As for `LLMClient`.
-        max_retries: As for `LLMClient`.
-        limits: As for `LLMClient`; `max_concurrency` is `pool_size` by default, and at most that.
-        model_mismatch: As for `LLMClient`; "warn" logs a line for each pair of names in the whole pool.
-        ssl: As for `LLMClient`.
-        trust_env: As for `LLMClient`.
-        transport: Connections and limits to share beyond this pool, in place of the options about them. It stays its
-            owner's to close, and its own limits count.
+        pool_size: The most clients that can be in use at the same time.
+        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some have a meaning for
+            the pool as a whole. `model` is the model of clients that are requested without one. The `max_concurrency`
+            of `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
+            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
+            it stays open when the pool is closed.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
 
     wraps = "lmbridge.client.pool:LLMClientPool"
 
-    def __init__(
-        self,
-        pool_size: int = 10,
-        *,
-        api_base: str | None = None,
-        model: str | None = None,
-        api_key: str | None = None,
-        timeout: Timeouts | None = None,
-        max_retries: int = 2,
-        limits: Limits | Literal["auto"] | None = None,
-        model_mismatch: Mismatch = "warn",
-        ssl: ssl_module.SSLContext | None = None,
-        trust_env: bool = False,
-        transport: Transport | None = None,
-    ) -> None:
-        self._open(
-            lambda: _pool.LLMClientPool(
-                pool_size,
-                api_base=api_base,
-                model=model,
-                api_key=api_key,
-                timeout=timeout,
-                max_retries=max_retries,
-                limits=limits,
-                model_mismatch=model_mismatch,
-                ssl=ssl,
-                trust_env=trust_env,
-                transport=transport,
-            )
-        )
+    def __init__(self, pool_size: int = 10, **options: Unpack[ClientOptions]) -> None:
+        self._open(lambda: _pool.LLMClientPool(pool_size, **options))
 
     @property
     def model(self) -> str | None:
-        """The model of clients that are got without one."""
+        """The model of clients that are requested without one."""
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
     def get_client(self, model: str | None = None) -> LLMClient:
-        """Waits for a client; give it back with `release_client`, or by closing it.
+        """Waits for a client. Give it back with `release_client`, or by closing it.
 
         Args:
-            model: What the client asks for where a call names none; default: the pool's.
+            model: The model of the client's calls that name none. Default: the pool's model.
 
         Raises:
-            LLMValidationError: the model's name cannot be right.
-            LLMError: the pool is closed, or belongs to another event loop.
-            TaskCancelledError: the pool was closed meanwhile.
+            LLMValidationError: The model's name is not valid.
+            LLMError: The pool is closed, or is in use in another event loop.
+            TaskCancelledError: The pool was closed during the wait.
         """
         result: LLMClient = self._await(lambda: self.wrapped.get_client(model))
         return result
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back, to whoever waits longest.
+        """Gives a client back; the caller that has waited longest gets the next one.
 
-        Its streams that are still open go on to their end; it sends nothing new.
+        Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 
         Raises:
-            LLMValidationError: it is not of this pool, or was given back before.
+            LLMValidationError: The client does not belong to this pool, or was already given back.
         """
         self._call(lambda: self.wrapped.release_client(unwrap(client)))
 
     def client(self, model: str | None = None) -> AbstractContextManager[LLMClient]:
-        """Waits for a client, and gives it back whichever way the block is left.
+        """Waits for a client, and gives it back at the end of the `with` block.
 
         Args:
-            model: As for `get_client`.
+            model: The model of the client's calls that name none. Default: the pool's model.
 
         Raises:
-            LLMError: as for `get_client`.
+            LLMError: The same errors as `get_client`.
         """
         return entered(lambda: self.wrapped.client(model))
 
     def stats(self) -> PoolStats:
-        """How many clients there may be, are out, and are waited for."""
+        """Returns how many clients the pool can hand out, how many are in use, and how many callers are waiting."""
         result: PoolStats = self._call(self.wrapped.stats)
         return result
