@@ -140,7 +140,7 @@ class DynamicAutonomousAgent(Owner):
 
         Raises:
             MCPConnectionError: The server could not be started; `.server` is its name.
-            MCPError: There is no enabled server of that name, or the configuration file cannot be read. In both cases
+            MCPError: No enabled server has that name, or the configuration file cannot be read. In both cases
                 nothing has been started.
             RunIncompleteError: The run ended without a final answer. With `full`, only its subclass
                 `MaxRoundsExceededError` is raised, and the stop reason of the result names all other cases.
