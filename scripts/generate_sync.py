@@ -35,7 +35,7 @@ class Spec(NamedTuple):
 
 FILES: Final = {
     "_client": [
-        Spec("lmbridge.client.stream", "ChatStream", "Stream"),
+        Spec("lmbridge.client.chat_stream", "ChatStream", "Stream"),
         Spec("lmbridge.client.completions", "TextStream", "Stream"),
         Spec("lmbridge.client.responses", "ResponseStream", "Stream"),
         Spec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
@@ -255,15 +255,17 @@ def _lineage(
             continue
         parent = home.classes[name.id]
         given = base.slice.elts if isinstance(base, ast.Subscript) and isinstance(base.slice, ast.Tuple) else []
+        known = variables or {}
+        given = [known.get(ast.unparse(each), each) for each in given]
         yield from _lineage(home, parent, dict(zip(_type_variables(parent), given, strict=False)))
 
 
 def _type_variables(node: ast.ClassDef) -> list[str]:
-    for base in node.bases:
-        if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "Generic":
-            elements = base.slice.elts if isinstance(base.slice, ast.Tuple) else [base.slice]
-            return [ast.unparse(each) for each in elements]
-    return []
+    """The type variables of a class, in order: those of `Generic[...]`, else those of its bases."""
+    subscripts = [base for base in node.bases if isinstance(base, ast.Subscript)]
+    subscripts.sort(key=lambda base: ast.unparse(base.value) != "Generic")
+    names = [part.id for base in subscripts for part in ast.walk(base.slice) if isinstance(part, ast.Name)]
+    return [name for name in dict.fromkeys(names) if name.startswith("_")]
 
 
 def _item_type(node: ast.ClassDef, variables: dict[str, ast.expr]) -> ast.expr | None:

@@ -12,84 +12,91 @@ from lmbridge.sync._wrap import Stream, Wrapper, unwrap
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lmbridge.agent.agent import AnyTool
+    from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult, StopReason
+    from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.settings import Approve, MaxTokens, Task
-    from lmbridge.agent.source import ChatClient, ChatPool
     from lmbridge.agent.switching import SwitchPolicy
-    from lmbridge.sync._client import LLMClient, LLMClientPool
+    from lmbridge.sync._client import LLMClient
 
 
 class RunStream(Stream[RunEvent]):
-    """The events of a run: what `agent.stream` and `handle.events()` return.
+    """The events of a run, as `agent.stream` and `handle.events()` return them.
 
-    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `RunFinished`;
-    anything else raises, with `.partial`. Leaving that of `agent.stream` early, in any way, cancels the run and waits
-    for its end. Leaving that of `handle.events()` only ends the listening.
+    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
+    any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
+    the run and waits for its end. Leaving that of `handle.events()` only detaches from the run.
     """
 
     wraps = "lmbridge.agent.runs:RunStream"
 
     @property
     def handle(self) -> RunHandle:
-        """The run."""
+        """The handle of the run."""
         result: RunHandle = self._call(lambda: self.wrapped.handle)
         return result
 
 
 class RunHandle(Wrapper):
-    """A run that goes on by itself: what `agent.start` returns.
+    """A run that is in progress, as `agent.start` returns it.
 
-    It goes on whether anybody waits for it, listens to it, or keeps the handle.
+    The run goes on whether or not it is awaited, has a listener, or its handle is kept::
+
+        handle = agent.start("Summarise the report.")
+        ...
+        result = handle.result()
+
+    Attributes:
+        id: The id of the run, a random string.
     """
 
     wraps = "lmbridge.agent.runs:RunHandle"
 
     @property
     def stop_reason(self) -> StopReason:
-        """Why it ended, or "running"."""
+        """Why the run ended, or "running"."""
         result: StopReason = self._call(lambda: self.wrapped.stop_reason)
         return result
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, in whichever way."""
+        """Whether the run has ended, in whichever way."""
         result: bool = self._call(lambda: self.wrapped.done)
         return result
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """A copy of the conversation so far: valid at any moment, to be gone on with later."""
+        """A copy of the conversation so far. It is valid at any moment, and can be continued later."""
         result: list[dict[str, Any]] = self._call(lambda: self.wrapped.messages)
         return result
 
     @property
     def partial(self) -> RunResult:
-        """The run so far, also while it goes on; `stop_reason` is "running" then."""
+        """The run so far, also while it is in progress; its `stop_reason` is "running" then."""
         result: RunResult = self._call(lambda: self.wrapped.partial)
         return result
 
     def cancel(self) -> bool:
-        """Cancels the run, without waiting for its end; `handle.result()` waits, and raises.
+        """Cancels the run, without waiting for its end. `handle.result()` waits for it, and raises.
 
         Returns:
-            False if it had ended before.
+            False if the run had already ended.
         """
         result: bool = self._call(self.wrapped.cancel)
         return result
 
     def events(self) -> RunStream:
-        """What the run tells from now on. Leaving it detaches, and the run goes on."""
+        """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
         result: RunStream = self._call(self.wrapped.events)
         return result
 
     def result(self) -> RunResult:
-        """Waits for the end of the run. Cancelled meanwhile, it cancels the run and waits for it.
+        """Waits for the end of the run. On cancellation of the caller, it cancels the run and waits for its end.
 
         Raises:
-            TaskCancelledError: the run was cancelled.
-            MaxRoundsExceededError: it used up its rounds.
-            LLMError: it failed; `.partial` is the run so far.
+            TaskCancelledError: The run was cancelled.
+            MaxRoundsExceededError: The run used up its rounds.
+            LLMError: The run failed; `.partial` is the run so far.
         """
         result: RunResult = self._await(self.wrapped.result)
         return result
@@ -98,37 +105,51 @@ class RunHandle(Wrapper):
 class Agent(Wrapper):
     """Lets a model work on a task with tools, round after round, until it has an answer.
 
-    One agent serves any number of runs at a time, in one event loop. It owns nothing that is to be closed: the client
-    stays the caller's.
+    One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed: the client
+    remains the caller's::
+
+        with LLMClient(model="qwen3-4b") as client:
+            agent = Agent(client, tools=[add])
+            result = agent.run("What is 317 plus 225?")
+            print(result.text)
 
     Args:
-        client: An `LLMClient`, or an `LLMClientPool`, which lends a client for each generation.
-        model: Asked for where a run names none. Default: the client's.
-        tools: What the model may call: async or plain functions, `Tool`s, or providers with `async list_tools()`,
-            which are asked at the start of each run.
-        system_prompt: The leading system message of each run.
-        max_rounds: Times that the model is asked in a run.
-        max_tokens: Tokens of a reply; "auto" for 8192, or what is left of the model's context if that is less.
-        max_seconds: Seconds that a run may take, waiting included; whatever it does then is cut.
-        max_total_tokens: Tokens that a run may use, prompts included; looked at between its rounds.
-        switch_policy: What a run with another model does to those in flight: "isolate" runs beside them, "reject"
-            refuses it, "cancel" cancels them, "drain" waits for their end.
-        tool_timeout: Seconds that a call may take; None for any number.
-        max_parallel_tools: Calls of one reply that are made at a time.
-        max_tool_output: Characters of a call's result that the model is told; of more it gets the head and the tail.
-        max_bad_calls: Calls in a row that cannot be made, after which a run ends.
-        approve: Asked before each call, with the `ToolCall`, one call at a time; if it says no, the model is told so.
-            Async, or plain and quick. What it raises ends the run.
+        client: An `LLMClient`, an `LLMClientPool`, or another object that satisfies `ChatClient` or `ChatClientPool`.
+            A client is borrowed from a pool for one generation at a time.
+        model: The model of runs that name none. Default: the client's model.
+        tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
+            `async list_tools()`, which are asked at the start of each run.
+        system_prompt: The leading system message of every run. Default: none.
+        max_rounds: How many times the model is asked in one run. Default: 25.
+        max_tokens: The most tokens of one reply. The default, "auto", stands for 8192, or for what is left of the
+            model's context if that is known and smaller.
+        max_seconds: Seconds that a run may take, including the time that it waits. What it is doing when they are over
+            is cancelled. Default: no limit.
+        max_total_tokens: Tokens that a run may use, prompts included. It is checked between rounds. Default: no limit.
+        switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
+            them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
+        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
+            limit. Default: 60.
+        max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
+        max_tool_output: How many characters of a call's result the model gets; of a longer one it gets the head and
+            the tail. Default: 20,000.
+        max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
+        approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
+            returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
+            exception in it ends the run. Default: every call is made.
+        open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
+            need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
+            context manager is left when the run ends, in whichever way. Default: none.
 
     Raises:
-        LLMValidationError: an argument cannot be right.
+        LLMValidationError: An argument is invalid.
     """
 
     wraps = "lmbridge.agent.agent:Agent"
 
     def __init__(
         self,
-        client: LLMClient | ChatClient | (LLMClientPool | ChatPool),
+        client: LLMClient | ChatClient | ChatClientPool,
         *,
         model: str | None = None,
         tools: Sequence[AnyTool] = (),
@@ -143,6 +164,7 @@ class Agent(Wrapper):
         max_tool_output: int = 20000,
         max_bad_calls: int = 5,
         approve: Approve | None = None,
+        open_tools: OpenTools | None = None,
     ) -> None:
         self.wrapped = portal.call(
             lambda: _agent.Agent(
@@ -160,12 +182,13 @@ class Agent(Wrapper):
                 max_tool_output=max_tool_output,
                 max_bad_calls=max_bad_calls,
                 approve=approve,
+                open_tools=open_tools,
             )
         )
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none; None where the server, or the pool, chooses."""
+        """The model of runs that name none; None if the server, or the pool, chooses it."""
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
@@ -178,33 +201,41 @@ class Agent(Wrapper):
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunResult:
-        """Works on a task until there is an answer, or a reason to end without.
+        """Works on a task until the model has an answer, or there is a reason to end without one.
 
-        Cancelled, it stops the server's generation and all tools before it raises.
+        On cancellation, it stops the server's generation and all tools before it raises.
 
         Args:
-            task: What to do: a text, or a list of content parts (text and images).
-            model: The model of this run, which does not change while it goes on. Default: the agent's.
-            tools: Those of this run, in place of the agent's.
-            messages: The conversation to go on with, like `result.messages` of another run.
-            max_rounds: In place of the agent's.
-            max_tokens: In place of the agent's.
+            task: What to do, as a string or as a list of content parts (text and images).
+            model: The model of this run, which does not change while it is in progress. Default: the agent's.
+            tools: The tools of this run, in place of the agent's `tools`.
+            messages: A conversation to continue, such as `result.messages` of another run. Default: a new one.
+            max_rounds: The limit of this run, in place of the agent's.
+            max_tokens: The limit of this run, in place of the agent's.
+            open_tools: Opens tools for this run, in place of the agent's `open_tools`.
 
         Returns:
-            The result; its `stop_reason` says whether it is an answer.
+            The result. Its `stop_reason` says whether it is an answer.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
-            MaxRoundsExceededError: the rounds were used up.
-            ModelChangedDuringExecutionError: the `switch_policy` refused the run or had it cancelled, or the server
-                swapped models.
-            ContextLengthExceededError: the conversation does not fit into the context, and cannot be trimmed.
-            LLMError: a request failed. Each of these has the run so far in `.partial`.
+            LLMValidationError: An argument is invalid; nothing was sent.
+            MaxRoundsExceededError: The run used up its rounds.
+            ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
+                models.
+            ContextLengthExceededError: The conversation does not fit into the context, and cannot be trimmed further.
+            LLMError: A request failed. Every error of a run that has begun holds the run so far in `.partial`.
         """
         result: RunResult = self._await(
             lambda: self.wrapped.run(
-                task, model=model, tools=tools, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+                task,
+                model=model,
+                tools=tools,
+                messages=messages,
+                max_rounds=max_rounds,
+                max_tokens=max_tokens,
+                open_tools=open_tools,
             )
         )
         return result
@@ -218,25 +249,29 @@ class Agent(Wrapper):
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunStream:
-        """The same as `run`, as a stream of events, the last of which is `RunFinished`.
+        """Starts a run, and returns its events. The last event is `RunFinished`.
 
-        The run begins at once. Leaving the stream early cancels it.
+        The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
 
-        Args:
-            task: As for `run`.
-            model: As for `run`.
-            tools: As for `run`.
-            messages: As for `run`.
-            max_rounds: As for `run`.
-            max_tokens: As for `run`.
+            with agent.stream("What is 1 plus 2?") as events:
+                for event in events:
+                    print(event)
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
+            LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
+                lists, are raised by the iteration.
         """
         result: RunStream = self._call(
             lambda: self.wrapped.stream(
-                task, model=model, tools=tools, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+                task,
+                model=model,
+                tools=tools,
+                messages=messages,
+                max_rounds=max_rounds,
+                max_tokens=max_tokens,
+                open_tools=open_tools,
             )
         )
         return result
@@ -250,42 +285,42 @@ class Agent(Wrapper):
         messages: Sequence[Mapping[str, Any]] | None = None,
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
+        open_tools: OpenTools | None = None,
     ) -> RunHandle:
-        """The same as `run`, without waiting for it.
-
-        Args:
-            task: As for `run`.
-            model: As for `run`.
-            tools: As for `run`.
-            messages: As for `run`.
-            max_rounds: As for `run`.
-            max_tokens: As for `run`.
+        """Starts a run in the background. The arguments are those of `run`.
 
         Returns:
-            What cancels the run, tells its events and its messages, and waits for its result.
+            A handle that cancels the run, gives access to its events and messages, and waits for its result.
 
         Raises:
-            LLMValidationError: an argument cannot be right; nothing was sent.
+            LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
+                lists, are raised by `handle.result()`.
         """
         result: RunHandle = self._call(
             lambda: self.wrapped.start(
-                task, model=model, tools=tools, messages=messages, max_rounds=max_rounds, max_tokens=max_tokens
+                task,
+                model=model,
+                tools=tools,
+                messages=messages,
+                max_rounds=max_rounds,
+                max_tokens=max_tokens,
+                open_tools=open_tools,
             )
         )
         return result
 
     def switch_model(self, model: str) -> None:
-        """Gives the agent another model, when the runs in flight that `switch_policy` names have ended.
+        """Changes the model of runs that name none, once the runs that are in the way have ended.
 
-        "isolate" cancels those that took the agent's model, "cancel" all with another model; "drain" waits for the
-        latter. Cancelled while it waits, it has changed nothing.
+        With "isolate", the runs that took the agent's model are cancelled. With "cancel", all runs with another model
+        are, and with "drain" their end is awaited. A call that is cancelled while it waits has changed nothing.
 
         Args:
-            model: What later runs take that name none.
+            model: The name of the new model.
 
         Raises:
-            LLMValidationError: the name cannot be right.
-            ModelChangedDuringExecutionError: the policy is "reject", and runs are in flight; or a tool of a run asks
-                for it that would have to end first.
+            LLMValidationError: The name is invalid.
+            ModelChangedDuringExecutionError: The policy is "reject" and runs are in flight, or the call comes from a
+                tool of a run that would have to end first.
         """
         self._await(lambda: self.wrapped.switch_model(model))

@@ -38,42 +38,49 @@ if TYPE_CHECKING:
 
 
 class ChatStream(Stream[ChatCompletionChunk]):
-    """The chunks of one chat completion, as the server sent them.
+    """The chunks of one chat completion, exactly as the server sent them.
 
-    Iterate it, once and by one task at a time; it is an async context manager too. It ends after `[DONE]` or a
-    finish reason; anything else raises, with `.partial`. Leaving it early, in any way, closes the connection, so
-    that the server stops generating, and gives its permit back.
+    For example::
+
+        with client.chat_completion(messages, stream=True) as stream:
+            for chunk in stream:
+                for choice in chunk["choices"]:
+                    print(choice["delta"].get("content") or "", end="")
+
+    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises,
+    with what had arrived in `.partial`. Leaving it early, in any way, closes the connection, so that the server stops
+    generating, and frees its slot.
 
     Raises (while it is iterated):
-        LLMStreamError: it was cut off, or the server reported an error that is none of those below.
-        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: the server reported one.
-        LLMTimeoutError: phase "first_byte", "idle" or "total".
-        ModelMismatchError: another model answers (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: the model's name changed between two chunks.
-        TaskCancelledError: it was closed, by another task or before its end.
+        LLMStreamError: The stream was cut off, or the server reported an error other than those below.
+        ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
+        LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
+        ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: The name of the model changed between two chunks.
+        TaskCancelledError: The stream was closed, by another task or before its end.
     """
 
-    wraps = "lmbridge.client.stream:ChatStream"
+    wraps = "lmbridge.client.chat_stream:ChatStream"
 
     @property
     def partial(self) -> ChatCompletion | None:
-        """What `collect` would make of the stream so far, as a new dict; None before the first chunk."""
+        """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: ChatCompletion | None = self._call(lambda: self.wrapped.partial)
         return result
 
 
 class TextStream(Stream[TextCompletionChunk]):
-    """The chunks of one text completion, as the server sent them.
+    """The chunks of one text completion, exactly as the server sent them.
 
-    It promises what a `ChatStream` does, and raises what that raises; `.partial` and `collect` have the shape of a
-    plain text completion.
+    It is used like a `ChatStream`, and raises the same errors. `.partial` and the result of `collect` have the shape of
+    a plain text completion.
     """
 
     wraps = "lmbridge.client.completions:TextStream"
 
     @property
     def partial(self) -> TextCompletion | None:
-        """What `collect` would make of the stream so far, as a new dict; None before the first chunk."""
+        """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: TextCompletion | None = self._call(lambda: self.wrapped.partial)
         return result
 
@@ -81,15 +88,21 @@ class TextStream(Stream[TextCompletionChunk]):
 class ResponseStream(Stream[ResponseEvent]):
     """The events of one response, each with its parsed data.
 
-    It promises what a `ChatStream` does, and raises what that raises, but it ends after `response.completed` or
-    `response.incomplete`, and nothing else. `.partial` and `collect` have the shape of a plain response.
+    For example::
+
+        for event, data in client.create_response("Hello", stream=True):
+            if event.type == "response.output_text.delta":
+                print(data["delta"], end="")
+
+    It is used like a `ChatStream`, and raises the same errors, except that it ends only after `response.completed` or
+    `response.incomplete`. `.partial` and the result of `collect` have the shape of a plain response.
     """
 
     wraps = "lmbridge.client.responses:ResponseStream"
 
     @property
     def partial(self) -> Response | None:
-        """What `collect` would make of the stream so far, as a new dict; None before the first chunk."""
+        """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: Response | None = self._call(lambda: self.wrapped.partial)
         return result
 
@@ -462,8 +475,8 @@ class LLMClient(Owner):
         streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: The chat so far, as for `chat_completion`. Describe the fields in it: few servers show the schema
-                to the model.
+            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
+                show the schema to the model.
             type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.

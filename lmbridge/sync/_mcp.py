@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Unpack
 
+    from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult
     from lmbridge.agent.settings import MaxTokens, Task
-    from lmbridge.agent.source import ChatClient, ChatPool
     from lmbridge.mcp.options import AgentOptions, MultiServerRunOptions, No, OnMcpError, RunOptions, Yes
     from lmbridge.mcp.servers.events import McpEvent
     from lmbridge.sync._agent import RunStream
-    from lmbridge.sync._client import LLMClient, LLMClientPool
+    from lmbridge.sync._client import LLMClient
 
 
 class DynamicAutonomousAgent(Owner):
@@ -53,7 +53,7 @@ class DynamicAutonomousAgent(Owner):
 
     def __init__(
         self,
-        client: LLMClient | ChatClient | (LLMClientPool | ChatPool) | None = None,
+        client: LLMClient | ChatClient | ChatClientPool | None = None,
         *,
         config_path: str | os.PathLike[str] | None = None,
         trust_project: bool = False,
