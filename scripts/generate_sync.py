@@ -50,7 +50,7 @@ FILES: Final = {
     "_mcp": [Spec("lmbridge.mcp.dynamic", "DynamicAutonomousAgent", "Owner")],
 }
 HOME: Final = {spec.name: file for file, specs in FILES.items() for spec in specs}
-BLOCKING_TOO: Final = {"ChatClient": "LLMClient", "ChatPool": "LLMClientPool"}
+BLOCKING_TOO: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
 """Protocols of asynchronous objects in whose place a blocking class is taken as well."""
 LEFT_OUT: Final = {"aclose", "asend", "athrow", "begun", "close"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -306,7 +306,7 @@ def _passed(arguments: ast.arguments) -> list[str]:
 
 def _handed_on(argument: ast.arg) -> str:
     names = set() if argument.annotation is None else set(re.findall(r"\w+", ast.unparse(argument.annotation)))
-    return f"unwrap({argument.arg})" if names & ({*HOME, "ChatClient", "ChatPool"}) else argument.arg
+    return f"unwrap({argument.arg})" if names & ({*HOME, *BLOCKING_TOO}) else argument.arg
 
 
 def _docstring(text: str) -> str:

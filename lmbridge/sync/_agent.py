@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.settings import Approve, MaxTokens, Task
     from lmbridge.agent.switching import SwitchPolicy
-    from lmbridge.sync._client import LLMClient
+    from lmbridge.sync._client import LLMClient, LLMClientPool
 
 
 class RunStream(Stream[RunEvent]):
@@ -149,7 +149,7 @@ class Agent(Wrapper):
 
     def __init__(
         self,
-        client: LLMClient | ChatClient | ChatClientPool,
+        client: LLMClient | ChatClient | (LLMClientPool | ChatClientPool),
         *,
         model: str | None = None,
         tools: Sequence[AnyTool] = (),

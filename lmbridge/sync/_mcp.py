@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmbridge.mcp.options import AgentOptions, MultiServerRunOptions, No, OnMcpError, RunOptions, Yes
     from lmbridge.mcp.servers.events import McpEvent
     from lmbridge.sync._agent import RunStream
-    from lmbridge.sync._client import LLMClient
+    from lmbridge.sync._client import LLMClient, LLMClientPool
 
 
 class DynamicAutonomousAgent(Owner):
@@ -53,7 +53,7 @@ class DynamicAutonomousAgent(Owner):
 
     def __init__(
         self,
-        client: LLMClient | ChatClient | ChatClientPool | None = None,
+        client: LLMClient | ChatClient | (LLMClientPool | ChatClientPool) | None = None,
         *,
         config_path: str | os.PathLike[str] | None = None,
         trust_project: bool = False,
