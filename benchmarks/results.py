@@ -14,7 +14,7 @@ class Result:
         self.figures: dict[int, Any] = {}
         """The figure of each round. None means that the awaited event never came."""
         self.failure = ""
-        """Why there is no figure, or no further one."""
+        """The reason why a round has no figure; empty if all went well."""
         self.seconds = 0.0
         """The time that all rounds took so far."""
 

@@ -119,7 +119,7 @@ class Table:
     page: str = "performance.md"
     """The page in docs/ that contains the table."""
     chart: str = ""
-    """The file in docs/ for the chart, or nothing if there is none."""
+    """The file in docs/ for the chart, or an empty text."""
     draw: Callable[[Table, Results], str] | None = None
     """Returns the chart as SVG."""
     format: Callable[[Table, Sequence[Row], Results], TableLines] | None = None

@@ -1,8 +1,8 @@
 """Chooses the names of tools: the name within a run, and the name in requests that stands for it.
 
-Requests need names of their own because servers accept less than tools have. LM Studio rewrites names that are not in
-snake case before the model sees them, and OpenAI's rules refuse names of more than 64 characters. The choice depends
-on nothing but the set of names, so that a tool has the same name in every request and the server's prompt cache
+Requests use different names because servers accept fewer names than tools may have. LM Studio rewrites names that are
+not in snake case before the model sees them, and OpenAI's rules refuse names of more than 64 characters. The choice
+depends on nothing but the set of names, so that a tool has the same name in every request and the server's prompt cache
 stays valid.
 """
 
