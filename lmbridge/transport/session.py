@@ -32,6 +32,7 @@ from typing import Final
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
+from lmbridge._tasks import mark_retrieved
 from lmbridge.transport import faults
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 
@@ -206,6 +207,10 @@ class _AiohttpResponse:
             return
         self._connection_closed = connection.protocol.closed
         if self._connection_closed is not None:
+            # The future outlives this response if the connection is kept, and asyncio logs exceptions that are never
+            # retrieved. Removed first, so that a connection has one such callback, and not one for each response.
+            self._connection_closed.remove_done_callback(mark_retrieved)
+            self._connection_closed.add_done_callback(mark_retrieved)
             self._connection_closed.add_done_callback(self._on_connection_closed)
 
     def _unwatch_connection(self) -> None:
@@ -213,10 +218,7 @@ class _AiohttpResponse:
             self._connection_closed.remove_done_callback(self._on_connection_closed)
             self._connection_closed = None
 
-    def _on_connection_closed(self, closed: asyncio.Future[None]) -> None:
-        # Retrieved, because asyncio logs exceptions that are never retrieved.
-        if not closed.cancelled():
-            closed.exception()
+    def _on_connection_closed(self, _closed: asyncio.Future[None]) -> None:
         if not self._content.is_eof():
             self._response.close()
 

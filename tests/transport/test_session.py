@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import ssl
 from collections.abc import AsyncIterator
@@ -180,6 +181,32 @@ async def test_kept_connections_do_not_collect_callbacks(
     # One connection, one future. Its owner may have a callback, but not one for each of the responses.
     (closed,) = watched
     assert len(closed._callbacks or []) <= 1
+
+
+async def test_a_kept_connection_that_is_reset_logs_nothing(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = asyncio.Event()
+
+    async def reply_and_reset(exchange: Any) -> None:
+        await exchange.start()
+        await gate.wait()
+        await exchange.send(b"data: a\n\n")
+        await exchange.end()
+        exchange.reset()
+
+    scripted_server.script(reply_and_reset)
+    response = await http_session.send(post(scripted_server))
+    assert isinstance(response, session._AiohttpResponse)
+    closed = response._connection_closed
+    assert closed is not None
+    gate.set()
+    while await response.read_some():
+        pass
+    await asyncio.wait((closed,))
+    del closed, response
+    gc.collect()
+    assert not caplog.records
 
 
 # Closing
