@@ -25,13 +25,14 @@ from lmbridge.errors import LLMValidationError
 _T = TypeVar("_T")
 
 _SHOWN_CHARACTERS: Final = 100
-"""Characters of a refused value that the error repeats."""
+"""The number of characters of an invalid value that the error quotes."""
 
 
 def invalid_argument(name: str, expected: str, value: object, hint: str | None = None) -> LLMValidationError:
     """Returns the error for an argument that cannot be used: "`name` must be `expected`, not `value`".
 
-    Most arguments that are checked here are options, so without a `hint` the error suggests to leave the argument out.
+    Most arguments that are checked here are options. So unless there is a `hint`, the error suggests leaving the
+    argument out.
     """
     shown = shorten(repr(value), _SHOWN_CHARACTERS)
     return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint or _default_hint(name))
@@ -40,14 +41,14 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
 def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidationError:
     """Returns the error for an argument of the wrong type: "`name` must be `expected`, not `type`".
 
-    It is for arguments that hold content, such as messages: the error does not repeat the value, which may be long.
+    Use it for arguments that hold content, such as messages: the error does not quote the value, which may be long.
     """
-    kind = "None" if value is None else type(value).__name__
-    return LLMValidationError(f"{name} must be {expected}, not {kind}", hint=hint)
+    type_name = "None" if value is None else type(value).__name__
+    return LLMValidationError(f"{name} must be {expected}, not {type_name}", hint=hint)
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Returns whether a value is an integer; True and False are not, although Python counts them as integers."""
+    """Returns whether a value is an integer. True and False do not count, although bool is a subclass of int."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -63,72 +64,73 @@ def check_integer(
     minimum: int = 1,
     maximum: int | None = None,
     optional: bool = False,
-    also: str | None = None,
+    keyword: str | None = None,
     hint: str | None = None,
 ) -> _T:
-    """Accepts an integer within bounds.
+    """Returns the value if it is an integer within bounds.
 
     Args:
-        name: The argument's name, as the caller knows it.
+        name: The argument's name, as the user knows it.
         value: The argument.
         minimum: The smallest integer that is accepted.
-        maximum: The largest integer that is accepted. Default: no bound.
+        maximum: The largest integer that is accepted. By default there is no upper bound.
         optional: Whether None is accepted as well.
-        also: One word that is accepted as well, such as "auto".
-        hint: What to do about it. Default: to leave the argument out.
+        keyword: A string that is accepted as well, such as "auto".
+        hint: The hint of the error. By default it suggests leaving the argument out.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is not one of those.
     """
     if optional and value is None:
         return value
-    if also is not None and isinstance(value, str) and value == also:
+    if keyword is not None and isinstance(value, str) and value == keyword:
         return value
     number: Any = value
     if not is_integer(number) or number < minimum or (maximum is not None and number > maximum):
         bounds = f"from {minimum} to {maximum}" if maximum is not None else f"of at least {minimum}"
-        others = [repr(also)] if also is not None else []
-        raise invalid_argument(name, " or ".join([f"an integer {bounds}", *others, *_none(optional)]), value, hint)
+        alternatives = [repr(keyword)] if keyword is not None else []
+        expected = " or ".join([f"an integer {bounds}", *alternatives, *_none_if(optional)])
+        raise invalid_argument(name, expected, value, hint)
     return value
 
 
 def check_seconds(name: str, value: _T, *, optional: bool = True, hint: str | None = None) -> _T:
-    """Accepts a finite, positive number of seconds, and None unless `optional` is False.
+    """Returns the value if it is a finite, positive number of seconds, or None unless `optional` is False.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if optional and value is None:
         return value
     number: Any = value
     if not is_number(number) or not 0 < number < math.inf:
-        raise invalid_argument(name, " or ".join(["a positive number of seconds", *_none(optional)]), value, hint)
+        raise invalid_argument(name, " or ".join(["a positive number of seconds", *_none_if(optional)]), value, hint)
     return value
 
 
 def check_text(name: str, value: _T, *, optional: bool = False, secret: bool = False, hint: str | None = None) -> _T:
-    """Accepts a string that is not blank, and None if `optional` is set.
+    """Returns the value if it is a string that is not blank, or None with `optional`.
 
-    A value that may be a `secret` is left out of the error.
+    Set `secret` if the value may be one, such as a key: then the error does not quote it.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if optional and value is None:
         return value
     if isinstance(value, str) and value.strip():
         return value
-    expected = " or ".join(["a string that is not blank", *_none(optional)])
+    expected = " or ".join(["a string that is not blank", *_none_if(optional)])
     if secret:
         raise LLMValidationError(f"{name} must be {expected}", hint=hint or _default_hint(name))
     raise invalid_argument(name, expected, value, hint)
 
 
 def check_choice(name: str, value: _T, choices: Collection[str], *, hint: str | None = None) -> _T:
-    """Accepts one of a few words.
+    """Returns the value if it is one of the given strings.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is not one of them.
     """
     if not isinstance(value, str) or value not in choices:
         raise invalid_argument(name, _one_of(choices), value, hint)
@@ -136,10 +138,10 @@ def check_choice(name: str, value: _T, choices: Collection[str], *, hint: str | 
 
 
 def check_bool(name: str, value: Any, *, hint: str | None = None) -> bool:
-    """Accepts True or False, and nothing that Python merely counts as one of them.
+    """Returns the value if it is True or False. Other values that are true or false in a condition are refused.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if not isinstance(value, bool):
         raise invalid_argument(name, "True or False", value, hint)
@@ -147,55 +149,55 @@ def check_bool(name: str, value: Any, *, hint: str | None = None) -> bool:
 
 
 def check_callable(name: str, value: _T, *, optional: bool = False, sync: bool = False, hint: str | None = None) -> _T:
-    """Accepts something that can be called, and None if `optional` is set.
+    """Returns the value if it can be called, or if it is None with `optional`.
 
     Args:
-        name: The argument's name, as the caller knows it.
+        name: The argument's name, as the user knows it.
         value: The argument.
         optional: Whether None is accepted as well.
         sync: Whether an async function is refused, because nothing would await its result.
-        hint: What to do about it. Default: to leave the argument out.
+        hint: The hint of the error. By default it suggests leaving the argument out.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if optional and value is None:
         return value
     if not callable(value) or (sync and inspect.iscoroutinefunction(value)):
         kind = "a plain (not async) function" if sync else "a function"
-        raise invalid_argument(name, " or ".join([kind, *_none(optional)]), value, hint)
+        raise invalid_argument(name, " or ".join([kind, *_none_if(optional)]), value, hint)
     return value
 
 
 def check_instance(name: str, value: _T, kind: type, *, optional: bool = False, hint: str | None = None) -> _T:
-    """Accepts an instance of a class, and None if `optional` is set.
+    """Returns the value if it is an instance of a class, or None with `optional`.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if (optional and value is None) or isinstance(value, kind):
         return value
-    raise invalid_argument(name, " or ".join([f"an instance of {kind.__name__}", *_none(optional)]), value, hint)
+    raise invalid_argument(name, " or ".join([f"an instance of {kind.__name__}", *_none_if(optional)]), value, hint)
 
 
 def check_path(name: str, value: _T, *, optional: bool = False, hint: str | None = None) -> _T:
-    """Accepts a path that is not empty, as a string or a `Path`, and None if `optional` is set.
+    """Returns the value if it is a path that is not empty, as a string or a `Path`, or None with `optional`.
 
     Raises:
-        LLMValidationError: The value is something else.
+        LLMValidationError: The value is neither.
     """
     if optional and value is None:
         return value
     if not isinstance(value, str | os.PathLike) or not str(value):
-        raise invalid_argument(name, " or ".join(["the path of a file", *_none(optional)]), value, hint)
+        raise invalid_argument(name, " or ".join(["the path of a file", *_none_if(optional)]), value, hint)
     return value
 
 
 def check_model_name(model: str | None, *, name: str = "model") -> str | None:
-    """Accepts the name of a model, and None for the client's default or the server's choice.
+    """Returns the name if it can name a model. None is accepted as well: the client or the server then chooses.
 
     Raises:
-        LLMValidationError: The value is blank, or not a string.
+        LLMValidationError: The name is blank or not a string.
     """
     if model is None or (isinstance(model, str) and model.strip()):
         return model
@@ -203,6 +205,8 @@ def check_model_name(model: str | None, *, name: str = "model") -> str | None:
 
 
 class _Attribute(Protocol):
+    """The part of `attrs.Attribute` that a validator uses."""
+
     @property
     def name(self) -> str: ...
 
@@ -214,9 +218,9 @@ def as_validator(
 
     Args:
         check: One of the checks of this module.
-        owner: The class whose name stands before that of the field in errors, where the field's name alone would not
-            say what is meant: with "Timeouts", an error reads "Timeouts.idle must be ...".
-        **options: Keyword arguments of the check.
+        owner: The name of the class, which errors put before the name of the field if the latter alone would not be
+            clear: with "Timeouts", an error reads "Timeouts.idle must be ...".
+        **options: Keyword arguments for the check.
     """
 
     def validate(_instance: Any, attribute: _Attribute, value: Any) -> None:
@@ -229,7 +233,7 @@ def _default_hint(name: str) -> str:
     return f"leave {name} out to use its default"
 
 
-def _none(optional: bool) -> list[str]:
+def _none_if(optional: bool) -> list[str]:
     return ["None"] if optional else []
 
 

@@ -4,9 +4,9 @@ They share one rule about cancellation. A cancellation of the caller's own task 
 off until a bounded piece of work has ended, and then raises it as the plain `asyncio.CancelledError` that it was. Only
 tasks that lmbridge has created itself are cancelled by lmbridge.
 
-anyio's cancel scopes and task groups would do some of this, but they cancel again on every turn of the event loop until
-the scope is left, which plain asyncio code in a user's tools is not written for; and anyio is not a dependency of the
-layers that need these helpers.
+anyio's cancel scopes and task groups could replace some of these helpers. But a cancelled scope cancels its tasks again
+on every turn of the event loop until they have ended, and a user's tools, which are plain asyncio code, do not expect
+that. Besides, the layers that need these helpers do not depend on anyio.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _unfinished: Final[set[asyncio.Future[Any]]] = set()
 
 
 async def settle(work: Awaitable[_T]) -> _T:
-    """Awaits a piece of work to its end, even if the caller is cancelled meanwhile.
+    """Awaits a piece of work until it has ended, even if the caller is cancelled in the meantime.
 
-    Use it for work that is bounded and must not be left half done: giving a resource back, or a thread, which nothing
-    can stop.
+    Use it for work that ends within a bounded time and must not be left half done, such as returning a resource, or for
+    a thread, because a thread cannot be cancelled.
 
-    On cancellation of the caller, the work goes on. Once it has ended, the cancellation is raised; it takes precedence
-    over the result and over an exception of the work.
+    On cancellation of the caller, the work goes on. The cancellation is raised when the work has ended. It takes
+    precedence over the result and over an exception of the work.
     """
     task = asyncio.ensure_future(work)
     cancellation: asyncio.CancelledError | None = None
@@ -45,7 +45,7 @@ async def settle(work: Awaitable[_T]) -> _T:
             cancellation = error
     if cancellation is None:
         return task.result()
-    mark_retrieved(task)
+    mark_exception_retrieved(task)
     raise cancellation
 
 
@@ -53,12 +53,12 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
     """Cancels a task and waits until it has ended.
 
     On cancellation of the caller, the task is cancelled once more, because it may hang in its own clean-up, and the
-    wait goes on; the cancellation is raised when the task has ended or the grace period is over.
+    wait goes on. The cancellation is raised when the task has ended or the grace period is over.
 
     Args:
         task: A task that lmbridge has created.
-        grace: Seconds to wait at most. Default: as long as it takes. A task that is still running after that is kept
-            alive until it ends; its result or exception is dropped.
+        grace: The most seconds to wait. By default there is no limit. A task that is still running after the grace
+            period is kept alive until it ends, and its result or exception is dropped.
 
     Returns:
         Whether the task has ended.
@@ -74,7 +74,7 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
             cancellation = error
             task.cancel()
     if task.done():
-        mark_retrieved(task)
+        mark_exception_retrieved(task)
     else:
         _keep_until_done(task)
     if cancellation is not None:
@@ -89,10 +89,10 @@ def _keep_until_done(task: asyncio.Future[Any]) -> None:
 
 def _discard_unfinished(task: asyncio.Future[Any]) -> None:
     _unfinished.discard(task)
-    mark_retrieved(task)
+    mark_exception_retrieved(task)
 
 
-def mark_retrieved(task: asyncio.Future[Any]) -> None:
+def mark_exception_retrieved(task: asyncio.Future[Any]) -> None:
     """Marks the exception of a finished task as retrieved, so that asyncio does not log it as unhandled.
 
     It can be used as a done callback.
@@ -103,6 +103,8 @@ def mark_retrieved(task: asyncio.Future[Any]) -> None:
 
 @attrs.define(eq=False)
 class _SharedCall(Generic[_T]):
+    """A call of a `SingleFlight` that is running, and the number of callers that wait for it."""
+
     task: asyncio.Task[_T]
     waiters: int = 0
 
@@ -110,15 +112,16 @@ class _SharedCall(Generic[_T]):
 class SingleFlight(Generic[_T]):
     """Lets callers that want the same thing at the same time share one call.
 
-    The first caller for a key starts the call in a separate task; callers that come while it is running wait for the
-    same task. Nothing is kept once the call has ended. Calls of different event loops are never shared.
+    The first caller for a key starts the call in a separate task. Callers that arrive while it is running wait for the
+    same task. Results are not kept after the call has ended, and calls are never shared between event loops.
 
-    On cancellation of a caller, the others are not affected. If it was the last one that waited, the call is cancelled
-    and the caller waits for its end, unless `keep_going` was set. A second cancellation ends that wait.
+    On cancellation of a caller, the others are not affected. If no other caller is waiting, the call is cancelled and
+    the caller waits until it has ended, unless `keep_going` is set. A second cancellation ends that wait.
 
     Args:
         cancelled_message: The text of the `TaskCancelledError` that callers get when `cancel_all` ends their call.
-        keep_going: Whether a call goes on if every caller was cancelled, because its result is useful without them.
+        keep_going: Whether a call goes on after every caller has been cancelled. Set it if a later call benefits from
+            the result.
     """
 
     def __init__(self, cancelled_message: str, *, keep_going: bool = False) -> None:
@@ -127,9 +130,9 @@ class SingleFlight(Generic[_T]):
         self._calls: dict[tuple[asyncio.AbstractEventLoop, Hashable], _SharedCall[_T]] = {}
 
     async def run(self, key: Hashable, call: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Returns the result of the call that is running for `key`, or of a new one.
+        """Waits for the call that is running for `key`, or starts it, and returns its result.
 
-        An `LLMError` of the call is copied for each caller, so that callers can complete it independently.
+        If the call raises an `LLMError`, each caller gets a copy, so that callers can complete it independently.
 
         Raises:
             TaskCancelledError: The call was ended by `cancel_all`.
@@ -138,11 +141,11 @@ class SingleFlight(Generic[_T]):
         shared = self._join(key, call)
         shared.waiters += 1
         try:
-            # asyncio.wait leaves the task alone if its caller is cancelled.
+            # Unlike `await task`, asyncio.wait does not cancel the task if the caller is cancelled.
             await asyncio.wait((shared.task,))
         except asyncio.CancelledError:
             if shared.waiters == 1 and not self._keep_going:
-                # Taken off first: a caller that comes now must not join a call that is being cancelled.
+                # The call is forgotten first, because a caller that arrives from now on must not join it.
                 self._forget(shared.task)
                 _keep_until_done(shared.task)
                 shared.task.cancel()
@@ -160,7 +163,7 @@ class SingleFlight(Generic[_T]):
     async def cancel_all(self) -> None:
         """Cancels the calls of the running event loop, and waits until they have ended.
 
-        On cancellation of the caller, the calls have been cancelled, and end by themselves.
+        On cancellation of the caller, the wait ends at once. The calls stay cancelled, and end on their own.
         """
         loop = asyncio.get_running_loop()
         tasks = [shared.task for (owner, _), shared in self._calls.items() if owner is loop]
@@ -175,13 +178,15 @@ class SingleFlight(Generic[_T]):
         if shared is None or shared.task.done() or shared.task.cancelling():
             shared = self._calls[loop, key] = _SharedCall(loop.create_task(call()))
             shared.task.add_done_callback(self._forget)
-            shared.task.add_done_callback(mark_retrieved)
+            shared.task.add_done_callback(mark_exception_retrieved)
         return shared
 
     def _forget(self, task: asyncio.Task[_T]) -> None:
-        # Calls of loops that were closed before they ended go as well: nothing will ever call back for them.
+        # Calls of closed loops are dropped as well, because their done callbacks will never run.
         self._calls = {
-            at: shared for at, shared in self._calls.items() if shared.task is not task and not at[0].is_closed()
+            (loop, key): shared
+            for (loop, key), shared in self._calls.items()
+            if shared.task is not task and not loop.is_closed()
         }
 
 
@@ -189,8 +194,8 @@ class LoopGuard:
     """Binds an object to one event loop at a time, because its futures, sockets and tasks belong to that loop.
 
     Args:
-        owner: The object in words that a user understands: "this pool", "this client".
-        error: The class of the error that is raised.
+        owner: What errors call the object, such as "this pool" or "this client".
+        error: The class of the errors.
     """
 
     def __init__(self, owner: str, error: type[LLMError] = LLMError) -> None:
@@ -203,8 +208,8 @@ class LoopGuard:
         """Binds the object to the running event loop.
 
         Returns:
-            Whether it was bound to another loop that has been closed since. What the object holds of that loop
-            (waiters, tasks, connections) is lost, and the caller has to drop it.
+            Whether the object was bound to another loop, which has been closed since. If so, the waiters, tasks and
+            connections of that loop are lost, and the caller has to drop them.
 
         Raises:
             LLMError: The object is bound to another event loop that is still alive.
@@ -217,10 +222,10 @@ class LoopGuard:
         return was_bound
 
     def check(self) -> None:
-        """Raises if the object is bound to another event loop that is still alive; binds nothing.
+        """Checks that the object can be used in the running event loop, without binding it.
 
         Raises:
-            LLMError: It is.
+            LLMError: The object is bound to another event loop that is still alive.
         """
         if self.loop is None or self.loop is asyncio.get_running_loop() or self.loop.is_closed():
             return
@@ -230,7 +235,7 @@ class LoopGuard:
         )
 
     def is_running(self) -> bool:
-        """Returns whether the caller runs in the object's event loop; it may also run in a thread without a loop."""
+        """Returns whether the calling thread is running the object's event loop. It need not be running any loop."""
         try:
             return asyncio.get_running_loop() is self.loop
         except RuntimeError:
@@ -238,11 +243,11 @@ class LoopGuard:
 
 
 async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
-    """Runs a coroutine in a separate task, and cancels it on SIGINT or SIGTERM, which counts as its regular end.
+    """Runs a coroutine in a separate task, and cancels it on SIGINT or SIGTERM. That counts as a normal end.
 
-    For the main function of a program: it replaces the handlers of both signals, must run in the main thread, and
-    leaves the signals ignored, so that an impatient second Ctrl-C interrupts neither the clean-up nor the interpreter's
-    exit.
+    It is meant for the main function of a program: it must be called in the main thread, and it replaces the handlers
+    of both signals. Afterwards the signals are ignored, so that an impatient second Ctrl-C interrupts neither the
+    clean-up nor the exit of the interpreter.
 
     On cancellation of the caller, the work is cancelled and awaited, and the cancellation is raised.
 
@@ -250,7 +255,7 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
         The result of the work, or None if a signal ended it.
 
     Raises:
-        Exception: Whatever the work raises, also while it is being cancelled.
+        Exception: Whatever the work raises, even while it is being cancelled.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
@@ -262,7 +267,7 @@ async def run_until_signal(work: Coroutine[Any, Any, _T]) -> _T | None:
             got_signal = True
             task.cancel()
 
-    # Not loop.add_signal_handler, which Windows does not have.
+    # loop.add_signal_handler would be simpler, but it does not exist on Windows.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(cancel_once))
     try:

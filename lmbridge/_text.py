@@ -1,7 +1,7 @@
 """Texts that are too long to quote in full, or that cannot be encoded.
 
-Every layer quotes what a server, a model or a tool wrote, and every layer passes such texts on. Both need the same
-care in each place, so it is taken here.
+Every layer quotes texts of servers, models and tools in errors, and every layer passes such texts on. A quotation must
+not flood an error message, and a text that is passed on must be valid UTF-8. Both are ensured here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 _T = TypeVar("_T")
 
 _EXCERPT_CHARACTERS: Final = 500
+"""The number of characters of a reply that an error quotes."""
 
 
 def shorten(text: str, limit: int) -> str:
@@ -22,7 +23,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def excerpt(text: str) -> str:
-    """Returns what an error quotes of a reply: the text, or its first 500 characters and how long it is."""
+    """Shortens a reply for an error: returns the whole text, or its first 500 characters and its length."""
     if len(text) <= _EXCERPT_CHARACTERS:
         return text
     return f"{shorten(text, _EXCERPT_CHARACTERS)} ({len(text)} characters)"
@@ -31,9 +32,10 @@ def excerpt(text: str) -> str:
 def replace_lone_surrogates(value: _T) -> _T:
     r"""Returns a string, or another JSON value, whose texts can all be encoded as UTF-8.
 
-    A model whose output is cut inside an emoji, or a tool written in JavaScript, produces half of a surrogate pair,
-    such as "\ud83d". No request can hold it. Two halves that arrived in two chunks are joined into the character that
-    they stand for; a half that has lost its partner becomes a question mark.
+    A model whose output is cut inside an emoji, or a tool written in JavaScript, may produce half of a surrogate pair,
+    such as "\ud83d". Such a half cannot be sent in a request. If its other half follows, for example because the two
+    arrived in different chunks, they are joined into the character that they stand for. Otherwise it becomes a question
+    mark.
     """
     try:
         msgspec.json.encode(value)

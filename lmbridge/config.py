@@ -1,7 +1,7 @@
 """Options that several layers share, and everything that is read from the environment.
 
 Options are frozen and are checked when they are created, so that a wrong value is reported where it was written and not
-by a request an hour later. No other module reads environment variables of the client: what they can change is all here.
+by a request an hour later. No other module reads the environment variables that configure a client.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from lmbridge.errors import LLMValidationError
 
 # The name "localhost" would be tried as ::1 first, which can cost seconds before 127.0.0.1 is tried.
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
-"""Where LM Studio listens by default."""
+"""The base URL of a server that runs with LM Studio's default settings."""
 
 
 def _duration(owner: str, default: float | None) -> Any:
+    """Returns an attrs field for a number of seconds; `owner` is the class that errors name beside the field."""
     hint = "use None to switch the limit off"
     return attrs.field(default=default, validator=as_validator(check_seconds, owner=owner, hint=hint))
 
@@ -30,8 +31,8 @@ def _duration(owner: str, default: float | None) -> Any:
 class Timeouts:
     """How long a client waits, in seconds. None switches a limit off.
 
-    By default a whole generation may take any time, because a local model may write for minutes. Each period of silence
-    is limited instead. An interactive program may want to notice a dead or busy server sooner::
+    By default a whole generation may take any amount of time, because a local model may write for minutes. Instead,
+    each period of silence is limited. An interactive program may want to notice a dead or busy server sooner::
 
         LLMClient(timeout=Timeouts(connect=2, first_byte=60))
 
@@ -40,12 +41,12 @@ class Timeouts:
     """
 
     connect: float | None = _duration("Timeouts", 5)
-    """The most seconds that connecting the socket may take."""
+    """The most seconds that it may take to connect the socket."""
     load: float | None = _duration("Timeouts", 300)
-    """The most seconds that a server may answer "loading", counted from its first such answer."""
+    """The most seconds for which a server may keep answering that it is loading, counted from the first such answer."""
     first_byte: float | None = _duration("Timeouts", 600)
-    """The most seconds until the first event of a stream, or until the end of a plain reply. It applies to each
-    attempt, and includes the server's own queue and the processing of the prompt."""
+    """The most seconds until the first event of a stream, or until the end of a plain reply. The limit applies to each
+    attempt, and includes the time in the server's own queue and the processing of the prompt."""
     idle: float | None = _duration("Timeouts", 300)
     """The most seconds between two events of a stream. Comments and pings do not count as events."""
     total: float | None = _duration("Timeouts", None)
@@ -72,17 +73,18 @@ class Limits:
     """The most models with generations in flight. Set it to the number of models that the server keeps loaded, so that
     no request makes it drop a model that is generating. None, the default, switches model scheduling off."""
     max_wait: float | None = _duration("Limits", 30.0)
-    """The seconds that a request for a model that is not active waits before it is overdue. For an overdue request, the
-    model that has been active longest finishes its generations and makes room. With None, no request is ever overdue:
-    it waits until a model has nothing in flight by itself. Only used with `max_loaded_models`."""
+    """The seconds after which a request that waits for its model to become active is overdue. The model that has been
+    active longest then gets no new requests, and makes room as soon as it has finished those in flight. A lower value
+    is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so it waits
+    until some active model happens to be idle. The setting is used only with `max_loaded_models`."""
     max_queue: float | None = _duration("Limits", 600.0)
-    """The most seconds that a request may wait for its admission. With None, it waits as long as it takes."""
+    """The most seconds that a request may wait until it is admitted. None switches the limit off."""
 
 
 def default_api_base() -> str:
-    """Returns the server that the environment names: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`.
+    """Returns the base URL from the environment: `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`.
 
-    Without these variables it is the address where LM Studio listens by default. The result is not checked yet; see
+    If none of these variables is set, it returns `DEFAULT_API_BASE`. The result has not been checked yet; see
     `normalize_api_base`.
     """
     if base := os.environ.get("LMBRIDGE_API_BASE"):
@@ -94,14 +96,14 @@ def default_api_base() -> str:
     if "://" not in host:
         host = f"http://[{host}]" if host.count(":") > 1 and not host.startswith("[") else f"http://{host}"
     parts = _split_url(host)
-    # A host with its own port needs no other, and a URL that is not valid is reported by `normalize_api_base`.
+    # A port in LMSTUDIO_HOST takes precedence over LMSTUDIO_PORT. An invalid URL is reported by `normalize_api_base`.
     if not isinstance(parts, SplitResult) or parts.port is not None:
         return host
     return parts._replace(netloc=f"{parts.netloc.removesuffix(':')}:{port or 1234}").geturl()
 
 
 def default_api_key() -> str | None:
-    """Returns the environment variable `LM_API_TOKEN`, whose name is that of LM Studio's documentation and SDKs."""
+    """Returns the environment variable `LM_API_TOKEN`, which LM Studio's documentation and SDKs use as well."""
     return os.environ.get("LM_API_TOKEN") or None
 
 
@@ -111,17 +113,17 @@ def default_model() -> str | None:
 
 
 def normalize_api_base(api_base: str) -> str:
-    """Returns a server's URL with its version (`/v1` unless it has one) and without a trailing slash.
+    """Returns a server's base URL without a trailing slash, and with `/v1` appended if it ends with no version.
 
-    A URL may hold a secret by mistake. Errors repeat it only if it has none of the signs that separate a password or a
-    query from the rest.
+    A URL may contain a secret by mistake. So an error quotes the URL only if it contains none of the characters that
+    introduce a password, a query or a fragment (`@`, `?`, `#`).
 
     Raises:
-        LLMValidationError: The text is not an http or https URL, or has credentials, a query or a fragment.
+        LLMValidationError: The text is not an http or https URL, or it has credentials, a query or a fragment.
     """
     hint = f"write it like {DEFAULT_API_BASE!r}"
     shown = repr(api_base)
-    may_hold_secret = any(sign in shown for sign in "@?#")
+    may_hold_secret = any(character in shown for character in "@?#")
     if may_hold_secret:
         shown = "'...'"
     if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
@@ -146,9 +148,10 @@ def normalize_api_base(api_base: str) -> str:
 
 
 def _split_url(url: str) -> SplitResult | ValueError:
-    """Returns the parts of a URL, or the reason why it is not valid.
+    """Returns the parts of a URL, or the exception that says why it is not valid.
 
-    The reason is returned instead of raised, because it may quote a secret and then must not become a `__context__`.
+    The exception is returned instead of raised. It may quote a secret, and if it were raised, it would become the
+    `__context__` of the error that the caller raises.
     """
     try:
         parts = urlsplit(url)
@@ -163,11 +166,11 @@ def _is_version(segment: str) -> bool:
     return segment[:1] == "v" and segment[1:].isdigit()
 
 
-def checked_key(key: str | None) -> str | None:
-    """Accepts an API key that can be sent in a header, and None.
+def check_api_key(key: str | None) -> str | None:
+    """Returns the key if it can be sent in a header, or if it is None.
 
     Raises:
-        LLMValidationError: The key is something else. The error does not repeat it, because it is meant to be secret.
+        LLMValidationError: The key cannot be sent. The error does not quote it, because it is meant to be secret.
     """
     if key is None:
         return None
@@ -179,7 +182,7 @@ def checked_key(key: str | None) -> str | None:
 
 
 def is_loopback(url: str) -> bool:
-    """Returns whether a URL's host is the loopback interface of this machine."""
+    """Returns whether the host in a URL is the loopback interface of this machine."""
     host = (urlsplit(url).hostname or "").removesuffix(".")
     try:
         address = ipaddress.ip_address(host)

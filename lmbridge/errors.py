@@ -10,23 +10,24 @@
         LLMRateLimitError                429
         ContextLengthExceededError       the prompt does not fit
         ModelLoadError                   out of memory, crashed, unloaded, no model loaded
-      LLMStreamError                     a stream that began and broke in a way its body does not name
+      LLMStreamError                     a stream broke after it had begun, and the server did not say why
       LLMValidationError                 an invalid argument, or a reply that is not what was asked for
         ModelNotFoundError               the server does not have that model
         ModelMismatchError               another model answered
       TaskCancelledError                 cancelled through lmbridge, not by the caller
         ModelChangedDuringExecutionError
-      RunIncompleteError                 an agent's run that ended for another reason than "stop"
+      RunIncompleteError                 an agent's run ended for a reason other than "stop"
         MaxRoundsExceededError
       ToolError
       MCPError
         MCPConnectionError
         MultiMCPError
 
-"No response" and "the response says no" are different branches, because a program reacts to them differently. The class
-of an `LLMResponseError` is decided by the body of the response and not by its status alone; see `client/failures.py`.
-An error carries its facts as attributes, so that no program has to parse a message. Where a builtin exception fits
-(`ConnectionError`, `TimeoutError`, `ValueError`), the class inherits from it, too.
+A missing response (`LLMConnectionError`, `LLMTimeoutError`) and a response that reports an error (`LLMResponseError`)
+are separate branches, because a program reacts to them differently. The body of the response decides the class of an
+`LLMResponseError`, not the status alone; see `client/failures.py`. An error carries its facts as attributes, so that no
+program has to parse a message. Where a builtin exception fits (`ConnectionError`, `TimeoutError`, `ValueError`), the
+class inherits from it, too.
 
 No class here is an `asyncio.CancelledError`: a cancellation by the caller stays the exception that asyncio raises.
 """
@@ -59,9 +60,9 @@ class LLMError(Exception):
     Args:
         message: What went wrong, in a few words.
         original_exception: The exception that caused this one. It becomes `__cause__`.
-        hint: What to do about it.
+        hint: What the user can do about the error.
         context: What was attempted: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
-        status: The status of the HTTP response that the error came with.
+        status: The status of the HTTP response that reported the error, or None if there was no response.
         body: The text of that response, or of the event in a stream that reported the error.
         partial: What had arrived before the error. For a stream it is the dict that `collect` would have returned (None
             before the first chunk), for an agent's run it is the `RunResult` so far.
@@ -99,13 +100,14 @@ class LLMError(Exception):
                 error.completed(context={"operation": "chat completion", "url": url})
                 raise
 
-        `hint`, `status` and `body` are set only where they are missing, and `context` is merged with what is there,
-        which wins: the layer closest to the failure knows best. `partial` is the exception. It replaces what is there
-        unless it is None, because the layers above know more of the result: a run more than the reply that failed.
+        The layer closest to the failure knows most about it, so `hint`, `status` and `body` are set only if the error
+        has none yet, and `context` adds only the keys that the error does not have. `partial` works the other way
+        round: a value replaces the previous one, because a higher layer knows more about the result. A run, for
+        example, knows all its rounds, and not only the reply that failed.
 
         Args:
-            message: A text that replaces the error's own, for example one without a secret.
-            **details: As for the constructor.
+            message: A text that replaces the message of the error, for example because the message contains a secret.
+            **details: The same keyword arguments that the constructor takes.
         """
         if message is not None:
             self.message = message
@@ -128,20 +130,20 @@ class LLMError(Exception):
 
     def __str__(self) -> str:
         """Returns one sentence: what was attempted, what went wrong, how long it took, and what to do."""
-        text = self._describe_attempt() + self.message + self._describe_effort()
+        text = self._describe_request() + self.message + self._describe_duration()
         return f"{text}; {self.hint}" if self.hint else text
 
-    def _describe_attempt(self) -> str:
+    def _describe_request(self) -> str:
         operation, model, url = (self.context.get(key) for key in ("operation", "model", "url"))
         words = [str(operation or ("request" if model or url else ""))]
         if model:
             words.append(f"with model {model!r}")
         if url:
             words.append(f"at {url}")
-        attempt = " ".join(filter(None, words))
-        return f"{attempt}: " if attempt else ""
+        request = " ".join(filter(None, words))
+        return f"{request}: " if request else ""
 
-    def _describe_effort(self) -> str:
+    def _describe_duration(self) -> str:
         attempts, seconds = self.context.get("attempts"), self.context.get("seconds")
         parts = []
         if attempts is not None:
@@ -159,10 +161,11 @@ class LLMError(Exception):
 
 
 def _rebuild(
-    kind: type[LLMError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | None
+    error_class: type[LLMError], args: tuple[Any, ...], state: dict[str, Any], cause: BaseException | None
 ) -> LLMError:
-    # The class is not called, because its constructor may take other arguments, also in a subclass of a user.
-    error = kind.__new__(kind, *args)
+    # The constructor is not called, because a subclass, which may be a user's, can require arguments that are not in
+    # `args`.
+    error = error_class.__new__(error_class, *args)
     error.args = args
     error.__dict__.update(state)
     if cause is not None:
@@ -171,12 +174,12 @@ def _rebuild(
 
 
 def _picklable(value: Any) -> Any:
-    """Returns a value that can be pickled: the value itself, or a copy in which the parts that cannot are texts."""
+    """Returns the value if it can be pickled, and otherwise a copy in which texts replace the parts that cannot be."""
     if isinstance(value, LLMError) and type(value).__module__ == __name__:
-        # Its own __reduce__ does the same.
+        # LLMError.__reduce__ makes the error's own parts picklable.
         return value
     try:
-        pickle.loads(pickle.dumps(value))  # noqa: S301 - bytes that were made in this line
+        pickle.loads(pickle.dumps(value))  # noqa: S301 - the bytes come from this line
     except Exception:  # noqa: BLE001 - a foreign class may raise anything here
         if isinstance(value, BaseException):
             return Exception(_describe_exception(value))
@@ -194,14 +197,15 @@ def _describe_exception(error: BaseException) -> str:
 
 
 class LLMConnectionError(LLMError, ConnectionError):
-    """Nothing answers at this address, or the connection broke before a reply began."""
+    """No server answers at this address, or the connection broke before the reply had begun or was complete."""
 
 
 class LLMTimeoutError(LLMError, TimeoutError):
     """A limit of `Timeouts`, or `Limits.max_queue`, ran out.
 
     Attributes:
-        phase: The limit that ran out: "connect", "queue", "load", "first_byte", "idle" or "total".
+        phase: The limit that ran out: "connect", "load", "first_byte", "idle" or "total" for a field of `Timeouts`, and
+            "queue" for `Limits.max_queue`.
     """
 
     def __init__(
@@ -220,9 +224,10 @@ class LLMResponseError(LLMError):
     """The server answered with an error, or with a 200 whose body is not a reply.
 
     Attributes:
-        status: The HTTP status.
+        status: The HTTP status of the response.
         body: The text of the response.
-        retry_after: The seconds that the server asked to wait before the next request, or None.
+        retry_after: The number of seconds that the server asked the client to wait before the next request, or None if
+            it did not ask.
     """
 
     def __init__(
@@ -242,15 +247,15 @@ class LLMAuthenticationError(LLMResponseError):
 
 
 class LLMRateLimitError(LLMResponseError):
-    """The server refused the request because it gets too many (429); see `retry_after`."""
+    """The server refused the request because it receives too many requests (429); see `retry_after`."""
 
 
 class ContextLengthExceededError(LLMResponseError):
     """The prompt, or the prompt and the answer together, do not fit into the model's context.
 
     Attributes:
-        prompt_tokens: The number of tokens of the prompt, or None if the server does not say.
-        context_length: The number of tokens that fit, or None if the server does not say.
+        prompt_tokens: The number of tokens in the prompt, or None if the server does not report it.
+        context_length: The number of tokens that fit into the context, or None if the server does not report it.
     """
 
     def __init__(
@@ -273,7 +278,7 @@ class ModelLoadError(LLMResponseError):
 
 
 class LLMStreamError(LLMError):
-    """A stream began and then broke, in a way that the stream itself does not name."""
+    """A stream broke after it had begun, and the server did not report an error that has a class of its own."""
 
     def __init__(
         self,
@@ -321,11 +326,11 @@ class ModelNotFoundError(LLMValidationError):
 
 
 class ModelMismatchError(LLMValidationError):
-    """Another model answered than the one that was asked for.
+    """The reply names a different model than the request.
 
     Attributes:
-        asked: The name in the request.
-        served: The name in the reply.
+        asked: The name of the model in the request.
+        served: The name of the model in the reply.
     """
 
     def __init__(
@@ -345,7 +350,7 @@ class ModelMismatchError(LLMValidationError):
 
 
 class TaskCancelledError(LLMError):
-    """Something was cancelled through lmbridge (`aclose`, `close`, `cancel`), not by cancelling the caller's task."""
+    """A request, a stream or a run was ended by `aclose`, `close` or `cancel`, not by cancelling the caller's task."""
 
     def __init__(
         self,
@@ -357,7 +362,7 @@ class TaskCancelledError(LLMError):
 
 
 class ModelChangedDuringExecutionError(TaskCancelledError):
-    """The model changed in the middle of a reply or a run. Output of two models is never joined.
+    """The model changed in the middle of a reply or a run. The output of two models is never joined into one reply.
 
     Attributes:
         old_model: The model at the beginning.
@@ -380,7 +385,7 @@ class ModelChangedDuringExecutionError(TaskCancelledError):
 
 
 class RunIncompleteError(LLMError):
-    """An agent's run ended for another reason than "stop", so it has no final answer.
+    """An agent's run ended for a reason other than "stop", so it has no final answer.
 
     Attributes:
         result: The `RunResult` so far; the same as `partial`.

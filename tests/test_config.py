@@ -11,7 +11,7 @@ from lmbridge.config import (
     DEFAULT_API_BASE,
     Limits,
     Timeouts,
-    checked_key,
+    check_api_key,
     default_api_base,
     default_api_key,
     default_model,
@@ -255,13 +255,13 @@ def test_the_error_for_credentials_in_the_url_says_where_to_put_them() -> None:
 
 @pytest.mark.parametrize("key", ["sk-1234", "x", "!~", None])
 def test_a_key_is_printable_ascii_or_none(key: str | None) -> None:
-    assert checked_key(key) == key
+    assert check_api_key(key) == key
 
 
 @pytest.mark.parametrize("key", ["", " ", "a secret", "secret\n", "secret\r\nX-Evil: 1", "sécret", b"secret", 7])
 def test_an_invalid_key_is_refused_and_never_repeated(key: Any) -> None:
     with pytest.raises(LLMValidationError) as caught:
-        checked_key(key)
+        check_api_key(key)
     assert (
         str(caught.value)
         == "api_key must be printable ASCII without spaces; leave it out to send LM_API_TOKEN, or no key at all"

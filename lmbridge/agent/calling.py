@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import attrs
 import msgspec
 
-from lmbridge._tasks import mark_retrieved
+from lmbridge._tasks import mark_exception_retrieved
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.errors import ToolError
 
@@ -185,7 +185,7 @@ async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
 
 def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     _running_tools.discard(task)
-    mark_retrieved(task)
+    mark_exception_retrieved(task)
     if inspect.iscoroutine(awaitable):
         # A task that was cancelled before its first step has not awaited the coroutine, and Python would warn of that.
         awaitable.close()

@@ -24,7 +24,7 @@ import attrs
 import msgspec
 
 from lmbridge._checks import check_callable
-from lmbridge._tasks import end_task, mark_retrieved
+from lmbridge._tasks import end_task, mark_exception_retrieved
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.testing import wire
@@ -211,7 +211,7 @@ class _MockSession:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(mark_retrieved)
+        task.add_done_callback(mark_exception_retrieved)
         return task
 
     async def close(self) -> None:

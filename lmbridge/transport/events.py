@@ -11,7 +11,7 @@ import math
 import warnings
 from typing import Final
 
-from lmbridge._tasks import mark_retrieved
+from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
 from lmbridge.transport.faults import Phase
@@ -91,7 +91,7 @@ class EventStream:
             _read_first_events(self.call, self._response, self._decoder, self._first)
         )
         # The exception is raised by `read`, if the stream is read at all.
-        self._read_ahead.add_done_callback(mark_retrieved)
+        self._read_ahead.add_done_callback(mark_exception_retrieved)
         self._first = b""
         return self._read_ahead
 

@@ -36,7 +36,7 @@ from lmbridge._tasks import LoopGuard, SingleFlight
 from lmbridge._version import __version__
 from lmbridge.config import (
     Limits,
-    checked_key,
+    check_api_key,
     default_api_base,
     default_api_key,
     is_loopback,
@@ -110,7 +110,7 @@ class Transport:
     ) -> None:
         self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
         self._root = self.api_base.rpartition("/")[0]
-        self.api_key: Final = checked_key(default_api_key() if api_key is None else api_key)
+        self.api_key: Final = check_api_key(default_api_key() if api_key is None else api_key)
         self._find_limits = limits if callable(limits) else None
         self.limits = Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
         """The limits that are in force."""

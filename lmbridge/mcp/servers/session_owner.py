@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import attrs
 
-from lmbridge._tasks import end_task, mark_retrieved
+from lmbridge._tasks import end_task, mark_exception_retrieved
 from lmbridge.mcp import sdk
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import McpSession, SessionLostError
@@ -180,7 +180,7 @@ class SessionOwner:
         wake = loop.create_future()
         work = loop.create_task(_run_and_wake(request, wake))
         # The request may fail at the very moment in which the caller is cancelled.
-        work.add_done_callback(mark_retrieved)
+        work.add_done_callback(mark_exception_retrieved)
         self._pending_requests.add(wake)
         try:
             with suppress(TimeoutError):
