@@ -32,7 +32,7 @@ from typing import Final
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
-from lmbridge._tasks import mark_retrieved
+from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.transport import faults
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 
@@ -209,8 +209,8 @@ class _AiohttpResponse:
         if self._connection_closed is not None:
             # The future outlives this response if the connection is kept, and asyncio logs exceptions that are never
             # retrieved. Removed first, so that a connection has one such callback, and not one for each response.
-            self._connection_closed.remove_done_callback(mark_retrieved)
-            self._connection_closed.add_done_callback(mark_retrieved)
+            self._connection_closed.remove_done_callback(mark_exception_retrieved)
+            self._connection_closed.add_done_callback(mark_exception_retrieved)
             self._connection_closed.add_done_callback(self._on_connection_closed)
 
     def _unwatch_connection(self) -> None:
