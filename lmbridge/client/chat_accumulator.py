@@ -84,6 +84,14 @@ class ChatAccumulator:
         self._fast_path_fields = -1
 
     @property
+    def has_content(self) -> bool:
+        """Whether any chunk held a piece of an answer: some text, a tool call or a finish reason.
+
+        Unlike for `has_delta`, neither a role nor an empty text counts.
+        """
+        return any(choice.has_content for choice in self._choices.values())
+
+    @property
     def is_finished(self) -> bool:
         """Whether every answer that was asked for, and every other one that began, has its finish reason."""
         return len(self._choices) >= self._expected_choices and all(
@@ -214,6 +222,12 @@ class _ChoiceAccumulator:
         # Fields that are not known, of the message and of the choice around it.
         self._message_fields: dict[str, Any] | None = None
         self._choice_fields: dict[str, Any] | None = None
+
+    @property
+    def has_content(self) -> bool:
+        texts = (self._content, *(self._other_texts or {}).values())
+        others = (self.finish_reason, self._tool_calls, self._function_call, self._message_fields)
+        return any(text.tell() for text in texts) or any(other is not None for other in others)
 
     def extend_last_call(self, pieces: Any) -> bool:
         """Appends to the last tool call if the pieces hold only arguments; returns whether they were added."""

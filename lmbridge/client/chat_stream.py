@@ -60,7 +60,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: The name of the model changed between two chunks.
+        ModelChangedDuringExecutionError: Another model continued the answer (unless with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
 

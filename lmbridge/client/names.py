@@ -27,6 +27,14 @@ def is_same_model(asked: str, served: str) -> bool:
     return served.startswith(asked) and re.fullmatch(r"(@[^@:]+)?(:\d+)?", served[len(asked) :]) is not None
 
 
+def are_different_models(old: str, new: str) -> bool:
+    """Returns whether two names in one reply belong to different models.
+
+    Unlike in `is_same_model`, neither of them is the name that was asked for, so either may have the suffix.
+    """
+    return not (is_same_model(old, new) or is_same_model(new, old))
+
+
 class MismatchPolicy:
     """What happens if another model answers than the one that was asked for.
 
@@ -43,13 +51,18 @@ class MismatchPolicy:
         self._mode: Final = check_choice("model_mismatch", mode, get_args(MismatchMode))
         self._logged_pairs: set[tuple[str, str]] = set()
 
+    @property
+    def ignores_names(self) -> bool:
+        """Whether the mode is "ignore": no model name in a reply is an error."""
+        return self._mode == "ignore"
+
     def check(self, asked: str | None, served: object) -> bool:
         """Returns whether the two names fit; a missing name fits every other.
 
         Raises:
             ModelMismatchError: They differ, and the mode is "raise".
         """
-        if self._mode == "ignore" or not asked or not served or not isinstance(served, str):
+        if self.ignores_names or not asked or not served or not isinstance(served, str):
             return True
         if is_same_model(asked, served):
             return True

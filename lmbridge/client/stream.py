@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, 
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
 from lmbridge.client.json_codec import decode_json
-from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.names import MismatchPolicy, are_different_models
 from lmbridge.client.usage import usage_in_stream
 from lmbridge.errors import (
     LLMError,
@@ -55,6 +55,10 @@ class Accumulator(Protocol[_Reply_co]):
     @property
     def has_delta(self) -> bool:
         """Whether any of the events held a piece of an answer."""
+
+    @property
+    def has_content(self) -> bool:
+        """Whether any of the events held a piece of an answer that is not empty."""
 
     @property
     def is_finished(self) -> bool:
@@ -237,16 +241,23 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             raise self._server_error(data.decode("utf-8", "replace"))
         return self._read_object(value, name, data)
 
-    def _note_served_model(self, model: str | None) -> None:
-        """Notes which model answers.
+    def _note_served_model(self, model: object) -> None:
+        """Remembers the model that an event names, and compares it with the one that earlier events named.
+
+        The name may change until the first piece of the answer arrives, because some proxies announce that they load a
+        model with events that name the proxy.
+
+        Args:
+            model: The name in the event. Anything but a string that is not empty counts as no name.
 
         Raises:
-            ModelMismatchError: It is not the model that was asked for, and `model_mismatch` is "raise".
-            ModelChangedDuringExecutionError: It is not the model of the chunks before.
+            ModelMismatchError: The model is not the one that was asked for, and `model_mismatch` is "raise".
+            ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
         """
-        if not model or model == self._model:
+        if not model or model == self._model or not isinstance(model, str):
             return
-        if self._model is not None:
+        is_another = self._model is not None and are_different_models(self._model, model)
+        if is_another and self._accumulator.has_content and not self._mismatch_policy.ignores_names:
             raise ModelChangedDuringExecutionError(
                 f"the reply began with model {self._model!r} and went on with {model!r}",
                 self._model,

@@ -56,7 +56,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
         ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: The name of the model changed between two chunks.
+        ModelChangedDuringExecutionError: Another model continued the answer (unless with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
 
@@ -214,7 +214,8 @@ class LLMClient(Owner):
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
             docs/model-scheduling.md describes. Default: those of `Limits()`.
         model_mismatch: What happens if another model answers than the one that was asked for. "warn", the default, logs
-            a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing.
+            a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not even
+            if another model continues an answer in the middle of a stream.
         ssl: The context for https, for example with a certificate authority of your own. Default: the usual
             verification.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback

@@ -214,6 +214,15 @@ def test_a_reply_has_begun_with_any_chunk_and_has_a_delta_with_any_piece_of_a_me
     assert accumulated([FIRST, LAST, a_chunk()]).has_delta
 
 
+def test_only_texts_that_are_not_empty_tool_calls_and_finish_reasons_are_content() -> None:
+    for empty in (a_chunk(), a_chunk(a_choice(None)), a_chunk(a_choice({"role": "assistant", "content": ""}))):
+        assert not accumulated([empty]).has_content
+    tool_call = a_chunk(a_choice({"tool_calls": [{"index": 0, "function": {"name": "f"}}]}))
+    reasoning = a_chunk(a_choice({"reasoning_content": "x"}))
+    for full in (text("x"), LAST, tool_call, reasoning, a_chunk(a_choice({"content": "x"}, index=1))):
+        assert accumulated([full]).has_content
+
+
 def test_a_reply_is_finished_when_every_answer_that_began_has_its_finish_reason() -> None:
     accumulator = ChatAccumulator()
     assert not accumulator.is_finished

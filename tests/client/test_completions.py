@@ -218,6 +218,16 @@ async def test_the_null_that_llama_cpp_sends_before_several_answers_is_skipped(
     assert [choice["text"] for choice in reply["choices"]] == ["a", "b"]
 
 
+async def test_the_model_may_change_before_the_answer_or_if_model_mismatch_is_ignore(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(sse(text("", model="proxy"), text("a"), text("b", "stop"), done=True))
+    assert await read(await opened(client)) == "ab"
+    scripted_server.script(sse(text("a"), text("b", "stop", model="other"), done=True))
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as indifferent:
+        assert await read(await opened(indifferent)) == "ab"
+
+
 async def test_an_answer_may_be_empty(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(text("", "length"), done=True))
     assert (await collect(await opened(client)))["choices"][0]["text"] == ""

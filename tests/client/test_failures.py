@@ -1109,8 +1109,8 @@ async def test_a_mismatch_can_be_ignored(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("mode", ["warn", "ignore"])
-async def test_a_name_that_changes_between_chunks_always_raises(scripted_server: ScriptedServer, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["warn", "raise"])
+async def test_a_name_that_changes_between_chunks_raises(scripted_server: ScriptedServer, mode: str) -> None:
     behaviour = sse(piece("Hel"), piece("lo", model=None), piece("!", model="other"), done=True)
     error, chunks = await error_of_stream(scripted_server, behaviour, model_mismatch=mode)
     assert isinstance(error, ModelChangedDuringExecutionError)

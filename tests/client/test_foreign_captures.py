@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from lmbridge import LLMClient, LLMError, LLMResponseError, LLMStreamError, ModelChangedDuringExecutionError, collect
+from lmbridge import LLMClient, LLMError, LLMResponseError, LLMStreamError, collect
 from lmbridge.testing import ScriptedServer, raw
 from tests.client.test_captures import Capture, parse
 from tests.support import MESSAGES, in_flight, opened
@@ -36,8 +36,7 @@ REFUSALS: Final = {
 """The status and a part of the message, for captures that are refusals. The others are `NO_REPLY`."""
 OTHER_STREAMS: Final[dict[str, type[LLMError]]] = {
     "messages_stream": LLMStreamError,
-    # These events name several models.
-    "models_sse": ModelChangedDuringExecutionError,
+    "models_sse": LLMStreamError,
 }
 """The errors for captures that are event streams of another kind."""
 

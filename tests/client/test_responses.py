@@ -249,6 +249,18 @@ async def test_collect_returns_the_plain_reply(scripted_server: ScriptedServer, 
     assert await collect(stream) == WHOLE
 
 
+async def test_the_model_may_change_before_the_answer_or_if_model_mismatch_is_ignore(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    announcement = named("response.queued", response={**STARTED, "model": "proxy"})
+    scripted_server.script(sse(announcement, *ALL))
+    assert await collect(await opened(client)) == WHOLE
+    other = {**WHOLE, "model": "other"}
+    scripted_server.script(sse(*HALF, named("response.completed", response=other)))
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as indifferent:
+        assert await collect(await opened(indifferent)) == other
+
+
 @pytest.mark.parametrize("last", [(), ("data: [DONE]\n\n",), ("event: done\ndata: [DONE]\n\n",), ("garbage\n",)])
 async def test_events_after_the_last_one_are_ignored(
     scripted_server: ScriptedServer, client: LLMClient, last: tuple[str, ...]

@@ -255,15 +255,49 @@ async def test_an_error_says_what_was_attempted(scripted_server: ScriptedServer,
     assert "without [DONE] or a finish reason (after 1 attempt, " in text
 
 
-async def test_a_change_of_the_model_in_mid_reply_raises_whatever_model_mismatch_is(
-    scripted_server: ScriptedServer,
-) -> None:
+async def test_another_model_that_continues_an_answer_is_an_error(scripted_server: ScriptedServer) -> None:
     scripted_server.script(sse(piece("a"), piece("b", model="other"), piece(finish_reason="stop"), done=True))
-    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as client:
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="raise") as client:
         with pytest.raises(ModelChangedDuringExecutionError) as caught:
             await read_text(await opened(client))
     assert (caught.value.old_model, caught.value.new_model) == ("test-model", "other")
     assert partial_text(caught.value) == "a"
+
+
+async def test_another_model_may_continue_an_answer_if_model_mismatch_is_ignore(
+    scripted_server: ScriptedServer,
+) -> None:
+    events = (piece("a"), piece("b", model="other"), piece("c", model="other"), piece("d", finish_reason="stop"))
+    scripted_server.script(sse(*events, done=True))
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as client:
+        assert await read_text(await opened(client)) == "abcd"
+
+
+@pytest.mark.parametrize(
+    "announcement",
+    [
+        piece(model="proxy"),
+        piece("", model="proxy"),
+        piece(model="proxy", choices=[]),
+        piece(model="proxy", choices=[{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]),
+    ],
+)
+async def test_a_proxy_may_announce_a_load_under_another_name_before_the_answer(
+    scripted_server: ScriptedServer, client: LLMClient, announcement: dict[str, Any]
+) -> None:
+    events = (announcement, announcement, piece("Hel"), piece("lo"), piece(finish_reason="stop"))
+    scripted_server.script(sse(*events, done=True))
+    stream = await opened(client)
+    assert await read_text(stream) == "Hello"
+    assert (await collect(stream))["model"] == "test-model"
+
+
+async def test_a_name_that_only_gains_or_loses_a_suffix_is_no_change(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    names = ("test-model", "test-model:2", "test-model", "test-model@q4_k_m")
+    scripted_server.script(sse(*(piece("a", model=name) for name in names), piece(finish_reason="stop"), done=True))
+    assert await read_text(await opened(client)) == "aaaa"
 
 
 async def test_json_that_is_nested_too_deeply_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
