@@ -214,6 +214,9 @@ class _MockSession:
         task.add_done_callback(mark_exception_retrieved)
         return task
 
+    def abandon(self) -> None:
+        """Does nothing: there are no connections."""
+
     async def close(self) -> None:
         self._closed = True
         for stream in list(self._streams):

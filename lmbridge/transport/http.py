@@ -89,6 +89,13 @@ class HttpSession(Protocol):
     async def close(self) -> None:
         """Closes all connections. Requests that are waiting for a response fail. Calling it again does nothing."""
 
+    def abandon(self) -> None:
+        """Closes what can be closed without waiting, and says nothing about the rest.
+
+        The transport calls it if it was dropped without being closed, or if its event loop is gone: then nothing can be
+        awaited any more, and the transport has warned already.
+        """
+
 
 class ConnectionFailed(Exception):  # noqa: N818 - it is caught by the transport and never reaches a user
     """An attempt that did not get a response, or not all of it.

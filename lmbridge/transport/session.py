@@ -117,6 +117,16 @@ class AiohttpSession:
             if self._unpooled is not None:
                 await self._unpooled.close()
 
+    def abandon(self) -> None:
+        """Closes what can be closed without waiting; see `HttpSession.abandon`."""
+        self._closed = True
+        for session in filter(None, (self._pooled, self._unpooled)):
+            connector = session.connector
+            # A detached session does not write "Unclosed client session" to the log when it is collected.
+            session.detach()
+            if connector is not None:
+                _start_closing(connector)
+
     def _session_for(self, request: HttpRequest) -> aiohttp.ClientSession:
         if not request.fresh_connection:
             return self._pooled
@@ -155,6 +165,16 @@ class AiohttpSession:
             exc.__cause__ if isinstance(exc, aiohttp.ClientResponseError) else exc,
             kind=StaleConnection if is_stale and not self._closed else ConnectionFailed,
         )
+
+
+def _start_closing(connector: aiohttp.BaseConnector) -> None:
+    """Closes a connector as far as that is possible without waiting for the shutdown of its TLS connections."""
+    closing = connector.close().__await__()
+    try:
+        next(closing)
+    except StopIteration:
+        return
+    closing.close()
 
 
 class _AiohttpResponse:

@@ -25,6 +25,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
@@ -129,8 +130,10 @@ class Transport:
         return f"<{type(self).__name__} {self.api_base}>"
 
     def __del__(self) -> None:
-        if getattr(self, "_open_state", None) is not None:
+        state: _OpenState | None = getattr(self, "_open_state", None)
+        if state is not None:
             warnings.warn(f"unclosed {self!r}; close its client, or use `async with`", ResourceWarning, 2, source=self)
+            state.abandon()
 
     async def __aenter__(self) -> Self:
         return self
@@ -246,6 +249,7 @@ class Transport:
         self._open_state = None
         if state.loop.is_closed():
             _warn_of_closed_loop()
+            state.abandon()
         else:
             await state.close()
 
@@ -417,6 +421,7 @@ class Transport:
             if not state.loop.is_closed():
                 return state
             _warn_of_closed_loop()
+            state.abandon()
         self._open_state = state = _OpenState(self.open_session(), Admission(self.limits, self._swaps))
         return state
 
@@ -479,6 +484,18 @@ class _OpenState:
             self.first_event_tasks.add(task)
             task.add_done_callback(self.first_event_tasks.discard)
 
+    def abandon(self) -> None:
+        """Lets the session close what it can without waiting. Any thread may call it.
+
+        A stream that is still being read keeps its connection: a client may be dropped while its stream is in use.
+        """
+        if self.loop.is_closed():
+            self.session.abandon()
+        elif not self.streams:
+            # The loop may be closed in this moment, by the thread that it runs in.
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.session.abandon)
+
     async def close(self) -> None:
         """Ends streams, waits and requests, and closes the session. It has done so even if it is cancelled."""
         self.closed.set_result(None)
@@ -535,7 +552,6 @@ def _closed_error(call: Call) -> TaskCancelledError:
 
 
 def _warn_of_closed_loop() -> None:
-    # Its session cannot be closed properly any more; its sockets are closed when it is garbage-collected.
     warnings.warn(
         "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
         ResourceWarning,

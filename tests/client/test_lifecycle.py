@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 
 import pytest
 
 from lmbridge import Limits, LLMClient, LLMError, LLMValidationError, Transport, collect
 from lmbridge.testing import ScriptedServer, answer
 from tests.support import MESSAGES, read_text
+from tests.threaded_server import ThreadedServer
 
 
 async def test_a_client_that_closes_leaves_the_streams_of_a_shared_transport_alone(
@@ -56,30 +56,6 @@ async def test_clients_that_share_a_transport_share_its_limits_and_leave_it_open
     await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
 
 
-class ServerThread:
-    """A scripted server in a loop of its own, for clients in several loops."""
-
-    def __enter__(self) -> str:
-        self._ready: asyncio.Future[str]
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
-        self._thread.start()
-        self._started.wait()
-        return self._api_base
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with ScriptedServer() as server:
-            server.default = answer("Hi")
-            self._api_base = server.api_base
-            self._started.set()
-            await self._stop.wait()
-
-
 UNCLOSED = """
 import asyncio, sys, warnings
 from lmbridge import LLMClient, collect
@@ -98,9 +74,9 @@ asyncio.run(ask_and_close())
 
 def test_a_client_that_was_not_closed_before_its_loop_warns_and_works_on() -> None:
     # In a process of its own: asyncio and aiohttp warn as well, whenever the dead loop's sockets are collected.
-    with ServerThread() as api_base:
+    with ThreadedServer() as server:
         run = subprocess.run(
-            [sys.executable, "-W", "default::ResourceWarning", "-c", UNCLOSED, api_base],
+            [sys.executable, "-W", "default::ResourceWarning", "-c", UNCLOSED, server.api_base],
             capture_output=True,
             text=True,
             timeout=50,
@@ -110,9 +86,55 @@ def test_a_client_that_was_not_closed_before_its_loop_warns_and_works_on() -> No
     assert run.stderr.count("ResourceWarning: an lmbridge client was not closed before its event loop was") == 2
 
 
+QUIET = """
+import asyncio, gc, sys
+from lmbridge import LLMClient
+client = LLMClient(sys.argv[1])
+messages = [{"role": "user", "content": "x"}]
+async def ask():
+    global client
+    await client.chat_completion(messages)
+    client = LLMClient(sys.argv[1])  # as if the cell of a notebook was run again
+    gc.collect()
+    await client.chat_completion(messages)
+asyncio.run(ask())
+asyncio.run(ask())
+"""
+
+
+def test_clients_that_are_never_closed_print_nothing_with_the_settings_of_python() -> None:
+    with ThreadedServer() as server:
+        run = subprocess.run(
+            [sys.executable, "-c", QUIET, server.api_base], capture_output=True, text=True, timeout=50, check=True
+        )
+        server.wait_until(lambda scripted: not scripted.open_connections)
+    assert (run.stdout, run.stderr) == ("", "")
+
+
+DROPPED = """
+import asyncio, gc, sys
+from lmbridge import LLMClient, collect
+async def ask():
+    messages = [{"role": "user", "content": "x"}]
+    stream = await LLMClient(sys.argv[1]).chat_completion(messages, stream=True)
+    gc.collect()
+    await asyncio.sleep(0)
+    print((await collect(stream))["model"])
+asyncio.run(ask())
+"""
+
+
+def test_a_stream_can_be_read_after_its_client_was_dropped() -> None:
+    with ThreadedServer() as server:
+        run = subprocess.run(
+            [sys.executable, "-c", DROPPED, server.api_base], capture_output=True, text=True, timeout=50, check=True
+        )
+    assert run.stdout == "test-model\n"
+
+
 def test_a_client_that_was_closed_works_in_the_next_loop() -> None:
-    with ServerThread() as api_base:
-        client = LLMClient(api_base)
+    with ThreadedServer() as server:
+        client = LLMClient(server.api_base)
         for _ in range(3):
             asyncio.run(closing(client))
 

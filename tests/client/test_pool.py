@@ -33,8 +33,9 @@ from lmbridge import (
 )
 from lmbridge.client.pool import PooledClient
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
-from tests.client.test_lifecycle import ServerThread, collecting
+from tests.client.test_lifecycle import collecting
 from tests.support import HALF, MESSAGES, cancel_at_each_step, opened, piece, read_text, text_of, turns
+from tests.threaded_server import ThreadedServer
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -814,8 +815,8 @@ async def test_use_in_a_second_live_event_loop_raises() -> None:
 
 
 def test_a_close_in_the_wrong_event_loop_can_be_repeated_in_the_right_one() -> None:
-    with ServerThread() as api_base, asyncio.Runner() as one, asyncio.Runner() as other:
-        pool = LLMClientPool(api_base=api_base)
+    with ThreadedServer() as server, asyncio.Runner() as one, asyncio.Runner() as other:
+        pool = LLMClientPool(api_base=server.api_base)
         client = one.run(pool.get_client())
         other.run(collecting(client))
         with pytest.raises(LLMError, match="in use in another event loop that is still alive"):
@@ -855,8 +856,8 @@ def test_waiters_of_a_closed_event_loop_are_forgotten() -> None:
 
 
 def test_a_pool_can_be_used_in_one_event_loop_after_another() -> None:
-    with ServerThread() as api_base:
-        pool = LLMClientPool(1, api_base=api_base)
+    with ThreadedServer() as server:
+        pool = LLMClientPool(1, api_base=server.api_base)
 
         async def ask() -> None:
             async with pool.client() as client:

@@ -22,7 +22,7 @@ from lmbridge import LLMConnectionError, LLMError, LLMValidationError, RunFinish
 from lmbridge.sync import Agent, DynamicAutonomousAgent, LLMClient, LLMClientPool
 from lmbridge.testing import answer, reply, stall
 from tests.agent.support import tool_texts
-from tests.sync.conftest import ThreadedServer
+from tests.threaded_server import ThreadedServer
 
 ROOT = Path(__file__).parent.parent.parent
 HELLO = [{"role": "user", "content": "Hello!"}]

@@ -16,8 +16,8 @@ from lmbridge import (
 )
 from lmbridge.testing import ScriptedServer, reply, stall
 from lmbridge.transport import transport
-from tests.client.test_lifecycle import ServerThread
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
+from tests.threaded_server import ThreadedServer
 
 
 async def test_closing_ends_requests_that_wait_for_a_connection(scripted_server: ScriptedServer) -> None:
@@ -88,9 +88,9 @@ del stream
 
 
 def test_a_stream_that_outlives_its_loop_is_dropped_with_a_warning_and_no_traceback() -> None:
-    with ServerThread() as api_base:
+    with ThreadedServer() as server:
         run = subprocess.run(
-            [sys.executable, "-W", "always::ResourceWarning", "-c", LEFT, api_base],
+            [sys.executable, "-W", "always::ResourceWarning", "-c", LEFT, server.api_base],
             capture_output=True,
             text=True,
             timeout=50,
@@ -117,9 +117,9 @@ asyncio.run(read())
 
 
 def test_reading_a_stream_after_its_loop_was_closed_is_a_clear_error() -> None:
-    with ServerThread() as api_base:
+    with ThreadedServer() as server:
         run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", KEPT, api_base],
+            [sys.executable, "-W", "ignore", "-c", KEPT, server.api_base],
             capture_output=True,
             text=True,
             timeout=50,
