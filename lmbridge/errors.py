@@ -79,16 +79,16 @@ class LLMError(Exception):
         **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message: str = message
         self.hint = details.get("hint")
         self.context: dict[str, Any] = dict(details.get("context") or {})
         self.status = details.get("status")
         self.body = details.get("body")
         self.partial: Any = details.get("partial")
-        self.timestamp = datetime.now(UTC)
+        self.timestamp: datetime = datetime.now(UTC)
         # Setting `__cause__` to None would hide the exception that is being handled.
         if original_exception is not None:
-            self.__cause__ = original_exception
+            self.__cause__: BaseException | None = original_exception
 
     def completed(self, message: str | None = None, **details: Unpack[ErrorDetails]) -> Self:
         """Adds what the caller knows about this error, and returns the error itself.
@@ -111,7 +111,7 @@ class LLMError(Exception):
         """
         if message is not None:
             self.message = message
-            self.args = (message, *self.args[1:])
+            self.args: tuple[Any, ...] = (message, *self.args[1:])
         self.context = {**(details.get("context") or {}), **self.context}
         if self.hint is None:
             self.hint = details.get("hint")
@@ -309,7 +309,7 @@ class ModelNotFoundError(LLMValidationError):
         **details: Unpack[ErrorDetails],
     ) -> None:
         self.model_name = model_name
-        self.available_models = list(available_models)
+        self.available_models: list[str] = list(available_models)
         super().__init__(self._describe(), original_exception, **details)
 
     def _describe(self) -> str:
@@ -450,6 +450,6 @@ class MultiMCPError(MCPError):
         errors: Mapping[str, BaseException] | None = None,
         **details: Unpack[ErrorDetails],
     ) -> None:
-        self.errors = dict(errors or {})
+        self.errors: dict[str, BaseException] = dict(errors or {})
         reasons = (f"{server}: {str(error) or _describe_exception(error)}" for server, error in self.errors.items())
         super().__init__(message or f"MCP servers failed: {'; '.join(reasons)}", original_exception, **details)

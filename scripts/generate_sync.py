@@ -185,7 +185,7 @@ class Writer:
         if node.name == "__init__":
             self._runtime |= {"from lmbridge.sync._portal import portal", f"import {spec.module} as {_alias(spec)}"}
             make = f"lambda: {_alias(spec)}.{spec.name}{call}"
-            return f"self._open({make})" if spec.kind == "Owner" else f"self.wrapped = portal.call({make})"
+            return f"self._open({make})"
         target = f"self.wrapped.{node.name}"
         if any(each.endswith(".setter") for each in kept):
             return f'self._call(lambda: setattr(self.wrapped, "{node.name}", {node.args.args[1].arg}))'

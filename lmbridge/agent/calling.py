@@ -35,7 +35,7 @@ from lmbridge.errors import ToolError
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool, ToolContext
 
-logger = logging.getLogger("lmbridge.agent")
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _CLEAN_UP_SECONDS: Final = 5.0
 """The time that a tool has for its clean-up after it was cancelled."""

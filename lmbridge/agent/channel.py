@@ -27,7 +27,7 @@ class Subscription(Generic[T]):
         self._channel = channel
         self._waiting: deque[T] = deque()
         self._changed = asyncio.Event()
-        self.is_over = False
+        self.is_over: bool = False
 
     async def put(self, event: T) -> None:
         """Adds an event as soon as there is room for it."""

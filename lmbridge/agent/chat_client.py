@@ -7,7 +7,7 @@ make it possible to run an agent over another SDK, a cache, a recording, or a do
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ class ChunkStream(Protocol):
         """Returns the iterator over the chunks. An error that ends the reply is raised by it."""
         ...
 
-    async def aclose(self) -> None:
+    def aclose(self) -> Coroutine[Any, Any, None]:
         """Leaves the stream before its end, so that the server stops generating. It must be idempotent."""
         ...
 

@@ -56,7 +56,7 @@ def _read_parameter_section(lines: list[str]) -> dict[str, str]:
     for line in lines:
         entry = _PARAMETER_ENTRY.fullmatch(line[indentation:])
         if entry is not None:
-            name = entry["name"]
+            name = str(entry["name"])
             entries[name] = [entry["text"]]
         elif name is not None and line.strip():
             entries[name].append(line.strip())

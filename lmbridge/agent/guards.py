@@ -26,7 +26,7 @@ class RepetitionGuard:
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
-        self.tripped = False
+        self.tripped: bool = False
 
     def note(self, name: str, arguments: Any, result: str) -> str:
         """Counts a call that has its result.
@@ -60,7 +60,7 @@ class BadCallGuard:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._in_a_row = 0
-        self.tripped = False
+        self.tripped: bool = False
 
     def note(self, *, bad: bool) -> None:
         """Counts a call; one that could be made starts the count again."""

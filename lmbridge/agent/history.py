@@ -112,7 +112,7 @@ class History:
         self._turn: Turn | None = None
         # The messages to send, kept until something other than their end changes.
         self._to_send: CheckedMessages | None = None
-        self.size = sum(map(size_of, (*self._head, *before)))
+        self.size: int = sum(map(size_of, (*self._head, *before)))
 
     def add_system_note(self, note: str) -> None:
         """Appends a text to the leading system message; an empty one changes nothing."""

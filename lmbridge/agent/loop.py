@@ -56,7 +56,7 @@ from lmbridge.errors import (
     ModelChangedDuringExecutionError,
 )
 
-logger = logging.getLogger("lmbridge.agent")
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
 """Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""

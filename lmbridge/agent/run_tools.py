@@ -79,7 +79,7 @@ class ToolSources:
         self.tools: list[Tool | ToolProvider] = []
         for each in tools:
             self.tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # not a provider
-        self.open_tools = check_callable("open_tools", open_tools, optional=True)
+        self.open_tools: OpenTools | None = check_callable("open_tools", open_tools, optional=True)
         # Built once for all runs, and checked when the agent is created.
         self._fixed = Toolset([each for each in self.tools if isinstance(each, Tool)])
         self._is_fixed = open_tools is None and all(isinstance(each, Tool) for each in self.tools)

@@ -144,7 +144,7 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
     from jsonschema.validators import validator_for  # noqa: PLC0415
 
     schema = _self_contained(schema, schema)
-    validator_class = validator_for(schema, default=Draft202012Validator)
+    validator_class: Any = validator_for(schema, default=Draft202012Validator)
     try:
         validator_class.check_schema(schema)
     except (SchemaError, RecursionError):

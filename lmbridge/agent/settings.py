@@ -50,10 +50,13 @@ class Settings:
     model: str | None = attrs.field(default=None, validator=_check_model)
     system_prompt: str | None = attrs.field(default=None, validator=as_validator(check_text, optional=True))
     max_rounds: int = attrs.field(default=25, validator=_POSITIVE_INTEGER)
-    max_tokens: MaxTokens = attrs.field(default="auto", validator=as_validator(check_integer, keyword="auto"))
+    # pyright takes the default of such a field for any string.
+    max_tokens: MaxTokens = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="auto", validator=as_validator(check_integer, keyword="auto")
+    )
     max_seconds: float | None = attrs.field(default=None, validator=_OPTIONAL_SECONDS)
     max_total_tokens: int | None = attrs.field(default=None, validator=as_validator(check_integer, optional=True))
-    switch_policy: SwitchPolicy = attrs.field(
+    switch_policy: SwitchPolicy = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="isolate", validator=as_validator(check_choice, choices=get_args(SwitchPolicy))
     )
     tool_timeout: float | None = attrs.field(default=60, validator=_OPTIONAL_SECONDS)

@@ -17,7 +17,7 @@ from lmbridge.errors import LLMError, LLMValidationError
 if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
-logger = logging.getLogger("lmbridge.agent")
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _DISCOVERY_SECONDS: Final = 5.0
 """Seconds that the request for the context length may take."""

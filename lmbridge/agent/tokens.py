@@ -75,7 +75,7 @@ class ContextBudget:
 
     def max_tokens(self) -> int:
         """Returns the `max_tokens` of the next request."""
-        if self._max_tokens != "auto":
+        if isinstance(self._max_tokens, int):
             return self._max_tokens
         if self._context_length is None:
             return _DEFAULT_MAX_TOKENS

@@ -73,8 +73,10 @@ class Toolset:
     def __init__(self, tools: Sequence[Tool]) -> None:
         run_names = names_in_run(tools)
         self._request_names = names_in_requests(run_names)
-        self.names = [self._request_names[name] for name in run_names]
-        self.definitions = [_definition(name, tool) for name, tool in zip(self.names, tools, strict=True)]
+        self.names: list[str] = [self._request_names[name] for name in run_names]
+        self.definitions: list[dict[str, Any]] = [
+            _definition(name, tool) for name, tool in zip(self.names, tools, strict=True)
+        ]
         self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
 

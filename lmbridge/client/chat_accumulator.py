@@ -72,8 +72,8 @@ class ChatAccumulator:
     )
 
     def __init__(self, choices: int = 1) -> None:
-        self.has_begun = False
-        self.has_delta = False
+        self.has_begun: bool = False
+        self.has_delta: bool = False
         self.usage: Any = None
         self._expected_choices = choices
         self._choices: dict[int, _ChoiceAccumulator] = {}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
@@ -27,7 +27,7 @@ def _as_builtin(value: Any) -> Any:
 
 
 _encode = msgspec.json.Encoder(enc_hook=_as_builtin).encode
-decode_strictly = msgspec.json.Decoder().decode
+decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().decode
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
 _DEEPEST_PATH = 50

@@ -9,7 +9,7 @@ from typing import Final, Literal, get_args
 from lmbridge._checks import check_choice
 from lmbridge.errors import ModelMismatchError
 
-logger = logging.getLogger("lmbridge.client")
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 MismatchMode = Literal["warn", "raise", "ignore"]
 """The values of the option `model_mismatch`."""

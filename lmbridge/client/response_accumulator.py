@@ -64,8 +64,8 @@ class ResponseAccumulator:
     __slots__ = ("_final_output", "_items", "_response", "has_begun", "is_finished")
 
     def __init__(self) -> None:
-        self.has_begun = False
-        self.is_finished = False
+        self.has_begun: bool = False
+        self.is_finished: bool = False
         self._response: dict[str, Any] = {}
         self._final_output: list[Any] = []
         self._items: list[_ItemAccumulator] = []

@@ -6,7 +6,7 @@ This is the only module that imports `aiohttp_sse_client`, and it does so when t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -67,7 +67,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         events: EventStream,
         mismatch_policy: MismatchPolicy,
         redact: failures.Redact,
-        event_class: type[MessageEvent],
+        event_class: Callable[..., MessageEvent],
     ) -> None:
         super().__init__(events, mismatch_policy, redact, ResponseAccumulator())
         url = urlsplit(events.call.url)

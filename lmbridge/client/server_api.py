@@ -46,7 +46,7 @@ class ServerApi:
         max_retries: int,
         mismatch_policy: MismatchPolicy,
     ) -> None:
-        self.transport = transport
+        self.transport: Transport = transport
         self.mismatch_policy: Final = mismatch_policy
         self._make_transport = make_transport
         self._timeouts = timeouts

@@ -30,7 +30,7 @@ from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError
 from lmbridge.types import LMStudioModel
 
-logger = logging.getLogger("lmbridge.client")
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 Kind = Literal["lmstudio", "llama.cpp", "ollama", "vllm", "unknown"]
 _Entry: TypeAlias = Mapping[str, Any]

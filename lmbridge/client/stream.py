@@ -36,7 +36,7 @@ from lmbridge.transport import Event, EventStream, NamedEvent
 if TYPE_CHECKING:
     from lmbridge.types import ChatCompletion
 
-logger = logging.getLogger("lmbridge.client")
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 _DONE: Final = b"[DONE]"
 _NO_EVENTS: Final[Iterator[Event]] = iter(())
@@ -51,10 +51,12 @@ class Accumulator(Protocol[_Reply_co]):
     @property
     def has_begun(self) -> bool:
         """Whether any event was added."""
+        ...
 
     @property
     def has_delta(self) -> bool:
         """Whether any of the events held a piece of an answer."""
+        ...
 
     @property
     def has_content(self) -> bool:
@@ -63,16 +65,20 @@ class Accumulator(Protocol[_Reply_co]):
     @property
     def is_finished(self) -> bool:
         """Whether the reply is complete, even if the stream breaks now."""
+        ...
 
     @property
     def usage(self) -> Any:
         """The token usage that the server has sent so far, or None."""
+        ...
 
     def add(self, chunk: Mapping[str, Any], /) -> None:
         """Adds the data of an event; raises `LLMStreamError` if its shape is unknown."""
+        ...
 
     def reply(self) -> _Reply_co:
         """Returns the reply so far as a new dict."""
+        ...
 
 
 class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):

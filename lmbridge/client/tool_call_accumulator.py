@@ -93,8 +93,8 @@ class _PartialCall:
 
     def __init__(self, call_id: str | None, index: int | None) -> None:
         self.id = call_id
-        self.index = index
-        self.arguments = io.StringIO()
+        self.index: int | None = index
+        self.arguments: io.StringIO = io.StringIO()
         self._name = ""
         self._generated_id = ""
         self._other_fields: dict[str, Any] = {}

@@ -9,6 +9,7 @@ loaded. After that it exits when stdin ends, which happens when the parent close
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -28,11 +29,12 @@ def main() -> None:
     os.dup2(2, 1)
     options = json.loads(sys.stdin.buffer.readline())
     _die_with_parent(options["parent"])
-    import xllamacpp  # noqa: PLC0415 - its import may print
+    # Imported here, because the import may print.
+    bindings: Any = importlib.import_module("xllamacpp")
 
     try:
         # This holds the GIL until the model is loaded, so no thread of Python could watch stdin meanwhile.
-        server = xllamacpp.Server(_params(xllamacpp.CommonParams(), options))
+        server = bindings.Server(_params(bindings.CommonParams(), options))
     except RuntimeError as exc:
         _send_reply(reply, {"error": str(exc)})
         # A regular exit, because a thread of llama.cpp may still have to log the reason.

@@ -25,7 +25,7 @@ from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, Mo
 from lmbridge.local.model import SMOLLM2, Progress, locate_model
 from lmbridge.local.process import describe_exit, end_process, read_tail
 
-logger = logging.getLogger("lmbridge.local")
+logger: logging.Logger = logging.getLogger("lmbridge.local")
 
 _FOLDER = Path(__file__).parent
 # The default host of llama.cpp.
@@ -99,7 +99,7 @@ class LocalServer:
         self._port = check_integer("port", port, minimum=0, maximum=65_535, hint="use 0 for any free port")
         self._progress = check_callable("progress", progress, optional=True, sync=True)
         self._start_timeout = check_seconds("start_timeout", start_timeout)
-        self.model = SMOLLM2.name if self._path is None else self._path.stem
+        self.model: str = SMOLLM2.name if self._path is None else self._path.stem
         self._options = {
             "alias": self.model,
             "port": self._port,

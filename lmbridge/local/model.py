@@ -31,7 +31,7 @@ from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelN
 from lmbridge.local.process import describe_exit, read_tail, run_command
 from lmbridge.local.threads import in_thread
 
-logger = logging.getLogger("lmbridge.local")
+logger: logging.Logger = logging.getLogger("lmbridge.local")
 
 _LOCK_POLL_SECONDS = 0.1
 

@@ -63,9 +63,9 @@ class MessageReader:
     """
 
     def __init__(self, largest: int = LARGEST_MESSAGE) -> None:
-        self.skipped_lines = 0
+        self.skipped_lines: int = 0
         """How many lines held no message."""
-        self.first_skipped_line = b""
+        self.first_skipped_line: bytes = b""
         self._largest = largest
         self._buffer = bytearray()
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import lmbridge.agent.agent as _agent
 from lmbridge.agent.events import RunEvent
-from lmbridge.sync._portal import portal
 from lmbridge.sync._wrap import Stream, Wrapper, unwrap
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class Agent(Wrapper):
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
     ) -> None:
-        self.wrapped = portal.call(
+        self._open(
             lambda: _agent.Agent(
                 unwrap(client),
                 model=model,

@@ -47,6 +47,10 @@ class Wrapper:
     def __repr__(self) -> str:
         return f"<sync {self.wrapped!r}>"
 
+    def _open(self, make: Callable[[], Any]) -> None:
+        """Makes the asynchronous object in the thread of the background loop."""
+        self.wrapped = portal.call(make)
+
     def _await(self, make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Runs a coroutine in the background loop, and wraps its result."""
         return wrap(portal.run(make_coroutine))
@@ -66,7 +70,7 @@ class Owner(Wrapper):
     _is_closed = False
 
     def _open(self, make: Callable[[], Any]) -> None:
-        self.wrapped = portal.call(make)
+        super()._open(make)
         portal.keep_until_exit(self.wrapped)
 
     def __enter__(self) -> Self:

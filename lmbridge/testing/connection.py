@@ -67,9 +67,9 @@ class Connection(asyncio.Protocol):
         self.number = number
         self.served = 0
         self.busy = False
-        self.left = False
-        self.hung_up = False
-        self.lost = False
+        self.left: bool = False
+        self.hung_up: bool = False
+        self.lost: bool = False
         self.task: asyncio.Task[None] | None = None
         self._serve = serve
         self._on_change = on_change

@@ -40,7 +40,10 @@ class Exchange:
         self.request = request
         self.reply_id = reply_id
         self.model = model
-        self.started = self.streamed = self.ended = self.closes = False
+        self.started: bool = False
+        self.streamed: bool = False
+        self.ended: bool = False
+        self.closes: bool = False
         self._connection = connection
         self._advertise = advertise
         self._has_no_body = False

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 
 try:
     import pytest_asyncio
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "lmbridge.testing.fixtures needs pytest and pytest-asyncio: pip install pytest pytest-asyncio"
-    ) from error
+    ) from _error
 
 from lmbridge.testing.scripted_server import ScriptedServer
 

@@ -72,10 +72,10 @@ class OneModelServer(ScriptedServer):
         seed: int = 0,
     ) -> None:
         super().__init__(models)
-        self.default = self._generate_text
+        self.default: Behaviour = self._generate_text
         self.loads: list[str] = []
-        self.double_loads = 0
-        self.swaps = 0
+        self.double_loads: int = 0
+        self.swaps: int = 0
         self.kills: list[RecordedRequest] = []
         self._capacity = capacity
         self._load_seconds = load_seconds

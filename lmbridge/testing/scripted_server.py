@@ -62,14 +62,14 @@ class ScriptedServer:
         keep_alive: bool = True,
         max_requests_per_connection: int | None = None,
     ) -> None:
-        self.models = list(models)
+        self.models: list[str] = list(models)
         self.default: Behaviour = answer("Hello from the scripted server.")
-        self.hang_up_reused = 0
+        self.hang_up_reused: int = 0
         self.requests: list[RecordedRequest] = []
         self.aborts: list[RecordedRequest] = []
         self.errors: list[BaseException] = []
-        self.in_flight = 0
-        self.max_in_flight = 0
+        self.in_flight: int = 0
+        self.max_in_flight: int = 0
         self._close_after_stream = close_after_stream
         self._keep_alive = keep_alive
         self._max_requests = max_requests_per_connection

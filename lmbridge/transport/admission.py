@@ -40,7 +40,7 @@ class Admission:
     """
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
-        self.scheduler = Scheduler(limits, swaps)
+        self.scheduler: Scheduler = Scheduler(limits, swaps)
         # Kept, because each call of get_running_loop() is a system call (getpid) before Python 3.12.
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[asyncio.Task[object], Permit] = {}

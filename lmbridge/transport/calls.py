@@ -29,7 +29,7 @@ from lmbridge.transport.retry import (
 from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
-logger = logging.getLogger("lmbridge.transport")
+logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 
 def _reports_no_error(_data: bytes) -> bool:
@@ -112,20 +112,20 @@ class Call:
     )
 
     def __init__(self, request: Request, url: str, admission: Admission, deadline_timer: DeadlineTimer) -> None:
-        self.request = request
-        self.url = url
+        self.request: Request = request
+        self.url: str = url
         self.deadline_timer: Final = deadline_timer
         self.permit: Permit | None = None
         """The permit that the call holds; None if it needs none, or has none yet."""
-        self.attempts = 0
-        self.retries = 0
+        self.attempts: int = 0
+        self.retries: int = 0
         """The number of attempts after a failure that counts. Polls of a server that is loading do not count."""
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """Returns the number of tokens, if it is known, when the call is over."""
         self._admission = admission
         self._started = deadline_timer.time()
         self._attempt_started = self._started
-        self.total_deadline = self._started + _or_infinity(request.timeouts.total)
+        self.total_deadline: float = self._started + _or_infinity(request.timeouts.total)
         """The time at which `Timeouts.total` runs out."""
         self._load_deadline = math.inf
         self._waits: Iterator[float] | None = None

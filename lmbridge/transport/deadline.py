@@ -106,8 +106,8 @@ class Deadline:
     __slots__ = ("_cancels_before", "_reached", "_task", "deadline_timer", "when")
 
     def __init__(self, deadline_timer: DeadlineTimer, when: float) -> None:
-        self.deadline_timer = deadline_timer
-        self.when = when
+        self.deadline_timer: DeadlineTimer = deadline_timer
+        self.when: float = when
         self._reached = False
 
     def __enter__(self) -> Self:

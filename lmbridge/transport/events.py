@@ -57,12 +57,12 @@ class EventStream:
     )
 
     def __init__(self, call: Call, response: HttpResponse, first: bytes = b"") -> None:
-        self.call = call
+        self.call: Call = call
         self.status: Final = response.status
         """The status of the response."""
-        self.ended = False
+        self.ended: bool = False
         """Whether the body has been read to its end."""
-        self.when = math.inf
+        self.when: float = math.inf
         """The deadline of the wait that is going on, by the clock of the event loop."""
         self._response = response
         self._first = first

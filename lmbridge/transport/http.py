@@ -50,10 +50,12 @@ class HttpResponse(Protocol):
     @property
     def status(self) -> int:
         """The status code."""
+        ...
 
     @property
     def headers(self) -> Mapping[str, str]:
         """The headers. Names are looked up in any case."""
+        ...
 
     async def read_some(self) -> bytes:
         """Waits until a part of the body has arrived, and returns it; returns nothing at the end of the body.
@@ -61,6 +63,7 @@ class HttpResponse(Protocol):
         Raises:
             ConnectionFailed: The connection broke, or `close` was called.
         """
+        ...
 
     async def read(self) -> bytes:
         """Waits for the end of the body, and returns everything that has not been returned by `read_some`.
@@ -68,9 +71,11 @@ class HttpResponse(Protocol):
         Raises:
             ConnectionFailed: The connection broke, or `close` was called.
         """
+        ...
 
     def close(self) -> None:
         """Closes the connection at once, unless the body has ended. A task that is reading gets `ConnectionFailed`."""
+        ...
 
 
 class HttpSession(Protocol):
@@ -85,9 +90,11 @@ class HttpSession(Protocol):
             ConnectionFailed: No response arrived.
             StaleConnection: No response arrived because a kept connection was dead. The request can be sent again.
         """
+        ...
 
     async def close(self) -> None:
         """Closes all connections. Requests that are waiting for a response fail. Calling it again does nothing."""
+        ...
 
     def abandon(self) -> None:
         """Closes what can be closed without waiting, and says nothing about the rest.

@@ -52,7 +52,7 @@ import attrs
 
 from lmbridge.config import Limits
 
-logger = logging.getLogger("lmbridge.transport")
+logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 
 @attrs.define(eq=False)
@@ -132,13 +132,13 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
-        self.limits = limits
+        self.limits: Limits = limits
         self.in_flight: Final[dict[Permit, None]] = {}
         """The permits in flight, in the order of their admission."""
         self.waiting: Final[OrderedDict[Permit, None]] = OrderedDict()
         """All waiting requests, in the order of their arrival."""
         self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
-        self.revision = 0
+        self.revision: int = 0
         """A number that changes whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
         self._arrivals = 0
         self.set_limits(limits)

@@ -27,7 +27,7 @@ import ssl as ssl_module
 from collections.abc import Mapping
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
@@ -135,6 +135,7 @@ class AiohttpSession:
         return self._unpooled
 
     def _make_session(self, *, keep_connections: bool) -> aiohttp.ClientSession:
+        options: dict[str, Any] = {"keepalive_timeout": KEEPALIVE} if keep_connections else {"force_close": True}
         trace_config = aiohttp.TraceConfig()
         trace_config.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
@@ -142,7 +143,7 @@ class AiohttpSession:
                 # aiohttp writes "no limit" as 0.
                 limit=self._connection_limit or 0,
                 ssl=self._ssl or True,
-                **({"keepalive_timeout": KEEPALIVE} if keep_connections else {"force_close": True}),
+                **options,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             # aiohttp's default would cut every response after 300 seconds.

@@ -56,7 +56,7 @@ from lmbridge.transport.sse import begins_event_stream
 if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats
 
-logger = logging.getLogger("lmbridge.transport")
+logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 _SHORTEST_SECRET: Final = 4
 """The number of characters from which a key is hidden. A shorter one would be found in every second word."""
@@ -113,7 +113,9 @@ class Transport:
         self._root = self.api_base.rpartition("/")[0]
         self.api_key: Final = check_api_key(default_api_key() if api_key is None else api_key)
         self._find_limits = limits if callable(limits) else None
-        self.limits = Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
+        self.limits: Limits = (
+            Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
+        )
         """The limits that are in force."""
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
         self._trust_env = trust_env and not is_loopback(self.api_base)
@@ -426,6 +428,24 @@ class Transport:
         return state
 
 
+def _create_loop_guard() -> LoopGuard:
+    guard = LoopGuard("this client")
+    guard.enter()
+    return guard
+
+
+def _create_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _create_deadline_timer(state: _OpenState) -> DeadlineTimer:
+    return DeadlineTimer(state.loop, state.streams)
+
+
+def _create_limit_search() -> SingleFlight[None]:
+    return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
+
+
 @attrs.define(eq=False)
 class _OpenState:
     """Everything about a transport that belongs to one event loop, from its first request until it is closed."""
@@ -433,8 +453,8 @@ class _OpenState:
     session: HttpSession
     admission: Admission
     loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
-    loop_guard: LoopGuard = attrs.field(init=False)
-    closed: asyncio.Future[None] = attrs.field(init=False)
+    loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
+    closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
     """Done as soon as the transport begins to close."""
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
     """The open streams. The references are weak, because a stream that is dropped has to be garbage-collected."""
@@ -442,29 +462,13 @@ class _OpenState:
     """The tasks that read the first event of a stream ahead."""
     requests: int = attrs.field(init=False, default=0)
     """The number of requests that are under way or wait, without streams that are open."""
-    deadline_timer: DeadlineTimer = attrs.field(init=False)
+    deadline_timer: DeadlineTimer = attrs.field(
+        init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
+    )
     limits_are_known: bool = attrs.field(init=False, default=False)
     """Whether the server does not have to be asked for its limits."""
-    limit_search: SingleFlight[None] = attrs.field(init=False)
+    limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
     """Asks the server for its limits once for all requests that wait for them."""
-
-    @loop_guard.default
-    def _create_loop_guard(self) -> LoopGuard:
-        guard = LoopGuard("this client")
-        guard.enter()
-        return guard
-
-    @closed.default
-    def _create_closed_future(self) -> asyncio.Future[None]:
-        return self.loop.create_future()
-
-    @deadline_timer.default
-    def _create_deadline_timer(self) -> DeadlineTimer:
-        return DeadlineTimer(self.loop, self.streams)
-
-    @limit_search.default
-    def _create_limit_search(self) -> SingleFlight[None]:
-        return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
 
     def adopt(self, stream: EventStream) -> None:
         """Takes over the time limits of a stream, and lets it read ahead if other requests wait for its first event.

@@ -27,7 +27,7 @@ from lmbridge.mcp.bridge.progress import ProgressReporter, current_progress
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
 from lmbridge.mcp.sdk.server_session import HostAnswer, ReportProgress
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Bridge:
 
     def __init__(self, client: LLMClient, agent: DynamicAutonomousAgent) -> None:
         self._client, self._agent = client, agent
-        self.tools = [_make_tool(function, title, **hints) for function, title, hints in self._tool_table()]
+        self.tools: list[Tool] = [_make_tool(function, title, **hints) for function, title, hints in self._tool_table()]
         """The tools, in the order in which a host lists them."""
         self._toolset = Toolset(self.tools)
         self._functions: dict[str, _ToolFunction] = {tool.name: tool.function for tool in self.tools}

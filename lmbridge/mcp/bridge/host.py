@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _FLUSH_SECONDS: Final = 1.0
 """Seconds that the host has to read the last messages when the link is closed."""
@@ -57,7 +57,7 @@ class HostLink:
     """
 
     def __init__(self, reading: int, writing: int) -> None:
-        self.fault = ""
+        self.fault: str = ""
         """Why reading stopped, if it was an error; empty if the host closed its end."""
         self._reading, self._writing = reading, writing
         self._has_room = threading.Event()

@@ -21,7 +21,7 @@ from lmbridge.mcp.config.server_spec import ServerSpec, expand_home, read_spec
 
 __all__ = ["McpConfig", "ServerSpec", "load_config"]
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _SERVER_KEYS: Final = ("mcpServers", "servers")
 _LARGEST_FILE: Final = 4 * 2**20

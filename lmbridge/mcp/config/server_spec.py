@@ -21,7 +21,7 @@ from lmbridge._checks import is_number
 from lmbridge.config import is_loopback
 from lmbridge.errors import MCPError
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 TransportKind = Literal["stdio", "http", "sse"]
 

@@ -25,7 +25,7 @@ from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
 from lmbridge.mcp.sdk.streams import MessageTap, streams_over_link
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 T = TypeVar("T")
 ReportProgress = Callable[[float, str], Awaitable[None]]
@@ -250,6 +250,7 @@ async def _run_in_separate_task(call: Coroutine[Any, Any, T]) -> T:
     import anyio
 
     task = asyncio.create_task(call)
+    has_ended = False
     try:
         await asyncio.wait({task})
     finally:

@@ -22,7 +22,7 @@ import msgspec
 from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.package import is_v2
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 sent_call_ids: Final[ContextVar[list[Any] | None]] = ContextVar("sent_call_ids", default=None)
 """A list to which the request ids of the tool calls that the current task sends are added, or None."""

@@ -31,7 +31,7 @@ from lmbridge.mcp.servers.definitions import LeftOut, fit_budget, make_tools
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _DEFAULT_IDLE_LINGER: Final = 300.0
 

@@ -30,7 +30,7 @@ from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _FIRST_BACKOFF_SECONDS: Final = 0.5
 """Seconds before the second attempt to start a server. Each further pause is twice as long as the one before."""

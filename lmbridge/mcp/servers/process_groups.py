@@ -27,7 +27,7 @@ from typing import Final
 
 from lmbridge.mcp.servers import guardian
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _TERM_GRACE_SECONDS: Final = 1.5
 """Seconds that a group has to end after SIGTERM, before it gets SIGKILL."""

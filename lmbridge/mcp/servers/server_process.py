@@ -42,7 +42,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
     """
 
     def __init__(self, on_output: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
-        self.stderr = StderrTail()
+        self.stderr: StderrTail = StderrTail()
         """The last lines that the process wrote to stderr."""
         self._on_output, self._on_end = on_output, on_end
         self._transport: asyncio.SubprocessTransport | None = None

@@ -35,7 +35,7 @@ from lmbridge.mcp.sdk import McpSession, SessionLostError
 from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
 from lmbridge.mcp.servers.stdio import StdioLink
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _MOST_PAGES: Final = 100
 """Pages of a list of tools that are read."""
@@ -76,7 +76,7 @@ class SessionOwner:
         """Done, with the reason, when the session can no longer be used."""
         self.tools: list[Any] = []
         """The definitions of the server's tools, as the server sent them."""
-        self.opened_at = loop.time()
+        self.opened_at: float = loop.time()
         """The time of the event loop at which the opening began."""
         self._spec, self._emit = spec, emit
         self._link = StdioLink(spec, self._lose) if spec.transport == "stdio" else None
@@ -85,7 +85,7 @@ class SessionOwner:
         self._tools_are_stale = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
-        self.task = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
+        self.task: asyncio.Task[None] = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
         """The task that opens and closes the session. It has ended when nothing of the session is left."""
 
     @property

@@ -16,7 +16,7 @@ from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
 from lmbridge.mcp.servers.sanitize import sanitize_text
 from lmbridge.mcp.servers.server_process import ServerProcess
 
-logger = logging.getLogger("lmbridge.mcp")
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _LOGGED_BYTES: Final = 200
 """Bytes of a line without a message that the log shows."""
