@@ -491,11 +491,11 @@ class _OpenState:
     def abandon(self) -> None:
         """Lets the session close what it can without waiting. Any thread may call it.
 
-        A stream that is still being read keeps its connection: a client may be dropped while its stream is in use.
+        No stream is in use then, because a stream keeps its transport alive.
         """
         if self.loop.is_closed():
             self.session.abandon()
-        elif not self.streams:
+        else:
             # The loop may be closed in this moment, by the thread that it runs in.
             with suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.session.abandon)
