@@ -1,6 +1,6 @@
 """Gives a model the tools of one MCP server, the clock of `mcp-server-time`.
 
-    pip install '.[local,mcp]' mcp-server-time
+    pip install 'lmbridge[local,mcp]' mcp-server-time
     python examples/mcp_one_server.py
     python examples/mcp_one_server.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Is it late in Lima?"
 

@@ -2,7 +2,7 @@
 
 The first part treats that as an error, the second continues with the servers that work.
 
-    pip install '.[local,mcp]' mcp-server-time mcp-server-git
+    pip install 'lmbridge[local,mcp]' mcp-server-time mcp-server-git
     python examples/mcp_several_servers.py
     python examples/mcp_several_servers.py --api-base http://127.0.0.1:1234/v1 --model qwen3-4b "Is it late in Lima?"
 

@@ -94,3 +94,22 @@ def test_the_changelog_begins_with_unreleased_or_the_current_version() -> None:
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     newest = headings[0].removeprefix("## ").split(" ")[0]
     assert newest in ("[Unreleased]", f"[{lmbridge.__version__}]")
+
+
+def test_install_hints_quote_the_brackets_of_extras_with_single_quotes() -> None:
+    # Without quotes, zsh reads the brackets as a pattern and refuses the command.
+    folders = ["lmbridge", "docs", "examples", "tests", "benchmarks"]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if "node_modules" not in path.parts]
+    texts = [path for path in [*paths, *ROOT.glob("*.md")] if path.suffix in (".py", ".md", ".txt")]
+    unquoted = re.compile(r"""pip install .*?(?<!')(?:\blmbridge|(?<=[ "])\.)\\?\[[a-z,]+""")
+    assert all(
+        unquoted.search(f"pip install {each}") for each in ("lmbridge[mcp]", "-e .[mcp]", '"lmbridge[mcp]"', '".[a,b]"')
+    )
+    assert not unquoted.search("pip install 'lmbridge[mcp]' '.[a]'")
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in texts
+        if path != Path(__file__)
+        for match in unquoted.finditer(path.read_text())
+    ]
+    assert found == []

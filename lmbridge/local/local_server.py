@@ -273,7 +273,7 @@ def _parse_reply(line: bytes) -> dict[str, Any]:
 
 def _check_machine() -> None:
     if importlib.util.find_spec("xllamacpp") is None:
-        raise ImportError('LocalServer needs xllamacpp: `pip install "lmbridge[local]"`', name="xllamacpp")
+        raise ImportError("LocalServer needs xllamacpp: pip install 'lmbridge[local]'", name="xllamacpp")
     missing = _CPU_FEATURES - _cpu_features()
     if missing:
         raise LLMConnectionError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
+import shlex
+import shutil
 import sys
+from typing import Any
 
 from lmbridge._tasks import run_until_signal
 from lmbridge._version import __version__
@@ -21,6 +25,21 @@ Offers lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...) on 
 Settings that are not given here come from the environment: LMBRIDGE_API_BASE (or LMSTUDIO_HOST and LMSTUDIO_PORT),
 LM_API_TOKEN, DEFAULT_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
 
+_TERMINAL_HELP = """\
+lmbridge-mcp {version} is an MCP server: an MCP host (Claude Code, LM Studio, Cursor, ...) starts it and exchanges JSON
+messages with it on stdin and stdout. It has no commands to type in a terminal.
+
+To connect Claude Code to it:
+
+  claude mcp add --transport stdio lmbridge -- {command}
+
+For other hosts, add this to their mcp.json:
+
+{configuration}
+
+It now waits for messages on stdin. Press Ctrl-D or Ctrl-C to end it; `lmbridge-mcp --help` lists the options.
+"""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Serves until the host closes stdin, or until SIGINT or SIGTERM arrives.
@@ -30,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(argv))
     if sys.stdin is None or sys.stdout is None:
         sys.exit("lmbridge-mcp: stdin or stdout is closed; an MCP host should start this program with a pipe for each")
+    if sys.stdin.isatty():
+        # Nothing but a person at a keyboard is there, who would otherwise wait for a prompt that never comes.
+        sys.stderr.write(_terminal_help())
     # The log goes to stderr, because stdout carries only messages to the host.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
@@ -50,6 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="model of calls that name none; default: the server chooses")
     parser.add_argument("--config", metavar="FILE", dest="config_path", help="file that names the MCP servers")
     return parser
+
+
+def _terminal_help() -> str:
+    """Returns what a person reads who has started this program in a terminal: what it is, and how a host starts it."""
+    command = [found] if (found := shutil.which("lmbridge-mcp")) else [sys.executable, "-m", "lmbridge.mcp"]
+    entry: dict[str, Any] = {"command": command[0]}
+    if command[1:]:
+        entry["args"] = command[1:]
+    return _TERMINAL_HELP.format(
+        version=__version__,
+        command=shlex.join(command),
+        configuration=json.dumps({"mcpServers": {"lmbridge": entry}}, indent=2),
+    )
 
 
 async def _serve(api_base: str | None, model: str | None, config_path: str | None) -> None:

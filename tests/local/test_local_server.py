@@ -316,7 +316,7 @@ async def test_files_are_checked_before_the_child_is_started(script: Script, ggu
 
 async def test_without_the_extra_the_error_names_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(ImportError, match=r'`pip install "lmbridge\[local\]"`'):
+    with pytest.raises(ImportError, match=r"pip install 'lmbridge\[local\]'"):
         await LocalServer(gguf).__aenter__()
 
 

@@ -21,7 +21,7 @@ def load_sdk() -> Any:
     try:
         import mcp
     except ImportError as exc:
-        raise ImportError("MCP servers need the official SDK: pip install lmbridge[mcp]") from exc
+        raise ImportError("MCP servers need the official SDK: pip install 'lmbridge[mcp]'") from exc
     return mcp
 
 
