@@ -69,8 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lmbridge {__version__}")
     parser.add_argument("--api-base", metavar="URL", help="URL of the model server; default: LM Studio on this machine")
-    parser.add_argument("--model", metavar="NAME", help="model of calls that name none; default: the server chooses")
-    parser.add_argument("--config", metavar="FILE", dest="config_path", help="file that names the MCP servers")
+    parser.add_argument(
+        "--model", metavar="NAME", help="model for calls that do not name one; default: the server chooses"
+    )
+    parser.add_argument("--config", metavar="FILE", dest="config_path", help="configuration file with the MCP servers")
     return parser
 
 

@@ -1,8 +1,8 @@
 """`DynamicAutonomousAgent`: an agent whose runs get their tools from MCP servers.
 
-A run names its servers, and they are started when it begins, because a user does not know in advance which servers a
-program will need. They are not ended with the run: starting a server takes seconds, so concurrent and later runs share
-the same sessions through one `McpHub`.
+A run names the servers that it needs, and they are started when the run begins. The alternative, a fixed list of
+servers for the whole agent, would start servers that no run ever uses. The servers keep running when the run ends:
+starting a server takes seconds, so concurrent and later runs share the same sessions through one `McpHub`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lmbridge.errors import (
 )
 from lmbridge.mcp.options import (
     AgentOptions,
+    LiteralFalse,
+    LiteralTrue,
     MultiServerRunOptions,
-    No,
     OnMcpError,
     RunOptions,
-    Yes,
     check_on_mcp_error,
     check_server_name,
     check_server_names,
@@ -46,10 +46,14 @@ from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.hub import McpHub
 
 _OnServerError: TypeAlias = Literal["raise", "continue", "single"]
-"""What a run does if a server cannot be started. "single" raises the error of the only server by itself."""
+"""What a run does if a server cannot be started.
 
-_DEFINITIONS_SHARE: Final = 2
-"""Tool definitions may take one part in this many of a context whose length is known."""
+"single" is for a run with one server: its error is raised as a `MCPConnectionError`, without a `MultiMCPError` around
+it.
+"""
+
+_MAX_DEFINITIONS_SHARE: Final = 0.5
+"""The largest part of the model's context that tool definitions may take, if the length of the context is known."""
 _CLOSED_MESSAGE: Final = "the run was cancelled because its agent was closed"
 
 
@@ -107,7 +111,7 @@ class DynamicAutonomousAgent:
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none, or None if the server or the pool chooses it."""
+        """The model for runs that do not name one, or None if the server or the pool chooses it."""
         return self._agent.model
 
     async def list_available_mcps(self) -> list[str]:
@@ -124,15 +128,21 @@ class DynamicAutonomousAgent:
 
     @overload
     async def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[RunOptions]
+        self,
+        mcp_name: str,
+        task: Task,
+        *,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
+        **options: Unpack[RunOptions],
     ) -> str: ...
     @overload
     async def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[RunOptions]
+        self, mcp_name: str, task: Task, *, stream: LiteralFalse = ..., full: LiteralTrue, **options: Unpack[RunOptions]
     ) -> RunResult: ...
     @overload
     async def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[RunOptions]
+        self, mcp_name: str, task: Task, *, stream: LiteralTrue, full: LiteralFalse = ..., **options: Unpack[RunOptions]
     ) -> RunStream: ...
     @overload
     async def autonomous_with_mcp(
@@ -154,8 +164,10 @@ class DynamicAutonomousAgent:
         Args:
             mcp_name: The name of the server in the configuration file.
             task: The task: a text, or a list of content parts (text and images).
-            max_rounds: The most times that the model may be asked. Default: the agent's `max_rounds`.
-            max_tokens: The most tokens of each reply. Default: "auto", which means the agent's `max_tokens`.
+            max_rounds: The maximum number of rounds, each of which is one reply of the model. Default: the agent's
+                `max_rounds`.
+            max_tokens: The maximum number of tokens in each reply. Default: "auto", which means the agent's
+                `max_tokens`.
             model: The model of this run. Default: the agent's model.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
@@ -184,8 +196,8 @@ class DynamicAutonomousAgent:
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: No = ...,
-        full: No = ...,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
         **options: Unpack[MultiServerRunOptions],
     ) -> str: ...
     @overload
@@ -194,8 +206,8 @@ class DynamicAutonomousAgent:
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: No = ...,
-        full: Yes,
+        stream: LiteralFalse = ...,
+        full: LiteralTrue,
         **options: Unpack[MultiServerRunOptions],
     ) -> RunResult: ...
     @overload
@@ -204,8 +216,8 @@ class DynamicAutonomousAgent:
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: Yes,
-        full: No = ...,
+        stream: LiteralTrue,
+        full: LiteralFalse = ...,
         **options: Unpack[MultiServerRunOptions],
     ) -> RunStream: ...
     @overload
@@ -233,14 +245,14 @@ class DynamicAutonomousAgent:
         """Runs a task with the tools of the MCP servers in `mcp_names`.
 
         `on_mcp_error` says what happens if some of the servers cannot be started. "raise", the default, raises
-        `MultiMCPError`. "continue" runs the task with the tools of the others; `RunResult.errors` then has the error of
-        each missing server, and the system message names them for the model.
+        `MultiMCPError`. "continue" runs the task with the tools of the others; `RunResult.errors` then maps the name of
+        each missing server to its error, and the system message names these servers for the model.
 
-        All other arguments, the return value and further errors are described at `autonomous_with_mcp`.
+        `autonomous_with_mcp` describes the other arguments, the return value and the other errors.
 
         Raises:
-            MultiMCPError: At least one server could not be started, even if it was the only one; `.errors` has the
-                error of each. The servers that could be started keep running.
+            MultiMCPError: At least one server could not be started, even if it was the only one; `.errors` maps
+                the name of each such server to its error. The servers that could be started keep running.
         """
         names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
         options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
@@ -248,15 +260,20 @@ class DynamicAutonomousAgent:
 
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[MultiServerRunOptions]
+        self,
+        task: Task,
+        *,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
+        **options: Unpack[MultiServerRunOptions],
     ) -> str: ...
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[MultiServerRunOptions]
+        self, task: Task, *, stream: LiteralFalse = ..., full: LiteralTrue, **options: Unpack[MultiServerRunOptions]
     ) -> RunResult: ...
     @overload
     async def autonomous_discover_and_execute(
-        self, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[MultiServerRunOptions]
+        self, task: Task, *, stream: LiteralTrue, full: LiteralFalse = ..., **options: Unpack[MultiServerRunOptions]
     ) -> RunStream: ...
     @overload
     async def autonomous_discover_and_execute(
@@ -276,8 +293,8 @@ class DynamicAutonomousAgent:
         """Runs a task with the tools of all enabled MCP servers.
 
         It works like `autonomous_with_multiple_mcps` with the names of all enabled servers, except that the default of
-        `on_mcp_error` is "continue". All other arguments, the return value and further errors are described at
-        `autonomous_with_mcp`.
+        `on_mcp_error` is "continue". `autonomous_with_mcp` describes the other arguments, the return value and the
+        other errors.
 
         Raises:
             MCPError: No server is enabled, or the configuration file cannot be read.
@@ -287,10 +304,10 @@ class DynamicAutonomousAgent:
         return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
-        """Cancels the runs in flight, ends all MCP servers, and closes the client if the agent created it.
+        """Cancels the runs in flight, stops all MCP servers, and closes the client if the agent created it.
 
-        When it returns, the processes of the servers are gone. It is idempotent, and a later run starts the servers
-        again. If the caller is cancelled, or is a tool of a run that is being cancelled, the closing continues in the
+        When `close` returns, the processes of the servers are gone. It is idempotent, and a later run starts the
+        servers again. If the caller is cancelled, or is a tool of one of these runs, the work continues in the
         background, and the next `close` waits for it.
         """
         closing = self._close(self._hub, list(self._runs), self._closing)
@@ -337,7 +354,7 @@ class DynamicAutonomousAgent:
         except MCPError:
             if hub is self._hub:
                 raise
-        # `close` has replaced the hub in the meantime, so this run belongs to those that it cancels.
+        # `close` was called in the meantime. It cancels all runs, and this one had already begun.
         if hub is not self._hub:
             raise TaskCancelledError(_CLOSED_MESSAGE)
         handle = self._agent.start(
@@ -358,7 +375,7 @@ class DynamicAutonomousAgent:
         self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, run: RunInfo
     ) -> AsyncIterator[RunTools]:
         """Starts the servers of a run and yields its tools; the servers are released when the run ends."""
-        max_definition_tokens = run.context_length // _DEFINITIONS_SHARE if run.context_length is not None else None
+        max_definition_tokens = None if run.context_length is None else int(run.context_length * _MAX_DEFINITIONS_SHARE)
         hub_on_error: OnMcpError = "raise" if on_error == "single" else on_error
         try:
             tools = await hub.tools(names, on_error=hub_on_error, max_definition_tokens=max_definition_tokens)
@@ -377,7 +394,7 @@ async def _check_servers_exist(hub: McpHub, names: Sequence[str] | None) -> None
     """Checks the names before the run is created, because a new run may cancel others (`switch_policy="cancel"`).
 
     Raises:
-        MCPError: A name is not that of an enabled server, or no server is enabled.
+        MCPError: A name does not belong to an enabled server, or no server is enabled.
     """
     config = await hub.reload()
     if unknown := [name for name in names or () if name not in config.names]:
@@ -417,7 +434,7 @@ def _answer_text(result: RunResult) -> str:
     """Returns the final answer of a run.
 
     Raises:
-        RunIncompleteError: The run ended without one.
+        RunIncompleteError: The run ended without an answer.
     """
     if result.stop_reason == "stop":
         return result.text

@@ -22,15 +22,18 @@ from typing import Any, Final, Protocol
 import msgspec
 
 LARGEST_MESSAGE: Final = 16 * 2**20
-"""Bytes that a message may have. To parse a larger one would block the event loop for too long."""
+"""The maximum size of a message in bytes. Parsing a larger one would block the event loop for too long."""
 _BACKLOG_LIMIT: Final = 256
-"""Messages that may wait to be handled before nothing more is read."""
+"""The number of unhandled messages beyond which reading pauses."""
 _MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
 _JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
 """An escape in a JSON string: a whole surrogate pair, half of one (the group `lone`), or any other."""
 _DECODER: Final = json.JSONDecoder()
 _SALVAGE_ATTEMPTS: Final = 8
-"""Places of a broken line at which a message is looked for, so that a hostile line does not cost quadratic time."""
+"""How many positions in a broken line are tried as the beginning of a message.
+
+Without this limit, a hostile line would cost quadratic time.
+"""
 
 
 class MessageLink(Protocol):
@@ -56,16 +59,17 @@ class MessageTooLargeError(Exception):
 class MessageReader:
     """Parses messages from bytes that may be split anywhere.
 
-    A line that holds no message is skipped and counted. Text before or after a message on the same line is cut off.
+    A line that contains no message is skipped and counted. Text before or after a message on the same line is cut off.
 
     Args:
-        largest: Bytes that a message may have.
+        largest: The maximum size of a message in bytes.
     """
 
     def __init__(self, largest: int = LARGEST_MESSAGE) -> None:
         self.skipped_lines: int = 0
         """How many lines held no message."""
         self.first_skipped_line: bytes = b""
+        """The first line that contained no message, or an empty string."""
         self._largest = largest
         self._buffer = bytearray()
 
@@ -109,8 +113,9 @@ class MessageReader:
 def _salvage_objects(line: bytes) -> list[Any]:
     """Returns the objects in a line that is not valid JSON, because a reply that is dropped leaves its call hanging.
 
-    There may be text around them, if a program prints from two threads. There may be a bad byte; half of a surrogate
-    pair, which JavaScript writes when it cuts a text in the middle of an emoji; or NaN, which Python writes.
+    Such a line occurs when a program prints from two threads, so that other text surrounds the message; when it
+    contains a byte that is not UTF-8; when JavaScript has cut a string in the middle of an emoji, which leaves half of
+    a surrogate pair; and when Python has written NaN.
     """
     text = _JSON_ESCAPE.sub(_replace_lone_surrogate, line.decode(errors="replace"))
     found: list[Any] = []
@@ -128,18 +133,18 @@ def _replace_lone_surrogate(escape: re.Match[str]) -> str:
 
 
 class MessageInbox:
-    """Messages that have arrived and wait to be handled, in a bounded queue.
+    """A bounded queue of messages that have arrived but have not been handled yet.
 
-    It does not read anything itself: its owner feeds it with bytes, stops reading while `has_room` is False, and
-    continues when `on_room` is called.
+    The inbox does not read anything itself: its owner feeds it with bytes, pauses reading while `has_room` is False,
+    and resumes when `resume_reading` is called.
 
     Args:
-        on_skipped_line: Called with the first line that holds no message; later ones are only counted.
-        on_room: Called when there is room again.
+        on_skipped_line: Called with the first line that contains no message; later ones are only counted.
+        resume_reading: Called when `has_room` becomes True again.
     """
 
-    def __init__(self, *, on_skipped_line: Callable[[bytes], None], on_room: Callable[[], None]) -> None:
-        self._on_skipped_line, self._on_room = on_skipped_line, on_room
+    def __init__(self, *, on_skipped_line: Callable[[bytes], None], resume_reading: Callable[[], None]) -> None:
+        self._on_skipped_line, self._resume_reading = on_skipped_line, resume_reading
         self._reader = MessageReader()
         self._messages: deque[dict[str, Any]] = deque()
         self._changed = asyncio.Event()
@@ -164,10 +169,10 @@ class MessageInbox:
         return self._closed.is_set()
 
     def feed(self, data: bytes) -> None:
-        """Adds the messages that the next bytes complete; once the inbox is closed, it ignores them.
+        """Adds the messages that the next bytes complete. A closed inbox ignores the bytes.
 
         Raises:
-            MessageTooLargeError: A message is too large. Those before it have been added.
+            MessageTooLargeError: A message is too large. The messages before it have been added.
         """
         if self.is_closed:
             return
@@ -180,12 +185,15 @@ class MessageInbox:
                 self._on_skipped_line(self._reader.first_skipped_line)
 
     def close(self) -> None:
-        """Marks the end: messages that have arrived are still received, further bytes are ignored."""
+        """Closes the inbox: `receive` still returns the messages that have arrived; `feed` ignores further bytes."""
         self._closed.set()
         self._changed.set()
 
     async def receive(self) -> dict[str, Any] | None:
-        """Returns the next message, or None once the inbox is closed and empty. One task at a time may wait here."""
+        """Returns the next message, or None once the inbox is closed and empty.
+
+        Only one task at a time may wait for a message.
+        """
         while not self._messages:
             if self.is_closed:
                 return None
@@ -193,7 +201,7 @@ class MessageInbox:
             await self._changed.wait()
         message = self._messages.popleft()
         if len(self._messages) == _BACKLOG_LIMIT:
-            self._on_room()
+            self._resume_reading()
         return message
 
     async def wait_closed(self) -> None:

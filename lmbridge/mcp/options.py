@@ -13,14 +13,14 @@ from lmbridge.agent.switching import SwitchPolicy
 OnMcpError: TypeAlias = Literal["raise", "continue"]
 """What happens to a run if some of its MCP servers cannot be started."""
 
-Yes: TypeAlias = Literal[True]
-"""The type of a flag that is set; the overloads choose the return type by it."""
-No: TypeAlias = Literal[False]
-"""The type of a flag that is not set."""
+LiteralTrue: TypeAlias = Literal[True]
+"""The type of `stream` or `full` in an overload for callers that pass True."""
+LiteralFalse: TypeAlias = Literal[False]
+"""The type of `stream` or `full` in an overload for callers that pass False or leave it out."""
 
 
 class AgentOptions(TypedDict, total=False):
-    """The options of an `Agent`, which describes them."""
+    """The keyword arguments of `Agent`, whose docstring describes them."""
 
     model: str | None
     tools: Sequence[AnyTool]
@@ -38,7 +38,7 @@ class AgentOptions(TypedDict, total=False):
 
 
 class RunOptions(TypedDict, total=False):
-    """The options of a run; `DynamicAutonomousAgent.autonomous_with_mcp` describes them."""
+    """The keyword arguments of a run. The docstring of `DynamicAutonomousAgent.autonomous_with_mcp` describes them."""
 
     max_rounds: int | None
     max_tokens: MaxTokens
@@ -52,10 +52,10 @@ class MultiServerRunOptions(RunOptions, total=False):
 
 
 def check_server_name(mcp_name: Any) -> str:
-    """Accepts a string. Whether a server of that name exists is checked when the run starts.
+    """Returns the name if it is a string. Whether a server of that name exists is checked when the run starts.
 
     Raises:
-        LLMValidationError: It is not a string.
+        LLMValidationError: The name is not a string.
     """
     if not isinstance(mcp_name, str):
         raise invalid_argument("mcp_name", "the name of one MCP server", mcp_name)
@@ -63,10 +63,10 @@ def check_server_name(mcp_name: Any) -> str:
 
 
 def check_server_names(mcp_names: Any) -> Sequence[str]:
-    """Accepts a sequence of at least one string.
+    """Returns the names as a tuple if they are a sequence of at least one string.
 
     Raises:
-        LLMValidationError: It is something else, such as a single string.
+        LLMValidationError: The argument is anything else, such as a single string.
     """
     is_list = isinstance(mcp_names, Sequence) and not isinstance(mcp_names, str | bytes)
     if not is_list or not mcp_names or not all(isinstance(name, str) for name in mcp_names):
@@ -75,10 +75,10 @@ def check_server_names(mcp_names: Any) -> Sequence[str]:
 
 
 def check_on_mcp_error(on_mcp_error: OnMcpError) -> OnMcpError:
-    """Accepts "raise" or "continue".
+    """Returns the argument if it is "raise" or "continue".
 
     Raises:
-        LLMValidationError: It is something else.
+        LLMValidationError: The argument is anything else.
     """
     checked: OnMcpError = check_choice("on_mcp_error", on_mcp_error, get_args(OnMcpError))
     return checked

@@ -30,7 +30,7 @@ from tests.support import cancel_at_each_step, in_flight, turns
 
 def count_server_users(agent: DynamicAutonomousAgent) -> int:
     """Returns how many runs and calls hold servers of the agent."""
-    return sum(server._users for server in agent._hub._servers.values())
+    return sum(server._use_count for server in agent._hub._servers.values())
 
 
 def pid_of(agent: DynamicAutonomousAgent, name: str = "a") -> int:

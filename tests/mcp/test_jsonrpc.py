@@ -105,7 +105,7 @@ def make_inbox() -> tuple[MessageInbox, list[str]]:
     """Returns an inbox, and the list of the callbacks that it has called."""
     calls: list[str] = []
     inbox = MessageInbox(
-        on_skipped_line=lambda line: calls.append(line.decode()), on_room=lambda: calls.append("has room")
+        on_skipped_line=lambda line: calls.append(line.decode()), resume_reading=lambda: calls.append("has room")
     )
     return inbox, calls
 

@@ -19,7 +19,7 @@ _CUT_OFF_NOTE: Final = (
     "[This is not the whole answer: it was cut off at the token limit. Ask again with a larger {limit}, "
     "or ask for a shorter answer.]"
 )
-_UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: it ended because of {reason!r}.]"
+_UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: the server ended it with the finish reason {reason!r}.]"
 _EMPTY_ANSWER_NOTE: Final = "[The model gave an empty answer.]"
 _PARTIAL_ATTRIBUTE_HINT: Final = "; what had arrived is in .partial"
 """The part of an error's text that only helps Python code. The host's model gets the partial answer as text instead."""
@@ -124,7 +124,7 @@ def with_model_note(answer: HostAnswer, asked: str | None) -> HostAnswer:
 
 
 def _text_answer(text: str, notes: Sequence[str], fields: Mapping[str, Any]) -> HostAnswer:
-    """Returns an answer of a text and the notes that are not empty, in both forms."""
+    """Returns an answer whose text and structured content both contain the text and all notes that are not empty."""
     notes = [note for note in notes if note]
     structured = _without_none({"text": text, "notes": notes or None, **fields})
     return HostAnswer([*([text] if text else []), *notes], structured)
@@ -135,7 +135,7 @@ def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completeness_note(text: str, reason: str | None, limit: str) -> str:
-    """Returns the note about an answer that is cut off, ended in an unusual way, or is empty; else an empty string.
+    """Returns a note if the answer was cut off, ended in an unusual way, or is empty; otherwise an empty string.
 
     Args:
         text: The answer.

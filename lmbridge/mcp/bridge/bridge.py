@@ -1,7 +1,7 @@
 """The bridge: the ten tools that lmbridge offers to an MCP host, and to the model that runs in it.
 
-The docstrings of the tools' methods and the texts in their annotations are sent to the host as tool descriptions. A
-model reads them, so they are short and say only what is needed to make a call.
+The host receives the docstrings of the tool methods as tool descriptions, and the texts in their annotations as
+parameter descriptions. A model reads them, so they are short and say only what is needed to make a call.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ TaskArgument = Annotated[
     "What the model should do, with everything it needs to know: it cannot see this conversation.",
 ]
 MaxRoundsArgument = Annotated[
-    PositiveInt | None, "How many times the model may be asked. Each round may call tools. Default: 25."
+    PositiveInt | None, "The maximum number of rounds. In each round the model may call tools. Default: 25."
 ]
 RoundTokensArgument = Annotated[
-    PositiveInt | None, "Each reply of the model may have this many tokens. Default: as many as fit, at most 8192."
+    PositiveInt | None, "The maximum number of tokens in each reply. Default: as many as fit, at most 8192."
 ]
 OnMcpErrorArgument = Annotated[
     Literal["raise", "continue"],
@@ -103,8 +103,8 @@ class Bridge:
 
         Args:
             api_base: The URL of the model server; see `LLMClient`. The API key comes from the environment.
-            model: The model of calls that name none; see `LLMClient`.
-            config_path: The file that names the MCP servers; see `DynamicAutonomousAgent`.
+            model: The model for calls that do not name one; see `LLMClient`.
+            config_path: The configuration file with the MCP servers; see `DynamicAutonomousAgent`.
 
         Raises:
             LLMValidationError: An argument or an environment variable is not valid.
@@ -116,28 +116,28 @@ class Bridge:
             yield cls(client, agent)
 
     async def call(self, name: str, arguments: Mapping[str, Any], report: ReportProgress | None = None) -> HostAnswer:
-        """Calls a tool. Failures are returned as an answer with `is_error` and not raised.
+        """Calls a tool. A failure is returned as an answer with `is_error` instead of being raised.
 
         Args:
             name: The name of one of `tools`.
             arguments: The arguments as the host sent them; they are validated here.
             report: Sends a progress notification. Default: None, which reports nothing.
         """
-        read = self._toolset.read({"function": {"name": name, "arguments": dict(arguments)}})
-        if isinstance(read, InvalidCall):
-            return HostAnswer([read.text], is_error=True)
+        call = self._toolset.read({"function": {"name": name, "arguments": dict(arguments)}})
+        if isinstance(call, InvalidCall):
+            return HostAnswer([call.text], is_error=True)
         progress = ProgressReporter(report)
         current_progress.set(progress)
         await progress.step("started")
         try:
-            answer = await self._functions[name](**read.arguments)
+            answer = await self._functions[name](**call.arguments)
         except LLMError as error:
             return answers.from_error(error)
         except Exception as error:
             # A bug of lmbridge must not end the process: the host sees the error and can make further calls.
             logger.exception("the tool %s failed because of a bug in lmbridge", name)
             return HostAnswer([f"{name} failed: {type(error).__name__}: {error}"], is_error=True)
-        return answers.with_model_note(answer, read.arguments.get("model"))
+        return answers.with_model_note(answer, call.arguments.get("model"))
 
     # The tools. Their docstrings and the annotations of their parameters are read by the host's model.
 
@@ -209,7 +209,7 @@ class Bridge:
     async def generate_embeddings(
         self,
         *,
-        input: Annotated[str | list[str], "A text or a list of texts. None may be empty."],  # noqa: A002 - the API's own name
+        input: Annotated[str | list[str], "A text or a list of texts. Empty texts are not allowed."],  # noqa: A002 - the API's own name
         model: Annotated[
             str | None, "An embedding model, one of those from `list_models`. Default: as for the other tools."
         ] = None,
@@ -361,17 +361,17 @@ async def _read_whole_reply(opening: Awaitable[ReplyStream[Any, T]]) -> T:
 
 
 async def _run_to_answer(opening: Awaitable[RunStream]) -> HostAnswer:
-    """Reports the progress of a run and returns its answer. If the caller is cancelled, so is the run."""
+    """Reports the progress of a run and returns its answer. A cancellation of the caller also cancels the run."""
     progress = current_progress.get()
-    where = ""
+    round_label = ""
     async with await opening as events:
         async for event in events:
             match event:
                 case RoundStarted(round=number):
-                    where = f"round {number}"
-                    await progress.step(where)
+                    round_label = f"round {number}"
+                    await progress.step(round_label)
                 case ToolCallStarted(call=call):
-                    await progress.step(f"{where}: calling {call.name}")
+                    await progress.step(f"{round_label}: calling {call.name}")
                 case TextDelta() | ReasoningDelta():
-                    await progress.tick(f"{where}: the model is answering")
+                    await progress.tick(f"{round_label}: the model is answering")
         return answers.from_run(await events.handle.result())

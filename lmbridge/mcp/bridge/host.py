@@ -1,6 +1,6 @@
-"""Messages to and from the MCP host, over this process's stdin and stdout.
+"""Exchanges messages with the MCP host over this process's stdin and stdout.
 
-Two threads do the reading and the writing. The alternative, asyncio's pipe transports, fails when stdin or stdout is a
+One thread reads and another one writes. The alternative, asyncio's pipe transports, fails when stdin or stdout is a
 regular file, and puts the descriptors into non-blocking mode, which the host and the children of this process share. A
 daemon thread works with pipes, files and terminals, and a read that never returns does not keep the process alive.
 """
@@ -23,17 +23,17 @@ from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _FLUSH_SECONDS: Final = 1.0
-"""Seconds that the host has to read the last messages when the link is closed."""
+"""How long `close` waits for the host to read the last messages, in seconds."""
 _LOGGED_BYTES: Final = 200
-"""Bytes of a line without a message that are shown in the log."""
+"""How much of a line that contains no message is shown in the log, in bytes."""
 
 
 @contextmanager
 def take_over_stdio() -> Iterator[tuple[int, int]]:
     """Yields private copies of stdin and stdout, so that nothing else can read or write the host's messages.
 
-    Inside the block, reading from stdin finds an empty file, and whatever is written to stdout goes to stderr, by
-    `print` and by child processes as well.
+    Inside the block, stdin is empty, and everything that this process and its children write to stdout, for example
+    with `print`, goes to stderr instead.
     """
     reading, writing = os.dup(0), os.dup(1)
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -58,11 +58,11 @@ class HostLink:
 
     def __init__(self, reading: int, writing: int) -> None:
         self.fault: str = ""
-        """Why reading stopped, if it was an error; empty if the host closed its end."""
+        """The error that stopped the reading, in words; empty if the host closed its end."""
         self._reading, self._writing = reading, writing
         self._has_room = threading.Event()
         self._has_room.set()
-        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, on_room=self._has_room.set)
+        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, resume_reading=self._has_room.set)
         self._outbox: queue.SimpleQueue[tuple[bytes, asyncio.Future[None]] | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._all_written: asyncio.Future[None] = self._loop.create_future()
@@ -96,10 +96,10 @@ class HostLink:
         self.fault = self.fault or fault
         self._inbox.close()
 
-    # These methods run in the threads.
+    # The following methods run in the two threads.
 
     def _read(self) -> None:
-        # Reading from a terminal that has been closed raises OSError; that is the end of the input, too.
+        # Reading from a terminal that has been closed raises OSError, which also means that the input has ended.
         with contextlib.suppress(OSError):
             while data := os.read(self._reading, 65536):
                 self._has_room.wait()
@@ -113,19 +113,19 @@ class HostLink:
             try:
                 while data:
                     data = data[os.write(self._writing, data) :]
-                self._call_in_loop(partial(_complete, sent, None))
+                self._call_in_loop(partial(_complete_future, sent, None))
             except OSError as exc:
                 error = ConnectionError(f"the host no longer reads from this process: {exc}")
-                self._call_in_loop(partial(_complete, sent, error))
+                self._call_in_loop(partial(_complete_future, sent, error))
                 self._call_in_loop(self._stop_receiving)
-        self._call_in_loop(partial(_complete, self._all_written, None))
+        self._call_in_loop(partial(_complete_future, self._all_written, None))
 
     def _call_in_loop(self, callback: Callable[[], None]) -> None:
         # The loop raises RuntimeError once it is closed, when no task is left that could be waiting.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback)
 
-    # These methods run in the event loop.
+    # The following methods run in the event loop.
 
     def _accept(self, data: bytes) -> None:
         if self._inbox.is_closed:
@@ -144,7 +144,7 @@ class HostLink:
         )
 
 
-def _complete(future: asyncio.Future[None], error: Exception | None) -> None:
+def _complete_future(future: asyncio.Future[None], error: Exception | None) -> None:
     """Completes a future with an error or with None, unless its waiter has been cancelled."""
     if future.done():
         return

@@ -1,4 +1,4 @@
-"""Progress notifications of one call, limited in how often they are sent."""
+"""Sends the progress notifications of a call, and limits how often they are sent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from lmbridge.mcp.sdk.server_session import ReportProgress
 
 _REPORT_INTERVAL_SECONDS: Final = 0.5
-"""Seconds between two notifications while an answer streams in."""
+"""The minimum time between two notifications while an answer streams in, in seconds."""
 
 
 class ProgressReporter:
@@ -42,4 +42,4 @@ class ProgressReporter:
 
 
 current_progress: Final[ContextVar[ProgressReporter]] = ContextVar("lmbridge_bridge_progress")
-"""The reporter of the call that the current task makes. The bridge sets it before it calls a tool's function."""
+"""The progress reporter of the current call. The bridge sets it before it calls the function of a tool."""

@@ -25,7 +25,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _SERVER_KEYS: Final = ("mcpServers", "servers")
 _LARGEST_FILE: Final = 4 * 2**20
-"""Bytes that a file may have. A larger file is not a configuration, and reading it would take too long."""
+"""The maximum size of a file in bytes. A larger file is not a configuration, and reading it would take too long."""
 _TRUST_HINT: Final = (
     "it may start programs that somebody else has chosen; if you trust it, pass trust_project=True or set "
     "LMBRIDGE_TRUST_PROJECT=1"
@@ -37,13 +37,13 @@ class McpConfig:
     """The content of a configuration file."""
 
     path: Path | None = None
-    """The file, or None if none was found."""
+    """The path of the file, or None if no file was found."""
     names: tuple[str, ...] = ()
     """The names of the enabled servers, in the order of the file."""
     servers: Mapping[str, ServerSpec] = attrs.field(factory=dict)
-    """The enabled servers whose entry is valid, by name."""
+    """The enabled servers whose entry is valid. The keys are the names."""
     broken: Mapping[str, MCPError] = attrs.field(factory=dict)
-    """The enabled servers whose entry is not valid, each with the error."""
+    """The errors of the enabled servers whose entry is not valid. The keys are the names."""
     disabled: tuple[str, ...] = ()
     """The names of the servers that are disabled."""
     untrusted: Path | None = None
@@ -60,14 +60,14 @@ class McpConfig:
             return MCPError(
                 f"MCP server {name!r} is disabled; the enabled ones are: {known}", hint=f"enable it in {self.path}"
             )
-        where = f" in {self.path}" if self.path else ""
+        location = f" in {self.path}" if self.path else ""
         return MCPError(
             f"unknown MCP server {name!r}; the enabled ones are: {known}",
-            hint=f"add it{where}{self._describe_skipped()}",
+            hint=f"add it{location}{self._describe_skipped()}",
         )
 
     def no_server_enabled(self) -> MCPError:
-        """Returns the error for a caller that wants all enabled servers, if no server is enabled."""
+        """Returns the error for a caller that asked for all enabled servers although no server is enabled."""
         advice = f"enable one in {self.path}" if self.path else "write a configuration file"
         return MCPError("no MCP server is enabled", hint=advice + self._describe_skipped())
 
@@ -78,27 +78,27 @@ class McpConfig:
 
 
 def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bool = False) -> McpConfig:
-    """Reads the configuration from a file that is given, or from the first of the usual places that has one.
+    """Reads the configuration from the given file, or from the first of the default files that exists.
 
-    The places are, in this order: the path in the environment variable `MCP_JSON_PATH`, `./.mcp.json` if it is trusted,
-    `~/.lmstudio/mcp.json`, and `~/.mcp.json`. The function reads files, so it blocks::
+    The default files are, in this order: the one that the environment variable `MCP_JSON_PATH` names, `./.mcp.json` if
+    it is trusted, `~/.lmstudio/mcp.json`, and `~/.mcp.json`. The function blocks while it reads the file::
 
         config = load_config("mcp.json")
         print(config.names, config.servers["files"].command)
 
     Args:
-        path: The file. Default: the first of the places above.
+        path: The path of the file. Default: the first of the default files that exists.
         trust_project: Whether programs that `./.mcp.json` names may be started. The environment variable
             `LMBRIDGE_TRUST_PROJECT=1` means the same.
 
     Raises:
-        MCPError: A file that was named does not exist, or the file cannot be read or parsed; the text says where. An
-            entry that is not valid does not raise; it is in `McpConfig.broken`.
+        MCPError: The file that `path` or `MCP_JSON_PATH` names does not exist, or the file cannot be read or parsed;
+            the message says where the mistake is. An invalid entry does not raise an error; see `McpConfig.broken`.
     """
     found, untrusted = find_config(path, trust_project=trust_project)
     if found is None:
         return McpConfig(untrusted=untrusted, searched=tuple(_searched_paths()))
-    # Before the file is read: a change in between must lead to another reading.
+    # The fingerprint is taken before the file is read, so that a change in between causes another reading.
     fingerprint = file_fingerprint(found)
     return attrs.evolve(_read_config(found), untrusted=untrusted, fingerprint=fingerprint)
 
@@ -107,7 +107,7 @@ def find_config(path: str | os.PathLike[str] | None, *, trust_project: bool) -> 
     """Returns the file to read, and the file in the working directory that was skipped because it is not trusted.
 
     Raises:
-        MCPError: A file that was named does not exist.
+        MCPError: The file that `path` or `MCP_JSON_PATH` names does not exist.
     """
     if path is not None:
         return _existing_file(path, "config_path"), None

@@ -1,8 +1,8 @@
 """A parser for JSON as people write it in configuration files: with comments, and with a comma after the last item.
 
 Comments and surplus commas are replaced by spaces, and the rest is left to the standard library, so that the line and
-the column of a syntax error are those of the file. A library for JSON with comments would be one more dependency for
-two regular expressions.
+the column of a syntax error are those of the file. A library for JSON with comments would be one more dependency
+that saves two regular expressions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_jsonc(text: str) -> Any:
 
 
 def _blank_out(found: re.Match[str]) -> str:
-    """Returns a string unchanged, and spaces for anything else, so that lines and columns stay the same."""
+    """Replaces everything but strings with spaces, so that lines and columns stay the same."""
     text = found.group()
     return text if text.startswith('"') else re.sub(r"[^\n]", " ", text)
 

@@ -1,4 +1,4 @@
-"""`ServerSpec`: one entry of a configuration file, checked, and with its variables filled in.
+"""`ServerSpec`: one entry of a configuration file, after its values have been checked and its variables expanded.
 
 An entry is checked as a whole before anything is started, and each error names the file and the key. Mistakes are
 errors and not warnings: a misspelled `deny` that is ignored would offer a tool that its user meant to forbid.
@@ -51,14 +51,17 @@ _UNSUPPORTED_KEYS: Final = (
 _PLACEHOLDER: Final = re.compile(r"\$\{(?P<content>[^}]*)\}")
 _VARIABLE: Final = re.compile(r"(?:env:)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
 _SHORTEST_SECRET: Final = 6
-"""Characters that a value needs to be redacted. Shorter ones are often ordinary words, such as "true" or "en"."""
+"""The minimum length of a value that is redacted. Shorter values are often ordinary words, such as "true" or "en"."""
 _LONGEST_SHOWN_STRING: Final = 20
-"""Characters of a wrong value that an error repeats. A longer string may be a secret."""
+"""The maximum length of an invalid string that an error repeats. A longer string may be a secret."""
 
 
 @attrs.frozen(kw_only=True)
 class ServerSpec:
-    """How one server is reached. Two specs that are equal describe the same server, which is then not restarted."""
+    """Describes how one server is started or reached.
+
+    When a configuration file is read again, a server whose spec is equal to its previous one is not restarted.
+    """
 
     name: str
     """The key of the entry in the configuration file."""
@@ -69,9 +72,9 @@ class ServerSpec:
     args: tuple[str, ...] = attrs.field(default=(), repr=False)
     """The arguments of the program."""
     env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    """Environment variables of the program, in addition to the few that every server gets."""
+    """The environment variables of the program, in addition to the few that every server inherits."""
     cwd: str | None = None
-    """The working directory of the program. Default: that of this process."""
+    """The working directory of the program. Default: the working directory of this process."""
     url: str = attrs.field(default="", repr=False)
     """The URL of an HTTP or SSE server."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
@@ -81,12 +84,13 @@ class ServerSpec:
     deny: tuple[str, ...] = ()
     """Glob patterns: tools whose name matches one of them are not offered."""
     connect_timeout: float | None = None
-    """Seconds for connecting and listing tools. Default: that of the hub."""
+    """The time limit for connecting and listing tools, in seconds. Default: the `connect_timeout` of the hub."""
     call_timeout: float | None = None
-    """Seconds that one call may take. Default: that of the hub's `tools()`, or of the agent."""
+    """The time limit of one call in seconds. Default: the `call_timeout` of `McpHub.tools`, or else the agent's
+    `tool_timeout`."""
 
     def offers(self, tool: str) -> bool:
-        """Returns whether the configuration lets a tool be called: it is allowed and not denied."""
+        """Returns True if the configuration allows a tool and does not deny it."""
         is_allowed = self.allow is None or any(fnmatchcase(tool, pattern) for pattern in self.allow)
         return is_allowed and not any(fnmatchcase(tool, pattern) for pattern in self.deny)
 
@@ -103,7 +107,7 @@ class ServerSpec:
 
     @property
     def target(self) -> str:
-        """The program, or the URL without its password, query and fragment; for messages."""
+        """The program, or the URL without its password, query and fragment, for use in messages."""
         if self.transport == "stdio":
             return self.command
         parts = urlsplit(self.url)
@@ -111,7 +115,7 @@ class ServerSpec:
 
     @property
     def is_lmbridge(self) -> bool:
-        """Whether the command starts this package's own MCP server, as far as the command shows it."""
+        """True if the command starts this package's own MCP server. A wrapper script around it is not recognized."""
         program = PurePath(self.command).stem
         pairs = zip(self.args, self.args[1:], strict=False)
         is_module = any(flag == "-m" and module.split(".")[0] == "lmbridge" for flag, module in pairs)
@@ -125,8 +129,8 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
         name: The key of the entry.
         entry: The value of the entry.
         location: The file and the key, for errors.
-        folder: The folder to which a relative `cwd` or `command` is relative.
-        environ: The values of the variables in `${VAR}`.
+        folder: The folder against which a relative `cwd` or `command` is resolved.
+        environ: The environment variables that replace `${VAR}`.
 
     Raises:
         MCPError: A value is not valid; the text names its key.
@@ -181,7 +185,7 @@ class _EntryReader:
     Args:
         entry: The value of the entry.
         location: The file and the key, for errors.
-        environ: The values of the variables in `${VAR}`.
+        environ: The environment variables that replace `${VAR}`.
     """
 
     def __init__(self, entry: Any, location: str, environ: Mapping[str, str]) -> None:
@@ -260,7 +264,7 @@ class _EntryReader:
 
     def url(self, name: str) -> str:
         url = self.string("url") or ""
-        example = "give it like http://127.0.0.1:8000/mcp"
+        example = "write it like http://127.0.0.1:8000/mcp"
         try:
             parts = urlsplit(url)
             # Reading the port checks it.
@@ -284,7 +288,7 @@ class _EntryReader:
         return float(value)
 
     def _fill_in(self, key: str, value: Any) -> str:
-        """Returns a string with its variables filled in. The values themselves are not filled in again."""
+        """Returns a string with its variables expanded. Variables within the values are not expanded."""
         if not isinstance(value, str):
             raise self.error(key, f"is {_show_value(value)}", "make it a string")
         filled = _PLACEHOLDER.sub(self._variable_lookup(key), value)
@@ -297,7 +301,7 @@ class _EntryReader:
             variable = _VARIABLE.fullmatch(placeholder["content"])
             if variable is None:
                 problem = f"contains {placeholder.group()}, which is not supported"
-                raise self.error(key, problem, "only ${VAR} and ${VAR:-default} are filled in")
+                raise self.error(key, problem, "only ${VAR} and ${VAR:-default} are expanded")
             name = variable["name"]
             # As in a shell, `:-` applies to an empty variable as well.
             value = self._environ.get(name) or variable["default"]

@@ -1,7 +1,7 @@
 """Sessions with MCP servers through the official SDK, as a client, with either of its major versions.
 
-What a session returns is plain: definitions and results are the dicts that were sent. What it raises is one of the
-three errors in `session_errors`. The SDK's own models and exceptions stay in this folder.
+A session returns definitions and results as the dicts that the server sent, and raises one of the three errors in
+`session_errors`. The SDK's own models and exceptions do not leave this folder.
 
 Three properties of the SDK shape this module:
 
@@ -33,17 +33,20 @@ UNUSABLE_REASON: Final = "lmbridge/unusable"
 """A key that `list_page` adds to the definition of a tool that must not be called; its value is the reason."""
 
 _CANCEL_NOTICE_SECONDS: Final = 1.0
-"""Seconds that notifying the server of a cancelled call may take."""
+"""The time limit for notifying the server of a cancelled call, in seconds."""
 _CONNECTION_CLOSED_CODE: Final = -32000
 _CONNECTION_CLOSED: Final = "the connection was closed"
 _REPLY_CUT_OFF: Final = "its answer broke off, and the tool may have run"
 _BAD_HEADERS: Final = "its inputSchema has an x-mcp-header that is not valid, so the protocol forbids calling it"
 _LOST_SESSION_MESSAGES: Final = ("Session terminated", "Server returned an error response")
-"""Messages of errors that the SDK itself makes when a session is lost. Servers use the same error codes."""
+"""The beginnings of the messages of errors that the SDK raises when a session is lost.
+
+The error codes cannot be used, because servers send the same ones.
+"""
 _NO_REPLY_MESSAGE: Final = "SSE stream ended without a response"
 """The SDK's message when a stream of events ended before the reply to a call."""
 
-ReportProgress = Callable[[float, float | None, str | None], None]
+ProgressCallback = Callable[[float, float | None, str | None], None]
 """Called with the progress of a call: the amount done, the total if it is known, and a message if there is one."""
 
 
@@ -63,7 +66,7 @@ class McpSession(Protocol):
     server_name: str
     """The name by which the server introduced itself, or ""."""
     protocol: str
-    """The revision of the protocol that is spoken, such as "2025-11-25"."""
+    """The protocol revision of the session, such as "2025-11-25"."""
     has_tools: bool
     """Whether the server declared that it has tools."""
 
@@ -71,15 +74,18 @@ class McpSession(Protocol):
         """Returns a page of the list of tools, as the server sent it: `tools`, and `nextCursor` if there are more."""
         ...
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ReportProgress) -> Mapping[str, Any]:
+    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
         """Calls a tool and returns the result as the server sent it: `content`, `structuredContent`, `isError`.
 
-        On cancellation of the caller, the server is notified that the call was cancelled.
+        If the caller is cancelled, the server is notified that the call was cancelled.
         """
         ...
 
     async def watch(self) -> None:
-        """Receives notifications until it is cancelled, in protocols in which they have to be asked for."""
+        """Listens for notifications until it is cancelled.
+
+        In newer revisions of the protocol, a client gets notifications only while it listens for them.
+        """
         ...
 
 
@@ -105,7 +111,7 @@ async def open_mcp_session(
         async with opened as session:
             yield session
     except Exception as exc:
-        # Whatever the SDK made of it, the tap knows the reason.
+        # The tap knows the reason, whichever exception the SDK has turned it into.
         if tap.http_problem:
             raise SessionLostError(tap.http_problem) from exc
         raise
@@ -189,11 +195,11 @@ class _SessionBase:
             raise BadReplyError(f"its list of tools is not valid: {_first_problem(exc)}") from exc
         return _mark_unusable(self._tap.tool_page or _as_dict(page), {tool.name for tool in page.tools})
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ReportProgress) -> Mapping[str, Any]:
+    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
         from pydantic_core import to_json
 
         try:
-            # Checked here, because half of a surrogate pair would end an HTTP session when it is sent.
+            # The arguments are checked here, because sending half of a surrogate pair would end an HTTP session.
             to_json({"params": {"arguments": arguments}})
         except ValueError as exc:
             raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
@@ -207,7 +213,7 @@ class _SessionBase:
             raise BadReplyError(f"the tool ran, but its result is not valid: {_first_problem(exc)}") from exc
 
     async def watch(self) -> None:
-        """Waits until it is cancelled, because in this protocol notifications arrive without being asked for."""
+        """Waits until it is cancelled. In older revisions of the protocol, notifications arrive without a request."""
         await asyncio.get_running_loop().create_future()
 
     async def _map_errors(self, request: Awaitable[Any]) -> Any:
@@ -306,7 +312,7 @@ class _SessionV1(_SessionBase):
 
 
 def _mark_unusable(page: Mapping[str, Any], kept: set[str]) -> Mapping[str, Any]:
-    """Returns a page of tools in which those that the SDK left out have the key `UNUSABLE_REASON`.
+    """Adds the key `UNUSABLE_REASON` to the tools of a page that the SDK has left out, and returns the page.
 
     The protocol of 2026-07-28 requires clients to leave out a tool whose x-mcp-header is not valid, and the SDK does.
     """

@@ -1,9 +1,9 @@
-"""Streams to a server on HTTP: streamable HTTP, or the older SSE transport.
+"""Opens streams to a server on HTTP, over streamable HTTP or the older SSE transport.
 
-The SDK does the protocol; this module gives it an HTTP client that sends the server's headers to the server's origin
-and nowhere else, and watches the responses. It has to, because the SDK's errors do not name the HTTP status, because
-SDK 2.x goes on with a session that the server has forgotten, and because SDK 1.x waits for ever for a reply whose
-response has ended.
+The SDK implements the protocol. This module gives it an HTTP client that sends the configured headers to the server's
+origin and nowhere else, and that inspects the responses. Inspecting them is necessary for three reasons: the SDK's
+errors do not name the HTTP status, SDK 2.x keeps using a session that the server has forgotten, and SDK 1.x waits for
+ever for a reply if the HTTP response has ended without it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lmbridge.mcp.sdk.package import is_v2
 from lmbridge.mcp.sdk.streams import MessageTap, ReadStream, Streams, WriteStream
 
 _CONNECT_TIMEOUT: Final = 30.0
-"""Seconds for a connection to be established, and for a request to be written."""
+"""The time limit for opening a connection, and for writing a request, in seconds."""
 _REPLY_AFTER_END_SECONDS: Final = 1.0
-"""Seconds that a reply may take from the end of its HTTP response to the waiting call."""
+"""How long a call may still wait for its reply after the HTTP response has ended, in seconds."""
 
 
 @asynccontextmanager
@@ -31,25 +31,25 @@ async def open_http_streams(spec: ServerSpec, tap: MessageTap) -> AsyncIterator[
     from mcp.client.sse import sse_client
     from mcp.client.streamable_http import streamable_http_client
 
-    # In a thread, because it reads certificates from the disk.
+    # The client is created in a thread, because that reads certificates from the disk.
     client = await asyncio.to_thread(_make_client, spec, tap)
     open_sse: Any = sse_client
     if spec.transport == "sse":
         opened = open_sse(spec.url, sse_read_timeout=None, httpx_client_factory=lambda **_: client)
         async with opened as (reading, writing, *_):
-            yield _wrap(reading, writing, tap)
+            yield _wrap_streams(reading, writing, tap)
     else:
         opened = streamable_http_client(spec.url, http_client=client)
         async with client, opened as (reading, writing, *_):
-            yield _wrap(reading, writing, tap)
+            yield _wrap_streams(reading, writing, tap)
 
 
-def _wrap(reading: Any, writing: Any, tap: MessageTap) -> Streams:
+def _wrap_streams(reading: Any, writing: Any, tap: MessageTap) -> Streams:
     return ReadStream(reading.receive, tap, reading.aclose), WriteStream(writing.send, writing.aclose)
 
 
 def _make_client(spec: ServerSpec, tap: MessageTap) -> Any:
-    """Returns an HTTP client that follows no redirects and uses no proxy of the environment."""
+    """Returns an HTTP client that does not follow redirects and does not use proxies from the environment."""
     httpx: Any = import_module("httpx2" if is_v2() else "httpx")
 
     async def inspect_response(response: Any) -> None:
@@ -62,11 +62,11 @@ def _make_client(spec: ServerSpec, tap: MessageTap) -> Any:
             tap.http_problem = f"it answered with HTTP status {response.status_code}" if is_error else ""
             tap.is_session_unknown |= response.status_code == 404 and "mcp-session-id" in response.request.headers
         if is_post and spec.transport == "http" and not is_v2():
-            _interrupt_call_after(response, tap)
+            _interrupt_call_after_response(response, tap)
 
     return httpx.AsyncClient(
         headers=dict(spec.headers),
-        # Each call has its own time limit, and a stream of events may be silent for as long as it likes.
+        # There is no read timeout: each call has its own time limit, and an event stream may be silent for any time.
         timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None),
         follow_redirects=False,
         trust_env=False,
@@ -74,8 +74,8 @@ def _make_client(spec: ServerSpec, tap: MessageTap) -> Any:
     )
 
 
-def _interrupt_call_after(response: Any, tap: MessageTap) -> None:
-    """Arranges that the call of a response ends soon after the response, because SDK 1.x would wait for ever."""
+def _interrupt_call_after_response(response: Any, tap: MessageTap) -> None:
+    """Makes a call fail if its HTTP response ends without the reply, for which SDK 1.x would wait for ever."""
     request_id = json.loads(response.request.content).get("id")
     close = response.aclose
 

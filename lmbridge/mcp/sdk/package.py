@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 LMBRIDGE_NAME: Final = "lmbridge"
-"""The name by which our client, and our own server, introduce themselves in the protocol."""
+"""The name that our client and our own server send when a session is opened."""
 
 
 def load_sdk() -> Any:

@@ -33,9 +33,9 @@ ReportProgress = Callable[[float, str], Awaitable[None]]
 
 _INVALID_PARAMS: Final = -32602
 _TURNS_BEFORE_CANCEL: Final = 10
-"""Turns of the event loop that a new call gets before its cancellation is delivered. It needs three or four."""
+"""How many turns of the event loop a new call gets before its cancellation is delivered. It needs three or four."""
 _CLEANUP_SECONDS: Final = 5.0
-"""Seconds that a cancelled call has to clean up before the server stops waiting for it."""
+"""How long the server waits for a cancelled call to clean up, in seconds."""
 
 
 @attrs.frozen
@@ -64,7 +64,7 @@ class ToolService(Protocol):
         ...
 
     async def call(self, name: str, arguments: Mapping[str, Any], report: ReportProgress | None) -> HostAnswer:
-        """Calls a tool. Failures are returned as an answer with `is_error` and not raised.
+        """Calls a tool. A failure is returned as an answer with `is_error` instead of being raised.
 
         Args:
             name: The name of one of `tools`.
@@ -87,7 +87,7 @@ def build_server(service: ToolService) -> Any:
 
 
 async def serve(server: Any, link: MessageLink) -> None:
-    """Serves one host until it closes its end. If the caller is cancelled, so are the calls in flight.
+    """Serves one host until it closes its end. A cancellation of the caller also cancels the calls in flight.
 
     Args:
         server: The server that `build_server` returned.
@@ -102,7 +102,7 @@ async def serve(server: Any, link: MessageLink) -> None:
 def _restore_cancellation() -> Iterator[None]:
     """Raises the caller's cancellation where SDK 2.x raises a group of broken-stream errors instead.
 
-    It does so when it is cancelled after it has read a message and before it has handled it.
+    The SDK does so when it is cancelled between reading a message and handling it.
     """
     import anyio
 
@@ -152,8 +152,8 @@ def _build_v2(service: ToolService) -> Any:
                 await context.session.report_progress(progress, message=message)
 
         _check_tool_name(service, params.name)
-        wanted = None if meta.get("progress_token") is None else report
-        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, wanted))
+        requested_report = None if meta.get("progress_token") is None else report
+        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, requested_report))
         return sdk.CallToolResult.model_validate(_call_tool_result(answer))
 
     return make(
@@ -187,8 +187,8 @@ def _build_v1(service: ToolService) -> Any:
                 )
 
         _check_tool_name(service, params.name)
-        wanted = None if token is None else report
-        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, wanted))
+        requested_report = None if token is None else report
+        answer = await _run_in_separate_task(service.call(params.name, params.arguments or {}, requested_report))
         return sdk.ServerResult(sdk.CallToolResult.model_validate(_call_tool_result(answer)))
 
     # The decorators `server.list_tools` and `server.call_tool` are avoided: see the top of this module.

@@ -1,8 +1,8 @@
 """The three errors of a session with a server, and their descriptions in words.
 
-The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two majors. For a
-caller only three cases differ: the session is over, the server answered with an error, or its answer is not valid. The
-errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
+The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two majors. A
+caller has to distinguish only three cases: the session is over, the server answered with an error, or its answer is not
+valid. The errors are internal: `servers` turns them into the public `MCPConnectionError` and `ToolError`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class BadReplyError(Exception):
 
 
 def describe_error(error: BaseException) -> str:
-    """Describes an exception of the SDK, or one that it lets through, in words: "'npx' was not found".
+    """Returns a description of an exception that the SDK has raised or passed on, such as "'npx' was not found".
 
-    The SDK often wraps one exception in several groups; the first leaf is described.
+    The SDK often wraps an exception in several nested groups. The first exception that is not a group is described.
     """
     while isinstance(error, BaseExceptionGroup) and error.exceptions:
         error = error.exceptions[0]

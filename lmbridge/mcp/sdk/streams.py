@@ -1,4 +1,4 @@
-"""The streams of messages between a transport and the SDK, and what is observed and changed on the way.
+"""The message streams between a transport and the SDK, which inspect messages and change some of them.
 
 The SDK accepts any pair of streams in place of its transports. This module uses that for two purposes. First, a stdio
 server's messages come from our own bounded reader (see `lmbridge.mcp.jsonrpc`). Second, a `MessageTap` looks at each
@@ -25,7 +25,7 @@ from lmbridge.mcp.sdk.package import is_v2
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 sent_call_ids: Final[ContextVar[list[Any] | None]] = ContextVar("sent_call_ids", default=None)
-"""A list to which the request ids of the tool calls that the current task sends are added, or None."""
+"""The request ids of the tool calls that the current task has sent. None outside of a call."""
 
 _INVALID_REQUEST: Final = {
     "jsonrpc": "2.0",
@@ -34,41 +34,41 @@ _INVALID_REQUEST: Final = {
 _HEADER_KEYS: Final = ("type", "x-mcp-header")
 """The keys of a property's schema that decide whether an argument is also sent as an HTTP header."""
 _HEADER_DEPTH: Final = 16
-"""Levels of nested properties in which such keys are looked for."""
+"""How many levels of nested properties are searched for these keys."""
 
 
 class MessageTap:
-    """Looks at the messages that arrive, and simplifies lists of tools before the SDK sees them.
+    """Inspects the messages that arrive, and simplifies lists of tools before the SDK sees them.
 
     The SDK rejects a whole list for one bad definition. It may also ask for the list again within a call, so that the
-    call fails after the tool has run, and it rejects a result that does not fit a tool's output schema. So it is shown
-    definitions with nothing but a name, and the real ones are kept here.
+    call fails after the tool has run, and it rejects a result that does not fit a tool's output schema. So it gets
+    definitions that consist of little more than a name, and the original ones are kept here.
     """
 
     def __init__(self) -> None:
         self.tool_page: Mapping[str, Any] | None = None
         """The last page of tools, as the server sent it."""
         self.http_problem = ""
-        """Why the last HTTP response was of no use, in words, or ""; the SDK's own errors do not say."""
+        """What was wrong with the last HTTP response, or an empty string. The SDK's own errors do not say it."""
         self.is_session_unknown = False
         """Whether the server said that it does not know the session; the SDK would keep using it."""
         self.is_modern = False
-        """Whether results have a `resultType` in the protocol that is spoken. The SDK rejects a result without one,
-        although the protocol says that it counts as complete."""
+        """True if the session uses a protocol revision in which results have a `resultType`. The SDK rejects a result
+        without this field, although the specification says that such a result counts as complete."""
         self.waiting_calls: dict[asyncio.Task[Any], list[Any]] = {}
-        """The tasks that wait for a reply to a call, each with its request ids; for `interrupt_call`."""
+        """The tasks that wait for the reply to a call, and the request ids of each. `interrupt_call` searches them."""
         self.interrupted_ids: set[Any] = set()
         """The request ids of the calls that `interrupt_call` ended."""
 
     def interrupt_call(self, request_id: Any) -> None:
-        """Ends a call that still waits for its reply, although the HTTP response that should bring it has ended."""
+        """Cancels a call that still waits for its reply although the HTTP response has ended without it."""
         for task, request_ids in self.waiting_calls.items():
             if request_id in request_ids:
                 self.interrupted_ids.add(request_id)
                 task.cancel()
 
     def inspect(self, message: Any) -> None:
-        """Looks at a message that arrived, and changes it if the SDK would reject it without need."""
+        """Inspects a message that has arrived, and changes it if the SDK would reject it needlessly."""
         inner = getattr(message, "message", None)
         result = getattr(getattr(inner, "root", inner), "result", None)
         if not isinstance(result, dict):
@@ -177,6 +177,7 @@ class WriteStream:
 
 
 Streams: TypeAlias = tuple[ReadStream, WriteStream]
+"""The two streams that the SDK accepts in place of one of its transports."""
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
 """Turns the definitions of tools that servers send into `Tool` objects, one by one.
 
-A definition that cannot be used costs only that tool, and not the others of its server: it is left out, and the caller
-learns which and why. The model sees a description and a schema without invisible characters; arguments are validated
-against the schema as the server sent it.
+A definition that cannot be used does not affect the other tools of its server: the tool is left out, and the caller
+gets its name and the reason. The model sees a description and a schema without invisible characters; arguments are
+validated against the schema as the server sent it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lmbridge.mcp.servers.results import McpText, result_text
 from lmbridge.mcp.servers.sanitize import sanitize_text
 
 _BYTES_PER_TOKEN: Final = 3
-"""The same estimate as the agent's for prompts."""
+"""An estimate, which is the same as the agent's estimate for prompts."""
 _LONGEST_DESCRIPTION: Final = 4_000
-"""Characters of a tool's description that the model gets."""
+"""The length to which a tool's description is shortened, in characters."""
 _TEXT_KEYS: Final = ("description", "title")
 """The keys of a schema whose values are prose."""
 _VALUE_KEYS: Final = ("const", "default", "enum", "examples")
@@ -32,7 +32,7 @@ _VALUE_KEYS: Final = ("const", "default", "enum", "examples")
 
 
 @attrs.frozen
-class LeftOut:
+class LeftOutTool:
     """A tool that is not offered to the model."""
 
     server: str
@@ -44,16 +44,16 @@ class LeftOut:
 
 
 def make_tools(
-    server: ManagedServer, definitions: Iterable[Any], timeout: float | None, left_out: list[LeftOut]
+    server: ManagedServer, definitions: Iterable[Any], timeout: float | None, left_out: list[LeftOutTool]
 ) -> list[Tool]:
-    """Returns the tools that a server has and its configuration offers.
+    """Returns the tools of a server that its configuration allows.
 
     Args:
         server: The server, which the tools call.
         definitions: The definitions as the server sent them.
         timeout: Seconds that a call may take; None for the agent's `tool_timeout`.
-        left_out: A list to which the tools that cannot be used are added. Those that the configuration does not offer
-            are not among them.
+        left_out: A list to which the tools that cannot be used are added. Tools that the configuration does not allow
+            are not added.
     """
     tools: dict[str, Tool] = {}
     for number, definition in enumerate(definitions, 1):
@@ -66,7 +66,7 @@ def make_tools(
                 raise LLMValidationError("the server has two tools of that name")
         except (LLMValidationError, RecursionError) as exc:
             reason = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
-            left_out.append(LeftOut(server.spec.name, str(name or f"number {number}"), reason))
+            left_out.append(LeftOutTool(server.spec.name, str(name or f"number {number}"), reason))
         else:
             tools[tool.name] = tool
     return list(tools.values())
@@ -98,7 +98,7 @@ def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, tim
         describe_tool(definition),
         sanitize_schema(schema),
         call,
-        # The server enforces the limit, because a restart before the call does not count.
+        # `ManagedServer.call` enforces the limit, because a restart before the call does not count.
         timeout=None,
         annotations=hints,
         server=server.spec.name,
@@ -106,7 +106,7 @@ def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, tim
 
 
 def describe_tool(definition: Mapping[str, Any]) -> str:
-    """Returns the description of a tool in its server's words, without invisible characters and cut to a maximum."""
+    """Returns the description of a tool, without invisible characters and shortened if it is too long."""
     for text in (definition.get("description"), definition.get("title")):
         if isinstance(text, str) and text.strip():
             return shorten(sanitize_text(text).strip(), _LONGEST_DESCRIPTION)
@@ -129,28 +129,28 @@ def _sanitize_value(key: str, value: Any) -> Any:
 
 
 def read_hints(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the hints of a tool. Those that the server does not give have the worst value, as the protocol says.
+    """Returns the hints of a tool. A missing hint gets the most cautious value, as the protocol specifies.
 
-    Hints are claims of the server; nothing makes them true.
+    Hints are claims of the server, and may be wrong.
     """
     given = definition.get("annotations")
     given = given if isinstance(given, Mapping) else {}
     is_read_only = given.get("readOnlyHint") is True
-    worst = {
+    cautious_values = {
         "readOnlyHint": False,
         "destructiveHint": not is_read_only,
         "idempotentHint": False,
         "openWorldHint": True,
     }
-    return {**worst, **{key: value for key, value in given.items() if value is not None}}
+    return {**cautious_values, **{key: value for key, value in given.items() if value is not None}}
 
 
-def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[LeftOut]) -> list[Tool]:
-    """Returns those of the tools, in their order, whose definitions fit into a budget of tokens.
+def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[LeftOutTool]) -> list[Tool]:
+    """Returns the tools whose definitions fit into a token budget, in their original order.
 
     Args:
         tools: The tools.
-        max_tokens: About how many tokens the definitions may take in all; None for no limit.
+        max_tokens: The approximate number of tokens that all definitions together may take; None means no limit.
         left_out: A list to which the tools that do not fit are added.
     """
     if max_tokens is None:
@@ -167,7 +167,7 @@ def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[Lef
                 f"its definition takes about {tokens} tokens, but only {max_tokens - spent} of the {max_tokens} for "
                 "all definitions are left"
             )
-            left_out.append(LeftOut(str(tool.server), tool.name, reason))
+            left_out.append(LeftOutTool(str(tool.server), tool.name, reason))
     return kept
 
 

@@ -1,4 +1,4 @@
-"""A small process that outlives lmbridge by a moment, to end the servers that lmbridge left behind.
+"""A small process that briefly outlives lmbridge, in order to end the servers that lmbridge has left behind.
 
 A program that is killed by SIGKILL, or that crashes, cannot clean up. Its servers would keep running, and so would the
 processes that they have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but only direct
@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _TERM_SECONDS = 2.0
-"""Seconds that the groups have to end after SIGTERM."""
+"""How long the groups may take to end after SIGTERM, in seconds."""
 _KILL_SECONDS = 2.0
-"""Seconds that are waited for the groups after SIGKILL."""
+"""How long the guardian waits for the groups after SIGKILL, in seconds."""
 _POLL_SECONDS = 0.02
 
 
@@ -42,9 +42,9 @@ def main() -> None:
 
 
 def end_groups(groups: Iterable[int]) -> None:
-    """Ends process groups by SIGTERM and then by SIGKILL.
+    """Ends process groups with SIGTERM, and those that ignore it with SIGKILL.
 
-    It blocks until the groups are gone, for about four seconds at most.
+    The function blocks until the groups are gone, for about four seconds at most.
     """
     left = set(groups)
     for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _KILL_SECONDS)):
@@ -68,7 +68,7 @@ def send_signal(group: int, number: int) -> bool:
 
 
 def is_gone(group: int) -> bool:
-    """Returns whether no process of a group runs any more. Zombies, whose exit status was not read, do not count."""
+    """Returns True if no process of a group is running. Zombies, whose exit status was not read, do not count."""
     if not send_signal(group, 0):
         return True
     processes = list(Path("/proc").glob("[0-9]*"))

@@ -1,8 +1,8 @@
 """`McpHub`: the servers of a configuration file, shared by all runs.
 
-A run asks the hub for the tools of the servers that it needs, and gets a lease, `McpTools`: the tools do not change and
-their servers are not closed for being idle until the run releases it. Servers belong to the hub and not to the run, so
-that a hundred runs start one process for each server and not a hundred.
+A run asks the hub for the tools of the servers that it needs, and gets a lease, `McpTools`. Until the run releases the
+lease, the tools do not change and an idle server is not closed. Servers belong to the hub and not to the run, so that a
+hundred runs start one process for each server and not a hundred.
 
 The configuration file is checked at each use, by its modification time and size, and not watched. A watcher would need
 a thread or a platform's own interface, and a change only matters when a run starts. Servers whose entry is unchanged
@@ -27,24 +27,28 @@ from lmbridge.agent.tools import Tool
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
 from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT
-from lmbridge.mcp.servers.definitions import LeftOut, fit_budget, make_tools
+from lmbridge.mcp.servers.definitions import LeftOutTool, fit_budget, make_tools
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _DEFAULT_IDLE_LINGER: Final = 300.0
+"""Seconds after which a server that no run uses is closed."""
 
 
 @attrs.define(eq=False)
 class McpTools:
-    """The tools of some servers, leased for a run until `release()`. An agent takes it as a provider of tools."""
+    """The tools of some servers, leased for a run until `release()`.
+
+    It is a provider of tools, so it can be passed to an agent as one of its `tools`.
+    """
 
     tools: list[Tool]
     """The tools. They stay the same, even if a server announces others."""
     errors: dict[str, MCPError]
-    """The servers whose tools are missing because they could not be started, each with the reason."""
-    left_out: list[LeftOut]
+    """The errors of the servers that could not be started, so that their tools are missing. The keys are the names."""
+    left_out: list[LeftOutTool]
     """The tools that are not offered, because their definition is not valid or exceeds the budget."""
     _servers: list[ManagedServer] = attrs.field(repr=False)
 
@@ -60,7 +64,7 @@ class McpTools:
 
 
 class McpHub:
-    """The MCP servers of a configuration file, started when a run needs them and closed when none has for a while.
+    """Starts the MCP servers of a configuration file when a run needs them, and closes those that stay unused.
 
     It can be used without `async with`, but `close()` must be called. Each use checks whether the configuration file
     has changed::
@@ -72,7 +76,7 @@ class McpHub:
         await hub.close()
 
     Args:
-        config_path: The configuration file. Default: the first that exists of those that `load_config` lists.
+        config_path: The configuration file. Default: the first of the default files of `load_config` that exists.
         trust_project: Whether `./.mcp.json` may be used. Default: False, because it may have come with somebody else's
             repository, and names programs that are started.
         connect_timeout: Seconds for connecting to a server and listing its tools, unless the file says otherwise.
@@ -101,7 +105,7 @@ class McpHub:
         self._idle_linger = check_seconds("idle_linger", idle_linger)
         self._on_event = check_callable("on_event", on_event, optional=True)
         self._config: McpConfig | None = None
-        self._last_seen: object = None
+        self._loaded_fingerprint: object = None
         self._servers: dict[str, ManagedServer] = {}
         self._retired: list[ManagedServer] = []
         self._warned_files: set[Path] = set()
@@ -110,7 +114,7 @@ class McpHub:
         self._is_closed = False
 
     async def names(self) -> list[str]:
-        """Returns the names of the enabled servers, in the order of the file, and starts nothing.
+        """Returns the names of the enabled servers, in the order of the file. It does not start any server.
 
         An entry that starts lmbridge's own MCP server is left out.
 
@@ -128,18 +132,19 @@ class McpHub:
         call_timeout: float | None = None,
         max_definition_tokens: int | None = None,
     ) -> McpTools:
-        """Returns the tools of some servers. Servers that are not running are started, in parallel.
+        """Leases the tools of some servers. Servers that are not running are started, in parallel.
 
         Args:
             names: The names of the servers. Default: all enabled servers.
-            on_error: What to do if a server cannot be started: "raise" (the default), or "continue" with the others.
+            on_error: What to do if a server cannot be started: "raise" (the default) raises `MultiMCPError`, and
+                "continue" returns the tools of the others.
             call_timeout: Seconds that a call may take, unless the configuration says otherwise. Default: the agent's
                 `tool_timeout`.
             max_definition_tokens: About how many tokens of the model's context the definitions may take. Default: no
                 limit.
 
         Raises:
-            MCPError: A name is unknown, and nothing has been started; or the configuration file cannot be read.
+            MCPError: A name is unknown, or the configuration file cannot be read. No server has been started.
             MultiMCPError: Servers could not be started, and `on_error` is "raise". The others stay usable.
             LLMValidationError: An argument is not valid.
         """
@@ -167,8 +172,8 @@ class McpHub:
         read changes nothing, and a warning is logged.
 
         Raises:
-            MCPError: The configuration file cannot be read, and never could; or the hub is closed, or in use in another
-                event loop.
+            MCPError: The configuration file cannot be read, and no earlier version of it has been read. Or the hub is
+                closed, or is in use in another event loop.
         """
         self._enter_loop()
         async with self._reload_lock:
@@ -198,13 +203,13 @@ class McpHub:
         self._servers, self._retired = {}, []
 
     def _load_config(self) -> McpConfig:
-        """Returns the current configuration, and the same object if it has not changed. It blocks."""
+        """Returns the current configuration: the object in use if the file has not changed. The method blocks."""
         path, untrusted = find_config(self._config_path, trust_project=self._trust_project)
         seen = (untrusted, None if path is None else file_fingerprint(path))
-        if self._config is not None and seen == self._last_seen:
+        if self._config is not None and seen == self._loaded_fingerprint:
             return self._config
         # Stored before the file is read, so that a broken file is reported once and not at each use.
-        self._last_seen = seen
+        self._loaded_fingerprint = seen
         return load_config(self._config_path, trust_project=self._trust_project)
 
     def _apply_config(self, config: McpConfig) -> None:
@@ -254,7 +259,7 @@ class McpHub:
     async def _collect_definitions(
         self, servers: Sequence[ManagedServer], errors: dict[str, MCPError]
     ) -> dict[str, list[Any]]:
-        """Returns the definitions that each server sent; adds the errors of those that cannot be started."""
+        """Returns the definitions that each server sent, and adds the error of each server that cannot be started."""
         definitions: dict[str, list[Any]] = {}
 
         async def collect(server: ManagedServer) -> None:
@@ -268,7 +273,7 @@ class McpHub:
                 for server in servers:
                     group.create_task(collect(server))
         except ExceptionGroup as failed:
-            # For example the ImportError if the SDK is not installed, which is the same for all servers.
+            # The cause is common to all servers, for example that the SDK is not installed. One error is enough.
             raise failed.exceptions[0] from None
         return definitions
 
@@ -281,7 +286,7 @@ class McpHub:
         max_tokens: int | None,
     ) -> McpTools:
         tools: list[Tool] = []
-        left_out: list[LeftOut] = []
+        left_out: list[LeftOutTool] = []
         for server in servers:
             if server.spec.name in definitions:
                 timeout = server.spec.call_timeout or call_timeout
@@ -298,7 +303,7 @@ class McpHub:
             try:
                 self._on_event(event)
             except Exception:
-                # A bug of the listener must not cost the server.
+                # A mistake in the caller's function must not end the session with the server.
                 logger.exception("the function given as on_event raised an exception")
 
     def _enter_loop(self) -> None:
@@ -317,7 +322,7 @@ class McpHub:
 
     def _check_not_closed(self) -> None:
         if self._is_closed:
-            raise MCPError("this McpHub is closed", hint="make another one")
+            raise MCPError("this McpHub is closed", hint="create another one")
 
 
 def _is_lmbridge(config: McpConfig, name: str) -> bool:

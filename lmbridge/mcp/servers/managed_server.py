@@ -1,15 +1,16 @@
 """`ManagedServer`: a server that is started when it is needed, shared by all runs, and restarted after a crash.
 
-A server is started by the first run that uses it and outlives the run: to start one takes 0.2 to 0.8 seconds, and a
-hundred runs that each start their own would start a hundred processes. It is closed when no run has used it for a
-while.
+A server is started by the first run that uses it and outlives the run: starting a server takes 0.2 to 0.8 seconds, and
+if each of a hundred runs started its own, there would be a hundred processes. A server is closed when no run has used
+it for a while.
 
-It is not restarted by itself when it dies, but at the next call. A server that dies at once would otherwise be
-restarted for ever, although no run needs it, and no run would see the error of its start. The pause before a restart
-doubles, up to 30 seconds, and is forgotten once a session has lived for ten seconds.
+A server that dies is restarted by the next call, and not before. Otherwise a server that dies at once would be
+restarted for ever although no run needs it, and no run would see the error of its start. The pause before a restart
+doubles each time, up to 30 seconds, and starts anew once a session has lasted for ten seconds.
 
-A call is never repeated, because it may have run; only if the server has declared the tool idempotent, it is sent once
-more. All other errors of a call are text for the model, which can often do something about them.
+A call that was interrupted is not repeated, because it may have run. The exception is a tool that the server has
+declared idempotent, whose call is repeated once. All errors of a call become text for the model, which can often do
+something about them.
 """
 
 from __future__ import annotations
@@ -36,29 +37,30 @@ _FIRST_BACKOFF_SECONDS: Final = 0.5
 """Seconds before the second attempt to start a server. Each further pause is twice as long as the one before."""
 _LONGEST_BACKOFF_SECONDS: Final = 30.0
 _MOST_DOUBLINGS: Final = 10
+"""The limit of the failure count, which keeps the power of two small. The pause is at its maximum before that."""
 _STABLE_SECONDS: Final = 10.0
-"""Seconds after which a session counts as stable, so that the next start is not delayed when it ends."""
+"""The age in seconds from which a session counts as stable. When a stable session ends, a restart is not delayed."""
 _CLOSE_SECONDS: Final = 6.0
-"""Seconds that a session and its processes have to end."""
+"""How long a session and its processes may take to end before the task is cancelled, in seconds."""
 
 
 class ServerState(enum.StrEnum):
     """The states of a server."""
 
     IDLE = "idle"
-    """It is not running, because no run needs it."""
+    """The server is not running, because no run needs it."""
     STARTING = "starting"
-    """It is being started, or connected to, or asked for its tools."""
+    """The server is being started, or is being asked for its tools."""
     READY = "ready"
-    """Its tools can be called."""
+    """The server is connected, and its tools can be called."""
     LOST = "lost"
-    """Its session ended unexpectedly. The next call starts another one."""
+    """The session with the server ended unexpectedly. The next call opens another one."""
     BACKOFF = "backoff"
-    """A run needs it, and it will be started after a pause, because it failed shortly before."""
+    """The server failed shortly before, so it is started after a pause. A run is waiting for it."""
     FAILED = "failed"
-    """It could not be started. The next run that needs it tries again."""
+    """The server could not be started. The next run that needs it tries again."""
     CLOSED = "closed"
-    """It has been closed, and will not be started again."""
+    """The server has been closed, and will not be started again."""
 
 
 @attrs.frozen
@@ -70,21 +72,21 @@ class ServerStatus:
     state: ServerState
     """The state of the server."""
     error: str | None = None
-    """Why the server last failed to start or was lost, or None."""
+    """The reason why the server last failed to start or was lost, or None if neither has happened."""
     tools: int | None = None
     """How many tools the server has, or None if it is not running."""
     starts: int = 0
     """How many sessions with the server have been opened."""
     pid: int | None = None
-    """The id of the server's process, or None if it is not running or is on HTTP."""
+    """The process id of the server, or None if the server is not running or is reached over HTTP."""
     protocol: str | None = None
-    """The revision of the protocol that is spoken, such as "2025-11-25", or None if it is not running."""
+    """The protocol revision of the session, such as "2025-11-25", or None if the server is not running."""
     stderr_tail: str = attrs.field(default="", repr=False)
     """The last lines that the server wrote to stderr, without secrets and control characters."""
 
 
 class ManagedServer:
-    """One server of a configuration.
+    """Starts one server when it is needed, makes its calls, and closes it when it has been unused for a while.
 
     Args:
         spec: How the server is reached.
@@ -103,7 +105,7 @@ class ManagedServer:
         self._session: SessionOwner | None = None
         self._opening = SingleFlight[SessionOwner]("the MCP server was closed while it was starting")
         self._opening_task: asyncio.Task[Any] | None = None
-        self._users = 0
+        self._use_count = 0
         self._starts = self._failures = 0
         self._retry_at = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -131,14 +133,14 @@ class ManagedServer:
         return self._state is ServerState.CLOSED and not self._owner_tasks
 
     def acquire(self) -> None:
-        """Adds a user. The server is not closed for being idle while it has users."""
-        self._users += 1
+        """Registers a run or a call that uses the server. While it is in use, the server is not closed as idle."""
+        self._use_count += 1
         self._stop_idle_timer()
 
     def release(self) -> None:
-        """Removes a user. When the last one has left, the server is closed after `idle_linger` seconds."""
-        self._users -= 1
-        if self._users or self._state is ServerState.CLOSED:
+        """Reverses one `acquire`. After the last one, the server is closed in `idle_linger` seconds."""
+        self._use_count -= 1
+        if self._use_count or self._state is ServerState.CLOSED:
             return
         if self._is_retired:
             self._shut_down(ServerState.CLOSED)
@@ -147,13 +149,13 @@ class ManagedServer:
             self._idle_timer = loop.call_later(self._idle_linger, self._shut_down, ServerState.IDLE)
 
     def retire(self) -> None:
-        """Closes the server as soon as it has no users."""
+        """Closes the server as soon as no run or call uses it."""
         self._is_retired = True
-        if not self._users:
+        if not self._use_count:
             self._shut_down(ServerState.CLOSED)
 
     async def close(self) -> None:
-        """Closes the server, even if it has users, and waits until its processes are gone."""
+        """Closes the server, even if it is in use, and waits until its processes are gone."""
         self._shut_down(ServerState.CLOSED)
         if self._owner_tasks:
             await asyncio.wait(self._owner_tasks, timeout=_CLOSE_SECONDS)
@@ -178,7 +180,7 @@ class ManagedServer:
             self._idle_timer = None
 
     async def definitions(self) -> list[Any]:
-        """Returns the definitions of the server's tools, as the server sent them. It is started if it is not running.
+        """Returns the tool definitions as the server sent them. A server that is not running is started.
 
         Raises:
             MCPConnectionError: The server cannot be started.
@@ -198,17 +200,17 @@ class ManagedServer:
     async def call(
         self, tool: str, arguments: Mapping[str, Any], *, is_idempotent: bool, timeout: float | None
     ) -> Mapping[str, Any]:
-        """Calls a tool, and returns the result as the server sent it. The server is started if it is not running.
+        """Calls a tool, and returns the result as the server sent it. A server that is not running is started.
 
         Args:
             tool: The name of the tool on the server.
             arguments: The arguments of the call.
-            is_idempotent: Whether the server has declared that a second call does no more than the first. Only then
-                is the call made a second time if the server is lost during the first.
-            timeout: Seconds that the call may take, without a restart before it; None for no limit.
+            is_idempotent: Whether the server has declared that repeating a call has no further effect. Only then is
+                the call repeated if the server is lost while it runs.
+            timeout: The time limit of the call in seconds, not counting a restart before it; None means no limit.
 
         Raises:
-            ToolError: The call failed, for whatever reason; the text is for the model.
+            ToolError: The call failed, for any reason. The text is written for the model.
         """
         name = self.spec.name
         try:
@@ -257,7 +259,7 @@ class ManagedServer:
         return result
 
     async def _connect(self) -> SessionOwner:
-        """Returns a session that can be used. Callers that wait at the same time share one session.
+        """Returns an open session, and opens one if necessary. Concurrent callers share it.
 
         Raises:
             MCPConnectionError: The server cannot be started, or is closed.
@@ -303,13 +305,13 @@ class ManagedServer:
             raise
         if not session.ready.done():
             session.stop(f"it did not answer within {self._connect_timeout:g} seconds")
-            raise self._start_failed(session, None)
+            raise self._record_start_failure(session, None)
         error = session.ready.exception()
         if isinstance(error, ImportError):
             self._change_state(ServerState.IDLE)
             raise error
         if error is not None:
-            raise self._start_failed(session, error)
+            raise self._record_start_failure(session, error)
         self._starts += 1
         self._session = session
         self._error = None
@@ -324,8 +326,8 @@ class ManagedServer:
             self._change_state(ServerState.BACKOFF)
         await asyncio.sleep(max(0.0, pause))
 
-    def _start_failed(self, session: SessionOwner, error: BaseException | None) -> MCPConnectionError:
-        """Records a failed start and returns its error. Without an `error`, the server has not answered in time."""
+    def _record_start_failure(self, session: SessionOwner, error: BaseException | None) -> MCPConnectionError:
+        """Records a failed start and returns its error. If `error` is None, the server has not answered in time."""
         self._schedule_backoff()
         self._error = self.spec.redact(session.ended.result().reason)
         self._change_state(ServerState.FAILED)
@@ -342,7 +344,7 @@ class ManagedServer:
         self._retry_at = asyncio.get_running_loop().time() + pause
 
     def _on_session_ended(self, session: SessionOwner) -> None:
-        """Records that the session in use has ended by itself. Called again for the same session, it does nothing."""
+        """Records that the session in use has ended by itself. A second call for the same session does nothing."""
         if self._session is not session:
             return
         self._session = None
@@ -352,7 +354,7 @@ class ManagedServer:
             self._failures, self._retry_at = 0, 0.0
         end = session.ended.result()
         self._error = self.spec.redact(end.reason)
-        # A session in use that was closed on request ends with its event loop; the hub warns that it was not closed.
+        # While a session is in use, its end counts as requested only if its event loop is closing; the hub warns.
         if not end.was_requested:
             logger.warning(
                 "MCP server %r was lost: %s%s", self.spec.name, self._error, _describe_stderr(session.stderr_tail)
@@ -378,7 +380,7 @@ class ManagedServer:
 
 
 def _describe_stderr(stderr_tail: str) -> str:
-    """Returns the end of an error that quotes a server's stderr: one line in the sentence, several lines below it."""
+    """Returns the part of an error text that quotes stderr: a single line inline, several lines as a block."""
     if not stderr_tail:
         return ""
     quoted = stderr_tail if "\n" not in stderr_tail else "".join(f"\n  {line}" for line in stderr_tail.split("\n"))

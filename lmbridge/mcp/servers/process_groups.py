@@ -1,10 +1,10 @@
-"""The process groups of stdio servers, of which nothing may be left behind.
+"""Keeps track of the process groups of stdio servers, and ends them completely.
 
-A server is often a chain of processes: `npx` starts a shell, which starts node. To end the process that was started is
-not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads a new process group, and
-the group is signalled and polled until it is empty, even if its leader has already left. To search for descendants
-instead would miss those whose parent has ended. A control group would catch even a process that leaves the group, but
-exists only on Linux and needs privileges.
+A server is often a chain of processes: `npx` starts a shell, which starts node. Ending only the process that was
+started is not enough, because a shell that gets SIGTERM leaves its children alive. So each server leads a new process
+group, and the group is signalled and polled until it is empty, even if its leader has already left. Searching for
+descendants instead would miss those whose parent has ended. A control group would also catch a process that leaves its
+process group, but control groups exist only on Linux and need privileges.
 
 There are three ways in which a program may end, and each is covered:
 
@@ -30,9 +30,9 @@ from lmbridge.mcp.servers import guardian
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _TERM_GRACE_SECONDS: Final = 1.5
-"""Seconds that a group has to end after SIGTERM, before it gets SIGKILL."""
+"""How long a group may take to end after SIGTERM before it gets SIGKILL, in seconds."""
 KILL_WAIT_SECONDS: Final = 2.0
-"""Seconds that are waited for a group to be gone after SIGKILL."""
+"""How long `end_group` waits for a group to be gone after SIGKILL, in seconds."""
 _INHERITED_VARIABLES: Final = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """The variables that the official MCP SDKs pass on to servers: none of them is likely to be a secret."""
 
@@ -69,14 +69,14 @@ class ProcessGroups:
         try:
             os.write(self._guardian_pipe, line)
         except OSError:
-            # Either no guardian has been started yet, or it was killed. A new one gets the whole list.
+            # No guardian has been started yet, or it was killed. A new guardian gets the whole list.
             self._close_guardian_pipe()
             self._guardian_pipe = _start_guardian()
             if self._groups and self._guardian_pipe >= 0:
                 os.write(self._guardian_pipe, b"".join(b"+%d\n" % group for group in self._groups))
 
     def forget_after_fork(self) -> None:
-        """Leaves the groups to the parent process. A copy of the pipe here would keep the guardian waiting."""
+        """Leaves the groups to the parent process. An open copy of the pipe would keep the guardian waiting."""
         self._groups = set()
         self._close_guardian_pipe()
 
@@ -86,7 +86,7 @@ class ProcessGroups:
         self._guardian_pipe = -1
 
     def _on_sigterm(self, number: int, _frame: object) -> None:
-        """Ends the groups, and then this process as the signal would have done without a handler."""
+        """Ends the groups, and then ends this process by the same signal with its default action."""
         if self._host_pid == os.getpid():
             guardian.end_groups(self._groups)
         signal.signal(number, signal.SIG_DFL)
@@ -100,7 +100,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _start_guardian() -> int:
-    """Starts the guardian; returns the end of its pipe that is written to, or -1 if it cannot be started."""
+    """Starts the guardian and returns the write end of its pipe, or -1 if it cannot be started."""
     if not sys.executable:
         logger.warning(
             "MCP servers may be left running if this process is killed, because the path of the Python that would "
@@ -138,7 +138,7 @@ async def end_group(group: int, *, patience: float) -> None:
 
     Args:
         group: The id of the group, which is the process id of its leader.
-        patience: Seconds that the group has to end by itself before it gets SIGTERM.
+        patience: How long to wait for the group to end by itself before it gets SIGTERM, in seconds.
     """
     # Signal 0 only checks whether the group exists.
     stages = ((0, patience), (signal.SIGTERM, _TERM_GRACE_SECONDS), (signal.SIGKILL, KILL_WAIT_SECONDS))
@@ -168,5 +168,5 @@ async def _is_gone_within(group: int, seconds: float) -> bool:
 
 
 async def _is_gone(group: int) -> bool:
-    # In a thread, because looking for zombies reads the files of all processes.
+    # The search for zombies runs in a thread, because it reads a file for each process of the system.
     return not guardian.send_signal(group, 0) or await asyncio.to_thread(guardian.is_gone, group)

@@ -1,4 +1,4 @@
-"""Results of calls as text for the model."""
+"""Turns the results of tool calls into text for the model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lmbridge.mcp.servers.sanitize import sanitize_text
 
 
 class McpText(str):
-    """The text of a result, which also keeps the result itself.
+    """The text of a tool's result, with the result itself in the attribute `result`.
 
-    It is a string, so that a model reads it verbatim, and a program can still use the structured part::
+    As a string, it reaches the model verbatim. A program can still use the structured part of the result::
 
         text = await tool.function(city="Oslo")
         print(text, text.result.get("structuredContent"))
@@ -23,7 +23,7 @@ class McpText(str):
     """The result as the server sent it: `content`, `structuredContent`, `_meta`."""
 
     def __new__(cls, text: str, result: Mapping[str, Any]) -> Self:
-        """Makes a text that keeps its result."""
+        """Creates a string with the attribute `result`."""
         made = super().__new__(cls, text)
         made.result = result
         return made
@@ -36,8 +36,8 @@ class McpText(str):
 def result_text(result: Mapping[str, Any]) -> str:
     """Returns a result as text: its text parts verbatim, and a line in brackets for each part of another kind.
 
-    Several parts are joined by newlines. A link to a resource is shown, and the resource is not fetched. If there are
-    no parts, the structured content is returned as JSON.
+    Several parts are joined by newlines. A link to a resource becomes a line that describes it; the
+    resource is not fetched. If there are no parts, the structured content is returned as JSON.
 
     Args:
         result: The result as the server sent it.

@@ -1,8 +1,8 @@
-"""Removes from a server's texts what people do not see and models read.
+"""Removes characters from a server's texts that models read but people do not see.
 
 A description of a tool goes into the prompt, and a server's stderr into errors and terminals. Escape sequences,
-characters of zero width, and "tag" characters can hide orders to the model, or change what a terminal shows. Results of
-tools are not changed: they are data, and must arrive as they were sent.
+characters of zero width, and "tag" characters can hide instructions to the model, or change what a terminal shows.
+Results of tools are not changed: they are data, and must arrive as they were sent.
 """
 
 from __future__ import annotations

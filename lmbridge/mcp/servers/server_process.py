@@ -1,8 +1,8 @@
-"""The child process of a stdio server: starts it, writes to it, hands on what it writes, and ends it.
+"""`ServerProcess`: starts the child process of a stdio server, exchanges bytes with it, and ends it.
 
-The class is an asyncio protocol and not a user of `asyncio.create_subprocess_exec`: that one has streams with a limit
-for the length of a line, offers no way to pause the reading of stdout alone, and reports the end of a process only when
-its pipes are closed, which a grandchild may hold open for ever.
+The class is an asyncio protocol. `asyncio.create_subprocess_exec` is not used for three reasons: its streams limit the
+length of a line, it cannot pause the reading of stdout alone, and it reports the end of a process only when the pipes
+are closed, which a grandchild may keep open for ever.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from lmbridge.errors import MCPError
 from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, base_environment, end_group, process_groups
 
 _EXIT_GRACE_SECONDS: Final = 1.0
-"""Seconds that a server has to end by itself once its stdin is closed, before it gets SIGTERM."""
+"""How long a server may take to end by itself once its stdin is closed, before it gets SIGTERM, in seconds."""
 _LAST_OUTPUT_SECONDS: Final = 1.0
-"""Seconds between the first sign of a process's end and the report of it: the last output, the closing of the pipes and
-the exit status arrive one after the other, in any order."""
+"""How long the report of a process's end waits for its last output and its exit status, in seconds.
+
+The last output, the closing of the pipes and the exit status arrive separately and in any order.
+"""
 _STDERR_LINES: Final = 10
-"""Lines of stderr that are kept."""
+"""How many lines of stderr are kept."""
 _STDERR_LINE_LENGTH: Final = 500
-"""Characters of each of those lines that are kept."""
+"""How many characters of each line are kept."""
 _MOST_BYTES_PER_CHARACTER: Final = 4
+"""The length of the longest character in UTF-8."""
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
@@ -59,7 +62,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
             command: The program. It is searched for in the PATH of its environment.
             args: The arguments of the program.
             env: Environment variables, in addition to the few that every server gets.
-            cwd: The working directory, or None for that of this process.
+            cwd: The working directory, or None for the working directory of this process.
 
         Raises:
             OSError: The process cannot be started.
@@ -81,7 +84,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
             )
         )
         try:
-            # Even if the caller is cancelled, and even twice, a process that has been created must not be lost.
+            # A process that has been created must not be lost, even if the caller is cancelled more than once.
             await settle(starting)
         finally:
             if not starting.cancelled() and starting.exception() is None:
@@ -119,7 +122,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
         """Ends the process and its whole group. On cancellation, the caller still waits until they are gone.
 
         Args:
-            patience: Seconds that the process has to end by itself, once its stdin is closed. Default: one.
+            patience: How long to wait for the process to end by itself, once its stdin is closed, in seconds. Default:
+                1.
         """
         if self._transport is not None:
             await settle(self._end_and_reap(self._transport, _EXIT_GRACE_SECONDS if patience is None else patience))
@@ -146,7 +150,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
     # The following methods are called by asyncio.
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
-        """Hands on what the process has written."""
+        """Passes on the output of the process."""
         if fd == _STDERR:
             self.stderr.feed(data)
         elif not self._end_is_reported:
@@ -174,9 +178,9 @@ class ServerProcess(asyncio.SubprocessProtocol):
         self._is_writable.set()
 
     def _report_end_soon(self) -> None:
-        """Reports the end when all of it is known, or after a second if it is not.
+        """Reports the end of the process at once if everything about it is known, and otherwise after a second.
 
-        A process that the server has started may keep the pipes open after the server's end. The other way round, a
+        A process that the server has started may keep the pipes open after the server's end. Conversely, a
         server may close its stdout and keep running.
         """
         if not self._open_pipes and self._exited.is_set():

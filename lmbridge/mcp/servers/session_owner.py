@@ -1,10 +1,10 @@
 """`SessionOwner`: one task that opens a session with a server, holds it open, and closes it.
 
-Why a task: the SDK is built on anyio, whose cancel scopes must be left in the task that entered them. A session that is
-entered by one run and left by another raises `RuntimeError`; one that is held by an async generator can leave the event
-loop spinning at full load. And when an HTTP request of the SDK fails, its task group cancels the task that entered the
-session, so that every later await of an agent would be cancelled. So only the owner enters the session; callers wait
-for its futures, and make their calls through it.
+The owner is a task because the SDK is built on anyio, whose cancel scopes must be left in the task that entered them. A
+session that is entered by one run and left by another raises `RuntimeError`; one that is held by an async generator can
+leave the event loop spinning at full load. And when an HTTP request of the SDK fails, its task group cancels the task
+that entered the session, so that every later await of an agent would be cancelled. So only the owner enters the
+session; callers wait for its futures, and make their calls through it.
 
 Other designs were considered:
 
@@ -38,13 +38,13 @@ from lmbridge.mcp.servers.stdio import StdioLink
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _MOST_PAGES: Final = 100
-"""Pages of a list of tools that are read."""
+"""The maximum number of pages of a tool list that are read."""
 _LIVENESS_SECONDS: Final = 5.0
-"""Seconds that a server on HTTP has to prove that its session is alive, after an error that looked like a lost one."""
+"""How long a server on HTTP may take to show that its session is alive, after an error that suggests it is lost."""
 _EXIT_REASON_SECONDS: Final = 1.0
-"""Seconds that are waited to learn how a process ended, once its session is lost."""
+"""How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
-"""Seconds that a cancelled request has to notify the server and to end."""
+"""How long a cancelled request may take to notify the server and to end, in seconds."""
 
 
 @attrs.frozen
@@ -52,9 +52,9 @@ class SessionEnd:
     """Why a session can no longer be used."""
 
     reason: str
-    """The reason in words that continue a sentence about the server: "it ended with status 3"."""
+    """The reason, as a clause about the server, such as "it ended with status 3"."""
     was_requested: bool = False
-    """Whether the session was closed by us, or with the event loop, and not lost."""
+    """True if lmbridge closed the session, or the event loop was closed; False if the session was lost."""
 
 
 _CLOSED_ON_REQUEST: Final = SessionEnd("it was closed", was_requested=True)
@@ -71,22 +71,22 @@ class SessionOwner:
     def __init__(self, spec: ServerSpec, emit: Callable[[McpEvent], None]) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
-        """Done when the session can be used. Its exception is the reason why it cannot."""
+        """Completed when the session can be used; fails if the session cannot be opened."""
         self.ended: asyncio.Future[SessionEnd] = loop.create_future()
-        """Done, with the reason, when the session can no longer be used."""
+        """Completed with the reason when the session can no longer be used."""
         self.tools: list[Any] = []
         """The definitions of the server's tools, as the server sent them."""
         self.opened_at: float = loop.time()
-        """The time of the event loop at which the opening began."""
+        """The time at which the opening began, as the clock of the event loop measures it."""
         self._spec, self._emit = spec, emit
-        self._link = StdioLink(spec, self._lose) if spec.transport == "stdio" else None
+        self._link = StdioLink(spec, self._mark_lost) if spec.transport == "stdio" else None
         self._session: McpSession | None = None
         self._pending_requests: set[asyncio.Future[None]] = set()
         self._tools_are_stale = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
         self.task: asyncio.Task[None] = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
-        """The task that opens and closes the session. It has ended when nothing of the session is left."""
+        """The task that opens and closes the session. When it has ended, the process of the server is gone as well."""
 
     @property
     def pid(self) -> int | None:
@@ -95,7 +95,7 @@ class SessionOwner:
 
     @property
     def protocol(self) -> str | None:
-        """The revision of the protocol that is spoken, or None before the session is open."""
+        """The protocol revision of the session, or None before the session is open."""
         return None if self._session is None else self._session.protocol
 
     @property
@@ -113,7 +113,7 @@ class SessionOwner:
         if not self.ready.done():
             self.task.cancel()
 
-    def _lose(self, reason: str) -> None:
+    def _mark_lost(self, reason: str) -> None:
         self._mark_ended(SessionEnd(reason))
 
     def _mark_ended(self, end: SessionEnd) -> None:
@@ -124,7 +124,7 @@ class SessionOwner:
         """Asks for the list of tools again, if the server has announced that it changed.
 
         Raises:
-            SessionLostError: The session is over. The tools stay as they were, as they do after the following errors.
+            SessionLostError: The session is over. After this and the other errors, `tools` is unchanged.
             RefusedError: The server answered with an error.
             BadReplyError: The server's answer is not valid.
         """
@@ -170,11 +170,11 @@ class SessionOwner:
         return self._session
 
     async def _make_request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
-        """Makes a request in a separate task, and returns its result; it ends with the session, or after the timeout.
+        """Makes a request in a separate task and returns its result, unless the session or the time ends before.
 
-        The caller waits for a new future, which is completed by the request or by the end of the session.
-        `asyncio.wait` for the task and for `ended` would say the same, but each of many calls in flight would then
-        search the list of callbacks of `ended`, and wake one turn of the event loop later.
+        The caller waits for a new future, which is completed by the request or by the end of the session. Waiting for
+        both the task and `ended` with `asyncio.wait` would be equivalent, but each of many calls in flight would then
+        search the list of callbacks of `ended`, and would wake one turn of the event loop later.
         """
         loop = asyncio.get_running_loop()
         wake = loop.create_future()
@@ -205,10 +205,10 @@ class SessionOwner:
             _wake_up(wake)
 
     async def _raise_if_lost(self, error: SessionLostError) -> None:
-        """Returns if the session is alive after all, in spite of an error that says it is lost.
+        """Checks an error of the SDK that says that the session is lost, and returns if the session is still alive.
 
-        The SDK's errors for a lost session have the codes of ordinary errors and are recognized by their words, which a
-        server may use as well.
+        The SDK's errors for a lost session have the codes of ordinary errors and are recognized by their messages. A
+        server may send the same messages.
 
         Raises:
             SessionLostError: The session is lost.
@@ -220,15 +220,15 @@ class SessionOwner:
                     await self._live_session().list_page(None)
                     return
         elif not self.ended.done():
-            # How the process ended will be known in a moment, and says more than the SDK's error.
+            # The exit status of the process will be known in a moment, and says more than the SDK's error.
             await asyncio.wait({self.ended}, timeout=_EXIT_REASON_SECONDS)
-        self._lose(str(error))
+        self._mark_lost(str(error))
         raise SessionLostError(self.ended.result().reason) from error
 
     async def _hold_session(self) -> None:
         try:
             async with AsyncExitStack() as stack:
-                # In a thread, because the import takes half a second.
+                # The SDK is imported in a thread, because that takes half a second.
                 await asyncio.to_thread(sdk.load_sdk)
                 if self._link is not None:
                     stack.push_async_callback(self._end_server_process, self._link)
@@ -237,23 +237,23 @@ class SessionOwner:
                 self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
-                self.tools = await self._list_tools_first()
+                self.tools = await self._list_initial_tools()
                 self.ready.set_result(None)
                 watching = asyncio.create_task(self._watch_notifications(self._session))
                 try:
-                    # Not `await self.ended`: a cancellation of this task must not cancel the future.
+                    # `await self.ended` would cancel the future if this task is cancelled.
                     await asyncio.wait({self.ended})
                 finally:
                     await end_task(watching, grace=_CANCEL_GRACE_SECONDS)
         except asyncio.CancelledError as exc:
-            self._end_with(_CLOSED_ON_REQUEST, exc)
+            self._record_end(_CLOSED_ON_REQUEST, exc)
             raise
         except BaseException as exc:  # noqa: BLE001 - the SDK raises groups of anything, also of base exceptions
-            self._end_with(SessionEnd(sdk.describe_error(exc)), exc)
+            self._record_end(SessionEnd(sdk.describe_error(exc)), exc)
         finally:
             self._mark_ended(_CLOSED_ON_REQUEST)
 
-    def _end_with(self, end: SessionEnd, error: BaseException) -> None:
+    def _record_end(self, end: SessionEnd, error: BaseException) -> None:
         """Records why the session has ended, unless the reason is known already, and fails `ready` if it is pending."""
         self._mark_ended(end)
         if self.ready.done():
@@ -268,11 +268,11 @@ class SessionOwner:
         self.ready.exception()
 
     async def _end_server_process(self, link: StdioLink) -> None:
-        """Ends the server's process. It gets time to end by itself only if the session was closed on request."""
+        """Ends the server's process, with time to end by itself only if the session was closed on request."""
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
 
-    async def _list_tools_first(self) -> list[Any]:
+    async def _list_initial_tools(self) -> list[Any]:
         try:
             return await self._list_all_tools()
         except sdk.RefusedError:
@@ -312,7 +312,7 @@ class SessionOwner:
 
 
 async def _run_and_wake(request: Callable[[], Awaitable[Any]], wake: asyncio.Future[None]) -> Any:
-    """Makes a request and completes `wake` at its end, one turn of the event loop before a done callback would."""
+    """Makes a request and then completes `wake`, one turn of the event loop earlier than a done callback would."""
     try:
         return await request()
     finally:

@@ -1,8 +1,8 @@
-"""A stdio server's messages: a child process on one side, a bounded inbox on the other.
+"""`StdioLink`: connects the child process of a stdio server to a bounded inbox of messages.
 
-A server may write as much as it likes, and whatever it likes; that must neither block the event loop nor fill the
-memory. So its output is read by `lmbridge.mcp.jsonrpc` and not by the SDK, reading stops while too many messages wait,
-and a message that is too large ends the session.
+The output of a server must not block the event loop or fill the memory, whatever the server writes. So the output is
+parsed by `lmbridge.mcp.jsonrpc` and not by the SDK, reading pauses while too many messages are waiting, and a message
+that is too large ends the session.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lmbridge.mcp.servers.server_process import ServerProcess
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _LOGGED_BYTES: Final = 200
-"""Bytes of a line without a message that the log shows."""
+"""How much of a line that contains no message is shown in the log, in bytes."""
 
 
 class StdioLink:
@@ -33,7 +33,7 @@ class StdioLink:
     def __init__(self, spec: ServerSpec, on_end: Callable[[str], None]) -> None:
         self._spec, self._on_end = spec, on_end
         self._process = ServerProcess(self._on_output, self._end_link)
-        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, on_room=self._process.resume_reading)
+        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, resume_reading=self._process.resume_reading)
 
     @property
     def pid(self) -> int | None:
@@ -57,7 +57,8 @@ class StdioLink:
         """Ends the process and its group. On cancellation, the caller still waits until they are gone.
 
         Args:
-            patience: Seconds that the process has to end by itself, once its stdin is closed. Default: one.
+            patience: How long to wait for the process to end by itself, once its stdin is closed, in seconds. Default:
+                1.
         """
         self._inbox.close()
         if self._inbox.skipped_lines > 1:
@@ -81,7 +82,7 @@ class StdioLink:
         try:
             await self._process.write(message + b"\n")
         except ConnectionError:
-            # A closed stdin is noticed a moment before the process is known to have ended, and how.
+            # A closed stdin is noticed a moment before the exit status of the process is known.
             await self._inbox.wait_closed()
             raise
 

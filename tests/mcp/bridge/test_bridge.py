@@ -80,7 +80,10 @@ async def test_a_chat_completion_is_streamed_and_sends_its_arguments(
     ("behaviour", "note"),
     [
         (answer("Half an", finish_reason="length"), "This is not the whole answer: it was cut off"),
-        (answer("Half an", finish_reason="content_filter"), "it ended because of 'content_filter'"),
+        (
+            answer("Half an", finish_reason="content_filter"),
+            "the server ended it with the finish reason 'content_filter'",
+        ),
         (answer("", reasoning="Hm."), "empty answer"),
     ],
 )

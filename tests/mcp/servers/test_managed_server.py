@@ -61,7 +61,7 @@ async def test_a_call_after_the_end_of_a_session_is_made_in_a_new_one(make_hub: 
     session = hub._servers["a"]._session
     assert session
     # Its callbacks have not run yet.
-    session._lose("it went away")
+    session._mark_lost("it went away")
     assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 2
 
@@ -342,7 +342,7 @@ async def test_a_cancellation_at_any_moment_leaves_nothing_behind(make_hub: Make
             lease.release()
 
     async def check() -> None:
-        assert hub.status().get("a") is None or hub._servers["a"]._users == 0
+        assert hub.status().get("a") is None or hub._servers["a"]._use_count == 0
 
     await cancel_at_each_step(run, check, at_least=3)
     await hub.close()
