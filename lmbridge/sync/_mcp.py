@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult
     from lmbridge.agent.settings import MaxTokens, Task
-    from lmbridge.mcp.options import AgentOptions, MultiServerRunOptions, No, OnMcpError, RunOptions, Yes
+    from lmbridge.mcp.options import (
+        AgentOptions,
+        LiteralFalse,
+        LiteralTrue,
+        MultiServerRunOptions,
+        OnMcpError,
+        RunOptions,
+    )
     from lmbridge.mcp.servers.events import McpEvent
     from lmbridge.sync._agent import RunStream
     from lmbridge.sync._client import LLMClient, LLMClientPool
@@ -74,7 +81,7 @@ class DynamicAutonomousAgent(Owner):
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none, or None if the server or the pool chooses it."""
+        """The model for runs that do not name one, or None if the server or the pool chooses it."""
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
@@ -93,17 +100,23 @@ class DynamicAutonomousAgent(Owner):
 
     @overload
     def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[RunOptions]
+        self,
+        mcp_name: str,
+        task: Task,
+        *,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
+        **options: Unpack[RunOptions],
     ) -> str: ...
 
     @overload
     def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[RunOptions]
+        self, mcp_name: str, task: Task, *, stream: LiteralFalse = ..., full: LiteralTrue, **options: Unpack[RunOptions]
     ) -> RunResult: ...
 
     @overload
     def autonomous_with_mcp(
-        self, mcp_name: str, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[RunOptions]
+        self, mcp_name: str, task: Task, *, stream: LiteralTrue, full: LiteralFalse = ..., **options: Unpack[RunOptions]
     ) -> RunStream: ...
 
     @overload
@@ -127,8 +140,10 @@ class DynamicAutonomousAgent(Owner):
         Args:
             mcp_name: The name of the server in the configuration file.
             task: The task: a text, or a list of content parts (text and images).
-            max_rounds: The most times that the model may be asked. Default: the agent's `max_rounds`.
-            max_tokens: The most tokens of each reply. Default: "auto", which means the agent's `max_tokens`.
+            max_rounds: The maximum number of rounds, each of which is one reply of the model. Default: the agent's
+                `max_rounds`.
+            max_tokens: The maximum number of tokens in each reply. Default: "auto", which means the agent's
+                `max_tokens`.
             model: The model of this run. Default: the agent's model.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
@@ -160,8 +175,8 @@ class DynamicAutonomousAgent(Owner):
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: No = ...,
-        full: No = ...,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
         **options: Unpack[MultiServerRunOptions],
     ) -> str: ...
 
@@ -171,8 +186,8 @@ class DynamicAutonomousAgent(Owner):
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: No = ...,
-        full: Yes,
+        stream: LiteralFalse = ...,
+        full: LiteralTrue,
         **options: Unpack[MultiServerRunOptions],
     ) -> RunResult: ...
 
@@ -182,8 +197,8 @@ class DynamicAutonomousAgent(Owner):
         mcp_names: Sequence[str],
         task: Task,
         *,
-        stream: Yes,
-        full: No = ...,
+        stream: LiteralTrue,
+        full: LiteralFalse = ...,
         **options: Unpack[MultiServerRunOptions],
     ) -> RunStream: ...
 
@@ -213,14 +228,14 @@ class DynamicAutonomousAgent(Owner):
         """Runs a task with the tools of the MCP servers in `mcp_names`.
 
         `on_mcp_error` says what happens if some of the servers cannot be started. "raise", the default, raises
-        `MultiMCPError`. "continue" runs the task with the tools of the others; `RunResult.errors` then has the error of
-        each missing server, and the system message names them for the model.
+        `MultiMCPError`. "continue" runs the task with the tools of the others; `RunResult.errors` then maps the name of
+        each missing server to its error, and the system message names these servers for the model.
 
-        All other arguments, the return value and further errors are described at `autonomous_with_mcp`.
+        `autonomous_with_mcp` describes the other arguments, the return value and the other errors.
 
         Raises:
-            MultiMCPError: At least one server could not be started, even if it was the only one; `.errors` has the
-                error of each. The servers that could be started keep running.
+            MultiMCPError: At least one server could not be started, even if it was the only one; `.errors` maps
+                the name of each such server to its error. The servers that could be started keep running.
         """
         result: str | RunResult | RunStream = self._await(
             lambda: self.wrapped.autonomous_with_multiple_mcps(
@@ -238,17 +253,22 @@ class DynamicAutonomousAgent(Owner):
 
     @overload
     def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: No = ..., **options: Unpack[MultiServerRunOptions]
+        self,
+        task: Task,
+        *,
+        stream: LiteralFalse = ...,
+        full: LiteralFalse = ...,
+        **options: Unpack[MultiServerRunOptions],
     ) -> str: ...
 
     @overload
     def autonomous_discover_and_execute(
-        self, task: Task, *, stream: No = ..., full: Yes, **options: Unpack[MultiServerRunOptions]
+        self, task: Task, *, stream: LiteralFalse = ..., full: LiteralTrue, **options: Unpack[MultiServerRunOptions]
     ) -> RunResult: ...
 
     @overload
     def autonomous_discover_and_execute(
-        self, task: Task, *, stream: Yes, full: No = ..., **options: Unpack[MultiServerRunOptions]
+        self, task: Task, *, stream: LiteralTrue, full: LiteralFalse = ..., **options: Unpack[MultiServerRunOptions]
     ) -> RunStream: ...
 
     @overload
@@ -270,8 +290,8 @@ class DynamicAutonomousAgent(Owner):
         """Runs a task with the tools of all enabled MCP servers.
 
         It works like `autonomous_with_multiple_mcps` with the names of all enabled servers, except that the default of
-        `on_mcp_error` is "continue". All other arguments, the return value and further errors are described at
-        `autonomous_with_mcp`.
+        `on_mcp_error` is "continue". `autonomous_with_mcp` describes the other arguments, the return value and the
+        other errors.
 
         Raises:
             MCPError: No server is enabled, or the configuration file cannot be read.
