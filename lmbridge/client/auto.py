@@ -1,4 +1,4 @@
-"""`limits="auto"`: limits that the server itself reports."""
+"""The option `limits="auto"`: the client asks the server how many requests and models it can handle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
 DEFAULT_SLOTS: Final = 4
-"""Concurrent generations if LM Studio or a llama.cpp router does not report them: the default of both."""
+"""The slots of an LM Studio or a llama.cpp router that does not report them: both have this default."""
 
 
 def limits_of(info: ServerInfo) -> Limits:
@@ -43,10 +43,12 @@ def limits_of(info: ServerInfo) -> Limits:
 
 
 class AutoLimits:
-    """Asks the server of a transport for its limits: what `Transport` calls in place of fixed limits.
+    """A callable that asks a server for its limits.
+
+    A `Transport` accepts it in place of fixed limits, and calls it when it needs to know them.
 
     Args:
-        at_most: The most concurrent generations, even if the server can do more. Default: no bound.
+        at_most: The limit on concurrent generations that applies even if the server can handle more. Default: no limit.
     """
 
     def __init__(self, at_most: float = math.inf) -> None:
@@ -76,7 +78,7 @@ def resolve_limits(limits: Limits | AutoLimits | Literal["auto"] | None) -> Limi
     """Returns the option `limits` of a client in the form that `Transport` takes.
 
     Raises:
-        LLMValidationError: It is something else.
+        LLMValidationError: The option is neither a `Limits`, nor "auto", nor None.
     """
     if limits == "auto":
         return AutoLimits()

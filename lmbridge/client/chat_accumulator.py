@@ -1,13 +1,13 @@
 """Chunks of a stream, accumulated into the reply that the plain call would have returned.
 
-Accumulation is incremental: each chunk is merged when it is handed to the caller, and only its text is kept. So the
-reply so far is there at any moment, which every error needs for its `.partial`.
+Accumulation is incremental: each chunk is merged when it is handed to the caller, and only its text is kept. The reply
+so far is therefore available at any moment, and every error can carry it as `.partial`.
 
 The alternatives were worse. Keeping the chunks and merging them on demand is simpler, but a long answer then holds
-thousands of nested dicts, which cost memory and slow the garbage collector down, and every look at `.partial` starts
-over. Merging only in `collect` leaves an error without what had arrived. A generic recursive merge, as some libraries
-use it, gets names, roles, usage and tool calls wrong, because servers repeat some fields and leave others out; so each
-known field has its own rule, and the generic merge is used only for the others.
+thousands of nested dicts, which cost memory and slow the garbage collector down, and each access to `.partial` merges
+them all again. If only `collect` merged chunks, errors could not carry a partial reply. A generic recursive merge, as
+some libraries use it, gets names, roles, usage and tool calls wrong, because servers repeat some fields and leave
+others out. Therefore each known field has its own rule, and the generic merge is used only for unknown fields.
 
 `add` runs once for each token of every stream, which makes it one of the three places in lmbridge where speed is worth
 some readability. A chunk that holds nothing but one more piece of text, or of arguments, takes a fast path; any other
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from lmbridge.types import ChatCompletion
 
 _TEXT_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
-"""Fields of a delta, besides `content`, whose values are pieces of a text."""
+"""The fields of a delta, besides `content`, whose values are pieces of a text."""
 _CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason"})
-"""Fields that every choice of a chunk has."""
-_SHOWN_CHARACTERS: Final = 200
-"""Characters of a malformed chunk that the error shows."""
+"""The fields that every choice of a chunk has."""
+_QUOTED_CHUNK_CHARACTERS: Final = 200
+"""The number of characters of a malformed chunk that the error quotes."""
 
 
 class ChatAccumulator:
-    """A chat completion, as far as its chunks have arrived.
+    """Merges the chunks of a chat completion into the reply so far.
 
     For example::
 
@@ -56,7 +56,7 @@ class ChatAccumulator:
 
     Attributes:
         has_begun: Whether any chunk was added.
-        has_delta: Whether any chunk added something to a message; its role alone counts.
+        has_delta: Whether any chunk had a delta with at least one field; a role alone is enough.
         usage: The token usage in the last chunk that had one, or None.
     """
 
@@ -104,7 +104,7 @@ class ChatAccumulator:
         Raises:
             LLMStreamError: The chunk does not have the shape of a chat completion chunk.
         """
-        # The fast path. Some servers repeat the usage in each chunk, or begin to in the middle, so it is looked at.
+        # The fast path. It checks for usage, because some servers send it in every chunk, or begin to in mid-stream.
         try:
             (choice,) = chunk["choices"]
             delta = choice["delta"]
@@ -126,11 +126,11 @@ class ChatAccumulator:
         if is_simple and self._choices[0].extend_last_call(delta.get("tool_calls")):
             return
         try:
-            self._add_slowly(chunk)
+            self._add_by_slow_path(chunk)
         except (AttributeError, TypeError, ValueError) as exc:
-            raise _unknown_shape(chunk, exc) from exc
+            raise _unknown_shape_error(chunk, exc) from exc
 
-    def _add_slowly(self, chunk: Mapping[str, Any]) -> None:
+    def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> None:
         self.has_begun = True
         fields, values = self._fields, chunk.values()
         if None in values or "" in values:
@@ -138,7 +138,7 @@ class ChatAccumulator:
             fields.update({key: value for key, value in chunk.items() if value not in (None, "") or key not in fields})
         else:
             fields.update(chunk)
-        # `reply` fills this in; the key stands here to keep the order of the fields.
+        # `reply` replaces this value. The key is set here so that the fields keep the order in which they arrived.
         fields["choices"] = None
         self.usage = chunk.get("usage") or self.usage
         for part in chunk.get("choices") or ():
@@ -150,7 +150,8 @@ class ChatAccumulator:
                 choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
                 self._choices[index] = choice
             self.has_delta |= choice.add(part)
-        # The fast path creates no choice, and merges no fields: it is for chunks that have those of this one.
+        # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
+        # this one.
         self._fast_path_fields = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
 
     def reply(self) -> ChatCompletion:
@@ -161,9 +162,9 @@ class ChatAccumulator:
 
 
 class TextAccumulator(ChatAccumulator):
-    """A text completion, as far as its chunks have arrived.
+    """Merges the chunks of a text completion into the reply so far.
 
-    It is accumulated as a chat completion whose content is the text, and has another shape only on its way in and out.
+    Each chunk is converted to one of a chat completion whose content is the text, and the result is converted back.
     """
 
     __slots__ = ()
@@ -177,7 +178,7 @@ class TextAccumulator(ChatAccumulator):
         try:
             choices = [_as_chat_choice(choice) for choice in chunk.get("choices") or ()]
         except (AttributeError, TypeError, ValueError) as exc:
-            raise _unknown_shape(chunk, exc) from exc
+            raise _unknown_shape_error(chunk, exc) from exc
         super().add({**chunk, "choices": choices})
 
     def reply(self) -> Any:
@@ -199,7 +200,7 @@ def accumulator_for(chunk: object) -> ChatAccumulator:
 
 
 class _ChoiceAccumulator:
-    """One of the answers. What most answers do not have is created only when it arrives."""
+    """Merges the pieces of one answer. Fields that most answers lack are created only when they arrive."""
 
     __slots__ = (
         "_choice_fields",
@@ -219,7 +220,7 @@ class _ChoiceAccumulator:
         self._other_texts: dict[str, io.StringIO] | None = None
         self._tool_calls: ToolCallAccumulator | None = None
         self._function_call: FunctionCallAccumulator | None = None
-        # Fields that are not known, of the message and of the choice around it.
+        # Unknown fields of the message, and of the choice that contains it.
         self._message_fields: dict[str, Any] | None = None
         self._choice_fields: dict[str, Any] | None = None
 
@@ -230,15 +231,15 @@ class _ChoiceAccumulator:
         return any(text.tell() for text in texts) or any(other is not None for other in others)
 
     def extend_last_call(self, pieces: Any) -> bool:
-        """Appends to the last tool call if the pieces hold only arguments; returns whether they were added."""
+        """Appends the pieces to the last tool call if they contain only arguments, and returns whether they did."""
         return self._tool_calls is not None and self._tool_calls.extend_last(pieces)
 
     def add(self, part: Mapping[str, Any]) -> bool:
-        """Adds a choice of a chunk; returns whether it had a delta that was not empty."""
+        """Adds a choice of a chunk, and returns whether its delta had any field."""
         delta = part.get("delta") or {}
         for key, value in delta.items():
             if value is not None:
-                self._add_to_message(key, value)
+                self._add_message_field(key, value)
         self.finish_reason = part.get("finish_reason") or self.finish_reason
         if not part.keys() <= _CHOICE_FIELDS:
             for key, value in part.items():
@@ -247,7 +248,7 @@ class _ChoiceAccumulator:
                     merge_field(self._choice_fields, key, value)
         return bool(delta)
 
-    def _add_to_message(self, key: str, value: Any) -> None:
+    def _add_message_field(self, key: str, value: Any) -> None:
         if key == "content":
             self._content.write(value)
         elif key == "role":
@@ -286,6 +287,6 @@ def _as_chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     return part
 
 
-def _unknown_shape(chunk: object, exc: Exception) -> LLMStreamError:
-    shown = shorten(repr(chunk), _SHOWN_CHARACTERS)
+def _unknown_shape_error(chunk: object, exc: Exception) -> LLMStreamError:
+    shown = shorten(repr(chunk), _QUOTED_CHUNK_CHARACTERS)
     return LLMStreamError(f"the stream holds a chunk of an unknown shape: {shown}", exc)

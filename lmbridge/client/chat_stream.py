@@ -1,4 +1,4 @@
-"""The stream of a chat completion, and what it shares with that of a text completion."""
+"""The streams of chat completions, and their base class, which text completions share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lmbridge.errors import LLMError
 from lmbridge.transport import EventStream
 
 if TYPE_CHECKING:
-    from lmbridge.types import ChatCompletion, ChatCompletionChunk  # noqa: F401 - in the quotes of a base class
+    from lmbridge.types import ChatCompletion, ChatCompletionChunk  # noqa: F401 - named in quotes below
 
 _Chunk = TypeVar("_Chunk")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
 class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
-    """A stream whose events are chunks with `choices`: that of a chat or a text completion."""
+    """A stream of chunks with `choices`, which is what chat and text completions send."""
 
     __slots__ = ()
 
@@ -28,7 +28,7 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         """Adds a chunk to the reply and returns it.
 
         Raises:
-            LLMError: It reports an error instead, or is a chunk of another model's reply.
+            LLMError: The object reports an error, or another model continues the reply.
         """
         if failures.is_error_object(value):
             raise self._server_error(data.strip().decode("utf-8", "replace"))
@@ -51,16 +51,16 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 for choice in chunk["choices"]:
                     print(choice["delta"].get("content") or "", end="")
 
-    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises,
-    with what had arrived in `.partial`. Leaving it early, in any way, closes the connection, so that the server stops
-    generating, and frees its slot.
+    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises
+    an error whose `.partial` is the reply so far. Leaving it early, in any way, closes the connection, so that the
+    server stops generating, and frees its slot.
 
     Raises (while it is iterated):
         LLMStreamError: The stream was cut off, or the server reported an error other than those below.
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
-        ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: Another model continued the answer (unless with `model_mismatch="ignore"`).
+        ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
 
@@ -74,8 +74,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
     async def __anext__(self) -> ChatCompletionChunk:
         """Returns the next chunk.
 
-        The fast path, for a chunk that only continues the reply, is written out here, because a method call for each
-        chunk would be measurable. Any other event is left to `_read_object` and `_read_event`.
+        The fast path, for a chunk that only continues the reply, is written out here because another method call for
+        each chunk would cost measurable time. `_read_object` and `_read_event` handle all other events.
         """
         while True:
             for event in self._pending:

@@ -32,7 +32,7 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
         super().__init__(events, mismatch_policy, redact, TextAccumulator(choices))
 
     def _read_event(self, event: Event) -> TextCompletionChunk | None:
-        # llama.cpp sends a null before the answers to several prompts.
+        # llama.cpp sends a null before the chunks of each of several prompts.
         return None if event == _NULL else super()._read_event(event)
 
 

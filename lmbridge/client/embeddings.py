@@ -1,4 +1,7 @@
-"""Embeddings (`/v1/embeddings`): one for each input, in the order of the inputs, or an error."""
+"""Embeddings (`/v1/embeddings`).
+
+A reply has exactly one embedding for each input, in the order of the inputs; anything else is an error.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,14 @@ async def _embed_in_batches(server: ServerApi, body: dict[str, Any], texts: list
 
 
 async def _embed_batch(server: ServerApi, body: dict[str, Any], first: int, count: int) -> Embeddings:
-    """Sends one request, whose inputs are number `first` and the following of all inputs."""
+    """Sends one request for `count` of the inputs.
+
+    Args:
+        server: The server.
+        body: The body of the request, with the inputs of this batch only.
+        first: The position of the batch's first input among all inputs, for errors.
+        count: The number of inputs in the batch.
+    """
     reply = await server.request(server.build_post("embeddings", "/embeddings", body, body.get("model")))
     value = server.json_object(reply)
     entries = _sorted_entries(value.get("data"), count)
@@ -90,7 +100,7 @@ def _invalid_embedding(server: ServerApi, reply: Reply, number: int) -> LLMRespo
         reply,
         "embeddings",
         message=f"the embedding of input {number} is not a list of finite numbers",
-        hint="the model computed no valid one for this text; try another text, or another quantization of the model",
+        hint="the model failed to embed this text; change the text, or use another quantization of the model",
     )
 
 
@@ -98,10 +108,10 @@ def _check_same_model(server: ServerApi, old: str | None, new: str | None) -> No
     """Refuses to put vectors of two models side by side, because they cannot be compared."""
     if old and new and old != new:
         raise ModelChangedDuringExecutionError(
-            f"the first batch was embedded by model {old!r}, a later one by {new!r}",
+            f"the first batch was embedded by model {old!r}, but a later one by {new!r}",
             old,
             new,
-            hint="the server swapped models meanwhile; send requests for different models one after another",
+            hint="the server swapped models between two requests; Limits(max_loaded_models=1) can prevent that",
             context={"operation": "embeddings", "url": f"{server.transport.api_base}/embeddings"},
         )
 

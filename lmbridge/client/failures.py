@@ -1,13 +1,13 @@
-"""Reads the errors of model servers: which class of ours an error is, and whether the request may be sent again.
+"""Classifies the errors of model servers: which exception to raise, and whether the request may be sent again.
 
-The body of a reply decides, not its status alone: llama.cpp reports mistakes of the client with status 500, LM Studio
-reports errors with status 200, and every server words the same failure differently. So a body is first parsed into an
-`ErrorBody`, whatever its JSON looks like, and its message is then searched for the patterns below. They were all seen
-on real servers or in their issue trackers. The tests quote each of them, in `tests/client/test_failures.py` or as a
-capture in `tests/data`.
+The status alone is not enough: llama.cpp reports mistakes of the client with status 500, LM Studio reports errors with
+status 200, and every server words the same failure differently. Therefore a body is first parsed into an `ErrorBody`,
+whatever its JSON looks like, and its message is then searched for the patterns below. All of them were seen on real
+servers or in their issue trackers, and the tests quote each of them, in `tests/client/test_failures.py` or as a capture
+in `tests/data`.
 
-Deciding by texts is fragile. It is done because no field exists that all servers fill in, and so that an unknown text
-does no harm: the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
+Matching texts is fragile, but there is no field that all servers fill in. A text that no pattern matches does no harm:
+the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lmbridge.errors import (
 from lmbridge.transport import Reply, Verdict
 
 _SEARCHED_CHARACTERS: Final = 10_000
-"""Characters of an error's message that are searched for patterns."""
+"""The number of characters of a message, from its beginning, that are searched for patterns."""
 
 
 class _Patterns:
@@ -62,14 +62,14 @@ class _Patterns:
         return self._compiled.match(text)
 
 
-# What errors say. These are searched for in `ErrorBody.searched_text`, never in a successful reply.
+# The texts of errors. They are searched for in `ErrorBody.searched_text`, never in a successful reply.
 
-_NOTHING_LOADED: Final = _Patterns(
+_NO_MODEL_LOADED: Final = _Patterns(
     r"\bno models? (are |is )?(currently )?loaded\b",  # LM Studio
     r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
 )
-_EVICTED: Final = _Patterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
-_NOT_LOADED: Final = _Patterns(
+_MODEL_EVICTED: Final = _Patterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
+_MODEL_LOAD_FAILED: Final = _Patterns(
     r"\binsufficient system resources\b",  # LM Studio's guardrails
     r"\brequires more (system |gpu )?memory\b",  # Ollama
     r"\bout of memory\b",
@@ -82,10 +82,10 @@ _NOT_LOADED: Final = _Patterns(
     r"\bunknown exception during inferencing\b",  # older LM Studio, for a crash
     r"\brunner (process )?has (terminated|unexpectedly stopped)\b",  # Ollama
 )
-_CONTEXT: Final = _Patterns(
+_CONTEXT_EXCEEDED: Final = _Patterns(
     r"\bexceed_context_size_error\b",  # llama.cpp
     r"\bcontext_length_exceeded\b",  # OpenAI, llama-cpp-python
-    # Except "must not exceed", which is about a parameter.
+    # "must not exceed the context length" is excluded, because it is about a parameter and not about the prompt.
     r"(?<!not )\bexceed(s|ed)? (\S{1,40} ){0,3}context (length|size|window)\b",  # llama.cpp, Ollama, SGLang
     r"\bcontext (length|size|window) (has been )?exceeded\b",  # llama.cpp and MLX, while they generate
     r"\bmaximum context length is \d",  # OpenAI, vLLM, llama-cpp-python
@@ -95,18 +95,20 @@ _CONTEXT: Final = _Patterns(
     r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
     r"\breached context length of \d",  # LM Studio
 )
-_NOT_FOUND: Final = _Patterns(
+_MODEL_NOT_FOUND: Final = _Patterns(
     r"\bmodel_not_found\b",
     r"\binvalid model identifier\b",  # LM Studio
     r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
-    # Without quotes it must look like a name: with a digit, or one of the signs that names have.
+    # A name without quotes is only recognized if it contains a digit or one of "/", ":" and "@".
     r"\bmodel \S{0,99}[\d/:@]\S{0,99} (was )?(not found|does not exist)\b",
     r"^(the )?(requested )?model (was )?not found\b",
     r"\bcould not find (real )?modelid for\b",  # llama-swap
     r"\binvalid model name passed\b",  # litellm
 )
-_LOADING: Final = _Patterns(r"\bloading\b")
-_LOADING_FAILED: Final = _Patterns(_NOT_LOADED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b")
+_STILL_LOADING: Final = _Patterns(r"\bloading\b")
+_NO_LONGER_LOADING: Final = _Patterns(
+    _MODEL_LOAD_FAILED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b"
+)
 # These are searched for in the type and the code alone, because a message may mention them for other reasons.
 _AUTHENTICATION: Final = _Patterns(r"invalid_api_key", r"authentication_?error", r"unauthorized")
 _RATE_LIMIT: Final = _Patterns(r"rate_?limit")
@@ -131,13 +133,13 @@ _REQUEST_MISTAKE: Final = _Patterns(
     r"\btool with name .{1,80} not found\b",  # llama-cpp-python
     r"\bcan only concatenate str\b",  # llama-cpp-python
 )
-# Messages that begin like this go on with a piece of the request, so what they contain may be the caller's own words.
+# After such a beginning, a message quotes a part of the request, so the words in it may be the caller's.
 _QUOTES_REQUEST: Final = _Patterns(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
-# An HTML page and a JSON object that was cut off are not error messages; the words in them may be about anything.
+# An HTML page or truncated JSON is not an error message, so the words in it mean nothing.
 _HTML_PAGE: Final = _Patterns(r"\s*<(!doctype|\?xml|html|head|body)\b")
 _BROKEN_JSON: Final = _Patterns(r"\s*(\{|\[\s*[\[{\"])")
 
-_STATUS: Final = _Patterns(r"[1-5]\d\d\Z")
+_HTTP_STATUS: Final = _Patterns(r"[1-5]\d\d\Z")
 
 _UNKNOWN_PATH: Final = _Patterns(
     r"unexpected endpoint or method",  # LM Studio, with status 200
@@ -148,12 +150,12 @@ _UNKNOWN_PATH: Final = _Patterns(
     r"^cannot (get|post) /",
 )
 
-# Where a message lists the models that exist.
+# The parts of messages that list the models which exist.
 _MODEL_LISTS: Final = (
     _Patterns(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
     _Patterns(r"your models:\s*(?P<names>.+)"),  # one name a line
 )
-_QUOTED: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
+_QUOTED_NAME: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
     _Patterns(pattern)
     for pattern in (
@@ -221,25 +223,25 @@ class ErrorBody:
     type_and_code: str = ""
     """The fields `type` and `code`, separated by a space."""
     code: int | None = None
-    """The field `code`, if it is an HTTP status."""
+    """The field `code` if it is an HTTP status, else None."""
     fields: Mapping[str, Any] = attrs.field(factory=dict)
     """The JSON object that holds the message, or an empty one."""
     is_text: bool = False
-    """Whether the body is something else than a JSON object."""
+    """Whether the body is not a JSON object."""
 
     @property
     def searched_text(self) -> str:
         """The text that the patterns search: message, type and code, or type and code alone.
 
-        The message is left out if it quotes the request or is not an error message at all, because a word of the
-        caller's must not decide what the error is.
+        The message is left out if it quotes the request or is not an error message at all. Otherwise a word in the
+        caller's prompt could decide the class of the error.
         """
-        quotes_others = (
+        is_unreliable = (
             _QUOTES_REQUEST.match(self.message)
             or _HTML_PAGE.match(self.message)
             or (self.is_text and _BROKEN_JSON.match(self.message))
         )
-        if quotes_others:
+        if is_unreliable:
             return self.type_and_code
         return f"{self.message[:_SEARCHED_CHARACTERS]} {self.type_and_code}"
 
@@ -261,7 +263,7 @@ def parse_error_body(text: str) -> ErrorBody:
         fallback = _to_json(error) if isinstance(error, Mapping | list) and error else stripped
         message = next(_messages_in(fields, value), fallback)
     kind, code = _short_text(fields.get("type")), _short_text(fields.get("code"))
-    return ErrorBody(message, text, f"{kind} {code}", int(code) if _STATUS.match(code) else None, fields)
+    return ErrorBody(message, text, f"{kind} {code}", int(code) if _HTTP_STATUS.match(code) else None, fields)
 
 
 _MESSAGE_FIELDS: Final = ("message", "detail", "details")
@@ -322,12 +324,15 @@ def reports_error(data: bytes) -> bool:
 
 
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
-    """Decides whether a request that was answered with an HTTP error is sent again: the transport's `Classify`."""
+    """Decides whether a request that was answered with an HTTP error is sent again.
+
+    The transport calls it as the `classify` of a request.
+    """
     error_body = parse_error_body(body.decode("utf-8", "replace"))
     text = error_body.searched_text
-    if _NOTHING_LOADED.search(text):
+    if _NO_MODEL_LOADED.search(text):
         return Verdict.FAIL
-    if status == 503 and _LOADING.search(text) and not _LOADING_FAILED.search(text):
+    if status == 503 and _STILL_LOADING.search(text) and not _NO_LONGER_LOADING.search(text):
         return Verdict.POLL
     if status in (408, 429, 502, 503, 504):
         return Verdict.RETRY
@@ -341,7 +346,7 @@ def _is_request_mistake(error_body: ErrorBody) -> bool:
 
 
 def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | None:
-    """Returns the class of an error by its status and its body, or None if they name none in particular.
+    """Returns the class of an error by its status and its body, or None if neither says what went wrong.
 
     Args:
         error_body: The parsed body.
@@ -353,24 +358,24 @@ def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | N
     if code == 429 or _RATE_LIMIT.search(error_body.type_and_code):
         return LLMRateLimitError
     text = error_body.searched_text
-    return next((kind for patterns, kind in _CLASSES if patterns.search(text)), None)
+    return next((kind for patterns, kind in _ERROR_CLASSES if patterns.search(text)), None)
 
 
-_CLASSES: Final[tuple[tuple[_Patterns, type[LLMError]], ...]] = (
-    (_CONTEXT, ContextLengthExceededError),
-    (_NOTHING_LOADED, ModelLoadError),
-    (_EVICTED, ModelLoadError),
-    (_NOT_LOADED, ModelLoadError),
-    (_NOT_FOUND, ModelNotFoundError),
+_ERROR_CLASSES: Final[tuple[tuple[_Patterns, type[LLMError]], ...]] = (
+    (_CONTEXT_EXCEEDED, ContextLengthExceededError),
+    (_NO_MODEL_LOADED, ModelLoadError),
+    (_MODEL_EVICTED, ModelLoadError),
+    (_MODEL_LOAD_FAILED, ModelLoadError),
+    (_MODEL_NOT_FOUND, ModelNotFoundError),
 )
-"""What an error means, by the first group of patterns that it matches."""
+"""The class of an error for each group of patterns. The first group that matches decides."""
 
 
 # Making errors
 
 
 def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
-    """Returns the error for a whole reply that is not the one that was asked for."""
+    """Returns the error for a plain reply that reports a failure or has an unexpected shape."""
     error_body = parse_error_body(redact(reply.body.decode("utf-8", "replace")))
     details = ErrorDetails(context=reply.call.context(), status=reply.status)
     if 300 <= reply.status < 400:
@@ -407,7 +412,7 @@ def _make_error(kind: type[LLMError], message: str, error_body: ErrorBody, detai
     details = {**details, "body": error_body.text, "hint": _hint(kind, error_body, details.get("status"))}
     if kind is ModelNotFoundError:
         asked = (details.get("context") or {}).get("model")
-        if asked is None and (quoted := _QUOTED.search(error_body.message)):
+        if asked is None and (quoted := _QUOTED_NAME.search(error_body.message)):
             asked = quoted[1]
         return ModelNotFoundError(asked, _models_listed_in(error_body.message), **details)
     if kind is ContextLengthExceededError:
@@ -418,9 +423,9 @@ def _make_error(kind: type[LLMError], message: str, error_body: ErrorBody, detai
 
 def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> str | None:
     if kind is ModelLoadError:
-        if _EVICTED.search(error_body.searched_text):
+        if _MODEL_EVICTED.search(error_body.searched_text):
             return _EVICTED_HINT
-        if _NOTHING_LOADED.search(error_body.searched_text):
+        if _NO_MODEL_LOADED.search(error_body.searched_text):
             return _LOAD_HINT
     elif kind not in _HINTS:
         has_no_message = not error_body.message or _HTML_PAGE.match(error_body.message)
@@ -441,7 +446,7 @@ def _models_listed_in(message: str) -> list[str]:
 
 
 def _token_counts(error_body: ErrorBody) -> tuple[int | None, int | None]:
-    """Returns the tokens of the prompt and of the context: llama.cpp has fields for them, others say it in the text."""
+    """Returns the tokens of the prompt and of the context, from llama.cpp's fields or from the text of the message."""
     prompt, length = error_body.fields.get("n_prompt_tokens"), error_body.fields.get("n_ctx")
     return (
         prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, error_body.message),

@@ -13,10 +13,10 @@ from lmbridge.errors import LLMValidationError
 
 _MAGIC_NUMBERS: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _MEDIA_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/jpg"})
-_SHOWN_CHARACTERS: Final = 200
-"""Characters of an argument that an error repeats."""
+_QUOTED_ARGUMENT_CHARACTERS: Final = 200
+"""The number of characters of an argument that an error quotes."""
 _SOURCES_HINT: Final = "give a path, the bytes of a file, or a data URL like 'data:image/png;base64,...'"
-_CONVERT_HINT: Final = "convert it to PNG or JPEG: local servers read little else"
+_CONVERT_HINT: Final = "convert it to PNG or JPEG: few local servers read other formats"
 
 
 def image_part(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def image_part(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
         question = {"type": "text", "text": "What is in this picture?"}
         await client.chat_completion([{"role": "user", "content": [question, image_part("picture.png")]}])
 
-    The format is recognized by the first bytes, whatever the name of the file or the label in the URL is. URLs on the
-    web are refused, because local servers do not fetch them (LM Studio answers them with 400).
+    The first bytes decide which of the two formats it is, not the name of the file or the media type of a data URL.
+    URLs on the web are refused, because local servers do not fetch them (LM Studio answers them with 400).
 
-    A file is read at once, which blocks. In an event loop, give the bytes, or call this function with
+    A file is read synchronously, which blocks. In an event loop, give the bytes, or call this function with
     `asyncio.to_thread`.
 
     Args:
@@ -59,7 +59,7 @@ def _read_source(source: object) -> bytes:
             return _decode_data_url(source)
         if scheme.startswith(("http://", "https://")):
             raise LLMValidationError(
-                f"the image is a URL, {_shown(source)}", hint="fetch it first: local servers take images inline"
+                f"the image is a URL, {_quoted(source)}", hint="fetch it first: local servers take images inline"
             )
     elif not isinstance(source, os.PathLike):
         raise wrong_type("the image", "a path, bytes or a data URL", source, _SOURCES_HINT)
@@ -71,7 +71,7 @@ def _read_source(source: object) -> bytes:
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise LLMValidationError(
-            f"cannot read the image {_shown(str(source))}: {reason}", exc, hint=_SOURCES_HINT
+            f"cannot read the image {_quoted(str(source))}: {reason}", exc, hint=_SOURCES_HINT
         ) from exc
 
 
@@ -80,7 +80,7 @@ def _decode_data_url(url: str) -> bytes:
     media_type, *options = head[len("data:") :].lower().split(";")
     if media_type not in _MEDIA_TYPES:
         raise LLMValidationError(
-            f"the data URL is labelled {_shown(media_type)}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
+            f"the data URL is labelled {_quoted(media_type)}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
         )
     if "base64" not in options:
         raise LLMValidationError("the data URL is not base64", hint=_SOURCES_HINT)
@@ -90,5 +90,5 @@ def _decode_data_url(url: str) -> bytes:
         raise LLMValidationError(f"the data URL is not valid base64: {exc}", exc, hint=_SOURCES_HINT) from exc
 
 
-def _shown(text: str) -> str:
-    return repr(shorten(text, _SHOWN_CHARACTERS))
+def _quoted(text: str) -> str:
+    return repr(shorten(text, _QUOTED_ARGUMENT_CHARACTERS))

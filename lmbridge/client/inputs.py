@@ -1,7 +1,7 @@
-"""Checks of what a model is given: the messages of a chat, the prompts of a completion, the texts of an embedding.
+"""Checks the inputs of a model: the messages of a chat, the prompts of a completion, the texts of an embedding.
 
-A wrong input is refused before anything is sent, with its place in the argument. Servers answer such mistakes with a
-500, with a 400 in the words of a C++ library, or with a reply to something else.
+An invalid input raises an error before anything is sent, and the error names the place of the mistake. A server would
+answer with a 500, with a 400 in the words of a C++ library, or with a reply to something else.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lmbridge._checks import is_integer, wrong_type
 from lmbridge.errors import LLMValidationError
 
 Text = str | Sequence[int]
-"""A text, or its token ids."""
+"""A text, as a string or as its token ids."""
 Texts = Text | Sequence[Text]
 """One text, or several."""
 
 _EXAMPLE_MESSAGES = "[{'role': 'user', 'content': 'Hello'}]"
 _TEXTS_HINT = "give a string, a list of strings, or token ids: a list of numbers for each text"
-# For `isinstance`. The concrete types stand first because the check against an abstract one is slow.
+# These tuples are for `isinstance`. Concrete types come first, because checks against abstract classes are slow.
 _MAPPING_TYPES = (dict, Mapping)
 _SEQUENCE_TYPES = (list, Sequence)
 _STRING_TYPES = (str, bytes, bytearray)
@@ -27,7 +27,10 @@ _CONTENT_TYPES = (str, list, tuple)
 
 
 class CheckedMessages(list[dict[str, Any]]):
-    """Messages that need no check: an agent's history, which grows with each request, checks them as they are added."""
+    """Messages that are known to be valid, so that `check_messages` skips them.
+
+    An agent's history uses it: the history checks each message once when it is added, instead of all at each request.
+    """
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -95,8 +98,8 @@ def _check_text_or_tokens(name: str, text: Any, allow_empty: bool) -> None:
     if not text:
         raise LLMValidationError(f"{name} is an empty list", hint=_TEXTS_HINT)
     if not all(map(is_integer, text)):
-        wrong = next(number for number, token in enumerate(text) if not is_integer(token))
-        raise wrong_type(f"{name}[{wrong}]", "a token id like those before it", text[wrong], _TEXTS_HINT)
+        position = next(number for number, token in enumerate(text) if not is_integer(token))
+        raise wrong_type(f"{name}[{position}]", "a token id like those before it", text[position], _TEXTS_HINT)
 
 
 def _is_list(value: object) -> bool:

@@ -1,8 +1,8 @@
 """Strict encoding of requests as JSON, and lenient decoding of replies.
 
-msgspec encodes and decodes, because it is several times faster than `json`, and a stream decodes once for each token.
-What it refuses in a reply goes to `json`, because servers send NaN and halves of surrogate pairs, and an answer is not
-worth losing over them.
+msgspec does the work, because it is several times faster than `json`, and a stream decodes JSON once for each token. A
+reply that msgspec refuses is decoded again with `json`, which accepts NaN and halves of surrogate pairs: servers send
+both, and an answer should not be lost because of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lmbridge.errors import LLMValidationError
 
 
 def _as_builtin(value: Any) -> Any:
-    """Returns a mapping or a sequence of any other class as a dict or a list: the encoder's hook."""
+    """Converts a mapping or sequence that msgspec does not know to a dict or a list; msgspec calls it as its hook."""
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return dict(value)
     if isinstance(value, Sequence) and not isinstance(value, list | tuple):
         return list(value)
-    raise TypeError(f"it has no representation for a {type(value).__name__}")
+    raise TypeError(f"JSON has no representation of {type(value).__name__}")
 
 
 _encode = msgspec.json.Encoder(enc_hook=_as_builtin).encode
@@ -31,14 +31,14 @@ decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().de
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
 _DEEPEST_PATH = 50
-"""Levels at which the search for a value that cannot be encoded stops: a list may contain itself."""
+"""The depth at which the search for a value that cannot be encoded stops, because a list may contain itself."""
 
 
 def encode_body(body: Mapping[str, Any]) -> bytes:
     """Encodes the body of a request.
 
     Raises:
-        LLMValidationError: The body holds something that JSON does not have; the text says where.
+        LLMValidationError: The body contains a value that JSON does not have; the text says where.
     """
     try:
         data = _encode(body)
@@ -57,7 +57,7 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
 
 
 def decode_json(data: bytes) -> Any:
-    """Decodes JSON, and what servers send in its place: NaN, half a surrogate pair, invalid UTF-8, a byte order mark.
+    """Decodes JSON leniently: NaN, half a surrogate pair, invalid UTF-8 and a byte order mark are accepted.
 
     An invalid byte becomes U+FFFD.
 
@@ -72,7 +72,7 @@ def decode_json(data: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
         reason = str(exc)
-    # Raised outside of the `except`, because an exception of `json` holds the whole text.
+    # This is raised outside of the `except`, because an exception of `json` contains the whole text.
     raise ValueError(reason)
 
 

@@ -47,16 +47,16 @@ class ChatStream(Stream[ChatCompletionChunk]):
                 for choice in chunk["choices"]:
                     print(choice["delta"].get("content") or "", end="")
 
-    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises,
-    with what had arrived in `.partial`. Leaving it early, in any way, closes the connection, so that the server stops
-    generating, and frees its slot.
+    Iterate it once, from one task at a time. It ends after `[DONE]`, or after a finish reason; any other end raises
+    an error whose `.partial` is the reply so far. Leaving it early, in any way, closes the connection, so that the
+    server stops generating, and frees its slot.
 
     Raises (while it is iterated):
         LLMStreamError: The stream was cut off, or the server reported an error other than those below.
         ContextLengthExceededError, ModelLoadError, LLMRateLimitError, ...: The server reported this error.
         LLMTimeoutError: A limit was exceeded; `phase` is "first_byte", "idle" or "total".
-        ModelMismatchError: Another model answers than the one that was asked for (`model_mismatch="raise"`).
-        ModelChangedDuringExecutionError: Another model continued the answer (unless with `model_mismatch="ignore"`).
+        ModelMismatchError: The model that answers was not asked for (only with `model_mismatch="raise"`).
+        ModelChangedDuringExecutionError: Another model continued the answer (except with `model_mismatch="ignore"`).
         TaskCancelledError: The stream was closed, by another task or before its end.
     """
 

@@ -315,7 +315,7 @@ def test_the_fast_path_for_text_gives_the_result_of_the_slow_path(usage: dict[st
         for number, chunk in enumerate(chunks):
             sent = {**chunk, **({"usage": {"completion_tokens": number}} if usage is None else usage)}
             fast.add(sent)
-            slow._add_slowly(sent)
+            slow._add_by_slow_path(sent)
             assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
                 slow.has_begun,
                 slow.has_delta,
@@ -349,7 +349,7 @@ def test_the_fast_path_for_arguments_gives_the_result_of_the_slow_path() -> None
         for piece in pieces:
             chunk = a_chunk(a_choice({"tool_calls": piece}))
             fast.add(chunk)
-            slow._add_slowly(chunk)
+            slow._add_by_slow_path(chunk)
             assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
                 slow.has_begun,
                 slow.has_delta,
@@ -373,7 +373,7 @@ def test_arguments_among_other_fields_take_the_slow_path() -> None:
         fast, slow = ChatAccumulator(), ChatAccumulator()
         for chunk in chunks:
             fast.add(chunk)
-            slow._add_slowly(chunk)
+            slow._add_by_slow_path(chunk)
         assert _without_ids(fast.reply()) == _without_ids(slow.reply())
 
 
