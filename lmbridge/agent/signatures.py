@@ -1,9 +1,9 @@
 """Reads the signature of a Python function: the JSON schema of its parameters, and how to convert JSON values to them.
 
 msgspec generates the schema and does the conversion, through a `msgspec.Struct` that is built with one field for each
-parameter. It supports the types of the standard library, attrs classes and dataclasses, and keeps the schema and the
-conversion consistent. Pydantic would do the same, but it is a heavy import for a library that needs nothing else of
-it, and validators written by hand would have to be kept in step with the schema.
+parameter, and keeps the schema and the conversion consistent; `typed_json` adds the types that it does not know, such
+as pydantic models. Pydantic could do all of it, but it is a heavy import for a library that needs nothing else of it,
+and validators written by hand would have to be kept in step with the schema.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Final, Union
 import attrs
 import msgspec
 
-from lmbridge.agent.docstrings import read_docstring
-from lmbridge.client.schemas import describe_fault
+from lmbridge._docstrings import read_docstring
+from lmbridge.client.typed_json import convert, describe_fault, description_of, json_schema, supported_type
 from lmbridge.errors import LLMValidationError
 
 _ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"
@@ -169,14 +169,14 @@ def _accepts(annotation: Any, wanted: type) -> bool:
 def _struct_field(name: str, hint: _ParameterHint) -> tuple[str, Any] | tuple[str, Any, Any]:
     """Returns the field of a parameter. One with a default stays unset, so that the function's own default applies."""
     if hint.default is inspect.Parameter.empty:
-        return name, hint.annotation
+        return name, supported_type(hint.annotation)
     # Some annotations, such as strings, do not support the `|` operator.
-    return name, Union[hint.annotation, msgspec.UnsetType], msgspec.UNSET  # noqa: UP007
+    return name, Union[supported_type(hint.annotation), msgspec.UnsetType], msgspec.UNSET  # noqa: UP007
 
 
 def _struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
     """Returns the JSON schema of a struct, with the struct itself at the top instead of behind a reference."""
-    generated = msgspec.json.schema(struct)
+    generated = json_schema(struct)
     definitions = generated["$defs"]
     schema: dict[str, Any] = definitions.pop(generated["$ref"].removeprefix("#/$defs/"))
     schema.pop("title", None)
@@ -185,8 +185,7 @@ def _struct_schema(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str | None) -> dict[str, Any]:
     """Returns the schema of a parameter with its description and its default, where these are known."""
-    texts = [each for each in getattr(hint.annotation, "__metadata__", ()) if isinstance(each, str)]
-    description = part.get("description") or next(iter(texts), docstring_entry)
+    description = part.get("description") or description_of(hint.annotation) or docstring_entry
     part = {**part, "description": description} if description else dict(part)
     # The default that msgspec generated is UNSET, not the default of the function.
     part.pop("default", None)
@@ -200,7 +199,7 @@ def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str 
 
 def _convert_arguments(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        converted = msgspec.convert(dict(values), struct, str_keys=True)
+        converted = convert(dict(values), struct)
     except msgspec.ValidationError as exc:
         raise ValueError(": ".join(describe_fault(exc))) from exc
     fields = ((name, getattr(converted, name)) for name in struct.__struct_fields__)

@@ -381,9 +381,17 @@ class LLMClient:
             body["stream"] = True
         return body
 
+    @overload
     async def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = None, **params: Any
-    ) -> _T:
+        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
+    ) -> _T: ...
+    @overload
+    async def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
+    ) -> Any: ...
+    async def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
+    ) -> Any:
         """Asks for an answer of a certain type: its JSON schema is sent along, and the answer is validated.
 
         An answer that is not valid is sent back to the model once, with what is wrong about it. The request is
@@ -392,12 +400,15 @@ class LLMClient:
         Args:
             messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
                 show the schema to the model.
-            type_: A dataclass, an attrs class, a TypedDict or a msgspec.Struct.
+            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
+                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
+                object in JSON is sent as the field `answer` of one, and its value is returned.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
 
         Returns:
-            An instance of the type.
+            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`; some of them
+            infer Any for `Literal` and for unions.
 
         Raises:
             LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is

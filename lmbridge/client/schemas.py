@@ -17,12 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import unquote
 
-import msgspec
-
 from lmbridge._checks import is_integer, is_number
-from lmbridge._text import excerpt
-
-_MSGSPEC_FAULT: Final = re.compile(r"(?P<fault>.*) - at (?P<path>`.*`)", re.DOTALL)
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
 _FORMATS: Final = ("date", "date-time", "time", "uuid")
@@ -71,7 +66,7 @@ def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     Objects allow no additional fields.
 
     Args:
-        schema: The result of `msgspec.json.schema`.
+        schema: The schema of the type, as `json_schema` returns it.
     """
     simplifier = _Simplifier(schema, close_objects=True, keep_recursion=True)
     whole = simplifier.simplify({key: value for key, value in schema.items() if key != "$defs"}, ())
@@ -305,14 +300,14 @@ def resolve_reference(root: Mapping[str, Any], ref: str) -> Any:
 
 
 def _recursive_definitions(definitions: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the names of msgspec's definitions that refer to themselves, directly or not."""
+    """Yields the names of the definitions that refer to themselves, directly or not."""
     for name in definitions:
         reached: set[str] = set()
         remaining = list(_references(definitions[name]))
         while remaining:
             if (reference := remaining.pop()) not in reached:
                 reached.add(reference)
-                remaining += _references(definitions[reference])
+                remaining += _references(definitions.get(reference))
         if name in reached:
             yield name
 
@@ -325,16 +320,3 @@ def _references(part: Any) -> Iterator[str]:
     if isinstance(part, list):
         for child in part:
             yield from _references(child)
-
-
-def describe_fault(error: Exception) -> tuple[str, str]:
-    """Returns where a value does not fit its type, such as `$.items[2].price`, and what is wrong there.
-
-    msgspec says both in the text of its error, and nowhere else.
-    """
-    text = str(error)
-    if not isinstance(error, msgspec.ValidationError):
-        return "$", f"it is not valid JSON: {text}"
-    found = _MSGSPEC_FAULT.fullmatch(text)
-    path, fault = (found["path"].replace("`", ""), found["fault"]) if found else ("$", text)
-    return path, excerpt(fault[:1].lower() + fault[1:])

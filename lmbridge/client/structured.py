@@ -1,11 +1,16 @@
-"""Structured answers: the schema of a type is sent along, and the answer becomes an instance of that type."""
+"""Structured answers: the schema of a type is sent along, and the answer becomes an instance of that type.
+
+Servers accept a schema only if it describes an object. The schema of any other type, such as a list or a union, is sent
+as that of an object with one field, and the value of that field is returned. An answer that is not such an object is
+still read as the type itself: a server that ignores the schema has not shown the model the name of the field.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, get_args
 
 import attrs
 import msgspec
@@ -13,16 +18,19 @@ import msgspec
 from lmbridge._text import excerpt, replace_lone_surrogates, shorten
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.reasoning import split_reasoning
-from lmbridge.client.schemas import describe_fault, simplify_answer_schema
+from lmbridge.client.schemas import simplify_answer_schema
 from lmbridge.client.stream import collect
+from lmbridge.client.typed_json import TypedJson, describe_fault
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ChatCompletion
 
 T = TypeVar("T")
 
 _RESERVED_PARAMETERS: Final = ("n", "response_format", "stream")
+_WRAPPER_FIELD: Final = "answer"
+"""The field of the object in which the value of a type is sent that is not an object itself."""
 _TYPES_HINT: Final = (
-    "give a dataclass, an attrs class, a TypedDict or a msgspec.Struct; anything else can be a field of one"
+    "give a dataclass, a pydantic model, an attrs class, a TypedDict or a msgspec.Struct, or a list or a union of these"
 )
 _QUOTED_CHARACTERS: Final = 8_000
 """Characters of a wrong answer that are sent back to the model."""
@@ -36,17 +44,63 @@ class AnswerFormat(Generic[T]):
     """The name of the type."""
     response_format: Mapping[str, Any]
     """The parameter of the request, with the type's JSON schema."""
-    decoder: msgspec.json.Decoder[T]
+    _typed: TypedJson[T]
+    _wrapper: msgspec.json.Decoder[dict[str, msgspec.Raw]] | None = None
+    """Decodes the object around the value; None for a type that is an object itself."""
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The JSON schema that the server gets."""
+        schema: Mapping[str, Any] = self.response_format["json_schema"]["schema"]
+        return schema
+
+    def decode(self, text: str) -> T:
+        """Returns the instance that the text of an answer stands for.
+
+        Raises:
+            InvalidAnswerError: The text is not valid JSON, or does not fit the type.
+        """
+        value, prefix = self._unwrapped(text)
+        try:
+            return self._typed.decode(value)
+        except (ValueError, RecursionError) as exc:
+            path, fault = describe_fault(exc)
+            raise InvalidAnswerError(path.replace("$", prefix, 1), fault) from exc
+
+    def _unwrapped(self, text: str) -> tuple[str, str]:
+        """Returns the JSON text of the value, and the path to it within the answer."""
+        if self._wrapper is not None:
+            try:
+                fields = self._wrapper.decode(text)
+            except (ValueError, RecursionError):
+                return text, "$"
+            if list(fields) == [_WRAPPER_FIELD]:
+                return bytes(fields[_WRAPPER_FIELD]).decode(), f"$.{_WRAPPER_FIELD}"
+        return text, "$"
+
+
+class InvalidAnswerError(ValueError):
+    """An answer that does not fit its type.
+
+    Attributes:
+        path: Where the mistake is, such as `$.items[2].price`.
+        fault: What is wrong there.
+    """
+
+    def __init__(self, path: str, fault: str) -> None:
+        super().__init__(f"{path}: {fault}")
+        self.path = path
+        self.fault = fault
 
 
 async def parse(
     ask: Callable[..., Awaitable[ChatStream]],
     messages: Sequence[Mapping[str, Any]],
-    type_: type[T],
+    type_: Any,
     params: Mapping[str, Any],
     *,
     url: str,
-) -> T:
+) -> Any:
     """Asks for an instance of a type. A wrong answer is sent back once, with what is wrong about it.
 
     Args:
@@ -65,7 +119,7 @@ async def parse(
             f"parse() does not accept {' and '.join(reserved)}, because it sets them itself",
             hint="leave them out, or use chat_completion()",
         )
-    answer_format: AnswerFormat[T] = answer_format_of(type_)
+    answer_format = answer_format_of(type_)
     # Streamed, because many servers notice only when they next write that a client has cancelled its request.
     ask_streamed = partial(ask, stream=True, response_format=answer_format.response_format, **params)
     context = {"operation": "structured answer", "url": url}
@@ -90,10 +144,10 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
         LLMValidationError: It does not hold one. The `context` of the error has a `path` if the model may do better
             when it is shown what is wrong.
     """
-    text = _bare_answer(reply)
+    text = _answer_text(reply)
     try:
-        return answer_format.decoder.decode(text)
-    except (ValueError, RecursionError) as exc:
+        return answer_format.decode(text)
+    except InvalidAnswerError as exc:
         context = {**context, "model": reply.get("model")}
         choice = reply["choices"][0]
         if choice.get("finish_reason") == "length":
@@ -101,18 +155,23 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
         elif not text:
             message, hint = _explain_empty_answer(reply)
         else:
-            context["path"], fault = describe_fault(exc)
-            message = f"the answer is not a valid {answer_format.name}: {context['path']}: {fault}"
+            context["path"] = exc.path
+            message = f"the answer is not a valid {answer_format.name}: {exc}"
             hint = "its text is in .body; say in the prompt what the fields are, or ask a larger model"
         raise LLMValidationError(message, exc, hint=hint, context=context, body=text, partial=reply) from exc
 
 
-def _bare_answer(reply: ChatCompletion) -> str:
+def _answer_text(reply: ChatCompletion) -> str:
     """Returns the answer without the reasoning before it, and without a Markdown fence around the whole of it."""
     text: str = reply["choices"][0]["message"].get("content") or ""
     # In an answer that begins as JSON does, a tag is a part of some string.
     if not text.lstrip().startswith("{"):
         text = split_reasoning(reply).text
+    return without_fence(text)
+
+
+def without_fence(text: str) -> str:
+    """Returns a text without blanks around it, and without a Markdown fence around the whole of it."""
     text = text.strip()
     fence, _, rest = text.partition("\n")
     is_fenced = fence.rstrip().lower() in ("```", "```json") and rest.endswith("```")
@@ -145,7 +204,7 @@ def answer_format_of(type_: Any) -> AnswerFormat[Any]:
     """Returns how an answer of a type is asked for and read. It is computed once for each type.
 
     Raises:
-        LLMValidationError: JSON has no object for the type, or the type has a field that JSON has nothing for.
+        LLMValidationError: JSON has nothing for the type, or for a field of it.
     """
     try:
         return _cached_answer_format(type_)
@@ -159,14 +218,32 @@ def answer_format_of(type_: Any) -> AnswerFormat[Any]:
 
 @lru_cache(maxsize=256)
 def _cached_answer_format(type_: Any) -> AnswerFormat[Any]:
-    schema = simplify_answer_schema(msgspec.json.schema(type_))
+    if type_ is None:
+        raise TypeError("it has no value but null")
+    typed: TypedJson[Any] = TypedJson(type_)
+    schema = simplify_answer_schema(typed.schema)
+    name, wrapper = _type_name(type_), None
     if schema.get("type") != "object":
-        raise TypeError("it is not an object in JSON")
-    name = _type_name(type_)
-    label = re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64]
+        name, wrapper = _long_type_name(type_), msgspec.json.Decoder(dict[str, msgspec.Raw])
+        schema = simplify_answer_schema(_wrapped(typed.schema))
+    label = re.sub(r"[^a-zA-Z0-9_-]+", "_", name).strip("_")[:64] or "answer"
     wire = {"type": "json_schema", "json_schema": {"name": label, "strict": True, "schema": schema}}
-    return AnswerFormat(name, wire, msgspec.json.Decoder(type_))
+    return AnswerFormat(name, wire, typed, wrapper)
+
+
+def _wrapped(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of an object with one field that has the given schema."""
+    value = {key: part for key, part in schema.items() if key != "$defs"}
+    wrapper = {"type": "object", "properties": {_WRAPPER_FIELD: value}, "required": [_WRAPPER_FIELD]}
+    return {**wrapper, "$defs": schema.get("$defs", {})}
 
 
 def _type_name(type_: object) -> str:
     return str(getattr(type_, "__name__", type_))
+
+
+def _long_type_name(type_: object) -> str:
+    """Returns the name of a class, or the form of another type without the modules, such as `list[Book]`."""
+    if isinstance(type_, type) and not get_args(type_):
+        return type_.__name__
+    return re.sub(r"\b\w+\.(?=\w)", "", str(type_).replace("<locals>.", ""))

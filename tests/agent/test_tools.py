@@ -16,7 +16,7 @@ import pytest
 from msgspec import Meta
 
 from lmbridge import LLMValidationError, Tool, ToolContext
-from lmbridge.agent.docstrings import read_docstring
+from lmbridge._docstrings import read_docstring
 from lmbridge.agent.tools import as_tool
 
 
