@@ -89,8 +89,8 @@ class InvalidAnswerError(ValueError):
 
     def __init__(self, path: str, fault: str) -> None:
         super().__init__(f"{path}: {fault}")
-        self.path = path
-        self.fault = fault
+        self.path: str = path
+        self.fault: str = fault
 
 
 async def parse(

@@ -45,8 +45,8 @@ class ValueFaultError(ValueError):
 
     def __init__(self, path: str, fault: str) -> None:
         super().__init__(fault)
-        self.path = path
-        self.fault = fault
+        self.path: str = path
+        self.fault: str = fault
 
 
 class _Reader(Protocol):
@@ -93,7 +93,7 @@ class TypedJson(Generic[T]):
 
     def __init__(self, type_: Any) -> None:
         self._supported_type = supported_type(type_)
-        self.schema = json_schema(type_)
+        self.schema: Mapping[str, Any] = json_schema(type_)
         self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(self._supported_type, dec_hook=_read)
 
     def decode(self, text: str) -> T:
@@ -276,7 +276,7 @@ class _UnionReader:
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
-        self.parts = list(members)
+        self.parts: Sequence[Any] = list(members)
         self._fields = [_field_names(each) for each in members]
 
     def schema(self, parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -307,7 +307,7 @@ class _ClassReader:
     """Reads an object as an instance of a class that has fields which msgspec does not support."""
 
     def __init__(self, class_: type) -> None:
-        self.class_ = class_
+        self.class_: type = class_
 
     @functools.cached_property
     def parts(self) -> Sequence[Any]:
@@ -375,7 +375,7 @@ class _PydanticReader:
     parts: Sequence[Any] = ()
 
     def __init__(self, annotation: Any) -> None:
-        self.annotation = annotation
+        self.annotation: Any = annotation
         self._is_model = hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json")
 
     @functools.cached_property
