@@ -52,7 +52,7 @@ FILES: Final = {
 HOME: Final = {spec.name: file for file, specs in FILES.items() for spec in specs}
 BLOCKING_TOO: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
 """Protocols of asynchronous objects in whose place a blocking class is taken as well."""
-LEFT_OUT: Final = {"aclose", "asend", "athrow", "begun", "close"}
+LEFT_OUT: Final = {"aclose", "asend", "athrow", "close", "wait_begun"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

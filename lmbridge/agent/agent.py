@@ -31,30 +31,31 @@ class Agent:
     Args:
         client: An `LLMClient`, an `LLMClientPool`, or another object that satisfies `ChatClient` or `ChatClientPool`.
             A client is borrowed from a pool for one generation at a time.
-        model: The model of runs that name none. Default: the client's model.
+        model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
             `async list_tools()`, which are asked at the start of each run.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many times the model is asked in one run. Default: 25.
-        max_tokens: The most tokens of one reply. The default, "auto", stands for 8192, or for what is left of the
-            model's context if that is known and smaller.
-        max_seconds: Seconds that a run may take, including the time that it waits. What it is doing when they are over
-            is cancelled. Default: no limit.
-        max_total_tokens: Tokens that a run may use, prompts included. It is checked between rounds. Default: no limit.
+        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or the part of the
+            model's context that the prompt leaves, if the length of the context is known and that part is smaller.
+        max_seconds: The time limit of a run in seconds, including the time that it waits. When the time is up, the
+            generation and the tool calls in progress are cancelled. Default: no limit.
+        max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
+            Default: no limit.
         switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
             them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
         tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
             limit. Default: 60.
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
-        max_tool_output: How many characters of a call's result the model gets; of a longer one it gets the head and
-            the tail. Default: 20,000.
+        max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
+            out. Default: 20,000.
         max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
             returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
             exception in it ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
-            context manager is left when the run ends, in whichever way. Default: none.
+            context manager is exited when the run ends, however it ends. Default: none.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -102,7 +103,7 @@ class Agent:
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none; None if the server, or the pool, chooses it."""
+        """The model for runs that do not name one; None if the server or the pool chooses it."""
         return self._admission.default
 
     async def run(
@@ -116,9 +117,10 @@ class Agent:
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
     ) -> RunResult:
-        """Works on a task until the model has an answer, or there is a reason to end without one.
+        """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
-        On cancellation, it stops the server's generation and all tools before it raises.
+        If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
+        raised.
 
         Args:
             task: What to do, as a string or as a list of content parts (text and images).
@@ -130,7 +132,7 @@ class Agent:
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
 
         Returns:
-            The result. Its `stop_reason` says whether it is an answer.
+            The result. It contains an answer if its `stop_reason` is "stop".
 
         Raises:
             LLMValidationError: An argument is invalid; nothing was sent.
@@ -246,10 +248,11 @@ class Agent:
         )
 
     async def switch_model(self, model: str) -> None:
-        """Changes the model of runs that name none, once the runs that are in the way have ended.
+        """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
         With "isolate", the runs that took the agent's model are cancelled. With "cancel", all runs with another model
-        are, and with "drain" their end is awaited. A call that is cancelled while it waits has changed nothing.
+        are cancelled, and with "drain" the switch waits for their end. If the call is cancelled while it waits, the
+        model is unchanged.
 
         Args:
             model: The name of the new model.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _CLEAN_UP_SECONDS: Final = 5.0
-"""The time that a tool has for its clean-up after it was cancelled."""
+"""How long the run waits for a cancelled tool to clean up, in seconds."""
 _CANCELLED_FROM_WITHIN: Final = "it was cancelled from within"
 _running_tools: Final[set[asyncio.Future[Any]]] = set()
 """Tasks of tools that are still running, kept alive because asyncio holds only weak references to tasks."""
@@ -55,7 +55,7 @@ class ToolOutcome:
     raw: Any = attrs.field(repr=False)
     """The object that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float
-    """How long the call took."""
+    """How long the call took, in seconds."""
 
 
 class _CallDeadline(NamedTuple):
@@ -126,7 +126,7 @@ async def call_tool(
 
 
 async def _execute(call: Callable[[], Any], is_async: bool, deadline: _CallDeadline) -> Any:
-    """Returns or raises what the tool does.
+    """Runs the tool, and returns its result or raises its exception.
 
     Raises:
         _OutOfTimeError: The tool was still running at the deadline.
@@ -187,7 +187,7 @@ def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     _running_tools.discard(task)
     mark_exception_retrieved(task)
     if inspect.iscoroutine(awaitable):
-        # A task that was cancelled before its first step has not awaited the coroutine, and Python would warn of that.
+        # A task that was cancelled before its first step has not awaited the coroutine, which Python would warn about.
         awaitable.close()
 
 

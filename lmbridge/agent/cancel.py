@@ -1,9 +1,9 @@
 """`OwnTask`: a task that lmbridge has created, and that only lmbridge cancels.
 
-A cancellation by lmbridge hits only such a task, and comes out of it as an error of lmbridge. A cancellation of the
-caller's own task is passed on to it, its end is awaited, and it then continues as the plain `asyncio.CancelledError`
-that it was. The alternative, running in the caller's task and cancelling that, cannot tell the two apart afterwards:
-a `wait_for` or a `TaskGroup` around it would take our cancellation for its own.
+lmbridge cancels only tasks of this kind, and their waiters get an error of lmbridge. When the caller's own task is
+cancelled, the `OwnTask` is cancelled as well and awaited, and the caller's `asyncio.CancelledError` is then raised
+unchanged. The alternative was to run in the caller's task and to cancel that. The two kinds of cancellation would then
+be indistinguishable: a `wait_for` or a `TaskGroup` around the run would take our cancellation for its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OwnTask(Generic[T]):
     Args:
         coroutine: The work of the task.
         name: The name of the task, for debuggers.
-        complete: Adds to the error of a cancellation what is known only at the end.
+        complete: Called with the error of a cancellation, to add what is known only when the task has ended.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class OwnTask(Generic[T]):
         await end_task(self._task)
 
     async def wait(self) -> None:
-        """Waits until the task has ended. A cancellation of the caller cancels it too, and is raised at its end."""
+        """Waits until the task has ended. If the caller is cancelled, the task is cancelled and awaited first."""
         try:
             await asyncio.wait((self._task,))
         except asyncio.CancelledError:
@@ -90,7 +90,7 @@ class OwnTask(Generic[T]):
             raise
 
     def outcome(self) -> T:
-        """Returns the result of the task, or raises what ended it.
+        """Returns the result of the task, or raises the error that ended it.
 
         Raises:
             TaskCancelledError: The task was cancelled.
@@ -101,13 +101,13 @@ class OwnTask(Generic[T]):
         raise self._cancellation_error()
 
     def _cancellation_error(self) -> TaskCancelledError:
-        self._error = self._error or TaskCancelledError("the run's own task was cancelled: its event loop is ending")
+        self._error = self._error or TaskCancelledError("the run was cancelled, because its event loop is being closed")
         if self._error.partial is None:
             self._complete(self._error)
         return self._error
 
-    def check(self) -> None:
-        """Resumes a cancellation that some code on the way has swallowed. It is called within the task.
+    def raise_if_cancelled(self) -> None:
+        """Raises the cancellation again, in case a tool or a callback has suppressed it. Call it within the task.
 
         Raises:
             asyncio.CancelledError: The task was cancelled.

@@ -1,7 +1,7 @@
-"""`Channel`: carries the events of a run to its listeners, with a bound on how many may wait.
+"""`Channel`: carries the events of a run to its listeners, through a bounded buffer for each of them.
 
-`asyncio.Queue` is close, but it has no way to end a stream for its readers (before Python 3.13), nor room for a last
-event that must never be lost. A slow listener slows the run down instead of growing memory.
+A slow listener slows the run down, so that memory does not grow. `asyncio.Queue` was the alternative, but before Python
+3.13 it cannot end the iteration of its readers, and it cannot reserve room for a last event that must not be lost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 
 CAPACITY: Final = 64
-"""How many events may wait for one listener."""
+"""The number of unread events of one listener from which on the run waits."""
 
 
 class Subscription(Generic[T]):
@@ -36,7 +36,7 @@ class Subscription(Generic[T]):
         self.put_now(event)
 
     def put_now(self, event: T) -> None:
-        """Adds an event even if there is no room; drops it if the subscription has ended."""
+        """Adds an event even if the buffer is full. After the end of the subscription, the event is dropped."""
         if not self.is_over:
             self._waiting.append(event)
             self._changed.set()
@@ -52,7 +52,7 @@ class Subscription(Generic[T]):
         return event
 
     def end(self, *, discard: bool) -> None:
-        """Ends the subscription: no event is added any more, and with `discard` those that wait are dropped."""
+        """Ends the subscription, so that no more events are added. With `discard`, unread events are dropped."""
         self.is_over = True
         if discard:
             self._waiting.clear()
@@ -64,8 +64,8 @@ class Subscription(Generic[T]):
         self.end(discard=True)
 
     async def _wait_for_change(self) -> None:
-        # One asyncio.Event is enough for both sides: only one of them waits at a time, except in the moment in which
-        # it is being woken.
+        # Writer and listener can share one asyncio.Event, because they wait for opposite states of the buffer: it is
+        # full for the one and empty for the other.
         self._changed.clear()
         await self._changed.wait()
 
@@ -74,7 +74,7 @@ class Channel(Generic[T]):
     """Carries events from one run to any number of listeners. Without a listener, events are dropped.
 
     Args:
-        is_muted: Whether there will never be a listener, so that no event has to be prepared.
+        is_muted: True if there will never be a listener, so that no events need to be created.
     """
 
     def __init__(self, *, is_muted: bool = False) -> None:
@@ -84,12 +84,12 @@ class Channel(Generic[T]):
         self._is_closed = False
 
     @property
-    def is_heard(self) -> bool:
+    def has_listener(self) -> bool:
         """Whether there is at least one listener."""
         return bool(self._subscriptions)
 
     def subscribe(self) -> Subscription[T]:
-        """Adds a listener, which gets all events from now on, and the last event in any case."""
+        """Adds a listener, which gets all events from now on, and the last event even if it has already been sent."""
         subscription = Subscription(self)
         if self._last is not None:
             subscription.put_now(self._last)
@@ -110,7 +110,7 @@ class Channel(Generic[T]):
             await subscription.put(event)
 
     def put_last(self, event: T) -> None:
-        """Sends the last event to all listeners, also to later ones. There is always room for it."""
+        """Sends the last event to all listeners, present and future. There is always room for it."""
         self._last = event
         for subscription in self._subscriptions:
             subscription.put_now(event)

@@ -1,7 +1,7 @@
-"""What an agent needs of a client, as Protocols: the only things that it knows of the layer below.
+"""The Protocols that a client or a pool must satisfy for an agent to use it.
 
-An agent could have named `LLMClient` itself. Protocols won because a run needs a single method of it, and because they
-make it possible to run an agent over another SDK, a cache, a recording, or a double in a test. `LLMClient` and
+The alternative was that an agent depends on `LLMClient` itself. Protocols won because a run needs only one of its
+methods, and because an agent can then use another SDK, a cache, a recording, or a double in a test. `LLMClient` and
 `LLMClientPool` satisfy them without inheriting from them.
 """
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class ChunkStream(Protocol):
     """The chunks of one chat completion, as an OpenAI-compatible server sends them.
 
-    Each chunk is a dict with `choices`, whose first entry has a `delta`. A `ChatStream` is one, and so is an async
-    generator of dicts.
+    Each chunk is a dict with `choices`, whose first entry has a `delta`. `ChatStream` satisfies this Protocol, and so
+    does an async generator of dicts.
     """
 
     def __aiter__(self) -> AsyncIterator[Mapping[str, Any]]:
-        """Returns the iterator over the chunks. An error that ends the reply is raised by it."""
+        """Returns the iterator over the chunks, which raises the error if the reply breaks off."""
         ...
 
     def aclose(self) -> Coroutine[Any, Any, None]:
@@ -39,7 +39,7 @@ class ChatClient(Protocol):
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none, or None if the server chooses it."""
+        """The model for runs that do not name one, or None if the server chooses it."""
         ...
 
     async def chat_completion(
@@ -48,7 +48,7 @@ class ChatClient(Protocol):
         """Requests the next message of a conversation, and returns its chunks.
 
         Args:
-            messages: The conversation. The list is the callee's; the messages in it must not be changed.
+            messages: The conversation. The client may change the list, but not the messages in it.
             model: The model of the run, or None for the client's default.
             stream: Always True: only a stream makes a server notice that its client has left.
             **params: Further fields of the request: `max_tokens`, `stream_options`, and `tools` if there are any.
@@ -66,7 +66,7 @@ class ChatClientPool(Protocol):
 
 @runtime_checkable
 class ReportsServerInfo(Protocol):
-    """A client that can say what its server is and what its models can do."""
+    """A client that can describe its server and the models on it."""
 
     async def server_info(self) -> ServerInfo:
         """Returns what is known of the server and its models."""

@@ -38,7 +38,7 @@ class ReasoningDelta:
 
 @attrs.frozen
 class ToolCallStarted:
-    """A tool is about to be called. A call that cannot be made is finished without having started."""
+    """A tool is about to be called. For a call that cannot be made, only `ToolCallFinished` is sent."""
 
     call: ToolCall
     """The call, as the model requested it."""

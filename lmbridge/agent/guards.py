@@ -8,15 +8,15 @@ from typing import Any, Final
 import msgspec
 
 WARN_AT: Final = 3
-"""How often the same call must have had the same result before the model gets a warning."""
+"""The number of calls with the same arguments and result from which on the model gets a warning."""
 STOP_AT: Final = 5
-"""How often the same call must have had the same result before the run ends."""
+"""The number of calls with the same arguments and result at which the run ends."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 class RepetitionGuard:
-    """Counts calls that had the same arguments and the same result before, in whichever order they come.
+    """Counts calls that had the same arguments and the same result before, in any order.
 
     A poll whose result changes is a different call each time, so it is not counted.
 
@@ -32,7 +32,7 @@ class RepetitionGuard:
         """Counts a call that has its result.
 
         Returns:
-            The result for the model, followed by a warning if the model has had it too often.
+            The result for the model, followed by a warning if the model has repeated the call too often.
         """
         # A hash instead of the texts, because results may be large.
         key = hash((name, _encode_sorted(arguments), result))

@@ -1,15 +1,16 @@
 """`History`: the conversation of a run, valid at every moment, and trimmed to what fits into the context.
 
-A conversation that a server accepts has rules: one leading system message, a result right behind every call, arguments
-that parse, and no content that is null. A run breaks them for as long as its tools are running, and a cancelled run
-would break them for ever. So the assistant message whose calls are being made is kept apart, as a `Turn`, and joins the
-conversation only together with all its results; a copy that is taken before has placeholders for those
-that are missing. Repairing the conversation afterwards was the alternative, and each caller would have had to do it.
+A conversation that a server accepts has rules: one leading system message, a result directly after every call,
+arguments that are valid JSON, and no content that is null. A run breaks them for as long as its tools are running, and
+a cancelled run would break them for ever. So the assistant message whose calls are being made is kept apart, as a
+`Turn`, and joins the conversation only together with all its results; a copy that is taken before that has placeholders
+for the missing results. The alternative was to repair the conversation afterwards, which each caller would have had to
+do.
 
-What is sent and what the user sees are two views of the same messages. Trimming removes messages from the first only,
-in whole groups: an exchange before the task, or a turn with its results. The rest of what is sent never changes, byte
-for byte, because a server can then reuse its prompt cache. Summarising old messages was considered and rejected: it
-costs a generation, and loses facts without a trace.
+The messages to send and the messages that the user sees are two views of one list. Trimming removes messages only from
+the former, in whole groups: an exchange before the task, or a turn with its results. The remaining messages never
+change, not by a single byte, so that a server can reuse its prompt cache. Summarising old messages was considered and
+rejected: it costs a generation, and loses facts without a trace.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from lmbridge.errors import LLMValidationError
 Message = dict[str, Any]
 
 _STILL_RUNNING_RESULT: Final = "No result: the tool is still running."
-_NOT_CALLED_RESULT: Final = "Not called: the run ended before."
+_NOT_CALLED_RESULT: Final = "Not called: the run ended first."
 _INTERRUPTED_RESULT: Final = (
     "No result: the run ended while the tool was running. It may still be running, and it may or may not have had"
     " its effect."
 )
 _IMAGE_BYTES: Final = 3_000
-"""The size that an image counts for, about that of a thousand tokens of text: most models turn it into fewer."""
+"""The number of bytes that an image counts as. They stand for about 1,000 tokens; most models need fewer."""
 _MAX_NAME_CHARACTERS: Final = 64
-"""Characters that are kept of the name in a call. No tool has a longer name, but a model may make one up, and it would
-be sent again with every request."""
-_PAIRS_HINT: Final = "each call of an assistant message must be answered by a message with role 'tool' right behind it"
+"""The length to which the name in a call is cut. No tool has a longer name, but a model may make one up, which would be
+sent again with every request."""
+_PAIRS_HINT: Final = (
+    "each call of an assistant message must be answered by a message with role 'tool' directly after it"
+)
 
 
 @attrs.define
@@ -47,12 +50,12 @@ class Turn:
     message: Message
     """The assistant message."""
     results: dict[str, str | None]
-    """The result of each call by its id, in order; None while there is none."""
+    """The results by the ids of their calls, in order. A call without a result yet has None."""
     begun: set[str] = attrs.field(factory=set)
     """The ids of the calls that have been started."""
 
     def begin(self, call_id: str) -> None:
-        """Notes that a call has been started."""
+        """Records that a call has been started."""
         self.begun.add(call_id)
 
     def answer(self, call_id: str, text: str) -> None:
@@ -98,19 +101,19 @@ class History:
         system, before = _read_messages(messages) if messages else ("", [])
         system = system if system_prompt is None else system_prompt
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._body = before
+        self._messages = before
         # Groups of messages that trimming leaves out together, oldest first: those before the task, and those after it.
-        self._before = _group_by_user_message(before)
+        self._groups_before_task = _group_by_user_message(before)
         if before and before[-1]["role"] == "user":
             # Many chat templates refuse two user messages in a row.
             self._task = {"role": "user", "content": _join_contents(before.pop()["content"], task)}
-            self._before[-1].pop()
+            self._groups_before_task[-1].pop()
         else:
             self._task = {"role": "user", "content": task}
         before.append(self._task)
-        self._after: list[list[Message]] = []
+        self._groups_after_task: list[list[Message]] = []
         self._turn: Turn | None = None
-        # The messages to send, kept until something other than their end changes.
+        # The messages to send. Appending extends this list; any other change makes it None, so that it is built again.
         self._to_send: CheckedMessages | None = None
         self.size: int = sum(map(size_of, (*self._head, *before)))
 
@@ -127,7 +130,7 @@ class History:
     def to_send(self) -> CheckedMessages:
         """Returns the messages of the next request: a new list of the same dicts, which must not be changed."""
         if self._to_send is None:
-            groups = (self._head, *self._before, [self._task], *self._after)
+            groups = (self._head, *self._groups_before_task, [self._task], *self._groups_after_task)
             self._to_send = CheckedMessages(message for group in groups for message in group)
         return CheckedMessages(self._to_send)
 
@@ -135,10 +138,10 @@ class History:
         """Returns a copy of the whole conversation, which is valid at any moment.
 
         Args:
-            ended: Whether the run has ended, so that results that are missing will never arrive.
+            ended: True if the run has ended, so that the missing results will never arrive.
         """
         turn = [] if self._turn is None else self._turn.as_messages(ended=ended)
-        copied: list[Message] = _deep_copy([*self._head, *self._body, *turn])
+        copied: list[Message] = _deep_copy([*self._head, *self._messages, *turn])
         return copied
 
     def add_answer(self, text: str) -> None:
@@ -146,14 +149,14 @@ class History:
         self._append([{"role": "assistant", "content": text}])
 
     def begin_turn(self, text: str, calls: Iterable[Mapping[str, Any]]) -> Turn:
-        """Adds a reply with calls, which are open until `end_turn`."""
+        """Begins a turn with a reply that contains calls. `end_turn` adds it to the conversation."""
         wire = [_resendable_call(call) for call in calls]
         message = {"role": "assistant", "content": text, "tool_calls": wire}
         self._turn = Turn(message, {call["id"]: None for call in wire})
         return self._turn
 
     def end_turn(self) -> None:
-        """Closes the turn. Calls that have no result get a placeholder for good."""
+        """Adds the turn to the conversation. Calls without a result keep a placeholder."""
         turn, self._turn = self._turn, None
         if turn is not None:
             self._append(list(turn.as_messages(ended=True)))
@@ -162,21 +165,21 @@ class History:
         """Leaves the oldest exchanges and turns out of what is sent. The task and the last turn always stay.
 
         Args:
-            excess: How many bytes, as `size` counts them, have to go.
+            excess: How many bytes to leave out, as `size` counts them.
 
         Returns:
             Whether anything was left out.
         """
-        goal, before = self.size - excess, self.size
-        while self.size > goal and self._before:
-            self._drop(self._before.pop(0))
-        while self.size > goal and len(self._after) > 1:
-            self._drop(self._after.pop(0))
-        return self.size < before
+        goal, initial_size = self.size - excess, self.size
+        while self.size > goal and self._groups_before_task:
+            self._drop(self._groups_before_task.pop(0))
+        while self.size > goal and len(self._groups_after_task) > 1:
+            self._drop(self._groups_after_task.pop(0))
+        return self.size < initial_size
 
     def _append(self, messages: list[Message]) -> None:
-        self._body.extend(messages)
-        self._after.append(messages)
+        self._messages.extend(messages)
+        self._groups_after_task.append(messages)
         if self._to_send is not None:
             self._to_send += messages
         self.size += sum(map(size_of, messages))
@@ -265,7 +268,7 @@ def _normalize_call(call: Mapping[str, Any]) -> Message:
 
 
 def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that every call has exactly one result, right behind its message.
+    """Checks that every call has exactly one result, directly after its message.
 
     Raises:
         LLMValidationError: A result is missing, or belongs to no call.

@@ -2,8 +2,8 @@
 
 A round asks the model, reads its reply, makes the calls that are in it, and decides whether to go on. A graph of nodes,
 as some agent frameworks have it, was considered and rejected: the order of the stages never changes, and plain methods
-show it in a stack trace. What a stage needs for its decision is kept elsewhere and tested alone: the conversation in
-`history`, tokens in `tokens`, reasons to stop in `guards`, and calls in `toolset`.
+show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: the
+conversation in `history`, tokens in `tokens`, reasons to stop in `guards`, and calls in `toolset`.
 
 Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
 they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
@@ -71,10 +71,11 @@ class RunLoop:
         source: Lends the client for each generation.
         settings: The options of the run.
         toolset: The tools of the run.
-        context_length: Tokens of the model's context, the answer included; None if they are not known.
+        context_length: The number of tokens in the model's context, the answer included; None if it is unknown.
         record: Everything that the run has done; the loop writes to it.
         channel: Carries the events of the run.
-        is_stopping: Returns whether the run has been cancelled; for tools in threads, which cannot be.
+        is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
+            cancelled.
     """
 
     def __init__(
@@ -120,9 +121,9 @@ class RunLoop:
     async def _round(self) -> StopReason | None:
         began = time.monotonic()
         self._record.begin_round()
-        if self._channel.is_heard:
+        if self._channel.has_listener:
             await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
-        reply = await self._get_answer()
+        reply = await self._get_reply()
         calls = self._calls_in(reply)
         records: Sequence[ToolRecord] = ()
         if calls:
@@ -130,7 +131,7 @@ class RunLoop:
         else:
             self._history.add_answer(reply.text)
         finished = self._log_round(reply, records, time.monotonic() - began)
-        if self._channel.is_heard:
+        if self._channel.has_listener:
             await self._channel.put(RoundFinished(finished))
         if not calls:
             return "length" if reply.finish_reason == "length" else "stop"
@@ -153,17 +154,17 @@ class RunLoop:
 
     # Asking the model
 
-    async def _get_answer(self) -> ModelReply:
+    async def _get_reply(self) -> ModelReply:
         """Returns the model's reply. If the first one of a run is empty, it is requested once more.
 
         Raises:
-            LLMResponseError: The second one was empty too.
+            LLMResponseError: The second reply was empty as well.
         """
-        reply = await self._ask()
+        reply = await self._ask_model()
         if not reply.is_empty or self._record.calls:
             return reply
         logger.info("the model returned an empty answer; it is asked once more")
-        reply = await self._ask()
+        reply = await self._ask_model()
         if reply.is_empty:
             raise LLMResponseError(
                 "the model returned an empty answer twice",
@@ -172,7 +173,7 @@ class RunLoop:
             )
         return reply
 
-    async def _ask(self) -> ModelReply:
+    async def _ask_model(self) -> ModelReply:
         self._context.trim()
         try:
             return await self._generate()
@@ -183,7 +184,7 @@ class RunLoop:
         return await self._generate()
 
     async def _generate(self) -> ModelReply:
-        """Makes one generation. A client is leased for it, and for nothing else."""
+        """Requests one generation. A client is leased for its duration only."""
         record, prompt_size = self._record, self._context.prompt_size
         params: dict[str, Any] = {
             "max_tokens": self._context.max_tokens(),
@@ -195,16 +196,16 @@ class RunLoop:
         async with self._source.lease(record.model) as client:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
             reply = await self._read_stream(stream)
-        self._check_whole(reply)
+        self._check_complete(reply)
         record.end_reply(reply.text, reply.reasoning)
         self._count_tokens(reply, prompt_size)
         return reply
 
-    def _check_whole(self, reply: ModelReply) -> None:
-        """Checks that the server did not break the answer off.
+    def _check_complete(self, reply: ModelReply) -> None:
+        """Checks that the server has not aborted the answer.
 
         Raises:
-            LLMResponseError: The finish reason says that it did.
+            LLMResponseError: The finish reason says that the answer was aborted.
         """
         if reply.finish_reason in _BROKEN_FINISH_REASONS and not reply.calls:
             raise LLMResponseError(
@@ -214,8 +215,8 @@ class RunLoop:
             )
 
     async def _read_stream(self, stream: ChunkStream) -> ModelReply:
-        """Reads a stream to its end; leaving it in any other way closes it, so that the server stops generating."""
-        # A stream of our own client accumulates what it returns; of another one it is done here.
+        """Reads a stream to its end. Any exception closes the stream, so that the server stops generating."""
+        # A stream of lmbridge's own client accumulates its chunks. Those of another client are accumulated here.
         own, accumulator = (stream, None) if isinstance(stream, ReplyStream) else (None, ChatAccumulator())
 
         def reply_so_far() -> Any:
@@ -243,15 +244,15 @@ class RunLoop:
         return ModelReply.from_completion(reply_so_far() or {})
 
     async def _send_deltas(self, pieces: Sequence[Piece]) -> None:
-        if self._channel.is_heard:
+        if self._channel.has_listener:
             for piece in pieces:
                 await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
 
     def _check_served_model(self, name: str | None) -> None:
-        """Compares the model that a reply names with that of the rounds before.
+        """Compares the model that a reply names with the model of the previous rounds.
 
         Raises:
-            ModelChangedDuringExecutionError: It is another model.
+            ModelChangedDuringExecutionError: The reply names another model.
         """
         first = self._record.served_model
         if not name or first is None:
@@ -261,12 +262,12 @@ class RunLoop:
                 f"the run began with model {first!r} and went on with {name!r}",
                 first,
                 name,
-                hint="the server swapped models between two rounds; name the model, and see Limits.max_loaded_models",
+                hint="the server swapped models between two rounds; pass a model name; see Limits.max_loaded_models",
                 context={"operation": "agent run", "model": self._record.model},
             )
 
     def _count_tokens(self, reply: ModelReply, prompt_size: int) -> None:
-        """Adds the tokens of a reply; an estimate where the server did not count them."""
+        """Adds the tokens of a reply, or an estimate if the server did not count them."""
         usage = reply.usage or {}
         if reply.usage:
             self._record.add_usage(reply.usage)
@@ -277,13 +278,13 @@ class RunLoop:
     # Calls
 
     def _calls_in(self, reply: ModelReply) -> Sequence[WireCall]:
-        """Returns the calls to make: those that are present, whatever the finish reason says.
+        """Returns the calls in a reply, whatever its finish reason says.
 
-        A reply whose last call was cut off has none, and a reply without calls may have written them as text.
+        If the last call was cut off, no call is made. If there are no calls, the text may consist of calls.
         """
         if reply.calls or not reply.text:
             return () if reply.has_cut_call else reply.calls
-        calls = self._toolset.find_text_call(reply.text)
+        calls = self._toolset.find_text_calls(reply.text)
         if calls:
             self._record.end_reply("", reply.reasoning)
         return calls or ()
@@ -333,13 +334,13 @@ class RunLoop:
             async with slots:
                 record = self._with_repetition_warning(await self._call_tool(read, turn))
         turn.answer(call.id, record.text)
-        if self._channel.is_heard:
+        if self._channel.has_listener:
             await self._channel.put(ToolCallFinished(record))
         return record
 
     async def _call_tool(self, ready: ReadyCall, turn: Turn) -> ToolRecord:
         call, settings = ready.call, self._settings
-        if self._channel.is_heard:
+        if self._channel.has_listener:
             await self._channel.put(ToolCallStarted(call))
         turn.begin(call.id)
         context = ToolContext(self._run_id, call.id, call.name, self._is_stopping, settings.tool_timeout)

@@ -1,4 +1,4 @@
-"""`RunRecord`: everything that is known of a run while it is in progress."""
+"""`RunRecord`: the state of a run while it is in progress."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ class RunRecord:
     """The state of a run so far, from which its `RunResult` is made at any moment."""
 
     history: History
+    """The conversation of the run."""
     model: str | None = None
     """The model that is requested; None if the server chooses it."""
     served_model: str | None = None
-    """The model that the first reply with a name in it came from."""
+    """The first model that the server named in a reply; None before that."""
     rounds: int = 0
     """How many rounds have begun."""
     calls: list[ToolCall] = attrs.field(factory=list)
     """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """Sources of tools that failed, by name."""
+    """The errors of tool sources without which the run goes on. The keys are their names."""
     log: list[Round] = attrs.field(factory=list)
     """The rounds that have ended."""
     usage: Usage = attrs.field(factory=_zero_usage)
@@ -67,11 +68,11 @@ class RunRecord:
         self.round_usage = None
 
     def begin_reply(self) -> None:
-        """Forgets the last reply, because the model is about to be asked again."""
+        """Clears the last reply, because the model is about to be asked again."""
         self._last_reply, self._reply_so_far, self._is_replying = _EMPTY_REPLY, None, True
 
     def attach_stream(self, reply_so_far: Callable[[], Mapping[str, Any] | None]) -> None:
-        """Follows the reply that is being streamed.
+        """Takes the text of the last reply from a stream that is being read.
 
         Args:
             reply_so_far: Returns the chat completion as far as it has arrived, or None before its first chunk.
@@ -79,13 +80,13 @@ class RunRecord:
         self._reply_so_far = reply_so_far
 
     def end_reply(self, text: str, reasoning: str) -> None:
-        """Notes a reply that has arrived completely."""
+        """Records a reply that has arrived completely."""
         self._last_reply, self._reply_so_far, self._is_replying = SplitReply(reasoning, text), None, False
 
     def add_usage(self, usage: Usage) -> None:
         """Adds the tokens that the server counted for a reply."""
-        self.usage = _sum(self.usage, usage)
-        self.round_usage = _sum(self.round_usage or _zero_usage(), usage)
+        self.usage = _add_usages(self.usage, usage)
+        self.round_usage = _add_usages(self.round_usage or _zero_usage(), usage)
 
     def truncate(self) -> None:
         """Ends the run in the middle of a reply, and keeps the part of it that has arrived."""
@@ -110,7 +111,7 @@ class RunRecord:
         )
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
+def _add_usages(one: Usage, other: Usage) -> Usage:
     return {
         "prompt_tokens": one["prompt_tokens"] + (other.get("prompt_tokens") or 0),
         "completion_tokens": one["completion_tokens"] + (other.get("completion_tokens") or 0),

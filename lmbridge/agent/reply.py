@@ -29,7 +29,7 @@ class ModelReply:
     finish_reason: str | None
     """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
-    """The tokens of the request, as the server counted them; None if it did not."""
+    """The tokens of the request, as the server counted them; None if it did not count them."""
 
     @classmethod
     def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
@@ -47,7 +47,7 @@ class ModelReply:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it holds neither an answer nor a call. A reply that was cut by its limit is not empty."""
+        """True if the reply has neither an answer nor a call. A reply that was cut off at its limit is not empty."""
         return not (self.calls or self.text.strip() or self.finish_reason == "length")
 
     @property

@@ -55,7 +55,7 @@ class Round:
     number: int
     """The number of the round; the first one is 1."""
     model: str | None
-    """The model that the server named; if it named none, the one that was requested."""
+    """The model that the server named in its reply, or the requested one if it did not name any."""
     text: str
     """The answer of this round."""
     reasoning: str
@@ -65,14 +65,14 @@ class Round:
     tool_calls: tuple[ToolRecord, ...]
     """The calls and their results, in the order in which the model requested them."""
     usage: Usage | None
-    """The tokens of the round, as the server counted them; None if it did not."""
+    """The tokens of the round, as the server counted them; None if it did not count them."""
     seconds: float
-    """How long the round took, its tools included."""
+    """How long the round took, including its tools, in seconds."""
 
 
 @attrs.frozen(kw_only=True)
 class RunResult:
-    """A run that has ended, or the part of it that has been done so far."""
+    """The result of a run that has ended, or the state of a run that is still in progress."""
 
     text: str
     """The text of the model's last reply, which is its answer if `stop_reason` is "stop"."""
@@ -91,6 +91,6 @@ class RunResult:
     reasoning: str
     """The reasoning that led to `text`."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """Sources of tools that failed, by name, where the run went on without them."""
+    """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)
     """The rounds that have ended."""

@@ -1,9 +1,9 @@
 """The tools of an agent and of its runs: fixed ones, providers, and tools that are opened for each run.
 
-Tools that need a connection or a process must exist for as long as a run, and must be released when it ends, also when
-it is cancelled. A callback at the start and another at the end would have to be paired by hand; an async context
-manager is the construct of the language for that, so `open_tools` is a function that returns one. The MCP layer uses
-the same door: nothing here knows of MCP.
+Tools that need a connection or a process must exist for as long as a run, and must be released when it ends, even if
+it is cancelled. A callback for the start and another one for the end would have to be paired by hand. An async context
+manager pairs them, so `open_tools` is a function that returns one. The MCP layer uses `open_tools` as any other program
+would, and nothing here depends on it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
 
 @attrs.frozen(kw_only=True)
 class RunInfo:
-    """What is known of a run when its tools are opened."""
+    """The properties of a run that are known when its tools are opened."""
 
     run_id: str
-    """The id of the run: that of its handle, and of the `ToolContext` of its calls."""
+    """The id of the run, which is also `RunHandle.id` and `ToolContext.run_id`."""
     model: str | None
     """The model of the run; None if the server chooses it."""
     context_length: int | None
@@ -44,11 +44,11 @@ class RunTools:
     note: str = ""
     """A text that is added to the leading system message, for example about tools that are missing. Default: none."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
-    """Sources of tools that failed, by name, where the run goes on without them. They become `RunResult.errors`."""
+    """The errors of tool sources without which the run goes on, by name. They become `RunResult.errors`."""
 
 
 OpenTools: TypeAlias = Callable[[RunInfo], AbstractAsyncContextManager[RunTools]]
-"""A function that is called when a run has been admitted. The context manager is left when the run ends."""
+"""A function that is called when a run has been admitted. Its context manager is exited when the run ends."""
 
 
 @attrs.frozen
@@ -56,8 +56,11 @@ class OpenedTools:
     """The tools of a run that is in progress, ready to be offered to its model."""
 
     toolset: Toolset
+    """The tools of all sources."""
     note: str = ""
+    """The text to add to the system message; see `RunTools.note`."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
+    """The errors of tool sources; see `RunTools.errors`."""
 
 
 class ToolSources:
@@ -81,7 +84,7 @@ class ToolSources:
             self.tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # not a provider
         self.open_tools: OpenTools | None = check_callable("open_tools", open_tools, optional=True)
         # Built once for all runs, and checked when the agent is created.
-        self._fixed = Toolset([each for each in self.tools if isinstance(each, Tool)])
+        self._fixed_toolset = Toolset([each for each in self.tools if isinstance(each, Tool)])
         self._is_fixed = open_tools is None and all(isinstance(each, Tool) for each in self.tools)
 
     @asynccontextmanager
@@ -89,11 +92,12 @@ class ToolSources:
         """Yields the tools of a run; those that were opened for it are closed when the block is left.
 
         Raises:
-            LLMValidationError: Two tools have the same name, or `open_tools` gave something else than `RunTools`.
+            LLMValidationError: Two tools have the same name, or the context manager yielded something other than
+                `RunTools`.
             ToolError: A provider or `open_tools` raised an error that is not an `LLMError`.
         """
         if self._is_fixed:
-            yield OpenedTools(self._fixed)
+            yield OpenedTools(self._fixed_toolset)
             return
         async with AsyncExitStack() as stack:
             opened = await self._enter(stack, run)

@@ -1,4 +1,4 @@
-"""A run from the outside: the task that it is, the handle to it, and the streams of its events."""
+"""`RunHandle`, which owns the task of a run, and `RunStream`, which iterates over the events of the run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lmbridge.agent.switching import RunAdmission, RunPermit
 from lmbridge.agent.toolset import Toolset
 from lmbridge.errors import LLMError, MaxRoundsExceededError, TaskCancelledError
 
-# A permit and not the run itself: sockets and timers keep the context in which they were created, and would keep the
-# whole conversation alive with it.
+# The variable refers to the permit and not to the run, because sockets and timers keep the context in which they were
+# created. With the run, they would keep its whole conversation alive.
 current_permit: Final[ContextVar[RunPermit | None]] = ContextVar("lmbridge_run", default=None)
 """The permit of the run whose tool is running, or None outside of a tool."""
 
@@ -90,12 +90,12 @@ class RunHandle:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """A copy of the conversation so far. It is valid at any moment, and can be continued later."""
+        """A copy of the conversation so far, which is valid at any moment and can be continued by another run."""
         return self._record.history.snapshot(ended=self.done)
 
     @property
     def partial(self) -> RunResult:
-        """The run so far, also while it is in progress; its `stop_reason` is "running" then."""
+        """The run so far. While the run is in progress, the `stop_reason` of this result is "running"."""
         return self._record.result(self._stop_reason)
 
     def cancel(self) -> bool:
@@ -107,9 +107,10 @@ class RunHandle:
         return self._cancel(TaskCancelledError("the run was cancelled by its handle"))
 
     async def aclose(self, reason: str = "the run was cancelled by its handle") -> None:
-        """Cancels the run and waits for its end. It raises nothing, and does nothing if the run has ended.
+        """Cancels the run and waits for its end. It does not raise the error of the run, and is idempotent.
 
-        A tool of the run itself cannot wait for the run's end: called by one, it cancels the run and returns.
+        A tool of the run itself cannot wait for the end of the run. If such a tool calls this method, the run is
+        cancelled and the method returns at once.
 
         Args:
             reason: The message of the `TaskCancelledError` that `result()` raises.
@@ -125,7 +126,7 @@ class RunHandle:
         return RunStream(self, owns_run=False)
 
     async def result(self) -> RunResult:
-        """Waits for the end of the run. On cancellation of the caller, it cancels the run and waits for its end.
+        """Waits for the end of the run, and returns its result. Cancelling the caller also cancels the run.
 
         Raises:
             TaskCancelledError: The run was cancelled.
@@ -137,7 +138,7 @@ class RunHandle:
         await self._task.wait()
         return self._task.outcome()
 
-    async def begun(self) -> None:
+    async def wait_begun(self) -> None:
         """Waits until the run has been admitted and has its tools, or has ended."""
         if not self._has_begun:
             self._begun_waiter = self._begun_waiter or asyncio.get_running_loop().create_future()
@@ -161,8 +162,8 @@ class RunHandle:
         current_permit.set(self.permit)
         try:
             stop = await self._run_within_max_seconds()
-            # A tool or a provider on the way may have swallowed the cancellation.
-            self._task.check()
+            # A tool or a provider may have suppressed the cancellation.
+            self._task.raise_if_cancelled()
         except asyncio.CancelledError as error:
             self._stop_reason = "cancelled" if self._task.stopping else "error"
             if self._task.stopping:
@@ -194,13 +195,13 @@ class RunHandle:
     async def _run_within_max_seconds(self) -> StopReason:
         if self._settings.max_seconds is None:
             return await self._run_when_admitted()
-        clock = asyncio.timeout(self._settings.max_seconds)
+        time_limit = asyncio.timeout(self._settings.max_seconds)
         try:
-            async with clock:
+            async with time_limit:
                 return await self._run_when_admitted()
         except TimeoutError as error:
             # A tool or the client may also raise a TimeoutError.
-            if isinstance(error, LLMError) or not clock.expired():
+            if isinstance(error, LLMError) or not time_limit.expired():
                 raise
             self._record.truncate()
             return "budget"
@@ -217,7 +218,7 @@ class RunHandle:
                 self._mark_begun()
                 return await self._loop(opened.toolset, context_length).run()
             # Reached only if the context manager of open_tools has suppressed the exception that ended the run.
-            self._task.check()
+            self._task.raise_if_cancelled()
             raise LLMError(
                 "the context manager of open_tools suppressed the error that ended the run",
                 hint="let exceptions pass in its __aexit__",
@@ -259,7 +260,7 @@ class RunStream(AsyncGenerator[RunEvent, None]):
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
     any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
-    the run and waits for its end. Leaving that of `handle.events()` only detaches from the run.
+    the run and waits for its end. Leaving the stream of `handle.events()` only detaches from the run.
     """
 
     def __init__(self, run: RunHandle, *, owns_run: bool) -> None:
@@ -293,7 +294,7 @@ class RunStream(AsyncGenerator[RunEvent, None]):
         return event
 
     def _end_of_events(self) -> Exception:
-        """Returns what ends the iteration; raises the error that ended the run, if one did."""
+        """Returns the exception that ends the iteration, or raises the error that ended the run."""
         if self._run.done:
             self._run._task.outcome()  # noqa: SLF001 - two halves of one thing
         if self._has_finished:

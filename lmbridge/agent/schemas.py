@@ -1,9 +1,9 @@
 """Checks the arguments of a tool call against the tool's JSON schema.
 
-Two steps, in this order: `coerce_to_schema` repairs values of the wrong JSON type where the schema leaves one reading
-only, and the function made by `build_validator` accepts the result or says what is wrong with it. Coercion follows
-the schema and never the text of a value alone, because a guess would call a tool with arguments that the model did
-not mean.
+Two steps, in this order: `coerce_to_schema` repairs values of the wrong JSON type where the schema allows only one
+interpretation, and the function made by `build_validator` accepts the result or says what is wrong with it. Coercion
+follows the schema and never the text of a value alone, because a guess would call a tool with arguments that the model
+did not mean.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def coerce_to_schema(value: Any, schema: Any) -> Any:
     if isinstance(value, dict):
         properties, others = schema.get("properties", {}), schema.get("additionalProperties")
         return {
-            # Most values are integers, which never change: they are spared the call.
+            # Integers never change, so they skip the call. They are the most frequent values.
             name: item if isinstance(item, int) else coerce_to_schema(item, properties.get(name, others))
             for name, item in value.items()
         }
@@ -85,7 +85,7 @@ def _single_type(schema: Mapping[str, Any]) -> str | None:
 
 
 def _decode_string(text: str, expected: str) -> Any:
-    """Returns the value of the expected JSON type that the text spells out, or the text if it spells another."""
+    """Returns the value that a text represents if it has the expected JSON type, and otherwise the text itself."""
     spelled = text.strip()
     if expected == "boolean":
         return {"true": True, "false": False}.get(spelled.lower(), text)
@@ -129,7 +129,7 @@ def build_validator(
 
 
 def _describe_mismatch(error: ValidationError) -> str:
-    """Says what is wrong and where; for a value that fits no alternative, why it fits none of the first few."""
+    """Describes a mismatch and its place. If a value fits no alternative, the first few reasons are listed."""
     if not error.context:
         return f"{error.json_path}: {excerpt(error.message)}"
     # The first part of an error's schema path is the number of the alternative that it belongs to.
@@ -153,12 +153,12 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
 
 
 def _self_contained(part: Any, root: Mapping[str, Any]) -> Any:
-    """Copies a schema without the references that leave it and the patterns that Python cannot compile."""
+    """Copies a schema, leaving out references to other documents and patterns that Python cannot compile."""
     if isinstance(part, Sequence) and not isinstance(part, str):
         return [_self_contained(each, root) for each in part]
     if not isinstance(part, Mapping):
         return part
-    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolve_reference(root, reference):
+    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(root, reference):
         return {}
     return {
         key: value if key in _VALUE_KEYWORDS else _self_contained(value, root)
@@ -180,7 +180,7 @@ def _is_usable(keyword: str, value: Any) -> bool:
     return not (keyword in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
 
 
-def _can_be_resolve_reference(root: Mapping[str, Any], reference: str) -> bool:
+def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:
     """Follows a chain of references, and returns whether it ends at a schema."""
     followed: set[str] = set()
     while reference not in followed:

@@ -34,6 +34,7 @@ class FunctionSignature:
     """The parts of a function that a tool is made of."""
 
     name: str
+    """The name of the tool."""
     description: str
     """The text of the docstring before its first section; empty without a docstring."""
     schema: dict[str, Any]
@@ -47,6 +48,7 @@ class _ParameterHint:
     """The type hint and the default of one parameter."""
 
     annotation: Any
+    """The type hint, after strings have been resolved."""
     default: Any
     """The default value, or `inspect.Parameter.empty` if the parameter is required."""
 

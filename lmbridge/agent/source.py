@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _DISCOVERY_SECONDS: Final = 5.0
-"""Seconds that the request for the context length may take."""
+"""The time limit of the request for the context length, in seconds."""
 _ASK_AGAIN_SECONDS: Final = 60.0
 """Seconds after which an unknown context length is requested again."""
 
 
 class ClientSource:
-    """A client or a pool of an agent, and the context lengths of its models.
+    """The client or the pool of an agent, and the context lengths of the models.
 
     Args:
         client: The client, or the pool that lends clients.
@@ -41,7 +41,7 @@ class ClientSource:
         if isinstance(client, type) or not (is_client or is_pool):
             raise LLMValidationError(
                 f"client must be an LLMClient or an LLMClientPool, not {client!r}",
-                hint="an object of your own needs the methods of lmbridge.ChatClient",
+                hint="your own client needs the methods of lmbridge.ChatClient",
             )
         self._client: Any = client
         self._is_pool = not is_client

@@ -47,9 +47,9 @@ class RunPermit:
     """A run, or a switch of the agent's model, from its arrival to its end."""
 
     requested_model: str | None
-    """The model that it names, or None for the agent's model."""
+    """The model that the run or the switch names, or None for the agent's model."""
     is_switch: bool = False
-    """Whether it switches the agent's model, and is not a run."""
+    """True for a switch of the agent's model, False for a run."""
     parent: RunPermit | None = None
     """The permit of the run whose tool started it, which may belong to another agent."""
     cancel: Callable[[TaskCancelledError], object] = lambda _error: None
@@ -69,7 +69,7 @@ class RunPermit:
 
 @attrs.define
 class Effects:
-    """What follows from an arrival or a departure."""
+    """The runs and switches that an arrival or a departure affects."""
 
     admitted: list[RunPermit] = attrs.field(factory=list)
     """Runs and switches that may go ahead now, in the order of their arrival."""
@@ -78,7 +78,7 @@ class Effects:
 
 
 class Switchboard:
-    """Decides which runs are in flight, without any task.
+    """Decides which runs may be in flight. It neither creates tasks nor waits.
 
     Args:
         policy: What a run with another model does to the runs in flight.
@@ -103,10 +103,10 @@ class Switchboard:
         """Admits a run or a switch now, or puts it into the queue, from which later effects admit it.
 
         Raises:
-            ModelChangedDuringExecutionError: It is refused.
+            ModelChangedDuringExecutionError: The run or the switch is refused.
         """
         effects = Effects()
-        self._refuse(permit)
+        self._raise_if_refused(permit)
         if self._passes_the_queue(permit):
             self._admit(permit, effects)
         else:
@@ -127,7 +127,7 @@ class Switchboard:
     def _wanted_model(self, permit: RunPermit) -> str | None:
         return self.default if permit.requested_model is None else permit.requested_model
 
-    def _refuse(self, permit: RunPermit) -> None:
+    def _raise_if_refused(self, permit: RunPermit) -> None:
         blockers = self._blockers(permit)
         if self._policy == "reject":
             is_change = permit.is_switch and permit.requested_model != self.default
@@ -195,7 +195,7 @@ def _describe_permit(permit: RunPermit) -> str:
 
 
 class RunAdmission:
-    """Admits runs and switches, as a `Switchboard` decides.
+    """Makes runs and switches wait until a `Switchboard` admits them.
 
     Args:
         policy: See `Switchboard`.
@@ -232,14 +232,14 @@ class RunAdmission:
         try:
             await admitted
         except BaseException:
-            # It may have been admitted in the same moment, and would then block others for ever.
+            # The permit may have been admitted at the same moment, and would then block others for ever.
             self.leave(permit)
             raise
         finally:
             self._waiting.pop(permit, None)
 
     def leave(self, permit: RunPermit) -> None:
-        """Gives the permit back, and admits what waited for that."""
+        """Returns the permit, and admits the runs and switches that were waiting for it."""
         self._apply(self._board.leave(permit))
 
     def _apply(self, effects: Effects) -> None:

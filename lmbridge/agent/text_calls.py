@@ -43,7 +43,7 @@ def _reply_starting_with(opening: str, text: str) -> str | None:
 
 
 def _parse_calls(text: str, opening: str, closing: str) -> list[tuple[str, Any]] | None:
-    """Returns the calls, or None as soon as anything else is found between or behind them."""
+    """Returns the calls, or None if the text contains anything else between or after them."""
     calls: list[tuple[str, Any]] = []
     while text:
         if not text.startswith(opening):

@@ -1,4 +1,4 @@
-"""How many tokens a conversation has, and how many of the model's context are left for the answer.
+"""Estimates the tokens of a conversation, and divides the model's context between the prompt and the answer.
 
 The exact number would need the model's own tokenizer and chat template, which the server has and a client does not. So
 the number is estimated from the size of the JSON, and corrected by what the server counts with each reply. A request to
@@ -20,14 +20,14 @@ _TEMPLATE_TOKENS: Final = 64
 _ANSWER_RESERVE: Final = 1024
 """Tokens that trimming the history keeps free for the answer, or a quarter of the context if that is less."""
 _MIN_BYTES_TO_LEARN_FROM: Final = 2_000
-"""Bytes from which on a prompt says how many tokens a byte has: in a short one the template's own tokens dominate."""
+"""The smallest prompt from which the tokens per byte are learned. In a smaller one, the template dominates."""
 
 
 class TokenEstimate:
-    """Estimates the tokens of a prompt from what the server counted last, and from the bytes that came since.
+    """Estimates the tokens of a prompt from the last count by the server and the number of bytes added since.
 
-    One token is taken for three bytes of JSON until the server has counted a prompt: that is a little more than most
-    English text and code needs, and about right for a Chinese character.
+    Until the server has counted a prompt, three bytes of JSON are estimated as one token. That is slightly too high for
+    most English text and code, and about right for Chinese characters.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class ContextBudget:
     Args:
         history: The conversation, which is trimmed if it does not fit.
         tools_size: Bytes of the definitions of the tools, which are sent with every request.
-        context_length: Tokens of the context, the answer included; None if they are not known.
-        max_tokens: The option of the run.
+        context_length: The number of tokens in the context, the answer included; None if it is unknown.
+        max_tokens: The option `max_tokens` of the run.
     """
 
     def __init__(self, history: History, *, tools_size: int, context_length: int | None, max_tokens: MaxTokens) -> None:
@@ -106,7 +106,7 @@ class ContextBudget:
         return has_trimmed or self.max_tokens() < max_tokens
 
     def _trim(self, context_length: int, *, at_least: int = 0) -> bool:
-        """Leaves out old messages until prompt and answer fit; at least so many tokens, if any are left out."""
+        """Leaves out old messages until prompt and answer fit, but at least `at_least` tokens."""
         reserve = min(_ANSWER_RESERVE, context_length // 4)
         room = context_length - reserve - _TEMPLATE_TOKENS
         excess = max(at_least, self._estimate.tokens(self.prompt_size) - room)

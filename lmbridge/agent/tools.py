@@ -1,4 +1,4 @@
-"""`Tool`, a function that a model may call, and the objects around a call of it.
+"""`Tool`, a function that a model may call, and the classes that describe a call.
 
 A tool is a name, a description, a JSON schema and a function. Everything else, such as the version of the schema that
 servers receive, is derived from these when it is first needed, because an agent may be given hundreds of tools of MCP
@@ -44,8 +44,8 @@ class ToolContext:
     tool: str
     """The name of the tool in this run."""
     cancelled: Callable[[], bool] = attrs.field(repr=False)
-    """Returns whether the result is no longer needed. A plain function runs in a thread, which nothing can stop, so a
-    function that takes long should call this now and then and return early."""
+    """Returns whether the result is no longer needed. A plain function runs in a thread, which cannot be stopped, so a
+    function that may take long should call this regularly, and return early if it is True."""
     tool_timeout: float | None = None
     """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces it unless the tool
     has a `timeout`; a tool with `timeout=None` can enforce it in its own way."""

@@ -1,4 +1,4 @@
-"""`Toolset`, the tools of one run: their definitions for requests, and the way from a requested call to its outcome.
+"""`Toolset`: the tools of one run, with their definitions for requests. It checks requested calls and executes them.
 
 The set does not change during a run. If it did, every change would alter the beginning of the prompt, and the server
 would have to process the whole conversation again; and a model could call a tool that has just disappeared.
@@ -113,7 +113,7 @@ class Toolset:
         call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
         decoded, problem = _decode_arguments(function.get("arguments"))
         bad_arguments = not isinstance(decoded, dict)
-        name = self._find(asked)
+        name = self._find_request_name(asked)
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
@@ -126,7 +126,7 @@ class Toolset:
         text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
         return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
 
-    def find_text_call(self, text: str) -> list[dict[str, Any]] | None:
+    def find_text_calls(self, text: str) -> list[dict[str, Any]] | None:
         """Returns the calls that a reply consists of, in the form of `tool_calls`, or None if it is an ordinary answer.
 
         Args:
@@ -134,7 +134,7 @@ class Toolset:
                 existing tools, in one of the known syntaxes.
         """
         calls = read_text_calls(text) or []
-        named = [(self._find(name), arguments) for name, arguments in calls]
+        named = [(self._find_request_name(name), arguments) for name, arguments in calls]
         wire_calls = [dict(to_wire_call(name, arguments)) for name, arguments in named if name is not None]
         return wire_calls if wire_calls and len(wire_calls) == len(named) else None
 
@@ -157,8 +157,8 @@ class Toolset:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="pass a call that read() returned")
         return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
-    def _find(self, asked: str) -> str | None:
-        """Returns the name in requests of the tool that a model has named by that, or by its name in the run."""
+    def _find_request_name(self, asked: str) -> str | None:
+        """Returns the request name of the tool with this name in requests or in the run, or None if there is none."""
         return asked if asked in self._tools else self._request_names.get(asked)
 
     def _describe_unknown(self, asked: str) -> str:
@@ -178,7 +178,8 @@ async def _list_tools(provider: ToolProvider) -> list[Tool]:
         return [as_tool(tool) for tool in await provider.list_tools()]
     except LLMError:
         raise
-    except Exception as exc:  # the provider is code of the user, which may raise anything
+    # The provider is code of the user, which may raise anything.
+    except Exception as exc:
         raise ToolError(
             f"a provider of tools ({type(provider).__name__}) raised {type(exc).__name__}: {exc}",
             exc,

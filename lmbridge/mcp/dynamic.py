@@ -421,7 +421,7 @@ async def _wait_for_start(stream: RunStream) -> RunStream:
         LLMError: The run failed before it had its tools.
     """
     try:
-        await stream.handle.begun()
+        await stream.handle.wait_begun()
     except asyncio.CancelledError:
         await stream.aclose()
         raise

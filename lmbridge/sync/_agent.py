@@ -24,7 +24,7 @@ class RunStream(Stream[RunEvent]):
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
     any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
-    the run and waits for its end. Leaving that of `handle.events()` only detaches from the run.
+    the run and waits for its end. Leaving the stream of `handle.events()` only detaches from the run.
     """
 
     wraps = "lmbridge.agent.runs:RunStream"
@@ -65,13 +65,13 @@ class RunHandle(Wrapper):
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """A copy of the conversation so far. It is valid at any moment, and can be continued later."""
+        """A copy of the conversation so far, which is valid at any moment and can be continued by another run."""
         result: list[dict[str, Any]] = self._call(lambda: self.wrapped.messages)
         return result
 
     @property
     def partial(self) -> RunResult:
-        """The run so far, also while it is in progress; its `stop_reason` is "running" then."""
+        """The run so far. While the run is in progress, the `stop_reason` of this result is "running"."""
         result: RunResult = self._call(lambda: self.wrapped.partial)
         return result
 
@@ -90,7 +90,7 @@ class RunHandle(Wrapper):
         return result
 
     def result(self) -> RunResult:
-        """Waits for the end of the run. On cancellation of the caller, it cancels the run and waits for its end.
+        """Waits for the end of the run, and returns its result. Cancelling the caller also cancels the run.
 
         Raises:
             TaskCancelledError: The run was cancelled.
@@ -115,30 +115,31 @@ class Agent(Wrapper):
     Args:
         client: An `LLMClient`, an `LLMClientPool`, or another object that satisfies `ChatClient` or `ChatClientPool`.
             A client is borrowed from a pool for one generation at a time.
-        model: The model of runs that name none. Default: the client's model.
+        model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
             `async list_tools()`, which are asked at the start of each run.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many times the model is asked in one run. Default: 25.
-        max_tokens: The most tokens of one reply. The default, "auto", stands for 8192, or for what is left of the
-            model's context if that is known and smaller.
-        max_seconds: Seconds that a run may take, including the time that it waits. What it is doing when they are over
-            is cancelled. Default: no limit.
-        max_total_tokens: Tokens that a run may use, prompts included. It is checked between rounds. Default: no limit.
+        max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or the part of the
+            model's context that the prompt leaves, if the length of the context is known and that part is smaller.
+        max_seconds: The time limit of a run in seconds, including the time that it waits. When the time is up, the
+            generation and the tool calls in progress are cancelled. Default: no limit.
+        max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
+            Default: no limit.
         switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
             them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
         tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
             limit. Default: 60.
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
-        max_tool_output: How many characters of a call's result the model gets; of a longer one it gets the head and
-            the tail. Default: 20,000.
+        max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
+            out. Default: 20,000.
         max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
             returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
             exception in it ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
-            context manager is left when the run ends, in whichever way. Default: none.
+            context manager is exited when the run ends, however it ends. Default: none.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -187,7 +188,7 @@ class Agent(Wrapper):
 
     @property
     def model(self) -> str | None:
-        """The model of runs that name none; None if the server, or the pool, chooses it."""
+        """The model for runs that do not name one; None if the server or the pool chooses it."""
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
@@ -202,9 +203,10 @@ class Agent(Wrapper):
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
     ) -> RunResult:
-        """Works on a task until the model has an answer, or there is a reason to end without one.
+        """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
-        On cancellation, it stops the server's generation and all tools before it raises.
+        If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
+        raised.
 
         Args:
             task: What to do, as a string or as a list of content parts (text and images).
@@ -216,7 +218,7 @@ class Agent(Wrapper):
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
 
         Returns:
-            The result. Its `stop_reason` says whether it is an answer.
+            The result. It contains an answer if its `stop_reason` is "stop".
 
         Raises:
             LLMValidationError: An argument is invalid; nothing was sent.
@@ -309,10 +311,11 @@ class Agent(Wrapper):
         return result
 
     def switch_model(self, model: str) -> None:
-        """Changes the model of runs that name none, once the runs that are in the way have ended.
+        """Changes the model for runs that do not name one, once the runs that block the change have ended.
 
         With "isolate", the runs that took the agent's model are cancelled. With "cancel", all runs with another model
-        are, and with "drain" their end is awaited. A call that is cancelled while it waits has changed nothing.
+        are cancelled, and with "drain" the switch waits for their end. If the call is cancelled while it waits, the
+        model is unchanged.
 
         Args:
             model: The name of the new model.

@@ -249,7 +249,7 @@ async def test_every_parallel_tool_is_cancelled_and_awaited(scripted_server: Scr
     assert (gate.cancelled, gate.running) == (3, 0)
     texts = [message["content"] for message in caught.value.partial.messages if message["role"] == "tool"]
     assert ["may still be running" in text for text in texts] == [True] * 3 + [False] * 3
-    assert texts[5] == "Not called: the run ended before."
+    assert texts[5] == "Not called: the run ended first."
 
 
 async def test_a_cancellation_of_the_caller_stays_a_cancelled_error(

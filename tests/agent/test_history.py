@@ -212,7 +212,7 @@ def test_the_messages_to_send_are_the_whole_conversation_except_for_trimmed_ones
         else:
             history.trim(1 if step == "trim" else history.size)
         sent = history.to_send()
-        groups = (history._head, *history._before, [history._task], *history._after)
+        groups = (history._head, *history._groups_before_task, [history._task], *history._groups_after_task)
         assert sent == [message for group in groups for message in group]
         assert history.size == sum(map(size_of, sent))
         check_valid(sent)

@@ -108,10 +108,10 @@ async def test_missing_tools_are_in_the_result_and_in_the_system_message(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     handle = Agent(client).start("Go.", open_tools=open_incompletely)
-    await handle.begun()
+    await handle.wait_begun()
     assert not handle.done
     result = await handle.result()
-    await handle.begun()
+    await handle.wait_begun()
     assert str(result.errors["source"]) == "it is not there"
     assert sent(scripted_server)["messages"][0] == {"role": "system", "content": "Something is missing."}
 

@@ -163,7 +163,7 @@ async def test_leaving_the_events_of_a_handle_detaches(
         await asyncio.wait([listener])
     gc.collect()
     await asyncio.sleep(0)
-    assert not handle._channel.is_heard
+    assert not handle._channel.has_listener
     assert not handle.done
     gate.set()
     assert (await handle.result()).text == "one two three"
@@ -318,7 +318,7 @@ async def test_a_full_channel_releases_the_run_when_its_listener_leaves() -> Non
     assert not putting.done()
     subscription.leave()
     await putting
-    assert not channel.is_heard
+    assert not channel.has_listener
     channel.close(discard=False)
     assert await channel.subscribe().get() is None
 
@@ -349,5 +349,5 @@ async def test_the_error_of_a_provider_has_the_run_so_far(client: LLMClient) -> 
 async def test_begun_returns_when_a_run_ends_without_having_begun(client: LLMClient) -> None:
     handle = Agent(client).start("Go.")
     handle.cancel()
-    await handle.begun()
+    await handle.wait_begun()
     assert handle.done

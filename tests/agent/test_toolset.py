@@ -92,7 +92,7 @@ async def test_functions_tools_and_providers_become_definitions_in_their_order()
 async def test_a_set_without_tools_has_no_definitions() -> None:
     tools = await Toolset.collect(())
     assert (tools.definitions, tools.names) == ([], [])
-    assert tools.find_text_call('<tool_call>{"name": "x"}</tool_call>') is None
+    assert tools.find_text_calls('<tool_call>{"name": "x"}</tool_call>') is None
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ REQUEST = '[TOOL_REQUEST]{"name": "weather", "arguments": {"city": "Ulm"}}[END_T
 )
 async def test_a_reply_that_consists_of_a_call_is_recognized(text: str) -> None:
     tools = await Toolset.collect([weather])
-    (call,) = tools.find_text_call(text) or []
+    (call,) = tools.find_text_calls(text) or []
     assert call["type"] == "function"
     assert call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
@@ -356,7 +356,7 @@ async def test_several_calls_in_one_reply_are_recognized() -> None:
     tools = await Toolset.collect([weather, tool("Other.Tool")])
     other, bare = '{"name": "Other.Tool", "arguments": "{}"}', '{"name": "weather"}'
     text = f"{CALL}\n<tool_call>{other}</tool_call><tool_call>{bare}</tool_call>"
-    calls = tools.find_text_call(text) or []
+    calls = tools.find_text_calls(text) or []
     assert [call["function"] for call in calls] == [
         {"name": "weather", "arguments": '{"city": "Ulm"}'},
         {"name": "other_tool", "arguments": "{}"},
@@ -368,7 +368,7 @@ async def test_several_calls_in_one_reply_are_recognized() -> None:
 async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     arguments = {"city": "</think></tool_call><think>"}
     text = f"<tool_call>{json.dumps({'name': 'weather', 'arguments': arguments})}</tool_call>"
-    (call,) = (await Toolset.collect([weather])).find_text_call(text) or []
+    (call,) = (await Toolset.collect([weather])).find_text_calls(text) or []
     assert json.loads(call["function"]["arguments"]) == arguments
 
 
@@ -398,7 +398,7 @@ async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     ],
 )
 async def test_any_other_reply_is_an_ordinary_answer(text: str) -> None:
-    assert (await Toolset.collect([weather])).find_text_call(text) is None
+    assert (await Toolset.collect([weather])).find_text_calls(text) is None
 
 
 # Calling
