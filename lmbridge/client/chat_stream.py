@@ -82,7 +82,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 chunk: Any = None
                 try:
                     chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
-                    continues = chunk["model"] == self._model and "choices" in chunk and "error" not in chunk
+                    continues = chunk["model"] == self._served_model and "choices" in chunk and "error" not in chunk
                 except (KeyError, TypeError, ValueError, RecursionError):
                     continues = False
                 if continues:

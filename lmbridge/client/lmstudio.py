@@ -1,4 +1,4 @@
-"""LM Studio's own API beside `/v1`: which models are loaded and how; load, unload and download them.
+"""LM Studio's own API beside `/v1`, which lists, loads, unloads and downloads models.
 
 Shapes and versions are those of LM Studio's REST documentation (https://lmstudio.ai/docs/developer/rest): `/api/v1`
 came with 0.4.0, `/api/v0` with 0.3.6. LM Studio answers 200 to a path that it does not know
@@ -25,14 +25,14 @@ from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload
 
 POLL_SECONDS: Final = 1.0
-"""Seconds between two questions about a download."""
+"""The seconds between two requests for the progress of a download."""
 
 _V1_MODELS: Final = "/api/v1/models"
 _V0_MODELS: Final = "/api/v0/models"
-# Loading, unloading and downloading change the server, so such a request is sent only once.
-_SENT_ONCE: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
+# Loading, unloading and downloading change the server, so they are not repeated once the server may have begun.
+_CHANGE_OPTIONS: Final[Mapping[str, Any]] = {"below_root": True, "queued": False, "repeatable": False}
 _UNKNOWN_PATH_MESSAGE: Final = "unexpected endpoint or method"
-_DOWNLOAD_ENDS: Final = ("completed", "already_downloaded")
+_FINAL_STATUSES: Final = ("completed", "already_downloaded")
 _NAME_HINT: Final = "for example 'qwen/qwen3-4b-2507'"
 _UPDATE_HINT: Final = "update LM Studio to 0.4.0 or newer"
 _OTHER_SERVER_HINT: Final = "client.lmstudio needs LM Studio; check api_base, or use the API of that other server"
@@ -43,8 +43,9 @@ _DOWNLOAD_HINT: Final = "see LM Studio's own log; the disk may be full, or the n
 class LMStudio:
     """LM Studio's own API, as `client.lmstudio`.
 
-    No method queues behind generations. Each raises what `LLMClient.chat_completion` raises, and an `LLMResponseError`
-    that says so if the server is not LM Studio or is too old.
+    The requests do not queue behind generations. Besides their own errors, all methods raise those of
+    `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
+    `LLMResponseError` whose text says which of the two it is.
     """
 
     def __init__(self, server: ServerApi) -> None:
@@ -63,8 +64,8 @@ class LMStudio:
         found = await find_lmstudio(self._server)
         if found.models is not None:
             return found.models
-        self._plain_refusal(found.reply)
-        raise self._not_offered(found)
+        self._ambiguous_error(found.reply)
+        raise self._unsupported_error(found)
 
     async def load(self, model: str, **config: Any) -> LMStudioLoad:
         """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
@@ -118,7 +119,7 @@ class LMStudio:
         `download` again for the same model yields the progress of the download that is running.
 
         Args:
-            model: A name of LM Studio's catalogue, or the link of a repository on Hugging Face.
+            model: A name in LM Studio's catalogue, or a link to a repository on Hugging Face.
             **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
 
         Yields:
@@ -137,33 +138,33 @@ class LMStudio:
 
     async def _download(self, body: Mapping[str, Any]) -> AsyncGenerator[DownloadStatus, None]:
         server, transport, model = self._server, self._server.transport, body["model"]
-        request = server.build_post("model download", f"{_V1_MODELS}/download", body, model, **_SENT_ONCE)
+        request = server.build_post("model download", f"{_V1_MODELS}/download", body, model, **_CHANGE_OPTIONS)
         reply = await server.request(request)
         closing = transport.closing
         value = await self._checked_object(reply, "status")
-        while value["status"] not in _DOWNLOAD_ENDS:
+        while value["status"] not in _FINAL_STATUSES:
             job = value.get("job_id")
             if value["status"] == "failed":
-                raise self._download_failed(model, reply, value)
+                raise self._failed_download(model, reply, value)
             if not isinstance(job, str):
                 raise server.unexpected_reply(reply, "the status of a download")
             yield cast("DownloadStatus", value)
             if closing is not None:
                 await asyncio.wait((closing,), timeout=POLL_SECONDS)
             if server.transport is not transport:
-                raise _download_left("api_base was set", reply, value)
+                raise _interrupted_download("api_base was set", reply, value)
             if server.refuses_requests:
-                raise _download_left("the client was given back to its pool", reply, value)
+                raise _interrupted_download("the client was given back to its pool", reply, value)
             # Another request would open a closed client again.
             if closing is None or closing.done():
-                raise _download_left("the client was closed", reply, value)
+                raise _interrupted_download("the client was closed", reply, value)
             path = f"{_V1_MODELS}/download/status/{quote(job, safe='', errors='replace')}"
             reply = await server.request(server.build_get("model download", path, below_root=True, model=model))
             value = await self._checked_object(reply, "status")
         yield cast("DownloadStatus", value)
 
     async def _post(self, operation: str, verb: str, body: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:
-        request = self._server.build_post(operation, f"{_V1_MODELS}/{verb}", body, name, **_SENT_ONCE)
+        request = self._server.build_post(operation, f"{_V1_MODELS}/{verb}", body, name, **_CHANGE_OPTIONS)
         if verb == "load":
             # The limit of a plain reply is `first_byte`, which covers the whole of it.
             request.timeouts = attrs.evolve(request.timeouts, first_byte=request.timeouts.load)
@@ -175,22 +176,25 @@ class LMStudio:
         Raises:
             LLMError: The reply is an error, or the server is not LM Studio; one more request finds out which.
         """
-        refusal = self._plain_refusal(reply)
-        if refusal is None:
+        error = self._ambiguous_error(reply)
+        if error is None:
             value = self._server.json_object(reply)
             if isinstance(value.get(field), str):
                 return value
-            refusal = self._server.unexpected_reply(reply, f"LM Studio's: it has no {field!r}")
+            error = self._server.unexpected_reply(reply, f"LM Studio's: it has no {field!r}")
         found = await find_lmstudio(self._server)
         if found.has_v1:
-            raise refusal
-        raise self._not_offered(attrs.evolve(found, reply=reply)) from refusal
+            raise error
+        raise self._unsupported_error(attrs.evolve(found, reply=reply)) from error
 
-    def _plain_refusal(self, reply: Reply) -> LLMError | None:
-        """Returns the error of a reply if any server may have sent it, or None if the reply is not an error.
+    def _ambiguous_error(self, reply: Reply) -> LLMError | None:
+        """Returns the error that a reply reports, if it could mean that the server is not LM Studio.
+
+        Returns:
+            The error, or None if the reply reports none.
 
         Raises:
-            LLMError: The error's class, or a status of 500 or more, already says what is wrong.
+            LLMError: The error has another cause, which its class or a status of 500 or more shows.
         """
         try:
             self._server.json_object(reply)
@@ -200,7 +204,7 @@ class LMStudio:
             return error
         return None
 
-    def _not_offered(self, found: FoundLMStudio) -> LLMResponseError:
+    def _unsupported_error(self, found: FoundLMStudio) -> LLMResponseError:
         reply = found.reply
         body = self._server.body_text(reply)
         if found.is_lmstudio:
@@ -212,7 +216,7 @@ class LMStudio:
             message, hint = f"this server{calls_itself} is not LM Studio: {answer}", _OTHER_SERVER_HINT
         return LLMResponseError(message, hint=hint, status=reply.status, body=body, context=reply.call.context())
 
-    def _download_failed(self, model: str, reply: Reply, value: Mapping[str, Any]) -> LLMResponseError:
+    def _failed_download(self, model: str, reply: Reply, value: Mapping[str, Any]) -> LLMResponseError:
         return LLMResponseError(
             f"LM Studio could not download {model!r}",
             hint=_DOWNLOAD_HINT,
@@ -228,7 +232,7 @@ class FoundLMStudio:
     """The result of asking a server for LM Studio's list of models."""
 
     reply: Reply
-    """The last reply."""
+    """The last reply of the server, for errors."""
     is_lmstudio: bool
     """Whether the server is LM Studio, of any version."""
     has_v1: bool = False
@@ -266,12 +270,12 @@ def _listed_models(
 
 
 def _is_unknown_path(reply: Reply) -> bool:
-    """Returns whether a reply is LM Studio's answer to a path that it does not know, which no other server words so."""
+    """Returns whether a reply is LM Studio's answer to an unknown path. No other server uses these words."""
     error_body = failures.parse_error_body(reply.body.decode("utf-8", "replace"))
     return not error_body.is_text and _UNKNOWN_PATH_MESSAGE in error_body.message.lower()
 
 
-def _download_left(reason: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:
+def _interrupted_download(reason: str, reply: Reply, value: Mapping[str, Any]) -> TaskCancelledError:
     return TaskCancelledError(
         f"{reason} while the model was being downloaded",
         hint="LM Studio goes on with the download; call download() again to see its progress",

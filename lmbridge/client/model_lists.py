@@ -13,14 +13,14 @@ async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]
 
     Args:
         server: The server.
-        operation: What an error says was attempted: "model list".
+        operation: The purpose of the request, which errors mention: "model list".
 
     Raises:
         LLMError: The server did not answer, reports an error, or sent something that is not a list of models.
     """
     reply = await server.request(server.build_get(operation, "/models"))
     value = server.json_object(reply)
-    # An Ollama without models sends null.
+    # Ollama sends null if it has no models.
     if "data" in value and value["data"] is None:
         return []
     entries = entries_of(value, "data", {"id": str})

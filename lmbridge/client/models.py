@@ -1,7 +1,7 @@
 """`ModelValidator`: which models a server has, from a list that is cached for some minutes.
 
-The only importer of `cachetools`, whose `TTLCache` is used as a plain mapping with expiry. Its decorators are of no use
-here: they know nothing of coroutines, and would not let concurrent callers share one request.
+No other module imports `cachetools`. Its `TTLCache` is used as a plain mapping whose entries expire. Its decorators
+cannot be used: they would cache coroutines instead of results, and do not let concurrent callers share one request.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ _ModelIds = tuple[str, ...]
 
 @attrs.frozen(kw_only=True)
 class CacheStats:
-    """The contents of the cache of a `ModelValidator`, and how often it helped."""
+    """Statistics of the cache of a `ModelValidator`."""
 
     hits: int
     """The number of calls that were answered from the cache. Each call is either a hit or a miss."""
     misses: int
     """The number of calls that asked the server, or waited for another call that was asking it."""
     expirations: int
-    """The number of lists that were dropped because they were too old. Lists that `invalidate` or `maxsize` removed are
-    not counted."""
+    """The number of lists that were dropped because they were older than `ttl`.
+
+    Lists that were dropped by `invalidate`, or because of `maxsize`, are not counted.
+    """
     size: int
     """The number of lists in the cache now, one for each server."""
     maxsize: int
@@ -46,7 +48,7 @@ class ModelValidator:
 
     Concurrent calls that find no cached list share one request. A request that fails is not cached. If the client's
     `api_base` is set, the lists of both servers are cached. Use a validator in one event loop at a time. `close`, or
-    leaving its `async with` block, ends what it is doing; a later call opens it again::
+    leaving its `async with` block, ends requests in progress; a later call opens it again::
 
         async with ModelValidator("http://127.0.0.1:1234/v1") as validator:
             print(await validator.get_available_models())
@@ -146,7 +148,7 @@ class ModelValidator:
                 model,
                 ids,
                 hint="load or download it on the server, or ask for a model that the server has",
-                context={"operation": "look-up", "url": self._client.api_base},
+                context={"operation": "model look-up", "url": self._client.api_base},
             )
         return listed_id
 
@@ -162,7 +164,7 @@ class ModelValidator:
         return None if info.loaded_models is None else list(info.loaded_models)
 
     def cache_stats(self) -> CacheStats:
-        """Returns how often the cache has helped, and how full it is."""
+        """Returns how often the cache was used, and how full it is."""
         size = len(self._current_cache())
         return CacheStats(
             hits=self._hits,
@@ -207,7 +209,7 @@ class ModelValidator:
 
     async def _fetch(self, api_base: str, generation: int) -> _ModelIds:
         ids = tuple(await self._client.list_models())
-        # If the client's `api_base` was set in the meantime, it is not known which of the servers answered.
+        # If the client's `api_base` was set in the meantime, it is unknown which of the servers has answered.
         if generation == self._generation and api_base == self._client.api_base:
             self._current_cache()[api_base] = ids
         return ids

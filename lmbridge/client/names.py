@@ -36,15 +36,15 @@ def are_different_models(old: str, new: str) -> bool:
 
 
 class MismatchPolicy:
-    """What happens if another model answers than the one that was asked for.
+    """Decides what happens if the model that answers is not the one that was asked for.
 
-    Clients that share a policy log each pair of names once between them.
+    A pair of names is logged once, even if several clients share the policy.
 
     Args:
         mode: "warn" logs a warning, "raise" raises `ModelMismatchError`, "ignore" does nothing.
 
     Raises:
-        LLMValidationError: The mode is something else.
+        LLMValidationError: The mode is none of these.
     """
 
     def __init__(self, mode: MismatchMode) -> None:
@@ -57,7 +57,7 @@ class MismatchPolicy:
         return self._mode == "ignore"
 
     def check(self, asked: str | None, served: object) -> bool:
-        """Returns whether the two names fit; a missing name fits every other.
+        """Returns whether the two names fit. A missing name fits every other name.
 
         Raises:
             ModelMismatchError: They differ, and the mode is "raise".

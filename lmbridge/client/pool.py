@@ -2,11 +2,11 @@
 
 Each lease is a new client. Changing the model of a shared client instead would let two tasks see each other's model. A
 lease costs next to nothing, because connections and limits belong to the transport, which all leases share. A lease
-that was given back refuses further requests by itself; streams that it has opened go on to their end.
+that was given back refuses further requests; streams that it has opened go on to their end.
 
-Waiting callers are served in the order in which they came, by futures instead of by a semaphore or a queue of idle
-clients: a caller that is cancelled in the very moment in which it gets a client must pass it on, and `close` must be
-able to end all waits with an error of ours.
+Callers that wait are served in the order of their arrival. Each waits for a future, and not for a semaphore or a queue
+of idle clients, for two reasons: a caller that is cancelled at the very moment when it gets a client must pass the
+client on, and `close` must be able to end all waits with an `LLMError`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from lmbridge.client.llm import ClientOptions, LLMClient
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError, TaskCancelledError
 
-_GIVEN_BACK: Final = (
+_GIVEN_BACK_MESSAGE_AND_HINT: Final = (
     "this client was given back to its pool",
     "get another one with `await pool.get_client()`, or `async with pool.client()`",
 )
-_CLOSED: Final = ("the pool is closed", "create a new LLMClientPool, and close it when it is no longer needed")
+_CLOSED_MESSAGE_AND_HINT: Final = (
+    "the pool is closed",
+    "create a new LLMClientPool, and close it when it is no longer needed",
+)
 
 
 @attrs.frozen(kw_only=True)
 class PoolStats:
-    """What a pool is doing at the moment."""
+    """Statistics of a pool at one moment."""
 
     size: int
     """The most clients that can be in use at the same time: the `pool_size` of the pool."""
@@ -54,7 +57,9 @@ class _Waiter:
 
 
 class LLMClientPool:
-    """Hands out at most `pool_size` clients at the same time, each for one model; waiting callers come first in order.
+    """Hands out at most `pool_size` clients at the same time, each with its own default model.
+
+    Callers that wait for a client are served in the order of their arrival.
 
     The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open
@@ -64,12 +69,12 @@ class LLMClientPool:
             reply = await client.chat_completion([{"role": "user", "content": "Hello!"}])
 
     Args:
-        pool_size: The most clients that can be in use at the same time.
-        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some have a meaning for
-            the pool as a whole. `model` is the model of clients that are requested without one. The `max_concurrency`
-            of `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
-            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
-            it stays open when the pool is closed.
+        pool_size: The most clients that can be in use at the same time. Default: 10.
+        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the pool as a
+            whole: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
+            `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of names is logged
+            once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays open
+            when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -87,10 +92,10 @@ class LLMClientPool:
         self._size = pool_size
         # This client checks the options and owns what all leases share. It is never handed out.
         self._client = LLMClient(**options)
-        # Weak references, so that the slot of a client that is dropped becomes free. Keyed by id, because that works
-        # while the client is being collected, too.
+        # The references are weak, so that a client that is dropped frees its slot. The keys are ids, because a weak
+        # reference is already dead while its client is being collected.
         self._leases: dict[int, weakref.ref[PooledClient]] = {}
-        # A dict is a queue that any waiter can leave at once.
+        # A dict serves as a queue that a waiter can leave from any position in constant time.
         self._waiters: dict[_Waiter, None] = {}
         self._loop_guard = LoopGuard("this pool")
         self._closed = False
@@ -127,7 +132,7 @@ class LLMClientPool:
         model = check_model_name(model) or self._client.model
         self._check_open()
         if self._loop_guard.enter():
-            # They belong to an event loop that no longer exists.
+            # These waiters belong to an event loop that no longer exists.
             self._waiters.clear()
         if not self._waiters and len(self._leases) < self._size:
             return self._lease(model)
@@ -137,14 +142,14 @@ class LLMClientPool:
             return await waiter.future
         except BaseException:
             if waiter.future.done() and not waiter.future.cancelled() and not waiter.future.exception():
-                # The client arrived in the same moment as the cancellation, and is passed on.
-                self._take_back(waiter.future.result())
+                # The client arrived at the same moment as the cancellation, so it is passed on.
+                self._free_slot(waiter.future.result())
             raise
         finally:
             self._waiters.pop(waiter, None)
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back; the caller that has waited longest gets the next one.
+        """Gives a client back. The caller that has waited longest gets the slot.
 
         Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 
@@ -156,7 +161,7 @@ class LLMClientPool:
                 f"{client!r} does not belong to {self!r}",
                 hint="release a client that get_client() of this pool returned",
             )
-        if not self._take_back(client):
+        if not self._free_slot(client):
             raise LLMValidationError(
                 f"{client!r} was already given back",
                 hint="release a client once, or leave it to `async with pool.client()`",
@@ -197,7 +202,7 @@ class LLMClientPool:
     def _refuse_everything(self) -> None:
         for reference in list(self._leases.values()):
             if (client := reference()) is not None:
-                client.refuse_requests(*_CLOSED)
+                client.refuse_requests(*_CLOSED_MESSAGE_AND_HINT)
         waiters = list(self._waiters)
         self._waiters.clear()
         for waiter in waiters:
@@ -206,7 +211,7 @@ class LLMClientPool:
 
     def _check_open(self) -> None:
         if self._closed:
-            message, hint = _CLOSED
+            message, hint = _CLOSED_MESSAGE_AND_HINT
             raise LLMError(message, hint=hint)
 
     # Slots
@@ -216,29 +221,29 @@ class LLMClientPool:
         self._leases[id(client)] = weakref.ref(client)
         return client
 
-    def _take_back(self, client: PooledClient) -> bool:
+    def _free_slot(self, client: PooledClient) -> bool:
         """Frees the slot of a client; returns whether the client had one."""
         if self._leases.pop(id(client), None) is None:
             return False
         if not self._closed:
-            client.refuse_requests(*_GIVEN_BACK)
+            client.refuse_requests(*_GIVEN_BACK_MESSAGE_AND_HINT)
         if self._loop_guard.is_running():
             self._serve_waiters()
         else:
             self._serve_waiters_soon()
         return True
 
-    def _forget(self, client: PooledClient) -> bool:
+    def _free_slot_of_dropped(self, client: PooledClient) -> bool:
         """Frees the slot of a client that is being collected, in any thread; returns whether it was still in use."""
         if self._leases.pop(id(client), None) is None:
             return False
-        # Not at once: the garbage collector may run in the middle of anything, `_serve_waiters` included.
+        # The waiters are served later, because the garbage collector may run at any moment, even in `_serve_waiters`.
         self._serve_waiters_soon()
         return not self._closed
 
     def _serve_waiters_soon(self) -> None:
         if (loop := self._loop_guard.loop) is not None:
-            # The call raises if the loop is closed, and then no caller is waiting in it.
+            # The call raises if the loop is closed. In that case, no caller waits in it.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._serve_waiters)
 
@@ -251,7 +256,7 @@ class LLMClientPool:
 
 
 class PooledClient(LLMClient):
-    """A client that is in use: it has a slot of its pool until it is released, closed or dropped.
+    """A client that is in use. It occupies a slot of its pool until it is released, closed or dropped.
 
     Args:
         pool: The pool that gets the client back.
@@ -267,7 +272,7 @@ class PooledClient(LLMClient):
     def __del__(self) -> None:
         # The attribute does not exist if the constructor has failed.
         pool = getattr(self, "pool", None)
-        if pool is not None and pool._forget(self):  # noqa: SLF001 - its own pool
+        if pool is not None and pool._free_slot_of_dropped(self):  # noqa: SLF001 - its own pool
             warnings.warn(
                 f"{self!r} was dropped without being given back to its pool; use `async with pool.client()`,"
                 " or release it",
@@ -282,4 +287,4 @@ class PooledClient(LLMClient):
 
     async def close(self) -> None:
         """Gives the client back to its pool; can be called more than once. Streams in progress go on to their end."""
-        self.pool._take_back(self)  # noqa: SLF001 - its own pool
+        self.pool._free_slot(self)  # noqa: SLF001 - its own pool

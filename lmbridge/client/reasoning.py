@@ -1,4 +1,4 @@
-"""The reasoning of a model, separated from its answer, wherever the server puts it."""
+"""Separates the reasoning of a model from its answer, wherever the server puts it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ _CLOSING_TAG: Final = "</think>"
 
 
 class Piece(NamedTuple):
-    """A piece of a reply: a part of its reasoning, or of its text."""
+    """A piece of a reply that belongs to its reasoning or to its text."""
 
     kind: Literal["reasoning", "text"]
+    """The part of the reply to which the piece belongs."""
     text: str
+    """The characters of the piece, which are never empty."""
 
 
 class SplitReply(NamedTuple):
-    """A whole reply, split in two; either part may be empty."""
+    """The two parts of a whole reply."""
 
     reasoning: str
+    """The reasoning, without its tags. It is empty if the model did not reason."""
     text: str
+    """The answer. It is empty if the model did not answer, for example because it called a tool."""
 
 
 class ReasoningSplitter:
@@ -50,7 +54,7 @@ class ReasoningSplitter:
 
     def __init__(self, *, starts_in_reasoning: bool = False) -> None:
         self._state: Literal["start", "in_block", "after_block", "in_text"] = "start"
-        # The end of the content so far, if it may be the first half of a tag or the white space before one.
+        # The end of the content so far, if it may be the beginning of a tag, or the white space before one.
         self._held_back = ""
         self._starts_in_reasoning = starts_in_reasoning
 
@@ -109,7 +113,7 @@ class ReasoningSplitter:
         if closing_tag:
             self._state = "after_block"
         else:
-            kept = len(content) - _length_of_half_a_tag(content)
+            kept = len(content) - _length_of_partial_tag(content)
             reasoning, self._held_back = content[:kept], content[kept:]
         pieces = [Piece("reasoning", reasoning)] if reasoning else []
         return pieces + self._split_text(rest)
@@ -130,7 +134,8 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
         reasoning, text = split_reasoning(await client.chat_completion(messages))
 
     The rules are those of `ReasoningSplitter`, with one more: content before a `</think>` that was never opened is
-    reasoning. In a whole reply the tag is there to be seen; in a stream it would be seen too late.
+    reasoning. A `ReasoningSplitter` cannot apply that rule, because a stream has handed out that content as text by the
+    time the tag arrives.
 
     Args:
         reply: A chat completion. It is not changed.
@@ -149,7 +154,7 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     return SplitReply(**parts)
 
 
-def _length_of_half_a_tag(content: str) -> int:
+def _length_of_partial_tag(content: str) -> int:
     """Returns how many characters at the end of the content may be the beginning of a closing tag."""
     lengths = range(min(len(content), len(_CLOSING_TAG) - 1), 0, -1)
     return next((length for length in lengths if _CLOSING_TAG.startswith(content[-length:])), 0)

@@ -1,8 +1,8 @@
 """Events of a streamed response, accumulated into the response that the plain call would have returned.
 
-The event that ends such a stream holds the whole response, so a reply that arrives in full needs no accumulation. It is
-done for the others: an error in the middle of a stream has in `.partial` what had arrived. As for chats, pieces are
-merged one by one, and only their text is kept; `chat_accumulator` says why.
+The last event of such a stream contains the whole response, so a stream that arrives in full would need no
+accumulation. It is needed for streams that fail, because their errors carry the response so far as `.partial`. As for
+chats, pieces are merged one by one, and only their text is kept; `chat_accumulator` explains why.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from lmbridge._text import shorten
 from lmbridge.errors import LLMStreamError
 from lmbridge.types import Response
 
-_SHOWN_CHARACTERS: Final = 200
-"""Characters of a malformed event that the error shows."""
+_QUOTED_EVENT_CHARACTERS: Final = 200
+"""The number of characters of a malformed event that the error quotes."""
 
 
-class _Target(NamedTuple):
-    """Where the piece of text in an event belongs."""
+class _TextTarget(NamedTuple):
+    """The place in an item of the output to which an event adds a piece of text."""
 
     list_name: str
     """The list of parts in the item: "content" or "summary"."""
     part_type: str
+    """The type of a part that is created for the text."""
     field: str
     """The field of the part that grows."""
 
@@ -32,10 +33,10 @@ class _Target(NamedTuple):
 _LAST_EVENTS: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _EVENTS_WITH_RESPONSE: Final = _LAST_EVENTS | {"response.created", "response.in_progress", "response.queued"}
 _TEXT_EVENTS: Final = {
-    "response.output_text.delta": _Target("content", "output_text", "text"),
-    "response.refusal.delta": _Target("content", "refusal", "refusal"),
-    "response.reasoning_text.delta": _Target("content", "reasoning_text", "text"),
-    "response.reasoning_summary_text.delta": _Target("summary", "summary_text", "text"),
+    "response.output_text.delta": _TextTarget("content", "output_text", "text"),
+    "response.refusal.delta": _TextTarget("content", "refusal", "refusal"),
+    "response.reasoning_text.delta": _TextTarget("content", "reasoning_text", "text"),
+    "response.reasoning_summary_text.delta": _TextTarget("summary", "summary_text", "text"),
 }
 _ARGUMENT_EVENTS: Final = frozenset({"response.function_call_arguments.delta", "response.mcp_call_arguments.delta"})
 _NEW_PART_EVENTS: Final = {
@@ -51,7 +52,7 @@ _FINISHED_PART_EVENTS: Final = {
 
 
 class ResponseAccumulator:
-    """A response, as far as its events have arrived.
+    """Merges the events of a response into the response so far.
 
     Servers leave ids and indices out (llama.cpp leaves out all indices). A piece without them belongs to the newest
     item, and to the newest part of it.
@@ -89,12 +90,12 @@ class ResponseAccumulator:
         """Adds the data of an event. Events of an unknown type add nothing.
 
         Raises:
-            LLMStreamError: The event does not have the shape that its type asks for.
+            LLMStreamError: The event does not have the shape that events of its type have.
         """
         try:
             self._add(str(event.get("type")), event)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
-            shown = shorten(repr(event), _SHOWN_CHARACTERS)
+            shown = shorten(repr(event), _QUOTED_EVENT_CHARACTERS)
             raise LLMStreamError(f"the stream holds an event of an unknown shape: {shown}", exc) from exc
 
     def _add(self, event_type: str, event: Mapping[str, Any]) -> None:
@@ -166,7 +167,7 @@ class _ItemAccumulator:
         else:
             parts.append(dict(part))
 
-    def append_text(self, target: _Target, index: int | None, piece: str) -> None:
+    def append_text(self, target: _TextTarget, index: int | None, piece: str) -> None:
         """Appends a piece of text to the part at `index`, or to the newest part."""
         parts = self._part_list(target.list_name)
         position = len(parts) - 1 if index is None else index
@@ -188,7 +189,7 @@ class _ItemAccumulator:
 
     def _part_list(self, list_name: str) -> list[dict[str, Any]]:
         if not self._fields.get(list_name):
-            # A new list, and never one that belongs to an event.
+            # The list is new, so that the events that the caller holds do not change.
             self._fields[list_name] = []
         return cast("list[dict[str, Any]]", self._fields[list_name])
 

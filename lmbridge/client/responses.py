@@ -25,7 +25,7 @@ from lmbridge.types import Response, ResponseEventData
 if TYPE_CHECKING:
     from aiohttp_sse_client.client import MessageEvent
 
-_FAILED_WITHOUT_REASON: Final = "the response failed, with no reason given"
+_FAILED_WITHOUT_REASON: Final = "the response failed, with no reason input_items"
 _EXAMPLE_ITEM: Final = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -78,10 +78,10 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         """Adds an event to the response and returns it.
 
         Raises:
-            LLMError: It reports an error, or that the response failed.
+            LLMError: The event reports an error, or that the response failed.
         """
         text = data.decode("utf-8", "replace")
-        if _is_error(value):
+        if _is_error_event(value):
             raise self._server_error(text)
         self._add_to_response(value if value.get("type") else {**value, "type": name}, text)
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
@@ -97,21 +97,21 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             self._fail(error)
             raise
         if value["type"] == "response.failed" or response.get("status") == "failed" or response.get("error"):
-            raise self._fail(self._failed_response(response.get("error"), text))
+            raise self._fail(self._error_of_failed_event(response.get("error"), text))
         if self._accumulator.is_finished:
             self._mark_complete()
             self._pending = iter(())
 
-    def _failed_response(self, error: object, text: str) -> LLMError:
-        report = failures.parse_error_body(self._redact(json.dumps({"error": error or _FAILED_WITHOUT_REASON})))
-        return failures.error_from_event(attrs.evolve(report, text=self._redact(text)), self._events.call.context())
+    def _error_of_failed_event(self, error: object, text: str) -> LLMError:
+        error_body = failures.parse_error_body(self._redact(json.dumps({"error": error or _FAILED_WITHOUT_REASON})))
+        return failures.error_from_event(attrs.evolve(error_body, text=self._redact(text)), self._events.call.context())
 
     def _on_done(self) -> None:
-        # The end of a response is a named event, so `[DONE]` without that event is like the end of the body.
+        # A response ends with a named event, so `[DONE]` without that event is treated like the end of the body.
         self._end_of_body()
 
 
-def _is_error(value: Mapping[str, Any]) -> bool:
+def _is_error_event(value: Mapping[str, Any]) -> bool:
     if value.get("error") or value.get("type") == "error":
         return True
     return not value.get("type") and failures.is_error_object(value)
@@ -141,11 +141,11 @@ async def respond(server: ServerApi, body: dict[str, Any], *, stream: bool) -> R
         raise server.unexpected_reply(reply, "a response")
     server.check_served_model(reply, value)
     if value.get("status") == "failed":
-        raise _failed_reply(reply, server)
+        raise _error_of_failed_reply(reply, server)
     return cast("Response", value)
 
 
-def _failed_reply(reply: Reply, server: ServerApi) -> LLMResponseError:
+def _error_of_failed_reply(reply: Reply, server: ServerApi) -> LLMResponseError:
     return LLMResponseError(
         _FAILED_WITHOUT_REASON,
         status=reply.status,
@@ -154,14 +154,14 @@ def _failed_reply(reply: Reply, server: ServerApi) -> LLMResponseError:
     )
 
 
-def _check_arguments(given: object, previous_response_id: object, tools: object) -> None:
+def _check_arguments(input_items: object, previous_response_id: object, tools: object) -> None:
     """Refuses arguments that no server can accept.
 
     Raises:
         LLMValidationError: An argument cannot be right.
     """
-    if not isinstance(given, str):
-        _check_items(given)
+    if not isinstance(input_items, str):
+        _check_input_items(input_items)
     check_text(
         "previous_response_id",
         previous_response_id,
@@ -173,7 +173,7 @@ def _check_arguments(given: object, previous_response_id: object, tools: object)
             _check_tool(number, tool)
 
 
-def _check_items(items: object) -> None:
+def _check_input_items(items: object) -> None:
     if not isinstance(items, Sequence) or isinstance(items, bytes | bytearray):
         raise wrong_type("input", "a string or a list of items", items, f"for example {_EXAMPLE_ITEM}")
     if not items:

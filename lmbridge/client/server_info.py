@@ -1,8 +1,7 @@
-"""Finds out which server it is, and how much it can do at the same time.
+"""Finds out which kind of server answers, which models it has, and how many requests it can handle at a time.
 
-Every server answers `GET /v1/models`. The owner that it gives its models there shows which server it probably is, and
-the answer on a path that only this server has confirms it. Bodies decide, never statuses: LM Studio answers 200 to any
-path.
+Every server answers `GET /v1/models`. The `owned_by` of the models there suggests a kind of server, and the answer to a
+path that only this kind has confirms it. Bodies decide, never statuses, because LM Studio answers 200 to any path.
 
 - LM Studio: `owned_by` is "organization_owner" (reference of its REST API); then see `lmstudio.find_lmstudio`.
 - llama.cpp: "llamacpp"; `/props` has `total_slots`, the context of a slot and `build_info`. A router lists a `status`
@@ -38,7 +37,7 @@ _Entry: TypeAlias = Mapping[str, Any]
 
 @attrs.frozen(kw_only=True)
 class ModelInfo:
-    """A model, as far as its server reports; a field that it does not report is None."""
+    """What a server reports about one of its models. A field that it does not report is None."""
 
     id: str
     """The model's name. For a model that LM Studio has loaded, it is the name of the loaded instance."""
@@ -54,10 +53,10 @@ class ModelInfo:
 
 @attrs.frozen(kw_only=True)
 class ServerInfo:
-    """A server, as far as it reports; a field that it does not report is None."""
+    """What a server reports about itself. A field that it does not report is None."""
 
     kind: Kind
-    """Which server it is; "unknown" for any server that lmbridge does not recognize."""
+    """The kind of the server, or "unknown" if lmbridge does not recognize it."""
     version: str | None = None
     """The server's version. LM Studio does not report one."""
     models: tuple[ModelInfo, ...] = ()
@@ -67,7 +66,7 @@ class ServerInfo:
     slots: int | None = None
     """The slots of the client's own model if the server lists it, else the smallest number of all its models."""
     max_loaded_models: int | None = None
-    """The number of models that a llama.cpp router keeps loaded at the same time."""
+    """The number of models that a llama.cpp router can keep loaded at the same time."""
 
     @property
     def loaded_models(self) -> tuple[str, ...] | None:
@@ -103,7 +102,7 @@ async def describe(server: ServerApi, model: str | None) -> ServerInfo:
 
 
 async def _ask(server: ServerApi, path: str) -> _Entry:
-    """Returns the object on a path of the server's own, or an empty one if it does not know or show it."""
+    """Returns the JSON object at a path outside of `/v1`, or an empty dict if the server does not offer it."""
     reply = await server.request(server.build_get("server info", path, below_root=True))
     try:
         return server.json_object(reply)
@@ -112,7 +111,7 @@ async def _ask(server: ServerApi, path: str) -> _Entry:
         return {}
 
 
-# Each of these functions recognizes one server, and returns None if it is another.
+# Each of these functions recognizes one kind of server, and returns None if the server is of another kind.
 
 
 async def _probe_lmstudio(server: ServerApi, entries: Sequence[_Entry]) -> ServerInfo | None:
@@ -160,7 +159,7 @@ async def _routed_model(server: ServerApi, entry: _Entry) -> ModelInfo:
         return ModelInfo(id=entry["id"], loaded=False)
     # JSON can contain half a surrogate pair, which has no UTF-8 form.
     name = quote(entry["id"], safe="", errors="replace")
-    # The model may have been unloaded in the meantime, and must not be loaded again for this.
+    # The model may have been unloaded in the meantime, and this request must not load it again.
     props = await _ask(server, f"/props?model={name}&autoload=false")
     return _llama_cpp_model(entry, props)
 

@@ -1,12 +1,12 @@
-"""Streamed replies: what the streams of all endpoints have in common, and `collect`.
+"""Streamed replies: the base class of the streams of all endpoints, and `collect`.
 
 A stream is an instance of a class, and not an `async def` function with a `yield` in it, for three reasons:
 
-- Closing a generator from another task raises "asynchronous generator is already running". But that is what a stop
-  button does.
+- A stop button has to close a stream from another task. With a generator, that raises "asynchronous generator is
+  already running".
 - A generator that is dropped is closed by the event loop at some later time, in a task that is never awaited, while the
   server goes on generating.
-- A generator cannot say what it has received so far.
+- A generator has no way to return the reply so far.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         "_failure",
         "_is_complete",
         "_mismatch_policy",
-        "_model",
         "_pending",
         "_redact",
+        "_served_model",
     )
 
     _EXPECTED_END: str = "[DONE] or a finish reason"
-    """How the stream ends, for the error that says that it did not."""
+    """The proper end of such a stream, which the error for a stream that was cut off mentions."""
 
     def __init__(
         self,
@@ -116,14 +116,15 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         self._mismatch_policy = mismatch_policy
         self._redact = redact
         self._accumulator = accumulator
-        # The bound method is kept, because it is called once for each chunk.
+        # The bound method is stored because it is called once for each chunk.
         self._add = accumulator.add
-        # Events that have arrived and are not yet decoded. They are decoded when they are handed out, and not when
-        # they arrive: hundreds of decoded chunks that wait at a time would keep the garbage collector busy.
+        # Events that have arrived but are not yet decoded. They are decoded when they are handed out, because hundreds
+        # of decoded chunks at a time would keep the garbage collector busy.
         self._pending: Iterator[Event] = _NO_EVENTS
-        # Not a method of this stream: the call would hold a reference to the stream, which could not be dropped then.
+        # This must not be a method of the stream: the call would then keep the stream alive, and dropping the stream
+        # would no longer close its connection.
         events.call.read_usage = functools.partial(usage_in_stream, accumulator)
-        self._model: str | None = None
+        self._served_model: str | None = None
         self._is_complete = False
         self._failure: LLMError | None = None
 
@@ -134,14 +135,14 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     def __repr__(self) -> str:
         state = "failed" if self._failure else "ended" if self._events.closed else "open"
-        return f"<{type(self).__name__} model={self._model!r} {state}>"
+        return f"<{type(self).__name__} model={self._served_model!r} {state}>"
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> _Item:
         while True:
-            # An iterator: the loop goes on behind the event that it returned last.
+            # `_pending` is an iterator, so the loop continues after the event for which the last call returned.
             for event in self._pending:
                 if (item := self._read_event(event)) is not None:
                     return item
@@ -213,7 +214,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             if not self._accumulator.is_finished:
                 self._fail(error)
                 raise
-            logger.debug("the stream broke after the finish reason, which is no loss: %s", error)
+            logger.debug("the connection broke after the finish reason, when the reply was complete: %s", error)
             self._is_complete = True
         except LLMError as error:
             self._fail(error)
@@ -260,19 +261,19 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             ModelMismatchError: The model is not the one that was asked for, and `model_mismatch` is "raise".
             ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
         """
-        if not model or model == self._model or not isinstance(model, str):
+        if not model or model == self._served_model or not isinstance(model, str):
             return
-        is_another = self._model is not None and are_different_models(self._model, model)
+        is_another = self._served_model is not None and are_different_models(self._served_model, model)
         if is_another and self._accumulator.has_content and not self._mismatch_policy.ignores_names:
             raise ModelChangedDuringExecutionError(
-                f"the reply began with model {self._model!r} and went on with {model!r}",
-                self._model,
+                f"the reply began with model {self._served_model!r} and went on with {model!r}",
+                self._served_model,
                 model,
-                hint="the server swapped models in mid-stream; send requests for different models one after another",
+                hint="the server swapped models in mid-stream; Limits(max_loaded_models=1) can prevent that",
             )
         if not self._mismatch_policy.check(self._events.call.request.model, model):
             self._events.call.mark_unloaded()
-        self._model = model
+        self._served_model = model
 
     async def _read_to_end(self) -> _Reply_co:
         async with self:
@@ -280,7 +281,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 pass
         return self._accumulator.reply()
 
-    # The end
+    # Ending the stream
 
     def _on_done(self) -> None:
         """Ends the stream at `[DONE]`."""
@@ -291,14 +292,14 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         """Marks the reply as complete.
 
         Raises:
-            LLMError: The reply cannot be complete: the body held an error as bare text, or there was no answer at all.
+            LLMError: The reply is not complete, because the body contained an error as bare text, or no answer at all.
         """
         if (bare_text := self._events.stray) and not self._accumulator.is_finished:
             raise self._server_error(bare_text)
         if not self._accumulator.has_delta:
             raise self._fail(
                 LLMStreamError(
-                    "the stream ended without a single piece of an answer",
+                    "the stream ended without any part of an answer",
                     hint="the prompt may be longer than the loaded context, which LM Studio answers like this;"
                     " shorten it, or load the model with a longer context",
                 )
@@ -325,8 +326,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     def _server_error(self, text: str) -> LLMError:
         """Ends the stream with the error that the server reported, and returns that error."""
-        report = failures.parse_error_body(self._redact(text))
-        return self._fail(failures.error_from_event(report, self._events.call.context()))
+        error_body = failures.parse_error_body(self._redact(text))
+        return self._fail(failures.error_from_event(error_body, self._events.call.context()))
 
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error: completes the error, closes the connection at once, returns the error."""
@@ -367,13 +368,13 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
     interrupts the reading, the stream is closed.
 
     Args:
-        stream: A `ChatStream`, `TextStream` or `ResponseStream`. It may have been read in part, or to its end, before:
-            the result is the whole reply in any case. Any other asynchronous iterable of the chunks of a chat or text
-            completion can be given as well; of that, the result is what it still yields.
+        stream: A `ChatStream`, `TextStream` or `ResponseStream`. The result is the whole reply, even if you have read a
+            part of the stream, or all of it, before. Any other asynchronous iterable of the chunks of a chat or text
+            completion is accepted as well; then the result contains only the chunks that it still yields.
 
     Raises:
-        LLMStreamError: A chunk has an unknown shape, or there was no chunk.
-        LLMError: Whatever the iteration of the stream raises.
+        LLMStreamError: A chunk has an unknown shape, or the iterable yielded no chunk.
+        LLMError: The errors that iterating the stream raises.
     """
     if isinstance(stream, ReplyStream):
         return await stream._read_to_end()  # noqa: SLF001 - it has accumulated what was read before

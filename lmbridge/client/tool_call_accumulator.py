@@ -83,7 +83,7 @@ class ToolCallAccumulator:
             return self._calls[-1]
         if found is None or (call_id is not None and found.id is not None):
             return None
-        return None if name is not None and found.is_complete_before(name) else found
+        return None if name is not None and found.is_ended_by_name(name) else found
 
 
 class _PartialCall:
@@ -112,10 +112,10 @@ class _PartialCall:
         elif arguments is not None:
             self.arguments.write(msgspec.json.encode(arguments).decode())
 
-    def is_complete_before(self, name: str) -> bool:
-        """Returns whether a name that arrives without an id belongs to another call.
+    def is_ended_by_name(self, name: str) -> bool:
+        """Returns whether a name that arrives without an id begins a new call, so that this one has ended.
 
-        It does if the arguments of this call are complete JSON, or, where the server sends no ids, if this call has
+        That is so if the arguments of this call are complete JSON, or if the server sends no ids and this call has
         another name.
         """
         if not self._name:

@@ -9,7 +9,9 @@ from lmbridge.client.json_codec import decode_json
 from lmbridge.transport import TokenUsage
 
 
-class _Accumulator(Protocol):
+class _HasUsage(Protocol):
+    """An accumulator, of which only the usage is needed."""
+
     @property
     def usage(self) -> Any: ...
 
@@ -23,7 +25,7 @@ def usage_in_body(body: bytes) -> TokenUsage | None:
     return usage_in_reply(reply) if isinstance(reply, Mapping) else None
 
 
-def usage_in_stream(accumulator: _Accumulator) -> TokenUsage | None:
+def usage_in_stream(accumulator: _HasUsage) -> TokenUsage | None:
     """Returns the number of tokens that the chunks of a stream have reported so far."""
     return _token_usage(accumulator.usage)
 

@@ -110,8 +110,9 @@ class ResponseStream(Stream[ResponseEvent]):
 class LMStudio(Wrapper):
     """LM Studio's own API, as `client.lmstudio`.
 
-    No method queues behind generations. Each raises what `LLMClient.chat_completion` raises, and an `LLMResponseError`
-    that says so if the server is not LM Studio or is too old.
+    The requests do not queue behind generations. Besides their own errors, all methods raise those of
+    `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
+    `LLMResponseError` whose text says which of the two it is.
     """
 
     wraps = "lmbridge.client.lmstudio:LMStudio"
@@ -173,7 +174,7 @@ class LMStudio(Wrapper):
         `download` again for the same model yields the progress of the download that is running.
 
         Args:
-            model: A name of LM Studio's catalogue, or the link of a repository on Hugging Face.
+            model: A name in LM Studio's catalogue, or a link to a repository on Hugging Face.
             **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
 
         Yields:
@@ -558,7 +559,9 @@ class LLMClient(Owner):
 
 
 class LLMClientPool(Owner):
-    """Hands out at most `pool_size` clients at the same time, each for one model; waiting callers come first in order.
+    """Hands out at most `pool_size` clients at the same time, each with its own default model.
+
+    Callers that wait for a client are served in the order of their arrival.
 
     The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open
@@ -568,12 +571,12 @@ class LLMClientPool(Owner):
             reply = client.chat_completion([{"role": "user", "content": "Hello!"}])
 
     Args:
-        pool_size: The most clients that can be in use at the same time.
-        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some have a meaning for
-            the pool as a whole. `model` is the model of clients that are requested without one. The `max_concurrency`
-            of `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
-            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
-            it stays open when the pool is closed.
+        pool_size: The most clients that can be in use at the same time. Default: 10.
+        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the pool as a
+            whole: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
+            `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of names is logged
+            once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays open
+            when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -605,7 +608,7 @@ class LLMClientPool(Owner):
         return result
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back; the caller that has waited longest gets the next one.
+        """Gives a client back. The caller that has waited longest gets the slot.
 
         Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 

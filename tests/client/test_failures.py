@@ -920,7 +920,7 @@ async def test_a_stream_without_a_single_delta_raises(
     empty: dict[str, Any] = {"object": "chat.completion.chunk", "model": "test-model", "choices": [], "usage": usage}
     error, _ = await error_of_stream(scripted_server, sse(empty, piece(finish_reason="stop"), empty, done=True))
     assert type(error) is LLMStreamError
-    assert "without a single piece of an answer" in error.message
+    assert "without any part of an answer" in error.message
     assert "longer than the loaded context" in (error.hint or "")
     assert error.partial["usage"] == usage
 

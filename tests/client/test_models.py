@@ -447,7 +447,7 @@ async def test_model_not_found_lists_the_models_and_close_matches(
     error = caught.value
     assert (error.model_name, error.available_models) == ("qwen3-4", ["qwen3-4b", "gemma-3"])
     assert str(error) == (
-        f"look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); the server"
+        f"model look-up at {scripted_server.api_base}: model 'qwen3-4' not found (did you mean 'qwen3-4b'?); the server"
         " has: qwen3-4b, gemma-3; load or download it on the server, or ask for a model that the server has"
     )
     # A list that has just been requested is not requested again.
