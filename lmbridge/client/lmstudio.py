@@ -181,7 +181,7 @@ class LMStudio:
             value = self._server.json_object(reply)
             if isinstance(value.get(field), str):
                 return value
-            error = self._server.unexpected_reply(reply, f"LM Studio's: it has no {field!r}")
+            error = self._server.unexpected_reply(reply, f"a reply of LM Studio (it has no {field!r})")
         found = await find_lmstudio(self._server)
         if found.has_v1:
             raise error

@@ -25,7 +25,7 @@ from lmbridge.types import Response, ResponseEventData
 if TYPE_CHECKING:
     from aiohttp_sse_client.client import MessageEvent
 
-_FAILED_WITHOUT_REASON: Final = "the response failed, with no reason input_items"
+_FAILED_WITHOUT_REASON: Final = "the response failed, with no reason given"
 _EXAMPLE_ITEM: Final = "[{'role': 'user', 'content': 'Hello'}]"
 
 

@@ -34,7 +34,7 @@ __all__ = [
     "TextStream",
 ]
 
-# Agents, and MCP servers, which need an extra, are imported when they are asked for.
+# The classes of agents are imported on first use. Those for MCP servers also need an extra.
 _LAZY: Final = {
     "Agent": "_agent",
     "RunHandle": "_agent",

@@ -572,8 +572,8 @@ class LLMClientPool(Owner):
 
     Args:
         pool_size: The most clients that can be in use at the same time. Default: 10.
-        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the pool as a
-            whole: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
+        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the whole
+            pool: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
             `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of names is logged
             once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays open
             when the pool is closed.

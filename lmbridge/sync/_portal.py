@@ -1,9 +1,9 @@
 """The event loop behind `lmbridge.sync`: one thread for the whole process, in which everything asynchronous runs.
 
-A blocking call is handed to that loop, and the calling thread waits for its result. One loop for the process, and not
-one for each call or for each thread, because the pooled connections, the schedule and the caches of a client belong to
-the loop that opened them: with `asyncio.run` for each call they would be thrown away each time. A loop in a thread of
-its own also works where the caller already has a running loop, as in a notebook.
+A blocking call is handed to that loop, and the calling thread waits for its result. There is one loop for the process,
+and not one for each call or each thread, because the pooled connections, the schedule and the caches of a client belong
+to the loop that opened them: `asyncio.run` for each call would throw them away each time. A loop in a separate thread
+also works where the caller has a running loop, as in a notebook.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lmbridge.errors import LLMError
 _T = TypeVar("_T")
 
 _EXIT_SECONDS: Final = 5.0
-"""Seconds that closing what is still open may take when the interpreter exits."""
+"""The seconds that closing all open resources may take when the interpreter exits."""
 
 
 class _Closable(Protocol):
@@ -34,28 +34,28 @@ class _Closable(Protocol):
 class Portal:
     """A background event loop, and the way into it for threads that block.
 
-    The thread starts with the first call. It is a daemon, so it never keeps the interpreter alive; `shut_down`, which
-    runs when the interpreter exits, closes what is still open.
+    The thread starts with the first call. It is a daemon, so it never keeps the interpreter alive. `shut_down` runs
+    when the interpreter exits, and closes the resources that are still open.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._open: weakref.WeakSet[_Closable] = weakref.WeakSet()
+        self._open_resources: weakref.WeakSet[_Closable] = weakref.WeakSet()
 
     def run(self, make_coroutine: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Runs a coroutine in the background loop, and waits for its result.
 
-        If the waiting thread is interrupted (Ctrl-C), the coroutine is cancelled, its clean-up is awaited, and the
-        interruption is raised: no generation goes on behind the back of a program that was told to stop.
+        If the waiting thread is interrupted by Ctrl-C, the coroutine is cancelled and its clean-up is awaited before
+        `KeyboardInterrupt` is raised. The server therefore stops generating, too.
 
         Args:
-            make_coroutine: Makes the coroutine. It is called in the loop's thread.
+            make_coroutine: A function that returns the coroutine. It is called in the loop's thread.
 
         Raises:
-            LLMError: The caller is itself running in the background loop, and would wait for itself.
-            Exception: Whatever the coroutine raises.
+            LLMError: The caller runs in the background loop itself, and would wait forever.
+            Exception: The exception that the coroutine raises.
         """
         loop = self._running_loop()
         finished: concurrent.futures.Future[_T] = concurrent.futures.Future()
@@ -64,7 +64,7 @@ class Portal:
         def start() -> None:
             try:
                 task = loop.create_task(make_coroutine())
-            except BaseException as error:  # noqa: BLE001 - it is raised in the thread that waits
+            except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
                 finished.set_exception(error)
                 return
             tasks.append(task)
@@ -82,7 +82,8 @@ class Portal:
             for task in tasks:
                 task.cancel()
 
-        # With the caller's context, so that a run that is started inside a tool knows which run it belongs to.
+        # The coroutine runs in a copy of the caller's context. If a tool starts a run, the context says to which run
+        # the tool belongs.
         loop.call_soon_threadsafe(start, context=contextvars.copy_context())
         try:
             return finished.result()
@@ -94,7 +95,7 @@ class Portal:
             raise
 
     def _discard(self, result: object) -> None:
-        """Closes a stream that was opened in the moment in which its caller was interrupted."""
+        """Closes a stream that was opened at the very moment when its caller was interrupted."""
         aclose = getattr(result, "aclose", None)
         if aclose is not None:
             self.close_soon(aclose)
@@ -103,8 +104,8 @@ class Portal:
         """Calls a plain function in the loop's thread, and waits for its result.
 
         Raises:
-            LLMError: As for `run`.
-            Exception: Whatever the function raises.
+            LLMError: The caller runs in the background loop itself, and would wait forever.
+            Exception: The exception that the function raises.
         """
 
         async def call_in_loop() -> _T:
@@ -112,14 +113,14 @@ class Portal:
 
         return self.run(call_in_loop)
 
-    def keep_until_exit(self, resource: _Closable) -> None:
-        """Remembers an object, without keeping it alive, that `shut_down` closes if it still exists then."""
-        self._open.add(resource)
+    def close_at_exit(self, resource: _Closable) -> None:
+        """Makes `shut_down` close a resource if it still exists then. The portal does not keep the resource alive."""
+        self._open_resources.add(resource)
 
     def close_soon(self, close: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Runs a coroutine that closes something, without waiting for it. Any thread may call it at any time.
 
-        It is meant for `__del__`, which may run in the middle of anything, so it takes no lock and raises nothing.
+        It is meant for `__del__`, which may run at any moment, so it takes no lock and raises nothing.
         """
         loop = self._loop
         if loop is None or loop.is_closed():
@@ -127,23 +128,27 @@ class Portal:
 
         def start() -> None:
             task = loop.create_task(close())
-            _closing.add(task)
-            task.add_done_callback(_forget_closing)
+            _closing_tasks.add(task)
+            task.add_done_callback(_forget_closing_task)
 
-        with suppress(RuntimeError):  # the loop was closed in this moment
+        # The call raises if the loop was closed in the meantime.
+        with suppress(RuntimeError):
             loop.call_soon_threadsafe(start)
 
     def shut_down(self) -> None:
-        """Closes what is still open, ends the loop and its thread. A later call begins with a new loop."""
+        """Closes the resources that are still open, and ends the loop and its thread.
+
+        A later call starts a new loop.
+        """
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is None or thread is None:
             return
 
         async def close_all() -> None:
-            await asyncio.gather(*(each.close() for each in list(self._open)), return_exceptions=True)
-            if _closing:
-                await asyncio.wait(_closing)
+            await asyncio.gather(*(each.close() for each in list(self._open_resources)), return_exceptions=True)
+            if _closing_tasks:
+                await asyncio.wait(_closing_tasks)
 
         with suppress(concurrent.futures.TimeoutError, asyncio.CancelledError):
             asyncio.run_coroutine_threadsafe(close_all(), loop).result(timeout=_EXIT_SECONDS)
@@ -151,16 +156,16 @@ class Portal:
         thread.join(_EXIT_SECONDS)
 
     def forget_after_fork(self) -> None:
-        """Starts anew in the child of a fork, where the thread of the loop does not exist."""
+        """Resets the portal in a child process, because threads do not survive a fork."""
         self._lock = threading.Lock()
         self._loop = self._thread = None
-        self._open = weakref.WeakSet()
+        self._open_resources = weakref.WeakSet()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         thread = self._thread
         if thread is not None and thread is threading.current_thread():
             raise LLMError(
-                "lmbridge.sync was called inside its own event loop, where it would wait for itself",
+                "lmbridge.sync was called inside its own event loop, where it would wait forever",
                 hint="use a plain function as the tool or callback, or the asynchronous classes of lmbridge in it",
             )
         with self._lock:
@@ -171,14 +176,15 @@ class Portal:
             return self._loop
 
 
-_closing: Final[set[asyncio.Task[object]]] = set()
+_closing_tasks: Final[set[asyncio.Task[object]]] = set()
 """Tasks of `close_soon`, kept alive because asyncio holds only weak references to tasks."""
 
 
-def _forget_closing(task: asyncio.Task[object]) -> None:
-    _closing.discard(task)
+def _forget_closing_task(task: asyncio.Task[object]) -> None:
+    _closing_tasks.discard(task)
     if not task.cancelled():
-        task.exception()  # What goes wrong while something is closed that was dropped has no caller to go to.
+        # The task is never awaited. Reading its exception keeps asyncio from logging that it was never retrieved.
+        task.exception()
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -194,5 +200,6 @@ portal: Final = Portal()
 """The portal that all of `lmbridge.sync` uses."""
 
 atexit.register(portal.shut_down)
-if hasattr(os, "register_at_fork"):  # Windows has no fork
+# Windows has no fork.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=portal.forget_after_fork)

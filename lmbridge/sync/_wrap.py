@@ -1,7 +1,8 @@
-"""What the classes of `lmbridge.sync` have in common: each holds an object of the asynchronous library.
+"""The base classes of `lmbridge.sync`: each of its objects wraps an object of the asynchronous library.
 
-A method of a blocking class runs the method of the same name in the background loop, and wraps what it returns if that
-has something to await in it: a stream becomes an iterator, a run's handle one with a blocking `result()`.
+A method of a blocking class runs the method of the same name in the background loop. If that returns an object with
+asynchronous methods, the object is wrapped in turn: a stream becomes an iterator, and the handle of a run becomes a
+handle whose `result()` blocks.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 from lmbridge.sync._portal import portal
 
 _Item_co = TypeVar("_Item_co", covariant=True)
-_NOTHING_LEFT = object()
-
+_END_OF_STREAM: Final = object()
+"""The value that `Stream._next_item` returns at the end."""
 
 _blocking_classes: Final[dict[str, type[Wrapper]]] = {}
-"""The blocking class of each asynchronous class, by its name: the key needs no import of what may not be in use."""
+"""The blocking class for each asynchronous class. The keys are names, so that no unused module has to be imported."""
 
 
 class Wrapper:
     """A blocking object around an asynchronous one.
 
     Attributes:
-        wrapped: The asynchronous object. It belongs to the background loop: use it there, or not at all.
+        wrapped: The asynchronous object. It belongs to the background loop and must not be used in any other loop.
     """
 
     wraps: ClassVar[str] = ""
-    """Where the asynchronous class is, for example "lmbridge.client.llm:LLMClient"."""
+    """The module and the name of the asynchronous class, for example "lmbridge.client.llm:LLMClient"."""
 
     wrapped: Any
 
@@ -39,7 +40,7 @@ class Wrapper:
 
     @classmethod
     def around(cls, wrapped: Any) -> Self:
-        """Makes a blocking object around an asynchronous one that exists."""
+        """Returns a blocking object that wraps an existing asynchronous one."""
         self = cls.__new__(cls)
         self.wrapped = wrapped
         return self
@@ -63,15 +64,15 @@ class Wrapper:
 class Owner(Wrapper):
     """A blocking object that owns connections.
 
-    Close it, or use it as a context manager. One that is dropped, or still open when the interpreter exits, is closed
-    then.
+    Close it, or use it as a context manager. An object that is dropped, or is still open when the interpreter exits, is
+    closed as well.
     """
 
     _is_closed = False
 
     def _open(self, make: Callable[[], Any]) -> None:
         super()._open(make)
-        portal.keep_until_exit(self.wrapped)
+        portal.close_at_exit(self.wrapped)
 
     def __enter__(self) -> Self:
         portal.run(self.wrapped.__aenter__)
@@ -84,7 +85,10 @@ class Owner(Wrapper):
         self.close()
 
     def close(self) -> None:
-        """Closes it; what is in flight in other threads ends with `TaskCancelledError`. Idempotent."""
+        """Closes all connections. Calls in progress in other threads end with `TaskCancelledError`.
+
+        It can be called more than once.
+        """
         portal.run(self.wrapped.close)
         self._is_closed = True
 
@@ -96,8 +100,8 @@ class Owner(Wrapper):
 class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
     """A blocking iterator over an asynchronous stream.
 
-    Iterate it once, in one thread at a time; it is a context manager too. Leaving it early, by `close()`, by the end of
-    its `with` block, or by dropping it, ends the stream, so that the server stops generating.
+    Iterate it once, in one thread at a time. It is also a context manager. Leaving it early ends the stream, so that
+    the server stops generating; `close()`, the end of its `with` block and dropping it all do that.
     """
 
     _is_finished = False
@@ -107,17 +111,17 @@ class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
 
     def __next__(self) -> _Item_co:
         item = portal.run(self._next_item)
-        if item is _NOTHING_LEFT:
+        if item is _END_OF_STREAM:
             self._is_finished = True
             raise StopIteration
-        return item  # type: ignore[no-any-return]  # the class is generic in it
+        return item  # type: ignore[no-any-return]  # the wrapped stream is untyped
 
     async def _next_item(self) -> Any:
         # A StopAsyncIteration cannot cross a future, and a coroutine cannot raise StopIteration.
         try:
             return await anext(self.wrapped)
         except StopAsyncIteration:
-            return _NOTHING_LEFT
+            return _END_OF_STREAM
 
     def __enter__(self) -> Self:
         return self
@@ -129,31 +133,31 @@ class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
 
     def collect(self) -> Any:
         """Reads the stream to its end, and returns the dict that the plain call would have returned."""
-        from lmbridge.client.stream import collect  # noqa: PLC0415 - a run's events have no use for it
+        from lmbridge.client.stream import collect  # noqa: PLC0415 - streams of runs never need it
 
         reply = portal.run(lambda: collect(self.wrapped))
         self._is_finished = True
         return reply
 
     def close(self) -> None:
-        """Leaves the stream, from any thread; idempotent."""
+        """Closes the stream. Any thread may call it, more than once."""
         self._is_finished = True
         portal.run(self.wrapped.aclose)
 
     def __del__(self) -> None:
         if self._is_finished or not hasattr(self, "wrapped"):
             return
-        # Handed over to the loop's thread, where alone its connection may be closed.
+        # The connection of the stream may only be closed in the thread of the loop.
         portal.close_soon(self.wrapped.aclose)
 
 
-class _AsyncStream(Stream[Any]):
+class _GeneratorStream(Stream[Any]):
     """A blocking iterator over an async generator that has no class of its own."""
 
 
 @contextlib.contextmanager
 def entered(make: Callable[[], Any]) -> Iterator[Any]:
-    """Enters an asynchronous context manager in the background loop for the length of a `with` block."""
+    """Enters an asynchronous context manager in the background loop, and leaves it at the end of a `with` block."""
     manager = portal.call(make)
     value = wrap(portal.run(manager.__aenter__))
     try:
@@ -167,13 +171,13 @@ def entered(make: Callable[[], Any]) -> Iterator[Any]:
 
 
 def wrap(value: Any) -> Any:
-    """Returns a blocking object for an asynchronous one; anything else is returned unchanged."""
+    """Returns a blocking object for a stream, handle or other asynchronous object, and any other value unchanged."""
     for kind in type(value).__mro__:
         if (blocking := _blocking_classes.get(f"{kind.__module__}:{kind.__qualname__}")) is not None:
             return blocking.around(value)
-    return _AsyncStream.around(value) if isinstance(value, AsyncIterator) else value
+    return _GeneratorStream.around(value) if isinstance(value, AsyncIterator) else value
 
 
 def unwrap(value: Any) -> Any:
-    """Returns the asynchronous object inside a blocking one; anything else is returned unchanged."""
+    """Returns the asynchronous object inside of a blocking one, and any other value unchanged."""
     return value.wrapped if isinstance(value, Wrapper) else value
