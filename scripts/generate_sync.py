@@ -183,9 +183,8 @@ class Writer:
         if "unwrap(" in call:
             self._runtime.add("from lmbridge.sync._wrap import unwrap")
         if node.name == "__init__":
-            self._runtime |= {"from lmbridge.sync._portal import portal", f"import {spec.module} as {_alias(spec)}"}
-            make = f"lambda: {_alias(spec)}.{spec.name}{call}"
-            return f"self._open({make})"
+            self._runtime.add(f"import {spec.module} as {_alias(spec)}")
+            return f"self._set_wrapped({_alias(spec)}.{spec.name}{call})"
         target = f"self.wrapped.{node.name}"
         if any(each.endswith(".setter") for each in kept):
             return f'self._call(lambda: setattr(self.wrapped, "{node.name}", {node.args.args[1].arg}))'

@@ -166,8 +166,8 @@ class Agent(Wrapper):
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
     ) -> None:
-        self._open(
-            lambda: _agent.Agent(
+        self._set_wrapped(
+            _agent.Agent(
                 unwrap(client),
                 model=model,
                 tools=tools,

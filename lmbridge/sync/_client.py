@@ -245,8 +245,8 @@ class LLMClient(Owner):
         trust_env: bool = False,
         transport: Transport | None = None,
     ) -> None:
-        self._open(
-            lambda: _llm.LLMClient(
+        self._set_wrapped(
+            _llm.LLMClient(
                 api_base,
                 model,
                 api_key,
@@ -585,7 +585,7 @@ class LLMClientPool(Owner):
     wraps = "lmbridge.client.pool:LLMClientPool"
 
     def __init__(self, pool_size: int = 10, **options: Unpack[ClientOptions]) -> None:
-        self._open(lambda: _pool.LLMClientPool(pool_size, **options))
+        self._set_wrapped(_pool.LLMClientPool(pool_size, **options))
 
     @property
     def model(self) -> str | None:

@@ -68,8 +68,8 @@ class DynamicAutonomousAgent(Owner):
         on_mcp_event: Callable[[McpEvent], None] | None = None,
         **agent_options: Unpack[AgentOptions],
     ) -> None:
-        self._open(
-            lambda: _dynamic.DynamicAutonomousAgent(
+        self._set_wrapped(
+            _dynamic.DynamicAutonomousAgent(
                 unwrap(client),
                 config_path=config_path,
                 trust_project=trust_project,

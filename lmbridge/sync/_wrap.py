@@ -48,9 +48,9 @@ class Wrapper:
     def __repr__(self) -> str:
         return f"<sync {self.wrapped!r}>"
 
-    def _open(self, make: Callable[[], Any]) -> None:
-        """Makes the asynchronous object in the thread of the background loop."""
-        self.wrapped = portal.call(make)
+    def _set_wrapped(self, wrapped: Any) -> None:
+        """Takes over the asynchronous object of a constructor. Making it needed no event loop."""
+        self.wrapped = wrapped
 
     def _await(self, make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Runs a coroutine in the background loop, and wraps its result."""
@@ -70,9 +70,9 @@ class Owner(Wrapper):
 
     _is_closed = False
 
-    def _open(self, make: Callable[[], Any]) -> None:
-        super()._open(make)
-        portal.close_at_exit(self.wrapped)
+    def _set_wrapped(self, wrapped: Any) -> None:
+        super()._set_wrapped(wrapped)
+        portal.close_at_exit(wrapped)
 
     def __enter__(self) -> Self:
         portal.run(self.wrapped.__aenter__)
