@@ -50,7 +50,7 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return 0.0
 
     monkeypatch.setattr("backoff.full_jitter", no_jitter)
-    monkeypatch.setattr("lmbridge.transport.retry._FIRST_POLL", 0.0)
+    monkeypatch.setattr("lmbridge.transport.retry._FIRST_POLL_WAIT", 0.0)
     return ceilings
 
 

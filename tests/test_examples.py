@@ -114,7 +114,7 @@ async def test_streaming_stops_endless_streams(scripted_server: ScriptedServer) 
     outcome = await run("streaming.py", "--api-base", scripted_server.api_base)
     assert (outcome.status, outcome.errors) == (0, "")
     assert "-- stopped after 3 characters" in outcome.output
-    assert "no end within 1 s" in outcome.output
+    assert "the reply did not end within 1 s" in outcome.output
     assert "-- .partial has 3 characters" in outcome.output
     assert "-- left" in outcome.output
     assert scripted_server.aborts == scripted_server.requests[:3]

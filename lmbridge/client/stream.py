@@ -269,7 +269,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 f"the reply began with model {self._served_model!r} and went on with {model!r}",
                 self._served_model,
                 model,
-                hint="the server swapped models in mid-stream; Limits(max_loaded_models=1) can prevent that",
+                hint="the server swapped models mid-stream; Limits(max_loaded_models=1) can prevent that",
             )
         if not self._mismatch_policy.check(self._events.call.request.model, model):
             self._events.call.mark_unloaded()
@@ -294,7 +294,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         Raises:
             LLMError: The reply is not complete, because the body contained an error as bare text, or no answer at all.
         """
-        if (bare_text := self._events.stray) and not self._accumulator.is_finished:
+        if (bare_text := self._events.bare_text) and not self._accumulator.is_finished:
             raise self._server_error(bare_text)
         if not self._accumulator.has_delta:
             raise self._fail(
@@ -314,7 +314,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         """
         if self._accumulator.is_finished:
             self._mark_complete()
-        elif bare_text := self._events.stray:
+        elif bare_text := self._events.bare_text:
             raise self._server_error(bare_text)
         else:
             raise self._fail(

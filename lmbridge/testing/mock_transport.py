@@ -394,4 +394,4 @@ def _played_failure(
     if status is not None and not isinstance(exc, LLMError):
         return faults.connection_failed(faults.BROKEN_IN_BODY, cause=exc, status=status)
     # A handler may raise the same error for every attempt, and each attempt adds its own context.
-    return faults.failure_of(copy.copy(exc) if isinstance(exc, LLMError) else exc, connect_timeout=connect_timeout)
+    return faults.failure_from(copy.copy(exc) if isinstance(exc, LLMError) else exc, connect_timeout=connect_timeout)

@@ -1,7 +1,7 @@
 """The transport layer: bytes, sockets, time, retries and the schedule.
 
-It knows nothing about messages, tools, or the texts of particular servers. What it has to know about a reply, it is
-given by the client layer in a `Request`.
+It knows nothing about messages, tools, or what particular servers write in their replies. Where it has to judge a
+reply, it calls the functions that the client layer passes in a `Request`.
 """
 
 from lmbridge.transport.calls import Call, Reply, Request, TokenUsage

@@ -1,11 +1,11 @@
-"""Makes tasks wait until the scheduler admits their requests: its rules, put into an event loop.
+"""Makes tasks wait until the scheduler admits their requests.
 
-The scheduler decides and never waits; this module waits and never decides. The alternative was one class built on
-`asyncio.Condition`, where every change wakes all waiting tasks and each checks whether it is its turn. That costs a
-wake-up of ten thousand tasks a change, and its rules can be tested only through an event loop. Here each waiting task
-has its own future, and exactly the tasks that are admitted wake up.
+The scheduler decides and never waits; this module waits and never decides. The alternative was a single class built on
+`asyncio.Condition`, where every change wakes all waiting tasks, and each of them checks whether it is its turn. With
+ten thousand waiting tasks, that is ten thousand wake-ups for every change, and the rules could be tested only in an
+event loop. Here each waiting task has its own future, and only the tasks that are admitted wake up.
 
-All state belongs to one event loop and changes only between awaits, so no lock is needed.
+All state belongs to one event loop, and no method awaits while it changes the state, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lmbridge.transport.scheduler import Permit, Scheduler
 
 
 class Admission:
-    """Hands out permits in the order that the scheduler decides. A cancelled waiter costs nothing, and nothing polls.
+    """Hands out permits in the order that the scheduler decides.
 
-    Create it in the event loop in which it is used:
+    Create it in the event loop in which it is used::
 
         admission = Admission(Limits(max_concurrency=4, max_loaded_models=1))
         permit = admission.acquire_now("qwen3-4b") or await admission.acquire("qwen3-4b")
@@ -34,33 +34,34 @@ class Admission:
             admission.release(permit)
 
     Args:
-        limits: How many requests, and how many models, may be in flight.
-        swaps: A counter of the swaps to each model, to keep counting across several admissions. By default a new one
-            is made.
+        limits: How many requests and models may be in flight at the same time.
+        swaps: A counter to which the swaps to each model are added. Pass the same one to several admissions to count
+            their swaps together. By default a new counter is created.
     """
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
         self.scheduler: Scheduler = Scheduler(limits, swaps)
-        # Kept, because each call of get_running_loop() is a system call (getpid) before Python 3.12.
+        """The scheduler that decides which requests are admitted."""
+        # Before Python 3.12, each call of get_running_loop() makes a system call (getpid).
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[asyncio.Task[object], Permit] = {}
         # The timer for the next request that becomes overdue.
         self._overdue_timer: asyncio.TimerHandle | None = None
-        # The revision of the scheduler at which deadlocks were last looked for.
+        # The revision of the scheduler at the time of the last search for deadlocks.
         self._checked_revision = 0
 
     @property
     def in_flight(self) -> int:
-        """The number of permits that are handed out."""
+        """The number of requests that hold a permit."""
         return len(self.scheduler.in_flight)
 
     @property
     def queued(self) -> int:
-        """The number of requests that wait for a permit."""
+        """The number of requests that are waiting for a permit."""
         return len(self.scheduler.waiting)
 
     def acquire_now(self, model: str | None, *, plain: bool = False) -> Permit | None:
-        """Returns a permit if one is free and no other request has a claim to it; None otherwise. See `acquire`."""
+        """Returns a permit if a quick check shows that the request need not wait. If it returns None, use `acquire`."""
         now = self._loop.time()
         permit = Permit(model, now, None if plain else _weak_reference(asyncio.current_task(self._loop)))
         return permit if self.scheduler.admit_now(permit, now) else None
@@ -69,9 +70,10 @@ class Admission:
         """Waits for a permit.
 
         Args:
-            model: The model that the request asks for; None lets the server choose.
-            plain: Whether the calling task keeps the permit only until its own await returns, as for a plain request.
-                Such a task cannot ask for another permit meanwhile, so it is not recorded as the holder.
+            model: The model that the request names, or None if it leaves the choice to the server.
+            plain: Whether the request is not streamed. The calling task then awaits the whole reply, and cannot ask for
+                another permit before it returns this one. So the task is not recorded as the holder, which would only
+                matter for finding deadlocks.
 
         Raises:
             LLMTimeoutError: With phase "queue", if `Limits.max_queue` has run out, or if the request could be admitted
@@ -94,7 +96,8 @@ class Admission:
         try:
             await permit.future
         except BaseException:
-            # The permit may have been granted in the same moment as the cancel: then it goes to the next request.
+            # The request may have been admitted at the same moment as the task was cancelled. Then its permit is
+            # returned.
             self.release(permit)
             raise
         finally:
@@ -116,18 +119,18 @@ class Admission:
         self._admit()
 
     def mark_unloaded(self, model: str | None) -> None:
-        """Records that the server does not have a model loaded. The next request for it goes alone."""
+        """Records that the server has unloaded a model, so the next request for it goes alone."""
         self.scheduler.mark_unloaded(model)
 
     def set_limits(self, limits: Limits) -> None:
-        """Replaces the limits from now on. Nothing in flight is touched, even if it exceeds the new limits."""
+        """Replaces the limits. Requests in flight go on, even if they exceed the new limits."""
         self.scheduler.set_limits(limits)
         self._admit()
 
     def fail_waiters(self, make_error: Callable[[], LLMError]) -> None:
         """Ends every wait with an error. `make_error` is called once for each waiting request."""
         waiting = list(self.scheduler.waiting)
-        # All waits fail before the first request leaves the queue, because its leaving could admit another one.
+        # All waits fail before any request leaves the queue, because a request that leaves may admit another one.
         for permit in waiting:
             _fail_wait(permit, make_error())
         for permit in waiting:
@@ -143,7 +146,7 @@ class Admission:
             self._fail_deadlocked_waiters()
         when = self.scheduler.next_overdue(now)
         if self._overdue_timer is not None:
-            # A timer that rings too early does no harm, and is cheaper than a new one.
+            # A timer that fires too early does no harm, and is cheaper than a new one.
             if self._overdue_timer.when() <= when:
                 return
             self._overdue_timer.cancel()
@@ -154,7 +157,7 @@ class Admission:
         self._admit()
 
     def _fail_deadlocked_waiters(self) -> None:
-        """Ends the waits that a drain, a change of the active models or new limits have turned into a deadlock."""
+        """Ends the waits that have become deadlocks because of a drain, a newly active model or new limits."""
         for held in list(self.scheduler.in_flight):
             task = held.holder() if held.holder is not None else None
             waiter = None if task is None else self._waiters.get(task)
@@ -164,17 +167,17 @@ class Admission:
 
     def _expire(self, permit: Permit, limit: float) -> None:
         if not permit.is_abandoned:
-            _fail_wait(permit, self._queue_error(f"not admitted within {limit:g} s"))
+            _fail_wait(permit, self._queue_error(f"the request was not admitted within {limit:g} s"))
             self.release(permit)
 
     def _deadlock_error(self) -> LLMTimeoutError:
-        return self._queue_error("this request would wait forever, for streams that its own task holds open")
+        return self._queue_error("the request would wait forever for streams that its own task holds open")
 
     def _queue_error(self, reason: str) -> LLMTimeoutError:
         now = self._loop.time()
         limits = self.scheduler.limits
         holders = [
-            f"{permit.model or 'no model named'} for {now - permit.admitted_at:.0f} s"
+            f"{permit.model or 'unnamed model'} for {now - permit.admitted_at:.0f} s"
             f" (unread for {now - permit.last_read_at:.0f} s)"
             for permit in self.scheduler.in_flight
         ]

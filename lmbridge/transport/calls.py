@@ -1,6 +1,6 @@
-"""A request, its reply, and the bookkeeping between them: attempts, deadlines, waits, and the line in the log.
+"""Requests, replies, and the bookkeeping of a call: its attempts, deadlines, waits, and its line in the log.
 
-Nothing here sends or reads anything, so all of it can be tested with a clock that stands still.
+Nothing in this module sends or receives anything, so all of it can be tested with a fake clock.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from lmbridge.transport.sse import Event, NamedEvent
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 
-def _reports_no_error(_data: bytes) -> bool:
+def _never_reports_error(_data: bytes) -> bool:
     return False
 
 
-def _knows_no_usage(_body: bytes) -> TokenUsage | None:
+def _finds_no_usage(_body: bytes) -> TokenUsage | None:
     return None
 
 
@@ -45,7 +45,9 @@ class TokenUsage:
     """The tokens that a server has counted for one request."""
 
     prompt: int
+    """The number of tokens in the prompt."""
     completion: int
+    """The number of tokens that were generated."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -53,50 +55,51 @@ class Request:
     """A request as the client layer describes it: what to send, and how to treat it."""
 
     operation: str
-    """What the request is for, in words for people, such as "chat completion"."""
+    """What the request is for. Errors and log lines contain it, so it is plain English, such as "chat completion"."""
     method: str
     """The HTTP method in capital letters."""
     path: str
     """The path below `/v1`, such as "/chat/completions"."""
     classify: Classify
-    """Decides from status, headers and body of an error reply whether the request is sent again."""
+    """Decides from the status, the headers and the body of an error reply whether the request is sent again."""
     timeouts: Timeouts
     """The time limits of this request."""
     max_retries: int
-    """The number of further attempts after the first one. More than `MAX_RETRIES` are never made."""
+    """The most retries after failed attempts. There are never more than `MAX_RETRIES`."""
     body: bytes | None = None
     """The body as JSON, or None for a request without a body."""
     model: str | None = None
-    """The model that the request asks for; None if it names none."""
+    """The model that the request names, or None if it names no model."""
     queued: bool = True
-    """Whether the request is a generation, which needs a permit. Lists and health checks do not wait for one."""
+    """Whether the request needs a permit, as all generations do. Model lists and health checks do not."""
     repeatable: bool = True
-    """Whether the request may be sent again although the server may have begun to work on it.
+    """Whether the request may be sent again even if the server may have started to work on it.
 
-    A request that may not is sent on a fresh connection, because a kept one may turn out to be dead.
+    Set it to False if repeating the request has an effect on the server. It is then sent on a fresh connection, because
+    a kept connection may turn out to be dead only after the request has been sent.
     """
-    reports_error: Callable[[bytes], bool] = _reports_no_error
-    """Decides whether the body of a good reply, or the data of an event, reports an error nevertheless."""
-    read_usage: Callable[[bytes], TokenUsage | None] = _knows_no_usage
-    """Finds the number of tokens in the body of a reply, for the line in the log."""
+    reports_error: Callable[[bytes], bool] = _never_reports_error
+    """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
+    read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
+    """Finds the numbers of tokens in the body of a reply. They go into the log."""
     below_root: bool = False
-    """Whether the path is beside `/v1` instead of below it, such as "/api/v1/models"."""
+    """Whether the path starts at the root of the server, such as "/api/v1/models", and not below `/v1`."""
 
 
 class Call:
-    """One request under way, from its arrival to the end of its body.
+    """The processing of one request, from its arrival to the end of the reply.
 
     Args:
         request: The request.
-        url: Its absolute URL.
-        admission: Where its permit comes from.
-        deadline_timer: The timer of the event loop.
+        url: The absolute URL that the request is sent to.
+        admission: The admission that the permit is returned to.
+        deadline_timer: The timer that watches the deadlines of the call.
     """
 
     __slots__ = (
         "_admission",
         "_attempt_started",
-        "_is_over",
+        "_is_logged",
         "_load_deadline",
         "_polls",
         "_started",
@@ -113,33 +116,36 @@ class Call:
 
     def __init__(self, request: Request, url: str, admission: Admission, deadline_timer: DeadlineTimer) -> None:
         self.request: Request = request
+        """The request."""
         self.url: str = url
+        """The absolute URL that the request is sent to."""
         self.deadline_timer: Final = deadline_timer
         self.permit: Permit | None = None
-        """The permit that the call holds; None if it needs none, or has none yet."""
+        """The permit that the call holds, or None if it needs no permit or has not been admitted yet."""
         self.attempts: int = 0
+        """The number of times that the request has been sent."""
         self.retries: int = 0
-        """The number of attempts after a failure that counts. Polls of a server that is loading do not count."""
+        """The number of attempts that count as retries. Polls of a server that is loading do not."""
         self.read_usage: Callable[[], TokenUsage | None] | None = None
-        """Returns the number of tokens, if it is known, when the call is over."""
+        """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
         self._admission = admission
         self._started = deadline_timer.time()
         self._attempt_started = self._started
         self.total_deadline: float = self._started + _or_infinity(request.timeouts.total)
-        """The time at which `Timeouts.total` runs out."""
+        """The time at which `Timeouts.total` runs out, by the clock of the event loop."""
         self._load_deadline = math.inf
         self._waits: Iterator[float] | None = None
         self._polls: Iterator[float] | None = None
-        self._is_over = False
+        self._is_logged = False
 
     def admit(self, permit: Permit) -> None:
-        """Takes a permit. The time limits begin here, because the time in the queue does not count."""
+        """Stores the permit, and starts the clock of the time limits, which do not include the time in the queue."""
         self.permit = permit
         self._started = self.deadline_timer.time()
         self.total_deadline = self._started + _or_infinity(self.request.timeouts.total)
 
     def context(self) -> dict[str, Any]:
-        """Returns what the errors of this call say about it."""
+        """Returns the facts about this call that its errors contain."""
         return {
             "operation": self.request.operation,
             "url": self.url,
@@ -151,7 +157,7 @@ class Call:
     # Attempts
 
     def begin_attempt(self) -> Deadline:
-        """Counts an attempt, and returns the deadline to wait for its reply under."""
+        """Counts a new attempt, and returns a context manager that limits the wait for its reply."""
         self.attempts += 1
         self._attempt_started = self.deadline_timer.time()
         return Deadline(self.deadline_timer, self.first_byte_deadline)
@@ -162,11 +168,11 @@ class Call:
         return min(self._attempt_started + _or_infinity(self.request.timeouts.first_byte), self.total_deadline)
 
     def wait_before_next(self, verdict: Verdict, retry_after: float | None) -> float | None:
-        """Returns the seconds to wait before the next attempt, or None if there is to be none.
+        """Returns the seconds to wait before the next attempt, or None if there must not be another one.
 
         Args:
             verdict: What to do about the last attempt.
-            retry_after: The seconds that the server asked for, if it did.
+            retry_after: The seconds that the server asked to wait, or None if it did not ask.
 
         Raises:
             LLMTimeoutError: With phase "load", if the server has been loading for longer than `Timeouts.load`.
@@ -196,7 +202,7 @@ class Call:
         return min(next(self._polls), self._load_deadline - now)
 
     def timed_out(self, phase: Phase, cause: BaseException | None = None) -> LLMTimeoutError:
-        """Returns the error for a time limit of this call that has run out."""
+        """Returns the error for one of this call's time limits that has run out."""
         return timed_out(phase, getattr(self.request.timeouts, phase), cause).completed(context=self.context())
 
     def attempt_timed_out(self, cause: BaseException) -> LLMTimeoutError:
@@ -204,17 +210,17 @@ class Call:
         is_total = self.first_byte_deadline == self.total_deadline
         return self.timed_out("total" if is_total else "first_byte", cause)
 
-    # What the scheduler has to know
+    # Reports to the scheduler
 
     @property
     def is_first_request(self) -> bool:
-        """Whether other requests wait until this one has shown that its model is loaded."""
+        """Whether other requests wait until the reply to this one shows that the model is loaded."""
         return self.permit is not None and self.permit.is_first_request
 
     def note_first_event(self, first: Event) -> None:
-        """Records the first event of a stream, or a whole plain reply: it shows that the model is loaded.
+        """Records that the model is loaded, because the first event of a stream, or a whole plain reply, has arrived.
 
-        An event that reports an error shows nothing. The next request for the model then goes alone again.
+        If `first` reports an error, nothing is recorded, and the next request for the model goes alone again.
         """
         if self.permit is not None and self.permit.is_first_request:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
@@ -222,7 +228,7 @@ class Call:
                 self._admission.mark_loaded(self.permit)
 
     def mark_unloaded(self) -> None:
-        """Records that the server does not have the model loaded. The next request for it goes alone."""
+        """Records that the server has unloaded the model, so the next request for it goes alone."""
         if self.permit is not None:
             self._admission.mark_unloaded(self.request.model)
 
@@ -237,16 +243,17 @@ class Call:
         """Returns the permit and writes the line about this call to the log. Calling it again does nothing.
 
         Args:
-            outcome: The status of the reply, or in its place what ended the call, such as the class of an error.
+            outcome: The status of the reply. If the call ended in another way, the reason, such as the class of an
+                error.
         """
         self.release()
         self.log(outcome)
 
     def log(self, outcome: int | str) -> None:
-        """Writes the one line about this call to the log; only the first call of this method does."""
-        if self._is_over:
+        """Writes the line about this call to the log. Calling it again does nothing."""
+        if self._is_logged:
             return
-        self._is_over = True
+        self._is_logged = True
         if not logger.isEnabledFor(logging.INFO):
             return
         usage = self.read_usage() if self.read_usage is not None else None
@@ -265,16 +272,16 @@ class Call:
 
 @attrs.define(kw_only=True, eq=False)
 class Reply:
-    """A whole reply, whatever its status."""
+    """A complete reply, whatever its status."""
 
     call: Call
-    """The call that it belongs to."""
+    """The call that the reply belongs to."""
     status: int
-    """The status code."""
+    """The HTTP status of the reply."""
     headers: Mapping[str, str]
-    """The headers. Names are looked up in any case."""
+    """The headers of the reply. Their names are case-insensitive."""
     body: bytes
-    """The body."""
+    """The whole body of the reply."""
 
     @property
     def retry_after(self) -> float | None:

@@ -1,8 +1,8 @@
-"""Deadlines of many waits behind a single timer of the event loop.
+"""Deadlines of many waits that share a single timer of the event loop.
 
-`asyncio.timeout` would do for one wait. It sets a timer of the loop for each wait, though, and a stream has a wait for
-every chunk: that costs microseconds a chunk, and leaves the loop's heap full of cancelled timers. Here a deadline is an
-attribute that its owner changes at no cost, and one timer a loop looks at all of them when the earliest may have
+`asyncio.timeout` would set a timer of the loop for each wait, and a stream waits for every chunk. That costs
+microseconds for each chunk, and fills the loop's heap with cancelled timers. Here a deadline is an attribute, which its
+owner can change at no cost, and one timer for each event loop checks all deadlines when the earliest of them may have
 passed.
 """
 
@@ -18,49 +18,50 @@ from typing import Final, Protocol, Self
 class HasDeadline(Protocol):
     """An object that a `DeadlineTimer` calls when its deadline has passed."""
 
-    when: float
-    """The time of the deadline, by the clock of the event loop; infinity for none. It may change at any time."""
+    deadline: float
+    """The time of the deadline, by the clock of the event loop, or infinity for none. It may change at any time."""
 
     def on_deadline(self) -> None:
-        """Is called once when the deadline has passed."""
+        """Handles the deadline. The timer calls this method once, when the deadline has passed."""
 
 
 class DeadlineTimer:
     """Watches the deadlines of one event loop with one timer.
 
-    The timer moves when an earlier deadline is added, and otherwise only when it rings. So a deadline that moves to a
-    later time costs nothing, and one that moves to an earlier time has to be announced with `wake_at`.
+    The timer is set again when an earlier deadline is added, and otherwise only when it fires. So it costs nothing to
+    move a deadline to a later time. After moving one to an earlier time, call `wake_at`.
 
     Args:
         loop: The running event loop.
-        others: Further objects that are watched without being added, for an owner that keeps a collection of them
-            anyway. The collection may change at any time; call `wake_at` when one of its deadlines is set.
+        collection: Objects that are watched without `add`, because their owner keeps a collection of them anyway. The
+            collection may change at any time. Call `wake_at` after setting the deadline of a member.
     """
 
-    __slots__ = ("_deadlines", "_others", "_rings_at", "_timer", "loop", "time")
+    __slots__ = ("_added", "_collection", "_fires_at", "_timer", "loop", "time")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, others: Iterable[HasDeadline] = ()) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, collection: Iterable[HasDeadline] = ()) -> None:
         self.loop: Final = loop
+        """The event loop whose deadlines are watched."""
         self.time: Final = loop.time
-        """The clock of the event loop, looked up once."""
-        self._others = others
-        self._deadlines: dict[HasDeadline, None] = {}
+        """The clock of the event loop. It is a bound method that is looked up only once, because it is called often."""
+        self._collection = collection
+        self._added: dict[HasDeadline, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = math.inf
+        self._fires_at = math.inf
 
-    def add(self, deadline: HasDeadline) -> None:
-        """Watches a deadline until it has passed or is discarded."""
-        self._deadlines[deadline] = None
-        if deadline.when < self._rings_at:
-            self._set_timer(deadline.when)
+    def add(self, watched: HasDeadline) -> None:
+        """Watches an object until its deadline has passed or it is discarded."""
+        self._added[watched] = None
+        if watched.deadline < self._fires_at:
+            self._set_timer(watched.deadline)
 
-    def discard(self, deadline: HasDeadline) -> None:
-        """Stops watching a deadline. Does nothing if it is not watched."""
-        self._deadlines.pop(deadline, None)
+    def discard(self, watched: HasDeadline) -> None:
+        """Stops watching an object that was added. Does nothing if it is not watched."""
+        self._added.pop(watched, None)
 
     def wake_at(self, when: float) -> None:
-        """Makes sure that all deadlines are looked at by a certain time."""
-        if when < self._rings_at:
+        """Makes sure that all deadlines are checked at the given time or before."""
+        if when < self._fires_at:
             self._set_timer(when)
 
     def close(self) -> None:
@@ -70,45 +71,46 @@ class DeadlineTimer:
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._rings_at = when
+        self._fires_at = when
         self._timer = None if when == math.inf else self.loop.call_at(when, self._on_timer)
 
     def _on_timer(self) -> None:
         now = self.time()
-        self._timer, self._rings_at = None, math.inf
-        passed = []
+        self._timer, self._fires_at = None, math.inf
+        overdue = []
         earliest = math.inf
-        for each in (*self._deadlines, *self._others):
-            if each.when <= now:
-                passed.append(each)
+        for watched in (*self._added, *self._collection):
+            if watched.deadline <= now:
+                overdue.append(watched)
             else:
-                earliest = min(earliest, each.when)
+                earliest = min(earliest, watched.deadline)
         self._set_timer(earliest)
-        for each in passed:
-            self.discard(each)
-            each.on_deadline()
+        for watched in overdue:
+            self.discard(watched)
+            watched.on_deadline()
 
 
 class Deadline:
-    """A context manager that cancels the task inside its block at a deadline, and raises `TimeoutError` instead.
+    """A context manager that ends its block with a `TimeoutError` when a deadline has passed.
 
-    It follows the protocol of `asyncio.timeout` (`Task.cancelling`, `Task.uncancel`): if anyone else cancels the task,
-    even at the same moment, the cancellation goes on as a cancellation.
+    It cancels the task that runs the block, and turns this cancellation into a `TimeoutError`. Like `asyncio.timeout`,
+    it counts cancellations (`Task.cancelling`, `Task.uncancel`). So if the task is also cancelled by someone else, even
+    at the same moment, the block ends with that `CancelledError`::
 
         with Deadline(deadline_timer, loop.time() + 5):
-            await something()
+            await response.read()
 
     Args:
         deadline_timer: The timer of the running event loop.
-        when: The time of the deadline, by the clock of the event loop; infinity for none.
+        deadline: The time of the deadline, by the clock of the event loop, or infinity for none.
     """
 
-    __slots__ = ("_cancels_before", "_reached", "_task", "deadline_timer", "when")
+    __slots__ = ("_cancels_before", "_has_passed", "_task", "deadline", "deadline_timer")
 
-    def __init__(self, deadline_timer: DeadlineTimer, when: float) -> None:
+    def __init__(self, deadline_timer: DeadlineTimer, deadline: float) -> None:
         self.deadline_timer: DeadlineTimer = deadline_timer
-        self.when: float = when
-        self._reached = False
+        self.deadline: float = deadline
+        self._has_passed = False
 
     def __enter__(self) -> Self:
         task = asyncio.current_task(self.deadline_timer.loop)
@@ -116,7 +118,7 @@ class Deadline:
             raise RuntimeError("a Deadline can only be used inside a task, because it cancels the task")
         self._task = task
         self._cancels_before = task.cancelling()
-        if self.when != math.inf:
+        if self.deadline != math.inf:
             self.deadline_timer.add(self)
         return self
 
@@ -124,10 +126,10 @@ class Deadline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.deadline_timer.discard(self)
-        if self._reached and self._task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError:
+        if self._has_passed and self._task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
     def on_deadline(self) -> None:
-        """Cancels the task inside the block."""
-        self._reached = True
+        """Cancels the task that runs the block."""
+        self._has_passed = True
         self._task.cancel()

@@ -1,7 +1,7 @@
-"""An event stream under way: its events are read, its waits are limited, and its connection is never left open.
+"""Event streams: reading their events, limiting how long a read may take, and giving everything back at the end.
 
-A stream holds a permit and a connection, and a model is generating behind it. So each way in which a stream can be
-left gives both back at once: its end, an error, a cancelled read, `abort`, and even its garbage collection.
+A stream holds a connection and a permit, and the server's model is generating for it. So both are given back at once
+however a stream is left: by its end, by an error, by cancelling a read, by `abort`, and even by garbage collection.
 """
 
 from __future__ import annotations
@@ -18,99 +18,101 @@ from lmbridge.transport.faults import Phase
 from lmbridge.transport.http import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
 
-DRAIN: Final = 0.25
-"""The seconds to wait, after the last event of a stream, for the end of its body. Then its connection can be kept."""
+DRAIN_SECONDS: Final = 0.25
+"""The most seconds to wait for the end of the body after the last event. Only then can the connection be used again."""
 
 
 class EventStream:
     """The events of one response. Only one task at a time can read them.
 
-    The stream holds the permit of its call until the body has ended or the connection is closed. The deadline timer of
-    the call has to watch it: a stream has a limit for every wait, and a timer for each of them would cost more than
-    the reading.
+    The stream holds the permit of its call until the body has ended or the connection is closed. Every read has a
+    deadline. The call's deadline timer has to watch it, because a separate timer for each read would cost more than the
+    read itself.
 
-    If other requests wait until the first event shows that the model is loaded, that event is read ahead by a task, so
-    that they need not wait for somebody to read the stream. The task holds no reference to the stream, which could not
-    be garbage-collected otherwise. It ends by itself when the connection is closed.
+    Other requests may be waiting until the first event shows that the model is loaded. Then a task reads that event
+    ahead, so that they do not depend on when the user reads the stream. The task holds no reference to the stream,
+    because that would keep the stream from being garbage-collected. It ends when the connection is closed.
 
     Args:
         call: The call that the response belongs to.
-        response: The response, of which the head has been read.
-        first: The bytes of the body that have been read already.
+        response: The response. Its head has been read.
+        first: The first bytes of the body, if some have been read already.
     """
 
     __slots__ = (
         "__weakref__",
         "_decoder",
-        "_fault",
+        "_error",
         "_first",
         "_has_events",
-        "_idle",
+        "_idle_limit",
         "_loop",
         "_read_ahead",
         "_reading",
         "_response",
         "call",
+        "deadline",
         "ended",
         "status",
-        "when",
     )
 
     def __init__(self, call: Call, response: HttpResponse, first: bytes = b"") -> None:
         self.call: Call = call
+        """The call that the response belongs to."""
         self.status: Final = response.status
-        """The status of the response."""
+        """The HTTP status of the response."""
         self.ended: bool = False
         """Whether the body has been read to its end."""
-        self.when: float = math.inf
-        """The deadline of the wait that is going on, by the clock of the event loop."""
+        self.deadline: float = math.inf
+        """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
         self._response = response
         self._first = first
         self._decoder = SSEDecoder()
-        self._fault: LLMError | None = None
+        # The error that `abort` was called with.
+        self._error: LLMError | None = None
         self._reading = False
-        self._idle = call.request.timeouts.idle
+        self._idle_limit = call.request.timeouts.idle
         self._has_events = False
-        # None as soon as the stream is closed.
+        # It is None as soon as the stream is closed.
         self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
         self._read_ahead: asyncio.Task[list[Event] | None] | None = None
 
     @property
-    def stray(self) -> str:
-        """The lines of the body that are neither events nor comments, up to 4 KiB of them."""
-        return self._decoder.stray
+    def bare_text(self) -> str:
+        """The lines of the body that belong to no event and are not comments, up to 4 KiB of them."""
+        return self._decoder.bare_text
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more will come, because the body has ended or the stream was aborted."""
+        """Whether the body has ended or the connection was closed, so that no further event can arrive."""
         return self._loop is None
 
     def start_reading_ahead(self) -> asyncio.Task[list[Event] | None]:
-        """Starts to read the first event in a task, and returns the task. Its owner awaits it before the loop ends."""
+        """Starts a task that reads the first event, and returns it. The caller has to await it before the loop ends."""
         self._read_ahead = self.call.deadline_timer.loop.create_task(
             _read_first_events(self.call, self._response, self._decoder, self._first)
         )
-        # The exception is raised by `read`, if the stream is read at all.
+        # `read` raises the exception of the task. If it is never called, asyncio must not complain about the exception.
         self._read_ahead.add_done_callback(mark_exception_retrieved)
         self._first = b""
         return self._read_ahead
 
     async def read(self) -> list[Event]:
-        """Waits for further events, and returns them; returns none at the end of the body.
+        """Waits for further events, and returns them. Returns an empty list at the end of the body.
 
         On cancellation of the caller, the stream is closed.
 
         Raises:
             LLMTimeoutError: With phase "first_byte", "idle" or "total".
             LLMStreamError: The connection broke, or an event is too large.
-            LLMError: The error that was passed to `abort`.
+            LLMError: The stream was aborted; it is the error that `abort` was called with.
         """
-        if self._fault is not None:
-            raise self._fault
+        if self._error is not None:
+            raise self._error
         if self._loop is None or self._loop.is_closed():
             if self.ended:
                 return []
-            raise self._given_up()
+            raise self._close_early()
         if self._reading:
             raise RuntimeError("another task is reading this stream; only one at a time can")
         self._reading = True
@@ -122,13 +124,13 @@ class EventStream:
                 first, self._first = self._first, b""
                 events = await _read_events(self._response, self._decoder, first)
             if events is None:
-                self._end()
+                self._finish()
                 return self._decoder.close()
             if not self._has_events:
                 self._has_events = True
                 self.call.note_first_event(events[0])
         except ConnectionFailed as failure:
-            self.abort(self._fault or self._broken(failure))
+            self.abort(self._error or self._error_from(failure))
         except BaseException as exc:
             self._close(type(exc).__name__)
             raise
@@ -136,24 +138,26 @@ class EventStream:
             return events
         finally:
             self._reading = False
-            self.when = math.inf
-        # Either the connection broke, or another task or the deadline timer has aborted the stream and so the read.
-        raise self._fault or self._given_up()
+            self.deadline = math.inf
+        # The read failed because the connection broke, or because another task or the deadline timer called `abort`.
+        raise self._error or self._close_early()
 
     async def drain(self) -> None:
-        """Waits a bounded moment for the end of the body, and gives up the connection if it does not come.
+        """Waits briefly for the end of the body, so that the connection can be used again.
+
+        If the end does not arrive within `DRAIN_SECONDS`, the connection is closed.
 
         On cancellation of the caller, the connection is closed.
         """
         if self._loop is None:
             return
-        # A task that is still reading is woken by the closing.
+        # If a task is still reading, closing the connection wakes it.
         if self._reading or self._read_ahead is not None or self._loop.is_closed():
             self._close(self.status)
             return
         self._reading = True
         try:
-            async with asyncio.timeout(DRAIN):
+            async with asyncio.timeout(DRAIN_SECONDS):
                 while await self._response.read_some():
                     pass
         except (ConnectionFailed, TimeoutError):
@@ -162,21 +166,21 @@ class EventStream:
             self._close(self.status)
             raise
         else:
-            self._end()
+            self._finish()
         finally:
             self._reading = False
 
-    def abort(self, fault: LLMError | None = None) -> None:
-        """Closes the connection and returns the permit, at once. Calling it again does nothing.
+    def abort(self, error: LLMError | None = None) -> None:
+        """Closes the connection and returns the permit at once. Does nothing if the stream is closed already.
 
         Args:
-            fault: The error that a reader gets, now or later. Default: an `LLMStreamError`.
+            error: The error that the current and all later reads raise. By default it is an `LLMStreamError`.
         """
         if self._loop is not None:
-            self._fault = fault
-            self._close("closed early" if fault is None else type(fault).__name__)
+            self._error = error
+            self._close("closed early" if error is None else type(error).__name__)
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         if self._loop is not None:
             self.ended = True
             self._loop = None
@@ -189,17 +193,17 @@ class EventStream:
             self.call.finish(outcome)
 
     async def _finish_reading_ahead(self, task: asyncio.Task[list[Event] | None]) -> list[Event] | None:
-        # asyncio.wait leaves the task alone if the reader is cancelled; the closing of the response ends it.
+        # asyncio.wait does not cancel the task if the reader is cancelled. The task ends when the response is closed.
         await asyncio.wait((task,))
         self._read_ahead = None
         if task.cancelled():
-            raise self._given_up()
+            raise self._close_early()
         return task.result()
 
-    # Time
+    # Time limits
 
     def _begin_wait(self, now: float) -> None:
-        """Sets the deadline of the wait that begins, and records which task waits."""
+        """Sets the deadline of a read that begins, and records the reading task as the holder of the permit."""
         call = self.call
         # Checked here as well, because a read never waits if the server is always faster than the reader.
         if now >= call.total_deadline:
@@ -207,32 +211,34 @@ class EventStream:
         if call.permit is not None:
             call.permit.note_read(now, asyncio.current_task(call.deadline_timer.loop))
         if not self._has_events:
-            self.when = call.first_byte_deadline
-        elif self._idle is None:
-            self.when = call.total_deadline
+            self.deadline = call.first_byte_deadline
+        elif self._idle_limit is None:
+            self.deadline = call.total_deadline
         else:
-            self.when = min(now + self._idle, call.total_deadline)
-        call.deadline_timer.wake_at(self.when)
+            self.deadline = min(now + self._idle_limit, call.total_deadline)
+        call.deadline_timer.wake_at(self.deadline)
 
     def on_deadline(self) -> None:
-        """Ends the wait that has taken too long; the deadline timer calls it."""
+        """Ends a read that has taken too long. The deadline timer calls this method."""
         phase: Phase = "idle" if self._has_events else "first_byte"
-        self.abort(self.call.timed_out("total" if self.when >= self.call.total_deadline else phase))
+        self.abort(self.call.timed_out("total" if self.deadline >= self.call.total_deadline else phase))
 
     # Errors
 
-    def _given_up(self) -> LLMStreamError:
-        why = "" if self._loop is None else ": the event loop that it was opened in is closed"
+    def _close_early(self) -> LLMStreamError:
+        """Closes the stream, and returns the error for reading it afterwards."""
+        reason = "" if self._loop is None else ", because the event loop in which it was opened is closed"
         self.abort()
-        return LLMStreamError(f"the stream was given up{why}", status=self.status, context=self.call.context())
+        message = f"the stream was closed before its end{reason}"
+        return LLMStreamError(message, status=self.status, context=self.call.context())
 
-    def _broken(self, failure: ConnectionFailed) -> LLMError:
+    def _error_from(self, failure: ConnectionFailed) -> LLMError:
         error = failure.error
         if not isinstance(error, LLMConnectionError):
-            # Only a test double fails in other ways than by its connection.
+            # This happens only with a test double, which may raise any error.
             return error.completed(status=self.status, context=self.call.context())
         return LLMStreamError(
-            "the connection broke in mid-stream",
+            "the connection broke mid-stream",
             error.__cause__ or error,
             hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
             status=self.status,
@@ -242,24 +248,24 @@ class EventStream:
     # Garbage collection
 
     def __del__(self) -> None:
-        # The attribute is missing if the constructor failed.
+        # The attribute does not exist if the constructor raised an exception.
         loop = getattr(self, "_loop", None)
         if loop is None:
             return
         try:
-            self._abandon(loop)
+            self._close_from_any_thread(loop)
         finally:
-            # Last, because the warning may be turned into an error.
+            # The warning comes last, because a filter may turn it into an exception.
             warnings.warn(
                 f"unclosed stream of {self.call.request.operation} with model {self.call.request.model!r}:"
-                " read it to its end, or leave it by `async with` or `aclose()`",
+                " read it to its end, use `async with`, or call `aclose()`",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
 
-    def _abandon(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Closes the connection and returns the permit, in the thread of the event loop."""
+    def _close_from_any_thread(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Closes the connection and returns the permit, which has to happen in the thread of the event loop."""
         if loop.is_closed():
             self.call.log("dropped unclosed")
             return
@@ -271,7 +277,7 @@ class EventStream:
         if is_running_here:
             _close_abandoned(self._response, self.call)
         else:
-            # Collected in another thread, or between two runs of the loop.
+            # The garbage collector ran in another thread, or the event loop is not running at the moment.
             loop.call_soon_threadsafe(_close_abandoned, self._response, self.call)
 
 
@@ -281,7 +287,7 @@ def _close_abandoned(response: HttpResponse, call: Call) -> None:
 
 
 async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes = b"") -> list[Event] | None:
-    """Returns the next events of a body, of which `data` was read before; None at its end."""
+    """Reads until `data` and the bytes after it contain an event. Returns None at the end of the body."""
     while True:
         if data and (events := decoder.feed(data)):
             return events
@@ -293,10 +299,10 @@ async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes 
 async def _read_first_events(
     call: Call, response: HttpResponse, decoder: SSEDecoder, data: bytes
 ) -> list[Event] | None:
-    """Reads up to the first event, and reports it to the scheduler.
+    """Reads a body up to its first event, and reports the event to the scheduler.
 
-    If the first event is an error, or does not come, the permit is returned: other requests wait for an event that will
-    not come, and a reader may never appear.
+    If the first event is an error, or if none arrives, the permit is returned at once. Other requests are waiting for
+    this event, and the user may never read the stream.
     """
     try:
         events = await _read_events(response, decoder, data)

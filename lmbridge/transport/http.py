@@ -1,13 +1,13 @@
-"""The seam between the transport and HTTP: what a `Transport` needs from whatever sends its requests.
+"""The interface between the transport and HTTP: what a `Transport` needs in order to send its requests.
 
-`Transport` decides when a request is sent, how often, and how long it may take. It does not send anything itself: it
-asks an `HttpSession`, which knows nothing of models, permits or retries. There are two of them.
-`lmbridge.transport.session` sends requests over a socket; `lmbridge.testing.MockTransport` calls a function instead, so
-that a program can be tested without a server.
+A `Transport` decides when and how often a request is sent, and how long it may take. The sending itself is left to an
+`HttpSession`, which knows nothing about models, permits or retries. There are two implementations:
+`lmbridge.transport.session` sends requests over a socket, and `lmbridge.testing.MockTransport` calls a function
+instead, so that a program can be tested without a server.
 
-The seam is as narrow as it can be while streams still pass through it: send a request, read its body, close. A single
-method that returns a whole reply would be narrower, but nothing could be streamed through it. A wider one, with a
-connection pool or with events, would have to be imitated by every double.
+The interface is as narrow as streaming allows: send a request, read the body of the response, close. A single method
+that returns a complete reply would be narrower, but could not stream. A wider interface, for example with a connection
+pool or with parsed events, would be more work for every implementation.
 
 All failures cross the seam as `ConnectionFailed`, so that the transport needs no exception class of an HTTP library.
 """
@@ -25,22 +25,22 @@ from lmbridge.transport.retry import Verdict
 
 @attrs.define(kw_only=True, eq=False)
 class HttpRequest:
-    """A request in the form in which it goes out."""
+    """A request as it is sent to the server."""
 
     method: str
     """The HTTP method in capital letters."""
     url: str
     """The absolute URL."""
     headers: Mapping[str, str] = attrs.field(repr=False)
-    """All headers that lmbridge sends, the key included. The session adds what HTTP itself needs, such as `Host`."""
+    """All headers that lmbridge sets, including the key. The session adds those that HTTP requires, such as `Host`."""
     body: bytes | None = attrs.field(default=None, repr=False)
-    """The body, which is JSON, or None for a request without a body."""
+    """The body, which is JSON, or None if the request has no body."""
     connect_timeout: float | None = None
-    """The seconds that connecting may take; None for no limit. All other limits belong to the transport."""
+    """The most seconds that connecting may take, or None for no limit. The transport enforces all other time limits."""
     fresh_connection: bool = False
-    """Whether a kept connection must not be used, because the request must not be sent a second time.
+    """Whether the request must be sent on a new connection, because it must not be sent a second time.
 
-    A kept connection may be dead, and only sending a request on it shows that it is.
+    A kept connection may be dead, and this shows only after a request has been sent on it.
     """
 
 
@@ -49,16 +49,16 @@ class HttpResponse(Protocol):
 
     @property
     def status(self) -> int:
-        """The status code."""
+        """The HTTP status."""
         ...
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers. Names are looked up in any case."""
+        """The headers. Their names are case-insensitive."""
         ...
 
     async def read_some(self) -> bytes:
-        """Waits until a part of the body has arrived, and returns it; returns nothing at the end of the body.
+        """Waits for the next part of the body, and returns it. Returns `b""` at the end of the body.
 
         Raises:
             ConnectionFailed: The connection broke, or `close` was called.
@@ -66,7 +66,7 @@ class HttpResponse(Protocol):
         ...
 
     async def read(self) -> bytes:
-        """Waits for the end of the body, and returns everything that has not been returned by `read_some`.
+        """Waits for the end of the body, and returns the part of it that `read_some` has not returned yet.
 
         Raises:
             ConnectionFailed: The connection broke, or `close` was called.
@@ -93,19 +93,19 @@ class HttpSession(Protocol):
         ...
 
     async def close(self) -> None:
-        """Closes all connections. Requests that are waiting for a response fail. Calling it again does nothing."""
+        """Closes all connections, so that requests in flight fail. Calling it again does nothing."""
         ...
 
     def abandon(self) -> None:
-        """Closes what can be closed without waiting, and says nothing about the rest.
+        """Closes what can be closed without waiting, and does not report what cannot.
 
-        The transport calls it if it was dropped without being closed, or if its event loop is gone: then nothing can be
-        awaited any more, and the transport has warned already.
+        The transport calls it if it was dropped without being closed, or if its event loop has been closed. Nothing can
+        be awaited then, and the transport has already issued a warning.
         """
 
 
 class ConnectionFailed(Exception):  # noqa: N818 - it is caught by the transport and never reaches a user
-    """An attempt that did not get a response, or not all of it.
+    """No response arrived, or only a part of it.
 
     Args:
         error: The error for the user, in case this was the last attempt.

@@ -1,7 +1,7 @@
 """How long to wait before a request is sent again.
 
-This is the only module that imports `backoff`, and it uses only its wait generator and its jitter: its decorators retry
-by exception class, while a request is retried by what the server's reply says (see `Classify`).
+This is the only module that imports `backoff`. It uses the wait generator and the jitter of that library, but not its
+decorators: these decide by the class of an exception, while lmbridge decides by the server's reply (see `Classify`).
 """
 
 from __future__ import annotations
@@ -15,46 +15,49 @@ from typing import Final
 import backoff
 
 MAX_RETRIES: Final = 5
-"""The number of retries that a request gets at most, whatever the caller asks for."""
-MAX_WAIT: Final = 15.0
-"""The longest wait that lmbridge chooses by itself, in seconds."""
+"""The most retries of a request, whatever `max_retries` says."""
+MAX_BACKOFF: Final = 15.0
+"""The longest wait before a retry, in seconds, unless the server asks for a longer one."""
 MAX_RETRY_AFTER: Final = 60.0
-"""The longest `Retry-After` that is waited for, in seconds. Beyond it, the error is raised at once."""
-_FIRST_WAIT: Final = 0.5
-_FIRST_POLL: Final = 0.5
-_LAST_POLL: Final = 2.0
+"""The longest `Retry-After`, in seconds, that is respected. If it is longer, the error is raised at once."""
+_FIRST_BACKOFF: Final = 0.5
+"""The longest wait before the first retry, in seconds. It doubles with each retry."""
+_FIRST_POLL_WAIT: Final = 0.5
+"""The wait before the first poll of a server that is loading, in seconds."""
+_LONGEST_POLL_WAIT: Final = 2.0
+"""The longest wait between two polls, in seconds."""
 
 
 class Verdict(enum.Enum):
-    """What to do about a reply that is not a success."""
+    """What to do about an attempt that was not successful."""
 
     RETRY = "retry"
-    """Send the request again, a limited number of times, with waits that grow."""
+    """Send the request again, a limited number of times and with increasing waits."""
     POLL = "poll"
-    """Send the request again until `Timeouts.load` runs out: the server is loading. It does not count as a retry."""
+    """The server is loading: send the request again until `Timeouts.load` runs out. This does not count as a retry."""
     FAIL = "fail"
-    """Raise the error."""
+    """Raise the error, because a further attempt would fail as well."""
 
 
 Classify = Callable[[int, Mapping[str, str], bytes], Verdict]
-"""A function `(status, headers, body) -> Verdict`: what the client knows about servers, lent to the transport."""
+"""A function `(status, headers, body) -> Verdict`. The client layer provides it, because it knows what servers say."""
 
 
 def retry_waits() -> Iterator[float]:
-    """Yields the seconds to wait before the first, second, ... retry: exponential, capped, and with full jitter."""
-    ceilings = backoff.expo(base=2, factor=_FIRST_WAIT, max_value=MAX_WAIT)
-    # The first item of backoff's generators is not a wait: it stands for the first `send`.
+    """Yields the seconds to wait before each retry: exponential backoff with full jitter and an upper limit."""
+    ceilings = backoff.expo(base=2, factor=_FIRST_BACKOFF, max_value=MAX_BACKOFF)
+    # The first item of backoff's generators is None, which lets callers prime them with `send`.
     next(ceilings)
     for ceiling in ceilings:
         yield backoff.full_jitter(ceiling)
 
 
 def poll_waits() -> Iterator[float]:
-    """Yields the seconds to wait between two requests to a server that is loading."""
-    wait = _FIRST_POLL
+    """Yields the seconds to wait before each poll of a server that is loading."""
+    wait = _FIRST_POLL_WAIT
     while True:
         yield wait
-        wait = min(wait * 1.5, _LAST_POLL)
+        wait = min(wait * 1.5, _LONGEST_POLL_WAIT)
 
 
 def parse_retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
@@ -62,10 +65,10 @@ def parse_retry_after(headers: Mapping[str, str], now: datetime | None = None) -
 
     Args:
         headers: The headers of a reply.
-        now: The time with which a date is compared. Default: the present.
+        now: The time that a date in the header is compared with. By default it is the current time.
 
     Returns:
-        The seconds, 0 for a date in the past; None if the header is missing or cannot be read.
+        The seconds, which are 0 for a date in the past, or None if the header is missing or invalid.
     """
     value = headers.get("Retry-After", "").strip()
     if not value:

@@ -6,17 +6,18 @@ cannot rely on the server to prevent that, so it must not send such requests tog
 
 - *A semaphore* bounds how many requests are in flight, but not for how many models.
 - *A lock per model* serializes the requests for one model, which is the opposite of what is needed: requests for the
-  same model should run together, and those for different models should not. A readers-writer lock (readers being the
-  requests for the model that is loaded) is closer, but has no room for a second model, and starves either side.
-- *A priority queue* sorted by model and age keeps the number of swaps small, but its bound on waiting is a matter of
-  tuning: every new request for the loaded model is attractive again.
+  same model should run together, and those for different models should not. A readers-writer lock, whose readers are
+  the requests for the loaded model, is closer. But it allows only one model, and either its readers or its writers can
+  starve.
+- *A priority queue* sorted by model and age keeps the number of swaps small. But new requests for the loaded model keep
+  overtaking those for other models, so how long these wait depends on how the priorities are tuned.
 - *Batching on the server* (llama-swap, llama.cpp's router) helps with that server only, and without a bound on waiting.
 
-What won is a queue per model with two rules that give a proven bound. A model that becomes active gets a *closed
-batch*, the requests that wait for it at that moment; and as soon as a request for another model has waited for
-`max_wait`, the model that has been active longest is *drained*: it finishes what is in flight and gets nothing new.
-Nothing is ever killed, and a request waits for at most `max_wait` plus one batch for each other model that is ahead of
-it.
+So there is a queue per model, with two rules that give a proven bound on waiting. A model that becomes active gets a
+*closed batch*, which consists of the requests that wait for it at that moment. And as soon as a request for another
+model has waited for `max_wait`, the model that has been active longest is *drained*: its requests in flight finish, and
+it gets no new ones. No generation is ever killed, and a request waits for at most `max_wait` plus one batch for each
+other model that is ahead of it.
 
 The rules in full:
 
@@ -31,10 +32,11 @@ The rules in full:
 - A model that has just become active is not known to be loaded. Its first request goes alone, because a server that
   gets several may load the model several times. The others follow when the first event of the reply has arrived; if the
   first request fails, the next one goes alone.
-- If the limits are lowered below what is in flight, nothing is killed: the models beyond the new limit are *surplus*.
-  They finish what is in flight, get nothing new, and lose their slots when they are idle.
+- If the limits are lowered below the number of models in flight, no generation is killed. The models beyond the new
+  limit are *surplus*: their requests in flight finish, they get no new ones, and they lose their slots when they are
+  idle.
 
-The state machine never waits and never looks at a clock: the caller passes the time, and `lmbridge.transport.admission`
+The state machine never waits and never reads a clock: the caller passes the time, and `lmbridge.transport.admission`
 does the waiting. So a test can drive it through thousands of random histories, and check the bound in each of them.
 """
 
@@ -57,10 +59,11 @@ logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 @attrs.define(eq=False)
 class Permit:
-    """The permit of one request to have a generation in flight, from its arrival until it is returned."""
+    """One request in the schedule: it waits for its admission, then holds the permit to generate, then returns it."""
 
     model: str | None
-    """The model that the request asks for; None lets the server choose, and is scheduled like one more model."""
+    """The model that the request names. If it leaves the choice to the server, this is None, which is scheduled like
+    one more model."""
     arrived_at: float
     """The time at which the request arrived, by the clock of the event loop."""
     holder: weakref.ref[asyncio.Task[object]] | None = None
@@ -74,15 +77,17 @@ class Permit:
     last_read_at: float = math.inf
     """The time at which the stream was last read, or at which the request was admitted if it never was."""
     state: Literal["new", "waiting", "in flight", "over"] = "new"
+    """Where the request is: not in the schedule yet, waiting for admission, in flight, or no longer in the schedule."""
     is_first_request: bool = False
     """Whether other requests for the same model wait for the first event of this one."""
     future: asyncio.Future[None] | None = None
-    """The future on which the waiting task is suspended."""
+    """The future that the waiting task awaits."""
     queue: ModelQueue | None = None
+    """The queue of the request's model; None unless the request waits or is in flight."""
     in_batch: bool = False
-    """Whether the request waits as a member of its model's batch."""
+    """Whether the request is waiting as a member of its model's batch."""
     arrival_number: int = 0
-    """The position of the request among all that ever had to wait."""
+    """A number that increases with each request that has to wait."""
 
     def note_read(self, now: float, task: asyncio.Task[object] | None) -> None:
         """Records that a task is reading the stream, which makes it the holder of the permit."""
@@ -96,7 +101,7 @@ class Permit:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether the wait has ended already, by a cancel or a timeout, although the request is still in the queue."""
+        """Whether the wait was ended by a cancellation or a timeout while the request is still in the queue."""
         return self.future is not None and self.future.done()
 
 
@@ -105,15 +110,17 @@ class ModelQueue:
     """The requests that need the same model, or all requests if models are not limited."""
 
     model: str | None
+    """The model, or None for requests that name no model, and if the number of models is not limited."""
     is_active: bool = False
     """Whether requests for the model may be in flight."""
     is_loaded: bool = False
     """Whether the server is known to have loaded the model."""
     in_flight: int = 0
+    """The number of requests for the model that are in flight."""
     first_request: Permit | None = None
     """The request that went alone because the model was not known to be loaded, until its first event arrives."""
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
-    """The waiting requests in the order of their arrival. An OrderedDict, because any of them may leave at any time."""
+    """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
     idle_since: float = -math.inf
     """The time at which a request for the model last ended."""
     is_surplus: bool = False
@@ -121,38 +128,41 @@ class ModelQueue:
 
 
 class Scheduler:
-    """The state machine that the module describes.
+    """A state machine that implements the rules in the docstring of the module.
 
-    Requests arrive (`admit_now`, else `arrive`), are admitted by `admit`, and leave (`leave`).
+    A request that arrives is passed to `admit_now` and, if it cannot be admitted at once, to `arrive`. `admit` admits
+    waiting requests, and `leave` removes a request from the schedule.
 
     Args:
-        limits: The numbers in the rules.
-        swaps: A counter, by model, of how often the model became active in the place of another one. Pass one to keep
-            counting when the scheduler is replaced. By default a new one is made.
+        limits: How many requests and models may be in flight, and after how many seconds a request is overdue.
+        swaps: A counter to which the swaps to each model are added. Pass one to go on counting when the scheduler is
+            replaced. By default a new counter is created.
     """
 
     def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
         self.limits: Limits = limits
+        """The limits that are in force."""
         self.in_flight: Final[dict[Permit, None]] = {}
         """The permits in flight, in the order of their admission."""
         self.waiting: Final[OrderedDict[Permit, None]] = OrderedDict()
         """All waiting requests, in the order of their arrival."""
         self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
+        """How often each model became active in place of another one."""
         self.revision: int = 0
-        """A number that changes whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
+        """A number that increases whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
         self._arrivals = 0
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
-        """Replaces the limits from now on. Nothing in flight is touched, even if it exceeds the new limits."""
+        """Replaces the limits. Requests in flight go on, even if they exceed the new limits."""
         self.limits = limits
         self._queues: dict[str | None, ModelQueue] = {}
         # The model that has been active longest comes first.
         self._active: dict[ModelQueue, None] = {}
         self._draining: ModelQueue | None = None
-        # The number of batch members that still wait, over all models.
+        # The number of batch members of all models that are still waiting.
         self._batch_members = 0
-        # A heap of the requests whose model is not active. It may hold stale entries, which are skipped when popped.
+        # A heap of the waiting requests whose model is not active. Stale entries are skipped when they are popped.
         self._waiting_inactive: list[tuple[int, Permit]] = []
         self.revision += 1
         if limits.max_loaded_models is None:
@@ -176,7 +186,7 @@ class Scheduler:
     # Events
 
     def admit_now(self, permit: Permit, now: float) -> bool:
-        """Admits a request that has just arrived if it may go at once and that changes nothing else.
+        """Admits a request that has just arrived, if it need not wait and its model is active and loaded.
 
         Returns:
             Whether the request was admitted. If it was not, pass it to `arrive`.
@@ -198,7 +208,7 @@ class Scheduler:
         self._enqueue(permit)
 
     def admit(self, now: float) -> list[Permit]:
-        """Admits every waiting request that may go now, and returns them in order. They are in flight from here on."""
+        """Admits every waiting request that may go now, and returns these requests in the order of their admission."""
         admitted: list[Permit] = []
         while len(self.in_flight) < self.limits.max_concurrency and self.waiting:
             self._update_drain(now)
@@ -212,10 +222,10 @@ class Scheduler:
         return admitted
 
     def leave(self, permit: Permit, now: float) -> bool:
-        """Removes a request that has ended, or that no longer waits.
+        """Removes a request that has ended or no longer waits.
 
         Returns:
-            Whether the request was still there: False if it has left before.
+            Whether the request was removed. It is False if the request has left before.
         """
         queue = permit.queue
         if queue is None or permit not in (self.waiting if permit.state == "waiting" else self.in_flight):
@@ -235,7 +245,7 @@ class Scheduler:
         return True
 
     def mark_loaded(self, permit: Permit, now: float) -> None:
-        """Records that the first event of a reply has arrived, which shows that its model is loaded."""
+        """Records that the first event of a reply has arrived, which shows that the model is loaded."""
         permit.is_first_request = False
         queue = permit.queue
         if queue is not None and queue.first_request is permit:
@@ -244,7 +254,7 @@ class Scheduler:
             logger.info("model %r is loaded: it answered %.1f s after its first request was sent", queue.model, seconds)
 
     def mark_unloaded(self, model: str | None) -> None:
-        """Records that the server does not have a model loaded. The next request for it goes alone."""
+        """Records that the server has unloaded a model, so the next request for it goes alone."""
         queue = self._queues.get(model)
         if queue is not None:
             queue.is_loaded = False
@@ -266,37 +276,37 @@ class Scheduler:
             # The model has to become idle, lose its slot, and become active again.
             if queue in own_queues:
                 return True
-        # All other models may become idle, but the models of the task's own permits do not.
+        # All other models can become idle, but those of the task's own permits cannot.
         limit = self.limits.max_loaded_models
         return limit is not None and len(own_queues) >= limit
 
     def next_overdue(self, now: float) -> float:
-        """Returns the time at which `admit` has to be called because a request becomes overdue; infinity if never."""
+        """Returns when `admit` has to be called because a request becomes overdue, or infinity if it need not be."""
         first = self._first_for_inactive_model()
         if first is None or self._draining is not None or self.limits.max_wait is None:
             return math.inf
         when = first.arrived_at + self.limits.max_wait
-        # If that time has passed, the drain waits for a batch, and begins when the batch has been admitted.
+        # If the request is overdue already, no timer is needed: the drain begins when the current batch is admitted.
         return when if when > now else math.inf
 
     # Rules
 
     def _next_admissible(self) -> Permit | None:
-        """Returns the request that goes next, after having made its model active; None if no request may go."""
+        """Makes the model of the next request active, and returns the request. Returns None if no request may go."""
         heads = [head for queue in self._active if (head := self._first_admissible(queue)) is not None]
-        for_active = min(heads, key=lambda permit: permit.arrival_number, default=None)
-        for_inactive = self._first_for_inactive_model()
-        if for_inactive is None or for_inactive.queue is None:
-            return for_active
-        if for_active is not None and for_active.arrival_number < for_inactive.arrival_number:
-            return for_active
-        if not self._make_room_for(for_inactive.queue):
-            return for_active
-        self._activate(for_inactive.queue)
-        return for_inactive
+        active_candidate = min(heads, key=lambda permit: permit.arrival_number, default=None)
+        inactive_candidate = self._first_for_inactive_model()
+        if inactive_candidate is None or inactive_candidate.queue is None:
+            return active_candidate
+        if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:
+            return active_candidate
+        if not self._make_room_for(inactive_candidate.queue):
+            return active_candidate
+        self._activate(inactive_candidate.queue)
+        return inactive_candidate
 
     def _first_admissible(self, queue: ModelQueue) -> Permit | None:
-        """Returns the first request that waits for an active model, if the rules let it go."""
+        """Returns the first request that waits for an active model, or None if it may not go now."""
         if self._is_held_back(queue) or (not queue.is_loaded and queue.first_request is not None):
             return None
         while queue.waiting:
@@ -325,7 +335,8 @@ class Scheduler:
         """Begins a drain if a request is overdue, and ends the current one if no request is."""
         first = self._first_for_inactive_model()
         limit = self.limits.max_wait
-        # The sum must be the one that `next_overdue` returns, to the last bit, or the timer rings for nothing.
+        # `next_overdue` computes the same sum. Another formula could differ in the last bit, and then the timer for the
+        # drain would fire a moment too early.
         if first is None or limit is None or now < first.arrived_at + limit:
             self._draining = None
         elif self._draining is None and not self._batch_members and not self._has_room():
@@ -379,7 +390,7 @@ class Scheduler:
         limit = self.limits.max_loaded_models
         if limit is None or self._has_room():
             return True
-        # More than one model has to give way after the limit was lowered.
+        # If the limit was lowered, more than one model has to give way.
         excess = len(self._active) - limit + 1
         unneeded = [each for each in self._active if not each.in_flight and self._first_admissible(each) is None]
         if len(unneeded) < excess:
@@ -409,8 +420,8 @@ class Scheduler:
 
     def _push_inactive(self, permit: Permit) -> None:
         heapq.heappush(self._waiting_inactive, (permit.arrival_number, permit))
-        # One request that waits for long keeps all stale entries behind it in the heap, so the heap is rebuilt when
-        # most of its entries are stale.
+        # Stale entries stay in the heap as long as an older request waits, so the heap is rebuilt when most of its
+        # entries are stale.
         if len(self._waiting_inactive) > 2 * len(self.waiting) + 8:
             fresh = [each for each in self.waiting if each.queue is not None and not each.queue.is_active]
             self._waiting_inactive = [(each.arrival_number, each) for each in fresh]

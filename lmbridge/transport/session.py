@@ -4,12 +4,12 @@ aiohttp won over httpx because it takes less time for a chunk of a stream (docs/
 streams because a connection pool, TLS and proxies come with it. It also has three habits that do not suit lmbridge,
 and everything that is done about them is in this module:
 
-- *It repeats a GET by itself* when a connection is lost, on fresh connections too. A middleware
-  (`_keep_aiohttp_from_resending`) hides these errors from aiohttp's own retry. The private switch
-  `ClientSession._retry_connection` is not touched.
-- *It does not say on which connection a request failed.* A request is sent again silently only if its connection had
-  been used before, so that has to be known. aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports it. That
-  costs microseconds a request, which a subclass of `TCPConnector` would save by overriding a private method.
+- *It sends a GET again* when a connection is lost, even if the connection was new. A middleware
+  (`_keep_aiohttp_from_resending`) raises another exception in place of those that aiohttp reacts to. The private
+  attribute `ClientSession._retry_connection` would do the same, but is not used.
+- *It does not say whether a failed request was sent on a kept connection.* Only then does lmbridge send it again
+  silently. aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports it, which costs microseconds for each
+  request. A subclass of `TCPConnector` would be faster, but would have to override a private method.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
   error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
   limit of minutes runs out. `_AiohttpResponse` therefore watches `response.connection.protocol.closed`, a future that
@@ -36,14 +36,14 @@ from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.transport import faults
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 
-KEEPALIVE: Final = 4.0
-"""The seconds for which an idle connection is kept. LM Studio and llama.cpp close theirs after 5."""
+KEEPALIVE_SECONDS: Final = 4.0
+"""How long an idle connection is kept. LM Studio and llama.cpp close idle connections after 5 seconds."""
 
 AIOHTTP_FAULTS: Final[faults.FaultTable] = (
     (aiohttp.ClientConnectorDNSError, faults.UNKNOWN_HOST),
     (aiohttp.ClientConnectorCertificateError, faults.UNTRUSTED_CERTIFICATE),
-    (aiohttp.ClientSSLError, faults.NO_TLS),
-    (aiohttp.ClientProxyConnectionError, faults.NO_PROXY),
+    (aiohttp.ClientSSLError, faults.TLS_FAILED),
+    (aiohttp.ClientProxyConnectionError, faults.PROXY_UNREACHABLE),
     (aiohttp.ClientConnectorError, faults.NOT_CONNECTED),
     (aiohttp.ServerDisconnectedError, faults.NO_RESPONSE),
     (aiohttp.ClientPayloadError, faults.BROKEN_IN_BODY),
@@ -53,21 +53,23 @@ AIOHTTP_FAULTS: Final[faults.FaultTable] = (
     (OSError, faults.BROKEN_BEFORE_RESPONSE),
     (Exception, faults.NOT_SENT),
 )
-"""What the exceptions mean that aiohttp raises before it has a response, most specific first."""
+"""The faults that aiohttp's exceptions stand for until the head of a response has arrived, most specific first."""
 
-# A ValueError is raised for a password in a .netrc file beside our own key, for example.
+# aiohttp raises a ValueError, for example, if a .netrc file has a password for the server and there is an API key too.
 _SENDING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
 _READING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError)
 _LOST_CONNECTION_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
 
 class AiohttpSession:
-    """An `HttpSession` over sockets, with a pool of connections. Create it in the event loop in which it is used.
+    """An `HttpSession` that sends requests over sockets, with a pool of connections.
+
+    Create it in the event loop in which it is used.
 
     Args:
-        connection_limit: The number of connections that may be open at a time; None for no limit.
-        ssl: A TLS context to use in place of the default one.
-        trust_env: Whether proxies and `.netrc` of the environment are used.
+        connection_limit: The most connections that may be open at the same time, or None for no limit.
+        ssl: The TLS context for https. By default aiohttp's default context is used.
+        trust_env: Whether the proxies and the `.netrc` file of the environment are used.
     """
 
     def __init__(
@@ -97,15 +99,16 @@ class AiohttpSession:
         except _SENDING_ERRORS as exc:
             failure = self._failure(exc, request, trace)
         except asyncio.CancelledError:
-            # aiohttp cancels its own waits, for a connection or a name, when its session is closed.
+            # When its session is closed, aiohttp cancels requests that wait for a connection or for a name to be
+            # resolved.
             task = asyncio.current_task()
             if not self._closed or (task is not None and task.cancelling()):
                 raise
             failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         else:
             return _AiohttpResponse(response)
-        # Raised outside of the handlers: the `__context__` of an error must not lead to an exception of aiohttp's that
-        # holds the headers of the request, and so the key.
+        # Raised outside the `except` clauses, so that aiohttp's exception does not become the `__context__`: it may
+        # contain the headers of the request, and these contain the key.
         raise failure
 
     async def close(self) -> None:
@@ -122,7 +125,7 @@ class AiohttpSession:
         self._closed = True
         for session in filter(None, (self._pooled, self._unpooled)):
             connector = session.connector
-            # A detached session does not write "Unclosed client session" to the log when it is collected.
+            # When a detached session is garbage-collected, it does not log "Unclosed client session".
             session.detach()
             if connector is not None:
                 _start_closing(connector)
@@ -135,18 +138,20 @@ class AiohttpSession:
         return self._unpooled
 
     def _make_session(self, *, keep_connections: bool) -> aiohttp.ClientSession:
-        options: dict[str, Any] = {"keepalive_timeout": KEEPALIVE} if keep_connections else {"force_close": True}
+        options: dict[str, Any] = (
+            {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
+        )
         trace_config = aiohttp.TraceConfig()
         trace_config.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                # aiohttp writes "no limit" as 0.
+                # For aiohttp, 0 means that there is no limit.
                 limit=self._connection_limit or 0,
                 ssl=self._ssl or True,
                 **options,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            # aiohttp's default would cut every response after 300 seconds.
+            # By default aiohttp would break off every response after 300 seconds.
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=self._trust_env,
             trace_configs=[trace_config],
@@ -160,9 +165,9 @@ class AiohttpSession:
             return ConnectionFailed(faults.timed_out("connect", request.connect_timeout, exc), unsent=True)
         is_stale = trace.reused and isinstance(exc, _LOST_CONNECTION_ERRORS) and not _response_had_begun(exc)
         return faults.connection_failed(
-            faults.find_fault(exc, AIOHTTP_FAULTS),
-            _describe(exc),
-            # aiohttp's exceptions about a response have the headers of the request in their repr.
+            faults.look_up_fault(exc, AIOHTTP_FAULTS),
+            _describe_reason(exc),
+            # The repr of a ClientResponseError contains the headers of the request, and so the key.
             exc.__cause__ if isinstance(exc, aiohttp.ClientResponseError) else exc,
             kind=StaleConnection if is_stale and not self._closed else ConnectionFailed,
         )
@@ -221,9 +226,9 @@ class _AiohttpResponse:
         return faults.connection_failed(faults.BROKEN_IN_BODY, cause=cause, status=self.status)
 
     def _watch_connection(self) -> None:
-        """Makes sure that a reader is woken when the connection is lost; the top of the module says why."""
+        """Makes sure that a reader wakes up when the connection is lost; the docstring of the module says why."""
         connection = self._response.connection
-        # aiohttp gives the connection back as soon as the body has ended, which it often has together with the head.
+        # There is no connection any more if the end of the body arrived together with the head.
         if connection is None or connection.protocol is None:
             return
         self._connection_closed = connection.protocol.closed
@@ -245,13 +250,13 @@ class _AiohttpResponse:
 
 
 class _RequestTrace:
-    """What aiohttp's tracing reports about one request."""
+    """The facts that aiohttp's tracing reports about one request."""
 
     __slots__ = ("reused",)
 
     def __init__(self) -> None:
         self.reused = False
-        """Whether the request went out on a connection that had been used before."""
+        """Whether the request was sent on a connection that had been used before."""
 
 
 async def _note_reuse(
@@ -261,7 +266,7 @@ async def _note_reuse(
 
 
 class _LostConnection(aiohttp.ClientError):
-    """Carries an exception past the `except` clause in which aiohttp would send a request again."""
+    """Wraps an exception, so that the `except` clause in which aiohttp would send the request again misses it."""
 
     def __init__(self, original: Exception) -> None:
         super().__init__(str(original))
@@ -283,14 +288,14 @@ def _client_timeout(connect: float | None) -> aiohttp.ClientTimeout:
 
 
 def _response_had_begun(exc: Exception) -> bool:
-    """Returns whether a part of a head had arrived, which aiohttp puts in the place of the exception's message."""
+    """Returns whether a part of the response had arrived. If so, aiohttp has stored it as the exception's message."""
     return isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(exc.message, str)
 
 
-def _describe(exc: Exception) -> str:
+def _describe_reason(exc: Exception) -> str:
     if isinstance(exc, aiohttp.ClientResponseError | HttpProcessingError):
         return exc.message
-    # These two only repeat what their class says.
+    # The texts of these two exceptions say nothing that the fault does not say.
     if isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
         return ""
     return faults.describe_os_error(exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc)

@@ -1,10 +1,13 @@
 """Server-sent events: bytes in, events out. No socket, no loop, no clock.
 
-The field rules are those of the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with four
-differences that real servers ask for: an event that the end of the body cut off from its blank line is still
-handed out by `close`; an event with neither data nor a name is skipped even if it has an empty `data:` line; lines
-that are not a field at all are kept in `stray` (llama.cpp's router ends a broken stream with a bare "proxy error: ..."
-line); and lines and events may have at most `max_size` bytes.
+The decoder follows the WHATWG HTML standard, 9.2.6 ("Interpreting an event stream"), with four exceptions that real
+servers make necessary:
+
+- If the body ends before the blank line after the last event, `close` returns that event all the same.
+- An event with neither data nor a name is skipped, even if it has an empty `data:` line.
+- Lines that are not fields are kept in `bare_text`, because llama.cpp's router ends a broken stream with a line such as
+  "proxy error: ...".
+- A line, or the data of an event, may have at most `max_size` bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import attrs
 from lmbridge.errors import LLMStreamError
 
 MAX_EVENT_SIZE: Final = 100 * 2**20
-_MAX_STRAY: Final = 4096
+"""The default of `max_size` in bytes, which is far beyond what a server sends on purpose."""
+_MAX_BARE_TEXT: Final = 4096
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 _BOM: Final = b"\xef\xbb\xbf"
 
 
 def begins_event_stream(first: bytes) -> bool | None:
-    """Returns whether a body that begins with these bytes is an event stream; None if there are too few to decide."""
+    """Returns whether a body that begins with these bytes is an event stream, or None if more bytes are needed."""
     begun = first.lstrip(_BOM + b"\r\n")
     if not begun or any(field.startswith(begun) and field != begun for field in _FIELDS):
         return None
@@ -31,82 +35,96 @@ def begins_event_stream(first: bytes) -> bool | None:
 
 @attrs.frozen
 class NamedEvent:
-    """An event with an `event:` field. An event without one is handed out as its bare data."""
+    """An event with an `event:` field."""
 
     name: str
+    """The value of the `event:` field."""
     data: bytes
+    """The data of the event. Several lines of data are joined by line feeds."""
 
 
 Event = bytes | NamedEvent
+"""An event: a `NamedEvent`, or only its data if it has no name."""
 
 
 class SSEDecoder:
-    """Turns the bytes of an event stream, cut anywhere, into events.
+    """Turns the bytes of an event stream into events, however the bytes are split.
 
-    Data is handed out as bytes, lines joined by a line feed. Comments, `id:` and `retry:` are dropped, and so are
-    events without data.
+    Several lines of data are joined by line feeds. Comments, `id:` and `retry:` are dropped, and so are events without
+    data.
 
     Args:
-        max_size: The number of bytes that a line, or the data of an event, may have at most.
+        max_size: The most bytes of a line, and of the data of an event.
     """
 
-    __slots__ = ("_after_cr", "_data", "_head", "_max_size", "_more", "_name", "_size", "_stray", "_tail", "_tail_size")
+    __slots__ = (
+        "_after_cr",
+        "_bare_text",
+        "_data",
+        "_data_size",
+        "_further_data",
+        "_max_size",
+        "_name",
+        "_partial_line",
+        "_partial_line_size",
+        "_possible_bom",
+    )
 
     def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
         self._max_size = max_size
-        # None once the start of the stream is known not to be a BOM.
-        self._head: bytes | None = b""
+        # The first bytes of the stream as long as they may be a BOM. Afterwards it is None.
+        self._possible_bom: bytes | None = b""
         self._after_cr = False
-        # The pieces of an unfinished line, which are joined once, however many there are.
-        self._tail: list[bytes] = []
-        self._tail_size = 0
+        # The pieces of a line that is not complete yet. They are joined only once, however many there are.
+        self._partial_line: list[bytes] = []
+        self._partial_line_size = 0
+        # The first line of the data of the current event, its further lines, and the size of all of them when joined.
         self._data: bytes | None = None
-        # The further lines of data of the event, and the size of all its lines when they are joined.
-        self._more: list[bytes] = []
-        self._size = 0
+        self._further_data: list[bytes] = []
+        self._data_size = 0
         self._name: str | None = None
-        self._stray = b""
+        self._bare_text = b""
 
     @property
-    def stray(self) -> str:
-        """The lines that were neither a field nor a comment, up to 4 KiB of them."""
-        return self._stray.decode("utf-8", "replace").strip()
+    def bare_text(self) -> str:
+        """The lines that are neither fields nor comments, up to 4 KiB of them."""
+        return self._bare_text.decode("utf-8", "replace").strip()
 
     def feed(self, data: bytes) -> list[Event]:
         """Returns the events that these bytes complete.
 
         Raises:
-            LLMStreamError: If a line or an event is larger than `max_size`.
+            LLMStreamError: A line or an event is larger than `max_size`.
         """
-        if self._head is not None:
+        if self._possible_bom is not None:
             data = self._without_bom(data)
         if self._after_cr or b"\r" in data:
             data = self._with_line_feeds(data)
         if b"\n" not in data:
-            self._keep(data)
+            self._buffer_partial_line(data)
             return []
-        if self._tail:
-            self._tail.append(data)
-            data = b"".join(self._tail)
-            self._tail.clear()
-            self._tail_size = 0
+        if self._partial_line:
+            self._partial_line.append(data)
+            data = b"".join(self._partial_line)
+            self._partial_line.clear()
+            self._partial_line_size = 0
         lines = data.split(b"\n")
         if rest := lines.pop():
-            self._keep(rest)
+            self._buffer_partial_line(rest)
         if len(data) > self._max_size:
-            self._check(max(map(len, lines)))
+            self._check_size(max(map(len, lines)))
         return self._interpret(lines)
 
     def close(self) -> list[Event]:
-        """Returns the event that the end of the body cut off from its blank line, if there is one."""
-        lines = [*self._head_left(), b"".join(self._tail), b""]
-        self._tail.clear()
+        """Ends the stream, and returns the last event if the blank line after it is missing."""
+        lines = [*self._take_possible_bom(), b"".join(self._partial_line), b""]
+        self._partial_line.clear()
         return self._interpret(lines)
 
     def _interpret(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []
         payload = self._data
-        plain = self._name is None and not self._more
+        plain = self._name is None and not self._further_data
         for line in lines:
             if not line:
                 if plain:
@@ -114,68 +132,72 @@ class SSEDecoder:
                         events.append(payload)
                 else:
                     if payload is not None:
-                        events.append(self._special(payload))
+                        events.append(self._build_event(payload))
                     self._name, plain = None, True
                 payload = None
             elif line[:6] == b"data: " and payload is None:
                 payload = line[6:]
             else:
                 self._data = payload
-                self._field(line)
+                self._interpret_field(line)
                 payload = self._data
-                plain = self._name is None and not self._more
+                plain = self._name is None and not self._further_data
         self._data = payload
         return events
 
-    def _special(self, payload: bytes) -> Event:
-        """Returns an event that has a name or more than one line of data."""
-        if self._more:
-            payload = b"\n".join([payload, *self._more])
-            self._more.clear()
+    def _build_event(self, payload: bytes) -> Event:
+        """Returns an event that has a name or several lines of data, of which `payload` is the first."""
+        if self._further_data:
+            payload = b"\n".join([payload, *self._further_data])
+            self._further_data.clear()
         return payload if self._name is None else NamedEvent(self._name, payload)
 
-    def _field(self, line: bytes) -> None:
+    def _interpret_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"data":
             if self._data is None:
                 self._data = value
             else:
-                self._size = 1 + len(value) + (self._size if self._more else len(self._data))
-                self._check(self._size)
-                self._more.append(value)
+                size_before = self._data_size if self._further_data else len(self._data)
+                self._data_size = size_before + 1 + len(value)
+                self._check_size(self._data_size)
+                self._further_data.append(value)
         elif name == b"event":
             self._name = value.decode("utf-8", "replace") or None
-        elif name not in (b"", b"id", b"retry") and len(self._stray) < _MAX_STRAY:
-            self._stray += line[: _MAX_STRAY - len(self._stray)] + b"\n"
+        elif name not in (b"", b"id", b"retry") and len(self._bare_text) < _MAX_BARE_TEXT:
+            self._bare_text += line[: _MAX_BARE_TEXT - len(self._bare_text)] + b"\n"
 
-    def _keep(self, rest: bytes) -> None:
+    def _buffer_partial_line(self, rest: bytes) -> None:
         if rest:
-            self._tail_size += len(rest)
-            self._check(self._tail_size)
-            self._tail.append(rest)
+            self._partial_line_size += len(rest)
+            self._check_size(self._partial_line_size)
+            self._partial_line.append(rest)
 
-    def _check(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
         if size > self._max_size:
-            raise LLMStreamError(f"the stream holds an event of more than {self._max_size} bytes")
+            raise LLMStreamError(f"the stream contains an event of more than {self._max_size} bytes")
 
     def _without_bom(self, data: bytes) -> bytes:
-        if not self._head and data and data[0] != _BOM[0]:
-            self._head = None
+        if not self._possible_bom and data and data[0] != _BOM[0]:
+            self._possible_bom = None
             return data
-        head = (self._head or b"") + data
-        if len(head) < len(_BOM) and _BOM.startswith(head):
-            self._head = head
+        start = (self._possible_bom or b"") + data
+        if len(start) < len(_BOM) and _BOM.startswith(start):
+            self._possible_bom = start
             return b""
-        self._head = None
-        return head.removeprefix(_BOM)
+        self._possible_bom = None
+        return start.removeprefix(_BOM)
 
-    def _head_left(self) -> list[bytes]:
-        head, self._head = self._head, None
-        return [head] if head else []
+    def _take_possible_bom(self) -> list[bytes]:
+        start, self._possible_bom = self._possible_bom, None
+        return [start] if start else []
 
     def _with_line_feeds(self, data: bytes) -> bytes:
-        """Returns the bytes with one LF for each line ending. A CR ends its line at once: its LF may never come."""
+        """Returns the bytes with one LF in place of each line ending.
+
+        A CR at the end of the bytes ends its line at once. If an LF follows in the next bytes, it is dropped.
+        """
         if self._after_cr and data:
             data = data.removeprefix(b"\n")
             self._after_cr = False

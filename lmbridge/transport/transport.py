@@ -1,18 +1,19 @@
-"""Sends requests to one server: when they are admitted, how often they are sent, and how long they may take.
+"""Sends requests to one server, and decides when each is admitted, how often it is sent, and how long it may take.
 
-A request goes through three steps, which `Transport._perform` has in this order:
+`Transport._perform` takes a request through three steps:
 
-1. *Admission*: a generation waits for a permit of the scheduler. Lists and health checks do not.
-2. *Attempts*: the request is sent, and sent again as often as the reply, or its absence, allows it.
-3. *The reply*: a plain reply is whole when `request` returns, and its permit has been returned. The `EventStream` that
-   `stream` returns keeps the permit until it is closed.
+1. *Admission*: a generation waits for a permit from the scheduler. Model lists and health checks do not.
+2. *Attempts*: the request is sent, and sent again as long as the failure is one that a further attempt may overcome.
+3. *The reply*: when `request` returns, the reply is complete and the permit has been returned. The `EventStream` that
+   `stream` returns holds the permit until it is closed.
 
-Alternatives that were considered: retries as a decorator around the whole would give the permit back between two
-attempts, so that a server which says "loading" would see another model's request in between. Retries inside of the HTTP
-session would know nothing of the total time limit. A task for each request, which could be cancelled by `close`, would
-cost more than the request's own bookkeeping; instead, closing the session wakes whatever is waiting.
+These alternatives were considered. Retries in a decorator around all three steps would return the permit between two
+attempts, so a server that is loading one model could get a request for another one in the meantime. Retries inside the
+HTTP session could not take the total time limit into account. A separate task for each request, which `close` could
+cancel, would cost more than all other bookkeeping of a request; instead, `close` closes the session, which wakes every
+task that waits for a response.
 
-Sending itself is behind a seam, `lmbridge.transport.http`.
+The transport does not send anything itself: it uses the interface in `lmbridge.transport.http`.
 """
 
 from __future__ import annotations
@@ -58,43 +59,46 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
-_SHORTEST_SECRET: Final = 4
-"""The number of characters from which a key is hidden. A shorter one would be found in every second word."""
+_MIN_REDACTED_KEY_LENGTH: Final = 4
+"""Keys with fewer characters are not redacted, because ordinary words contain such short strings as well."""
 _EXTRA_CONNECTIONS: Final = 2
-"""Connections beyond `max_concurrency`, for the requests that do not wait for a permit."""
+"""The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
 _REFUSED_BEFORE_WORK: Final = (429, 503)
-"""Statuses with which a server refuses a request before it begins to work on it."""
-_NOT_REPEATED: Final = (
-    "it was not sent again, because the server may have begun with it; look there before you repeat it"
+"""The statuses with which a server refuses a request before it starts to work on it."""
+_NOT_RESENT_HINT: Final = (
+    "the request was not sent again, because the server may have started to work on it;"
+    " check its effect before you repeat it"
 )
 
 _T = TypeVar("_T")
 FindLimits = Callable[["Transport"], Awaitable[Limits]]
-"""A function that finds out what a server can do at a time."""
+"""An async function that asks the server of a transport how many requests and models it can handle at the same time."""
 _Receive = Callable[[Call, HttpResponse], Awaitable[_T]]
 
 
 class Transport:
     """The connections to one server, and the schedule by which they are used.
 
-    A client makes a transport of its own. Pass one to several clients to let them share its limits::
+    By default each client creates its own transport. Pass the same one to several clients if they should share its
+    limits::
 
         async with Transport("http://127.0.0.1:1234", limits=Limits(max_loaded_models=1)) as transport:
             writer = LLMClient(transport=transport, model="qwen3-4b")
             critic = LLMClient(transport=transport, model="gemma-3-4b")
 
-    A transport opens with its first request, in the event loop of that request. After `close`, it is as if it had never
-    been opened, and may be opened again, in another event loop as well.
+    A transport opens with its first request, in the event loop of that request. After `close`, another request opens it
+    again, which may happen in another event loop.
 
     Args:
-        api_base: The URL of the server, with or without `/v1`. Default: the environment's `LMBRIDGE_API_BASE`, else
-            `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`.
-        api_key: The key that is sent as a bearer token. Default: the environment's `LM_API_TOKEN`.
-        limits: How many requests and models may be in flight at a time, or a function that finds it out. The function
-            is called before the first request, and again after a connection was refused or lost, because the server
-            may be another one then.
-        ssl: A TLS context to use for https in place of the default one.
-        trust_env: Whether proxies and `.netrc` of the environment are used. A loopback address is never proxied.
+        api_base: The URL of the server, with or without `/v1`. By default it comes from the environment:
+            `LMBRIDGE_API_BASE`, else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else it is `http://127.0.0.1:1234/v1`.
+        api_key: The key that is sent as a bearer token. By default it is the environment variable `LM_API_TOKEN`.
+        limits: How many requests and models may be in flight at the same time (by default `Limits()`), or an async
+            function that asks the server. The function is called before the first request, and again after a
+            connection was refused or lost, because a different server may be running by then.
+        ssl: The TLS context for https. By default aiohttp's default context is used.
+        trust_env: Whether the proxies and the `.netrc` file of the environment are used. By default they are not. A
+            loopback address is never reached through a proxy.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -110,16 +114,16 @@ class Transport:
         trust_env: bool = False,
     ) -> None:
         self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
-        self._root = self.api_base.rpartition("/")[0]
+        self._server_root = self.api_base.rpartition("/")[0]
         self.api_key: Final = check_api_key(default_api_key() if api_key is None else api_key)
         self._find_limits = limits if callable(limits) else None
         self.limits: Limits = (
             Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
         )
-        """The limits that are in force."""
+        """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
         self._trust_env = trust_env and not is_loopback(self.api_base)
-        self._secret = None if self.api_key is None else _secret_pattern(self.api_key)
+        self._key_pattern = None if self.api_key is None else _compile_key_pattern(self.api_key)
         self._headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
             self._headers["Authorization"] = f"Bearer {self.api_key}"
@@ -146,19 +150,20 @@ class Transport:
         await self.close()
 
     def open_session(self) -> HttpSession:
-        """Creates the session that sends the requests; called when the transport opens, in its event loop.
+        """Creates the session that sends the requests. It is called when the transport opens, in its event loop.
 
-        Override it to send requests in another way than over a socket. `lmbridge.testing.MockTransport` does.
+        Override it to send requests by other means than a socket, as `lmbridge.testing.MockTransport` does.
         """
-        # The scheduler is the queue, not the connection pool. If limits are found out later, the pool has none.
+        # Requests wait in the scheduler, not in the connection pool. If the server has yet to be asked for its limits,
+        # the size of the pool is not limited.
         limit = None if self._find_limits is not None else self.limits.max_concurrency + _EXTRA_CONNECTIONS
         return AiohttpSession(connection_limit=limit, ssl=self._ssl, trust_env=self._trust_env)
 
-    # What is going on
+    # The current state
 
     def stats(self) -> ClientStats:
-        """Returns what is going on at the moment, and what was counted since this transport was made."""
-        # Imported here, because it takes a millisecond, and most programs never ask.
+        """Returns how many requests are in flight and queued now, and how many swaps and retries there were so far."""
+        # Imported here because the import takes a millisecond, and most programs never call this method.
         from lmbridge.transport.stats import ClientStats, ModelStats  # noqa: PLC0415
 
         scheduler = None if self._open_state is None else self._open_state.admission.scheduler
@@ -188,12 +193,12 @@ class Transport:
 
     @property
     def queued(self) -> int:
-        """The number of generations that wait for a permit."""
+        """The number of generations that are waiting for a permit."""
         return self._open_state.admission.queued if self._open_state else 0
 
     @property
     def busy(self) -> bool:
-        """Whether any request, or any stream, is in flight or waits."""
+        """Whether a request or a stream is in flight, or a request is waiting."""
         state = self._open_state
         return state is not None and bool(state.requests or state.admission.in_flight or state.admission.queued)
 
@@ -203,34 +208,34 @@ class Transport:
         return None if self._open_state is None else self._open_state.closed
 
     def redact(self, text: str) -> str:
-        """Returns the text without the key, which some servers repeat in their errors."""
-        return text if self._secret is None else self._secret.sub("[api_key]", text)
+        """Returns the text with "[api_key]" in place of the key, which some servers quote in their errors."""
+        return text if self._key_pattern is None else self._key_pattern.sub("[api_key]", text)
 
     # Requests
 
     async def request(self, request: Request) -> Reply:
-        """Sends a request, and returns its whole reply, whatever its status.
+        """Sends a request, and returns the complete reply, whatever its status.
 
-        On cancellation of the caller, the connection is closed and the permit returned.
+        On cancellation of the caller, the connection is closed and the permit is returned.
 
         Raises:
             LLMConnectionError: The server cannot be reached, or the connection broke.
             LLMTimeoutError: A time limit has run out.
-            TaskCancelledError: The transport was closed meanwhile.
+            TaskCancelledError: The transport was closed before the reply was complete.
         """
         return await self._perform(self._ensure_open(), request, _receive_reply, plain=True)
 
     async def stream(self, request: Request) -> EventStream | Reply:
-        """Sends a request for an event stream. A response that is not one is returned as a whole `Reply`.
+        """Sends a request for an event stream, and returns the stream. It holds the permit until it is closed.
 
-        The event stream holds the permit of the request until it is closed.
+        If the response is not an event stream, it is read to its end and returned as a `Reply`.
 
-        On cancellation of the caller, the connection is closed and the permit returned.
+        On cancellation of the caller, the connection is closed and the permit is returned.
 
         Raises:
             LLMConnectionError: The server cannot be reached, or the connection broke.
             LLMTimeoutError: A time limit has run out.
-            TaskCancelledError: The transport was closed meanwhile.
+            TaskCancelledError: The transport was closed before the response had begun.
         """
         state = self._ensure_open()
         answer = await self._perform(state, request, _receive_stream, plain=False)
@@ -239,7 +244,9 @@ class Transport:
         return answer
 
     async def close(self) -> None:
-        """Ends what is in flight with a `TaskCancelledError`, and closes every connection; idempotent.
+        """Ends every request and stream with a `TaskCancelledError`, and closes all connections.
+
+        Closing a transport that is not open does nothing.
 
         Raises:
             LLMError: The transport is open in another event loop that is still alive.
@@ -250,7 +257,7 @@ class Transport:
         state.loop_guard.check()
         self._open_state = None
         if state.loop.is_closed():
-            _warn_of_closed_loop()
+            _warn_about_closed_loop()
             state.abandon()
         else:
             await state.close()
@@ -258,7 +265,7 @@ class Transport:
     # One request
 
     async def _perform(self, state: _OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
-        url = f"{self._root if request.below_root else self.api_base}{request.path}"
+        url = f"{self._server_root if request.below_root else self.api_base}{request.path}"
         call = Call(request, url, state.admission, state.deadline_timer)
         state.requests += 1
         try:
@@ -277,7 +284,7 @@ class Transport:
     async def _admit(self, state: _OpenState, call: Call, *, plain: bool) -> None:
         """Waits for a permit, and gives it to the call."""
         model = call.request.model
-        # `stats` lists each model that was ever asked for.
+        # This makes `stats` list every model that was ever requested.
         self._retries.setdefault(model, 0)
         if self._find_limits is not None and not state.limits_are_known:
             await state.limit_search.run("limits", partial(self._search_limits, state, self._find_limits))
@@ -291,25 +298,25 @@ class Transport:
         call.admit(permit)
 
     async def _search_limits(self, state: _OpenState, find_limits: FindLimits) -> None:
-        """Asks the server for its limits. If it does not answer, those in force stay in force."""
+        """Asks the server for its limits, and puts them in force. If it does not answer, nothing changes."""
         try:
             limits = await find_limits(self)
         except LLMError as error:
-            # A server that has answered with an error will not say more the next time.
+            # A server that refuses the question will refuse it the next time as well.
             state.limits_are_known = error.status is not None and error.status < 500
             if not state.closed.done():
-                logger.warning("the server's limits are not known, so they stay %s: %s", self.limits, error)
+                logger.warning("the server did not report its limits; %s stays in force: %s", self.limits, error)
             return
         state.limits_are_known = True
         if limits != self.limits:
-            logger.info("the server's limits: %s", limits)
+            logger.info("using the limits that the server reports: %s", limits)
             self.limits = limits
             state.admission.set_limits(limits)
 
     async def _attempt_until_final(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
-        """Sends the request until there is a reply that stands, or an error that does.
+        """Sends the request until an attempt succeeds, or fails in a way that a further attempt cannot overcome.
 
-        There are two ways in which an attempt fails: the server says no, or it says nothing.
+        An attempt fails either with a reply that reports an error, or because no complete reply arrives.
         """
         while True:
             if state.closed.done():
@@ -329,9 +336,9 @@ class Transport:
                 if wait is None:
                     return answer
             if error is not None and wait is None:
-                # Raised outside of the handler, so that it does not get the failure as its context.
+                # Raised outside the `except` clause, so that the failure does not become its `__context__`.
                 raise error
-            # Closing the transport ends the wait.
+            # This is a sleep that ends early if the transport is closed.
             await asyncio.wait((state.closed,), timeout=wait)
 
     async def _attempt(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
@@ -371,13 +378,14 @@ class Transport:
         except StaleConnection:
             if state.closed.done():
                 raise
-        # A kept connection was dead before any byte of a response had arrived. That is normal (llama.cpp closes after
-        # every stream, and says the opposite), so the request is sent once more, at once, and it is not a retry.
+        # A kept connection was dead before any byte of a response had arrived. That is normal: llama.cpp, for example,
+        # closes the connection after every stream although it announces keep-alive. So the request is sent once more at
+        # once, and this does not count as a retry.
         state.limits_are_known = False
         return await state.session.send(http_request)
 
     def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
-        """Returns the seconds to wait before the next attempt, or None if this reply stands."""
+        """Returns the seconds to wait before the next attempt, or None if this reply is final."""
         verdict = call.request.classify(reply.status, reply.headers, reply.body)
         if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in _REFUSED_BEFORE_WORK:
             return None
@@ -386,22 +394,22 @@ class Transport:
         except LLMTimeoutError as error:
             body = self.redact(reply.body.decode("utf-8", "replace"))
             raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
-        self._note_wait(call, verdict, wait, f"status {reply.status}")
+        self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait
 
     def _wait_after_failure(self, state: _OpenState, call: Call, failure: ConnectionFailed) -> float | None:
-        """Returns the seconds to wait before the next attempt, or None if this failure stands."""
+        """Returns the seconds to wait before the next attempt, or None if this failure is final."""
         if failure.verdict is not Verdict.RETRY:
             return None
         state.limits_are_known = False
         if not call.request.repeatable and not failure.unsent:
-            failure.error.completed(hint=_NOT_REPEATED)
+            failure.error.completed(hint=_NOT_RESENT_HINT)
             return None
         wait = call.wait_before_next(failure.verdict, None)
-        self._note_wait(call, failure.verdict, wait, failure.error.message)
+        self._record_wait(call, failure.verdict, wait, failure.error.message)
         return wait
 
-    def _note_wait(self, call: Call, verdict: Verdict, wait: float | None, reason: str) -> None:
+    def _record_wait(self, call: Call, verdict: Verdict, wait: float | None, reason: str) -> None:
         if wait is not None:
             self._retries[call.request.model] += verdict is Verdict.RETRY
             logger.debug("%s: %s; %s in %.2f s", call.request.operation, reason, verdict.value, wait)
@@ -409,7 +417,7 @@ class Transport:
     def _complete_error(self, call: Call, failure: ConnectionFailed) -> LLMError:
         """Returns the error of a failure, with its context and without the key."""
         error = failure.error
-        # The parser's errors quote the server, which may have quoted the key.
+        # The errors of the HTTP parser quote the response, and the response may quote the key.
         if error.__cause__ is not None and self.redact(repr(error.__cause__)) != repr(error.__cause__):
             error.__cause__ = None
         return error.completed(self.redact(error.message), context=call.context())
@@ -422,7 +430,7 @@ class Transport:
             state.loop_guard.check()
             if not state.loop.is_closed():
                 return state
-            _warn_of_closed_loop()
+            _warn_about_closed_loop()
             state.abandon()
         self._open_state = state = _OpenState(self.open_session(), Admission(self.limits, self._swaps))
         return state
@@ -448,30 +456,32 @@ def _create_limit_search() -> SingleFlight[None]:
 
 @attrs.define(eq=False)
 class _OpenState:
-    """Everything about a transport that belongs to one event loop, from its first request until it is closed."""
+    """The part of a transport that exists while the transport is open, and belongs to one event loop."""
 
     session: HttpSession
     admission: Admission
     loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
     closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
-    """Done as soon as the transport begins to close."""
+    """A future that is done as soon as the transport begins to close."""
     streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
-    """The open streams. The references are weak, because a stream that is dropped has to be garbage-collected."""
+    """The open streams. The references are weak, so that a stream that its user has dropped is garbage-collected."""
     first_event_tasks: set[asyncio.Task[object]] = attrs.field(init=False, factory=set)
-    """The tasks that read the first event of a stream ahead."""
+    """The tasks that read the first event of a stream before the user does."""
     requests: int = attrs.field(init=False, default=0)
-    """The number of requests that are under way or wait, without streams that are open."""
+    """The number of requests that are waiting or in flight. A stream counts only until its response has begun."""
     deadline_timer: DeadlineTimer = attrs.field(
         init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
     )
     limits_are_known: bool = attrs.field(init=False, default=False)
-    """Whether the server does not have to be asked for its limits."""
+    """Whether the server has been asked for its limits, and nothing has happened since that may have changed them."""
     limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
-    """Asks the server for its limits once for all requests that wait for them."""
+    """Lets all requests that wait for the server's limits share one question to the server."""
 
     def adopt(self, stream: EventStream) -> None:
-        """Takes over the time limits of a stream, and lets it read ahead if other requests wait for its first event.
+        """Adds a stream to those that `close` ends and whose deadlines are watched.
+
+        If other requests wait for the first event of the stream, this starts a task that reads the event at once.
 
         Raises:
             TaskCancelledError: The transport was closed while the stream was opened.
@@ -480,7 +490,7 @@ class _OpenState:
             error = _closed_error(stream.call)
             stream.abort(error)
             raise error
-        # The body is not sent again, and a thousand open streams may have long prompts.
+        # The body will not be sent again. Dropping it saves memory, because many open streams may have long prompts.
         stream.call.request.body = None
         self.streams.add(stream)
         if stream.call.is_first_request:
@@ -496,12 +506,15 @@ class _OpenState:
         if self.loop.is_closed():
             self.session.abandon()
         else:
-            # The loop may be closed in this moment, by the thread that it runs in.
+            # The thread of the loop may be closing it at this moment.
             with suppress(RuntimeError):
                 self.loop.call_soon_threadsafe(self.session.abandon)
 
     async def close(self) -> None:
-        """Ends streams, waits and requests, and closes the session. It has done so even if it is cancelled."""
+        """Ends all streams, waits and requests, and closes the session.
+
+        On cancellation of the caller, the remaining steps are still taken.
+        """
         self.closed.set_result(None)
         for stream in list(self.streams):
             stream.abort(_closed_error(stream.call))
@@ -511,7 +524,7 @@ class _OpenState:
         finally:
             try:
                 await self.session.close()
-                # Their responses are closed, so they end at once.
+                # These tasks end at once, because the session has closed the responses that they read.
                 if self.first_event_tasks:
                     await asyncio.wait(self.first_event_tasks)
             finally:
@@ -519,12 +532,13 @@ class _OpenState:
 
 
 async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
-    """Reads as much of a body as decides whether it is an event stream, and all of it if it is not."""
+    """Returns the event stream in a response. If the response is not one, its whole body is read into a `Reply`."""
     if response.status >= 300:
         return await _receive_reply(call, response)
     if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
         return EventStream(call, response)
-    # Either a stream under another name, or something else, such as an error with status 200: its first bytes decide.
+    # The body may still be an event stream that has the wrong Content-Type, or it is something else, such as an error
+    # with status 200. The first bytes decide.
     first = b""
     while (is_stream := begins_event_stream(first)) is None and (more := await response.read_some()):
         first += more
@@ -532,7 +546,7 @@ async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | R
 
 
 async def _receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
-    """Reads the rest of a body, of which `first` was read before."""
+    """Reads a body to its end. `first` is the part of it that has been read already."""
     body = await response.read()
     return Reply(call=call, status=response.status, headers=response.headers, body=first + body if first else body)
 
@@ -544,20 +558,20 @@ def _finish_with_reply(call: Call, reply: Reply) -> None:
     call.finish(reply.status)
 
 
-def _secret_pattern(key: str) -> re.Pattern[str] | None:
-    r"""Returns a pattern that finds a key in a text, also as JSON may write it: with `\/`, or `\u002B` for a plus."""
-    if len(key) < _SHORTEST_SECRET:
+def _compile_key_pattern(key: str) -> re.Pattern[str] | None:
+    r"""Returns a pattern that finds a key in a text, even with JSON escapes such as `\/`, or `\u002B` for a plus."""
+    if len(key) < _MIN_REDACTED_KEY_LENGTH:
         return None
     return re.compile("".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in key))
 
 
 def _closed_error(call: Call) -> TaskCancelledError:
-    return TaskCancelledError("the client was closed meanwhile", context=call.context())
+    return TaskCancelledError("the client was closed before the reply was complete", context=call.context())
 
 
-def _warn_of_closed_loop() -> None:
+def _warn_about_closed_loop() -> None:
     warnings.warn(
-        "an lmbridge client was not closed before its event loop was; close it in the loop that used it",
+        "an lmbridge client was still open when its event loop was closed; close the client in the loop that uses it",
         ResourceWarning,
         stacklevel=4,
     )

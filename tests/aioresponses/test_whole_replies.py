@@ -130,8 +130,8 @@ async def test_a_redirect_raises_and_is_not_followed(mock: aioresponses, client:
     [
         (aiohttp.ServerDisconnectedError(), LLMConnectionError, "closed the connection without an answer"),
         (aiohttp.ClientPayloadError(), LLMConnectionError, "broke in the middle of the answer"),
-        (ConnectionResetError(), LLMConnectionError, "broke before an answer"),
-        (aiohttp.ConnectionTimeoutError(), LLMTimeoutError, "no connection within 5 s"),
+        (ConnectionResetError(), LLMConnectionError, "broke before the server answered"),
+        (aiohttp.ConnectionTimeoutError(), LLMTimeoutError, "could not connect within 5 s"),
     ],
 )
 async def test_exceptions_of_aiohttp_become_errors_of_lmbridge(

@@ -247,7 +247,7 @@ class Failure:
 
 
 _CUT_OFF: Final = Failure(LLMStreamError, "cut off: it ended without [DONE] or a finish reason", "server stopped")
-_BROKEN_CONNECTION: Final = Failure(LLMStreamError, "the connection broke in mid-stream", "server stopped")
+_BROKEN_CONNECTION: Final = Failure(LLMStreamError, "the connection broke mid-stream", "server stopped")
 _INVALID_KEY: Final = Failure(LLMAuthenticationError, "answered 401: Invalid API Key", "pass api_key=")
 _UNKNOWN_PATH: Final = Failure(LLMResponseError, "answered 404: File Not Found", "check api_base")
 _UNKNOWN_500: Final = Failure(LLMResponseError, 'answered 500: {"message": ""', verdict=Verdict.RETRY)

@@ -60,7 +60,7 @@ def test_a_host_that_cannot_exist_is_refused_when_the_client_is_made(url: str) -
 async def test_the_connections_to_an_old_server_are_closed_once_it_is_idle(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)  # so that they do not just run out
+    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE_SECONDS", 60)  # so that they do not just run out
     async with ScriptedServer() as other, LLMClient(scripted_server.api_base) as client:
         await client.chat_completion(MESSAGES)
         client.api_base = other.api_base

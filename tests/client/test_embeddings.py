@@ -293,5 +293,5 @@ async def test_closing_the_client_ends_the_request(scripted_server: ScriptedServ
     many = asyncio.create_task(client.embeddings(["a", "b", "c"], batch_size=1))
     await scripted_server.wait_until(lambda: len(scripted_server.requests) == 2)
     await client.close()
-    with pytest.raises(LLMError, match="the client was closed meanwhile"):
+    with pytest.raises(LLMError, match="the client was closed before the reply was complete"):
         await many

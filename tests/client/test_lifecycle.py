@@ -83,7 +83,7 @@ def test_a_client_that_was_not_closed_before_its_loop_warns_and_works_on() -> No
             check=True,
         )
     assert run.stdout.split() == ["test-model"] * 3
-    assert run.stderr.count("ResourceWarning: an lmbridge client was not closed before its event loop was") == 2
+    assert run.stderr.count("ResourceWarning: an lmbridge client was still open when its event loop was closed") == 2
 
 
 QUIET = """

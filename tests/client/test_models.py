@@ -560,7 +560,7 @@ async def test_a_cancelled_close_still_closes_the_client(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Otherwise idle connections could be closed because of their age.
-    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE", 60)
+    monkeypatch.setattr("lmbridge.transport.session.KEEPALIVE_SECONDS", 60)
     gate = Gate()
     scripted_server.on_path(MODELS, gate)
     validator = ModelValidator(scripted_server.api_base)

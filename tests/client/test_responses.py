@@ -276,7 +276,7 @@ async def test_events_after_the_last_one_are_ignored(
 async def test_a_stream_ends_with_its_last_event_even_if_the_body_goes_on(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.transport.events.DRAIN", 0.01)
+    monkeypatch.setattr("lmbridge.transport.events.DRAIN_SECONDS", 0.01)
     scripted_server.script(stall(after=ALL))
     assert await read(await opened(client)) == "Hello"
     assert in_flight(client) == 0
@@ -374,7 +374,7 @@ async def test_an_incomplete_stream_raises_with_the_partial_response(
     for expected_text in (
         "without response.completed",
         "without response.completed",
-        "the connection broke in mid-stream",
+        "the connection broke mid-stream",
     ):
         with pytest.raises(LLMStreamError, match=expected_text) as caught:
             await read(await opened(client))
@@ -579,7 +579,7 @@ async def test_the_error_of_a_broken_connection_says_why_it_was_not_retried(
     scripted_server.script(breaks, reply(200, WHOLE))
     with pytest.raises(LLMConnectionError, match="1 attempt") as caught:
         await ask(client, stream)
-    assert "not sent again, because the server may have begun" in (caught.value.hint or "")
+    assert "not sent again, because the server may have started" in (caught.value.hint or "")
     assert len(scripted_server.requests) == 1
 
 

@@ -566,7 +566,7 @@ async def test_the_limit_for_the_first_event_is_not_extended_by_pings(
 
     scripted_server.script(pings)
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.1)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no answer within 0\.1 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"the server did not answer within 0\.1 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "first_byte"
     assert caught.value.partial is None
@@ -585,7 +585,7 @@ async def test_the_limit_for_the_gap_between_events_is_not_extended_by_pings(
 
     scripted_server.script(pings)
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=0.1)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no further event within 0\.1 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"no further event arrived within 0\.1 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "idle"
     assert partial_text(caught.value) == "a"
@@ -631,7 +631,7 @@ async def test_the_whole_request_has_a_limit(scripted_server: ScriptedServer) ->
 
     scripted_server.script(endless)
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=None, total=0.6)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no end within 0\.6 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"the reply did not end within 0\.6 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "total"
     assert set(partial_text(caught.value)) == {"a"}

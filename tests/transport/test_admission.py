@@ -201,7 +201,7 @@ async def test_a_wait_ends_after_max_queue_with_an_error_that_lists_the_holders_
     with pytest.raises(LLMTimeoutError) as caught:
         await task
     assert caught.value.phase == "queue"
-    holders = ["qwen for 108 s (unread for 60 s)", "no model named for 68 s (unread for 68 s)"]
+    holders = ["qwen for 108 s (unread for 60 s)", "unnamed model for 68 s (unread for 68 s)"]
     assert caught.value.context["holders"] == holders
     assert f"not admitted within 60 s; 2 of 2 permits are held by: {', '.join(holders)}; " in str(caught.value)
     assert "Limits.max_queue" in str(caught.value)

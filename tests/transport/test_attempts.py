@@ -40,7 +40,7 @@ async def test_a_connect_timeout_is_not_retried(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr("aiohttp.TCPConnector._create_connection", slow)
     async with LLMClient("http://127.0.0.1:1") as client:
-        with pytest.raises(LLMTimeoutError, match="no connection within 5 s") as caught:
+        with pytest.raises(LLMTimeoutError, match="could not connect within 5 s") as caught:
             await client.chat_completion(MESSAGES)
     assert (caught.value.phase, caught.value.context["attempts"]) == ("connect", 1)
     assert not no_waits
@@ -140,7 +140,7 @@ async def test_a_retry_after_is_never_shortened(
 
 async def test_a_stream_that_has_begun_is_never_retried(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse(piece("a"), end=False))
-    with pytest.raises(LLMStreamError, match="the connection broke in mid-stream"):
+    with pytest.raises(LLMStreamError, match="the connection broke mid-stream"):
         await ask(client, stream=True)
     scripted_server.script(sse(end=False))  # not even before its first event
     with pytest.raises(LLMStreamError):
@@ -174,7 +174,7 @@ async def test_a_server_that_does_not_speak_http_is_a_clear_error(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"))
-    with pytest.raises(LLMConnectionError, match="not proper HTTP"):
+    with pytest.raises(LLMConnectionError, match="not valid HTTP"):
         await client.chat_completion(MESSAGES)
 
 
@@ -203,7 +203,7 @@ async def test_a_loading_server_is_polled_without_counting_retries(
 async def test_loading_has_its_own_time_limit(scripted_server: ScriptedServer, no_waits: list[float]) -> None:
     scripted_server.default = LOADING
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(load=0.1)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"still loading its model, not ready within 0\.1 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"did not finish loading its model within 0\.1 s") as caught:
             await client.chat_completion(MESSAGES)
     assert caught.value.phase == "load"
     assert caught.value.status == 503

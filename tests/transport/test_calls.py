@@ -114,7 +114,7 @@ async def test_polls_do_not_count_as_retries(clock: Clock) -> None:
 async def test_a_server_that_never_stops_loading_is_given_up_when_the_budget_is_spent(clock: Clock) -> None:
     call = a_call(Timeouts(load=10))
     started = clock()
-    with pytest.raises(LLMTimeoutError, match="still loading its model, not ready within 10 s") as caught:
+    with pytest.raises(LLMTimeoutError, match="did not finish loading its model within 10 s") as caught:
         list(waits(call, clock, POLL))
     assert caught.value.phase == "load"
     assert clock() - started == pytest.approx(10)
@@ -181,27 +181,27 @@ async def test_a_wait_that_would_exceed_the_total_limit_is_not_begun(clock: Cloc
 async def test_the_total_limit_starts_with_the_call_and_the_first_byte_limit_with_each_attempt(clock: Clock) -> None:
     call = a_call(Timeouts(first_byte=10, total=25))
     assert call.total_deadline == 1025
-    assert call.begin_attempt().when == 1010
+    assert call.begin_attempt().deadline == 1010
     clock.wait(12)
-    assert call.begin_attempt().when == 1022
+    assert call.begin_attempt().deadline == 1022
     clock.wait(10)
-    assert call.begin_attempt().when == call.first_byte_deadline == 1025
+    assert call.begin_attempt().deadline == call.first_byte_deadline == 1025
     assert call.attempts == 3
 
 
 async def test_without_limits_there_is_no_deadline(clock: Clock) -> None:
     call = a_call()
-    assert call.begin_attempt().when == call.first_byte_deadline == call.total_deadline == math.inf
+    assert call.begin_attempt().deadline == call.first_byte_deadline == call.total_deadline == math.inf
 
 
 @pytest.mark.parametrize(
     ("phase", "text"),
     [
-        ("connect", "no connection within 1 s"),
-        ("load", "the server is still loading its model, not ready within 2 s"),
-        ("first_byte", "no answer within 3 s"),
-        ("idle", "no further event within 0.4 s"),
-        ("total", "no end within 5 s"),
+        ("connect", "could not connect within 1 s"),
+        ("load", "the server did not finish loading its model within 2 s"),
+        ("first_byte", "the server did not answer within 3 s"),
+        ("idle", "no further event arrived within 0.4 s"),
+        ("total", "the reply did not end within 5 s"),
     ],
 )
 async def test_the_error_of_a_limit_names_the_limit_and_the_request(clock: Clock, phase: Phase, text: str) -> None:

@@ -125,7 +125,7 @@ def test_reading_a_stream_after_its_loop_was_closed_is_a_clear_error() -> None:
             timeout=50,
             check=True,
         )
-    assert "the event loop that it was opened in is closed" in run.stdout
+    assert "the event loop in which it was opened is closed" in run.stdout
 
 
 async def test_a_stream_that_opens_while_the_client_closes_is_closed_too(

@@ -45,7 +45,7 @@ async def test_the_task_that_reads_a_stream_holds_its_permit(scripted_server: Sc
             with pytest.raises(LLMTimeoutError, match="not admitted within"):  # it is another task's
                 await client.chat_completion(MESSAGES)
             await anext(stream)
-            with pytest.raises(LLMTimeoutError, match="forever, for streams that its own task holds open"):
+            with pytest.raises(LLMTimeoutError, match="forever for streams that its own task holds open"):
                 await client.chat_completion(MESSAGES)
 
 
@@ -98,7 +98,7 @@ async def test_a_task_that_would_wait_for_its_own_stream_fails_at_once(scripted_
     scripted_server.script(stall(after=[piece("a")]))
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
         async for _ in (stream := await client.chat_completion(MESSAGES, stream=True)):
-            with pytest.raises(LLMTimeoutError, match="forever, for streams that its own task holds open") as caught:
+            with pytest.raises(LLMTimeoutError, match="forever for streams that its own task holds open") as caught:
                 await client.chat_completion(MESSAGES)
             assert caught.value.phase == "queue"
             break

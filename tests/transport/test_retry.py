@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from lmbridge.transport.retry import MAX_RETRIES, MAX_RETRY_AFTER, MAX_WAIT, parse_retry_after, poll_waits, retry_waits
+from lmbridge.transport.retry import (
+    MAX_BACKOFF,
+    MAX_RETRIES,
+    MAX_RETRY_AFTER,
+    parse_retry_after,
+    poll_waits,
+    retry_waits,
+)
 
 NOW = datetime(2025, 1, 31, 12, 0, 0, tzinfo=UTC)
 
@@ -26,7 +33,7 @@ def retry_after(value: str) -> float | None:
 
 
 def test_the_limits_are_the_documented_ones() -> None:
-    assert (MAX_RETRIES, MAX_WAIT, MAX_RETRY_AFTER) == (5, 15.0, 60.0)
+    assert (MAX_RETRIES, MAX_BACKOFF, MAX_RETRY_AFTER) == (5, 15.0, 60.0)
 
 
 def test_waits_grow_up_to_15_seconds(no_waits: list[float]) -> None:

@@ -90,11 +90,11 @@ MUTANTS = {
         "key=lambda permit: str(permit.model),",
     ),
     "active models always first": (
-        "if for_active is not None and for_active.arrival_number < for_inactive.arrival_number:",
-        "if for_active is not None:",
+        "if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:",
+        "if active_candidate is not None:",
     ),
     "active models always last": (
-        "if for_active is not None and for_active.arrival_number < for_inactive.arrival_number:",
+        "if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:",
         "if False:",
     ),
     "requests that were held back are forgotten": (

@@ -282,9 +282,9 @@ def test_every_error_of_aiohttp_has_a_meaning_of_its_own() -> None:
         (ConnectionRefusedError(111, "x"), faults.NOT_CONNECTED),
         (ConnectionResetError(104, "x"), faults.BROKEN_BEFORE_RESPONSE),
         (ssl.SSLCertVerificationError(1, "x"), faults.UNTRUSTED_CERTIFICATE),
-        (ssl.SSLError(1, "x"), faults.NO_TLS),
+        (ssl.SSLError(1, "x"), faults.TLS_FAILED),
         (KeyError("x"), faults.NOT_SENT),
     ],
 )
 def test_errors_of_python_have_a_meaning_too(exc: Exception, fault: faults.Fault) -> None:
-    assert faults.find_fault(exc, faults.PYTHON_FAULTS) is fault
+    assert faults.look_up_fault(exc, faults.PYTHON_FAULTS) is fault

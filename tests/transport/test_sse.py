@@ -20,10 +20,10 @@ BOM = b"\xef\xbb\xbf"
 
 
 def decode(*pieces: bytes, max_size: int = MAX_EVENT_SIZE) -> tuple[list[Event], str]:
-    """Returns the events and the stray text of a whole body that arrives in these pieces."""
+    """Returns the events and the bare text of a whole body that arrives in these pieces."""
     decoder = SSEDecoder(max_size)
     events = [event for piece in pieces for event in decoder.feed(piece)]
-    return events + decoder.close(), decoder.stray
+    return events + decoder.close(), decoder.bare_text
 
 
 def events_of(*pieces: bytes) -> list[Event]:
@@ -101,25 +101,25 @@ def test_a_named_event_with_empty_data_is_handed_out() -> None:
     assert events_of(b"event: error\ndata:\n\n") == [NamedEvent("error", b"")]
 
 
-def test_comments_ids_and_retry_times_are_neither_part_of_an_event_nor_stray() -> None:
+def test_comments_ids_and_retry_times_are_neither_part_of_an_event_nor_bare_text() -> None:
     body = b": ping\n:\n:data: no\nid: 7\ndata: one\nretry: 1\n: in between\ndata: two\nid\nretry: soon\n\n:\n\n"
     assert decode(body) == ([b"one\ntwo"], "")
 
 
-def test_lines_that_are_not_a_field_are_kept_as_stray() -> None:
+def test_lines_that_are_not_a_field_are_kept_as_bare_text() -> None:
     body = b"data: one\n\nproxy error: connection refused\nfoo\ndata: two\n\n{}"
     assert decode(body) == ([b"one", b"two"], "proxy error: connection refused\nfoo\n{}")
 
 
-def test_stray_keeps_only_the_first_4_kib() -> None:
+def test_bare_text_keeps_only_the_first_4_kib() -> None:
     decoder = SSEDecoder()
     for number in range(10_000):
         decoder.feed(b"line %d\n" % number)
-    assert decoder.stray.startswith("line 0\nline 1\n")
-    assert len(decoder.stray) <= 4096
+    assert decoder.bare_text.startswith("line 0\nline 1\n")
+    assert len(decoder.bare_text) <= 4096
     decoder = SSEDecoder()
     decoder.feed(b"x" * 1_000_000 + b"\n")
-    assert decoder.stray == "x" * 4096
+    assert decoder.bare_text == "x" * 4096
 
 
 # Line endings
@@ -373,7 +373,7 @@ def test_whether_a_stream_is_too_large_does_not_depend_on_where_it_is_cut(
 
 
 def by_the_standard(body: bytes) -> tuple[list[tuple[str, str]], str]:
-    """Returns the names and data of all events, and the stray lines, read letter by letter as the WHATWG standard says.
+    """Returns the names and data of all events, and the bare text, read letter by letter as the WHATWG standard says.
 
     It differs from the standard where the decoder documents that it does.
     """
@@ -387,7 +387,7 @@ def by_the_standard(body: bytes) -> tuple[list[tuple[str, str]], str]:
         previous = letter
     # The end of the body ends an event.
     lines.append("")
-    events, stray, name, data = [], "", "", ""
+    events, bare_text, name, data = [], "", "", ""
     for line in lines:
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -401,8 +401,8 @@ def by_the_standard(body: bytes) -> tuple[list[tuple[str, str]], str]:
         elif field == "event":
             name = value
         elif field not in ("", "id", "retry"):
-            stray += line + "\n"
-    return events, stray.strip()
+            bare_text += line + "\n"
+    return events, bare_text.strip()
 
 
 def as_text(event: Event) -> tuple[str, str]:
@@ -413,8 +413,8 @@ def as_text(event: Event) -> tuple[str, str]:
 @settings(deadline=None)
 @given(body=_streams)
 def test_the_decoder_agrees_with_the_standard(body: bytes) -> None:
-    events, stray = decode(body)
-    assert ([as_text(event) for event in events], stray) == by_the_standard(body)
+    events, bare_text = decode(body)
+    assert ([as_text(event) for event in events], bare_text) == by_the_standard(body)
 
 
 class _NoMoreLinesError(Exception):

@@ -104,7 +104,7 @@ def full_listener() -> Iterator[str]:
 
 async def test_connecting_has_its_own_time_limit(full_listener: str) -> None:
     async with LLMClient(full_listener, timeout=Timeouts(connect=0.1)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no connection within 0\.1 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"could not connect within 0\.1 s") as caught:
             await client.chat_completion(MESSAGES)
     assert caught.value.phase == "connect"
 
@@ -112,7 +112,7 @@ async def test_connecting_has_its_own_time_limit(full_listener: str) -> None:
 async def test_the_total_limit_holds_beside_the_idle_limit(scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(after=HALF))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(idle=50, total=0.2)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no end within 0\.2 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"the reply did not end within 0\.2 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "total"
 
@@ -120,7 +120,7 @@ async def test_the_total_limit_holds_beside_the_idle_limit(scripted_server: Scri
 async def test_a_gap_may_be_longer_than_the_wait_for_the_first_event(scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall(after=HALF))
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=0.6, idle=1.2)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no further event within 1\.2 s") as caught:
+        with pytest.raises(LLMTimeoutError, match=r"no further event arrived within 1\.2 s") as caught:
             await read_text(await opened(client))
     assert caught.value.phase == "idle"
 
@@ -165,6 +165,6 @@ async def test_a_late_first_event_does_not_delay_the_idle_limit(
 
     scripted_server.script(late)
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(first_byte=50, idle=0.2)) as client:
-        with pytest.raises(LLMTimeoutError, match=r"no further event within 0\.2 s"):
+        with pytest.raises(LLMTimeoutError, match=r"no further event arrived within 0\.2 s"):
             async with asyncio.timeout(10):
                 await read_text(await opened(client))

@@ -68,7 +68,8 @@ async def test_https_to_a_server_without_tls_is_an_error_at_once(no_waits: list[
     server = await asyncio.start_server(plain, "127.0.0.1", 0)
     async with server, LLMClient(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
         with pytest.raises(
-            LLMConnectionError, match=r"no TLS connection: .*WRONG_VERSION_NUMBER.*whether api_base is https or http"
+            LLMConnectionError,
+            match=r"the TLS handshake failed: .*WRONG_VERSION_NUMBER.*whether api_base is https or http",
         ) as caught:
             await client.chat_completion(MESSAGES)
     assert caught.value.context["attempts"] == 1
