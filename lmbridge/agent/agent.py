@@ -56,6 +56,9 @@ class Agent:
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
+        output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
+            The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
+            to give it as JSON, each time in a round without tools. Default: the answer is a text.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -79,6 +82,7 @@ class Agent:
         max_bad_calls: int = 5,
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> None:
         self._source = ClientSource(client)
         self._settings = Settings(
@@ -94,6 +98,7 @@ class Agent:
             max_tool_output=max_tool_output,
             max_bad_calls=max_bad_calls,
             approve=approve,
+            output_type=output_type,
         )
         self._tool_sources = ToolSources(tools, open_tools)
         self._admission = RunAdmission(switch_policy, self._source.model if model is None else model)
@@ -116,6 +121,7 @@ class Agent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunResult:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
@@ -130,12 +136,16 @@ class Agent:
             max_rounds: The limit of this run, in place of the agent's.
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
+            output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
 
         Returns:
-            The result. It contains an answer if its `stop_reason` is "stop".
+            The result. It contains an answer if its `stop_reason` is "stop". With an
+            `output_type`, it always contains one, and `output` is an instance of that type.
 
         Raises:
-            LLMValidationError: An argument is invalid; nothing was sent.
+            LLMValidationError: An argument is invalid, and nothing was sent; or the model did not give a valid output:
+                `.body` is its last answer, and `.context["path"]` the place of the mistake.
+            RunIncompleteError: The run has an `output_type`, and ended without an answer.
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
                 models.
@@ -150,6 +160,7 @@ class Agent:
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            output_type=output_type,
             is_muted=True,
         )
         return await handle.result()
@@ -164,6 +175,7 @@ class Agent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunStream:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
@@ -185,6 +197,7 @@ class Agent:
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            output_type=output_type,
         )
         return RunStream(handle, owns_run=True)
 
@@ -198,6 +211,7 @@ class Agent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunHandle:
         """Starts a run in the background. The arguments are those of `run`.
 
@@ -216,6 +230,7 @@ class Agent:
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            output_type=output_type,
             is_muted=False,
         )
 
@@ -229,9 +244,10 @@ class Agent:
         max_rounds: int | None,
         max_tokens: MaxTokens | None,
         open_tools: OpenTools | None,
+        output_type: Any,
         is_muted: bool,
     ) -> RunHandle:
-        settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens)
+        settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens, output_type=output_type)
         sources = self._tool_sources
         if tools is not None or open_tools is not None:
             sources = ToolSources(

@@ -26,10 +26,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import attrs
-import msgspec
 
 from lmbridge._tasks import mark_exception_retrieved
 from lmbridge._text import replace_lone_surrogates
+from lmbridge.agent.tool_results import result_as_text
 from lmbridge.errors import ToolError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ async def call_tool(
     raw: Any = None
     try:
         raw = await _execute(call, tool.is_async, deadline)
-        text, is_error = _as_text(raw), False
+        text, is_error = result_as_text(raw), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
     except Exception as exc:  # noqa: BLE001 - the model reads every exception of a tool
@@ -248,23 +248,6 @@ def _close_unwanted_coroutine(future: asyncio.Future[_ThreadResult]) -> None:
 
 
 # Texts
-
-
-def _as_text(result: Any) -> str:
-    """Returns a string unchanged, and any other result as JSON.
-
-    Raises:
-        ToolError: The result cannot be represented in JSON.
-    """
-    if isinstance(result, str):
-        # The plain string of a subclass; for a string enum, that is its value.
-        return str.__str__(result)
-    try:
-        return msgspec.json.encode(result).decode()
-    except (TypeError, ValueError, RecursionError) as exc:
-        # The lines of msgspec's message before its last one explain how to extend msgspec.
-        reason = str(exc).rpartition("\n")[2]
-        raise ToolError(f"it ran, but its result ({type(result).__name__}) is not JSON: {reason}", exc) from exc
 
 
 def _describe_exception(error: BaseException) -> str:

@@ -144,9 +144,10 @@ class History:
         copied: list[Message] = _deep_copy([*self._head, *self._messages, *turn])
         return copied
 
-    def add_answer(self, text: str) -> None:
-        """Adds an answer of the model."""
-        self._append([{"role": "assistant", "content": text}])
+    def add_answer(self, text: str, *, follow_up: str | None = None) -> None:
+        """Adds an answer of the model, and the user message with which the run asks for another one."""
+        answer = {"role": "assistant", "content": text}
+        self._append([answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}])
 
     def begin_turn(self, text: str, calls: Iterable[Mapping[str, Any]]) -> Turn:
         """Begins a turn with a reply that contains calls. `end_turn` adds it to the conversation."""

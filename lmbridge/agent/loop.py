@@ -37,6 +37,7 @@ from lmbridge.agent.events import (
 )
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
 from lmbridge.agent.history import Turn
+from lmbridge.agent.output import OutputReader
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import Round, StopReason, ToolRecord
@@ -49,6 +50,7 @@ from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
+from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import (
     ContextLengthExceededError,
     LLMError,
@@ -105,6 +107,8 @@ class RunLoop:
             max_tokens=settings.max_tokens,
         )
         self._repetition = RepetitionGuard()
+        has_tools = bool(toolset.definitions)
+        self._output = None if settings.output_type is None else OutputReader(settings.output_type, has_tools=has_tools)
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
         self._token_budget = TokenBudget(settings.max_total_tokens)
 
@@ -126,16 +130,40 @@ class RunLoop:
         reply = await self._get_reply()
         calls = self._calls_in(reply)
         records: Sequence[ToolRecord] = ()
+        stop: StopReason | None = None
         if calls:
             records = await self._make_calls(calls)
+            if self._output is not None:
+                self._output.allow_tools()
         else:
-            self._history.add_answer(reply.text)
+            stop = self._add_answer(reply)
         finished = self._log_round(reply, records, time.monotonic() - began)
         if self._channel.has_listener:
             await self._channel.put(RoundFinished(finished))
         if not calls:
-            return "length" if reply.finish_reason == "length" else "stop"
+            return stop
         return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
+
+    def _add_answer(self, reply: ModelReply) -> StopReason | None:
+        """Adds an answer to the conversation, and returns why the run ends; None if it has to ask for its output.
+
+        Raises:
+            LLMValidationError: The model did not give a valid output.
+        """
+        output, text = self._output, reply.text
+        if output is None or reply.finish_reason == "length":
+            self._history.add_answer(text)
+            return "length" if reply.finish_reason == "length" else "stop"
+        try:
+            self._record.output = output.read(text)
+        except InvalidAnswerError as error:
+            request = output.next_request(error)
+            self._history.add_answer(text, follow_up=request)
+            if request is None:
+                raise output.failed(error, text, self._record.model) from error
+            return None
+        self._history.add_answer(text)
+        return "stop"
 
     def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], seconds: float) -> Round:
         record = self._record
@@ -190,7 +218,10 @@ class RunLoop:
             "max_tokens": self._context.max_tokens(),
             "stream_options": {"include_usage": True},
         }
-        if self._toolset.definitions:
+        response_format = None if self._output is None else self._output.response_format
+        if response_format is not None:
+            params["response_format"] = response_format
+        elif self._toolset.definitions:
             params["tools"] = self._toolset.definitions
         record.begin_reply()
         async with self._source.lease(record.model) as client:

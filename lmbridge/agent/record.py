@@ -37,6 +37,8 @@ class RunRecord:
     """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources without which the run goes on. The keys are their names."""
+    output: Any = None
+    """The validated output of a run with an output type; None before it has one."""
     log: list[Round] = attrs.field(factory=list)
     """The rounds that have ended."""
     usage: Usage = attrs.field(factory=_zero_usage)
@@ -106,6 +108,7 @@ class RunRecord:
             tool_calls=tuple(self.calls),
             usage=Usage(**self.usage),
             reasoning=self.reasoning,
+            output=self.output,
             errors=dict(self.errors),
             log=tuple(self.log),
         )

@@ -90,6 +90,8 @@ class RunResult:
     """The tokens of all rounds, as far as the server counted them."""
     reasoning: str
     """The reasoning that led to `text`."""
+    output: Any = None
+    """The answer as an instance of the run's `output_type`; None without one, and in a run that has not ended."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)

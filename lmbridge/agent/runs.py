@@ -22,7 +22,7 @@ from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit
 from lmbridge.agent.toolset import Toolset
-from lmbridge.errors import LLMError, MaxRoundsExceededError, TaskCancelledError
+from lmbridge.errors import LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
 
 # The variable refers to the permit and not to the run, because sockets and timers keep the context in which they were
 # created. With the run, they would keep its whole conversation alive.
@@ -187,6 +187,14 @@ class RunHandle:
                 f"the run did not come to an answer within {result.rounds} rounds",
                 result=result,
                 hint=f"{ENDINGS['max_rounds'][1]}; the run so far is in .result",
+                context={"operation": "agent run", "model": result.model},
+            )
+        if stop != "stop" and self._settings.output_type is not None:
+            meaning, hint = ENDINGS[stop]
+            raise RunIncompleteError(
+                f"the run ended without its output: {meaning}",
+                result=result,
+                hint=f"{hint}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
         self._channel.put_last(RunFinished(result))

@@ -18,6 +18,7 @@ from lmbridge._checks import (
 )
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.agent.tools import ToolCall
+from lmbridge.client.structured import answer_format_of
 from lmbridge.errors import LLMValidationError
 
 Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
@@ -28,6 +29,11 @@ Task: TypeAlias = str | Sequence[Mapping[str, Any]]
 """What to do, as a string or as the content parts of a message (text and images)."""
 
 _TASK_HINT: Final = "pass a string that is not blank, or a list of content parts"
+
+
+def _check_output_type(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        answer_format_of(value)
 
 
 def _check_model(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -66,15 +72,17 @@ class Settings:
     approve: Approve | None = attrs.field(
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)
     )
+    output_type: Any = attrs.field(default=None, validator=_check_output_type)
 
-    def for_run(self, *, max_rounds: int | None, max_tokens: MaxTokens | None) -> Settings:
+    def for_run(self, *, max_rounds: int | None, max_tokens: MaxTokens | None, output_type: Any) -> Settings:
         """Returns the settings of one run; None stands for the agent's own value."""
-        if max_rounds is None and max_tokens is None:
+        if max_rounds is None and max_tokens is None and output_type is None:
             return self
         return attrs.evolve(
             self,
             max_rounds=self.max_rounds if max_rounds is None else max_rounds,
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+            output_type=self.output_type if output_type is None else output_type,
         )
 
 

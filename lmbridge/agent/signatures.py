@@ -21,6 +21,7 @@ import attrs
 import msgspec
 
 from lmbridge._docstrings import read_docstring
+from lmbridge.agent.tool_results import as_plain_json
 from lmbridge.client.typed_json import convert, describe_fault, description_of, json_schema, supported_type
 from lmbridge.errors import LLMValidationError
 
@@ -192,10 +193,11 @@ def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str 
     # The default that msgspec generated is UNSET, not the default of the function.
     part.pop("default", None)
     # A default that JSON cannot represent is left out: the function applies it, and the model need not know it.
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        default = None if hint.default is inspect.Parameter.empty else as_plain_json(hint.default)
         # msgspec encodes NaN as null, so NaN is left out together with None.
-        if hint.default is not inspect.Parameter.empty and msgspec.json.encode(hint.default) != b"null":
-            part["default"] = msgspec.to_builtins(hint.default)
+        if msgspec.json.encode(default) != b"null":
+            part["default"] = default
     return part
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Final, Literal, Self, TypeAlias, Unpack, overload
+from typing import Any, Final, Literal, Self, TypeAlias, Unpack, overload
 
 from lmbridge.agent.agent import Agent
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
@@ -156,6 +156,7 @@ class DynamicAutonomousAgent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -169,6 +170,8 @@ class DynamicAutonomousAgent:
             max_tokens: The maximum number of tokens in each reply. Default: "auto", which means the agent's
                 `max_tokens`.
             model: The model of this run. Default: the agent's model.
+            output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
+                text is JSON. Default: the agent's `output_type`.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
@@ -187,7 +190,7 @@ class DynamicAutonomousAgent:
             LLMError: The run failed; `.partial` is the run so far.
         """
         check_server_name(mcp_name)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
 
     @overload
@@ -239,6 +242,7 @@ class DynamicAutonomousAgent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -255,7 +259,7 @@ class DynamicAutonomousAgent:
                 the name of each such server to its error. The servers that could be started keep running.
         """
         names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run(names, on_error, task, options, stream=stream, full=full)
 
     @overload
@@ -287,6 +291,7 @@ class DynamicAutonomousAgent:
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -300,7 +305,7 @@ class DynamicAutonomousAgent:
             MCPError: No server is enabled, or the configuration file cannot be read.
         """
         on_error = check_on_mcp_error(on_mcp_error)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model)
+        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
@@ -363,6 +368,7 @@ class DynamicAutonomousAgent:
             model=options["model"],
             max_rounds=options["max_rounds"],
             max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
+            output_type=options["output_type"],
         )
         self._runs.add(handle)
         if stream:

@@ -35,6 +35,7 @@ class AgentOptions(TypedDict, total=False):
     max_tool_output: int
     max_bad_calls: int
     approve: Approve | None
+    output_type: Any
 
 
 class RunOptions(TypedDict, total=False):
@@ -43,6 +44,7 @@ class RunOptions(TypedDict, total=False):
     max_rounds: int | None
     max_tokens: MaxTokens
     model: str | None
+    output_type: Any
 
 
 class MultiServerRunOptions(RunOptions, total=False):

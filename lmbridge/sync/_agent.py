@@ -140,6 +140,9 @@ class Agent(Wrapper):
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
+        output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
+            The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
+            to give it as JSON, each time in a round without tools. Default: the answer is a text.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -165,6 +168,7 @@ class Agent(Wrapper):
         max_bad_calls: int = 5,
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> None:
         self._set_wrapped(
             _agent.Agent(
@@ -183,6 +187,7 @@ class Agent(Wrapper):
                 max_bad_calls=max_bad_calls,
                 approve=approve,
                 open_tools=open_tools,
+                output_type=output_type,
             )
         )
 
@@ -202,6 +207,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunResult:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
@@ -216,12 +222,16 @@ class Agent(Wrapper):
             max_rounds: The limit of this run, in place of the agent's.
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
+            output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
 
         Returns:
-            The result. It contains an answer if its `stop_reason` is "stop".
+            The result. It contains an answer if its `stop_reason` is "stop". With an
+            `output_type`, it always contains one, and `output` is an instance of that type.
 
         Raises:
-            LLMValidationError: An argument is invalid; nothing was sent.
+            LLMValidationError: An argument is invalid, and nothing was sent; or the model did not give a valid output:
+                `.body` is its last answer, and `.context["path"]` the place of the mistake.
+            RunIncompleteError: The run has an `output_type`, and ended without an answer.
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
                 models.
@@ -237,6 +247,7 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                output_type=output_type,
             )
         )
         return result
@@ -251,6 +262,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunStream:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
@@ -273,6 +285,7 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                output_type=output_type,
             )
         )
         return result
@@ -287,6 +300,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        output_type: Any = None,
     ) -> RunHandle:
         """Starts a run in the background. The arguments are those of `run`.
 
@@ -306,6 +320,7 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                output_type=output_type,
             )
         )
         return result

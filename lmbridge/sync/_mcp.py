@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import lmbridge.mcp.dynamic as _dynamic
 from lmbridge.sync._wrap import Owner, unwrap
@@ -132,6 +132,7 @@ class DynamicAutonomousAgent(Owner):
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -145,6 +146,8 @@ class DynamicAutonomousAgent(Owner):
             max_tokens: The maximum number of tokens in each reply. Default: "auto", which means the agent's
                 `max_tokens`.
             model: The model of this run. Default: the agent's model.
+            output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
+                text is JSON. Default: the agent's `output_type`.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
@@ -164,7 +167,14 @@ class DynamicAutonomousAgent(Owner):
         """
         result: str | RunResult | RunStream = self._await(
             lambda: self.wrapped.autonomous_with_mcp(
-                mcp_name, task, max_rounds=max_rounds, max_tokens=max_tokens, model=model, stream=stream, full=full
+                mcp_name,
+                task,
+                max_rounds=max_rounds,
+                max_tokens=max_tokens,
+                model=model,
+                output_type=output_type,
+                stream=stream,
+                full=full,
             )
         )
         return result
@@ -222,6 +232,7 @@ class DynamicAutonomousAgent(Owner):
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -245,6 +256,7 @@ class DynamicAutonomousAgent(Owner):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 model=model,
+                output_type=output_type,
                 stream=stream,
                 full=full,
             )
@@ -284,6 +296,7 @@ class DynamicAutonomousAgent(Owner):
         max_rounds: int | None = None,
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
+        output_type: Any = None,
         stream: bool = False,
         full: bool = False,
     ) -> str | RunResult | RunStream:
@@ -303,6 +316,7 @@ class DynamicAutonomousAgent(Owner):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 model=model,
+                output_type=output_type,
                 stream=stream,
                 full=full,
             )

@@ -1,0 +1,93 @@
+"""Turns the result of a tool into text for the model.
+
+msgspec knows most types that functions return: dataclasses, attrs classes, dates, UUIDs, decimals, enums and sets. The
+others are converted here, by their methods and not by their classes, so that pydantic and numpy need not be imported.
+A result that JSON cannot represent is an error. Its `repr` would be the alternative, but it may hide a part of the
+data, and the model would take it for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
+from pathlib import PurePath
+from typing import Any, Final
+
+import msgspec
+
+from lmbridge.errors import ToolError
+
+_BINARY_TYPES: Final = (bytes, bytearray, memoryview)
+
+
+def result_as_text(result: Any) -> str:
+    """Returns a string unchanged, bytes as the text that they encode, and any other result as JSON.
+
+    Raises:
+        ToolError: The result cannot be represented in JSON.
+    """
+    if isinstance(result, str):
+        # The plain string of a subclass; for a string enum, that is its value.
+        return str.__str__(result)
+    try:
+        plain = as_plain_json(result)
+        return plain if isinstance(result, _BINARY_TYPES) else msgspec.json.encode(plain).decode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        # The lines of msgspec's message before its last one explain how to extend msgspec.
+        reason = str(exc).rpartition("\n")[2]
+        raise ToolError(f"it ran, but its result ({type(result).__name__}) is not JSON: {reason}", exc) from exc
+
+
+def as_plain_json(value: Any) -> Any:
+    """Returns a value as strings, numbers, booleans, None, lists and dicts.
+
+    Raises:
+        TypeError: It contains an object that JSON has nothing for.
+        ValueError: It contains bytes that are not text.
+        RecursionError: It contains itself.
+    """
+    plain = msgspec.to_builtins(value, builtin_types=_BINARY_TYPES, str_keys=True, enc_hook=_convert)
+    return _without_bytes(plain)
+
+
+def _convert(value: Any) -> Any:
+    """Converts an object that msgspec does not know to one that it knows.
+
+    Raises:
+        TypeError: JSON has nothing for the object.
+    """
+    if not isinstance(value, type):
+        if callable(dump := getattr(value, "model_dump", None)):
+            # A pydantic model
+            return dump(mode="json")
+        if isinstance(value, PurePath):
+            return str(value)
+        # Arrays and scalars of numpy and similar libraries. Some scalars return themselves.
+        if callable(to_list := getattr(value, "tolist", None)) and type(plain := to_list()) is not type(value):
+            return plain
+        for type_ in (str, int, float):
+            if isinstance(value, type_):
+                return type_(value)
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, Sequence | AbstractSet | ValuesView):
+            return list(value)
+    raise TypeError(f"it contains an object of type {type(value).__name__}, which JSON does not have")
+
+
+def _without_bytes(value: Any) -> Any:
+    """Returns a value in which bytes are replaced by the text that they encode.
+
+    Raises:
+        ValueError: They are not text.
+    """
+    if isinstance(value, _BINARY_TYPES):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            raise ValueError("it contains bytes that are not text in UTF-8") from None
+    if isinstance(value, dict):
+        return {key: _without_bytes(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_without_bytes(each) for each in value]
+    return value
