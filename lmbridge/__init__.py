@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lmbridge.client.images import image_part
     from lmbridge.client.models import CacheStats, ModelValidator
     from lmbridge.client.pool import LLMClientPool, PoolStats
+    from lmbridge.client.raw import RawResponse
     from lmbridge.client.reasoning import ReasoningSplitter, split_reasoning
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
@@ -106,6 +107,7 @@ __all__ = [
     "ModelValidator",
     "MultiMCPError",
     "PoolStats",
+    "RawResponse",
     "ReasoningDelta",
     "ReasoningSplitter",
     "ResponseEvent",
@@ -155,6 +157,7 @@ _LAZY: Final = {
     "ModelStats": "lmbridge.transport.stats",
     "ModelValidator": "lmbridge.client.models",
     "PoolStats": "lmbridge.client.pool",
+    "RawResponse": "lmbridge.client.raw",
     "ReasoningDelta": "lmbridge.agent",
     "ReasoningSplitter": "lmbridge.client.reasoning",
     "ResponseEvent": "lmbridge.client.responses",

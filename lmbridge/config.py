@@ -6,19 +6,34 @@ by a request an hour later. No other module reads the environment variables that
 
 from __future__ import annotations
 
+import enum
 import ipaddress
+import math
 import os
 from typing import Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 import attrs
 
-from lmbridge._checks import as_validator, check_integer, check_seconds
+from lmbridge._checks import as_validator, check_integer, check_seconds, invalid_argument, is_number
 from lmbridge.errors import LLMValidationError
 
 # The name "localhost" would be tried as ::1 first, which can cost seconds before 127.0.0.1 is tried.
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 """The base URL of a server that runs with LM Studio's default settings."""
+
+
+class Unset(enum.Enum):
+    """The type of `UNSET`."""
+
+    UNSET = "UNSET"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+"""The default of an option for which None has a meaning: the option was not given."""
 
 
 def _duration(owner: str, default: float | None) -> Any:
@@ -52,6 +67,24 @@ class Timeouts:
     total: float | None = _duration("Timeouts", None)
     """The most seconds from admission to the end of the reply, including retries and the time that the server is
     loading."""
+
+
+def as_timeouts(timeout: Timeouts | float | None, name: str = "timeout") -> Timeouts:
+    """Returns the timeouts that an option `timeout` stands for.
+
+    A number limits each wait: `Timeouts(connect=min(5, t), first_byte=t, idle=t)`. None switches every limit off.
+
+    Raises:
+        LLMValidationError: It is something else.
+    """
+    if isinstance(timeout, Timeouts):
+        return timeout
+    if timeout is None:
+        return Timeouts(connect=None, load=None, first_byte=None, idle=None)
+    if not is_number(timeout) or not 0 < timeout < math.inf:
+        expected = "a positive number of seconds, an instance of Timeouts, or None"
+        raise invalid_argument(name, expected, timeout, hint="for example timeout=60 or Timeouts(first_byte=60)")
+    return Timeouts(connect=min(5, timeout), first_byte=timeout, idle=timeout)
 
 
 @attrs.frozen(kw_only=True)

@@ -39,6 +39,7 @@ FILES: Final = {
         Spec("lmbridge.client.completions", "TextStream", "Stream"),
         Spec("lmbridge.client.responses", "ResponseStream", "Stream"),
         Spec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
+        Spec("lmbridge.client.raw", "RawResponses", "Wrapper"),
         Spec("lmbridge.client.llm", "LLMClient", "Owner"),
         Spec("lmbridge.client.pool", "LLMClientPool", "Owner"),
     ],

@@ -43,7 +43,7 @@ async def complete(server: ServerApi, body: dict[str, Any], *, stream: bool) -> 
     if stream:
         n = body.get("n")
         choices = prompts * (n if isinstance(n, int) else 1)
-        return TextStream(await server.stream(request), server.mismatch_policy, server.transport.redact, choices)
+        return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
     value = server.json_object(reply)
     if not _has_texts(value, prompts):

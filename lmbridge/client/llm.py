@@ -10,23 +10,27 @@ import ssl as ssl_module
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 from lmbridge._checks import check_instance, check_integer, check_model_name
 from lmbridge.client.auto import resolve_limits
+from lmbridge.client.call_options import RequestOptions, take_options, take_request_options
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.inputs import check_messages
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.names import MismatchMode, MismatchPolicy
+from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.client.server_api import ServerApi
-from lmbridge.config import Limits, Timeouts, default_model
+from lmbridge.config import UNSET, Limits, Timeouts, Unset, as_timeouts, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport import Transport, Verdict
+from lmbridge.transport.headers import check_headers
 
 if TYPE_CHECKING:
     from lmbridge.client.completions import TextStream
     from lmbridge.client.inputs import Texts
     from lmbridge.client.lmstudio import LMStudio
+    from lmbridge.client.raw import RawResponses
     from lmbridge.client.responses import ResponseInput, ResponseStream
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.transport.stats import ClientStats
@@ -44,7 +48,7 @@ class ClientOptions(TypedDict, total=False):
     api_base: str | None
     model: str | None
     api_key: str | None
-    timeout: Timeouts | None
+    timeout: Timeouts | float | Unset | None
     max_retries: int
     limits: Limits | Literal["auto"] | None
     model_mismatch: MismatchMode
@@ -69,7 +73,9 @@ class LLMClient:
         model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
             chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
-        timeout: The timeouts of each request. Default: those of `Timeouts()`.
+        timeout: The timeouts of each request. A number of seconds limits each wait, like
+            `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of
+            `Timeouts()`.
         max_retries: How often a request is sent again after a refused connection or a temporary error. At most 5 are
             made. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
@@ -95,7 +101,7 @@ class LLMClient:
         model: str | None = None,
         api_key: str | None = None,
         *,
-        timeout: Timeouts | None = None,
+        timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
@@ -104,8 +110,7 @@ class LLMClient:
         transport: Transport | None = None,
     ) -> None:
         model = check_model_name(default_model() if model is None else model)
-        timeouts = Timeouts() if timeout is None else timeout
-        check_instance("timeout", timeouts, Timeouts, hint="for example Timeouts(first_byte=60)")
+        timeouts = Timeouts() if isinstance(timeout, Unset) else as_timeouts(timeout)
         check_integer("max_retries", max_retries, minimum=0)
         mismatch_policy = MismatchPolicy(model_mismatch)
         options = {"api_key": api_key, "limits": resolve_limits(limits), "ssl": ssl, "trust_env": trust_env}
@@ -170,6 +175,74 @@ class LLMClient:
             self._lmstudio = LMStudio(self._server)
         return self._lmstudio
 
+    @property
+    def with_raw_response(self) -> RawResponses:
+        """The methods of this client, with the status and headers of each HTTP response beside its reply."""
+        from lmbridge.client.raw import RawResponses
+
+        return RawResponses(self)
+
+    def with_options(
+        self,
+        *,
+        model: str | Unset | None = UNSET,
+        timeout: Timeouts | float | Unset | None = UNSET,
+        max_retries: int | Unset = UNSET,
+        model_mismatch: MismatchMode | Unset = UNSET,
+        extra_headers: Mapping[str, str] | Unset | None = UNSET,
+    ) -> LLMClient:
+        """Returns a client with other options on the same transport: it shares connections, limits and statistics.
+
+        For example::
+
+            patient = client.with_options(timeout=600, max_retries=5)
+
+        It follows this client when `api_base` is set, and is at its end when this one is given back to its pool.
+        Closing it closes nothing: close this client.
+
+        Args:
+            model: The model of calls that name none; None leaves the choice to the server. Default: this client's.
+            timeout: The timeouts, a number of seconds for each wait, or None for no limits. Default: this client's.
+            max_retries: How often a request is sent again. Default: this client's.
+            model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
+            extra_headers: Headers of every request, in addition to this client's or in their place.
+
+        Raises:
+            LLMValidationError: An option is not valid.
+        """
+        server = self._server.shared(
+            timeouts=None if isinstance(timeout, Unset) else as_timeouts(timeout),
+            max_retries=None
+            if isinstance(max_retries, Unset)
+            else check_integer("max_retries", max_retries, minimum=0),
+            mismatch_policy=None if isinstance(model_mismatch, Unset) else MismatchPolicy(model_mismatch),
+            headers=None if isinstance(extra_headers, Unset) else check_headers("extra_headers", extra_headers),
+        )
+        # The constructor would make a transport, and would read the environment.
+        client = LLMClient.__new__(LLMClient)
+        client._attach(server, self._model if isinstance(model, Unset) else check_model_name(model))  # noqa: SLF001 - same class
+        return client
+
+    @overload
+    async def chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **params: Unpack[ChatParams],
+    ) -> ChatCompletion: ...
+
+    @overload
+    async def chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **params: Unpack[ChatParams],
+    ) -> ChatStream: ...
+
     @overload
     async def chat_completion(
         self,
@@ -192,9 +265,15 @@ class LLMClient:
 
     @overload
     async def chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, stream: bool, **params: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: bool,
+        **params: Any,
     ) -> ChatCompletion | ChatStream: ...
 
+    @shows_params(ChatParams)
     async def chat_completion(
         self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, stream: bool = False, **params: Any
     ) -> ChatCompletion | ChatStream:
@@ -204,8 +283,10 @@ class LLMClient:
             messages: The chat so far: dicts with `role` and `content`, at least one.
             model: The model to ask. Default: the client's model.
             stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API, sent unchanged: `temperature`, `max_tokens`, `tools`, `response_format`,
-                ... Parameters that are not given are not sent.
+            **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
+                `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
+                sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
+                `max_retries`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.
@@ -221,14 +302,12 @@ class LLMClient:
             TaskCancelledError: The client was closed in the meantime.
         """
         check_messages(messages)
-        server = self._server
-        body = self._complete_body({"messages": messages, **params}, model, stream=stream)
+        server, body = self._prepare({"messages": messages}, params, model, stream=stream)
         request = server.build_post("chat completion", "/chat/completions", body, body.get("model"))
         if stream:
-            choices = params.get("n")
+            choices = body.get("n")
             events = await server.stream(request)
-            redact = server.transport.redact
-            return ChatStream(events, server.mismatch_policy, redact, choices if isinstance(choices, int) else 1)
+            return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
         reply = await server.request(request)
         value = server.json_object(reply)
         if not _has_message(value):
@@ -238,19 +317,55 @@ class LLMClient:
 
     @overload
     async def text_completion(
-        self, prompt: Texts, *, model: str | None = None, stream: Literal[False] = False, **params: Any
+        self,
+        prompt: Texts,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **params: Unpack[TextParams],
     ) -> TextCompletion: ...
 
     @overload
     async def text_completion(
-        self, prompt: Texts, *, model: str | None = None, stream: Literal[True], **params: Any
+        self,
+        prompt: Texts,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **params: Unpack[TextParams],
     ) -> TextStream: ...
 
     @overload
     async def text_completion(
-        self, prompt: Texts, *, model: str | None = None, stream: bool, **params: Any
+        self,
+        prompt: Texts,
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **params: Any,
+    ) -> TextCompletion: ...
+
+    @overload
+    async def text_completion(
+        self,
+        prompt: Texts,
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **params: Any,
+    ) -> TextStream: ...
+
+    @overload
+    async def text_completion(
+        self,
+        prompt: Texts,
+        *,
+        model: str | None = None,
+        stream: bool,
+        **params: Any,
     ) -> TextCompletion | TextStream: ...
 
+    @shows_params(TextParams)
     async def text_completion(
         self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> TextCompletion | TextStream:
@@ -261,7 +376,8 @@ class LLMClient:
                 prompt, in the order of their `index`.
             model: The model to ask. Default: the client's model.
             stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API, sent unchanged: `max_tokens`, `temperature`, `stop`, ...
+            **params: Parameters of the API: `max_tokens`, `temperature`, `stop`, ..., and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.
@@ -271,9 +387,10 @@ class LLMClient:
         """
         from lmbridge.client.completions import complete
 
-        body = self._complete_body({"prompt": prompt, **params}, model, stream=stream)
-        return await complete(self._server, body, stream=stream)
+        server, body = self._prepare({"prompt": prompt}, params, model, stream=stream)
+        return await complete(server, body, stream=stream)
 
+    @shows_params(EmbeddingsParams)
     async def embeddings(
         self,
         input: Texts,  # noqa: A002 - the API's own name
@@ -290,7 +407,8 @@ class LLMClient:
             batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
                 another, and their replies are merged: the indices are consecutive, and the usage is summed up.
                 Default: all texts in one request.
-            **params: Parameters of the API, sent unchanged: `encoding_format`, `dimensions`, ...
+            **params: Parameters of the API: `encoding_format`, `dimensions`, ..., and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             The server's reply; its `data` has one embedding for each text, in the order of the texts.
@@ -301,7 +419,30 @@ class LLMClient:
         """
         from lmbridge.client.embeddings import embed
 
-        return await embed(self._server, self._complete_body({"input": input, **params}, model), batch_size)
+        server, body = self._prepare({"input": input}, params, model)
+        return await embed(server, body, batch_size)
+
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[False] = False,
+        **params: Unpack[ResponseParams],
+    ) -> Response: ...
+
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[True],
+        **params: Unpack[ResponseParams],
+    ) -> ResponseStream: ...
 
     @overload
     async def create_response(
@@ -336,6 +477,7 @@ class LLMClient:
         **params: Any,
     ) -> Response | ResponseStream: ...
 
+    @shows_params(ResponseParams)
     async def create_response(
         self,
         input: ResponseInput,  # noqa: A002 - the API's own name
@@ -356,8 +498,8 @@ class LLMClient:
             previous_response_id: The `id` of the stored response to continue.
             stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
                 end.
-            **params: Parameters of the API, sent unchanged: `instructions`, `max_output_tokens`, `tools` (in the flat
-                form of this API), `store`, ...
+            **params: Parameters of the API: `instructions`, `max_output_tokens`, `tools` (in the flat form of this
+                API), `store`, ..., and the options of a call that `chat_completion` describes.
 
         Returns:
             The response, or a stream of its events. Its `status` is "completed" or "incomplete".
@@ -367,20 +509,46 @@ class LLMClient:
         """
         from lmbridge.client.responses import respond
 
-        body = self._complete_body({"input": input, **params}, model, stream=stream)
+        given: dict[str, Any] = {"input": input}
         if previous_response_id is not None:
-            body["previous_response_id"] = previous_response_id
-        return await respond(self._server, body, stream=stream)
+            given["previous_response_id"] = previous_response_id
+        server, body = self._prepare(given, params, model, stream=stream)
+        return await respond(server, body, stream=stream)
 
-    def _complete_body(self, body: dict[str, Any], model: str | None, *, stream: bool = False) -> dict[str, Any]:
-        """Adds the model and `stream` to a body, where they are to be sent."""
+    def _prepare(
+        self, body: dict[str, Any], params: dict[str, Any], model: str | None, *, stream: bool = False
+    ) -> tuple[ServerApi, dict[str, Any]]:
+        """Returns the server with the options of a call, and the body of its request.
+
+        Args:
+            body: The fields that the method itself has as arguments.
+            params: The other arguments of the call: parameters of the API, and options of lmbridge.
+            model: The model of the call.
+            stream: Whether a stream is asked for.
+        """
+        options = take_options(params)
+        body.update(params)
         asked = check_model_name(model) or self._model
         if asked is not None:
             body["model"] = asked
         if stream:
             body["stream"] = True
-        return body
+        if options is None:
+            return self._server, body
+        if options.body:
+            body.update(options.body)
+            check_model_name(body.get("model"), name="extra_body['model']")
+        return self._server.for_call(options), body
 
+    @overload
+    async def parse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        type_: type[_T],
+        *,
+        model: str | None = ...,
+        **params: Unpack[ChatParams],
+    ) -> _T: ...
     @overload
     async def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
@@ -389,6 +557,7 @@ class LLMClient:
     async def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
     ) -> Any: ...
+    @shows_params(ChatParams)
     async def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
     ) -> Any:
@@ -404,7 +573,8 @@ class LLMClient:
                 as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
                 object in JSON is sent as the field `answer` of one, and its value is returned.
             model: The model to ask. Default: the client's model.
-            **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
+            **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`; some of them
@@ -420,21 +590,33 @@ class LLMClient:
         params = {"model": model, **params}
         return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
 
-    async def list_models(self) -> list[str]:
+    async def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
         """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
+                attempt may take 10 s.
 
         Raises:
             LLMError: The same errors as `chat_completion`.
         """
-        return [entry["id"] for entry in await fetch_models(self._server, "model list")]
+        server = self._server_for("list_models", options)
+        return [entry["id"] for entry in await fetch_models(server, "model list")]
 
-    async def server_info(self) -> ServerInfo:
+    def _server_for(self, method: str, options: Any, *, retries: bool = True) -> ServerApi:
+        settings = take_request_options(options, method, retries=retries)
+        return self._server if settings is None else self._server.for_call(settings)
+
+    async def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
         """Asks which server it is, which models it has loaded, with how much context, and with how many slots.
 
         Nothing is cached. The requests are `GET /v1/models`, and then those of the server that this looks like:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
         loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
         generations.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
 
         Returns:
             The server and its models. What the server does not report is None.
@@ -445,7 +627,7 @@ class LLMClient:
         """
         from lmbridge.client.server_info import describe
 
-        return await describe(self._server, self._model)
+        return await describe(self._server_for("server_info", options), self._model)
 
     def stats(self) -> ClientStats:
         """Returns what is in flight and queued, and how many swaps and retries there were, in total and by model.
@@ -455,8 +637,11 @@ class LLMClient:
         """
         return self._server.transport.stats()
 
-    async def health_check(self) -> bool:
+    async def health_check(self, **options: Unpack[RequestOptions]) -> bool:
         """Asks whether the server is running and ready. The request neither queues nor retries, and takes 5 s at most.
+
+        Args:
+            **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.
 
         Returns:
             True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
@@ -466,7 +651,7 @@ class LLMClient:
             LLMResponseError: Something that is not a model server answers at this address.
             LLMError: The client was given back to its pool.
         """
-        server = self._server
+        server = self._server_for("health_check", options, retries=False)
         request = server.build_get(
             "health check", "/models", max_seconds=HEALTH_CHECK_SECONDS, max_retries=0, classify=_never_retry
         )

@@ -132,9 +132,7 @@ async def respond(server: ServerApi, body: dict[str, Any], *, stream: bool) -> R
     )
     if stream:
         event_class = _message_event_class()
-        return ResponseStream(
-            await server.stream(request), server.mismatch_policy, server.transport.redact, event_class
-        )
+        return ResponseStream(await server.stream(request), server.mismatch_policy, server.redact, event_class)
     reply = await server.request(request)
     value = server.json_object(reply)
     if not isinstance(value.get("output"), list):

@@ -14,12 +14,14 @@ import attrs
 
 from lmbridge._text import excerpt
 from lmbridge.client import failures
+from lmbridge.client.call_options import CallSettings
 from lmbridge.client.json_codec import decode_json, encode_body
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.usage import usage_in_body
-from lmbridge.config import Timeouts, normalize_api_base
+from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
 from lmbridge.transport import EventStream, Reply, Request, Transport
+from lmbridge.transport.headers import merge_headers
 
 PROBE_SECONDS: Final = 10.0
 """The most seconds that a question about the server itself may take; `Timeouts.first_byte` applies if it is shorter."""
@@ -35,6 +37,9 @@ class ServerApi:
         timeouts: The timeouts of every request.
         max_retries: How often a failed request may be sent again.
         mismatch_policy: What happens if another model answers than the one that was asked for.
+        headers: Headers of every request, in addition to those of the transport or in their place.
+        query: Query parameters of every request.
+        parent: The object that owns the transport, if this one was derived from it.
     """
 
     def __init__(
@@ -45,24 +50,71 @@ class ServerApi:
         timeouts: Timeouts,
         max_retries: int,
         mismatch_policy: MismatchPolicy,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, Any] | None = None,
+        parent: ServerApi | None = None,
     ) -> None:
-        self.transport: Transport = transport
+        self._transport = transport
+        self._parent = parent
+        self._headers: Mapping[str, str] = headers or {}
+        self._query: Mapping[str, Any] = query or {}
+        self._caps_probes = True
         self.mismatch_policy: Final = mismatch_policy
+        self.on_response: Callable[[int, Mapping[str, str]], None] | None = None
+        """Called with status and headers of each whole reply, if it is set."""
         self._make_transport = make_transport
         self._timeouts = timeouts
         self._max_retries = max_retries
         self._former_transports: list[Transport] = []
         self._refusal: tuple[str, str] | None = None
 
-    def shared(self) -> Self:
-        """Returns a `ServerApi` with the same transport and options, which owns nothing and closes nothing."""
+    def shared(
+        self,
+        *,
+        timeouts: Timeouts | None = None,
+        max_retries: int | None = None,
+        mismatch_policy: MismatchPolicy | None = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Returns a `ServerApi` with the same transport, which owns nothing and closes nothing.
+
+        It follows this one to another server when `api_base` is set, and refuses requests when this one does.
+
+        Args:
+            timeouts: The timeouts, in place of those of this object.
+            max_retries: The number of retries, in place of that of this object.
+            mismatch_policy: The policy, in place of that of this object.
+            headers: Headers in addition to those of this object, or in their place.
+            query: Query parameters in addition to those of this object, or in their place.
+        """
         return type(self)(
-            self.transport,
+            self._transport,
             make_transport=None,
-            timeouts=self._timeouts,
-            max_retries=self._max_retries,
-            mismatch_policy=self.mismatch_policy,
+            timeouts=self._timeouts if timeouts is None else timeouts,
+            max_retries=self._max_retries if max_retries is None else max_retries,
+            mismatch_policy=self.mismatch_policy if mismatch_policy is None else mismatch_policy,
+            headers=merge_headers(self._headers, headers) if headers else self._headers,
+            query={**self._query, **query} if query else self._query,
+            parent=self,
         )
+
+    def for_call(self, options: CallSettings) -> Self:
+        """Returns a `ServerApi` for a single call, which has options of its own."""
+        server = self.shared(
+            timeouts=options.timeouts,
+            max_retries=options.max_retries,
+            headers=options.headers,
+            query=options.query,
+        )
+        server._caps_probes = options.timeouts is None  # noqa: SLF001 - its own copy
+        server.on_response = self.on_response
+        return server
+
+    @property
+    def transport(self) -> Transport:
+        """The connections to the server."""
+        return self._transport if self._parent is None else self._parent.transport
 
     def set_api_base(self, api_base: str) -> None:
         """Sends later requests to another server. Requests and streams in progress finish on the old one.
@@ -75,9 +127,9 @@ class ServerApi:
                 "api_base cannot be set: this client's transport is shared with others",
                 hint="create another client for another server",
             )
-        api_base = normalize_api_base(api_base)
-        self._former_transports.append(self.transport)
-        self.transport = self._make_transport(api_base)
+        transport = self._make_transport(api_base)
+        self._former_transports.append(self._transport)
+        self._transport = transport
 
     def refuse_requests(self, message: str, hint: str) -> None:
         """Makes every later request raise an `LLMError` with this message. Streams in progress are not affected."""
@@ -85,8 +137,13 @@ class ServerApi:
 
     @property
     def refuses_requests(self) -> bool:
-        """Whether `refuse_requests` was called."""
-        return self._refusal is not None
+        """Whether `refuse_requests` was called, on this object or on one that it is derived from."""
+        return self._current_refusal() is not None
+
+    def _current_refusal(self) -> tuple[str, str] | None:
+        if self._refusal is not None or self._parent is None:
+            return self._refusal
+        return self._parent._current_refusal()  # noqa: SLF001 - same class
 
     async def close(self) -> None:
         """Closes the transports that this object has made; can be called more than once."""
@@ -97,7 +154,7 @@ class ServerApi:
                     self._former_transports.remove(transport)
         finally:
             if self._make_transport is not None:
-                await self.transport.close()
+                await self._transport.close()
 
     # Requests
 
@@ -127,6 +184,8 @@ class ServerApi:
             classify=failures.classify,
             reports_error=failures.reports_error,
             read_usage=usage_in_body,
+            headers=self._headers,
+            query=self._query,
             **fields,
         )
 
@@ -136,19 +195,25 @@ class ServerApi:
         Args:
             operation: What the request does, for people: "model list".
             path: The path below `/v1`, or below the server's root with `below_root=True`.
-            max_seconds: The most seconds that the reply may take. Default: `PROBE_SECONDS`.
+            max_seconds: The most seconds that the reply may take, unless the call has a `timeout`. Default:
+                `PROBE_SECONDS`.
             **fields: Fields of the `Request` that differ from the defaults.
         """
-        seconds = PROBE_SECONDS if max_seconds is None else max_seconds
-        limit = self._timeouts.first_byte
+        timeouts = self._timeouts
+        if self._caps_probes:
+            seconds = PROBE_SECONDS if max_seconds is None else max_seconds
+            limit = timeouts.first_byte
+            timeouts = attrs.evolve(timeouts, first_byte=seconds if limit is None else min(seconds, limit))
         request = Request(
             operation=operation,
             method="GET",
             path=path,
-            timeouts=attrs.evolve(self._timeouts, first_byte=seconds if limit is None else min(seconds, limit)),
+            timeouts=timeouts,
             max_retries=self._max_retries,
             classify=failures.classify,
             queued=False,
+            headers=self._headers,
+            query=self._query,
         )
         return attrs.evolve(request, **fields)
 
@@ -158,11 +223,13 @@ class ServerApi:
         Raises:
             LLMError: The client was given back to its pool, or the transport got no reply.
         """
-        if self._refusal is not None:
-            raise self._refused(request, *self._refusal)
+        self._check_not_refused(request)
         if self._former_transports:
             await self._close_idle_transports()
-        return await self.transport.request(request)
+        reply = await self.transport.request(request)
+        if self.on_response is not None:
+            self.on_response(reply.status, reply.headers)
+        return reply
 
     async def stream(self, request: Request) -> EventStream:
         """Sends a request and returns the events of the reply.
@@ -171,8 +238,7 @@ class ServerApi:
             LLMError: The client was given back to its pool, the transport got no reply, or the reply is not an event
                 stream.
         """
-        if self._refusal is not None:
-            raise self._refused(request, *self._refusal)
+        self._check_not_refused(request)
         if self._former_transports:
             await self._close_idle_transports()
         answer = await self.transport.stream(request)
@@ -182,9 +248,12 @@ class ServerApi:
             raise self._error_from(answer)
         raise self.unexpected_reply(answer, "an event stream")
 
-    def _refused(self, request: Request, message: str, hint: str) -> LLMError:
-        context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
-        return LLMError(message, hint=hint, context=context)
+    def _check_not_refused(self, request: Request) -> None:
+        refusal = self._refusal if self._parent is None else self._current_refusal()
+        if refusal is not None:
+            message, hint = refusal
+            context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
+            raise LLMError(message, hint=hint, context=context)
 
     async def _close_idle_transports(self) -> None:
         """Closes the transports to former servers whose last request has ended."""
@@ -243,11 +312,15 @@ class ServerApi:
             raise
 
     def body_text(self, reply: Reply) -> str:
-        """Returns the body of a reply as text, without the API key."""
-        return self.transport.redact(reply.body.decode("utf-8", "replace"))
+        """Returns the body of a reply as text, without the API key and the caller's headers."""
+        return self.redact(reply.body.decode("utf-8", "replace"))
+
+    def redact(self, text: str) -> str:
+        """Returns the text without the API key, and without the values of the headers that the caller has set."""
+        return self.transport.redact(text, self._headers)
 
     def _error_from(self, reply: Reply) -> LLMError:
-        error = failures.error_from_reply(reply, self.transport.redact)
+        error = failures.error_from_reply(reply, self.redact)
         if failures.means_model_unloaded(error):
             reply.call.mark_unloaded()
         return error

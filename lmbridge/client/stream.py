@@ -133,6 +133,16 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         return self._accumulator.reply() if self._accumulator.has_begun else None
 
+    @property
+    def status(self) -> int:
+        """The HTTP status code of the response."""
+        return self._events.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the response. Names are looked up in any case."""
+        return self._events.headers
+
     def __repr__(self) -> str:
         state = "failed" if self._failure else "ended" if self._events.closed else "open"
         return f"<{type(self).__name__} model={self._served_model!r} {state}>"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 import lmbridge.client.llm as _llm
 import lmbridge.client.pool as _pool
 from lmbridge.client.responses import ResponseEvent
+from lmbridge.config import UNSET
 from lmbridge.sync._wrap import Owner, Stream, Wrapper, entered, unwrap
 from lmbridge.types import ChatCompletionChunk, TextCompletionChunk
 
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Literal, Unpack
 
+    from lmbridge.client.call_options import RequestOptions
     from lmbridge.client.inputs import Texts
     from lmbridge.client.llm import _T, ClientOptions
     from lmbridge.client.names import MismatchMode
+    from lmbridge.client.params import ChatParams, ResponseParams, TextParams
     from lmbridge.client.pool import PoolStats
+    from lmbridge.client.raw import RawResponse
     from lmbridge.client.responses import ResponseInput
     from lmbridge.client.server_info import ServerInfo
-    from lmbridge.config import Limits, Timeouts
+    from lmbridge.config import Limits, Timeouts, Unset
     from lmbridge.transport import Transport
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import (
@@ -68,6 +72,18 @@ class ChatStream(Stream[ChatCompletionChunk]):
         result: ChatCompletion | None = self._call(lambda: self.wrapped.partial)
         return result
 
+    @property
+    def status(self) -> int:
+        """The HTTP status code of the response."""
+        result: int = self._call(lambda: self.wrapped.status)
+        return result
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the response. Names are looked up in any case."""
+        result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
+        return result
+
 
 class TextStream(Stream[TextCompletionChunk]):
     """The chunks of one text completion, exactly as the server sent them.
@@ -82,6 +98,18 @@ class TextStream(Stream[TextCompletionChunk]):
     def partial(self) -> TextCompletion | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: TextCompletion | None = self._call(lambda: self.wrapped.partial)
+        return result
+
+    @property
+    def status(self) -> int:
+        """The HTTP status code of the response."""
+        result: int = self._call(lambda: self.wrapped.status)
+        return result
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the response. Names are looked up in any case."""
+        result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
 
@@ -104,6 +132,18 @@ class ResponseStream(Stream[ResponseEvent]):
     def partial(self) -> Response | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: Response | None = self._call(lambda: self.wrapped.partial)
+        return result
+
+    @property
+    def status(self) -> int:
+        """The HTTP status code of the response."""
+        result: int = self._call(lambda: self.wrapped.status)
+        return result
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the response. Names are looked up in any case."""
+        result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
 
@@ -193,6 +233,43 @@ class LMStudio(Wrapper):
         return result
 
 
+class RawResponses(Wrapper):
+    """The methods of a client, as `client.with_raw_response`: each returns a `RawResponse`.
+
+    The parameters and the errors are those of the client's methods. Streams have `status` and `headers` themselves.
+    """
+
+    wraps = "lmbridge.client.raw:RawResponses"
+
+    def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> RawResponse[ChatCompletion]:
+        """Asks for the next message of a chat, as `LLMClient.chat_completion` does."""
+        result: RawResponse[ChatCompletion] = self._await(
+            lambda: self.wrapped.chat_completion(messages, model=model, **params)
+        )
+        return result
+
+    def text_completion(self, prompt: Texts, *, model: str | None = None, **params: Any) -> RawResponse[TextCompletion]:
+        """Asks for the continuation of a text, as `LLMClient.text_completion` does."""
+        result: RawResponse[TextCompletion] = self._await(
+            lambda: self.wrapped.text_completion(prompt, model=model, **params)
+        )
+        return result
+
+    def embeddings(self, input: Texts, *, model: str | None = None, **params: Any) -> RawResponse[Embeddings]:
+        """Asks for embeddings, as `LLMClient.embeddings` does; of several requests, the last one is reported."""
+        result: RawResponse[Embeddings] = self._await(lambda: self.wrapped.embeddings(input, model=model, **params))
+        return result
+
+    def create_response(
+        self, input: ResponseInput, *, model: str | None = None, **params: Any
+    ) -> RawResponse[Response]:
+        """Asks for a response, as `LLMClient.create_response` does."""
+        result: RawResponse[Response] = self._await(lambda: self.wrapped.create_response(input, model=model, **params))
+        return result
+
+
 class LLMClient(Owner):
     """A client of one server with an OpenAI-compatible `/v1`.
 
@@ -209,7 +286,9 @@ class LLMClient(Owner):
         model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
             chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
-        timeout: The timeouts of each request. Default: those of `Timeouts()`.
+        timeout: The timeouts of each request. A number of seconds limits each wait, like
+            `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of
+            `Timeouts()`.
         max_retries: How often a request is sent again after a refused connection or a temporary error. At most 5 are
             made. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
@@ -237,7 +316,7 @@ class LLMClient(Owner):
         model: str | None = None,
         api_key: str | None = None,
         *,
-        timeout: Timeouts | None = None,
+        timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
@@ -286,6 +365,71 @@ class LLMClient(Owner):
         result: LMStudio = self._call(lambda: self.wrapped.lmstudio)
         return result
 
+    @property
+    def with_raw_response(self) -> RawResponses:
+        """The methods of this client, with the status and headers of each HTTP response beside its reply."""
+        result: RawResponses = self._call(lambda: self.wrapped.with_raw_response)
+        return result
+
+    def with_options(
+        self,
+        *,
+        model: str | Unset | None = UNSET,
+        timeout: Timeouts | float | Unset | None = UNSET,
+        max_retries: int | Unset = UNSET,
+        model_mismatch: MismatchMode | Unset = UNSET,
+        extra_headers: Mapping[str, str] | Unset | None = UNSET,
+    ) -> LLMClient:
+        """Returns a client with other options on the same transport: it shares connections, limits and statistics.
+
+        For example::
+
+            patient = client.with_options(timeout=600, max_retries=5)
+
+        It follows this client when `api_base` is set, and is at its end when this one is given back to its pool.
+        Closing it closes nothing: close this client.
+
+        Args:
+            model: The model of calls that name none; None leaves the choice to the server. Default: this client's.
+            timeout: The timeouts, a number of seconds for each wait, or None for no limits. Default: this client's.
+            max_retries: How often a request is sent again. Default: this client's.
+            model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
+            extra_headers: Headers of every request, in addition to this client's or in their place.
+
+        Raises:
+            LLMValidationError: An option is not valid.
+        """
+        result: LLMClient = self._call(
+            lambda: self.wrapped.with_options(
+                model=model,
+                timeout=timeout,
+                max_retries=max_retries,
+                model_mismatch=model_mismatch,
+                extra_headers=extra_headers,
+            )
+        )
+        return result
+
+    @overload
+    def chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **params: Unpack[ChatParams],
+    ) -> ChatCompletion: ...
+
+    @overload
+    def chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **params: Unpack[ChatParams],
+    ) -> ChatStream: ...
+
     @overload
     def chat_completion(
         self,
@@ -315,8 +459,10 @@ class LLMClient(Owner):
             messages: The chat so far: dicts with `role` and `content`, at least one.
             model: The model to ask. Default: the client's model.
             stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API, sent unchanged: `temperature`, `max_tokens`, `tools`, `response_format`,
-                ... Parameters that are not given are not sent.
+            **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
+                `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
+                sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
+                `max_retries`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.
@@ -335,6 +481,16 @@ class LLMClient(Owner):
             lambda: self.wrapped.chat_completion(messages, model=model, stream=stream, **params)
         )
         return result
+
+    @overload
+    def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: Literal[False] = False, **params: Unpack[TextParams]
+    ) -> TextCompletion: ...
+
+    @overload
+    def text_completion(
+        self, prompt: Texts, *, model: str | None = None, stream: Literal[True], **params: Unpack[TextParams]
+    ) -> TextStream: ...
 
     @overload
     def text_completion(
@@ -361,7 +517,8 @@ class LLMClient(Owner):
                 prompt, in the order of their `index`.
             model: The model to ask. Default: the client's model.
             stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API, sent unchanged: `max_tokens`, `temperature`, `stop`, ...
+            **params: Parameters of the API: `max_tokens`, `temperature`, `stop`, ..., and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.
@@ -385,7 +542,8 @@ class LLMClient(Owner):
             batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
                 another, and their replies are merged: the indices are consecutive, and the usage is summed up.
                 Default: all texts in one request.
-            **params: Parameters of the API, sent unchanged: `encoding_format`, `dimensions`, ...
+            **params: Parameters of the API: `encoding_format`, `dimensions`, ..., and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             The server's reply; its `data` has one embedding for each text, in the order of the texts.
@@ -398,6 +556,28 @@ class LLMClient(Owner):
             lambda: self.wrapped.embeddings(input, model=model, batch_size=batch_size, **params)
         )
         return result
+
+    @overload
+    def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[False] = False,
+        **params: Unpack[ResponseParams],
+    ) -> Response: ...
+
+    @overload
+    def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        stream: Literal[True],
+        **params: Unpack[ResponseParams],
+    ) -> ResponseStream: ...
 
     @overload
     def create_response(
@@ -452,8 +632,8 @@ class LLMClient(Owner):
             previous_response_id: The `id` of the stored response to continue.
             stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
                 end.
-            **params: Parameters of the API, sent unchanged: `instructions`, `max_output_tokens`, `tools` (in the flat
-                form of this API), `store`, ...
+            **params: Parameters of the API: `instructions`, `max_output_tokens`, `tools` (in the flat form of this
+                API), `store`, ..., and the options of a call that `chat_completion` describes.
 
         Returns:
             The response, or a stream of its events. Its `status` is "completed" or "incomplete".
@@ -493,7 +673,8 @@ class LLMClient(Owner):
                 as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
                 object in JSON is sent as the field `answer` of one, and its value is returned.
             model: The model to ask. Default: the client's model.
-            **params: Parameters of the API, sent unchanged; except `n`, `response_format` and `stream`.
+            **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
+                `chat_completion` describes.
 
         Returns:
             An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`; some of them
@@ -507,22 +688,29 @@ class LLMClient(Owner):
         result: Any = self._await(lambda: self.wrapped.parse(messages, type_, model=model, **params))
         return result
 
-    def list_models(self) -> list[str]:
+    def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
         """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
+                attempt may take 10 s.
 
         Raises:
             LLMError: The same errors as `chat_completion`.
         """
-        result: list[str] = self._await(self.wrapped.list_models)
+        result: list[str] = self._await(lambda: self.wrapped.list_models(**options))
         return result
 
-    def server_info(self) -> ServerInfo:
+    def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
         """Asks which server it is, which models it has loaded, with how much context, and with how many slots.
 
         Nothing is cached. The requests are `GET /v1/models`, and then those of the server that this looks like:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
         loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
         generations.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
 
         Returns:
             The server and its models. What the server does not report is None.
@@ -531,7 +719,7 @@ class LLMClient(Owner):
             LLMAuthenticationError: The server refused the key.
             LLMError: The same errors as `chat_completion`.
         """
-        result: ServerInfo = self._await(self.wrapped.server_info)
+        result: ServerInfo = self._await(lambda: self.wrapped.server_info(**options))
         return result
 
     def stats(self) -> ClientStats:
@@ -543,8 +731,11 @@ class LLMClient(Owner):
         result: ClientStats = self._call(self.wrapped.stats)
         return result
 
-    def health_check(self) -> bool:
+    def health_check(self, **options: Unpack[RequestOptions]) -> bool:
         """Asks whether the server is running and ready. The request neither queues nor retries, and takes 5 s at most.
+
+        Args:
+            **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.
 
         Returns:
             True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
@@ -554,7 +745,7 @@ class LLMClient(Owner):
             LLMResponseError: Something that is not a model server answers at this address.
             LLMError: The client was given back to its pool.
         """
-        result: bool = self._await(self.wrapped.health_check)
+        result: bool = self._await(lambda: self.wrapped.health_check(**options))
         return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Final
 
 from lmbridge._tasks import mark_exception_retrieved
@@ -53,6 +54,7 @@ class EventStream:
         "call",
         "deadline",
         "ended",
+        "headers",
         "status",
     )
 
@@ -61,6 +63,8 @@ class EventStream:
         """The call that the response belongs to."""
         self.status: Final = response.status
         """The HTTP status of the response."""
+        self.headers: Final[Mapping[str, str]] = response.headers
+        """The headers of the response. Names are looked up in any case."""
         self.ended: bool = False
         """Whether the body has been read to its end."""
         self.deadline: float = math.inf

@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import ssl as ssl_module
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -49,6 +48,7 @@ from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
+from lmbridge.transport.headers import add_query, merge_headers, secret_pattern, secrets_in
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AiohttpSession
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
-_MIN_REDACTED_KEY_LENGTH: Final = 4
-"""Keys with fewer characters are not redacted, because ordinary words contain such short strings as well."""
 _EXTRA_CONNECTIONS: Final = 2
 """The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
 _REFUSED_BEFORE_WORK: Final = (429, 503)
@@ -123,7 +121,7 @@ class Transport:
         """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
         self._trust_env = trust_env and not is_loopback(self.api_base)
-        self._key_pattern = None if self.api_key is None else _compile_key_pattern(self.api_key)
+        self._key_pattern = None if self.api_key is None else secret_pattern([self.api_key])
         self._headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
             self._headers["Authorization"] = f"Bearer {self.api_key}"
@@ -207,9 +205,18 @@ class Transport:
         """A future that is done once the open transport begins to close; None if the transport is not open."""
         return None if self._open_state is None else self._open_state.closed
 
-    def redact(self, text: str) -> str:
-        """Returns the text with "[api_key]" in place of the key, which some servers quote in their errors."""
-        return text if self._key_pattern is None else self._key_pattern.sub("[api_key]", text)
+    def redact(self, text: str, headers: Mapping[str, str] | None = None) -> str:
+        """Returns the text with "[api_key]" in place of the key, which some servers quote in their errors.
+
+        Args:
+            text: A text for an error or a log line.
+            headers: The headers of one request. Their values are replaced by "[header]".
+        """
+        if self._key_pattern is not None:
+            text = self._key_pattern.sub("[api_key]", text)
+        if headers and (pattern := secret_pattern(secrets_in(headers))) is not None:
+            text = pattern.sub("[header]", text)
+        return text
 
     # Requests
 
@@ -365,10 +372,11 @@ class Transport:
 
     async def _send(self, state: _OpenState, call: Call) -> HttpResponse:
         request = call.request
+        headers = self._headers if request.body is None else self._json_headers
         http_request = HttpRequest(
             method=request.method,
-            url=call.url,
-            headers=self._headers if request.body is None else self._json_headers,
+            url=add_query(call.url, request.query) if request.query else call.url,
+            headers=merge_headers(headers, request.headers) if request.headers else headers,
             body=request.body,
             connect_timeout=request.timeouts.connect,
             fresh_connection=not request.repeatable,
@@ -392,7 +400,7 @@ class Transport:
         try:
             wait = call.wait_before_next(verdict, reply.retry_after)
         except LLMTimeoutError as error:
-            body = self.redact(reply.body.decode("utf-8", "replace"))
+            body = self.redact(reply.body.decode("utf-8", "replace"), call.request.headers)
             raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
         self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait
@@ -418,9 +426,10 @@ class Transport:
         """Returns the error of a failure, with its context and without the key."""
         error = failure.error
         # The errors of the HTTP parser quote the response, and the response may quote the key.
-        if error.__cause__ is not None and self.redact(repr(error.__cause__)) != repr(error.__cause__):
+        headers = call.request.headers
+        if error.__cause__ is not None and self.redact(repr(error.__cause__), headers) != repr(error.__cause__):
             error.__cause__ = None
-        return error.completed(self.redact(error.message), context=call.context())
+        return error.completed(self.redact(error.message, headers), context=call.context())
 
     # The state in an event loop
 
@@ -556,13 +565,6 @@ def _finish_with_reply(call: Call, reply: Reply) -> None:
         call.note_first_event(reply.body)
     call.read_usage = partial(call.request.read_usage, reply.body)
     call.finish(reply.status)
-
-
-def _compile_key_pattern(key: str) -> re.Pattern[str] | None:
-    r"""Returns a pattern that finds a key in a text, even with JSON escapes such as `\/`, or `\u002B` for a plus."""
-    if len(key) < _MIN_REDACTED_KEY_LENGTH:
-        return None
-    return re.compile("".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in key))
 
 
 def _closed_error(call: Call) -> TaskCancelledError:

@@ -346,7 +346,7 @@ class SlowToCancelClient(LLMClient):
         super().__init__()
         self.asked, self.cancelled, self.released = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def list_models(self) -> list[str]:
+    async def list_models(self, **options: Any) -> list[str]:
         self.asked.set()
         try:
             await asyncio.Event().wait()

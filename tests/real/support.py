@@ -48,7 +48,9 @@ class GreedyClient:
         return self._client.model
 
     async def chat_completion(self, messages: Any, *, model: str | None, stream: Any, **params: Any) -> ChatStream:
-        return await self._client.chat_completion(messages, model=model, stream=True, **{**params, **self._params})
+        params = {**params, **self._params}
+        opened: ChatStream = await self._client.chat_completion(messages, model=model, stream=True, **params)
+        return opened
 
     async def server_info(self) -> Any:
         return await self._client.server_info()

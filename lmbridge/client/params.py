@@ -1,0 +1,148 @@
+"""The parameters of the API that lmbridge describes to editors and type checkers.
+
+Each list is written once, as a TypedDict, and every overload of a method takes it as `**params: Unpack[...]`. Explicit
+parameters would have to be repeated in each overload. A parameter that is not given is not sent. One that is given as
+None is sent as `null`, because servers have a meaning for that, such as "no limit" or "no stop string". Parameters that
+are not listed here are sent as well: servers for local models have many of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from lmbridge.client.call_options import CallOptions
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class SamplingParams(CallOptions, total=False):
+    """Parameters of chat and text completions."""
+
+    temperature: float | None
+    """How freely the model chooses the next token: 0 takes the most likely one; 1 follows its probabilities."""
+    top_p: float | None
+    """Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1."""
+    max_tokens: int | None
+    """The most tokens that the model may generate. Its finish reason is "length" if that cuts the answer off."""
+    stop: str | Sequence[str] | None
+    """One or several texts at which the model stops. They are not part of the answer."""
+    seed: int | None
+    """Makes sampling repeatable, as far as the server can."""
+    n: int | None
+    """How many answers to generate. Default: 1."""
+    presence_penalty: float | None
+    """From -2 to 2; positive numbers discourage tokens that the text already has."""
+    frequency_penalty: float | None
+    """From -2 to 2; positive numbers discourage tokens by how often the text already has them."""
+    logit_bias: Mapping[str, float] | None
+    """Raises or lowers the likelihood of tokens, by token id: from -100 (never) to 100 (always)."""
+    stream_options: Mapping[str, Any] | None
+    """Options of a stream; `{"include_usage": True}` asks for a last chunk with the token usage."""
+    user: str | None
+    """An identifier of your end user, for servers that log it."""
+
+
+class ChatParams(SamplingParams, total=False):
+    """Parameters of a chat completion."""
+
+    max_completion_tokens: int | None
+    """The newer name of `max_tokens`. It includes the tokens of the reasoning."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """The tools that the model may call: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+    tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
+    """Whether the model calls a tool: "none", "auto", "required", or the one that must be called."""
+    parallel_tool_calls: bool | None
+    """Whether the model may call several tools in one answer."""
+    response_format: Mapping[str, Any] | None
+    """The form of the answer, such as `{"type": "json_schema", "json_schema": {...}}`. See also `LLMClient.parse`."""
+    logprobs: bool | None
+    """Whether the answer has the log probabilities of its tokens."""
+    top_logprobs: int | None
+    """How many alternatives each token is reported with, if `logprobs` is set."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | str | None  # noqa: PYI051 - editors offer these
+    """How much a reasoning model thinks before it answers."""
+
+
+class TextParams(SamplingParams, total=False):
+    """Parameters of a text completion."""
+
+    suffix: str | None
+    """The text that follows the gap which the model fills."""
+    echo: bool | None
+    """Whether the answer begins with the prompt."""
+    best_of: int | None
+    """How many answers the server generates, of which it returns the best `n`."""
+    logprobs: int | None
+    """How many log probabilities each token is reported with."""
+
+
+class EmbeddingsParams(CallOptions, total=False):
+    """Parameters of embeddings."""
+
+    encoding_format: Literal["float", "base64"] | None
+    """The form of an embedding: a list of numbers, or a string."""
+    dimensions: int | None
+    """The length of each embedding, for models that can shorten theirs."""
+    user: str | None
+    """An identifier of your end user, for servers that log it."""
+
+
+class ResponseParams(CallOptions, total=False):
+    """Parameters of a response."""
+
+    instructions: str | None
+    """The system message."""
+    max_output_tokens: int | None
+    """The most tokens that the model may generate, reasoning included."""
+    temperature: float | None
+    """How freely the model chooses the next token: 0 takes the most likely one; 1 follows its probabilities."""
+    top_p: float | None
+    """Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """The tools that the model may call, in the flat form of this API: `{"type": "function", "name", "parameters"}`."""
+    tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
+    """Whether the model calls a tool: "none", "auto", "required", or the one that must be called."""
+    parallel_tool_calls: bool | None
+    """Whether the model may call several tools in one answer."""
+    reasoning: Mapping[str, Any] | None
+    """How a reasoning model thinks, such as `{"effort": "low"}`."""
+    text: Mapping[str, Any] | None
+    """The form of the answer, such as `{"format": {"type": "json_schema", ...}}`."""
+    store: bool | None
+    """Whether the server keeps the response, so that `previous_response_id` can continue it."""
+    include: Sequence[str] | None
+    """Further parts that the response is to contain."""
+    metadata: Mapping[str, str] | None
+    """Up to 16 pairs of strings that are stored with the response."""
+    truncation: Literal["auto", "disabled"] | None
+    """Whether the server may drop the beginning of a conversation that is too long."""
+    user: str | None
+    """An identifier of your end user, for servers that log it."""
+
+
+def shows_params(params: type) -> Callable[[_Function], _Function]:
+    """Makes `help()` and `inspect.signature` show the fields of a TypedDict as parameters of a method.
+
+    Type checkers and most editors read them from `Unpack`; what looks at run time, such as a notebook, does not.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        kept = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=..., annotation=annotation)
+            for name, annotation in _all_annotations(params).items()
+            if name not in signature.parameters
+        ]
+        rest = [each for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD]
+        function.__signature__ = signature.replace(parameters=[*kept, *named, *rest])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _all_annotations(params: type) -> dict[str, str]:
+    # A TypedDict inherits the annotations of its bases; these are strings, in the form of a forward reference.
+    return {name: getattr(each, "__forward_arg__", str(each)) for name, each in params.__annotations__.items()}

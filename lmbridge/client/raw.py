@@ -1,0 +1,94 @@
+"""`client.with_raw_response`: replies with the status and the headers of their HTTP response.
+
+A reply is a plain dict, which has no place for headers. An observer that sees every response was the alternative; it
+would leave the caller to find out which response belongs to which call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import attrs
+
+from lmbridge.errors import LLMValidationError
+
+if TYPE_CHECKING:
+    from lmbridge.client.inputs import Texts
+    from lmbridge.client.llm import LLMClient
+    from lmbridge.client.responses import ResponseInput
+    from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
+
+_Reply = TypeVar("_Reply")
+
+
+@attrs.frozen(kw_only=True)
+class RawResponse(Generic[_Reply]):
+    """A reply with the status and headers of the HTTP response that it came in."""
+
+    parsed: _Reply
+    """The reply, as the method of the client returns it."""
+    status: int
+    """The HTTP status code."""
+    headers: Mapping[str, str] = attrs.field(repr=False)
+    """The headers of the response. Names are looked up in any case."""
+
+
+class RawResponses:
+    """The methods of a client, as `client.with_raw_response`: each returns a `RawResponse`.
+
+    The parameters and the errors are those of the client's methods. Streams have `status` and `headers` themselves.
+    """
+
+    def __init__(self, client: LLMClient) -> None:
+        self._client = client
+
+    async def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> RawResponse[ChatCompletion]:
+        """Asks for the next message of a chat, as `LLMClient.chat_completion` does."""
+        _refuse_stream(params)
+        return await self._record(lambda client: client.chat_completion(messages, model=model, **params))
+
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, **params: Any
+    ) -> RawResponse[TextCompletion]:
+        """Asks for the continuation of a text, as `LLMClient.text_completion` does."""
+        _refuse_stream(params)
+        return await self._record(lambda client: client.text_completion(prompt, model=model, **params))
+
+    async def embeddings(
+        self,
+        input: Texts,  # noqa: A002 - the API's own name
+        *,
+        model: str | None = None,
+        **params: Any,
+    ) -> RawResponse[Embeddings]:
+        """Asks for embeddings, as `LLMClient.embeddings` does; of several requests, the last one is reported."""
+        return await self._record(lambda client: client.embeddings(input, model=model, **params))
+
+    async def create_response(
+        self,
+        input: ResponseInput,  # noqa: A002 - the API's own name
+        *,
+        model: str | None = None,
+        **params: Any,
+    ) -> RawResponse[Response]:
+        """Asks for a response, as `LLMClient.create_response` does."""
+        _refuse_stream(params)
+        return await self._record(lambda client: client.create_response(input, model=model, **params))
+
+    async def _record(self, send: Callable[[LLMClient], Awaitable[Any]]) -> RawResponse[Any]:
+        heads: list[tuple[int, Mapping[str, str]]] = []
+        client = self._client.with_options()
+        client._server.on_response = lambda status, headers: heads.append((status, headers))  # noqa: SLF001 - its own copy
+        parsed = await send(client)
+        status, headers = heads[-1]
+        return RawResponse(parsed=cast("Any", parsed), status=status, headers=headers)
+
+
+def _refuse_stream(params: Mapping[str, Any]) -> None:
+    if params.get("stream"):
+        raise LLMValidationError(
+            "with_raw_response returns no stream", hint="a stream of the client has .status and .headers itself"
+        )

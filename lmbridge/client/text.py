@@ -1,0 +1,89 @@
+"""The text of an answer: of a whole reply, and of a stream while it arrives."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol, Self
+
+from lmbridge._checks import wrong_type
+from lmbridge.client.reasoning import split_reasoning
+
+_REPLY_HINT = "give what chat_completion(), text_completion(), create_response() or collect() returned"
+
+
+def text_of(reply: Mapping[str, Any]) -> str:
+    """Returns the text of a reply, without the reasoning before it; an empty string if it has only tool calls.
+
+    For example::
+
+        reply = await client.chat_completion([{"role": "user", "content": "Say hello."}])
+        print(text_of(reply))
+
+    Args:
+        reply: The reply to a chat completion, a text completion or a response. Of several answers, the first one
+            counts.
+
+    Raises:
+        LLMValidationError: It is something else.
+    """
+    if not isinstance(reply, Mapping):
+        raise wrong_type("reply", "the dict of a reply", reply, _REPLY_HINT)
+    if isinstance(output := reply.get("output"), list):
+        return _text_of_response(output)
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, Mapping):
+        raise wrong_type("reply", "a reply with choices or output", reply, _REPLY_HINT)
+    if isinstance(text := choice.get("text"), str):
+        return text
+    return split_reasoning(reply).text
+
+
+def _text_of_response(output: list[Any]) -> str:
+    parts = [part for item in output if item.get("type") == "message" for part in item.get("content") or ()]
+    return "".join(part.get("text") or "" for part in parts if part.get("type") == "output_text")
+
+
+class _Closable(AsyncIterator[Any], Protocol):
+    async def aclose(self) -> None: ...
+
+
+class StreamedText(AsyncIterator[str]):
+    """The pieces of the text of a stream, which `stream.text()` returns.
+
+    It is an object and not an async generator, so that dropping it drops the stream, and with it the connection.
+
+    Args:
+        stream: The stream. It is read by this iterator, and must not be read beside it.
+        read: Returns the text that an item of the stream adds.
+        finish: Returns the text that was held back until the end.
+    """
+
+    __slots__ = ("_finish", "_is_over", "_read", "_stream")
+
+    def __init__(self, stream: _Closable, read: Callable[[Any], str], finish: Callable[[], str] = str) -> None:
+        self._stream = stream
+        self._read = read
+        self._finish = finish
+        self._is_over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """Returns the next piece, which is never empty."""
+        while not self._is_over:
+            try:
+                item = await anext(self._stream)
+            except StopAsyncIteration:
+                self._is_over = True
+                text = self._finish()
+            else:
+                text = self._read(item)
+            if text:
+                return text
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Closes the stream."""
+        await self._stream.aclose()
