@@ -104,7 +104,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"model": " "}, "model must be .*, not ' '"),
     ({"api_key": "two words"}, "api_key must be printable ASCII"),
     ({"api_key": "new\nline"}, "api_key must be printable ASCII"),
-    ({"timeout": 5}, "timeout must be an instance of Timeouts, not 5; for example Timeouts"),
+    ({"timeout": "5"}, "timeout must be a positive number of seconds, an instance of Timeouts, or None, not '5'"),
     ({"max_retries": -1}, "max_retries must be an integer of at least 0, not -1"),
     ({"max_retries": 1.5}, "max_retries must be .*, not 1.5"),
     ({"limits": 5}, "limits must be an instance of Limits or None, not 5"),

@@ -193,7 +193,7 @@ async def test_clients_have_the_options_of_their_pool(scripted_server: ScriptedS
         {"api_base": "nonsense"},
         {"model": " "},
         {"api_key": "a b"},
-        {"timeout": 5},
+        {"timeout": "5"},
         {"max_retries": -1},
         {"limits": 5},
         {"model_mismatch": "shout"},
