@@ -650,6 +650,16 @@ class LLMClient(Owner):
 
     @overload
     def parse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        type_: type[_T],
+        *,
+        model: str | None = ...,
+        **params: Unpack[ChatParams],
+    ) -> _T: ...
+
+    @overload
+    def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
     ) -> _T: ...
 
