@@ -3,9 +3,9 @@
     python scripts/generate_sync.py            writes lmbridge/sync/_client.py, _agent.py and _mcp.py
     python scripts/generate_sync.py --check    exits with 1 if they are not up to date
 
-A generated method has the signature and the docstring of the asynchronous one, without `async` and `await`; its body
-hands the call to the background loop. Code was preferred over descriptors that wrap at run time, because editors and
-type checkers read it, and because a traceback through it can be followed.
+A generated method has the signature and the docstring of the asynchronous method, without `async` and `await`, and its
+body hands the call to the background loop. Descriptors that wrap methods at run time would be shorter, but editors and
+type checkers could not see through them, and tracebacks through generated code are easier to read.
 """
 
 from __future__ import annotations
@@ -23,37 +23,38 @@ ROOT: Final = Path(__file__).parent.parent
 FOLDER: Final = ROOT / "lmbridge" / "sync"
 
 
-class Spec(NamedTuple):
-    """A blocking class to write."""
+class ClassSpec(NamedTuple):
+    """The description of a blocking class to generate."""
 
     module: str
     """The module of the asynchronous class."""
     name: str
+    """The name of both classes."""
     kind: str
-    """The base class in _wrap.py: "Owner", "Stream" or "Wrapper"."""
+    """The name of the base class in _wrap.py: "Owner", "Stream" or "Wrapper"."""
 
 
-FILES: Final = {
+CLASSES_OF_FILE: Final = {
     "_client": [
-        Spec("lmbridge.client.chat_stream", "ChatStream", "Stream"),
-        Spec("lmbridge.client.completions", "TextStream", "Stream"),
-        Spec("lmbridge.client.responses", "ResponseStream", "Stream"),
-        Spec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
-        Spec("lmbridge.client.raw", "RawResponses", "Wrapper"),
-        Spec("lmbridge.client.llm", "LLMClient", "Owner"),
-        Spec("lmbridge.client.pool", "LLMClientPool", "Owner"),
+        ClassSpec("lmbridge.client.chat_stream", "ChatStream", "Stream"),
+        ClassSpec("lmbridge.client.completions", "TextStream", "Stream"),
+        ClassSpec("lmbridge.client.responses", "ResponseStream", "Stream"),
+        ClassSpec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
+        ClassSpec("lmbridge.client.raw", "RawResponses", "Wrapper"),
+        ClassSpec("lmbridge.client.llm", "LLMClient", "Owner"),
+        ClassSpec("lmbridge.client.pool", "LLMClientPool", "Owner"),
     ],
     "_agent": [
-        Spec("lmbridge.agent.runs", "RunStream", "Stream"),
-        Spec("lmbridge.agent.runs", "RunHandle", "Wrapper"),
-        Spec("lmbridge.agent.agent", "Agent", "Wrapper"),
+        ClassSpec("lmbridge.agent.runs", "RunStream", "Stream"),
+        ClassSpec("lmbridge.agent.runs", "RunHandle", "Wrapper"),
+        ClassSpec("lmbridge.agent.agent", "Agent", "Wrapper"),
     ],
-    "_mcp": [Spec("lmbridge.mcp.dynamic", "DynamicAutonomousAgent", "Owner")],
+    "_mcp": [ClassSpec("lmbridge.mcp.dynamic", "DynamicAutonomousAgent", "Owner")],
 }
-HOME: Final = {spec.name: file for file, specs in FILES.items() for spec in specs}
-BLOCKING_TOO: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
-"""Protocols of asynchronous objects in whose place a blocking class is taken as well."""
-LEFT_OUT: Final = {"aclose", "asend", "athrow", "close", "wait_begun"}
+FILE_OF_CLASS: Final = {spec.name: file for file, specs in CLASSES_OF_FILE.items() for spec in specs}
+BLOCKING_ALTERNATIVES: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
+"""The blocking class that is accepted in place of an object that follows an asynchronous protocol."""
+OMITTED_METHODS: Final = {"aclose", "asend", "athrow", "close", "wait_begun"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -80,7 +81,7 @@ class Module:
         return cls._read[name]
 
     def import_line(self, name: str) -> str | None:
-        """The statement that brings a name of this module's annotations elsewhere; None for a builtin."""
+        """Returns the import statement for a name that annotations of this module use, or None for a builtin."""
         if name in self.imports:
             module, original = self.imports[name]
             if not original:
@@ -95,8 +96,8 @@ def _targets(node: ast.stmt) -> Iterator[ast.Name]:
     yield from (target for target in targets if isinstance(target, ast.Name))
 
 
-class Translate(ast.NodeTransformer):
-    """Turns an annotation of the asynchronous class into one of the blocking class."""
+class AnnotationTranslator(ast.NodeTransformer):
+    """Translates an annotation of an asynchronous class for the blocking class."""
 
     def __init__(self, type_variables: dict[str, ast.expr]) -> None:
         self._type_variables = type_variables
@@ -107,8 +108,8 @@ class Translate(ast.NodeTransformer):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id in BLOCKING_TOO:
-            return ast.BinOp(ast.Name(BLOCKING_TOO[node.id]), ast.BitOr(), node)
+        if node.id in BLOCKING_ALTERNATIVES:
+            return ast.BinOp(ast.Name(BLOCKING_ALTERNATIVES[node.id]), ast.BitOr(), node)
         return self._type_variables.get(node.id, node)
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
@@ -121,48 +122,48 @@ class Translate(ast.NodeTransformer):
         return node
 
 
-class Writer:
-    """Writes one file."""
+class FileWriter:
+    """Generates the source of one file."""
 
     def __init__(self, file: str) -> None:
         self._file = file
-        self._typing: set[str] = set()
-        self._spec_module = Module.named(FILES[file][0].module)
-        self._runtime: set[str] = {"from typing import TYPE_CHECKING, Any, overload"}
+        self._typing_imports: set[str] = set()
+        self._spec_module = Module.named(CLASSES_OF_FILE[file][0].module)
+        self._runtime_imports: set[str] = {"from typing import TYPE_CHECKING, Any, overload"}
 
     def write(self) -> str:
-        body = "\n\n\n".join(self._class(spec) for spec in FILES[self._file])
+        body = "\n\n\n".join(self._class_source(spec) for spec in CLASSES_OF_FILE[self._file])
         runtime, typing = (
-            "\n".join(sorted(self._runtime)),
-            "\n".join(f"    {each}" for each in sorted(self._typing - self._runtime)),
+            "\n".join(sorted(self._runtime_imports)),
+            "\n".join(f"    {each}" for each in sorted(self._typing_imports - self._runtime_imports)),
         )
         return (
-            '"""Blocking classes, written by scripts/generate_sync.py: change that, or the asynchronous classes."""\n\n'
+            '"""Blocking classes, generated by scripts/generate_sync.py: edit the script instead."""\n\n'
             f"from __future__ import annotations\n\n{runtime}\n\nif TYPE_CHECKING:\n    pass\n{typing}\n\n{body}\n"
         )
 
-    def _class(self, spec: Spec) -> str:
+    def _class_source(self, spec: ClassSpec) -> str:
         module = Module.named(spec.module)
         node = module.classes[spec.name]
         self._spec_module = module
         item = ""
         functions: list[tuple[Module, Function, dict[str, ast.expr]]] = []
-        for owner, base, variables in _lineage(module, node):
+        for owner, base, variables in _class_with_bases(module, node):
             if spec.kind == "Stream" and not item and (found := _item_type(base, variables)) is not None:
                 item = f"[{self._annotation(found, owner, variables)}]"
-                # The argument of a base class is evaluated, unlike an annotation.
-                self._runtime |= {line for line in [self._imported(item[1:-1], owner)] if line}
+                # The arguments of a base class are evaluated at run time, unlike annotations.
+                self._runtime_imports |= {line for line in [self._import_line(item[1:-1], owner)] if line}
             known = {function.name for _, function, _ in functions}
             functions += [(owner, each, variables) for each in _functions(base) if each.name not in known]
-        self._runtime.add(f"from lmbridge.sync._wrap import {spec.kind}")
+        self._runtime_imports.add(f"from lmbridge.sync._wrap import {spec.kind}")
         lines = [f"class {spec.name}({spec.kind}{item}):"]
         if docstring := ast.get_docstring(node):
-            lines.append(_indented(_docstring(docstring)))
+            lines.append(_indented(_blocking_docstring(docstring)))
         lines.append(f'    wraps = "{spec.module}:{spec.name}"')
-        lines += [self._function(owner, each, variables, spec) for owner, each, variables in functions]
+        lines += [self._method(owner, each, variables, spec) for owner, each, variables in functions]
         return "\n\n".join(lines)
 
-    def _function(self, owner: Module, node: Function, variables: dict[str, ast.expr], spec: Spec) -> str:
+    def _method(self, owner: Module, node: Function, variables: dict[str, ast.expr], spec: ClassSpec) -> str:
         decorators = [ast.unparse(each) for each in node.decorator_list]
         is_manager = "asynccontextmanager" in decorators
         kept = [each for each in decorators if each in ("overload", "property") or each.endswith(".setter")]
@@ -170,27 +171,29 @@ class Writer:
         returns = "None" if node.returns is None else self._annotation(node.returns, owner, variables)
         if is_manager:
             returns = f"AbstractContextManager[{returns.removeprefix('Iterator[')}"
-            self._typing.add("from contextlib import AbstractContextManager")
+            self._typing_imports.add("from contextlib import AbstractContextManager")
         head = "".join(f"@{each}\n" for each in kept) + f"def {node.name}({arguments}) -> {returns}:"
         if "overload" in kept:
             return _indented(f"{head} ...")
         body = ""
         if docstring := ast.get_docstring(node):
-            body += f"{_docstring(docstring)}\n"
-        return _indented(f"{head}\n{_indented(body + self._body(node, returns, kept, spec, is_manager=is_manager))}")
+            body += f"{_blocking_docstring(docstring)}\n"
+        return _indented(
+            f"{head}\n{_indented(body + self._method_body(node, returns, kept, spec, is_manager=is_manager))}"
+        )
 
-    def _body(self, node: Function, returns: str, kept: list[str], spec: Spec, *, is_manager: bool) -> str:
-        call = f"({', '.join(_passed(node.args))})"
+    def _method_body(self, node: Function, returns: str, kept: list[str], spec: ClassSpec, *, is_manager: bool) -> str:
+        call = f"({', '.join(_call_arguments(node.args))})"
         if "unwrap(" in call:
-            self._runtime.add("from lmbridge.sync._wrap import unwrap")
+            self._runtime_imports.add("from lmbridge.sync._wrap import unwrap")
         if node.name == "__init__":
-            self._runtime.add(f"import {spec.module} as {_alias(spec)}")
+            self._runtime_imports.add(f"import {spec.module} as {_alias(spec)}")
             return f"self._set_wrapped({_alias(spec)}.{spec.name}{call})"
         target = f"self.wrapped.{node.name}"
         if any(each.endswith(".setter") for each in kept):
             return f'self._call(lambda: setattr(self.wrapped, "{node.name}", {node.args.args[1].arg}))'
         if is_manager:
-            self._runtime.add("from lmbridge.sync._wrap import entered")
+            self._runtime_imports.add("from lmbridge.sync._wrap import entered")
             return f"return entered(lambda: {target}{call})"
         if "property" in kept:
             expression = f"self._call(lambda: {target})"
@@ -210,39 +213,39 @@ class Writer:
         for default in [*arguments.defaults, *filter(None, arguments.kw_defaults)]:
             for name in (part.id for part in ast.walk(default) if isinstance(part, ast.Name)):
                 if line := owner.import_line(name):
-                    self._runtime.add(line)
+                    self._runtime_imports.add(line)
         return arguments
 
     def _annotation(self, node: ast.expr, owner: Module, variables: dict[str, ast.expr]) -> str:
         copied = ast.parse(ast.unparse(node), mode="eval").body
-        translated = Translate(variables).visit(copied)
+        translated = AnnotationTranslator(variables).visit(copied)
         for name in (part.id for part in ast.walk(translated) if isinstance(part, ast.Name)):
             self._import(name, owner)
         return ast.unparse(translated)
 
     def _import(self, name: str, owner: Module) -> None:
-        if name in HOME:
-            if HOME[name] != self._file:
-                self._typing.add(f"from lmbridge.sync.{HOME[name]} import {name}")
+        if name in FILE_OF_CLASS:
+            if FILE_OF_CLASS[name] != self._file:
+                self._typing_imports.add(f"from lmbridge.sync.{FILE_OF_CLASS[name]} import {name}")
         elif name == "Iterator":
-            self._typing.add("from collections.abc import Iterator")
-        elif name != "Any" and (line := self._imported(name, owner)):
-            self._typing.add(line)
+            self._typing_imports.add("from collections.abc import Iterator")
+        elif name != "Any" and (line := self._import_line(name, owner)):
+            self._typing_imports.add(line)
 
-    def _imported(self, name: str, owner: Module) -> str | None:
-        # What a type variable of a base class stands for is a name of the class's own module.
+    def _import_line(self, name: str, owner: Module) -> str | None:
+        # The type that a type variable of a base class stands for may be a name of the module of the derived class.
         return owner.import_line(name) or self._spec_module.import_line(name)
 
 
-def _alias(spec: Spec) -> str:
-    """The name under which a generated file imports the module of an asynchronous class."""
+def _alias(spec: ClassSpec) -> str:
+    """Returns the name under which a generated file imports the module of an asynchronous class."""
     return f"_{spec.module.rpartition('.')[2]}"
 
 
-def _lineage(
+def _class_with_bases(
     module: Module, node: ast.ClassDef, variables: dict[str, ast.expr] | None = None
 ) -> Iterator[tuple[Module, ast.ClassDef, dict[str, ast.expr]]]:
-    """A class and its bases within lmbridge, with what their type variables stand for."""
+    """Yields a class and its bases within lmbridge, each with the types that its type variables stand for."""
     yield module, node, variables or {}
     for base in node.bases:
         name = base.value if isinstance(base, ast.Subscript) else base
@@ -257,11 +260,11 @@ def _lineage(
         given = base.slice.elts if isinstance(base, ast.Subscript) and isinstance(base.slice, ast.Tuple) else []
         known = variables or {}
         given = [known.get(ast.unparse(each), each) for each in given]
-        yield from _lineage(home, parent, dict(zip(_type_variables(parent), given, strict=False)))
+        yield from _class_with_bases(home, parent, dict(zip(_type_variables(parent), given, strict=False)))
 
 
 def _type_variables(node: ast.ClassDef) -> list[str]:
-    """The type variables of a class, in order: those of `Generic[...]`, else those of its bases."""
+    """Returns the type variables of a class, in order: those of `Generic[...]`, else those of its bases."""
     subscripts = [base for base in node.bases if isinstance(base, ast.Subscript)]
     subscripts.sort(key=lambda base: ast.unparse(base.value) != "Generic")
     names = [part.id for base in subscripts for part in ast.walk(base.slice) if isinstance(part, ast.Name)]
@@ -269,7 +272,7 @@ def _type_variables(node: ast.ClassDef) -> list[str]:
 
 
 def _item_type(node: ast.ClassDef, variables: dict[str, ast.expr]) -> ast.expr | None:
-    """What an asynchronous stream yields: the first argument of its base `AsyncGenerator[...]`."""
+    """Returns the type of the items of an asynchronous stream: the first argument of its base `AsyncGenerator[...]`."""
     for base in node.bases:
         if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "AsyncGenerator":
             item = base.slice.elts[0] if isinstance(base.slice, ast.Tuple) else base.slice
@@ -282,7 +285,7 @@ def _functions(node: ast.ClassDef) -> list[Function]:
         each
         for each in node.body
         if isinstance(each, Function)
-        and each.name not in LEFT_OUT
+        and each.name not in OMITTED_METHODS
         and (not each.name.startswith("_") or (each.name == "__init__" and node.name in PUBLIC_CONSTRUCTORS))
     ]
 
@@ -295,22 +298,22 @@ def _all_arguments(arguments: ast.arguments) -> Iterable[ast.arg]:
     yield from filter(None, [arguments.vararg, arguments.kwarg])
 
 
-def _passed(arguments: ast.arguments) -> list[str]:
-    """The arguments of the call that is handed on; objects of blocking classes give the asynchronous one in them."""
-    taken = [_handed_on(each) for each in [*arguments.posonlyargs, *arguments.args][1:]]
-    taken += [f"{each.arg}={_handed_on(each)}" for each in arguments.kwonlyargs]
+def _call_arguments(arguments: ast.arguments) -> list[str]:
+    """Returns the arguments of the call to the asynchronous method. Blocking objects among them are unwrapped."""
+    taken = [_argument_expression(each) for each in [*arguments.posonlyargs, *arguments.args][1:]]
+    taken += [f"{each.arg}={_argument_expression(each)}" for each in arguments.kwonlyargs]
     if arguments.kwarg is not None:
         taken.append(f"**{arguments.kwarg.arg}")
     return taken
 
 
-def _handed_on(argument: ast.arg) -> str:
+def _argument_expression(argument: ast.arg) -> str:
     names = set() if argument.annotation is None else set(re.findall(r"\w+", ast.unparse(argument.annotation)))
-    return f"unwrap({argument.arg})" if names & ({*HOME, *BLOCKING_TOO}) else argument.arg
+    return f"unwrap({argument.arg})" if names & ({*FILE_OF_CLASS, *BLOCKING_ALTERNATIVES}) else argument.arg
 
 
-def _docstring(text: str) -> str:
-    """The docstring of an asynchronous class or function, for the blocking one."""
+def _blocking_docstring(text: str) -> str:
+    """Returns the docstring for a blocking class or function, made from that of the asynchronous one."""
     text = re.sub(r"\basync (with|for|def)\b", r"\1", text)
     text = re.sub(r"\bawait (?=[\w(])", "", text)
     return f'"""{text}\n"""' if "\n" in text else f'"""{text}"""'
@@ -320,7 +323,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" if line else "" for line in text.rstrip("\n").split("\n"))
 
 
-def _formatted(source: str) -> str:
+def _format_with_ruff(source: str) -> str:
     options = ["--quiet", "--stdin-filename", str(FOLDER / "_generated.py")]
     for command in (["check", "--fix", "--exit-zero"], ["format"]):
         done = subprocess.run(  # noqa: S603 - ruff, from this environment
@@ -335,13 +338,13 @@ def _formatted(source: str) -> str:
 
 
 def main() -> int:
-    """Writes the files, or checks them."""
+    """Writes the files, or checks that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for file in FILES:
-        source, path = _formatted(Writer(file).write()), FOLDER / f"{file}.py"
+    for file in CLASSES_OF_FILE:
+        source, path = _format_with_ruff(FileWriter(file).write()), FOLDER / f"{file}.py"
         if not path.exists() or path.read_text() != source:
             stale.append(path.relative_to(ROOT).as_posix())
             if not check:
