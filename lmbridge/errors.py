@@ -131,7 +131,9 @@ class LLMError(Exception):
     def __str__(self) -> str:
         """Returns one sentence: what was attempted, what went wrong, how long it took, and what to do."""
         text = self._describe_request() + self.message + self._describe_duration()
-        return f"{text}; {self.hint}" if self.hint else text
+        # After a message of several lines, which quotes a program, a hint at the end of the last one would look quoted.
+        separator = "\n" if "\n" in text else "; "
+        return f"{text}{separator}{self.hint}" if self.hint else text
 
     def _describe_request(self) -> str:
         operation, model, url = (self.context.get(key) for key in ("operation", "model", "url"))

@@ -46,7 +46,7 @@ class DynamicAutonomousAgent(Owner):
         trust_project: Whether `./.mcp.json` may be used. Default: False, because that file starts programs that the
             author of the current directory has chosen.
         connect_timeout: Seconds for connecting to a server and listing its tools. The configuration file can set
-            another value for a server. Default: 30.
+            another value for a server. Default: 30; more for `npx`, `uvx` and the like, see `McpHub`.
         on_mcp_event: A function that is called with each event of a server: state changes, log messages, the progress
             of calls. Default: None.
         **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the

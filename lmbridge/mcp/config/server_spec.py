@@ -26,7 +26,9 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 TransportKind = Literal["stdio", "http", "sse"]
 
 DEFAULT_CONNECT_TIMEOUT: Final = 30.0
-"""Seconds for connecting to a server and listing its tools, unless the configuration or the caller says otherwise."""
+"""Seconds for connecting to a server and listing its tools, unless the configuration or the caller says otherwise.
+
+Programs that download a server before they start it have more; see `lmbridge.mcp.servers.package_runners`."""
 
 _TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
     "stdio": "stdio",

@@ -26,7 +26,6 @@ from lmbridge._tasks import LoopGuard
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
-from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT
 from lmbridge.mcp.servers.definitions import LeftOutTool, fit_budget, make_tools
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
@@ -80,7 +79,8 @@ class McpHub:
         trust_project: Whether `./.mcp.json` may be used. Default: False, because it may have come with somebody else's
             repository, and names programs that are started.
         connect_timeout: Seconds for connecting to a server and listing its tools, unless the file says otherwise.
-            Default: 30.
+            Default: 30. For a program that downloads a server before it starts it, such as `npx` and `uvx`, it limits
+            the time without any output on stderr (default: 120), and the whole start has at least 300 seconds.
         idle_linger: Seconds after which a server that no run uses is closed; None to keep it until `close()`.
             Default: 300.
         on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
@@ -101,7 +101,7 @@ class McpHub:
         self._config_path = check_path("config_path", config_path, optional=True)
         # A string such as "no" counts as true in Python, and would start programs that are not trusted.
         self._trust_project = check_bool("trust_project", trust_project)
-        self._connect_timeout = check_seconds("connect_timeout", connect_timeout) or DEFAULT_CONNECT_TIMEOUT
+        self._connect_timeout = check_seconds("connect_timeout", connect_timeout)
         self._idle_linger = check_seconds("idle_linger", idle_linger)
         self._on_event = check_callable("on_event", on_event, optional=True)
         self._config: McpConfig | None = None

@@ -18,16 +18,18 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
 from lmbridge._tasks import SingleFlight
 from lmbridge.errors import MCPConnectionError, MCPError, TaskCancelledError, ToolError
-from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
 from lmbridge.mcp.sdk import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
+from lmbridge.mcp.servers.package_runners import describe_damaged_cache, start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
 
@@ -91,15 +93,23 @@ class ManagedServer:
     Args:
         spec: How the server is reached.
         emit: Called with the events of the server.
-        connect_timeout: Seconds for connecting to the server and listing its tools.
+        connect_timeout: Seconds for connecting to the server and listing its tools; None for the default, which is
+            longer for programs that download a server before they start it.
         idle_linger: Seconds after which the server is closed if no run uses it; None to keep it.
     """
 
     def __init__(
-        self, spec: ServerSpec, emit: Callable[[McpEvent], None], *, connect_timeout: float, idle_linger: float | None
+        self,
+        spec: ServerSpec,
+        emit: Callable[[McpEvent], None],
+        *,
+        connect_timeout: float | None,
+        idle_linger: float | None,
     ) -> None:
         self.spec = spec
-        self._emit, self._connect_timeout, self._idle_linger = emit, connect_timeout, idle_linger
+        self._emit, self._idle_linger = emit, idle_linger
+        self._patience = start_patience(spec, connect_timeout)
+        self._list_timeout = connect_timeout or DEFAULT_CONNECT_TIMEOUT
         self._state = ServerState.IDLE
         self._error: str | None = None
         self._session: SessionOwner | None = None
@@ -187,7 +197,7 @@ class ManagedServer:
         """
         session = await self._connect()
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            async with asyncio.timeout(self._list_timeout):
                 await session.refresh_tools()
         except (TimeoutError, SessionLostError, RefusedError, BadReplyError) as exc:
             logger.warning(
@@ -296,15 +306,15 @@ class ManagedServer:
             session = SessionOwner(self.spec, self._emit)
             self._owner_tasks.add(session.task)
             session.task.add_done_callback(self._owner_tasks.discard)
-            await asyncio.wait({session.ready}, timeout=self._connect_timeout)
+            timeout_reason = await self._wait_until_ready(session)
         except asyncio.CancelledError:
             if session is not None:
                 session.stop()
             if self._state is not ServerState.CLOSED:
                 self._change_state(ServerState.IDLE)
             raise
-        if not session.ready.done():
-            session.stop(f"it did not answer within {self._connect_timeout:g} seconds")
+        if timeout_reason is not None:
+            session.stop(timeout_reason)
             raise self._record_start_failure(session, None)
         error = session.ready.exception()
         if isinstance(error, ImportError):
@@ -319,6 +329,20 @@ class ManagedServer:
         session.ended.add_done_callback(lambda _: self._on_session_ended(session))
         return session
 
+    async def _wait_until_ready(self, session: SessionOwner) -> str | None:
+        """Waits until a session can be used or has failed. Returns why the start has taken too long, or None."""
+        silence, total = self._patience.silence, self._patience.total
+        give_up_at = session.opened_at + total
+        while not session.ready.done():
+            silent_until = session.last_sign_of_progress + silence
+            remaining = min(silent_until, give_up_at) - asyncio.get_running_loop().time()
+            if remaining <= 0 and silent_until < give_up_at:
+                return f"it did not answer, and wrote nothing to stderr for {silence:g} seconds"
+            if remaining <= 0:
+                return f"it did not answer within {total:g} seconds"
+            await asyncio.wait({session.ready}, timeout=remaining)
+        return None
+
     async def _back_off(self) -> None:
         """Waits until the pause after the last failure is over."""
         pause = self._retry_at - asyncio.get_running_loop().time()
@@ -331,12 +355,31 @@ class ManagedServer:
         self._schedule_backoff()
         self._error = self.spec.redact(session.ended.result().reason)
         self._change_state(ServerState.FAILED)
-        hint = None
+        stderr = session.stderr_excerpt
+        problem = f"could not be started: {self._error}"
+        missing: list[str] = []
+        if session.pid is not None:
+            missing = missing_variables(self.spec, stderr)
+        if missing:
+            problem += f"; it did not get these variables of your environment: {', '.join(missing)}"
+        hint = self._start_hint(error, stderr, missing)
+        failure = self._connection_error(problem, error, stderr, hint)
+        failure.context["missing_variables"] = missing
+        return failure
+
+    def _start_hint(self, error: BaseException | None, stderr: str, missing: Sequence[str]) -> str | None:
+        """Returns what to do after a failed start. Without an `error`, the server has not answered in time."""
+        hints: list[str] = []
+        if error is not None and isinstance(error.__cause__, FileNotFoundError):
+            hints.append("install it, or give its full path in the configuration")
+        if damaged := describe_damaged_cache(self.spec, stderr, timed_out=error is None):
+            hints.append(damaged)
+        if missing:
+            example = f'{{"{missing[0]}": "${{{missing[0]}}}"}}'
+            hints.append(f'if it needs one of the variables, pass it on with "env": {example} in the configuration')
         if error is None:
-            hint = 'allow it more time with "lmbridge": {"connectTimeout": ...} in the configuration'
-        elif isinstance(error.__cause__, FileNotFoundError):
-            hint = "install it, or give its full path in the configuration"
-        return self._connection_error(f"could not be started: {self._error}", error, session.stderr_tail, hint)
+            hints.append('allow it more time with "lmbridge": {"connectTimeout": ...} in the configuration')
+        return "; ".join(hints) or None
 
     def _schedule_backoff(self) -> None:
         pause = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self._failures)
@@ -362,13 +405,13 @@ class ManagedServer:
         self._change_state(ServerState.LOST)
 
     def _connection_error(
-        self, problem: str, error: BaseException | None = None, stderr_tail: str = "", hint: str | None = None
+        self, problem: str, error: BaseException | None = None, stderr: str = "", hint: str | None = None
     ) -> MCPConnectionError:
         return MCPConnectionError(
-            f"MCP server {self.spec.name!r} {problem}{_describe_stderr(stderr_tail)}",
+            f"MCP server {self.spec.name!r} {problem}{_describe_stderr(stderr)}",
             error,
             server=self.spec.name,
-            context={"target": self.spec.redact(self.spec.target), "stderr": stderr_tail},
+            context={"target": self.spec.redact(self.spec.target), "stderr": stderr},
             hint=hint,
         )
 
@@ -379,9 +422,11 @@ class ManagedServer:
             self._emit(ServerStateChanged(self.spec.name, state, self._error if is_problem else None))
 
 
-def _describe_stderr(stderr_tail: str) -> str:
+def _describe_stderr(stderr: str) -> str:
     """Returns the part of an error text that quotes stderr: a single line inline, several lines as a block."""
-    if not stderr_tail:
+    if not stderr:
         return ""
-    quoted = stderr_tail if "\n" not in stderr_tail else "".join(f"\n  {line}" for line in stderr_tail.split("\n"))
-    return f"; the last lines of its stderr: {quoted}"
+    if "\n" not in stderr:
+        return f"; the last lines of its stderr: {stderr}"
+    quoted = "".join(f"\n  {line}" for line in stderr.split("\n"))
+    return f"; the first and last lines of its stderr:{quoted}"

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from lmbridge.mcp.servers import guardian
+from lmbridge.mcp.servers.environment import base_environment
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -33,8 +34,6 @@ _TERM_GRACE_SECONDS: Final = 1.5
 """How long a group may take to end after SIGTERM before it gets SIGKILL, in seconds."""
 KILL_WAIT_SECONDS: Final = 2.0
 """How long `end_group` waits for a group to be gone after SIGKILL, in seconds."""
-_INHERITED_VARIABLES: Final = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
-"""The variables that the official MCP SDKs pass on to servers: none of them is likely to be a secret."""
 
 
 class ProcessGroups:
@@ -124,13 +123,6 @@ def _start_guardian() -> int:
     finally:
         os.close(read_end)
     return write_end
-
-
-def base_environment() -> dict[str, str]:
-    """Returns the few variables of this process's environment that every server gets."""
-    values = {name: os.environ.get(name, "") for name in _INHERITED_VARIABLES}
-    # A value that begins with () is a function that a shell exported; the official SDKs leave those out as well.
-    return {name: value for name, value in values.items() if value and not value.startswith("()")}
 
 
 async def end_group(group: int, *, patience: float) -> None:

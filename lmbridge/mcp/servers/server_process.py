@@ -17,7 +17,9 @@ from typing import Any, Final, cast
 
 from lmbridge._tasks import settle
 from lmbridge.errors import MCPError
-from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, base_environment, end_group, process_groups
+from lmbridge.mcp.servers.environment import base_environment
+from lmbridge.mcp.servers.package_runners import is_download_line, runner_environment
+from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, end_group, process_groups
 
 _EXIT_GRACE_SECONDS: Final = 1.0
 """How long a server may take to end by itself once its stdin is closed, before it gets SIGTERM, in seconds."""
@@ -26,8 +28,10 @@ _LAST_OUTPUT_SECONDS: Final = 1.0
 
 The last output, the closing of the pipes and the exit status arrive separately and in any order.
 """
-_STDERR_LINES: Final = 10
-"""How many lines of stderr are kept."""
+_FIRST_STDERR_LINES: Final = 10
+"""How many lines at the beginning of stderr are kept: the first error is often the cause of all others."""
+_LAST_STDERR_LINES: Final = 10
+"""How many lines at the end of stderr are kept."""
 _STDERR_LINE_LENGTH: Final = 500
 """How many characters of each line are kept."""
 _MOST_BYTES_PER_CHARACTER: Final = 4
@@ -45,8 +49,10 @@ class ServerProcess(asyncio.SubprocessProtocol):
     """
 
     def __init__(self, on_output: Callable[[bytes], None], on_end: Callable[[str], None]) -> None:
-        self.stderr: StderrTail = StderrTail()
-        """The last lines that the process wrote to stderr."""
+        self.stderr: StderrExcerpt = StderrExcerpt()
+        """The first and the last lines that the process wrote to stderr."""
+        self.last_stderr_at: float | None = None
+        """The time of the event loop at which the process last wrote to stderr, or None if it has not."""
         self._on_output, self._on_end = on_output, on_end
         self._transport: asyncio.SubprocessTransport | None = None
         self._exited = asyncio.Event()
@@ -78,7 +84,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
                 lambda: self,
                 command,
                 *args,
-                env={**base_environment(), **env},
+                env={**base_environment(), **runner_environment(command), **env},
                 cwd=cwd,
                 start_new_session=True,
             )
@@ -152,6 +158,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """Passes on the output of the process."""
         if fd == _STDERR:
+            self.last_stderr_at = asyncio.get_running_loop().time()
             self.stderr.feed(data)
         elif not self._end_is_reported:
             self._on_output(data)
@@ -205,29 +212,56 @@ class ServerProcess(asyncio.SubprocessProtocol):
         return f"it was killed by signal {-code}"
 
 
-class StderrTail:
-    """The last lines of a byte stream that arrives in pieces, each cut to a maximum length.
+class StderrExcerpt:
+    """The first and the last lines of a byte stream that arrives in pieces, each cut to a maximum length.
+
+    Empty lines are left out, and so are the lines that only say that npm has downloaded a file.
 
     Args:
-        lines: How many lines are kept.
+        first: How many lines at the beginning are kept.
+        last: How many lines at the end are kept.
     """
 
-    def __init__(self, lines: int = _STDERR_LINES) -> None:
-        self._lines: deque[str] = deque(maxlen=lines)
+    def __init__(self, first: int = _FIRST_STDERR_LINES, last: int = _LAST_STDERR_LINES) -> None:
+        self._first_count = first
+        self._first_lines: list[str] = []
+        self._last_lines: deque[str] = deque(maxlen=last)
+        self._later_count = 0
         self._unfinished_line = b""
 
     def feed(self, data: bytes) -> None:
         """Adds the next piece."""
         *lines, rest = (self._unfinished_line + data).split(b"\n")
-        self._lines += [self._decode(line) for line in lines if line.strip()]
+        for line in filter(_is_worth_keeping, lines):
+            if len(self._first_lines) < self._first_count:
+                self._first_lines.append(_decode_line(line))
+            else:
+                self._last_lines.append(_decode_line(line))
+                self._later_count += 1
         self._unfinished_line = rest[: _MOST_BYTES_PER_CHARACTER * _STDERR_LINE_LENGTH]
 
     @property
     def text(self) -> str:
-        """The lines, including one at the end that is not finished."""
-        last = [self._decode(self._unfinished_line)] if self._unfinished_line.strip() else []
-        return "\n".join([*self._lines, *last][-(self._lines.maxlen or 1) :])
+        """The lines, including one at the end that is not finished. A line in between says how many are left out."""
+        omitted = self._later_count - len(self._last_lines)
+        gap = [f"[... {omitted:,} line{'' if omitted == 1 else 's'} omitted]"] if omitted else []
+        return "\n".join([*self._first_lines, *gap, *self._latest_lines()])
 
-    def _decode(self, line: bytes) -> str:
-        cut = line[: _MOST_BYTES_PER_CHARACTER * _STDERR_LINE_LENGTH]
-        return cut.decode(errors="replace").rstrip()[:_STDERR_LINE_LENGTH]
+    @property
+    def tail(self) -> str:
+        """The last lines, including one that is not finished."""
+        lines = [*self._first_lines, *self._latest_lines()]
+        return "\n".join(lines[-(self._last_lines.maxlen or 1) :])
+
+    def _latest_lines(self) -> list[str]:
+        unfinished = self._unfinished_line
+        return [*self._last_lines, *([_decode_line(unfinished)] if _is_worth_keeping(unfinished) else [])]
+
+
+def _is_worth_keeping(line: bytes) -> bool:
+    return bool(line.strip()) and not is_download_line(line)
+
+
+def _decode_line(line: bytes) -> str:
+    cut = line[: _MOST_BYTES_PER_CHARACTER * _STDERR_LINE_LENGTH]
+    return cut.decode(errors="replace").rstrip()[:_STDERR_LINE_LENGTH]

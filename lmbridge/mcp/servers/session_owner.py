@@ -99,6 +99,17 @@ class SessionOwner:
         return None if self._session is None else self._session.protocol
 
     @property
+    def last_sign_of_progress(self) -> float:
+        """The time of the event loop at which the server last wrote to stderr, or else that of the opening."""
+        written_at = None if self._link is None else self._link.last_stderr_at
+        return self.opened_at if written_at is None else written_at
+
+    @property
+    def stderr_excerpt(self) -> str:
+        """The first and last lines that the server's process wrote to stderr."""
+        return "" if self._link is None else self._link.stderr_excerpt
+
+    @property
     def stderr_tail(self) -> str:
         """The last lines that the server's process wrote to stderr."""
         return "" if self._link is None else self._link.stderr_tail

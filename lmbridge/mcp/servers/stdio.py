@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
+from lmbridge.mcp.servers.environment import redact_proxy_passwords
 from lmbridge.mcp.servers.sanitize import sanitize_text
 from lmbridge.mcp.servers.server_process import ServerProcess
 
@@ -41,9 +42,22 @@ class StdioLink:
         return self._process.pid
 
     @property
+    def stderr_excerpt(self) -> str:
+        """The first and last lines that the server wrote to stderr, without secrets and control characters."""
+        return self._clean(self._process.stderr.text)
+
+    @property
     def stderr_tail(self) -> str:
         """The last lines that the server wrote to stderr, without secrets and control characters."""
-        return self._spec.redact(sanitize_text(self._process.stderr.text))
+        return self._clean(self._process.stderr.tail)
+
+    @property
+    def last_stderr_at(self) -> float | None:
+        """The time of the event loop at which the server last wrote to stderr, or None if it has not."""
+        return self._process.last_stderr_at
+
+    def _clean(self, text: str) -> str:
+        return redact_proxy_passwords(self._spec.redact(sanitize_text(text)))
 
     async def start(self) -> None:
         """Starts the process.
@@ -97,7 +111,7 @@ class StdioLink:
             self._process.pause_reading()
 
     def _log_skipped_line(self, line: bytes) -> None:
-        shown = self._spec.redact(line[:_LOGGED_BYTES].decode(errors="replace"))
+        shown = redact_proxy_passwords(self._spec.redact(line[:_LOGGED_BYTES].decode(errors="replace")))
         logger.warning(
             "MCP server %r: skipped a line on stdout that is not a JSON-RPC message (later ones are not logged): %r",
             self._spec.name,

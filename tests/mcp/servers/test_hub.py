@@ -22,6 +22,7 @@ from lmbridge.mcp import (
     ServerStateChanged,
     ToolProgress,
 )
+from lmbridge.mcp.servers.environment import INHERITED_VARIABLES
 from lmbridge.mcp.servers.guardian import is_gone
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import Recorder, function_of, names, rewrite, scripted, wait_until_gone
@@ -54,15 +55,8 @@ async def test_a_server_gets_a_few_variables_of_the_environment_and_those_of_its
     lease = await make_hub({"a": {"env": {"OWN": "yes"}}}).tools()
     env = json.loads(await function_of(lease, "env")())
     assert env["OWN"] == "yes"
-    assert set(env) - {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"} <= {
-        "OWN",
-        "HOME",
-        "LOGNAME",
-        "PATH",
-        "SHELL",
-        "TERM",
-        "USER",
-    }
+    assert "SECRET_TOKEN" not in env
+    assert set(env) - {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"} <= {"OWN", *INHERITED_VARIABLES}
 
 
 async def test_the_arguments_of_a_server_are_not_interpreted_by_a_shell(make_hub: MakeHub, tmp_path: Path) -> None:

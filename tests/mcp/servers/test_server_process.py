@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from lmbridge.mcp.servers import guardian
-from lmbridge.mcp.servers.server_process import ServerProcess, StderrTail
+from lmbridge.mcp.servers.server_process import ServerProcess, StderrExcerpt
 from tests.support import turns
 
 
@@ -64,11 +64,21 @@ async def test_a_process_that_does_not_read_blocks_only_its_writer() -> None:
         await process.write(b"x")
 
 
-def test_the_stderr_tail_keeps_the_last_lines_of_what_arrives_in_pieces() -> None:
-    tail = StderrTail(lines=2)
+def test_the_first_and_the_last_lines_of_stderr_are_kept_of_what_arrives_in_pieces() -> None:
+    excerpt = StderrExcerpt(first=1, last=2)
     for piece in (b"one\ntw", b"o\n\nthr", b"ee"):
-        tail.feed(piece)
-    assert tail.text == "two\nthree"
-    tail.feed(b"\xff\n" + b"z" * 10_000)
-    assert tail.text.splitlines()[0] == "three\ufffd"
-    assert tail.text.splitlines()[1] == "z" * 500
+        excerpt.feed(piece)
+    assert excerpt.text == excerpt.tail.replace("two", "one\ntwo", 1) == "one\ntwo\nthree"
+    excerpt.feed(b"\xff\nfour\n" + b"z" * 10_000)
+    first, gap, *last = excerpt.text.splitlines()
+    assert (first, gap) == ("one", "[... 1 line omitted]")
+    assert last == ["three\ufffd", "four", "z" * 500]
+    assert excerpt.tail.splitlines() == ["four", "z" * 500]
+
+
+def test_lines_that_only_report_a_download_of_npm_are_left_out() -> None:
+    excerpt = StderrExcerpt()
+    excerpt.feed(b"npm http fetch GET 200 https://registry.npmjs.org/zod 51ms (cache miss)\n")
+    excerpt.feed(b"npm http cache zod@https://registry.npmjs.org/zod/-/zod-4.6.7.tgz 0ms (cache hit)\n")
+    excerpt.feed(b"npm http fetch GET 404 https://registry.npmjs.org/nope 51ms\nnpm error 404 Not Found\n")
+    assert excerpt.text == "npm http fetch GET 404 https://registry.npmjs.org/nope 51ms\nnpm error 404 Not Found"

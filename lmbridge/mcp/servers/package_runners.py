@@ -1,0 +1,117 @@
+"""Programs that download a server before they start it, such as `npx` and `uvx`: their time limits and their faults.
+
+The first start with `npx` downloads a package and all that it depends on: 14 to 26 seconds for a small server on a fast
+line, minutes for one that brings a browser or a model. The rules follow from what npm 11.19 and uv 0.13 do:
+
+- npx writes nothing to stderr while it downloads, unless `npm_config_loglevel` is "http": then it writes one line for
+  each file. uvx writes a line when a large file begins, and another when it is complete.
+- npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
+  in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
+- Older versions of npm have no lock. Files that a killed npx has left make them fail at each start (ENOTEMPTY, EEXIST,
+  TAR_ENTRY_ERROR), or start a package of which a part is missing ("Cannot find module", "not found").
+
+So a package runner that is silent has two minutes, more than the lock's 60 seconds, and each line on stderr starts them
+again; there is a limit for the whole start, because a server that logs and never answers would otherwise wait for ever.
+For all other programs, the connect timeout is the time for the whole start. Watching the processor or the network usage
+of the processes would work without the lines, but only on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePath
+from typing import Final
+
+import attrs
+
+from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
+
+_PACKAGE_RUNNERS: Final = frozenset(
+    {"npx", "npm", "pnpm", "pnpx", "yarn", "bun", "bunx", "deno", "uv", "uvx", "pipx", "docker", "podman"}
+)
+_NPM_PROGRAMS: Final = frozenset({"npx", "npm"})
+_RUNNER_SILENCE_SECONDS: Final = 120.0
+"""Seconds for which a package runner may write nothing to stderr, unless a connect timeout was given."""
+_RUNNER_START_SECONDS: Final = 300.0
+"""Seconds that a start with a package runner may take, unless a longer connect timeout was given."""
+_NPM_DOWNLOAD_LINE: Final = re.compile(rb"npm (?:http|HTTP) (?:fetch \w+ [23]\d\d|cache) ")
+_CACHE_FOLDER: Final = re.compile(r"(?P<folder>/[^\s'\"]*?/_npx/[0-9a-f]{16})\b")
+_DAMAGED_CACHE: Final = re.compile(
+    r"ENOTEMPTY|EEXIST|TAR_ENTRY_ERROR|EINTEGRITY|ECOMPROMISED|could not determine executable to run|"
+    r"sh: (?:\d+: |line \d+: )?\S+: (?:command )?not found"
+)
+"""What npx writes to stderr if its cache is damaged."""
+_INCOMPLETE_PACKAGE: Final = re.compile(r"Cannot find (?:module|package)|ERR_MODULE_NOT_FOUND|ENOENT")
+"""What a package of which a part is missing writes to stderr. It may have other reasons, unless it names the cache."""
+
+
+@attrs.frozen
+class StartPatience:
+    """How long the start of a server may take."""
+
+    silence: float
+    """Seconds without any output on stderr after which the start has failed."""
+    total: float
+    """Seconds after which the start has failed in any case."""
+
+
+def is_package_runner(command: str) -> bool:
+    """Returns whether a command is a program that may download a server before it starts it."""
+    return PurePath(command).stem in _PACKAGE_RUNNERS
+
+
+def start_patience(spec: ServerSpec, connect_timeout: float | None) -> StartPatience:
+    """Returns how long a server may take to start.
+
+    Args:
+        spec: The server.
+        connect_timeout: The connect timeout that was given for this server or for all, or None for the default.
+    """
+    if spec.transport == "stdio" and is_package_runner(spec.command):
+        silence = connect_timeout or _RUNNER_SILENCE_SECONDS
+        return StartPatience(silence, max(_RUNNER_START_SECONDS, silence))
+    timeout = connect_timeout or DEFAULT_CONNECT_TIMEOUT
+    return StartPatience(timeout, timeout)
+
+
+def runner_environment(command: str) -> dict[str, str]:
+    """Returns variables that make a package runner write a line for each file that it downloads."""
+    return {"npm_config_loglevel": "http"} if PurePath(command).stem in _NPM_PROGRAMS else {}
+
+
+def is_download_line(line: bytes) -> bool:
+    """Returns whether a line of stderr only says that npm has downloaded a file."""
+    return _NPM_DOWNLOAD_LINE.match(line) is not None
+
+
+def describe_damaged_cache(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
+    """Returns what to do if npx failed because it was killed before, in the middle of a download; None if it was not.
+
+    Args:
+        spec: The server.
+        stderr: What npx and the server wrote to stderr.
+        timed_out: Whether the start took too long, which may mean that npx waited for the lock of a killed one.
+    """
+    if PurePath(spec.command).stem not in _NPM_PROGRAMS:
+        return None
+    found = _CACHE_FOLDER.search(stderr)
+    folder = found["folder"] if found else str(_npm_cache_folder(spec) / "_npx")
+    if _DAMAGED_CACHE.search(stderr) or (found and _INCOMPLETE_PACKAGE.search(stderr)):
+        return (
+            "the cache of npx seems to be damaged, as happens when it is killed while it downloads: delete the folder "
+            f"{folder} and try again"
+        )
+    if timed_out:
+        return (
+            "if npx was killed before while it downloaded, it may be waiting for a lock that was left behind: delete "
+            f"the folder {folder} and try again"
+        )
+    return None
+
+
+def _npm_cache_folder(spec: ServerSpec) -> Path:
+    """Returns the folder in which npm keeps its cache, unless an `.npmrc` names another one."""
+    configured = spec.env.get("npm_config_cache") or spec.env.get("NPM_CONFIG_CACHE")
+    home = spec.env.get("HOME") or os.environ.get("HOME") or "~"
+    return Path(configured) if configured else Path(home) / ".npm"

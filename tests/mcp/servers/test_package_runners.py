@@ -1,0 +1,144 @@
+"""Servers that npx, uvx and the like download before they start them: time limits, and a cache that is damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmbridge import MultiMCPError
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk import load_sdk
+from lmbridge.mcp.servers import package_runners
+from lmbridge.mcp.servers.package_runners import StartPatience, describe_damaged_cache, start_patience
+from tests.mcp.conftest import MakeHub
+from tests.mcp.support import SERVER, function_of, names
+
+DOWNLOAD_LINE = "npm http fetch GET 200 https://registry.npmjs.org/zod 51ms (cache miss)"
+
+
+def runner(folder: Path, script: str, name: str = "npx") -> dict[str, Any]:
+    """Returns the entry of a server that is started by a shell script with the name of a package runner."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return {"command": str(path), "args": ["-y", "some-server"]}
+
+
+def then_serve(**options: Any) -> str:
+    return f"exec {sys.executable} -I -S {SERVER} '{json.dumps(options)}'"
+
+
+def spec_of(command: str, transport: Any = "stdio") -> ServerSpec:
+    return ServerSpec(name="a", transport=transport, command=command)
+
+
+def test_a_package_runner_has_more_time_than_another_program() -> None:
+    assert start_patience(spec_of("python3"), None) == StartPatience(30, 30)
+    assert start_patience(spec_of("/usr/bin/npx"), None) == StartPatience(120, 300)
+    assert start_patience(spec_of("uvx"), None) == StartPatience(120, 300)
+    assert start_patience(spec_of("", "http"), None) == StartPatience(30, 30)
+
+
+def test_a_connect_timeout_is_the_silence_that_a_package_runner_is_allowed() -> None:
+    assert start_patience(spec_of("npx"), 5) == StartPatience(5, 300)
+    assert start_patience(spec_of("npx"), 900) == StartPatience(900, 900)
+    assert start_patience(spec_of("python3"), 5) == StartPatience(5, 5)
+
+
+async def test_output_on_stderr_gives_a_package_runner_more_time(make_hub: MakeHub, tmp_path: Path) -> None:
+    # Otherwise the import of the SDK, which is slow the first time, would count as silence.
+    await asyncio.to_thread(load_sdk)
+    slow = f'for each in 1 2 3 4 5 6 7 8; do echo "{DOWNLOAD_LINE}" >&2; sleep 0.3; done\n{then_serve(tools=["echo"])}'
+    hub = make_hub({"a": runner(tmp_path, slow)}, connect_timeout=2)
+    assert names((await hub.tools()).tools) == ["echo"]
+    assert hub.status()["a"].stderr_tail == ""
+
+
+async def test_a_package_runner_that_is_silent_fails(make_hub: MakeHub, tmp_path: Path) -> None:
+    entry = runner(tmp_path, "echo started >&2; exec sleep 600") | {"lmbridge": {"connectTimeout": 0.3}}
+    with pytest.raises(MultiMCPError) as caught:
+        await make_hub({"a": entry}).tools()
+    text = str(caught.value)
+    assert "it did not answer, and wrote nothing to stderr for 0.3 seconds" in text
+    assert "waiting for a lock that was left behind: delete the folder" in text
+    assert '"connectTimeout"' in text
+
+
+async def test_a_package_runner_that_writes_for_ever_fails_as_well(
+    make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_runners, "_RUNNER_START_SECONDS", 0.8)
+    entry = runner(tmp_path, "while true; do echo still here >&2; sleep 0.05; done", name="uvx")
+    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.8 seconds"):
+        await make_hub({"a": entry}, connect_timeout=0.6).tools()
+
+
+async def test_output_of_another_program_gives_it_no_more_time(make_hub: MakeHub, tmp_path: Path) -> None:
+    entry = runner(tmp_path, "while true; do echo still here >&2; sleep 0.05; done", name="server")
+    with pytest.raises(MultiMCPError, match=r"it did not answer within 0.3 seconds"):
+        await make_hub({"a": entry}, connect_timeout=0.3).tools()
+
+
+async def test_npx_is_asked_to_report_its_downloads_unless_the_entry_says_otherwise(
+    make_hub: MakeHub, tmp_path: Path
+) -> None:
+    npx = runner(tmp_path, then_serve(tools=["env"]))
+    hub = make_hub({"a": npx, "b": npx | {"env": {"npm_config_loglevel": "error"}}, "c": {"tools": ["env"]}})
+    lease = await hub.tools()
+    levels = [
+        json.loads(await function_of(lease, "env", server)()).get("npm_config_loglevel") for server in ("a", "b", "c")
+    ]
+    assert levels == ["http", "error", None]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "npm error code ENOTEMPTY",
+        "npm ERR! code EEXIST",
+        "npm warn tar TAR_ENTRY_ERROR ENOENT: open '/x/_npx/0123456789abcdef/node_modules/a'",
+        "Error: Cannot find module '/x/_npx/0123456789abcdef/node_modules/zod/index.js'",
+        "sh: 1: mcp-server-everything: not found",
+    ],
+)
+async def test_the_error_says_which_folder_to_delete_if_the_cache_of_npx_is_damaged(
+    make_hub: MakeHub, tmp_path: Path, empty_home: Path, line: str
+) -> None:
+    with pytest.raises(MultiMCPError) as caught:
+        await make_hub({"a": runner(tmp_path, f'echo "{line}" >&2; exit 1')}).tools()
+    folder = "/x/_npx/0123456789abcdef" if "/x/" in line else f"{empty_home}/.npm/_npx"
+    text = str(caught.value)
+    assert "the cache of npx seems to be damaged, as happens when it is killed while it downloads" in text
+    assert f"delete the folder {folder} and try again" in text
+
+
+def test_the_folder_is_that_of_the_entrys_own_cache() -> None:
+    spec = ServerSpec(name="a", transport="stdio", command="npx", env={"npm_config_cache": "/other"})
+    assert "delete the folder /other/_npx" in str(describe_damaged_cache(spec, "ENOTEMPTY", timed_out=False))
+
+
+def test_other_programs_and_other_errors_say_nothing_about_the_cache_of_npx() -> None:
+    own = "Error: Cannot find module './config.json'"
+    assert describe_damaged_cache(spec_of("npx"), own, timed_out=False) is None
+    assert describe_damaged_cache(spec_of("node"), "ENOTEMPTY", timed_out=True) is None
+
+
+async def test_the_first_and_the_last_lines_of_stderr_are_in_the_error(make_hub: MakeHub, tmp_path: Path) -> None:
+    script = "echo the cause >&2; for each in $(seq 40); do echo line $each >&2; done; echo the end >&2; exit 3"
+    with pytest.raises(MultiMCPError) as caught:
+        await make_hub({"a": runner(tmp_path, script, name="server")}).tools()
+    text = str(caught.value)
+    assert "it ended with status 3; the first and last lines of its stderr:\n  the cause\n  line 1\n" in text
+    assert "\n  [... 22 lines omitted]\n" in text
+    assert text.endswith("\n  line 40\n  the end")
+
+
+async def test_a_hint_after_several_lines_of_stderr_is_a_line_of_its_own(make_hub: MakeHub, tmp_path: Path) -> None:
+    with pytest.raises(MultiMCPError) as caught:
+        await make_hub({"a": runner(tmp_path, "echo ENOTEMPTY >&2; echo bye >&2; exit 1")}).tools()
+    assert "\n  bye\nthe cache of npx seems to be damaged" in str(caught.value)
