@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from lmbridge._checks import check_model_name
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
@@ -11,6 +11,7 @@ from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
 from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
 from lmbridge.agent.runs import RunHandle, RunStream, current_permit
+from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import Approve, MaxTokens, Settings, Task, check_task
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
@@ -59,6 +60,15 @@ class Agent:
         output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
             The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
             to give it as JSON, each time in a round without tools. Default: the answer is a text.
+        temperature: How freely the model chooses the next token: 0 takes the most likely one. Default for this and the
+            following parameters: they are not sent, and the server's own default holds.
+        top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
+        seed: Makes sampling repeatable, as far as the server can.
+        stop: One or several texts at which the model stops.
+        tool_choice: Whether the model calls a tool: "none", "auto", "required", or a dict that names one. A choice that
+            forces a call holds for the first round of a run, because no run would end otherwise.
+        parallel_tool_calls: Whether the model may call several tools in one reply.
+        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace others of the same name.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -83,6 +93,13 @@ class Agent:
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         self._source = ClientSource(client)
         self._settings = Settings(
@@ -99,6 +116,15 @@ class Agent:
             max_bad_calls=max_bad_calls,
             approve=approve,
             output_type=output_type,
+            sampling={
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "stop": stop,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
+                "extra_body": extra_body,
+            },
         )
         self._tool_sources = ToolSources(tools, open_tools)
         self._admission = RunAdmission(switch_policy, self._source.model if model is None else model)
@@ -122,6 +148,7 @@ class Agent:
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunResult:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
@@ -137,6 +164,8 @@ class Agent:
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
             output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
+            **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
+                this run, in place of the agent's.
 
         Returns:
             The result. It contains an answer if its `stop_reason` is "stop". With an
@@ -161,6 +190,7 @@ class Agent:
             max_tokens=max_tokens,
             open_tools=open_tools,
             output_type=output_type,
+            sampling=sampling,
             is_muted=True,
         )
         return await handle.result()
@@ -176,6 +206,7 @@ class Agent:
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunStream:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
@@ -198,6 +229,7 @@ class Agent:
             max_tokens=max_tokens,
             open_tools=open_tools,
             output_type=output_type,
+            **sampling,
         )
         return RunStream(handle, owns_run=True)
 
@@ -212,6 +244,7 @@ class Agent:
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunHandle:
         """Starts a run in the background. The arguments are those of `run`.
 
@@ -231,6 +264,7 @@ class Agent:
             max_tokens=max_tokens,
             open_tools=open_tools,
             output_type=output_type,
+            sampling=sampling,
             is_muted=False,
         )
 
@@ -245,9 +279,12 @@ class Agent:
         max_tokens: MaxTokens | None,
         open_tools: OpenTools | None,
         output_type: Any,
+        sampling: SamplingOptions,
         is_muted: bool,
     ) -> RunHandle:
-        settings = self._settings.for_run(max_rounds=max_rounds, max_tokens=max_tokens, output_type=output_type)
+        settings = self._settings.for_run(
+            max_rounds=max_rounds, max_tokens=max_tokens, output_type=output_type, sampling=sampling
+        )
         sources = self._tool_sources
         if tools is not None or open_tools is not None:
             sources = ToolSources(

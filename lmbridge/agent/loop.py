@@ -41,6 +41,7 @@ from lmbridge.agent.output import OutputReader
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import Round, StopReason, ToolRecord
+from lmbridge.agent.sampling import sampling_params
 from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tokens import ContextBudget
@@ -223,6 +224,9 @@ class RunLoop:
             params["response_format"] = response_format
         elif self._toolset.definitions:
             params["tools"] = self._toolset.definitions
+        params |= sampling_params(
+            self._settings.sampling, has_tools="tools" in params, is_first_round=self._record.rounds <= 1
+        )
         record.begin_reply()
         async with self._source.lease(record.model) as client:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)

@@ -16,6 +16,7 @@ from lmbridge._checks import (
     check_seconds,
     check_text,
 )
+from lmbridge.agent.sampling import check_sampling
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.agent.tools import ToolCall
 from lmbridge.client.structured import answer_format_of
@@ -73,16 +74,25 @@ class Settings:
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)
     )
     output_type: Any = attrs.field(default=None, validator=_check_output_type)
+    sampling: Mapping[str, Any] = attrs.field(factory=dict, converter=check_sampling)
 
-    def for_run(self, *, max_rounds: int | None, max_tokens: MaxTokens | None, output_type: Any) -> Settings:
+    def for_run(
+        self,
+        *,
+        max_rounds: int | None,
+        max_tokens: MaxTokens | None,
+        output_type: Any,
+        sampling: Mapping[str, Any],
+    ) -> Settings:
         """Returns the settings of one run; None stands for the agent's own value."""
-        if max_rounds is None and max_tokens is None and output_type is None:
+        if max_rounds is None and max_tokens is None and output_type is None and not sampling:
             return self
         return attrs.evolve(
             self,
             max_rounds=self.max_rounds if max_rounds is None else max_rounds,
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
             output_type=self.output_type if output_type is None else output_type,
+            sampling={**self.sampling, **check_sampling(sampling)},
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
@@ -36,6 +36,13 @@ class AgentOptions(TypedDict, total=False):
     max_bad_calls: int
     approve: Approve | None
     output_type: Any
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    extra_body: Mapping[str, Any] | None
 
 
 class RunOptions(TypedDict, total=False):

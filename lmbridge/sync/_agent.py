@@ -10,10 +10,12 @@ from lmbridge.sync._wrap import Stream, Wrapper, unwrap
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Unpack
 
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.run_tools import AnyTool, OpenTools
+    from lmbridge.agent.sampling import SamplingOptions
     from lmbridge.agent.settings import Approve, MaxTokens, Task
     from lmbridge.agent.switching import SwitchPolicy
     from lmbridge.sync._client import LLMClient, LLMClientPool
@@ -143,6 +145,15 @@ class Agent(Wrapper):
         output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
             The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
             to give it as JSON, each time in a round without tools. Default: the answer is a text.
+        temperature: How freely the model chooses the next token: 0 takes the most likely one. Default for this and the
+            following parameters: they are not sent, and the server's own default holds.
+        top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
+        seed: Makes sampling repeatable, as far as the server can.
+        stop: One or several texts at which the model stops.
+        tool_choice: Whether the model calls a tool: "none", "auto", "required", or a dict that names one. A choice that
+            forces a call holds for the first round of a run, because no run would end otherwise.
+        parallel_tool_calls: Whether the model may call several tools in one reply.
+        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace others of the same name.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -169,6 +180,13 @@ class Agent(Wrapper):
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         self._set_wrapped(
             _agent.Agent(
@@ -188,6 +206,13 @@ class Agent(Wrapper):
                 approve=approve,
                 open_tools=open_tools,
                 output_type=output_type,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
+                extra_body=extra_body,
             )
         )
 
@@ -208,6 +233,7 @@ class Agent(Wrapper):
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunResult:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
@@ -223,6 +249,8 @@ class Agent(Wrapper):
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
             output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
+            **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
+                this run, in place of the agent's.
 
         Returns:
             The result. It contains an answer if its `stop_reason` is "stop". With an
@@ -248,6 +276,7 @@ class Agent(Wrapper):
                 max_tokens=max_tokens,
                 open_tools=open_tools,
                 output_type=output_type,
+                **sampling,
             )
         )
         return result
@@ -263,6 +292,7 @@ class Agent(Wrapper):
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunStream:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
@@ -286,6 +316,7 @@ class Agent(Wrapper):
                 max_tokens=max_tokens,
                 open_tools=open_tools,
                 output_type=output_type,
+                **sampling,
             )
         )
         return result
@@ -301,6 +332,7 @@ class Agent(Wrapper):
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> RunHandle:
         """Starts a run in the background. The arguments are those of `run`.
 
@@ -321,6 +353,7 @@ class Agent(Wrapper):
                 max_tokens=max_tokens,
                 open_tools=open_tools,
                 output_type=output_type,
+                **sampling,
             )
         )
         return result

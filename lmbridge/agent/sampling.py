@@ -1,0 +1,81 @@
+"""How the model of a run answers: the parameters of the API that an agent passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, TypedDict
+
+from lmbridge._checks import check_bool, invalid_argument, is_integer, is_number
+from lmbridge.errors import LLMValidationError
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The parameters that an agent, or one of its runs, passes on to the server. None stands for the default."""
+
+    temperature: float | None
+    """How freely the model chooses the next token: 0 takes the most likely one."""
+    top_p: float | None
+    """Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1."""
+    seed: int | None
+    """Makes sampling repeatable, as far as the server can."""
+    stop: str | Sequence[str] | None
+    """One or several texts at which the model stops."""
+    tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
+    """Whether the model calls a tool. A choice that forces a call holds for the first round, or no run would end."""
+    parallel_tool_calls: bool | None
+    """Whether the model may call several tools in one reply."""
+    extra_body: Mapping[str, Any] | None
+    """Further fields of each request, such as `{"top_k": 20}`, which replace others of the same name."""
+
+
+_OWN_FIELDS: Final = ("messages", "model", "stream", "tools")
+"""Fields of a request that the run itself sets."""
+
+
+def check_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that are set.
+
+    Raises:
+        LLMValidationError: An option is not valid.
+        TypeError: An option is unknown.
+    """
+    for name, value in options.items():
+        if name not in SamplingOptions.__annotations__:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if value is not None:
+            _check_option(name, value)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_option(name: str, value: Any) -> None:
+    if name in ("temperature", "top_p"):
+        if not is_number(value) or not value >= 0:
+            raise invalid_argument(name, "a number of at least 0", value)
+    elif name == "seed":
+        if not is_integer(value):
+            raise invalid_argument(name, "an integer", value)
+    elif name == "stop":
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise invalid_argument(name, "a string or a list of strings", value)
+    elif name == "tool_choice":
+        if not isinstance(value, str | Mapping):
+            raise invalid_argument(name, "'none', 'auto', 'required' or a dict that names a tool", value)
+    elif name == "parallel_tool_calls":
+        check_bool(name, value)
+    elif not isinstance(value, Mapping):
+        raise invalid_argument(name, "a dict of JSON fields", value)
+    elif own := [field for field in _OWN_FIELDS if field in value]:
+        raise LLMValidationError(f"extra_body has {' and '.join(own)}, which the run sets itself", hint="leave it out")
+
+
+def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_round: bool) -> dict[str, Any]:
+    """Returns the fields for one request of a run."""
+    params = dict(sampling)
+    choice = params.get("tool_choice")
+    if not has_tools:
+        params.pop("tool_choice", None)
+        params.pop("parallel_tool_calls", None)
+    elif choice not in (None, "none", "auto") and not is_first_round:
+        del params["tool_choice"]
+    return params

@@ -1,0 +1,112 @@
+"""The parameters of the API that an agent and its runs pass on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lmbridge import Agent, LLMClient, LLMValidationError
+from lmbridge.testing import MockRequest, MockTransport
+from tests.support import piece
+
+SAMPLING: dict[str, Any] = {
+    "temperature": 0,
+    "top_p": 0.9,
+    "seed": 7,
+    "stop": ["END"],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
+    "extra_body": {"top_k": 20, "max_tokens": 5},
+}
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+def chats(transport: MockTransport) -> list[dict[str, Any]]:
+    """Returns the bodies of the chat completions, without the questions about the server."""
+    return [request.json for request in transport.requests if request.method == "POST"]
+
+
+def answer(request: MockRequest) -> Any:
+    if request.method == "GET":
+        return {}
+    return [piece("Hello", finish_reason="stop")]
+
+
+async def test_an_agent_passes_its_sampling_options_on() -> None:
+    transport = MockTransport(answer)
+    await Agent(LLMClient(transport=transport), tools=[add], **SAMPLING).run("Hello")
+    sent = chats(transport)[0]
+    assert {name: sent[name] for name in SAMPLING if name != "extra_body"} == {
+        name: value for name, value in SAMPLING.items() if name != "extra_body"
+    }
+    assert (sent["top_k"], sent["max_tokens"]) == (20, 5)
+    assert "extra_body" not in sent
+
+
+async def test_nothing_is_sent_by_default_and_no_choice_of_tools_without_tools() -> None:
+    transport = MockTransport(answer)
+    client = LLMClient(transport=transport)
+    await Agent(client).run("Hello")
+    await Agent(client, tool_choice="required", parallel_tool_calls=True).run("Hello")
+    for sent in chats(transport):
+        assert set(sent) == {"messages", "stream", "stream_options", "max_tokens"}
+
+
+@pytest.mark.parametrize("method", ["run", "stream", "start"])
+async def test_a_run_overrides_the_options_of_its_agent(method: str) -> None:
+    transport = MockTransport(answer)
+    agent = Agent(LLMClient(transport=transport), temperature=1, seed=3)
+    started = getattr(agent, method)("Hello", temperature=0, top_p=0.5, seed=None)
+    if method == "stream":
+        async for _ in started:
+            pass
+    else:
+        await (started if method == "run" else started.result())
+    sent = chats(transport)[0]
+    assert (sent["temperature"], sent["top_p"], sent["seed"]) == (0, 0.5, 3)
+
+
+async def test_a_forced_tool_choice_holds_for_the_first_round() -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET" or request.json["messages"][-1]["role"] == "tool":
+            return answer(request)
+        return [{"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}]
+
+    transport = MockTransport(handler)
+    await Agent(LLMClient(transport=transport), tools=[add], tool_choice="required").run("Add 1 and 2.")
+    assert [sent.get("tool_choice") for sent in chats(transport)] == ["required", None]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number of at least 0, not 'hot'"),
+        ({"top_p": -1}, "top_p must be a number of at least 0, not -1"),
+        ({"seed": 1.5}, "seed must be an integer, not 1.5"),
+        ({"stop": [1]}, "stop must be a string or a list of strings"),
+        ({"tool_choice": 1}, "tool_choice must be 'none', 'auto', 'required' or a dict that names a tool"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls must be True or False"),
+        ({"extra_body": [1]}, "extra_body must be a dict of JSON fields"),
+        ({"extra_body": {"messages": []}}, "extra_body has messages, which the run sets itself"),
+    ],
+)
+async def test_an_invalid_option_is_refused_by_the_agent_and_by_the_run(options: dict[str, Any], message: str) -> None:
+    client = LLMClient(transport=MockTransport(answer))
+    with pytest.raises(LLMValidationError) as of_the_agent:
+        Agent(client, **options)
+    with pytest.raises(LLMValidationError) as of_the_run:
+        await Agent(client).run("Hello", **options)
+    assert str(of_the_agent.value).startswith(message)
+    assert str(of_the_run.value) == str(of_the_agent.value)
+
+
+async def test_an_unknown_option_of_a_run_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="temperatur"):
+        await Agent(LLMClient(transport=MockTransport(answer))).run("Hello", temperatur=1)  # type: ignore[call-arg]
