@@ -165,6 +165,35 @@ async def test_structured_output_runs_on_the_embedded_server() -> None:
     assert "\n- " in outcome.output
 
 
+async def test_pydantic_extraction_prints_each_review_and_each_failure(scripted_server: ScriptedServer) -> None:
+    review = '{"author": "%s", "stars": %s, "mood": "glad", "complaints": []}'
+    complaint = '{"author": "Eve", "stars": 2, "mood": "angry", "complaints": [{"about": "price", "words": "Dear."}]}'
+
+    async def answer_by_text(exchange: Exchange) -> None:
+        text = exchange.request.json["messages"][1]["content"]
+        replies = {"Ada": review % ("Ada", 5), "Bob": review % ("Bob", 9), "Eve": complaint}
+        await answer(replies[text])(exchange)
+
+    scripted_server.default = answer_by_text
+    outcome = await run("pydantic_extraction.py", "--api-base", scripted_server.api_base, "Ada", "Bob", "Eve")
+    assert (outcome.status, outcome.errors) == (0, "")
+    first, failed, *others = outcome.output.splitlines()
+    assert first == "Ada: 5 of 5, glad"
+    assert "the answer is not a valid Review: $.stars: input should be less than or equal to 5" in failed
+    assert others == ["Eve: 2 of 5, angry", "- price: Dear."]
+    assert scripted_server.max_in_flight <= 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+async def test_pydantic_extraction_runs_on_the_embedded_server() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("pydantic_extraction.py")
+    assert outcome.status == 0, outcome.errors
+    assert " of 5, " in outcome.output
+
+
 def tool_call(name: str, arguments: str, number: int = 1) -> dict[str, object]:
     return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, assert_type
 
 import attrs
 import msgspec
@@ -315,6 +315,21 @@ async def test_a_model_that_json_has_nothing_for_is_refused(scripted_server: Scr
         with pytest.raises(LLMValidationError, match=r"^cannot parse an answer as"):
             await client.parse(MESSAGES, type_)
     assert not scripted_server.requests
+
+
+# Type checkers
+
+
+async def test_type_checkers_know_the_type_of_the_answer(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(
+        answer('{"meows": 1}'), answer("[]"), answer("1"), answer('{"a": 1}'), answer('"glad"'), answer("[]")
+    )
+    assert_type(await client.parse(MESSAGES, Cat), Cat)
+    assert_type(await client.parse(MESSAGES, list[Cat]), list[Cat])
+    assert_type(await client.parse(MESSAGES, int), int)
+    assert_type(await client.parse(MESSAGES, dict[str, int]), dict[str, int])
+    assert_type(await client.parse(MESSAGES, Mood), Mood)
+    assert_type(await client.parse(MESSAGES, list[Cat | Dog]), list[Cat | Dog])
 
 
 # Duck typing

@@ -60,6 +60,15 @@ async def test_full_returns_the_whole_run_result(
 
 
 @pytest.mark.parametrize("method", METHODS)
+async def test_full_returns_the_typed_output(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
+) -> None:
+    scripted_server.script(answer("Three."), answer('{"answer": 3}'))
+    result = await start_run(make_agent({"a": ONLY_ECHO}), method, full=True, output_type=int)
+    assert (result.output, result.stop_reason) == (3, "stop")
+
+
+@pytest.mark.parametrize("method", METHODS)
 async def test_stream_returns_the_events_of_the_run(
     scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
 ) -> None:
