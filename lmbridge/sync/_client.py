@@ -687,8 +687,8 @@ class LLMClient(Owner):
                 `chat_completion` describes.
 
         Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`; some of them
-            infer Any for `Literal` and for unions.
+            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, but infer Any
+            for `Literal` and for a union.
 
         Raises:
             LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
