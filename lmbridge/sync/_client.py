@@ -687,7 +687,7 @@ class LLMClient(Owner):
                 `chat_completion` describes.
 
         Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, but infer Any
+            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
             for `Literal` and for a union.
 
         Raises:
