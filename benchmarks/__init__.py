@@ -2,7 +2,7 @@
 
     python -m benchmarks [TABLE ...] [--rounds N] [--only ROW] [--write]
 
-- `specification.py`: the classes that describe a table: its rows, peers, bars and place in the documentation.
+- `specification.py`: the classes that describe a table, with its rows, its peers, its bars and its page.
 - `tables/`: one file for each table.
 - `runner.py`: measures any table, in rounds; `processes.py` starts its processes.
 - `workers/`: the programs of these processes, with a method for each workload.

@@ -1,8 +1,8 @@
-"""Measures the cost of admission: for a request that need not wait, and for each of many that have to.
+"""Measures the cost of admission, for a request that does not have to wait and for each of many that do.
 
     python -m benchmarks.admission
 
-It prints CPU microseconds, the best of five, of the admission alone, without a socket or a server.
+It prints the CPU microseconds of the admission alone, as the best of five measurements. There is no socket or server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lmbridge.config import Limits
 from lmbridge.transport.admission import Admission
 
 BAR = 5.0
-"""The most microseconds that admission may cost a request that need not wait."""
+"""The most microseconds that admission may cost a request that does not have to wait."""
 
 
 async def uncontended(limits: Limits) -> float:

@@ -21,10 +21,10 @@ PEER_CORE: Final = 1
 PRIORITY: Final = -15
 """The niceness of the processes, so that other work on the machine waits."""
 START_SECONDS: Final = 10.0
-"""The time that the stub server may take to start, and a worker to notice that its time is up."""
-_CORES: Final = "LMBRIDGE_BENCHMARK_CORES"
+"""The seconds that the stub server may take to start, and the margin for a worker that overruns its bound."""
+_CORES_VARIABLE: Final = "LMBRIDGE_BENCHMARK_CORES"
 """The environment variable that passes the cores on to processes that are pinned to one of them."""
-_UNWANTED: Final = (
+_REMOVED_VARIABLES: Final = (
     "PYTHONDONTWRITEBYTECODE",
     "PYTHONOPTIMIZE",
     "PYTHONASYNCIODEBUG",
@@ -40,12 +40,12 @@ print((time.process_time() - began) * 1e3)
 
 
 class MeasurementError(Exception):
-    """A figure could not be measured, for the reason that the text gives."""
+    """A figure could not be measured. The text gives the reason."""
 
 
 def cores() -> tuple[int, int] | None:
     """Returns the cores for servers and peers, or None if processes cannot be pinned or there is only one core."""
-    if passed_on := os.environ.get(_CORES):
+    if passed_on := os.environ.get(_CORES_VARIABLE):
         server, peer = map(int, passed_on.split(","))
         return server, peer
     if not hasattr(os, "sched_setaffinity"):
@@ -59,17 +59,17 @@ def environment() -> dict[str, str]:
 
     asyncio reads into a new buffer of 256 KiB each time. Whether its memory is returned to the system after each read,
     which costs two page faults and 20 microseconds a request, depends on the accidental layout of the heap. Therefore
-    the allocator is told to keep all memory.
+    the allocator is set to keep all memory.
     """
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in _UNWANTED and not name.lower().endswith("_proxy")
+        if name not in _REMOVED_VARIABLES and not name.lower().endswith("_proxy")
     }
     quiet = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "CRITICAL", "DO_NOT_TRACK": "1"}
     defaults = {"LMBRIDGE_API_BASE": "", "LM_API_TOKEN": "", "DEFAULT_MODEL": ""}
     heap = {"MALLOC_TRIM_THRESHOLD_": str(2**28), "MALLOC_TOP_PAD_": str(2**26)}
-    pinned = {_CORES: "{},{}".format(*pair)} if (pair := cores()) else {}
+    pinned = {_CORES_VARIABLE: "{},{}".format(*pair)} if (pair := cores()) else {}
     return {**inherited, **quiet, **defaults, **heap, **pinned}
 
 
@@ -93,7 +93,7 @@ class PinnedProcess:
         )
         if pair := cores():
             os.sched_setaffinity(self._process.pid, {pair[core]})
-        # Without the permission to raise the priority, other work on the machine increases the spread.
+        # Raising the priority may not be permitted. Then other work on the machine increases the spread.
         with suppress(AttributeError, PermissionError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, PRIORITY)
 
@@ -148,14 +148,14 @@ class Worker(PinnedProcess):
         super().__init__(PEER_CORE, "-m", module, name, str(port))
 
     def measure(self, workload: str, arguments: Mapping[str, Any], bound: float) -> Any:
-        """Returns the figure of a workload; None means that the awaited event never came.
+        """Returns the figure of a workload, or None if the awaited event never came.
 
         Raises:
             MeasurementError: The workload failed, or took more than `bound` seconds.
         """
         try:
-            self.write(json.dumps({"do": workload, "bound": bound, **arguments}))
-            # Code that blocks the event loop of the worker does not notice the bound there.
+            self.write(json.dumps({"workload": workload, "bound": bound, **arguments}))
+            # The worker enforces the bound itself, but not while its event loop is blocked.
             line = self.read(bound * 1.5 + START_SECONDS)
         except BrokenPipeError:
             line = ""

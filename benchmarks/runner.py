@@ -1,8 +1,9 @@
 """Measures any table in rounds.
 
-In each round, all peers do row by row, one right after the other and in an order that rotates, and ratios are made
-within a round only. So whatever slows the machine down for a while slows down all peers alike. Each round has new
-processes, because the same code can be a little slower in one process than in another for as long as it lives.
+In each round, the peers measure one row after another. They take turns in each row, in an order that changes from
+round to round, and a ratio compares two figures of the same round. Whatever slows the machine down for a while
+therefore slows all peers alike. Each round uses new processes, because the same code can be a little slower in one
+process than in another for as long as the process lives.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ def measure_table(
         rows: The rows to measure, in the order of the table.
         peers: The names of the peers to measure.
         rounds: The number of rounds.
-        report_progress: Called with what is being measured.
-        tiny: Whether to use sizes that only show that everything works.
+        report_progress: A function that is called with a text about the row that is being measured.
+        tiny: Whether to use small sizes, which only show that everything works.
     """
     results: Results = defaultdict(Result)
     few_rounds = {index * (rounds - 1) // (FEW_ROUNDS - 1) for index in range(FEW_ROUNDS)}
     with ExitStack() as stack:
         port = stack.enter_context(Stub()).port if table.uses_stub else 0
         for number in range(rounds):
-            taking = [name for name in peers if not table.peers[name].few_rounds or number in few_rounds]
-            start = number % len(taking) if taking else 0
+            participants = [name for name in peers if not table.peers[name].few_rounds or number in few_rounds]
+            start = number % len(participants) if participants else 0
             with _RoundWorkers(table, port) as workers:
                 for row in rows:
                     report_progress(f"{table.name}, round {number + 1} of {rounds}: {row.key}")
-                    for name in taking[start:] + taking[:start]:
+                    for name in participants[start:] + participants[:start]:
                         result = results[row.key, name]
-                        is_taking = row.peers is None or name in row.peers
-                        if is_taking and not result.failure and result.seconds < row.bound:
+                        is_measured = row.peers is None or name in row.peers
+                        if is_measured and not result.failure and result.seconds < row.bound:
                             workers.measure(row, name, result, number, tiny=tiny)
     return results
 

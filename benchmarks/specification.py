@@ -34,13 +34,13 @@ class PeerInfo:
     title: str
     """The heading of its column."""
     module: str = ""
-    """The module, among those of its kind, that makes it do the work."""
+    """The name of the module in `peers/` or `agent_peers/` that uses it."""
     imports: str = ""
-    """What an `import` statement of a program that uses it names. The first module has to be installed."""
+    """The modules that a program imports to use it, separated by commas. The first one has to be installed."""
     distributions: tuple[str, ...] = ()
     """The packages whose versions are listed below the table."""
     few_rounds: bool = attrs.field(default=False, kw_only=True)
-    """True if it is so far from the baseline that three rounds say enough."""
+    """True if it is so far from the baseline that three rounds are enough."""
 
     def is_installed(self) -> bool:
         """Returns whether it can be measured in this environment."""
@@ -54,17 +54,19 @@ class Row:
     key: str
     """The name of the row on the command line and in JSON files."""
     title: str
+    """The heading of the row in the table."""
     unit: str
+    """The unit of its figures, for example "µs CPU"."""
     workload: str
     """The method of the table's worker that measures it, or `IMPORT`."""
     full: Mapping[str, Any] = attrs.field(factory=dict)
     """The arguments of the method."""
     tiny: Mapping[str, Any] = attrs.field(factory=dict)
-    """Arguments that replace some of them with `--tiny`, which only shows that everything works."""
+    """Arguments that replace some of these if `--tiny` is given, which only shows that everything works."""
     reduced: Mapping[str, Any] = attrs.field(factory=dict)
-    """Arguments that replace some of them for peers with `few_rounds`, which would take minutes."""
+    """Arguments that replace some of these for peers with `few_rounds`, which would take minutes otherwise."""
     bar: float | None = None
-    """The most that lmbridge may cost: a multiple of the baseline, or for an absolute row, what it may add to it."""
+    """The most that lmbridge may cost: a multiple of the baseline, or the difference to it in an absolute row."""
     is_absolute: bool = False
     """True if all peers are shown by their figures instead of their ratios to the baseline."""
     fresh_process: bool = False
@@ -86,6 +88,7 @@ class Growth:
     """A row that divides the figures of one row by those of another, to show how the cost grows."""
 
     title: str
+    """The heading of the row in the table."""
     first: str
     """The key of the row to divide by."""
     last: str
@@ -125,7 +128,7 @@ class Table:
     format: Callable[[Table, Sequence[Row], Results], TableLines] | None = None
     """Formats the table, in place of ratios to the baseline."""
     notes: Callable[[Table, Sequence[Row], Results], list[str]] | None = None
-    """Returns additional lines for below the table."""
+    """Returns additional lines that are shown below the table."""
 
     def why_missing(self) -> str | None:
         """Returns what this environment lacks to measure anything in the table, or None."""

@@ -2,13 +2,14 @@
 
 The name of the model selects the answer:
 
-- `stream-CHUNKS-PERWRITE`: a stream with a number of chunks, at least two, and that many in a socket write. Each is one
-  HTTP chunk, as real servers send them. `[DONE]` follows, and the end of the body in a separate write. All chunks
-  except the last have a word of text.
-- `stall-CHUNKS-TAG`: that many chunks in one write, and then nothing. `GET /left/TAG` returns when the connection was
-  closed, by the monotonic clock of the machine.
-- `agent-CALLS`: one tool call after another until the conversation has that many results, then an answer, streamed or
-  plain as requested. With `-stall` at the end, the answer stalls; `GET /stalled` returns how many have.
+- `stream-CHUNKS-PERWRITE`: a stream of `CHUNKS` chunks (at least two), of which each socket write contains `PERWRITE`.
+  Each chunk is one HTTP chunk, as real servers send them. After `[DONE]`, a separate write ends the body. All chunks
+  except the last contain one word of text.
+- `stall-CHUNKS-TAG`: a stream that sends `CHUNKS` chunks in one write, and then nothing. `GET /left/TAG` returns the
+  time at which the connection was closed, by the monotonic clock of the machine.
+- `agent-CALLS`: a tool call in each reply until the conversation has `CALLS` results, and then an answer, streamed or
+  plain as requested. If the name ends in `-stall`, the answer stalls; `GET /stalled` returns the number of stalled
+  answers.
 
 For any other model, and without `"stream": true`, the answer is a whole completion. The server prints its port, and
 ends when its stdin does.
@@ -26,7 +27,7 @@ from functools import cache, lru_cache
 from itertools import chain, repeat
 from typing import Any, Final
 
-# litellm stops a stream whose chunks all have the same text.
+# There are two words, because litellm stops a stream whose chunks all have the same text.
 WORDS: Final = (" lighthouse", " shorelines")
 WORD: Final = WORDS[0]
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -90,22 +91,22 @@ def _plain(model: str) -> bytes:
 
 @lru_cache
 def _parts(model: str) -> tuple[bytes, bytes, bytes, bytes]:
-    """Returns the first chunk, two other ones, and the last chunk with everything that follows it."""
+    """Returns the first chunk, one chunk for each of the two words, and the last chunk with all that follows it."""
     first = _event(chunk(model, {"role": "assistant", "content": WORD}))
     one, other = (_event(chunk(model, {"content": word})) for word in WORDS)
     return first, one, other, _event(chunk(model, {}, "stop")) + _event(b"[DONE]")
 
 
-def _called(number: int, arguments: str) -> dict[str, Any]:
+def _tool_call(number: int, arguments: str) -> dict[str, Any]:
     return {"id": f"call_{number}", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
 @cache
 def _agent_reply(model: str, number: int, *, is_last: bool, streamed: bool) -> bytes:
-    """Returns the answer, or the call with this number, which adds different numbers than all others."""
+    """Returns the final answer, or the tool call with this number. No two calls have the same arguments."""
     arguments = f'{{"a": {number}, "b": 12345}}'
     if not streamed:
-        reply, calls = completion(model), [] if is_last else [_called(number, arguments)]
+        reply, calls = completion(model), [] if is_last else [_tool_call(number, arguments)]
         reply["choices"][0]["finish_reason"] = "stop" if is_last else "tool_calls"
         reply["choices"][0]["message"] |= {"content": ANSWER if is_last else "", "tool_calls": calls}
         return _json(reply)
@@ -114,26 +115,26 @@ def _agent_reply(model: str, number: int, *, is_last: bool, streamed: bool) -> b
         deltas = [first, *({"content": f"{word}{' ' * (word != 'numbers.')}"} for word in ANSWER.split())]
     else:
         pieces = ({"index": 0, "function": {"arguments": piece}} for piece in re.split(r"(?<= )", arguments))
-        start = {"index": 0, **_called(number, "")}
+        start = {"index": 0, **_tool_call(number, "")}
         deltas = [first, *({"tool_calls": [each]} for each in (start, *pieces))]
     usage = {**chunk(model, {}), "choices": [], "usage": USAGE}
     last = chunk(model, {}, "stop" if is_last else "tool_calls")
     return b"".join([_HEAD, *map(_event, [*(chunk(model, each) for each in deltas), last, usage, b"[DONE]"])])
 
 
-def _some(model: str, count: int) -> bytes:
+def _filler_chunks(model: str, count: int) -> bytes:
     _, one, other, _ = _parts(model)
     return (other + one) * (count // 2) + other * (count % 2)
 
 
-def _writes(model: str) -> Iterator[bytes]:
-    """Returns the data of each socket write."""
+def _stream_writes(model: str) -> Iterator[bytes]:
+    """Yields the data of each socket write of a stream."""
     first, _, _, last = _parts(model)
     chunks, size = map(int, model.split("-")[1:])
     begun = min(chunks - 2, size - 1)
     whole, rest = divmod(chunks - 2 - begun, size)
-    head = _HEAD + first + _some(model, begun)
-    return chain((head,), repeat(_some(model, size), whole), (_some(model, rest) + last, _END))
+    head = _HEAD + first + _filler_chunks(model, begun)
+    return chain((head,), repeat(_filler_chunks(model, size), whole), (_filler_chunks(model, rest) + last, _END))
 
 
 class StubConnection(asyncio.Protocol):
@@ -142,7 +143,7 @@ class StubConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._received = b""
-        self._writes: Iterator[bytes] | None = None
+        self._pending_writes: Iterator[bytes] | None = None
         self._paused = False
         self._tag = ""
 
@@ -151,7 +152,7 @@ class StubConnection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
-        self._writes = None
+        self._pending_writes = None
         _stalled.discard(self._transport)
         if self._tag:
             _left[self._tag] = time.monotonic()
@@ -193,9 +194,9 @@ class StubConnection(asyncio.Protocol):
             self._transport.write(_plain(model))
         elif model.startswith("stall-"):
             _, chunks, self._tag = model.split("-", 2)
-            self._transport.write(_HEAD + _parts(model)[0] + _some(model, int(chunks) - 1))
+            self._transport.write(_HEAD + _parts(model)[0] + _filler_chunks(model, int(chunks) - 1))
         else:
-            self._writes = _writes(model)
+            self._pending_writes = _stream_writes(model)
             self._write()
 
     def _answer_agent(self, model: str, body: bytes) -> None:
@@ -208,18 +209,18 @@ class StubConnection(asyncio.Protocol):
             _stalled.add(self._transport)
             return
         reply = _agent_reply(model, number, is_last=is_last, streamed=streamed)
-        self._writes = iter((reply, _END) if streamed else (reply,))
+        self._pending_writes = iter((reply, _END) if streamed else (reply,))
         self._write()
 
     def _write(self) -> None:
-        if self._paused or self._writes is None:
+        if self._paused or self._pending_writes is None:
             return
-        piece = next(self._writes, None)
+        piece = next(self._pending_writes, None)
         if piece is None:
-            self._writes = None
+            self._pending_writes = None
             return
         self._transport.write(piece)
-        # One write in each turn of the event loop, so that concurrent streams advance side by side.
+        # Each turn of the event loop does one write, so that concurrent streams advance side by side.
         self._loop.call_soon(self._write)
 
 

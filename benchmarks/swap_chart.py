@@ -1,4 +1,4 @@
-"""A chart of the fates of requests, as bars."""
+"""A bar chart of the fates of requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Final
 
 from benchmarks.chart import svg_page
 
+FATES: Final = ("whole", "truncated", "failed", "wrong model")
+"""The ways in which a request can end, in the order of the table and the chart."""
 COLOURS: Final = {
     "whole": ("#0b7a4b", "#3ecf8e"),
     "truncated": ("#bf8700", "#d29922"),
     "failed": ("#cf222e", "#f85149"),
     "wrong-model": ("#8250df", "#b392f0"),
 }
-"""The colours of each kind, on a light and on a dark page."""
+"""The colours of each fate, on a light and on a dark page."""
 _WIDTH: Final = 860
 _LEFT: Final = 220
 _RIGHT: Final = 150
@@ -26,14 +28,15 @@ def draw_swaps(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests
     """Returns the chart.
 
     Args:
-        bars: The row, the client, the number of requests of each kind, and a remark. Bars of one row follow each other.
+        bars: For each bar, the row, the client, the number of requests of each fate, and a remark. The bars of one row
+            have to be neighbours.
         requests: The number of requests that each bar stands for.
     """
     parts, at = [], 16.0
-    for kind in ("whole", "truncated", "failed", "wrong model"):
-        parts.append(f'<rect class="{_class(kind)}" x="{at:.0f}" y="14" width="12" height="12"/>')
-        parts.append(f'<text x="{at + 18:.0f}" y="25">{kind}</text>')
-        at += 46 + 7.5 * len(kind)
+    for fate in FATES:
+        parts.append(f'<rect class="{_css_class(fate)}" x="{at:.0f}" y="14" width="12" height="12"/>')
+        parts.append(f'<text x="{at + 18:.0f}" y="25">{fate}</text>')
+        at += 46 + 7.5 * len(fate)
     y, last = 36, ""
     for place, client, counts, remark in bars:
         if place != last:
@@ -42,15 +45,17 @@ def draw_swaps(bars: Sequence[tuple[str, str, Mapping[str, int], str]], requests
             y += 10
         parts.append(f'<text x="{_LEFT - 12}" y="{y + 13}" text-anchor="end">{escape(client)}</text>')
         x = float(_LEFT)
-        for kind, count in counts.items():
+        for fate, count in counts.items():
             width = (_WIDTH - _LEFT - _RIGHT) * count / requests
             if count:
-                parts.append(f'<rect class="{_class(kind)}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}"/>')
+                parts.append(
+                    f'<rect class="{_css_class(fate)}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}"/>'
+                )
             x += width
         parts.append(f'<text class="small" x="{_WIDTH - _RIGHT + 8}" y="{y + 13}">{escape(remark)}</text>')
         y += _STEP
     return svg_page(_WIDTH, y + 10, "The fates of the requests, by server and client", COLOURS, parts)
 
 
-def _class(kind: str) -> str:
-    return kind.replace(" ", "-")
+def _css_class(fate: str) -> str:
+    return fate.replace(" ", "-")

@@ -30,11 +30,13 @@ class SwapServerInfo(NamedTuple):
     """Facts about a server that are known without starting it."""
 
     title: str
+    """The name of the server in the table."""
     is_real: bool
     """True if it runs models, False if it is scripted."""
     tokens: int
-    """The length of an answer."""
+    """The number of tokens of each answer."""
     seconds_between_callers: float
+    """The pause between two requests, in the scenario with callers that come one after another."""
 
 
 SWAP_SERVERS: Final = {
@@ -45,7 +47,7 @@ SWAP_SERVERS: Final = {
 
 
 class SwapServer(PinnedProcess):
-    """A new server.
+    """A new server in a separate process.
 
     Args:
         kind: Its name in `SWAP_SERVERS`.
@@ -77,7 +79,7 @@ class SwapServer(PinnedProcess):
 
 
 def count_swaps(loads: Sequence[str]) -> int:
-    """Returns how often a server loaded another model than the one before."""
+    """Returns how often a server loaded a model that was not the one it had loaded before."""
     return sum(before != after for before, after in pairwise(loads))
 
 

@@ -13,7 +13,12 @@ JSON: Final = {"Content-Type": "application/json"}
 
 
 class ClientPeer:
-    """A client that sends at most `at_once` requests at a time to the API at `base`."""
+    """A client that is compared.
+
+    Args:
+        base: The URL of the API.
+        at_once: The most requests that the client has in flight.
+    """
 
     def __init__(self, base: str, at_once: int) -> None:
         raise NotImplementedError
@@ -44,7 +49,7 @@ class ClientPeer:
 
 
 async def read_objects(stream: AsyncIterator[Any]) -> tuple[int, int]:
-    """Does the same as `ClientPeer.read` for chunks that are objects instead of dicts."""
+    """Does the same as `ClientPeer.read`, for chunks that are objects instead of dicts."""
     count = length = 0
     async for chunk in stream:
         count += 1

@@ -21,9 +21,9 @@ def _chunks(count: int, tiny: int) -> Row:
 
 
 def _waiters(count: int, tiny: int) -> Row:
-    full = {"waiters": count, "places": 10, "seconds": 0.2}
+    full = {"waiters": count, "at_once": 10, "seconds": 0.2}
     title = f"a plain request, {count:,} at once, 10 at a time"
-    return _row(f"waiters-{count}", title, "waiters", full, {"waiters": tiny, "places": 5, "seconds": 0.0})
+    return _row(f"waiters-{count}", title, "waiters", full, {"waiters": tiny, "at_once": 5, "seconds": 0.0})
 
 
 GROWTH_TABLE: Final = Table(
@@ -41,7 +41,7 @@ GROWTH_TABLE: Final = Table(
             {"before": 100, "requests": 1000},
             {"before": 2, "requests": 3},
         ),
-        # The client of the row before goes on, which has made 1,100 requests by now.
+        # This row continues with the client of the row before, which has made 1,100 requests by then.
         _row(
             "age-20000",
             "a plain request after 20,000 others",

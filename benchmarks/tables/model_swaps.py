@@ -12,24 +12,23 @@ from benchmarks.report import DASH
 from benchmarks.results import Result, Results
 from benchmarks.routers import why_no_llama_server
 from benchmarks.specification import OURS, PeerInfo, Row, Table, TableLines
-from benchmarks.swap_chart import draw_swaps
+from benchmarks.swap_chart import FATES, draw_swaps
 from benchmarks.swap_servers import SWAP_SERVERS
 
 _REQUESTS: Final = 60
 _MAX_SWAPS: Final = 6
-"""The bar: the most swaps in a round, in which all answers have to be whole."""
+"""The bar: the most swaps that a round may have. All of its answers have to be whole, too."""
 _PERCENTILE_ANSWERS: Final = 20
 """The number of whole answers that a 95th percentile needs."""
 _CLEAR_GAIN: Final = 0.9
 """The fraction of the other client's time below which lmbridge's time counts as a gain."""
-KINDS: Final = ("whole", "truncated", "failed", "wrong model")
 _SCENARIOS: Final = {
     "at-once": "{} at once, models at random",
     "callers": "{} callers one after another, models in turn",
 }
 
 Run = Mapping[str, Any]
-"""A measurement: `outcomes` as (kind, seconds, error), the `seconds` of all, and the `swaps`."""
+"""A measurement: `outcomes` as (fate, seconds, error), the `seconds` of all requests, and the number of `swaps`."""
 
 
 def _row(server: str, scenario: str) -> Row:
@@ -65,8 +64,8 @@ def _runs(result: Result) -> list[Run]:
     return list(result.figures.values())
 
 
-def _count(run: Run, kind: str) -> int:
-    return sum(outcome[0] == kind for outcome in run["outcomes"])
+def _count(run: Run, fate: str) -> int:
+    return sum(outcome[0] == fate for outcome in run["outcomes"])
 
 
 def _is_complete(run: Run) -> bool:
@@ -80,7 +79,10 @@ def _percentile(run: Run) -> float | None:
 
 
 def _middle_run(result: Result) -> Run:
-    """Returns the run with the median number of whole answers. The counts of one run add up, medians need not."""
+    """Returns the run with the median number of whole answers.
+
+    The table shows one run, because its counts add up to the number of requests; medians of several runs may not.
+    """
     runs = sorted(_runs(result), key=lambda run: _count(run, "whole"))
     return runs[len(runs) // 2]
 
@@ -96,20 +98,20 @@ def _measured(table: Table, rows: Sequence[Row], results: Results) -> list[tuple
 
 
 def _format(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
-    lines = [["requests", "client", *KINDS, "swaps", "wall time", "p95", "our bar"]]
+    lines = [["requests", "client", *FATES, "swaps", "wall time", "p95", "our bar"]]
     for row, name, result in _measured(table, rows, results):
         runs, shown = _runs(result), _middle_run(result)
         percentiles = [each for run in runs if (each := _percentile(run)) is not None]
-        kept = all(_is_complete(run) and run["swaps"] <= _MAX_SWAPS for run in runs)
+        met_bar = all(_is_complete(run) and run["swaps"] <= _MAX_SWAPS for run in runs)
         lines.append(
             [
                 row.title,
                 table.peers[name].title,
-                *(_with_range(_count(shown, kind), [_count(run, kind) for run in runs]) for kind in KINDS),
+                *(_with_range(_count(shown, fate), [_count(run, fate) for run in runs]) for fate in FATES),
                 _with_range(shown["swaps"], [run["swaps"] for run in runs]),
                 f"{median(run['seconds'] for run in runs):.1f} s",
                 f"{median(percentiles):.1f} s" if len(percentiles) == len(runs) else DASH,
-                ("ok" if kept else "over") if name == OURS else "",
+                ("ok" if met_bar else "over") if name == OURS else "",
             ]
         )
     return lines
@@ -147,7 +149,7 @@ def _draw(table: Table, results: Results) -> str:
         shown = _middle_run(result)
         swaps = f"{shown['swaps']} swap{'s' * (shown['swaps'] != 1)}"
         remark = f"{swaps}, {median(run['seconds'] for run in _runs(result)):.1f} s"
-        counts = {kind: _count(shown, kind) for kind in KINDS}
+        counts = {fate: _count(shown, fate) for fate in FATES}
         bars.append((row.title.replace("`", ""), table.peers[name].title, counts, remark))
     return draw_swaps(bars, _REQUESTS)
 

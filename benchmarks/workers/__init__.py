@@ -17,10 +17,10 @@ async def _execute(workloads: object, command: dict[str, Any]) -> dict[str, Any]
     bound = command.pop("bound")
     try:
         async with asyncio.timeout(bound):
-            value = await getattr(workloads, command.pop("do"))(**command)
+            value = await getattr(workloads, command.pop("workload"))(**command)
     except TimeoutError:
         return {"failure": f"not finished within {bound:g} s"}
-    except Exception as exc:  # noqa: BLE001 - a peer may fail in any way, and the table says how
+    except Exception as exc:  # noqa: BLE001 - a peer may raise any exception
         return {"failure": f"{type(exc).__name__}: {exc}"}
     return {"value": value}
 
@@ -28,7 +28,7 @@ async def _execute(workloads: object, command: dict[str, Any]) -> dict[str, Any]
 def serve(workloads: object) -> None:
     """Executes commands with the methods of an object until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    # Whatever a library prints goes to stderr, so that it is not taken for an answer.
+    # The output of libraries goes to stderr, so that it is not mistaken for an answer.
     os.dup2(2, 1)
     with asyncio.Runner() as runner:
         for line in sys.stdin:

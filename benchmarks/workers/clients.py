@@ -22,14 +22,14 @@ from benchmarks.workers.measuring import ask_stub, check_length, cpu_microsecond
 
 _REPLY_LENGTH = len(WORD) * 20
 _NEVER_SECONDS = 1.0
-"""The seconds after which a connection that the server has not closed closed counts as never closed."""
+"""The seconds after which a connection counts as never closed, if the server has not seen it closed by then."""
 
 
 class ClientWorkloads:
     """The workloads of one client.
 
     Args:
-        make: Makes the client for a number of concurrent requests.
+        make: A function that returns the client for a number of concurrent requests.
         port: The port of the stub server.
     """
 
@@ -68,7 +68,7 @@ class ClientWorkloads:
         return await cpu_microseconds(wave, seconds)
 
     async def requests(self, at_once: int, each: int, seconds: float) -> float:
-        """Returns the CPU microseconds per request, with `at_once` tasks that make `each` of them in turn."""
+        """Returns the CPU microseconds per request if `at_once` tasks make `each` requests, one after another."""
         peer = self._peer()
 
         async def task(times: int) -> None:
@@ -173,7 +173,7 @@ class ClientWorkloads:
 
         task = asyncio.create_task(reader())
         await read.wait()
-        # The task waits for the fourth chunk by then, which never comes.
+        # By now, the task waits for the fourth chunk, which never comes.
         await asyncio.sleep(0.002)
         left = time.monotonic()
         task.cancel()
@@ -183,7 +183,7 @@ class ClientWorkloads:
     async def _time_of_close(self, tag: str) -> float | None:
         """Returns when the server saw a connection closed, or None.
 
-        The server is asked a little later, so that the question does not delay what it asks about.
+        The server is asked after a pause, so that the request does not delay the server in noticing the close.
         """
         deadline = time.monotonic() + _NEVER_SECONDS
         while time.monotonic() < deadline:
@@ -193,7 +193,7 @@ class ClientWorkloads:
         return None
 
     async def aged(self, before: int, requests: int) -> float:
-        """Returns the CPU microseconds per request, one by one, of a client that has made `before` others."""
+        """Returns the CPU microseconds per request of a client that has made `before` requests, one at a time."""
         peer = self._peer()
         while self._requests_made < before:
             check_length(await peer.ask("plain"), _REPLY_LENGTH)
@@ -207,16 +207,16 @@ class ClientWorkloads:
 
         return await cpu_microseconds(more, 0)
 
-    async def waiters(self, waiters: int, places: int, seconds: float) -> float:
-        """Returns the CPU microseconds per request of `waiters` that start together, `places` at a time."""
-        peer = self._peer(places)
+    async def waiters(self, waiters: int, at_once: int, seconds: float) -> float:
+        """Returns the CPU microseconds per request if `waiters` requests start together, `at_once` at a time."""
+        peer = self._peer(at_once)
 
         async def wave() -> int:
             for length in await gather_calls(waiters, lambda: peer.ask("plain")):
                 check_length(length, _REPLY_LENGTH)
             return waiters
 
-        await gather_calls(places, lambda: peer.ask("plain"))
+        await gather_calls(at_once, lambda: peer.ask("plain"))
         return await cpu_microseconds(wave, seconds)
 
 

@@ -1,4 +1,4 @@
-"""The workloads of calls of MCP tools. A worker has a session with one server for each peer, and they take turns."""
+"""The workloads of calls of MCP tools. A worker has one session for each peer, all with the same kind of server."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ class McpWorkloads:
         return call
 
     async def _open(self, peer: str) -> McpPeer:
-        """Opens a session. The process of the server inherits the core of this one, which is therefore changed."""
+        """Opens a session.
+
+        The process of the server inherits the core of this process, which therefore moves to the core of servers first.
+        """
         if (pair := cores()) is None:
             return await open_session(peer, self._server)
         own = os.sched_getaffinity(0)

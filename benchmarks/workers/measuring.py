@@ -13,12 +13,12 @@ from typing import Any
 
 
 async def gather_calls(count: int, call: Callable[[], Awaitable[Any]]) -> list[Any]:
-    """Makes that many calls at a time, and returns their results."""
+    """Makes `count` calls at the same time, and returns their results."""
     return [await call()] if count == 1 else await asyncio.gather(*(call() for _ in range(count)))
 
 
 async def ask_stub(port: int, path: str) -> Any:
-    """Returns what the stub server reports about its connections at a path."""
+    """Returns the value that the stub server reports about its connections at a path."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /%s HTTP/1.1\r\nHost: stub\r\n\r\n" % path.encode())
     body = (await reader.readuntil(b"}")).rpartition(b"\r\n")[2]
@@ -30,8 +30,8 @@ async def cpu_microseconds(work: Callable[[], Awaitable[int]], seconds: float) -
     """Returns the CPU time of one unit of work.
 
     Args:
-        work: Does some work, and returns how many units that were.
-        seconds: The CPU time to spend at least. The work is done once in any case.
+        work: A function that does some work, and returns the number of units.
+        seconds: The minimum of CPU seconds to spend. The work is done at least once.
     """
     gc.collect()
     done, spent, began = 0, 0.0, time.process_time()

@@ -16,7 +16,7 @@ from benchmarks.workers import serve
 
 _SEED: Final = 1796
 _AT_ONCE: Final = 4
-"""The requests that lmbridge has in flight at a time: as many as each of the servers answers."""
+"""The number of requests that lmbridge has in flight, which is the number that each of the servers can answer."""
 _ERROR_CHARACTERS: Final = 300
 
 Fate = Literal["whole", "truncated", "failed", "wrong model"]
@@ -26,6 +26,7 @@ class SwapOutcome(NamedTuple):
     """The fate of one request."""
 
     fate: Fate
+    """The way in which the request ended."""
     seconds: float
     """The time from the call to the end of the answer."""
     error: str = ""
@@ -75,7 +76,7 @@ _CLIENTS: Final[Mapping[str, Any]] = {
 
 
 class SwapWorkloads:
-    """Requests of one client.
+    """The workload of one client.
 
     Args:
         client: The name of the client.
@@ -85,7 +86,7 @@ class SwapWorkloads:
         self._client = client
 
     async def answers(self, server: str, scenario: str, requests: int) -> dict[str, Any]:
-        """Sends the requests to a new server, and returns their outcomes, how long all took, and the swaps.
+        """Sends the requests to a new server, and returns their outcomes, the total seconds and the number of swaps.
 
         Args:
             server: The name of the server in `benchmarks.swap_servers`.
@@ -118,7 +119,7 @@ async def _read_answer(request: StreamRequest, model: str, tokens: int, expected
     """Sends one request, reads its answer to the end, and judges it.
 
     Args:
-        request: Sends it.
+        request: A function that sends the request.
         model: The model that should answer.
         tokens: The maximum length of the answer.
         expected: The text of a whole answer, or None for any text.
@@ -133,7 +134,7 @@ async def _read_answer(request: StreamRequest, model: str, tokens: int, expected
             for choice in chunk["choices"]:
                 text += choice["delta"].get("content") or ""
                 finish_reason = choice.get("finish_reason") or finish_reason
-    except Exception as exc:  # noqa: BLE001 - the answer is lost, whatever the exception
+    except Exception as exc:  # noqa: BLE001 - any exception means a lost answer
         fate, error = "failed", f"{type(exc).__name__}: {exc}"[:_ERROR_CHARACTERS]
     else:
         if models - {model}:
