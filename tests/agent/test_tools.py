@@ -371,9 +371,60 @@ LONG = """Does it.
     """
 
 
+NUMPY = """Does it.
+
+    With a second paragraph.
+
+    Parameters
+    ----------
+    a : int
+        One.
+    b, c : str, optional
+        Two: more,
+        and more.
+
+    d
+        Four.
+
+    Returns
+    -------
+    e : int
+        A returned value.
+
+    Other Parameters
+    ----------------
+    f : int
+    g : int
+        Seven.
+    """
+
+SPHINX = """Does it.
+
+    :param a: One.
+    :param int b: Two: more,
+        and more.
+    :type b: int
+    :ivar c: Three.
+    :param d:
+    :returns: A returned value.
+    :raises OSError: never.
+
+    The end.
+    """
+
+
 @pytest.mark.parametrize(
     ("text", "description", "parameters"),
     [
+        (
+            NUMPY,
+            "Does it.\n\nWith a second paragraph.",
+            {"a": "One.", "b": "Two: more, and more.", "c": "Two: more, and more.", "d": "Four.", "g": "Seven."},
+        ),
+        (SPHINX, "Does it.", {"a": "One.", "b": "Two: more, and more.", "c": "Three."}),
+        ("Parameters\n\nThese are described elsewhere.", "Parameters\n\nThese are described elsewhere.", {}),
+        ("Does it: :param is a word.", "Does it: :param is a word.", {}),
+        ("A class.\n\n    Attributes:\n        a: One.\n    ", "A class.", {"a": "One."}),
         (None, "", {}),
         ("", "", {}),
         ("Does it.", "Does it.", {}),
