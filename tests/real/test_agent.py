@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from lmbridge import Agent, LLMClient, LLMClientPool, LocalServer, RunHandle, TaskCancelledError, TextDelta
 from tests.agent.support import check_valid, tool_texts
@@ -58,6 +59,20 @@ async def test_the_model_calls_a_tool_and_answers_with_its_result(client: LLMCli
     assert tool_texts(result.messages) == ["542"]
     assert "542" in result.text
     assert (result.stop_reason, result.rounds) == ("stop", 2)
+
+
+class Sum(BaseModel):
+    total: int
+
+
+@pytest.mark.slow
+async def test_a_run_with_tools_returns_its_typed_output(client: LLMClient) -> None:
+    agent = Agent(GreedyClient(client), tools=[add, get_weather], max_tokens=80)
+    result = await agent.run("What is 317 plus 225?", output_type=Sum)
+    # The model is so small that it may repeat one of the numbers.
+    assert isinstance(result.output, Sum)
+    assert tool_texts(result.messages) == ["542"]
+    check_valid(result.messages)
     assert result.usage["total_tokens"] > 100
     assert result.model == client.model
     check_valid(result.messages)

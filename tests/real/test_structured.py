@@ -12,6 +12,7 @@ import attrs
 import msgspec
 import pytest
 from msgspec import Meta
+from pydantic import BaseModel, Field
 
 from lmbridge import LLMClient, LLMValidationError
 
@@ -74,6 +75,37 @@ class Drawing(msgspec.Struct):
 async def test_the_model_answers_with_a_valid_instance(client: LLMClient, type_: Any) -> None:
     instance = await client.parse(ORDER, type_, temperature=0, seed=1, max_tokens=400)
     assert msgspec.convert(msgspec.to_builtins(instance), type_) == instance
+
+
+class Pen(BaseModel):
+    name: str = Field(min_length=1, max_length=20)
+    colour: Colour
+    price: float | None = None
+
+
+@dataclasses.dataclass
+class Refusal:
+    reason: Annotated[str, Meta(max_length=40)]
+
+
+@pytest.mark.parametrize(
+    ("type_", "classes"),
+    [
+        (Pen, Pen),
+        (Annotated[list[Pen], Meta(min_length=1, max_length=2)], list),
+        (Pen | Refusal, Pen | Refusal),
+        (Refusal | None, Refusal | None),
+        (Colour, Colour),
+        (int, int),
+        (bool, bool),
+        (Literal["pens", "books"], str),
+    ],
+)
+async def test_the_server_accepts_models_and_types_that_are_not_an_object(
+    client: LLMClient, type_: Any, classes: Any
+) -> None:
+    answer = await client.parse(ORDER, type_, temperature=0, seed=1, max_tokens=200)
+    assert isinstance(answer, classes)
 
 
 @pytest.mark.parametrize("type_", [Stock, Node])
