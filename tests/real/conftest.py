@@ -1,14 +1,19 @@
-"""Fixtures with a real llama.cpp server and a real model, which all tests in this folder share."""
+"""Fixtures with a real llama.cpp server and a real model, and with real MCP servers."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from lmbridge import Limits, LLMClient, LocalServer
+from lmbridge.mcp import McpHub
+from tests.mcp.conftest import MakeHub
 
 API_KEY = "sk-local-test"
 
@@ -28,3 +33,19 @@ async def client(local_server: LocalServer) -> AsyncIterator[LLMClient]:
     limits = Limits(max_concurrency=100)
     async with LLMClient(local_server.api_base, local_server.model, API_KEY, limits=limits) as client:
         yield client
+
+
+@pytest_asyncio.fixture
+async def make_hub(tmp_path: Path) -> AsyncIterator[MakeHub]:
+    """Returns a function that makes hubs from server entries, and closes them after the test."""
+    hubs: list[McpHub] = []
+
+    def make(servers: Any, **options: Any) -> McpHub:
+        path = tmp_path / "mcp.json"
+        path.write_text(json.dumps({"mcpServers": servers}))
+        hubs.append(McpHub(path, **options))
+        return hubs[-1]
+
+    yield make
+    for hub in hubs:
+        await hub.close()

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import pytest_asyncio
 
 from lmbridge import ToolContext, ToolError
 from lmbridge.agent.toolset import ReadyCall, Toolset
-from lmbridge.mcp import McpEvent, McpHub, ToolProgress
+from lmbridge.mcp import McpEvent, ToolProgress
 from lmbridge.mcp.servers import guardian
+from tests.mcp.conftest import MakeHub
 from tests.mcp.servers.test_process_groups import HOST
 from tests.mcp.support import Recorder, function_of, names, scripted, wait_until_gone
 from tests.support import turns
@@ -30,7 +31,6 @@ pytestmark = pytest.mark.real
 
 NPM = Path(__file__).parent.parent / "mcp" / "npm"
 EVERYTHING = NPM / "node_modules/@modelcontextprotocol/server-everything/dist/index.js"
-MakeHub = Callable[..., McpHub]
 
 
 def python_server(module: str, *args: str) -> dict[str, Any]:
@@ -65,22 +65,6 @@ def servers(folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
         "filesystem": npm_server("filesystem", str(folder)),
         "memory": npm_server("memory", MEMORY_FILE_PATH=str(tmp_path / "memory.json")),
     }
-
-
-@pytest_asyncio.fixture
-async def make_hub(tmp_path: Path) -> AsyncIterator[MakeHub]:
-    """Returns a function that makes hubs from server entries, and closes them after the test."""
-    hubs: list[McpHub] = []
-
-    def make(servers: Any, **options: Any) -> McpHub:
-        path = tmp_path / "mcp.json"
-        path.write_text(json.dumps({"mcpServers": servers}))
-        hubs.append(McpHub(path, **options))
-        return hubs[-1]
-
-    yield make
-    for hub in hubs:
-        await hub.close()
 
 
 async def test_every_tool_of_every_server_is_usable(make_hub: MakeHub, servers: Any) -> None:

@@ -7,8 +7,8 @@ line, minutes for one that brings a browser or a model. The rules follow from wh
   each file. uvx writes a line when a large file begins, and another when it is complete.
 - npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
   in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
-- Older versions of npm have no lock. Files that a killed npx has left make them fail at each start (ENOTEMPTY, EEXIST,
-  TAR_ENTRY_ERROR), or start a package of which a part is missing ("Cannot find module", "not found").
+- npm 10 has no lock. What a killed npx leaves there is in most cases repaired as well; otherwise each start fails
+  (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts a package of which a part is missing ("Cannot find module").
 
 So a package runner that is silent has two minutes, more than the lock's 60 seconds, and each line on stderr starts them
 again; there is a limit for the whole start, because a server that logs and never answers would otherwise wait for ever.
