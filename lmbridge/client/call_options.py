@@ -1,9 +1,8 @@
 """Options of a single call, and the options of other libraries that are mistaken for parameters.
 
-A call takes options of lmbridge (`timeout`, `extra_headers`, ...) beside the parameters of the API, which are sent as
-they are, whether lmbridge knows them or not. So an option that lmbridge does not know would be sent, a key included,
-and would have no effect. The names that other libraries give to such options are therefore refused, each with the name
-that is right here.
+A call takes options of lmbridge (`timeout`, `extra_headers`, ...) beside the parameters of the API, which are sent
+unchanged, whether lmbridge knows them or not. An option of another library would therefore be sent to the server, even
+an API key, and would have no effect. So the names of such options are refused, and the error names the right option.
 """
 
 from __future__ import annotations
@@ -45,10 +44,15 @@ class CallSettings:
     """The checked options of a call. None stands for the client's own value."""
 
     timeouts: Timeouts | None = None
+    """The timeouts of the call."""
     max_retries: int | None = None
+    """How often the request may be sent again."""
     headers: Mapping[str, str] | None = attrs.field(default=None, repr=False)
+    """Headers in addition to the client's, or in their place."""
     query: Mapping[str, Any] | None = attrs.field(default=None, repr=False)
+    """Query parameters of the URL."""
     body: Mapping[str, Any] | None = None
+    """Fields that are put into the JSON body last."""
 
 
 _OPTIONS: Final = ("timeout", "max_retries", "extra_headers", "extra_query", "extra_body")
@@ -81,7 +85,7 @@ _FOREIGN: Final = {
     "trust_env": _CLIENT_OPTION.format("trust_env"),
     "verify": _CLIENT_OPTION.format("ssl"),
 }
-"""Options that no server can be meant by, and what to use instead."""
+"""Options that cannot be meant for the server, and the hint that says what to use instead."""
 _SPECIAL: Final = frozenset({*_OPTIONS, *_FOREIGN})
 
 

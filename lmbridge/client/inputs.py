@@ -71,7 +71,7 @@ def check_texts(name: str, value: Texts, *, allow_empty: bool = False) -> Sequen
         allow_empty: Whether a text may be an empty string.
 
     Raises:
-        LLMValidationError: There is no text, or one that is empty, or something that is not a text.
+        LLMValidationError: There is no text, or a text is empty, or an item is not a text.
     """
     if isinstance(value, str):
         _check_text_or_tokens(name, value, allow_empty)

@@ -3,7 +3,7 @@
 Each list is written once, as a TypedDict, and every overload of a method takes it as `**params: Unpack[...]`. Explicit
 parameters would have to be repeated in each overload. A parameter that is not given is not sent. One that is given as
 None is sent as `null`, because servers have a meaning for that, such as "no limit" or "no stop string". Parameters that
-are not listed here are sent as well: servers for local models have many of their own.
+are not listed here are sent as well, because servers for local models have many others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SamplingParams(CallOptions, total=False):
     stop: str | Sequence[str] | None
     """One or several texts at which the model stops. They are not part of the answer."""
     seed: int | None
-    """Makes sampling repeatable, as far as the server can."""
+    """Makes sampling repeatable, as far as the server supports that."""
     n: int | None
     """How many answers to generate. Default: 1."""
     presence_penalty: float | None
@@ -113,7 +113,7 @@ class ResponseParams(CallOptions, total=False):
     store: bool | None
     """Whether the server keeps the response, so that `previous_response_id` can continue it."""
     include: Sequence[str] | None
-    """Further parts that the response is to contain."""
+    """The names of further parts that the response should contain."""
     metadata: Mapping[str, str] | None
     """Up to 16 pairs of strings that are stored with the response."""
     truncation: Literal["auto", "disabled"] | None
@@ -125,7 +125,8 @@ class ResponseParams(CallOptions, total=False):
 def shows_params(params: type) -> Callable[[_Function], _Function]:
     """Makes `help()` and `inspect.signature` show the fields of a TypedDict as parameters of a method.
 
-    Type checkers and most editors read them from `Unpack`; what looks at run time, such as a notebook, does not.
+    Type checkers and most editors read the fields from `Unpack`. Tools that inspect functions at run time, such as
+    notebooks, cannot.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -1,7 +1,7 @@
 """`client.with_raw_response`: replies with the status and the headers of their HTTP response.
 
-A reply is a plain dict, which has no place for headers. An observer that sees every response was the alternative; it
-would leave the caller to find out which response belongs to which call.
+A reply is a plain dict, which has no place for headers. The alternative was an observer that sees every response, but
+then the caller would have to find out which response belongs to which call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _Reply = TypeVar("_Reply")
 
 @attrs.frozen(kw_only=True)
 class RawResponse(Generic[_Reply]):
-    """A reply with the status and headers of the HTTP response that it came in."""
+    """A reply with the status and headers of its HTTP response."""
 
     parsed: _Reply
     """The reply, as the method of the client returns it."""
     status: int
     """The HTTP status code."""
     headers: Mapping[str, str] = attrs.field(repr=False)
-    """The headers of the response. Names are looked up in any case."""
+    """The headers of the response. Upper and lower case do not matter in their names."""
 
 
 class RawResponses:
@@ -64,7 +64,10 @@ class RawResponses:
         model: str | None = None,
         **params: Any,
     ) -> RawResponse[Embeddings]:
-        """Asks for embeddings, as `LLMClient.embeddings` does; of several requests, the last one is reported."""
+        """Asks for embeddings, as `LLMClient.embeddings` does.
+
+        With `batch_size`, the status and headers are those of the last request.
+        """
         return await self._record(lambda client: client.embeddings(input, model=model, **params))
 
     async def create_response(
@@ -90,5 +93,6 @@ class RawResponses:
 def _refuse_stream(params: Mapping[str, Any]) -> None:
     if params.get("stream"):
         raise LLMValidationError(
-            "with_raw_response returns no stream", hint="a stream of the client has .status and .headers itself"
+            "with_raw_response does not return streams",
+            hint="call the client's own method: a stream has .status and .headers",
         )

@@ -1,8 +1,9 @@
 """`ServerApi`: how the endpoints of one client talk to its server.
 
 Each endpoint (chat, embeddings, LM Studio's own API, ...) is a function that builds a request, sends it, and reads the
-reply. What they share is here: the transport with the client's options in front, and the readers that turn a reply
-into a JSON object or into an error. It knows no endpoint, and the transport below it knows no JSON.
+reply. This module contains the parts that they share: building and sending requests with the client's options, and
+turning a reply into a JSON object or an error. It does not know any endpoint, and the transport below it does not know
+JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lmbridge.transport import EventStream, Reply, Request, Transport
 from lmbridge.transport.headers import merge_headers
 
 PROBE_SECONDS: Final = 10.0
-"""The most seconds that a question about the server itself may take; `Timeouts.first_byte` applies if it is shorter."""
+"""The most seconds that a request about the server itself may take, unless `Timeouts.first_byte` is shorter."""
 
 
 class ServerApi:
@@ -32,11 +33,11 @@ class ServerApi:
 
     Args:
         transport: The connections to the server.
-        make_transport: Makes a transport to another `api_base`, or None if the transport belongs to somebody else and
-            must not be replaced.
+        make_transport: A function that returns a transport to another `api_base`, or None if the transport is shared
+            and must not be replaced.
         timeouts: The timeouts of every request.
         max_retries: How often a failed request may be sent again.
-        mismatch_policy: What happens if another model answers than the one that was asked for.
+        mismatch_policy: What happens if the model that answers is not the one that was asked for.
         headers: Headers of every request, in addition to those of the transport or in their place.
         query: Query parameters of every request.
         parent: The object that owns the transport, if this one was derived from it.
@@ -100,7 +101,7 @@ class ServerApi:
         )
 
     def for_call(self, options: CallSettings) -> Self:
-        """Returns a `ServerApi` for a single call, which has options of its own."""
+        """Returns a `ServerApi` for a single call with its own options."""
         server = self.shared(
             timeouts=options.timeouts,
             max_retries=options.max_retries,
@@ -120,7 +121,7 @@ class ServerApi:
         """Sends later requests to another server. Requests and streams in progress finish on the old one.
 
         Raises:
-            LLMValidationError: The URL is not valid, or the transport belongs to somebody else.
+            LLMValidationError: The URL is not valid, or the transport is shared with other clients.
         """
         if self._make_transport is None:
             raise LLMValidationError(
@@ -164,7 +165,7 @@ class ServerApi:
         """Returns a request with a JSON body.
 
         Args:
-            operation: What the request does, for people: "chat completion".
+            operation: A name for the request in errors and logs: "chat completion".
             path: The path below `/v1`.
             body: The body, which is encoded here.
             model: The model that the request is for, by which it is scheduled.
@@ -193,7 +194,7 @@ class ServerApi:
         """Returns a request that asks about the server: it does not queue behind generations.
 
         Args:
-            operation: What the request does, for people: "model list".
+            operation: A name for the request in errors and logs: "model list".
             path: The path below `/v1`, or below the server's root with `below_root=True`.
             max_seconds: The most seconds that the reply may take, unless the call has a `timeout`. Default:
                 `PROBE_SECONDS`.
@@ -257,7 +258,7 @@ class ServerApi:
 
     async def _close_idle_transports(self) -> None:
         """Closes the transports to former servers whose last request has ended."""
-        # The list is searched afresh after each wait, because another task may have closed some meanwhile.
+        # Each round searches the list again, because another task may have closed a transport during the wait.
         while (idle := next((each for each in self._former_transports if not each.busy), None)) is not None:
             self._former_transports.remove(idle)
             await idle.close()
@@ -282,9 +283,9 @@ class ServerApi:
 
         Args:
             reply: The reply.
-            expected: What it should have been, with an article: "a chat completion".
-            message: The error's text, where more is known than that.
-            hint: What to do about it. Default: to check `api_base`.
+            expected: The kind of reply that was expected, with an article: "a chat completion".
+            message: The text of the error, if it can be more specific than that.
+            hint: The advice to the user. Default: to check `api_base`.
         """
         body = self.body_text(reply)
         return LLMResponseError(
@@ -327,7 +328,7 @@ class ServerApi:
 
 
 def _json_object_in(reply: Reply) -> dict[str, Any] | None:
-    """Returns the JSON object of a reply, or None if the reply reports an error or is something else."""
+    """Returns the JSON object of a reply, or None if the reply reports an error or is not a JSON object."""
     if not 200 <= reply.status < 300:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The text of an answer: of a whole reply, and of a stream while it arrives."""
+"""Returns the text of an answer: of a whole reply at once, and of a stream piece by piece."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_of(reply: Mapping[str, Any]) -> str:
             counts.
 
     Raises:
-        LLMValidationError: It is something else.
+        LLMValidationError: The argument is not such a reply.
     """
     if not isinstance(reply, Mapping):
         raise wrong_type("reply", "the dict of a reply", reply, _REPLY_HINT)
@@ -51,12 +51,12 @@ class _Closable(AsyncIterator[Any], Protocol):
 class StreamedText(AsyncIterator[str]):
     """The pieces of the text of a stream, which `stream.text()` returns.
 
-    It is an object and not an async generator, so that dropping it drops the stream, and with it the connection.
+    It is not an async generator, so that dropping it also drops the stream, which closes the connection.
 
     Args:
-        stream: The stream. It is read by this iterator, and must not be read beside it.
-        read: Returns the text that an item of the stream adds.
-        finish: Returns the text that was held back until the end.
+        stream: The stream, which nothing else may read.
+        read: A function that returns the text in an item of the stream.
+        finish: A function that returns the text that was held back until the end.
     """
 
     __slots__ = ("_finish", "_is_over", "_read", "_stream")

@@ -7,7 +7,7 @@
             ...
 
 The classes have the methods of the asynchronous ones, which they call in one background event loop that the whole
-process shares. They may be used from any thread, and from code that has an event loop of its own, which they block.
+process shares. They may be used from any thread, and from code in a running event loop, which they block.
 """
 
 from __future__ import annotations

@@ -258,7 +258,10 @@ class RawResponses(Wrapper):
         return result
 
     def embeddings(self, input: Texts, *, model: str | None = None, **params: Any) -> RawResponse[Embeddings]:
-        """Asks for embeddings, as `LLMClient.embeddings` does; of several requests, the last one is reported."""
+        """Asks for embeddings, as `LLMClient.embeddings` does.
+
+        With `batch_size`, the status and headers are those of the last request.
+        """
         result: RawResponse[Embeddings] = self._await(lambda: self.wrapped.embeddings(input, model=model, **params))
         return result
 
@@ -289,13 +292,13 @@ class LLMClient(Owner):
         timeout: The timeouts of each request. A number of seconds limits each wait, like
             `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of
             `Timeouts()`.
-        max_retries: How often a request is sent again after a refused connection or a temporary error. At most 5 are
-            made. Default: 2.
+        max_retries: How often a request is sent again after a refused connection or a temporary error. Numbers above 5
+            count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
             docs/model-scheduling.md describes. Default: those of `Limits()`.
-        model_mismatch: What happens if another model answers than the one that was asked for. "warn", the default, logs
-            a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not even
-            if another model continues an answer in the middle of a stream.
+        model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
+            logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
+            even if another model continues an answer in the middle of a stream.
         ssl: The context for https, for example with a certificate authority of your own. Default: the usual
             verification.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
@@ -386,8 +389,8 @@ class LLMClient(Owner):
 
             patient = client.with_options(timeout=600, max_retries=5)
 
-        It follows this client when `api_base` is set, and is at its end when this one is given back to its pool.
-        Closing it closes nothing: close this client.
+        If the `api_base` of this client is set, the new client uses it as well. If this client is given back to its
+        pool, the new one refuses further requests, too. Closing the new client has no effect; close this one instead.
 
         Args:
             model: The model of calls that name none; None leaves the choice to the server. Default: this client's.
@@ -513,7 +516,7 @@ class LLMClient(Owner):
         """Asks for the continuation of a text, without a chat template (`POST /v1/completions`).
 
         Args:
-            prompt: A string or a list of token ids, or a list of several of them. The reply has `n` choices for each
+            prompt: A string or a list of token ids, or a list of such prompts. The reply has `n` choices for each
                 prompt, in the order of their `index`.
             model: The model to ask. Default: the client's model.
             stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
@@ -537,7 +540,7 @@ class LLMClient(Owner):
         """Asks for the embeddings of texts (`POST /v1/embeddings`).
 
         Args:
-            input: A string or a list of token ids, or a list of several of them; none may be empty.
+            input: A string or a list of token ids, or a list of such texts. No text may be empty.
             model: The model to ask. Default: the client's model.
             batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
                 another, and their replies are merged: the indices are consecutive, and the usage is summed up.
@@ -549,7 +552,7 @@ class LLMClient(Owner):
             The server's reply; its `data` has one embedding for each text, in the order of the texts.
 
         Raises:
-            LLMResponseError: An embedding is missing, or contains something else than finite numbers.
+            LLMResponseError: An embedding is missing, or contains anything but finite numbers.
             LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
         """
         result: Embeddings = self._await(
@@ -671,10 +674,10 @@ class LLMClient(Owner):
     def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
     ) -> Any:
-        """Asks for an answer of a certain type: its JSON schema is sent along, and the answer is validated.
+        """Asks for an answer of a certain type. The request contains its JSON schema, and the answer is validated.
 
-        An answer that is not valid is sent back to the model once, with what is wrong about it. The request is
-        streamed, so that the server stops generating if the call is cancelled.
+        An answer that is not valid is sent back to the model once, together with a description of the mistake. The
+        request is streamed, so that the server stops generating if the call is cancelled.
 
         Args:
             messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
@@ -712,9 +715,9 @@ class LLMClient(Owner):
         return result
 
     def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
-        """Asks which server it is, which models it has loaded, with how much context, and with how many slots.
+        """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
 
-        Nothing is cached. The requests are `GET /v1/models`, and then those of the server that this looks like:
+        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
         loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
         generations.
@@ -733,16 +736,16 @@ class LLMClient(Owner):
         return result
 
     def stats(self) -> ClientStats:
-        """Returns what is in flight and queued, and how many swaps and retries there were, in total and by model.
+        """Returns the numbers of requests in flight and queued, of swaps and of retries, in total and by model.
 
         The numbers are those of the client's transport, so they include other clients that share it. Setting `api_base`
-        starts them anew.
+        resets them.
         """
         result: ClientStats = self._call(self.wrapped.stats)
         return result
 
     def health_check(self, **options: Unpack[RequestOptions]) -> bool:
-        """Asks whether the server is running and ready. The request neither queues nor retries, and takes 5 s at most.
+        """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
 
         Args:
             **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.

@@ -152,7 +152,7 @@ class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
 
 
 class _GeneratorStream(Stream[Any]):
-    """A blocking iterator over an async generator that has no class of its own."""
+    """A blocking iterator over a plain async generator."""
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ async def test_a_raw_response_has_the_reply_the_status_and_the_headers(method: s
 
 async def test_a_raw_response_is_no_stream() -> None:
     raw = LLMClient(transport=MockTransport(handler)).with_raw_response
-    with pytest.raises(LLMValidationError, match="with_raw_response returns no stream"):
+    with pytest.raises(LLMValidationError, match="with_raw_response does not return streams"):
         await raw.chat_completion(MESSAGES, stream=True)
 
 
