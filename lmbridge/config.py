@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import logging
 import math
 import os
 from typing import Any, Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import attrs
 
 from lmbridge._checks import as_validator, check_integer, check_seconds, invalid_argument, is_number
 from lmbridge.errors import LLMValidationError
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 # The name "localhost" would be tried as ::1 first, which can cost seconds before 127.0.0.1 is tried.
 DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
@@ -121,10 +124,12 @@ def default_api_base() -> str:
     `normalize_api_base`.
     """
     if base := os.environ.get("LMBRIDGE_API_BASE"):
+        logger.info("api_base comes from the environment variable LMBRIDGE_API_BASE")
         return base
     host, port = os.environ.get("LMSTUDIO_HOST"), os.environ.get("LMSTUDIO_PORT")
     if not host and not port:
         return DEFAULT_API_BASE
+    logger.info("api_base comes from the environment variable %s", "LMSTUDIO_HOST" if host else "LMSTUDIO_PORT")
     host = host or "127.0.0.1"
     if "://" not in host:
         host = f"http://[{host}]" if host.count(":") > 1 and not host.startswith("[") else f"http://{host}"
@@ -137,16 +142,57 @@ def default_api_base() -> str:
 
 def default_api_key() -> str | None:
     """Returns the environment variable `LM_API_TOKEN`, which LM Studio's documentation and SDKs use as well."""
-    return os.environ.get("LM_API_TOKEN") or None
+    key = os.environ.get("LM_API_TOKEN") or None
+    if key is not None:
+        logger.info("api_key comes from the environment variable LM_API_TOKEN")
+    return key
 
 
 def default_model() -> str | None:
-    """Returns the environment variable `DEFAULT_MODEL`."""
-    return os.environ.get("DEFAULT_MODEL") or None
+    """Returns the model that the environment names: `LMBRIDGE_MODEL`, else `DEFAULT_MODEL`.
+
+    Other programs use the name `DEFAULT_MODEL`, too, for models of other providers. So it counts only if the
+    environment names the server as well.
+    """
+    if model := os.environ.get("LMBRIDGE_MODEL"):
+        logger.info("model %r comes from the environment variable LMBRIDGE_MODEL", model)
+        return model
+    model = os.environ.get("DEFAULT_MODEL")
+    if not model:
+        return None
+    if not any(os.environ.get(name) for name in ("LMBRIDGE_API_BASE", "LMSTUDIO_HOST", "LMSTUDIO_PORT")):
+        logger.info("DEFAULT_MODEL is ignored, because the environment names no server; set LMBRIDGE_MODEL instead")
+        return None
+    logger.info("model %r comes from the environment variable DEFAULT_MODEL", model)
+    return model
+
+
+def split_credentials(api_base: Any) -> tuple[Any, tuple[str, str] | None]:
+    """Returns a base URL without the user and the password in it, and these two; None if it has none.
+
+    A URL that is not valid is returned unchanged, and `normalize_api_base` reports it.
+    """
+    if not isinstance(api_base, str) or "@" not in api_base or not api_base.isprintable() or " " in api_base:
+        return api_base, None
+    parts = _split_url(api_base)
+    if not isinstance(parts, SplitResult) or parts.scheme not in ("http", "https") or not parts.hostname:
+        return api_base, None
+    if parts.username is None:
+        return api_base, None
+    host = parts.netloc.rpartition("@")[2]
+    return api_base.replace(parts.netloc, host, 1), (unquote(parts.username), unquote(parts.password or ""))
+
+
+def socket_path_of(api_base: str) -> str | None:
+    """Returns the path of the Unix socket that a base URL names, or None if it names a host."""
+    return api_base.removeprefix("unix://") if api_base.startswith("unix://") else None
 
 
 def normalize_api_base(api_base: str) -> str:
     """Returns a server's base URL without a trailing slash, and with `/v1` appended if it ends with no version.
+
+    A `#` at the end says that the URL is used exactly as it is, for servers without a version in their paths. The path
+    of a Unix socket, `unix:///run/llm.sock`, is returned unchanged; below it, `/v1` is used.
 
     A URL may contain a secret by mistake. So an error quotes the URL only if it contains none of the characters that
     introduce a password, a query or a fragment (`@`, `?`, `#`).
@@ -161,6 +207,12 @@ def normalize_api_base(api_base: str) -> str:
         shown = "'...'"
     if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
         raise LLMValidationError(f"api_base must be a URL, not {shown}", hint=hint)
+    if (path := socket_path_of(api_base)) is not None:
+        if not path.startswith("/") or path.endswith("/"):
+            raise LLMValidationError(
+                f"api_base {shown} does not name a Unix socket", hint="write it like 'unix:///run/llm.sock'"
+            )
+        return api_base
     parts = _split_url(api_base)
     if not isinstance(parts, SplitResult):
         reason = "" if may_hold_secret else f": {parts}"
@@ -175,6 +227,8 @@ def normalize_api_base(api_base: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise LLMValidationError(f"api_base {shown} is not an http or https URL", hint=hint)
     path = parts.path.rstrip("/")
+    if api_base.endswith("#"):
+        return f"{parts.scheme}://{parts.netloc}{path}#"
     if not _is_version(path.rpartition("/")[2]):
         path += "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}"
@@ -212,6 +266,43 @@ def check_api_key(key: str | None) -> str | None:
             "api_key must be printable ASCII without spaces", hint="leave it out to send LM_API_TOKEN, or no key at all"
         )
     return key
+
+
+def check_auth(auth: Any) -> tuple[str, str] | None:
+    """Returns a user and a password for basic authentication, or None.
+
+    Raises:
+        LLMValidationError: It is something else. The error does not quote it, because it is meant to be secret.
+    """
+    if auth is None:
+        return None
+    if not isinstance(auth, tuple) or len(auth) != 2 or not all(isinstance(part, str) for part in auth):
+        raise LLMValidationError("auth must be a tuple of two strings", hint="for example auth=('user', 'password')")
+    if ":" in auth[0]:
+        raise LLMValidationError("the user in auth contains a colon", hint="basic authentication cannot send it")
+    return auth[0], auth[1]
+
+
+def check_proxy(proxy: str | None) -> str | None:
+    """Returns the URL of an HTTP proxy, or None.
+
+    Raises:
+        LLMValidationError: It is something else. The error does not quote it, because it may hold a password.
+    """
+    if proxy is None:
+        return None
+    hint = "write it like 'http://127.0.0.1:3128'"
+    parts = _split_url(proxy) if isinstance(proxy, str) and proxy.isprintable() and " " not in proxy else None
+    if not isinstance(parts, SplitResult):
+        raise LLMValidationError("proxy must be the URL of an HTTP proxy", hint=hint)
+    if parts.scheme.startswith("socks"):
+        raise LLMValidationError(
+            f"proxy is a {parts.scheme} proxy, which lmbridge does not support",
+            hint="use an HTTP proxy, or forward a port: ssh -L 1234:127.0.0.1:1234 HOST",
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise LLMValidationError("proxy must be the URL of an HTTP proxy", hint=hint)
+    return proxy
 
 
 def is_loopback(url: str) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from typing import Any
@@ -141,7 +142,7 @@ def test_an_invalid_server_in_the_environment_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "read"), [("LM_API_TOKEN", default_api_key), ("DEFAULT_MODEL", default_model)], ids=["key", "model"]
+    ("name", "read"), [("LM_API_TOKEN", default_api_key), ("LMBRIDGE_MODEL", default_model)], ids=["key", "model"]
 )
 def test_key_and_model_come_from_the_environment_unless_they_are_empty(
     name: str, read: Any, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +152,41 @@ def test_key_and_model_come_from_the_environment_unless_they_are_empty(
     assert read() is None
     monkeypatch.setenv(name, "x")
     assert read() == "x"
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "logged"),
+    [
+        ({"DEFAULT_MODEL": "m"}, None, "DEFAULT_MODEL is ignored, because the environment names no server"),
+        ({"DEFAULT_MODEL": "m", "LMBRIDGE_API_BASE": "http://box"}, "m", "comes from the environment variable DEFAULT"),
+        ({"DEFAULT_MODEL": "m", "LMSTUDIO_PORT": "9"}, "m", "comes from the environment variable DEFAULT_MODEL"),
+        ({"DEFAULT_MODEL": "m", "LMBRIDGE_MODEL": "n"}, "n", "comes from the environment variable LMBRIDGE_MODEL"),
+    ],
+)
+def test_default_model_counts_only_if_the_environment_names_the_server(
+    settings: dict[str, str],
+    model: str | None,
+    logged: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="lmbridge.client")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert default_model() == model
+    assert logged in caplog.text
+
+
+def test_the_log_says_where_the_server_and_the_key_come_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lmbridge.client")
+    monkeypatch.setenv("LMBRIDGE_API_BASE", "http://box")
+    monkeypatch.setenv("LM_API_TOKEN", "secret-token")
+    assert (default_api_base(), default_api_key()) == ("http://box", "secret-token")
+    assert "LMBRIDGE_API_BASE" in caplog.text
+    assert "LM_API_TOKEN" in caplog.text
+    assert "secret-token" not in caplog.text
 
 
 # The base URL
@@ -172,6 +208,10 @@ def test_key_and_model_come_from_the_environment_unless_they_are_empty(
         ("https://box/v1beta", "https://box/v1beta/v1"),
         ("https://box/v1/llm", "https://box/v1/llm/v1"),
         ("https://box/@team", "https://box/@team/v1"),
+        ("https://box/openai#", "https://box/openai#"),
+        ("https://box/openai/#", "https://box/openai#"),
+        ("https://box#", "https://box#"),
+        ("unix:///run/llm.sock", "unix:///run/llm.sock"),
         ("http://[::1]:1234", "http://[::1]:1234/v1"),
         ("http://[fe80::1]/v1/", "http://[fe80::1]/v1"),
     ],
@@ -208,6 +248,7 @@ def test_a_base_url_is_normalized_to_end_with_its_version(given: str, api_base: 
         ),
         ("http://[::1", "api_base 'http://[::1' is not a valid URL: Invalid IPv6 URL"),
         ("http://box/v1?x=1", "api_base has a query or a fragment"),
+        ("http://box/v1?x=1#", "api_base has a query or a fragment"),
         ("http://box/v1#top", "api_base has a query or a fragment"),
     ],
 )

@@ -48,10 +48,14 @@ class ClientOptions(TypedDict, total=False):
     api_base: str | None
     model: str | None
     api_key: str | None
+    base_url: str | None
     timeout: Timeouts | float | Unset | None
     max_retries: int
     limits: Limits | Literal["auto"] | None
     model_mismatch: MismatchMode
+    headers: Mapping[str, str] | None
+    auth: tuple[str, str] | None
+    proxy: str | None
     ssl: ssl_module.SSLContext | None
     trust_env: bool
     transport: Transport | None
@@ -70,8 +74,10 @@ class LLMClient:
     Args:
         api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
-        model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
-            chooses.
+            A `#` at the end says that the URL is used exactly as it is, for servers without `/v1`. `unix:///run/llm.sock`
+            is a Unix socket.
+        model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL` (or `DEFAULT_MODEL`,
+            if the environment names the server, too), else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
         timeout: The timeouts of each request. A number of seconds limits each wait, like
             `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of
@@ -80,6 +86,11 @@ class LLMClient:
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
             docs/model-scheduling.md describes. Default: those of `Limits()`.
+        base_url: Another name of `api_base`, which other libraries use.
+        headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
+            repeat their values.
+        auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
+        proxy: The URL of an HTTP proxy. It may contain a user and a password. Default: none.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
@@ -101,10 +112,14 @@ class LLMClient:
         model: str | None = None,
         api_key: str | None = None,
         *,
+        base_url: str | None = None,
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
+        headers: Mapping[str, str] | None = None,
+        auth: tuple[str, str] | None = None,
+        proxy: str | None = None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
@@ -113,7 +128,18 @@ class LLMClient:
         timeouts = Timeouts() if isinstance(timeout, Unset) else as_timeouts(timeout)
         check_integer("max_retries", max_retries, minimum=0)
         mismatch_policy = MismatchPolicy(model_mismatch)
-        options = {"api_key": api_key, "limits": resolve_limits(limits), "ssl": ssl, "trust_env": trust_env}
+        if base_url is not None and api_base is not None:
+            raise LLMValidationError("api_base and base_url are two names of one option", hint="give only one of them")
+        api_base = base_url if api_base is None else api_base
+        options = {
+            "api_key": api_key,
+            "limits": resolve_limits(limits),
+            "headers": headers,
+            "auth": auth,
+            "proxy": proxy,
+            "ssl": ssl,
+            "trust_env": trust_env,
+        }
         make_transport: Callable[[str], Transport] | None = None
         if transport is not None:
             check_instance("transport", transport, Transport)

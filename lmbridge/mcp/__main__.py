@@ -23,7 +23,7 @@ _DESCRIPTION = """\
 Offers lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...) on stdin and stdout.
 
 Settings that are not given here come from the environment: LMBRIDGE_API_BASE (or LMSTUDIO_HOST and LMSTUDIO_PORT),
-LM_API_TOKEN, DEFAULT_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
+LM_API_TOKEN, LMBRIDGE_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT."""
 
 _TERMINAL_HELP = """\
 lmbridge-mcp {version} is an MCP server: an MCP host (Claude Code, LM Studio, Cursor, ...) starts it and exchanges JSON

@@ -286,8 +286,10 @@ class LLMClient(Owner):
     Args:
         api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
-        model: The model of calls that name none. Default: the environment variable `DEFAULT_MODEL`, else the server
-            chooses.
+            A `#` at the end says that the URL is used exactly as it is, for servers without `/v1`. `unix:///run/llm.sock`
+            is a Unix socket.
+        model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL` (or `DEFAULT_MODEL`,
+            if the environment names the server, too), else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
         timeout: The timeouts of each request. A number of seconds limits each wait, like
             `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of
@@ -296,6 +298,11 @@ class LLMClient(Owner):
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
             docs/model-scheduling.md describes. Default: those of `Limits()`.
+        base_url: Another name of `api_base`, which other libraries use.
+        headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
+            repeat their values.
+        auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
+        proxy: The URL of an HTTP proxy. It may contain a user and a password. Default: none.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
@@ -319,10 +326,14 @@ class LLMClient(Owner):
         model: str | None = None,
         api_key: str | None = None,
         *,
+        base_url: str | None = None,
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
+        headers: Mapping[str, str] | None = None,
+        auth: tuple[str, str] | None = None,
+        proxy: str | None = None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
@@ -332,10 +343,14 @@ class LLMClient(Owner):
                 api_base,
                 model,
                 api_key,
+                base_url=base_url,
                 timeout=timeout,
                 max_retries=max_retries,
                 limits=limits,
                 model_mismatch=model_mismatch,
+                headers=headers,
+                auth=auth,
+                proxy=proxy,
                 ssl=ssl,
                 trust_env=trust_env,
                 transport=transport,

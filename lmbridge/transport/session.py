@@ -70,11 +70,21 @@ class AiohttpSession:
         connection_limit: The most connections that may be open at the same time, or None for no limit.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used.
+        proxy: The URL of an HTTP proxy.
+        socket_path: The path of a Unix socket to connect to, whatever the host in the URL of a request.
     """
 
     def __init__(
-        self, *, connection_limit: int | None, ssl: ssl_module.SSLContext | None = None, trust_env: bool = False
+        self,
+        *,
+        connection_limit: int | None,
+        ssl: ssl_module.SSLContext | None = None,
+        trust_env: bool = False,
+        proxy: str | None = None,
+        socket_path: str | None = None,
     ) -> None:
+        self._proxy = proxy
+        self._socket_path = socket_path
         self._connection_limit = connection_limit
         self._ssl = ssl
         self._trust_env = trust_env
@@ -138,25 +148,26 @@ class AiohttpSession:
         return self._unpooled
 
     def _make_session(self, *, keep_connections: bool) -> aiohttp.ClientSession:
-        options: dict[str, Any] = (
-            {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
-        )
         trace_config = aiohttp.TraceConfig()
         trace_config.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                # For aiohttp, 0 means that there is no limit.
-                limit=self._connection_limit or 0,
-                ssl=self._ssl or True,
-                **options,
-            ),
+            connector=self._make_connector(keep_connections=keep_connections),
             cookie_jar=aiohttp.DummyCookieJar(),
             # By default aiohttp would break off every response after 300 seconds.
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=self._trust_env,
+            proxy=self._proxy,
             trace_configs=[trace_config],
             middlewares=[_keep_aiohttp_from_resending],
         )
+
+    def _make_connector(self, *, keep_connections: bool) -> aiohttp.BaseConnector:
+        # For aiohttp, 0 means that there is no limit.
+        options: dict[str, Any] = {"limit": self._connection_limit or 0}
+        options |= {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
+        if self._socket_path is not None:
+            return aiohttp.UnixConnector(self._socket_path, **options)
+        return aiohttp.TCPConnector(ssl=self._ssl or True, **options)
 
     def _failure(self, exc: Exception, request: HttpRequest, trace: _RequestTrace) -> ConnectionFailed:
         if isinstance(exc, _LostConnection):

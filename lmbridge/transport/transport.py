@@ -38,17 +38,28 @@ from lmbridge._version import __version__
 from lmbridge.config import (
     Limits,
     check_api_key,
+    check_auth,
+    check_proxy,
     default_api_base,
     default_api_key,
     is_loopback,
     normalize_api_base,
+    socket_path_of,
+    split_credentials,
 )
-from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
-from lmbridge.transport.headers import add_query, merge_headers, secret_pattern, secrets_in
+from lmbridge.transport.headers import (
+    add_query,
+    basic_auth,
+    check_headers,
+    merge_headers,
+    secret_pattern,
+    secrets_in,
+)
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AiohttpSession
@@ -94,6 +105,10 @@ class Transport:
         limits: How many requests and models may be in flight at the same time (by default `Limits()`), or an async
             function that asks the server. The function is called before the first request, and again after a
             connection was refused or lost, because a different server may be running by then.
+        headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
+            repeat their values.
+        auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
+        proxy: The URL of an HTTP proxy. It may contain a user and a password.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used. By default they are not. A
             loopback address is never reached through a proxy.
@@ -108,24 +123,40 @@ class Transport:
         *,
         api_key: str | None = None,
         limits: Limits | FindLimits | None = None,
+        headers: Mapping[str, str] | None = None,
+        auth: tuple[str, str] | None = None,
+        proxy: str | None = None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
     ) -> None:
-        self.api_base: Final = normalize_api_base(default_api_base() if api_base is None else api_base)
-        self._server_root = self.api_base.rpartition("/")[0]
-        self.api_key: Final = check_api_key(default_api_key() if api_key is None else api_key)
+        url, url_auth = split_credentials(default_api_base() if api_base is None else api_base)
+        self.api_base: Final = normalize_api_base(url)
+        self._socket_path = socket_path_of(self.api_base)
+        self._api_root, self._server_root = _roots(self.api_base)
+        auth = _choose_auth(check_auth(auth), url_auth, api_key)
+        if api_key is None and auth is None:
+            api_key = default_api_key()
+        self.api_key: Final = check_api_key(api_key)
+        self._proxy = check_proxy(proxy)
+        if self._proxy is not None and self._socket_path is not None:
+            raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
         self._find_limits = limits if callable(limits) else None
         self.limits: Limits = (
             Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
         )
         """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
-        self._trust_env = trust_env and not is_loopback(self.api_base)
-        self._key_pattern = None if self.api_key is None else secret_pattern([self.api_key])
+        self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
+        given_headers = check_headers("headers", headers)
+        self._key_pattern = secret_pattern(_secrets(self.api_key, auth, self._proxy))
+        self._header_pattern = secret_pattern(secrets_in(given_headers))
         self._headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
             self._headers["Authorization"] = f"Bearer {self.api_key}"
-        self._json_headers = {**self._headers, "Content-Type": "application/json"}
+        elif auth is not None:
+            self._headers["Authorization"] = basic_auth(*auth)
+        self._headers = merge_headers(self._headers, given_headers)
+        self._json_headers = merge_headers({"Content-Type": "application/json"}, self._headers)
         self._open_state: _OpenState | None = None
         self._retries: Counter[str | None] = Counter()
         self._swaps: Counter[str | None] = Counter()
@@ -155,7 +186,13 @@ class Transport:
         # Requests wait in the scheduler, not in the connection pool. If the server has yet to be asked for its limits,
         # the size of the pool is not limited.
         limit = None if self._find_limits is not None else self.limits.max_concurrency + _EXTRA_CONNECTIONS
-        return AiohttpSession(connection_limit=limit, ssl=self._ssl, trust_env=self._trust_env)
+        return AiohttpSession(
+            connection_limit=limit,
+            ssl=self._ssl,
+            trust_env=self._trust_env,
+            proxy=self._proxy,
+            socket_path=self._socket_path,
+        )
 
     # The current state
 
@@ -214,6 +251,8 @@ class Transport:
         """
         if self._key_pattern is not None:
             text = self._key_pattern.sub("[api_key]", text)
+        if self._header_pattern is not None:
+            text = self._header_pattern.sub("[header]", text)
         if headers and (pattern := secret_pattern(secrets_in(headers))) is not None:
             text = pattern.sub("[header]", text)
         return text
@@ -272,7 +311,7 @@ class Transport:
     # One request
 
     async def _perform(self, state: _OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
-        url = f"{self._server_root if request.below_root else self.api_base}{request.path}"
+        url = f"{self._server_root if request.below_root else self._api_root}{request.path}"
         call = Call(request, url, state.admission, state.deadline_timer)
         state.requests += 1
         try:
@@ -373,9 +412,11 @@ class Transport:
     async def _send(self, state: _OpenState, call: Call) -> HttpResponse:
         request = call.request
         headers = self._headers if request.body is None else self._json_headers
+        # HTTP over a Unix socket needs some host, and servers expect this one.
+        url = call.url if self._socket_path is None else f"http://localhost{call.url[len(self.api_base) :]}"
         http_request = HttpRequest(
             method=request.method,
-            url=add_query(call.url, request.query) if request.query else call.url,
+            url=add_query(url, request.query) if request.query else url,
             headers=merge_headers(headers, request.headers) if request.headers else headers,
             body=request.body,
             connect_timeout=request.timeouts.connect,
@@ -565,6 +606,40 @@ def _finish_with_reply(call: Call, reply: Reply) -> None:
         call.note_first_event(reply.body)
     call.read_usage = partial(call.request.read_usage, reply.body)
     call.finish(reply.status)
+
+
+def _roots(api_base: str) -> tuple[str, str]:
+    """Returns the URL that paths of the API are appended to, and that of the server itself."""
+    if api_base.startswith("unix://"):
+        return f"{api_base}/v1", api_base
+    if api_base.endswith("#"):
+        return api_base[:-1], api_base[:-1]
+    return api_base, api_base.rpartition("/")[0]
+
+
+def _choose_auth(
+    auth: tuple[str, str] | None, url_auth: tuple[str, str] | None, api_key: str | None
+) -> tuple[str, str] | None:
+    """Returns the user and the password to send.
+
+    Raises:
+        LLMValidationError: There are two ways to authenticate.
+    """
+    given = {"auth": auth, "the credentials in api_base": url_auth, "api_key": api_key}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise LLMValidationError(f"{' and '.join(names)} cannot be combined", hint="give only one of them")
+    return auth or url_auth
+
+
+def _secrets(api_key: str | None, auth: tuple[str, str] | None, proxy: str | None) -> list[str]:
+    """Returns the texts that no error may repeat."""
+    secrets = [] if api_key is None else [api_key]
+    if auth is not None:
+        secrets += [auth[1], basic_auth(*auth).rpartition(" ")[2]]
+    if proxy is not None and (proxy_auth := split_credentials(proxy)[1]) is not None:
+        secrets.append(proxy_auth[1])
+    return secrets
 
 
 def _closed_error(call: Call) -> TaskCancelledError:
