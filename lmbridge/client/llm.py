@@ -76,8 +76,8 @@ class LLMClient:
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
             A `#` at the end says that the URL is used exactly as it is, for servers without `/v1`. `unix:///run/llm.sock`
             is a Unix socket.
-        model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL` (or `DEFAULT_MODEL`,
-            if the environment names the server, too), else the server chooses.
+        model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL`, or
+            `DEFAULT_MODEL` if the environment names the server, too; else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
         timeout: The timeouts of each request. A number of seconds limits each wait, like
             `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of

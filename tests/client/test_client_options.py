@@ -63,7 +63,7 @@ async def test_secrets_of_the_client_are_in_no_error(scripted_server: ScriptedSe
         ({"auth": ("me", "pw"), "api_key": "key-1"}, "auth and api_key cannot be combined"),
         (
             {"api_base": "http://me:pw@box", "auth": ("me", "pw")},
-            "auth and the credentials in api_base cannot be combi",
+            "auth and the credentials in api_base cannot",
         ),
         ({"auth": "me:s3cret"}, "auth must be a tuple of two strings"),
         ({"auth": ("me:s3cret", "")}, "the user in auth contains a colon"),
@@ -72,7 +72,7 @@ async def test_secrets_of_the_client_are_in_no_error(scripted_server: ScriptedSe
         ({"proxy": "socks5://me:s3cret@box:1080"}, "proxy is a socks5 proxy, which lmbridge does not support"),
         (
             {"api_base": "unix:///run/llm.sock", "proxy": "http://box"},
-            "a Unix socket cannot be reached through a proxy",
+            "a Unix socket cannot be reached",
         ),
         ({"api_base": "unix://run/llm.sock"}, "api_base 'unix://run/llm.sock' does not name a Unix socket"),
         ({"api_base": "http://a", "base_url": "http://b"}, "api_base and base_url are two names of one option"),
@@ -102,6 +102,7 @@ async def test_a_url_with_a_hash_at_its_end_is_used_as_it_is(scripted_server: Sc
 
 async def test_requests_go_through_the_proxy() -> None:
     async with ScriptedServer() as proxy:
+        proxy.on_path("http://llm.test:1234/v1/chat/completions", answer("Hello"))
         address = proxy.origin.replace("http://", "http://me:pa55word@")
         async with LLMClient("http://llm.test:1234", proxy=address) as client:
             await client.chat_completion(MESSAGES)
@@ -134,5 +135,5 @@ async def test_a_unix_socket_is_a_server(tmp_path: Path) -> None:
 
 async def test_a_unix_socket_that_does_not_exist_is_an_error_with_its_path(tmp_path: Path) -> None:
     async with LLMClient(f"unix://{tmp_path}/none.sock", max_retries=0) as client:
-        with pytest.raises(LLMError, match="none.sock"):
+        with pytest.raises(LLMError, match=r"none\.sock"):
             await client.list_models()
