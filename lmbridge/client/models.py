@@ -1,4 +1,4 @@
-"""`ModelValidator`: which models a server has, from a list that is cached for some minutes.
+"""`ModelValidator`: checks which models a server has, with a list that is cached for some minutes.
 
 No other module imports `cachetools`. Its `TTLCache` is used as a plain mapping whose entries expire. Its decorators
 cannot be used: they would cache coroutines instead of results, and do not let concurrent callers share one request.
@@ -120,7 +120,7 @@ class ModelValidator:
         return list(await self._request_ids())
 
     async def validate_model(self, model: str) -> str:
-        """Checks that the server has a model. A model that is missing from a cached list is looked up afresh.
+        """Checks that the server has a model. If the cached list does not have it, the server is asked again.
 
         The whole id is compared, including `:` and `@`. A name also stands for a listed `name@quantization` (LM Studio)
         and for a listed `name:latest` (Ollama), but not for another tag such as `name:8b`, which in Ollama is another
@@ -176,7 +176,7 @@ class ModelValidator:
         )
 
     def invalidate(self) -> None:
-        """Drops all cached lists. A request in progress is answered to its callers, but its list is not cached."""
+        """Drops all cached lists. The list of a request in progress is returned to its callers, but not cached."""
         self._current_cache().clear()
         self._generation += 1
 

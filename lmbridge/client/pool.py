@@ -70,11 +70,11 @@ class LLMClientPool:
 
     Args:
         pool_size: The most clients that can be in use at the same time. Default: 10.
-        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the whole
-            pool: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
-            `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of names is logged
-            once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays open
-            when the pool is closed.
+        **options: The options of the clients, which `LLMClient` documents, as keyword arguments. Some apply to the
+            whole pool: `model` is the model of clients that are requested without one. The `max_concurrency` of
+            `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
+            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
+            it stays open when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -92,8 +92,8 @@ class LLMClientPool:
         self._size = pool_size
         # This client checks the options and owns what all leases share. It is never handed out.
         self._client = LLMClient(**options)
-        # The references are weak, so that a client that is dropped frees its slot. The keys are ids, because a weak
-        # reference is already dead while its client is being collected.
+        # The references are weak, so that a client that is dropped frees its slot. The keys are ids, because an id is
+        # still known while the client is being collected, when the weak reference may already be dead.
         self._leases: dict[int, weakref.ref[PooledClient]] = {}
         # A dict serves as a queue that a waiter can leave from any position in constant time.
         self._waiters: dict[_Waiter, None] = {}
@@ -185,7 +185,9 @@ class LLMClientPool:
         return PoolStats(size=self._size, in_use=len(self._leases), waiting=len(self._waiters))
 
     async def close(self) -> None:
-        """Ends requests in progress, and waits for clients, with `TaskCancelledError`; can be called more than once.
+        """Ends requests in progress and all waits for a client with `TaskCancelledError`.
+
+        It can be called more than once.
 
         Requests that go through a `transport` which was passed to the constructor are not ended, but no client of the
         pool sends a new one.

@@ -1,10 +1,10 @@
 """JSON schemas, simplified so that every local server accepts them.
 
-Servers turn a schema into a grammar, and each of them stumbles over something else: llama.cpp over patterns that are
-not anchored, long bounds and some combinations of keywords, llguidance over formats that it does not know, MLX in LM
-Studio over a list of types, and LM Studio refuses every tool if it dislikes one. A schema that is not accepted fails
-the whole request. So what a server may stumble over is left out. The result accepts more than the original, and the
-original validates what the model wrote.
+Servers turn a schema into a grammar, and each kind of server has other limits. llama.cpp refuses patterns that are not
+anchored, large bounds and some combinations of keywords, llguidance refuses unknown formats, and MLX in LM Studio
+refuses a list of types. If one schema is refused, the whole request fails, with all of its tools. Therefore everything
+that a server may refuse is left out. The result accepts more than the original schema, so the original validates the
+answer of the model.
 
 The rules are written here by hand, because a library that only inlines references would solve the smallest part of
 the problem. Their sources are llama.cpp's converter and the issues of LM Studio.
@@ -21,17 +21,17 @@ from lmbridge._checks import is_integer, is_number
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
 _FORMATS: Final = ("date", "date-time", "time", "uuid")
-"""The formats that both llama.cpp and llguidance know; the latter refuses a schema with any other."""
+"""The formats that both llama.cpp and llguidance know. llguidance refuses a schema with any other format."""
 _SIMPLE_PATTERN: Final = re.compile(r"\^(?:[^\\(]|\((?!\?)|\\[^a-zA-Z0-9])*\$", re.DOTALL)
 """Patterns that every version of llama.cpp knows. Older ones answer 400 to any other."""
 _LARGEST_BOUND: Final = 1_000
-"""The largest bound of a length that is sent: a grammar of llama.cpp has as many rules, and their number is limited."""
+"""The largest bound of a length that is sent. llama.cpp makes a rule for each unit, and limits the number of rules."""
 _LONGEST_ENUM: Final = 200
 """The largest number of values of an enum that is sent."""
 _MOST_PARTS: Final = 2_000
-"""Parts of a schema after which references are no longer replaced: each may hold any number of others."""
+"""The number of parts after which references are no longer replaced, because the schema could become huge."""
 _RECURSION_DEPTH: Final = 2
-"""How often a type that contains itself is written out within itself."""
+"""The number of levels to which a type that contains itself is written out."""
 
 
 def _is_size(value: Any) -> bool:
@@ -102,12 +102,12 @@ class _Simplifier:
     """Simplifies the parts of one schema.
 
     Args:
-        root: The schema, which references point into.
+        root: The whole schema, in which references are resolved.
         close_objects: Whether objects allow no additional fields.
         keep_recursion: Whether references to types that contain themselves are kept.
 
     Attributes:
-        recursive: The names of the definitions that references are kept to.
+        recursive: The names of the definitions to which references are kept.
     """
 
     def __init__(self, root: Mapping[str, Any], *, close_objects: bool, keep_recursion: bool) -> None:
@@ -121,11 +121,11 @@ class _Simplifier:
         """Returns a part of the schema, simplified.
 
         Args:
-            part: Whatever stands where a schema should stand.
+            part: The value in the place of a schema, which may not be a valid one.
             path: The references that led to this part.
         """
         if not isinstance(part, Mapping):
-            # True, or garbage: anything is accepted.
+            # The schema `True`, or an invalid one, accepts any value.
             return {}
         self._parts_left -= 1
         if isinstance(ref := part.get("$ref"), str):
@@ -247,7 +247,7 @@ def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         merged = {**part, **merged}
     if any("properties" in part for part in parts):
         merged["properties"] = _merge_properties(parts)
-        # Each part meant the properties that it does not know, and another part may know them.
+        # A part forbids properties that it does not list, but another part may list them.
         merged.pop("additionalProperties", None)
     if required := list(dict.fromkeys(name for part in parts for name in part.get("required", ()))):
         merged["required"] = required
@@ -255,7 +255,7 @@ def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _merge_properties(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the properties of all the parts. One that differs between them may be as in any of them."""
+    """Returns the properties of all parts. If a property differs between them, any of its schemas is accepted."""
     schemas_by_name: dict[str, list[Any]] = {}
     for part in parts:
         for name, schema in part.get("properties", {}).items():

@@ -46,7 +46,7 @@ _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
 class Accumulator(Protocol[_Reply_co]):
-    """A reply that grows with the events of its stream."""
+    """The interface of the accumulators, which merge the events of a stream into the reply so far."""
 
     @property
     def has_begun(self) -> bool:
@@ -140,7 +140,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Names are looked up in any case."""
+        """The headers of the response. Upper and lower case do not matter in their names."""
         return self._events.headers
 
     def __repr__(self) -> str:
@@ -193,7 +193,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     @abstractmethod
     def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> _Item | None:
-        """Returns the item for the JSON object of an event, or None if the event is not for the caller.
+        """Returns the item for the JSON object of an event, or None if the iteration skips the event.
 
         Args:
             value: The object.
@@ -234,7 +234,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             raise
 
     def _read_event(self, event: Event) -> _Item | None:
-        """Returns the item for an event, or None for `[DONE]` and for events that are not for the caller.
+        """Returns the item for an event, or None for `[DONE]` and for events that the iteration skips.
 
         Raises:
             LLMError: The event reports an error, or is not JSON.
@@ -310,7 +310,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             raise self._fail(
                 LLMStreamError(
                     "the stream ended without any part of an answer",
-                    hint="the prompt may be longer than the loaded context, which LM Studio answers like this;"
+                    hint="the prompt may be longer than the loaded context: LM Studio then sends an empty stream;"
                     " shorten it, or load the model with a longer context",
                 )
             )
@@ -340,7 +340,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         return self._fail(failures.error_from_event(error_body, self._events.call.context()))
 
     def _fail(self, error: LLMError) -> LLMError:
-        """Ends the stream with an error: completes the error, closes the connection at once, returns the error."""
+        """Ends the stream with an error: adds the context to it, closes the connection at once, and returns it."""
         if failures.means_model_unloaded(error):
             self._events.call.mark_unloaded()
         # The message may quote a chunk, and a chunk may repeat the key.

@@ -1,4 +1,4 @@
-"""Structured answers: the schema of a type is sent along, and the answer becomes an instance of that type.
+"""Structured answers: a request contains the schema of a type, and the answer becomes an instance of that type.
 
 Servers accept a schema only if it describes an object. The schema of any other type, such as a list or a union, is sent
 as that of an object with one field, and the value of that field is returned. An answer that is not such an object is
@@ -28,17 +28,17 @@ T = TypeVar("T")
 
 _RESERVED_PARAMETERS: Final = ("n", "response_format", "stream")
 _WRAPPER_FIELD: Final = "answer"
-"""The field of the object in which the value of a type is sent that is not an object itself."""
+"""The field that holds the value of a type that is not an object, in the object which the schema describes."""
 _TYPES_HINT: Final = (
     "give a dataclass, a pydantic model, an attrs class, a TypedDict or a msgspec.Struct, or a list or a union of these"
 )
 _QUOTED_CHARACTERS: Final = 8_000
-"""Characters of a wrong answer that are sent back to the model."""
+"""The number of characters of a wrong answer that are sent back to the model."""
 
 
 @attrs.frozen
 class AnswerFormat(Generic[T]):
-    """How an answer of a type is asked for, and how it is read."""
+    """The schema with which an answer of a type is requested, and the decoder of the answer."""
 
     name: str
     """The name of the type."""
@@ -101,7 +101,7 @@ async def parse(
     *,
     url: str,
 ) -> Any:
-    """Asks for an instance of a type. A wrong answer is sent back once, with what is wrong about it.
+    """Asks for an instance of a type. A wrong answer is sent back once, with a description of the mistake.
 
     Args:
         ask: The client's `chat_completion`.
@@ -111,7 +111,7 @@ async def parse(
         url: The URL of the server, for errors.
 
     Raises:
-        LLMValidationError: An argument cannot be right, or the second answer was wrong as well.
+        LLMValidationError: An argument is not valid, or the second answer was wrong as well.
         LLMError: A request failed.
     """
     if reserved := [name for name in _RESERVED_PARAMETERS if name in params]:
@@ -120,7 +120,7 @@ async def parse(
             hint="leave them out, or use chat_completion()",
         )
     answer_format = answer_format_of(type_)
-    # Streamed, because many servers notice only when they next write that a client has cancelled its request.
+    # The requests are streamed, because many servers notice a cancelled request only at their next write.
     ask_streamed = partial(ask, stream=True, response_format=answer_format.response_format, **params)
     context = {"operation": "structured answer", "url": url}
     reply = await collect(await ask_streamed(messages))
@@ -141,8 +141,8 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
     """Returns the instance that a reply holds.
 
     Raises:
-        LLMValidationError: It does not hold one. The `context` of the error has a `path` if the model may do better
-            when it is shown what is wrong.
+        LLMValidationError: The reply contains no such instance. The `context` of the error has a `path` if the model
+            may be able to correct its answer.
     """
     text = _answer_text(reply)
     try:
@@ -201,7 +201,7 @@ def _correction(error: LLMValidationError) -> list[dict[str, Any]]:
 
 
 def answer_format_of(type_: Any) -> AnswerFormat[Any]:
-    """Returns how an answer of a type is asked for and read. It is computed once for each type.
+    """Returns the format of answers of a type, which is computed once for each type.
 
     Raises:
         LLMValidationError: JSON has nothing for the type, or for a field of it.

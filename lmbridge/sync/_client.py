@@ -80,7 +80,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Names are looked up in any case."""
+        """The headers of the response. Upper and lower case do not matter in their names."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -108,7 +108,7 @@ class TextStream(Stream[TextCompletionChunk]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Names are looked up in any case."""
+        """The headers of the response. Upper and lower case do not matter in their names."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -142,7 +142,7 @@ class ResponseStream(Stream[ResponseEvent]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Names are looked up in any case."""
+        """The headers of the response. Upper and lower case do not matter in their names."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -791,11 +791,11 @@ class LLMClientPool(Owner):
 
     Args:
         pool_size: The most clients that can be in use at the same time. Default: 10.
-        **options: The options of the clients, as `LLMClient` documents them, all by keyword. Some apply to the whole
-            pool: `model` is the model of clients that are requested without one. The `max_concurrency` of `limits` is
-            `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of names is logged
-            once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays open
-            when the pool is closed.
+        **options: The options of the clients, which `LLMClient` documents, as keyword arguments. Some apply to the
+            whole pool: `model` is the model of clients that are requested without one. The `max_concurrency` of
+            `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
+            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
+            it stays open when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
