@@ -34,7 +34,7 @@ class Agent:
             A client is borrowed from a pool for one generation at a time.
         model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
-            `async list_tools()`, which are asked at the start of each run.
+            `async list_tools()`, which is called at the start of each run.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many times the model is asked in one run. Default: 25.
         max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or the part of the
@@ -43,23 +43,24 @@ class Agent:
             generation and the tool calls in progress are cancelled. Default: no limit.
         max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
             Default: no limit.
-        switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
-            them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
-        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
+        switch_policy: What happens when a run with another model is started while runs are in flight. "isolate", the
+            default, runs it beside them; "reject" raises an error; "cancel" cancels the runs in flight; "drain" waits
+            until they have ended.
+        tool_timeout: The time limit of one tool call in seconds, unless the `Tool` has its own `timeout`. None means no
             limit. Default: 60.
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
         max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
-            returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
-            exception in it ends the run. Default: every call is made.
+            returns False, the call is not made, and the model gets a refusal. A plain function must return
+            quickly. An exception that it raises ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
-        output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
-            The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
-            to give it as JSON, each time in a round without tools. Default: the answer is a text.
+        output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
+            accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, it is
+            asked for that up to three times, each time in a round without tools. Default: the answer is a text.
         temperature: How freely the model chooses the next token: 0 takes the most likely one. Default for this and the
             following parameters: they are not sent, and the server's own default holds.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.

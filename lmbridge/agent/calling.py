@@ -9,7 +9,7 @@ A plain function runs in its own daemon thread. `asyncio.to_thread` was the alte
 so that a handful of functions that hang would block those of all other runs, and the interpreter waits for these
 threads when it exits. A process pool would make it possible to kill a function, but its arguments and results would
 have to be picklable, and closures and bound methods could not be tools. So a function that takes too long is left
-running; its result is dropped, and `ToolContext.cancelled()` lets it find out.
+running; its result is dropped, and it can call `ToolContext.cancelled()` to notice this.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ToolOutcome:
     text: str
     """The text that the model receives."""
     is_error: bool
-    """Whether the tool failed, and the text describes how."""
+    """True if the tool failed. The text then describes the failure."""
     raw: Any = attrs.field(repr=False)
     """The object that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float
@@ -156,7 +156,7 @@ async def _execute_in_task(awaitable: Awaitable[Any], deadline: _CallDeadline) -
         ending = "was cancelled" if has_ended else "ignored its cancellation, so it may still be running"
         raise _OutOfTimeError(f"it did not finish within {deadline.seconds:g} seconds, and {ending}")
     if task.cancelled():
-        # The task was not cancelled here: something that the tool awaited was.
+        # The run has not cancelled the task, so something that the tool awaited was cancelled.
         raise ToolError(_CANCELLED_FROM_WITHIN)
     return task.result()
 
@@ -172,7 +172,7 @@ async def _await_without_exit(awaitable: Awaitable[Any]) -> Any:
 
 
 async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
-    """Cancels the task of a tool, and returns whether it ended in time for its clean-up.
+    """Cancels the task of a tool, and returns True if it ends within the time for its clean-up.
 
     On cancellation of the caller, the wait ends at once: a tool that hangs must not hold up its run a second time.
     """

@@ -13,7 +13,7 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 
 CAPACITY: Final = 64
-"""The number of unread events of one listener from which on the run waits."""
+"""How many unread events a listener may have before the run waits for it."""
 
 
 class Subscription(Generic[T]):

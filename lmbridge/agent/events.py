@@ -46,7 +46,7 @@ class ToolCallStarted:
 
 @attrs.frozen
 class ToolCallFinished:
-    """A call has a result: the tool's, its error, or the reason why it could not be made."""
+    """A call has a result: the output of the tool, its error, or the reason why the call could not be made."""
 
     record: ToolRecord
     """The call and its result."""

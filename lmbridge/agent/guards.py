@@ -8,9 +8,9 @@ from typing import Any, Final
 import msgspec
 
 WARN_AT: Final = 3
-"""The number of calls with the same arguments and result from which on the model gets a warning."""
+"""After this many calls with the same arguments and the same result, the model gets a warning."""
 STOP_AT: Final = 5
-"""The number of calls with the same arguments and result at which the run ends."""
+"""After this many calls with the same arguments and the same result, the run ends."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -34,7 +34,7 @@ class RepetitionGuard:
         Returns:
             The result for the model, followed by a warning if the model has repeated the call too often.
         """
-        # A hash instead of the texts, because results may be large.
+        # The key is a hash and not the texts, because results may be large.
         key = hash((name, _encode_sorted(arguments), result))
         self._counts[key] += 1
         times = self._counts[key]

@@ -34,7 +34,7 @@ _INTERRUPTED_RESULT: Final = (
     " its effect."
 )
 _IMAGE_BYTES: Final = 3_000
-"""The number of bytes that an image counts as. They stand for about 1,000 tokens; most models need fewer."""
+"""The size that an image counts as, in bytes. It stands for about 1,000 tokens, which is more than most models use."""
 _MAX_NAME_CHARACTERS: Final = 64
 """The length to which the name in a call is cut. No tool has a longer name, but a model may make one up, which would be
 sent again with every request."""
@@ -50,7 +50,7 @@ class Turn:
     message: Message
     """The assistant message."""
     results: dict[str, str | None]
-    """The results by the ids of their calls, in order. A call without a result yet has None."""
+    """The results, in order. The keys are the ids of the calls; a call that has no result yet has None."""
     begun: set[str] = attrs.field(factory=set)
     """The ids of the calls that have been started."""
 
@@ -145,7 +145,7 @@ class History:
         return copied
 
     def add_answer(self, text: str, *, follow_up: str | None = None) -> None:
-        """Adds an answer of the model, and the user message with which the run asks for another one."""
+        """Adds an answer of the model, and a user message that asks for another answer if there is a `follow_up`."""
         answer = {"role": "assistant", "content": text}
         self._append([answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}])
 
@@ -163,7 +163,7 @@ class History:
             self._append(list(turn.as_messages(ended=True)))
 
     def trim(self, excess: int) -> bool:
-        """Leaves the oldest exchanges and turns out of what is sent. The task and the last turn always stay.
+        """Removes the oldest exchanges and turns from the messages to send, but never the task and the last turn.
 
         Args:
             excess: How many bytes to leave out, as `size` counts them.

@@ -146,7 +146,7 @@ class RunLoop:
         return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
 
     def _add_answer(self, reply: ModelReply) -> StopReason | None:
-        """Adds an answer to the conversation, and returns why the run ends; None if it has to ask for its output.
+        """Adds an answer to the conversation. Returns the stop reason, or None if the output has to be requested.
 
         Raises:
             LLMValidationError: The model did not give a valid output.
@@ -184,7 +184,7 @@ class RunLoop:
     # Asking the model
 
     async def _get_reply(self) -> ModelReply:
-        """Returns the model's reply. If the first one of a run is empty, it is requested once more.
+        """Returns the model's reply. If the first reply of a run is empty, the model is asked once more.
 
         Raises:
             LLMResponseError: The second reply was empty as well.
@@ -244,8 +244,8 @@ class RunLoop:
         """
         if reply.finish_reason in _BROKEN_FINISH_REASONS and not reply.calls:
             raise LLMResponseError(
-                f"the server broke the answer off, with the finish reason {reply.finish_reason!r}",
-                hint="look into the server's log; what had arrived is in .partial",
+                f"the server aborted the answer, with the finish reason {reply.finish_reason!r}",
+                hint="check the server's log; what had arrived is in .partial",
                 context={"operation": "agent run", "model": self._record.model},
             )
 
@@ -325,7 +325,7 @@ class RunLoop:
         return calls or ()
 
     async def _make_calls(self, calls: Sequence[WireCall]) -> list[ToolRecord]:
-        """Makes the calls of a turn side by side, and returns their records in the order of the calls."""
+        """Makes the calls of a turn concurrently, and returns their records in the order of the calls."""
         turn = self._history.begin_turn(self._record.text, calls)
         read = [self._toolset.read(call) for call in calls]
         self._record.calls += map(_to_tool_call, read)
@@ -392,7 +392,7 @@ class RunLoop:
 
 
 async def _run_together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[ToolRecord]:
-    """Awaits all answers side by side; a single one, as in most replies, needs no extra task."""
+    """Awaits all answers concurrently. A single answer, as in most replies, does not need a separate task."""
     if len(answers) == 1:
         return [await answers[0]]
     async with asyncio.TaskGroup() as group:

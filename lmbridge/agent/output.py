@@ -1,10 +1,10 @@
-"""`OutputReader`: the typed output of a run, read from the model's answer, or requested from it.
+"""`OutputReader`: reads the typed output of a run from the model's answers, and requests it if necessary.
 
-Servers differ in what they do with a request that has both tools and a `response_format`: llama.cpp only lets the model
-write JSON, so that it can no longer call a tool, and others ignore the one or the other. So a request has either. While
-there are tools, the model answers freely. If its answer is not the output already, it is asked to repeat it as JSON,
-in a request with the schema and without tools. The alternative that other frameworks use, a tool that the model calls
-with its output, fails with small models: they call it too early, or never.
+Servers differ in what they do with a request that has both tools and a `response_format`: llama.cpp lets the model
+write nothing but JSON, so that it can no longer call a tool, and others ignore one of the two. So a request has only
+one of them. If the run has tools, the model first answers freely. If its answer is not the output already, the model is
+asked to repeat it as JSON, in a request with the schema and without tools. The alternative that other frameworks use, a
+tool that the model calls with its output, fails with small models: they call it too early, or never.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OutputReader:
 
     Args:
         output_type: The type of the output.
-        has_tools: Whether the run has tools. Without any, each request of the run asks for the output.
+        has_tools: Whether the run has tools. If it has none, each request of the run asks for the output.
     """
 
     def __init__(self, output_type: Any, *, has_tools: bool) -> None:
@@ -41,7 +41,7 @@ class OutputReader:
         return self._format.response_format if self._is_requested else None
 
     def read(self, text: str) -> Any:
-        """Returns the output that the text of an answer stands for.
+        """Returns the output in the text of an answer.
 
         Raises:
             InvalidAnswerError: The text is not valid JSON, or does not fit the type.
@@ -49,10 +49,10 @@ class OutputReader:
         return self._format.decode(without_fence(text))
 
     def next_request(self, error: InvalidAnswerError) -> str | None:
-        """Returns the message that asks for the output, after an answer that was not; None if it was asked too often.
+        """Returns the message that asks for the output after an invalid answer; None after too many requests.
 
         Args:
-            error: What is wrong about the answer.
+            error: What is wrong with the answer.
         """
         if self._requests == _MOST_REQUESTS:
             return None
@@ -66,7 +66,7 @@ class OutputReader:
         return " ".join(sentences)
 
     def allow_tools(self) -> None:
-        """Notes that the model has called a tool instead, so that it may answer freely again."""
+        """Records that the model has called a tool instead of answering, so that it may answer freely again."""
         self._is_requested = not self._has_tools
 
     def failed(self, error: InvalidAnswerError, text: str, model: str | None) -> LLMValidationError:

@@ -38,7 +38,7 @@ class RunRecord:
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources without which the run goes on. The keys are their names."""
     output: Any = None
-    """The validated output of a run with an output type; None before it has one."""
+    """The validated output of a run with an output type; None until the model has given it."""
     log: list[Round] = attrs.field(factory=list)
     """The rounds that have ended."""
     usage: Usage = attrs.field(factory=_zero_usage)

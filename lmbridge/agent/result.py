@@ -16,7 +16,7 @@ StopReason = Literal[
 """Why a run ended.
 
 A run that ends with one of the first five returns its result. "max_rounds", "cancelled" and "error" occur in the result
-that an exception carries, and "running" in that of a run that is still in progress.
+that an exception carries. "running" occurs in the result of a run that is still in progress.
 """
 
 ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
@@ -91,7 +91,7 @@ class RunResult:
     reasoning: str
     """The reasoning that led to `text`."""
     output: Any = None
-    """The answer as an instance of the run's `output_type`; None without one, and in a run that has not ended."""
+    """The answer as an instance of the run's `output_type`; None if the run has no `output_type` or has not ended."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)

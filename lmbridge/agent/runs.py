@@ -37,7 +37,7 @@ _runs_in_flight: Final[set[RunHandle]] = set()
 class RunHandle:
     """A run that is in progress, as `agent.start` returns it.
 
-    The run goes on whether or not it is awaited, has a listener, or its handle is kept::
+    The run goes on even if nothing awaits it, nothing reads its events, and the handle is dropped::
 
         handle = agent.start("Summarise the report.")
         ...
@@ -58,7 +58,7 @@ class RunHandle:
         history: History,
         is_muted: bool = False,
     ) -> None:
-        # Raises without a running loop, before a coroutine is created that would never be awaited.
+        # Without a running loop, this raises an error before a coroutine is created that would never be awaited.
         asyncio.get_running_loop()
         self.id: Final = os.urandom(16).hex()
         self._has_begun = False
@@ -85,7 +85,7 @@ class RunHandle:
 
     @property
     def done(self) -> bool:
-        """Whether the run has ended, in whichever way."""
+        """Whether the run has ended, for any reason."""
         return self._task.done
 
     @property
@@ -171,7 +171,7 @@ class RunHandle:
             raise LLMError(
                 "the run was not cancelled, but something that it waited for was",
                 error,
-                hint="look for what `approve`, a provider of tools, or the client awaits",
+                hint="check what `approve`, the provider of tools, and the client await",
                 context={"operation": "agent run", "model": self._record.model},
                 partial=self.partial,
             ) from error
@@ -208,7 +208,7 @@ class RunHandle:
             async with time_limit:
                 return await self._run_when_admitted()
         except TimeoutError as error:
-            # A tool or the client may also raise a TimeoutError.
+            # The TimeoutError may also come from a tool or from the client.
             if isinstance(error, LLMError) or not time_limit.expired():
                 raise
             self._record.truncate()
@@ -266,15 +266,16 @@ class RunHandle:
 class RunStream(AsyncGenerator[RunEvent, None]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
-    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
-    any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
-    the run and waits for its end. Leaving the stream of `handle.events()` only detaches from the run.
+    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
+    the run ends in any other way, the iteration raises its error, with `.partial`. Leaving the stream of `agent.stream`
+    early, in any way, cancels the run and waits for its end. Leaving the stream of `handle.events()` only detaches from
+    the run.
     """
 
     def __init__(self, run: RunHandle, *, owns_run: bool) -> None:
         self._run = run
         self._owns_run = owns_run
-        self._events = run._channel.subscribe()  # noqa: SLF001 - two halves of one thing
+        self._events = run._channel.subscribe()  # noqa: SLF001 - the stream and its run share a module
         self._loop = asyncio.get_running_loop()
         self._has_left = False
         self._has_finished = False
@@ -304,7 +305,7 @@ class RunStream(AsyncGenerator[RunEvent, None]):
     def _end_of_events(self) -> Exception:
         """Returns the exception that ends the iteration, or raises the error that ended the run."""
         if self._run.done:
-            self._run._task.outcome()  # noqa: SLF001 - two halves of one thing
+            self._run._task.outcome()  # noqa: SLF001 - the stream and its run share a module
         if self._has_finished:
             return StopAsyncIteration()
         return TaskCancelledError("the events of the run were closed before its end", partial=self._run.partial)
@@ -349,7 +350,7 @@ class RunStream(AsyncGenerator[RunEvent, None]):
                 source=self,
             )
             error = TaskCancelledError("the run was cancelled, because its event stream was dropped")
-            self._run._task.cancel_from_anywhere(error)  # noqa: SLF001 - two halves of one thing
+            self._run._task.cancel_from_anywhere(error)  # noqa: SLF001 - the stream and its run share a module
         self._loop.call_soon_threadsafe(self._events.leave)
 
 

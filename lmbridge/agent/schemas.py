@@ -1,9 +1,9 @@
 """Checks the arguments of a tool call against the tool's JSON schema.
 
-Two steps, in this order: `coerce_to_schema` repairs values of the wrong JSON type where the schema allows only one
-interpretation, and the function made by `build_validator` accepts the result or says what is wrong with it. Coercion
-follows the schema and never the text of a value alone, because a guess would call a tool with arguments that the model
-did not mean.
+There are two steps. `coerce_to_schema` repairs values of the wrong JSON type where the schema allows only one
+interpretation. Then the function made by `build_validator` accepts the result or describes what is wrong with it.
+Coercion follows the schema and never the text of a value alone, because a guess would call a tool with arguments that
+the model did not mean.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _decode_string(text: str, expected: str) -> Any:
 def build_validator(
     schema: Mapping[str, Any], sent_schema: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Returns a function that copies valid arguments, and raises a `ValueError` that lists what is wrong where.
+    """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes otherwise.
 
     The original schema decides, because the version that servers receive accepts more. Nothing is ever fetched: a
     reference that cannot be resolved within the schema accepts any value. If the schema is invalid by the rules of
@@ -176,7 +176,7 @@ def _is_usable(keyword: str, value: Any) -> bool:
             return False
     if keyword == "$schema":
         return isinstance(value, str)
-    # An `$id` would become the base of the references below it; the dynamic references serve schemas of schemas only.
+    # An `$id` would change the base of the references below it. Only meta-schemas need dynamic references.
     return not (keyword in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
 
 

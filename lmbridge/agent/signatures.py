@@ -41,7 +41,7 @@ class FunctionSignature:
     schema: dict[str, Any]
     """The JSON schema of the parameters: an object that accepts no other properties."""
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Converts JSON values to keyword arguments. It raises a `ValueError` that says what is wrong where."""
+    """Converts JSON values to keyword arguments. A `ValueError` describes a mistake and its place."""
 
 
 @attrs.frozen

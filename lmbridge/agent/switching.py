@@ -14,10 +14,10 @@ that a switch changes under its runs, would let the second half of a conversatio
 
 `Switchboard` makes the decisions and does nothing else: it creates no task and never waits, so every rule can be tested
 without an event loop. `RunAdmission` applies the decisions to tasks, which wait until they are admitted. A lock for
-each model would be shorter, but it could neither cancel the runs that are in the way nor keep the order of arrival.
+each model would be shorter, but it could neither cancel the runs that block another one nor keep the order of arrival.
 
-Runs and switches that have to wait stand in one queue. A run that was started by a tool of a run in flight must not
-wait for that run, which is itself waiting for the tool: it passes the queue, or is refused at once.
+Runs and switches that have to wait share one queue. A run that was started by a tool of a run in flight must not wait
+for that run, which is itself waiting for the tool. So the new run skips the queue, or is refused at once.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class RunPermit:
     parent: RunPermit | None = None
     """The permit of the run whose tool started it, which may belong to another agent."""
     cancel: Callable[[TaskCancelledError], object] = lambda _error: None
-    """Cancels the run with that error, without waiting for its end."""
+    """Called with an error to cancel the run. It does not wait for the end of the run."""
     model: str | None = None
     """The model of a run, fixed when it is admitted."""
     cancelled_by: RunPermit | None = None
-    """The run or the switch that had this run cancelled."""
+    """The run or the switch because of which this run was cancelled; None if it was not."""
 
     def ancestors(self) -> Iterator[RunPermit]:
         """Yields the run whose tool started this one, the run that started that one, and so on."""
@@ -100,14 +100,14 @@ class Switchboard:
         return not self._running and not self._queue
 
     def arrive(self, permit: RunPermit) -> Effects:
-        """Admits a run or a switch now, or puts it into the queue, from which later effects admit it.
+        """Admits a run or a switch now, or puts it into the queue, to be admitted after a later arrival or departure.
 
         Raises:
             ModelChangedDuringExecutionError: The run or the switch is refused.
         """
         effects = Effects()
         self._raise_if_refused(permit)
-        if self._passes_the_queue(permit):
+        if self._skips_queue(permit):
             self._admit(permit, effects)
         else:
             self._queue[permit] = None
@@ -140,7 +140,7 @@ class Switchboard:
                 # The new run is part of its ancestor, so it gets the same error.
                 raise self._cancellation(ancestor, ancestor.cancelled_by)
 
-    def _passes_the_queue(self, permit: RunPermit) -> bool:
+    def _skips_queue(self, permit: RunPermit) -> bool:
         if self._policy == "isolate":
             return not permit.is_switch and (permit.requested_model is not None or not self._queue)
         return any(ancestor in self._running for ancestor in permit.ancestors())

@@ -1,7 +1,7 @@
 """Estimates the tokens of a conversation, and divides the model's context between the prompt and the answer.
 
 The exact number would need the model's own tokenizer and chat template, which the server has and a client does not. So
-the number is estimated from the size of the JSON, and corrected by what the server counts with each reply. A request to
+the number is estimated from the size of the JSON, and corrected with the server's count in each reply. A request to
 `/tokenize` before every round was the alternative; few servers have it, and it would cost a round trip.
 """
 
@@ -20,7 +20,7 @@ _TEMPLATE_TOKENS: Final = 64
 _ANSWER_RESERVE: Final = 1024
 """Tokens that trimming the history keeps free for the answer, or a quarter of the context if that is less."""
 _MIN_BYTES_TO_LEARN_FROM: Final = 2_000
-"""The smallest prompt from which the tokens per byte are learned. In a smaller one, the template dominates."""
+"""The size in bytes above which a prompt shows the tokens per byte. In a smaller prompt, the template dominates."""
 
 
 class TokenEstimate:
@@ -44,7 +44,7 @@ class TokenEstimate:
         return round(tokens / self._tokens_per_byte)
 
     def learn(self, size: int, tokens: int | None) -> None:
-        """Notes what the server counted for a prompt of that many bytes; None if it did not say."""
+        """Records how many tokens the server counted for a prompt of this size; None if it did not count them."""
         if tokens and size:
             self._known_size, self._known_tokens = size, tokens
             if size > _MIN_BYTES_TO_LEARN_FROM:
@@ -87,7 +87,7 @@ class ContextBudget:
         return self._estimate.tokens(prompt_size)
 
     def learn(self, prompt_size: int, prompt_tokens: int | None) -> None:
-        """Notes what the server counted for a prompt of that many bytes; None if it did not say."""
+        """Records how many tokens the server counted for a prompt of this size; None if it did not count them."""
         self._estimate.learn(prompt_size, prompt_tokens)
 
     def trim(self) -> None:
@@ -100,13 +100,13 @@ class ContextBudget:
         self._estimate.learn(self.prompt_size, error.prompt_tokens)
         prompt_tokens, max_tokens = self._estimate.tokens(self.prompt_size), self.max_tokens()
         self._context_length = error.context_length or self._context_length or prompt_tokens
-        # A prompt that would have fitted by the estimate shows that the estimate is wrong: a quarter is left out.
+        # If the prompt would have fitted according to the estimate, the estimate is wrong, and a quarter is left out.
         estimate_is_wrong = error.prompt_tokens is None and prompt_tokens < self._context_length
         has_trimmed = self._trim(self._context_length, at_least=prompt_tokens // 4 if estimate_is_wrong else 0)
         return has_trimmed or self.max_tokens() < max_tokens
 
     def _trim(self, context_length: int, *, at_least: int = 0) -> bool:
-        """Leaves out old messages until prompt and answer fit, but at least `at_least` tokens."""
+        """Leaves out old messages until prompt and answer fit, and at least `at_least` tokens of them."""
         reserve = min(_ANSWER_RESERVE, context_length // 4)
         room = context_length - reserve - _TEMPLATE_TOKENS
         excess = max(at_least, self._estimate.tokens(self.prompt_size) - room)

@@ -2,7 +2,7 @@
 
 msgspec knows most types that functions return: dataclasses, attrs classes, dates, UUIDs, decimals, enums and sets. The
 others are converted here, by their methods and not by their classes, so that pydantic and numpy need not be imported.
-A result that JSON cannot represent is an error. Its `repr` would be the alternative, but it may hide a part of the
+A result that JSON cannot represent is an error. The alternative was its `repr`, but that may hide a part of the
 data, and the model would take it for the whole.
 """
 
@@ -27,7 +27,7 @@ def result_as_text(result: Any) -> str:
         ToolError: The result cannot be represented in JSON.
     """
     if isinstance(result, str):
-        # The plain string of a subclass; for a string enum, that is its value.
+        # An instance of a subclass becomes a plain string. For a string enum, this is its value.
         return str.__str__(result)
     try:
         plain = as_plain_json(result)
@@ -42,9 +42,9 @@ def as_plain_json(value: Any) -> Any:
     """Returns a value as strings, numbers, booleans, None, lists and dicts.
 
     Raises:
-        TypeError: It contains an object that JSON has nothing for.
-        ValueError: It contains bytes that are not text.
-        RecursionError: It contains itself.
+        TypeError: The value contains an object that JSON cannot represent.
+        ValueError: The value contains bytes that are not text.
+        RecursionError: The value contains itself.
     """
     plain = msgspec.to_builtins(value, builtin_types=_BINARY_TYPES, str_keys=True, enc_hook=_convert)
     return _without_bytes(plain)
@@ -54,7 +54,7 @@ def _convert(value: Any) -> Any:
     """Converts an object that msgspec does not know to one that it knows.
 
     Raises:
-        TypeError: JSON has nothing for the object.
+        TypeError: JSON cannot represent the object.
     """
     if not isinstance(value, type):
         if callable(dump := getattr(value, "model_dump", None)):
@@ -79,7 +79,7 @@ def _without_bytes(value: Any) -> Any:
     """Returns a value in which bytes are replaced by the text that they encode.
 
     Raises:
-        ValueError: They are not text.
+        ValueError: The bytes are not text.
     """
     if isinstance(value, _BINARY_TYPES):
         try:

@@ -45,7 +45,7 @@ class ToolContext:
     """The name of the tool in this run."""
     cancelled: Callable[[], bool] = attrs.field(repr=False)
     """Returns whether the result is no longer needed. A plain function runs in a thread, which cannot be stopped, so a
-    function that may take long should call this regularly, and return early if it is True."""
+    function that may take long should call this regularly, and return early if the result is True."""
     tool_timeout: float | None = None
     """The agent's `tool_timeout` in seconds, or None if the agent has no limit. The agent enforces it unless the tool
     has a `timeout`; a tool with `timeout=None` can enforce it in its own way."""
@@ -165,7 +165,7 @@ class Tool:
 
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        """Converts JSON values to keyword arguments. It raises a `ValueError` that says what is wrong where."""
+        """Converts JSON values to keyword arguments. A `ValueError` describes a mistake and its place."""
         return self._convert or build_validator(self.parameters, self.sent_parameters)
 
     @property

@@ -82,7 +82,7 @@ class Toolset:
 
     @classmethod
     async def collect(cls, tools: Sequence[Tool | Callable[..., Any] | ToolProvider]) -> Toolset:
-        """Makes the set for a run that is starting, and asks the providers among its tools for theirs.
+        """Builds the toolset of a run that is starting, including the current tools of its providers.
 
         Raises:
             LLMValidationError: An object is not a tool, or two tools would have the same name.

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.stdin is None or sys.stdout is None:
         sys.exit("lmbridge-mcp: stdin or stdout is closed; an MCP host should start this program with a pipe for each")
     if sys.stdin.isatty():
-        # Nothing but a person at a keyboard is there, who would otherwise wait for a prompt that never comes.
+        # A person has started the program in a terminal, and would otherwise wait for a prompt that never comes.
         sys.stderr.write(_terminal_help())
     # The log goes to stderr, because stdout carries only messages to the host.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _terminal_help() -> str:
-    """Returns what a person reads who has started this program in a terminal: what it is, and how a host starts it."""
+    """Returns the explanation for a person who starts this program in a terminal: its purpose, and how to use it."""
     command = [found] if (found := shutil.which("lmbridge-mcp")) else [sys.executable, "-m", "lmbridge.mcp"]
     entry: dict[str, Any] = {"command": command[0]}
     if command[1:]:

@@ -1,4 +1,4 @@
-"""JSON-RPC messages on a byte stream, one on each line: a reader that tolerates bad lines, and a bounded inbox.
+"""Reads JSON-RPC messages, one per line, from a byte stream: a parser that tolerates bad lines, and a bounded inbox.
 
 Both directions use it: `servers/stdio.py` for what a server writes to its stdout, `bridge/host.py` for what the host
 writes to our stdin.
@@ -67,7 +67,7 @@ class MessageReader:
 
     def __init__(self, largest: int = LARGEST_MESSAGE) -> None:
         self.skipped_lines: int = 0
-        """How many lines held no message."""
+        """How many lines contained no message."""
         self.first_skipped_line: bytes = b""
         """The first line that contained no message, or an empty string."""
         self._largest = largest
@@ -160,7 +160,7 @@ class MessageInbox:
 
     @property
     def skipped_lines(self) -> int:
-        """How many lines held no message."""
+        """How many lines contained no message."""
         return self._reader.skipped_lines
 
     @property

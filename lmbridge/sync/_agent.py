@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 class RunStream(Stream[RunEvent]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
-    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`;
-    any other end of the run is raised, with `.partial`. Leaving the stream of `agent.stream` early, in any way, cancels
-    the run and waits for its end. Leaving the stream of `handle.events()` only detaches from the run.
+    It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
+    the run ends in any other way, the iteration raises its error, with `.partial`. Leaving the stream of `agent.stream`
+    early, in any way, cancels the run and waits for its end. Leaving the stream of `handle.events()` only detaches from
+    the run.
     """
 
     wraps = "lmbridge.agent.runs:RunStream"
@@ -41,7 +42,7 @@ class RunStream(Stream[RunEvent]):
 class RunHandle(Wrapper):
     """A run that is in progress, as `agent.start` returns it.
 
-    The run goes on whether or not it is awaited, has a listener, or its handle is kept::
+    The run goes on even if nothing awaits it, nothing reads its events, and the handle is dropped::
 
         handle = agent.start("Summarise the report.")
         ...
@@ -61,7 +62,7 @@ class RunHandle(Wrapper):
 
     @property
     def done(self) -> bool:
-        """Whether the run has ended, in whichever way."""
+        """Whether the run has ended, for any reason."""
         result: bool = self._call(lambda: self.wrapped.done)
         return result
 
@@ -119,7 +120,7 @@ class Agent(Wrapper):
             A client is borrowed from a pool for one generation at a time.
         model: The model for runs that do not name one. Default: the client's model.
         tools: The tools that the model may call: async or plain functions, `Tool`s, or providers with
-            `async list_tools()`, which are asked at the start of each run.
+            `async list_tools()`, which is called at the start of each run.
         system_prompt: The leading system message of every run. Default: none.
         max_rounds: How many times the model is asked in one run. Default: 25.
         max_tokens: The maximum number of tokens in one reply. The default, "auto", means 8192, or the part of the
@@ -128,23 +129,24 @@ class Agent(Wrapper):
             generation and the tool calls in progress are cancelled. Default: no limit.
         max_total_tokens: The number of tokens that a run may use, prompts included. It is checked between rounds.
             Default: no limit.
-        switch_policy: What a run with another model does to the runs in flight: "isolate", the default, runs beside
-            them, "reject" raises, "cancel" cancels them, and "drain" waits for their end.
-        tool_timeout: Seconds that one tool call may take, unless the `Tool` has a `timeout`. None means no
+        switch_policy: What happens when a run with another model is started while runs are in flight. "isolate", the
+            default, runs it beside them; "reject" raises an error; "cancel" cancels the runs in flight; "drain" waits
+            until they have ended.
+        tool_timeout: The time limit of one tool call in seconds, unless the `Tool` has its own `timeout`. None means no
             limit. Default: 60.
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
         max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
-            returns False, the call is not made, and the model gets a refusal. A plain one must return quickly. An
-            exception in it ends the run. Default: every call is made.
+            returns False, the call is not made, and the model gets a refusal. A plain function must return
+            quickly. An exception that it raises ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
-        output_type: The type of the answer, such as a pydantic model or `list[Book]`: all that `client.parse` accepts.
-            The model may call tools as long as it likes. If its answer is not the output, it is asked up to three times
-            to give it as JSON, each time in a round without tools. Default: the answer is a text.
+        output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
+            accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, it is
+            asked for that up to three times, each time in a round without tools. Default: the answer is a text.
         temperature: How freely the model chooses the next token: 0 takes the most likely one. Default for this and the
             following parameters: they are not sent, and the server's own default holds.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.

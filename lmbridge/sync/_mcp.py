@@ -41,14 +41,16 @@ class DynamicAutonomousAgent(Owner):
     Args:
         client: An `LLMClient` or an `LLMClientPool`, which the caller closes. Default: a client that is configured from
             the environment, has `limits="auto"`, and is closed with the agent.
-        config_path: The file that names the MCP servers. Default: the first that exists of the file in the environment
-            variable `MCP_JSON_PATH`, `./.mcp.json` (only if it is trusted), `~/.lmstudio/mcp.json` and `~/.mcp.json`.
+        config_path: The configuration file with the MCP servers. Default: the file that the environment variable
+            `MCP_JSON_PATH` names, or else the first that exists of `./.mcp.json` (only if it is trusted),
+            `~/.lmstudio/mcp.json` and `~/.mcp.json`.
         trust_project: Whether `./.mcp.json` may be used. Default: False, because that file starts programs that the
             author of the current directory has chosen.
-        connect_timeout: Seconds for connecting to a server and listing its tools. The configuration file can set
-            another value for a server. Default: 30; more for `npx`, `uvx` and the like, see `McpHub`.
-        on_mcp_event: A function that is called with each event of a server: state changes, log messages, the progress
-            of calls. Default: None.
+        connect_timeout: The time limit for connecting to a server and listing its tools, in seconds. The configuration
+            file can set another value for a server. Default: 30; more for `npx`, `uvx` and similar programs, see
+            `McpHub`.
+        on_mcp_event: A function that is called with each event of a server: changes of its state and of its tools, log
+            messages, and the progress of calls. Default: None.
         **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the
             servers.
 

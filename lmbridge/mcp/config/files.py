@@ -87,7 +87,8 @@ def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bo
         print(config.names, config.servers["files"].command)
 
     Args:
-        path: The path of the file. Default: the first of the default files that exists.
+        path: The path of the file. Default: the first of the default files that exists. If `MCP_JSON_PATH` is set, its
+            file must exist.
         trust_project: Whether programs that `./.mcp.json` names may be started. The environment variable
             `LMBRIDGE_TRUST_PROJECT=1` means the same.
 

@@ -2,7 +2,7 @@
 
 From the top: `hub` has the servers of a configuration file, `managed_server` starts and restarts one of them,
 `session_owner` is the task that holds one session open, `stdio` and `server_process` run its process, and
-`process_groups` and `guardian` see to it that no process is left behind. `definitions`, `results` and `sanitize` turn
+`process_groups` and `guardian` make sure that no process is left behind. `definitions`, `results` and `sanitize` turn
 what a server sends into tools and text.
 
 It imports `config`, `sdk` and `lmbridge.mcp.jsonrpc`. `lmbridge.mcp.dynamic` imports it, and users import its public

@@ -173,5 +173,5 @@ def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[Lef
 
 def _estimate_tokens(tool: Tool) -> int:
     size = len(msgspec.json.encode([tool.name, tool.description, tool.sent_parameters]))
-    # Rounded up.
+    # Negating twice rounds up.
     return -(-size // _BYTES_PER_TOKEN)

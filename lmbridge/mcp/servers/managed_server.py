@@ -6,7 +6,7 @@ it for a while.
 
 A server that dies is restarted by the next call, and not before. Otherwise a server that dies at once would be
 restarted for ever although no run needs it, and no run would see the error of its start. The pause before a restart
-doubles each time, up to 30 seconds, and starts anew once a session has lasted for ten seconds.
+doubles each time, up to 30 seconds, and is reset once a session has lasted for ten seconds.
 
 A call that was interrupted is not repeated, because it may have run. The exception is a tool that the server has
 declared idempotent, whose call is repeated once. All errors of a call become text for the model, which can often do
@@ -148,7 +148,7 @@ class ManagedServer:
         self._stop_idle_timer()
 
     def release(self) -> None:
-        """Reverses one `acquire`. After the last one, the server is closed in `idle_linger` seconds."""
+        """Ends a use that `acquire` registered. An unused server is closed after `idle_linger` seconds."""
         self._use_count -= 1
         if self._use_count or self._state is ServerState.CLOSED:
             return

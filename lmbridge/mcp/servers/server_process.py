@@ -128,8 +128,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
         """Ends the process and its whole group. On cancellation, the caller still waits until they are gone.
 
         Args:
-            patience: How long to wait for the process to end by itself, once its stdin is closed, in seconds. Default:
-                1.
+            patience: How many seconds to wait for the process to end by itself once its stdin is closed. Default: 1.
         """
         if self._transport is not None:
             await settle(self._end_and_reap(self._transport, _EXIT_GRACE_SECONDS if patience is None else patience))

@@ -14,7 +14,7 @@ Other designs were considered:
 - A thread with its own event loop for each server. Each call then crosses threads twice.
 
 Each request runs in a separate task, for the same reason: a cancellation by the SDK must not reach the caller, and a
-caller that is cancelled must not have to wait for an SDK that does not stop.
+cancelled caller must not have to wait for an SDK that does not stop.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class SessionOwner:
         return self._session
 
     async def _make_request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
-        """Makes a request in a separate task and returns its result, unless the session or the time ends before.
+        """Makes a request in a separate task, within a time limit and for as long as the session lasts.
 
         The caller waits for a new future, which is completed by the request or by the end of the session. Waiting for
         both the task and `ended` with `asyncio.wait` would be equivalent, but each of many calls in flight would then

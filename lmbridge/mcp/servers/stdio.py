@@ -71,8 +71,7 @@ class StdioLink:
         """Ends the process and its group. On cancellation, the caller still waits until they are gone.
 
         Args:
-            patience: How long to wait for the process to end by itself, once its stdin is closed, in seconds. Default:
-                1.
+            patience: How many seconds to wait for the process to end by itself once its stdin is closed. Default: 1.
         """
         self._inbox.close()
         if self._inbox.skipped_lines > 1:
