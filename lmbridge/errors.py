@@ -454,4 +454,6 @@ class MultiMCPError(MCPError):
     ) -> None:
         self.errors: dict[str, BaseException] = dict(errors or {})
         reasons = (f"{server}: {str(error) or _describe_exception(error)}" for server, error in self.errors.items())
-        super().__init__(message or f"MCP servers failed: {'; '.join(reasons)}", original_exception, **details)
+        # Reasons that quote the stderr of a server have several lines.
+        separator = "\n" if any("\n" in str(error) for error in self.errors.values()) else "; "
+        super().__init__(message or f"MCP servers failed: {separator.join(reasons)}", original_exception, **details)

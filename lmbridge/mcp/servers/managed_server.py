@@ -29,7 +29,7 @@ from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
 from lmbridge.mcp.sdk import BadReplyError, RefusedError, SessionLostError, describe_error
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
-from lmbridge.mcp.servers.package_runners import describe_damaged_cache, start_patience
+from lmbridge.mcp.servers.package_runners import npx_hint, start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
 
@@ -372,8 +372,8 @@ class ManagedServer:
         hints: list[str] = []
         if error is not None and isinstance(error.__cause__, FileNotFoundError):
             hints.append("install it, or give its full path in the configuration")
-        if damaged := describe_damaged_cache(self.spec, stderr, timed_out=error is None):
-            hints.append(damaged)
+        if found := npx_hint(self.spec, stderr, timed_out=error is None):
+            hints.append(found)
         if missing:
             example = f'{{"{missing[0]}": "${{{missing[0]}}}"}}'
             hints.append(f'if it needs one of the variables, pass it on with "env": {example} in the configuration')

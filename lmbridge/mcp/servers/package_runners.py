@@ -42,6 +42,10 @@ _DAMAGED_CACHE: Final = re.compile(
     r"sh: (?:\d+: |line \d+: )?\S+: (?:command )?not found"
 )
 """What npx writes to stderr if its cache is damaged."""
+_FAILED_DOWNLOAD: Final = re.compile(
+    r"attempt \d+ failed with|npm (?:error|ERR!) code (?:ECONN|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|\w*CERT)"
+)
+"""What npx writes to stderr if it cannot reach the registry."""
 _INCOMPLETE_PACKAGE: Final = re.compile(r"Cannot find (?:module|package)|ERR_MODULE_NOT_FOUND|ENOENT")
 """What a package of which a part is missing writes to stderr. It may have other reasons, unless it names the cache."""
 
@@ -85,8 +89,10 @@ def is_download_line(line: bytes) -> bool:
     return _NPM_DOWNLOAD_LINE.match(line) is not None
 
 
-def describe_damaged_cache(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
-    """Returns what to do if npx failed because it was killed before, in the middle of a download; None if it was not.
+def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
+    """Returns what to do about a failed start with npx if the network or its cache is the reason, or else None.
+
+    The cache is damaged if npx was killed before, in the middle of a download.
 
     Args:
         spec: The server.
@@ -102,6 +108,8 @@ def describe_damaged_cache(spec: ServerSpec, stderr: str, *, timed_out: bool) ->
             "the cache of npx seems to be damaged, as happens when it is killed while it downloads: delete the folder "
             f"{folder} and try again"
         )
+    if _FAILED_DOWNLOAD.search(stderr):
+        return "npx cannot download the server: check the network, HTTPS_PROXY and NODE_EXTRA_CA_CERTS"
     if timed_out:
         return (
             "if npx was killed before while it downloaded, it may be waiting for a lock that was left behind: delete "

@@ -14,7 +14,7 @@ from lmbridge import MultiMCPError
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import load_sdk
 from lmbridge.mcp.servers import package_runners
-from lmbridge.mcp.servers.package_runners import StartPatience, describe_damaged_cache, start_patience
+from lmbridge.mcp.servers.package_runners import StartPatience, npx_hint, start_patience
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import SERVER, function_of, names
 
@@ -119,13 +119,25 @@ async def test_the_error_says_which_folder_to_delete_if_the_cache_of_npx_is_dama
 
 def test_the_folder_is_that_of_the_entrys_own_cache() -> None:
     spec = ServerSpec(name="a", transport="stdio", command="npx", env={"npm_config_cache": "/other"})
-    assert "delete the folder /other/_npx" in str(describe_damaged_cache(spec, "ENOTEMPTY", timed_out=False))
+    assert "delete the folder /other/_npx" in str(npx_hint(spec, "ENOTEMPTY", timed_out=False))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "npm http fetch GET https://registry.npmjs.org/zod attempt 1 failed with ECONNREFUSED",
+        "npm error code UNABLE_TO_GET_ISSUER_CERT_LOCALLY",
+    ],
+)
+def test_a_registry_that_cannot_be_reached_is_not_taken_for_a_damaged_cache(line: str) -> None:
+    hint = npx_hint(spec_of("npx"), line, timed_out=True)
+    assert hint == "npx cannot download the server: check the network, HTTPS_PROXY and NODE_EXTRA_CA_CERTS"
 
 
 def test_other_programs_and_other_errors_say_nothing_about_the_cache_of_npx() -> None:
     own = "Error: Cannot find module './config.json'"
-    assert describe_damaged_cache(spec_of("npx"), own, timed_out=False) is None
-    assert describe_damaged_cache(spec_of("node"), "ENOTEMPTY", timed_out=True) is None
+    assert npx_hint(spec_of("npx"), own, timed_out=False) is None
+    assert npx_hint(spec_of("node"), "ENOTEMPTY", timed_out=True) is None
 
 
 async def test_the_first_and_the_last_lines_of_stderr_are_in_the_error(make_hub: MakeHub, tmp_path: Path) -> None:
@@ -142,3 +154,15 @@ async def test_a_hint_after_several_lines_of_stderr_is_a_line_of_its_own(make_hu
     with pytest.raises(MultiMCPError) as caught:
         await make_hub({"a": runner(tmp_path, "echo ENOTEMPTY >&2; echo bye >&2; exit 1")}).tools()
     assert "\n  bye\nthe cache of npx seems to be damaged" in str(caught.value)
+
+
+async def test_the_reasons_of_several_servers_are_separate_lines_if_they_have_several(
+    make_hub: MakeHub, tmp_path: Path
+) -> None:
+    loud = runner(tmp_path, "echo one >&2; echo two >&2; exit 1", name="server")
+    with pytest.raises(MultiMCPError) as caught:
+        await make_hub({"a": loud, "b": {"command": "/nowhere/server"}}).tools()
+    # The server that fails last is named last.
+    first, last = caught.value.errors
+    assert str(caught.value).startswith(f"MCP servers failed: {first}: MCP server ")
+    assert f"\n{last}: MCP server {last!r} could not be started" in str(caught.value)
