@@ -61,7 +61,7 @@ def text_of(chunk: ChatCompletionChunk) -> str:
 
 def answer_text(reply: ChatCompletion | None) -> str:
     """Returns the text of a whole reply, or of a partial one."""
-    return reply["choices"][0]["message"].get("content", "") if reply else ""
+    return (reply["choices"][0]["message"]["content"] or "") if reply else ""
 
 
 async def leave_early(client: LLMClient) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -49,7 +49,7 @@ class ToolCallFinished:
     """A call has a result: the output of the tool, its error, or the reason why the call could not be made."""
 
     record: ToolRecord
-    """The call and its result."""
+    """The call and its result, as in `Round.tool_calls`. Its fields are also fields of the event."""
 
     @property
     def call(self) -> ToolCall:
@@ -65,6 +65,16 @@ class ToolCallFinished:
     def is_error(self) -> bool:
         """Whether the call could not be made, was refused, or failed."""
         return self.record.is_error
+
+    @property
+    def raw(self) -> Any:
+        """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
+        return self.record.raw
+
+    @property
+    def seconds(self) -> float:
+        """How long the call took, in seconds."""
+        return self.record.seconds
 
 
 @attrs.frozen

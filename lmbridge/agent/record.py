@@ -12,12 +12,12 @@ from lmbridge.agent.history import History
 from lmbridge.agent.result import Round, RunResult, StopReason
 from lmbridge.agent.tools import ToolCall
 from lmbridge.client.reasoning import SplitReply, split_reasoning
-from lmbridge.types import Usage
+from lmbridge.types import RunUsage, Usage
 
 _EMPTY_REPLY: Final = SplitReply("", "")
 
 
-def _zero_usage() -> Usage:
+def _zero_usage() -> RunUsage:
     return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
 
@@ -41,9 +41,9 @@ class RunRecord:
     """The validated output of a run with an output type; None until the model has given it."""
     log: list[Round] = attrs.field(factory=list)
     """The rounds that have ended."""
-    usage: Usage = attrs.field(factory=_zero_usage)
+    usage: RunUsage = attrs.field(factory=_zero_usage)
     """Tokens of all rounds, as far as the server counted them."""
-    round_usage: Usage | None = None
+    round_usage: RunUsage | None = None
     """Tokens of the current round; None if the server has not counted any."""
     _last_reply: SplitReply = _EMPTY_REPLY
     _reply_so_far: Callable[[], Mapping[str, Any] | None] | None = None
@@ -106,7 +106,7 @@ class RunRecord:
             stop_reason=stop_reason,
             messages=self.history.snapshot(ended=stop_reason != "running"),
             tool_calls=tuple(self.calls),
-            usage=Usage(**self.usage),
+            usage=RunUsage(**self.usage),
             reasoning=self.reasoning,
             output=self.output,
             errors=dict(self.errors),
@@ -114,7 +114,7 @@ class RunRecord:
         )
 
 
-def _add_usages(one: Usage, other: Usage) -> Usage:
+def _add_usages(one: RunUsage, other: Usage) -> RunUsage:
     return {
         "prompt_tokens": one["prompt_tokens"] + (other.get("prompt_tokens") or 0),
         "completion_tokens": one["completion_tokens"] + (other.get("completion_tokens") or 0),

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from lmbridge.agent.tools import ToolCall
-from lmbridge.types import Usage
+from lmbridge.types import RunUsage
 
 StopReason = Literal[
     "stop", "length", "repetition", "budget", "bad_calls", "max_rounds", "cancelled", "error", "running"
@@ -64,7 +64,7 @@ class Round:
     """Why the server stopped generating; None if it did not say."""
     tool_calls: tuple[ToolRecord, ...]
     """The calls and their results, in the order in which the model requested them."""
-    usage: Usage | None
+    usage: RunUsage | None
     """The tokens of the round, as the server counted them; None if it did not count them."""
     seconds: float
     """How long the round took, including its tools, in seconds."""
@@ -86,7 +86,7 @@ class RunResult:
     """The whole conversation, which can be continued: `agent.run(task, messages=result.messages)`."""
     tool_calls: tuple[ToolCall, ...]
     """The calls that the model requested, in order."""
-    usage: Usage
+    usage: RunUsage
     """The tokens of all rounds, as far as the server counted them."""
     reasoning: str
     """The reasoning that led to `text`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.completeness import complete_choices
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.stream import ReplyStream
@@ -24,6 +26,10 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
 
     __slots__ = ()
 
+    @abstractmethod
+    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
+        """Fills in the fields of a chunk that lmbridge guarantees."""
+
     def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> _Chunk:  # noqa: ARG002 - chunks need no name
         """Adds a chunk to the reply and returns it.
 
@@ -38,11 +44,12 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         except LLMError as error:
             self._fail(error)
             raise
+        self._complete_chunk(value)
         return cast("_Chunk", value)
 
 
 class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
-    """The chunks of one chat completion, exactly as the server sent them.
+    """The chunks of one chat completion, as the server sent them; see `ChatCompletionChunk`.
 
     For example::
 
@@ -71,6 +78,9 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
     ) -> None:
         super().__init__(events, mismatch_policy, redact, ChatAccumulator(choices))
 
+    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
+        complete_choices(chunk, "delta", dict)
+
     async def __anext__(self) -> ChatCompletionChunk:
         """Returns the next chunk.
 
@@ -82,7 +92,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 chunk: Any = None
                 try:
                     chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
-                    continues = chunk["model"] == self._served_model and "choices" in chunk and "error" not in chunk
+                    (choice,) = chunk["choices"]
+                    continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
                 except (KeyError, TypeError, ValueError, RecursionError):
                     continues = False
                 if continues:

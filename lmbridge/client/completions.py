@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import TextAccumulator
 from lmbridge.client.chat_stream import CompletionStream
+from lmbridge.client.completeness import complete_choices
 from lmbridge.client.inputs import check_texts
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
@@ -30,6 +31,9 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
         self, events: EventStream, mismatch_policy: MismatchPolicy, redact: failures.Redact, choices: int = 1
     ) -> None:
         super().__init__(events, mismatch_policy, redact, TextAccumulator(choices))
+
+    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
+        complete_choices(chunk, "text", str)
 
     def _read_event(self, event: Event) -> TextCompletionChunk | None:
         # llama.cpp sends a null before the chunks of each of several prompts.

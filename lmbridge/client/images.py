@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lmbridge._checks import wrong_type
 from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
+from lmbridge.types import ImagePart
 
 _MAGIC_NUMBERS: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 _MEDIA_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/jpg"})
@@ -19,7 +20,7 @@ _SOURCES_HINT: Final = "give a path, the bytes of a file, or a data URL like 'da
 _CONVERT_HINT: Final = "convert it to PNG or JPEG: few local servers read other formats"
 
 
-def image_part(source: str | os.PathLike[str] | bytes) -> dict[str, Any]:
+def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
     """Returns the content part of a message that shows an image: a PNG or JPEG, as a data URL.
 
     For example::

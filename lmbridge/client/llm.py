@@ -16,6 +16,7 @@ from lmbridge._checks import check_instance, check_integer, check_model_name
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.call_options import RequestOptions, take_options, take_request_options
 from lmbridge.client.chat_stream import ChatStream
+from lmbridge.client.completeness import complete_chat_reply
 from lmbridge.client.inputs import check_messages
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.names import MismatchMode, MismatchPolicy
@@ -336,7 +337,7 @@ class LLMClient:
             return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
         reply = await server.request(request)
         value = server.json_object(reply)
-        if not _has_message(value):
+        if not complete_chat_reply(value):
             raise server.unexpected_reply(reply, "a chat completion")
         server.check_served_model(reply, value)
         return cast("ChatCompletion", value)
@@ -697,13 +698,6 @@ class LLMClient:
         constructor stays open.
         """
         await self._server.close()
-
-
-def _has_message(value: Mapping[str, Any]) -> bool:
-    try:
-        return isinstance(value["choices"][0]["message"], dict)
-    except (KeyError, TypeError, IndexError):
-        return False
 
 
 def _refuse_beside_transport(**options: Any) -> None:

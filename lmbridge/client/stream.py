@@ -61,6 +61,7 @@ class Accumulator(Protocol[_Reply_co]):
     @property
     def has_content(self) -> bool:
         """Whether any of the events held a piece of an answer that is not empty."""
+        ...
 
     @property
     def is_finished(self) -> bool:

@@ -131,7 +131,7 @@ class _PartialCall:
 
     def as_dict(self) -> dict[str, Any]:
         if self.id is None and not self._generated_id:
-            self._generated_id = f"call_{uuid.uuid4().hex[:24]}"
+            self._generated_id = generated_call_id()
         return {"id": self.id or self._generated_id, "type": "function", "function": self.function()} | copy_fields(
             self._other_fields
         )
@@ -151,6 +151,11 @@ class FunctionCallAccumulator(_PartialCall):
     def extend(self, piece: Mapping[str, Any]) -> None:
         """Adds what a delta's `function_call` holds."""
         self.add({}, None, piece.get("name"), piece.get("arguments"))
+
+
+def generated_call_id() -> str:
+    """Returns an id for a call that the server sent without one."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def merge_field(fields: dict[str, Any], key: str, new: Any) -> None:

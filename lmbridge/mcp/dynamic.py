@@ -33,6 +33,7 @@ from lmbridge.errors import (
 )
 from lmbridge.mcp.options import (
     AgentOptions,
+    CompleteRunOptions,
     LiteralFalse,
     LiteralTrue,
     MultiServerRunOptions,
@@ -192,7 +193,7 @@ class DynamicAutonomousAgent:
             LLMError: The run failed; `.partial` is the run so far.
         """
         check_server_name(mcp_name)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
 
     @overload
@@ -261,7 +262,7 @@ class DynamicAutonomousAgent:
                 the name of each such server to its error. The servers that could be started keep running.
         """
         names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run(names, on_error, task, options, stream=stream, full=full)
 
     @overload
@@ -307,7 +308,7 @@ class DynamicAutonomousAgent:
             MCPError: No server is enabled, or the configuration file cannot be read.
         """
         on_error = check_on_mcp_error(on_mcp_error)
-        options = RunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
         return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
@@ -344,7 +345,7 @@ class DynamicAutonomousAgent:
         names: Sequence[str] | None,
         on_error: _OnServerError,
         task: Task,
-        options: RunOptions,
+        options: CompleteRunOptions,
         *,
         stream: bool,
         full: bool,

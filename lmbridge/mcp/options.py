@@ -54,6 +54,14 @@ class RunOptions(TypedDict, total=False):
     output_type: Any
 
 
+class CompleteRunOptions(TypedDict):
+    """The options of a run with their defaults filled in."""
+
+    max_rounds: int | None
+    max_tokens: MaxTokens
+    model: str | None
+
+
 class MultiServerRunOptions(RunOptions, total=False):
     """The options of a run that uses several MCP servers."""
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class ChatStream(Stream[ChatCompletionChunk]):
-    """The chunks of one chat completion, exactly as the server sent them.
+    """The chunks of one chat completion, as the server sent them; see `ChatCompletionChunk`.
 
     For example::
 

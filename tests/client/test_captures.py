@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
@@ -396,7 +396,7 @@ async def ask(server: ScriptedServer, capture: Capture, *, stream: bool, mismatc
             return [chunk async for chunk in reply]
 
 
-async def streamed(chunks: Iterable[Any]) -> Any:
+async def streamed(chunks: Iterable[Any]) -> AsyncGenerator[Any, None]:
     for each in chunks:
         yield each
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -178,7 +179,7 @@ async def test_collect_returns_the_plain_reply(scripted_server: ScriptedServer, 
 
 
 async def test_collect_accepts_other_iterables_of_chunks() -> None:
-    async def chunks() -> Any:
+    async def chunks() -> AsyncGenerator[Any, None]:
         for each in (*HALF, text("", "stop")):
             yield each
 

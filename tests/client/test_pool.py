@@ -121,7 +121,7 @@ async def test_two_hundred_tasks_over_fifty_models_get_two_hundred_right_answers
                     reply = await client.chat_completion(MESSAGES)
                 else:
                     reply = await collect(await client.chat_completion(MESSAGES, stream=True))
-            return reply["choices"][0]["message"]["content"]
+            return reply["choices"][0]["message"]["content"] or ""
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(number)) for number in range(200)]

@@ -223,7 +223,8 @@ async def test_events_are_message_events_with_their_parsed_data(
     assert len(events) == len(ALL)
     event, data = events[4]
     assert data == {"type": "response.output_text.delta", "item_id": "msg_1", "delta": "Hel"}
-    assert event == MessageEvent(
+    message_event: Any = MessageEvent
+    assert event == message_event(
         type="response.output_text.delta",
         message="response.output_text.delta",
         data='{"type":"response.output_text.delta","item_id":"msg_1","delta":"Hel"}',

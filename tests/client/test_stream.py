@@ -134,7 +134,7 @@ async def test_collect_joins_the_older_function_call(scripted_server: ScriptedSe
     deltas = [piece(choices=[{"index": 0, "delta": {"function_call": each}, "finish_reason": None}]) for each in pieces]
     scripted_server.script(sse(*deltas, piece(finish_reason="function_call"), done=True))
     message = (await collect(await opened(client)))["choices"][0]["message"]
-    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}  # type: ignore[typeddict-item]  # an old field, not in the type
+    assert message["function_call"] == {"name": "f", "arguments": '{"a": 1}'}
 
 
 async def test_a_complete_stream_stays_complete(client: LLMClient) -> None:

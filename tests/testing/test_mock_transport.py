@@ -37,7 +37,7 @@ def client_of(handler: Any, **options: Any) -> LLMClient:
 
 
 async def ask(client: LLMClient) -> str:
-    return (await client.chat_completion(MESSAGES))["choices"][0]["message"]["content"]
+    return (await client.chat_completion(MESSAGES))["choices"][0]["message"]["content"] or ""
 
 
 # Plain replies

@@ -18,4 +18,4 @@ async def ask(client: LLMClient, stream: bool) -> str:
     if stream:
         return await read_text(await client.chat_completion(MESSAGES, stream=True))
     message = (await client.chat_completion(MESSAGES))["choices"][0]["message"]
-    return message["content"]
+    return message["content"] or ""

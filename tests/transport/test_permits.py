@@ -136,9 +136,8 @@ async def test_a_hundred_streams_at_a_time_are_all_complete(scripted_server: Scr
     async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=100)) as client:
 
         async def one() -> str:
-            return (await collect(await client.chat_completion(MESSAGES, stream=True)))["choices"][0]["message"][
-                "content"
-            ]
+            reply = await collect(await client.chat_completion(MESSAGES, stream=True))
+            return reply["choices"][0]["message"]["content"] or ""
 
         assert await asyncio.gather(*[one() for _ in range(100)]) == ["one two three four"] * 100
 

@@ -152,7 +152,8 @@ async def test_aiohttp_would_not_wake_it(
     scripted_server: ScriptedServer, http_session: AiohttpSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this test fails, aiohttp wakes the reader, and lmbridge need not watch the connection any longer."""
-    if aiohttp.http_parser.HttpResponseParser is aiohttp.http_parser.HttpResponseParserPy:
+    parsers: Any = aiohttp.http_parser
+    if parsers.HttpResponseParser is parsers.HttpResponseParserPy:
         pytest.skip("aiohttp's parser in Python wakes the reader")
     monkeypatch.setattr(session._AiohttpResponse, "_watch_connection", lambda _: None)
     with pytest.raises(TimeoutError):

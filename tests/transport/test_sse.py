@@ -443,8 +443,10 @@ class _Lines:
 
 
 def by_event_source(body: bytes) -> list[MessageEvent]:
-    source = EventSource("http://localhost", session=object())
-    source._response = _Lines(body)
+    session: Any = object()
+    lines: Any = _Lines(body)
+    source = EventSource("http://localhost", session=session)
+    source._response = lines
     events = []
     while True:
         step: Coroutine[Any, Any, MessageEvent] = source.__anext__()

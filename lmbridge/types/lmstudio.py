@@ -1,0 +1,69 @@
+"""The replies of LM Studio's own API.
+
+The annotations are evaluated (there is no `from __future__ import annotations` here), because a TypedDict whose
+annotations are strings does not know at run time which of its fields are required.
+"""
+
+from typing import Any, Required, TypedDict
+
+
+class LMStudioInstance(TypedDict, total=False):
+    """A loaded instance of one of LM Studio's models."""
+
+    id: str
+    config: dict[str, Any]
+    """The configuration: `context_length`; for a language model also `parallel`, `eval_batch_size`, ..."""
+
+
+class LMStudioModel(TypedDict, total=False):
+    """One of LM Studio's downloaded models (`/api/v1/models`)."""
+
+    type: str
+    """Either "llm" or "embedding"."""
+    key: Required[str]
+    """The name by which the model is loaded."""
+    publisher: str
+    display_name: str
+    architecture: str | None
+    quantization: dict[str, Any] | None
+    size_bytes: int
+    params_string: str | None
+    loaded_instances: Required[list[LMStudioInstance]]
+    max_context_length: int
+    """The longest context that the model supports. That of a loaded instance is in its `config`."""
+    format: str | None
+    capabilities: dict[str, Any]
+    description: str | None
+    variants: list[str]
+    selected_variant: str
+
+
+class LMStudioLoad(TypedDict, total=False):
+    """LM Studio's answer after it has loaded a model."""
+
+    type: str
+    instance_id: Required[str]
+    load_time_seconds: float
+    status: str
+    load_config: dict[str, Any]
+    """The whole configuration. It is sent only if the request had `echo_load_config`."""
+
+
+class LMStudioUnload(TypedDict, total=False):
+    """LM Studio's answer after it has unloaded an instance."""
+
+    instance_id: Required[str]
+
+
+class DownloadStatus(TypedDict, total=False):
+    """The progress of one of LM Studio's downloads."""
+
+    job_id: str
+    status: Required[str]
+    """One of "downloading", "paused", "completed", "failed" and "already_downloaded"."""
+    total_size_bytes: int
+    downloaded_bytes: int
+    bytes_per_second: float
+    started_at: str
+    estimated_completion: str
+    completed_at: str
