@@ -57,7 +57,7 @@ class _Reader(Protocol):
         """The types whose schemas are parts of this one's."""
         ...
 
-    def schema(self, parts: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    def schema(self, parts: Sequence[Mapping[str, Any]], name: str, /) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Returns the schema, and definitions that it refers to, whose names have to begin with `name`."""
         ...
 
@@ -171,7 +171,7 @@ def _is_read_by_pydantic(annotation: Any) -> bool:
         return "pydantic" in sys.modules and any(hasattr(annotation, name) for name in _PYDANTIC_METHODS)
     if typing.get_origin(annotation) is not Annotated or "pydantic" not in sys.modules:
         return False
-    metadata = (each for each in annotation.__metadata__ if _package_of(each) in _PYDANTIC_PACKAGES)
+    metadata = (each for each in typing.get_args(annotation)[1:] if _package_of(each) in _PYDANTIC_PACKAGES)
     # A `Field` that has no constraints describes the value, and does not validate it.
     return any(getattr(each, "metadata", True) for each in metadata)
 
@@ -404,7 +404,7 @@ class _PydanticReader:
 
 def _pydantic_fault(error: Exception) -> ValueFaultError:
     errors = getattr(error, "errors", None)
-    details: Sequence[Mapping[str, Any]] = errors() if callable(errors) else ()
+    details: Any = errors() if callable(errors) else ()
     if not details:
         return ValueFaultError("", str(error))
     faults = [(_pydantic_path(each.get("loc", ())), str(each.get("msg", ""))) for each in details]
@@ -541,7 +541,7 @@ def _describe_fields(definition: dict[str, Any], class_: Any) -> None:
         # A stand-in has the names that the constructor accepts, which are without the underscore of private fields.
         wire_names[each.name] = each.alias if each.alias in properties else each.name
     for name, annotation in _annotations(class_).items():
-        metadata = getattr(fields.get(name), "metadata", {})
+        metadata: Any = getattr(fields.get(name), "metadata", {})
         text = description_of(annotation) or metadata.get("description") or docstring.parameters.get(name)
         part = properties.get(wire_names.get(name, name))
         if isinstance(text, str) and part is not None:

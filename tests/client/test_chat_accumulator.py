@@ -1,3 +1,6 @@
+# The server of these tests sends every field that they read.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import copy

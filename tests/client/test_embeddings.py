@@ -1,5 +1,8 @@
 """Embeddings: there is one for each text, in the order of the texts, or an error."""
 
+# The server of these tests sends every field that they read.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """Errors of servers: their wordings, the error that each becomes, and texts that must not be taken for errors."""
 
+# The server of these tests sends every field that they read.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import json

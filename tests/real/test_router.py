@@ -5,6 +5,9 @@ installed and runs on this CPU. Both models are the same file under two names, b
 free licence is too large to download for a test. The server loads and unloads them like two different models.
 """
 
+# The server of these tests sends every field that they read.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio

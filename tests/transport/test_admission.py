@@ -170,11 +170,11 @@ async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
     tasks = [ask(admission) for _ in range(10_000)]
     await turns()
     assert admission.queued == 10_000
-    for task in tasks:
-        task.cancel()
+    for number in range(len(tasks)):
+        tasks[number].cancel()
     await asyncio.wait(tasks)
     assert all(task.cancelled() for task in tasks)
-    del task, tasks
+    del tasks
     assert admission.queued == 0
     gc.collect()
     assert not [each for each in gc.get_objects() if isinstance(each, Permit) and each.state == "waiting"]
