@@ -419,7 +419,8 @@ def _pydantic_path(location: Iterable[int | str]) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _class_stand_in(class_: type) -> Any:
-    return _stand_in(_ClassReader(class_))
+    # pyright takes a `cached_property` for something else than a property.
+    return _stand_in(_ClassReader(class_))  # pyright: ignore[reportArgumentType]
 
 
 def _pydantic_stand_in(annotation: Any) -> Any:
@@ -541,7 +542,7 @@ def _describe_fields(definition: dict[str, Any], class_: Any) -> None:
         # A stand-in has the names that the constructor accepts, which are without the underscore of private fields.
         wire_names[each.name] = each.alias if each.alias in properties else each.name
     for name, annotation in _annotations(class_).items():
-        metadata: Any = getattr(fields.get(name), "metadata", {})
+        metadata = getattr(fields.get(name), "metadata", None) or {}
         text = description_of(annotation) or metadata.get("description") or docstring.parameters.get(name)
         part = properties.get(wire_names.get(name, name))
         if isinstance(text, str) and part is not None:
