@@ -60,6 +60,7 @@ class CompleteRunOptions(TypedDict):
     max_rounds: int | None
     max_tokens: MaxTokens
     model: str | None
+    output_type: Any
 
 
 class MultiServerRunOptions(RunOptions, total=False):
