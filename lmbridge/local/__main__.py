@@ -50,7 +50,7 @@ With lmbridge:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 after an error."""
+    """Runs the server until SIGINT or SIGTERM, and returns the exit status: 0, or 1 after an error."""
     options = vars(_parser().parse_args(argv))
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lmbridge").setLevel(logging.INFO)
@@ -66,15 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lmbridge.local",
         description="Runs a real llama.cpp server on the loopback interface, for any OpenAI client, until Ctrl-C.",
-        epilog=f"To demand an API key, set {_API_KEY_VARIABLE}. An option would show the key to other users.",
-        # Options that are not given are left out, so the defaults are those of LocalServer.
+        epilog=f"To require an API key, set {_API_KEY_VARIABLE}. There is no option for it, because other users of the"
+        " machine can see the options of a running command.",
+        # Options that are not given are not passed on, so that the defaults are those of LocalServer.
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--model", metavar="PATH", help="a GGUF file (default: a small model, downloaded once)")
+    parser.add_argument("--model", metavar="PATH", help="a GGUF file (default: a small model that is downloaded once)")
     parser.add_argument("--port", type=int, metavar="N", help="the port to listen on (default: any free one)")
-    parser.add_argument("--n-ctx", type=int, metavar="N", help="tokens of context, shared by all requests")
-    parser.add_argument("--n-parallel", type=int, metavar="N", help="requests that generate at the same time")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads that compute")
+    parser.add_argument("--n-ctx", type=int, metavar="N", help="the tokens of context, which all requests share")
+    parser.add_argument("--n-parallel", type=int, metavar="N", help="how many requests generate at the same time")
+    parser.add_argument("--threads", type=int, metavar="N", help="how many threads compute")
     parser.add_argument("--chat-template", metavar="PATH", help="a Jinja template that replaces the one of the model")
     parser.add_argument("--embeddings", action="store_true", help="also serve /v1/embeddings")
     return parser

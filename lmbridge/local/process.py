@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.1
 def read_tail(log: IO[bytes]) -> str:
     """Returns the last lines of a log file.
 
-    Call it after the child has ended: reading moves the position at which the child would go on writing.
+    Call it only after the child has ended, because the child writes at the position that reading changes.
     """
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _TAIL_BYTES))
@@ -31,14 +31,16 @@ def read_tail(log: IO[bytes]) -> str:
 async def run_command(
     *command: str, log: IO[bytes], env: Mapping[str, str], poll: Callable[[], Awaitable[None]] | None = None
 ) -> int:
-    """Runs a command to its end and returns its exit status. On cancellation the command is killed.
+    """Runs a command to its end, and returns its exit status.
+
+    On cancellation of the caller, the command is killed.
 
     Args:
         *command: The program and its arguments.
-        log: The file that gets the output and the errors of the command.
+        log: The file to which the command writes its output and its errors.
         env: The environment variables of the command.
-        poll: A function that is awaited ten times a second while the command runs. If it raises, the command is killed
-            and the exception is raised.
+        poll: An async function that is called ten times a second while the command runs. If it raises an exception, the
+            command is killed and the exception is raised.
     """
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
@@ -58,11 +60,11 @@ async def run_command(
 async def end_process(process: Process, *, grace: float = 0.0) -> None:
     """Closes the stdin of a child, kills the child if it is still running after a grace period, and reaps it.
 
-    It is finished even if the caller is cancelled meanwhile.
+    On cancellation of the caller, this work goes on, and the cancellation is raised when it is done.
 
     Args:
-        process: The child.
-        grace: Seconds for the child to end by itself. Default: none.
+        process: The child process.
+        grace: The seconds that the child has to end on its own. By default it is killed at once.
     """
     await settle(_end_process(process, grace))
 
@@ -77,12 +79,12 @@ async def _end_process(process: Process, grace: float) -> None:
         process.kill()
     await process.wait()
     if process.stdout is not None:
-        # asyncio closes its end of the pipe only when the data has been read to its end.
+        # asyncio closes its end of the pipe only after all data has been read.
         await process.stdout.read()
 
 
 def describe_exit(returncode: int | None) -> str:
-    """Describes how a child ended: "ended with status 1", "was killed by SIGKILL"."""
+    """Describes how a child ended, for example "ended with status 1" or "was killed by SIGKILL"."""
     if returncode is None or returncode >= 0:
         return f"ended with status {returncode}"
     with suppress(ValueError):

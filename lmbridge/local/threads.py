@@ -1,4 +1,4 @@
-"""Blocking context managers in a thread, so that they do not block the event loop."""
+"""Runs blocking context managers in a thread, so that they do not block the event loop."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _T = TypeVar("_T")
 async def in_thread(manager: AbstractContextManager[_T]) -> AsyncIterator[_T]:
     """Enters and leaves a blocking context manager in a thread.
 
-    If the caller is cancelled while the context manager is being entered or left, that is finished first, and a context
-    manager that has been entered is always left. It is left without the exception of the block.
+    On cancellation of the caller, entering or leaving goes on, and the cancellation is raised afterwards. A context
+    manager that has been entered is always left. Its `__exit__` does not get an exception of the block.
     """
     entering = asyncio.ensure_future(asyncio.to_thread(manager.__enter__))
 

@@ -1,8 +1,8 @@
-"""Doubles for tests: servers on a real socket that reply as a test has scripted them, and a transport without a socket.
+"""Test doubles: servers on a real socket that reply as a test scripts them, and a transport without a socket.
 
-A mock of the client would be simpler, but it would leave out what goes wrong in practice: bytes that are cut anywhere,
-connections that break, clients that leave. So `ScriptedServer` speaks HTTP, and the real client is tested. Where a test
-is not about the connection, `MockTransport` replaces only the socket.
+A mock of the client would be simpler, but it could not show what goes wrong in practice: bytes that are split anywhere,
+connections that break, clients that disconnect. So `ScriptedServer` speaks HTTP, and your test uses the real client. If
+a test does not depend on the connection, `MockTransport` replaces only the socket.
 
 Example::
 

@@ -1,4 +1,4 @@
-"""Ready-made behaviours: functions that return what a `ScriptedServer` does with a request."""
+"""Ready-made behaviours: each of these functions returns a behaviour, with which a `ScriptedServer` replies."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def answer(
 ) -> Behaviour:
     """Replies with a chat completion: a plain one, or a stream if the request has `"stream": true`.
 
-    A stream has the form of llama.cpp's: a chunk with the role, the reasoning, the content, the tool calls with their
-    arguments in fragments, the finish reason with an empty delta, the usage in a chunk without choices if the
-    `stream_options` of the request ask for it, and `[DONE]`.
+    A stream has the same form as those of llama.cpp. First comes a chunk with the role, then the reasoning, the content
+    and the tool calls with their arguments in fragments, then the finish reason with an empty delta. A chunk without
+    choices has the usage, if the `stream_options` of the request ask for it. The end is `[DONE]`.
 
     Args:
         text: The content of the answer.
-        chunks: The content as a stream is to send it. Default: one chunk for each word of `text`.
-        model: The name of the model that the reply contains. Default: the model of the request.
-        finish_reason: The finish reason; None for a reply that never has one. Default: "tool_calls" if there are tool
-            calls, otherwise "stop".
-        usage: The token usage. Default: one token for the prompt, and one for each chunk of content.
-        tool_calls: The tool calls, as a message has them: `{"id", "type", "function": {"name", "arguments"}}`.
-        reasoning: The text of `reasoning_content`. Default: the reply has none.
-        gate: An event that lets a test hold the reply back. It is awaited after the first chunk of content (before the
-            finish reason if the content is empty), and before a plain reply.
-        pace: The seconds to wait before each chunk of content. A plain reply takes as long as all of them together.
+        chunks: The pieces in which a stream sends the content. By default there is one for each word of `text`.
+        model: The name of the model in the reply. By default it is the model of the request.
+        finish_reason: The finish reason, or None for a reply without one. By default it is "tool_calls" if there are
+            tool calls, otherwise "stop".
+        usage: The token usage. By default it is one token for the prompt, and one for each chunk of content.
+        tool_calls: The tool calls in the form that a message has: `{"id", "type", "function": {"name", "arguments"}}`.
+        reasoning: The text of `reasoning_content`. By default the reply has none.
+        gate: An event that lets a test hold the reply back until it sets the event. A stream awaits it after the first
+            chunk of content, or before the finish reason if there is no content. A plain reply awaits it first.
+        pace: The seconds to wait before each chunk of content. A plain reply takes as long as all chunks together.
         extra: Further fields for the completion, or for each chunk.
     """
     return _Answer(
@@ -66,6 +66,8 @@ def answer(
 
 @attrs.frozen(kw_only=True)
 class _Answer:
+    """The behaviour that `answer` returns. The fields are the arguments of that function."""
+
     text: str
     chunks: list[str]
     model: str | None
@@ -149,7 +151,7 @@ def _split_words(text: str) -> list[str]:
 
 
 def _call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a tool call as a stream sends it: the name first, and then only fragments of the arguments."""
+    """Yields a tool call in the parts that a stream sends: first the name, then fragments of the arguments."""
     function = call.get("function") or {}
     arguments = function.get("arguments") or ""
     yield {"index": index, **call, "function": {**function, "arguments": ""}}
@@ -169,7 +171,7 @@ def reply(
         status: The HTTP status.
         body: The body. A mapping or a sequence is sent as JSON.
         headers: Further header fields. They replace default ones of the same name.
-        content_type: The Content-Type. Default: the one that fits the type of `body`.
+        content_type: The Content-Type. By default it depends on the type of `body`.
     """
     if isinstance(body, str):
         data, default_type = body.encode(), "text/plain; charset=utf-8"
@@ -199,12 +201,12 @@ def sse(
     """Replies with a stream of events, each in a separate HTTP chunk.
 
     Args:
-        *events: The events. A mapping is sent as `data: ` and its JSON. Text and bytes are sent unchanged, without a
-            `data: ` or an empty line that you have not written, so that they can be any part of an event.
+        *events: The events. A mapping is sent as `data: ` and its JSON. Strings and bytes are sent unchanged: no
+            `data: ` and no empty line is added, so that they can be any part of an event.
         content_type: The Content-Type.
         status: The HTTP status.
         done: Whether `data: [DONE]` follows the events.
-        end: Whether the body is ended properly. If not, the server hangs up in the middle of it.
+        end: Whether the body is ended properly. If it is False, the server closes the connection without ending it.
     """
 
     async def behave(exchange: Exchange) -> None:
@@ -229,7 +231,7 @@ async def _send_events(exchange: Exchange, events: Sequence[Mapping[str, Any] | 
 
 
 def raw(*pieces: bytes) -> Behaviour:
-    """Sends pieces of a reply unchanged, status line included, each in a separate packet, and then hangs up."""
+    """Sends the pieces of a reply, including its status line, each in a separate packet. Then closes the connection."""
 
     async def behave(exchange: Exchange) -> None:
         for piece in pieces:
@@ -240,11 +242,11 @@ def raw(*pieces: bytes) -> Behaviour:
 
 
 def stall(after: Sequence[Mapping[str, Any] | str | bytes] = ()) -> Behaviour:
-    """Sends nothing more until the client leaves.
+    """Sends nothing, or nothing after some events, until the client disconnects.
 
     Args:
-        after: Events to send first, in the form that `sse` takes. Without any, not even the head is sent; `after=("",)`
-            sends only the head.
+        after: The events to send first, in the form that `sse` takes. If there are none, not even the head is sent. Use
+            `after=("",)` to send only the head.
     """
 
     async def behave(exchange: Exchange) -> None:
@@ -257,7 +259,7 @@ def stall(after: Sequence[Mapping[str, Any] | str | bytes] = ()) -> Behaviour:
 
 
 def reset() -> Behaviour:
-    """Reads the request, and then breaks the connection with a RST."""
+    """Reads the request, and then breaks the connection with a TCP reset."""
 
     async def behave(exchange: Exchange) -> None:
         exchange.reset()

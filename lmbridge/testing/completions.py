@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 CREATED: Final = 1_767_225_600
-"""The time of every reply, 2026-01-01, so that replies are the same in every run."""
+"""The `created` time of every reply. It is fixed (2026-01-01), so that replies are the same in every run."""
 
 
 def completion(
@@ -42,7 +42,7 @@ def model_list(models: list[str]) -> dict[str, Any]:
 
 
 def error_body(message: str, kind: str) -> dict[str, Any]:
-    """Returns the body of an error."""
+    """Returns the body of an error reply."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -1,4 +1,4 @@
-"""One connection of a client: it receives requests, sends bytes, and notices when the client leaves."""
+"""A connection of a client: receives requests, sends bytes, and notices when the client disconnects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, Final, cast
 
 from lmbridge.testing.wire import RecordedRequest, RequestParser
 
-# With this option set, closing a socket sends a RST.
+# With this value of SO_LINGER, closing a socket sends a TCP reset.
 _NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
 class ChangeNotifier:
     """Wakes all tasks that wait for something to change.
 
-    `asyncio.Condition` does the same for code that can await its lock. Most changes here are noticed in callbacks.
+    An `asyncio.Condition` cannot be used, because most changes are reported by callbacks, which cannot await its lock.
     """
 
     def __init__(self) -> None:
@@ -42,20 +42,22 @@ class ChangeNotifier:
 class Connection(asyncio.Protocol):
     """A connection and the task that serves it.
 
-    It is an asyncio protocol and not a pair of streams, because it has to notice that the client leaves while a
-    behaviour waits for something else, and must not mistake the bytes of a pipelined request for that.
+    It is an asyncio protocol and not a pair of streams, because it has to notice that the client disconnects while a
+    behaviour is waiting for something else. With streams, this would need a read, which could also return the bytes of
+    a pipelined request.
 
     Args:
         number: The number of the connection among those of its server. The first is 1.
         serve: The function that serves the connection. It is started as a task when the socket is connected.
-        on_change: A function that is called after everything that happens on the socket.
+        on_change: A function that is called after every event on the socket.
 
     Attributes:
         served: The number of requests that have been served.
         busy: Whether a request is being served.
-        left: Whether the client closed the connection, or broke it, before the server did.
+        left: Whether the client closed or broke the connection before the server did.
         hung_up: Whether the server closed the connection.
         lost: Whether the socket is closed.
+        task: The task that serves the connection, or None until the socket is connected.
     """
 
     def __init__(
@@ -81,12 +83,12 @@ class Connection(asyncio.Protocol):
 
     @property
     def over(self) -> bool:
-        """Whether nothing more can be sent, because the client left or the server hung up."""
+        """Whether nothing more can be sent, because one side has closed the connection."""
         return self.left or self.hung_up
 
     @property
     def cancelled(self) -> bool:
-        """Whether the task was cancelled, because the client left or the server is being closed."""
+        """Whether the task was cancelled, because the client disconnected or the server is being closed."""
         return self.task is not None and self.task.cancelling() > 0
 
     @property
@@ -98,7 +100,7 @@ class Connection(asyncio.Protocol):
         """Waits for the next request. Returns None if the connection is closed before one has arrived.
 
         Raises:
-            BadRequest: If the client sent something that is not a request.
+            BadRequest: The client sent bytes that are not an HTTP request.
         """
         while not self.over:
             if (request := self._parser.next_request()) is not None:
@@ -110,19 +112,19 @@ class Connection(asyncio.Protocol):
         """Sends bytes in a separate packet, after the bytes before them have been sent.
 
         Raises:
-            ConnectionResetError: If the client has left.
-            RuntimeError: If the server has hung up.
+            ConnectionResetError: The client has closed the connection.
+            RuntimeError: The server has closed the connection.
         """
-        # In the first turn the loop notices what was sent before, and in the second a client in the same loop reads it.
-        # So the client gets each piece separately. This happens before the write and not after it, so that nothing can
-        # come between the last bytes of a reply and the note that the reply is complete.
+        # These two turns of the event loop let a client in the same loop receive the previous piece, so that it gets
+        # each piece separately. They come before the write and not after it, so that the caller can record the end of a
+        # reply as soon as its last bytes have been written.
         for _ in range(2):
             await asyncio.sleep(0)
         await self.flush()
         if self.left:
-            raise ConnectionResetError("the client has left")
+            raise ConnectionResetError("the client has closed the connection")
         if self.hung_up or self._transport is None:
-            raise RuntimeError("cannot send: the behaviour has closed the connection before")
+            raise RuntimeError("cannot send: the behaviour has already closed the connection")
         self._transport.write(data)
         self._notify()
 
@@ -131,7 +133,7 @@ class Connection(asyncio.Protocol):
         await self._changes.wait_until(lambda: self.sent or self.left or self.lost)
 
     async def client_left(self) -> None:
-        """Waits until the client has closed the connection. The task is not cancelled for that while it waits here."""
+        """Waits until the client has closed the connection. The waiting task is not cancelled when this happens."""
         self._watchers += 1
         try:
             await self._changes.wait_until(lambda: self.left or self.lost)
@@ -139,14 +141,14 @@ class Connection(asyncio.Protocol):
             self._watchers -= 1
 
     def hang_up(self) -> None:
-        """Closes the connection with a FIN after the bytes that were written."""
+        """Closes the connection (with a TCP FIN) after all written bytes have been sent."""
         if not self.over and self._transport is not None:
             self.hung_up = True
             self._transport.close()
             self._notify()
 
     def reset(self) -> None:
-        """Breaks the connection with a RST at once."""
+        """Breaks the connection with a TCP reset at once."""
         if not self.over and self._transport is not None:
             self.hung_up = True
             linger = self._transport.get_extra_info("socket").setsockopt
@@ -155,7 +157,7 @@ class Connection(asyncio.Protocol):
             self._notify()
 
     def abandon(self) -> None:
-        """Closes the socket and cancels the task, whatever they are doing."""
+        """Closes the socket and cancels the task at once."""
         self.hung_up = True
         if self._transport is not None and not self.lost:
             self._transport.abort()
@@ -166,7 +168,7 @@ class Connection(asyncio.Protocol):
         """Waits until the socket is closed."""
         await self._changes.wait_until(lambda: self.lost)
 
-    # Methods of asyncio.Protocol. asyncio has set TCP_NODELAY on the socket.
+    # Methods of asyncio.Protocol. asyncio itself sets TCP_NODELAY on the socket.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Starts the task that serves the connection."""
@@ -175,7 +177,7 @@ class Connection(asyncio.Protocol):
         if self.hung_up:
             self._transport.abort()
             return
-        # With this limit, asyncio pauses writing as soon as not all bytes have been sent.
+        # With this limit, asyncio calls `pause_writing` as soon as there are unsent bytes.
         self._transport.set_write_buffer_limits(high=0)
         self.task = asyncio.get_running_loop().create_task(self._serve(self))
         self._notify()
@@ -186,7 +188,7 @@ class Connection(asyncio.Protocol):
         self._notify()
 
     def eof_received(self) -> None:
-        """Notes that the client has left, as real servers do on half a close. The transport closes itself."""
+        """Notes that the client has left. Like real servers, it treats a half-closed connection as closed."""
         self._note_client_left()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
@@ -195,7 +197,7 @@ class Connection(asyncio.Protocol):
         self._note_client_left()
 
     def pause_writing(self) -> None:
-        """Notes that bytes wait for the client to read."""
+        """Notes that there are bytes which the client has not read yet."""
         self._unsent = True
 
     def resume_writing(self) -> None:

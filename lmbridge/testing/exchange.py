@@ -1,4 +1,4 @@
-"""`Exchange`: a request and the means to reply to it, which is the argument of every behaviour."""
+"""`Exchange`: a request together with methods to reply to it. Every behaviour gets one as its argument."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lmbridge.testing.wire import RecordedRequest
 class Exchange:
     """A request, and methods that send the reply byte by byte.
 
-    Everything is sent to the socket at once, in a separate packet. If a behaviour returns after `start` without `end`,
-    `reset` or `hang_up`, the body is ended properly. If the client leaves while a behaviour waits or sends, the
-    behaviour is cancelled there, unless it awaits `client_left`.
+    Each call of a sending method sends its bytes immediately and in a separate packet. If a behaviour returns after
+    `start` without calling `end`, `reset` or `hang_up`, the body is ended properly. If the client disconnects while a
+    behaviour is waiting or sending, the behaviour is cancelled, unless it is awaiting `client_left`.
 
     Attributes:
         request: The request.
         reply_id: The `id` of the completion.
         model: The model that the request asks for, or the first model of the server if it names none.
-        started: Whether something has been sent.
-        streamed: Whether the body is sent in chunks.
-        ended: Whether the reply is complete, or was broken off by the behaviour.
-        closes: Whether the connection ends with the reply, because its head says so or because only that ends its body.
+        started: Whether a part of the reply has been sent.
+        streamed: Whether the body uses chunked transfer encoding.
+        ended: Whether the reply is complete, or the behaviour has closed the connection before that.
+        closes: Whether the connection is closed after the reply. Either its head says so, or its body has no other end.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Exchange:
         Args:
             status: The HTTP status.
             headers: Further header fields. They replace default ones of the same name.
-            content_type: The Content-Type; None sends none.
-            chunked: Whether the body is sent in chunks. If not, a Content-Length in `headers` has to give its length,
-                or it ends with the connection.
+            content_type: The Content-Type, or None to send none.
+            chunked: Whether the body uses chunked transfer encoding. If it does not, and `headers` has no
+                Content-Length, the end of the connection is the end of the body.
         """
         if self.started:
             raise RuntimeError("start() was called twice, or after the reply was started by another method")
@@ -92,7 +92,7 @@ class Exchange:
             await self._write(wire.encode_chunk(data) if self.streamed else data)
 
     async def chunk(self, payload: Mapping[str, Any] | bytes | str) -> None:
-        """Sends one event: `data: ...` and an empty line. It starts an event stream if nothing was sent before.
+        """Sends one event, which is `data: ...` and an empty line. Starts an event stream if nothing was sent before.
 
         Args:
             payload: The data of the event. A mapping is sent as JSON.
@@ -112,9 +112,9 @@ class Exchange:
         """Sends one `chat.completion.chunk` in the form of OpenAI's API.
 
         Args:
-            content: The content of the delta. None leaves it out.
+            content: The content of the delta. With None, the delta has no content.
             finish_reason: The finish reason of the choice.
-            model: The model that the chunk names. Default: `self.model`.
+            model: The name of the model in the chunk. By default it is `self.model`.
             **delta: Further fields of the delta, such as `role`, `tool_calls` or `reasoning_content`.
         """
         if content is not None:
@@ -141,20 +141,20 @@ class Exchange:
         await self._write(data)
 
     def reset(self) -> None:
-        """Breaks the connection with a RST."""
+        """Breaks the connection with a TCP reset."""
         self.ended = self.ended or not self._connection.over
         self._connection.reset()
 
     def hang_up(self) -> None:
-        """Closes the connection with a FIN, even if the body is not complete."""
+        """Closes the connection in the regular way (with a TCP FIN), even if the body is not complete."""
         self.ended = self.ended or not self._connection.over
         self._connection.hang_up()
 
     async def client_left(self) -> None:
-        """Waits until the client has closed the connection, or its half of it.
+        """Waits until the client has closed the connection, or its sending half.
 
-        Then the request counts as aborted. Sending anything later raises a `ConnectionResetError`, which does not count
-        as an error of the behaviour.
+        The request then counts as aborted. If the behaviour sends anything afterwards, a `ConnectionResetError` is
+        raised, which does not make the test fail.
         """
         await self._connection.client_left()
 
@@ -162,7 +162,7 @@ class Exchange:
         if self.ended:
             raise RuntimeError("the reply has already ended")
         await self._connection.write(data)
-        # It is set only now, because a behaviour that was cancelled while it waited to write has sent nothing.
+        # Only now, because a behaviour that is cancelled while it waits to write has not sent anything.
         self.started = True
 
 

@@ -2,11 +2,12 @@
 
 Everything above the socket is real: admission, scheduling, retries, classification, streaming, time limits and
 cancellation work through it as they do with a server. What it cannot show is what happens below: bytes that are cut
-anywhere, connections that are kept or lost, a server that notices that its client has left. For those, use
+anywhere, connections that are kept or lost, a server that notices that its client has disconnected. For those, use
 `lmbridge.testing.ScriptedServer`, which listens on a real socket.
 
-It replaces the `HttpSession` of a `Transport`. The alternative, to replace the client's methods by fakes, tests nothing
-but the fakes; patching aiohttp breaks with its next release.
+`MockTransport` replaces the `HttpSession` of a `Transport`. There were two alternatives: a test that replaces the
+methods of the client tests only the replacements, and a test that patches aiohttp may break with any release of
+aiohttp.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _DONE: Final = "[DONE]"
 
 @attrs.define(eq=False, kw_only=True)
 class MockRequest:
-    """A request as the handler of a `MockTransport` gets it."""
+    """The request that is passed to the handler of a `MockTransport`."""
 
     method: str
     """The HTTP method in capital letters."""
     url: str
     """The absolute URL."""
     headers: Mapping[str, str] = attrs.field(repr=False)
-    """The headers, the key included. Names are looked up in any case."""
+    """The headers, including the key. Their names are case-insensitive."""
     body: bytes = attrs.field(default=b"", repr=False)
-    """The body; empty if the request has none."""
+    """The body. It is empty if the request has none."""
 
     @property
     def path(self) -> str:
@@ -55,7 +56,7 @@ class MockRequest:
 
     @cached_property
     def json(self) -> Any:
-        """The body, parsed; None if the request has no body.
+        """The parsed body, or None if the request has no body.
 
         Raises:
             msgspec.DecodeError: The body is not JSON.
@@ -71,18 +72,18 @@ MockEvents: TypeAlias = Iterable[MockEvent] | AsyncIterable[MockEvent]
 
 @attrs.define(eq=False)
 class MockResponse:
-    """What the handler of a `MockTransport` returns if it is more than a dict or a stream.
+    """A response that the handler of a `MockTransport` returns if it has to set more than a dict or a stream can.
 
-    At most one of `json`, `body` and `events` can be given.
+    Set at most one of `json`, `body` and `events`.
 
     Raises:
-        LLMValidationError: More than one of them is given.
+        LLMValidationError: More than one of them is set.
     """
 
     status: int = 200
-    """The status code."""
+    """The HTTP status."""
     json: Any = attrs.field(default=None, kw_only=True)
-    """A value that is sent as JSON. None stands for no body."""
+    """A value that is sent as JSON. With None, the default, there is no JSON body."""
     body: bytes | str = attrs.field(default=b"", kw_only=True)
     """A body that is sent unchanged, for a reply that is not JSON."""
     events: MockEvents | None = attrs.field(default=None, kw_only=True)
@@ -90,11 +91,11 @@ class MockResponse:
     done: bool = attrs.field(default=True, kw_only=True)
     """Whether the stream ends with `data: [DONE]`. Set it to False to play a stream that was cut off."""
     headers: Mapping[str, str] = attrs.field(factory=dict, kw_only=True)
-    """Headers of the response. A Content-Type is added unless there is one."""
+    """The headers of the response. A Content-Type is added if there is none."""
 
     def __attrs_post_init__(self) -> None:
         if sum((self.json is not None, bool(self.body), self.events is not None)) > 1:
-            raise LLMValidationError("a MockResponse has one of json, body and events, not several")
+            raise LLMValidationError("a MockResponse can have only one of json, body and events")
 
 
 MockAnswer: TypeAlias = Mapping[str, Any] | MockResponse | MockEvents
@@ -116,21 +117,22 @@ class MockTransport(Transport):
         client = LLMClient(model="qwen3-4b", transport=MockTransport(handler))
 
     The handler may be a plain or an async function, or an async generator function. It may raise an `OSError`, which
-    plays a connection that failed (`ConnectionRefusedError`: no server is listening; `TimeoutError`: it took too
+    simulates a connection that failed (`ConnectionRefusedError`: no server is listening; `TimeoutError`: it took too
     long), or an `LLMError`, which is raised to the caller. A generator may raise them as well, which plays a
     connection that breaks in the middle of the body. Any other exception, such as that of a failed `assert`, reaches
     the caller unchanged, and nothing is retried.
 
     A generator advances only when the client reads, and it is closed when the client leaves the stream.
 
-    Unlike a transport with connections, it need not be closed. If it is closed, handlers and generators that are still
+    It need not be closed, because it has no connections. If it is closed, handlers and generators that are still
     running are cancelled.
 
     Args:
         handler: Called with a `MockRequest` for each attempt of each request, also for model lists and health checks.
-        api_base: The URL that the client seems to talk to.
-        api_key: The key that the handler finds in the headers. Default: the environment's `LM_API_TOKEN`.
-        limits: As for `Transport`.
+        api_base: The base URL of the requests. Nothing has to listen there.
+        api_key: The key that the handler finds in the headers. By default it is the environment variable
+            `LM_API_TOKEN`.
+        limits: How many requests and models may be in flight at the same time. By default it is `Limits()`.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -147,10 +149,10 @@ class MockTransport(Transport):
         super().__init__(api_base, api_key=api_key, limits=limits)
         self._handler = check_callable("handler", handler)
         self.requests: list[MockRequest] = []
-        """Every attempt of every request, in the order in which they were made."""
+        """All attempts of all requests, in the order in which they were made."""
 
     def __del__(self) -> None:
-        # A transport that is dropped unclosed warns, because of its connections; this one has none.
+        # `Transport.__del__` warns about connections that were not closed. This transport has none.
         pass
 
     def open_session(self) -> _MockSession:
@@ -165,7 +167,7 @@ class _MockSession:
         self._handler = handler
         self._requests = requests
         self._closed = False
-        # Handlers and generators that are running. They are in tasks, so that closing can end them.
+        # Async handlers and generators run in tasks, so that `close` can cancel them.
         self._tasks: set[asyncio.Task[Any]] = set()
         self._streams: set[_StreamedResponse] = set()
 
@@ -182,7 +184,7 @@ class _MockSession:
             if inspect.isawaitable(answer):
                 answer = await self._run(answer)
         except (LLMError, OSError) as exc:
-            raise _played_failure(exc, connect_timeout=request.connect_timeout) from exc
+            raise _simulated_failure(exc, connect_timeout=request.connect_timeout) from exc
         return self._open(_as_response(answer, received))
 
     async def _run(self, answer: Awaitable[MockAnswer]) -> MockAnswer:
@@ -229,7 +231,7 @@ class _MockSession:
 
 
 class _WholeResponse:
-    """An `HttpResponse` whose body is there from the beginning."""
+    """An `HttpResponse` whose whole body is known from the beginning."""
 
     def __init__(self, response: MockResponse) -> None:
         body = response.body if response.json is None else wire.to_json(response.json)
@@ -269,7 +271,7 @@ class _StreamedResponse:
         self._closed = False
 
     async def run(self) -> None:
-        """Takes one piece from the generator whenever the reader waits for one."""
+        """Takes the next piece from the generator each time the reader waits for one."""
         self._task = asyncio.current_task()
         if self._closed:
             return
@@ -282,7 +284,7 @@ class _StreamedResponse:
                     self._arrived.put_nowait(piece)
                     if not piece:
                         return
-        except Exception as exc:  # noqa: BLE001 - whatever a test's generator raises, its reader gets it
+        except Exception as exc:  # noqa: BLE001 - the reader gets whatever the generator raises
             self._arrived.put_nowait(exc)
 
     async def read_some(self) -> bytes:
@@ -297,7 +299,7 @@ class _StreamedResponse:
             return piece
         self._closed = True
         if isinstance(piece, LLMError | OSError):
-            raise _played_failure(piece, status=self.status) from piece
+            raise _simulated_failure(piece, status=self.status) from piece
         raise piece
 
     async def read(self) -> bytes:
@@ -323,10 +325,10 @@ async def _await(answer: Awaitable[MockAnswer]) -> MockAnswer:
 
 
 def _as_response(answer: MockAnswer, request: MockRequest) -> MockResponse:
-    """Returns what a handler returned as a response.
+    """Converts the return value of a handler to a response.
 
     Raises:
-        TypeError: A handler cannot return such a value.
+        TypeError: A handler must not return a value of this type.
     """
     if isinstance(answer, MockResponse):
         return answer
@@ -341,7 +343,7 @@ def _as_response(answer: MockAnswer, request: MockRequest) -> MockResponse:
 
 
 async def _encode_events(events: MockEvents, *, done: bool) -> AsyncGenerator[bytes, None]:
-    """Yields the bytes of each event, and of `[DONE]` unless the last event was one."""
+    """Yields the bytes of each event, and then those of `[DONE]` if `done` is set and it was not the last event."""
     last: MockEvent = ""
     async with aclosing(_iterate(events)) as iterator:
         async for event in iterator:
@@ -387,10 +389,13 @@ def _with_content_type(headers: Mapping[str, str], content_type: str) -> wire.He
     return given if "Content-Type" in given else wire.Headers([*given.items(), ("Content-Type", content_type)])
 
 
-def _played_failure(
+def _simulated_failure(
     exc: LLMError | OSError, *, connect_timeout: float | None = None, status: int | None = None
 ) -> ConnectionFailed:
-    """Returns the failure that a handler plays by raising an exception; with a `status`, in the middle of the body."""
+    """Returns the failure that a handler simulates by raising an exception.
+
+    If the exception was raised in the middle of a body, `status` is the status of the response.
+    """
     if status is not None and not isinstance(exc, LLMError):
         return faults.connection_failed(faults.BROKEN_IN_BODY, cause=exc, status=status)
     # A handler may raise the same error for every attempt, and each attempt adds its own context.

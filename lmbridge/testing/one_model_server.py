@@ -1,4 +1,4 @@
-"""`OneModelServer`: holds one model, and drops it at once when a request asks for another one."""
+"""`OneModelServer`: a server that holds one model, and drops it as soon as a request names another one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNLOADED_MESSAGE: Final = "Model unloaded."
 
 @attrs.define(eq=False)
 class _Instance:
-    """A model that is loaded or being loaded, with the tasks that generate or wait for it."""
+    """A model that is loaded or being loaded, and the generations that are using it or waiting for it."""
 
     slots: asyncio.Semaphore
     loaded: bool = False
@@ -33,28 +33,28 @@ class _Instance:
 class OneModelServer(ScriptedServer):
     """A scripted server that holds one model, as LM Studio does with just-in-time loading and auto-evict.
 
-    A request for another model drops the current one at once, even if it has just been loaded, and kills what it is
-    generating (lmstudio-bug-tracker #671, #1796). Each request for a model that arrives while the model is being loaded
-    loads it once more (#1751). Behaviours are chosen as by any `ScriptedServer`. By default the answer is
-    `text(model)`, with one word every `token_seconds`.
+    A request for another model drops the current one at once, even if it has just been loaded, and kills all its
+    generations (lmstudio-bug-tracker #671, #1796). A request for a model that is still being loaded loads it a second
+    time (#1751). Behaviours are chosen in the same way as by `ScriptedServer`. By default the answer is `text(model)`,
+    which is generated at a rate of one word every `token_seconds`.
 
     Args:
         models: The names of the models that the server has.
-        capacity: The number of models that the server holds at a time. If it is more than one, idle models are dropped
-            before busy ones, and among these the one that was asked for least recently, as llama.cpp's router does.
+        capacity: The number of models that the server holds at the same time. If it is more than one, idle models are
+            dropped before busy ones, and the least recently used of them first, as in llama.cpp's router.
         load_seconds: The seconds that loading a model takes.
         token_seconds: The seconds that generating a token takes.
         tokens: The number of tokens in an answer.
         parallel: The number of answers that a model generates at the same time. Further requests wait.
-        endings: The ways in which generations are killed. For each generation one of them is drawn. "error" is LM
-            Studio's way: status 400, or an error event in a stream that has begun. "cut" ends a stream without a finish
-            reason and without `[DONE]`, and closes the connection of a request that has no answer yet. "reset" breaks
-            the connection.
-        seed: The seed of the random number generator that draws the endings.
+        endings: The ways in which generations are killed. One of them is chosen at random for each generation. "error"
+            replies as LM Studio does, with status 400 or, if a stream has begun, with an error event in it. "cut" ends
+            a stream without a finish reason and without `[DONE]`, or closes the connection if no stream has begun.
+            "reset" breaks the connection.
+        seed: The seed of the random number generator that chooses the endings.
 
     Attributes:
         loads: The model of each load, in order.
-        double_loads: The number of loads of a model that was being loaded already.
+        double_loads: The number of loads of a model that was already being loaded.
         swaps: The number of loads for which another model was dropped.
         kills: The requests whose generation was killed.
     """
@@ -93,7 +93,7 @@ class OneModelServer(ScriptedServer):
         return [model for model, instance in self._instances.items() if instance.loaded]
 
     def text(self, model: str) -> str:
-        """Returns the complete default answer of a model."""
+        """Returns the whole answer that a model gives by default."""
         return " ".join([model, *map(str, range(1, self._tokens))])
 
     async def _generate_text(self, exchange: Exchange) -> None:

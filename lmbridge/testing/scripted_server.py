@@ -1,4 +1,4 @@
-"""`ScriptedServer`: an OpenAI-compatible server on a real socket that replies as a test has scripted it."""
+"""`ScriptedServer`: an OpenAI-compatible server on a real socket that replies as a test scripts it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ GENERATIONS: Final = frozenset(
 class ScriptedServer:
     """An OpenAI-compatible server on the loopback interface that lets a test control every byte.
 
-    A request is answered by the first behaviour that there is: the one for its path (`on_path`); then, if it is not a
-    GET, the next one of the script (`script`), the one for its model (`on_model`), or `default`. `GET /v1/models` lists
-    `models`. An unknown path gets status 404.
+    A behaviour that was set for the path of a request (`on_path`) answers it, whatever its method. Otherwise,
+    `GET /v1/models` lists `models`, and any other GET gets status 404. Any other request is answered by the next
+    behaviour of the script (`script`), else by the one for its model (`on_model`), else by `default`, or with status
+    404 if OpenAI's API does not have the path::
 
         async with ScriptedServer() as server:
             server.script(reply(503, {"error": "busy"}), answer("Hello"))
@@ -35,21 +36,21 @@ class ScriptedServer:
 
     Args:
         models: The names of the models that the server has.
-        close_after_stream: Whether the connection is closed after each streamed reply without an announcement, as
-            llama.cpp does. The replies advertise `Keep-Alive: timeout=5, max=100` nevertheless.
-        keep_alive: Set it to False to close the connection after each reply without an announcement.
-        max_requests_per_connection: The number of replies after which a connection is closed without an announcement.
-            Default: no limit.
+        close_after_stream: Whether the connection is closed after each streamed reply, although the reply announces
+            `Keep-Alive: timeout=5, max=100`. llama.cpp does this.
+        keep_alive: Set it to False to close the connection after each reply, although the reply does not announce that.
+        max_requests_per_connection: The number of replies after which a connection is closed, although the last reply
+            does not announce that. By default there is no limit.
 
     Attributes:
         models: The names of the models. The list may be changed at any time.
         default: The behaviour that answers all other requests.
-        hang_up_reused: The number of further requests on reused connections that are answered by closing the connection
-            without a reply: a client finds such a connection dead only when it uses it. These requests are recorded as
-            `refused`, and take nothing from the script.
+        hang_up_reused: Set it to N to make the next N requests on reused connections fail: the server closes the
+            connection instead of replying, as if it had been dead. These requests are recorded as `refused`, and take
+            no behaviour from the script.
         requests: All requests in the order in which they arrived.
-        aborts: The requests whose client left before the reply was complete.
-        errors: The exceptions that behaviours have raised. `close` raises them; clear the list if you expected them.
+        aborts: The requests whose client disconnected before the reply was complete.
+        errors: The exceptions that behaviours have raised. `close` raises them, so clear the list if you expected them.
         in_flight: The number of requests that are being answered, not counting GETs.
         max_in_flight: The highest value that `in_flight` has had.
     """
@@ -103,8 +104,8 @@ class ScriptedServer:
         """Stops the server: cancels the behaviours that are still running, and closes all sockets.
 
         Raises:
-            BaseExceptionGroup: If behaviours have raised exceptions, and `errors` still contains them. Only the first
-                call raises it.
+            BaseExceptionGroup: Behaviours have raised exceptions, and `errors` still contains them. Only the first call
+                raises it.
         """
         if self._listener is None:
             return
@@ -165,11 +166,11 @@ class ScriptedServer:
         """Waits until a condition holds.
 
         Args:
-            condition: A function that is called now and after everything that happens on the server.
-            timeout: The seconds to wait at most.
+            condition: A function that is called now, and again after everything that happens on the server.
+            timeout: The most seconds to wait.
 
         Raises:
-            TimeoutError: If the condition does not hold in time. The message lists what has happened on the server.
+            TimeoutError: The condition did not hold in time. The message lists what has happened on the server.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -270,7 +271,7 @@ class ScriptedServer:
             await connection.flush()
         except asyncio.CancelledError as error:
             if not connection.cancelled:
-                # Something that the behaviour awaited was cancelled, and not the behaviour itself.
+                # The behaviour itself was not cancelled. It awaited something that was.
                 await self._report_failure(error, exchange, connection)
             elif not connection.left:
                 raise
@@ -281,7 +282,7 @@ class ScriptedServer:
                 await self._report_failure(error, exchange, connection)
 
     async def _report_failure(self, error: BaseException, exchange: Exchange, connection: Connection) -> None:
-        """Keeps the exception, and tells the client as well, because the test would wait for a reply otherwise."""
+        """Stores the exception, and replies with status 500, so that the test does not wait for a reply."""
         self.errors.append(error)
         if not (exchange.started or connection.over):
             body = completions.error_body(f"the behaviour of the scripted server raised {error!r}", "server_error")
@@ -308,7 +309,10 @@ class ScriptedServer:
 
 
 async def _close_listener(listener: asyncio.Server) -> None:
-    """Stops accepting connections, and then closes: asyncio loses a connection that is being accepted (gh-109564)."""
+    """Stops accepting connections before it closes the listener.
+
+    Otherwise asyncio may lose a connection that it is just accepting (python/cpython#109564).
+    """
     loop = asyncio.get_running_loop()
     for listening in listener.sockets:
         # The proactor of Windows does not have this method, and does not need it.

