@@ -266,7 +266,7 @@ async def test_an_incomplete_stream_raises_with_the_partial_reply(
 
 async def test_a_stream_without_any_answer_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(sse({"choices": [{"index": 0, "finish_reason": "stop"}]}, done=True))
-    with pytest.raises(LLMStreamError, match="without a single piece"):
+    with pytest.raises(LLMStreamError, match="without any part of an answer"):
         await collect(await opened(client))
 
 

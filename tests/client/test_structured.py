@@ -343,7 +343,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
         (answer(" \n"), "the answer is empty"),
         (answer("", reasoning='{"x": 1}'), "the model reasoned, but did not answer"),
         (answer('<think>{"x": 1}'), "the model reasoned, but did not answer"),
-        (sse(piece(finish_reason="stop"), done=True), "the stream ended without a single piece"),
+        (sse(piece(finish_reason="stop"), done=True), "the stream ended without any part of an answer"),
         (
             sse({**piece(), "choices": [{"index": 0, "delta": {"refusal": "No way."}, "finish_reason": "stop"}]}),
             "the model refused: No way.",
