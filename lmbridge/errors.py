@@ -280,7 +280,7 @@ class ModelLoadError(LLMResponseError):
 
 
 class LLMStreamError(LLMError):
-    """A stream broke after it had begun, and the server did not report an error that has a class of its own."""
+    """A stream broke after it had begun, and the server did not report an error for which there is another class."""
 
     def __init__(
         self,

@@ -162,7 +162,7 @@ class Exchange:
         if self.ended:
             raise RuntimeError("the reply has already ended")
         await self._connection.write(data)
-        # Only now, because a behaviour that is cancelled while it waits to write has not sent anything.
+        # This is set after the write, because a behaviour that is cancelled while it waits to write has sent nothing.
         self.started = True
 
 
