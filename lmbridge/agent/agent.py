@@ -61,15 +61,15 @@ class Agent:
         output_type: The type of the answer, such as a pydantic model or `list[Book]`; every type that `client.parse`
             accepts is possible. The model may call tools first. If its answer is not valid JSON of this type, it is
             asked for that up to three times, each time in a round without tools. Default: the answer is a text.
-        temperature: How freely the model chooses the next token: 0 takes the most likely one. Default for this and the
-            following parameters: they are not sent, and the server's own default holds.
+        temperature: How freely the model chooses the next token; 0 means the most likely one. By default, this and the
+            following parameters are not sent, and the server's own defaults apply.
         top_p: Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1.
-        seed: Makes sampling repeatable, as far as the server can.
+        seed: Makes sampling repeatable, if the server supports it.
         stop: One or several texts at which the model stops.
         tool_choice: Whether the model calls a tool: "none", "auto", "required", or a dict that names one. A choice that
-            forces a call holds for the first round of a run, because no run would end otherwise.
+            forces a call applies only to the first round, because the run would otherwise never end.
         parallel_tool_calls: Whether the model may call several tools in one reply.
-        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace others of the same name.
+        extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
 
     Raises:
         LLMValidationError: An argument is invalid.

@@ -1,4 +1,4 @@
-"""How the model of a run answers: the parameters of the API that an agent passes on."""
+"""The options of an agent that are sent to the server as parameters of each request."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lmbridge.errors import LLMValidationError
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The parameters that an agent, or one of its runs, passes on to the server. None stands for the default."""
+    """The request parameters of an agent or of one of its runs. None means that the default applies."""
 
     temperature: float | None
-    """How freely the model chooses the next token: 0 takes the most likely one."""
+    """How freely the model chooses the next token; 0 means the most likely one."""
     top_p: float | None
     """Chooses among the most likely tokens whose probabilities add up to this number, from 0 to 1."""
     seed: int | None
-    """Makes sampling repeatable, as far as the server can."""
+    """Makes sampling repeatable, if the server supports it."""
     stop: str | Sequence[str] | None
     """One or several texts at which the model stops."""
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
-    """Whether the model calls a tool. A choice that forces a call holds for the first round, or no run would end."""
+    """Whether the model calls a tool. A choice that forces a call applies only to the first round, so that runs end."""
     parallel_tool_calls: bool | None
     """Whether the model may call several tools in one reply."""
     extra_body: Mapping[str, Any] | None
-    """Further fields of each request, such as `{"top_k": 20}`, which replace others of the same name."""
+    """Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name."""
 
 
 _OWN_FIELDS: Final = ("messages", "model", "stream", "tools")

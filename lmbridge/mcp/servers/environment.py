@@ -1,10 +1,11 @@
-"""The environment variables that a stdio server gets, and those that it does not get.
+"""Chooses the environment variables of a stdio server, and finds those that it may have missed.
 
 A server gets the variables of its entry, and from this process only those that are listed here. The alternative, to
 pass on everything, would give each server the keys of all other services. The list begins with that of the official
 SDKs. Proxies and CA bundles are added to it, because without them `npx` and `uvx` cannot download anything in many
-companies, and the server cannot reach the network afterwards. They say where the network is and whom to trust there,
-and are rarely secret. The exception is a password in the URL of a proxy, which is removed from what errors quote.
+companies, and the server cannot reach the network afterwards. They describe the way to the network and the certificates
+to trust, and are rarely secret. The exception is a password in the URL of a proxy, which is removed from what errors
+quote.
 
 Package indexes (`npm_config_registry`, `PIP_INDEX_URL`, `UV_INDEX_URL`) are not passed on: their URLs often contain a
 token, and `~/.npmrc`, `pip.conf` and `uv.toml` work without a variable. If the start of a server fails, the error names
@@ -46,7 +47,7 @@ _RUNNER_VARIABLES: Final = {
     **dict.fromkeys(("docker", "podman"), r"docker_.+|container_host"),
     "deno": r"deno_.+",
 }
-"""Patterns of the variables that change from where, and how, a package runner downloads and starts a package."""
+"""The variables that change how a package runner downloads and starts a package, and from where."""
 _LOADER_VARIABLES: Final = ("PYTHONPATH", "NODE_PATH", "LD_LIBRARY_PATH")
 """Variables without which a program may not find its own modules."""
 _COMMON_WORDS: Final = frozenset(
@@ -56,9 +57,9 @@ _COMMON_WORDS: Final = frozenset(
         *("home", "user", "path", "file", "http", "https", "local"),
     }
 )
-"""Words of commands and variables that do not show that the one belongs to the other."""
+"""Words that are too common to show that a variable belongs to a command, even if both contain them."""
 _MOST_NAMED: Final = 8
-"""Missing variables that an error names."""
+"""The maximum number of missing variables that an error names."""
 
 
 def base_environment() -> dict[str, str]:

@@ -8,12 +8,12 @@ line, minutes for one that brings a browser or a model. The rules follow from wh
 - npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
   in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
 - npm 10 has no lock. What a killed npx leaves there is in most cases repaired as well; otherwise each start fails
-  (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts a package of which a part is missing ("Cannot find module").
+  (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts an incomplete package ("Cannot find module").
 
 So a package runner that is silent has two minutes, more than the lock's 60 seconds, and each line on stderr starts them
-again; there is a limit for the whole start, because a server that logs and never answers would otherwise wait for ever.
-For all other programs, the connect timeout is the time for the whole start. Watching the processor or the network usage
-of the processes would work without the lines, but only on Linux.
+again. There is also a limit for the whole start, because a server that logs and never answers would otherwise wait for
+ever. For all other programs, the connect timeout is the time for the whole start. Watching the processor or the network
+usage of the processes would work without the lines, but only on Linux.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FAILED_DOWNLOAD: Final = re.compile(
 )
 """What npx writes to stderr if it cannot reach the registry."""
 _INCOMPLETE_PACKAGE: Final = re.compile(r"Cannot find (?:module|package)|ERR_MODULE_NOT_FOUND|ENOENT")
-"""What a package of which a part is missing writes to stderr. It may have other reasons, unless it names the cache."""
+"""What an incomplete package writes to stderr. It may have other reasons, unless it names the cache."""
 
 
 @attrs.frozen
