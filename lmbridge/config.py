@@ -73,12 +73,13 @@ class Timeouts:
 
 
 def as_timeouts(timeout: Timeouts | float | None, name: str = "timeout") -> Timeouts:
-    """Returns the timeouts that an option `timeout` stands for.
+    """Converts the value of an option `timeout` to `Timeouts`.
 
-    A number limits each wait: `Timeouts(connect=min(5, t), first_byte=t, idle=t)`. None switches every limit off.
+    A number limits each wait: `t` becomes `Timeouts(connect=min(5, t), first_byte=t, idle=t)`. None switches every
+    limit off.
 
     Raises:
-        LLMValidationError: It is something else.
+        LLMValidationError: The value is neither `Timeouts`, nor a positive number, nor None.
     """
     if isinstance(timeout, Timeouts):
         return timeout
@@ -151,8 +152,8 @@ def default_api_key() -> str | None:
 def default_model() -> str | None:
     """Returns the model that the environment names: `LMBRIDGE_MODEL`, else `DEFAULT_MODEL`.
 
-    Other programs use the name `DEFAULT_MODEL`, too, for models of other providers. So it counts only if the
-    environment names the server as well.
+    Other programs also read `DEFAULT_MODEL`, for models of other providers. So it is used only if the environment names
+    the server as well.
     """
     if model := os.environ.get("LMBRIDGE_MODEL"):
         logger.info("model %r comes from the environment variable LMBRIDGE_MODEL", model)
@@ -168,9 +169,9 @@ def default_model() -> str | None:
 
 
 def split_credentials(api_base: Any) -> tuple[Any, tuple[str, str] | None]:
-    """Returns a base URL without the user and the password in it, and these two; None if it has none.
+    """Splits a base URL into a URL without credentials and the credentials, which are a user and a password or None.
 
-    A URL that is not valid is returned unchanged, and `normalize_api_base` reports it.
+    An invalid URL is returned unchanged; `normalize_api_base` reports it.
     """
     if not isinstance(api_base, str) or "@" not in api_base or not api_base.isprintable() or " " in api_base:
         return api_base, None
@@ -191,8 +192,8 @@ def socket_path_of(api_base: str) -> str | None:
 def normalize_api_base(api_base: str) -> str:
     """Returns a server's base URL without a trailing slash, and with `/v1` appended if it ends with no version.
 
-    A `#` at the end says that the URL is used exactly as it is, for servers without a version in their paths. The path
-    of a Unix socket, `unix:///run/llm.sock`, is returned unchanged; below it, `/v1` is used.
+    If a URL ends with `#`, nothing is appended to it. This is for servers whose paths have no version. The path of a
+    Unix socket, such as `unix:///run/llm.sock`, is returned unchanged, and requests go to `/v1` on it.
 
     A URL may contain a secret by mistake. So an error quotes the URL only if it contains none of the characters that
     introduce a password, a query or a fragment (`@`, `?`, `#`).
@@ -272,7 +273,7 @@ def check_auth(auth: Any) -> tuple[str, str] | None:
     """Returns a user and a password for basic authentication, or None.
 
     Raises:
-        LLMValidationError: It is something else. The error does not quote it, because it is meant to be secret.
+        LLMValidationError: The value is something else. The error does not quote it, because it is meant to be secret.
     """
     if auth is None:
         return None
@@ -287,7 +288,7 @@ def check_proxy(proxy: str | None) -> str | None:
     """Returns the URL of an HTTP proxy, or None.
 
     Raises:
-        LLMValidationError: It is something else. The error does not quote it, because it may hold a password.
+        LLMValidationError: The value is something else. The error does not quote it, because it may contain a password.
     """
     if proxy is None:
         return None

@@ -131,7 +131,8 @@ class LLMError(Exception):
     def __str__(self) -> str:
         """Returns one sentence: what was attempted, what went wrong, how long it took, and what to do."""
         text = self._describe_request() + self.message + self._describe_duration()
-        # After a message of several lines, which quotes a program, a hint at the end of the last one would look quoted.
+        # A message of several lines quotes the output of a program. On the same line, the hint would look quoted as
+        # well.
         separator = "\n" if "\n" in text else "; "
         return f"{text}{separator}{self.hint}" if self.hint else text
 

@@ -25,10 +25,15 @@ GENERATIONS: Final = frozenset(
 class ScriptedServer:
     """An OpenAI-compatible server on the loopback interface that lets a test control every byte.
 
-    A behaviour that was set for the path of a request (`on_path`) answers it, whatever its method. Otherwise,
-    `GET /v1/models` lists `models`, and any other GET gets status 404. Any other request is answered by the next
-    behaviour of the script (`script`), else by the one for its model (`on_model`), else by `default`, or with status
-    404 if OpenAI's API does not have the path::
+    The first of these behaviours that exists answers a request:
+
+    1. the behaviour for its path (`on_path`), whatever its method;
+    2. for a GET: `/v1/models` lists `models`, and any other path gets status 404;
+    3. the next behaviour of the script (`script`);
+    4. the behaviour for its model (`on_model`);
+    5. `default`, or status 404 if OpenAI's API does not have the path.
+
+    ::
 
         async with ScriptedServer() as server:
             server.script(reply(503, {"error": "busy"}), answer("Hello"))

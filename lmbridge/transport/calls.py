@@ -85,9 +85,9 @@ class Request:
     below_root: bool = False
     """Whether the path starts at the root of the server, such as "/api/v1/models", and not below `/v1`."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    """Headers of this request, in addition to those of the transport or in their place. They may be secret."""
+    """The headers of this request. They replace the transport's headers of the same name, and may be secret."""
     query: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
-    """Query parameters of this request. They are sent, but no log line and no error repeats them."""
+    """The query parameters of this request. Neither the log nor any error contains them."""
 
 
 class Call:

@@ -64,7 +64,7 @@ class EventStream:
         self.status: Final = response.status
         """The HTTP status of the response."""
         self.headers: Final[Mapping[str, str]] = response.headers
-        """The headers of the response. Names are looked up in any case."""
+        """The headers of the response. Their names are case-insensitive."""
         self.ended: bool = False
         """Whether the body has been read to its end."""
         self.deadline: float = math.inf

@@ -1,8 +1,8 @@
-"""Headers that the caller adds to requests: their checks, how they are merged, and which of their values are secret.
+"""Headers and query parameters that the user adds to requests: checking, merging and redacting them.
 
-A header may hold a key, and lmbridge cannot know which one does: `X-Api-Key` is obvious, `X-Tenant` is not. So the
-values of all headers that the caller gives count as secret, and are replaced wherever an error would repeat them. The
-alternative, a list of names that sound secret, would miss the one that matters.
+Any header may contain a secret, and its name does not always show it: `X-Api-Key` obviously does, `X-Tenant` may. So
+the values of nearly all headers that the user passes count as secrets, and are redacted wherever an error would quote
+them. The alternative was a list of names that suggest a secret, but such a list is never complete.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from lmbridge._checks import wrong_type
 from lmbridge.errors import LLMValidationError
 
 _HEADERS_HINT: Final = "give a dict with strings, for example {'X-Api-Key': '...'}"
-_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_FRAMING: Final = ("content-length", "transfer-encoding", "connection", "host")
-"""Headers that belong to HTTP itself. Another value would break the connection."""
-_PUBLIC: Final = ("accept", "accept-encoding", "accept-language", "content-type", "user-agent")
-"""Headers whose values are never secret, and would be missed in errors."""
-_SHORTEST_SECRET: Final = 4
-"""The number of characters from which a value is hidden. A shorter one would be found in every second word."""
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HTTP_HEADERS: Final = ("content-length", "transfer-encoding", "connection", "host")
+"""Headers that the HTTP session sets. With other values, the server could not understand the request."""
+_PUBLIC_HEADERS: Final = ("accept", "accept-encoding", "accept-language", "content-type", "user-agent")
+"""Headers whose values are not redacted, because they are never secret and often help to understand an error."""
+_MIN_REDACTED_LENGTH: Final = 4
+"""Secrets with fewer characters are not redacted, because ordinary words contain such short strings as well."""
 
 
 def check_headers(name: str, headers: Any) -> dict[str, str]:
-    """Accepts a mapping of header names to values that HTTP can carry, and None for no headers.
+    """Returns the headers as a dict if they can be sent. None stands for no headers.
 
     Raises:
-        LLMValidationError: It is something else. The error never repeats a value, because it may be secret.
+        LLMValidationError: They cannot be sent. The error never quotes a value, because it may be secret.
     """
     if headers is None:
         return {}
     if not isinstance(headers, Mapping):
         raise wrong_type(name, "a dict of headers", headers, _HEADERS_HINT)
     for field, value in headers.items():
-        if not isinstance(field, str) or not _TOKEN.fullmatch(field):
+        if not isinstance(field, str) or not _HEADER_NAME.fullmatch(field):
             raise LLMValidationError(f"{name} has a name that is not valid in HTTP", hint=_HEADERS_HINT)
-        if field.lower() in _FRAMING:
+        if field.lower() in _HTTP_HEADERS:
             raise LLMValidationError(f"{name}[{field!r}] is set by HTTP itself", hint=f"leave {field} out")
         if not isinstance(value, str):
             raise wrong_type(f"{name}[{field!r}]", "a string", value, _HEADERS_HINT)
@@ -49,14 +49,14 @@ def check_headers(name: str, headers: Any) -> dict[str, str]:
 
 
 def merge_headers(headers: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """Returns all headers; of two with the same name, in whatever case, the second one."""
+    """Merges two mappings of headers. Those in `more` replace headers of the same name, whatever its case."""
     replaced = {name.lower() for name in more}
     return {name: value for name, value in headers.items() if name.lower() not in replaced} | dict(more)
 
 
 def secrets_in(headers: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the texts of headers that no error may repeat: whole values, and the key behind a word like `Bearer`."""
-    values = [value for name, value in headers.items() if name.lower() not in _PUBLIC]
+    """Returns the strings that no error may quote: whole values, and the part after a word such as `Bearer`."""
+    values = [value for name, value in headers.items() if name.lower() not in _PUBLIC_HEADERS]
     return tuple({secret for value in values for secret in (value, value.rpartition(" ")[2])})
 
 
@@ -66,23 +66,25 @@ def basic_auth(user: str, password: str) -> str:
 
 
 def secret_pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
-    r"""Returns a pattern that finds secrets in a text, also as JSON may write them: with `\/`, or `\u002B` for a plus.
+    r"""Returns a pattern that finds secrets in a text, even with JSON escapes such as `\/`, or `\u002B` for a plus.
 
-    Returns None if there is no secret that is long enough.
+    Returns None if all secrets are too short to be redacted.
     """
     found = [
         "".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in secret)
         for secret in sorted(set(secrets), key=len, reverse=True)
-        if len(secret) >= _SHORTEST_SECRET
+        if len(secret) >= _MIN_REDACTED_LENGTH
     ]
     return re.compile("|".join(found)) if found else None
 
 
 def check_query(name: str, query: Any) -> dict[str, Any]:
-    """Accepts a mapping of names to strings, numbers, booleans, None (left out) and lists of these.
+    """Returns query parameters as a dict if they can be sent, or an empty dict for None.
+
+    A value is a string, a number, a boolean, or a list of these. A parameter whose value is None is left out.
 
     Raises:
-        LLMValidationError: It is something else.
+        LLMValidationError: The parameters are something else.
     """
     if query is None:
         return {}
@@ -97,7 +99,7 @@ def check_query(name: str, query: Any) -> dict[str, Any]:
 
 
 def add_query(url: str, query: Mapping[str, Any]) -> str:
-    """Returns a URL with query parameters behind it."""
+    """Appends query parameters to a URL."""
     pairs = [
         (name, str(item).lower() if isinstance(item, bool) else item)
         for name, value in query.items()

@@ -7,8 +7,7 @@ cannot rely on the server to prevent that, so it must not send such requests tog
 - *A semaphore* bounds how many requests are in flight, but not for how many models.
 - *A lock per model* serializes the requests for one model, which is the opposite of what is needed: requests for the
   same model should run together, and those for different models should not. A readers-writer lock, whose readers are
-  the requests for the loaded model, is closer. But it allows only one model, and either its readers or its writers can
-  starve.
+  the requests for the loaded model, is closer. But it allows only one model, and one side can starve the other.
 - *A priority queue* sorted by model and age keeps the number of swaps small. But new requests for the loaded model keep
   overtaking those for other models, so how long these wait depends on how the priorities are tuned.
 - *Batching on the server* (llama-swap, llama.cpp's router) helps with that server only, and without a bound on waiting.

@@ -105,10 +105,11 @@ class Transport:
         limits: How many requests and models may be in flight at the same time (by default `Limits()`), or an async
             function that asks the server. The function is called before the first request, and again after a
             connection was refused or lost, because a different server may be running by then.
-        headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
-            repeat their values.
-        auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
-        proxy: The URL of an HTTP proxy. It may contain a user and a password.
+        headers: Headers that are sent with every request. They replace headers of lmbridge that have the same name.
+            Errors and logs never contain their values.
+        auth: A user and a password for basic authentication, which is used instead of a key. They can also be a part of
+            `api_base`.
+        proxy: The URL of an HTTP proxy, which may contain a user and a password. By default no proxy is used.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used. By default they are not. A
             loopback address is never reached through a proxy.
