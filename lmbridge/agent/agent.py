@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack, overload
 
 from lmbridge._checks import check_model_name
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
@@ -16,6 +16,8 @@ from lmbridge.agent.settings import Approve, MaxTokens, Settings, Task, check_ta
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
 from lmbridge.errors import LLMValidationError
+
+_OutputT = TypeVar("_OutputT")
 
 
 class Agent:
@@ -138,6 +140,34 @@ class Agent:
         """The model for runs that do not name one; None if the server or the pool chooses it."""
         return self._admission.default
 
+    @overload
+    async def run(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunResult[_OutputT]: ...
+    @overload
+    async def run(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunResult[Any]: ...
     async def run(
         self,
         task: Task,
@@ -150,7 +180,7 @@ class Agent:
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunResult:
+    ) -> RunResult[Any]:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
         If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
@@ -169,8 +199,8 @@ class Agent:
                 this run, in place of the agent's.
 
         Returns:
-            The result. It contains an answer if its `stop_reason` is "stop". With an
-            `output_type`, it always contains one, and `output` is an instance of that type.
+            The result. It contains an answer if its `stop_reason` is "stop". With an `output_type`, it always contains
+            one, and `output` is an instance of that type. Type checkers infer the type as for `client.parse`.
 
         Raises:
             LLMValidationError: An argument is invalid, and nothing was sent; or the model did not give a valid output:

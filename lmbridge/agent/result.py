@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 import attrs
 
 from lmbridge.agent.tools import ToolCall
 from lmbridge.types import RunUsage
+
+if TYPE_CHECKING:
+    # Only type checkers need the default, which lets `RunResult` stand for `RunResult[Any]`.
+    from typing_extensions import TypeVar
+
+    OutputT = TypeVar("OutputT", default=Any)
+else:
+    from typing import TypeVar
+
+    OutputT = TypeVar("OutputT")
 
 StopReason = Literal[
     "stop", "length", "repetition", "budget", "bad_calls", "max_rounds", "cancelled", "error", "running"
@@ -71,7 +81,7 @@ class Round:
 
 
 @attrs.frozen(kw_only=True)
-class RunResult:
+class RunResult(Generic[OutputT]):
     """The result of a run that has ended, or the state of a run that is still in progress."""
 
     text: str
@@ -90,7 +100,8 @@ class RunResult:
     """The tokens of all rounds, as far as the server counted them."""
     reasoning: str
     """The reasoning that led to `text`."""
-    output: Any = None
+    # Every run that returns with an output type has an output, so the type does not include None.
+    output: OutputT = attrs.field(default=None)
     """The answer as an instance of the run's `output_type`; None if the run has no `output_type` or has not ended."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""

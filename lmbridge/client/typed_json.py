@@ -61,7 +61,7 @@ class _Reader(Protocol):
         """Returns the schema, and definitions that it refers to, whose names have to begin with `name`."""
         ...
 
-    def read(self, value: Any) -> Any:
+    def read(self, value: Any, /) -> Any:
         """Converts a JSON value. It raises a `ValueError` if the value does not fit."""
         ...
 
@@ -535,8 +535,8 @@ def _describe_fields(definition: dict[str, Any], class_: Any) -> None:
         definition["description"] = docstring.description
     properties = definition.get("properties", {})
     encoded = getattr(class_, "__struct_encode_fields__", ())
-    wire_names = dict(zip(getattr(class_, "__struct_fields__", ()), encoded, strict=True))
-    fields = {**getattr(class_, "__dataclass_fields__", {})}
+    wire_names: dict[str, str] = dict(zip(getattr(class_, "__struct_fields__", ()), encoded, strict=True))
+    fields: dict[str, Any] = {**getattr(class_, "__dataclass_fields__", {})}
     for each in getattr(class_, "__attrs_attrs__", ()):
         fields[each.name] = each
         # A stand-in has the names that the constructor accepts, which are without the underscore of private fields.

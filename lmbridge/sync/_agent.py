@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import lmbridge.agent.agent as _agent
 from lmbridge.agent.events import RunEvent
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Unpack
 
+    from lmbridge.agent.agent import _OutputT
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.run_tools import AnyTool, OpenTools
@@ -224,6 +225,36 @@ class Agent(Wrapper):
         result: str | None = self._call(lambda: self.wrapped.model)
         return result
 
+    @overload
+    def run(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunResult[_OutputT]: ...
+
+    @overload
+    def run(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunResult[Any]: ...
+
     def run(
         self,
         task: Task,
@@ -236,7 +267,7 @@ class Agent(Wrapper):
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunResult:
+    ) -> RunResult[Any]:
         """Works on a task until the model has answered, or until a limit ends the run without an answer.
 
         If the caller is cancelled, the generation on the server and all tools are stopped before the cancellation is
@@ -255,8 +286,8 @@ class Agent(Wrapper):
                 this run, in place of the agent's.
 
         Returns:
-            The result. It contains an answer if its `stop_reason` is "stop". With an
-            `output_type`, it always contains one, and `output` is an instance of that type.
+            The result. It contains an answer if its `stop_reason` is "stop". With an `output_type`, it always contains
+            one, and `output` is an instance of that type. Type checkers infer the type as for `client.parse`.
 
         Raises:
             LLMValidationError: An argument is invalid, and nothing was sent; or the model did not give a valid output:
@@ -268,7 +299,7 @@ class Agent(Wrapper):
             ContextLengthExceededError: The conversation does not fit into the context, and cannot be trimmed further.
             LLMError: A request failed. Every error of a run that has begun holds the run so far in `.partial`.
         """
-        result: RunResult = self._await(
+        result: RunResult[Any] = self._await(
             lambda: self.wrapped.run(
                 task,
                 model=model,

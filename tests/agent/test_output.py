@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+from typing import Any, Literal, assert_type
 
 import pytest
 from pydantic import BaseModel, Field
@@ -93,6 +93,14 @@ async def test_the_type_of_a_run_replaces_that_of_the_agent(scripted_server: Scr
     agent = Agent(client, output_type=Sum)
     assert (await agent.run("Hi", output_type=Point)).output == Point(1)
     assert (await agent.run("Hi")).output == Sum(total=1)
+
+
+async def test_type_checkers_know_the_type_of_the_output(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer('{"total": 1}'), answer("[]"), answer("Hi"))
+    agent = Agent(client)
+    assert_type((await agent.run("Hi", output_type=Sum)).output, Sum)
+    assert_type((await agent.run("Hi", output_type=list[Sum], max_rounds=2)).output, list[Sum])
+    assert_type((await agent.run("Hi")).output, Any)
 
 
 async def test_a_run_without_a_type_has_no_output(scripted_server: ScriptedServer, client: LLMClient) -> None:
