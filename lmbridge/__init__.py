@@ -69,7 +69,9 @@ if TYPE_CHECKING:
     from lmbridge.client.reasoning import ReasoningSplitter, split_reasoning
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
+    from lmbridge.client.text import StreamedText, text_of
     from lmbridge.local import LocalServer
+    from lmbridge.log import enable_logging
     from lmbridge.mcp.dynamic import DynamicAutonomousAgent
     from lmbridge.transport.stats import ClientStats, ModelStats
 
@@ -124,6 +126,7 @@ __all__ = [
     "RunStream",
     "RunTools",
     "ServerInfo",
+    "StreamedText",
     "TaskCancelledError",
     "TextDelta",
     "TextStream",
@@ -138,8 +141,10 @@ __all__ = [
     "Transport",
     "__version__",
     "collect",
+    "enable_logging",
     "image_part",
     "split_reasoning",
+    "text_of",
 ]
 
 # The modules of the names that are imported at their first use.
@@ -173,6 +178,7 @@ _LAZY: Final = {
     "RunStream": "lmbridge.agent",
     "RunTools": "lmbridge.agent",
     "ServerInfo": "lmbridge.client.server_info",
+    "StreamedText": "lmbridge.client.text",
     "TextDelta": "lmbridge.agent",
     "TextStream": "lmbridge.client.completions",
     "Tool": "lmbridge.agent",
@@ -181,8 +187,10 @@ _LAZY: Final = {
     "ToolCallStarted": "lmbridge.agent",
     "ToolContext": "lmbridge.agent",
     "ToolRecord": "lmbridge.agent",
+    "enable_logging": "lmbridge.log",
     "image_part": "lmbridge.client.images",
     "split_reasoning": "lmbridge.client.reasoning",
+    "text_of": "lmbridge.client.text",
 }
 
 

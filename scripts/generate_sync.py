@@ -54,7 +54,7 @@ CLASSES_OF_FILE: Final = {
 FILE_OF_CLASS: Final = {spec.name: file for file, specs in CLASSES_OF_FILE.items() for spec in specs}
 BLOCKING_ALTERNATIVES: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
 """The blocking class that is accepted in place of an object that follows an asynchronous protocol."""
-OMITTED_METHODS: Final = {"aclose", "asend", "athrow", "close", "wait_begun"}
+OMITTED_METHODS: Final = {"aclose", "asend", "athrow", "close", "collect", "wait_begun"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lmbridge.client import failures
@@ -10,7 +11,9 @@ from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.completeness import complete_choices
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
+from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError
 from lmbridge.transport import EventStream
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 
 _Chunk = TypeVar("_Chunk")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
+
+
+def _text_in(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces if piece.kind == "text")
 
 
 class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
@@ -80,6 +87,21 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
 
     def _complete_chunk(self, chunk: dict[str, Any]) -> None:
         complete_choices(chunk, "delta", dict)
+
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the answer's text, without the reasoning before it.
+
+        For example::
+
+            async with client.stream_chat(messages) as stream:
+                async for text in stream.text():
+                    print(text, end="", flush=True)
+
+        Of several answers, only the first one counts. The pieces of a stream that was read in part begin where that
+        reading ended.
+        """
+        splitter = ReasoningSplitter()
+        return StreamedText(self, lambda chunk: _text_in(splitter.feed(chunk)), lambda: _text_in(splitter.close()))
 
     async def __anext__(self) -> ChatCompletionChunk:
         """Returns the next chunk.

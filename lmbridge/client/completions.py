@@ -12,6 +12,7 @@ from lmbridge.client.completeness import complete_choices
 from lmbridge.client.inputs import check_texts
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
+from lmbridge.client.text import StreamedText
 from lmbridge.transport import Event, EventStream
 from lmbridge.types import TextCompletion, TextCompletionChunk
 
@@ -35,6 +36,10 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
     def _complete_chunk(self, chunk: dict[str, Any]) -> None:
         complete_choices(chunk, "text", str)
 
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
+        return StreamedText(self, _text_in)
+
     def _read_event(self, event: Event) -> TextCompletionChunk | None:
         # llama.cpp sends a null before the chunks of each of several prompts.
         return None if event == _NULL else super()._read_event(event)
@@ -56,6 +61,10 @@ async def complete(server: ServerApi, body: dict[str, Any], *, stream: bool) -> 
         )
     server.check_served_model(reply, value)
     return cast("TextCompletion", value)
+
+
+def _text_in(chunk: Mapping[str, Any]) -> str:
+    return "".join(choice.get("text") or "" for choice in chunk["choices"] if not choice.get("index"))
 
 
 def _has_texts(value: Mapping[str, Any], prompts: int) -> bool:

@@ -7,7 +7,8 @@ their methods, because together they would take a tenth of the time of `import l
 from __future__ import annotations
 
 import ssl as ssl_module
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
@@ -341,6 +342,54 @@ class LLMClient:
             raise server.unexpected_reply(reply, "a chat completion")
         server.check_served_model(reply, value)
         return cast("ChatCompletion", value)
+
+    @shows_params(ChatParams)
+    @asynccontextmanager
+    async def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> AsyncGenerator[ChatStream, None]:
+        """Opens the stream of a chat completion, and closes it at the end of the `async with` block.
+
+        For example::
+
+            async with client.stream_chat(messages, temperature=0) as stream:
+                async for text in stream.text():
+                    print(text, end="", flush=True)
+
+        The arguments and the errors are those of `chat_completion`, of which `stream=True` is left out.
+        """
+        async with await self.chat_completion(messages, model=model, stream=True, **params) as stream:
+            yield stream
+
+    @overload
+    async def ask(self, question: str, *, model: str | None = None, **params: Unpack[ChatParams]) -> str: ...
+
+    @overload
+    async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str: ...
+
+    @shows_params(ChatParams)
+    async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str:
+        """Asks a single question, and returns the text of the answer, without the reasoning before it.
+
+        For example::
+
+            print(await client.ask("What is the capital of France?"))
+
+        Args:
+            question: The question, which is sent as the message of a user.
+            model: The model to ask. Default: the client's model.
+            **params: Parameters and options of the call, as for `chat_completion`, except `n` and `stream`.
+
+        Raises:
+            LLMValidationError: An argument is not valid, and nothing was sent; or the answer has no text, or was cut
+                off although no limit was given: `.partial` is the whole reply.
+            LLMError: The same errors as `chat_completion`.
+        """
+        from lmbridge.client.text import check_answer, check_question
+
+        messages = check_question(question, params)
+        reply = await self.chat_completion(messages, model=model, stream=False, **params)
+        return check_answer(reply, has_limit=bool(params.get("max_tokens") or params.get("max_completion_tokens")))
 
     @overload
     async def text_completion(

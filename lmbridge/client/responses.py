@@ -18,6 +18,7 @@ from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.response_accumulator import ResponseAccumulator
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ReplyStream
+from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
 from lmbridge.transport import EventStream, Reply
 from lmbridge.types import Response, ResponseEventData
@@ -74,6 +75,10 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         self._origin = f"{url.scheme}://{url.netloc}"
         self._event_class = event_class
 
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the text of the answer."""
+        return StreamedText(self, _text_in)
+
     def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> ResponseEvent:
         """Adds an event to the response and returns it.
 
@@ -115,6 +120,11 @@ def _is_error_event(value: Mapping[str, Any]) -> bool:
     if value.get("error") or value.get("type") == "error":
         return True
     return not value.get("type") and failures.is_error_object(value)
+
+
+def _text_in(event: ResponseEvent) -> str:
+    delta = event.data.get("delta") if event.event.type == "response.output_text.delta" else None
+    return delta if isinstance(delta, str) else ""
 
 
 def _message_event_class() -> type[MessageEvent]:

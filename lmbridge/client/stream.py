@@ -190,6 +190,16 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     ) -> None:
         await self.aclose()
 
+    async def collect(self) -> _Reply_co:
+        """Reads the stream to its end, and returns the dict that the plain call would have returned.
+
+        What was read before is a part of it.
+
+        Raises:
+            LLMError: The same errors as the iteration.
+        """
+        return await self._read_to_end()
+
     # Reading
 
     @abstractmethod

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Protocol, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from typing import Any, Self
 
-from lmbridge._checks import wrong_type
+from lmbridge._checks import check_text, wrong_type
 from lmbridge.client.reasoning import split_reasoning
+from lmbridge.errors import LLMValidationError
 
 _REPLY_HINT = "give what chat_completion(), text_completion(), create_response() or collect() returned"
 
@@ -44,8 +45,33 @@ def _text_of_response(output: list[Any]) -> str:
     return "".join(part.get("text") or "" for part in parts if part.get("type") == "output_text")
 
 
-class _Closable(AsyncIterator[Any], Protocol):
-    async def aclose(self) -> None: ...
+def check_question(question: Any, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the messages that a question is sent as.
+
+    Raises:
+        LLMValidationError: It is not a question, or a parameter makes no sense with it.
+    """
+    check_text("question", question, hint="give a text, or use chat_completion() for messages")
+    if given := [name for name in ("messages", "n", "stream") if name in params]:
+        raise LLMValidationError(f"ask() does not accept {' and '.join(given)}", hint="use chat_completion()")
+    return [{"role": "user", "content": question}]
+
+
+def check_answer(reply: Mapping[str, Any], *, has_limit: bool) -> str:
+    """Returns the text of the answer to a question.
+
+    Raises:
+        LLMValidationError: There is no text, or it was cut off although the caller gave no limit.
+    """
+    text = text_of(reply)
+    if not text.strip():
+        message, hint = "the answer has no text", "use chat_completion(); the whole reply is in .partial"
+    elif reply["choices"][0].get("finish_reason") == "length" and not has_limit:
+        message, hint = "the answer was cut off", "load the model with a longer context; what there is is in .partial"
+    else:
+        return text
+    context = {"operation": "chat completion", "model": reply.get("model")}
+    raise LLMValidationError(message, hint=hint, context=context, partial=reply)
 
 
 class StreamedText(AsyncIterator[str]):
@@ -61,7 +87,9 @@ class StreamedText(AsyncIterator[str]):
 
     __slots__ = ("_finish", "_is_over", "_read", "_stream")
 
-    def __init__(self, stream: _Closable, read: Callable[[Any], str], finish: Callable[[], str] = str) -> None:
+    def __init__(
+        self, stream: AsyncGenerator[Any, None], read: Callable[[Any], str], finish: Callable[[], str] = str
+    ) -> None:
         self._stream = stream
         self._read = read
         self._finish = finish

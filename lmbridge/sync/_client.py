@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmbridge.client.raw import RawResponse
     from lmbridge.client.responses import ResponseInput
     from lmbridge.client.server_info import ServerInfo
+    from lmbridge.client.text import StreamedText
     from lmbridge.config import Limits, Timeouts, Unset
     from lmbridge.transport import Transport
     from lmbridge.transport.stats import ClientStats
@@ -66,6 +67,21 @@ class ChatStream(Stream[ChatCompletionChunk]):
 
     wraps = "lmbridge.client.chat_stream:ChatStream"
 
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the answer's text, without the reasoning before it.
+
+        For example::
+
+            with client.stream_chat(messages) as stream:
+                for text in stream.text():
+                    print(text, end="", flush=True)
+
+        Of several answers, only the first one counts. The pieces of a stream that was read in part begin where that
+        reading ended.
+        """
+        result: StreamedText = self._call(self.wrapped.text)
+        return result
+
     @property
     def partial(self) -> ChatCompletion | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
@@ -93,6 +109,11 @@ class TextStream(Stream[TextCompletionChunk]):
     """
 
     wraps = "lmbridge.client.completions:TextStream"
+
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
+        result: StreamedText = self._call(self.wrapped.text)
+        return result
 
     @property
     def partial(self) -> TextCompletion | None:
@@ -127,6 +148,11 @@ class ResponseStream(Stream[ResponseEvent]):
     """
 
     wraps = "lmbridge.client.responses:ResponseStream"
+
+    def text(self) -> StreamedText:
+        """Returns an iterator over the pieces of the text of the answer."""
+        result: StreamedText = self._call(self.wrapped.text)
+        return result
 
     @property
     def partial(self) -> Response | None:
@@ -498,6 +524,47 @@ class LLMClient(Owner):
         result: ChatCompletion | ChatStream = self._await(
             lambda: self.wrapped.chat_completion(messages, model=model, stream=stream, **params)
         )
+        return result
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> AbstractContextManager[ChatStream]:
+        """Opens the stream of a chat completion, and closes it at the end of the `with` block.
+
+        For example::
+
+            with client.stream_chat(messages, temperature=0) as stream:
+                for text in stream.text():
+                    print(text, end="", flush=True)
+
+        The arguments and the errors are those of `chat_completion`, of which `stream=True` is left out.
+        """
+        return entered(lambda: self.wrapped.stream_chat(messages, model=model, **params))
+
+    @overload
+    def ask(self, question: str, *, model: str | None = None, **params: Unpack[ChatParams]) -> str: ...
+
+    @overload
+    def ask(self, question: str, *, model: str | None = None, **params: Any) -> str: ...
+
+    def ask(self, question: str, *, model: str | None = None, **params: Any) -> str:
+        """Asks a single question, and returns the text of the answer, without the reasoning before it.
+
+        For example::
+
+            print(client.ask("What is the capital of France?"))
+
+        Args:
+            question: The question, which is sent as the message of a user.
+            model: The model to ask. Default: the client's model.
+            **params: Parameters and options of the call, as for `chat_completion`, except `n` and `stream`.
+
+        Raises:
+            LLMValidationError: An argument is not valid, and nothing was sent; or the answer has no text, or was cut
+                off although no limit was given: `.partial` is the whole reply.
+            LLMError: The same errors as `chat_completion`.
+        """
+        result: str = self._await(lambda: self.wrapped.ask(question, model=model, **params))
         return result
 
     @overload

@@ -337,6 +337,13 @@ class Transport:
             await state.limit_search.run("limits", partial(self._search_limits, state, self._find_limits))
         permit = state.admission.acquire_now(model, plain=plain)
         if permit is None:
+            logger.debug(
+                "%s model=%s waits for a permit: %d in flight, %d waiting before it",
+                call.request.operation,
+                model,
+                state.admission.in_flight,
+                state.admission.queued,
+            )
             try:
                 permit = await state.admission.acquire(model, plain=plain)
             except LLMError as error:

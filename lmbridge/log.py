@@ -1,0 +1,51 @@
+"""Logging for scripts: one call that makes lmbridge's log lines visible.
+
+A library must not configure logging by itself, and a program has its own configuration. A script of ten lines has none.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from lmbridge._checks import check_choice
+
+_LEVELS: Final = ("debug", "info", "warning", "error")
+_FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _ScriptHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its stream is standard error
+    """The handler that `enable_logging` installs; its class tells it from those of the program."""
+
+
+def enable_logging(level: str = "info") -> None:
+    """Writes lmbridge's log lines to standard error; for scripts that do not configure logging.
+
+    For example::
+
+        import lmbridge
+
+        lmbridge.enable_logging("debug")
+
+    Calling it again changes the level. A program that configures logging itself sets the level of the logger "lmbridge"
+    instead: `logging.getLogger("lmbridge").setLevel("INFO")`.
+
+    Args:
+        level: "debug", "info", "warning" or "error", in any case. "info", the default, writes one line for each
+            request; "debug" also writes about retries and waits.
+
+    Raises:
+        LLMValidationError: The level is another one.
+    """
+    name = level.lower() if isinstance(level, str) else level
+    check_choice("level", name, _LEVELS)
+    logger = logging.getLogger("lmbridge")
+    for handler in [each for each in logger.handlers if isinstance(each, _ScriptHandler)]:
+        logger.removeHandler(handler)
+    # A new handler, because standard error may be another stream than the last time.
+    handler = _ScriptHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logger.addHandler(handler)
+    logger.setLevel(name.upper())
+    # The root logger may have a handler as well, and would write each line a second time.
+    logger.propagate = False
