@@ -11,8 +11,9 @@ class LMStudioInstance(TypedDict, total=False):
     """A loaded instance of one of LM Studio's models."""
 
     id: str
+    """The id of the instance. Pass it to unload the instance."""
     config: dict[str, Any]
-    """The configuration: `context_length`; for a language model also `parallel`, `eval_batch_size`, ..."""
+    """The configuration of the instance: `context_length`, and for a language model also `parallel` and others."""
 
 
 class LMStudioModel(TypedDict, total=False):
@@ -23,14 +24,21 @@ class LMStudioModel(TypedDict, total=False):
     key: Required[str]
     """The name by which the model is loaded."""
     publisher: str
+    """The publisher of the model."""
     display_name: str
+    """The name of the model for people."""
     architecture: str | None
+    """The architecture of the model, such as "qwen3"."""
     quantization: dict[str, Any] | None
+    """The quantization of the weights: its name and its bits per weight."""
     size_bytes: int
+    """The size of the model file in bytes."""
     params_string: str | None
+    """The number of parameters as text, such as "4B"."""
     loaded_instances: Required[list[LMStudioInstance]]
+    """The loaded instances. The list is empty if the model is not loaded."""
     max_context_length: int
-    """The longest context that the model supports. That of a loaded instance is in its `config`."""
+    """The most tokens of context that the model supports. A loaded instance may have fewer; see its `config`."""
     format: str | None
     capabilities: dict[str, Any]
     description: str | None
