@@ -153,7 +153,7 @@ _UNKNOWN_PATH: Final = _Patterns(
 # The parts of messages that list the models which exist.
 _MODEL_LISTS: Final = (
     _Patterns(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
-    _Patterns(r"your models:\s*(?P<names>.+)"),  # one name a line
+    _Patterns(r"your models:\s*(?P<names>.+)"),  # one name on each line
 )
 _QUOTED_NAME: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 _PROMPT_TOKENS: Final = tuple(
@@ -189,7 +189,7 @@ _EVICTED_HINT: Final = (
     ' that holds one model, switch model scheduling on with Limits(max_loaded_models=1) or limits="auto"'
 )
 _REDIRECT_HINT: Final = (
-    "redirects are not followed, because the key and the prompt would go to another place; set api_base to the target"
+    "redirects are not followed, because another server would get the key and the prompt; set api_base to the target"
 )
 _HINTS: Final[Mapping[type[LLMError], str]] = {
     LLMAuthenticationError: "pass api_key=, or set LM_API_TOKEN",
@@ -346,7 +346,7 @@ def _is_request_mistake(error_body: ErrorBody) -> bool:
 
 
 def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | None:
-    """Returns the class of an error by its status and its body, or None if neither says what went wrong.
+    """Returns the class of an error by its status and its body, or None if neither names a known cause.
 
     Args:
         error_body: The parsed body.

@@ -43,12 +43,12 @@ _NEW_PART_EVENTS: Final = {
     "response.content_part.added": "content",
     "response.reasoning_summary_part.added": "summary",
 }
-"""Event type to the item's list that the new part is appended to."""
+"""The list of the item to which a new part is appended, by the type of the event."""
 _FINISHED_PART_EVENTS: Final = {
     "response.content_part.done": "content",
     "response.reasoning_summary_part.done": "summary",
 }
-"""Event type to the item's list in which the part replaces the one that grew."""
+"""The list of the item in which a finished part replaces the one that grew, by the type of the event."""
 
 
 class ResponseAccumulator:
@@ -140,7 +140,7 @@ def _part_index(event: Mapping[str, Any]) -> int | None:
 
 
 class _ItemAccumulator:
-    """An item of the output. A text that grows is a `StringIO` until `as_dict` is called."""
+    """Merges the pieces of one item of the output. Texts are kept in `StringIO` buffers until `as_dict` is called."""
 
     __slots__ = ("_fields",)
 

@@ -166,7 +166,7 @@ def _check_arguments(input_items: object, previous_response_id: object, tools: o
     """Refuses arguments that no server can accept.
 
     Raises:
-        LLMValidationError: An argument cannot be right.
+        LLMValidationError: An argument is not valid.
     """
     if not isinstance(input_items, str):
         _check_input_items(input_items)
