@@ -28,10 +28,10 @@ from lmbridge.config import as_timeouts
 from lmbridge.testing import MockRequest, MockResponse, MockTransport, ScriptedServer, answer, stall
 from tests.support import MESSAGES, piece
 
-CHAT = {"choices": [{"message": {"role": "assistant", "content": "Hello"}}]}
+CHAT = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}]}
 REPLIES: dict[str, Any] = {
     "/v1/chat/completions": CHAT,
-    "/v1/completions": {"choices": [{"text": "Hello"}]},
+    "/v1/completions": {"choices": [{"index": 0, "text": "Hello", "finish_reason": "stop"}]},
     "/v1/embeddings": {"data": [{"index": 0, "embedding": [1.0]}]},
     "/v1/responses": {"output": []},
     "/v1/models": {"data": [{"id": "m"}]},

@@ -14,7 +14,7 @@ from tests.support import HALF, MESSAGES, piece
 
 
 def reply(content: str | None, *, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": content, **message}, "finish_reason": finish_reason}]}
+    return {"choices": [{"index": 0, "message": {"content": content, **message}, "finish_reason": finish_reason}]}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,10 @@ async def test_ask_returns_the_text_of_the_answer() -> None:
     ("given", "message"),
     [
         (reply("Once upon", finish_reason="length"), "the answer was cut off"),
-        (reply(None, tool_calls=[{"id": "1"}]), "the answer has no text"),
+        (
+            reply(None, tool_calls=[{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+            "the answer has no text",
+        ),
         (reply("<think>hm"), "the answer has no text"),
     ],
 )
