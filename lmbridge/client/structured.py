@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, Final, Generic, TypeVar, get_args
+from typing import Annotated, Any, Final, Generic, TypeVar, get_args, get_origin
 
 import attrs
 import msgspec
@@ -244,6 +244,8 @@ def _type_name(type_: object) -> str:
 
 def _long_type_name(type_: object) -> str:
     """Returns the name of a class, or the form of another type without the modules, such as `list[Book]`."""
+    if get_origin(type_) is Annotated:
+        type_ = get_args(type_)[0]
     if isinstance(type_, type) and not get_args(type_):
         return type_.__name__
     return re.sub(r"\b\w+\.(?=\w)", "", str(type_).replace("<locals>.", ""))

@@ -252,6 +252,7 @@ async def test_a_type_that_is_not_an_object_is_wrapped_on_the_wire(
 
 
 def test_the_wrapper_has_a_name_that_servers_accept_and_people_can_read() -> None:
+    assert answer_format_of(Annotated[int, Field(gt=1)]).name == "int"
     format_ = answer_format_of(list[Book] | None)
     assert format_.name == "list[Book] | None"
     assert format_.response_format["json_schema"]["name"] == "list_Book_None"
