@@ -45,7 +45,9 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
         return None if event == _NULL else super()._read_event(event)
 
 
-async def complete(server: ServerApi, body: dict[str, Any], *, stream: bool) -> TextCompletion | TextStream:
+async def request_text_completion(
+    server: ServerApi, body: dict[str, Any], *, stream: bool
+) -> TextCompletion | TextStream:
     """Sends the request of `LLMClient.text_completion`, and returns its reply or stream."""
     prompts = len(check_texts("prompt", body["prompt"], allow_empty=True))
     request = server.build_post("text completion", "/completions", body, body.get("model"))

@@ -17,7 +17,7 @@ from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
 
 
-async def embed(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
+async def request_embeddings(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
     """Sends the request or requests of `LLMClient.embeddings`, and returns their reply."""
     texts = check_texts("input", body["input"])
     check_integer("batch_size", batch_size, optional=True)

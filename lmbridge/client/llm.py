@@ -461,10 +461,10 @@ class LLMClient:
         Raises:
             LLMError: The same errors as `chat_completion`.
         """
-        from lmbridge.client.completions import complete
+        from lmbridge.client.completions import request_text_completion
 
         server, body = self._prepare({"prompt": prompt}, params, model, stream=stream)
-        return await complete(server, body, stream=stream)
+        return await request_text_completion(server, body, stream=stream)
 
     @shows_params(EmbeddingsParams)
     async def embeddings(
@@ -493,10 +493,10 @@ class LLMClient:
             LLMResponseError: An embedding is missing, or contains anything but finite numbers.
             LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
         """
-        from lmbridge.client.embeddings import embed
+        from lmbridge.client.embeddings import request_embeddings
 
         server, body = self._prepare({"input": input}, params, model)
-        return await embed(server, body, batch_size)
+        return await request_embeddings(server, body, batch_size)
 
     @overload
     async def create_response(
@@ -583,13 +583,13 @@ class LLMClient:
         Raises:
             LLMError: The same errors as `chat_completion`, also for a response that failed.
         """
-        from lmbridge.client.responses import respond
+        from lmbridge.client.responses import request_response
 
         given: dict[str, Any] = {"input": input}
         if previous_response_id is not None:
             given["previous_response_id"] = previous_response_id
         server, body = self._prepare(given, params, model, stream=stream)
-        return await respond(server, body, stream=stream)
+        return await request_response(server, body, stream=stream)
 
     def _prepare(
         self, body: dict[str, Any], params: dict[str, Any], model: str | None, *, stream: bool = False

@@ -133,7 +133,7 @@ def _message_event_class() -> type[MessageEvent]:
     return cast("type[MessageEvent]", MessageEvent)
 
 
-async def respond(server: ServerApi, body: dict[str, Any], *, stream: bool) -> Response | ResponseStream:
+async def request_response(server: ServerApi, body: dict[str, Any], *, stream: bool) -> Response | ResponseStream:
     """Sends the request of `LLMClient.create_response`, and returns its reply or stream."""
     _check_arguments(body["input"], body.get("previous_response_id"), body.get("tools"))
     # A response that the server keeps must not be created twice by a retry.
