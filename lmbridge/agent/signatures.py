@@ -1,7 +1,7 @@
 """Reads the signature of a Python function: the JSON schema of its parameters, and how to convert JSON values to them.
 
 msgspec generates the schema and does the conversion, through a `msgspec.Struct` that is built with one field for each
-parameter, and keeps the schema and the conversion consistent; `typed_json` adds the types that it does not know, such
+parameter, and keeps the schema and the conversion consistent; `stand_ins` adds the types that it does not know, such
 as pydantic models. Pydantic could do all of it, but it is a heavy import for a library that needs nothing else of it,
 and validators written by hand would have to be kept in step with the schema.
 """
@@ -22,7 +22,8 @@ import msgspec
 
 from lmbridge._docstrings import read_docstring
 from lmbridge.agent.tool_results import as_plain_json
-from lmbridge.client.typed_json import convert, describe_fault, description_of, json_schema, supported_type
+from lmbridge.client.stand_ins import convert, describe_fault, supported_type
+from lmbridge.client.type_schemas import description_of, json_schema
 from lmbridge.errors import LLMValidationError
 
 _ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"

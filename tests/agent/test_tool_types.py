@@ -209,6 +209,7 @@ UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
         (Array([[1, 2], [3, 4]]), "[[1,2],[3,4]]"),
         ({"mean": Array(1.5)}, '{"mean":1.5}'),
         (Array([dt.date(2001, 2, 3)]), '["2001-02-03"]'),
+        ([float("nan"), float("inf")], "[null,null]"),
         (b"text", "text"),
         ({"stdout": "ä".encode()}, '{"stdout":"ä"}'),
         (bytearray(b"text"), "text"),

@@ -1,0 +1,433 @@
+"""Stand-ins for types that msgspec does not support, such as pydantic models, paths and unions of classes.
+
+msgspec generates the JSON schema of most types, and converts JSON values to them. It does not know pydantic models,
+paths, or unions of several classes, such as `Cat | Dog`. Wherever one of these occurs, the type that msgspec gets to see has a stand-in for it: a class whose
+`reader` provides the schema and converts the value. A class with such a field is represented by a stand-in as well,
+because its annotation cannot be changed: its fields are read by a struct, and it is then created by its constructor.
+
+The alternative was pydantic's `TypeAdapter` for everything. But lmbridge does not depend on pydantic, and a program
+that does not import it must not pay for it. So pydantic is never imported here: its models are recognised by their
+methods, and its other types only if the program has imported pydantic itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Annotated, Any, Final, NamedTuple, NotRequired, Protocol, Required, Union
+
+import msgspec
+
+from lmbridge._text import excerpt
+
+_PYDANTIC_PACKAGES: Final = ("pydantic", "pydantic_core", "annotated_types")
+_PYDANTIC_METHODS: Final = ("__pydantic_core_schema__", "__get_pydantic_core_schema__")
+_MSGSPEC_FAULT: Final = re.compile(r"(?P<fault>.*) - at (?P<path>`.*`)", re.DOTALL)
+_LISTED_FAULTS: Final = 3
+"""The largest number of mistakes, and of alternatives of a union, that one error text describes."""
+
+
+class ValueFaultError(ValueError):
+    """A value that does not fit a type that a stand-in represents.
+
+    Attributes:
+        path: Where the mistake is within the value, such as `.items[2]`; empty if it is the value as a whole.
+        fault: What is wrong there.
+    """
+
+    def __init__(self, path: str, fault: str) -> None:
+        super().__init__(fault)
+        self.path: str = path
+        self.fault: str = fault
+
+
+class _Reader(Protocol):
+    """What msgspec needs to know about a type that it does not support."""
+
+    @property
+    def parts(self) -> Sequence[Any]:
+        """The types whose schemas are parts of this one's."""
+        ...
+
+    def schema(self, parts: Sequence[Mapping[str, Any]], name: str, /) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """Returns the schema, and definitions that it refers to, whose names have to begin with `name`."""
+        ...
+
+    def read(self, value: Any, /) -> Any:
+        """Converts a JSON value. It raises a `ValueError` if the value does not fit."""
+        ...
+
+
+class StandInType(type):
+    """The type of stand-ins. Every object is an instance of them: msgspec checks what a reader returned."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return True
+
+
+def _stand_in(reader: _Reader) -> Any:
+    return StandInType("StandIn", (), {"reader": reader})
+
+
+# Reading values
+
+
+def convert(value: Any, supported: Any) -> Any:
+    """Converts a JSON value to an instance of a type.
+
+    Args:
+        value: The value, as a JSON decoder returns it.
+        supported: The type, as `supported_type` returns it.
+
+    Raises:
+        msgspec.ValidationError: The value does not fit the type.
+    """
+    return msgspec.convert(value, supported, str_keys=True, dec_hook=read_stand_in)
+
+
+def read_stand_in(type_: Any, value: Any) -> Any:
+    """Converts a value for msgspec to the type that a stand-in represents."""
+    if not isinstance(type_, StandInType):
+        raise NotImplementedError
+    reader: _Reader = type_.__dict__["reader"]
+    return reader.read(value)
+
+
+# Types that msgspec supports
+
+
+def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for each kind of type
+    """Returns a type with stand-ins for the parts that msgspec does not support; the same type if it supports all.
+
+    Raises:
+        NameError: An annotation of a class refers to a name that does not exist.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_read_by_pydantic(annotation):
+        return _pydantic_stand_in(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, PurePath):
+        return _stand_in(_PathReader(annotation))
+    if has_fields(annotation):
+        return _class_stand_in(annotation) if _needs_stand_in(annotation) else annotation
+    if origin is Annotated:
+        inner = supported_type(arguments[0])
+        return annotation if inner is arguments[0] else Annotated[(inner, *arguments[1:])]
+    if origin is None or origin is typing.Literal:
+        return annotation
+    supported = [supported_type(each) for each in arguments]
+    is_changed = any(new is not old for new, old in zip(supported, arguments, strict=True))
+    if origin in (Union, types.UnionType):
+        rebuilt = Union[tuple(supported)] if is_changed else annotation  # noqa: UP007 - the members are computed
+        return rebuilt if _msgspec_supports(rebuilt) else _stand_in(_UnionReader(supported))
+    return origin[tuple(supported)] if is_changed else annotation
+
+
+def _msgspec_supports(annotation: Any) -> bool:
+    try:
+        msgspec.json.Decoder(annotation)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_read_by_pydantic(annotation: Any) -> bool:
+    """Returns whether a type is a pydantic model, another type of pydantic, or annotated with its constraints."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json"):
+            return True
+        return "pydantic" in sys.modules and any(hasattr(annotation, name) for name in _PYDANTIC_METHODS)
+    if typing.get_origin(annotation) is not Annotated or "pydantic" not in sys.modules:
+        return False
+    metadata = (each for each in typing.get_args(annotation)[1:] if _package_of(each) in _PYDANTIC_PACKAGES)
+    # A `Field` that has no constraints describes the value, and does not validate it.
+    return any(getattr(each, "metadata", True) for each in metadata)
+
+
+def _package_of(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def has_fields(annotation: Any) -> bool:
+    """Returns whether a type is a dataclass, an attrs class, a TypedDict, a named tuple or a msgspec.Struct."""
+    if not isinstance(annotation, type) or isinstance(annotation, types.GenericAlias):
+        return False
+    return (
+        typing.is_typeddict(annotation)
+        or any(hasattr(annotation, name) for name in ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__"))
+        or (issubclass(annotation, tuple) and hasattr(annotation, "_fields"))
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _needs_stand_in(class_: type) -> bool:
+    """Returns whether a field of a class, or of a class within it, has a type that msgspec does not support."""
+    return any(
+        _is_unsupported(annotation) for each in classes_within([class_]) for annotation in annotations_of(each).values()
+    )
+
+
+def _is_unsupported(annotation: Any) -> bool:
+    """Returns whether msgspec does not support an annotation; the fields of classes in it are not looked at."""
+    if _is_read_by_pydantic(annotation):
+        return True
+    if isinstance(annotation, type) and issubclass(annotation, PurePath):
+        return True
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return False
+    if origin in (Union, types.UnionType) and not _msgspec_supports(annotation):
+        return True
+    return any(_is_unsupported(each) for each in (arguments[:1] if origin is Annotated else arguments))
+
+
+def classes_within(annotations: Iterable[Any]) -> list[type]:
+    """Returns the classes with fields that occur in some types, or in fields of such classes, each of them once."""
+    found: dict[type, None] = {}
+    remaining = list(annotations)
+    while remaining:
+        annotation = remaining.pop()
+        if _is_read_by_pydantic(annotation):
+            continue
+        if has_fields(annotation):
+            if annotation not in found:
+                found[annotation] = None
+                remaining += annotations_of(annotation).values()
+            continue
+        origin = typing.get_origin(annotation)
+        if origin is not None and has_fields(origin):
+            # A generic class: its fields are described, and its parameters may contain other classes.
+            remaining.append(origin)
+        if origin is not typing.Literal:
+            remaining += typing.get_args(annotation)
+    return list(found)
+
+
+@functools.lru_cache(maxsize=512)
+def annotations_of(class_: type) -> Mapping[str, Any]:
+    """Returns the annotations of a class, without `Required` and similar wrappers."""
+    hints = typing.get_type_hints(class_, include_extras=True)
+    return {name: _unwrapped(annotation) for name, annotation in hints.items()}
+
+
+def _unwrapped(annotation: Any) -> Any:
+    while typing.get_origin(annotation) in (Required, NotRequired, typing.Final, typing.ClassVar):
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+# The readers of stand-ins
+
+
+class _PathReader:
+    """Reads strings as paths."""
+
+    parts: Sequence[Any] = ()
+
+    def __init__(self, class_: type[PurePath]) -> None:
+        self._class = class_
+
+    def schema(self, _parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        return {"type": "string"}, {}
+
+    def read(self, value: Any) -> PurePath:
+        if not isinstance(value, str):
+            raise ValueFaultError("", f"Expected `str`, got `{type(value).__name__}`")
+        return self._class(value)
+
+
+class _UnionReader:
+    """Reads a value as the first member of a union that it fits.
+
+    An object is first tried as the members that know most of its fields, because most classes ignore fields that they
+    do not know.
+    """
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.parts: Sequence[Any] = list(members)
+        self._fields = [_field_names(each) for each in members]
+
+    def schema(self, parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        return {"anyOf": [dict(each) for each in parts]}, {}
+
+    def read(self, value: Any) -> Any:
+        faults: list[str] = []
+        keys = set(value) if isinstance(value, dict) else set()
+        order = sorted(range(len(self.parts)), key=lambda number: len(keys - self._fields[number]))
+        for number in order:
+            try:
+                return convert(value, self.parts[number])
+            except msgspec.ValidationError as exc:
+                faults.append(_describe(exc))
+        raise ValueFaultError("", f"No alternative fits ({' or '.join(faults[:_LISTED_FAULTS])})")
+
+
+def _field_names(member: Any) -> set[str]:
+    reader = member.__dict__["reader"] if isinstance(member, StandInType) else None
+    if isinstance(reader, _PydanticReader):
+        fields = getattr(reader.annotation, "model_fields", {})
+        return {*fields, *(getattr(each, "alias", None) or "" for each in fields.values())}
+    class_ = reader.class_ if isinstance(reader, _ClassReader) else member
+    return set(annotations_of(class_)) if has_fields(class_) else set()
+
+
+class _ClassReader:
+    """Reads an object as an instance of a class that has fields which msgspec does not support."""
+
+    def __init__(self, class_: type) -> None:
+        self.class_: type = class_
+
+    @functools.cached_property
+    def parts(self) -> Sequence[Any]:
+        # Created late, because the class may contain itself.
+        fields = [
+            (field.name, supported_type(field.annotation))
+            if field.is_required
+            else (field.name, Union[supported_type(field.annotation), msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007
+            for field in _constructor_fields(self.class_)
+        ]
+        name = re.sub(r"\W", "_", self.class_.__name__)
+        return (
+            msgspec.defstruct(name, fields, kw_only=True, module=__name__, namespace={"_described_class": self.class_}),
+        )
+
+    def schema(self, parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        return dict(parts[0]), {}
+
+    def read(self, value: Any) -> Any:
+        struct = self.parts[0]
+        try:
+            read = convert(value, struct)
+        except msgspec.ValidationError as exc:
+            raise _as_fault(exc) from exc
+        fields = {name: getattr(read, name) for name in struct.__struct_fields__}
+        return self.class_(**{name: each for name, each in fields.items() if each is not msgspec.UNSET})
+
+
+class _ConstructorField(NamedTuple):
+    name: str
+    annotation: Any
+    is_required: bool
+
+
+def _constructor_fields(class_: Any) -> Iterator[_ConstructorField]:
+    """Yields the fields of a class that its constructor accepts."""
+    annotations = annotations_of(class_)
+    if typing.is_typeddict(class_):
+        for name, annotation in annotations.items():
+            yield _ConstructorField(name, annotation, name in class_.__required_keys__)
+    elif hasattr(class_, "__attrs_attrs__"):
+        for each in class_.__attrs_attrs__:
+            if each.init:
+                # attrs uses NOTHING for a field without a default, and so does its representation.
+                is_required = repr(each.default) == "NOTHING"
+                yield _ConstructorField(each.alias or each.name, annotations.get(each.name, Any), is_required)
+    elif hasattr(class_, "__dataclass_fields__"):
+        import dataclasses  # noqa: PLC0415 - imported by a program that has a dataclass
+
+        for field in dataclasses.fields(class_):
+            if field.init:
+                is_required = field.default is field.default_factory is dataclasses.MISSING
+                yield _ConstructorField(field.name, annotations[field.name], is_required)
+    elif hasattr(class_, "__struct_fields__"):
+        for info in msgspec.structs.fields(class_):
+            yield _ConstructorField(info.name, annotations[info.name], info.required)
+    else:
+        for name in class_._fields:
+            yield _ConstructorField(name, annotations.get(name, Any), name not in class_._field_defaults)
+
+
+class _PydanticReader:
+    """Reads values with pydantic: a model, a pydantic dataclass, or a type with pydantic's constraints."""
+
+    parts: Sequence[Any] = ()
+
+    def __init__(self, annotation: Any) -> None:
+        self.annotation: Any = annotation
+        self._is_model = hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json")
+
+    @functools.cached_property
+    def _adapter(self) -> Any:
+        return sys.modules["pydantic"].TypeAdapter(self.annotation)
+
+    def schema(self, _parts: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        template = f"#/$defs/{name}.{{model}}"
+        try:
+            make = self.annotation.model_json_schema if self._is_model else self._adapter.json_schema
+            schema = dict(make(ref_template=template))
+        except Exception as exc:
+            # pydantic raises errors of several classes for types that JSON does not have.
+            raise TypeError(str(exc).partition("\n")[0]) from exc
+        definitions = schema.pop("$defs", {})
+        return schema, {f"{name}.{each}": part for each, part in definitions.items()}
+
+    def read(self, value: Any) -> Any:
+        # Read as JSON, where a string is a valid date for a strict model as well.
+        text = msgspec.json.encode(value)
+        try:
+            return self.annotation.model_validate_json(text) if self._is_model else self._adapter.validate_json(text)
+        except ValueError as exc:
+            raise _pydantic_fault(exc) from exc
+
+
+def _pydantic_fault(error: Exception) -> ValueFaultError:
+    errors = getattr(error, "errors", None)
+    details: Any = errors() if callable(errors) else ()
+    if not details:
+        return ValueFaultError("", str(error))
+    faults = [(_pydantic_path(each.get("loc", ())), str(each.get("msg", ""))) for each in details]
+    path, fault = faults[0]
+    further = [f"{where or 'as a whole'}: {text}" for where, text in faults[1:_LISTED_FAULTS]]
+    return ValueFaultError(path, "; ".join([fault, *further]))
+
+
+def _pydantic_path(location: Iterable[int | str]) -> str:
+    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in location)
+
+
+@functools.lru_cache(maxsize=512)
+def _class_stand_in(class_: type) -> Any:
+    # pyright takes a `cached_property` for something else than a property.
+    return _stand_in(_ClassReader(class_))  # pyright: ignore[reportArgumentType]
+
+
+def _pydantic_stand_in(annotation: Any) -> Any:
+    return _model_stand_in(annotation) if isinstance(annotation, type) else _stand_in(_PydanticReader(annotation))
+
+
+@functools.lru_cache(maxsize=512)
+def _model_stand_in(model: type) -> Any:
+    return _stand_in(_PydanticReader(model))
+
+
+# Mistakes
+
+
+def describe_fault(error: Exception) -> tuple[str, str]:
+    """Returns where a value does not fit its type, such as `$.items[2].price`, and what is wrong there.
+
+    msgspec says both in the text of its error, and nowhere else. Within a part that a stand-in represents, the error
+    of its reader says it.
+    """
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return "$", f"it is not valid JSON: {text}"
+    found = _MSGSPEC_FAULT.fullmatch(text)
+    path, fault = (found["path"].replace("`", ""), found["fault"]) if found else ("$", text)
+    if isinstance(cause := error.__cause__, ValueFaultError):
+        path, fault = f"{path}{cause.path}", cause.fault
+    return path, excerpt(fault[:1].lower() + fault[1:])
+
+
+def _as_fault(error: msgspec.ValidationError) -> ValueFaultError:
+    path, fault = describe_fault(error)
+    return ValueFaultError(path.removeprefix("$"), fault)
+
+
+def _describe(error: msgspec.ValidationError) -> str:
+    path, fault = describe_fault(error)
+    return fault if path == "$" else f"{path.removeprefix('$').removeprefix('.')}: {fault}"

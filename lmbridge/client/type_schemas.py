@@ -1,0 +1,114 @@
+"""The JSON schemas of Python types, with the descriptions that classes give their fields.
+
+msgspec generates the schemas; `stand_ins` provides the parts for types that it does not support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lmbridge._docstrings import read_docstring
+from lmbridge.client.stand_ins import StandInType, annotations_of, classes_within, has_fields, supported_type
+
+
+def json_schema(annotation: Any) -> dict[str, Any]:
+    """Returns the JSON schema of a type. Its fields have the descriptions that the classes give them.
+
+    Raises:
+        TypeError: JSON has nothing for the type, or for a part of it.
+        NameError: An annotation of a class refers to a name that does not exist.
+    """
+    names: dict[Any, str] = {}
+    parts = [supported_type(annotation)]
+
+    def refer(type_: Any) -> dict[str, Any]:
+        if not isinstance(type_, StandInType):
+            raise NotImplementedError
+        name = names.setdefault(type_, f"type-{len(names) + 1}")
+        return {"$ref": f"#/$defs/{name}"}
+
+    parts += classes_within(parts)
+    while True:
+        # All in one call, so that two classes with the same name get different names.
+        schemas, definitions = msgspec.json.schema_components(parts, schema_hook=refer)
+        needed = [each for stand_in in list(names) for each in stand_in.reader.parts]
+        missing = [each for each in (*needed, *classes_within(needed)) if not _is_among(each, parts)]
+        if not missing:
+            break
+        parts += missing
+    by_part = list(zip(parts, schemas, strict=True))
+    for part, schema in by_part:
+        if has_fields(part) and "$ref" in schema:
+            _describe_fields(definitions[schema["$ref"].removeprefix("#/$defs/")], part)
+    for stand_in, name in names.items():
+        of_parts = [next(schema for part, schema in by_part if part is each) for each in stand_in.reader.parts]
+        definitions[name], further = stand_in.reader.schema(of_parts, name)
+        definitions |= further
+    whole: dict[str, Any] = _without_aliases({**schemas[0], "$defs": definitions})
+    if not whole["$defs"]:
+        del whole["$defs"]
+    return whole
+
+
+def _without_aliases(whole: dict[str, Any]) -> Any:
+    """Returns a schema without the definitions that only refer to another definition."""
+    aliases = {f"#/$defs/{name}": part["$ref"] for name, part in whole["$defs"].items() if list(part) == ["$ref"]}
+
+    def resolve(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolve(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        resolved = {key: resolve(value) for key, value in part.items()}
+        # A property may have the name `$ref`; its value is a schema then.
+        while isinstance(reference := resolved.get("$ref"), str) and reference in aliases:
+            resolved["$ref"] = aliases[reference]
+        return resolved
+
+    definitions = {name: part for name, part in whole["$defs"].items() if f"#/$defs/{name}" not in aliases}
+    return resolve({**whole, "$defs": definitions})
+
+
+def _is_among(part: Any, parts: Sequence[Any]) -> bool:
+    return any(each is part for each in parts)
+
+
+def _describe_fields(definition: dict[str, Any], class_: Any) -> None:
+    """Adds the descriptions of a class and of its fields to its schema."""
+    class_ = getattr(class_, "_described_class", class_)
+    docstring = read_docstring(None if _is_generated(class_) else class_.__doc__)
+    definition.pop("description", None)
+    if docstring.description:
+        definition["description"] = docstring.description
+    properties = definition.get("properties", {})
+    encoded = getattr(class_, "__struct_encode_fields__", ())
+    wire_names: dict[str, str] = dict(zip(getattr(class_, "__struct_fields__", ()), encoded, strict=True))
+    fields: dict[str, Any] = {**getattr(class_, "__dataclass_fields__", {})}
+    for each in getattr(class_, "__attrs_attrs__", ()):
+        fields[each.name] = each
+        # A stand-in has the names that the constructor accepts, which are without the underscore of private fields.
+        wire_names[each.name] = each.alias if each.alias in properties else each.name
+    for name, annotation in annotations_of(class_).items():
+        metadata = getattr(fields.get(name), "metadata", None) or {}
+        text = description_of(annotation) or metadata.get("description") or docstring.parameters.get(name)
+        part = properties.get(wire_names.get(name, name))
+        if isinstance(text, str) and part is not None:
+            part.setdefault("description", text)
+
+
+def _is_generated(class_: type) -> bool:
+    """Returns whether a class has the docstring that `dataclass` or a named tuple gives to a class without one."""
+    return (class_.__doc__ or "").startswith(f"{class_.__name__}(")
+
+
+def description_of(annotation: Any) -> str | None:
+    """Returns the description in `Annotated`: a string, or that of pydantic's `Field` or of a similar object."""
+    for each in getattr(annotation, "__metadata__", ()):
+        text = each if isinstance(each, str) else getattr(each, "description", None)
+        text = text or getattr(each, "documentation", None)
+        if isinstance(text, str) and text:
+            return " ".join(text.split())
+    return None
