@@ -1,9 +1,10 @@
 """Stand-ins for types that msgspec does not support, such as pydantic models, paths and unions of classes.
 
 msgspec generates the JSON schema of most types, and converts JSON values to them. It does not know pydantic models,
-paths, or unions of several classes, such as `Cat | Dog`. Wherever one of these occurs, the type that msgspec gets to see has a stand-in for it: a class whose
-`reader` provides the schema and converts the value. A class with such a field is represented by a stand-in as well,
-because its annotation cannot be changed: its fields are read by a struct, and it is then created by its constructor.
+paths, or unions of several classes, such as `Cat | Dog`. Wherever one of these occurs, the type that msgspec gets to
+see has a stand-in for it: a class whose `reader` provides the schema and converts the value. A class with such a field
+is represented by a stand-in as well, because its annotation cannot be changed: its fields are read by a struct, and it
+is then created by its constructor.
 
 The alternative was pydantic's `TypeAdapter` for everything. But lmbridge does not depend on pydantic, and a program
 that does not import it must not pay for it. So pydantic is never imported here: its models are recognised by their
