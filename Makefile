@@ -39,10 +39,17 @@ test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/nox --session aioresponses mcp1
 	.venv-test/bin/python -m pytest -n auto -m slow
 
+# pyright looks for libraries in the environment whose `python` is the first one. `--verifytypes` fails unless every
+# public name has a declared type.
+lint: export PATH := $(CURDIR)/.venv-test/bin:$(PATH)
 lint: .venv-test/installed
 	.venv-test/bin/ruff check
 	.venv-test/bin/ruff format --check
 	.venv-test/bin/mypy
+	.venv-test/bin/pyright
+	@echo 'pyright --verifytypes lmbridge --ignoreexternal'; \
+		report=$$(.venv-test/bin/pyright --verifytypes lmbridge --ignoreexternal) || { echo "$$report"; exit 1; }; \
+		echo "$$report" | grep 'Type completeness'
 	.venv-test/bin/python scripts/generate_sync.py --check
 
 BENCH_OPTIONS = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)

@@ -50,6 +50,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "lmbridge", "--ignoreexternal")
 
 
 @nox.session(python="3.11")

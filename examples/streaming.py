@@ -105,7 +105,7 @@ async def exceed_a_time_limit(client: LLMClient) -> None:
 async def collect_one(client: LLMClient) -> None:
     """Collects a stream into the dict that the call without `stream=True` would have returned."""
     reply = await collect(await ask(client, "Say hello.", max_tokens=30))
-    print(f"{answer_text(reply)}\n-- finish_reason: {reply['choices'][0]['finish_reason']}")
+    print(f"{answer_text(reply)}\n-- finish_reason: {reply['choices'][0].get('finish_reason')}")
 
 
 async def many_at_a_time(client: LLMClient) -> None:

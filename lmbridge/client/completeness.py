@@ -18,11 +18,9 @@ def complete_chat_reply(value: dict[str, Any]) -> bool:
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices:
         return False
-    for index, choice in enumerate(choices):
+    for choice in choices:
         if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
             return False
-        choice.setdefault("index", index)
-        choice.setdefault("finish_reason", None)
         message.setdefault("content", None)
         for call in message.get("tool_calls") or ():
             _complete_call(call)

@@ -114,10 +114,10 @@ class CompletionEnvelope(TypedDict, total=False):
 class Choice(TypedDict, total=False):
     """One choice of a plain reply; there are several with the parameter `n`."""
 
-    index: Required[int]
+    index: int
     message: Required[Message]
-    finish_reason: Required[str | None]
-    """Why the model stopped: "stop", "length", "tool_calls", ...; None if the server did not say."""
+    finish_reason: str | None
+    """Why the model stopped: "stop", "length", "tool_calls", ... After `collect` it is always there."""
     logprobs: dict[str, Any] | None
 
 

@@ -84,7 +84,8 @@ async def ask(client: LLMClient, capture: Capture) -> Any:
         case "embeddings":
             return await client.embeddings(**params)
         case _:
-            return await client.create_response(**{"input": "What is 2 + 2?", **params})
+            options: dict[str, Any] = {"input": "What is 2 + 2?", **params}
+            return await client.create_response(**options)
 
 
 @pytest.fixture

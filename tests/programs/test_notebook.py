@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import nbformat
 import pytest
@@ -36,7 +37,7 @@ def test_cells_await_stream_and_can_be_run_again(server: ThreadedServer) -> None
     ask = ASK.format(api_base=server.api_base)
     sources = [ask, ask, STREAM, BLOCKING.format(api_base=server.api_base)]
     cells = [{"cell_type": "code", "source": source, "metadata": {}, "outputs": []} for source in sources]
-    notebook = nbformat.from_dict(  # type: ignore[no-untyped-call]  # nbformat is typed in part
+    notebook: Any = nbformat.from_dict(  # type: ignore[no-untyped-call]  # nbformat is typed in part
         {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     )
     NotebookClient(notebook, timeout=50, kernel_name="python3").execute()

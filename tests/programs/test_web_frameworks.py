@@ -108,7 +108,7 @@ def test_a_django_view_streams_with_the_blocking_client(server: ThreadedServer) 
             texts = (choice["delta"].get("content") or "" for chunk in stream for choice in chunk["choices"])
             return StreamingHttpResponse(texts, content_type="text/plain")
 
-        response = ask(RequestFactory().get("/ask", {"question": "Count."}))
+        response: Any = ask(RequestFactory().get("/ask", {"question": "Count."}))
         assert b"".join(response.streaming_content) == b"one two three"
 
 
@@ -118,7 +118,7 @@ def test_an_asynchronous_view_works_under_async_to_sync(server: ThreadedServer) 
     async def ask(request: HttpRequest) -> HttpResponse:
         async with LLMClient(server.api_base) as client:
             reply = await client.chat_completion([{"role": "user", "content": request.GET["question"]}])
-            return HttpResponse(reply["choices"][0]["message"]["content"])
+            return HttpResponse((reply["choices"][0]["message"]["content"] or "").encode())
 
     for _ in range(2):
         response = async_to_sync(ask)(AsyncRequestFactory().get("/ask", {"question": "Count."}))
@@ -131,6 +131,6 @@ def test_the_blocking_client_works_inside_an_asynchronous_view(server: ThreadedS
 
         async def ask(_request: HttpRequest) -> HttpResponse:
             reply = await asyncio.to_thread(client.chat_completion, [{"role": "user", "content": "Count."}])
-            return HttpResponse(reply["choices"][0]["message"]["content"])
+            return HttpResponse((reply["choices"][0]["message"]["content"] or "").encode())
 
         assert async_to_sync(ask)(AsyncRequestFactory().get("/ask")).content == b"one two three"

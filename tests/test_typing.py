@@ -1,0 +1,74 @@
+"""The types of requests and replies. mypy and pyright check this file; running it checks the fields that are filled in."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import pytest
+
+from lmbridge import LLMClient, ToolCallFinished, collect, image_part
+from lmbridge.agent import ToolRecord
+from lmbridge.agent.tools import ToolCall as RequestedCall
+from lmbridge.testing import ScriptedServer, reply
+from lmbridge.types import (
+    ChatCompletion,
+    ChatMessage,
+    ImagePart,
+    Message,
+    ResponseFormat,
+    ToolCall,
+    ToolChoice,
+    ToolDefinition,
+)
+
+TOOL: ToolDefinition = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CHOICE: ToolChoice = {"type": "function", "function": {"name": "add"}}
+FORMAT: ResponseFormat = {"type": "json_schema", "json_schema": {"name": "sum", "schema": {"type": "object"}}}
+
+
+async def accepted_by_the_type_checkers(client: LLMClient) -> None:
+    """Is never called: the type checkers verify what a program may write."""
+    messages: list[ChatMessage] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is this?"}, image_part("picture.png")]},
+    ]
+    answer = await client.chat_completion(messages, tools=[TOOL], tool_choice=CHOICE, response_format=FORMAT)
+    assert_type(answer, ChatCompletion)
+    message = answer["choices"][0]["message"]
+    assert_type(message, Message)
+    assert_type(message["content"], str | None)
+    assert_type(image_part("picture.png"), ImagePart)
+    messages.append(message)
+    for call in message.get("tool_calls", []):
+        assert_type(call, ToolCall)
+        messages.append({"role": "tool", "tool_call_id": call["id"], "content": call["function"]["arguments"]})
+    untyped: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+    await client.chat_completion(untyped)
+    await client.chat_completion([{"role": "user", "content": "Hello"}], tools=[{"type": "function"}])
+    async for chunk in await client.chat_completion(untyped, stream=True):
+        for choice in chunk["choices"]:
+            assert_type(choice["delta"].get("content"), str | None)
+    assert_type(await collect(await client.chat_completion(untyped, stream=True)), ChatCompletion)
+
+
+def test_the_required_fields_are_known_at_run_time() -> None:
+    assert Message.__required_keys__ == {"content"}
+    assert ChatCompletion.__required_keys__ == {"choices"}
+    assert callable(accepted_by_the_type_checkers)
+
+
+async def test_fields_that_a_server_leaves_out_of_a_call_are_filled_in(scripted_server: ScriptedServer) -> None:
+    sent = {"choices": [{"message": {"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}}]}
+    scripted_server.script(reply(200, sent))
+    async with LLMClient(scripted_server.api_base) as client:
+        message = (await client.chat_completion([{"role": "user", "content": "Hello"}]))["choices"][0]["message"]
+    assert message["content"] is None
+    (call,) = message.get("tool_calls", [])
+    assert call["id"].startswith("call_")
+    assert (call["type"], call["function"]) == ("function", {"name": "now", "arguments": ""})
+
+
+@pytest.mark.parametrize("name", ["text", "is_error", "raw", "seconds", "call"])
+def test_an_event_has_the_fields_of_its_record(name: str) -> None:
+    record = ToolRecord(call=RequestedCall(id="1", name="add", arguments={}), text="3", raw=3, seconds=0.5)
+    assert getattr(ToolCallFinished(record), name) == getattr(record, name)
