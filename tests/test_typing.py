@@ -1,4 +1,4 @@
-"""The types of requests and replies. mypy and pyright check this file; running it checks the fields that are filled in."""
+"""The types of requests and replies. mypy and pyright check this file; running it checks what is filled in."""
 
 from __future__ import annotations
 
