@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import lmbridge
 from lmbridge import LLMClient, testing
 from lmbridge.testing import ScriptedServer
 from lmbridge.testing.completions import completion_chunk
@@ -233,3 +234,9 @@ def test_the_architecture_page_names_code_and_tests_that_exist() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert all(f": {page.name}\n" in navigation for page in PAGES if page.parent.name == "docs")
+
+
+def test_every_exported_name_occurs_in_the_documentation() -> None:
+    spans = re.findall(r"`([^`\n]+)`", "".join(page.read_text() for page in PAGES if page.parent.name == "docs"))
+    words = {word for span in spans for word in re.findall(r"\w+", span)}
+    assert set(lmbridge.__all__) - words == set()
