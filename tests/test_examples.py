@@ -307,7 +307,7 @@ async def test_mcp_several_servers_continues_without_the_server_that_fails(scrip
     scripted_server.script(asks_the_time(), answer(FOX))
     outcome = await run("mcp_several_servers.py", "--api-base", scripted_server.api_base, "--model", "m", "What now?")
     assert outcome.status == 0
-    assert outcome.errors.startswith("the run goes on without MCP server 'calendar': ")
+    assert outcome.errors.startswith("the run continues without MCP server 'calendar': ")
     assert len(outcome.errors.splitlines()) == 1
     shown, raised, went_on = outcome.output.split("== ")
     assert shown == "servers: time, git, calendar\n> What now?\n"

