@@ -35,7 +35,7 @@ def enable_logging(level: str = "info") -> None:
             request; "debug" also writes about retries and waits.
 
     Raises:
-        LLMValidationError: The level is another one.
+        LLMValidationError: The level is not one of these words.
     """
     name = level.lower() if isinstance(level, str) else level
     check_choice("level", name, _LEVELS)
