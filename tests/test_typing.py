@@ -15,8 +15,8 @@ from lmbridge.types import (
     ChatMessage,
     ImagePart,
     Message,
+    MessageToolCall,
     ResponseFormat,
-    ToolCall,
     ToolChoice,
     ToolDefinition,
 )
@@ -40,7 +40,7 @@ async def accepted_by_the_type_checkers(client: LLMClient) -> None:
     assert_type(image_part("picture.png"), ImagePart)
     messages.append(message)
     for call in message.get("tool_calls", []):
-        assert_type(call, ToolCall)
+        assert_type(call, MessageToolCall)
         messages.append({"role": "tool", "tool_call_id": call["id"], "content": call["function"]["arguments"]})
     untyped: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
     await client.chat_completion(untyped)

@@ -15,7 +15,7 @@ class FunctionCall(TypedDict):
     """The arguments as JSON, exactly as the model wrote them."""
 
 
-class ToolCall(TypedDict):
+class MessageToolCall(TypedDict):
     """A tool call that the model asks for.
 
     Some servers leave out the id, the type or empty arguments of a call. lmbridge fills them in.
@@ -37,7 +37,7 @@ class Message(TypedDict, total=False):
     """The model's words if it refused to answer in the form that was asked for."""
     reasoning_content: str | None
     reasoning: str | None
-    tool_calls: list[ToolCall]
+    tool_calls: list[MessageToolCall]
     function_call: FunctionCall | None
     """The only call of a message, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]

@@ -7,7 +7,7 @@ annotations are strings does not know at run time which of its fields are requir
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Required, TypeAlias, TypedDict
 
-from lmbridge.types.replies import FunctionCall, Message, ToolCall
+from lmbridge.types.replies import FunctionCall, Message, MessageToolCall
 
 # Content parts
 
@@ -113,7 +113,7 @@ class AssistantMessage(TypedDict, total=False):
     content: str | Sequence[TextPart | RefusalPart] | None
     refusal: str | None
     name: str
-    tool_calls: Sequence[ToolCall]
+    tool_calls: Sequence[MessageToolCall]
     function_call: FunctionCall | None
     reasoning_content: str | None
     audio: Mapping[str, Any] | None
