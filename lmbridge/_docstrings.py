@@ -53,7 +53,7 @@ class Docstring(NamedTuple):
     """The parts of a docstring that a model gets to see."""
 
     description: str
-    """All text before the first section; empty if there is no docstring."""
+    """All text before the first section. It is empty for a function without a docstring."""
     parameters: dict[str, str]
     """The descriptions of the parameters of a function, or of the fields of a class, by name."""
 
@@ -68,7 +68,7 @@ def read_docstring(text: str | None) -> Docstring:
     """Splits a docstring into its description and the descriptions of parameters and fields.
 
     Args:
-        text: The docstring with its indentation, or None if there is none.
+        text: The docstring with its indentation, or None for an object without a docstring.
     """
     lines = inspect.cleandoc(text or "").splitlines()
     description: list[str] = []

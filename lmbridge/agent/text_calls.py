@@ -66,7 +66,7 @@ def to_wire_call(name: str, arguments: Any) -> Mapping[str, Any]:
 
     Args:
         name: The name of the tool in the request.
-        arguments: The arguments as an object or as JSON text, or None if there are none.
+        arguments: The arguments as an object or as JSON text, or None if the call has no arguments.
     """
     arguments_json = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
     function = {"name": name, "arguments": arguments_json}

@@ -90,7 +90,7 @@ _SPECIAL: Final = frozenset({*_OPTIONS, *_FOREIGN})
 
 
 def take_options(params: dict[str, Any]) -> CallSettings | None:
-    """Removes the options of a call from its parameters, and returns them; None if there are none.
+    """Removes the options of a call from its parameters, and returns them, or None if the caller gave no options.
 
     Raises:
         LLMValidationError: An option is not valid, or belongs to another library. A value is never repeated if it may

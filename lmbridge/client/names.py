@@ -44,7 +44,7 @@ class MismatchPolicy:
         mode: "warn" logs a warning, "raise" raises `ModelMismatchError`, "ignore" does nothing.
 
     Raises:
-        LLMValidationError: The mode is none of these.
+        LLMValidationError: The mode is unknown.
     """
 
     def __init__(self, mode: MismatchMode) -> None:

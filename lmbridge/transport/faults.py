@@ -29,7 +29,7 @@ class Fault:
     verdict: Verdict = Verdict.FAIL
     """Whether a further attempt makes sense."""
     hint: str | None = None
-    """The next step for the user, which ends the text of the error; None if there is no good advice."""
+    """The next step for the user, which ends the text of the error; None where no advice would help."""
     unsent: bool = False
     """Whether the server has certainly not seen any part of the request."""
 

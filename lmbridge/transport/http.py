@@ -25,7 +25,7 @@ from lmbridge.transport.retry import Verdict
 
 @attrs.define(kw_only=True, eq=False)
 class HttpRequest:
-    """A request as it is sent to the server."""
+    """A request in the form in which a session sends it."""
 
     method: str
     """The HTTP method in capital letters."""

@@ -162,7 +162,7 @@ class AiohttpSession:
         )
 
     def _make_connector(self, *, keep_connections: bool) -> aiohttp.BaseConnector:
-        # For aiohttp, 0 means that there is no limit.
+        # In aiohttp, 0 means "no limit".
         options: dict[str, Any] = {"limit": self._connection_limit or 0}
         options |= {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
         if self._socket_path is not None:
