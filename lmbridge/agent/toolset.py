@@ -158,7 +158,7 @@ class Toolset:
         return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
     def _find_request_name(self, asked: str) -> str | None:
-        """Returns the request name of the tool with this name in requests or in the run, or None for an unknown name."""
+        """Returns the name in requests of a tool, given that name or the one in the run; None for an unknown name."""
         return asked if asked in self._tools else self._request_names.get(asked)
 
     def _describe_unknown(self, asked: str) -> str:
