@@ -36,7 +36,7 @@ test: lint $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/python -m pytest -n auto -m 'not slow'
 
 test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json
-	.venv-test/bin/nox --session aioresponses mcp1
+	.venv-test/bin/nox --session aioresponses oldest mcp1
 	.venv-test/bin/python -m pytest -n auto -m slow
 
 # pyright looks for libraries in the environment whose `python` is the first one. `--verifytypes` fails unless every

@@ -13,10 +13,12 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
-@nox.session(python="3.11")
+# `make test-slow` runs this session, too, because the tests of the session depend on what aiohttp does.
+@nox.session(reuse_venv=True)
 def oldest(session: nox.Session) -> None:
-    session.install("-e", ".[local,mcp,dev]", "aiohttp==3.13.0")
-    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
+    packages = ["blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist"]
+    session.install("-e", ".", "aiohttp==3.13.0", *packages)
+    session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or ["tests/transport"]))
 
 
 # `make test-slow` runs this session, so it uses the current Python and installs only what its tests need.

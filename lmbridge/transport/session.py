@@ -17,7 +17,7 @@ and everything that is done about them is in this module:
   is the only thing of that kind that lmbridge uses. Its documented alternative is `response.connection.transport`,
   whose `is_closing()` would have to be polled for as long as a stream is silent. `TraceConfig` has no signal for it,
   and `sock_read` is a limit on silence, which may last for minutes. tests/transport/test_session.py shows what happens
-  with and without it, with the installed version of aiohttp, and `nox -s oldest` runs it with the oldest.
+  with and without it, with the installed version of aiohttp; `make test-slow` runs it with the oldest as well.
 """
 
 from __future__ import annotations
@@ -309,4 +309,7 @@ def _describe_reason(exc: Exception) -> str:
     # The texts of these two exceptions say nothing that the fault does not say.
     if isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
         return ""
+    # A certificate error is a connector error as well, but the oldest aiohttp gives it no `os_error`.
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return faults.describe_os_error(exc.certificate_error)
     return faults.describe_os_error(exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc)
