@@ -155,6 +155,7 @@ async def test_structured_output_prints_an_answer_that_is_still_wrong_after_a_co
     assert outcome.errors.endswith('\nthe answer was: {"transport": "ship"}\n')
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_structured_output_runs_on_the_embedded_server() -> None:
@@ -407,6 +408,7 @@ async def test_quickstart_streams_from_the_embedded_server() -> None:
     assert len(outcome.pieces) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_streaming_runs_on_the_embedded_server() -> None:
@@ -416,6 +418,7 @@ async def test_streaming_runs_on_the_embedded_server() -> None:
     assert outcome.output.count("\n== ") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_pool_runs_on_the_embedded_server() -> None:
@@ -425,6 +428,7 @@ async def test_pool_runs_on_the_embedded_server() -> None:
     assert len(outcome.output.splitlines()) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
 async def test_embeddings_search_runs_on_the_embedded_server(notes: Path) -> None:

@@ -60,6 +60,8 @@ def test_importing_the_local_server_does_not_load_llama_cpp() -> None:
     assert python(code).split() == ["LocalServer", "False"]
 
 
+# It starts an interpreter for each module.
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_can_be_imported_alone(module: str) -> None:
     python(f"import {module}")

@@ -21,7 +21,7 @@ from lmbridge.local import LocalServer
 from lmbridge.local.model import locate_model
 from tests.support import replaced
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 ADD = {
     "type": "function",

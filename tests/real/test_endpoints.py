@@ -27,7 +27,7 @@ from lmbridge import (
 )
 from tests.real.support import until_idle
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 8}

@@ -14,7 +14,7 @@ from tests.mcp.bridge.support import official_session, wire_form
 from tests.real.conftest import API_KEY
 from tests.real.support import STORY, busy_slots, until_idle
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 async def test_a_model_answers_through_the_bridge(local_server: LocalServer, tmp_path: Path) -> None:

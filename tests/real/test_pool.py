@@ -12,7 +12,7 @@ import pytest
 from lmbridge import LLMClientPool, LocalServer, PoolStats, collect
 from tests.real.conftest import API_KEY
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 async def test_thirty_tasks_that_share_four_clients_get_their_own_answers(local_server: LocalServer) -> None:

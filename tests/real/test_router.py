@@ -26,7 +26,7 @@ from benchmarks.swap_servers import count_swaps
 from lmbridge import Limits, LLMClient, LLMError, collect
 from tests.support import MESSAGES
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 Router: TypeAlias = EmbeddedRouter | LlamaServerRouter
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from lmbridge import LLMClient, LLMValidationError
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 ORDER = [{"role": "user", "content": "Order two red pens for Ada, at 1.50 each, as JSON."}]
 

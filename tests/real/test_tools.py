@@ -12,7 +12,7 @@ import pytest
 from lmbridge import LLMClient, Tool, ToolContext, collect
 from lmbridge.agent.toolset import ReadyCall, Toolset
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 NODE = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/Node"}}}
 UNUSUAL_SCHEMAS: dict[str, dict[str, Any]] = {
