@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
 from functools import partial
-from typing import Any, AnyStr
+from typing import Any, AnyStr, TypeVar
 
 from lmbridge import ChatStream, LLMClient
 from lmbridge.types import ChatCompletionChunk
+
+_Object = TypeVar("_Object")
 
 MESSAGES = [{"role": "user", "content": "Say hello."}]
 
@@ -54,6 +57,15 @@ async def turns(count: int = 3) -> None:
     """Lets the event loop run for a number of turns, so that tasks that are ready can continue."""
     for _ in range(count):
         await asyncio.sleep(0)
+
+
+def living(kind: type[_Object]) -> list[_Object]:
+    """Returns the objects of a class, and not of its subclasses, that are still alive after a garbage collection.
+
+    `isinstance` would read `__class__` of every object, and Django's settings raise then if they are not configured.
+    """
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) is kind]
 
 
 class Steps:

@@ -14,7 +14,7 @@ from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.scheduler import Permit
-from tests.support import cancel_at_each_step, turns
+from tests.support import cancel_at_each_step, living, turns
 from tests.transport.clock import Clock
 
 LoopErrors = list[dict[str, Any]]
@@ -176,8 +176,7 @@ async def test_ten_thousand_cancelled_waiters_leave_nothing_behind() -> None:
     assert all(task.cancelled() for task in tasks)
     del tasks
     assert admission.queued == 0
-    gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, Permit) and each.state == "waiting"]
+    assert not [each for each in living(Permit) if each.state == "waiting"]
     admission.release(permit)
     assert (await admission.acquire("m"), admission.in_flight)[1] == 1
 
