@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Generator, Mapping
 from functools import partial
 from typing import Any, AnyStr, TypeVar
@@ -66,6 +67,45 @@ def living(kind: type[_Object]) -> list[_Object]:
     """
     gc.collect()
     return [each for each in gc.get_objects() if type(each) is kind]
+
+
+def cpu_seconds(run: Callable[[], object], *, repeats: int = 3) -> float:
+    """Returns the CPU time that a function takes: the least of several runs, so that a busy machine hardly matters."""
+
+    def measure() -> float:
+        started = time.process_time()
+        run()
+        return time.process_time() - started
+
+    return min(measure() for _ in range(repeats))
+
+
+def assert_linear(run: Callable[[int], object], size: int, *, doublings: int = 3, tolerance: float = 3.0) -> None:
+    """Checks that the CPU time of a function does not grow faster than its input, at sizes that double.
+
+    For example::
+
+        assert_linear(lambda size: parse_error_body("1" * size), 10_000)
+
+    Choose a size whose run takes some milliseconds. Below two milliseconds, the time of the smallest size counts as two
+    milliseconds, because it is mostly noise. The function builds its input itself, and calls `asyncio.run` if what it
+    measures is asynchronous.
+
+    Args:
+        run: The function. It is called with the size of the input.
+        size: The smallest size.
+        doublings: How often the size is doubled. With 3, linear time grows by 8 and quadratic time by 64.
+        tolerance: How much more than linear the growth may be. It is generous, so that the test cannot fail by chance.
+    """
+    smallest = max(cpu_seconds(partial(run, size)), 0.002)
+    factor = 1
+    for _ in range(doublings):
+        # Each size is checked before the next one is tried, so that a test of quadratic code fails soon.
+        factor *= 2
+        seconds = cpu_seconds(partial(run, size * factor))
+        assert seconds <= tolerance * factor * smallest, (
+            f"{factor} times the input took {seconds / smallest:.1f} times as long: {seconds:.3f} s of CPU time"
+        )
 
 
 class Steps:
