@@ -4,12 +4,14 @@ aiohttp won over httpx because it takes less time for a chunk of a stream (docs/
 streams because a connection pool, TLS and proxies come with it. It also has three habits that do not suit lmbridge,
 and everything that is done about them is in this module:
 
-- *It sends a GET again* when a connection is lost, even if the connection was new. A middleware
-  (`_keep_aiohttp_from_resending`) raises another exception in place of those that aiohttp reacts to. The private
-  attribute `ClientSession._retry_connection` would do the same, but is not used.
+- *It sends a GET again* when a connection is lost, even if the connection was new. `_ResponseOnConnection` raises
+  another exception in place of those that aiohttp reacts to. A middleware could do the same for some microseconds a
+  request, and so would the private attribute `ClientSession._retry_connection`.
 - *It does not say whether a failed request was sent on a kept connection.* Only then does lmbridge send it again
-  silently. aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports it, which costs microseconds for each
-  request. A subclass of `TCPConnector` would be faster, but would have to override a private method.
+  silently. `_ResponseOnConnection`, which aiohttp creates for each request because it is the session's
+  `response_class`, sees the connection in `start` and remembers which ones have been used. aiohttp's tracing
+  (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
+  was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
   error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
   limit of minutes runs out. `_AiohttpResponse` therefore watches `response.connection.protocol.closed`, a future that
@@ -24,12 +26,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl as ssl_module
+import weakref
 from collections.abc import Mapping
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, Final
 
 import aiohttp
+from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
 
 from lmbridge._tasks import mark_exception_retrieved
@@ -94,7 +97,6 @@ class AiohttpSession:
 
     async def send(self, request: HttpRequest) -> HttpResponse:
         """Sends a request once; see `HttpSession.send`."""
-        trace = _RequestTrace()
         try:
             response = await self._session_for(request).request(
                 request.method,
@@ -104,10 +106,9 @@ class AiohttpSession:
                 # A redirect would send the key and the prompt to another server.
                 allow_redirects=False,
                 timeout=_client_timeout(request.connect_timeout),
-                trace_request_ctx=trace,
             )
         except _SENDING_ERRORS as exc:
-            failure = self._failure(exc, request, trace)
+            failure = self._failure(exc, request)
         except asyncio.CancelledError:
             # When its session is closed, aiohttp cancels requests that wait for a connection or for a name to be
             # resolved.
@@ -148,8 +149,6 @@ class AiohttpSession:
         return self._unpooled
 
     def _make_session(self, *, keep_connections: bool) -> aiohttp.ClientSession:
-        trace_config = aiohttp.TraceConfig()
-        trace_config.on_connection_reuseconn.append(_note_reuse)
         return aiohttp.ClientSession(
             connector=self._make_connector(keep_connections=keep_connections),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -157,8 +156,7 @@ class AiohttpSession:
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=self._trust_env,
             proxy=self._proxy,
-            trace_configs=[trace_config],
-            middlewares=[_keep_aiohttp_from_resending],
+            response_class=_ResponseOnConnection,
         )
 
     def _make_connector(self, *, keep_connections: bool) -> aiohttp.BaseConnector:
@@ -169,18 +167,19 @@ class AiohttpSession:
             return aiohttp.UnixConnector(self._socket_path, **options)
         return aiohttp.TCPConnector(ssl=self._ssl or True, **options)
 
-    def _failure(self, exc: Exception, request: HttpRequest, trace: _RequestTrace) -> ConnectionFailed:
+    def _failure(self, exc: Exception, request: HttpRequest) -> ConnectionFailed:
+        is_stale = False
         if isinstance(exc, _LostConnection):
+            is_stale = exc.was_kept and not self._closed and not _response_had_begun(exc.original)
             exc = exc.original
         if isinstance(exc, aiohttp.ConnectionTimeoutError):
             return ConnectionFailed(faults.timed_out("connect", request.connect_timeout, exc), unsent=True)
-        is_stale = trace.reused and isinstance(exc, _LOST_CONNECTION_ERRORS) and not _response_had_begun(exc)
         return faults.connection_failed(
             faults.look_up_fault(exc, AIOHTTP_FAULTS),
             _describe_reason(exc),
             # The repr of a ClientResponseError contains the headers of the request, and so the key.
             exc.__cause__ if isinstance(exc, aiohttp.ClientResponseError) else exc,
-            kind=StaleConnection if is_stale and not self._closed else ConnectionFailed,
+            kind=StaleConnection if is_stale else ConnectionFailed,
         )
 
 
@@ -260,37 +259,33 @@ class _AiohttpResponse:
             self._response.close()
 
 
-class _RequestTrace:
-    """The facts that aiohttp's tracing reports about one request."""
+class _ResponseOnConnection(aiohttp.ClientResponse):
+    """A response that knows whether its connection had been used before, in case the connection turns out to be dead."""
 
-    __slots__ = ("reused",)
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        transport = connection.transport
+        was_kept = transport in _used_transports
+        if transport is not None and not was_kept:
+            _used_transports.add(transport)
+        try:
+            return await super().start(connection)
+        except _LOST_CONNECTION_ERRORS as exc:
+            raise _LostConnection(exc, was_kept=was_kept) from exc
 
-    def __init__(self) -> None:
-        self.reused = False
-        """Whether the request was sent on a connection that had been used before."""
 
-
-async def _note_reuse(
-    _session: aiohttp.ClientSession, context: SimpleNamespace, _parameters: aiohttp.TraceConnectionReuseconnParams
-) -> None:
-    context.trace_request_ctx.reused = True
+# One set for all sessions, because aiohttp accepts a class, and not an object, for its responses. A transport is in it for
+# as long as it exists.
+_used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSet()
 
 
 class _LostConnection(aiohttp.ClientError):
     """Wraps an exception, so that the `except` clause in which aiohttp would send the request again misses it."""
 
-    def __init__(self, original: Exception) -> None:
+    def __init__(self, original: Exception, *, was_kept: bool) -> None:
         super().__init__(str(original))
         self.original = original
-
-
-async def _keep_aiohttp_from_resending(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    try:
-        return await handler(request)
-    except _LOST_CONNECTION_ERRORS as exc:
-        raise _LostConnection(exc) from exc
+        self.was_kept = was_kept
+        """Whether the connection had been used for another request before."""
 
 
 @lru_cache(maxsize=16)

@@ -68,13 +68,10 @@ async def test_a_get_on_a_lost_connection_is_not_repeated(
     assert len(scripted_server.requests) == 1
 
 
-async def test_aiohttp_would_repeat_it_without_the_middleware(
+async def test_aiohttp_would_repeat_it_with_its_own_response_class(
     scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def pass_on(request: Any, handler: Any) -> Any:
-        return await handler(request)
-
-    monkeypatch.setattr(session, "_keep_aiohttp_from_resending", pass_on)
+    monkeypatch.setattr(session, "_ResponseOnConnection", aiohttp.ClientResponse)
     scripted_server.on_path("/v1/models", hang_up())
     http_session = AiohttpSession(connection_limit=None)
     with pytest.raises(ConnectionFailed):
