@@ -260,7 +260,7 @@ class _AiohttpResponse:
 
 
 class _ResponseOnConnection(aiohttp.ClientResponse):
-    """A response that knows whether its connection had been used before, in case the connection turns out to be dead."""
+    """A response that finds out whether its connection had been used before, in case it turns out to be dead."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         transport = connection.transport
@@ -273,8 +273,8 @@ class _ResponseOnConnection(aiohttp.ClientResponse):
             raise _LostConnection(exc, was_kept=was_kept) from exc
 
 
-# One set for all sessions, because aiohttp accepts a class, and not an object, for its responses. A transport is in it for
-# as long as it exists.
+# One set for all sessions, because aiohttp accepts a class for its responses, and not a function that would know the
+# session. The set holds weak references.
 _used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSet()
 
 
