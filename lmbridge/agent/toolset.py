@@ -30,6 +30,13 @@ _QUOTED_CHARACTERS: Final = 200
 """The number of characters that an error text quotes of malformed arguments or of an unknown name."""
 _LISTED_NAMES: Final = 50
 """The number of tools or parameters that an error text lists."""
+_LONGEST_NAME: Final = 64
+"""The number of characters of an unknown name that are compared with those of the tools. No tool has a longer one."""
+_LONGEST_PROBLEM: Final = 2_000
+"""The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
+_LONGEST_TEXT_OF_CALLS: Final = 500_000
+"""The number of characters beyond which a reply is not searched for calls, because the event loop would stand still for
+more than about 50 ms. A reply of that length has more than 100,000 tokens."""
 
 
 @attrs.define
@@ -117,12 +124,15 @@ class Toolset:
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
+        if decoded is None and problem is None:
+            decoded, problem = _without_arguments(tool)
         if problem is None:
             try:
                 values = coerce_to_schema(_as_object(decoded), tool.sent_parameters)
                 return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
             except Exception as exc:  # noqa: BLE001 - the constructor of a user's type may raise anything
                 problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+        problem = shorten(problem, _LONGEST_PROBLEM)
         text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
         return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
 
@@ -131,12 +141,14 @@ class Toolset:
 
         Args:
             text: The whole reply. Apart from the model's reasoning at its beginning, it has to consist of calls of
-                existing tools, in one of the known syntaxes.
+                existing tools, in one of the known syntaxes. A reply of more than 500,000 characters is always an
+                ordinary answer.
         """
-        calls = read_text_calls(text) or []
-        named = [(self._find_request_name(name), arguments) for name, arguments in calls]
-        wire_calls = [dict(to_wire_call(name, arguments)) for name, arguments in named if name is not None]
-        return wire_calls if wire_calls and len(wire_calls) == len(named) else None
+        calls = read_text_calls(text) if len(text) <= _LONGEST_TEXT_OF_CALLS else None
+        named = [(self._find_request_name(name), arguments) for name, arguments in calls or ()]
+        if not named or any(name is None for name, _ in named):
+            return None
+        return [dict(to_wire_call(str(name), arguments)) for name, arguments in named]
 
     def call(
         self, ready: ReadyCall, context: ToolContext, *, timeout: float | None, max_output: int
@@ -166,7 +178,7 @@ class Toolset:
         problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
         if not self.names:
             return f"{problem}: there are no tools"
-        similar = difflib.get_close_matches(asked.lower(), self.names)
+        similar = difflib.get_close_matches(asked[:_LONGEST_NAME].lower(), self.names)
         names = [*similar, *(name for name in self.names if name not in similar)]
         more = f", and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
         return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"
@@ -200,16 +212,27 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
 
 
 def _decode_arguments(arguments: Any) -> tuple[Any, str | None]:
-    """Returns the JSON value of a call's arguments, or None and what is wrong. Missing arguments become an object."""
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return {}, None
+    """Returns the JSON value of a call's arguments, which is None if it has none, or None and what is wrong."""
     if not isinstance(arguments, str):
         return arguments, None
+    if not arguments.strip():
+        return None, None
     try:
-        decoded = msgspec.json.decode(arguments)
+        return msgspec.json.decode(arguments), None
     except (ValueError, RecursionError) as exc:
         return None, f"not valid JSON: {_locate_json_error(arguments, exc)}"
-    return ({} if decoded is None else decoded), None
+
+
+def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
+    """Returns the arguments of a call that has none, or None and what is wrong with it.
+
+    Only a tool without parameters is called. Otherwise the arguments may have been lost on the way, and the tool would
+    do something else than the model wanted.
+    """
+    if not (tool.sent_parameters["properties"] or tool.sent_parameters.get("additionalProperties")):
+        return {}, None
+    is_optional = not tool.sent_parameters.get("required")
+    return None, "the call has none" + ("; send {} to use the default of each of them" if is_optional else "")
 
 
 def _as_object(decoded: Any) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
+from lmbridge.agent.text_calls import read_text_calls
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
-from tests.support import replaced
+from tests.support import assert_linear, replaced
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 
@@ -228,14 +229,58 @@ async def test_arguments_with_one_possible_reading_are_coerced(arguments: Any, f
     assert read.call.arguments == read.arguments == {"city": "Ulm", "days": 2}
 
 
-@pytest.mark.parametrize("arguments", ["", " ", None, "null", "{}"])
-async def test_missing_arguments_are_an_empty_object(arguments: Any) -> None:
-    assert (await read_ready(now, name="now", arguments=arguments)).arguments == {}
+MISSING_ARGUMENTS = ["", " ", "\n", None, "null", " null\n"]
+
+
+@pytest.mark.parametrize("arguments", [*MISSING_ARGUMENTS, "{}", {}])
+@pytest.mark.parametrize("function", [now, tool("now"), tool("now", parameters={"additionalProperties": False})])
+async def test_a_tool_without_parameters_needs_no_arguments(arguments: Any, function: Any) -> None:
+    assert (await read_ready(function, name="now", arguments=arguments)).arguments == {}
+
+
+@pytest.mark.parametrize("arguments", MISSING_ARGUMENTS)
+async def test_a_tool_with_parameters_is_not_called_without_arguments(arguments: Any) -> None:
     wrong = await read_invalid(weather, name="weather", arguments=arguments)
-    assert wrong.text == (
-        "the arguments for 'weather' are wrong: $: object missing required field `city`;"
-        " it takes: city, days (optional)"
-    )
+    assert wrong.text == ("the arguments for 'weather' are wrong: the call has none; it takes: city, days (optional)")
+
+    def remove(pattern: str = "*") -> str:
+        return pattern
+
+    for each in (remove, tool("remove", parameters={"properties": {"pattern": {"type": "string"}}})):
+        wrong = await read_invalid(each, name="remove", arguments=arguments)
+        assert wrong.text == (
+            "the arguments for 'remove' are wrong: the call has none; send {} to use the default of each of them;"
+            " it takes: pattern (optional)"
+        )
+        assert (await read_ready(each, name="remove", arguments="{}")).arguments == {}
+    anything = tool("set", parameters={"additionalProperties": {"type": "string"}})
+    assert "the call has none" in (await read_invalid(anything, name="set", arguments=arguments)).text
+
+
+async def test_the_text_about_a_wrong_call_is_bounded() -> None:
+    for arguments in ('{"' + "x" * 100_000 + '": 1}', {"city": "Ulm", "days": "x" * 100_000}, {"x" * 100_000: 1}):
+        for each in (weather, tool("weather", parameters={**CITY, "additionalProperties": False})):
+            assert len((await read_invalid(each, name="weather", arguments=arguments)).text) < 3_000
+    assert len((await read_invalid(weather, name="x" * 100_000)).text) < 3_000
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda size: wire("weather", "[" * size),
+        lambda size: wire("weather", '{"city": ' + "1" * size),
+        lambda size: wire("weather", '{"city": "' + "\\n" * size),
+        lambda size: wire("weather", "{" + "\n" * size),
+        lambda size: wire("weather", '{"' + "x" * size + '": 1}'),
+        lambda size: wire("weather", '{"city": "Ulm", "days": "' + "1" * size + '"}'),
+        lambda size: wire("weather", '{"city": "Ulm", "days": "' + "[1," * size + '"}'),
+        lambda size: wire("weather", json.dumps('{"city": "' + "x" * size)),
+        lambda size: wire("x" * size),
+    ],
+)
+def test_the_time_to_read_a_call_is_linear(call: Any) -> None:
+    tools = Toolset([Tool.from_function(weather)])
+    assert_linear(lambda size: tools.read(call(size)), 100_000)
 
 
 @pytest.mark.parametrize(
@@ -360,9 +405,88 @@ async def test_several_calls_in_one_reply_are_recognized() -> None:
     assert [call["function"] for call in calls] == [
         {"name": "weather", "arguments": '{"city": "Ulm"}'},
         {"name": "other_tool", "arguments": "{}"},
-        {"name": "weather", "arguments": "{}"},
+        {"name": "weather", "arguments": ""},
     ]
     assert len({call["id"] for call in calls}) == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ({"parameters": {"city": "Ulm"}}, {"city": "Ulm"}),
+        ({"parameters": '{"city": "Ulm"}'}, {"city": "Ulm"}),
+        ({"arguments": None, "parameters": {"city": "Ulm"}}, {"city": "Ulm"}),
+        ({"arguments": {"city": "Ulm"}, "parameters": None}, {"city": "Ulm"}),
+        ({"arguments": {"city": "Ulm"}, "parameters": {"city": "Ulm"}}, {"city": "Ulm"}),
+    ],
+)
+@pytest.mark.parametrize("tags", [("<tool_call>", "</tool_call>"), ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]")])
+async def test_parameters_in_place_of_arguments_are_read(written: Any, arguments: Any, tags: tuple[str, str]) -> None:
+    tools = await Toolset.collect([weather])
+    (call,) = tools.find_text_calls(json.dumps({"name": "weather", **written}).join(tags)) or []
+    read = tools.read(call)
+    assert isinstance(read, ReadyCall)
+    assert read.arguments == arguments
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {},
+        {"arguments": None},
+        {"arguments": ""},
+        {"parameters": None},
+        {"args": {"zone": "CET"}},
+        {"input": {"zone": "CET"}},
+        {"zone": "CET"},
+        {"arguments": {"zone": "CET"}, "parameters": {"zone": "UTC"}},
+        {"arguments": [], "parameters": {"zone": "UTC"}},
+    ],
+)
+@pytest.mark.parametrize("schema", [{}, {"required": ["zone"]}])
+async def test_a_call_as_text_whose_arguments_are_missing_or_contradictory_is_not_made(
+    written: Any, schema: Any
+) -> None:
+    tools = await Toolset.collect([tool("time", parameters={"properties": {"zone": {"type": "string"}}, **schema})])
+    (call,) = tools.find_text_calls(f"<tool_call>{json.dumps({'name': 'time', **written})}</tool_call>") or []
+    assert isinstance(tools.read(call), InvalidCall)
+    (call,) = tools.find_text_calls('<tool_call>{"name": "time", "arguments": {}}</tool_call>') or []
+    assert isinstance(tools.read(call), InvalidCall if schema else ReadyCall)
+
+
+def _calls_with_unknown_name(size: int) -> str:
+    return CALL * size + replaced(CALL, "weather", "forecast")
+
+
+@pytest.mark.parametrize(
+    "text_of",
+    [
+        lambda size: f"{CALL}\n" * size,
+        lambda size: REQUEST * size,
+        _calls_with_unknown_name,
+        lambda size: f"{CALL * size} That was it.",
+        lambda size: CALL * size + "<tool_call>" + '{"a":' * size,
+        lambda size: f"<think>{'<think>' * size}</think>{CALL * size}",
+        lambda size: f"{CALL}{' ' * 60 * size}" * 2,
+        lambda size: "<tool_call>" * 10 * size,
+        lambda size: "</tool_call>" * 10 * size + "</think>" * 10 * size,
+        lambda size: f"<tool_call>{' ' * 60 * size}x",
+        lambda size: (
+            f'<tool_call>{{"name": "weather", "arguments": {{"city": "{"</tool_call>" * 10 * size}"}}}}</tool_call>'
+        ),
+        lambda size: f'<tool_call>{{"name": "weather", "arguments": {{"days": {"1" * 60 * size}}}}}</tool_call>',
+        lambda size: f'<tool_call>{{"name": "weather", "arguments": {{"days": 0.{"1" * 60 * size}}}}}</tool_call>',
+        lambda size: f'<tool_call>{{"name": "weather", "arguments": {"[" * 60 * size}',
+    ],
+)
+def test_the_time_to_read_calls_from_a_text_is_linear(text_of: Any) -> None:
+    assert_linear(lambda size: read_text_calls(text_of(size)), 500)
+
+
+async def test_a_text_that_is_too_long_to_be_read_at_once_is_an_ordinary_answer() -> None:
+    tools = await Toolset.collect([weather])
+    assert len(tools.find_text_calls(CALL * 5_000) or []) == 5_000
+    assert tools.find_text_calls(CALL * 80_000) is None
 
 
 async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
