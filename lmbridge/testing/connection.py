@@ -52,11 +52,11 @@ class Connection(asyncio.Protocol):
         on_change: A function that is called after every event on the socket.
 
     Attributes:
-        served: The number of requests that have been served.
+        request_count: The number of requests that have been served.
         busy: Whether a request is being served.
-        left: Whether the client closed or broke the connection before the server did.
-        hung_up: Whether the server closed the connection.
-        lost: Whether the socket is closed.
+        client_disconnected: Whether the client closed or broke the connection before the server did.
+        server_disconnected: Whether the server closed the connection.
+        socket_closed: Whether the socket is closed.
         task: The task that serves the connection, or None until the socket is connected.
     """
 
@@ -67,11 +67,11 @@ class Connection(asyncio.Protocol):
         on_change: Callable[[], None],
     ) -> None:
         self.number = number
-        self.served = 0
+        self.request_count = 0
         self.busy = False
-        self.left: bool = False
-        self.hung_up: bool = False
-        self.lost: bool = False
+        self.client_disconnected: bool = False
+        self.server_disconnected: bool = False
+        self.socket_closed: bool = False
         self.task: asyncio.Task[None] | None = None
         self._serve = serve
         self._on_change = on_change
@@ -82,9 +82,9 @@ class Connection(asyncio.Protocol):
         self._watchers = 0
 
     @property
-    def over(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether nothing more can be sent, because one side has closed the connection."""
-        return self.left or self.hung_up
+        return self.client_disconnected or self.server_disconnected
 
     @property
     def cancelled(self) -> bool:
@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
         return self.task is not None and self.task.cancelling() > 0
 
     @property
-    def sent(self) -> bool:
+    def all_bytes_sent(self) -> bool:
         """Whether the kernel has taken all bytes that were written."""
         return not self._unsent
 
@@ -102,7 +102,7 @@ class Connection(asyncio.Protocol):
         Raises:
             BadRequest: The client sent bytes that are not an HTTP request.
         """
-        while not self.over:
+        while not self.is_disconnected:
             if (request := self._parser.next_request()) is not None:
                 return request
             await self._changes.wait()
@@ -121,36 +121,36 @@ class Connection(asyncio.Protocol):
         for _ in range(2):
             await asyncio.sleep(0)
         await self.flush()
-        if self.left:
+        if self.client_disconnected:
             raise ConnectionResetError("the client has closed the connection")
-        if self.hung_up or self._transport is None:
+        if self.server_disconnected or self._transport is None:
             raise RuntimeError("cannot send: the behaviour has already closed the connection")
         self._transport.write(data)
         self._notify()
 
     async def flush(self) -> None:
         """Waits until all bytes that were written have been sent, or can no longer be sent."""
-        await self._changes.wait_until(lambda: self.sent or self.left or self.lost)
+        await self._changes.wait_until(lambda: self.all_bytes_sent or self.client_disconnected or self.socket_closed)
 
     async def client_left(self) -> None:
         """Waits until the client has closed the connection. The waiting task is not cancelled when this happens."""
         self._watchers += 1
         try:
-            await self._changes.wait_until(lambda: self.left or self.lost)
+            await self._changes.wait_until(lambda: self.client_disconnected or self.socket_closed)
         finally:
             self._watchers -= 1
 
     def hang_up(self) -> None:
         """Closes the connection (with a TCP FIN) after all written bytes have been sent."""
-        if not self.over and self._transport is not None:
-            self.hung_up = True
+        if not self.is_disconnected and self._transport is not None:
+            self.server_disconnected = True
             self._transport.close()
             self._notify()
 
     def reset(self) -> None:
         """Breaks the connection with a TCP reset at once."""
-        if not self.over and self._transport is not None:
-            self.hung_up = True
+        if not self.is_disconnected and self._transport is not None:
+            self.server_disconnected = True
             linger = self._transport.get_extra_info("socket").setsockopt
             linger(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self._transport.abort()
@@ -158,15 +158,15 @@ class Connection(asyncio.Protocol):
 
     def abandon(self) -> None:
         """Closes the socket and cancels the task at once."""
-        self.hung_up = True
-        if self._transport is not None and not self.lost:
+        self.server_disconnected = True
+        if self._transport is not None and not self.socket_closed:
             self._transport.abort()
         if self.task is not None:
             self.task.cancel()
 
     async def wait_closed(self) -> None:
         """Waits until the socket is closed."""
-        await self._changes.wait_until(lambda: self.lost)
+        await self._changes.wait_until(lambda: self.socket_closed)
 
     # Methods of asyncio.Protocol. asyncio itself sets TCP_NODELAY on the socket.
 
@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
         """Starts the task that serves the connection."""
         self._transport = cast(asyncio.Transport, transport)
         # The server may have been closed after the connection was accepted.
-        if self.hung_up:
+        if self.server_disconnected:
             self._transport.abort()
             return
         # With this limit, asyncio calls `pause_writing` as soon as there are unsent bytes.
@@ -193,7 +193,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
         """Notes that the socket is closed."""
-        self.lost = True
+        self.socket_closed = True
         self._note_client_left()
 
     def pause_writing(self) -> None:
@@ -206,8 +206,8 @@ class Connection(asyncio.Protocol):
         self._notify()
 
     def _note_client_left(self) -> None:
-        if not self.over:
-            self.left = True
+        if not self.is_disconnected:
+            self.client_disconnected = True
             if self.busy and not self._watchers and self.task is not None:
                 self.task.cancel()
         self._notify()

@@ -142,12 +142,12 @@ class Exchange:
 
     def reset(self) -> None:
         """Breaks the connection with a TCP reset."""
-        self.ended = self.ended or not self._connection.over
+        self.ended = self.ended or not self._connection.is_disconnected
         self._connection.reset()
 
     def hang_up(self) -> None:
         """Closes the connection in the regular way (with a TCP FIN), even if the body is not complete."""
-        self.ended = self.ended or not self._connection.over
+        self.ended = self.ended or not self._connection.is_disconnected
         self._connection.hang_up()
 
     async def client_left(self) -> None:

@@ -147,7 +147,7 @@ class ScriptedServer:
     @property
     def open_connections(self) -> int:
         """The number of connections that neither side has closed."""
-        return sum(not connection.over for connection in self._connections)
+        return sum(not connection.is_disconnected for connection in self._connections)
 
     def script(self, *behaviours: Behaviour) -> None:
         """Appends behaviours for the next requests that are not GETs, one for each request."""
@@ -164,7 +164,7 @@ class ScriptedServer:
     def drop_connections(self) -> None:
         """Closes the connections that were kept open after a reply and are idle now."""
         for connection in self._connections:
-            if connection.served and not connection.busy:
+            if connection.request_count and not connection.busy:
                 connection.hang_up()
 
     async def wait_until(self, condition: Callable[[], object], timeout: float = 10) -> None:
@@ -212,7 +212,7 @@ class ScriptedServer:
 
     async def _handle(self, connection: Connection, request: RecordedRequest) -> None:
         self.requests.append(request)
-        if connection.served and self.hang_up_reused > 0:
+        if connection.request_count and self.hang_up_reused > 0:
             self.hang_up_reused -= 1
             request.refused = True
             connection.hang_up()
@@ -227,7 +227,7 @@ class ScriptedServer:
             await self._run_behaviour(self._choose_behaviour(request), exchange, connection)
         finally:
             connection.busy = False
-            connection.served += 1
+            connection.request_count += 1
             self.in_flight -= generates
             self._record_outcome(exchange, connection)
             self._changes.notify()
@@ -271,33 +271,33 @@ class ScriptedServer:
     async def _run_behaviour(self, behaviour: Behaviour, exchange: Exchange, connection: Connection) -> None:
         try:
             await behaviour(exchange)
-            if not connection.over:
+            if not connection.is_disconnected:
                 await exchange.end()
             await connection.flush()
         except asyncio.CancelledError as error:
             if not connection.cancelled:
                 # The behaviour itself was not cancelled. It awaited something that was.
                 await self._report_failure(error, exchange, connection)
-            elif not connection.left:
+            elif not connection.client_disconnected:
                 raise
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # noqa: BLE001 - close() raises it, even a pytest.fail()
-            if not (connection.left and isinstance(error, ConnectionError)):
+            if not (connection.client_disconnected and isinstance(error, ConnectionError)):
                 await self._report_failure(error, exchange, connection)
 
     async def _report_failure(self, error: BaseException, exchange: Exchange, connection: Connection) -> None:
         """Stores the exception, and replies with status 500, so that the test does not wait for a reply."""
         self.errors.append(error)
-        if not (exchange.started or connection.over):
+        if not (exchange.started or connection.is_disconnected):
             body = completions.error_body(f"the behaviour of the scripted server raised {error!r}", "server_error")
             await reply(500, body)(exchange)
         connection.hang_up()
 
     def _record_outcome(self, exchange: Exchange, connection: Connection) -> None:
         request = exchange.request
-        request.finished = exchange.ended and connection.sent
-        request.aborted = connection.left and not request.finished
+        request.finished = exchange.ended and connection.all_bytes_sent
+        request.aborted = connection.client_disconnected and not request.finished
         if request.aborted:
             self.aborts.append(request)
         if self._closes_after(exchange, connection):
@@ -309,7 +309,7 @@ class ScriptedServer:
             or exchange.closes
             or exchange.request.asks_to_close
             or (self._close_after_stream and exchange.streamed)
-            or (self._max_requests is not None and connection.served >= self._max_requests)
+            or (self._max_requests is not None and connection.request_count >= self._max_requests)
         )
 
 
