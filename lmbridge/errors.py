@@ -39,6 +39,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self, TypedDict, Unpack
 
+from lmbridge._text import close_matches, shorten
+
+_NAME_CHARACTERS = 200
+"""The number of characters of a model's name, as a server gives it, that the text of an error quotes."""
+
 
 class ErrorDetails(TypedDict, total=False):
     """Keyword arguments that every error accepts. Each becomes an attribute of the same name; see `LLMError`."""
@@ -63,7 +68,8 @@ class LLMError(Exception):
         hint: What the user can do about the error.
         context: What was attempted: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
         status: The status of the HTTP response that reported the error, or None if there was no response.
-        body: The text of that response, or of the event in a stream that reported the error.
+        body: The text of that response, or of the event in a stream that reported the error. Of a text of more than
+            250,000 bytes, it is only the beginning.
         partial: What had arrived before the error. For a stream it is the dict that `collect` would have returned (None
             before the first chunk), for an agent's run it is the `RunResult` so far.
 
@@ -317,12 +323,8 @@ class ModelNotFoundError(LLMValidationError):
 
     def _describe(self) -> str:
         text = f"model {self.model_name!r} not found" if self.model_name else "model not found"
-        # Imported here because it is not needed until a model is missing.
-        import difflib  # noqa: PLC0415
-
-        names = {name.casefold(): name for name in self.available_models}
-        if close := difflib.get_close_matches((self.model_name or "").casefold(), names):
-            text += f" (did you mean {' or '.join(repr(names[match]) for match in close)}?)"
+        if close := close_matches(self.model_name or "", self.available_models):
+            text += f" (did you mean {' or '.join(map(repr, close))}?)"
         if self.available_models:
             text += f"; the server has: {', '.join(self.available_models)}"
         return text
@@ -345,8 +347,9 @@ class ModelMismatchError(LLMValidationError):
         served: str | None = None,
         **details: Unpack[ErrorDetails],
     ) -> None:
+        answered = shorten(served or "", _NAME_CHARACTERS)
         super().__init__(
-            message or f"asked for model {asked!r}, but {served!r} answered", original_exception, **details
+            message or f"asked for model {asked!r}, but {answered!r} answered", original_exception, **details
         )
         self.asked = asked
         self.served = served

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge._text import excerpt, replace_lone_surrogates, shorten
+from lmbridge._text import close_matches, excerpt, redacted_beginning, replace_lone_surrogates, shorten
+from tests.support import assert_linear
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters()),
@@ -23,6 +24,42 @@ def test_a_long_text_is_shortened_with_dots_and_a_short_one_is_not() -> None:
 def test_an_excerpt_of_a_long_text_says_how_long_it_is() -> None:
     assert excerpt("x" * 500) == "x" * 500
     assert excerpt("x" * 501) == "x" * 500 + "... (501 characters)"
+
+
+def test_an_excerpt_of_a_part_of_a_body_says_how_large_the_body_was() -> None:
+    assert excerpt("x" * 501, 10_000) == "x" * 500 + "... (from a body of 10000 bytes)"
+
+
+@pytest.mark.parametrize("text", ["secret and more", b"secret and more"])
+def test_a_short_text_is_kept_whole_without_its_secrets(text: str | bytes) -> None:
+    assert redacted_beginning(text, lambda text: text.replace("secret", "[key]")) == "[key] and more"
+
+
+@given(st.integers(239_000, 251_000))
+def test_a_secret_that_is_cut_in_two_is_not_shown(position: int) -> None:
+    text = "." * position + "s" * 5_000 + "." * 100_000
+    shown = redacted_beginning(text.encode(), lambda text: text.replace("s" * 5_000, ""))
+    assert set(shown) == {"."}
+    assert len(shown) > 200_000
+
+
+def test_close_matches_ignore_case_and_come_in_order() -> None:
+    names = ["gemma-3-4b", "Qwen3-8B", "Qwen3-4B", "x" * 200]
+    assert close_matches("qwen3-4b", names) == ["Qwen3-4B", "Qwen3-8B"]
+    assert close_matches("", names) == []
+
+
+def test_a_close_match_in_a_long_list_is_found() -> None:
+    names = [f"org/model-{number}" for number in range(9_000)]
+    assert close_matches("qwen3-4", [*names, "qwen3-4b"]) == ["qwen3-4b"]
+
+
+@pytest.mark.parametrize("letters", ["ab", "a", "abcdefgh"])
+def test_the_time_for_close_matches_is_limited(letters: str) -> None:
+    def match(size: int) -> None:
+        close_matches(letters * 10, [letters * 9 + str(number) for number in range(size)])
+
+    assert_linear(match, 2_000)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,10 @@ whatever its JSON looks like, and its message is then searched for the patterns 
 servers or in their issue trackers, and the tests quote each of them, in `tests/client/test_failures.py` or as a capture
 in `tests/data`.
 
+A body may also be hostile, or simply huge. So every search looks at a limited part of it and takes time that is
+proportional to that part: no pattern may begin at many places of a text and go on from each of them to its end. Of a
+body of more than 50,000 bytes, only the fields that are read are decoded.
+
 Matching texts is fragile, but there is no field that all servers fill in. A text that no pattern matches does no harm:
 the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
 """
@@ -15,12 +19,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Final
 
 import attrs
+import msgspec
 
-from lmbridge._text import excerpt
+from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client.json_codec import decode_json
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -39,6 +45,10 @@ from lmbridge.transport import Reply, Verdict
 
 _SEARCHED_CHARACTERS: Final = 10_000
 """The number of characters of a message, from its beginning, that are searched for patterns."""
+_SMALL_BODY: Final = 50_000
+"""The most bytes of JSON that are decoded as they are. Of larger JSON, only the fields that are read are decoded."""
+_LARGEST_OUTLINE: Final = 16 * 1024 * 1024
+"""The most bytes of JSON that are searched for those fields. A larger body is taken for text."""
 
 
 class _Patterns:
@@ -150,30 +160,32 @@ _UNKNOWN_PATH: Final = _Patterns(
     r"^cannot (get|post) /",
 )
 
-# The parts of messages that list the models which exist.
+# The beginnings of the parts of messages that list the models which exist, and the ends of these parts.
 _MODEL_LISTS: Final = (
-    _Patterns(r"\(e\.g\.,? (?P<names>[^)]+)\)"),  # "... a valid downloaded model (e.g., a, b)"
-    _Patterns(r"your models:\s*(?P<names>.+)"),  # one name on each line
+    (_Patterns(r"\(e\.g\.,? "), ")"),  # "... a valid downloaded model (e.g., a, b)"
+    (_Patterns(r"your models:"), None),  # one name on each line
 )
 _QUOTED_NAME: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
+# A number of 19 digits may be too large for 64 bits, and a run of digits is not searched from each of its digits.
+_NUMBER: Final = r"(?<!\d)(\d{1,18})(?!\d)"
 _PROMPT_TOKENS: Final = tuple(
     _Patterns(pattern)
     for pattern in (
-        r"\bn_prompt_tokens\W+(\d+)",  # llama.cpp's field, in a message that quotes its JSON
-        r"\bn_keep: ?(\d+)",
-        r"\bkeep the first (\d+) tokens",
-        r"\((\d+)(?: tokens)? in (?:the messages|your prompt)",
-        r"(\d+) input tokens",
-        r"(\d+) tokens from the input",
-        r"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?)(\d+)",
+        rf"\bn_prompt_tokens\W+{_NUMBER}",  # llama.cpp's field, in a message that quotes its JSON
+        rf"\bn_keep: ?{_NUMBER}",
+        rf"\bkeep the first {_NUMBER} tokens",
+        rf"\({_NUMBER}(?: tokens)? in (?:the messages|your prompt)",
+        rf"{_NUMBER} input tokens",
+        rf"{_NUMBER} tokens from the input",
+        rf"\b(?:request|input|prompt) (?:has |\((?:(?:total )?length )?){_NUMBER}",
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
     _Patterns(pattern)
     for pattern in (
-        r"\bn_ctx\W+(\d+)",
-        r"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?(\d+)",
-        r"\bmaximum model length of (\d+)",
+        rf"\bn_ctx\W+{_NUMBER}",
+        rf"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?{_NUMBER}",
+        rf"\bmaximum model length of {_NUMBER}",
     )
 )
 
@@ -209,6 +221,10 @@ Redact = Callable[[str], str]
 """Removes secrets from a text. A server may repeat the key that it refuses."""
 
 
+def _unchanged(text: str) -> str:
+    return text
+
+
 # Parsing
 
 
@@ -217,9 +233,9 @@ class ErrorBody:
     """The body of an error, in one shape for all servers."""
 
     message: str
-    """The error's message, or the whole text where no message was found."""
+    """The error's message, or the whole text where no message was found. Of a long one, it is only the beginning."""
     text: str
-    """The whole body, as it was received."""
+    """The body as it was received, without secrets. Of a long body, it is only the beginning."""
     type_and_code: str = ""
     """The fields `type` and `code`, separated by a space."""
     code: int | None = None
@@ -228,6 +244,8 @@ class ErrorBody:
     """The JSON object that holds the message, or an empty one."""
     is_text: bool = False
     """Whether the body is not a JSON object."""
+    size: int = 0
+    """The size of a large body in bytes, or 0 if the body is small."""
 
     @property
     def searched_text(self) -> str:
@@ -246,15 +264,24 @@ class ErrorBody:
         return f"{self.message[:_SEARCHED_CHARACTERS]} {self.type_and_code}"
 
 
-def parse_error_body(text: str) -> ErrorBody:
-    """Parses the body of an error: JSON of any of the known shapes, or plain text."""
+def parse_error_body(body: bytes | str, redact: Redact = _unchanged) -> ErrorBody:
+    """Parses the body of an error: JSON of any of the known shapes, or plain text.
+
+    Args:
+        body: The body, or the data of an event.
+        redact: Removes the secrets from everything that the result contains.
+    """
+    data = body.encode("utf-8", "replace") if isinstance(body, str) else body
+    text = redacted_beginning(data, redact)
     stripped = text.removeprefix("\ufeff").strip()
+    size = len(data) if len(data) > _SMALL_BODY else 0
     try:
-        value = json.loads(stripped)
-    except (ValueError, RecursionError):
-        return ErrorBody(stripped, text, is_text=True)
+        value = _outline(data) if size else decode_json(data)
+    except ValueError:
+        return ErrorBody(stripped, text, is_text=True, size=size)
     if not isinstance(value, Mapping):
-        return ErrorBody(value.strip() if isinstance(value, str) else stripped, text, is_text=True)
+        message = redacted_beginning(value.strip(), redact) if isinstance(value, str) else stripped
+        return ErrorBody(message, text, is_text=True, size=size)
     error = value.get("error")
     if isinstance(error, str) and error:
         message, fields = error, value
@@ -263,9 +290,86 @@ def parse_error_body(text: str) -> ErrorBody:
         fallback = _to_json(error) if isinstance(error, Mapping | list) and error else stripped
         message = next(_messages_in(fields, value), fallback)
     kind, code = _short_text(fields.get("type")), _short_text(fields.get("code"))
-    return ErrorBody(message, text, f"{kind} {code}", int(code) if _HTTP_STATUS.match(code) else None, fields)
+    return ErrorBody(
+        redacted_beginning(message, redact),
+        text,
+        redact(f"{kind} {code}"),
+        int(code) if _HTTP_STATUS.match(code) else None,
+        fields,
+        size=size,
+    )
 
 
+class _Outline(msgspec.Struct):
+    """The fields that are read of a large JSON object. The others are skipped without creating objects for them."""
+
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    detail: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    details: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    type: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    code: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n_prompt_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n_ctx: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _ValidationError(msgspec.Struct, gc=False):
+    """An item of FastAPI's list of validation errors without the part of the request that it quotes."""
+
+    loc: msgspec.Raw
+    msg: str
+
+
+def _outline(data: bytes | memoryview, depth: int = 0) -> dict[str, Any]:
+    """Returns the fields that are read of a large JSON object.
+
+    Raises:
+        ValueError: The data is not a JSON object, or too large.
+    """
+    if len(data) > _LARGEST_OUTLINE:
+        raise ValueError("too large")
+    try:
+        outline = msgspec.json.decode(data, type=_Outline)
+    except RecursionError as exc:
+        raise ValueError("too deep") from exc
+    fields = ((name, getattr(outline, name)) for name in outline.__struct_fields__)
+    return {name: _large_field(memoryview(raw), depth) for name, raw in fields if raw is not msgspec.UNSET}
+
+
+def _large_field(data: memoryview, depth: int) -> Any:
+    """Returns the value of a field of a large JSON object, or a few words in place of a value that is too large."""
+    if len(data) <= _SMALL_BODY:
+        return decode_json(bytes(data))
+    kind = bytes(data[:1])
+    if kind == b'"':
+        return _beginning_of_string(bytes(data[:_SMALL_BODY]))
+    # Each level is searched anew, so the depth is limited.
+    if kind == b"{" and depth < _DEEPEST_MESSAGE:
+        return _outline(data, depth + 1)
+    with suppress(ValueError, RecursionError):
+        if kind == b"[":
+            items = msgspec.json.decode(data, type=list[_ValidationError])
+            return decode_json(msgspec.json.encode(items[:_ITEMS_SHOWN]))
+    return f"{len(data)} bytes of JSON"
+
+
+def _beginning_of_string(data: bytes) -> str:
+    r"""Returns a large JSON string whose end was cut off, perhaps in the middle of an escape such as `\u00e9`.
+
+    Raises:
+        ValueError: The string contains something that is not valid.
+    """
+    for end in range(len(data), len(data) - _LONGEST_ESCAPE, -1):
+        with suppress(ValueError):
+            return str(decode_json(data[:end] + b'"'))
+    raise ValueError("not a string")
+
+
+_LONGEST_ESCAPE: Final = 6
+_DEEPEST_MESSAGE: Final = 2
+"""The number of objects around the message of a large error, without the outermost one."""
+_ITEMS_SHOWN: Final = 20
+"""The number of items of a large list of errors that are read."""
 _MESSAGE_FIELDS: Final = ("message", "detail", "details")
 """Fields that may hold the message of an error: those of OpenAI, vLLM, FastAPI and their proxies."""
 
@@ -328,7 +432,7 @@ def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
 
     The transport calls it as the `classify` of a request.
     """
-    error_body = parse_error_body(body.decode("utf-8", "replace"))
+    error_body = parse_error_body(body)
     text = error_body.searched_text
     if _NO_MODEL_LOADED.search(text):
         return Verdict.FAIL
@@ -376,7 +480,7 @@ _ERROR_CLASSES: Final[tuple[tuple[_Patterns, type[LLMError]], ...]] = (
 
 def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
     """Returns the error for a plain reply that reports a failure or has an unexpected shape."""
-    error_body = parse_error_body(redact(reply.body.decode("utf-8", "replace")))
+    error_body = parse_error_body(reply.body, redact)
     details = ErrorDetails(context=reply.call.context(), status=reply.status)
     if 300 <= reply.status < 400:
         target = _without_query(redact(reply.headers.get("Location", "nowhere")))
@@ -393,12 +497,14 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
 def error_from_event(error_body: ErrorBody, context: Mapping[str, Any]) -> LLMError:
     """Returns the error for an event, or for plain text, that ends a stream."""
     kind = error_class(error_body, None) or LLMStreamError
-    reason = f": {excerpt(error_body.message)}" if error_body.message else " with an error that has no text"
+    reason = (
+        f": {excerpt(error_body.message, error_body.size)}" if error_body.message else " with an error that has no text"
+    )
     return _make_error(kind, f"the server ended the stream{reason}", error_body, ErrorDetails(context=context))
 
 
 def _describe_body(error_body: ErrorBody, status: int, kind: type[LLMError]) -> str:
-    text = excerpt(error_body.message)
+    text = excerpt(error_body.message, error_body.size)
     if not text:
         return " with an empty body"
     if status >= 300:
@@ -412,9 +518,9 @@ def _make_error(kind: type[LLMError], message: str, error_body: ErrorBody, detai
     details = {**details, "body": error_body.text, "hint": _hint(kind, error_body, details.get("status"))}
     if kind is ModelNotFoundError:
         asked = (details.get("context") or {}).get("model")
-        if asked is None and (quoted := _QUOTED_NAME.search(error_body.message)):
+        if asked is None and (quoted := _QUOTED_NAME.search(error_body.message[:_SEARCHED_CHARACTERS])):
             asked = quoted[1]
-        return ModelNotFoundError(asked, _models_listed_in(error_body.message), **details)
+        return ModelNotFoundError(asked, _models_listed_in(error_body), **details)
     if kind is ContextLengthExceededError:
         prompt, length = _token_counts(error_body)
         return ContextLengthExceededError(message, prompt_tokens=prompt, context_length=length, **details)
@@ -429,18 +535,22 @@ def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> st
             return _LOAD_HINT
     elif kind not in _HINTS:
         has_no_message = not error_body.message or _HTML_PAGE.match(error_body.message)
-        if _UNKNOWN_PATH.search(error_body.message) or (status in (404, 405) and has_no_message):
+        if _UNKNOWN_PATH.search(error_body.message[:_SEARCHED_CHARACTERS]) or (status in (404, 405) and has_no_message):
             return _PATH_HINT
         if status is not None and status < 300 and error_body.is_text:
             return _SERVER_HINT
     return _HINTS.get(kind)
 
 
-def _models_listed_in(message: str) -> list[str]:
+def _models_listed_in(error_body: ErrorBody) -> list[str]:
     """Returns the names of the models that a server lists in its message."""
-    for patterns in _MODEL_LISTS:
-        if found := patterns.search(message):
-            names = (name.strip(" -*\t\r") for name in re.split(r"[,\n]", found["names"]))
+    for beginning, end in _MODEL_LISTS:
+        if found := beginning.search(error_body.message):
+            listed, end_found, _ = error_body.message[found.end() :].partition(end or "\0")
+            names = [name.strip(" -*\t\r") for name in re.split(r"[,\n]", listed)]
+            if not end_found and (end or error_body.size):
+                # The message was cut off, perhaps in the middle of a name.
+                del names[-1]
             return [name for name in names if name and name != "..."]
     return []
 
@@ -448,16 +558,16 @@ def _models_listed_in(message: str) -> list[str]:
 def _token_counts(error_body: ErrorBody) -> tuple[int | None, int | None]:
     """Returns the tokens of the prompt and of the context, from llama.cpp's fields or from the text of the message."""
     prompt, length = error_body.fields.get("n_prompt_tokens"), error_body.fields.get("n_ctx")
+    text = error_body.message[:_SEARCHED_CHARACTERS]
     return (
-        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, error_body.message),
-        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, error_body.message),
+        prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, text),
+        length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, text),
     )
 
 
 def _first_number(groups: tuple[_Patterns, ...], text: str) -> int | None:
     found = next(filter(None, (patterns.search(text) for patterns in groups)), None)
-    # int() raises on a number of thousands of digits, which a hostile server could send.
-    return int(found[1]) if found and len(found[1]) < 19 else None
+    return int(found[1]) if found else None
 
 
 def _without_query(location: str) -> str:

@@ -271,7 +271,7 @@ def _listed_models(
 
 def _is_unknown_path(reply: Reply) -> bool:
     """Returns whether a reply is LM Studio's answer to an unknown path. No other server uses these words."""
-    error_body = failures.parse_error_body(reply.body.decode("utf-8", "replace"))
+    error_body = failures.parse_error_body(reply.body)
     return not error_body.is_text and _UNKNOWN_PATH_MESSAGE in error_body.message.lower()
 
 

@@ -108,7 +108,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             self._pending = iter(())
 
     def _error_of_failed_event(self, error: object, text: str) -> LLMError:
-        error_body = failures.parse_error_body(self._redact(json.dumps({"error": error or _FAILED_WITHOUT_REASON})))
+        error_body = failures.parse_error_body(json.dumps({"error": error or _FAILED_WITHOUT_REASON}), self._redact)
         return failures.error_from_event(attrs.evolve(error_body, text=self._redact(text)), self._events.call.context())
 
     def _on_done(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 import attrs
 
-from lmbridge._text import excerpt
+from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
 from lmbridge.client.json_codec import decode_json, encode_body
@@ -313,8 +313,8 @@ class ServerApi:
             raise
 
     def body_text(self, reply: Reply) -> str:
-        """Returns the body of a reply as text, without the API key and the caller's headers."""
-        return self.redact(reply.body.decode("utf-8", "replace"))
+        """Returns the body of a reply as text, or its beginning, without the API key and the caller's headers."""
+        return redacted_beginning(reply.body, self.redact)
 
     def redact(self, text: str) -> str:
         """Returns the text without the API key, and without the values of the headers that the caller has set."""

@@ -347,7 +347,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     def _server_error(self, text: str) -> LLMError:
         """Ends the stream with the error that the server reported, and returns that error."""
-        error_body = failures.parse_error_body(self._redact(text))
+        error_body = failures.parse_error_body(text, self._redact)
         return self._fail(failures.error_from_event(error_body, self._events.call.context()))
 
     def _fail(self, error: LLMError) -> LLMError:

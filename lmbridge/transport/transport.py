@@ -34,6 +34,7 @@ import attrs
 
 from lmbridge._checks import check_instance
 from lmbridge._tasks import LoopGuard, SingleFlight
+from lmbridge._text import redacted_beginning
 from lmbridge._version import __version__
 from lmbridge.config import (
     Limits,
@@ -449,7 +450,7 @@ class Transport:
         try:
             wait = call.wait_before_next(verdict, reply.retry_after)
         except LLMTimeoutError as error:
-            body = self.redact(reply.body.decode("utf-8", "replace"), call.request.headers)
+            body = redacted_beginning(reply.body, partial(self.redact, headers=call.request.headers))
             raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
         self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait

@@ -21,8 +21,8 @@ from lmbridge import (
     ModelValidator,
     TaskCancelledError,
 )
-from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, reply, stall
-from tests.support import cancel_at_each_step
+from lmbridge.testing import Behaviour, Exchange, MockTransport, ScriptedServer, hang_up, reply, stall
+from tests.support import assert_linear, cancel_at_each_step
 
 MODELS = "/v1/models"
 
@@ -738,3 +738,27 @@ def test_repr_names_the_server() -> None:
 def test_the_default_server_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMBRIDGE_API_BASE", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9/v1" in repr(ModelValidator())
+
+
+# Long lists
+
+
+@pytest.mark.parametrize("ask", ["list", "info", "known", "unknown"])
+def test_the_time_for_a_long_list_of_models_does_not_grow_faster_than_the_list(ask: str) -> None:
+    async def read(size: int) -> None:
+        models = {"data": [{"id": f"org/model-{number}", "owned_by": "vllm"} for number in range(size)]}
+        transport = MockTransport(lambda request: models if request.path == MODELS else {"version": "1"})
+        async with LLMClient(transport=transport) as client, ModelValidator(client=client) as validator:
+            if ask == "list":
+                assert len(await client.list_models()) == size
+            elif ask == "info":
+                assert len((await client.server_info()).models) == size
+            elif ask == "known":
+                await validator.validate_model(f"org/model-{size - 1}")
+            else:
+                with pytest.raises(ModelNotFoundError) as caught:
+                    await validator.validate_model("org/modle-1")
+                assert len(caught.value.available_models) == size
+                assert "did you mean 'org/model-" in str(caught.value)
+
+    assert_linear(lambda size: asyncio.run(read(size)), 1_000)
