@@ -19,6 +19,9 @@
 NPM := tests/mcp/npm
 SUITE := tests/mcp/conformance
 
+# The first pip that installs the dependency groups of pyproject.toml. The one that comes with Python may be older.
+PIP := 'pip>=25.1'
+
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
 ifndef PYTHON
@@ -84,8 +87,9 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 
 # The package is installed as editable, so that an environment is out of date only if pyproject.toml has changed.
 .venv-demo/installed: EXTRAS := local
-.venv-test/installed: EXTRAS := local,mcp,dev
-.venv-bench/installed: EXTRAS := bench
+.venv-test/installed: EXTRAS := local,mcp
+.venv-test/installed: ALSO := --group dev
+.venv-bench/installed: ALSO := --group bench
 .venv-swaps/installed: EXTRAS := local
 .venv-swaps/installed: ALSO := -r benchmarks/swaps.txt
 .venv-swaps/installed: benchmarks/swaps.txt
@@ -102,5 +106,6 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 		exit 1; } >&2
 	@echo "installing lmbridge$(if $(EXTRAS),[$(EXTRAS)]) into $(@D), once"
 	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(PIP)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(ALSO)
 	@touch $@

@@ -6,10 +6,12 @@ import nox
 
 nox.options.sessions = ["lint", "tests", "aioresponses", "mcp1", "mcp2"]
 
+DEV = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "dev")
+
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    session.install("-e", ".[local,mcp,dev]")
+    session.install("-e", ".[local,mcp]", *DEV)
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
@@ -48,7 +50,7 @@ def _mcp(session: nox.Session, sdk: str) -> None:
 
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    session.install("-e", ".[local,mcp,dev]")
+    session.install("-e", ".[local,mcp]", *DEV)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")

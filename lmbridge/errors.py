@@ -35,13 +35,15 @@ No class here is an `asyncio.CancelledError`: a cancellation by the caller stays
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Final, Self, TypedDict, Unpack
 
 from lmbridge._text import close_matches, shorten
 
-_NAME_CHARACTERS = 200
+_NAMES_SHOWN: Final = 20
+"""The number of models that the text of a `ModelNotFoundError` names."""
+_NAME_CHARACTERS: Final = 200
 """The number of characters of a model's name, as a server gives it, that the text of an error quotes."""
 
 
@@ -321,12 +323,21 @@ class ModelNotFoundError(LLMValidationError):
         self.available_models: list[str] = list(available_models)
         super().__init__(self._describe(), original_exception, **details)
 
+    def add_available_models(self, names: Iterable[str]) -> None:
+        """Adds models that the server has, after those that are known already, and describes the error again."""
+        self.available_models = list(dict.fromkeys([*self.available_models, *names]))
+        self.completed(self._describe())
+
     def _describe(self) -> str:
         text = f"model {self.model_name!r} not found" if self.model_name else "model not found"
-        if close := close_matches(self.model_name or "", self.available_models):
-            text += f" (did you mean {' or '.join(map(repr, close))}?)"
+        if self.model_name in self.available_models:
+            text += ", although the server lists it"
+        elif close := close_matches(self.model_name or "", self.available_models):
+            text += f" (did you mean {' or '.join(repr(name) for name in close)}?)"
         if self.available_models:
-            text += f"; the server has: {', '.join(self.available_models)}"
+            names = [shorten(name, _NAME_CHARACTERS) for name in self.available_models[:_NAMES_SHOWN]]
+            rest = len(self.available_models) - len(names)
+            text += f"; the server has: {', '.join(names)}{f' and {rest} more' if rest else ''}"
         return text
 
 

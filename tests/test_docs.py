@@ -197,14 +197,16 @@ def test_the_readme_begins_with_the_purpose_and_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
-def test_commands_name_existing_targets_extras_sessions_and_files(page: Path) -> None:
+def test_commands_name_existing_targets_extras_groups_sessions_and_files(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, groups = set(project["project"]["optional-dependencies"]), set(project["dependency-groups"])
     sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE))
     for block in all_blocks(page):
         if block.language == "shell":
             assert set(re.findall(r"^make (?:\w+=\S+ )?([\w-]+)", block.code, re.MULTILINE)) <= targets
             assert {name for names in re.findall(r"\[([\w,]+)\]", block.code) for name in names.split(",")} <= extras
+            assert set(re.findall(r"--group (\w+)", block.code)) <= groups
             assert set(re.findall(r"nox -s (\w+)", block.code)) <= sessions
             assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:examples|tests)/\S+\.py", block.code))
 

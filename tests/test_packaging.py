@@ -7,6 +7,7 @@ import email
 import re
 import subprocess
 import sys
+import tomllib
 from email.message import Message
 from pathlib import Path
 from zipfile import ZipFile
@@ -58,8 +59,15 @@ def test_the_wheel_has_no_other_files(names: set[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+def test_the_tools_of_developers_are_not_published(metadata: Message) -> None:
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert set(groups) == {"dev", "bench"}
+    published = {re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", [])}
+    assert published.isdisjoint(re.split(r"[^\w-]", line)[0] for line in (*groups["dev"], *groups["bench"]))
+
+
 def test_the_metadata_names_the_extras(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp", "dev", "bench"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp"}
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
 
@@ -73,6 +81,7 @@ def test_classifiers_claim_only_pythons_that_nox_runs_and_the_system_of_the_test
     assert claimed == set(ast.literal_eval(tested))
     systems = [each for each in classifiers if each.startswith("Operating System :: ")]
     assert systems == ["Operating System :: POSIX :: Linux"]
+    # The project has no public home yet.
     assert metadata.get_all("Project-URL") is None
 
 

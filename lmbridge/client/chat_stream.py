@@ -14,7 +14,7 @@ from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.text import StreamedText
-from lmbridge.errors import LLMError
+from lmbridge.errors import LLMError, ModelNotFoundError
 from lmbridge.transport import EventStream
 
 if TYPE_CHECKING:
@@ -109,24 +109,28 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
         The fast path, for a chunk that only continues the reply, is written out here because another method call for
         each chunk would cost measurable time. `_read_object` and `_read_event` handle all other events.
         """
-        while True:
-            for event in self._pending:
-                chunk: Any = None
-                try:
-                    chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
-                    (choice,) = chunk["choices"]
-                    continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
-                except (KeyError, TypeError, ValueError, RecursionError):
-                    continues = False
-                if continues:
+        try:
+            while True:
+                for event in self._pending:
+                    chunk: Any = None
                     try:
-                        self._add(chunk)
-                    except LLMError as error:
-                        self._fail(error)
-                        raise
-                    return chunk  # type: ignore[no-any-return]  # a cast would be a call for each chunk
-                if isinstance(chunk, dict):
-                    return self._read_object(chunk, "", cast("bytes", event))
-                if (item := self._read_event(event)) is not None:
-                    return item
-            await self._receive()
+                        chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
+                        (choice,) = chunk["choices"]
+                        continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
+                    except (KeyError, TypeError, ValueError, RecursionError):
+                        continues = False
+                    if continues:
+                        try:
+                            self._add(chunk)
+                        except LLMError as error:
+                            self._fail(error)
+                            raise
+                        return chunk  # type: ignore[no-any-return]  # a cast would be a call for each chunk
+                    if isinstance(chunk, dict):
+                        return self._read_object(chunk, "", cast("bytes", event))
+                    if (item := self._read_event(event)) is not None:
+                        return item
+                await self._receive()
+        except ModelNotFoundError as error:
+            await self._complete_error(error)
+            raise

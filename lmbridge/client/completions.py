@@ -56,7 +56,7 @@ async def request_text_completion(
         choices = prompts * (n if isinstance(n, int) else 1)
         return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
-    value = server.json_object(reply)
+    value = await server.read_object(reply)
     if not _has_texts(value, prompts):
         raise server.unexpected_reply(
             reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"

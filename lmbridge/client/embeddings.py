@@ -51,7 +51,7 @@ async def _embed_batch(server: ServerApi, body: dict[str, Any], first: int, coun
         count: The number of inputs in the batch.
     """
     reply = await server.request(server.build_post("embeddings", "/embeddings", body, body.get("model")))
-    value = server.json_object(reply)
+    value = await server.read_object(reply)
     entries = _sorted_entries(value.get("data"), count)
     if entries is None:
         raise server.unexpected_reply(reply, f"embeddings for {count} input{'' if count == 1 else 's'}")

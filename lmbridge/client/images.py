@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -12,23 +13,43 @@ from lmbridge._text import shorten
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ImagePart
 
-_MAGIC_NUMBERS: Final = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
-_MEDIA_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/jpg"})
+_FORMATS: Final = {
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "image/jpeg": re.compile(rb"\xff\xd8\xff"),
+    "image/gif": re.compile(rb"GIF8[79]a"),
+    "image/webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+}
+"""How the files of each format begin that servers read."""
+_OTHER_FORMATS: Final = {
+    "a HEIC": re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
+    "an AVIF": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
+    "a BMP": re.compile(rb"BM.{12}", re.DOTALL),
+    "a TIFF": re.compile(rb"II\*\x00|MM\x00\*"),
+    "an ICO": re.compile(rb"\x00\x00\x01\x00"),
+    "an SVG": re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg\b", re.DOTALL),
+    "a PDF": re.compile(rb"%PDF-"),
+}
+"""How the files of other formats begin, which errors name."""
+_MEDIA_TYPES: Final = frozenset({*_FORMATS, "image/jpg"})
 _QUOTED_ARGUMENT_CHARACTERS: Final = 200
 """The number of characters of an argument that an error quotes."""
 _SOURCES_HINT: Final = "give a path, the bytes of a file, or a data URL like 'data:image/png;base64,...'"
-_CONVERT_HINT: Final = "convert it to PNG or JPEG: few local servers read other formats"
+_CONVERT_HINT: Final = "convert it to PNG or JPEG, which all servers read"
+_NOT_READ: Final = "not a PNG, JPEG, GIF or WebP"
 
 
 def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
-    """Returns the content part of a message that shows an image: a PNG or JPEG, as a data URL.
+    """Returns the content part of a message that shows an image, as a data URL.
 
     For example::
 
         question = {"type": "text", "text": "What is in this picture?"}
         await client.chat_completion([{"role": "user", "content": [question, image_part("picture.png")]}])
 
-    The first bytes decide which of the two formats it is, not the name of the file or the media type of a data URL.
+    The image is a PNG, JPEG, GIF or WebP. Its first bytes decide which of them, not the name of the file or the media
+    type of a data URL. All servers with a vision model read PNG and JPEG, but some refuse WebP or GIF (llama.cpp and
+    several versions of LM Studio do not read WebP), and of an animation a model sees one picture at most.
+
     URLs on the web are refused, because local servers do not fetch them (LM Studio answers them with 400).
 
     A file is read synchronously, which blocks. In an event loop, give the bytes, or call this function with
@@ -38,16 +59,16 @@ def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
         source: A path, the bytes of a file, or a data URL.
 
     Raises:
-        LLMValidationError: The file cannot be read, or is not an image that servers accept.
+        LLMValidationError: The file cannot be read, or is not an image of these formats.
     """
     data = _read_source(source)
-    media_type = next((kind for magic, kind in _MAGIC_NUMBERS.items() if data.startswith(magic)), None)
+    if not data:
+        raise LLMValidationError("the image is empty", hint=_SOURCES_HINT)
+    media_type = next((kind for kind, start in _FORMATS.items() if start.match(data)), None)
     if media_type is None:
-        if not data:
-            raise LLMValidationError("the image is empty", hint=_SOURCES_HINT)
-        raise LLMValidationError(
-            f"the image begins with {data[:12]!r}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
-        )
+        other = next((name for name, start in _OTHER_FORMATS.items() if start.match(data[:1000])), None)
+        found = f"begins with {data[:12]!r}, which is" if other is None else f"is {other},"
+        raise LLMValidationError(f"the image {found} {_NOT_READ}", hint=_CONVERT_HINT)
     return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{base64.b64encode(data).decode()}"}}
 
 
@@ -81,7 +102,7 @@ def _decode_data_url(url: str) -> bytes:
     media_type, *options = head[len("data:") :].lower().split(";")
     if media_type not in _MEDIA_TYPES:
         raise LLMValidationError(
-            f"the data URL is labelled {_quoted(media_type)}, which is neither PNG nor JPEG", hint=_CONVERT_HINT
+            f"the data URL is labelled {_quoted(media_type)}, which is {_NOT_READ}", hint=_CONVERT_HINT
         )
     if "base64" not in options:
         raise LLMValidationError("the data URL is not base64", hint=_SOURCES_HINT)

@@ -19,7 +19,7 @@ from lmbridge.client.call_options import RequestOptions, take_options, take_requ
 from lmbridge.client.chat_stream import ChatStream
 from lmbridge.client.completeness import complete_chat_reply
 from lmbridge.client.inputs import check_messages
-from lmbridge.client.model_lists import fetch_models
+from lmbridge.client.model_lists import model_ids
 from lmbridge.client.names import MismatchMode, MismatchPolicy
 from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.client.server_api import ServerApi
@@ -337,7 +337,7 @@ class LLMClient:
             events = await server.stream(request)
             return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
         reply = await server.request(request)
-        value = server.json_object(reply)
+        value = await server.read_object(reply)
         if not complete_chat_reply(value):
             raise server.unexpected_reply(reply, "a chat completion")
         server.check_served_model(reply, value)
@@ -677,7 +677,7 @@ class LLMClient:
             LLMError: The same errors as `chat_completion`.
         """
         server = self._server_for("list_models", options)
-        return [entry["id"] for entry in await fetch_models(server, "model list")]
+        return await model_ids(server)
 
     def _server_for(self, method: str, options: Any, *, retries: bool = True) -> ServerApi:
         settings = take_request_options(options, method, retries=retries)

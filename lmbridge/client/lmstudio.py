@@ -18,9 +18,9 @@ import attrs
 from lmbridge._checks import check_text
 from lmbridge._text import excerpt
 from lmbridge.client import failures
-from lmbridge.client.model_lists import entries_of
+from lmbridge.client.model_lists import add_available_models, entries_of
 from lmbridge.client.server_api import ServerApi
-from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, ModelNotFoundError, TaskCancelledError
 from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload
 
@@ -176,7 +176,11 @@ class LMStudio:
         Raises:
             LLMError: The reply is an error, or the server is not LM Studio; one more request finds out which.
         """
-        error = self._ambiguous_error(reply)
+        try:
+            error = self._ambiguous_error(reply)
+        except ModelNotFoundError as not_found:
+            await add_available_models(self._server, not_found, _downloaded_models)
+            raise
         if error is None:
             value = self._server.json_object(reply)
             if isinstance(value.get(field), str):
@@ -257,6 +261,10 @@ async def find_lmstudio(server: ServerApi) -> FoundLMStudio:
     models = _listed_models(server, reply, "data", {"id": str, "state": str})
     converted = None if models is None else [_from_v0(entry) for entry in models]
     return FoundLMStudio(reply=reply, is_lmstudio=True, models=converted)
+
+
+async def _downloaded_models(server: ServerApi) -> list[str]:
+    return [model["key"] for model in (await find_lmstudio(server)).models or ()]
 
 
 def _listed_models(

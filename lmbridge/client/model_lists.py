@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
-from lmbridge.client.server_api import ServerApi
+from lmbridge.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from lmbridge.client.server_api import ServerApi
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
+
+LOOK_UP_SECONDS: Final = 2.0
+"""The most seconds that an error waits for the list of the models that it suggests."""
 
 
 async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]]:
@@ -27,6 +37,38 @@ async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]
     if entries is None:
         raise server.unexpected_reply(reply, "a list of models")
     return entries
+
+
+async def model_ids(server: ServerApi) -> list[str]:
+    """Returns the ids in `GET /v1/models`; raises the errors of `fetch_models`."""
+    return [entry["id"] for entry in await fetch_models(server, "model list")]
+
+
+async def add_available_models(
+    server: ServerApi,
+    error: ModelNotFoundError,
+    list_models: Callable[[ServerApi], Awaitable[Iterable[str]]] = model_ids,
+) -> None:
+    """Adds the models that the server has to an error, so that its text can suggest close matches.
+
+    If the list does not arrive in `LOOK_UP_SECONDS`, or not at all, the error stays as it is.
+
+    Args:
+        server: The server that reported the error.
+        error: The error.
+        list_models: Returns the names of the models.
+    """
+    if not server.can_look_up(error):
+        return
+    try:
+        async with asyncio.timeout(LOOK_UP_SECONDS):
+            names = list(await list_models(server))
+    # The handler of a MockTransport may raise anything, and must not replace the error that the caller is about to get.
+    except Exception as failure:  # noqa: BLE001 - see above
+        logger.debug("the models that exist are not known, because the server did not list them: %s", failure)
+        return
+    if names:
+        error.add_available_models(names)
 
 
 def entries_of(value: Mapping[str, Any], field: str, shape: Mapping[str, type]) -> list[dict[str, Any]] | None:

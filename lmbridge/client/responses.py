@@ -144,7 +144,7 @@ async def request_response(server: ServerApi, body: dict[str, Any], *, stream: b
         event_class = _message_event_class()
         return ResponseStream(await server.stream(request), server.mismatch_policy, server.redact, event_class)
     reply = await server.request(request)
-    value = server.json_object(reply)
+    value = await server.read_object(reply)
     if not isinstance(value.get("output"), list):
         raise server.unexpected_reply(reply, "a response")
     server.check_served_model(reply, value)

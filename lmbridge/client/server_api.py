@@ -17,15 +17,18 @@ from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
 from lmbridge.client.json_codec import decode_json, encode_body
+from lmbridge.client.model_lists import add_available_models
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Timeouts
-from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
+from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError, ModelNotFoundError
 from lmbridge.transport import EventStream, Reply, Request, Transport
 from lmbridge.transport.headers import merge_headers
 
 PROBE_SECONDS: Final = 10.0
 """The most seconds that a request about the server itself may take, unless `Timeouts.first_byte` is shorter."""
+PROBE_BYTES: Final = 16 * 1024 * 1024
+"""The most bytes that the reply to such a request may have."""
 
 
 class ServerApi:
@@ -185,6 +188,7 @@ class ServerApi:
             classify=failures.classify,
             reports_error=failures.reports_error,
             read_usage=usage_in_body,
+            complete_error=self.complete_error,
             headers=self._headers,
             query=self._query,
             **fields,
@@ -213,6 +217,7 @@ class ServerApi:
             max_retries=self._max_retries,
             classify=failures.classify,
             queued=False,
+            max_bytes=PROBE_BYTES,
             headers=self._headers,
             query=self._query,
         )
@@ -245,8 +250,7 @@ class ServerApi:
         answer = await self.transport.stream(request)
         if not isinstance(answer, Reply):
             return answer
-        if _json_object_in(answer) is None:
-            raise self._error_from(answer)
+        await self.read_object(answer)
         raise self.unexpected_reply(answer, "an event stream")
 
     def _check_not_refused(self, request: Request) -> None:
@@ -264,6 +268,32 @@ class ServerApi:
             await idle.close()
 
     # Replies
+
+    async def read_object(self, reply: Reply) -> dict[str, Any]:
+        """Returns what `json_object` returns. An error for a missing model gets the models that there are.
+
+        Raises:
+            LLMError: The reply reports an error, or is not a JSON object.
+        """
+        try:
+            return self.json_object(reply)
+        except LLMError as error:
+            await self.complete_error(error)
+            raise
+
+    async def complete_error(self, error: LLMError) -> None:
+        """Adds to an error what another request can find out: for a missing model, the models that there are."""
+        if isinstance(error, ModelNotFoundError):
+            await add_available_models(self, error)
+
+    def can_look_up(self, error: LLMError) -> bool:
+        """Returns whether another request may be sent to the server that reported an error.
+
+        It may not if `api_base` was set meanwhile, or if the client was closed, which the request would open again.
+        """
+        closing = self.transport.closing
+        is_open = closing is not None and not closing.done() and not self.refuses_requests
+        return is_open and str(error.context.get("url")).startswith(f"{self.transport.server_root}/")
 
     def json_object(self, reply: Reply) -> dict[str, Any]:
         """Returns the JSON object that a reply consists of.

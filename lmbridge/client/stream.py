@@ -29,6 +29,7 @@ from lmbridge.errors import (
     LLMStreamError,
     LLMTimeoutError,
     ModelChangedDuringExecutionError,
+    ModelNotFoundError,
     TaskCancelledError,
 )
 from lmbridge.transport import Event, EventStream, NamedEvent
@@ -152,12 +153,16 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         return self
 
     async def __anext__(self) -> _Item:
-        while True:
-            # `_pending` is an iterator, so the loop continues after the event for which the last call returned.
-            for event in self._pending:
-                if (item := self._read_event(event)) is not None:
-                    return item
-            await self._receive()
+        try:
+            while True:
+                # `_pending` is an iterator, so the loop continues after the event for which the last call returned.
+                for event in self._pending:
+                    if (item := self._read_event(event)) is not None:
+                        return item
+                await self._receive()
+        except ModelNotFoundError as error:
+            await self._complete_error(error)
+            raise
 
     async def asend(self, value: None) -> _Item:
         """Returns the next item. Only None can be sent, because a stream takes no values."""
@@ -243,6 +248,13 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         except asyncio.CancelledError:
             self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
+
+    async def _complete_error(self, error: LLMError) -> None:
+        """Adds to an error of this stream, once, what another request can find out."""
+        request = self._events.call.request
+        complete_error, request.complete_error = request.complete_error, None
+        if complete_error is not None:
+            await complete_error(error)
 
     def _read_event(self, event: Event) -> _Item | None:
         """Returns the item for an event, or None for `[DONE]` and for events that the iteration skips.

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final
 
 import attrs
 
 from lmbridge.config import Timeouts
-from lmbridge.errors import LLMTimeoutError
+from lmbridge.errors import LLMError, LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.faults import Phase, timed_out
@@ -82,6 +82,10 @@ class Request:
     """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
     read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
     """Finds the numbers of tokens in the body of a reply. They go into the log."""
+    complete_error: Callable[[LLMError], Awaitable[None]] | None = None
+    """Adds to an error inside a stream what another request can find out, before the reader of the stream gets it."""
+    max_bytes: int | None = None
+    """The most bytes that the body of a whole reply may have, or None for no limit."""
     below_root: bool = False
     """Whether the path starts at the root of the server, such as "/api/v1/models", and not below `/v1`."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)

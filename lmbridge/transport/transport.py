@@ -48,7 +48,7 @@ from lmbridge.config import (
     socket_path_of,
     split_credentials,
 )
-from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
@@ -238,6 +238,11 @@ class Transport:
         """Whether a request or a stream is in flight, or a request is waiting."""
         state = self._open_state
         return state is not None and bool(state.requests or state.admission.in_flight or state.admission.queued)
+
+    @property
+    def server_root(self) -> str:
+        """The URL of the server, with which the URL of each of its requests begins."""
+        return self._server_root
 
     @property
     def closing(self) -> asyncio.Future[None] | None:
@@ -606,8 +611,27 @@ async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | R
 
 async def _receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
     """Reads a body to its end. `first` is the part of it that has been read already."""
-    body = await response.read()
+    max_bytes = call.request.max_bytes
+    body = await response.read() if max_bytes is None else await _read_at_most(max_bytes, call, response)
     return Reply(call=call, status=response.status, headers=response.headers, body=first + body if first else body)
+
+
+async def _read_at_most(max_bytes: int, call: Call, response: HttpResponse) -> bytes:
+    """Reads a body to its end.
+
+    Raises:
+        LLMResponseError: It has more than `max_bytes`.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while part := await response.read_some():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            text = f"the reply has more than {max_bytes} bytes"
+            hint = "check that api_base is an OpenAI-compatible server"
+            raise LLMResponseError(text, hint=hint, status=response.status, context=call.context())
+    return b"".join(parts)
 
 
 def _finish_with_reply(call: Call, reply: Reply) -> None:

@@ -527,6 +527,7 @@ async def test_a_refusal_raises_the_same_error_for_streams_and_plain_requests(
 ) -> None:
     failure = expectation_for(capture, FAILURES)
     scripted_server.script(raw(*capture.as_recorded()))
+    scripted_server.models = []
     async with LLMClient(scripted_server.api_base, capture.model, max_retries=0) as client:
         with pytest.raises(LLMError) as caught:
             # The await raises, and not the iteration.

@@ -334,16 +334,19 @@ async def error_of_request(
 ) -> LLMError:
     """Returns the error of one request without retries; for a stream, the `await` has to raise it."""
     server.script(behaviour)
+    # The error for a missing model has no other models then than those in its body.
+    server.models = []
     async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
         with pytest.raises(LLMError) as caught:
             await client.chat_completion(MESSAGES, stream=stream)
-    assert len(server.requests) == 1
+    assert [request.method for request in server.requests if request.path != "/v1/models"] == ["POST"]
     return caught.value
 
 
 async def error_of_stream(server: ScriptedServer, behaviour: Behaviour, **options: Any) -> tuple[LLMError, list[Any]]:
     """Returns the error that iterating a stream raises, and the chunks before it."""
     server.script(behaviour)
+    server.models = []
     chunks: list[Any] = []
     async with LLMClient(server.api_base, "test-model", max_retries=0, **options) as client:
         stream = await client.chat_completion(MESSAGES, stream=True)

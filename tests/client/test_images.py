@@ -25,7 +25,17 @@ def part(data: bytes, label: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(data, label)}}
 
 
-@pytest.mark.parametrize(("data", "kind"), [(PNG, "image/png"), (JPEG, "image/jpeg")])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (PNG, "image/png"),
+        (JPEG, "image/jpeg"),
+        (GIF, "image/gif"),
+        (replaced(GIF, b"89a", b"87a"), "image/gif"),
+        (WEBP, "image/webp"),
+        (replaced(WEBP, b"\x1a", b"\n"), "image/webp"),
+    ],
+)
 def test_an_image_from_any_source_becomes_a_data_url(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(data)
@@ -39,16 +49,37 @@ def test_the_format_is_recognized_by_the_bytes_and_not_by_the_name(tmp_path: Pat
     assert image_part(path) == part(JPEG, "image/jpeg")
     assert image_part(data_url(JPEG, "image/png")) == part(JPEG, "image/jpeg")
     assert image_part(data_url(JPEG, "image/jpg")) == part(JPEG, "image/jpeg")
+    assert image_part(data_url(WEBP, "image/png")) == part(WEBP, "image/webp")
+    assert image_part(data_url(PNG, "image/gif")) == part(PNG, "image/png")
     assert image_part(replaced(data_url(PNG, "IMAGE/PNG"), "data:", "DATA:")) == part(PNG, "image/png")
 
 
-@pytest.mark.parametrize("data", [GIF, WEBP, PNG[:4], b"<svg/>", b"\x00" + PNG])
+@pytest.mark.parametrize("data", [b"GIF88a", WEBP[:11], b"RIFF\x1a\x00\x00\x00WAVEfmt ", PNG[:4], b"\x00" + PNG])
 def test_other_image_formats_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(data)
     for source in (data, path, data_url(data, "image/png")):
-        with pytest.raises(LLMValidationError, match=r"begins with .*, which is neither PNG nor JPEG; convert it"):
+        with pytest.raises(LLMValidationError, match=r"begins with .*, which is not a PNG, JPEG, GIF or WebP; con"):
             image_part(source)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\x00\x00\x00\x18ftypheic\x00", "a HEIC"),
+        (b"\x00\x00\x00\x1cftypavif\x00", "an AVIF"),
+        (b"BM" + bytes(60), "a BMP"),
+        (b"II*\x00\x08\x00", "a TIFF"),
+        (b"MM\x00*\x00\x08", "a TIFF"),
+        (b"\x00\x00\x01\x00\x01\x00", "an ICO"),
+        (b'<?xml version="1.0"?>\n<!-- A picture. -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG"),
+        (b"<svg/>", "an SVG"),
+        (b"%PDF-1.7\n", "a PDF"),
+    ],
+)
+def test_the_error_names_the_format_that_servers_do_not_read(data: bytes, name: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^the image is {name}, not a PNG, JPEG, GIF or WebP; convert it"):
+        image_part(data)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -75,7 +106,7 @@ def test_urls_are_not_fetched(url: str) -> None:
         (base64.b64encode(PNG * 100).decode(), "cannot read the image 'iVBOR.*\\.\\.\\.': File name too long"),
         (None, "the image must be a path, bytes or a data URL, not None"),
         (3, "the image must be .*, not int"),
-        ("data:image/webp;base64,AAAA", "labelled 'image/webp', which is neither PNG nor JPEG; convert"),
+        ("data:image/avif;base64,AAAA", "labelled 'image/avif', which is not a PNG, JPEG, GIF or WebP; convert"),
         ("data:text/plain,hello", "labelled 'text/plain'"),
         ("data:", "labelled ''"),
         ("data:image/png,iVBORw0KGgo=", "the data URL is not base64; give"),

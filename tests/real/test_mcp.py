@@ -35,7 +35,7 @@ EVERYTHING = NPM / "node_modules/@modelcontextprotocol/server-everything/dist/in
 
 def python_server(module: str, *args: str) -> dict[str, Any]:
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs {module.replace('_', '-')}, of lmbridge[dev]")
+        pytest.skip(f"needs {module.replace('_', '-')}, of the dependency group dev")
     return {"command": sys.executable, "args": ["-m", module, *args]}
 
 
