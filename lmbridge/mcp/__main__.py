@@ -6,16 +6,18 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import shlex
 import shutil
 import sys
-from typing import Any
+from typing import Any, Final
 
 from lmbridge._tasks import run_until_signal
 from lmbridge._version import __version__
 from lmbridge.errors import LLMError
 from lmbridge.mcp.bridge.bridge import Bridge
 from lmbridge.mcp.bridge.host import HostLink, take_over_stdio
+from lmbridge.mcp.bridge.patient_link import PatientLink
 from lmbridge.mcp.sdk import load_sdk
 from lmbridge.mcp.sdk.server_session import build_server, serve
 
@@ -41,8 +43,12 @@ It now waits for messages on stdin. Press Ctrl-D or Ctrl-C to end it; `lmbridge-
 """
 
 
+_EOF_TIMEOUT: Final = 10.0
+"""How long requests are still processed after the host has closed stdin, in seconds; the default of `--eof-timeout`."""
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Serves until the host closes stdin, or until SIGINT or SIGTERM arrives.
+    """Serves until the host has closed stdin and its requests have been answered, or until SIGINT or SIGTERM arrives.
 
     The process then ends with status 0. After an error it ends with status 1 and one line on stderr.
     """
@@ -73,7 +79,21 @@ def _parser() -> argparse.ArgumentParser:
         "--model", metavar="NAME", help="model for calls that do not name one; default: the server chooses"
     )
     parser.add_argument("--config", metavar="FILE", dest="config_path", help="configuration file with the MCP servers")
+    parser.add_argument(
+        "--eof-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=_EOF_TIMEOUT,
+        help="how long requests are still processed after stdin has been closed; default: %(default)g",
+    )
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
 
 
 def _terminal_help() -> str:
@@ -89,7 +109,7 @@ def _terminal_help() -> str:
     )
 
 
-async def _serve(api_base: str | None, model: str | None, config_path: str | None) -> None:
+async def _serve(api_base: str | None, model: str | None, config_path: str | None, eof_timeout: float) -> None:
     try:
         load_sdk()
     except ImportError as exc:
@@ -98,7 +118,7 @@ async def _serve(api_base: str | None, model: str | None, config_path: str | Non
         async with Bridge.opened(api_base, model, config_path=config_path) as bridge:
             link = HostLink(reading, writing)
             try:
-                await serve(build_server(bridge), link)
+                await serve(build_server(bridge), PatientLink(link, eof_timeout))
             finally:
                 await link.close()
             if link.fault:

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import queue
+import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class HostLink:
         self.fault: str = ""
         """The error that stopped the reading, in words; empty if the host closed its end."""
         self._reading, self._writing = reading, writing
+        self._is_write_end_broken = False
         self._has_room = threading.Event()
         self._has_room.set()
         self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, resume_reading=self._has_room.set)
@@ -68,6 +70,17 @@ class HostLink:
         self._all_written: asyncio.Future[None] = self._loop.create_future()
         for work in (self._read, self._write):
             threading.Thread(target=work, name="lmbridge-host", daemon=True).start()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the host can still read what is sent. Only pipes, sockets and terminals show that it cannot."""
+        # Windows does not have `poll`; there, the next message that is sent shows it.
+        if self._is_write_end_broken or not hasattr(select, "poll"):
+            return not self._is_write_end_broken
+        poll = select.poll()
+        # Errors and hang-ups are reported even if no event is asked for.
+        poll.register(self._writing, 0)
+        return not poll.poll(0)
 
     async def receive(self) -> dict[str, Any] | None:
         """Returns the next message, or None once there will be no more."""
@@ -105,6 +118,8 @@ class HostLink:
                 self._has_room.wait()
                 self._has_room.clear()
                 self._call_in_loop(partial(self._accept, data))
+        # `printf` and files often leave the last line without a line break.
+        self._call_in_loop(partial(self._accept, b"\n"))
         self._call_in_loop(self._stop_receiving)
 
     def _write(self) -> None:
@@ -116,6 +131,7 @@ class HostLink:
                 self._call_in_loop(partial(_complete_future, sent, None))
             except OSError as exc:
                 error = ConnectionError(f"the host no longer reads from this process: {exc}")
+                self._is_write_end_broken = True
                 self._call_in_loop(partial(_complete_future, sent, error))
                 self._call_in_loop(self._stop_receiving)
         self._call_in_loop(partial(_complete_future, self._all_written, None))

@@ -19,6 +19,7 @@ from lmbridge._version import __version__
 from lmbridge.mcp import sdk
 from lmbridge.testing import Exchange, ScriptedServer, answer, stall
 from tests.mcp.bridge.support import (
+    INITIALIZE,
     NO_SERVER_URL,
     TOOL_NAMES,
     StartBridge,
@@ -173,7 +174,7 @@ async def test_the_process_ends_at_once_with_calls_in_flight(
     start: StartBridge, scripted_server: ScriptedServer, config: WriteConfig, notes: Path, ending: str
 ) -> None:
     entry = scripted({"tools": ["sleep"], "noted": ["sleep"], "notes": str(notes)})
-    host = await start(MCP_JSON_PATH=str(config({"slow": entry})))
+    host = await start("-m", "lmbridge.mcp", "--eof-timeout", "0", MCP_JSON_PATH=str(config({"slow": entry})))
     scripted_server.script(answer("", tool_calls=[tool_call("sleep")]), stall([*HALF]))
     host.call(1, "autonomous_with_mcp", mcp_name="slow", task="Sleep.")
     await wait_for_notes(notes)
@@ -185,8 +186,12 @@ async def test_the_process_ends_at_once_with_calls_in_flight(
         host.stdin.close()
     else:
         host.process.send_signal(getattr(signal, ending))
-    status, errors, _ = await host.end()
+    status, errors, output = await host.end()
     assert (status, errors) == (0, "")
+    if ending == "stdin":
+        # SDK 1.x may still send its own answer to a call that it cancels.
+        answered = {each["id"]: each for each in map(json.loads, output.splitlines())}
+        assert all("stdin was closed" in answered[each]["error"]["message"] for each in (1, 2))
     await scripted_server.wait_until(lambda: len(scripted_server.aborts) == 1)
     for group in groups:
         await wait_until_gone(group)
@@ -196,6 +201,59 @@ def groups_of_children(pid: int) -> list[int]:
     """Returns the process groups that a process has started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [group for each in children if (group := os.getpgid(int(each))) != os.getpgid(pid)]
+
+
+# Requests that are piped to the process, followed by the end of the input
+
+
+async def test_piped_requests_are_answered_before_the_process_exits(
+    start: StartBridge, scripted_server: ScriptedServer
+) -> None:
+    scripted_server.default = answer("Hello.")
+    host = await start(initialise=False)
+    host.send(
+        INITIALIZE,
+        {"method": "notifications/initialized"},
+        {"id": "list", "method": "tools/list"},
+        call_request(1, "chat_completion", prompt="Hi."),
+        call_request(2, "chat_completion", prompt="Hi again."),
+    )
+    host.stdin.close()
+    status, errors, output = await host.end()
+    assert (status, errors) == (0, "")
+    replies = {each["id"]: each["result"] for each in map(json.loads, output.splitlines())}
+    assert {*replies} == {0, "list", 1, 2}
+    assert len(replies["list"]["tools"]) == len(TOOL_NAMES)
+    assert [replies[each]["content"][0]["text"] for each in (1, 2)] == ["Hello."] * 2
+
+
+async def test_a_long_call_is_answered_after_the_end_of_the_input(
+    start: StartBridge, scripted_server: ScriptedServer
+) -> None:
+    has_ended = asyncio.Event()
+
+    async def answer_after_the_end(exchange: Exchange) -> None:
+        await has_ended.wait()
+        await answer("Hello.")(exchange)
+
+    scripted_server.default = answer_after_the_end
+    host = await start()
+    host.call(1, "chat_completion", prompt="Hi.")
+    await scripted_server.wait_until(lambda: scripted_server.in_flight == 1)
+    host.stdin.close()
+    has_ended.set()
+    assert (await host.receive())["result"]["content"][0]["text"] == "Hello."
+    assert await host.end() == (0, "", b"")
+
+
+async def test_nobody_waits_for_answers_that_nobody_reads(start: StartBridge, scripted_server: ScriptedServer) -> None:
+    scripted_server.script(stall([*HALF]))
+    host = await start("-m", "lmbridge.mcp", "--eof-timeout", "1000")
+    host.call(1, "chat_completion", prompt="Hi.")
+    await scripted_server.wait_until(lambda: scripted_server.in_flight == 1)
+    host.stdin.close()
+    host.process._transport.get_pipe_transport(1).close()
+    assert await host.process.wait() == 0
 
 
 PRINTING_BRIDGE = """
