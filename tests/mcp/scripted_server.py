@@ -9,7 +9,8 @@ change).
 
 About calls, each a list of names of tools: `noted` (add a line to the notes), `die_at` (exit with status 7; only the
 first time if `once` is a path), `deaf_at` (close stdin), `deep_at` (return a deeply nested result). `size` is the
-number of bytes in the result of `big`.
+number of bytes in the result of `big`. `work` reports progress `reports` times, every `pause` seconds, and then ends
+unless `reports` is negative, which means for ever, or `hangs` is set.
 
 About the process: `notes` (the path of a file to which lines are added), `starts` (add a line at the start), `name`,
 `hang` (never answer `initialize`), `exit` (exit with that status at once), `die_after_list`, `grandchild` (start a
@@ -19,6 +20,7 @@ lines that are not messages), `unterminated` (write text before a message on its
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -33,6 +35,7 @@ OPTIONS: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
 TEXT: dict[str, Any] = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
 NAMES = ["echo", "die", "sleep", "big", "fails", "refuses", "nothing", "env", "count", "progress", "change", "parts"]
+
 lock = threading.Lock()
 added: list[dict[str, Any]] = []
 SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -83,6 +86,9 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
     if name in OPTIONS.get("deaf_at", ()):
         os.close(0)
         time.sleep(600)
+    if name == "work":
+        threading.Thread(target=work, args=(request_id, meta), daemon=True).start()
+        return None
     result = text(str(arguments.get("text", name)))
     if name == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -115,6 +121,17 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
         added.append({"name": "new", "description": "Is new.", "inputSchema": EMPTY})
         send({"method": "notifications/tools/list_changed"})
     return send({"id": request_id, "result": result})
+
+
+def work(request_id: Any, meta: dict[str, Any]) -> None:
+    """Reports progress in a thread of its own, so that other messages are read meanwhile."""
+    reports = OPTIONS.get("reports", 3)
+    for number in itertools.count() if reports < 0 else range(reports):
+        time.sleep(OPTIONS.get("pause", 0.05))
+        params = {"progressToken": meta.get("progressToken"), "progress": number + 1}
+        send({"method": "notifications/progress", "params": params})
+    if not OPTIONS.get("hangs"):
+        send({"id": request_id, "result": text("worked")})
 
 
 def list_tools(request_id: Any, params: dict[str, Any]) -> None:

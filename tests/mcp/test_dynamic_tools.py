@@ -140,6 +140,14 @@ async def test_the_call_timeout_in_the_file_overrides_tool_timeout(
     assert "did not answer within 0.1 seconds" in tool_texts(result.messages)[0]
 
 
+async def test_progress_extends_tool_timeout(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:
+    agent = make_agent({"a": {"tools": ["work"], "reports": 6, "pause": 0.1}}, tool_timeout=0.35)
+    scripted_server.script(calls(asks("work")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert tool_texts(result.messages) == ["worked"]
+    assert result.log[0].tool_calls[0].seconds > 0.35
+
+
 async def test_connect_timeout_limits_the_start_of_a_server(make_agent: MakeAgent) -> None:
     with pytest.raises(MCPConnectionError, match=r"did not answer within 0.1 seconds"):
         await make_agent({"a": {"hang": True}}, connect_timeout=0.1).autonomous_with_mcp("a", "Go.")

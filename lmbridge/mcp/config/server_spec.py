@@ -37,8 +37,8 @@ _TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
     "streamablehttp": "http",
     "sse": "sse",
 }
-_LMBRIDGE_KEYS: Final = ("allow", "deny", "connectTimeout", "callTimeout")
-"""The keys of the object `lmbridge` in an entry."""
+_LMBRIDGE_KEYS: Final = ("allow", "deny", "connectTimeout", "callTimeout", "toolTimeouts", "maxCallTimeout")
+"""The keys of the object `lmbridge` in an entry. Each may also be written with underscores, as in `call_timeout`."""
 _UNSUPPORTED_KEYS: Final = (
     "auth",
     "disabledTools",
@@ -88,13 +88,27 @@ class ServerSpec:
     connect_timeout: float | None = None
     """The time limit for connecting and listing tools, in seconds. Default: the `connect_timeout` of the hub."""
     call_timeout: float | None = None
-    """The time limit of one call in seconds. Default: the `call_timeout` of `McpHub.tools`, or else the agent's
-    `tool_timeout`."""
+    """The time limit of one call in seconds, which reports of progress extend. Default: the `call_timeout` of
+    `McpHub.tools`, or else the agent's `tool_timeout`."""
+    tool_timeouts: Mapping[str, float] = attrs.field(factory=dict)
+    """The time limits of single tools in seconds, by their names or by glob patterns. They take precedence over
+    `call_timeout`."""
+    max_call_timeout: float | None = None
+    """The most seconds that a call may take in all if the server reports progress. Default: ten times the limit of the
+    call."""
 
     def offers(self, tool: str) -> bool:
         """Returns True if the configuration allows a tool and does not deny it."""
         is_allowed = self.allow is None or any(fnmatchcase(tool, pattern) for pattern in self.allow)
         return is_allowed and not any(fnmatchcase(tool, pattern) for pattern in self.deny)
+
+    def timeout_of(self, tool: str) -> float | None:
+        """Returns the time limit of a call of a tool in seconds, or None if the configuration does not set it.
+
+        The name of the tool takes precedence over patterns, and a pattern over those that follow it in the file.
+        """
+        matching = (seconds for pattern, seconds in self.tool_timeouts.items() if fnmatchcase(tool, pattern))
+        return self.tool_timeouts.get(tool) or next(matching, self.call_timeout)
 
     def redact(self, text: str) -> str:
         """Returns the text with `***` in place of the values of `env` and `headers` and the secret parts of the URL."""
@@ -149,6 +163,8 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
         deny=options.optional_strings("deny") or (),
         connect_timeout=options.seconds("connectTimeout"),
         call_timeout=options.seconds("callTimeout"),
+        tool_timeouts=options.seconds_by_name("toolTimeouts"),
+        max_call_timeout=options.seconds("maxCallTimeout"),
     )
     reader.warn_unsupported(name)
     if transport != "stdio":
@@ -227,10 +243,16 @@ class _EntryReader:
 
     def nested(self, key: str, known: Sequence[str]) -> _EntryReader:
         nested = _EntryReader(self._entry.get(key, {}), f"{self._location}.{key}", self._environ)
-        for each in nested._entry:
+        values: dict[str, Any] = {}
+        for each, value in nested._entry.items():
+            name = re.sub("_([a-z])", lambda found: found[1].upper(), each)
             # A misspelled rule must not be ignored: it would offer a tool that the user meant to forbid.
-            if each not in known:
+            if name not in known:
                 raise nested.error(each, "is not a known key", f"the keys are: {', '.join(known)}")
+            if name in values:
+                raise nested.error(each, "is given twice", f"keep one of the two spellings of {name}")
+            values[name] = value
+        nested._entry = values
         return nested
 
     def warn_unsupported(self, name: str) -> None:
@@ -281,10 +303,17 @@ class _EntryReader:
             )
         return url
 
+    def seconds_by_name(self, key: str) -> dict[str, float]:
+        values = self._entry.get(key) or {}
+        if not isinstance(values, dict):
+            raise self.error(key, f"is {_show_value(values)}", 'make it an object, like {"build_*": 600}')
+        return {name: self._check_seconds(f"{key}.{name}", value) for name, value in values.items()}
+
     def seconds(self, key: str) -> float | None:
         value = self._entry.get(key)
-        if value is None:
-            return None
+        return None if value is None else self._check_seconds(key, value)
+
+    def _check_seconds(self, key: str, value: Any) -> float:
         if not is_number(value) or not 0 < value < math.inf:
             raise self.error(key, f"is {_show_value(value)}", "give a positive number of seconds")
         return float(value)

@@ -51,7 +51,7 @@ def make_tools(
     Args:
         server: The server, which the tools call.
         definitions: The definitions as the server sent them.
-        timeout: Seconds that a call may take; None for the agent's `tool_timeout`.
+        timeout: Seconds that a call may take if the configuration does not say; None for the agent's `tool_timeout`.
         left_out: A list to which the tools that cannot be used are added. Tools that the configuration does not allow
             are not added.
     """
@@ -87,6 +87,8 @@ def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, tim
     if schema.get("type", "object") != "object":
         raise LLMValidationError(f"its inputSchema is of type {schema['type']!r}, not an object")
 
+    timeout = server.spec.timeout_of(name) or timeout
+
     async def call(context: ToolContext | None = None, /, **arguments: Any) -> McpText:
         seconds = timeout or (None if context is None else context.tool_timeout)
         is_idempotent = hints["idempotentHint"] is True
@@ -98,7 +100,8 @@ def _tool_from_definition(server: ManagedServer, definition: Any, name: Any, tim
         describe_tool(definition),
         sanitize_schema(schema),
         call,
-        # `ManagedServer.call` enforces the limit, because a restart before the call does not count.
+        # `ManagedServer.call` enforces the limit, because a restart before the call does not count, and because
+        # reports of progress extend it.
         timeout=None,
         annotations=hints,
         server=server.spec.name,

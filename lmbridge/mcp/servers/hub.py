@@ -138,8 +138,8 @@ class McpHub:
             names: The names of the servers. Default: all enabled servers.
             on_error: What to do if a server cannot be started: "raise" (the default) raises `MultiMCPError`, and
                 "continue" returns the tools of the others.
-            call_timeout: Seconds that a call may take, unless the configuration says otherwise. Default: the agent's
-                `tool_timeout`.
+            call_timeout: Seconds that a call may take, unless the configuration says otherwise. Reports of progress
+                extend it, up to ten times its length. Default: the agent's `tool_timeout`.
             max_definition_tokens: About how many tokens of the model's context the definitions may take. Default: no
                 limit.
 
@@ -289,8 +289,7 @@ class McpHub:
         left_out: list[LeftOutTool] = []
         for server in servers:
             if server.spec.name in definitions:
-                timeout = server.spec.call_timeout or call_timeout
-                tools += make_tools(server, definitions[server.spec.name], timeout, left_out)
+                tools += make_tools(server, definitions[server.spec.name], call_timeout, left_out)
         tools = fit_budget(tools, max_tokens, left_out)
         for each in left_out:
             logger.warning("MCP server %r: tool %r is left out: %s", each.server, each.tool, each.reason)

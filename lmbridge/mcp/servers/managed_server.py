@@ -27,6 +27,7 @@ from lmbridge._tasks import SingleFlight
 from lmbridge.errors import MCPConnectionError, MCPError, TaskCancelledError, ToolError
 from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
 from lmbridge.mcp.sdk import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
 from lmbridge.mcp.servers.package_runners import npx_hint, start_patience
@@ -218,6 +219,7 @@ class ManagedServer:
             is_idempotent: Whether the server has declared that repeating a call has no further effect. Only then is
                 the call repeated if the server is lost while it runs.
             timeout: The time limit of the call in seconds, not counting a restart before it; None means no limit.
+                Reports of progress extend it.
 
         Raises:
             ToolError: The call failed, for any reason. The text is written for the model.
@@ -241,11 +243,9 @@ class ManagedServer:
             raise ToolError(
                 f"the MCP server {name!r} was lost during the call ({reason}); the tool may or may not have run", exc
             ) from exc
-        except TimeoutError as exc:
+        except CallTimeoutError as exc:
             raise ToolError(
-                f"the MCP server {name!r} did not answer within {timeout:g} seconds; the call was cancelled, but the "
-                "tool may have run",
-                exc,
+                f"the MCP server {name!r} {exc}; the call was cancelled, but the tool may have run", exc
             ) from exc
         except (RefusedError, BadReplyError) as exc:
             raise ToolError(self.spec.redact(str(exc)), exc) from exc
@@ -257,7 +257,7 @@ class ManagedServer:
         try:
             session = await self._connect()
             try:
-                result = await session.call(tool, arguments, timeout)
+                result = await session.call(tool, arguments, CallTimer(timeout, self.spec.max_call_timeout))
             except SessionLostError:
                 self._on_session_ended(session)
                 raise

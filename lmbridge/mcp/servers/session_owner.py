@@ -32,6 +32,7 @@ from lmbridge._tasks import end_task, mark_exception_retrieved
 from lmbridge.mcp import sdk
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import McpSession, SessionLostError
+from lmbridge.mcp.servers.call_timer import CallTimer
 from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
 from lmbridge.mcp.servers.stdio import StdioLink
 
@@ -143,31 +144,32 @@ class SessionOwner:
             if self._tools_are_stale:
                 self._tools_are_stale = False
                 try:
-                    self.tools = await self._make_request(self._list_all_tools, None)
+                    self.tools = await self._make_request(self._list_all_tools, CallTimer(None))
                 except BaseException:
                     self._tools_are_stale = True
                     raise
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], timeout: float | None) -> Mapping[str, Any]:
+    async def call(self, tool: str, arguments: Mapping[str, Any], timer: CallTimer) -> Mapping[str, Any]:
         """Calls a tool, and returns the result as the server sent it.
 
         Args:
             tool: The name of the tool.
             arguments: The arguments of the call.
-            timeout: Seconds that the call may take; None for no limit.
+            timer: The time limits of the call, which has its own timer.
 
         Raises:
-            TimeoutError: The server has not answered in time. It has been notified that the call is cancelled.
+            CallTimeoutError: The server has not answered in time. It has been notified that the call is cancelled.
             SessionLostError: The session ended before the server answered.
             RefusedError: The server answered with an error.
             BadReplyError: The server's answer is not valid.
         """
 
         def report_progress(done: float, total: float | None, message: str | None) -> None:
+            timer.extend()
             self._emit(ToolProgress(self._spec.name, tool, done, total, message))
 
         call = partial(self._live_session().call, tool, arguments, report_progress)
-        result: Mapping[str, Any] = await self._make_request(call, timeout)
+        result: Mapping[str, Any] = await self._make_request(call, timer)
         return result
 
     def _live_session(self) -> McpSession:
@@ -180,8 +182,8 @@ class SessionOwner:
             raise SessionLostError("it is not connected")
         return self._session
 
-    async def _make_request(self, request: Callable[[], Awaitable[Any]], timeout: float | None) -> Any:
-        """Makes a request in a separate task, within a time limit and for as long as the session lasts.
+    async def _make_request(self, request: Callable[[], Awaitable[Any]], timer: CallTimer) -> Any:
+        """Makes a request in a separate task, within its time limits and for as long as the session lasts.
 
         The caller waits for a new future, which is completed by the request or by the end of the session. Waiting for
         both the task and `ended` with `asyncio.wait` would be equivalent, but each of many calls in flight would then
@@ -194,9 +196,7 @@ class SessionOwner:
         work.add_done_callback(mark_exception_retrieved)
         self._pending_requests.add(wake)
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await wake
+            await timer.wait(wake)
         finally:
             self._pending_requests.discard(wake)
             if not work.done():
@@ -209,7 +209,7 @@ class SessionOwner:
                 raise sdk.RefusedError(str(exc)) from exc
         if self.ended.done():
             raise SessionLostError(self.ended.result().reason)
-        raise TimeoutError
+        raise timer.error()
 
     def _wake_pending_requests(self, _: asyncio.Future[SessionEnd]) -> None:
         for wake in self._pending_requests:

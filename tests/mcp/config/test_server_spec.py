@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_headers_and_the_keys_of_lmbridge_are_read(tmp_path: Path) -> None:
     read = spec(tmp_path, {"url": "https://x/mcp", "headers": {"Authorization": "Bearer t"}, "lmbridge": options})
     assert read.headers == {"Authorization": "Bearer t"}
     assert (read.allow, read.deny, read.connect_timeout, read.call_timeout) == (("get_*",), ("get_env",), 5.0, 2.5)
+
+
+@pytest.mark.parametrize("is_camel", [True, False])
+def test_the_keys_of_lmbridge_may_be_written_with_underscores(tmp_path: Path, is_camel: bool) -> None:
+    camel = {"connectTimeout": 5, "callTimeout": 2, "toolTimeouts": {"build_now": 9}, "maxCallTimeout": 7}
+    snake = {re.sub("([A-Z])", lambda found: "_" + found[1].lower(), key): value for key, value in camel.items()}
+    read = spec(tmp_path, {"command": "x", "lmbridge": camel if is_camel else snake})
+    assert (read.connect_timeout, read.call_timeout, read.max_call_timeout) == (5, 2, 7)
+    assert read.tool_timeouts == {"build_now": 9}
+
+
+@pytest.mark.parametrize(
+    ("tool", "seconds"), [("build", 600), ("build_all", 60), ("build_docs", 60), ("search", 20), ("read", 5)]
+)
+def test_the_time_limit_of_a_tool_is_that_of_its_name_or_first_pattern(
+    tmp_path: Path, tool: str, seconds: float
+) -> None:
+    limits = {"build*": 60, "build": 600, "*_docs": 1, "sear[c]h": 20}
+    read = spec(tmp_path, {"command": "x", "lmbridge": {"callTimeout": 5, "toolTimeouts": limits}})
+    assert read.timeout_of(tool) == seconds
+    without = spec(tmp_path, {"command": "x", "lmbridge": {"toolTimeouts": limits}})
+    assert without.timeout_of(tool) == (None if tool == "read" else seconds)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +203,11 @@ def test_a_variable_that_is_not_set_breaks_only_its_server(tmp_path: Path, entry
         ({"command": "x", "lmbridge": {"callTimeout": 0}}, "a.lmbridge.callTimeout is 0"),
         ({"command": "x", "lmbridge": {"connectTimeout": True}}, "a.lmbridge.connectTimeout is True"),
         ({"command": "x", "lmbridge": []}, "a.lmbridge is a list"),
+        ({"command": "x", "lmbridge": {"toolTimeouts": 5}}, "a.lmbridge.toolTimeouts is 5"),
+        ({"command": "x", "lmbridge": {"tool_timeouts": {"b": "1s"}}}, "a.lmbridge.toolTimeouts.b is '1s'"),
+        ({"command": "x", "lmbridge": {"toolTimeouts": {"b": None}}}, "a.lmbridge.toolTimeouts.b is null"),
+        ({"command": "x", "lmbridge": {"toolTimeouts": {"b": -1}}}, "a.lmbridge.toolTimeouts.b is -1"),
+        ({"command": "x", "lmbridge": {"callTimeout": 1, "call_timeout": 2}}, "a.lmbridge.call_timeout is given twice"),
     ],
 )
 def test_an_error_in_an_entry_names_the_file_and_the_key(tmp_path: Path, entry: Any, message: str) -> None:

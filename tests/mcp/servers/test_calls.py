@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +85,40 @@ async def test_a_call_that_times_out_is_a_tool_error_and_the_server_is_notified(
     with pytest.raises(ToolError, match=r"did not answer within 0.1 seconds; the call was cancelled"):
         await function_of(lease, "sleep")()
     assert (await wait_for_notes(notes))[0].startswith("cancelled ")
+
+
+async def test_progress_extends_the_limit_of_a_call(make_hub: MakeHub) -> None:
+    lease = await make_hub({"a": {"tools": ["work"], "reports": 6, "pause": 0.1}}).tools(call_timeout=0.35)
+    assert await function_of(lease, "work")() == "worked"
+
+
+async def test_a_call_that_stops_reporting_progress_times_out(make_hub: MakeHub, notes: Path) -> None:
+    options = {"tools": ["work"], "reports": 2, "pause": 0.01, "hangs": True, "notes": str(notes)}
+    lease = await make_hub({"a": options}).tools(call_timeout=0.3)
+    with pytest.raises(ToolError, match=r"'a' reported no progress for 0.3 seconds; the call was cancelled"):
+        await function_of(lease, "work")()
+    assert (await wait_for_notes(notes))[0].startswith("cancelled ")
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"callTimeout": 0.1}, "did not answer within 1 seconds, although it reported progress"),
+        ({"callTimeout": 5, "maxCallTimeout": 0.2}, "did not answer within 0.2 seconds, although it reported"),
+        ({"toolTimeouts": {"wo*": 0.05}}, "did not answer within 0.5 seconds, although it reported progress"),
+    ],
+)
+async def test_progress_cannot_extend_a_call_for_ever(
+    make_hub: MakeHub, limits: Mapping[str, Any], reason: str
+) -> None:
+    lease = await make_hub({"a": {"tools": ["work"], "reports": -1, "pause": 0.001, "lmbridge": limits}}).tools()
+    with pytest.raises(ToolError, match=reason):
+        await function_of(lease, "work")()
+
+
+async def test_a_tool_can_have_its_own_limit(make_hub: MakeHub) -> None:
+    limits = {"callTimeout": 60, "toolTimeouts": {"sle*": 0.05}}
+    lease = await make_hub({"a": {"lmbridge": limits}}).tools(call_timeout=70)
+    with pytest.raises(ToolError, match=r"did not answer within 0.05 seconds"):
+        await function_of(lease, "sleep")()
+    assert await function_of(lease, "echo")(text="on") == "on"

@@ -1,0 +1,71 @@
+"""The time limit of a call, which the server extends by reporting progress.
+
+A call that builds a project or searches a large folder may take minutes. A limit that is long enough for it would also
+let a server that hangs wait for minutes. So the limit is the time without a sign of life, where the server sends one,
+and a second limit bounds the whole call, as the protocol recommends: a server that reports progress for ever must not
+hold up a run for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+LONGEST_CALL_FACTOR: Final = 10
+"""How many times its limit a call may take in all if the server reports progress, unless the configuration says more
+or less."""
+
+
+class CallTimeoutError(TimeoutError):
+    """A call has used up its time. The text is a clause about the server, such as "did not answer within 5 seconds"."""
+
+
+class CallTimer:
+    """Waits for one call within its time limits.
+
+    Args:
+        limit: Seconds that the call may take, or from one report of progress to the next; None for no limit.
+        longest: Seconds that the call may take in all. Default: ten times `limit`.
+    """
+
+    def __init__(self, limit: float | None, longest: float | None = None) -> None:
+        self._limit = limit
+        self._longest = longest if longest is not None or limit is None else LONGEST_CALL_FACTOR * limit
+        self._give_up_at: float | None = None
+        self._timeout: asyncio.Timeout | None = None
+        self._has_progressed = False
+
+    async def wait(self, future: asyncio.Future[Any]) -> None:
+        """Waits until the future is done, or the time is up. In the second case, the future is cancelled."""
+        if self._longest is not None:
+            self._give_up_at = asyncio.get_running_loop().time() + self._longest
+        try:
+            async with asyncio.timeout_at(self._deadline()) as self._timeout:
+                await future
+        except TimeoutError:
+            # The caller sees that the future is not done, and knows what to stop.
+            pass
+        finally:
+            self._timeout = None
+
+    def extend(self) -> None:
+        """Starts the limit again, because the server has reported progress."""
+        self._has_progressed = True
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(self._deadline())
+
+    def error(self) -> CallTimeoutError:
+        """Returns the error that says which of the limits was reached."""
+        if self._is_over():
+            end = ", although it reported progress" if self._has_progressed else ""
+            return CallTimeoutError(f"did not answer within {self._longest:g} seconds{end}")
+        if self._has_progressed:
+            return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")
+        return CallTimeoutError(f"did not answer within {self._limit:g} seconds")
+
+    def _is_over(self) -> bool:
+        return self._give_up_at is not None and asyncio.get_running_loop().time() >= self._give_up_at
+
+    def _deadline(self) -> float | None:
+        next_report = None if self._limit is None else asyncio.get_running_loop().time() + self._limit
+        return min((each for each in (next_report, self._give_up_at) if each is not None), default=None)
