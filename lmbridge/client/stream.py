@@ -15,7 +15,8 @@ import asyncio
 import functools
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, overload
 
@@ -185,7 +186,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         if self._is_complete:
             await self._events.drain()
         elif self._failure is None:
-            self._fail(TaskCancelledError("the stream was closed before its end"))
+            self._break_off(TaskCancelledError("the stream was closed before its end"))
 
     async def __aenter__(self) -> Self:
         return self
@@ -234,20 +235,28 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         if self._is_complete:
             await self._events.drain()
             raise StopAsyncIteration
+        if self._accumulator.is_finished:
+            self._events.expect_end()
         try:
-            self._pending = iter(await self._events.read())
+            events = await self._events.read()
         except (LLMStreamError, LLMTimeoutError) as error:
             if not self._accumulator.is_finished:
                 self._fail(error)
                 raise
-            logger.debug("the connection broke after the finish reason, when the reply was complete: %s", error)
+            logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
             self._is_complete = True
+            return
         except LLMError as error:
             self._fail(error)
             raise
         except asyncio.CancelledError:
-            self._fail(TaskCancelledError("the stream was closed: its reader was cancelled"))
+            self._break_off(TaskCancelledError("the stream was closed: its reader was cancelled"))
             raise
+        if self._failure is not None:
+            # Another task has closed the stream, while these events were arriving.
+            self._add_to_partial(self._failure, events)
+            raise self._failure
+        self._pending = iter(events)
 
     async def _complete_error(self, error: LLMError) -> None:
         """Adds to an error of this stream, once, what another request can find out."""
@@ -362,8 +371,24 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         error_body = failures.parse_error_body(text, self._redact)
         return self._fail(failures.error_from_event(error_body, self._events.call.context()))
 
+    def _break_off(self, error: LLMError) -> None:
+        """Ends the stream with an error that no event has caused. `.partial` then has everything that has arrived."""
+        pending = list(self._pending)
+        self._fail(error)
+        self._add_to_partial(error, [*pending, *self._events.take_arrived()])
+
+    def _add_to_partial(self, error: LLMError, events: Iterable[Event]) -> None:
+        """Adds the events that nobody will read to the `.partial` of the error that the stream has ended with."""
+        # What an event reports does not matter any longer, and what follows such an event is not part of the answer.
+        with suppress(LLMError):
+            for event in events:
+                self._read_event(event)
+        error.completed(partial=self.partial)
+
     def _fail(self, error: LLMError) -> LLMError:
         """Ends the stream with an error: adds the context to it, closes the connection at once, and returns it."""
+        if self._failure is not None:
+            return error
         if failures.means_model_unloaded(error):
             self._events.call.mark_unloaded()
         # The message may quote a chunk, and a chunk may repeat the key.

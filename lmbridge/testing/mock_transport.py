@@ -242,11 +242,14 @@ class _WholeResponse:
         self._unread = body.encode() if isinstance(body, str) else body
 
     async def read_some(self) -> bytes:
+        return self.take_arrived()
+
+    def take_arrived(self) -> bytes:
         unread, self._unread = self._unread, b""
         return unread
 
     async def read(self) -> bytes:
-        return await self.read_some()
+        return self.take_arrived()
 
     def close(self) -> None:
         self._unread = b""
@@ -301,6 +304,18 @@ class _StreamedResponse:
         if isinstance(piece, LLMError | OSError):
             raise _simulated_failure(piece, status=self.status) from piece
         raise piece
+
+    def take_arrived(self) -> bytes:
+        pieces: list[bytes] = []
+        while not self._arrived.empty():
+            piece = self._arrived.get_nowait()
+            if isinstance(piece, Exception):
+                # It is the last one that arrives.
+                self._arrived.put_nowait(piece)
+                break
+            self._ended = not piece
+            pieces.append(piece)
+        return b"".join(pieces)
 
     async def read(self) -> bytes:
         pieces = []

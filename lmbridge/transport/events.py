@@ -10,6 +10,7 @@ import asyncio
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 from lmbridge._tasks import mark_exception_retrieved
@@ -43,14 +44,15 @@ class EventStream:
     __slots__ = (
         "__weakref__",
         "_decoder",
+        "_end_deadline",
         "_error",
-        "_first",
         "_has_events",
         "_idle_limit",
         "_loop",
         "_read_ahead",
         "_reading",
         "_response",
+        "_unread",
         "call",
         "deadline",
         "ended",
@@ -70,13 +72,15 @@ class EventStream:
         self.deadline: float = math.inf
         """The deadline of the current read, by the clock of the event loop. It is infinity between two reads."""
         self._response = response
-        self._first = first
+        # Bytes of the body that the decoder has not been given yet.
+        self._unread = first
         self._decoder = SSEDecoder()
         # The error that `abort` was called with.
         self._error: LLMError | None = None
         self._reading = False
         self._idle_limit = call.request.timeouts.idle
         self._has_events = False
+        self._end_deadline = math.inf
         # It is None as soon as the stream is closed.
         self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
         self._read_ahead: asyncio.Task[list[Event] | None] | None = None
@@ -94,57 +98,90 @@ class EventStream:
     def start_reading_ahead(self) -> asyncio.Task[list[Event] | None]:
         """Starts a task that reads the first event, and returns it. The caller has to await it before the loop ends."""
         self._read_ahead = self.call.deadline_timer.loop.create_task(
-            _read_first_events(self.call, self._response, self._decoder, self._first)
+            _read_first_events(self.call, self._response, self._decoder, self._unread)
         )
         # `read` raises the exception of the task. If it is never called, asyncio must not complain about the exception.
         self._read_ahead.add_done_callback(mark_exception_retrieved)
-        self._first = b""
+        self._unread = b""
         return self._read_ahead
+
+    def expect_end(self) -> None:
+        """Limits the wait for the end of the body to `DRAIN_SECONDS`, because the reply is whole.
+
+        When they are over, the connection is closed, and `read` raises an `LLMStreamError`.
+        """
+        if self._end_deadline == math.inf:
+            self._end_deadline = self.call.deadline_timer.time() + DRAIN_SECONDS
 
     async def read(self) -> list[Event]:
         """Waits for further events, and returns them. Returns an empty list at the end of the body.
 
-        On cancellation of the caller, the stream is closed.
+        If the stream has been closed or the connection has broken, the events that had arrived before are returned
+        first. On cancellation of the caller, the stream is closed.
 
         Raises:
             LLMTimeoutError: With phase "first_byte", "idle" or "total".
             LLMStreamError: The connection broke, or an event is too large.
             LLMError: The stream was aborted; it is the error that `abort` was called with.
         """
-        if self._error is not None:
-            raise self._error
         if self._loop is None or self._loop.is_closed():
-            if self.ended:
-                return []
-            raise self._close_early()
+            return self._read_closed()
         if self._reading:
             raise RuntimeError("another task is reading this stream; only one at a time can")
         self._reading = True
         try:
             self._begin_wait(self._loop.time())
             if self._read_ahead is not None:
-                events = await self._finish_reading_ahead(self._read_ahead)
+                arrived = await self._finish_reading_ahead(self._read_ahead)
             else:
-                first, self._first = self._first, b""
-                events = await _read_events(self._response, self._decoder, first)
-            if events is None:
+                first, self._unread = self._unread, b""
+                arrived = await _read_events(self._response, self._decoder, first)
+            if arrived is None:
                 self._finish()
                 return self._decoder.close()
             if not self._has_events:
                 self._has_events = True
-                self.call.note_first_event(events[0])
-        except ConnectionFailed as failure:
-            self.abort(self._error or self._error_from(failure))
+                self.call.note_first_event(arrived[0])
+        except (ConnectionFailed, LLMError) as exc:
+            self._reading = False
+            self.abort(self._error or (exc if isinstance(exc, LLMError) else self._error_from(exc)))
         except BaseException as exc:
+            self._reading = False
             self._close(type(exc).__name__)
             raise
         else:
-            return events
+            return arrived
         finally:
             self._reading = False
             self.deadline = math.inf
         # The read failed because the connection broke, or because another task or the deadline timer called `abort`.
+        return self._read_closed()
+
+    def _read_closed(self) -> list[Event]:
+        """Does what `read` does, after the stream was closed."""
+        if self.ended:
+            return []
+        if events := self.take_arrived():
+            return events
         raise self._error or self._close_early()
+
+    def take_arrived(self) -> list[Event]:
+        """Returns the events that had arrived when the stream was closed, and that `read` has not returned yet.
+
+        While a task is reading, there are none: that task gets them.
+        """
+        if self._reading:
+            return []
+        events: list[Event] = []
+        # An event that is too large ends what had arrived.
+        with suppress(LLMStreamError):
+            if self._read_ahead is not None and self._read_ahead.done():
+                task, self._read_ahead = self._read_ahead, None
+                if not task.cancelled() and task.exception() is None:
+                    events += task.result() or self._decoder.close()
+            unread, self._unread = self._unread, b""
+            events += self._decoder.feed(unread)
+        return events
 
     async def drain(self) -> None:
         """Waits briefly for the end of the body, so that the connection can be used again.
@@ -192,6 +229,10 @@ class EventStream:
 
     def _close(self, outcome: int | str) -> None:
         if self._loop is not None:
+            # A task that is still reading gets what has arrived by itself.
+            is_read = self._reading or (self._read_ahead is not None and not self._read_ahead.done())
+            if not is_read and not self._loop.is_closed():
+                self._unread += self._response.take_arrived()
             self._loop = None
             self._response.close()
             self.call.finish(outcome)
@@ -220,10 +261,14 @@ class EventStream:
             self.deadline = call.total_deadline
         else:
             self.deadline = min(now + self._idle_limit, call.total_deadline)
+        self.deadline = min(self.deadline, self._end_deadline)
         call.deadline_timer.wake_at(self.deadline)
 
     def on_deadline(self) -> None:
         """Ends a read that has taken too long. The deadline timer calls this method."""
+        if self.deadline >= self._end_deadline:
+            self._close(self.status)
+            return
         phase: Phase = "idle" if self._has_events else "first_byte"
         self.abort(self.call.timed_out("total" if self.deadline >= self.call.total_deadline else phase))
 
@@ -292,6 +337,8 @@ def _close_abandoned(response: HttpResponse, call: Call) -> None:
 
 async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes = b"") -> list[Event] | None:
     """Reads until `data` and the bytes after it contain an event. Returns None at the end of the body."""
+    if decoder.failure is not None:
+        raise decoder.failure
     while True:
         if data and (events := decoder.feed(data)):
             return events

@@ -60,8 +60,17 @@ class HttpResponse(Protocol):
     async def read_some(self) -> bytes:
         """Waits for the next part of the body, and returns it. Returns `b""` at the end of the body.
 
+        If the connection has broken, what had arrived before is returned first.
+
         Raises:
             ConnectionFailed: The connection broke, or `close` was called.
+        """
+        ...
+
+    def take_arrived(self) -> bytes:
+        """Returns the part of the body that has arrived and that `read_some` has not returned yet, without waiting.
+
+        It may be called after the connection has broken, but not after `close`, nor while another task is reading.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Sends requests over sockets with aiohttp. This is the only module that imports aiohttp.
 
 aiohttp won over httpx because it takes less time for a chunk of a stream (docs/performance.md), and over asyncio's own
-streams because a connection pool, TLS and proxies come with it. It also has three habits that do not suit lmbridge,
+streams because a connection pool, TLS and proxies come with it. It also has four habits that do not suit lmbridge,
 and everything that is done about them is in this module:
 
 - *It sends a GET again* when a connection is lost, even if the connection was new. `_ResponseOnConnection` raises
@@ -20,6 +20,9 @@ and everything that is done about them is in this module:
   whose `is_closing()` would have to be polled for as long as a stream is silent. `TraceConfig` has no signal for it,
   and `sock_read` is a limit on silence, which may last for minutes. tests/transport/test_session.py shows what happens
   with and without it, with the installed version of aiohttp; `make test-slow` runs it with the oldest as well.
+- *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
+  slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
+  to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.
 """
 
 from __future__ import annotations
@@ -215,7 +218,19 @@ class _AiohttpResponse:
             if not data:
                 self._unwatch_connection()
             return data
+        if arrived := self.take_arrived():
+            return arrived
         raise failure
+
+    def take_arrived(self) -> bytes:
+        content = self._content
+        if (exc := content.exception()) is None:
+            return content.read_nowait()
+        content.set_exception(None)  # type: ignore[arg-type]  # `exception` returns None as well
+        try:
+            return content.read_nowait()
+        finally:
+            content.set_exception(exc)
 
     async def read(self) -> bytes:
         try:

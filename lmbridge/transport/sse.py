@@ -7,7 +7,7 @@ servers make necessary:
 - An event with neither data nor a name is skipped, even if it has an empty `data:` line.
 - Lines that are not fields are kept in `bare_text`, because llama.cpp's router ends a broken stream with a line such as
   "proxy error: ...".
-- A line, or the data of an event, may have at most `max_size` bytes.
+- A line, or the data of an event, may have at most `max_size` bytes. The events before it are still returned.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class SSEDecoder:
         "_partial_line",
         "_partial_line_size",
         "_possible_bom",
+        "failure",
     )
 
     def __init__(self, max_size: int = MAX_EVENT_SIZE) -> None:
@@ -84,6 +85,8 @@ class SSEDecoder:
         self._data_size = 0
         self._name: str | None = None
         self._bare_text = b""
+        self.failure: LLMStreamError | None = None
+        """The error that `feed` raises when it is called again, because the last events were followed by a fault."""
 
     @property
     def bare_text(self) -> str:
@@ -94,8 +97,11 @@ class SSEDecoder:
         """Returns the events that these bytes complete.
 
         Raises:
-            LLMStreamError: A line or an event is larger than `max_size`.
+            LLMStreamError: A line or an event is larger than `max_size`. If there are events before it, these are
+                returned, and the error is raised when the method is called again.
         """
+        if self.failure is not None:
+            raise self.failure
         if self._possible_bom is not None:
             data = self._without_bom(data)
         if self._after_cr or b"\r" in data:
@@ -109,20 +115,43 @@ class SSEDecoder:
             self._partial_line.clear()
             self._partial_line_size = 0
         lines = data.split(b"\n")
-        if rest := lines.pop():
+        rest = lines.pop()
+        events: list[Event] = []
+        try:
+            if len(data) > self._max_size:
+                self._interpret_lines_of_bounded_size(lines, events)
+            else:
+                self._interpret(lines, events)
             self._buffer_partial_line(rest)
-        if len(data) > self._max_size:
-            self._check_size(max(map(len, lines)))
-        return self._interpret(lines)
+        except LLMStreamError as error:
+            if not events:
+                raise
+            self.failure = error
+        return events
 
     def close(self) -> list[Event]:
-        """Ends the stream, and returns the last event if the blank line after it is missing."""
+        """Ends the stream, and returns the last event if the blank line after it is missing.
+
+        Raises:
+            LLMStreamError: The error that `feed` would raise if it were called again.
+        """
+        if self.failure is not None:
+            raise self.failure
         lines = [*self._take_possible_bom(), b"".join(self._partial_line), b""]
         self._partial_line.clear()
-        return self._interpret(lines)
-
-    def _interpret(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []
+        self._interpret(lines, events)
+        return events
+
+    def _interpret_lines_of_bounded_size(self, lines: list[bytes], events: list[Event]) -> None:
+        for number, line in enumerate(lines):
+            if len(line) > self._max_size:
+                self._interpret(lines[:number], events)
+                self._check_size(len(line))
+        self._interpret(lines, events)
+
+    def _interpret(self, lines: list[bytes], events: list[Event]) -> None:
+        """Interprets complete lines, and appends the events that end in them to `events`."""
         payload = self._data
         plain = self._name is None and not self._further_data
         for line in lines:
@@ -143,7 +172,6 @@ class SSEDecoder:
                 payload = self._data
                 plain = self._name is None and not self._further_data
         self._data = payload
-        return events
 
     def _build_event(self, payload: bytes) -> Event:
         """Returns an event that has a name or several lines of data, of which `payload` is the first."""
