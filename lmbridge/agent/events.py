@@ -38,7 +38,10 @@ class ReasoningDelta:
 
 @attrs.frozen
 class ToolCallStarted:
-    """A tool is about to be called. For a call that cannot be made, only `ToolCallFinished` is sent."""
+    """A tool is about to be called.
+
+    For a call that cannot be made, and for a second identical call of a reply, only `ToolCallFinished` is sent.
+    """
 
     call: ToolCall
     """The call, as the model requested it."""
@@ -75,6 +78,11 @@ class ToolCallFinished:
     def seconds(self) -> float:
         """How long the call took, in seconds."""
         return self.record.seconds
+
+    @property
+    def is_duplicate(self) -> bool:
+        """Whether the reply had an identical call before this one, so that the tool was called only once for both."""
+        return self.record.is_duplicate
 
 
 @attrs.frozen

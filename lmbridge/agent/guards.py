@@ -1,4 +1,9 @@
-"""Reasons to end a run without an answer: repeated calls, calls that cannot be made, and a spent token budget."""
+"""Reasons to end a run without an answer: repeated calls, calls that cannot be made, and a spent token budget.
+
+The guards count replies and not calls. A model that asks for the same thing nine times in one reply has not yet seen a
+single result, so it has repeated nothing; and a reply full of unusable calls is one mistake, of which the model has yet
+to be told.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,45 @@ from typing import Any, Final
 import msgspec
 
 WARN_AT: Final = 3
-"""After this many calls with the same arguments and the same result, the model gets a warning."""
-STOP_AT: Final = 5
-"""After this many calls with the same arguments and the same result, the run ends."""
+"""After this many replies with the same call and the same result, the model gets a warning."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
 class RepetitionGuard:
-    """Counts calls that had the same arguments and the same result before, in any order.
+    """Counts the replies that had a call with the same arguments and the same result, in any order.
 
     A poll whose result changes is a different call each time, so it is not counted.
+
+    Args:
+        limit: The number of such replies that ends the run; None means that repetitions are allowed.
 
     Attributes:
         tripped: Whether the run has to end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
         self._counts: Counter[int] = Counter()
+        # The calls of the current reply that have been counted.
+        self._counted: set[int] = set()
         self.tripped: bool = False
 
     def note(self, name: str, arguments: Any, result: str) -> str:
-        """Counts a call that has its result.
+        """Counts a call that has its result, once for each reply.
 
         Returns:
             The result for the model, followed by a warning if the model has repeated the call too often.
         """
+        if self._limit is None:
+            return result
         # The key is a hash and not the texts, because results may be large.
         key = hash((name, _encode_sorted(arguments), result))
-        self._counts[key] += 1
+        if key not in self._counted:
+            self._counted.add(key)
+            self._counts[key] += 1
         times = self._counts[key]
-        self.tripped |= times >= STOP_AT
+        self.tripped |= times >= self._limit
         if times < WARN_AT:
             return result
         return (
@@ -46,9 +59,13 @@ class RepetitionGuard:
             " Do something else, or answer with what you have.]"
         )
 
+    def end_reply(self) -> None:
+        """Records that all calls of a reply have been counted."""
+        self._counted.clear()
+
 
 class BadCallGuard:
-    """Counts calls in a row that could not be made.
+    """Counts replies in a row of whose calls none could be made.
 
     Args:
         limit: How many of them end the run.
@@ -63,7 +80,7 @@ class BadCallGuard:
         self.tripped: bool = False
 
     def note(self, *, bad: bool) -> None:
-        """Counts a call; one that could be made starts the count again."""
+        """Counts a reply with calls; one that has a call that could be made starts the count again."""
         self._in_a_row = self._in_a_row + 1 if bad else 0
         self.tripped |= self._in_a_row >= self._limit
 

@@ -15,6 +15,8 @@ rejected: it costs a generation, and loses facts without a trace.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -38,6 +40,10 @@ _IMAGE_BYTES: Final = 3_000
 _MAX_NAME_CHARACTERS: Final = 64
 """The length to which the name in a call is cut. No tool has a longer name, but a model may make one up, which would be
 sent again with every request."""
+_UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
+"""Characters that a name in a call may not have. Servers refuse the whole conversation with such a name, for ever."""
+_NAMELESS: Final = "unknown"
+"""The name of a call whose own name has no character that may be sent."""
 _PAIRS_HINT: Final = (
     "each call of an assistant message must be answered by a message with role 'tool' directly after it"
 )
@@ -113,6 +119,10 @@ class History:
         before.append(self._task)
         self._groups_after_task: list[list[Message]] = []
         self._turn: Turn | None = None
+        # The reasoning of the model's messages, by their place in `_messages`, as the fields that send it back.
+        self._reasoning: dict[int, Mapping[str, str]] = {}
+        self._sends_reasoning = False
+        self._demanded_field: str | None = None
         # The messages to send. Appending extends this list; any other change makes it None, so that it is built again.
         self._to_send: CheckedMessages | None = None
         self.size: int = sum(map(size_of, (*self._head, *before)))
@@ -144,15 +154,64 @@ class History:
         copied: list[Message] = _deep_copy([*self._head, *self._messages, *turn])
         return copied
 
-    def add_answer(self, text: str, *, follow_up: str | None = None) -> None:
-        """Adds an answer of the model, and a user message that asks for another answer if there is a `follow_up`."""
-        answer = {"role": "assistant", "content": text}
+    def send_reasoning(self, demanded_field: str | None = None) -> bool:
+        """Makes the model's reasoning a part of its messages, of those before and of those to come.
+
+        Args:
+            demanded_field: The field that the server demands. Each message of the model then has it, and an empty one
+                if its reasoning is unknown. By default, the fields are those in which the server sent the reasoning.
+
+        Returns:
+            Whether any message has changed.
+        """
+        self._sends_reasoning, self._demanded_field = True, demanded_field
+        changed = {
+            id(message): self._with_reasoning(message, self._reasoning.get(place, {}))
+            for place, message in enumerate(self._messages)
+            if message["role"] == "assistant"
+        }
+        old, self._messages = self._messages, [changed.get(id(message), message) for message in self._messages]
+        for group in (*self._groups_before_task, *self._groups_after_task):
+            group[:] = [changed.get(id(message), message) for message in group]
+        self._to_send = None
+        self.size = sum(map(size_of, self.to_send()))
+        return old != self._messages
+
+    def _with_reasoning(self, message: Message, reasoning: Mapping[str, str]) -> Message:
+        if not self._sends_reasoning:
+            return message
+        if self._demanded_field is not None and self._demanded_field not in message:
+            reasoning = {self._demanded_field: "".join(reasoning.values())}
+        return {**message, **reasoning}
+
+    def add_answer(
+        self, text: str, *, reasoning: Mapping[str, str] | None = None, follow_up: str | None = None
+    ) -> None:
+        """Adds an answer of the model.
+
+        Args:
+            text: The answer.
+            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+            follow_up: A user message that asks for another answer. Default: none.
+        """
+        self._reasoning[len(self._messages)] = reasoning or {}
+        answer = self._with_reasoning({"role": "assistant", "content": text}, reasoning or {})
         self._append([answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}])
 
-    def begin_turn(self, text: str, calls: Iterable[Mapping[str, Any]]) -> Turn:
-        """Begins a turn with a reply that contains calls. `end_turn` adds it to the conversation."""
+    def begin_turn(
+        self, text: str, calls: Iterable[Mapping[str, Any]], *, reasoning: Mapping[str, str] | None = None
+    ) -> Turn:
+        """Begins a turn with a reply that contains calls. `end_turn` adds it to the conversation.
+
+        Args:
+            text: The text of the reply.
+            calls: Its calls, each with an id of its own. A name that servers refuse is replaced by one that resembles
+                it, and arguments that are not an object by an empty one.
+            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+        """
         wire = [_resendable_call(call) for call in calls]
-        message = {"role": "assistant", "content": text, "tool_calls": wire}
+        self._reasoning[len(self._messages)] = reasoning or {}
+        message = self._with_reasoning({"role": "assistant", "content": text, "tool_calls": wire}, reasoning or {})
         self._turn = Turn(message, {call["id"]: None for call in wire})
         return self._turn
 
@@ -201,21 +260,30 @@ def size_of(message: Mapping[str, Any]) -> int:
 _encode: Final = msgspec.json.Encoder().encode
 
 
-def valid_arguments(text: object) -> str:
-    """Returns the arguments of a call if they are a JSON object, and "{}" otherwise."""
+def valid_arguments(arguments: object) -> str:
+    """Returns the arguments of a call as the text of a JSON object, which is "{}" if they are anything else.
+
+    A valid text is returned unchanged. Some servers send an object, and some models encode their JSON twice; both are
+    called with the object, so this returns the text of that.
+    """
+    if isinstance(arguments, Mapping):
+        return _encode(arguments).decode()
     try:
-        is_valid = isinstance(text, str) and isinstance(msgspec.json.decode(text), dict)
+        value = msgspec.json.decode(arguments) if isinstance(arguments, str) else None
+        if isinstance(value, str):
+            return json.dumps(decoded) if isinstance(decoded := msgspec.json.decode(value), dict) else "{}"
     except (ValueError, RecursionError):
-        is_valid = False
-    return str(text) if is_valid else "{}"
+        return "{}"
+    return str(arguments) if isinstance(value, dict) else "{}"
 
 
 def _resendable_call(call: Mapping[str, Any]) -> Message:
     """Returns a call that can be sent again. Malformed arguments would make llama.cpp answer 500 for ever (#25510)."""
     function = call["function"]
-    arguments = valid_arguments(function["arguments"])
-    name = function["name"][:_MAX_NAME_CHARACTERS] or "unknown"
-    return {"id": str(call["id"]), "type": "function", "function": {"name": name, "arguments": arguments}}
+    name = _UNSENDABLE.sub("_", function["name"][: 2 * _MAX_NAME_CHARACTERS])[:_MAX_NAME_CHARACTERS]
+    sent = {"name": name if name.strip("_-") else _NAMELESS, "arguments": valid_arguments(function["arguments"])}
+    extra = {"extra_content": call["extra_content"]} if "extra_content" in call else {}
+    return {"id": str(call["id"]), "type": "function", "function": sent, **extra}
 
 
 def _result_message(call_id: str, text: str) -> Message:

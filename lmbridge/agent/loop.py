@@ -3,7 +3,7 @@
 A round asks the model, reads its reply, makes the calls that are in it, and decides whether to go on. A graph of nodes,
 as some agent frameworks have it, was considered and rejected: the order of the stages never changes, and plain methods
 show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: the
-conversation in `history`, tokens in `tokens`, reasons to stop in `guards`, and calls in `toolset`.
+conversation in `history`, tokens in `tokens`, and calls and the reasons to stop that they give in `turns`.
 
 Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
 they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
@@ -13,15 +13,11 @@ ten clients, and a tool that runs another agent would wait for itself.
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import attrs
 import msgspec
 
 from lmbridge.agent.channel import Channel
@@ -32,21 +28,19 @@ from lmbridge.agent.events import (
     RoundStarted,
     RunEvent,
     TextDelta,
-    ToolCallFinished,
-    ToolCallStarted,
 )
-from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
-from lmbridge.agent.history import Turn
+from lmbridge.agent.guards import TokenBudget
 from lmbridge.agent.output import OutputReader
+from lmbridge.agent.reasoning_replay import demanded_field
 from lmbridge.agent.record import RunRecord
-from lmbridge.agent.reply import ModelReply, WireCall
+from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result import Round, StopReason, ToolRecord
 from lmbridge.agent.sampling import sampling_params
-from lmbridge.agent.settings import Approve, Settings
+from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tokens import ContextBudget
-from lmbridge.agent.tools import ToolCall, ToolContext
-from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
+from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.turns import TurnRunner
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
@@ -54,8 +48,8 @@ from lmbridge.client.stream import ReplyStream
 from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.errors import (
     ContextLengthExceededError,
-    LLMError,
     LLMResponseError,
+    LLMStreamError,
     ModelChangedDuringExecutionError,
 )
 
@@ -63,7 +57,6 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
 """Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
-_REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
 
 
 class RunLoop:
@@ -93,25 +86,32 @@ class RunLoop:
         channel: Channel[RunEvent],
         is_stopping: Callable[[], bool],
     ) -> None:
-        self._run_id = run_id
         self._source = source
         self._settings = settings
         self._toolset = toolset
         self._record = record
         self._history = record.history
         self._channel = channel
-        self._is_stopping = is_stopping
         self._context = ContextBudget(
             record.history,
             tools_size=len(msgspec.json.encode(toolset.definitions)) if toolset.definitions else 0,
             context_length=context_length,
             max_tokens=settings.max_tokens,
         )
-        self._repetition = RepetitionGuard()
         has_tools = bool(toolset.definitions)
         self._output = None if settings.output_type is None else OutputReader(settings.output_type, has_tools=has_tools)
-        self._bad_calls = BadCallGuard(settings.max_bad_calls)
         self._token_budget = TokenBudget(settings.max_total_tokens)
+        self._turns = TurnRunner(
+            run_id,
+            settings=settings,
+            toolset=toolset,
+            record=record,
+            channel=channel,
+            is_stopping=is_stopping,
+        )
+        field = source.demanded_reasoning_fields.get(record.model)
+        if settings.send_reasoning is True or (settings.send_reasoning == "auto" and field is not None):
+            record.history.send_reasoning(field)
 
     async def run(self) -> StopReason:
         """Runs rounds until there is an answer, or a reason to end without one."""
@@ -129,11 +129,10 @@ class RunLoop:
         if self._channel.has_listener:
             await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
         reply = await self._get_reply()
-        calls = self._calls_in(reply)
         records: Sequence[ToolRecord] = ()
-        stop: StopReason | None = None
-        if calls:
-            records = await self._make_calls(calls)
+        if reply.calls and not reply.has_cut_call:
+            records = await self._turns.run(reply)
+            stop = self._turns.stop_reason
             if self._output is not None:
                 self._output.allow_tools()
         else:
@@ -141,9 +140,7 @@ class RunLoop:
         finished = self._log_round(reply, records, time.monotonic() - began)
         if self._channel.has_listener:
             await self._channel.put(RoundFinished(finished))
-        if not calls:
-            return stop
-        return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
+        return stop
 
     def _add_answer(self, reply: ModelReply) -> StopReason | None:
         """Adds an answer to the conversation. Returns the stop reason, or None if the output has to be requested.
@@ -151,19 +148,19 @@ class RunLoop:
         Raises:
             LLMValidationError: The model did not give a valid output.
         """
-        output, text = self._output, reply.text
+        output, text, reasoning = self._output, reply.text, reply.reasoning_fields
         if output is None or reply.finish_reason == "length":
-            self._history.add_answer(text)
+            self._history.add_answer(text, reasoning=reasoning)
             return "length" if reply.finish_reason == "length" else "stop"
         try:
             self._record.output = output.read(text)
         except InvalidAnswerError as error:
             request = output.next_request(error)
-            self._history.add_answer(text, follow_up=request)
+            self._history.add_answer(text, reasoning=reasoning, follow_up=request)
             if request is None:
                 raise output.failed(error, text, self._record.model) from error
             return None
-        self._history.add_answer(text)
+        self._history.add_answer(text, reasoning=reasoning)
         return "stop"
 
     def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], seconds: float) -> Round:
@@ -184,33 +181,52 @@ class RunLoop:
     # Asking the model
 
     async def _get_reply(self) -> ModelReply:
-        """Returns the model's reply. If the first reply of a run is empty, the model is asked once more.
+        """Returns the model's reply. If it is unusable, the model is asked once more.
+
+        An empty answer is unusable only at the beginning of a run: after tools, a model may have nothing to add.
 
         Raises:
-            LLMResponseError: The second reply was empty as well.
+            LLMResponseError: The second reply was unusable as well.
         """
         reply = await self._ask_model()
-        if not reply.is_empty or self._record.calls:
+        if not self._is_unusable(reply):
             return reply
-        logger.info("the model returned an empty answer; it is asked once more")
+        logger.info("the model %s; it is asked once more", reply.problem)
         reply = await self._ask_model()
-        if reply.is_empty:
+        if self._is_unusable(reply):
             raise LLMResponseError(
-                "the model returned an empty answer twice",
+                f"the model {reply.problem} twice",
                 hint="describe the task in more detail, offer fewer tools, or use another model",
                 context={"operation": "agent run", "model": self._record.model},
             )
         return reply
 
+    def _is_unusable(self, reply: ModelReply) -> bool:
+        return reply.problem is not None and not (reply.is_empty_answer and self._record.calls)
+
     async def _ask_model(self) -> ModelReply:
         self._context.trim()
-        try:
-            return await self._generate()
-        except ContextLengthExceededError as error:
-            if not self._context.make_room(error):
-                raise
-            logger.info("the prompt was too long for the model's context; it is trimmed and sent again")
-        return await self._generate()
+        has_made_room = False
+        while True:
+            try:
+                return await self._generate()
+            except ContextLengthExceededError as error:
+                if has_made_room or not self._context.make_room(error):
+                    raise
+                has_made_room = True
+                logger.info("the prompt was too long for the model's context; it is trimmed and sent again")
+            except (LLMResponseError, LLMStreamError) as error:
+                if not self._add_demanded_reasoning(error):
+                    raise
+                logger.info("the server demands the model's reasoning; the messages are sent again with it")
+
+    def _add_demanded_reasoning(self, error: LLMResponseError | LLMStreamError) -> bool:
+        """Adds the reasoning to the messages if the server demands it, and returns whether they have changed."""
+        field = demanded_field(error)
+        if self._settings.send_reasoning is False or field is None or not self._history.send_reasoning(field):
+            return False
+        self._source.demanded_reasoning_fields[self._record.model] = field
+        return True
 
     async def _generate(self) -> ModelReply:
         """Requests one generation. A client is leased for its duration only."""
@@ -232,8 +248,10 @@ class RunLoop:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
             reply = await self._read_stream(stream)
         self._check_complete(reply)
-        record.end_reply(reply.text, reply.reasoning)
         self._count_tokens(reply, prompt_size)
+        if not reply.calls and (calls := self._toolset.find_text_calls(reply.text)):
+            reply.text, reply.calls = "", calls
+        record.end_reply(reply.text, reply.reasoning)
         return reply
 
     def _check_complete(self, reply: ModelReply) -> None:
@@ -242,7 +260,7 @@ class RunLoop:
         Raises:
             LLMResponseError: The finish reason says that the answer was aborted.
         """
-        if reply.finish_reason in _BROKEN_FINISH_REASONS and not reply.calls:
+        if reply.finish_reason in _BROKEN_FINISH_REASONS:
             raise LLMResponseError(
                 f"the server aborted the answer, with the finish reason {reply.finish_reason!r}",
                 hint="check the server's log; what had arrived is in .partial",
@@ -309,96 +327,3 @@ class RunLoop:
         estimated = self._context.tokens_of(prompt_size) + len(reply.text + reply.reasoning) // 3
         self._token_budget.spend(usage.get("total_tokens") or estimated)
         self._context.learn(prompt_size, usage.get("prompt_tokens"))
-
-    # Calls
-
-    def _calls_in(self, reply: ModelReply) -> Sequence[WireCall]:
-        """Returns the calls in a reply, whatever its finish reason says.
-
-        If the last call was cut off, no call is made. If there are no calls, the text may consist of calls.
-        """
-        if reply.calls or not reply.text:
-            return () if reply.has_cut_call else reply.calls
-        calls = self._toolset.find_text_calls(reply.text)
-        if calls:
-            self._record.end_reply("", reply.reasoning)
-        return calls or ()
-
-    async def _make_calls(self, calls: Sequence[WireCall]) -> list[ToolRecord]:
-        """Makes the calls of a turn concurrently, and returns their records in the order of the calls."""
-        turn = self._history.begin_turn(self._record.text, calls)
-        read = [self._toolset.read(call) for call in calls]
-        self._record.calls += map(_to_tool_call, read)
-        approve = self._settings.approve
-        refused = [
-            approve is not None and isinstance(each, ReadyCall) and not await self._is_approved(approve, each.call)
-            for each in read
-        ]
-        limit = self._settings.max_parallel_tools
-        slots = asyncio.Semaphore(limit) if len(read) > limit else nullcontext()
-        answers = [
-            self._answer_call(each, is_refused, turn, slots) for each, is_refused in zip(read, refused, strict=True)
-        ]
-        records = await _run_together(answers)
-        self._history.end_turn()
-        for each in read:
-            self._bad_calls.note(bad=isinstance(each, InvalidCall))
-        return records
-
-    async def _is_approved(self, approve: Approve, call: ToolCall) -> bool:
-        try:
-            answer = approve(call)
-            return bool(await answer if inspect.isawaitable(answer) else answer)
-        except Exception as exc:
-            raise LLMError(
-                f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
-                exc,
-                hint="approve must return True or False; the call was not made",
-                context={"operation": "agent run", "model": self._record.model},
-            ) from exc
-
-    async def _answer_call(
-        self, read: ReadyCall | InvalidCall, is_refused: bool, turn: Turn, slots: AbstractAsyncContextManager[None]
-    ) -> ToolRecord:
-        call = _to_tool_call(read)
-        if isinstance(read, InvalidCall):
-            record = ToolRecord(call=call, text=read.text, is_error=True)
-        elif is_refused:
-            record = self._with_repetition_warning(ToolRecord(call=call, text=_REFUSAL, is_error=True))
-        else:
-            async with slots:
-                record = self._with_repetition_warning(await self._call_tool(read, turn))
-        turn.answer(call.id, record.text)
-        if self._channel.has_listener:
-            await self._channel.put(ToolCallFinished(record))
-        return record
-
-    async def _call_tool(self, ready: ReadyCall, turn: Turn) -> ToolRecord:
-        call, settings = ready.call, self._settings
-        if self._channel.has_listener:
-            await self._channel.put(ToolCallStarted(call))
-        turn.begin(call.id)
-        context = ToolContext(self._run_id, call.id, call.name, self._is_stopping, settings.tool_timeout)
-        outcome = await self._toolset.call(
-            ready, context, timeout=settings.tool_timeout, max_output=settings.max_tool_output
-        )
-        return ToolRecord(
-            call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds
-        )
-
-    def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
-        text = self._repetition.note(record.call.name, record.call.arguments, record.text)
-        return record if text is record.text else attrs.evolve(record, text=text)
-
-
-async def _run_together(answers: Sequence[Coroutine[Any, Any, ToolRecord]]) -> list[ToolRecord]:
-    """Awaits all answers concurrently. A single answer, as in most replies, does not need a separate task."""
-    if len(answers) == 1:
-        return [await answers[0]]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(each) for each in answers]
-    return [task.result() for task in tasks]
-
-
-def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
-    return read.call if isinstance(read, ReadyCall) else ToolCall(read.call_id, read.name, None)

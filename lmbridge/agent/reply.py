@@ -1,19 +1,26 @@
-"""`ModelReply`: the parts of a chat completion that a run needs."""
+"""`ModelReply`: the parts of a chat completion that a run needs, whatever shape the server gave them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import attrs
 import msgspec
 
 from lmbridge._text import replace_lone_surrogates
+from lmbridge.agent.reasoning_replay import reasoning_fields
 from lmbridge.client.reasoning import split_reasoning
+from lmbridge.client.tool_call_accumulator import generated_call_id
 from lmbridge.types import Usage
 
 WireCall: TypeAlias = Mapping[str, Any]
 """An entry of a message's `tool_calls`."""
+
+_ANNOUNCES_CALLS: Final = ("tool_calls", "tool_call", "function_call", "tool_use")
+"""Finish reasons which say that the reply requests calls."""
+_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
+_EMPTY: Final = "returned an empty answer"
 
 
 @attrs.define(kw_only=True)
@@ -24,8 +31,10 @@ class ModelReply:
     """The answer, without the reasoning."""
     reasoning: str
     """The reasoning, wherever the server put it."""
+    reasoning_fields: Mapping[str, str]
+    """The fields of a message that send the reasoning back to the server; empty if there is none."""
     calls: Sequence[WireCall]
-    """The calls that the model requests."""
+    """The calls that the model requests. Each has an id of its own, a name and arguments, which may be anything."""
     finish_reason: str | None
     """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
@@ -35,28 +44,83 @@ class ModelReply:
     def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
         """Reads a complete chat completion."""
         completion = replace_lone_surrogates(completion)
-        choice: Mapping[str, Any] = next(iter(completion.get("choices") or ()), {})
-        reasoning, text = split_reasoning(completion)
+        choices = completion.get("choices")
+        choice = _as_object(next(iter(choices), None) if isinstance(choices, list) else None)
+        message = _as_object(choice.get("message"))
+        reasoning, text = split_reasoning({"choices": [{"message": message}]})
+        finish_reason = choice.get("finish_reason")
         return cls(
             text=text,
             reasoning=reasoning,
-            calls=(choice.get("message") or {}).get("tool_calls") or (),
-            finish_reason=choice.get("finish_reason"),
-            usage=completion.get("usage"),
+            reasoning_fields=reasoning_fields(message, reasoning),
+            calls=_read_calls(message),
+            finish_reason=finish_reason if isinstance(finish_reason, str) else None,
+            usage=_read_usage(completion.get("usage")),
         )
 
     @property
-    def is_empty(self) -> bool:
-        """True if the reply has neither an answer nor a call. A reply that was cut off at its limit is not empty."""
-        return not (self.calls or self.text.strip() or self.finish_reason == "length")
+    def problem(self) -> str | None:
+        """What makes the reply unusable, as a clause about the model; None if there is an answer or a call.
+
+        A reply that was cut off at its limit is not unusable.
+        """
+        if self.calls or self.finish_reason == "length":
+            return None
+        if self.finish_reason in _ANNOUNCES_CALLS:
+            return f"returned a reply with the finish reason {self.finish_reason!r}, but without a tool call"
+        return _EMPTY if not self.text.strip() else None
+
+    @property
+    def is_empty_answer(self) -> bool:
+        """Whether the reply has neither text nor calls, and does not announce a call either."""
+        return self.problem is _EMPTY
 
     @property
     def has_cut_call(self) -> bool:
         """Whether the arguments of its last call were cut off by the limit on tokens."""
         if not self.calls or self.finish_reason != "length":
             return False
+        arguments = self.calls[-1]["function"]["arguments"]
         try:
-            msgspec.json.decode(self.calls[-1]["function"]["arguments"])
+            msgspec.json.decode(arguments if isinstance(arguments, str) else msgspec.json.encode(arguments))
         except (ValueError, RecursionError):
             return True
-        return False
+        return arguments is None
+
+
+def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
+    """Returns the calls in a message, each with an id of its own.
+
+    Two calls with the same id are two calls, because some servers give every call the same one. An entry that is not an
+    object becomes a call without a name, so that the model is told about it.
+    """
+    entries = message.get("tool_calls")
+    entries = [each for each in entries if each is not None] if isinstance(entries, list) else []
+    legacy = _as_object(message.get("function_call"))
+    if not entries and (legacy.get("name") or legacy.get("arguments")):
+        entries = [{"function": legacy}]
+    calls: list[WireCall] = []
+    taken: set[str] = set()
+    for entry in map(_as_object, entries):
+        function, call_id = _as_object(entry.get("function")), entry.get("id")
+        call_id = str(call_id) if isinstance(call_id, str | int) else ""
+        if not call_id or call_id in taken:
+            call_id = generated_call_id()
+        taken.add(call_id)
+        name = function.get("name")
+        read = {"name": name if isinstance(name, str) else "", "arguments": function.get("arguments")}
+        # Gemini keeps the signature of its reasoning in this field, and refuses a call that is sent back without it.
+        extra = {"extra_content": entry["extra_content"]} if entry.get("extra_content") else {}
+        calls.append({"id": call_id, "type": "function", "function": read, **extra})
+    return calls
+
+
+def _read_usage(usage: Any) -> Usage | None:
+    """Returns the counts that are numbers, or None if there are none."""
+    counts = _as_object(usage)
+    counted = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
+    return cast("Usage", counted) if counted else None
+
+
+def _as_object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -56,6 +56,8 @@ class ToolRecord:
     """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
+    is_duplicate: bool = False
+    """Whether the reply had an identical call before this one, so that the tool was called only once for both."""
 
 
 @attrs.frozen(kw_only=True)

@@ -9,12 +9,14 @@ import attrs
 
 from lmbridge._checks import (
     as_validator,
+    check_bool,
     check_callable,
     check_choice,
     check_integer,
     check_model_name,
     check_seconds,
     check_text,
+    invalid_argument,
 )
 from lmbridge.agent.sampling import check_sampling
 from lmbridge.agent.switching import SwitchPolicy
@@ -26,6 +28,8 @@ Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
 """A function that decides whether a call is made."""
 MaxTokens: TypeAlias = int | Literal["auto"]
 """A limit on the tokens of a reply; "auto" derives it from the model's context."""
+SendReasoning: TypeAlias = bool | Literal["auto"]
+"""Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
 """What to do, as a string or as the content parts of a message (text and images)."""
 
@@ -35,6 +39,11 @@ _TASK_HINT: Final = "pass a string that is not blank, or a list of content parts
 def _check_output_type(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None:
         answer_format_of(value)
+
+
+def _check_send_reasoning(_instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value != "auto" and not isinstance(value, bool):
+        raise invalid_argument(attribute.name, "True, False or 'auto'", value)
 
 
 def _check_model(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -70,6 +79,11 @@ class Settings:
     max_parallel_tools: int = attrs.field(default=4, validator=_POSITIVE_INTEGER)
     max_tool_output: int = attrs.field(default=20_000, validator=_POSITIVE_INTEGER)
     max_bad_calls: int = attrs.field(default=5, validator=_POSITIVE_INTEGER)
+    repetition_limit: int | None = attrs.field(
+        default=5, validator=as_validator(check_integer, minimum=2, optional=True)
+    )
+    deduplicate_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
+    send_reasoning: SendReasoning = attrs.field(default="auto", validator=_check_send_reasoning)
     approve: Approve | None = attrs.field(
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)
     )

@@ -34,6 +34,9 @@ class ClientSource:
 
     Raises:
         LLMValidationError: The object is neither a client nor a pool.
+
+    Attributes:
+        demanded_reasoning_fields: For each model whose server has demanded its reasoning, the field for it.
     """
 
     def __init__(self, client: ChatClient | ChatClientPool, *, timer: Callable[[], float] = time.monotonic) -> None:
@@ -47,6 +50,7 @@ class ClientSource:
         self._is_pool = not is_client
         self._timer = timer
         self._context_lengths: dict[str | None, tuple[int | None, float]] = {}
+        self.demanded_reasoning_fields: dict[str | None, str] = {}
         self._locks: dict[str | None, asyncio.Lock] = {}
 
     @property

@@ -120,7 +120,7 @@ class Toolset:
         call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
         decoded, problem = _decode_arguments(function.get("arguments"))
         bad_arguments = not isinstance(decoded, dict)
-        name = self._find_request_name(asked)
+        name = self.find_request_name(asked)
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
@@ -145,7 +145,7 @@ class Toolset:
                 ordinary answer.
         """
         calls = read_text_calls(text) if len(text) <= _LONGEST_TEXT_OF_CALLS else None
-        named = [(self._find_request_name(name), arguments) for name, arguments in calls or ()]
+        named = [(self.find_request_name(name), arguments) for name, arguments in calls or ()]
         if not named or any(name is None for name, _ in named):
             return None
         return [dict(to_wire_call(str(name), arguments)) for name, arguments in named]
@@ -169,7 +169,7 @@ class Toolset:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="pass a call that read() returned")
         return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
-    def _find_request_name(self, asked: str) -> str | None:
+    def find_request_name(self, asked: str) -> str | None:
         """Returns the name in requests of a tool, given that name or the one in the run; None for an unknown name."""
         return asked if asked in self._tools else self._request_names.get(asked)
 

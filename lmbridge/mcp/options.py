@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.run_tools import AnyTool
-from lmbridge.agent.settings import Approve, MaxTokens
+from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning
 from lmbridge.agent.switching import SwitchPolicy
 
 OnMcpError: TypeAlias = Literal["raise", "continue"]
@@ -34,6 +34,9 @@ class AgentOptions(TypedDict, total=False):
     max_parallel_tools: int
     max_tool_output: int
     max_bad_calls: int
+    repetition_limit: int | None
+    deduplicate_calls: bool
+    send_reasoning: SendReasoning
     approve: Approve | None
     output_type: Any
     temperature: float | None

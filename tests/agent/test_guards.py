@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard, TokenBudget
 
 
+def repeat(guard: RepetitionGuard, name: str = "f", arguments: Any = None, result: str = "same") -> str:
+    """Notes a call that is the only one of its reply."""
+    text = guard.note(name, {} if arguments is None else arguments, result)
+    guard.end_reply()
+    return text
+
+
 def test_the_third_repetition_warns_and_the_fifth_ends_the_run() -> None:
-    guard = RepetitionGuard()
-    texts = [guard.note("f", {"a": 1, "b": 2} if n % 2 else {"b": 2, "a": 1}, "same") for n in range(4)]
+    guard = RepetitionGuard(5)
+    texts = [repeat(guard, arguments={"a": 1, "b": 2} if n % 2 else {"b": 2, "a": 1}) for n in range(4)]
     assert [text == "same" for text in texts] == [True, True, False, False]
     assert not guard.tripped
-    guard.note("f", {"a": 1, "b": 2}, "same")
+    repeat(guard, arguments={"a": 1, "b": 2})
     assert guard.tripped
 
 
 def test_a_cycle_of_two_calls_is_a_repetition_too() -> None:
-    guard = RepetitionGuard()
+    guard = RepetitionGuard(5)
     for _ in range(4):
-        guard.note("f", {}, "x")
-        guard.note("g", {}, "y")
+        repeat(guard, "f")
+        repeat(guard, "g")
+    assert not guard.tripped
+    assert "5 times" in repeat(guard, "f")
+    assert guard.tripped
+
+
+def test_repetitions_within_a_reply_count_once() -> None:
+    guard = RepetitionGuard(5)
+    for _ in range(4):
+        for _ in range(100):
+            guard.note("f", {}, "x")
+            guard.note("g", {}, "y")
+        guard.end_reply()
     assert not guard.tripped
     assert "5 times" in guard.note("f", {}, "x")
     assert guard.tripped
 
 
+@pytest.mark.parametrize("limit", [2, 4, 10])
+def test_the_limit_of_repetitions_can_be_set(limit: int) -> None:
+    guard = RepetitionGuard(limit)
+    for _ in range(limit - 1):
+        repeat(guard)
+    assert not guard.tripped
+    repeat(guard)
+    assert guard.tripped
+
+
+def test_without_a_limit_there_is_neither_a_warning_nor_an_end() -> None:
+    guard = RepetitionGuard(None)
+    assert {repeat(guard) for _ in range(50)} == {"same"}
+    assert not guard.tripped
+
+
 @pytest.mark.parametrize("what", ["name", "arguments", "result"])
 def test_a_call_that_differs_in_anything_is_a_different_call(what: str) -> None:
-    guard = RepetitionGuard()
+    guard = RepetitionGuard(5)
     for number in range(20):
         name = f"f{number}" if what == "name" else "f"
         arguments = {"n": number} if what == "arguments" else {}
         result = str(number) if what == "result" else "x"
-        assert guard.note(name, arguments, result) == result
+        assert repeat(guard, name, arguments, result) == result
     assert not guard.tripped
 
 
-def test_bad_calls_are_counted_only_in_a_row() -> None:
+def test_replies_with_bad_calls_are_counted_only_in_a_row() -> None:
     guard = BadCallGuard(3)
     for bad in (True, True, False, True, True):
         guard.note(bad=bad)

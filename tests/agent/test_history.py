@@ -41,6 +41,58 @@ def test_an_open_turn_has_placeholders_for_missing_results() -> None:
     check_valid(history.to_send())
 
 
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("get_weather", "get_weather"),
+        ("Get-Weather_2", "Get-Weather_2"),
+        ("functions.get_weather", "functions_get_weather"),
+        ("get weather", "get_weather"),
+        ("$READFILE", "_READFILE"),
+        ("assistant<|channel|>commentary", "assistant_channel_commentary"),
+        ('add{"a": 1}', "add_a_1_"),
+        ("caf\u00e9", "caf_"),
+        ("\u017f\u212a", "unknown"),
+        ("n" * 10_000, "n" * 64),
+        ("\u00e9" * 10_000, "unknown"),
+        ("...", "unknown"),
+        ("-", "unknown"),
+        ("a\n", "a_"),
+        ("", "unknown"),
+    ],
+)
+def test_a_name_that_servers_refuse_is_not_sent(name: str, sent: str) -> None:
+    history = History("Go.")
+    turn = history.begin_turn("", [asks_raw(name, "{}", "x")])
+    turn.answer("x", "there is no such tool")
+    history.end_turn()
+    (assistant, result) = history.to_send()[1:]
+    assert assistant["tool_calls"][0]["function"]["name"] == sent
+    assert assistant["tool_calls"][0]["id"] == result["tool_call_id"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sent"),
+    [
+        ({"a": 1}, '{"a":1}'),
+        ('"{\\"a\\": 1}"', '{"a": 1}'),
+        (' {"a" : 1} ', ' {"a" : 1} '),
+        (None, "{}"),
+        (3, "{}"),
+        (["a"], "{}"),
+    ],
+)
+def test_arguments_are_sent_back_as_the_object_that_they_stand_for(arguments: Any, sent: str) -> None:
+    assert valid_arguments(arguments) == sent
+
+
+def test_the_signature_of_a_call_is_sent_back() -> None:
+    history = History("Go.")
+    history.begin_turn("", [{**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}, "index": 0}])
+    (call,) = history.snapshot(ended=True)[1]["tool_calls"]
+    assert call == {**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}}
+
+
 @pytest.mark.parametrize("arguments", ['{"a": 1', "", "null", "[1]", "3", '"x"', "\ud800", "[" * 100_000])
 def test_malformed_arguments_are_replaced_by_an_empty_object(arguments: str) -> None:
     history = History("Go.")

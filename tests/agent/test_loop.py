@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -443,6 +444,129 @@ async def test_an_empty_answer_after_a_tool_ends_the_run(scripted_server: Script
     scripted_server.script(calls(asks("add", a=1, b=2)), answer(""))
     result = await Agent(client, tools=[add]).run("Add them, and say nothing.")
     assert (result.text, result.stop_reason, result.rounds) == ("", "stop", 2)
+    check_valid(result.messages)
+
+
+# Finish reasons that contradict the reply
+
+
+@pytest.mark.parametrize("reason", ["tool_calls", "function_call"])
+@pytest.mark.parametrize("text", ["Let me look.", ""])
+async def test_a_call_that_was_announced_and_is_missing_is_asked_for_once_more(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str, text: str
+) -> None:
+    scripted_server.script(answer(text, finish_reason=reason), calls(asks("add", a=1, b=2)), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds) == ("3", "stop", 2)
+    assert sent(scripted_server, 0)["messages"] == sent(scripted_server, 1)["messages"]
+    check_valid(result.messages)
+
+
+@pytest.mark.parametrize("rounds_before", [0, 1])
+async def test_a_call_that_is_announced_and_missing_twice_is_an_error(
+    scripted_server: ScriptedServer, client: LLMClient, rounds_before: int
+) -> None:
+    scripted_server.script(*[calls(asks("add", a=1, b=2))] * rounds_before)
+    scripted_server.default = answer("Let me look.", finish_reason="tool_calls")
+    with pytest.raises(LLMResponseError, match="'tool_calls', but without a tool call twice") as caught:
+        await Agent(client, tools=[add]).run("1 + 2?")
+    assert caught.value.hint
+    assert len(generations(scripted_server)) == rounds_before + 2
+    assert caught.value.partial.text == "Let me look."
+    check_valid(caught.value.partial.messages)
+
+
+async def test_the_answer_after_such_a_reply_is_an_answer(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("Let me look.", finish_reason="tool_calls"), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds) == ("It is 3.", "stop", 1)
+
+
+async def test_a_call_in_the_text_is_the_one_that_was_announced(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    scripted_server.script(answer(text, finish_reason="tool_calls"), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, tool_texts(result.messages)) == ("3", ["3"])
+
+
+async def test_a_legacy_function_call_is_made_and_answered(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    deltas = [{"function_call": {"name": "add", "arguments": ""}}, {"function_call": {"arguments": '{"a": 1, "b": 2}'}}]
+    chunks = [piece(None) for _ in deltas]
+    for chunk, delta in zip(chunks, deltas, strict=True):
+        chunk["choices"][0]["delta"] = delta
+    scripted_server.script(sse(*chunks, piece(finish_reason="function_call"), done=True), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, tool_texts(result.messages)) == ("3", ["3"])
+    check_valid(sent(scripted_server)["messages"])
+
+
+@pytest.mark.parametrize("reason", [None, "stop", "tool_calls"])
+async def test_calls_in_a_whole_message_within_a_stream_are_made(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str | None
+) -> None:
+    whole = piece(None, finish_reason=reason)
+    del whole["choices"][0]["delta"]
+    whole["choices"][0]["message"] = {"role": "assistant", "content": "", "tool_calls": [asks("add", a=1, b=2)]}
+    scripted_server.script(sse(whole, done=True), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, tool_texts(result.messages)) == ("3", ["3"])
+
+
+async def test_calls_without_a_finish_reason_are_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    chunk = piece(None)
+    chunk["choices"][0]["delta"] = {"tool_calls": [{"index": 0, **asks("add", a=1, b=2)}]}
+    scripted_server.script(sse(chunk, done=True), answer("3"))
+    assert (await Agent(client, tools=[add]).run("1 + 2?")).text == "3"
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_calls_of_a_reply_that_was_aborted_are_not_made(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2), finish_reason=reason))
+    with pytest.raises(LLMError) as caught:
+        await Agent(client, tools=[add]).run("1 + 2?")
+    assert caught.value.partial.tool_calls == ()
+
+
+# What is sent back
+
+
+async def test_a_call_is_sent_back_under_the_name_that_was_offered(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    tool = Tool("Add Numbers", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}}, lambda a: a)
+    scripted_server.script(
+        calls(asks("Add Numbers", "1", a=1), asks("add_numbers", "2", a=2), asks("Add Numbers", "3", a="x")),
+        answer("ok"),
+    )
+    result = await Agent(client, tools=[tool]).run("Go.")
+    body = sent(scripted_server)
+    assert body["tools"][0]["function"]["name"] == "add_numbers"
+    assert [call["function"]["name"] for call in body["messages"][1]["tool_calls"]] == ["add_numbers"] * 3
+    assert tool_texts(body["messages"]) == ["1", "2", "the"]
+    assert [call.name for call in result.tool_calls] == ["Add Numbers"] * 3
+
+
+@pytest.mark.parametrize("name", ["functions.subtract", "sub tract", "subtract<|channel|>", "\u00e9", "x" * 500])
+async def test_a_name_that_was_made_up_cannot_break_the_conversation(
+    scripted_server: ScriptedServer, client: LLMClient, name: str
+) -> None:
+    async def strict(exchange: Exchange) -> None:
+        for message in exchange.request.json["messages"]:
+            for call in message.get("tool_calls", ()):
+                if not re.fullmatch("[a-zA-Z0-9_-]{1,64}", call["function"]["name"]):
+                    return await reply(400, {"error": {"message": "string does not match pattern"}})(exchange)
+        behaviour = answer("Sorry.") if len(exchange.request.json["messages"]) > 1 else calls(asks(name, a=1))
+        return await behaviour(exchange)
+
+    scripted_server.default = strict
+    result = await Agent(client, tools=[add]).run("Go.")
+    assert result.text == "Sorry."
+    assert "there is no tool" in tool_texts(result.messages)[0]
+    assert result.tool_calls[0].name == name
     check_valid(result.messages)
 
 

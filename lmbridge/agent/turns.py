@@ -1,0 +1,200 @@
+"""`TurnRunner`: makes the calls of one reply, and answers each of them.
+
+Identical calls of one reply are made once. Small models repeat a call many times in a reply, above all when a server's
+grammar lets them, and making it many times would at best waste time and at worst order nine pizzas. They are still
+answered one by one, because servers refuse a conversation in which a call has no result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Final
+
+import attrs
+import msgspec
+
+from lmbridge.agent.channel import Channel
+from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
+from lmbridge.agent.guards import BadCallGuard, RepetitionGuard
+from lmbridge.agent.history import Turn
+from lmbridge.agent.record import RunRecord
+from lmbridge.agent.reply import ModelReply, WireCall
+from lmbridge.agent.result import StopReason, ToolRecord
+from lmbridge.agent.settings import Approve, Settings
+from lmbridge.agent.tools import ToolCall, ToolContext
+from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
+from lmbridge.errors import LLMError
+
+_REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
+_CALLS_AT_ONCE: Final = 100
+"""How many calls are read before other tasks of the event loop get their turn."""
+
+_encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
+
+
+@attrs.define
+class _PlannedCall:
+    """A call to make or to refuse, with all calls of the reply that its result answers."""
+
+    read: ReadyCall | InvalidCall
+    """The call as it was read."""
+    places: list[int]
+    """The places of this call and of its duplicates among the calls of the reply."""
+    is_refused: bool = False
+    """Whether the user does not allow the call."""
+
+
+class TurnRunner:
+    """Makes the calls of the replies of one run.
+
+    Args:
+        run_id: The id of the run, for its tools.
+        settings: The options of the run.
+        toolset: The tools of the run.
+        record: Everything that the run has done; calls and results are written to it.
+        channel: Carries the events of the run.
+        is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
+            cancelled.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        settings: Settings,
+        toolset: Toolset,
+        record: RunRecord,
+        channel: Channel[RunEvent],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._run_id = run_id
+        self._settings = settings
+        self._toolset = toolset
+        self._record = record
+        self._channel = channel
+        self._is_stopping = is_stopping
+        self._repetition = RepetitionGuard(settings.repetition_limit)
+        self._bad_calls = BadCallGuard(settings.max_bad_calls)
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """The reason why the run has to end after the calls so far, or None if it may go on."""
+        return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
+
+    async def run(self, reply: ModelReply) -> list[ToolRecord]:
+        """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
+        sent_calls = map(self._as_sent, reply.calls)
+        turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
+        read = [each async for each in self._read(reply.calls)]
+        calls = [_to_tool_call(each) for each in read]
+        self._record.calls += calls
+        planned = self._plan(read)
+        await self._ask_for_approval(planned)
+        records = await self._answer_all(planned, calls, turn)
+        self._record.history.end_turn()
+        self._repetition.end_reply()
+        self._bad_calls.note(bad=all(isinstance(each, InvalidCall) for each in read))
+        return records
+
+    def _as_sent(self, call: WireCall) -> WireCall:
+        """Returns a call with the name that the tool has in requests, which the model may have got wrong."""
+        function = call["function"]
+        name = self._toolset.find_request_name(function["name"])
+        return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
+
+    async def _read(self, calls: Sequence[WireCall]) -> AsyncIterator[ReadyCall | InvalidCall]:
+        for number, call in enumerate(calls, start=1):
+            yield self._toolset.read(call)
+            if number % _CALLS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
+        """Returns the calls to make, each once if identical calls are to be made once."""
+        if len(read) == 1 or not self._settings.deduplicate_calls:
+            return [_PlannedCall(each, [place]) for place, each in enumerate(read)]
+        planned: dict[Any, _PlannedCall] = {}
+        for place, each in enumerate(read):
+            key: Any = place
+            if isinstance(each, ReadyCall):
+                key = each.call.name, _encode_sorted(each.call.arguments)
+            planned.setdefault(key, _PlannedCall(each, [])).places.append(place)
+        return list(planned.values())
+
+    async def _ask_for_approval(self, planned: Iterable[_PlannedCall]) -> None:
+        approve = self._settings.approve
+        if approve is not None:
+            for each in planned:
+                if isinstance(each.read, ReadyCall):
+                    each.is_refused = not await self._is_approved(approve, each.read.call)
+
+    async def _is_approved(self, approve: Approve, call: ToolCall) -> bool:
+        try:
+            answer = approve(call)
+            return bool(await answer if inspect.isawaitable(answer) else answer)
+        except Exception as exc:
+            raise LLMError(
+                f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
+                exc,
+                hint="approve must return True or False; the call was not made",
+                context={"operation": "agent run", "model": self._record.model},
+            ) from exc
+
+    async def _answer_all(
+        self, planned: Sequence[_PlannedCall], calls: Sequence[ToolCall], turn: Turn
+    ) -> list[ToolRecord]:
+        records: dict[int, ToolRecord] = {}
+        waiting = iter(planned)
+
+        async def answer_waiting() -> None:
+            for each in waiting:
+                record = await self._record_of(each, calls, turn)
+                for place in each.places:
+                    is_first = place == each.places[0]
+                    records[place] = (
+                        record if is_first else attrs.evolve(record, call=calls[place], seconds=0.0, is_duplicate=True)
+                    )
+                    turn.answer(calls[place].id, record.text)
+                    if self._channel.has_listener:
+                        await self._channel.put(ToolCallFinished(records[place]))
+
+        # A single call, as in most replies, does not need a task of its own. The tasks share one iterator, so that
+        # thousands of calls do not need thousands of tasks.
+        if len(planned) == 1:
+            await answer_waiting()
+        else:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(planned), self._settings.max_parallel_tools)):
+                    group.create_task(answer_waiting())
+        return [records[place] for place in range(len(calls))]
+
+    async def _record_of(self, planned: _PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
+        read = planned.read
+        if isinstance(read, InvalidCall):
+            return ToolRecord(call=_to_tool_call(read), text=read.text, is_error=True)
+        if planned.is_refused:
+            return self._with_repetition_warning(ToolRecord(call=read.call, text=_REFUSAL, is_error=True))
+        for place in planned.places:
+            turn.begin(calls[place].id)
+        return self._with_repetition_warning(await self._call_tool(read))
+
+    async def _call_tool(self, ready: ReadyCall) -> ToolRecord:
+        call, settings = ready.call, self._settings
+        if self._channel.has_listener:
+            await self._channel.put(ToolCallStarted(call))
+        context = ToolContext(self._run_id, call.id, call.name, self._is_stopping, settings.tool_timeout)
+        outcome = await self._toolset.call(
+            ready, context, timeout=settings.tool_timeout, max_output=settings.max_tool_output
+        )
+        return ToolRecord(
+            call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds
+        )
+
+    def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
+        text = self._repetition.note(record.call.name, record.call.arguments, record.text)
+        return record if text is record.text else attrs.evolve(record, text=text)
+
+
+def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
+    return read.call if isinstance(read, ReadyCall) else ToolCall(read.call_id, read.name, None)
