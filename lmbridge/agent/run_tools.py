@@ -97,6 +97,7 @@ class ToolSources:
             ToolError: A provider or `open_tools` raised an error that is not an `LLMError`.
         """
         if self._is_fixed:
+            await self._fixed_toolset.prepare()
             yield OpenedTools(self._fixed_toolset)
             return
         async with AsyncExitStack() as stack:

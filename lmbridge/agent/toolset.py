@@ -86,6 +86,7 @@ class Toolset:
         ]
         self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
+        self._unprepared = [tool for tool in tools if not tool.has_converter]
 
     @classmethod
     async def collect(cls, tools: Sequence[Tool | Callable[..., Any] | ToolProvider]) -> Toolset:
@@ -105,9 +106,18 @@ class Toolset:
                 collected += await _list_tools(each)
             else:
                 collected.append(as_tool(each))
-        if unprepared := [tool for tool in collected if not tool.has_converter]:
-            await asyncio.to_thread(_prepare, unprepared)
-        return cls(collected)
+        toolset = cls(collected)
+        await toolset.prepare()
+        return toolset
+
+    async def prepare(self) -> None:
+        """Builds the validators of the tools in a thread, because the import of jsonschema would block the event loop.
+
+        Once they are there, this does nothing.
+        """
+        if self._unprepared:
+            await asyncio.to_thread(_build_validators, self._unprepared)
+            self._unprepared = []
 
     def read(self, call: Mapping[str, Any]) -> ReadyCall | InvalidCall:
         """Checks a call that a model has requested. This method never raises, and never guesses a tool or a value.
@@ -200,8 +210,7 @@ async def _list_tools(provider: ToolProvider) -> list[Tool]:
         ) from exc
 
 
-def _prepare(tools: Sequence[Tool]) -> None:
-    """Builds the validators of tools in a thread, because the import of jsonschema would block the event loop."""
+def _build_validators(tools: Sequence[Tool]) -> None:
     for tool in tools:
         _ = tool.convert
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.sampling import SamplingOptions
-    from lmbridge.agent.settings import Approve, MaxTokens, Task
+    from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning, Task
     from lmbridge.agent.switching import SwitchPolicy
     from lmbridge.sync._client import LLMClient, LLMClientPool
 
@@ -138,7 +138,15 @@ class Agent(Wrapper):
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
-        max_bad_calls: A run ends after this many calls in a row that could not be made. Default: 5.
+        max_bad_calls: A run ends after this many replies in a row of whose calls none could be made. Default: 5.
+        repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
+            reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
+            such as building again after each edit. Default: 5.
+        deduplicate_calls: Whether identical calls of one reply are made once, and each answered with that result. Pass
+            False if a call may be meant to be made several times, like the throw of a die. Default: True.
+        send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
+            server has refused a request because it was missing, and remembers that for the model. Some servers refuse
+            requests that have it. Default: "auto".
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
             returns False, the call is not made, and the model gets a refusal. A plain function must return
             quickly. An exception that it raises ends the run. Default: every call is made.
@@ -180,6 +188,9 @@ class Agent(Wrapper):
         max_parallel_tools: int = 4,
         max_tool_output: int = 20000,
         max_bad_calls: int = 5,
+        repetition_limit: int | None = 5,
+        deduplicate_calls: bool = True,
+        send_reasoning: SendReasoning = "auto",
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
@@ -206,6 +217,9 @@ class Agent(Wrapper):
                 max_parallel_tools=max_parallel_tools,
                 max_tool_output=max_tool_output,
                 max_bad_calls=max_bad_calls,
+                repetition_limit=repetition_limit,
+                deduplicate_calls=deduplicate_calls,
+                send_reasoning=send_reasoning,
                 approve=approve,
                 open_tools=open_tools,
                 output_type=output_type,

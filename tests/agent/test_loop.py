@@ -503,15 +503,21 @@ async def test_a_legacy_function_call_is_made_and_answered(scripted_server: Scri
 
 
 @pytest.mark.parametrize("reason", [None, "stop", "tool_calls"])
-async def test_calls_in_a_whole_message_within_a_stream_are_made(
-    scripted_server: ScriptedServer, client: LLMClient, reason: str | None
-) -> None:
-    whole = piece(None, finish_reason=reason)
-    del whole["choices"][0]["delta"]
-    whole["choices"][0]["message"] = {"role": "assistant", "content": "", "tool_calls": [asks("add", a=1, b=2)]}
-    scripted_server.script(sse(whole, done=True), answer("3"))
-    result = await Agent(client, tools=[add]).run("1 + 2?")
-    assert (result.text, tool_texts(result.messages)) == ("3", ["3"])
+async def test_calls_in_a_whole_message_of_a_client_are_made(reason: str | None) -> None:
+    class WholeMessages:
+        model = "whole"
+
+        async def chat_completion(self, messages: Any, **params: Any) -> Any:
+            async def chunks() -> AsyncGenerator[dict[str, Any]]:
+                if messages[-1]["role"] == "tool":
+                    yield piece(messages[-1]["content"], finish_reason="stop")
+                    return
+                message = {"role": "assistant", "content": "", "tool_calls": [asks("add", a=1, b=2)]}
+                yield {"choices": [{"index": 0, "message": message, "finish_reason": reason}]}
+
+            return chunks()
+
+    assert (await Agent(WholeMessages(), tools=[add]).run("1 + 2?")).text == "3"
 
 
 async def test_calls_without_a_finish_reason_are_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
@@ -546,7 +552,7 @@ async def test_a_call_is_sent_back_under_the_name_that_was_offered(
     body = sent(scripted_server)
     assert body["tools"][0]["function"]["name"] == "add_numbers"
     assert [call["function"]["name"] for call in body["messages"][1]["tool_calls"]] == ["add_numbers"] * 3
-    assert tool_texts(body["messages"]) == ["1", "2", "the"]
+    assert [text[:3] for text in tool_texts(body["messages"])] == ["1", "2", "the"]
     assert [call.name for call in result.tool_calls] == ["Add Numbers"] * 3
 
 

@@ -106,7 +106,8 @@ def test_a_reply_without_content_is_an_empty_answer(completion: Any) -> None:
 
 def test_usage_that_is_not_a_count_is_ignored() -> None:
     assert read({"content": "x"}, usage={"prompt_tokens": 3, "total_tokens": "many"}).usage == {"prompt_tokens": 3}
-    for usage in (None, [], "12", {}, {"prompt_tokens": None}):
+    unusable: tuple[Any, ...] = (None, [], "12", {}, {"prompt_tokens": None})
+    for usage in unusable:
         assert read({"content": "x"}, usage=usage).usage is None
 
 
