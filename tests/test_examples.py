@@ -86,7 +86,15 @@ async def test_quickstart_uses_the_server_of_the_environment(scripted_server: Sc
     assert "gemma-3-4b: " in outcome.output
 
 
-ANSWERING = ["agent_events.py", "cancellation.py", "quickstart.py", "streaming.py", "structured_output.py", "tools.py"]
+ANSWERING = [
+    "agent_events.py",
+    "cancellation.py",
+    "folder_agent.py",
+    "quickstart.py",
+    "streaming.py",
+    "structured_output.py",
+    "tools.py",
+]
 
 
 @pytest.mark.parametrize("example", [*ANSWERING, "mcp_one_server.py", "mcp_server.py", "pool.py", "switching.py"])
@@ -185,6 +193,19 @@ async def test_pydantic_extraction_prints_each_review_and_each_failure(scripted_
     assert scripted_server.max_in_flight <= 2
 
 
+async def test_pydantic_extraction_takes_twenty_texts_a_few_at_a_time(scripted_server: ScriptedServer) -> None:
+    async def answer_by_text(exchange: Exchange) -> None:
+        author = exchange.request.json["messages"][1]["content"]
+        await answer(f'{{"author": "{author}", "stars": 5, "mood": "glad", "complaints": []}}')(exchange)
+
+    scripted_server.default = answer_by_text
+    authors = [f"Author {number}" for number in range(20)]
+    outcome = await run("pydantic_extraction.py", "--api-base", scripted_server.api_base, *authors)
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert outcome.output.splitlines() == [f"{author}: 5 of 5, glad" for author in authors]
+    assert scripted_server.max_in_flight == 2
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(180)
@@ -214,6 +235,33 @@ async def test_tools_prints_each_call_and_its_result(scripted_server: ScriptedSe
     assert "-> 1281 km\n" in outcome.output
     assert "-> 1280" in outcome.output
     assert outcome.output.endswith("\n\nAbout 1280 km.\n\nstop: 4 rounds, 4 calls\n")
+
+
+async def test_folder_agent_reads_only_files_of_the_folder(scripted_server: ScriptedServer, tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "sea.md").write_text("# Sea\n\nThe sea is wet.\n")
+    (tmp_path / "secret.txt").write_text("the secret")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    scripted_server.script(
+        answer("", tool_calls=[tool_call("list_files", "{}"), tool_call("search", '{"text": "WET"}', 2)]),
+        answer("", tool_calls=[tool_call("read_file", '{"name": "sea.md"}', 3)]),
+        answer("", tool_calls=[tool_call("read_file", '{"name": "../secret.txt"}', 4)]),
+        answer("", tool_calls=[tool_call("read_file", '{"name": "link.txt"}', 5)]),
+        answer("It is **wet**, says sea.md."),
+    )
+    command = ("folder_agent.py", "--api-base", scripted_server.api_base, "--model", "m", "Is it wet?", str(folder))
+    outcome = await run(*command, COLUMNS="200")
+    assert (outcome.status, outcome.errors) == (0, "")
+    assert "list_files(): 15 characters\n" in outcome.output
+    assert "read_file('../secret.txt'): there is no file '../secret.txt'; list_files() lists them" in outcome.output
+    assert "It is wet, says sea.md." in outcome.output
+    assert "stop: 5 rounds, " in outcome.output
+    results = [
+        message["content"] for message in scripted_server.requests[-1].json["messages"] if message["role"] == "tool"
+    ]
+    assert results[:3] == ['["sea.md (23)"]', '["sea.md:3: The sea is wet."]', "# Sea\n\nThe sea is wet.\n"]
+    assert "the secret" not in str(results)
 
 
 async def test_agent_events_draws_no_status_line_in_a_file(
@@ -279,7 +327,8 @@ async def test_switching_shows_the_effect_of_each_policy(scripted_server: Script
 @pytest.mark.real
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
-    ("example", "sections"), [("tools.py", 0), ("agent_events.py", 0), ("cancellation.py", 5), ("switching.py", 5)]
+    ("example", "sections"),
+    [("tools.py", 0), ("agent_events.py", 0), ("folder_agent.py", 0), ("cancellation.py", 5), ("switching.py", 5)],
 )
 async def test_agent_examples_run_on_the_embedded_server(example: str, sections: int) -> None:
     pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
