@@ -9,7 +9,14 @@ Importing this package does not need the extra; starting the first server does.
 
 from lmbridge.mcp.config.files import McpConfig, ServerSpec, load_config
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
-from lmbridge.mcp.servers.events import McpEvent, ServerLog, ServerStateChanged, ToolProgress, ToolsChanged
+from lmbridge.mcp.servers.events import (
+    McpEvent,
+    ServerLog,
+    ServerStateChanged,
+    ToolProgress,
+    ToolsChanged,
+    UnexpectedMessage,
+)
 from lmbridge.mcp.servers.hub import McpHub, McpTools
 from lmbridge.mcp.servers.managed_server import ServerState, ServerStatus
 from lmbridge.mcp.servers.results import McpText
@@ -28,5 +35,6 @@ __all__ = [
     "ServerStatus",
     "ToolProgress",
     "ToolsChanged",
+    "UnexpectedMessage",
     "load_config",
 ]

@@ -97,17 +97,31 @@ class MessageReader:
     def _parse_line(self, line: bytes) -> list[dict[str, Any]]:
         if not line.strip():
             return []
-        try:
-            decoded = msgspec.json.decode(line)
-            # The revision 2025-03-26 of the protocol has batches.
-            candidates = decoded if isinstance(decoded, list) else [decoded]
-        except (ValueError, RecursionError):
-            candidates = _salvage_objects(line)
-        if messages := [each for each in candidates if isinstance(each, dict) and "jsonrpc" in each]:
+        if messages := [each for each in parse_json(line) if _is_message(each)]:
             return messages
         self.skipped_lines += 1
         self.first_skipped_line = self.first_skipped_line or line
         return []
+
+
+def parse_json(data: bytes) -> list[Any]:
+    """Returns the values in a piece of JSON: the items of a list, or else the only value.
+
+    The revision 2025-03-26 of the protocol has batches of messages, which are lists. If the data is not valid JSON, the
+    objects in it that can be read are returned.
+    """
+    try:
+        decoded = msgspec.json.decode(data)
+    except (ValueError, RecursionError):
+        return _salvage_objects(data)
+    return decoded if isinstance(decoded, list) else [decoded]
+
+
+def _is_message(value: Any) -> bool:
+    """Returns whether a value on a line of its own is a message, even if its sender forgot the field `jsonrpc`."""
+    if not isinstance(value, dict):
+        return False
+    return "jsonrpc" in value or ("id" in value and ("result" in value or "error" in value))
 
 
 def _salvage_objects(line: bytes) -> list[Any]:

@@ -12,6 +12,10 @@ first time if `once` is a path), `deaf_at` (close stdin), `deep_at` (return a de
 number of bytes in the result of `big`. `work` reports progress `reports` times, every `pause` seconds, and then ends
 unless `reports` is negative, which means for ever, or `hangs` is set.
 
+About messages that are not as the protocol says: `answers` (messages, or lines, to send in place of the answer to a
+method, or to the call of a tool; "$id" stands for the id of the request, and "$text_id" for the same as a text),
+`flood_of` (a message that is sent without end from a call of `flood` on), `first` (messages to send before all others).
+
 About the process: `notes` (the path of a file to which lines are added), `starts` (add a line at the start), `name`,
 `hang` (never answer `initialize`), `exit` (exit with that status at once), `die_after_list`, `grandchild` (start a
 process that ignores SIGTERM), `ignore_term`, `ignore_eof`, `flood` (write so many bytes to stderr), `garbage` (write
@@ -49,6 +53,21 @@ def raw(data: bytes) -> None:
     with lock:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def send_instead(answers: list[Any], request_id: Any) -> None:
+    """Sends messages as they are given, with the id of a request in place of "$id"."""
+    for answer in answers:
+        line = answer if isinstance(answer, str) else json.dumps(answer)
+        line = line.replace('"$id"', json.dumps(request_id)).replace("$text_id", str(request_id))
+        raw(line.encode() + b"\n")
+
+
+def flood(message: dict[str, Any]) -> None:
+    """Writes a message without end."""
+    data = (json.dumps(message) + "\n").encode() * 100
+    while True:
+        raw(data)
 
 
 def note(text: str) -> None:
@@ -152,7 +171,14 @@ def list_tools(request_id: Any, params: dict[str, Any]) -> None:
 
 def handle(message: dict[str, Any]) -> None:
     method, request_id, params = message.get("method"), message.get("id"), message.get("params") or {}
-    if method == "initialize":
+    answers = OPTIONS.get("answers", {})
+    name = params.get("name") if method == "tools/call" else method
+    if name in answers:
+        send_instead(answers[name], request_id)
+    elif name == "flood":
+        threading.Thread(target=flood, args=[OPTIONS["flood_of"]], daemon=True).start()
+        send({"id": request_id, "result": text("flooding")})
+    elif method == "initialize":
         if OPTIONS.get("hang"):
             return
         if OPTIONS.get("unterminated"):
@@ -191,6 +217,7 @@ def begin() -> None:
     if OPTIONS.get("flood"):
         sys.stderr.write("x" * 1000 + "\n" + "y" * OPTIONS["flood"] + "\n")
         sys.stderr.flush()
+    send_instead(OPTIONS.get("first", []), None)
     if OPTIONS.get("garbage"):
         raw(b"Welcome!\n\n{not json}\n[1, 2]\n\xff\xfe\x00 bytes\n")
 

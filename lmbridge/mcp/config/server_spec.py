@@ -191,9 +191,12 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
     command = reader.string("command")
     if not command or not command.strip():
         raise reader.error("command", "is empty", "give the program to start")
-    # A path such as ./server is relative to the file, not to the directory in which this program was started.
+    # A path such as ./server is relative to the file, not to the directory in which this program was started. A slash
+    # after a space may also belong to an argument that should be in `args`.
     if "/" in command and not command.startswith("/"):
-        return str(folder / expand_home(Path(command)))
+        path = folder / expand_home(Path(command))
+        if "/" in command.split()[0] or path.exists():
+            return str(path)
     return command
 
 

@@ -5,9 +5,17 @@ imports `config` and `lmbridge.mcp.jsonrpc`. `servers` uses what is exported her
 `lmbridge.mcp.__main__` use `sdk.server_session`, for the server's side.
 """
 
-from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, NotificationHandlers, open_mcp_session
+from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session
+from lmbridge.mcp.sdk.exchange import NotificationHandlers
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
-from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.sdk.session_errors import (
+    BadReplyError,
+    RefusedError,
+    RequestRejectedError,
+    SessionForgottenError,
+    SessionLostError,
+    describe_error,
+)
 
 __all__ = [
     "LMBRIDGE_NAME",
@@ -16,6 +24,8 @@ __all__ = [
     "McpSession",
     "NotificationHandlers",
     "RefusedError",
+    "RequestRejectedError",
+    "SessionForgottenError",
     "SessionLostError",
     "describe_error",
     "is_v2",

@@ -1,63 +1,46 @@
 """Sessions with MCP servers through the official SDK, as a client, with either of its major versions.
 
-A session returns definitions and results as the dicts that the server sent, and raises one of the three errors in
-`session_errors`. The SDK's own models and exceptions do not leave this folder.
+A session returns definitions and results as the dicts that the server sent, normalized by `Exchange`, and raises one of
+the errors in `session_errors`. The SDK's own models and exceptions do not leave this folder.
 
-Three properties of the SDK shape this module:
+Two properties of the SDK shape this module:
 
 - Its anyio cancel scopes have to be left in the task that entered them. Otherwise it raises `RuntimeError`, or the
   event loop spins at full load for ever. So `open_mcp_session` must be entered and left by one task, which `servers`
   provides.
-- It rejects a whole list of tools for one bad definition; see `MessageTap`.
 - SDK 1.x does not notify the server when a call is cancelled, so `_SessionV1` does.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final, Protocol
-
-import attrs
 
 from lmbridge._version import __version__
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.http import open_http_streams
+from lmbridge.mcp.sdk.exchange import (
+    Exchange,
+    NotificationHandlers,
+    ProgressCallback,
+    SentRequest,
+    has_name,
+    track_request,
+)
+from lmbridge.mcp.sdk.http import open_http_connection
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
-from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError
-from lmbridge.mcp.sdk.streams import MessageTap, Streams, has_name, sent_call_ids, streams_over_link
+from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.sdk.streams import ClientConnection, LinkConnection, Streams, client_streams
 
 UNUSABLE_REASON: Final = "lmbridge/unusable"
 """A key that `list_page` adds to the definition of a tool that must not be called; its value is the reason."""
 
 _CANCEL_NOTICE_SECONDS: Final = 1.0
 """The time limit for notifying the server of a cancelled call, in seconds."""
-_CONNECTION_CLOSED_CODE: Final = -32000
 _CONNECTION_CLOSED: Final = "the connection was closed"
-_REPLY_CUT_OFF: Final = "its answer broke off, and the tool may have run"
 _BAD_HEADERS: Final = "its inputSchema has an x-mcp-header that is not valid, so the protocol forbids calling it"
-_LOST_SESSION_MESSAGES: Final = ("Session terminated", "Server returned an error response")
-"""The beginnings of the messages of errors that the SDK raises when a session is lost.
-
-The error codes cannot be used, because servers send the same ones.
-"""
-_NO_REPLY_MESSAGE: Final = "SSE stream ended without a response"
-"""The SDK's message when a stream of events ended before the reply to a call."""
-
-ProgressCallback = Callable[[float, float | None, str | None], None]
-"""Called with the progress of a call: the amount done, the total if it is known, and a message if there is one."""
-
-
-@attrs.frozen
-class NotificationHandlers:
-    """Functions that are called when a server sends a notification."""
-
-    on_tools_changed: Callable[[], None]
-    """Called when the server's list of tools has changed."""
-    on_log: Callable[[str, Any], None]
-    """Called with the level and the data of a log message."""
 
 
 class McpSession(Protocol):
@@ -98,59 +81,58 @@ async def open_mcp_session(
     Args:
         spec: The server.
         link: The connection to the server's process; None for a server on HTTP.
-        handlers: The functions that are called with the server's notifications.
+        handlers: The functions that are called with what the server sends on its own account.
 
     Raises:
         SessionLostError: The server on HTTP answered with an error status or a redirect.
+        RefusedError: The server refused the handshake.
         Exception: Whatever the SDK raises when the session cannot be opened, or is lost; see `describe_error`.
     """
-    tap = MessageTap()
-    transport = open_http_streams(spec, tap) if link is None else streams_over_link(link, tap)
-    opened = _open_v2(spec, transport, tap, handlers) if is_v2() else _open_v1(transport, tap, handlers)
-    try:
-        async with opened as session:
-            yield session
-    except Exception as exc:
-        # The tap knows the reason, whichever exception the SDK has turned it into.
-        if tap.http_problem:
-            raise SessionLostError(tap.http_problem) from exc
-        raise
+    exchange = Exchange(handlers)
+    async with AsyncExitStack() as stack:
+        connection: ClientConnection
+        if link is None:
+            connection = await stack.enter_async_context(open_http_connection(spec, exchange.report))
+        else:
+            connection = LinkConnection(link)
+        stack.push_async_callback(exchange.close)
+        streams = client_streams(connection, exchange)
+        try:
+            opening = _open_v2(spec, streams, exchange) if is_v2() else _open_v1(streams, exchange)
+            session = await stack.enter_async_context(opening)
+        except Exception as exc:
+            # The exchange and the connection know the reason, whichever exception the SDK has turned it into.
+            if (reason := exchange.failure or connection.end) is not None:
+                raise reason from exc
+            raise
+        session.connection = connection
+        yield session
 
 
 @asynccontextmanager
-async def _open_v2(
-    spec: ServerSpec, transport: AbstractAsyncContextManager[Streams], tap: MessageTap, handlers: NotificationHandlers
-) -> AsyncIterator[McpSession]:
+async def _open_v2(spec: ServerSpec, streams: Streams, exchange: Exchange) -> AsyncIterator[_SessionBase]:
     import mcp
 
+    @asynccontextmanager
+    async def transport() -> AsyncIterator[Streams]:
+        yield streams
+
     sdk: Any = mcp
-    client = sdk.Client(
-        transport,
-        # In the mode "auto", a stdio server that ignores the probe of the newest protocol takes ten seconds to connect.
-        mode="auto" if spec.transport == "http" else "legacy",
-        cache=None,
-        client_info=_client_info(),
-        logging_callback=_log_handler(handlers),
-        message_handler=_message_handler(handlers),
-    )
-    async with client:
-        tap.is_modern = _is_modern(client)
-        yield _SessionV2(client, tap, handlers)
+    # In the mode "auto", a stdio server that ignores the probe of the newest protocol takes ten seconds to connect.
+    mode = "auto" if spec.transport == "http" else "legacy"
+    async with sdk.Client(transport(), mode=mode, cache=None, client_info=_client_info()) as client:
+        exchange.is_modern = _is_modern(client)
+        yield _SessionV2(client, exchange, client.server_info, client.protocol_version, client.server_capabilities)
 
 
 @asynccontextmanager
-async def _open_v1(
-    transport: AbstractAsyncContextManager[Streams], tap: MessageTap, handlers: NotificationHandlers
-) -> AsyncIterator[McpSession]:
+async def _open_v1(streams: Streams, exchange: Exchange) -> AsyncIterator[_SessionBase]:
     import mcp
 
     sdk: Any = mcp
-    callbacks = {"logging_callback": _log_handler(handlers), "message_handler": _message_handler(handlers)}
-    async with (
-        transport as (reading, writing),
-        sdk.ClientSession(reading, writing, client_info=_client_info(), **callbacks) as session,
-    ):
-        yield _SessionV1(session, await session.initialize(), tap)
+    async with sdk.ClientSession(*streams, client_info=_client_info()) as session:
+        opened = await session.initialize()
+        yield _SessionV1(session, exchange, opened.serverInfo, opened.protocolVersion, opened.capabilities)
 
 
 def _client_info() -> Any:
@@ -159,41 +141,24 @@ def _client_info() -> Any:
     return Implementation(name=LMBRIDGE_NAME, version=__version__)
 
 
-def _log_handler(handlers: NotificationHandlers) -> Callable[[Any], Awaitable[None]]:
-    async def handle_log(params: Any) -> None:
-        handlers.on_log(str(params.level), params.data)
-
-    return handle_log
-
-
-def _message_handler(handlers: NotificationHandlers) -> Callable[[Any], Awaitable[None]]:
-    async def handle_message(message: Any) -> None:
-        if getattr(getattr(message, "root", message), "method", None) == "notifications/tools/list_changed":
-            handlers.on_tools_changed()
-
-    return handle_message
-
-
 class _SessionBase:
     """The part of a session that is the same with both majors of the SDK."""
 
     server_name: str
     protocol: str
     has_tools: bool
+    connection: ClientConnection
 
-    def __init__(self, client: Any, tap: MessageTap, info: Any, protocol: Any, capabilities: Any) -> None:
-        self._client, self._tap = client, tap
+    def __init__(self, client: Any, exchange: Exchange, info: Any, protocol: Any, capabilities: Any) -> None:
+        self._client, self._exchange = client, exchange
         self.has_tools = getattr(capabilities, "tools", None) is not None
         self.server_name = str(getattr(info, "name", "") or "")
-        self.protocol = str(protocol)
+        self.protocol = exchange.protocol or str(protocol)
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
-        self._tap.tool_page = None
-        try:
-            page = await self._map_errors(self._sdk_list_tools(cursor))
-        except ValueError as exc:
-            raise BadReplyError(f"its list of tools is not valid: {_first_problem(exc)}") from exc
-        return _mark_unusable(self._tap.tool_page or _as_dict(page), {tool.name for tool in page.tools})
+        with track_request("tools/list") as request:
+            page = await self._make_request(self._sdk_list_tools(cursor), request)
+        return _mark_unusable(request.result or {}, {tool.name for tool in page.tools})
 
     async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
         from pydantic_core import to_json
@@ -203,68 +168,63 @@ class _SessionBase:
             to_json({"params": {"arguments": arguments}})
         except ValueError as exc:
             raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
-
-        async def report_progress(done: float, total: float | None, message: str | None) -> None:
-            on_progress(done, total, message)
-
-        try:
-            return _as_dict(await self._map_errors(self._sdk_call_tool(tool, dict(arguments), report_progress)))
-        except ValueError as exc:
-            raise BadReplyError(f"the tool ran, but its result is not valid: {_first_problem(exc)}") from exc
+        with track_request("tools/call", on_progress) as request:
+            await self._make_request(self._sdk_call_tool(tool, dict(arguments), request), request)
+        return request.result or {}
 
     async def watch(self) -> None:
         """Waits until it is cancelled. In older revisions of the protocol, notifications arrive without a request."""
         await asyncio.get_running_loop().create_future()
 
-    async def _map_errors(self, request: Awaitable[Any]) -> Any:
-        """Awaits a request and raises the SDK's errors as those of `session_errors`."""
+    async def _make_request(self, sending: Awaitable[Any], request: SentRequest) -> Any:
+        """Awaits a request of the SDK, and raises its errors as those of `session_errors`."""
         import anyio
         import mcp
 
         sdk: Any = mcp
         error_class: type[Exception] = getattr(sdk, "MCPError", None) or sdk.McpError
+        stream_errors = (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError)
         try:
-            return await request
-        except error_class as exc:
-            error: Any = getattr(exc, "error", exc)
-            if self._tap.is_session_unknown:
-                raise SessionLostError("the server no longer knows the session") from exc
-            # No field distinguishes the SDK's own errors from those of a server, so the messages decide here. A server
-            # may use the same words, which is why the caller checks whether the session is still alive.
-            if error.code == _CONNECTION_CLOSED_CODE and "closed" in error.message.lower():
-                raise SessionLostError(self._tap.http_problem or _CONNECTION_CLOSED) from exc
-            if any(error.message.startswith(text) for text in _LOST_SESSION_MESSAGES):
-                raise SessionLostError(self._tap.http_problem or error.message) from exc
-            if error.message.startswith(_NO_REPLY_MESSAGE):
-                raise SessionLostError(_REPLY_CUT_OFF) from exc
-            raise RefusedError(f"{error.code}: {error.message}") from exc
-        except (anyio.ClosedResourceError, anyio.BrokenResourceError, anyio.EndOfStream, ConnectionError) as exc:
-            raise SessionLostError(_CONNECTION_CLOSED) from exc
+            return await sending
+        except (error_class, *stream_errors) as exc:
+            if request.failure is not None:
+                raise request.failure from exc
+            # The SDK raises these by itself only when its streams have ended.
+            raise self._lost_error() from exc
+        except (ValueError, RuntimeError) as exc:
+            raise BadReplyError(describe_error(exc)) from exc
+        finally:
+            if request.result is None and request.failure is None:
+                self._exchange.forget(request)
+
+    def _lost_error(self) -> Exception:
+        return self.connection.end or SessionLostError(_CONNECTION_CLOSED)
 
     async def _sdk_list_tools(self, cursor: str | None) -> Any:
         raise NotImplementedError
 
-    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:
         raise NotImplementedError
+
+
+async def _ignore_progress(*_: Any) -> None:
+    """Does nothing: the SDK asks for progress only if it is given a callback, and `Exchange` handles what arrives."""
 
 
 class _SessionV2(_SessionBase):
-    def __init__(self, client: Any, tap: MessageTap, handlers: NotificationHandlers) -> None:
-        super().__init__(client, tap, client.server_info, client.protocol_version, client.server_capabilities)
-        self._handlers = handlers
-
     async def _sdk_list_tools(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor=cursor)
 
-    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
-        return await self._client.call_tool(tool, arguments, progress_callback=report_progress)
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:  # noqa: ARG002 - for 1.x
+        return await self._client.call_tool(tool, arguments, progress_callback=_ignore_progress)
 
     async def watch(self) -> None:
         sends_changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
         if sends_changes and _is_modern(self._client):
+            # `Exchange` handles the changes that arrive while the subscription is open.
             async with self._client.listen(tools_list_changed=True) as subscription:
                 async for _ in subscription:
-                    self._handlers.on_tools_changed()
+                    pass
         await super().watch()
 
 
@@ -276,28 +236,16 @@ def _is_modern(client: Any) -> bool:
 
 
 class _SessionV1(_SessionBase):
-    def __init__(self, client: Any, initialized: Any, tap: MessageTap) -> None:
-        super().__init__(client, tap, initialized.serverInfo, initialized.protocolVersion, initialized.capabilities)
-
     async def _sdk_list_tools(self, cursor: str | None) -> Any:
         return await self._client.list_tools(cursor)
 
-    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], report_progress: Any) -> Any:
-        request_ids: list[Any] = []
-        token = sent_call_ids.set(request_ids)
-        task: Any = asyncio.current_task()
-        self._tap.waiting_calls[task] = request_ids
+    async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:
         try:
-            return await self._client.call_tool(tool, arguments, progress_callback=report_progress)
+            return await self._client.call_tool(tool, arguments, progress_callback=_ignore_progress)
         except asyncio.CancelledError:
-            if self._tap.interrupted_ids.intersection(request_ids):
-                raise SessionLostError(_REPLY_CUT_OFF) from None
-            if request_ids:
-                await self._notify_cancelled(request_ids[0])
+            if request.sdk_id is not None:
+                await self._notify_cancelled(request.sdk_id)
             raise
-        finally:
-            del self._tap.waiting_calls[task]
-            sent_call_ids.reset(token)
 
     async def _notify_cancelled(self, request_id: Any) -> None:
         from mcp import types
@@ -321,19 +269,3 @@ def _mark_unusable(page: Mapping[str, Any], kept: set[str]) -> Mapping[str, Any]
         for each in page.get("tools") or ()
     ]
     return {**page, "tools": tools}
-
-
-def _as_dict(model: Any) -> dict[str, Any]:
-    """Returns a model of the SDK as the dict that was sent."""
-    plain: dict[str, Any] = model.model_dump(by_alias=True, mode="json", exclude_none=True)
-    return plain
-
-
-def _first_problem(error: ValueError) -> str:
-    """Returns the first of the problems that pydantic lists, with its place."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

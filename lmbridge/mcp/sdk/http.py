@@ -1,87 +1,604 @@
-"""Opens streams to a server on HTTP, over streamable HTTP or the older SSE transport.
+"""`HttpConnection`: exchanges messages with a server on HTTP, over streamable HTTP or the older SSE transport.
 
-The SDK implements the protocol. This module gives it an HTTP client that sends the configured headers to the server's
-origin and nowhere else, and that inspects the responses. Inspecting them is necessary for three reasons: the SDK's
-errors do not name the HTTP status, SDK 2.x keeps using a session that the server has forgotten, and SDK 1.x waits for
-ever for a reply if the HTTP response has ended without it.
+The SDK has both transports, and they are not used, for these reasons. Its two majors treat a refusal, a session that
+the server has forgotten, and a response that ends without the reply in different ways, among them waiting for ever and
+keeping on using a dead session. They hide what the server said behind a text of their own. And they reject an answer
+with a wrong id, although the HTTP request says which one it belongs to.
+
+Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
+other refusal that may mean it, the server is asked with a `ping`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from http import HTTPStatus
 from importlib import import_module
 from typing import Any, Final
+from urllib.parse import urljoin, urlsplit
 
+import msgspec
+
+from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
+from lmbridge.mcp.sdk.event_stream import Event, EventReader
+from lmbridge.mcp.sdk.http_statuses import find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.package import is_v2
-from lmbridge.mcp.sdk.streams import MessageTap, ReadStream, Streams, WriteStream
+from lmbridge.mcp.sdk.session_errors import (
+    RefusedError,
+    RequestRejectedError,
+    SessionForgottenError,
+    SessionLostError,
+    describe_error,
+)
+from lmbridge.mcp.sdk.streams import FailedRequest
+
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _CONNECT_TIMEOUT: Final = 30.0
 """The time limit for opening a connection, and for writing a request, in seconds."""
 _REPLY_AFTER_END_SECONDS: Final = 1.0
-"""How long a call may still wait for its reply after the HTTP response has ended, in seconds."""
+"""How long a call may still wait for its reply after the HTTP response has ended, in seconds. Some servers send it in
+another stream."""
+_CLOSE_SECONDS: Final = 2.0
+"""How long the server may take to confirm the end of the session, in seconds."""
+_PING_SECONDS: Final = 5.0
+"""How long the server may take to show that it knows the session, in seconds."""
+_ENDPOINT_SECONDS: Final = 10.0
+"""How long a server may take to name its endpoint, when the older transport is tried in place of streamable HTTP."""
+_RETRY_MILLISECONDS: Final = 1000
+"""After how long a stream that has ended is opened again, if the server does not say."""
+_SHORTEST_RETRY_MILLISECONDS: Final = 10
+_MOST_FAILED_POLLS: Final = 3
+"""How many attempts to open a stream again may fail in succession."""
+_BACKLOG_LIMIT: Final = 256
+"""The number of unhandled messages beyond which streams are not read."""
+_ERROR_BODY_LIMIT: Final = 2**20
+"""How many bytes of the body of a refusal are read."""
+_QUOTED_BYTES: Final = 200
+"""How much of a body that is not a message is reported, in bytes."""
+_ID_BITS: Final = 31
+_METHOD_NOT_FOUND: Final = -32601
+_SESSION_NOT_FOUND: Final = -32001
+"""The code that servers use for a session that they do not know."""
+_FIRST_MODERN_VERSION: Final = "2026-07-28"
+"""The first protocol revision without sessions, in which closing a response cancels its request."""
+_NOT_SSE_STATUSES: Final = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
+    HTTPStatus.TOO_MANY_REQUESTS,
+)
+"""The client errors that an SSE server at this URL would answer with as well."""
+_REPLY_CUT_OFF: Final = "its answer broke off, and the tool may have run"
+_FORGOTTEN: Final = "the server no longer knows the session"
+_ACCEPTS_ALL: Final = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
+_ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
 
 
 @asynccontextmanager
-async def open_http_streams(spec: ServerSpec, tap: MessageTap) -> AsyncIterator[Streams]:
-    """Yields the two streams that the SDK needs, for a server on HTTP."""
-    from mcp.client.sse import sse_client
-    from mcp.client.streamable_http import streamable_http_client
+async def open_http_connection(spec: ServerSpec, report: Callable[[str, str], None]) -> AsyncIterator[HttpConnection]:
+    """Opens a connection to a server on HTTP, and closes it at the end of the block.
 
+    Args:
+        spec: The server.
+        report: Called with the kind and the description of something that the protocol does not allow.
+    """
     # The client is created in a thread, because that reads certificates from the disk.
-    client = await asyncio.to_thread(_make_client, spec, tap)
-    open_sse: Any = sse_client
-    if spec.transport == "sse":
-        opened = open_sse(spec.url, sse_read_timeout=None, httpx_client_factory=lambda **_: client)
-        async with opened as (reading, writing, *_):
-            yield _wrap_streams(reading, writing, tap)
-    else:
-        opened = streamable_http_client(spec.url, http_client=client)
-        async with client, opened as (reading, writing, *_):
-            yield _wrap_streams(reading, writing, tap)
+    client = await asyncio.to_thread(_make_client, spec)
+    async with client:
+        connection = HttpConnection(spec, client, report)
+        try:
+            if spec.transport == "sse":
+                await connection.open_sse()
+            yield connection
+        finally:
+            await connection.close()
 
 
-def _wrap_streams(reading: Any, writing: Any, tap: MessageTap) -> Streams:
-    return ReadStream(reading.receive, tap, reading.aclose), WriteStream(writing.send, writing.aclose)
-
-
-def _make_client(spec: ServerSpec, tap: MessageTap) -> Any:
+def _make_client(spec: ServerSpec) -> Any:
     """Returns an HTTP client that does not follow redirects and does not use proxies from the environment."""
-    httpx: Any = import_module("httpx2" if is_v2() else "httpx")
-
-    async def inspect_response(response: Any) -> None:
-        if response.is_redirect:
-            tap.http_problem = f"it redirects to {response.headers.get('location')}, which is not followed"
-            raise httpx.TransportError(tap.http_problem)
-        is_post = response.request.method == "POST"
-        if is_post or spec.transport == "sse":
-            is_error = response.status_code >= 400
-            tap.http_problem = f"it answered with HTTP status {response.status_code}" if is_error else ""
-            tap.is_session_unknown |= response.status_code == 404 and "mcp-session-id" in response.request.headers
-        if is_post and spec.transport == "http" and not is_v2():
-            _interrupt_call_after_response(response, tap)
-
+    httpx: Any = import_module(_httpx_name())
     return httpx.AsyncClient(
         headers=dict(spec.headers),
         # There is no read timeout: each call has its own time limit, and an event stream may be silent for any time.
-        timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None),
+        timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None, pool=None),
+        limits=httpx.Limits(max_connections=None),
         follow_redirects=False,
         trust_env=False,
-        event_hooks={"response": [inspect_response]},
     )
 
 
-def _interrupt_call_after_response(response: Any, tap: MessageTap) -> None:
-    """Makes a call fail if its HTTP response ends without the reply, for which SDK 1.x would wait for ever."""
-    request_id = json.loads(response.request.content).get("id")
-    close = response.aclose
+def _httpx_name() -> str:
+    """Returns the name of the HTTP library that the installed SDK requires."""
+    return "httpx2" if is_v2() else "httpx"
 
-    async def close_and_interrupt() -> None:
-        await close()
-        asyncio.get_running_loop().call_later(_REPLY_AFTER_END_SECONDS, tap.interrupt_call, request_id)
 
-    if request_id is not None:
-        response.aclose = close_and_interrupt
+class HttpConnection:
+    """A `ClientConnection` to a server on HTTP.
+
+    Args:
+        spec: The server.
+        client: The HTTP client, which the caller closes.
+        report: Called with the kind and the description of something that the protocol does not allow.
+    """
+
+    def __init__(self, spec: ServerSpec, client: Any, report: Callable[[str, str], None]) -> None:
+        self._spec, self._client, self._report = spec, client, report
+        httpx: Any = import_module(_httpx_name())
+        self._http_error: type[Exception] = httpx.HTTPError
+        self._arrived: asyncio.Queue[Any] = asyncio.Queue(_BACKLOG_LIMIT)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._requests: dict[Any, asyncio.Task[None]] = {}
+        self._modern_requests: set[Any] = set()
+        self._session_id = self._protocol = ""
+        self._sse_endpoint = ""
+        self._listening: asyncio.Task[None] | None = None
+        self._is_listening = False
+        self.end: SessionLostError | None = None
+        """Why the connection can no longer be used, or None."""
+
+    async def receive(self) -> Any:
+        """Returns the next message or `FailedRequest`, or None once the connection has ended."""
+        if self.end is not None and self._arrived.empty():
+            return None
+        return await self._arrived.get()
+
+    async def send(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        """Sends a message. It returns before a request is answered, and raises nothing.
+
+        Args:
+            message: The message.
+            headers: The HTTP headers that the protocol requires for this message.
+        """
+        method = message.get("method")
+        if method is not None and "id" in message:
+            if headers.get("mcp-protocol-version", "") >= _FIRST_MODERN_VERSION:
+                self._modern_requests.add(message["id"])
+            task = self._start(self._post_request(message, headers))
+            self._requests[message["id"]] = task
+        elif method == "notifications/cancelled":
+            await self._cancel(message, headers)
+        else:
+            await self._post_notification(message, headers)
+            if method == "notifications/initialized" and self._session_id and not self._sse_endpoint:
+                self._listening = self._start(self._listen())
+
+    async def close(self) -> None:
+        """Ends the session and all requests."""
+        for task in list(self._tasks):
+            await end_task(task, grace=_CLOSE_SECONDS)
+        if self._session_id and self.end is None:
+            with suppress(TimeoutError, self._http_error):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await self._client.delete(self._spec.url, headers=self._headers(_ACCEPTS_ALL, {}))
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _headers(self, accepts: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
+        headers = {**accepts, **extra}
+        if self._session_id:
+            headers["mcp-session-id"] = self._session_id
+        # The SDK may have been told of another revision than the server named.
+        if self._protocol:
+            headers["mcp-protocol-version"] = self._protocol
+        return headers
+
+    def _lose(self, end: SessionLostError) -> None:
+        """Ends the connection: `receive` returns None once the messages that have arrived are handled."""
+        if self.end is None:
+            self.end = end
+            # A full queue is not waited for, because its reader looks at `end` when it is empty.
+            with suppress(asyncio.QueueFull):
+                self._arrived.put_nowait(None)
+
+    async def _fail(self, request_id: Any, failure: Exception) -> None:
+        await self._arrived.put(FailedRequest(request_id, failure))
+
+    # Requests and notifications.
+
+    @asynccontextmanager
+    async def _post(self, message: Mapping[str, Any], headers: Mapping[str, str]) -> AsyncIterator[Any]:
+        """Posts a message and yields the response, whose body has not been read."""
+        url = self._sse_endpoint or self._spec.url
+        body = msgspec.json.encode(message)
+        sent = self._headers(_ACCEPTS_ALL, headers)
+        if message.get("method") in ("initialize", "server/discover"):
+            sent.pop("mcp-session-id", None)
+        async with self._client.stream("POST", url, content=body, headers=sent) as response:
+            if response.is_redirect:
+                location = response.headers.get("location")
+                raise RequestRejectedError(
+                    f"it redirects to {location}, which is not followed",
+                    hint="if that is the server you mean, give that URL in the configuration",
+                )
+            yield response
+
+    async def _post_request(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        request_id = message["id"]
+        try:
+            async with self._post(message, headers) as response:
+                await self._handle_response(message, headers, response)
+        except RequestRejectedError as exc:
+            await self._fail(request_id, exc)
+            if not isinstance(exc, SessionForgottenError):
+                self._lose(exc)
+        except MessageTooLargeError as exc:
+            await self._fail(request_id, RefusedError(f"{exc}; the tool may have run"))
+        except (RefusedError, SessionLostError) as exc:
+            await self._fail(request_id, exc)
+        except (self._http_error, OSError) as exc:
+            self._lose(SessionLostError(describe_error(exc)))
+        finally:
+            self._requests.pop(request_id, None)
+            self._modern_requests.discard(request_id)
+
+    async def _post_notification(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        try:
+            async with self._post(message, headers) as response:
+                if response.status_code >= HTTPStatus.BAD_REQUEST:
+                    self._report("a notification or reply that the server refused", str(response.status_code))
+        except RequestRejectedError as exc:
+            self._lose(exc)
+        except (self._http_error, OSError) as exc:
+            self._lose(SessionLostError(describe_error(exc)))
+
+    async def _cancel(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        """Cancels a request at the server, and stops waiting for its response."""
+        request_id = message["params"]["requestId"]
+        is_modern = request_id in self._modern_requests
+        task = self._requests.get(request_id)
+        try:
+            if not is_modern:
+                await self._post_notification(message, headers)
+        finally:
+            if task is not None:
+                task.cancel()
+
+    # Responses.
+
+    async def _handle_response(self, message: dict[str, Any], headers: Mapping[str, str], response: Any) -> None:
+        request_id, method = message["id"], message["method"]
+        if response.status_code >= HTTPStatus.BAD_REQUEST:
+            await self._handle_refusal(message, headers, response)
+            return
+        if self._sse_endpoint:
+            return
+        if method == "initialize":
+            self._session_id = response.headers.get("mcp-session-id") or ""
+        kind = response.headers.get("content-type", "").lower()
+        if kind.startswith("text/event-stream"):
+            is_answered = await self._read_reply_stream(response, message)
+        else:
+            is_answered = await self._read_reply_body(response, message, kind)
+        if not is_answered:
+            await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._is_listening else 0)
+            await self._fail(request_id, RefusedError(_REPLY_CUT_OFF))
+
+    async def _read_reply_body(self, response: Any, message: dict[str, Any], kind: str) -> bool:
+        body = await self._read_body(response, LARGEST_MESSAGE)
+        if not body.strip():
+            return False
+        values = parse_json(body)
+        if len(values) != 1 or not isinstance(values[0], dict):
+            self._report("a response whose body is not one message", body[:_QUOTED_BYTES].decode(errors="replace"))
+        if any(isinstance(value, dict) for value in values):
+            return await self._deliver_all(values, message)
+        words = quote_body(body)
+        raise RefusedError(
+            f"it answered with {kind.partition(';')[0] or 'something'} that is not a JSON-RPC message"
+            + (f": {words}" if words else "")
+            + "; check the path of its URL"
+        )
+
+    async def _read_body(self, response: Any, limit: int) -> bytes:
+        body = bytearray()
+        async with aclosing(response.aiter_bytes()) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    raise MessageTooLargeError(f"it sent a message of more than {limit:,} bytes")
+        return bytes(body)
+
+    async def _read_reply_stream(self, response: Any, message: dict[str, Any]) -> bool:
+        """Reads a stream of events until the reply has arrived. Returns False if it ended before.
+
+        A server may end the stream early, and tell the client with `retry:` or an event id when to ask again.
+        """
+        last_id: str | None = None
+        retry: int | None = None
+        failures = 0
+        is_first = True
+        while failures < _MOST_FAILED_POLLS:
+            try:
+                if is_first:
+                    is_answered, last_id, retry = await self._read_events(response, message, last_id, retry)
+                else:
+                    async with self._get_stream(last_id) as resumed:
+                        is_answered, last_id, retry = await self._read_events(resumed, message, last_id, retry)
+                failures = 0
+            except (self._http_error, OSError, RefusedError) as exc:
+                logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, exc)
+                is_answered = False
+                failures += 0 if is_first else 1
+            is_first = False
+            if is_answered or (last_id is None and retry is None):
+                return is_answered
+            await _pause_before_retry(retry)
+        return False
+
+    async def _read_events(
+        self, response: Any, message: dict[str, Any], last_id: str | None, retry: int | None
+    ) -> tuple[bool, str | None, int | None]:
+        """Delivers the messages of a stream of events until the reply to a request has arrived.
+
+        Returns:
+            Whether the reply has arrived, the id of the last event, and the time before the next attempt.
+        """
+        async with aclosing(_events(response)) as events:
+            async for event in events:
+                last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
+                if await self._deliver_all(self._read_event(event), message):
+                    return True, last_id, retry
+        return False, last_id, retry
+
+    def _read_event(self, event: Event) -> list[Any]:
+        """Returns the messages in an event."""
+        if event.name != "message" or not event.data:
+            return []
+        if not (values := parse_json(event.data)):
+            self._report("an event that is not a message", event.data[:_QUOTED_BYTES].decode(errors="replace"))
+        return values
+
+    async def _deliver_all(self, values: list[Any], request: dict[str, Any]) -> bool:
+        """Delivers the messages that have arrived in the response to a request. Returns whether it is answered."""
+        is_answered = False
+        for value in values:
+            if isinstance(value, dict) and "method" not in value:
+                answer = self._claim_answer(value, request)
+                if answer is None or is_answered:
+                    continue
+                await self._check_session(answer, request, is_own=answer is value)
+                is_answered = True
+                if request["method"] == "initialize" and isinstance(result := answer.get("result"), dict):
+                    self._protocol = str(result.get("protocolVersion") or "")
+                await self._arrived.put(answer)
+            else:
+                await self._arrived.put(value)
+        return is_answered
+
+    def _claim_answer(self, value: dict[str, Any], request: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns an answer under the id of the request in whose response it arrived, or None if it is another's."""
+        answered_id = value.get("id")
+        if answered_id == request["id"] or str(answered_id) == str(request["id"]):
+            return value
+        if isinstance(answered_id, str | int) and answered_id in self._requests:
+            self._report("an answer to another request than the one that was posted", str(answered_id))
+            return None
+        self._report("an answer with a wrong id", str(answered_id))
+        return {**value, "id": request["id"]}
+
+    # Refusals, and sessions that the server has forgotten.
+
+    async def _handle_refusal(self, message: dict[str, Any], headers: Mapping[str, str], response: Any) -> None:
+        status = response.status_code
+        try:
+            body = await self._read_body(response, _ERROR_BODY_LIMIT)
+        except MessageTooLargeError:
+            body = b""
+        found = find_error(body)
+        can_be_sse = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+        can_be_sse = can_be_sse and status not in _NOT_SSE_STATUSES and not self._sse_endpoint
+        if message["method"] == "initialize" and can_be_sse and await self._try_sse():
+            await self._post_request(message, headers)
+            return
+        if self._is_in_session(message):
+            if status == HTTPStatus.NOT_FOUND and found is None:
+                raise SessionForgottenError(_FORGOTTEN, quote_body(body))
+            if found is not None:
+                is_own = str(found[0]) == str(message["id"])
+                await self._check_session({"error": found[1]}, message, is_own=is_own)
+            elif status in (HTTPStatus.BAD_REQUEST, HTTPStatus.GONE):
+                await self._check_session({"error": {"code": 0, "message": quote_body(body)}}, message, is_own=False)
+        if found is not None and status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+            await self._arrived.put({"jsonrpc": "2.0", "id": message["id"], "error": found[1]})
+            return
+        words = self._spec.redact(quote_body(body))
+        reason = status_reason(status)
+        hint = status_hint(status, self._spec, response.headers.get("www-authenticate", ""))
+        if status == HTTPStatus.UNAUTHORIZED or message["method"] in ("initialize", "server/discover"):
+            if message["method"] == "server/discover":
+                # The SDK then tries the handshake of the older revisions.
+                raise RefusedError(reason)
+            raise RequestRejectedError(reason, words, hint)
+        parts = [f"{reason}: {words}" if words else reason, hint]
+        raise RefusedError("; ".join(filter(None, parts)))
+
+    def _is_in_session(self, message: Mapping[str, Any]) -> bool:
+        return bool(self._session_id) and message["method"] not in ("initialize", "server/discover")
+
+    async def _check_session(self, answer: Mapping[str, Any], request: dict[str, Any], *, is_own: bool) -> None:
+        """Asks the server whether it knows the session, if an error may mean that it does not.
+
+        Args:
+            answer: The answer.
+            request: The request that it answers.
+            is_own: Whether the answer names the id of the request. A server that does not know a session refuses a
+                request before it reads its id.
+
+        Raises:
+            SessionForgottenError: The server does not know the session.
+        """
+        error = answer.get("error")
+        if error is None or not self._is_in_session(request) or request["method"] == "ping":
+            return
+        code = error.get("code") if isinstance(error, dict) else None
+        words = str(error.get("message", "") if isinstance(error, dict) else error)
+        is_suspicious = not is_own or code == _SESSION_NOT_FOUND or "session" in words.lower()
+        if is_suspicious and not await self._knows_session():
+            raise SessionForgottenError(_FORGOTTEN, words)
+
+    async def _knows_session(self) -> bool:
+        """Returns whether the server answers a ping in this session. A server that does not answer at all counts."""
+        ping_id = secrets.randbits(_ID_BITS)
+        ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
+        with suppress(TimeoutError, MessageTooLargeError, RequestRejectedError, self._http_error, OSError):
+            async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:
+                kind = response.headers.get("content-type", "").lower()
+                if kind.startswith("text/event-stream"):
+                    async with aclosing(_events(response)) as events:
+                        async for event in events:
+                            if event.data:
+                                return _shows_session(event.data, ping_id)
+                return _shows_session(await self._read_body(response, _ERROR_BODY_LIMIT), ping_id)
+        return True
+
+    # Streams that the client opens with GET.
+
+    @asynccontextmanager
+    async def _get_stream(self, last_id: str | None) -> AsyncIterator[Any]:
+        """Opens a stream of events, at its beginning or after an event.
+
+        Raises:
+            RefusedError: The server does not offer the stream.
+        """
+        extra = {} if last_id is None else {"last-event-id": last_id}
+        headers = self._headers(_ACCEPTS_EVENTS, extra)
+        async with self._client.stream("GET", self._spec.url, headers=headers) as response:
+            kind = response.headers.get("content-type", "").lower()
+            if response.status_code != HTTPStatus.OK or not kind.startswith("text/event-stream"):
+                raise RefusedError(status_reason(response.status_code))
+            yield response
+
+    async def _listen(self) -> None:
+        """Receives what the server sends on its own account, until it refuses the stream."""
+        last_id: str | None = None
+        retry: int | None = None
+        failures = 0
+        while failures < _MOST_FAILED_POLLS:
+            try:
+                async with self._get_stream(last_id) as response:
+                    self._is_listening, failures = True, 0
+                    async with aclosing(_events(response)) as events:
+                        async for event in events:
+                            last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
+                            await self._deliver_event(event)
+            except RefusedError:
+                return
+            except MessageTooLargeError as exc:
+                self._report("a message that is too large", str(exc))
+                failures += 1
+            except (self._http_error, OSError):
+                failures += 1
+            finally:
+                self._is_listening = False
+            await _pause_before_retry(retry)
+
+    async def _deliver_event(self, event: Event) -> None:
+        for value in self._read_event(event):
+            await self._arrived.put(value)
+
+    # The older SSE transport: one stream for all messages of the server, and an endpoint that messages are posted to.
+
+    async def open_sse(self) -> None:
+        """Opens the stream of the older SSE transport, and waits until the server has named its endpoint.
+
+        Raises:
+            SessionLostError: The stream cannot be opened, or does not begin with the endpoint.
+        """
+        endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        reading = self._start(self._read_sse(endpoint))
+        try:
+            waited: set[asyncio.Future[Any]] = {endpoint, reading}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not endpoint.done():
+                await end_task(reading, grace=_CLOSE_SECONDS)
+        if not endpoint.done():
+            raise self.end or SessionLostError("its event stream ended before it had named an endpoint")
+        self._sse_endpoint = endpoint.result()
+
+    async def _read_sse(self, endpoint: asyncio.Future[str]) -> None:
+        try:
+            async with self._client.stream("GET", self._spec.url, headers=_ACCEPTS_EVENTS) as response:
+                await self._check_sse_response(response)
+                async with aclosing(_events(response)) as events:
+                    async for event in events:
+                        if event.name == "endpoint" and not endpoint.done():
+                            endpoint.set_result(self._sse_endpoint_url(event.data.decode(errors="replace").strip()))
+                        else:
+                            await self._deliver_event(event)
+            self._lose(SessionLostError("it closed its event stream"))
+        except (RequestRejectedError, SessionLostError) as exc:
+            self._lose(exc)
+        except (self._http_error, OSError, MessageTooLargeError) as exc:
+            self._lose(SessionLostError(describe_error(exc)))
+
+    async def _check_sse_response(self, response: Any) -> None:
+        if response.is_redirect:
+            location = response.headers.get("location")
+            raise RequestRejectedError(f"it redirects to {location}, which is not followed")
+        if response.status_code >= HTTPStatus.BAD_REQUEST:
+            words = quote_body(await self._read_body(response, _ERROR_BODY_LIMIT))
+            challenge = response.headers.get("www-authenticate", "")
+            hint = status_hint(response.status_code, self._spec, challenge)
+            raise RequestRejectedError(status_reason(response.status_code), self._spec.redact(words), hint)
+        if not response.headers.get("content-type", "").lower().startswith("text/event-stream"):
+            raise RequestRejectedError(
+                "it did not answer with a stream of events, so it does not use the SSE transport",
+                hint='use "type": "http" in the configuration if it uses streamable HTTP',
+            )
+
+    def _sse_endpoint_url(self, named: str) -> str:
+        """Returns the URL of the endpoint; raises `SessionLostError` if it is at another origin."""
+        url = urljoin(self._spec.url, named)
+        own, other = urlsplit(self._spec.url), urlsplit(url)
+        if (own.scheme, own.netloc.rpartition("@")[2]) != (other.scheme, other.netloc.rpartition("@")[2]):
+            raise SessionLostError(f"it names an endpoint at another origin, {url}, which is not used")
+        return url
+
+    async def _try_sse(self) -> bool:
+        """Opens the older SSE transport at the URL, and returns whether the server uses it."""
+        try:
+            async with asyncio.timeout(_ENDPOINT_SECONDS):
+                await self.open_sse()
+        except (TimeoutError, SessionLostError) as exc:
+            logger.debug("MCP server %r does not use the SSE transport either: %s", self._spec.name, exc)
+            self.end = None
+            while not self._arrived.empty():
+                self._arrived.get_nowait()
+            return False
+        logger.info("MCP server %r uses the older SSE transport", self._spec.name)
+        return True
+
+
+async def _pause_before_retry(milliseconds: int | None) -> None:
+    pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, _SHORTEST_RETRY_MILLISECONDS)
+    await asyncio.sleep(pause / 1000)
+
+
+async def _events(response: Any) -> AsyncGenerator[Event, None]:
+    """Yields the events of a response."""
+    reader = EventReader()
+    async with aclosing(response.aiter_bytes()) as pieces:
+        async for piece in pieces:
+            for event in reader.feed(piece):
+                yield event
+
+
+def _shows_session(body: bytes, ping_id: int) -> bool:
+    """Returns whether the answer to a ping shows that the server knows the session."""
+    for value in parse_json(body):
+        if isinstance(value, dict) and str(value.get("id")) == str(ping_id):
+            error = value.get("error")
+            return error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
+    return False

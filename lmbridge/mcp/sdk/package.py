@@ -6,6 +6,7 @@ some require `mcp<2`, others `mcp>=2`.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Final
 
 LMBRIDGE_NAME: Final = "lmbridge"
@@ -28,3 +29,13 @@ def load_sdk() -> Any:
 def is_v2() -> bool:
     """Returns whether the installed SDK is of version 2.x, and not 1.x."""
     return hasattr(load_sdk(), "Client")
+
+
+def known_handshake_versions() -> tuple[str, ...]:
+    """Returns the protocol revisions that the SDK accepts in the answer to `initialize`, oldest first."""
+    if is_v2():
+        from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+
+        return tuple(HANDSHAKE_PROTOCOL_VERSIONS)
+    version: Any = import_module("mcp.shared.version")
+    return tuple(sorted(version.SUPPORTED_PROTOCOL_VERSIONS))

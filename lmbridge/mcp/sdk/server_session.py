@@ -23,7 +23,7 @@ from lmbridge._version import __version__
 from lmbridge.agent.tools import Tool
 from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
-from lmbridge.mcp.sdk.streams import MessageTap, streams_over_link
+from lmbridge.mcp.sdk.streams import streams_over_link
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -93,7 +93,7 @@ async def serve(server: Any, link: MessageLink) -> None:
         server: The server that `build_server` returned.
         link: The connection to the host.
     """
-    async with streams_over_link(link if is_v2() else _DelayedCancelLink(link), MessageTap()) as (reading, writing):
+    async with streams_over_link(link if is_v2() else _DelayedCancelLink(link)) as (reading, writing):
         with _restore_cancellation():
             await server.run(reading, writing, server.create_initialization_options())
 

@@ -1,4 +1,4 @@
-"""The three errors of a session with a server, and their descriptions in words.
+"""The errors of a session with a server, and their descriptions in words.
 
 The SDK raises exceptions of a dozen kinds, often in nested groups, and the kinds differ between its two majors. A
 caller has to distinguish only three cases: the session is over, the server answered with an error, or its answer is not
@@ -20,6 +20,24 @@ class BadReplyError(Exception):
     """The server answered with something that is not a valid reply; the text says what is wrong with it."""
 
 
+class RequestRejectedError(SessionLostError):
+    """The server rejected a request, which has not run, in a way that ends the session; the text is the reason.
+
+    Args:
+        reason: The reason, as a clause about the server.
+        words: What the server said, or an empty string.
+        hint: What the user can do, or an empty string.
+    """
+
+    def __init__(self, reason: str, words: str = "", hint: str = "") -> None:
+        super().__init__(reason)
+        self.words, self.hint = words, hint
+
+
+class SessionForgottenError(RequestRejectedError):
+    """The server no longer knows the session, so that the request has not run and can be sent in another session."""
+
+
 def describe_error(error: BaseException) -> str:
     """Returns a description of an exception that the SDK has raised or passed on, such as "'npx' was not found".
 
@@ -27,10 +45,12 @@ def describe_error(error: BaseException) -> str:
     """
     while isinstance(error, BaseExceptionGroup) and error.exceptions:
         error = error.exceptions[0]
-    if (response := getattr(error, "response", None)) is not None and hasattr(response, "status_code"):
-        return f"it answered with HTTP status {response.status_code}"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename!r} was not found"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    # The errors of pydantic are listings of many lines.
+    if isinstance(error, ValueError) and callable(list_errors := getattr(error, "errors", None)):
+        first = list_errors()[0]
+        return f"its answer is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     return str(error) or type(error).__name__

@@ -1,10 +1,9 @@
-"""The message streams between a transport and the SDK, which inspect messages and change some of them.
+"""The message streams between a connection and the SDK.
 
-The SDK accepts any pair of streams in place of its transports. This module uses that for two purposes. First, a stdio
-server's messages come from our own bounded reader (see `lmbridge.mcp.jsonrpc`). Second, a `MessageTap` looks at each
-message before the SDK does, because the SDK would reject a whole list of tools for one bad definition, and because its
-errors do not say what an HTTP server answered. The alternatives were to parse replies without the SDK, or to patch it;
-the streams are part of its public interface.
+The SDK accepts any pair of streams in place of its transports, and its own ones are not used: messages on stdio come
+from our bounded reader (see `lmbridge.mcp.jsonrpc`), and those over HTTP from `lmbridge.mcp.sdk.http`. What a client
+receives passes through an `Exchange`. The alternatives were to do without the SDK, or to patch it; the streams are part
+of its public interface.
 """
 
 from __future__ import annotations
@@ -14,119 +13,39 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 
+import attrs
 import msgspec
 
 from lmbridge.mcp.jsonrpc import MessageLink
+from lmbridge.mcp.sdk.exchange import Exchange
 from lmbridge.mcp.sdk.package import is_v2
+from lmbridge.mcp.sdk.session_errors import SessionLostError
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
-
-sent_call_ids: Final[ContextVar[list[Any] | None]] = ContextVar("sent_call_ids", default=None)
-"""The request ids of the tool calls that the current task has sent. None outside of a call."""
 
 _INVALID_REQUEST: Final = {
     "jsonrpc": "2.0",
     "error": {"code": -32600, "message": "Invalid request: it is not a JSON-RPC 2.0 message as MCP defines it"},
 }
-_HEADER_KEYS: Final = ("type", "x-mcp-header")
-"""The keys of a property's schema that decide whether an argument is also sent as an HTTP header."""
-_HEADER_DEPTH: Final = 16
-"""How many levels of nested properties are searched for these keys."""
-
-
-class MessageTap:
-    """Inspects the messages that arrive, and simplifies lists of tools before the SDK sees them.
-
-    The SDK rejects a whole list for one bad definition. It may also ask for the list again within a call, so that the
-    call fails after the tool has run, and it rejects a result that does not fit a tool's output schema. So it gets
-    definitions that consist of little more than a name, and the original ones are kept here.
-    """
-
-    def __init__(self) -> None:
-        self.tool_page: Mapping[str, Any] | None = None
-        """The last page of tools, as the server sent it."""
-        self.http_problem = ""
-        """What was wrong with the last HTTP response, or an empty string. The SDK's own errors do not say it."""
-        self.is_session_unknown = False
-        """Whether the server said that it does not know the session; the SDK would keep using it."""
-        self.is_modern = False
-        """True if the session uses a protocol revision in which results have a `resultType`. The SDK rejects a result
-        without this field, although the specification says that such a result counts as complete."""
-        self.waiting_calls: dict[asyncio.Task[Any], list[Any]] = {}
-        """The tasks that wait for the reply to a call, and the request ids of each. `interrupt_call` searches them."""
-        self.interrupted_ids: set[Any] = set()
-        """The request ids of the calls that `interrupt_call` ended."""
-
-    def interrupt_call(self, request_id: Any) -> None:
-        """Cancels a call that still waits for its reply although the HTTP response has ended without it."""
-        for task, request_ids in self.waiting_calls.items():
-            if request_id in request_ids:
-                self.interrupted_ids.add(request_id)
-                task.cancel()
-
-    def inspect(self, message: Any) -> None:
-        """Inspects a message that has arrived, and changes it if the SDK would reject it needlessly."""
-        inner = getattr(message, "message", None)
-        result = getattr(getattr(inner, "root", inner), "result", None)
-        if not isinstance(result, dict):
-            return
-        if isinstance(result.get("tools"), list):
-            self.tool_page = dict(result)
-            result["tools"] = [_minimal_definition(each) for each in result["tools"] if has_name(each)]
-        if self.is_modern:
-            result.setdefault("resultType", "complete")
-
-
-def has_name(definition: Any) -> bool:
-    """Returns whether something in a list of tools is an object with a name."""
-    return isinstance(definition, dict) and isinstance(definition.get("name"), str)
-
-
-def _minimal_definition(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a definition that is valid and not too deep for the SDK, with only what it needs to send a call."""
-    schema = {"type": "object", "properties": _header_properties(definition.get("inputSchema"), _HEADER_DEPTH)}
-    return {"name": definition["name"], "inputSchema": schema}
-
-
-def _header_properties(schema: Any, depth: int) -> dict[str, Any]:
-    """Returns a schema's properties, reduced to the keys that say which arguments are also sent as HTTP headers."""
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    if not isinstance(properties, dict) or not depth:
-        return {}
-    return {
-        name: {key: each[key] for key in _HEADER_KEYS if key in each}
-        | {"properties": _header_properties(each, depth - 1)}
-        for name, each in properties.items()
-        if isinstance(each, dict)
-    }
+_MESSAGES_PER_TURN: Final = 50
+"""How many messages that the SDK does not get are handled in one turn of the event loop, so that a flood of them does
+not keep everything else waiting."""
 
 
 class ReadStream:
-    """A stream that the SDK reads messages from; the tap sees each of them first.
+    """A stream that the SDK reads messages from.
 
     Args:
         receive: Returns the next message, or raises `anyio.EndOfStream` after the last one.
-        tap: Looks at each message.
-        close: Closes the stream underneath.
     """
 
-    def __init__(
-        self, receive: Callable[[], Awaitable[Any]], tap: MessageTap, close: Callable[[], Awaitable[None]]
-    ) -> None:
-        self._receive, self._tap, self._close = receive, tap, close
-
-    async def receive(self) -> Any:
-        """Returns the next message; raises `anyio.EndOfStream` after the last one."""
-        message = await self._receive()
-        self._tap.inspect(message)
-        return message
+    def __init__(self, receive: Callable[[], Awaitable[Any]]) -> None:
+        self.receive = receive
 
     async def aclose(self) -> None:
-        """Closes the stream."""
-        await self._close()
+        """Does nothing, because the owner of the connection closes it."""
 
     def __aiter__(self) -> Self:
         return self
@@ -147,27 +66,17 @@ class ReadStream:
 
 
 class WriteStream:
-    """A stream that the SDK writes messages to; it records the request ids of tool calls in `sent_call_ids`.
+    """A stream that the SDK writes messages to.
 
     Args:
         send: Sends a message.
-        close: Closes the stream underneath.
     """
 
-    def __init__(self, send: Callable[[Any], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
-        self._send, self._close = send, close
-
-    async def send(self, message: Any) -> None:
-        """Sends a message."""
-        inner = getattr(message.message, "root", message.message)
-        request_ids = sent_call_ids.get()
-        if request_ids is not None and getattr(inner, "method", None) == "tools/call":
-            request_ids.append(inner.id)
-        await self._send(message)
+    def __init__(self, send: Callable[[Any], Awaitable[None]]) -> None:
+        self.send = send
 
     async def aclose(self) -> None:
-        """Closes the stream."""
-        await self._close()
+        """Does nothing, because the owner of the connection closes it."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -180,9 +89,105 @@ Streams: TypeAlias = tuple[ReadStream, WriteStream]
 """The two streams that the SDK accepts in place of one of its transports."""
 
 
+@attrs.frozen
+class FailedRequest:
+    """Stands in for an answer that will not arrive."""
+
+    request_id: Any
+    """The id of the request, as it was sent."""
+    failure: Exception
+    """The error that the caller gets, one of those in `session_errors`."""
+
+
+class ClientConnection(Protocol):
+    """A connection to a server."""
+
+    @property
+    def end(self) -> SessionLostError | None:
+        """Why the connection can no longer be used, or None if it can or if only its owner knows."""
+        ...
+
+    async def receive(self) -> Any:
+        """Returns the next message or `FailedRequest`, or None once there will be no more."""
+        ...
+
+    async def send(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        """Sends a message.
+
+        Args:
+            message: The message.
+            headers: The HTTP headers that the protocol requires for this message; ignored on stdio.
+
+        Raises:
+            ConnectionError: The server no longer reads.
+        """
+        ...
+
+
+class LinkConnection:
+    """A `ClientConnection` over a `MessageLink`, for a server on stdio."""
+
+    end: SessionLostError | None = None
+    """None, because the owner of the link knows why it ended."""
+
+    def __init__(self, link: MessageLink) -> None:
+        self.receive = link.receive
+        self._send = link.send
+
+    async def send(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:  # noqa: ARG002 - for HTTP
+        """Sends a message; see `ClientConnection.send`."""
+        await self._send(msgspec.json.encode(message))
+
+
+def client_streams(connection: ClientConnection, exchange: Exchange) -> Streams:
+    """Returns the two streams that the SDK needs, for a connection to a server."""
+    import anyio
+    from mcp.shared.message import SessionMessage
+
+    parse = _message_parser()
+
+    async def send_reply(reply: dict[str, Any]) -> None:
+        # The server may be gone by now.
+        with contextlib.suppress(ConnectionError):
+            await connection.send(reply, {})
+
+    exchange.send_reply = send_reply
+
+    async def receive() -> Any:
+        unseen = 0
+        while (item := await connection.receive()) is not None:
+            if isinstance(item, FailedRequest):
+                message = exchange.fail(item.request_id, item.failure)
+            else:
+                message = exchange.incoming(item)
+            if message is not None:
+                return SessionMessage(parse(message))
+            unseen += 1
+            if unseen % _MESSAGES_PER_TURN == 0:
+                await asyncio.sleep(0)
+        raise anyio.EndOfStream
+
+    async def send(session_message: Any) -> None:
+        message = exchange.outgoing(_plain(session_message.message))
+        if message is not None:
+            headers = getattr(session_message.metadata, "headers", None) or {}
+            try:
+                await connection.send(message, headers)
+            except ConnectionError as exc:
+                raise anyio.BrokenResourceError from exc
+
+    return ReadStream(receive), WriteStream(send)
+
+
+def _plain(message: Any) -> dict[str, Any]:
+    """Returns a message of the SDK as the dict that is sent."""
+    plain: dict[str, Any] = message.model_dump(by_alias=True, mode="json", exclude_none=True)
+    return plain
+
+
 @asynccontextmanager
-async def streams_over_link(link: MessageLink, tap: MessageTap) -> AsyncIterator[Streams]:
-    """Yields the two streams that the SDK needs, for a link. The link is closed by its owner, not here.
+async def streams_over_link(link: MessageLink) -> AsyncIterator[Streams]:
+    """Yields the two streams that the SDK needs as a server. The link is closed by its owner, not here.
 
     A message that the SDK cannot parse is skipped; if it is a request, it is answered with an error.
     """
@@ -209,11 +214,7 @@ async def streams_over_link(link: MessageLink, tap: MessageTap) -> AsyncIterator
         except ConnectionError as exc:
             raise anyio.BrokenResourceError from exc
 
-    yield ReadStream(receive, tap, _leave_open), WriteStream(send, _leave_open)
-
-
-async def _leave_open() -> None:
-    """Does nothing, because the owner of the link closes it."""
+    yield ReadStream(receive), WriteStream(send)
 
 
 def _expects_reply(message: Mapping[str, Any]) -> bool:

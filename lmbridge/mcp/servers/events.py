@@ -55,4 +55,20 @@ class ToolsChanged:
     """The name of the server."""
 
 
-McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged
+@attrs.frozen
+class UnexpectedMessage:
+    """A server has sent something that the protocol does not allow, or that lmbridge ignores.
+
+    What can be used of the message is used, and the session continues. In each session, only the first message of each
+    kind is reported.
+    """
+
+    server: str
+    """The name of the server."""
+    kind: str
+    """What kind of message it is, in words, such as "an answer to a request that was not sent"."""
+    detail: str = ""
+    """The part of the message that was unexpected, shortened, or the method that it concerns."""
+
+
+McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged | UnexpectedMessage

@@ -8,8 +8,9 @@ A server that dies is restarted by the next call, and not before. Otherwise a se
 restarted for ever although no run needs it, and no run would see the error of its start. The pause before a restart
 doubles each time, up to 30 seconds, and is reset once a session has lasted for ten seconds.
 
-A call that was interrupted is not repeated, because it may have run. The exception is a tool that the server has
-declared idempotent, whose call is repeated once. All errors of a call become text for the model, which can often do
+A call that was interrupted is not repeated, because it may have run. There are two exceptions: a tool that the server
+has declared idempotent, and a server that has forgotten the session and therefore refused the call. Such a call is
+repeated once. All errors of a call become text for the model, which can often do
 something about them.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -26,13 +27,21 @@ import attrs
 from lmbridge._tasks import SingleFlight
 from lmbridge.errors import MCPConnectionError, MCPError, TaskCancelledError, ToolError
 from lmbridge.mcp.config.server_spec import DEFAULT_CONNECT_TIMEOUT, ServerSpec
-from lmbridge.mcp.sdk import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.sdk import (
+    BadReplyError,
+    RefusedError,
+    RequestRejectedError,
+    SessionForgottenError,
+    SessionLostError,
+    describe_error,
+)
 from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
-from lmbridge.mcp.servers.package_runners import npx_hint, start_patience
+from lmbridge.mcp.servers.package_runners import start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
+from lmbridge.mcp.servers.start_hints import start_hint
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -200,6 +209,9 @@ class ManagedServer:
         try:
             async with asyncio.timeout(self._list_timeout):
                 await session.refresh_tools()
+        except SessionForgottenError as exc:
+            self._on_session_ended(session, str(exc))
+            session = await self._connect()
         except (TimeoutError, SessionLostError, RefusedError, BadReplyError) as exc:
             logger.warning(
                 "MCP server %r: its tools changed, but the new list could not be read, so the old one stays in use: %s",
@@ -228,6 +240,11 @@ class ManagedServer:
         try:
             try:
                 return await self._call_once(tool, arguments, timeout)
+            except SessionForgottenError as exc:
+                logger.info("MCP server %r has forgotten the session, so the call is repeated: %s", name, exc.words)
+                return await self._call_once(tool, arguments, timeout)
+            except RequestRejectedError:
+                raise
             except SessionLostError as exc:
                 if not is_idempotent:
                     raise
@@ -238,6 +255,10 @@ class ManagedServer:
                     exc,
                 )
                 return await self._call_once(tool, arguments, timeout)
+        except RequestRejectedError as exc:
+            raise ToolError(
+                f"the MCP server {name!r} rejected the call, which has not run: {self._describe_rejection(exc)}", exc
+            ) from exc
         except SessionLostError as exc:
             reason = self.spec.redact(str(exc))
             raise ToolError(
@@ -258,8 +279,8 @@ class ManagedServer:
             session = await self._connect()
             try:
                 result = await session.call(tool, arguments, CallTimer(timeout, self.spec.max_call_timeout))
-            except SessionLostError:
-                self._on_session_ended(session)
+            except SessionLostError as exc:
+                self._on_session_ended(session, str(exc))
                 raise
         finally:
             self.release()
@@ -357,40 +378,44 @@ class ManagedServer:
         self._change_state(ServerState.FAILED)
         stderr = session.stderr_excerpt
         problem = f"could not be started: {self._error}"
+        cause = None if error is None else error.__cause__
+        if isinstance(cause, RequestRejectedError) and cause.words:
+            problem += f"; it said: {self.spec.redact(cause.words)}"
         missing: list[str] = []
         if session.pid is not None:
             missing = missing_variables(self.spec, stderr)
         if missing:
             problem += f"; it did not get these variables of your environment: {', '.join(missing)}"
-        hint = self._start_hint(error, stderr, missing)
+        hint = start_hint(self.spec, error, stderr, missing)
         failure = self._connection_error(problem, error, stderr, hint)
         failure.context["missing_variables"] = missing
         return failure
-
-    def _start_hint(self, error: BaseException | None, stderr: str, missing: Sequence[str]) -> str | None:
-        """Returns what to do after a failed start. Without an `error`, the server has not answered in time."""
-        hints: list[str] = []
-        if error is not None and isinstance(error.__cause__, FileNotFoundError):
-            hints.append("install it, or give its full path in the configuration")
-        if found := npx_hint(self.spec, stderr, timed_out=error is None):
-            hints.append(found)
-        if missing:
-            example = f'{{"{missing[0]}": "${{{missing[0]}}}"}}'
-            hints.append(f'if it needs one of the variables, pass it on with "env": {example} in the configuration')
-        if error is None:
-            hints.append('allow it more time with "lmbridge": {"connectTimeout": ...} in the configuration')
-        return "; ".join(hints) or None
 
     def _schedule_backoff(self) -> None:
         pause = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self._failures)
         self._failures = min(self._failures + 1, _MOST_DOUBLINGS)
         self._retry_at = asyncio.get_running_loop().time() + pause
 
-    def _on_session_ended(self, session: SessionOwner) -> None:
-        """Records that the session in use has ended by itself. A second call for the same session does nothing."""
+    def _describe_rejection(self, error: RequestRejectedError) -> str:
+        """Returns why a call was rejected, what the server said, and what the user can do."""
+        reason = f"{error}: {error.words}" if error.words else str(error)
+        return self.spec.redact("; ".join(filter(None, (reason, error.hint))))
+
+    def _on_session_ended(self, session: SessionOwner, reason: str = "") -> None:
+        """Records that the session in use has ended by itself. A second call for the same session does nothing.
+
+        Args:
+            session: The session.
+            reason: The reason, if the server has forgotten the session. Its other calls may then still be running.
+        """
         if self._session is not session:
             return
         self._session = None
+        if not session.ended.done():
+            self._error = self.spec.redact(reason)
+            logger.info("MCP server %r was lost: %s", self.spec.name, self._error)
+            self._change_state(ServerState.LOST)
+            return
         if asyncio.get_running_loop().time() - session.opened_at < _STABLE_SECONDS:
             self._schedule_backoff()
         else:

@@ -33,15 +33,16 @@ from lmbridge.mcp import sdk
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import McpSession, SessionLostError
 from lmbridge.mcp.servers.call_timer import CallTimer
-from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged
+from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged, UnexpectedMessage
+from lmbridge.mcp.servers.sanitize import sanitize_text
 from lmbridge.mcp.servers.stdio import StdioLink
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _MOST_PAGES: Final = 100
 """The maximum number of pages of a tool list that are read."""
-_LIVENESS_SECONDS: Final = 5.0
-"""How long a server on HTTP may take to show that its session is alive, after an error that suggests it is lost."""
+_FORGOTTEN_SECONDS: Final = 1.0
+"""How long the other calls in a session that the server has forgotten may wait to be told the same, in seconds."""
 _EXIT_REASON_SECONDS: Final = 1.0
 """How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
@@ -204,9 +205,14 @@ class SessionOwner:
         if work.done() and not work.cancelled():
             try:
                 return work.result()
+            except sdk.SessionForgottenError as exc:
+                asyncio.get_running_loop().call_later(_FORGOTTEN_SECONDS, self._mark_lost, str(exc))
+                raise
+            except sdk.RequestRejectedError as exc:
+                self._mark_lost(str(exc))
+                raise
             except SessionLostError as exc:
-                await self._raise_if_lost(exc)
-                raise sdk.RefusedError(str(exc)) from exc
+                raise await self._confirm_loss(exc) from exc
         if self.ended.done():
             raise SessionLostError(self.ended.result().reason)
         raise timer.error()
@@ -215,26 +221,13 @@ class SessionOwner:
         for wake in self._pending_requests:
             _wake_up(wake)
 
-    async def _raise_if_lost(self, error: SessionLostError) -> None:
-        """Checks an error of the SDK that says that the session is lost, and returns if the session is still alive.
-
-        The SDK's errors for a lost session have the codes of ordinary errors and are recognized by their messages. A
-        server may send the same messages.
-
-        Raises:
-            SessionLostError: The session is lost.
-        """
-        if self._link is None and not self.ended.done():
-            # If the server answers a harmless request, its session is alive. Any error means that it is not.
-            with suppress(Exception):
-                async with asyncio.timeout(_LIVENESS_SECONDS):
-                    await self._live_session().list_page(None)
-                    return
-        elif not self.ended.done():
+    async def _confirm_loss(self, error: SessionLostError) -> SessionLostError:
+        """Marks the session as lost, and returns the error with the best reason that is known."""
+        if self._link is not None and not self.ended.done():
             # The exit status of the process will be known in a moment, and says more than the SDK's error.
             await asyncio.wait({self.ended}, timeout=_EXIT_REASON_SECONDS)
         self._mark_lost(str(error))
-        raise SessionLostError(self.ended.result().reason) from error
+        return SessionLostError(self.ended.result().reason)
 
     async def _hold_session(self) -> None:
         try:
@@ -244,7 +237,7 @@ class SessionOwner:
                 if self._link is not None:
                     stack.push_async_callback(self._end_server_process, self._link)
                     await self._link.start()
-                handlers = sdk.NotificationHandlers(self._on_tools_changed, self._on_log)
+                handlers = sdk.NotificationHandlers(self._on_tools_changed, self._on_log, self._on_unexpected)
                 self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
@@ -320,6 +313,13 @@ class SessionOwner:
 
     def _on_log(self, level: str, data: Any) -> None:
         self._emit(ServerLog(self._spec.name, level, data))
+
+    def _on_unexpected(self, kind: str, detail: str) -> None:
+        detail = self._spec.redact(sanitize_text(detail))
+        logger.warning(
+            "MCP server %r sent %s (later ones are not logged)%s", self._spec.name, kind, detail and f": {detail}"
+        )
+        self._emit(UnexpectedMessage(self._spec.name, kind, detail))
 
 
 async def _run_and_wake(request: Callable[[], Awaitable[Any]], wake: asyncio.Future[None]) -> Any:

@@ -46,17 +46,9 @@ async def test_a_protocol_error_is_a_tool_error_and_the_session_stays_open(make_
     assert hub.status()["a"].starts == 1
 
 
-async def test_a_result_without_content_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
-    lease = await make_hub({"a": {}}).tools()
-    with pytest.raises(ToolError, match="the tool ran, but its result is not valid: content: Field required"):
-        await function_of(lease, "nothing")()
-    assert await function_of(lease, "echo")(text="on") == "on"
-
-
-async def test_a_result_that_is_nested_too_deeply_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
+async def test_a_result_that_is_nested_deeply_reaches_the_model(make_hub: MakeHub) -> None:
     lease = await make_hub({"a": {"deep_at": ["count"]}}).tools()
-    with pytest.raises(ToolError, match="its result is not valid: Maximum serialization depth exceeded"):
-        await function_of(lease, "count")()
+    assert (await function_of(lease, "count")()).count('{"a":') == 300
     assert await function_of(lease, "echo")(text="on") == "on"
 
 

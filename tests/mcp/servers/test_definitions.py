@@ -42,7 +42,6 @@ async def test_a_list_of_tools_with_too_many_pages_fails_the_server(make_hub: Ma
 
 async def test_a_bad_definition_costs_only_its_own_tool(make_hub: MakeHub, caplog: pytest.LogCaptureFixture) -> None:
     bad: list[Any] = [
-        {"name": "no_schema"},
         {"name": "", "inputSchema": {}},
         {"description": "no name", "inputSchema": {}},
         "no object",
@@ -54,10 +53,9 @@ async def test_a_bad_definition_costs_only_its_own_tool(make_hub: MakeHub, caplo
     lease = await make_hub({"a": {"tools": ["echo"], "more_tools": bad}}).tools()
     assert names(lease.tools) == ["echo", "empty"]
     assert [each.tool for each in lease.left_out] == [
-        "no_schema",
+        "number 2",
         "number 3",
         "number 4",
-        "number 5",
         "an_array",
         "echo",
         "task",

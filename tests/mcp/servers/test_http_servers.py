@@ -12,7 +12,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from lmbridge import MultiMCPError, ToolError
-from lmbridge.mcp import ServerState
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import function_of, names
 
@@ -154,20 +153,6 @@ async def test_a_server_that_cannot_be_reached_fails_to_start(make_hub: MakeHub,
     hub = make_hub({"a": {"url": f"http://127.0.0.1:9{path}"}}, connect_timeout=5)
     with pytest.raises(MultiMCPError, match=r"could not be started: .*(connect|refused)"):
         await hub.tools()
-
-
-async def test_a_session_that_the_server_no_longer_knows_is_lost_and_opened_again(
-    make_hub: MakeHub, server: HttpServer
-) -> None:
-    hub = make_hub({"a": {"url": server.url}})
-    lease = await hub.tools()
-    server.session = "s2"
-    with pytest.raises(ToolError, match="lost during the call"):
-        await function_of(lease, "echo")(text="x")
-    assert hub.status()["a"].state == ServerState.LOST
-    assert await function_of(lease, "echo")(text="on") == "on"
-    assert hub.status()["a"].starts == 2
-    await hub.close()
 
 
 async def test_a_call_that_times_out_does_not_end_the_session(make_hub: MakeHub, server: HttpServer) -> None:

@@ -1,0 +1,344 @@
+"""`Exchange`: decides what happens with each message of a server, before the SDK sees any of it.
+
+The SDK is given only what it needs to match an answer to a request: a handshake that is valid, a list of tools reduced
+to their names, and empty results. The data goes past it. Otherwise the SDK would reject a whole list of tools for one
+bad definition, and the result of a tool that has run for one field; and its two major versions differ in what they
+reject. Notifications and requests of the server are handled here as well, because the SDK starts a task for each of
+them, and logs a traceback for each that is not valid. A server that floods its client with them would slow everything
+down.
+
+Requests are sent under ids that cannot be guessed. So an answer to a request that has not been sent yet is recognized
+as forged, even while the session is being opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final
+
+import attrs
+
+from lmbridge._tasks import end_task
+from lmbridge._text import shorten
+from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
+from lmbridge.mcp.sdk.package import known_handshake_versions
+from lmbridge.mcp.sdk.session_errors import RefusedError
+
+ProgressCallback = Callable[[float, float | None, str | None], None]
+"""Called with the progress of a call: the amount done, the total if it is known, and a message if there is one."""
+
+_ID_BITS: Final = 31
+"""The size of request ids. Servers in typed languages read them as 32-bit integers."""
+_REMEMBERED_REQUESTS: Final = 256
+"""How many requests that are over are remembered, so that a late answer to one of them is not reported."""
+_MOST_PENDING_REPLIES: Final = 64
+"""How many of our replies to requests of the server may wait until the server reads them. Further requests are dropped.
+"""
+_CLOSE_SECONDS: Final = 1.0
+"""How long a reply that is given up may take to end, in seconds."""
+_METHOD_NOT_FOUND: Final = -32601
+_LONGEST_DETAIL: Final = 200
+"""The length to which the description of an unexpected message is shortened, in characters."""
+_MODERN_NOTIFICATIONS: Final = ("notifications/subscriptions/acknowledged", "notifications/cancelled")
+"""The notifications that the SDK needs for a subscription to changes."""
+_KNOWN_NOTIFICATIONS: Final = (
+    *_MODERN_NOTIFICATIONS,
+    "notifications/elicitation/complete",
+    "notifications/initialized",
+    "notifications/prompts/list_changed",
+    "notifications/resources/list_changed",
+    "notifications/resources/updated",
+    "notifications/roots/list_changed",
+    "notifications/tasks/status",
+)
+"""The notifications of the protocol that mean nothing to lmbridge."""
+_HEADER_KEYS: Final = ("type", "x-mcp-header")
+"""The keys of a property's schema that decide whether an argument is also sent as an HTTP header."""
+_HEADER_DEPTH: Final = 16
+"""How many levels of nested properties are searched for these keys."""
+
+
+@attrs.frozen
+class NotificationHandlers:
+    """Functions that are called with what a server sends on its own account."""
+
+    on_tools_changed: Callable[[], None]
+    """Called when the server's list of tools has changed."""
+    on_log: Callable[[str, Any], None]
+    """Called with the level and the data of a log message."""
+    on_unexpected: Callable[[str, str], None]
+    """Called with the kind and the description of something that the protocol does not allow, or that is ignored. It is
+    called once for each kind of such messages in a session."""
+
+
+@attrs.define(eq=False)
+class SentRequest:
+    """A request of this task, with what became of it."""
+
+    method: str
+    """The method of the request."""
+    on_progress: ProgressCallback | None = None
+    """Called with the progress of the request."""
+    sdk_id: Any = None
+    """The id that the SDK gave the request, or None if it has not been sent."""
+    result: dict[str, Any] | None = None
+    """The result as the protocol specifies it, once it has arrived."""
+    failure: Exception | None = None
+    """The error that the caller gets, if the server refused the request or did not answer it."""
+
+
+_current_request: Final[ContextVar[SentRequest | None]] = ContextVar("current_request", default=None)
+
+
+@contextmanager
+def track_request(method: str, on_progress: ProgressCallback | None = None) -> Iterator[SentRequest]:
+    """Connects the request of a method that is sent within the block, by this task, with a `SentRequest`."""
+    request = SentRequest(method, on_progress)
+    token = _current_request.set(request)
+    try:
+        yield request
+    finally:
+        _current_request.reset(token)
+
+
+class Exchange:
+    """Tracks the requests of a session, and filters and normalizes the messages that arrive.
+
+    Args:
+        handlers: The functions that are called with what the server sends on its own account.
+    """
+
+    def __init__(self, handlers: NotificationHandlers) -> None:
+        self.is_modern: bool = False
+        """True if the session uses a protocol revision without a handshake, 2026-07-28 or later."""
+        self.protocol: str = ""
+        """The protocol revision that the server named in the handshake, or an empty string."""
+        self.failure: Exception | None = None
+        """Why the last request that opens the session failed, or None."""
+        self.send_reply: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+        """Sends a reply to a request of the server. Without it, such requests are ignored."""
+        self._handlers = handlers
+        self._pending: dict[Any, tuple[SentRequest, Any]] = {}
+        self._finished: deque[Any] = deque(maxlen=_REMEMBERED_REQUESTS)
+        self._replies: set[asyncio.Future[None]] = set()
+        self._reported: set[str] = set()
+
+    def report(self, kind: str, detail: Any = "") -> None:
+        """Reports something unexpected, if it is the first of its kind in this session."""
+        if kind not in self._reported:
+            self._reported.add(kind)
+            self._handlers.on_unexpected(kind, shorten(str(detail), _LONGEST_DETAIL))
+
+    # Messages to the server.
+
+    def outgoing(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns a message of the SDK as it is sent: with another id, if it is a request or refers to one.
+
+        It returns None for the cancellation of a request that is already over.
+        """
+        method, params = message.get("method"), message.get("params") or {}
+        if method is None:
+            return message
+        if "id" in message:
+            return self._outgoing_request(message, method, params)
+        if method == "notifications/cancelled":
+            wire_id = self._finish_sdk_id(params.get("requestId"))
+            return None if wire_id is None else {**message, "params": {**params, "requestId": wire_id}}
+        return message
+
+    def _outgoing_request(self, message: dict[str, Any], method: str, params: dict[str, Any]) -> dict[str, Any]:
+        request = _current_request.get()
+        if request is None or request.method != method:
+            request = SentRequest(method)
+        request.sdk_id = message["id"]
+        # The SDK's own strings are subscription ids, which notifications repeat.
+        wire_id = message["id"] if isinstance(message["id"], str) else self._new_id()
+        self._pending[wire_id] = (request, message["id"])
+        meta = params.get("_meta") or {}
+        if "progressToken" in meta:
+            params = {**params, "_meta": {**meta, "progressToken": wire_id}}
+        return {**message, "id": wire_id} | ({"params": params} if params else {})
+
+    def _new_id(self) -> int:
+        # Zero and one are left to the servers that answer everything under a constant.
+        return secrets.randbits(_ID_BITS) | 1 << (_ID_BITS - 1)
+
+    def _finish_sdk_id(self, sdk_id: Any) -> Any:
+        """Ends a request that the SDK has given up, and returns the id under which it was sent; None if it is over."""
+        for wire_id, (_, pending_sdk_id) in self._pending.items():
+            if pending_sdk_id == sdk_id:
+                del self._pending[wire_id]
+                self._finished.append(wire_id)
+                return wire_id
+        return None
+
+    def forget(self, request: SentRequest) -> None:
+        """Ends a request whose caller no longer waits for it."""
+        self._finish_sdk_id(request.sdk_id)
+
+    # Messages from the server.
+
+    def incoming(self, message: Any) -> dict[str, Any] | None:
+        """Handles a message that has arrived, and returns what the SDK gets of it, or None."""
+        if not isinstance(message, dict):
+            self.report("a message that is not an object", message)
+            return None
+        if "method" not in message:
+            return self._incoming_answer(message)
+        method = message["method"]
+        if not isinstance(method, str):
+            self.report("a message whose method is not a text", method)
+        elif "id" in message:
+            self._incoming_request(message["id"], method)
+        elif not isinstance(message.get("params", {}), dict | None):
+            self.report(f"a malformed {method}", message["params"])
+        else:
+            return self._incoming_notification(message, method, message.get("params") or {})
+        return None
+
+    def fail(self, wire_id: Any, failure: Exception) -> dict[str, Any] | None:
+        """Ends a request without an answer of the server, and returns the answer that the SDK gets, or None."""
+        if (pending := self._pending.pop(wire_id, None)) is None:
+            return None
+        request, sdk_id = pending
+        self._finished.append(wire_id)
+        request.failure = self.failure = failure
+        return {"jsonrpc": "2.0", "id": sdk_id, "error": {"code": 0, "message": str(failure)}}
+
+    def _incoming_answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        wire_id = self._match_id(message.get("id"))
+        if wire_id is None:
+            if message.get("id") not in self._finished:
+                self.report("an answer to a request that was not sent", message.get("id"))
+            return None
+        request, sdk_id = self._pending.pop(wire_id)
+        self._finished.append(wire_id)
+        answer = read_answer(message, request.method)
+        for note in answer.notes:
+            self.report(note, request.method)
+        if answer.result is None:
+            request.failure = self.failure = RefusedError(answer.refusal)
+            return {"jsonrpc": "2.0", "id": sdk_id, "error": answer.error}
+        self.failure = None
+        request.result = answer.result
+        return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
+
+    def _match_id(self, answered_id: Any) -> Any:
+        """Returns the id of the pending request that an answer names, or None. Some servers return it as a text."""
+        if isinstance(answered_id, float) and answered_id.is_integer():
+            answered_id = int(answered_id)
+        if isinstance(answered_id, str) and answered_id.isascii() and answered_id.isdigit():
+            answered_id = int(answered_id)
+        is_id = isinstance(answered_id, str | int)
+        return answered_id if is_id and answered_id in self._pending else None
+
+    def _result_for_sdk(self, method: str, result: dict[str, Any]) -> dict[str, Any]:
+        notes: list[str] = []
+        if method == "initialize":
+            sdk_result, self.protocol = normalize_handshake(result, known_handshake_versions(), notes)
+        elif method == "tools/list":
+            names = [_minimal_definition(each) for each in result["tools"] if has_name(each)]
+            sdk_result = {**_cache_hints(result), "tools": names}
+        elif method == "tools/call" and result.get("resultType", "complete") == "complete":
+            sdk_result = {"content": []}
+        else:
+            sdk_result = result
+        if self.is_modern:
+            # The specification says that a result without this field counts as complete. The SDK rejects it.
+            sdk_result.setdefault("resultType", "complete")
+        for note in notes:
+            self.report(note, method)
+        return sdk_result
+
+    def _incoming_request(self, request_id: Any, method: str) -> None:
+        if isinstance(request_id, bool) or not isinstance(request_id, str | int):
+            self.report("a request without a usable id", method)
+            return
+        if len(self._replies) >= _MOST_PENDING_REPLIES:
+            self.report("more requests than the server reads replies to", method)
+            return
+        reply: dict[str, Any] = {"jsonrpc": "2.0", "id": request_id}
+        if method == "ping":
+            reply["result"] = {}
+        else:
+            self.report("a request for something that lmbridge does not offer", method)
+            problem = f"lmbridge does not support {shorten(method, _LONGEST_DETAIL)}"
+            reply["error"] = {"code": _METHOD_NOT_FOUND, "message": problem}
+        if self.send_reply is not None:
+            task = asyncio.ensure_future(self.send_reply(reply))
+            self._replies.add(task)
+            task.add_done_callback(self._replies.discard)
+
+    async def close(self) -> None:
+        """Gives up the replies that the server has not read."""
+        for task in list(self._replies):
+            await end_task(task, grace=_CLOSE_SECONDS)
+
+    def _incoming_notification(
+        self, message: dict[str, Any], method: str, params: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        if method == "notifications/progress":
+            self._on_progress(params)
+        elif method == "notifications/message":
+            self._handlers.on_log(str(params.get("level") or "info"), params.get("data", params.get("message")))
+        elif method == "notifications/tools/list_changed":
+            self._handlers.on_tools_changed()
+        elif self.is_modern and method in _MODERN_NOTIFICATIONS:
+            return {**message, "jsonrpc": "2.0"}
+        elif method not in _KNOWN_NOTIFICATIONS:
+            self.report("a notification that the protocol does not define", method)
+        return None
+
+    def _on_progress(self, params: dict[str, Any]) -> None:
+        wire_id = self._match_id(params.get("progressToken"))
+        progress = _as_number(params.get("progress"))
+        if wire_id is None:
+            if params.get("progressToken") not in self._finished:
+                self.report("progress of a request that was not sent", params.get("progressToken"))
+        elif progress is None:
+            self.report("progress that is not a number", params.get("progress"))
+        elif (on_progress := self._pending[wire_id][0].on_progress) is not None:
+            message = params.get("message")
+            on_progress(progress, _as_number(params.get("total")), message if isinstance(message, str) else None)
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return None if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def has_name(definition: Any) -> bool:
+    """Returns whether something in a list of tools is an object with a name."""
+    return isinstance(definition, dict) and isinstance(definition.get("name"), str)
+
+
+def _cache_hints(page: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a modern session requires of a page besides its tools. A page is not cached by the SDK."""
+    cursor = page.get("nextCursor")
+    return {"ttlMs": 0, "cacheScope": "private"} | ({"nextCursor": cursor} if isinstance(cursor, str) else {})
+
+
+def _minimal_definition(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a definition that is valid and not too deep for the SDK, with only what it needs to send a call."""
+    schema = {"type": "object", "properties": _header_properties(definition.get("inputSchema"), _HEADER_DEPTH)}
+    return {"name": definition["name"], "inputSchema": schema}
+
+
+def _header_properties(schema: Any, depth: int) -> dict[str, Any]:
+    """Returns a schema's properties, reduced to the keys that say which arguments are also sent as HTTP headers."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict) or not depth:
+        return {}
+    return {
+        name: {key: each[key] for key in _HEADER_KEYS if key in each}
+        | {"properties": _header_properties(each, depth - 1)}
+        for name, each in properties.items()
+        if isinstance(each, dict)
+    }

@@ -1,0 +1,293 @@
+"""Turns what servers send in answer to a request into what the protocol specifies.
+
+Many servers send almost what the protocol says: a list as structured content, a result without `content`, an error that
+is a string, a tool without a schema. The SDK rejects each of these, and with it the data that a model could have used.
+So every answer passes through here before anybody else sees it. The functions do no I/O.
+
+Each deviation adds a note to a list, a few words such as "a result that is null". The caller logs it once for each
+session.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from lmbridge._text import shorten
+
+_LONGEST_REFUSAL: Final = 2000
+"""The length to which the message of a server's error is shortened, in characters."""
+_TRUE_TEXTS: Final = ("true", "yes", "1")
+_ENVELOPE_KEYS: Final = ("content", "structuredContent", "isError", "_meta", "resultType")
+"""The keys of a tool's result that are defined by the protocol. The values of all others are data of the server."""
+_NO_PARAMETERS: Final = {"type": "object", "properties": {}}
+
+
+@attrs.frozen
+class Answer:
+    """The answer to a request: either a result or a refusal."""
+
+    result: dict[str, Any] | None = None
+    """The result as the protocol specifies it; None if the server refused the request."""
+    refusal: str = ""
+    """The code and the message of the server's error; empty if there is a result."""
+    error: Mapping[str, Any] = attrs.field(factory=dict)
+    """The error as the protocol specifies it, with `code` and `message`; empty if there is a result."""
+    notes: list[str] = attrs.field(factory=list)
+    """What had to be changed, each in a few words."""
+
+
+def read_answer(message: Mapping[str, Any], method: str) -> Answer:
+    """Reads the answer to a request.
+
+    Args:
+        message: The message that has arrived.
+        method: The method of the request that it answers.
+    """
+    notes: list[str] = []
+    if message.get("jsonrpc") != "2.0":
+        notes.append('an answer without "jsonrpc": "2.0"')
+    error = message.get("error")
+    has_error = error is not None if "result" not in message else error not in (None, False, "", {}, [])
+    if has_error:
+        normalized = normalize_error(error, notes)
+        return Answer(refusal=describe_refusal(normalized), error=normalized, notes=notes)
+    if "error" in message and "result" in message:
+        notes.append("a result with an empty error beside it")
+    if "result" not in message:
+        notes.append("an answer with neither a result nor an error")
+        return _unreadable("its answer has neither a result nor an error", notes)
+    result = message["result"]
+    if method == "tools/call":
+        return Answer(normalize_call_result(result, notes), notes=notes)
+    if method == "tools/list":
+        page = normalize_tool_page(result, notes)
+        return _unreadable("its list of tools is not valid", notes) if page is None else Answer(page, notes=notes)
+    if not isinstance(result, dict):
+        notes.append("a result that is not an object")
+        return _unreadable(f"its answer to {method!r} is not an object", notes)
+    return Answer(result, notes=notes)
+
+
+def _unreadable(problem: str, notes: list[str]) -> Answer:
+    """Returns the refusal that stands for an answer without anything that could be used."""
+    return Answer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
+
+
+def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
+    """Returns an error with an integer `code`, which is 0 if there is none, and a text as its `message`."""
+    if not isinstance(error, Mapping):
+        notes.append("an error that is not an object")
+        return {"code": 0, "message": _as_text(error)}
+    code, message = error.get("code"), error.get("message")
+    if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
+        notes.append("an error without a numeric code and a message")
+    rest = {key: value for key, value in error.items() if key != "code"}
+    words = message if isinstance(message, str) else _as_text(message if message is not None else rest or "no reason")
+    normalized = {"code": _as_integer(code), "message": words}
+    return normalized if error.get("data") is None else {**normalized, "data": error["data"]}
+
+
+def describe_refusal(error: Mapping[str, Any]) -> str:
+    """Returns the code and the message of a normalized error. Without a message, its data stands in."""
+    words = error["message"].strip() or _as_text(error.get("data", "no reason was given"))
+    words = shorten(words, _LONGEST_REFUSAL)
+    return f"{error['code']}: {words}" if error["code"] else words
+
+
+def normalize_call_result(result: Any, notes: list[str]) -> dict[str, Any]:
+    """Returns the result of a tool with a list of blocks as `content` and a bool as `isError`.
+
+    A result that is not an object, or whose data is under other keys, becomes the content or the structured content.
+    """
+    if isinstance(result, dict):
+        fields = dict(result)
+    else:
+        notes.append("a result that is not an object")
+        fields = _wrap_result(result)
+    content = fields.get("content")
+    fields["content"] = _normalize_blocks(content, notes)
+    if not isinstance(content, list):
+        notes.append("a result without a list as content")
+        if fields.get("structuredContent") is None and (rest := _data_outside(fields)) is not None and not content:
+            fields["structuredContent"] = rest
+    structured = fields.get("structuredContent")
+    if structured is not None and not isinstance(structured, dict):
+        notes.append("structured content that is not an object")
+    if structured is not None and not any(_has_content(block) for block in fields["content"]):
+        # An empty text would stand in for the data.
+        fields["content"] = []
+    fields["isError"] = _is_true(fields.get("isError"))
+    return fields
+
+
+def _wrap_result(result: Any) -> dict[str, Any]:
+    if result is None:
+        return {"content": []}
+    is_content = isinstance(result, list) and bool(result) and all(map(_is_block, result))
+    return {"content": result} if isinstance(result, str) or is_content else {"structuredContent": result}
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("type"), str)
+
+
+def _data_outside(fields: Mapping[str, Any]) -> Any:
+    """Returns the data that a result has under keys that the protocol does not define, or None."""
+    rest = {key: value for key, value in fields.items() if key not in _ENVELOPE_KEYS}
+    # The first revision of the protocol called it `toolResult`.
+    return rest.get("toolResult", rest or None)
+
+
+def _normalize_blocks(content: Any, notes: list[str]) -> list[dict[str, Any]]:
+    if content is None:
+        return []
+    items = content if isinstance(content, list) else [content]
+    return [_normalize_block(each, notes) for each in items if each is not None]
+
+
+def _normalize_block(given: Any, notes: list[str]) -> dict[str, Any]:
+    block: dict[str, Any] = given if isinstance(given, dict) else {"type": "text", "text": _as_text(given)}
+    if not isinstance(given, dict):
+        notes.append("a content block that is not an object")
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        notes.append("a content block without a type")
+        kind = _guess_block_type(block)
+        block = {**block, "type": kind}
+    if kind == "text" and not isinstance(block.get("text"), str):
+        notes.append("a text block without a text")
+        text = block.get("text", block.get("data"))
+        return {**block, "text": "" if text is None else _as_text(text)}
+    resource = block.get("resource")
+    if kind == "resource" and isinstance(resource, dict) and not isinstance(resource.get("text"), str | None):
+        notes.append("a resource whose text is not a text")
+        return {**block, "resource": {**resource, "text": _as_text(resource["text"])}}
+    return block
+
+
+def _guess_block_type(block: Mapping[str, Any]) -> str:
+    if "text" in block:
+        return "text"
+    if "resource" in block:
+        return "resource"
+    media = str(block.get("mimeType", ""))
+    if "data" in block and media.startswith(("image/", "audio/")):
+        return media.partition("/")[0]
+    return "resource_link" if "uri" in block else "unknown"
+
+
+def _has_content(block: Mapping[str, Any]) -> bool:
+    return block.get("type") != "text" or bool(str(block.get("text", "")).strip())
+
+
+def normalize_tool_page(result: Any, notes: list[str]) -> dict[str, Any] | None:
+    """Returns a page of tools with a list as `tools`, or None if there is no list of tools in it."""
+    page = dict(result) if isinstance(result, dict) else {"tools": result}
+    tools = page.get("tools", ())
+    if isinstance(tools, dict):
+        notes.append("tools that are not a list")
+        tools = [{"name": name, **each} for name, each in tools.items() if isinstance(each, dict)]
+    if tools is None and isinstance(result, dict):
+        notes.append("tools that are null")
+        tools = []
+    if not isinstance(tools, list):
+        return None
+    page["tools"] = [_normalize_tool(each, notes) for each in tools]
+    cursor = page.get("nextCursor")
+    if isinstance(cursor, int | float) and not isinstance(cursor, bool):
+        notes.append("a cursor that is a number")
+        page["nextCursor"] = str(cursor)
+    return page
+
+
+def _normalize_tool(tool: Any, notes: list[str]) -> Any:
+    if not isinstance(tool, dict):
+        return tool
+    schema = tool.get("inputSchema")
+    if schema is None or schema is True or schema == {}:
+        if schema != {}:
+            notes.append("a tool without an inputSchema")
+        return {**tool, "inputSchema": dict(_NO_PARAMETERS)}
+    if not isinstance(schema, dict):
+        return tool
+    fixed = {key: value for key, value in schema.items() if value is not None or key not in ("properties", "required")}
+    if fixed.get("type") is None or fixed["type"] in (["object"], ["object", "null"], ["null", "object"]):
+        fixed["type"] = "object"
+    if fixed != schema:
+        notes.append("an inputSchema without the type object")
+    return {**tool, "inputSchema": fixed}
+
+
+def normalize_handshake(
+    result: Mapping[str, Any], known_versions: tuple[str, ...], notes: list[str]
+) -> tuple[dict[str, Any], str]:
+    """Returns the answer to `initialize` that the SDK accepts, and the protocol revision that the server named.
+
+    A revision that the SDK does not know is replaced by the newest known one that is not newer, or by the newest of all
+    if it is not a date. The messages that lmbridge uses are the same in all revisions.
+
+    Args:
+        result: The server's answer.
+        known_versions: The revisions that the SDK accepts, oldest first.
+        notes: A list to which deviations are added.
+    """
+    named = result.get("protocolVersion")
+    version = str(named) if named else known_versions[-1]
+    accepted = version
+    if version not in known_versions or not isinstance(named, str):
+        notes.append(f"the unknown protocol revision {shorten(_as_text(named), 40)}")
+        older = [each for each in known_versions if each <= version]
+        accepted = older[-1] if older and version[:2] == "20" else known_versions[-1 if version[:2] != "20" else 0]
+    info = result.get("serverInfo")
+    if not isinstance(info, dict) or not isinstance(info.get("name"), str) or not isinstance(info.get("version"), str):
+        notes.append("a handshake without the name and version of the server")
+        info = info if isinstance(info, dict) else {"name": info}
+        info = {"name": _as_text(info.get("name") or ""), "version": _as_text(info.get("version") or "")}
+    instructions = result.get("instructions")
+    handshake = {
+        "protocolVersion": accepted,
+        "capabilities": _normalize_capabilities(result.get("capabilities"), notes),
+        "serverInfo": {"name": info["name"], "version": info["version"]},
+    }
+    return (handshake | ({"instructions": instructions} if isinstance(instructions, str) else {})), version
+
+
+def _normalize_capabilities(given: Any, notes: list[str]) -> dict[str, Any]:
+    """Returns the only capability that lmbridge asks about, and whether the server announces changes of its tools."""
+    if isinstance(given, list):
+        notes.append("capabilities that are a list")
+        given = {each: {} for each in given if isinstance(each, str)}
+    if not isinstance(given, dict):
+        notes.append("a handshake without capabilities")
+        return {}
+    tools = given.get("tools")
+    if tools is None or tools is False:
+        return {}
+    if not isinstance(tools, dict):
+        notes.append("a capability that is not an object")
+        return {"tools": {}}
+    return {"tools": {"listChanged": _is_true(tools.get("listChanged"))}}
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError):
+        return str(type(value).__name__)
+
+
+def _as_integer(value: Any) -> int:
+    try:
+        return 0 if isinstance(value, bool) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _is_true(value: Any) -> bool:
+    return value.strip().lower() in _TRUE_TEXTS if isinstance(value, str) else bool(value)
