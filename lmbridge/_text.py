@@ -88,6 +88,19 @@ def close_matches(name: str, names: Iterable[str]) -> list[str]:
     return [by_folded_name[each] for each in difflib.get_close_matches(asked, candidates)]
 
 
+def join_surrogates(text: str) -> str:
+    """Returns a text whose surrogate pairs are joined, and in which a half without the other is a question mark."""
+    # For a text in ASCII, this costs nothing.
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        return joined.encode("utf-8", "replace").decode()
+    return text
+
+
 def replace_lone_surrogates(value: _T) -> _T:
     r"""Returns a string, or another JSON value, whose texts can all be encoded as UTF-8.
 

@@ -46,6 +46,7 @@ from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.structured import InvalidAnswerError
+from lmbridge.client.surrogates import Halves, join_halves
 from lmbridge.errors import (
     ContextLengthExceededError,
     LLMResponseError,
@@ -279,12 +280,13 @@ class RunLoop:
 
         self._record.attach_stream(reply_so_far)
         splitter = None if self._channel.is_muted else ReasoningSplitter()
-        served_model = None
+        halves: Halves = {}
+        served_model: str | None = None
         try:
             async for chunk in stream:
                 if accumulator is not None:
-                    accumulator.add(chunk)
-                if (name := chunk.get("model")) != served_model:
+                    chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
+                if (name := chunk.get("model")) != served_model and isinstance(name, str):
                     served_model = name
                     self._check_served_model(name)
                 if splitter is not None:

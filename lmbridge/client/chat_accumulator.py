@@ -21,11 +21,15 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from lmbridge._text import shorten
+from lmbridge._text import join_surrogates, shorten
+from lmbridge.client import failures
+from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice
+from lmbridge.client.content import flatten_content, text_of_part
 from lmbridge.client.tool_call_accumulator import (
     FunctionCallAccumulator,
     ToolCallAccumulator,
     copy_fields,
+    is_label,
     merge_field,
 )
 from lmbridge.errors import LLMStreamError
@@ -34,9 +38,10 @@ if TYPE_CHECKING:
     from lmbridge.types import ChatCompletion
 
 _TEXT_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
-"""The fields of a delta, besides `content`, whose values are pieces of a text."""
-_CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason"})
-"""The fields that every choice of a chunk has."""
+"""The fields of a delta, besides `content`, whose values are pieces of a text, or lists of parts with such pieces. The
+strings in fields that lmbridge does not know are pieces as well, unless the field's name is that of a label."""
+_CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason", "message", "error"})
+"""The fields of a choice that have rules of their own."""
 _QUOTED_CHUNK_CHARACTERS: Final = 200
 """The number of characters of a malformed chunk that the error quotes."""
 
@@ -65,6 +70,7 @@ class ChatAccumulator:
         "_expected_choices",
         "_fast_path_fields",
         "_fields",
+        "_finished_choices",
         "_first_content",
         "has_begun",
         "has_delta",
@@ -77,6 +83,7 @@ class ChatAccumulator:
         self.usage: Any = None
         self._expected_choices = choices
         self._choices: dict[int, _ChoiceAccumulator] = {}
+        self._finished_choices = 0
         self._fields: dict[str, Any] = {}
         # The content of choice 0, which the fast path writes to without looking the choice up.
         self._first_content = io.StringIO()
@@ -94,15 +101,18 @@ class ChatAccumulator:
     @property
     def is_finished(self) -> bool:
         """Whether every answer that was asked for, and every other one that began, has its finish reason."""
-        return len(self._choices) >= self._expected_choices and all(
-            choice.finish_reason is not None for choice in self._choices.values()
-        )
+        return self._expected_choices <= len(self._choices) == self._finished_choices
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
+    def add(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds a chunk.
+
+        Returns:
+            The chunk as it is handed out: with all fields that lmbridge guarantees. It is a changed copy if the server
+            left any of them out.
 
         Raises:
             LLMStreamError: The chunk does not have the shape of a chat completion chunk.
+            LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
         """
         # The fast path. It checks for usage, because some servers send it in every chunk, or begin to in mid-stream.
         try:
@@ -122,15 +132,19 @@ class ChatAccumulator:
         if is_simple and type(text) is str:
             self.has_delta = True
             self._first_content.write(text)
-            return
+            return chunk
         if is_simple and self._choices[0].extend_last_call(delta.get("tool_calls")):
-            return
+            return chunk
         try:
-            self._add_by_slow_path(chunk)
-        except (AttributeError, TypeError, ValueError) as exc:
+            completed = self._add_by_slow_path(chunk)
+        except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
+        for choice in completed["choices"]:
+            _check_not_broken(choice)
+        return completed
 
-    def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> None:
+    def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
+        chunk = complete_chunk(chunk, "delta")
         self.has_begun = True
         fields, values = self._fields, chunk.values()
         if None in values or "" in values:
@@ -140,19 +154,21 @@ class ChatAccumulator:
             fields.update(chunk)
         # `reply` replaces this value. The key is set here so that the fields keep the order in which they arrived.
         fields["choices"] = None
-        self.usage = chunk.get("usage") or self.usage
-        for part in chunk.get("choices") or ():
+        if isinstance(usage := chunk.get("usage"), Mapping):
+            self.usage = usage or self.usage
+        for part in chunk["choices"]:
             index = part.get("index") or 0
             choice = self._choices.get(index)
             if choice is None:
-                if not isinstance(index, int):
-                    raise TypeError("the index of a choice is not a number")
                 choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
                 self._choices[index] = choice
+            was_finished = choice.finish_reason is not None
             self.has_delta |= choice.add(part)
+            self._finished_choices += not was_finished and choice.finish_reason is not None
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
         # this one.
         self._fast_path_fields = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
+        return chunk
 
     def reply(self) -> ChatCompletion:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
@@ -169,17 +185,25 @@ class TextAccumulator(ChatAccumulator):
 
     __slots__ = ()
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        """Adds a chunk.
+    def add(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds a chunk, and returns it as it is handed out.
 
         Raises:
             LLMStreamError: The chunk does not have the shape of a text completion chunk.
+            LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
         """
         try:
-            choices = [_as_chat_choice(choice) for choice in chunk.get("choices") or ()]
-        except (AttributeError, TypeError, ValueError) as exc:
+            completed = complete_chunk(chunk, "text")
+        except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        super().add({**chunk, "choices": choices})
+        # A choice that the server sent without a text adds nothing, although it has got an empty one.
+        sent = [choice for choice in chunk.get("choices") or () if isinstance(choice, Mapping)]
+        choices = [
+            _as_chat_choice(choice, has_text=each.get("text") is not None)
+            for choice, each in zip(completed["choices"], sent, strict=True)
+        ]
+        super().add({**completed, "choices": choices})
+        return completed
 
     def reply(self) -> Any:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
@@ -235,8 +259,12 @@ class _ChoiceAccumulator:
         return self._tool_calls is not None and self._tool_calls.extend_last(pieces)
 
     def add(self, part: Mapping[str, Any]) -> bool:
-        """Adds a choice of a chunk, and returns whether its delta had any field."""
-        delta = part.get("delta") or {}
+        """Adds a choice of a completed chunk, and returns whether its delta had any field."""
+        delta = part["delta"]
+        if not delta and isinstance(part.get("message"), Mapping) and not self.has_content:
+            # Some servers answer a request for a stream with a whole reply in one event.
+            delta = dict(part["message"])
+            flatten_content(delta)
         for key, value in delta.items():
             if value is not None:
                 self._add_message_field(key, value)
@@ -245,32 +273,34 @@ class _ChoiceAccumulator:
             for key, value in part.items():
                 if key not in _CHOICE_FIELDS and value is not None:
                     self._choice_fields = self._choice_fields or {}
-                    merge_field(self._choice_fields, key, value)
+                    merge_field(self._choice_fields, key, value, joins_texts=False)
         return bool(delta)
 
     def _add_message_field(self, key: str, value: Any) -> None:
         if key == "content":
             self._content.write(value)
         elif key == "role":
-            self._role = value or self._role
-        elif key in _TEXT_FIELDS:
-            self._other_texts = self._other_texts or {}
-            self._other_texts.setdefault(key, io.StringIO()).write(value)
+            self._role = value if value and isinstance(value, str) else self._role
         elif key == "tool_calls":
             self._tool_calls = self._tool_calls or ToolCallAccumulator()
-            for piece in value:
+            # Some servers send a single call without a list around it.
+            for piece in [value] if isinstance(value, Mapping) and "function" in value else value:
                 self._tool_calls.add(piece)
         elif key == "function_call":
             self._function_call = self._function_call or FunctionCallAccumulator()
             self._function_call.extend(value)
+        elif key in _TEXT_FIELDS or (isinstance(value, str) and not is_label(key)):
+            text = text_of_part(value) if isinstance(value, list | Mapping) else value
+            self._other_texts = self._other_texts or {}
+            self._other_texts.setdefault(key, io.StringIO()).write(text)
         else:
             self._message_fields = self._message_fields or {}
             merge_field(self._message_fields, key, value)
 
     def as_dict(self, index: int) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": self._role, "content": self._content.getvalue()}
+        message: dict[str, Any] = {"role": self._role, "content": join_surrogates(self._content.getvalue())}
         if self._other_texts is not None:
-            message |= {key: text.getvalue() for key, text in self._other_texts.items()}
+            message |= {key: join_surrogates(text.getvalue()) for key, text in self._other_texts.items()}
         if self._message_fields is not None:
             message |= copy_fields(self._message_fields)
         if self._tool_calls is not None and (calls := self._tool_calls.calls()):
@@ -281,10 +311,23 @@ class _ChoiceAccumulator:
         return choice if self._choice_fields is None else choice | copy_fields(self._choice_fields)
 
 
-def _as_chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+def _as_chat_choice(choice: Mapping[str, Any], *, has_text: bool) -> dict[str, Any]:
     part = dict(choice)
-    part["delta"] = {"content": part.pop("text")} if "text" in part else {}
+    text = part.pop("text")
+    part["delta"] = {"content": text} if has_text else {}
     return part
+
+
+def _check_not_broken(choice: Mapping[str, Any]) -> None:
+    """Checks that a choice does not say that its answer will never be finished.
+
+    Raises:
+        LLMError: It reports an error, or a finish reason that says so.
+    """
+    if (body := error_in_choice(choice)) is not None:
+        raise failures.error_from_event(failures.parse_error_body(body), {})
+    if (error := aborted_error(choice)) is not None:
+        raise error
 
 
 def _unknown_shape_error(chunk: object, exc: Exception) -> LLMStreamError:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator
-from lmbridge.client.completeness import complete_choices
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
+from lmbridge.client.surrogates import join_halves, may_hold_surrogates
 from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError, ModelNotFoundError
 from lmbridge.transport import EventStream
@@ -33,10 +32,6 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
 
     __slots__ = ()
 
-    @abstractmethod
-    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
-        """Fills in the fields of a chunk that lmbridge guarantees."""
-
     def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> _Chunk:  # noqa: ARG002 - chunks need no name
         """Adds a chunk to the reply and returns it.
 
@@ -47,12 +42,13 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
             raise self._server_error(data.strip().decode("utf-8", "replace"))
         try:
             self._note_served_model(value.get("model"))
-            self._add(value)
+            chunk = self._add(value)
         except LLMError as error:
             self._fail(error)
             raise
-        self._complete_chunk(value)
-        return cast("_Chunk", value)
+        if self._halves or may_hold_surrogates(data):
+            chunk = join_halves(chunk, self._halves)
+        return cast("_Chunk", chunk)
 
 
 class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
@@ -85,9 +81,6 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
     ) -> None:
         super().__init__(events, mismatch_policy, redact, ChatAccumulator(choices))
 
-    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
-        complete_choices(chunk, "delta", dict)
-
     def text(self) -> StreamedText:
         """Returns an iterator over the pieces of the answer's text, without the reasoning before it.
 
@@ -119,13 +112,12 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                         continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
                     except (KeyError, TypeError, ValueError, RecursionError):
                         continues = False
-                    if continues:
+                    if continues and not self._halves:
                         try:
-                            self._add(chunk)
+                            return self._add(chunk)  # type: ignore[return-value]  # a cast would be a call for each chunk
                         except LLMError as error:
                             self._fail(error)
                             raise
-                        return chunk  # type: ignore[no-any-return]  # a cast would be a call for each chunk
                     if isinstance(chunk, dict):
                         return self._read_object(chunk, "", cast("bytes", event))
                     if (item := self._read_event(event)) is not None:

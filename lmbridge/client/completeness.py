@@ -1,16 +1,36 @@
-"""The fields that every chat completion has in lmbridge, filled in where a server leaves them out.
+"""The shape that every chat and text completion has in lmbridge, whatever a server sends.
 
-A program that reads `reply["choices"][0]["message"]["content"]` is right by OpenAI's API, and fails with servers that
-leave `content` out of a message that only calls tools. The types of a reply could say that any field may be missing,
+A program that reads `reply["choices"][0]["message"]["content"]`, or `choice["delta"].get("content")`, is right by
+OpenAI's API. It would fail with servers that leave `content` out of a message that only calls tools, and with proxies
+that send `"choices": null` to keep the connection alive. The types of a reply could say that any field may be missing,
 but then every program would have to expect what hardly ever happens. So these few fields are guaranteed, and the types
-say so. What a server did send is never changed.
+say so: what is missing or null is filled in, what is not an object among the choices is left out, and content in parts
+becomes its text. Anything else that a server did send is never changed; if it is of the wrong kind, that is an error.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
-from lmbridge.client.tool_call_accumulator import generated_call_id
+from lmbridge.client.content import flatten_content, text_of_part
+from lmbridge.client.tool_call_accumulator import arguments_text, generated_call_id
+from lmbridge.errors import LLMResponseError
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
+
+_BROKEN_REASONS: Final = frozenset({"abort", "aborted", "cancelled", "canceled", "error", "failed"})
+"""Finish reasons of an answer that the server has not finished, in lower case: those of vLLM, SGLang and koboldcpp, in
+their spellings. An unknown reason is accepted, because servers invent new ones."""
+_MAX_INDEX_DIGITS: Final = 9
+"""The length up to which a string is read as the index of a choice."""
+_NO_CHOICES: Final = ("", False, 0)
+"""Values besides null that stand for no choices or no delta. An empty list or dict is one as well."""
+
+
+# Plain replies
 
 
 def complete_chat_reply(value: dict[str, Any]) -> bool:
@@ -18,38 +38,184 @@ def complete_chat_reply(value: dict[str, Any]) -> bool:
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices:
         return False
-    for choice in choices:
-        if not isinstance(choice, dict) or not isinstance(message := choice.get("message"), dict):
-            return False
-        message.setdefault("content", None)
-        for call in message.get("tool_calls") or ():
-            _complete_call(call)
+    return all(isinstance(choice, dict) and _complete_message(choice) for choice in choices)
+
+
+def complete_text_reply(value: dict[str, Any]) -> bool:
+    """Fills in the missing fields of a plain text completion; returns whether it is one at all."""
+    choices = value.get("choices")
+    return isinstance(choices, list) and all(isinstance(choice, dict) and _complete_text(choice) for choice in choices)
+
+
+def _complete_text(choice: dict[str, Any]) -> bool:
+    text = choice.get("text")
+    if isinstance(text, list | Mapping) or (text is None and _error_of(choice)):
+        choice["text"] = text_of_part(text)
+    return isinstance(choice.get("text"), str)
+
+
+def _complete_message(choice: dict[str, Any]) -> bool:
+    message = choice.get("message")
+    if message is None and _error_of(choice):
+        # OpenRouter leaves the message out beside an error.
+        message = choice["message"] = {"role": "assistant"}
+    if not isinstance(message, dict):
+        return False
+    flatten_content(message)
+    if not isinstance(message.setdefault("content", None), str | None):
+        return False
+    if isinstance(calls := message.get("tool_calls"), dict):
+        calls = message["tool_calls"] = [calls]
+    return calls is None or (isinstance(calls, list) and all(map(_complete_call, calls)))
+
+
+def _complete_call(call: object) -> bool:
+    """Fills in the missing fields of a call; returns whether it is a call at all."""
+    if not isinstance(call, dict):
+        return False
+    # Calls of other types belong to tools that only OpenAI has, and have no function.
+    if not call.get("type"):
+        call["type"] = "function"
+    if call["type"] != "function":
+        return True
+    if not call.get("id"):
+        call["id"] = generated_call_id()
+    function = call.get("function") or {}
+    if not isinstance(function, dict):
+        return False
+    call["function"] = function
+    if isinstance(arguments := function.get("arguments"), dict | list):
+        function["arguments"] = arguments_text(arguments)
+    for key in ("name", "arguments"):
+        if function.get(key) is None:
+            function[key] = ""
     return True
 
 
-def complete_choices(chunk: dict[str, Any], field: str, empty: type[dict[str, Any] | str]) -> None:
-    """Fills in the missing fields of a chunk: its `choices`, and what each of them adds.
+# Chunks
+
+
+def complete_chunk(chunk: Mapping[str, Any], field: Literal["delta", "text"]) -> Mapping[str, Any]:
+    """Returns a chunk with the fields that lmbridge guarantees: the chunk itself if it has them, or a changed copy.
 
     Args:
-        chunk: A chunk whose shape an accumulator has accepted.
-        field: The field of a choice that holds what it adds: "delta" or "text".
-        empty: The type of that field.
+        chunk: The chunk.
+        field: The field of a choice that holds what it adds: "delta" of a chat completion, "text" of a text completion.
+
+    Raises:
+        TypeError, ValueError, AttributeError: The chunk holds something of the wrong kind, which cannot be ignored.
     """
-    if not chunk.get("choices"):
-        chunk["choices"] = []
-    for choice in chunk["choices"]:
-        if not choice.get(field):
-            choice[field] = empty()
+    choices = chunk.get("choices")
+    is_complete = _has_delta if field == "delta" else _has_text
+    if type(choices) is list and all(map(is_complete, choices)):
+        return chunk
+    return {**chunk, "choices": _complete_choices(choices, field)}
 
 
-def _complete_call(call: object) -> None:
-    # Calls of other types belong to tools that only OpenAI has, and have no function.
-    if not isinstance(call, dict) or call.get("type", "function") != "function":
-        return
-    if not call.get("id"):
-        call["id"] = generated_call_id()
-    call.setdefault("type", "function")
-    function = call.setdefault("function", {})
-    if isinstance(function, dict):
-        function.setdefault("name", "")
-        function.setdefault("arguments", "")
+def _has_delta(choice: Any) -> bool:
+    return (
+        type(choice) is dict
+        and type(delta := choice.get("delta")) is dict
+        and isinstance(delta.get("content"), str | None)
+        and _has_plain_fields(choice)
+    )
+
+
+def _has_text(choice: Any) -> bool:
+    return type(choice) is dict and type(choice.get("text")) is str and _has_plain_fields(choice)
+
+
+def _has_plain_fields(choice: dict[str, Any]) -> bool:
+    index, reason = choice.get("index"), choice.get("finish_reason")
+    return (index is None or (type(index) is int and index >= 0)) and (reason is None or type(reason) is str)
+
+
+def _complete_choices(choices: object, field: Literal["delta", "text"]) -> list[dict[str, Any]]:
+    if _is_nothing(choices):
+        return []
+    if not isinstance(choices, list | tuple):
+        raise TypeError("the choices are not a list")
+    if skipped := [choice for choice in choices if not isinstance(choice, Mapping)]:
+        logger.debug("skipped %d choices of a chunk that are not objects", len(skipped))
+    return [_complete_choice(choice, field) for choice in choices if isinstance(choice, Mapping)]
+
+
+def _complete_choice(choice: Mapping[str, Any], field: Literal["delta", "text"]) -> dict[str, Any]:
+    completed = dict(choice)
+    added = choice.get(field)
+    if field == "text":
+        completed["text"] = _text_from(added)
+    elif _is_nothing(added):
+        completed["delta"] = {}
+    elif isinstance(added, Mapping):
+        completed["delta"] = delta = dict(added)
+        flatten_content(delta)
+    else:
+        raise TypeError("the delta is not an object")
+    if choice.get("index") is not None:
+        completed["index"] = _index_from(choice["index"])
+    if isinstance(reason := choice.get("finish_reason"), Mapping):
+        # SGLang's own form: {"type": "abort", "message": "..."}.
+        completed["finish_reason"] = str(reason.get("type") or "") or None
+        if reason.get("message") and is_broken_reason(completed["finish_reason"]):
+            completed.setdefault("error", reason)
+    elif reason is not None and not isinstance(reason, str):
+        raise TypeError("the finish reason is not a string")
+    return completed
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or value in _NO_CHOICES or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def _text_from(value: object) -> str:
+    if value is not None and not isinstance(value, str | list | tuple | Mapping):
+        raise TypeError("the text is not a string")
+    return text_of_part(value)
+
+
+def _index_from(value: Any) -> int:
+    """Returns the index of a choice, which some servers send as a string or as a float.
+
+    Raises:
+        TypeError, ValueError: It is anything else, or negative.
+    """
+    is_readable = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if not is_readable and not (isinstance(value, str) and value.isdecimal() and len(value) <= _MAX_INDEX_DIGITS):
+        raise TypeError("the index of a choice is not a number")
+    index = int(value)
+    if index < 0:
+        raise ValueError("the index of a choice is negative")
+    return index
+
+
+# Answers that the server has not finished
+
+
+def error_in_choice(choice: Mapping[str, Any]) -> str | None:
+    """Returns the error object in a choice, which proxies send, as the JSON of an error body; None if there is none."""
+    error = _error_of(choice)
+    return json.dumps({"error": error}) if error else None
+
+
+def aborted_error(choice: Mapping[str, Any]) -> LLMResponseError | None:
+    """Returns the error for a finish reason that says that the server has broken off the answer, or None."""
+    reason = choice.get("finish_reason")
+    if not is_broken_reason(reason):
+        return None
+    return LLMResponseError(
+        f"the server aborted the answer, with the finish reason {reason!r}",
+        hint="check the server's log; what had arrived is in .partial",
+    )
+
+
+def is_broken_reason(reason: object) -> bool:
+    """Returns whether a finish reason, or the status of a response, says that the server has broken the answer off."""
+    return isinstance(reason, str) and reason.lower() in _BROKEN_REASONS
+
+
+def _error_of(choice: Mapping[str, Any]) -> object:
+    for holder in (choice, choice.get("delta"), choice.get("message")):
+        if isinstance(holder, Mapping) and (error := holder.get("error")):
+            return error
+    return None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, cast
+from typing import Any, cast
 
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import TextAccumulator
 from lmbridge.client.chat_stream import CompletionStream
-from lmbridge.client.completeness import complete_choices
+from lmbridge.client.completeness import complete_text_reply
 from lmbridge.client.inputs import check_texts
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.text import StreamedText
-from lmbridge.transport import Event, EventStream
+from lmbridge.transport import EventStream
 from lmbridge.types import TextCompletion, TextCompletionChunk
-
-_NULL: Final = b"null"
 
 
 class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
@@ -33,16 +32,9 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
     ) -> None:
         super().__init__(events, mismatch_policy, redact, TextAccumulator(choices))
 
-    def _complete_chunk(self, chunk: dict[str, Any]) -> None:
-        complete_choices(chunk, "text", str)
-
     def text(self) -> StreamedText:
         """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
         return StreamedText(self, _text_in)
-
-    def _read_event(self, event: Event) -> TextCompletionChunk | None:
-        # llama.cpp sends a null before the chunks of each of several prompts.
-        return None if event == _NULL else super()._read_event(event)
 
 
 async def request_text_completion(
@@ -56,23 +48,15 @@ async def request_text_completion(
         choices = prompts * (n if isinstance(n, int) else 1)
         return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
-    value = await server.read_object(reply)
-    if not _has_texts(value, prompts):
+    value = replace_lone_surrogates(await server.read_object(reply))
+    if not complete_text_reply(value) or len(value["choices"]) < prompts:
         raise server.unexpected_reply(
             reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"
         )
+    server.check_choices(reply, value)
     server.check_served_model(reply, value)
     return cast("TextCompletion", value)
 
 
 def _text_in(chunk: Mapping[str, Any]) -> str:
     return "".join(choice.get("text") or "" for choice in chunk["choices"] if not choice.get("index"))
-
-
-def _has_texts(value: Mapping[str, Any], prompts: int) -> bool:
-    choices = value.get("choices")
-    return (
-        isinstance(choices, list)
-        and len(choices) >= prompts
-        and all(isinstance(choice, dict) and isinstance(choice.get("text"), str) for choice in choices)
-    )

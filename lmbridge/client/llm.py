@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 from lmbridge._checks import check_instance, check_integer, check_model_name
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.call_options import RequestOptions, take_options, take_request_options
 from lmbridge.client.chat_stream import ChatStream
@@ -337,9 +338,10 @@ class LLMClient:
             events = await server.stream(request)
             return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
         reply = await server.request(request)
-        value = await server.read_object(reply)
+        value = replace_lone_surrogates(await server.read_object(reply))
         if not complete_chat_reply(value):
             raise server.unexpected_reply(reply, "a chat completion")
+        server.check_choices(reply, value)
         server.check_served_model(reply, value)
         return cast("ChatCompletion", value)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
+from lmbridge._checks import wrong_type
+from lmbridge.client.content import sort_content, text_of_part
+
 _OPENING_TAG: Final = "<think>"
 _CLOSING_TAG: Final = "</think>"
 
@@ -39,10 +42,11 @@ class ReasoningSplitter:
         for kind, text in splitter.close():
             print(kind, text)
 
-    Reasoning is whatever arrives as `reasoning_content` (llama.cpp, LM Studio, DeepSeek) or as `reasoning` (Ollama,
-    newer vLLM, gpt-oss in LM Studio), and a `<think>` block at the very start of the content, even if chunks cut its
-    tags in two. A block that is never closed is reasoning to the end; tags further on are text. White space around the
-    block is dropped. Of several answers, only the first (`index` 0) is split. The chunks are not changed.
+    Reasoning is whatever arrives as `reasoning_content` (llama.cpp, LM Studio, DeepSeek), as `reasoning` (Ollama,
+    newer vLLM, gpt-oss in LM Studio), as `thinking` or as a part of the content of that type (Mistral), and a `<think>`
+    block at the very start of the content, even if chunks cut its tags in two. A block that is never closed is
+    reasoning to the end; tags further on are text. White space around the block is dropped. Of several answers, only
+    the first (`index` 0) is split. The chunks are not changed.
 
     Args:
         starts_in_reasoning: Set this if the content begins inside a block. The chat templates of some models open the
@@ -61,17 +65,17 @@ class ReasoningSplitter:
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
         """Returns the pieces that a chunk adds. A whole reply can be fed as if it were a single chunk."""
         pieces: list[Piece] = []
-        for choice in chunk.get("choices") or ():
+        for choice in _choices_in(chunk):
             if choice.get("index"):
                 continue
-            part = choice.get("delta") or choice.get("message") or {}
-            if len(part) == 1 and "tool_calls" in part:
+            part = choice.get("delta") or choice.get("message")
+            if not isinstance(part, Mapping) or (len(part) == 1 and "tool_calls" in part):
                 continue
-            reasoning, content = part.get("reasoning_content") or part.get("reasoning"), part.get("content")
-            if reasoning and isinstance(reasoning, str):
+            reasoning, content = _texts_in(part)
+            if reasoning:
                 self._starts_in_reasoning = False
                 pieces.append(Piece("reasoning", reasoning))
-            if content and isinstance(content, str):
+            if content:
                 pieces += self._split_content(content)
         return pieces
 
@@ -138,20 +142,39 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
     time the tag arrives.
 
     Args:
-        reply: A chat completion. It is not changed.
+        reply: A chat completion. It is not changed. What is not of the shape that a reply has counts as missing.
+
+    Raises:
+        LLMValidationError: The argument is not a dict.
     """
-    choices = reply.get("choices") or ()
-    message = (choices[0].get("message") or {}) if choices else {}
-    content = message.get("content")
-    if not content and not (choices and choices[0].get("index")):
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        return SplitReply(reasoning if isinstance(reasoning, str) else "", "")
-    before, closing_tag, _ = (content if isinstance(content, str) else "").partition(_CLOSING_TAG)
+    if not isinstance(reply, Mapping):
+        raise wrong_type("reply", "the dict of a chat completion", reply, "give what chat_completion() returned")
+    choice: Mapping[str, Any] = next(iter(_choices_in(reply)), {})
+    message = choice.get("message")
+    reasoning, content = _texts_in(message) if isinstance(message, Mapping) else ("", "")
+    if not content and not choice.get("index"):
+        return SplitReply(reasoning, "")
+    before, closing_tag, _ = content.partition(_CLOSING_TAG)
     splitter = ReasoningSplitter(starts_in_reasoning=bool(closing_tag) and _OPENING_TAG not in before)
     parts: dict[str, str] = {"reasoning": "", "text": ""}
     for piece in (*splitter.feed(reply), *splitter.close()):
         parts[piece.kind] += piece.text
     return SplitReply(**parts)
+
+
+def _choices_in(chunk: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    choices = chunk.get("choices")
+    return [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list | tuple) else []
+
+
+def _texts_in(part: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the reasoning and the content of a message, or of a piece of one."""
+    content = part.get("content")
+    reasoning = text_of_part(part.get("reasoning_content") or part.get("reasoning") or part.get("thinking"))
+    if isinstance(content, str):
+        return reasoning, content
+    sorted_content = sort_content(content)
+    return reasoning + sorted_content.reasoning, sorted_content.text
 
 
 def _length_of_partial_tag(content: str) -> int:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from lmbridge._text import shorten
+from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.errors import LLMStreamError
 from lmbridge.types import Response
 
@@ -54,15 +54,16 @@ _FINISHED_PART_EVENTS: Final = {
 class ResponseAccumulator:
     """Merges the events of a response into the response so far.
 
-    Servers leave ids and indices out (llama.cpp leaves out all indices). A piece without them belongs to the newest
-    item, and to the newest part of it.
+    An item is known by its id and by its `output_index`, of which the latter decides if the two contradict each other:
+    some servers give an item another id in each event. Others leave ids or indices out (llama.cpp leaves out all
+    indices). A piece without either belongs to the newest item, and to the newest part of it.
 
     Attributes:
         has_begun: Whether any event was added.
         is_finished: Whether the event that ends the stream was added.
     """
 
-    __slots__ = ("_final_output", "_items", "_response", "has_begun", "is_finished")
+    __slots__ = ("_by_id", "_by_index", "_final_output", "_items", "_response", "has_begun", "is_finished")
 
     def __init__(self) -> None:
         self.has_begun: bool = False
@@ -70,6 +71,9 @@ class ResponseAccumulator:
         self._response: dict[str, Any] = {}
         self._final_output: list[Any] = []
         self._items: list[_ItemAccumulator] = []
+        # The newest item with an id, or with an id and an index; and the newest item with an index.
+        self._by_id: dict[Any, _ItemAccumulator] = {}
+        self._by_index: dict[int, _ItemAccumulator] = {}
 
     @property
     def has_delta(self) -> bool:
@@ -86,8 +90,8 @@ class ResponseAccumulator:
         """The token usage in the last event that had one, or None."""
         return self._response.get("usage")
 
-    def add(self, event: Mapping[str, Any]) -> None:
-        """Adds the data of an event. Events of an unknown type add nothing.
+    def add(self, event: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds the data of an event, and returns it. Events of an unknown type add nothing.
 
         Raises:
             LLMStreamError: The event does not have the shape that events of its type have.
@@ -97,41 +101,91 @@ class ResponseAccumulator:
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             shown = shorten(repr(event), _QUOTED_EVENT_CHARACTERS)
             raise LLMStreamError(f"the stream holds an event of an unknown shape: {shown}", exc) from exc
+        return event
 
     def _add(self, event_type: str, event: Mapping[str, Any]) -> None:
         self.has_begun = True
         if event_type in _EVENTS_WITH_RESPONSE:
             self._response.update(event["response"])
             if event_type in _LAST_EVENTS:
-                self._final_output = list(event["response"].get("output") or ())
+                output = event["response"].get("output") or ()
+                self._final_output = [item for item in output if isinstance(item, Mapping)]
                 self.is_finished = True
         elif event_type == "response.output_item.added":
-            self._items.append(_ItemAccumulator(event["item"]))
+            self._begin_item(event)
         elif event_type == "response.output_item.done":
-            self._item(event["item"].get("id")).replace(event["item"])
+            self._finished_item(event).finish(event["item"])
         elif event_type in _NEW_PART_EVENTS:
-            self._item(event.get("item_id")).add_part(_NEW_PART_EVENTS[event_type], event["part"])
+            self._item(event).add_part(_NEW_PART_EVENTS[event_type], event["part"])
         elif event_type in _FINISHED_PART_EVENTS:
             list_name = _FINISHED_PART_EVENTS[event_type]
-            self._item(event.get("item_id")).replace_part(list_name, _part_index(event), event["part"])
-        elif event_type in _TEXT_EVENTS:
-            self._item(event.get("item_id")).append_text(_TEXT_EVENTS[event_type], _part_index(event), event["delta"])
-        elif event_type in _ARGUMENT_EVENTS:
-            self._item(event.get("item_id")).append_arguments(event["delta"])
+            self._item(event).replace_part(list_name, _part_index(event), event["part"])
+        elif event_type in _TEXT_EVENTS and event["delta"] is not None:
+            self._item(event).append_text(_TEXT_EVENTS[event_type], _part_index(event), event["delta"])
+        elif event_type in _ARGUMENT_EVENTS and event["delta"] is not None:
+            self._item(event).append_arguments(event["delta"])
 
-    def _item(self, item_id: str | None) -> _ItemAccumulator:
-        """Returns the item with this id, or the newest if there is no id; creates one if necessary."""
-        for item in reversed(self._items):
-            if item_id is None or item.id == item_id:
-                return item
-        item = _ItemAccumulator({"type": "message", "role": "assistant"} | ({"id": item_id} if item_id else {}))
+    def _begin_item(self, event: Mapping[str, Any]) -> None:
+        item_id, index = event["item"].get("id"), _output_index(event)
+        if item_id is not None and index is not None and (item_id, index) in self._by_id:
+            # The item has been announced before, or its pieces have arrived first.
+            return
+        self._register(_ItemAccumulator(event["item"]), item_id, index)
+
+    def _finished_item(self, event: Mapping[str, Any]) -> _ItemAccumulator:
+        """Returns the item that an event finishes; creates one if necessary."""
+        item_id, index = event["item"].get("id"), _output_index(event)
+        found = self._find_item(item_id, index)
+        if found is None and index is None and self._items:
+            # The id is a new one. If the newest item is of the same type and still open, it is that item.
+            newest = self._items[-1]
+            found = None if newest.is_finished or newest.type != event["item"].get("type") else newest
+        return found or self._register(_ItemAccumulator({}), item_id, index)
+
+    def _item(self, event: Mapping[str, Any]) -> _ItemAccumulator:
+        """Returns the item that a piece belongs to; creates one if necessary."""
+        item_id, index = event.get("item_id"), _output_index(event)
+        found = self._find_item(item_id, index)
+        if found is None and index is None and self._items and not self._items[-1].has_pieces:
+            # The id is another one than that with which the item was announced.
+            found = self._items[-1]
+            self._by_id[item_id] = found
+        if found is None:
+            fields = {"type": "message", "role": "assistant"} | ({"id": item_id} if item_id else {})
+            found = self._register(_ItemAccumulator(fields), item_id, index)
+        found.has_pieces = True
+        return found
+
+    def _find_item(self, item_id: Any, index: int | None) -> _ItemAccumulator | None:
+        if index is None:
+            if item_id is None:
+                return self._items[-1] if self._items else None
+            return self._by_id.get(item_id)
+        found = self._by_id.get((item_id, index)) or self._by_index.get(index)
+        known = None if item_id is None else self._by_id.get(item_id)
+        if known is not None and (found is None or found.id != item_id):
+            # Either this item was announced without an index, or the server gives all items the same index.
+            return known if known.index is None or found is not None else None
+        return found
+
+    def _register(self, item: _ItemAccumulator, item_id: Any, index: int | None) -> _ItemAccumulator:
+        item.index = index
         self._items.append(item)
+        if item_id is not None:
+            self._by_id[item_id] = self._by_id[item_id, index] = item
+        if index is not None:
+            self._by_index[index] = item
         return item
 
     def reply(self) -> Response:
         """Returns the response so far as a new dict."""
         output = list(self._final_output) or [item.as_dict() for item in self._items]
-        return cast("Response", {"object": "response", **self._response, "output": output})
+        return cast("Response", replace_lone_surrogates({"object": "response", **self._response, "output": output}))
+
+
+def _output_index(event: Mapping[str, Any]) -> int | None:
+    index = event.get("output_index")
+    return index if isinstance(index, int) else None
 
 
 def _part_index(event: Mapping[str, Any]) -> int | None:
@@ -142,16 +196,28 @@ def _part_index(event: Mapping[str, Any]) -> int | None:
 class _ItemAccumulator:
     """Merges the pieces of one item of the output. Texts are kept in `StringIO` buffers until `as_dict` is called."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_fields", "has_pieces", "index", "is_finished")
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        self.replace(fields)
+        self.index: int | None = None
+        self.has_pieces = False
+        self.is_finished = False
+        self._replace(fields)
 
     @property
     def id(self) -> Any:
         return self._fields.get("id")
 
-    def replace(self, fields: Mapping[str, Any]) -> None:
+    @property
+    def type(self) -> Any:
+        return self._fields.get("type")
+
+    def finish(self, fields: Mapping[str, Any]) -> None:
+        """Puts the finished item in the place of its pieces."""
+        self._replace(fields)
+        self.is_finished = True
+
+    def _replace(self, fields: Mapping[str, Any]) -> None:
         lists = {key: [dict(part) for part in fields[key]] for key in ("content", "summary") if fields.get(key)}
         self._fields: dict[str, Any] = {**fields, **lists}
 
@@ -204,4 +270,7 @@ def _append_piece(fields: dict[str, Any], key: str, piece: str) -> None:
 
 
 def _with_plain_texts(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.getvalue() if isinstance(value, io.StringIO) else value for key, value in fields.items()}
+    return {
+        key: join_surrogates(value.getvalue()) if isinstance(value, io.StringIO) else value
+        for key, value in fields.items()
+    }

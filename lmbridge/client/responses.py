@@ -13,20 +13,24 @@ from urllib.parse import urlsplit
 import attrs
 
 from lmbridge._checks import check_text, wrong_type
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.client import failures
+from lmbridge.client.completeness import is_broken_reason
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.response_accumulator import ResponseAccumulator
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.stream import ReplyStream
+from lmbridge.client.surrogates import join_halves, may_hold_surrogates
 from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError
-from lmbridge.transport import EventStream, Reply
+from lmbridge.transport import EventStream
 from lmbridge.types import Response, ResponseEventData
 
 if TYPE_CHECKING:
     from aiohttp_sse_client.client import MessageEvent
 
 _FAILED_WITHOUT_REASON: Final = "the response failed, with no reason given"
+_FAILURE_EVENTS: Final = frozenset({"response.failed", "response.cancelled"})
 _EXAMPLE_ITEM: Final = "[{'role': 'user', 'content': 'Hello'}]"
 
 
@@ -89,6 +93,8 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         if _is_error_event(value):
             raise self._server_error(text)
         self._add_to_response(value if value.get("type") else {**value, "type": name}, text)
+        if self._halves or may_hold_surrogates(data):
+            value = dict(join_halves(value, self._halves))
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
         return ResponseEvent(event, cast("ResponseEventData", value))
 
@@ -101,8 +107,9 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         except LLMError as error:
             self._fail(error)
             raise
-        if value["type"] == "response.failed" or response.get("status") == "failed" or response.get("error"):
-            raise self._fail(self._error_of_failed_event(response.get("error"), text))
+        reason = response.get("error") or _reason_of_failure(response)
+        if reason or value["type"] in _FAILURE_EVENTS:
+            raise self._fail(self._error_of_failed_event(reason, text))
         if self._accumulator.is_finished:
             self._mark_complete()
             self._pending = iter(())
@@ -144,22 +151,31 @@ async def request_response(server: ServerApi, body: dict[str, Any], *, stream: b
         event_class = _message_event_class()
         return ResponseStream(await server.stream(request), server.mismatch_policy, server.redact, event_class)
     reply = await server.request(request)
-    value = await server.read_object(reply)
-    if not isinstance(value.get("output"), list):
+    value = replace_lone_surrogates(await server.read_object(reply))
+    output = value.get("output")
+    if not isinstance(output, list) or not all(isinstance(item, dict) for item in output):
         raise server.unexpected_reply(reply, "a response")
     server.check_served_model(reply, value)
-    if value.get("status") == "failed":
-        raise _error_of_failed_reply(reply, server)
+    if (reason := _reason_of_failure(value)) is not None:
+        raise LLMResponseError(
+            reason, status=reply.status, body=server.body_text(reply), context=reply.call.context(), partial=value
+        )
     return cast("Response", value)
 
 
-def _error_of_failed_reply(reply: Reply, server: ServerApi) -> LLMResponseError:
-    return LLMResponseError(
-        _FAILED_WITHOUT_REASON,
-        status=reply.status,
-        body=server.body_text(reply),
-        context=reply.call.context(),
-    )
+def _reason_of_failure(response: Mapping[str, Any]) -> str | None:
+    """Returns why a response without an error object has failed, or None if it has not.
+
+    A response that was cut off at its limit has not failed.
+    """
+    status, details = response.get("status"), response.get("incomplete_details")
+    if status == "failed":
+        return _FAILED_WITHOUT_REASON
+    if is_broken_reason(status):
+        return f"the server aborted the response, with the status {status!r}"
+    if isinstance(details, Mapping) and is_broken_reason(reason := details.get("reason")):
+        return f"the server aborted the response, with the reason {reason!r}"
+    return None
 
 
 def _check_arguments(input_items: object, previous_response_id: object, tools: object) -> None:

@@ -16,6 +16,7 @@ import attrs
 from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
+from lmbridge.client.completeness import aborted_error, error_in_choice
 from lmbridge.client.json_codec import decode_json, encode_body
 from lmbridge.client.model_lists import add_available_models
 from lmbridge.client.names import MismatchPolicy
@@ -325,6 +326,24 @@ class ServerApi:
             body=body,
             context=reply.call.context(),
         )
+
+    def check_choices(self, reply: Reply, value: Mapping[str, Any]) -> None:
+        """Checks that the server has finished every answer in the reply to a completion.
+
+        Raises:
+            LLMError: A choice reports an error, or a finish reason that says that the server has broken it off.
+        """
+        for choice in value["choices"]:
+            if (body := error_in_choice(choice)) is not None:
+                error = self._error_from(attrs.evolve(reply, body=body.encode()))
+                error.body = self.body_text(reply)
+            elif (aborted := aborted_error(choice)) is not None:
+                error = aborted
+            else:
+                continue
+            raise error.completed(
+                context=reply.call.context(), status=reply.status, body=self.body_text(reply), partial=value
+            )
 
     def check_served_model(self, reply: Reply, value: Mapping[str, Any]) -> None:
         """Compares the model that a reply names with the one that was asked for.

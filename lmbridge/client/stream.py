@@ -24,6 +24,7 @@ from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy, are_different_models
+from lmbridge.client.surrogates import Halves
 from lmbridge.client.usage import usage_in_stream
 from lmbridge.errors import (
     LLMError,
@@ -75,8 +76,12 @@ class Accumulator(Protocol[_Reply_co]):
         """The token usage that the server has sent so far, or None."""
         ...
 
-    def add(self, chunk: Mapping[str, Any], /) -> None:
-        """Adds the data of an event; raises `LLMStreamError` if its shape is unknown."""
+    def add(self, chunk: Mapping[str, Any], /) -> Mapping[str, Any]:
+        """Adds the data of an event, and returns it as it is handed out, with the fields that lmbridge guarantees.
+
+        Raises:
+            LLMError: The shape of the data is unknown, or it reports an error.
+        """
         ...
 
     def reply(self) -> _Reply_co:
@@ -98,6 +103,7 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         "_add",
         "_events",
         "_failure",
+        "_halves",
         "_is_complete",
         "_mismatch_policy",
         "_pending",
@@ -128,6 +134,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         # would no longer close its connection.
         events.call.read_usage = functools.partial(usage_in_stream, accumulator)
         self._served_model: str | None = None
+        # The halves of characters that have been held back until their other halves arrive.
+        self._halves: Halves = {}
         self._is_complete = False
         self._failure: LLMError | None = None
 
@@ -286,6 +294,11 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
                 # The end of the body cut this event off. `_end_of_body` raises the error that says so.
                 return None
             raise self._server_error(text) from None
+        if value == "[DONE]":
+            self._on_done()
+            return None
+        if name != "error" and _says_nothing(value):
+            return None
         if not isinstance(value, dict) or name == "error":
             raise self._server_error(data.decode("utf-8", "replace"))
         return self._read_object(value, name, data)
@@ -392,6 +405,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         if failures.means_model_unloaded(error):
             self._events.call.mark_unloaded()
         # The message may quote a chunk, and a chunk may repeat the key.
+        if error.body is not None:
+            error.body = self._redact(error.body)
         error.completed(
             self._redact(error.message),
             context=self._events.call.context(),
@@ -402,6 +417,11 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         self._pending = _NO_EVENTS
         self._events.abort(error)
         return error
+
+
+def _says_nothing(value: object) -> bool:
+    """Returns whether the data of an event is empty, such as the null that llama.cpp puts before several answers."""
+    return value is None or value in ("", [])
 
 
 @overload

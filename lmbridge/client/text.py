@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Self
 
 from lmbridge._checks import check_text, wrong_type
+from lmbridge.client.content import text_of_part
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.errors import LLMValidationError
 
@@ -35,14 +36,19 @@ def text_of(reply: Mapping[str, Any]) -> str:
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, Mapping):
         raise wrong_type("reply", "a reply with choices or output", reply, _REPLY_HINT)
-    if isinstance(text := choice.get("text"), str):
-        return text
+    if isinstance(text := choice.get("text"), str | list):
+        return text_of_part(text)
     return split_reasoning(reply).text
 
 
 def _text_of_response(output: list[Any]) -> str:
-    parts = [part for item in output if item.get("type") == "message" for part in item.get("content") or ()]
-    return "".join(part.get("text") or "" for part in parts if part.get("type") == "output_text")
+    contents = [item.get("content") for item in output if isinstance(item, Mapping) and item.get("type") == "message"]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return "".join(
+        text_of_part(part.get("text"))
+        for part in parts
+        if isinstance(part, Mapping) and part.get("type") == "output_text"
+    )
 
 
 def check_question(question: Any, params: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import io
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
+from lmbridge._text import join_surrogates, replace_lone_surrogates
+
 _JSON_WHITESPACE: Final = " \t\r\n"
+_JSON_MARKS: Final = re.compile(r'\\.|["\\{}\[\]]', re.DOTALL)
+"""The characters that decide where a JSON object or array ends, and escaped characters, which do not."""
+_DEEPEST_MERGED_FIELD: Final = 20
+"""The number of dicts around a field below which values replace each other."""
+_LONGEST_SCALAR: Final = 100
+"""The length up to which arguments that are neither an object nor an array may be complete JSON."""
+_LABELS: Final = frozenset(
+    {"id", "index", "type", "name", "role", "object", "model", "format", "status", "phase", "signature", "encoding"}
+)
+"""Names of fields whose strings are not pieces of a text, but labels, which servers repeat."""
+_LABEL_ENDINGS: Final = ("_id", "_type", "_name", "_role", "_model", "_format", "_status", "_reason", "_signature")
 
 
 class ToolCallAccumulator:
     """The tool calls of one answer, as far as their pieces have arrived.
 
     OpenAI's rule is that each piece carries the index of its call, and the first piece also the id. Servers break it
-    in every way: Ollama sends no ids, others number every call 0 or not at all, llama-cpp-python repeats the name in
-    each piece, and some send the arguments as an object, all in one piece. A piece is therefore matched by its id
-    first, then by its index, and otherwise belongs to the last call. A new id begins a new call whatever the index is.
-    Where there is no id, a name begins a new call if the arguments so far are complete or the name is another one.
+    in every way: Ollama sends no ids, others number every call 0 or not at all or give all of them one id,
+    llama-cpp-python repeats the name in each piece, and some send the arguments as an object, all in one piece. A piece
+    is therefore matched by its id first, then by its index, and otherwise belongs to the last call. A new id begins a
+    new call whatever the index is, and so does a known id with another index or another name. Where there is no id, a
+    name begins a new call if the arguments so far are complete or the name is another one.
     """
 
     # This class and the accumulators that use it have slots because a program may have a thousand streams open.
-    __slots__ = ("_calls",)
+    __slots__ = ("_by_id", "_by_index", "_calls")
 
     def __init__(self) -> None:
         self._calls: list[_PartialCall] = []
+        # The newest call with an id, an id and an index, or an id and a name; and the newest call with an index.
+        # A search among all calls for each piece would take seconds for thousands of calls.
+        self._by_id: dict[Any, _PartialCall] = {}
+        self._by_index: dict[Any, _PartialCall] = {}
 
     def extend_last(self, pieces: Any) -> bool:
         """Appends arguments to the last call if the pieces hold nothing else.
@@ -54,30 +73,35 @@ class ToolCallAccumulator:
     def add(self, piece: Mapping[str, Any]) -> None:
         """Adds one entry of a delta's `tool_calls`."""
         function = piece.get("function") or {}
-        call_id, index, name = piece.get("id") or None, piece.get("index"), function.get("name") or None
-        call = self._find_call(call_id, index, name)
+        call_id, index, name = _id_in(piece), piece.get("index"), function.get("name") or None
+        arguments = function.get("arguments")
+        call = self._find_call(call_id, index, name, arguments)
         if call is None:
             call = _PartialCall(call_id, index)
             self._calls.append(call)
-        call.add(piece, call_id, name, function.get("arguments"))
+        call.add(piece, call_id, name, arguments)
+        self._register(call)
 
     def calls(self) -> list[dict[str, Any]]:
         """Returns the calls so far, in the order in which they began. A call without an id gets a generated one."""
         return [call.as_dict() for call in self._calls]
 
-    def _find_call(self, call_id: str | None, index: int | None, name: str | None) -> _PartialCall | None:
+    def _register(self, call: _PartialCall) -> None:
+        if call.index is not None:
+            self._by_index[call.index] = call
+        if call.id is not None:
+            self._by_id[call.id] = self._by_id[call.id, "index", call.index] = call
+            self._by_id[call.id, "name", call.name] = call
+
+    def _find_call(self, call_id: str | None, index: Any, name: str | None, arguments: Any) -> _PartialCall | None:
         """Returns the call that a piece belongs to, or None if the piece begins a new call."""
+        found: _PartialCall | None
         if not self._calls:
             return None
-        if call_id is not None:
-            same_id = next((call for call in self._calls if call.id == call_id), None)
-            if same_id is not None:
-                return same_id
-        found: _PartialCall | None
-        if index is None:
-            found = self._calls[-1]
-        else:
-            found = next((call for call in reversed(self._calls) if call.index == index), None)
+        if call_id is not None and call_id in self._by_id:
+            found = self._find_call_with_id(call_id, index, name)
+            return None if found is not None and name is not None and found.is_ended_by_object(arguments) else found
+        found = self._calls[-1] if index is None else self._by_index.get(index)
         if found is None and call_id is None and name is None:
             # Without an id and a name, a piece cannot begin a call, whatever its index is.
             return self._calls[-1]
@@ -85,19 +109,54 @@ class ToolCallAccumulator:
             return None
         return None if name is not None and found.is_ended_by_name(name) else found
 
+    def _find_call_with_id(self, call_id: str, index: Any, name: str | None) -> _PartialCall | None:
+        """Returns the call that a piece with a known id belongs to, or None if the piece begins a call with this id."""
+        found = self._by_id[call_id]
+        if index is not None and found.index is not None and found.index != index:
+            # The id is not unique. A call of this id that had no index before may be meant as well.
+            other = self._by_id.get((call_id, "index", index))
+            if other is None:
+                return None
+            found = other
+        if name is not None and found.name and found.name != name:
+            other = self._by_id.get((call_id, "name", name))
+            return other if other is not None and (index is None or other.index == index) else None
+        return found
+
+
+def _id_in(piece: Mapping[str, Any]) -> str | None:
+    """Returns the id in a piece, or None.
+
+    Raises:
+        TypeError: It is neither a string nor a number.
+    """
+    call_id = piece.get("id")
+    if not isinstance(call_id, str | int | None):
+        raise TypeError("the id of a tool call is not a string")
+    return None if call_id is None or call_id == "" else str(call_id)
+
 
 class _PartialCall:
     """One tool call, or the older `function_call`, while its pieces arrive."""
 
-    __slots__ = ("_generated_id", "_name", "_other_fields", "arguments", "id", "index")
+    __slots__ = (
+        "_end",
+        "_generated_id",
+        "_other_fields",
+        "arguments",
+        "id",
+        "index",
+        "name",
+    )
 
-    def __init__(self, call_id: str | None, index: int | None) -> None:
+    def __init__(self, call_id: str | None, index: Any) -> None:
         self.id = call_id
-        self.index: int | None = index
+        self.index: Any = index
         self.arguments: io.StringIO = io.StringIO()
-        self._name = ""
+        self.name: str = ""
         self._generated_id = ""
         self._other_fields: dict[str, Any] = {}
+        self._end: _JsonEnd | None = None
 
     def add(self, piece: Mapping[str, Any], call_id: str | None, name: str | None, arguments: Any) -> None:
         self.id = self.id or call_id
@@ -105,12 +164,12 @@ class _PartialCall:
             if key not in ("id", "index", "type", "function") and value is not None:
                 merge_field(self._other_fields, key, value)
         # A name that is sent again with every piece is one name, not pieces of a name.
-        if name is not None and name != self._name:
-            self._name += name
+        if name is not None and name != self.name:
+            self.name += name
         if isinstance(arguments, str):
             self.arguments.write(arguments)
         elif arguments is not None:
-            self.arguments.write(msgspec.json.encode(arguments).decode())
+            self.arguments.write(arguments_text(arguments))
 
     def is_ended_by_name(self, name: str) -> bool:
         """Returns whether a name that arrives without an id begins a new call, so that this one has ended.
@@ -118,26 +177,31 @@ class _PartialCall:
         That is so if the arguments of this call are complete JSON, or if the server sends no ids and this call has
         another name.
         """
-        if not self._name:
+        if not self.name:
             return False
-        if self.id is None and name != self._name:
-            return True
-        text = self.arguments.getvalue().strip(_JSON_WHITESPACE)
-        try:
-            msgspec.json.decode(text)
-        except msgspec.DecodeError:
-            return False
-        return True
+        return (self.id is None and name != self.name) or self._has_complete_arguments()
+
+    def is_ended_by_object(self, arguments: Any) -> bool:
+        """Returns whether arguments that arrive with the id and the name of this call are those of a new call.
+
+        That is so if they begin an object, although the arguments of this call are complete. An empty piece after
+        complete arguments, which some servers send, belongs to this call.
+        """
+        begins_object = arguments.lstrip(_JSON_WHITESPACE).startswith("{") if isinstance(arguments, str) else arguments
+        return bool(begins_object) and self._has_complete_arguments()
+
+    def _has_complete_arguments(self) -> bool:
+        self._end = self._end or _JsonEnd()
+        return self._end.is_reached(self.arguments)
 
     def as_dict(self) -> dict[str, Any]:
         if self.id is None and not self._generated_id:
             self._generated_id = generated_call_id()
-        return {"id": self.id or self._generated_id, "type": "function", "function": self.function()} | copy_fields(
-            self._other_fields
-        )
+        call_id = join_surrogates(self.id or self._generated_id)
+        return {"id": call_id, "type": "function", "function": self.function()} | copy_fields(self._other_fields)
 
     def function(self) -> dict[str, Any]:
-        return {"name": self._name, "arguments": self.arguments.getvalue()}
+        return {"name": join_surrogates(self.name), "arguments": join_surrogates(self.arguments.getvalue())}
 
 
 class FunctionCallAccumulator(_PartialCall):
@@ -153,19 +217,90 @@ class FunctionCallAccumulator(_PartialCall):
         self.add({}, None, piece.get("name"), piece.get("arguments"))
 
 
+class _JsonEnd:
+    """Finds out whether a growing text is complete JSON, reading each of its characters only once.
+
+    Decoding the text at each of its pieces instead would take time that grows with the square of its length.
+    """
+
+    __slots__ = ("_depth", "_has_closed", "_is_broken", "_is_in_string", "_read", "_rest")
+
+    def __init__(self) -> None:
+        # The number of characters that have been read.
+        self._read = 0
+        # The number of objects and arrays that are open.
+        self._depth = 0
+        self._is_in_string = False
+        # A backslash at the end of what was read, which belongs to the character after it.
+        self._rest = ""
+        # Whether the outermost object or array has been closed.
+        self._has_closed = False
+        # Whether the text is not JSON, whatever follows.
+        self._is_broken = False
+
+    def is_reached(self, buffer: io.StringIO) -> bool:
+        """Returns whether a text, of which this method has seen the beginning before, is complete JSON."""
+        buffer.seek(self._read)
+        text = self._rest + buffer.read()
+        self._read = buffer.tell()
+        self._scan(text)
+        if self._is_broken or (not self._has_closed and (self._depth or self._read > _LONGEST_SCALAR)):
+            return False
+        try:
+            msgspec.json.decode(buffer.getvalue().strip(_JSON_WHITESPACE))
+        except (ValueError, RecursionError):
+            self._is_broken = self._has_closed
+            return False
+        return True
+
+    def _scan(self, text: str) -> None:
+        self._rest = ""
+        for mark in _JSON_MARKS.findall(text):
+            if mark == "\\":
+                self._rest = mark
+            elif mark == '"':
+                self._is_in_string = not self._is_in_string
+            elif not self._is_in_string and len(mark) == 1:
+                self._is_broken |= self._has_closed
+                self._depth += 1 if mark in "{[" else -1
+                self._has_closed |= self._depth <= 0
+
+
+def arguments_text(arguments: Any) -> str:
+    """Returns the JSON text of arguments that a server sent as an object."""
+    return msgspec.json.encode(replace_lone_surrogates(arguments)).decode()
+
+
 def generated_call_id() -> str:
     """Returns an id for a call that the server sent without one."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def merge_field(fields: dict[str, Any], key: str, new: Any) -> None:
+# Fields that lmbridge does not know
+
+
+def is_label(key: str) -> bool:
+    """Returns whether a field has a name like "type" or "item_id", whose values are not pieces of a text."""
+    return key in _LABELS or key.endswith(_LABEL_ENDINGS)
+
+
+def merge_field(fields: dict[str, Any], key: str, new: Any, *, joins_texts: bool = True, depth: int = 0) -> None:
     """Merges the value of a field that lmbridge does not know: lists grow, dicts are merged, other values replace.
 
     The `logprobs` of a choice are such a field: a dict of lists. The lists and dicts in `fields` are always copies, so
-    that merging never changes a chunk that the caller holds.
+    that merging never changes a chunk that the caller holds. `copy_fields` returns the result.
+
+    Args:
+        fields: The fields so far.
+        key: The name of the field.
+        new: The value that has arrived.
+        joins_texts: Whether strings are pieces of a text, as they are in a delta, unless the field is a label.
+        depth: The number of dicts around the field. What is nested too deeply is not merged.
     """
     old = fields.get(key)
-    if isinstance(new, list):
+    if depth > _DEEPEST_MERGED_FIELD:
+        fields[key] = new
+    elif isinstance(new, list):
         if isinstance(old, list):
             old.extend(new)
         else:
@@ -174,14 +309,23 @@ def merge_field(fields: dict[str, Any], key: str, new: Any) -> None:
         if not isinstance(old, dict):
             old = fields[key] = {}
         for inner, value in new.items():
-            merge_field(old, inner, value)
+            merge_field(old, inner, value, joins_texts=joins_texts, depth=depth + 1)
+    elif joins_texts and isinstance(new, str) and not is_label(key):
+        if not isinstance(old, io.StringIO):
+            old = fields[key] = io.StringIO()
+        old.write(new)
     elif new is not None or key not in fields:
         fields[key] = new
 
 
 def copy_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of merged fields that later merging does not change."""
-    copied: dict[str, Any] = {}
-    for key, value in fields.items():
-        merge_field(copied, key, value)
-    return copied
+    """Returns a copy of merged fields that later merging does not change, with texts as strings."""
+    return {key: _copy(value) for key, value in fields.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, io.StringIO):
+        return join_surrogates(value.getvalue())
+    if isinstance(value, dict):
+        return copy_fields(value)
+    return list(value) if isinstance(value, list) else value

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -256,21 +257,33 @@ def test_a_reply_is_finished_when_every_answer_that_began_has_its_finish_reason(
         7,
         {"choices": 7},
         {"choices": "text"},
-        {"choices": [None]},
-        {"choices": ["text"]},
         {"choices": {"index": 0}},
-        {"choices": [{"index": "0", "delta": {"content": "x"}}]},
+        {"choices": [{"index": "first", "delta": {"content": "x"}}]},
+        {"choices": [{"index": "9" * 50, "delta": {"content": "x"}}]},
+        {"choices": [{"index": "\u0663", "delta": 7}]},
         {"choices": [{"index": [0], "delta": {"content": "x"}}]},
+        {"choices": [{"index": {}, "delta": {"content": "x"}}]},
+        {"choices": [{"index": -1, "delta": {"content": "x"}}]},
+        {"choices": [{"index": 0.5, "delta": {"content": "x"}}]},
+        {"choices": [{"index": math.inf, "delta": {"content": "x"}}]},
+        {"choices": [{"index": math.nan, "delta": {"content": "x"}}]},
+        {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": 7}]},
+        {"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": ["stop"]}]},
         {"choices": [{"index": 0, "delta": "text"}]},
         {"choices": [{"index": 0, "delta": ["text"]}]},
         {"choices": [{"index": 0, "delta": {"content": 7}, "finish_reason": None}]},
-        {"choices": [{"index": 0, "delta": {"content": [{"type": "text", "text": "x"}]}}]},
+        {"choices": [{"index": 0, "delta": {"reasoning": 7}}]},
+        {"choices": [{"index": 0, "delta": {"function_call": "text"}}]},
+        {"choices": [{"index": 0, "delta": {"function_call": {"name": 7}}}]},
         {"choices": [{"index": 0, "delta": {"tool_calls": 7}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [{"id": []}]}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [{"id": {}, "function": {"name": "f"}}]}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": [0], "function": {"name": "f"}}]}}]},
+        {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": {}, "id": "a", "function": {"name": "f"}}]}}]},
         {"choices": [{"index": 0, "delta": {"tool_calls": [None]}}]},
         {"choices": [{"index": 0, "delta": {"tool_calls": ["text"]}}]},
         {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": "text"}]}}]},
         {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"name": 7}}]}}]},
-        {"choices": [{"index": 0, "delta": {"tool_calls": [{"function": {"arguments": {"half": "\ud83d"}}}]}}]},
     ],
 )
 def test_a_malformed_chunk_raises_an_error_that_shows_it(chunk: Any) -> None:

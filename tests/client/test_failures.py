@@ -848,7 +848,7 @@ SHAPES: Final[dict[str, tuple[str, type[LLMError], str, str]]] = {
     "other event": ('event: oops\ndata: {"error": "no"}\n\n', LLMStreamError, "no", '{"error": "no"}'),
     "bare text": ("data: Internal Server Error\n\n", LLMStreamError, "Internal Server Error", "Internal Server Error"),
     "JSON string": ('data: "model crashed"\n\n', ModelLoadError, "model crashed", '"model crashed"'),
-    "JSON null": ("data: null\n\n", LLMStreamError, "null", "null"),
+    "JSON number": ("data: 7\n\n", LLMStreamError, "7", "7"),
     "JSON list": ('data: [{"choices": []}]\n\n', LLMStreamError, '[{"choices": []}]', '[{"choices": []}]'),
     "beside a choice": (
         'data: {"model":"test-model","choices":[{"index":0,"delta":{"content":""}}],"error":{"message":"no"}}\n\n',

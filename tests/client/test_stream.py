@@ -226,7 +226,8 @@ async def test_a_stream_without_a_delta_raises(scripted_server: ScriptedServer, 
 
 
 async def test_a_chunk_of_an_unknown_shape_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    for choices in ("text", [1], [{"delta": "text"}], [{"delta": {"content": 7}}]):
+    odd: list[Any] = ["text", 1, {"delta": {}}, [{"delta": "text"}], [{"delta": {"content": 7}}]]
+    for choices in odd:
         scripted_server.script(sse(*HALF, piece(choices=choices), piece(finish_reason="stop"), done=True))
         with pytest.raises(LLMStreamError, match="unknown shape") as caught:
             await read_text(await opened(client))

@@ -286,15 +286,15 @@ async def test_a_second_wrong_answer_raises_with_its_text_and_the_path_of_the_mi
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-async def test_an_answer_with_half_a_character_is_wrong_and_can_be_sent_back(
+async def test_an_answer_with_half_a_character_has_a_question_mark_and_can_be_sent_back(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     # Some servers cut an emoji in two.
     delta = '{"index": 0, "delta": {"content": "{\\ud83d"}, "finish_reason": "stop"}'
     scripted_server.default = sse(f'data: {{"choices": [{delta}]}}\n\n')
-    with pytest.raises(LLMValidationError, match=r"\$: it is not valid JSON: 'utf-8' codec can't encode") as caught:
+    with pytest.raises(LLMValidationError, match=r"\$: it is not valid JSON: ") as caught:
         await client.parse(MESSAGES, Point)
-    assert caught.value.body == "{\ud83d"
+    assert caught.value.body == "{?"
     assert scripted_server.requests[1].json["messages"][1]["content"] == "{?"
 
 

@@ -1,0 +1,91 @@
+r"""Characters that a server cuts in two: a surrogate pair whose halves are escaped in two events of a stream.
+
+A server that writes each token as JSON of its own may send an emoji as "\ud83d" in one event and "\ude42" in the next.
+Neither half is a character, so a program that prints or stores a chunk would fail. Therefore a half at the end of a
+piece is held back, and put in front of the next piece of the same text. The accumulators join such halves as well, when
+they return the reply so far, because streams of other clients reach them without this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+from lmbridge._text import join_surrogates, replace_lone_surrogates
+
+Halves: TypeAlias = dict[tuple[Any, ...], str]
+"""The halves that a stream has held back, by the text that they belong to. It is empty nearly always."""
+
+_REPLACEMENT: Final = "?"
+"""What stands for a half whose other half never arrived."""
+_EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
+"""The fields by which the texts in a streamed response differ."""
+
+
+def may_hold_surrogates(data: bytes) -> bool:
+    """Returns whether the text of an event has the escape of a surrogate."""
+    return b"\\ud" in data or b"\\uD" in data
+
+
+def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
+    """Returns an event whose pieces of text have only whole characters; the event itself is not changed.
+
+    Args:
+        event: A chunk of a completion, or an event of a response.
+        halves: What was held back before. The function updates it.
+    """
+    if isinstance(choices := event.get("choices"), list):
+        return {**event, "choices": [_join_in_choice(choice, halves) for choice in choices]}
+    if isinstance(delta := event.get("delta"), str):
+        event = {**event, "delta": _join(delta, tuple(str(event.get(key)) for key in _EVENT_KEYS), halves)}
+    return replace_lone_surrogates(event)
+
+
+def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:
+    index = choice.get("index") or 0
+    joined = {
+        key: _join_in(value, (index, key), halves) if key in ("delta", "text") else value
+        for key, value in choice.items()
+    }
+    if choice.get("finish_reason"):
+        for path in [path for path in halves if path[0] == index]:
+            del halves[path]
+            _append(joined, path[1:], _REPLACEMENT)
+    return joined
+
+
+def _join_in(value: Any, path: tuple[Any, ...], halves: Halves) -> Any:
+    if isinstance(value, str):
+        return _join(value, path, halves)
+    if isinstance(value, dict):
+        return {key: _join_in(each, (*path, key), halves) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_join_in(each, (*path, _place(each, number)), halves) for number, each in enumerate(value)]
+    return value
+
+
+def _place(item: object, number: int) -> tuple[str, int]:
+    index = item.get("index") if isinstance(item, dict) else None
+    return ("index", index if isinstance(index, int) else number)
+
+
+def _join(text: str, path: tuple[Any, ...], halves: Halves) -> str:
+    if path in halves:
+        if not text:
+            return text
+        text = halves.pop(path) + text
+    if text and "\ud800" <= text[-1] <= "\udbff":
+        halves[path] = text[-1]
+        text = text[:-1]
+    return join_surrogates(text)
+
+
+def _append(fields: dict[str, Any], path: tuple[Any, ...], text: str) -> None:
+    """Appends a text to the one at a path of keys. Nothing is appended in a list, whose items may be others by now."""
+    *parents, last = path
+    for key in parents:
+        if not isinstance(key, str) or not isinstance(fields.setdefault(key, {}), dict):
+            return
+        fields = fields[key]
+    if isinstance(last, str) and isinstance(fields.get(last), str | None):
+        fields[last] = (fields.get(last) or "") + text
