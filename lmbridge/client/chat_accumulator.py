@@ -133,7 +133,7 @@ class ChatAccumulator:
             self.has_delta = True
             self._first_content.write(text)
             return chunk
-        if is_simple and self._choices[0].extend_last_call(delta.get("tool_calls")):
+        if is_simple and self._choices[0].extend(delta):
             return chunk
         try:
             completed = self._add_by_slow_path(chunk)
@@ -192,11 +192,32 @@ class TextAccumulator(ChatAccumulator):
             LLMStreamError: The chunk does not have the shape of a text completion chunk.
             LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
         """
+        # The fast path, as for chat completions.
+        try:
+            (choice,) = chunk["choices"]
+            text = choice["text"]
+            is_simple = (
+                type(text) is str
+                and len(chunk) == self._fast_path_fields
+                and not chunk.get("usage")
+                and choice["finish_reason"] is None
+                and choice["index"] == 0
+                and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            is_simple, text = False, ""
+        if is_simple:
+            self.has_delta = True
+            self._first_content.write(text)
+            return chunk
+        return self._add_by_slow_path_of_texts(chunk)
+
+    def _add_by_slow_path_of_texts(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             completed = complete_chunk(chunk, "text")
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        # A choice that the server sent without a text adds nothing, although it has got an empty one.
+        # A choice that the server sent without a text adds nothing, although `complete_chunk` gives it an empty one.
         sent = [choice for choice in chunk.get("choices") or () if isinstance(choice, Mapping)]
         choices = [
             _as_chat_choice(choice, has_text=each.get("text") is not None)
@@ -254,9 +275,16 @@ class _ChoiceAccumulator:
         others = (self.finish_reason, self._tool_calls, self._function_call, self._message_fields)
         return any(text.tell() for text in texts) or any(other is not None for other in others)
 
-    def extend_last_call(self, pieces: Any) -> bool:
-        """Appends the pieces to the last tool call if they contain only arguments, and returns whether they did."""
-        return self._tool_calls is not None and self._tool_calls.extend_last(pieces)
+    def extend(self, delta: Mapping[str, Any]) -> bool:
+        """Appends a delta with one field if that only continues a text or the last tool call; returns whether it did."""
+        if self._tool_calls is not None and self._tool_calls.extend_last(delta.get("tool_calls")):
+            return True
+        ((key, value),) = delta.items()
+        text = None if self._other_texts is None or type(value) is not str else self._other_texts.get(key)
+        if text is None:
+            return False
+        text.write(value)
+        return True
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a choice of a completed chunk, and returns whether its delta had any field."""
@@ -324,6 +352,9 @@ def _check_not_broken(choice: Mapping[str, Any]) -> None:
     Raises:
         LLMError: It reports an error, or a finish reason that says so.
     """
+    delta, message = choice["delta"], choice.get("message")
+    if not choice.get("finish_reason") and "error" not in choice and "error" not in delta and message is None:
+        return
     if (body := error_in_choice(choice)) is not None:
         raise failures.error_from_event(failures.parse_error_body(body), {})
     if (error := aborted_error(choice)) is not None:
