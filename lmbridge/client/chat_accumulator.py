@@ -276,7 +276,7 @@ class _ChoiceAccumulator:
         return any(text.tell() for text in texts) or any(other is not None for other in others)
 
     def extend(self, delta: Mapping[str, Any]) -> bool:
-        """Appends a delta with one field if that only continues a text or the last tool call; returns whether it did."""
+        """Appends a delta with one field if it only continues a text or the last call, and returns whether it did."""
         if self._tool_calls is not None and self._tool_calls.extend_last(delta.get("tool_calls")):
             return True
         ((key, value),) = delta.items()
