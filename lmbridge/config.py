@@ -11,12 +11,12 @@ import ipaddress
 import logging
 import math
 import os
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import attrs
 
-from lmbridge._checks import as_validator, check_integer, check_seconds, invalid_argument, is_number
+from lmbridge._checks import as_validator, check_choice, check_integer, check_seconds, invalid_argument, is_number
 from lmbridge.errors import LLMValidationError
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
@@ -116,6 +116,52 @@ class Limits:
     until some active model happens to be idle. The setting is used only with `max_loaded_models`."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
+    order: Literal["run", "request"] = attrs.field(
+        default="run", validator=as_validator(check_choice, owner="Limits", choices=("run", "request"))
+    )
+    """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one whose run
+    of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
+    A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
+    max_begun_runs: int | Literal["auto"] | None = attrs.field(
+        default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
+    )
+    """The most runs that have begun and not ended. The first request of a further run waits until one of these runs
+    ends, or has no request for 3 seconds because its tools take long; but it waits for no longer than `max_wait`, and
+    not for runs of a lower priority. Set it to the number of prompts that the server keeps in its cache. With "auto",
+    the default, it is `max_concurrency`, or None if `order` is "request". With None, a run begins whenever a permit is
+    free."""
+
+    @property
+    def begun_runs(self) -> int | None:
+        """The value of `max_begun_runs` with "auto" replaced by what it stands for."""
+        if self.max_begun_runs == "auto":
+            return self.max_concurrency if self.order == "run" else None
+        return self.max_begun_runs
+
+
+Priority: TypeAlias = Literal["interactive", "normal", "batch"] | int
+"""How urgent the requests of a client or an agent are. The names stand for the numbers 1, 0 and -1; a higher number
+goes first. Waiting requests rise by one for each `Limits.max_wait` seconds, so that none waits forever."""
+
+_PRIORITIES: Final = {"interactive": 1, "normal": 0, "batch": -1}
+
+
+def check_priority(value: Priority) -> int:
+    """Returns a priority as a number.
+
+    Raises:
+        LLMValidationError: The value is neither a known name nor an integer.
+    """
+    if isinstance(value, str) and value in _PRIORITIES:
+        return _PRIORITIES[value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise invalid_argument(
+        "priority",
+        "'interactive', 'normal', 'batch' or an integer",
+        value,
+        hint="the priority is a matter of this client; a server's own `priority` goes into extra_body",
+    )
 
 
 def default_api_base() -> str:

@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 
+from lmbridge._run_turn import RunTurn, current_turn
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError
 from lmbridge.transport.scheduler import Permit, Scheduler
@@ -45,8 +46,9 @@ class Admission:
         # Before Python 3.12, each call of get_running_loop() makes a system call (getpid).
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[asyncio.Task[object], Permit] = {}
-        # The timer for the next request that becomes overdue.
-        self._overdue_timer: asyncio.TimerHandle | None = None
+        # The timer for the next moment at which a request may be admitted because time has passed.
+        self._timer: asyncio.TimerHandle | None = None
+        self._turns: weakref.WeakSet[RunTurn] = weakref.WeakSet()
         # The revision of the scheduler at the time of the last search for deadlocks.
         self._checked_revision = 0
 
@@ -60,13 +62,14 @@ class Admission:
         """The number of requests that are waiting for a permit."""
         return len(self.scheduler.waiting)
 
-    def acquire_now(self, model: str | None, *, plain: bool = False) -> Permit | None:
+    def acquire_now(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit | None:
         """Returns a permit if a quick check shows that the request need not wait. If it returns None, use `acquire`."""
         now = self._loop.time()
-        permit = Permit(model, now, None if plain else _weak_reference(asyncio.current_task(self._loop)))
+        holder = None if plain else _weak_reference(asyncio.current_task(self._loop))
+        permit = Permit(model, now, holder, priority=priority, turn=self._current_turn())
         return permit if self.scheduler.admit_now(permit, now) else None
 
-    async def acquire(self, model: str | None, *, plain: bool = False) -> Permit:
+    async def acquire(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit:
         """Waits for a permit.
 
         Args:
@@ -74,13 +77,16 @@ class Admission:
             plain: Whether the request is not streamed. The calling task then awaits the whole reply, and cannot ask for
                 another permit before it returns this one. So the task is not recorded as the holder, which would only
                 matter for finding deadlocks.
+            priority: How urgent the request is; a higher number goes first.
 
         Raises:
             LLMTimeoutError: With phase "queue", if `Limits.max_queue` has run out, or if the request could be admitted
                 only after the calling task has returned permits that it holds itself.
         """
         loop, task = self._loop, asyncio.current_task(self._loop)
-        permit = Permit(model, loop.time(), None if plain else _weak_reference(task))
+        holder = None if plain else _weak_reference(task)
+        permit = Permit(model, loop.time(), holder, priority=priority, turn=self._current_turn())
+        permit.is_nested = any(each.is_held_by(task) for each in self.scheduler.in_flight)
         self.scheduler.arrive(permit)
         self._admit()
         if permit.state == "in flight":
@@ -136,6 +142,22 @@ class Admission:
         for permit in waiting:
             self.release(permit)
 
+    def _current_turn(self) -> RunTurn | None:
+        """Returns the turn of the run to which the current task belongs, and makes sure that its end is noticed."""
+        turn = current_turn.get()
+        # A task that a tool has started may go on after the end of the run.
+        if turn is None or turn.is_over:
+            return None
+        if turn not in self._turns:
+            self._turns.add(turn)
+            turn.add_end_callback(self._on_run_end)
+        return turn
+
+    def _on_run_end(self, turn: RunTurn) -> None:
+        self.scheduler.end_run(turn)
+        if self.scheduler.waiting:
+            self._admit()
+
     def _admit(self) -> None:
         now = self._loop.time()
         for permit in self.scheduler.admit(now):
@@ -144,16 +166,16 @@ class Admission:
         if self._checked_revision != self.scheduler.revision:
             self._checked_revision = self.scheduler.revision
             self._fail_deadlocked_waiters()
-        when = self.scheduler.next_overdue(now)
-        if self._overdue_timer is not None:
+        when = self.scheduler.next_change(now)
+        if self._timer is not None:
             # A timer that fires too early does no harm, and is cheaper than a new one.
-            if self._overdue_timer.when() <= when:
+            if self._timer.when() <= when:
                 return
-            self._overdue_timer.cancel()
-        self._overdue_timer = None if when == math.inf else self._loop.call_at(when, self._on_overdue)
+            self._timer.cancel()
+        self._timer = None if when == math.inf else self._loop.call_at(when, self._on_timer)
 
-    def _on_overdue(self) -> None:
-        self._overdue_timer = None
+    def _on_timer(self) -> None:
+        self._timer = None
         self._admit()
 
     def _fail_deadlocked_waiters(self) -> None:

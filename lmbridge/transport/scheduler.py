@@ -20,12 +20,19 @@ other model that is ahead of it.
 
 The rules in full:
 
-- At most `max_concurrency` requests are in flight. Among those that may go, the one that arrived first goes first.
+- At most `max_concurrency` requests are in flight. Among those that may go, the one with the highest *level* goes
+  first. The level is the priority, plus one for each `max_wait` seconds of waiting, so that nothing waits forever.
+- Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
+  request that belongs to no run is a run of its own. With `order="request"`, runs do not count.
+- A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
+  another run waits for its *turn*: until one of them ends, or has had no request for `RUN_PATIENCE` seconds because its
+  tools take long. A begun run of a lower priority holds nobody up, and after `max_wait` a request needs no turn. So the
+  prompts of the runs that have begun stay in the server's cache.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
 - A request whose model is not active is *overdue* after `max_wait`. Then the model that has been active longest is
-  drained, and its slot goes to the first request in the queue.
+  drained, and its slot goes to the first of the requests that wait for an inactive model and may go.
 - The requests that wait for a model when it becomes active are its *batch*. A drain never holds back a batch, and no
   drain begins before every batch has been admitted.
 - A model that has just become active is not known to be loaded. Its first request goes alone, because a server that
@@ -47,13 +54,21 @@ import logging
 import math
 import weakref
 from collections import Counter, OrderedDict
-from typing import Final, Literal
+from collections.abc import Callable, Sized
+from typing import Final, Literal, TypeAlias
 
 import attrs
 
+from lmbridge._run_turn import RunTurn, next_order_number
 from lmbridge.config import Limits
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
+
+
+RUN_PATIENCE: Final = 3.0
+"""The seconds for which a run that has begun keeps its turn without a request: as long as most tools take."""
+
+_Key: TypeAlias = tuple[float, ...]
 
 
 @attrs.define(eq=False)
@@ -77,6 +92,16 @@ class Permit:
     """The time at which the stream was last read, or at which the request was admitted if it never was."""
     state: Literal["new", "waiting", "in flight", "over"] = "new"
     """Where the request is: not in the schedule yet, waiting for admission, in flight, or no longer in the schedule."""
+    priority: int = 0
+    """How urgent the request is; a higher number goes first."""
+    turn: RunTurn | None = None
+    """The place of the request's run in the order of runs, or None if the request does not belong to a run."""
+    level: int = 0
+    """The priority, plus one for each `max_wait` seconds of waiting."""
+    is_nested: bool = False
+    """Whether the task that asks for the permit holds another one, so that waiting for a turn could be a deadlock."""
+    needs_turn: bool = False
+    """Whether the request waits until its run may begin."""
     is_first_request: bool = False
     """Whether other requests for the same model wait for the first event of this one."""
     future: asyncio.Future[None] | None = None
@@ -85,6 +110,10 @@ class Permit:
     """The queue of the request's model; None unless the request waits or is in flight."""
     in_batch: bool = False
     """Whether the request is waiting as a member of its model's batch."""
+    rises_at: float = math.inf
+    """The time at which the level of the waiting request rises next."""
+    order_number: int = 0
+    """The number by which requests of the same level are ordered: that of the run, or the request's own."""
     arrival_number: int = 0
     """A number that increases with each request that has to wait."""
 
@@ -120,10 +149,80 @@ class ModelQueue:
     """The request that went alone because the model was not known to be loaded, until its first event arrives."""
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
     """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
+    ready: PermitHeap = attrs.field(init=False)
+    """The waiting requests that need no turn; the one that goes first comes first."""
+    without_turn: PermitHeap = attrs.field(init=False)
+    """The waiting requests that wait for their turn."""
     idle_since: float = -math.inf
     """The time at which a request for the model last ended."""
     is_surplus: bool = False
     """Whether the model exceeds limits that were lowered while it had requests in flight."""
+
+    def __attrs_post_init__(self) -> None:
+        self.ready = PermitHeap(
+            self.waiting, lambda permit: _rank(permit) if self._has(permit, needs_turn=False) else None
+        )
+        self.without_turn = PermitHeap(
+            self.waiting, lambda permit: _rank(permit) if self._has(permit, needs_turn=True) else None
+        )
+
+    def push(self, permit: Permit) -> None:
+        """Sorts a waiting request in, again if its level has risen or it does not need a turn any more."""
+        (self.without_turn if permit.needs_turn else self.ready).push(permit)
+
+    def _has(self, permit: Permit, *, needs_turn: bool) -> bool:
+        return permit in self.waiting and permit.needs_turn is needs_turn
+
+
+class PermitHeap:
+    """Waiting requests in an order that changes, sorted by a key.
+
+    A request whose key has changed is pushed again. Entries whose key is no longer that of their request are skipped,
+    and removed when they outnumber the requests that wait.
+
+    Args:
+        waiting: All requests that may have to be sorted.
+        key: Returns the present key of a request, or None if the request does not belong here any more. Two requests
+            never have the same key.
+    """
+
+    def __init__(self, waiting: Sized, key: Callable[[Permit], _Key | None]) -> None:
+        self._waiting = waiting
+        self._key = key
+        self._entries: list[tuple[_Key, Permit]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def push(self, permit: Permit) -> None:
+        """Adds a request, which must have a key."""
+        key = self._key(permit)
+        if key is not None:
+            heapq.heappush(self._entries, (key, permit))
+        # Stale entries stay in the heap as long as a request with a lower key waits.
+        if len(self._entries) > 2 * len(self._waiting) + 8:
+            fresh = {each: key for key, each in self._entries if key == self._key(each)}
+            # A sorted list is a heap.
+            self._entries = sorted((key, each) for each, key in fresh.items())
+
+    def first(self) -> Permit | None:
+        """Returns the request with the lowest key."""
+        while self._entries:
+            key, permit = self._entries[0]
+            if key == self._key(permit):
+                return permit
+            heapq.heappop(self._entries)
+        return None
+
+
+def _rank(permit: Permit) -> _Key:
+    return -permit.level, permit.order_number, permit.arrival_number
+
+
+def _is_inactive(permit: Permit, needs_turn: bool | None = None) -> bool:
+    """Returns whether a request waits for an inactive model and, if `needs_turn` is given, whether that is right."""
+    is_waiting = permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active
+    return is_waiting and needs_turn in {None, permit.needs_turn}
 
 
 class Scheduler:
@@ -149,7 +248,17 @@ class Scheduler:
         """How often each model became active in place of another one."""
         self.revision: int = 0
         """A number that increases whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
-        self._arrivals = 0
+        # The runs that have begun and keep their turn, with the priority of the request with which they began.
+        self._begun: dict[RunTurn, int] = {}
+        # Those of them that have no request, and since when. The one that has been idle longest comes first.
+        self._idle_runs: dict[RunTurn, float] = {}
+        # All runs that have begun, even if they have lost their turn.
+        self._known_turns: weakref.WeakSet[RunTurn] = weakref.WeakSet()
+        # The number of requests of each run that wait or are in flight.
+        self._requests_of: Counter[RunTurn] = Counter()
+        # The number of turns that are taken, for each priority. A request outside of a run has one while it is in
+        # flight.
+        self._turns_taken: Counter[int] = Counter()
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
@@ -161,8 +270,21 @@ class Scheduler:
         self._draining: ModelQueue | None = None
         # The number of batch members of all models that are still waiting.
         self._batch_members = 0
-        # A heap of the waiting requests whose model is not active. Stale entries are skipped when they are popped.
-        self._waiting_inactive: list[tuple[int, Permit]] = []
+        # The waiting requests whose model is not active: the first of those that need no turn, the first of those that
+        # do, and the first that becomes overdue.
+        self._ready_inactive = PermitHeap(
+            self.waiting, lambda permit: _rank(permit) if _is_inactive(permit, False) else None
+        )
+        self._without_turn_inactive = PermitHeap(
+            self.waiting, lambda permit: _rank(permit) if _is_inactive(permit, True) else None
+        )
+        self._next_overdue = PermitHeap(
+            self.waiting, lambda permit: (permit.arrived_at, permit.arrival_number) if _is_inactive(permit) else None
+        )
+        # All waiting requests, by the time at which their level rises next.
+        self._rising = PermitHeap(
+            self.waiting, lambda permit: (permit.rises_at, permit.arrival_number) if permit.state == "waiting" else None
+        )
         self.revision += 1
         if limits.max_loaded_models is None:
             self._unlimited_queue = ModelQueue(None, is_active=True, is_loaded=True)
@@ -178,6 +300,8 @@ class Scheduler:
             if queue not in self._active:
                 queue.is_surplus = not self._has_room()
                 self._active[queue] = None
+        # The waiting requests that need a turn, for each run. Those that belong to no run have the key None.
+        self._newcomers: dict[RunTurn | None, dict[Permit, None]] = {}
         for permit in self.waiting:
             permit.in_batch = False
             self._enqueue(permit)
@@ -192,26 +316,31 @@ class Scheduler:
         """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
+        if self._has_to_begin(permit) and not self._may_begin(permit):
+            return False
         queue = self._assign_queue(permit)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
             self._discard_if_unused(queue)
             return False
+        self._add_to_run(permit)
         self._grant(permit, queue, now)
         return True
 
     def arrive(self, permit: Permit) -> None:
         """Adds a request to the queue of its model. A later call of `admit` admits it."""
-        self._arrivals += 1
-        permit.arrival_number, permit.state = self._arrivals, "waiting"
+        permit.arrival_number, permit.state = next_order_number(), "waiting"
         self.waiting[permit] = None
+        self._add_to_run(permit)
         self._enqueue(permit)
 
     def admit(self, now: float) -> list[Permit]:
         """Admits every waiting request that may go now, and returns these requests in the order of their admission."""
         admitted: list[Permit] = []
+        self._raise_levels(now)
+        self._take_turns_from_idle_runs(now)
         while len(self.in_flight) < self.limits.max_concurrency and self.waiting:
             self._update_drain(now)
-            permit = self._next_admissible()
+            permit = self._next_admissible(now)
             if permit is None or permit.queue is None:
                 break
             self._dequeue(permit, permit.queue)
@@ -239,9 +368,17 @@ class Scheduler:
                 queue.first_request = None
             if queue.is_surplus and not queue.in_flight:
                 self._deactivate(queue)
+            if permit.turn is None:
+                self._give_back_turn(permit.priority)
         permit.state, permit.is_first_request, permit.queue = "over", False, None
         self._discard_if_unused(queue)
+        self._remove_from_run(permit, now)
         return True
+
+    def end_run(self, turn: RunTurn) -> None:
+        """Records that a run has ended, so that the first request of another run may be admitted."""
+        self._idle_runs.pop(turn, None)
+        self._remove_begun(turn)
 
     def mark_loaded(self, permit: Permit, now: float) -> None:
         """Records that the first event of a reply has arrived, which shows that the model is loaded."""
@@ -279,62 +416,68 @@ class Scheduler:
         limit = self.limits.max_loaded_models
         return limit is not None and len(own_queues) >= limit
 
-    def next_overdue(self, now: float) -> float:
-        """Returns when `admit` has to be called because a request becomes overdue, or infinity if it need not be."""
-        first = self._first_for_inactive_model()
-        if first is None or self._draining is not None or self.limits.max_wait is None:
-            return math.inf
-        when = first.arrived_at + self.limits.max_wait
-        # If the request is overdue already, no timer is needed: the drain begins when the current batch is admitted.
-        return when if when > now else math.inf
+    def next_change(self, now: float) -> float:
+        """Returns when `admit` has to be called because time has passed, or infinity if it need not be.
+
+        A request becomes overdue, needs no turn any more, or gets the turn of a run that has been idle for long.
+        """
+        moments = []
+        first = self._first(self._next_overdue, now)
+        limit = self.limits.max_wait
+        if first is not None and self._draining is None and limit is not None:
+            moments.append(first.arrived_at + limit)
+        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency and not self._has_turns_left():
+            if limit is not None and (rising := self._first(self._rising, now)) is not None:
+                moments.append(rising.rises_at)
+            moments += [since + RUN_PATIENCE for since in list(self._idle_runs.values())[:1]]
+        # If a request is overdue already, no timer is needed: the drain begins when the current batch is admitted.
+        return min((when for when in moments if when > now), default=math.inf)
 
     # Rules
 
-    def _next_admissible(self) -> Permit | None:
+    def _next_admissible(self, now: float) -> Permit | None:
         """Makes the model of the next request active, and returns the request. Returns None if no request may go."""
-        heads = [head for queue in self._active if (head := self._first_admissible(queue)) is not None]
-        active_candidate = min(heads, key=lambda permit: permit.arrival_number, default=None)
-        inactive_candidate = self._first_for_inactive_model()
+        heads = [head for queue in self._active if (head := self._first_admissible(queue, now)) is not None]
+        active_candidate = min(heads, key=_rank, default=None)
+        inactive_candidate = self._first_of(self._ready_inactive, self._without_turn_inactive, now)
         if inactive_candidate is None or inactive_candidate.queue is None:
             return active_candidate
-        if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:
+        if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):
             return active_candidate
-        if not self._make_room_for(inactive_candidate.queue):
+        if not self._make_room_for(inactive_candidate.queue, now):
             return active_candidate
         self._activate(inactive_candidate.queue)
         return inactive_candidate
 
-    def _first_admissible(self, queue: ModelQueue) -> Permit | None:
-        """Returns the first request that waits for an active model, or None if it may not go now."""
+    def _first_admissible(self, queue: ModelQueue, now: float) -> Permit | None:
+        """Returns the first request that waits for an active model, or None if none may go now."""
         if self._is_held_back(queue) or (not queue.is_loaded and queue.first_request is not None):
             return None
-        while queue.waiting:
-            permit = next(iter(queue.waiting))
-            if not permit.is_abandoned:
-                return permit
-            self.leave(permit, -math.inf)
-        return None
+        return self._first_of(queue.ready, queue.without_turn, now)
+
+    def _first_of(self, ready: PermitHeap, without_turn: PermitHeap, now: float) -> Permit | None:
+        """Returns the first request of two heaps that may begin."""
+        first, newcomer = self._first(ready, now), self._first(without_turn, now)
+        # The first newcomer has the highest priority of all newcomers. If it may not begin, none of them may.
+        if newcomer is None or not self._may_begin(newcomer):
+            return first
+        return newcomer if first is None or _rank(newcomer) < _rank(first) else first
+
+    def _first(self, heap: PermitHeap, now: float) -> Permit | None:
+        """Returns the first request of a heap, after removing those whose wait was given up."""
+        while (permit := heap.first()) is not None and permit.is_abandoned:
+            self.leave(permit, now)
+        return permit
 
     def _is_held_back(self, queue: ModelQueue) -> bool:
         """Returns whether an active model gets no new requests. Its batch has been admitted before a drain begins."""
         return queue.is_surplus or queue is self._draining
 
-    def _first_for_inactive_model(self) -> Permit | None:
-        """Returns the first request that waits for a model that is not active."""
-        while self._waiting_inactive:
-            permit = self._waiting_inactive[0][1]
-            if permit.state == "waiting" and permit.is_abandoned:
-                self.leave(permit, -math.inf)
-            if permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active:
-                return permit
-            heapq.heappop(self._waiting_inactive)
-        return None
-
     def _update_drain(self, now: float) -> None:
         """Begins a drain if a request is overdue, and ends the current one if no request is."""
-        first = self._first_for_inactive_model()
+        first = self._first(self._next_overdue, now)
         limit = self.limits.max_wait
-        # `next_overdue` computes the same sum. Another formula could differ in the last bit, and then the timer for the
+        # `next_change` computes the same sum. Another formula could differ in the last bit, and then the timer for the
         # drain would fire a moment too early.
         if first is None or limit is None or now < first.arrived_at + limit:
             self._draining = None
@@ -352,6 +495,110 @@ class Scheduler:
         if not queue.is_loaded:
             queue.first_request = permit
             permit.is_first_request = True
+        self._begin_run(permit)
+
+    # Levels and turns
+
+    def _raise_levels(self, now: float) -> None:
+        """Raises the requests that have waited for another `max_wait` seconds."""
+        while (permit := self._first(self._rising, now)) is not None and permit.rises_at <= now:
+            self._update_level(permit, now)
+            self._let_in(permit)
+            self._rising.push(permit)
+            self._push(permit)
+
+    def _update_level(self, permit: Permit, now: float) -> None:
+        """Computes the level of a waiting request, and when it rises next."""
+        limit = self.limits.max_wait
+        if not limit:
+            permit.level, permit.rises_at = permit.priority, math.inf
+            return
+        periods = max(0, int((now - permit.arrived_at) / limit))
+        # The division may be wrong in the last bit; these two sums decide.
+        while permit.arrived_at + (periods + 1) * limit <= now:
+            periods += 1
+        while periods and permit.arrived_at + periods * limit > now:
+            periods -= 1
+        permit.level, permit.rises_at = permit.priority + periods, permit.arrived_at + (periods + 1) * limit
+
+    def _has_to_begin(self, permit: Permit) -> bool:
+        """Returns whether a request needs a turn, because its run has not begun yet."""
+        if self.limits.begun_runs is None or permit.is_nested:
+            return False
+        return permit.turn is None or permit.turn not in self._known_turns
+
+    def _may_begin(self, permit: Permit) -> bool:
+        """Returns whether a turn is free for a request. Runs that began with a lower priority do not count."""
+        limit = self.limits.begun_runs
+        taken = sum(count for priority, count in self._turns_taken.items() if priority >= permit.priority)
+        return limit is None or taken < limit
+
+    def _has_turns_left(self) -> bool:
+        limit = self.limits.begun_runs
+        return limit is None or self._turns_taken.total() < limit
+
+    def _add_to_run(self, permit: Permit) -> None:
+        """Counts a new request among those of its run. A run that has lost its turn gets it back."""
+        turn = permit.turn
+        self._take_turns_from_idle_runs(permit.arrived_at)
+        if turn is not None:
+            self._requests_of[turn] += 1
+            self._idle_runs.pop(turn, None)
+            if turn in self._known_turns:
+                self._add_begun(turn, permit.priority)
+
+    def _remove_from_run(self, permit: Permit, now: float) -> None:
+        turn = permit.turn
+        if turn is not None:
+            self._requests_of[turn] -= 1
+            if not self._requests_of[turn]:
+                del self._requests_of[turn]
+                if turn in self._begun:
+                    self._idle_runs[turn] = now
+
+    def _begin_run(self, permit: Permit) -> None:
+        """Takes a turn for a request that was admitted. Other requests of its run do not need one any more."""
+        if permit.turn is None:
+            self._turns_taken[permit.priority] += 1
+            return
+        self._known_turns.add(permit.turn)
+        self._add_begun(permit.turn, permit.priority)
+        for each in list(self._newcomers.get(permit.turn, ())):
+            self._let_in(each)
+            self._push(each)
+
+    def _add_begun(self, turn: RunTurn, priority: int) -> None:
+        # A task that a tool has started may go on after the end of the run.
+        if turn not in self._begun and not turn.is_over:
+            self._begun[turn] = priority
+            self._turns_taken[priority] += 1
+
+    def _remove_begun(self, turn: RunTurn) -> None:
+        priority = self._begun.pop(turn, None)
+        if priority is not None:
+            self._give_back_turn(priority)
+
+    def _give_back_turn(self, priority: int) -> None:
+        self._turns_taken[priority] -= 1
+        if not self._turns_taken[priority]:
+            del self._turns_taken[priority]
+
+    def _take_turns_from_idle_runs(self, now: float) -> None:
+        while self._idle_runs:
+            turn, idle_since = next(iter(self._idle_runs.items()))
+            if now < idle_since + RUN_PATIENCE:
+                break
+            del self._idle_runs[turn]
+            self._remove_begun(turn)
+
+    def _let_in(self, permit: Permit) -> None:
+        """Records that a waiting request needs no turn any more."""
+        if permit.needs_turn:
+            permit.needs_turn = False
+            newcomers = self._newcomers[permit.turn]
+            del newcomers[permit]
+            if not newcomers:
+                del self._newcomers[permit.turn]
 
     # Queues and slots
 
@@ -367,10 +614,27 @@ class Scheduler:
     def _enqueue(self, permit: Permit) -> None:
         queue = self._assign_queue(permit)
         queue.waiting[permit] = None
+        is_by_run = permit.turn is not None and self.limits.order == "run"
+        permit.order_number = permit.turn.number if permit.turn is not None and is_by_run else permit.arrival_number
+        self._update_level(permit, permit.arrived_at)
+        permit.needs_turn = self._has_to_begin(permit)
+        if permit.needs_turn:
+            self._newcomers.setdefault(permit.turn, {})[permit] = None
+        if permit.rises_at < math.inf:
+            self._rising.push(permit)
+        self._push(permit)
         if not queue.is_active:
-            self._push_inactive(permit)
+            self._next_overdue.push(permit)
+
+    def _push(self, permit: Permit) -> None:
+        """Sorts a waiting request in where it belongs now."""
+        if permit.queue is not None:
+            permit.queue.push(permit)
+            if not permit.queue.is_active:
+                (self._without_turn_inactive if permit.needs_turn else self._ready_inactive).push(permit)
 
     def _dequeue(self, permit: Permit, queue: ModelQueue) -> None:
+        self._let_in(permit)
         del self.waiting[permit], queue.waiting[permit]
         if permit.in_batch:
             permit.in_batch = False
@@ -380,7 +644,7 @@ class Scheduler:
         limit = self.limits.max_loaded_models
         return limit is None or len(self._active) < limit
 
-    def _make_room_for(self, queue: ModelQueue) -> bool:
+    def _make_room_for(self, queue: ModelQueue, now: float) -> bool:
         """Frees a slot for one more model, by taking it from the model that has been idle longest if necessary.
 
         Returns:
@@ -391,7 +655,7 @@ class Scheduler:
             return True
         # If the limit was lowered, more than one model has to give way.
         excess = len(self._active) - limit + 1
-        unneeded = [each for each in self._active if not each.in_flight and self._first_admissible(each) is None]
+        unneeded = [each for each in self._active if not each.in_flight and self._first_admissible(each, now) is None]
         if len(unneeded) < excess:
             return False
         for gone in sorted(unneeded, key=lambda each: each.idle_since)[:excess]:
@@ -414,16 +678,9 @@ class Scheduler:
         del self._active[queue]
         queue.is_active = queue.is_loaded = queue.is_surplus = False
         for permit in queue.waiting:
-            self._push_inactive(permit)
+            self._push(permit)
+            self._next_overdue.push(permit)
         self._discard_if_unused(queue)
-
-    def _push_inactive(self, permit: Permit) -> None:
-        heapq.heappush(self._waiting_inactive, (permit.arrival_number, permit))
-        # Stale entries stay in the heap as long as an older request waits, so the heap is rebuilt when most of its
-        # entries are stale.
-        if len(self._waiting_inactive) > 2 * len(self.waiting) + 8:
-            fresh = [each for each in self.waiting if each.queue is not None and not each.queue.is_active]
-            self._waiting_inactive = [(each.arrival_number, each) for each in fresh]
 
     def _discard_if_unused(self, queue: ModelQueue) -> None:
         if not (queue.is_active or queue.in_flight or queue.waiting):

@@ -16,6 +16,7 @@ from typing import cast
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from lmbridge._run_turn import RunTurn
 from lmbridge.config import Limits
 from lmbridge.transport.scheduler import Permit, Scheduler
 from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
@@ -48,18 +49,29 @@ class SchedulerHarness:
 
     # Events
 
-    def arrive(self, model: str | None, owner: str | None = None) -> ReferenceRequest:
+    def arrive(
+        self, model: str | None, owner: str | None = None, *, priority: int = 0, run: RunTurn | None = None
+    ) -> ReferenceRequest:
         task = None if owner is None else cast("asyncio.Task[object]", self.tasks.setdefault(owner, _StandInTask()))
-        permit = Permit(model, self.now, None if task is None else weakref.ref(task))
-        request = ReferenceRequest(model, owner, self.now)
+        holder = None if task is None else weakref.ref(task)
+        permit = Permit(model, self.now, holder, priority=priority, turn=run)
+        request = ReferenceRequest(model, owner, self.now, priority=priority, run=run)
         self.requests[permit], self.permits[request] = request, permit
         self.reference.arrive(request)
         if self.scheduler.admit_now(permit, self.now):
             self.reference.admit(request, self.now)
             return request
+        permit.is_nested = any(each.is_held_by(task) for each in self.scheduler.in_flight)
         self.scheduler.arrive(permit)
         self._settle()
         return request
+
+    def end_run(self, run: RunTurn) -> None:
+        """An agent's run has ended."""
+        self.reference.end_run(run)
+        self.scheduler.end_run(run)
+        if self.scheduler.waiting:
+            self._settle()
 
     def end(self, request: ReferenceRequest) -> None:
         """A request has ended, has failed, or no longer waits."""
@@ -116,8 +128,12 @@ class SchedulerHarness:
 
     def finish_all(self) -> None:
         """Checks that every waiting request is admitted once the others have ended, and that nothing is left behind."""
-        while self.reference.in_flight:
-            self.end(self.reference.in_flight[0])
+        while self.reference.in_flight or (self.reference.waiting and self.timer < math.inf):
+            if self.reference.in_flight:
+                self.end(self.reference.in_flight[0])
+            else:
+                # The turn of a run that has become idle is not free yet.
+                self.wait(self.timer - self.now)
             self.check()
         assert not self.reference.waiting, "requests wait although nothing is in flight"
         self.reference.check_history()
@@ -127,7 +143,7 @@ class SchedulerHarness:
             self.reference.admit(self.requests[permit], self.now)
         self.reference.check_settled(self.now)
         self._end_deadlocked_waits()
-        self.timer = min(self.timer, self.scheduler.next_overdue(self.now))
+        self.timer = min(self.timer, self.scheduler.next_change(self.now))
 
     def _end_deadlocked_waits(self) -> None:
         """Asks about deadlocks when Admission does: for the latest request, and for all when the revision changed."""
@@ -150,6 +166,8 @@ def some_limits(number: int) -> Limits:
         max_concurrency=1 + number % 4,
         max_loaded_models=(1, 1, 2, 2, 3, None)[number // 4 % 6],
         max_wait=(30.0, 30.0, 0.7, None)[number // 24 % 4],
+        order="request" if number % 5 == 4 else "run",
+        max_begun_runs=("auto", "auto", 1, None)[number % 7 % 4],
     )
 
 
@@ -166,6 +184,7 @@ class AnyEvents:
     def __init__(self, limits: Limits, scheduler_class: type[Scheduler] = Scheduler) -> None:
         self.harness = SchedulerHarness(limits, scheduler_class)
         self.reference = self.harness.reference
+        self.runs = [RunTurn() for _ in range(4)]
 
     def happen(self, event: str, number: int) -> None:
         getattr(self, event)(number)
@@ -192,6 +211,21 @@ class AnyEvents:
     def one_arrives_for_a_surplus_model(self, number: int) -> None:
         if self.reference.surplus:
             self._ask(self.reference.surplus[0], (None, "x", "y", "z")[number % 4])
+
+    def an_urgent_or_a_patient_one_arrives(self, number: int) -> None:
+        self.harness.arrive("abcd"[number % 4], priority=(-1, 1, 2, -3)[number // 4 % 4])
+
+    def a_run_asks(self, number: int) -> None:
+        run = self.runs[number % 4]
+        self.harness.arrive("abc"[number // 4 % 3], priority=(0, 0, 0, 1)[number // 12 % 4], run=run)
+
+    def a_run_ends_and_another_begins(self, number: int) -> None:
+        run = self.runs[number % 4]
+        for request in [each for each in self.reference.waiting + self.reference.in_flight if each.run is run]:
+            if request in self.reference.waiting + self.reference.in_flight:
+                self.harness.end(request)
+        self.harness.end_run(run)
+        self.runs[number % 4] = RunTurn()
 
     def one_is_answered(self, number: int) -> None:
         if request := _choose(self.reference.in_flight, number):
@@ -225,7 +259,7 @@ class AnyEvents:
         self.harness.mark_unloaded("abcd"[number % 4])
 
     def time_passes(self, number: int) -> None:
-        self.harness.wait((0.1, 0.7, 10.0, 20.0, 29.9, 30.0, 100.0)[number % 7])
+        self.harness.wait((0.1, 0.7, 10.0, 20.0, 29.9, 30.0, 100.0, 3.0)[number % 8])
 
     def one_becomes_overdue(self, _: int) -> None:
         if self.harness.timer < math.inf:

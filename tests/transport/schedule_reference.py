@@ -10,7 +10,10 @@ import math
 
 import attrs
 
+from lmbridge._run_turn import RunTurn, next_order_number
 from lmbridge.config import Limits
+
+RUN_PATIENCE = 3.0
 
 
 @attrs.define(eq=False)
@@ -21,10 +24,15 @@ class ReferenceRequest:
     owner: str | None
     """The name of the task that holds the request's permit or waits for it; None for a task that does nothing else."""
     arrived: float
+    priority: int = 0
+    run: RunTurn | None = None
+    is_nested: bool = False
+    """Whether the request's task held another permit when it arrived."""
+    number: int = attrs.field(factory=next_order_number)
     admitted: float = math.nan
     over: float = math.nan
-    overtaken_by: list[str | None] = attrs.field(factory=list)
-    """The models that became active while the request's own model was not."""
+    overtaken_by: list[tuple[float, str | None]] = attrs.field(factory=list)
+    """The models that became active while the request's own model was not, and when."""
     epochs_before: int | None = None
     """The number of epochs that had begun when the request was admitted, including one that began for it."""
 
@@ -68,6 +76,9 @@ class ReferenceSchedule:
         self.idle_since: dict[str | None, float] = {}
         # At most one model.
         self.draining: list[str | None] = []
+        # The runs that have begun, with the priority of the request by which they took their turn.
+        self.begun: dict[RunTurn, int] = {}
+        self.run_idle_since: dict[RunTurn, float] = {}
 
     # Events
 
@@ -75,7 +86,7 @@ class ReferenceSchedule:
         was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self.batch, self.draining, self.idle_since = [], [], {}
-        for request in self.waiting:
+        for request in self.arrived:
             request.overtaken_by = []
         self.active = list(dict.fromkeys(request.model for request in self.in_flight))
         self.surplus = [model for number, model in enumerate(self.active) if number >= self.max_models]
@@ -84,8 +95,15 @@ class ReferenceSchedule:
         self.loaded = {model for model in self.active if model not in self.first_requests}
 
     def arrive(self, request: ReferenceRequest) -> None:
+        run = request.run
+        if run is not None and run in self.begun and not self._keeps_turn(run, request.arrived):
+            self.begun[run] = request.priority
+        request.is_nested = any(e.owner is not None and e.owner == request.owner for e in self.in_flight)
         self.arrived.append(request)
         self.waiting.append(request)
+
+    def end_run(self, run: RunTurn) -> None:
+        run.end()
 
     def end(self, request: ReferenceRequest, now: float) -> None:
         """A request has ended, or no longer waits."""
@@ -97,6 +115,8 @@ class ReferenceSchedule:
             del self.first_requests[request.model]
         self.over.append(request)
         request.over = now
+        if request.run is not None and not self._requests_of(request.run):
+            self.run_idle_since[request.run] = now
 
     def answer(self, request: ReferenceRequest) -> None:
         """The first event of a request's reply has arrived."""
@@ -111,17 +131,19 @@ class ReferenceSchedule:
         """The scheduler has admitted a request: checks that it was this one's turn."""
         self.update_drain(now)
         assert len(self.in_flight) < self.limits.max_concurrency, f"{request} exceeds max_concurrency"
-        may_go = self.admissible()
+        may_go = self.admissible(now)
         assert may_go[:1] == [request], f"{request} was admitted, but {may_go} may go"
         assert request.model not in self.surplus, f"{request} was admitted, but its model exceeds the lowered limits"
         if self.has_model_limit and request.model not in self.active:
             self._activate(request, now)
             for each in self.waiting:
                 if each.model not in self.active:
-                    each.overtaken_by.append(request.model)
+                    each.overtaken_by.append((now, request.model))
         self._leave_queue(request)
         self.in_flight.append(request)
         request.admitted, request.epochs_before = now, len(self.epochs)
+        if request.run is not None:
+            self.begun.setdefault(request.run, request.priority)
         if self.has_model_limit and request.model not in self.loaded:
             self.first_requests[request.model] = request
         models = {each.model for each in self.in_flight} - set(self.surplus)
@@ -131,7 +153,7 @@ class ReferenceSchedule:
         """Checks that the scheduler has admitted every request that may go."""
         self.update_drain(now)
         if len(self.in_flight) < self.limits.max_concurrency:
-            assert not self.admissible(), f"{self.admissible()} may go, but were not admitted"
+            assert not self.admissible(now), f"{self.admissible(now)} may go, but were not admitted"
 
     # What the rules demand
 
@@ -143,12 +165,38 @@ class ReferenceSchedule:
     def max_models(self) -> float:
         return math.inf if self.limits.max_loaded_models is None else self.limits.max_loaded_models
 
-    def admissible(self) -> list[ReferenceRequest]:
-        """All requests that wait for nothing but a permit, in the order in which they arrived."""
-        if not self.has_model_limit:
-            return list(self.waiting)
-        room = self.max_models - len(self.active) + len(self._replaceable())
-        return [each for each in self.waiting if (self._is_let_in(each) if each.model in self.active else room > 0)]
+    def admissible(self, now: float) -> list[ReferenceRequest]:
+        """All requests that wait for nothing but a permit, the one that goes first at the beginning."""
+        waiting = [each for each in self.waiting if not self.waits_for_turn(each, now)]
+        if self.has_model_limit:
+            room = self.max_models - len(self.active) + len(self._replaceable(now))
+            waiting = [each for each in waiting if (self._is_let_in(each) if each.model in self.active else room > 0)]
+        return sorted(waiting, key=lambda each: self._rank(each, now))
+
+    def waits_for_turn(self, request: ReferenceRequest, now: float) -> bool:
+        """Whether a request has to wait because too many other runs have begun."""
+        limit, max_wait = self.limits.begun_runs, self.limits.max_wait
+        has_waited = bool(max_wait) and request.arrived + (max_wait or 0) <= now
+        if limit is None or has_waited or request.is_nested or request.run in self.begun:
+            return False
+        runs = [run for run, priority in self.begun.items() if priority >= request.priority]
+        others = [each for each in self.in_flight if each.run is None and each.priority >= request.priority]
+        return len([run for run in runs if self._keeps_turn(run, now)]) + len(others) >= limit
+
+    def _keeps_turn(self, run: RunTurn, now: float) -> bool:
+        if run.is_over:
+            return False
+        return bool(self._requests_of(run)) or now < self.run_idle_since[run] + RUN_PATIENCE
+
+    def _requests_of(self, run: RunTurn) -> list[ReferenceRequest]:
+        return [each for each in self.waiting + self.in_flight if each.run is run]
+
+    def _rank(self, request: ReferenceRequest, now: float) -> tuple[int, int, int]:
+        level, limit = request.priority, self.limits.max_wait
+        while limit and request.arrived + (level - request.priority + 1) * limit <= now:
+            level += 1
+        by_run = request.run is not None and self.limits.order == "run"
+        return -level, request.run.number if request.run is not None and by_run else request.number, request.number
 
     def update_drain(self, now: float) -> None:
         """Begins or ends a drain, if the rules demand it."""
@@ -169,14 +217,16 @@ class ReferenceSchedule:
         if request.model in self.draining and request not in self.batch and request.model in {e.model for e in own}:
             return True
         future = self._copy()
+        # A request gets its turn when enough time has passed.
+        future.limits = attrs.evolve(self.limits, max_begun_runs=None)
         while request in future.waiting:
             others = [each for each in future.in_flight if each not in own]
             future.first_requests, future.loaded = {}, set(future.active)
             for other in others:
                 future._end_generation(other, now)
             admitted = False
-            while len(future.in_flight) < future.limits.max_concurrency and (ready := future.admissible()):
-                future._admit_unseen(ready[0])
+            while len(future.in_flight) < future.limits.max_concurrency and (ready := future.admissible(now)):
+                future._admit_unseen(ready[0], now)
                 admitted = True
                 if not any(future._is_overdue(each, now) for each in future.waiting):
                     future.draining = []
@@ -188,12 +238,25 @@ class ReferenceSchedule:
         """Checks the whole history: the order within a model, the number of swaps, and the bound on being overtaken."""
         for model in {each.model for each in self.arrived}:
             times = [e.admitted for e in self.arrived if e.model == model and not math.isnan(e.admitted)]
-            assert times == sorted(times), f"{model} was admitted out of order"
+            assert not self.is_fifo or times == sorted(times), f"{model} was admitted out of order"
         assert len(self.arrived) == len(self.waiting) + len(self.in_flight) + len(self.over)
         assert self.swaps <= len(self.epochs)
         for request in self.arrived:
-            models = request.overtaken_by
+            models = [model for when, model in request.overtaken_by if when >= self.has_precedence_from(request)]
             assert len(models) == len(set(models)), f"{request} was overtaken twice by the same model: {models}"
+
+    @property
+    def is_fifo(self) -> bool:
+        """Whether there were neither priorities nor runs."""
+        return all(each.priority == 0 and each.run is None for each in self.arrived)
+
+    def has_precedence_from(self, request: ReferenceRequest) -> float:
+        """The time from which on no request that arrives goes before this one, and those before it need no turn."""
+        if self.is_fifo:
+            return request.arrived
+        periods = max(each.priority for each in self.arrived) - request.priority + 1
+        periods += self.limits.begun_runs is not None
+        return request.arrived + periods * (self.limits.max_wait or math.inf)
 
     def _is_let_in(self, request: ReferenceRequest) -> bool:
         """Whether a request for an active model may go."""
@@ -205,10 +268,11 @@ class ReferenceSchedule:
         is_inactive = self.has_model_limit and request.model not in self.active
         return is_inactive and limit is not None and request.arrived + limit <= now
 
-    def _replaceable(self) -> list[str | None]:
+    def _replaceable(self, now: float) -> list[str | None]:
         """The active models with nothing in flight and no request that may go, the longest idle first."""
         busy = {each.model for each in self.in_flight}
-        wanted = {each.model for each in self.waiting if each.model in self.active and self._is_let_in(each)}
+        waiting = [each for each in self.waiting if not self.waits_for_turn(each, now)]
+        wanted = {each.model for each in waiting if each.model in self.active and self._is_let_in(each)}
         idle = [model for model in self.active if model not in busy and model not in wanted]
         return sorted(idle, key=lambda model: self.idle_since.get(model, -math.inf))
 
@@ -216,7 +280,7 @@ class ReferenceSchedule:
         if len(self.active) >= self.max_models:
             self.swaps += 1
         while len(self.active) >= self.max_models:
-            self._deactivate(self._replaceable()[0])
+            self._deactivate(self._replaceable(now)[0])
         self.active.append(request.model)
         self.loaded.discard(request.model)
         batch = [each for each in self.waiting if each.model == request.model]
@@ -236,10 +300,10 @@ class ReferenceSchedule:
             self.surplus.remove(request.model)
             self._deactivate(request.model)
 
-    def _admit_unseen(self, request: ReferenceRequest) -> None:
+    def _admit_unseen(self, request: ReferenceRequest, now: float) -> None:
         """Admits a request in a future that is only played."""
         if self.has_model_limit and request.model not in self.active:
-            self._activate(request, 0.0)
+            self._activate(request, now)
         self._leave_queue(request)
         self.in_flight.append(request)
 

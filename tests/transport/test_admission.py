@@ -465,8 +465,8 @@ async def test_the_timer_is_set_for_the_next_overdue_request_and_moves_when_that
     permit = await loaded(admission, "a")
     first = ask(admission, "b")
     await turns()
-    assert admission._overdue_timer is not None
-    assert admission._overdue_timer.when() == clock() + 30
+    assert admission._timer is not None
+    assert admission._timer.when() == clock() + 30
     clock.wait(10)
     second = ask(admission, "c")
     await turns()
@@ -477,7 +477,7 @@ async def test_the_timer_is_set_for_the_next_overdue_request_and_moves_when_that
     await turns()
     late = ask(admission, "a")
     await late
-    assert admission._overdue_timer.when() == clock() + 10
+    assert admission._timer.when() == clock() + 10
     clock.wait(10)
     await turns()
     held_back = ask(admission, "a")
@@ -502,7 +502,7 @@ async def test_a_timer_that_rings_at_exactly_its_time_begins_the_drain(clock: Cl
         held_back = ask(admission, "a")
         await turns()
         assert not held_back.done()
-        assert admission._overdue_timer is None, "the timer would ring forever"
+        assert admission._timer is None, "the timer would ring forever"
         waiting.cancel()
         held_back.cancel()
         await turns()
@@ -599,7 +599,7 @@ async def test_new_limits_move_the_timer_of_the_next_overdue_request(clock: Cloc
     admission.set_limits(Limits(max_loaded_models=1, max_wait=30.0))
     clock.wait(10)
     await turns()
-    assert admission._overdue_timer is None, "the timer has not rung"
+    assert admission._timer is None, "the timer has not rung"
     held_back = ask(admission, "a")
     await turns()
     assert not held_back.done()

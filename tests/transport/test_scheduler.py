@@ -10,12 +10,13 @@ import math
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmbridge._run_turn import RunTurn
 from lmbridge.config import Limits
 from lmbridge.transport import scheduler as scheduler_module
 from tests.transport.schedule_machine import ScheduleMachine, SchedulerHarness
@@ -23,9 +24,18 @@ from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedu
 
 
 def a_harness(
-    max_concurrency: int = 10, max_loaded_models: int | None = 1, max_wait: float | None = 30.0, start: float = 0.0
+    max_concurrency: int = 10,
+    max_loaded_models: int | None = 1,
+    max_wait: float | None = 30.0,
+    start: float = 0.0,
+    begun: int | Literal["auto"] | None = "auto",
 ) -> SchedulerHarness:
-    limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
+    limits = Limits(
+        max_concurrency=max_concurrency,
+        max_loaded_models=max_loaded_models,
+        max_wait=max_wait,
+        max_begun_runs=begun,
+    )
     return SchedulerHarness(limits, start=start)
 
 
@@ -424,6 +434,166 @@ def test_new_limits_can_turn_a_wait_into_a_deadlock() -> None:
     assert harness.deadlocked == [second]
 
 
+# Priorities
+
+
+def test_the_request_with_the_highest_priority_goes_first() -> None:
+    harness = a_harness(1, None)
+    (first,) = arrive(harness, "a")
+    batch = harness.arrive("a", priority=-1)
+    (normal,) = arrive(harness, "a")
+    urgent = harness.arrive("a", priority=1)
+    for request, following in ((first, urgent), (urgent, normal), (normal, batch)):
+        finish(harness, request)
+        assert harness.reference.in_flight == [following]
+
+
+def test_a_request_rises_by_one_level_for_each_max_wait_seconds() -> None:
+    harness = a_harness(1, None)
+    (first,) = arrive(harness, "a")
+    patient = harness.arrive("a", priority=-1)
+    harness.wait(29.9)
+    (normal,) = arrive(harness, "a")
+    harness.wait(0.1)
+    urgent = harness.arrive("a", priority=1)
+    for request, following in ((first, urgent), (urgent, patient), (patient, normal)):
+        finish(harness, request)
+        assert harness.reference.in_flight == [following]
+
+
+def test_without_max_wait_no_request_rises() -> None:
+    harness = a_harness(1, None, None)
+    (first,) = arrive(harness, "a")
+    harness.arrive("a", priority=-1)
+    harness.wait(1e9)
+    (normal,) = arrive(harness, "a")
+    finish(harness, first)
+    assert harness.reference.in_flight == [normal]
+
+
+def test_a_request_with_a_high_priority_does_not_kill_or_drain_another_model() -> None:
+    harness = a_harness(2)
+    (a,) = load(harness, "a")
+    harness.arrive("b", priority=5)
+    (second,) = arrive(harness, "a")
+    assert harness.reference.in_flight == [a, second]
+    finish(harness, a, second)
+    assert in_flight(harness) == "b"
+
+
+def test_of_several_inactive_models_that_of_the_most_urgent_request_is_next() -> None:
+    harness = a_harness()
+    (a,) = load(harness, "a")
+    arrive(harness, "b")
+    harness.arrive("c", priority=1)
+    finish(harness, a)
+    assert in_flight(harness) == "c"
+
+
+# Runs
+
+
+def test_requests_of_an_older_run_go_before_those_of_a_younger_one() -> None:
+    harness = a_harness(1, None, begun=None)
+    old, young = RunTurn(), RunTurn()
+    first = harness.arrive("a", run=old)
+    of_young = harness.arrive("a", run=young)
+    (lone,) = arrive(harness, "a")
+    of_old = harness.arrive("a", run=old)
+    for request, following in ((first, of_old), (of_old, of_young), (of_young, lone)):
+        finish(harness, request)
+        assert harness.reference.in_flight == [following]
+
+
+def test_in_the_order_of_requests_the_age_of_a_run_does_not_count() -> None:
+    harness = SchedulerHarness(Limits(max_concurrency=1, order="request"))
+    old = RunTurn()
+    first = harness.arrive("a", run=old)
+    (lone,) = arrive(harness, "a")
+    harness.arrive("a", run=old)
+    finish(harness, first)
+    assert harness.reference.in_flight == [lone]
+
+
+def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
+    harness = a_harness(2, None)
+    runs = [RunTurn() for _ in range(3)]
+    requests = [harness.arrive("a", run=run) for run in runs]
+    finish(harness, requests[0])
+    # The first run calls a tool, and its permit stays free.
+    assert harness.reference.in_flight == [requests[1]]
+    again = harness.arrive("a", run=runs[0])
+    assert harness.reference.in_flight == [requests[1], again]
+    finish(harness, again)
+    harness.end_run(runs[0])
+    assert harness.reference.in_flight == [requests[1], requests[2]]
+
+
+def test_a_run_whose_tool_takes_long_gives_its_turn_to_the_next_and_goes_first_when_it_asks_again() -> None:
+    harness = a_harness(1, None)
+    old, young, youngest = RunTurn(), RunTurn(), RunTurn()
+    finish(harness, harness.arrive("a", run=old))
+    of_young = harness.arrive("a", run=young)
+    harness.wait(2.9)
+    assert not harness.reference.in_flight
+    harness.wait(0.1)
+    assert harness.reference.in_flight == [of_young]
+    harness.arrive("a", run=youngest)
+    of_old = harness.arrive("a", run=old)
+    finish(harness, of_young)
+    assert harness.reference.in_flight == [of_old]
+
+
+def test_a_request_needs_no_turn_after_max_wait() -> None:
+    harness = a_harness(2, None, begun=1)
+    harness.arrive("a", run=RunTurn())
+    (lone,) = arrive(harness, "a")
+    harness.wait(29.9)
+    assert harness.reference.waiting == [lone]
+    harness.wait(0.1)
+    assert lone in harness.reference.in_flight
+
+
+def test_a_begun_run_of_a_lower_priority_does_not_hold_up_a_request() -> None:
+    harness = a_harness(2, None, begun=1)
+    harness.arrive("a", run=RunTurn(), priority=-1)
+    urgent = harness.arrive("a")
+    assert urgent in harness.reference.in_flight
+    assert harness.arrive("a", priority=-1) in harness.reference.waiting
+
+
+def test_a_task_that_holds_a_permit_needs_no_turn_for_another_one() -> None:
+    harness = a_harness(2, None, begun=1)
+    harness.arrive("a", "mine")
+    second = harness.arrive("a", "mine")
+    assert second in harness.reference.in_flight
+
+
+def test_the_first_requests_of_one_run_need_one_turn_together() -> None:
+    harness = a_harness(3, None, begun=1)
+    run = RunTurn()
+    first, second = harness.arrive("a", run=run), harness.arrive("a", run=run)
+    assert harness.reference.in_flight == [first, second]
+
+
+def test_runs_that_come_and_go_leave_nothing_behind() -> None:
+    harness = a_harness(2, None)
+    scheduler = harness.scheduler
+    for _ in range(20):
+        runs = [RunTurn() for _ in range(4)]
+        requests = [harness.arrive("a", run=run) for run in runs]
+        # The last run leaves without having begun.
+        finish(harness, requests.pop())
+        while harness.reference.in_flight:
+            request = harness.reference.in_flight[0]
+            finish(harness, request)
+            assert request.run is not None
+            harness.end_run(request.run)
+    kept = [scheduler._begun, scheduler._idle_runs, scheduler._turns_taken, scheduler._requests_of]
+    assert not any(kept)
+    assert not scheduler._newcomers
+
+
 # Memory and speed
 
 
@@ -437,7 +607,9 @@ def test_requests_that_come_and_go_behind_a_long_wait_leave_nothing_behind() -> 
         scheduler.arrive(permit)
         assert scheduler.admit(0.0) == []
         assert scheduler.leave(permit, 0.0)
-        assert len(scheduler._waiting_inactive) < 20
+        for heap in (scheduler._ready_inactive, scheduler._without_turn_inactive, scheduler._next_overdue):
+            assert len(heap) < 20
+        assert len(scheduler._rising) < 20
     assert set(scheduler._queues) == {"a", "b"}
 
 
@@ -472,7 +644,7 @@ def _in_turn(models: list[str], limits: Limits) -> None:
         scheduler.mark_loaded(permit, 0.0)
         assert scheduler.leave(permit, 0.0)
         scheduler.admit(0.0)
-        scheduler.next_overdue(0.0)
+        scheduler.next_change(0.0)
     assert (len(scheduler.in_flight), len(scheduler.waiting)) == (0, 0)
 
 
@@ -486,7 +658,7 @@ def _cancelled(models: list[str], limits: Limits, step: int) -> None:
     for permit in permits[1:][::step]:
         assert scheduler.leave(permit, 0.0)
         scheduler.admit(0.0)
-        scheduler.next_overdue(0.0)
+        scheduler.next_change(0.0)
     assert (len(scheduler.in_flight), len(scheduler.waiting)) == (1, 0)
 
 
@@ -515,7 +687,7 @@ def test_ten_thousand_waiters_cost_no_more_each_than_a_thousand(run: Callable[[i
     assert many < 1.05 * few
 
 
-def test_each_waiter_is_pushed_to_the_heap_at_most_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_waiter_is_pushed_to_each_heap_at_most_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     pushed = 0
     push = heapq.heappush
 
@@ -527,25 +699,27 @@ def test_each_waiter_is_pushed_to_the_heap_at_most_twice(monkeypatch: pytest.Mon
     monkeypatch.setattr("lmbridge.transport.scheduler.heapq.heappush", count)
     _in_turn(["a", "b", "c"] * 1000, FOUR)
     _in_turn([str(number) for number in range(3000)], ONE)
-    assert 0 < pushed <= 2 * 6000
+    # The heaps are the two of the queue, the two of inactive models, those overdue next, and those that rise next.
+    assert 0 < pushed <= 6 * 2 * 6000
 
 
 # The bound on a wait
 
 
 @st.composite
-def _jobs(draw: st.DrawFn) -> list[tuple[int, str, int, int]]:
-    """Draws requests: their arrival, their model, and the times after admission at which they are answered and end."""
+def _jobs(draw: st.DrawFn, priorities: list[int]) -> list[tuple[int, str, int, int, int]]:
+    """Draws requests: arrival, model, the times after admission at which they are answered and end, and priority."""
     gaps, times = st.sampled_from([0, 0, 0, 1, 5, 20]), st.sampled_from([0, 1, 3, 10, 40])
     jobs, now = [], 0
     for _ in range(draw(st.integers(1, 25))):
         now += draw(gaps)
         answered = draw(times)
-        jobs.append((now, draw(st.sampled_from("aaabbc")), answered, answered + 1 + draw(times)))
+        model, priority = draw(st.sampled_from("aaabbc")), draw(st.sampled_from(priorities))
+        jobs.append((now, model, answered, answered + 1 + draw(times), priority))
     return jobs
 
 
-def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> ReferenceSchedule:
+def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int, int]]) -> ReferenceSchedule:
     """Runs requests in simulated time, in whole seconds, until all have ended."""
     harness = SchedulerHarness(limits, start=0.0)
     events: list[tuple[float, int, str, ReferenceRequest | int]] = [
@@ -557,7 +731,7 @@ def _simulate(limits: Limits, jobs: list[tuple[int, str, int, int]]) -> Referenc
         when, _, what, which = heapq.heappop(events)
         harness.wait(when - harness.now)
         if isinstance(which, int):
-            harness.arrive(jobs[which][1])
+            harness.arrive(jobs[which][1], priority=jobs[which][4])
         elif what == "answer":
             harness.answer(which)
         else:
@@ -592,23 +766,28 @@ def _ahead_of(request: ReferenceRequest, reference: ReferenceSchedule) -> list[R
 
 
 def _before(request: ReferenceRequest, reference: ReferenceSchedule) -> list[ReferenceRequest]:
-    return reference.arrived[: reference.arrived.index(request)]
+    """Returns the requests that may go before another one."""
+    if reference.is_fifo:
+        return reference.arrived[: reference.arrived.index(request)]
+    return [each for each in reference.arrived if each.arrived <= _overdue(request, reference) and each is not request]
 
 
 def _overdue(request: ReferenceRequest, reference: ReferenceSchedule) -> float:
+    """Returns when a request is overdue, and has risen above the priority of all requests that arrive later."""
     assert reference.limits.max_wait is not None
-    return request.arrived + reference.limits.max_wait
+    levels_above = max(each.priority for each in reference.arrived) - request.priority
+    return request.arrived + (1 + levels_above) * reference.limits.max_wait
 
 
 @settings(deadline=None, max_examples=150)
 @given(
-    jobs=_jobs(),
+    jobs=st.one_of(_jobs([0]), _jobs([0]), _jobs([-1, 0, 0, 1])),
     max_concurrency=st.integers(1, 4),
     max_loaded_models=st.sampled_from([1, 1, 2]),
     max_wait=st.sampled_from([1.0, 10.0, 30.0]),
 )
 def test_a_wait_is_at_most_max_wait_and_one_batch_for_each_other_model_ahead(
-    jobs: list[tuple[int, str, int, int]], max_concurrency: int, max_loaded_models: int, max_wait: float
+    jobs: list[tuple[int, str, int, int, int]], max_concurrency: int, max_loaded_models: int, max_wait: float
 ) -> None:
     """Checks the exact bound on the wait of a request.
 
@@ -627,6 +806,10 @@ def test_a_wait_is_at_most_max_wait_and_one_batch_for_each_other_model_ahead(
     - the requests that arrived before it, or before a member of those batches;
     - the requests that were in flight when one of those models became active or had its batch admitted, because the
       batch of a model that is not loaded waits for its first answer, and no drain begins before that.
+
+    With priorities, "overdue" means that the request has also risen above all priorities: it has waited for `max_wait`
+    once more for each level by which another request had a higher priority. And "arrived before it" means that a
+    request arrived before that time, because until then it may have gone first.
     """
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
     reference = _simulate(limits, jobs)
@@ -646,7 +829,7 @@ def test_the_bound_is_met_to_the_second() -> None:
     # a is drained at 30 and its second request in flight then ends at 36; the batch of b takes 5 and 7, that of c 4.
     jobs = [(0, "a", 1, 18), (1, "a", 1, 18), (2, "b", 1, 5), (2, "c", 1, 4), (2, "d", 1, 1), (3, "b", 1, 7)]
     jobs += [(time, "a", 1, 18) for time in range(4, 31)] + [(time, "b", 1, 9) for time in range(40, 44)]
-    reference = _simulate(limits, jobs)
+    reference = _simulate(limits, [(*job, 0) for job in jobs])
     admitted = {str(request.model): request.admitted for request in reversed(reference.arrived[:5])}
     assert admitted == {"a": 0, "b": 36, "c": 36 + 5 + 7, "d": 36 + 5 + 7 + 4}
 

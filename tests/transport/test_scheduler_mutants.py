@@ -44,7 +44,10 @@ MUTANTS = {
         "if not each.in_flight and self._first_admissible",
         "if self._first_admissible",
     ),
-    "a model with an admissible request gives way": (" and self._first_admissible(each) is None]", "]"),
+    "a model with an admissible request gives way": (
+        " and self._first_admissible(each, now) is None]",
+        "]",
+    ),
     "the model that was used last gives way": (
         "sorted(unneeded, key=lambda each: each.idle_since)",
         "sorted(unneeded, key=lambda each: -each.idle_since)",
@@ -72,8 +75,11 @@ MUTANTS = {
         "now < first.arrived_at + limit:",
         "now - first.arrived_at < limit:",
     ),
-    "no timer for the next overdue request": ("return when if when > now else math.inf", "return math.inf"),
-    "a timer that rings forever": ("return when if when > now else math.inf", "return when"),
+    "no timer for the next overdue request": ("moments.append(first.arrived_at + limit)", "pass"),
+    "a timer that rings forever": (
+        "min((when for when in moments if when > now), default",
+        "min(moments, default",
+    ),
     # Batches and order
     "a batch of one": (
         "self._batch_members += len(queue.waiting)\n        for permit in queue.waiting:",
@@ -84,26 +90,114 @@ MUTANTS = {
         "queue.waiting[permit] = None; permit.in_batch = queue.is_active; self._batch_members += queue.is_active",
     ),
     "a batch that never ends": ("            self._batch_members -= 1", "            pass"),
-    "last in, first out": ("permit = next(iter(queue.waiting))", "permit = next(reversed(queue.waiting))"),
+    "last in, first out": (
+        "return -permit.level, permit.order_number, permit.arrival_number",
+        "return -permit.level, -permit.order_number, permit.arrival_number",
+    ),
     "active models in the order of their names": (
-        "key=lambda permit: permit.arrival_number,",
-        "key=lambda permit: str(permit.model),",
+        "active_candidate = min(heads, key=_rank,",
+        "active_candidate = min(heads, key=lambda permit: str(permit.model),",
     ),
     "active models always first": (
-        "if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:",
+        "if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):",
         "if active_candidate is not None:",
     ),
     "active models always last": (
-        "if active_candidate is not None and active_candidate.arrival_number < inactive_candidate.arrival_number:",
+        "if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):",
         "if False:",
     ),
     "requests that were held back are forgotten": (
-        "for permit in queue.waiting:\n            self._push_inactive(permit)",
+        "for permit in queue.waiting:\n            self._push(permit)\n            self._next_overdue.push(permit)",
         "if False:\n            pass",
     ),
     "requests for inactive models are forgotten": (
-        "if not queue.is_active:\n            self._push_inactive(permit)",
+        "            if not permit.queue.is_active:\n                (self",
+        "            if False:\n                (self",
+    ),
+    "requests for inactive models never become overdue": (
+        "if not queue.is_active:\n            self._next_overdue.push(permit)",
         "if False:\n            pass",
+    ),
+    # Priorities
+    "priorities ignored": ("return -permit.level, permit.order_number,", "return permit.order_number,"),
+    "the lowest priority first": (
+        "return -permit.level, permit.order_number,",
+        "return permit.level, permit.order_number,",
+    ),
+    "no request rises": (
+        "permit.level, permit.rises_at = permit.priority + periods,",
+        "permit.level, permit.rises_at = permit.priority,",
+    ),
+    "a request rises once only": ("permit.priority + periods, permit", "permit.priority + min(1, periods), permit"),
+    "a request rises a moment late": ("permit.rises_at <= now:", "permit.rises_at < now:"),
+    "a request that has risen keeps its place in the queue": (
+        "self._rising.push(permit)\n            self._push(permit)",
+        "self._rising.push(permit)",
+    ),
+    "an urgent request is overdue sooner": (
+        "now < first.arrived_at + limit:",
+        "now < first.arrived_at + limit / (1 + max(0, first.priority)):",
+    ),
+    # Runs
+    "the order of runs ignored": ('and self.limits.order == "run"', "and False"),
+    "runs are ordered although requests should be": ('and self.limits.order == "run"', "and True"),
+    "the number of begun runs is not limited": ("return limit is None or taken < limit", "return True"),
+    "one begun run more": ("return limit is None or taken < limit", "return limit is None or taken <= limit"),
+    "begun runs of a lower priority count": ("if priority >= permit.priority)", "if True)"),
+    "begun runs of the same priority do not count": (
+        "if priority >= permit.priority)",
+        "if priority > permit.priority)",
+    ),
+    "new arrivals do not wait for a turn": (
+        "if self._has_to_begin(permit) and not self._may_begin(permit):\n            return False",
+        "if False:\n            return False",
+    ),
+    "a begun run waits for its turn again": (
+        "return permit.turn is None or permit.turn not in self._known_turns",
+        "return True",
+    ),
+    "the task of a permit waits for a turn": (
+        "if self.limits.begun_runs is None or permit.is_nested:",
+        "if self.limits.begun_runs is None:",
+    ),
+    "other first requests of a begun run still wait": (
+        "for each in list(self._newcomers.get(permit.turn, ())):",
+        "for each in []:",
+    ),
+    "a request needs a turn forever": (
+        "            self._let_in(permit)\n            self._rising.push(permit)",
+        "            self._rising.push(permit)",
+    ),
+    "no timer for a turn by age": ("moments.append(rising.rises_at)", "pass"),
+    "no timer for a turn of an idle run": (
+        "moments += [since + RUN_PATIENCE for since in list(self._idle_runs.values())[:1]]",
+        "pass",
+    ),
+    "idle runs keep their turns": ("            self._remove_begun(turn)\n\n    def _let_in", "\n    def _let_in"),
+    "runs lose their turns while they have requests": (
+        "if not self._requests_of[turn]:\n                del self._requests_of[turn]\n                if",
+        "if True:\n                if",
+    ),
+    "a run gives back its turn at once": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
+    "a run gives back its turn a moment late": (
+        "if now < idle_since + RUN_PATIENCE:",
+        "if now <= idle_since + RUN_PATIENCE:",
+    ),
+    "a run that asks again has no turn": (
+        "if turn in self._known_turns:\n                self._add_begun",
+        "if False:\n                self._add_begun",
+    ),
+    "a run that ends keeps its turn": (
+        "self._idle_runs.pop(turn, None)\n        self._remove_begun(turn)",
+        "pass",
+    ),
+    "a lone request keeps its turn": (
+        "            if permit.turn is None:\n                self._give_back_turn(permit.priority)\n",
+        "",
+    ),
+    "a lone request takes no turn": (
+        "            self._turns_taken[permit.priority] += 1\n            return",
+        "            return",
     ),
     # First requests
     "first requests do not go alone": (

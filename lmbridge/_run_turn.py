@@ -1,0 +1,50 @@
+"""`RunTurn`: the place of an agent's run in the order in which requests are admitted.
+
+The agent layer creates a turn for each run and ends it with the run; the transport reads it when a request asks for a
+permit. They share nothing else, so the turn is a module of the ground floor. It reaches the transport in a context
+variable, and not as an argument, because an agent works with any object that has `chat_completion`, and because the
+tasks that a tool starts inherit the variable: what a tool generates belongs to the run that called the tool.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Final
+
+_numbers: Final = itertools.count(1)
+
+
+def next_order_number() -> int:
+    """Returns a number that is higher than all before. Runs and requests that belong to no run share the sequence."""
+    return next(_numbers)
+
+
+class RunTurn:
+    """The place of a run among all runs. It is small, because sockets and timers keep the context that refers to it."""
+
+    __slots__ = ("__weakref__", "_callbacks", "is_over", "number")
+
+    def __init__(self) -> None:
+        self.number: Final = next_order_number()
+        """The position of the run in the order of all runs and requests; the lowest is the oldest."""
+        self.is_over: bool = False
+        """Whether the run has ended."""
+        self._callbacks: list[Callable[[RunTurn], None]] = []
+
+    def add_end_callback(self, callback: Callable[[RunTurn], None]) -> None:
+        """Makes `end` call a function. It must not raise."""
+        self._callbacks.append(callback)
+
+    def end(self) -> None:
+        """Records that the run has ended. Calling it again does nothing."""
+        if not self.is_over:
+            self.is_over = True
+            callbacks, self._callbacks = self._callbacks, []
+            for callback in callbacks:
+                callback(self)
+
+
+current_turn: Final[ContextVar[RunTurn | None]] = ContextVar("lmbridge_run_turn", default=None)
+"""The turn of the run to which the current task belongs, or None outside of a run."""
