@@ -24,9 +24,11 @@ def next_order_number() -> int:
 class RunTurn:
     """The place of a run among all runs. It is small, because sockets and timers keep the context that refers to it."""
 
-    __slots__ = ("__weakref__", "_callbacks", "is_over", "number")
+    __slots__ = ("__weakref__", "_callbacks", "is_over", "number", "priority")
 
-    def __init__(self) -> None:
+    def __init__(self, priority: int | None = None) -> None:
+        self.priority: Final = priority
+        """The priority of all requests of the run, or None for that of the client that sends them."""
         self.number: Final = next_order_number()
         """The position of the run in the order of all runs and requests; the lowest is the oldest."""
         self.is_over: bool = False

@@ -15,6 +15,7 @@ from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning, Settings, Task, check_task
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
+from lmbridge.config import Priority
 from lmbridge.errors import LLMValidationError
 
 _OutputT = TypeVar("_OutputT")
@@ -81,6 +82,10 @@ class Agent:
         parallel_tool_calls: Whether the model may call several tools in one reply.
         extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
 
+        priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
+            `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
+            client.
+
     Raises:
         LLMValidationError: An argument is invalid.
     """
@@ -114,6 +119,7 @@ class Agent:
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
         extra_body: Mapping[str, Any] | None = None,
+        priority: Priority | None = None,
     ) -> None:
         self._source = ClientSource(client)
         self._settings = Settings(
@@ -133,6 +139,7 @@ class Agent:
             send_reasoning=send_reasoning,
             approve=approve,
             output_type=output_type,
+            priority=priority,
             sampling={
                 "temperature": temperature,
                 "top_p": top_p,

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, Self
 
+from lmbridge._run_turn import RunTurn, current_turn
 from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, RunFinished
@@ -70,6 +71,9 @@ class RunHandle:
         self._record = RunRecord(history)
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
         self.permit: Final = RunPermit(requested_model=model, parent=current_permit.get(), cancel=self._cancel)
+        inherited = current_turn.get()
+        self._is_nested = inherited is not None and not inherited.is_over
+        self._turn: RunTurn = inherited if inherited is not None and self._is_nested else RunTurn(settings.priority)
         self._stop_reason: StopReason = "running"
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
         self._task.add_done_callback(self._on_end)
@@ -160,6 +164,7 @@ class RunHandle:
 
     async def _main(self) -> RunResult:
         current_permit.set(self.permit)
+        current_turn.set(self._turn)
         try:
             stop = await self._run_within_max_seconds()
             # A tool or a provider may have suppressed the cancellation.
@@ -253,6 +258,8 @@ class RunHandle:
 
     def _on_end(self) -> None:
         _runs_in_flight.discard(self)
+        if not self._is_nested:
+            self._turn.end()
         self._mark_begun()
         if self._stop_reason == "running":
             # The task was cancelled before its first step.

@@ -22,6 +22,7 @@ from lmbridge.agent.sampling import check_sampling
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.agent.tools import ToolCall
 from lmbridge.client.structured import answer_format_of
+from lmbridge.config import check_priority
 from lmbridge.errors import LLMValidationError
 
 Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
@@ -88,6 +89,7 @@ class Settings:
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)
     )
     output_type: Any = attrs.field(default=None, validator=_check_output_type)
+    priority: int | None = attrs.field(default=None, converter=attrs.converters.optional(check_priority))
     sampling: Mapping[str, Any] = attrs.field(factory=dict, converter=check_sampling)
 
     def for_run(

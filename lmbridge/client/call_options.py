@@ -13,7 +13,7 @@ from typing import Any, Final, TypedDict
 import attrs
 
 from lmbridge._checks import check_integer, wrong_type
-from lmbridge.config import Timeouts, as_timeouts
+from lmbridge.config import Priority, Timeouts, as_timeouts, check_priority
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport.headers import check_headers, check_query
 
@@ -35,6 +35,8 @@ class RequestOptions(TypedDict, total=False):
 class CallOptions(RequestOptions, total=False):
     """Options of a call that has a body."""
 
+    priority: Priority
+    """How urgent this call is, in place of the client's `priority`. It is not sent to the server."""
     extra_body: Mapping[str, Any] | None
     """Fields that are put into the JSON body last, so they replace others of the same name."""
 
@@ -53,9 +55,11 @@ class CallSettings:
     """Query parameters of the URL."""
     body: Mapping[str, Any] | None = None
     """Fields that are put into the JSON body last."""
+    priority: int | None = None
+    """How urgent the call is."""
 
 
-_OPTIONS: Final = ("timeout", "max_retries", "extra_headers", "extra_query", "extra_body")
+_OPTIONS: Final = ("timeout", "max_retries", "extra_headers", "extra_query", "extra_body", "priority")
 _CLIENT_OPTION: Final = "it belongs to the client: give it to LLMClient({}=...)"
 _OTHER_CLIENT: Final = "it belongs to the client: create another LLMClient(api_base=...) for another server"
 _FOREIGN: Final = {
@@ -108,6 +112,7 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
         headers=check_headers("extra_headers", given.get("extra_headers")),
         query=check_query("extra_query", given.get("extra_query")),
         body=_check_extra_body(given.get("extra_body")),
+        priority=check_priority(given["priority"]) if "priority" in given else None,
     )
 
 
@@ -123,6 +128,8 @@ def take_request_options(options: dict[str, Any], method: str, *, retries: bool 
     settings = take_options(options)
     if settings is not None and settings.body:
         options["extra_body"] = settings.body
+    if settings is not None and settings.priority is not None:
+        options["priority"] = settings.priority
     if settings is not None and settings.max_retries is not None and not retries:
         options["max_retries"] = settings.max_retries
     if options:

@@ -24,7 +24,7 @@ from lmbridge.client.model_lists import model_ids
 from lmbridge.client.names import MismatchMode, MismatchPolicy
 from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.client.server_api import ServerApi
-from lmbridge.config import UNSET, Limits, Timeouts, Unset, as_timeouts, default_model
+from lmbridge.config import UNSET, Limits, Priority, Timeouts, Unset, as_timeouts, check_priority, default_model
 from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport import Transport, Verdict
 from lmbridge.transport.headers import check_headers
@@ -59,6 +59,7 @@ class ClientOptions(TypedDict, total=False):
     headers: Mapping[str, str] | None
     auth: tuple[str, str] | None
     proxy: str | None
+    priority: Priority
     ssl: ssl_module.SSLContext | None
     trust_env: bool
     transport: Transport | None
@@ -94,6 +95,9 @@ class LLMClient:
             repeat their values.
         auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
         proxy: The URL of an HTTP proxy. It may contain a user and a password. Default: none.
+        priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
+            stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first, and each rises
+            by 1 for every `Limits.max_wait` seconds. It is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
@@ -123,6 +127,7 @@ class LLMClient:
         headers: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         proxy: str | None = None,
+        priority: Priority = "normal",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
@@ -158,6 +163,7 @@ class LLMClient:
             timeouts=timeouts,
             max_retries=max_retries,
             mismatch_policy=mismatch_policy,
+            priority=check_priority(priority),
         )
         self._attach(server, model)
 
@@ -219,6 +225,7 @@ class LLMClient:
         max_retries: int | Unset = UNSET,
         model_mismatch: MismatchMode | Unset = UNSET,
         extra_headers: Mapping[str, str] | Unset | None = UNSET,
+        priority: Priority | Unset = UNSET,
     ) -> LLMClient:
         """Returns a client with other options on the same transport: it shares connections, limits and statistics.
 
@@ -235,6 +242,8 @@ class LLMClient:
             max_retries: How often a request is sent again. Default: this client's.
             model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
             extra_headers: Headers of every request, in addition to this client's or in their place.
+            priority: How urgent the requests are: "interactive", "normal", "batch", or an integer. Default: this
+                client's.
 
         Raises:
             LLMValidationError: An option is not valid.
@@ -246,6 +255,7 @@ class LLMClient:
             else check_integer("max_retries", max_retries, minimum=0),
             mismatch_policy=None if isinstance(model_mismatch, Unset) else MismatchPolicy(model_mismatch),
             headers=None if isinstance(extra_headers, Unset) else check_headers("extra_headers", extra_headers),
+            priority=None if isinstance(priority, Unset) else check_priority(priority),
         )
         # The constructor would make a transport, and would read the environment.
         client = LLMClient.__new__(LLMClient)
@@ -315,7 +325,7 @@ class LLMClient:
             **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
                 `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
                 sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
-                `max_retries`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
+                `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.

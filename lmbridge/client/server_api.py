@@ -44,6 +44,7 @@ class ServerApi:
         mismatch_policy: What happens if the model that answers is not the one that was asked for.
         headers: Headers of every request, in addition to those of the transport or in their place.
         query: Query parameters of every request.
+        priority: How urgent the requests are; a higher number goes first.
         parent: The object that owns the transport, if this one was derived from it.
     """
 
@@ -57,12 +58,14 @@ class ServerApi:
         mismatch_policy: MismatchPolicy,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, Any] | None = None,
+        priority: int = 0,
         parent: ServerApi | None = None,
     ) -> None:
         self._transport = transport
         self._parent = parent
         self._headers: Mapping[str, str] = headers or {}
         self._query: Mapping[str, Any] = query or {}
+        self._priority = priority
         self._caps_probes = True
         self.mismatch_policy: Final = mismatch_policy
         self.on_response: Callable[[int, Mapping[str, str]], None] | None = None
@@ -81,6 +84,7 @@ class ServerApi:
         mismatch_policy: MismatchPolicy | None = None,
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, Any] | None = None,
+        priority: int | None = None,
     ) -> Self:
         """Returns a `ServerApi` with the same transport, which owns nothing and closes nothing.
 
@@ -92,6 +96,7 @@ class ServerApi:
             mismatch_policy: The policy, in place of that of this object.
             headers: Headers in addition to those of this object, or in their place.
             query: Query parameters in addition to those of this object, or in their place.
+            priority: The priority, in place of that of this object.
         """
         return type(self)(
             self._transport,
@@ -101,6 +106,7 @@ class ServerApi:
             mismatch_policy=self.mismatch_policy if mismatch_policy is None else mismatch_policy,
             headers=merge_headers(self._headers, headers) if headers else self._headers,
             query={**self._query, **query} if query else self._query,
+            priority=self._priority if priority is None else priority,
             parent=self,
         )
 
@@ -111,6 +117,7 @@ class ServerApi:
             max_retries=options.max_retries,
             headers=options.headers,
             query=options.query,
+            priority=options.priority,
         )
         server._caps_probes = options.timeouts is None  # noqa: SLF001 - its own copy
         server.on_response = self.on_response
@@ -189,6 +196,7 @@ class ServerApi:
             classify=failures.classify,
             reports_error=failures.reports_error,
             read_usage=usage_in_body,
+            priority=self._priority,
             complete_error=self.complete_error,
             headers=self._headers,
             query=self._query,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lmbridge.agent.sampling import SamplingOptions
     from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning, Task
     from lmbridge.agent.switching import SwitchPolicy
+    from lmbridge.config import Priority
     from lmbridge.sync._client import LLMClient, LLMClientPool
 
 
@@ -166,6 +167,10 @@ class Agent(Wrapper):
         parallel_tool_calls: Whether the model may call several tools in one reply.
         extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
 
+        priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
+            `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
+            client.
+
     Raises:
         LLMValidationError: An argument is invalid.
     """
@@ -201,6 +206,7 @@ class Agent(Wrapper):
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
         extra_body: Mapping[str, Any] | None = None,
+        priority: Priority | None = None,
     ) -> None:
         self._set_wrapped(
             _agent.Agent(
@@ -230,6 +236,7 @@ class Agent(Wrapper):
                 tool_choice=tool_choice,
                 parallel_tool_calls=parallel_tool_calls,
                 extra_body=extra_body,
+                priority=priority,
             )
         )
 

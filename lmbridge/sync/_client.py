@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lmbridge.client.responses import ResponseInput
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.client.text import StreamedText
-    from lmbridge.config import Limits, Timeouts, Unset
+    from lmbridge.config import Limits, Priority, Timeouts, Unset
     from lmbridge.transport import Transport
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import (
@@ -329,6 +329,9 @@ class LLMClient(Owner):
             repeat their values.
         auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
         proxy: The URL of an HTTP proxy. It may contain a user and a password. Default: none.
+        priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
+            stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first, and each rises
+            by 1 for every `Limits.max_wait` seconds. It is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
@@ -360,6 +363,7 @@ class LLMClient(Owner):
         headers: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         proxy: str | None = None,
+        priority: Priority = "normal",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         transport: Transport | None = None,
@@ -377,6 +381,7 @@ class LLMClient(Owner):
                 headers=headers,
                 auth=auth,
                 proxy=proxy,
+                priority=priority,
                 ssl=ssl,
                 trust_env=trust_env,
                 transport=transport,
@@ -423,6 +428,7 @@ class LLMClient(Owner):
         max_retries: int | Unset = UNSET,
         model_mismatch: MismatchMode | Unset = UNSET,
         extra_headers: Mapping[str, str] | Unset | None = UNSET,
+        priority: Priority | Unset = UNSET,
     ) -> LLMClient:
         """Returns a client with other options on the same transport: it shares connections, limits and statistics.
 
@@ -439,6 +445,8 @@ class LLMClient(Owner):
             max_retries: How often a request is sent again. Default: this client's.
             model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
             extra_headers: Headers of every request, in addition to this client's or in their place.
+            priority: How urgent the requests are: "interactive", "normal", "batch", or an integer. Default: this
+                client's.
 
         Raises:
             LLMValidationError: An option is not valid.
@@ -450,6 +458,7 @@ class LLMClient(Owner):
                 max_retries=max_retries,
                 model_mismatch=model_mismatch,
                 extra_headers=extra_headers,
+                priority=priority,
             )
         )
         return result
@@ -506,7 +515,7 @@ class LLMClient(Owner):
             **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
                 `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
                 sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
-                `max_retries`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
+                `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
 
         Returns:
             The server's reply as a plain dict, or a stream of its chunks as plain dicts.

@@ -66,7 +66,8 @@ class Admission:
         """Returns a permit if a quick check shows that the request need not wait. If it returns None, use `acquire`."""
         now = self._loop.time()
         holder = None if plain else _weak_reference(asyncio.current_task(self._loop))
-        permit = Permit(model, now, holder, priority=priority, turn=self._current_turn())
+        turn = self._current_turn()
+        permit = Permit(model, now, holder, priority=_priority_in(turn, priority), turn=turn)
         return permit if self.scheduler.admit_now(permit, now) else None
 
     async def acquire(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit:
@@ -77,7 +78,8 @@ class Admission:
             plain: Whether the request is not streamed. The calling task then awaits the whole reply, and cannot ask for
                 another permit before it returns this one. So the task is not recorded as the holder, which would only
                 matter for finding deadlocks.
-            priority: How urgent the request is; a higher number goes first.
+            priority: How urgent the request is; a higher number goes first. The priority of an agent's run takes
+                precedence.
 
         Raises:
             LLMTimeoutError: With phase "queue", if `Limits.max_queue` has run out, or if the request could be admitted
@@ -85,7 +87,8 @@ class Admission:
         """
         loop, task = self._loop, asyncio.current_task(self._loop)
         holder = None if plain else _weak_reference(task)
-        permit = Permit(model, loop.time(), holder, priority=priority, turn=self._current_turn())
+        turn = self._current_turn()
+        permit = Permit(model, loop.time(), holder, priority=_priority_in(turn, priority), turn=turn)
         permit.is_nested = any(each.is_held_by(task) for each in self.scheduler.in_flight)
         self.scheduler.arrive(permit)
         self._admit()
@@ -209,6 +212,10 @@ class Admission:
             hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
             context={"holders": holders},
         )
+
+
+def _priority_in(turn: RunTurn | None, priority: int) -> int:
+    return priority if turn is None or turn.priority is None else turn.priority
 
 
 def _weak_reference(task: asyncio.Task[object] | None) -> weakref.ref[asyncio.Task[object]] | None:

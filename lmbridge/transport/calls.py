@@ -70,6 +70,8 @@ class Request:
     """The body as JSON, or None for a request without a body."""
     model: str | None = None
     """The model that the request names, or None if it names no model."""
+    priority: int = 0
+    """How urgent the request is. While requests wait for a permit, a higher number goes first."""
     queued: bool = True
     """Whether the request needs a permit, as all generations do. Model lists and health checks do not."""
     repeatable: bool = True

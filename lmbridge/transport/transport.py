@@ -336,12 +336,12 @@ class Transport:
 
     async def _admit(self, state: _OpenState, call: Call, *, plain: bool) -> None:
         """Waits for a permit, and gives it to the call."""
-        model = call.request.model
+        model, priority = call.request.model, call.request.priority
         # This makes `stats` list every model that was ever requested.
         self._retries.setdefault(model, 0)
         if self._find_limits is not None and not state.limits_are_known:
             await state.limit_search.run("limits", partial(self._search_limits, state, self._find_limits))
-        permit = state.admission.acquire_now(model, plain=plain)
+        permit = state.admission.acquire_now(model, plain=plain, priority=priority)
         if permit is None:
             logger.debug(
                 "%s model=%s waits for a permit: %d in flight, %d waiting before it",
@@ -351,7 +351,7 @@ class Transport:
                 state.admission.queued,
             )
             try:
-                permit = await state.admission.acquire(model, plain=plain)
+                permit = await state.admission.acquire(model, plain=plain, priority=priority)
             except LLMError as error:
                 context = {"operation": call.request.operation, "url": call.url, "model": model}
                 raise error.completed(context=context)  # noqa: B904 - it is the same error

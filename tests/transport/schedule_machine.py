@@ -111,7 +111,7 @@ class SchedulerHarness:
     def check(self) -> None:
         """Checks that the scheduler agrees with the reference, and keeps nothing that it does not need."""
         scheduler, reference = self.scheduler, self.reference
-        reference.update_drain(self.now)
+        reference.check_settled(self.now)
         deadlocked = [each for each in reference.waiting if reference.is_deadlocked(each, self.now)]
         assert not deadlocked, f"{deadlocked} wait for permits of their own tasks"
         assert [self.requests[permit] for permit in scheduler.in_flight] == reference.in_flight

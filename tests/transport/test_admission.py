@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmbridge._run_turn import RunTurn, current_turn
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.scheduler import Permit
+from lmbridge.transport.scheduler import RUN_PATIENCE, Permit
 from tests.support import cancel_at_each_step, living, turns
 from tests.transport.clock import Clock
 
@@ -39,6 +41,71 @@ def ask(admission: Admission, model: str | None = "m") -> asyncio.Task[Permit]:
 
 async def held_by_others(admission: Admission, count: int = 1) -> list[Permit]:
     return [await ask(admission) for _ in range(count)]
+
+
+# Priorities and runs
+
+
+async def test_the_priority_decides_which_waiting_request_goes_first() -> None:
+    admission = an_admission()
+    permit = await admission.acquire("m")
+    patient = asyncio.create_task(admission.acquire("m", priority=-1))
+    urgent = asyncio.create_task(admission.acquire("m", priority=1))
+    await turns()
+    admission.release(permit)
+    assert (await urgent).priority == 1
+    assert not patient.done()
+    admission.release(urgent.result())
+    await patient
+
+
+def ask_in_run(admission: Admission, turn: RunTurn) -> asyncio.Task[Permit]:
+    context = contextvars.copy_context()
+    context.run(current_turn.set, turn)
+    return asyncio.create_task(admission.acquire("m"), context=context)
+
+
+async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
+    admission = an_admission()
+    first, second = RunTurn(), RunTurn()
+    admission.release(await ask_in_run(admission, first))
+    waiting = ask_in_run(admission, second)
+    await turns()
+    assert (admission.in_flight, waiting.done()) == (0, False)
+    first.end()
+    assert (await waiting).turn is second
+
+
+async def test_a_run_whose_tool_takes_long_lets_the_next_one_begin(clock: Clock) -> None:
+    admission = an_admission()
+    first, second = RunTurn(), RunTurn()
+    admission.release(await ask_in_run(admission, first))
+    waiting = ask_in_run(admission, second)
+    await turns()
+    assert not waiting.done()
+    clock.now += RUN_PATIENCE
+    await turns()
+    assert (await waiting).turn is second
+
+
+async def test_the_priority_of_a_run_replaces_that_of_its_client() -> None:
+    admission = an_admission(2)
+    assert (await ask_in_run(admission, RunTurn(-5))).priority == -5
+    assert (await ask_in_run(admission, RunTurn())).priority == 0
+
+
+async def test_a_request_of_a_run_that_has_ended_belongs_to_no_run() -> None:
+    admission = an_admission()
+    turn = RunTurn(5)
+    turn.end()
+    permit = await ask_in_run(admission, turn)
+    assert (permit.turn, permit.priority) == (None, 0)
+
+
+async def test_a_task_that_holds_a_stream_does_not_wait_for_a_turn() -> None:
+    admission = Admission(Limits(max_concurrency=2, max_begun_runs=1))
+    permits = [await admission.acquire("m"), await admission.acquire("m")]
+    assert [permit.state for permit in permits] == ["in flight", "in flight"]
 
 
 # Order

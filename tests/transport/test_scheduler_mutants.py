@@ -20,7 +20,9 @@ from lmbridge.transport.scheduler import Scheduler
 from tests.transport import schedule_machine, schedule_reference
 from tests.transport.schedule_machine import random_walk
 
-WALKS = 1000
+WALKS = 1600
+
+pytestmark = pytest.mark.slow
 
 MUTANTS = {
     # max_concurrency

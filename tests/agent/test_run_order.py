@@ -1,0 +1,126 @@
+"""The order in which the requests of several runs are admitted, seen from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pytest
+
+from lmbridge import Agent, Limits, LLMClient, LLMValidationError
+from lmbridge.testing import ScriptedServer, answer
+from tests.agent.support import asks, calls, generations
+
+
+def task_of(body: Mapping[str, Any]) -> str:
+    """Returns the task of the run to which a request belongs."""
+    return next(message["content"] for message in body["messages"] if message["role"] == "user")
+
+
+def tasks_in_order(server: ScriptedServer) -> list[str]:
+    return [task_of(request.json) for request in generations(server)]
+
+
+async def behave(exchange: Any) -> None:
+    """Asks for a tool in the first two rounds of a run, and then answers."""
+    rounds = sum(message["role"] == "tool" for message in exchange.request.json["messages"])
+    await (calls(asks("step", number=rounds)) if rounds < 2 else answer("Done."))(exchange)
+
+
+def step(number: int) -> str:
+    """Takes a step."""
+    return f"step {number}"
+
+
+@pytest.mark.parametrize(("order", "finished_first"), [("run", ["0", "1", "2", "3"]), ("request", None)])
+async def test_runs_finish_one_after_the_other(
+    scripted_server: ScriptedServer, order: Literal["run", "request"], finished_first: list[str] | None
+) -> None:
+    scripted_server.default = behave
+    finished: list[str] = []
+
+    async def run(agent: Agent, task: str) -> None:
+        await agent.run(task)
+        finished.append(task)
+
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1, order=order)) as client:
+        agent = Agent(client, tools=[step])
+        await asyncio.gather(*(run(agent, str(number)) for number in range(4)))
+    if order == "run":
+        assert finished == finished_first
+        assert tasks_in_order(scripted_server) == [task for task in "0123" for _ in range(3)]
+    else:
+        assert tasks_in_order(scripted_server)[:4] == ["0", "1", "2", "3"]
+
+
+async def test_a_run_that_a_tool_starts_has_the_place_of_the_run_that_called_the_tool(
+    scripted_server: ScriptedServer,
+) -> None:
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
+        helper = Agent(client)
+
+        async def ask_helper() -> str:
+            """Asks a helper."""
+            return (await helper.run("helper")).text
+
+        async def reply(exchange: Any) -> None:
+            has_result = exchange.request.json["messages"][-1]["role"] == "tool"
+            is_first = task_of(exchange.request.json) == "first"
+            await (calls(asks("ask_helper")) if is_first and not has_result else answer("Done."))(exchange)
+
+        scripted_server.default = reply
+        agent = Agent(client, tools=[ask_helper])
+        await asyncio.gather(agent.run("first"), agent.run("second"))
+    assert tasks_in_order(scripted_server) == ["first", "helper", "first", "second"]
+
+
+async def test_the_runs_of_an_urgent_agent_go_before_those_of_a_patient_one(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer("Done.")
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
+        patient, urgent = Agent(client, priority="batch"), Agent(client, priority="interactive")
+        gate = asyncio.Event()
+        scripted_server.script(answer("First.", gate=gate))
+        first = patient.start("first")
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 1)
+        runs = [patient.start("batch"), urgent.start("interactive"), Agent(client).start("normal")]
+        while client.stats().queued < 3:
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*(run.result() for run in [first, *runs]))
+    assert tasks_in_order(scripted_server) == ["first", "interactive", "normal", "batch"]
+    assert "priority" not in generations(scripted_server)[0].json
+
+
+@pytest.mark.parametrize("priority", ["urgent", 1.5, True, None])
+async def test_a_priority_that_is_not_valid_is_refused(priority: Any) -> None:
+    with pytest.raises(LLMValidationError, match="priority"):
+        LLMClient(priority=priority)
+    if priority is not None:
+        with pytest.raises(LLMValidationError, match="priority"):
+            Agent(LLMClient(), priority=priority)
+
+
+async def test_the_priority_of_a_client_and_of_a_call(scripted_server: ScriptedServer) -> None:
+    """A call, `with_options` and the client decide in this order, and the server does not see the priority."""
+    scripted_server.default = answer("Done.")
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1), priority="batch") as client:
+        gate = asyncio.Event()
+        scripted_server.script(answer("First.", gate=gate))
+
+        def ask(client: LLMClient, text: str, **options: Any) -> asyncio.Task[Any]:
+            return asyncio.create_task(client.chat_completion([{"role": "user", "content": text}], **options))
+
+        first = ask(client, "first")
+        await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 1)
+        tasks = [
+            ask(client, "batch"),
+            ask(client.with_options(priority="normal"), "normal"),
+            ask(client, "call", priority=3, stream=False),
+        ]
+        while client.stats().queued < 3:
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(first, *tasks)
+    assert tasks_in_order(scripted_server) == ["first", "call", "normal", "batch"]
+    assert all("priority" not in request.json for request in generations(scripted_server))
