@@ -15,7 +15,7 @@ from tests.agent.support import asks, calls, generations
 
 def task_of(body: Mapping[str, Any]) -> str:
     """Returns the task of the run to which a request belongs."""
-    return next(message["content"] for message in body["messages"] if message["role"] == "user")
+    return next(str(message["content"]) for message in body["messages"] if message["role"] == "user")
 
 
 def tasks_in_order(server: ScriptedServer) -> list[str]:
