@@ -57,9 +57,8 @@ def _convert(value: Any) -> Any:
         TypeError: JSON cannot represent the object.
     """
     if not isinstance(value, type):
-        if callable(dump := getattr(value, "model_dump", None)):
-            # A pydantic model
-            return dump(mode="json")
+        if _is_model(value):
+            return _dump_model(value)
         if isinstance(value, PurePath):
             return str(value)
         # Arrays and scalars of numpy and similar libraries. Some scalars return themselves.
@@ -73,6 +72,16 @@ def _convert(value: Any) -> Any:
         if isinstance(value, Sequence | AbstractSet | ValuesView):
             return list(value)
     raise TypeError(f"it contains an object of type {type(value).__name__}, which JSON does not have")
+
+
+def _is_model(value: Any) -> bool:
+    """Returns whether a value is a model of pydantic, of version 2 or 1."""
+    return hasattr(value, "model_dump") or all(hasattr(value, name) for name in ("json", "dict", "parse_raw"))
+
+
+def _dump_model(value: Any) -> Any:
+    dump = getattr(value, "model_dump", None)
+    return msgspec.json.decode(value.json()) if dump is None else dump(mode="json")
 
 
 def _without_bytes(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """Stand-ins for types that msgspec does not support, such as pydantic models, paths and unions of classes.
 
 msgspec generates the JSON schema of most types, and converts JSON values to them. It does not know pydantic models,
-paths, or unions of several classes, such as `Cat | Dog`. Wherever one of these occurs, the type that msgspec gets to
-see has a stand-in for it: a class whose `reader` provides the schema and converts the value. A class with such a field
-is represented by a stand-in as well, because its annotation cannot be changed: its fields are read by a struct, and it
-is then created by its constructor.
+paths, unions of several classes, such as `Cat | Dog`, or enums with values of several types. Wherever one of these
+occurs, the type that msgspec gets to see has a stand-in for it: a class whose `reader` provides the schema and converts
+the value. A class with such a field is represented by a stand-in as well, because its annotation cannot be changed: its
+fields are read by a struct, and it is then created by its constructor.
 
 The alternative was pydantic's `TypeAdapter` for everything. But lmbridge does not depend on pydantic, and a program
 that does not import it must not pay for it. So pydantic is never imported here: its models are recognised by their
@@ -13,7 +13,9 @@ methods, and its other types only if the program has imported pydantic itself.
 
 from __future__ import annotations
 
+import enum
 import functools
+import math
 import re
 import sys
 import types
@@ -113,8 +115,13 @@ def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for ea
         return _pydantic_stand_in(annotation)
     if isinstance(annotation, type) and issubclass(annotation, PurePath):
         return _stand_in(_PathReader(annotation))
-    if has_fields(annotation):
-        return _class_stand_in(annotation) if _needs_stand_in(annotation) else annotation
+    if _is_odd_enum(annotation):
+        return _enum_stand_in(annotation)
+    if has_fields(annotation) or has_fields(origin):
+        if _needs_stand_in(annotation if origin is None else origin):
+            return _class_stand_in(annotation)
+        if origin is None:
+            return annotation
     if origin is Annotated:
         inner = supported_type(arguments[0])
         return annotation if inner is arguments[0] else Annotated[(inner, *arguments[1:])]
@@ -131,9 +138,15 @@ def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for ea
 def _msgspec_supports(annotation: Any) -> bool:
     try:
         msgspec.json.Decoder(annotation)
-    except TypeError:
+    # The second one is for integers beyond 64 bits.
+    except (TypeError, NotImplementedError):
         return False
     return True
+
+
+def _is_odd_enum(annotation: Any) -> bool:
+    """Returns whether a type is an enum with other values than only strings, or only integers of 64 bits."""
+    return isinstance(annotation, enum.EnumType) and len(annotation) > 0 and not _msgspec_supports(annotation)
 
 
 def _is_read_by_pydantic(annotation: Any) -> bool:
@@ -141,12 +154,22 @@ def _is_read_by_pydantic(annotation: Any) -> bool:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json"):
             return True
+        if _is_old_model(annotation):
+            return True
         return "pydantic" in sys.modules and any(hasattr(annotation, name) for name in _PYDANTIC_METHODS)
     if typing.get_origin(annotation) is not Annotated or "pydantic" not in sys.modules:
         return False
     metadata = (each for each in typing.get_args(annotation)[1:] if _package_of(each) in _PYDANTIC_PACKAGES)
     # A `Field` that has no constraints describes the value, and does not validate it.
     return any(getattr(each, "metadata", True) for each in metadata)
+
+
+def _is_old_model(annotation: type) -> bool:
+    """Returns whether a class is a model of pydantic 1, which is also in `pydantic.v1`."""
+    # A model of pydantic 2 has these as well, and warns about their use.
+    return not hasattr(annotation, "model_fields") and all(
+        hasattr(annotation, name) for name in ("__fields__", "parse_raw", "schema")
+    )
 
 
 def _package_of(value: object) -> str:
@@ -176,7 +199,7 @@ def _is_unsupported(annotation: Any) -> bool:
     """Returns whether msgspec does not support an annotation; the fields of classes in it are not looked at."""
     if _is_read_by_pydantic(annotation):
         return True
-    if isinstance(annotation, type) and issubclass(annotation, PurePath):
+    if (isinstance(annotation, type) and issubclass(annotation, PurePath)) or _is_odd_enum(annotation):
         return True
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -241,6 +264,51 @@ class _PathReader:
         return self._class(value)
 
 
+class _EnumReader:
+    """Reads a member of an enum by its value, or by its name if JSON does not have the values of all members."""
+
+    parts: Sequence[Any] = ()
+
+    def __init__(self, class_: enum.EnumType) -> None:
+        self._members: list[Any] = list(class_)
+        self._values = [_json_scalar(each.value) for each in self._members]
+        others = [self._values[:number] for number in range(len(self._values))]
+        if any(
+            value is msgspec.UNSET or any(_is_same_scalar(value, each) for each in earlier)
+            for value, earlier in zip(self._values, others, strict=True)
+        ):
+            self._values = [each.name for each in self._members]
+
+    def schema(self, _parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        return {"enum": list(self._values)}, {}
+
+    def read(self, value: Any) -> Any:
+        for member, expected in zip(self._members, self._values, strict=True):
+            if _is_same_scalar(value, expected):
+                return member
+        raise ValueFaultError("", f"Invalid enum value {value!r}")
+
+
+def _json_scalar(value: object) -> Any:
+    """Returns a value as JSON has it, such as a date as a string, or UNSET if JSON has no such scalar."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return msgspec.UNSET
+    try:
+        plain = msgspec.to_builtins(value)
+    except (TypeError, ValueError):
+        return msgspec.UNSET
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return msgspec.UNSET
+    if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
+        return msgspec.UNSET
+    return plain if plain is None or isinstance(plain, str | int | float) else msgspec.UNSET
+
+
+def _is_same_scalar(one: object, other: object) -> bool:
+    # In Python, True equals 1, and in JSON it does not.
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 class _UnionReader:
     """Reads a value as the first member of a union that it fits.
 
@@ -270,31 +338,42 @@ class _UnionReader:
 def _field_names(member: Any) -> set[str]:
     reader = member.__dict__["reader"] if isinstance(member, StandInType) else None
     if isinstance(reader, _PydanticReader):
-        fields = getattr(reader.annotation, "model_fields", {})
+        fields = getattr(reader.annotation, "__fields__" if reader.is_old else "model_fields", {})
         return {*fields, *(getattr(each, "alias", None) or "" for each in fields.values())}
     class_ = reader.class_ if isinstance(reader, _ClassReader) else member
     return set(annotations_of(class_)) if has_fields(class_) else set()
 
 
 class _ClassReader:
-    """Reads an object as an instance of a class that has fields which msgspec does not support."""
+    """Reads an object as an instance of a class that has fields which msgspec does not support.
 
-    def __init__(self, class_: type) -> None:
-        self.class_: type = class_
+    Args:
+        type_: The class, or a generic class with its parameters, such as `Box[int]`.
+    """
+
+    def __init__(self, type_: Any) -> None:
+        self.class_: type = typing.get_origin(type_) or type_
+        parameters = getattr(self.class_, "__parameters__", ())
+        self._full_name = str(type_) if parameters else f"{self.class_.__module__}.{self.class_.__qualname__}"
+        self._arguments = dict(zip(parameters, typing.get_args(type_) or parameters, strict=True))
 
     @functools.cached_property
     def parts(self) -> Sequence[Any]:
         # Created late, because the class may contain itself.
-        fields = [
-            (field.name, supported_type(field.annotation))
-            if field.is_required
-            else (field.name, Union[supported_type(field.annotation), msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007
-            for field in _constructor_fields(self.class_)
-        ]
+        fields: list[Any] = []
+        for field in _constructor_fields(self.class_):
+            supported = supported_type(_with_arguments(field.annotation, self._arguments))
+            is_required = field.is_required
+            optional = (field.name, Union[supported, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007
+            fields.append((field.name, supported) if is_required else optional)
         name = re.sub(r"\W", "_", self.class_.__name__)
-        return (
-            msgspec.defstruct(name, fields, kw_only=True, module=__name__, namespace={"_described_class": self.class_}),
+        struct = msgspec.defstruct(
+            name, fields, kw_only=True, module=__name__, namespace={"_described_class": self.class_}
         )
+        # msgspec tells classes with the same name apart by this one. It is the same in each run of a program, because
+        # the names of definitions are sent.
+        struct.__qualname__ = re.sub(r"\W+", "_", self._full_name)
+        return (struct,)
 
     def schema(self, parts: Sequence[Mapping[str, Any]], _name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
         return dict(parts[0]), {}
@@ -307,6 +386,16 @@ class _ClassReader:
             raise _as_fault(exc) from exc
         fields = {name: getattr(read, name) for name in struct.__struct_fields__}
         return self.class_(**{name: each for name, each in fields.items() if each is not msgspec.UNSET})
+
+
+def _with_arguments(annotation: Any, arguments: Mapping[Any, Any]) -> Any:
+    """Returns the annotation of a field of a generic class, with types in place of the parameters of the class."""
+    if isinstance(annotation, typing.TypeVar):
+        return arguments.get(annotation, annotation)
+    parameters = getattr(annotation, "__parameters__", ())
+    if not parameters or (isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)):
+        return annotation
+    return annotation[tuple(arguments.get(each, each) for each in parameters)]
 
 
 class _ConstructorField(NamedTuple):
@@ -350,6 +439,8 @@ class _PydanticReader:
     def __init__(self, annotation: Any) -> None:
         self.annotation: Any = annotation
         self._is_model = hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json")
+        self.is_old: bool = not self._is_model and isinstance(annotation, type) and _is_old_model(annotation)
+        """Whether the type is a model of pydantic 1."""
 
     @functools.cached_property
     def _adapter(self) -> Any:
@@ -358,18 +449,23 @@ class _PydanticReader:
     def schema(self, _parts: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
         template = f"#/$defs/{name}.{{model}}"
         try:
-            make = self.annotation.model_json_schema if self._is_model else self._adapter.json_schema
+            if self.is_old:
+                make = self.annotation.schema
+            else:
+                make = self.annotation.model_json_schema if self._is_model else self._adapter.json_schema
             schema = dict(make(ref_template=template))
         except Exception as exc:
             # pydantic raises errors of several classes for types that JSON does not have.
             raise TypeError(str(exc).partition("\n")[0]) from exc
-        definitions = schema.pop("$defs", {})
+        definitions = schema.pop("definitions" if self.is_old else "$defs", {})
         return schema, {f"{name}.{each}": part for each, part in definitions.items()}
 
     def read(self, value: Any) -> Any:
         # Read as JSON, where a string is a valid date for a strict model as well.
         text = msgspec.json.encode(value)
         try:
+            if self.is_old:
+                return self.annotation.parse_raw(text)
             return self.annotation.model_validate_json(text) if self._is_model else self._adapter.validate_json(text)
         except ValueError as exc:
             raise _pydantic_fault(exc) from exc
@@ -391,9 +487,14 @@ def _pydantic_path(location: Iterable[int | str]) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def _class_stand_in(class_: type) -> Any:
+def _enum_stand_in(class_: enum.EnumType) -> Any:
+    return _stand_in(_EnumReader(class_))
+
+
+@functools.lru_cache(maxsize=512)
+def _class_stand_in(type_: Any) -> Any:
     # pyright takes a `cached_property` for something else than a property.
-    return _stand_in(_ClassReader(class_))  # pyright: ignore[reportArgumentType]
+    return _stand_in(_ClassReader(type_))  # pyright: ignore[reportArgumentType]
 
 
 def _pydantic_stand_in(annotation: Any) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import json
 import re
 import types
 import uuid
@@ -16,6 +17,7 @@ from typing import Annotated, Any, TypedDict
 import attrs
 import pytest
 from pydantic import BaseModel, Field
+from pydantic.v1 import BaseModel as OldModel
 
 from lmbridge import Agent, LLMClient, Tool, ToolError
 from lmbridge.agent.tool_results import result_as_text
@@ -62,6 +64,35 @@ class Row(TypedDict):
 
 class Colour(enum.Enum):
     RED = "red"
+
+
+class Mixed(enum.Enum):
+    """Values of several types, one of which JSON does not have."""
+
+    NUMBER = 7
+    TEXT = "a"
+    RATIO = 1.5
+    FLAG = True
+    NOTHING = None
+
+
+class Direction(enum.Enum):
+    NORTH = (0, 1)
+    SOUTH = (0, -1)
+
+
+class Old(OldModel):
+    """A model of pydantic 1."""
+
+    size: int
+
+
+@attrs.frozen
+class Visit:
+    when: dt.datetime
+    price: decimal.Decimal
+    photo: Path
+    score: Score
 
 
 # Parameters
@@ -156,6 +187,31 @@ async def test_a_model_goes_to_the_tool_and_back(scripted_server: ScriptedServer
     assert "$.person.name: field required" in second
 
 
+def test_enums_with_values_of_any_type_and_models_of_pydantic_1_are_parameters() -> None:
+    def move(direction: Direction, old: Old, mixed: list[Mixed], ways: dict[str, Direction] | None = None) -> None:
+        """Moves."""
+
+    tool = Tool.from_function(move)
+    properties = tool.sent_parameters["properties"]
+    assert properties["direction"]["enum"] == ["NORTH", "SOUTH"]
+    assert properties["mixed"]["items"]["enum"] == [7, "a", 1.5, True, None]
+    assert properties["old"]["properties"] == {"size": {"type": "integer"}}
+    arguments = {"direction": "SOUTH", "old": {"size": 1}, "mixed": [True, 7, None], "ways": {"home": "NORTH"}}
+    assert tool.convert(arguments) == {
+        "direction": Direction.SOUTH,
+        "old": Old(size=1),
+        "mixed": [Mixed.FLAG, Mixed.NUMBER, Mixed.NOTHING],
+        "ways": {"home": Direction.NORTH},
+    }
+    for wrong, text in (
+        ({"direction": "UP"}, "$.direction: invalid enum value 'UP'"),
+        ({"mixed": [2]}, "$.mixed[0]: invalid enum value 2"),
+        ({"old": {"size": "large"}}, "$.old.size: value is not a valid integer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            tool.convert({**arguments, **wrong})
+
+
 # Results
 
 
@@ -204,6 +260,10 @@ UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
         (decimal.Decimal("1.50"), '"1.50"'),
         (Colour.RED, '"red"'),
         ({"colours": {Colour.RED}}, '{"colours":["red"]}'),
+        (Old(size=1), '{"size":1}'),
+        ({"old": [Old(size=1)]}, '{"old":[{"size":1}]}'),
+        (list(Mixed), '[7,"a",1.5,true,null]'),
+        (Direction.NORTH, "[0,1]"),
         (frozenset({1}), "[1]"),
         ((1, 2), "[1,2]"),
         (Array([[1, 2], [3, 4]]), "[[1,2],[3,4]]"),
@@ -224,6 +284,12 @@ UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 )
 def test_a_result_reaches_the_model_as_json(result: Any, text: str) -> None:
     assert result_as_text(result) == text
+
+
+def test_the_fields_of_a_result_may_have_different_types() -> None:
+    visit = Visit(dt.datetime(2001, 2, 3, 4, 5, tzinfo=dt.UTC), decimal.Decimal("1.50"), Path("a.png"), Score(1))
+    expected = {"when": "2001-02-03T04:05:00Z", "price": "1.50", "photo": "a.png", "score": {"points": 1}}
+    assert json.loads(result_as_text(visit)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,18 @@ import dataclasses
 import datetime as dt
 import enum
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, assert_type
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypedDict, TypeVar, assert_type
 
 import attrs
 import msgspec
 import pydantic
 import pytest
 from pydantic import BaseModel, Field
+from pydantic.v1 import BaseModel as OldModel
 
 from lmbridge import LLMClient, LLMValidationError
 from lmbridge.client.structured import answer_format_of
@@ -119,6 +121,56 @@ class Even:
         return number
 
 
+T = TypeVar("T")
+
+
+class Odd(enum.Enum):
+    """An enum with values of several types."""
+
+    NUMBER = 7
+    TEXT = "a"
+    RATIO = 2.0
+    FLAG = True
+    NOTHING = None
+    DAY = dt.date(2001, 2, 3)
+
+
+class Planet(enum.Enum):
+    """An enum with values that JSON does not have, so its names count."""
+
+    EARTH = (5.97e24, 6.3e6)
+    MARS = (6.4e23, 3.3e6)
+
+
+class Huge(enum.IntEnum):
+    ALL = 2**70
+
+
+class OldAuthor(OldModel):
+    name: str
+
+
+class OldBook(OldModel):
+    """A model of pydantic 1."""
+
+    title: str
+    authors: list[OldAuthor] = []
+
+
+@dataclasses.dataclass
+class Page(Generic[T]):
+    """A page with items of any type."""
+
+    items: list[T]
+    first: T | None = None
+    cover: Book | None = None
+
+
+class Pair(TypedDict, Generic[T]):
+    one: T
+    other: NotRequired[T]
+
+
 BOOK_JSON = {"title": "Emma", "publishedIn": 1815, "authors": [{"name": "Jane Austen", "born": "1775-12-16"}]}
 BOOK = Book(title="Emma", publishedIn=1815, authors=[Author(name="Jane Austen", born=dt.date(1775, 12, 16))])
 
@@ -147,6 +199,13 @@ def schema_of(type_: Any) -> dict[str, Any]:
         (Order, {"book": BOOK_JSON}, {"book": BOOK}),
         (Package, {"order": {"count": 1}, "pet": {"meows": 1}}, Package({"count": 1}, Cat(meows=1))),
         (Even, {"number": 2}, Even(2)),
+        (OldBook, {"title": "A", "authors": [{"name": "B"}]}, OldBook(title="A", authors=[OldAuthor(name="B")])),
+        (dict[str, Odd], {"a": 2, "b": True, "c": None}, {"a": Odd.RATIO, "b": Odd.FLAG, "c": Odd.NOTHING}),
+        (Page[int], {"items": [1]}, Page([1])),
+        (Page[Book], {"items": [BOOK_JSON], "cover": BOOK_JSON}, Page([BOOK], cover=BOOK)),
+        (Page[Page[Cat]], {"items": [{"items": [{"meows": 1}]}]}, Page([Page([Cat(meows=1)])])),
+        (Pair[Book], {"one": BOOK_JSON}, {"one": BOOK}),
+        (Pair[int], {"one": 1, "other": 2}, {"one": 1, "other": 2}),
     ],
 )
 async def test_an_answer_becomes_an_instance_with_the_models_within_it(
@@ -211,6 +270,20 @@ def test_two_models_of_the_same_name_are_kept_apart() -> None:
     assert list(properties["other"]["properties"]) == ["age"]
 
 
+@pytest.mark.parametrize(
+    ("type_", "value", "text"),
+    [
+        (dict[str, Odd], {"a": 3}, "$[...]: invalid enum value 3"),
+        (OldBook, {"title": "A", "authors": [{}]}, "$.authors[0].name: field required"),
+        (Page[int], {"items": ["a"]}, "$.items[0]: expected `int`, got `str`"),
+        (Page[Book], {"items": [BOOK_JSON, {}]}, "$.items[1].title: field required"),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_reported_with_its_path(type_: Any, value: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        answer_format_of(type_).decode(json.dumps(value))
+
+
 # Types that are not an object
 
 
@@ -220,6 +293,14 @@ def test_two_models_of_the_same_name_are_kept_apart() -> None:
         (int, 3, 3),
         (float, 1.5, 1.5),
         (bool, True, True),
+        (Odd, "2001-02-03", Odd.DAY),
+        (Odd, 7, Odd.NUMBER),
+        (list[Odd], [True, 2.0, "a"], [Odd.FLAG, Odd.RATIO, Odd.TEXT]),
+        (Odd | int, 9, 9),
+        (Planet, "MARS", Planet.MARS),
+        (Huge, "ALL", Huge.ALL),
+        (list[OldAuthor], [{"name": "A"}], [OldAuthor(name="A")]),
+        (list[Page[Path]], [{"items": ["a"]}], [Page([Path("a")])]),
         (str, "yes", "yes"),
         (Mood, "sad", Mood.SAD),
         (Level, 2, Level.HIGH),
