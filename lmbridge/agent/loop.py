@@ -41,6 +41,7 @@ from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turns import TurnRunner
+from lmbridge.agent.unread_calls import describe_markup
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
@@ -151,6 +152,7 @@ class RunLoop:
         """
         output, text, reasoning = self._output, reply.text, reply.reasoning_fields
         if output is None or reply.finish_reason == "length":
+            self._warn_about_markup(reply)
             self._history.add_answer(text, reasoning=reasoning)
             return "length" if reply.finish_reason == "length" else "stop"
         try:
@@ -163,6 +165,14 @@ class RunLoop:
             return None
         self._history.add_answer(text, reasoning=reasoning)
         return "stop"
+
+    def _warn_about_markup(self, reply: ModelReply) -> None:
+        """Warns if the answer, or the reasoning of a reply without an answer, ends in a call that nothing has read."""
+        warning = describe_markup(reply.text or reply.reasoning, self._toolset.names)
+        if warning is not None:
+            hint = "the server's tool parser or the chat template may not fit the model"
+            logger.warning("%s: %s; run with model %r", warning, hint, self._record.served_model or self._record.model)
+            self._record.warnings.append(f"{warning}; {hint}")
 
     def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], seconds: float) -> Round:
         record = self._record
@@ -250,8 +260,8 @@ class RunLoop:
             reply = await self._read_stream(stream)
         self._check_complete(reply)
         self._count_tokens(reply, prompt_size)
-        if not reply.calls and (calls := self._toolset.find_text_calls(reply.text)):
-            reply.text, reply.calls = "", calls
+        if not reply.calls and (found := self._toolset.find_text_calls(reply.text)):
+            reply.text, reply.calls = found
         record.end_reply(reply.text, reply.reasoning)
         return reply
 

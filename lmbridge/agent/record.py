@@ -37,6 +37,8 @@ class RunRecord:
     """The calls that the model has requested, in order."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)
     """The errors of tool sources without which the run goes on. The keys are their names."""
+    warnings: list[str] = attrs.field(factory=list)
+    """What may be wrong with the result although the run ended well."""
     output: Any = None
     """The validated output of a run with an output type; None until the model has given it."""
     log: list[Round] = attrs.field(factory=list)
@@ -111,6 +113,7 @@ class RunRecord:
             output=self.output,
             errors=dict(self.errors),
             log=tuple(self.log),
+            warnings=tuple(self.warnings),
         )
 
 

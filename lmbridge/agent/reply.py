@@ -10,6 +10,7 @@ import msgspec
 
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.agent.reasoning_replay import reasoning_fields
+from lmbridge.agent.text_calls import without_repetition
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.client.tool_call_accumulator import generated_call_id
 from lmbridge.types import Usage
@@ -107,12 +108,23 @@ def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
         if not call_id or call_id in taken:
             call_id = generated_call_id()
         taken.add(call_id)
-        name = function.get("name")
-        read = {"name": name if isinstance(name, str) else "", "arguments": function.get("arguments")}
+        name, arguments = function.get("name"), function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _read_arguments(arguments)
+        read = {"name": name if isinstance(name, str) else "", "arguments": arguments}
         # Gemini keeps the signature of its reasoning in this field, and refuses a call that is sent back without it.
         extra = {"extra_content": entry["extra_content"]} if entry.get("extra_content") else {}
         calls.append({"id": call_id, "type": "function", "function": read, **extra})
     return calls
+
+
+def _read_arguments(text: str) -> str:
+    """Returns the arguments of a call, once if they are there several times."""
+    try:
+        msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return without_repetition(text)
+    return text
 
 
 def _read_usage(usage: Any) -> Usage | None:

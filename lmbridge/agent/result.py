@@ -109,3 +109,6 @@ class RunResult(Generic[OutputT]):
     """The errors of tool sources, such as MCP servers, without which the run went on. The keys are their names."""
     log: tuple[Round, ...] = attrs.field(default=(), repr=False)
     """The rounds that have ended."""
+    warnings: tuple[str, ...] = ()
+    """What may be wrong with the answer although the run ended well, such as a tool call at its end that could not be
+    read. Each is also a WARNING in the log."""

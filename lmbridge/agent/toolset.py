@@ -146,19 +146,23 @@ class Toolset:
         text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
         return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
 
-    def find_text_calls(self, text: str) -> list[dict[str, Any]] | None:
-        """Returns the calls that a reply consists of, in the form of `tool_calls`, or None if it is an ordinary answer.
+    def find_text_calls(self, text: str) -> tuple[str, list[dict[str, Any]]] | None:
+        """Returns the calls that a reply ends in, in the form of `tool_calls`, and the text before them.
 
         Args:
-            text: The whole reply. Apart from the model's reasoning at its beginning, it has to consist of calls of
-                existing tools, in one of the known syntaxes. A reply of more than 500,000 characters is always an
-                ordinary answer.
+            text: The whole reply. It may begin with the model's reasoning.
+
+        Returns:
+            The text and the calls, or None if the reply is an ordinary answer: if it does not end in calls of existing
+            tools in one of the known syntaxes, or has more than 500,000 characters.
         """
-        calls = read_text_calls(text) if len(text) <= _LONGEST_TEXT_OF_CALLS else None
-        named = [(self.find_request_name(name), arguments) for name, arguments in calls or ()]
-        if not named or any(name is None for name, _ in named):
+        read = read_text_calls(text) if len(text) <= _LONGEST_TEXT_OF_CALLS else None
+        if read is None:
             return None
-        return [dict(to_wire_call(str(name), arguments)) for name, arguments in named]
+        named = [(self.find_request_name(name), arguments) for name, arguments in read.calls]
+        if any(name is None for name, _ in named):
+            return None
+        return read.text, [dict(to_wire_call(str(name), arguments)) for name, arguments in named]
 
     def call(
         self, ready: ReadyCall, context: ToolContext, *, timeout: float | None, max_output: int

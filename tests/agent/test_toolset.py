@@ -93,7 +93,7 @@ async def test_functions_tools_and_providers_become_definitions_in_their_order()
 async def test_a_set_without_tools_has_no_definitions() -> None:
     tools = await Toolset.collect(())
     assert (tools.definitions, tools.names) == ([], [])
-    assert tools.find_text_calls('<tool_call>{"name": "x"}</tool_call>') is None
+    assert find_text_calls(tools, '<tool_call>{"name": "x"}</tool_call>') is None
 
 
 @pytest.mark.parametrize(
@@ -383,12 +383,18 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_c
 REQUEST = '[TOOL_REQUEST]{"name": "weather", "arguments": {"city": "Ulm"}}[END_TOOL_REQUEST]'
 
 
+def find_text_calls(tools: Toolset, text: str) -> list[dict[str, Any]] | None:
+    """Returns the calls in a reply that ends in them."""
+    found = tools.find_text_calls(text)
+    return None if found is None else found[1]
+
+
 @pytest.mark.parametrize(
     "text", [CALL, REQUEST, f"\n{CALL}\n", f"<think>Ulm?</think>\n\n{CALL}", f"Ulm?</think>{CALL}"]
 )
 async def test_a_reply_that_consists_of_a_call_is_recognized(text: str) -> None:
     tools = await Toolset.collect([weather])
-    (call,) = tools.find_text_calls(text) or []
+    (call,) = find_text_calls(tools, text) or []
     assert call["type"] == "function"
     assert call["id"].startswith("call_")
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
@@ -401,7 +407,7 @@ async def test_several_calls_in_one_reply_are_recognized() -> None:
     tools = await Toolset.collect([weather, tool("Other.Tool")])
     other, bare = '{"name": "Other.Tool", "arguments": "{}"}', '{"name": "weather"}'
     text = f"{CALL}\n<tool_call>{other}</tool_call><tool_call>{bare}</tool_call>"
-    calls = tools.find_text_calls(text) or []
+    calls = find_text_calls(tools, text) or []
     assert [call["function"] for call in calls] == [
         {"name": "weather", "arguments": '{"city": "Ulm"}'},
         {"name": "other_tool", "arguments": "{}"},
@@ -423,7 +429,7 @@ async def test_several_calls_in_one_reply_are_recognized() -> None:
 @pytest.mark.parametrize("tags", [("<tool_call>", "</tool_call>"), ("[TOOL_REQUEST]", "[END_TOOL_REQUEST]")])
 async def test_parameters_in_place_of_arguments_are_read(written: Any, arguments: Any, tags: tuple[str, str]) -> None:
     tools = await Toolset.collect([weather])
-    (call,) = tools.find_text_calls(json.dumps({"name": "weather", **written}).join(tags)) or []
+    (call,) = find_text_calls(tools, json.dumps({"name": "weather", **written}).join(tags)) or []
     read = tools.read(call)
     assert isinstance(read, ReadyCall)
     assert read.arguments == arguments
@@ -448,9 +454,9 @@ async def test_a_call_as_text_whose_arguments_are_missing_or_contradictory_is_no
     written: Any, schema: Any
 ) -> None:
     tools = await Toolset.collect([tool("time", parameters={"properties": {"zone": {"type": "string"}}, **schema})])
-    (call,) = tools.find_text_calls(f"<tool_call>{json.dumps({'name': 'time', **written})}</tool_call>") or []
+    (call,) = find_text_calls(tools, f"<tool_call>{json.dumps({'name': 'time', **written})}</tool_call>") or []
     assert isinstance(tools.read(call), InvalidCall)
-    (call,) = tools.find_text_calls('<tool_call>{"name": "time", "arguments": {}}</tool_call>') or []
+    (call,) = find_text_calls(tools, '<tool_call>{"name": "time", "arguments": {}}</tool_call>') or []
     assert isinstance(tools.read(call), InvalidCall if schema else ReadyCall)
 
 
@@ -485,14 +491,14 @@ def test_the_time_to_read_calls_from_a_text_is_linear(text_of: Any) -> None:
 
 async def test_a_text_that_is_too_long_to_be_read_at_once_is_an_ordinary_answer() -> None:
     tools = await Toolset.collect([weather])
-    assert len(tools.find_text_calls(CALL * 5_000) or []) == 5_000
-    assert tools.find_text_calls(CALL * 80_000) is None
+    assert len(find_text_calls(tools, CALL * 5_000) or []) == 5_000
+    assert find_text_calls(tools, CALL * 80_000) is None
 
 
 async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     arguments = {"city": "</think></tool_call><think>"}
     text = f"<tool_call>{json.dumps({'name': 'weather', 'arguments': arguments})}</tool_call>"
-    (call,) = (await Toolset.collect([weather])).find_text_calls(text) or []
+    (call,) = find_text_calls(await Toolset.collect([weather]), text) or []
     assert json.loads(call["function"]["arguments"]) == arguments
 
 
@@ -501,7 +507,6 @@ async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     [
         "",
         "It rains.",
-        f"I call it: {CALL}",
         f"{CALL} That was it.",
         f"```\n{CALL}\n```",
         f"{CALL}{REQUEST}",
@@ -522,7 +527,7 @@ async def test_tags_within_the_arguments_of_a_call_are_kept() -> None:
     ],
 )
 async def test_any_other_reply_is_an_ordinary_answer(text: str) -> None:
-    assert (await Toolset.collect([weather])).find_text_calls(text) is None
+    assert find_text_calls(await Toolset.collect([weather]), text) is None
 
 
 # Calling
