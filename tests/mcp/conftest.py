@@ -33,7 +33,6 @@ def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes restarts happen at once, and gives processes little time to end by themselves."""
     monkeypatch.setattr("lmbridge.mcp.servers.managed_server._FIRST_BACKOFF_SECONDS", 0.0)
-    monkeypatch.setattr("lmbridge.mcp.servers.session_owner._FORGOTTEN_SECONDS", 0.05)
     monkeypatch.setattr("lmbridge.mcp.servers.server_process._EXIT_GRACE_SECONDS", 0.2)
     monkeypatch.setattr("lmbridge.mcp.servers.process_groups._TERM_GRACE_SECONDS", 0.2)
     monkeypatch.setattr("lmbridge.mcp.servers.server_process._LAST_OUTPUT_SECONDS", 0.2)

@@ -191,13 +191,17 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
     command = reader.string("command")
     if not command or not command.strip():
         raise reader.error("command", "is empty", "give the program to start")
-    # A path such as ./server is relative to the file, not to the directory in which this program was started. A slash
-    # after a space may also belong to an argument that should be in `args`.
-    if "/" in command and not command.startswith("/"):
-        path = folder / expand_home(Path(command))
-        if "/" in command.split()[0] or path.exists():
-            return str(path)
+    # A path such as ./server is relative to the file, not to the directory in which this program was started.
+    if "/" in command and not command.startswith("/") and not _is_command_line(command):
+        return str(folder / expand_home(Path(command)))
     return command
+
+
+def _is_command_line(command: str) -> bool:
+    """Returns whether the slash in a command is in one of its arguments, which should be in `args`."""
+    program, *arguments = command.split()
+    is_runner = program in ("npx", "uvx", "bunx", "docker", "node", "python", "python3", "deno")
+    return bool(arguments) and "/" not in program and (is_runner or any(each[0] in "-@" for each in arguments))
 
 
 class _EntryReader:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -66,6 +67,8 @@ _ID_BITS: Final = 31
 _METHOD_NOT_FOUND: Final = -32601
 _SESSION_NOT_FOUND: Final = -32001
 """The code that servers use for a session that they do not know."""
+_SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
+"""What an error contains that may mean that the server does not know the session."""
 _FIRST_MODERN_VERSION: Final = "2026-07-28"
 """The first protocol revision without sessions, in which closing a response cancels its request."""
 _NOT_SSE_STATUSES: Final = (
@@ -443,7 +446,7 @@ class HttpConnection:
             return
         code = error.get("code") if isinstance(error, dict) else None
         words = str(error.get("message", "") if isinstance(error, dict) else error)
-        is_suspicious = not is_own or code == _SESSION_NOT_FOUND or "session" in words.lower()
+        is_suspicious = not is_own or code == _SESSION_NOT_FOUND or _SESSION_WORDS.search(words) is not None
         if is_suspicious and not await self._knows_session():
             raise SessionForgottenError(_FORGOTTEN, words)
 
@@ -518,16 +521,14 @@ class HttpConnection:
         endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         reading = self._start(self._read_sse(endpoint))
         try:
-            waited: set[asyncio.Future[Any]] = {endpoint, reading}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not endpoint.done():
-                await end_task(reading, grace=_CLOSE_SECONDS)
-        if not endpoint.done():
-            raise self.end or SessionLostError("its event stream ended before it had named an endpoint")
-        self._sse_endpoint = endpoint.result()
+            self._sse_endpoint = await endpoint
+        except BaseException:
+            await end_task(reading, grace=_CLOSE_SECONDS)
+            raise
 
     async def _read_sse(self, endpoint: asyncio.Future[str]) -> None:
+        """Reads the stream of the older transport, and completes a future with the URL of the endpoint."""
+        end = SessionLostError("it closed its event stream")
         try:
             async with self._client.stream("GET", self._spec.url, headers=_ACCEPTS_EVENTS) as response:
                 await self._check_sse_response(response)
@@ -537,11 +538,14 @@ class HttpConnection:
                             endpoint.set_result(self._sse_endpoint_url(event.data.decode(errors="replace").strip()))
                         else:
                             await self._deliver_event(event)
-            self._lose(SessionLostError("it closed its event stream"))
-        except (RequestRejectedError, SessionLostError) as exc:
-            self._lose(exc)
+        except SessionLostError as exc:
+            end = exc
         except (self._http_error, OSError, MessageTooLargeError) as exc:
-            self._lose(SessionLostError(describe_error(exc)))
+            end = SessionLostError(describe_error(exc))
+        if endpoint.done():
+            self._lose(end)
+        else:
+            endpoint.set_exception(end)
 
     async def _check_sse_response(self, response: Any) -> None:
         if response.is_redirect:
@@ -573,9 +577,6 @@ class HttpConnection:
                 await self.open_sse()
         except (TimeoutError, SessionLostError) as exc:
             logger.debug("MCP server %r does not use the SSE transport either: %s", self._spec.name, exc)
-            self.end = None
-            while not self._arrived.empty():
-                self._arrived.get_nowait()
             return False
         logger.info("MCP server %r uses the older SSE transport", self._spec.name)
         return True

@@ -42,14 +42,21 @@ def quote_body(body: bytes) -> str:
     if (found := find_error(body)) is not None:
         return describe_refusal(found[1])
     for value in parse_json(body):
-        for key in _WORD_KEYS if isinstance(value, dict) else ():
-            if isinstance(value.get(key), str) and value[key].strip():
-                return shorten(value[key].strip(), _LONGEST_WORDS)
+        if isinstance(value, dict) and (reason := _find_reason(value)):
+            return shorten(reason, _LONGEST_WORDS)
     text = body[: 4 * _SEARCHED_HTML].decode(errors="replace").strip()
     if text.startswith("<"):
         title = _TITLE.search(text[:_SEARCHED_HTML])
         return title.group(1).strip() if title else ""
     return shorten(" ".join(text.split()), _LONGEST_WORDS) if text.isprintable() or "\n" in text else ""
+
+
+def _find_reason(fields: Mapping[str, Any]) -> str:
+    """Returns the reason in an object that is not a JSON-RPC error, or an empty string."""
+    if isinstance(nested := fields.get("error"), dict):
+        return _find_reason(nested)
+    texts = [fields[key].strip() for key in _WORD_KEYS if isinstance(fields.get(key), str)]
+    return next(filter(None, texts), "")
 
 
 def status_reason(status: int) -> str:

@@ -129,7 +129,7 @@ class ManagedServer:
         self._starts = self._failures = 0
         self._retry_at = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._owner_tasks: set[asyncio.Task[None]] = set()
+        self._owners: dict[asyncio.Task[None], SessionOwner] = {}
         self._is_retired = False
 
     @property
@@ -150,7 +150,7 @@ class ManagedServer:
     @property
     def is_closed(self) -> bool:
         """Whether the server has been closed, and none of its processes is left."""
-        return self._state is ServerState.CLOSED and not self._owner_tasks
+        return self._state is ServerState.CLOSED and not self._owners
 
     def acquire(self) -> None:
         """Registers a run or a call that uses the server. While it is in use, the server is not closed as idle."""
@@ -177,21 +177,22 @@ class ManagedServer:
     async def close(self) -> None:
         """Closes the server, even if it is in use, and waits until its processes are gone."""
         self._shut_down(ServerState.CLOSED)
-        if self._owner_tasks:
-            await asyncio.wait(self._owner_tasks, timeout=_CLOSE_SECONDS)
-        for task in self._owner_tasks:
+        if self._owners:
+            await asyncio.wait(list(self._owners), timeout=_CLOSE_SECONDS)
+        for task in self._owners:
             logger.error("MCP server %r did not close within %g seconds", self.spec.name, _CLOSE_SECONDS)
             task.cancel()
-        if self._owner_tasks:
-            await asyncio.wait(self._owner_tasks, timeout=_CLOSE_SECONDS)
+        if self._owners:
+            await asyncio.wait(list(self._owners), timeout=_CLOSE_SECONDS)
 
     def _shut_down(self, state: ServerState) -> None:
         self._stop_idle_timer()
         if self._opening_task is not None:
             self._opening_task.cancel()
-        if self._session is not None:
-            self._session.stop()
-            self._session = None
+        self._session = None
+        # These may include a session that the server has forgotten, whose last calls are still running.
+        for session in self._owners.values():
+            session.stop()
         self._change_state(state)
 
     def _stop_idle_timer(self) -> None:
@@ -325,8 +326,8 @@ class ManagedServer:
             await self._back_off()
             self._change_state(ServerState.STARTING)
             session = SessionOwner(self.spec, self._emit)
-            self._owner_tasks.add(session.task)
-            session.task.add_done_callback(self._owner_tasks.discard)
+            self._owners[session.task] = session
+            session.task.add_done_callback(self._forget_owner)
             timeout_reason = await self._wait_until_ready(session)
         except asyncio.CancelledError:
             if session is not None:
@@ -349,6 +350,9 @@ class ManagedServer:
         self._change_state(ServerState.READY)
         session.ended.add_done_callback(lambda _: self._on_session_ended(session))
         return session
+
+    def _forget_owner(self, task: asyncio.Task[None]) -> None:
+        del self._owners[task]
 
     async def _wait_until_ready(self, session: SessionOwner) -> str | None:
         """Waits until a session can be used or has failed. Returns why the start has taken too long, or None."""

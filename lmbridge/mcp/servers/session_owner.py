@@ -41,8 +41,6 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _MOST_PAGES: Final = 100
 """The maximum number of pages of a tool list that are read."""
-_FORGOTTEN_SECONDS: Final = 1.0
-"""How long the other calls in a session that the server has forgotten may wait to be told the same, in seconds."""
 _EXIT_REASON_SECONDS: Final = 1.0
 """How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
@@ -84,6 +82,7 @@ class SessionOwner:
         self._link = StdioLink(spec, self._mark_lost) if spec.transport == "stdio" else None
         self._session: McpSession | None = None
         self._pending_requests: set[asyncio.Future[None]] = set()
+        self._forgotten_reason = ""
         self._tools_are_stale = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
@@ -200,13 +199,16 @@ class SessionOwner:
             await timer.wait(wake)
         finally:
             self._pending_requests.discard(wake)
+            self._end_if_forgotten()
             if not work.done():
                 await end_task(work, grace=_CANCEL_GRACE_SECONDS)
         if work.done() and not work.cancelled():
             try:
                 return work.result()
             except sdk.SessionForgottenError as exc:
-                asyncio.get_running_loop().call_later(_FORGOTTEN_SECONDS, self._mark_lost, str(exc))
+                # Each of the other calls will be told the same, and can then be made in another session.
+                self._forgotten_reason = str(exc)
+                self._end_if_forgotten()
                 raise
             except sdk.RequestRejectedError as exc:
                 self._mark_lost(str(exc))
@@ -216,6 +218,10 @@ class SessionOwner:
         if self.ended.done():
             raise SessionLostError(self.ended.result().reason)
         raise timer.error()
+
+    def _end_if_forgotten(self) -> None:
+        if self._forgotten_reason and not self._pending_requests:
+            self._mark_lost(self._forgotten_reason)
 
     def _wake_pending_requests(self, _: asyncio.Future[SessionEnd]) -> None:
         for wake in self._pending_requests:
