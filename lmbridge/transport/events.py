@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
-from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
 from lmbridge.transport.faults import Phase
@@ -83,7 +82,7 @@ class EventStream:
         self._end_deadline = math.inf
         # It is None as soon as the stream is closed.
         self._loop: asyncio.AbstractEventLoop | None = call.deadline_timer.loop
-        self._read_ahead: asyncio.Task[list[Event] | None] | None = None
+        self._read_ahead: asyncio.Task[list[Event] | Exception | None] | None = None
 
     @property
     def bare_text(self) -> str:
@@ -95,13 +94,11 @@ class EventStream:
         """Whether the body has ended or the connection was closed, so that no further event can arrive."""
         return self._loop is None
 
-    def start_reading_ahead(self) -> asyncio.Task[list[Event] | None]:
+    def start_reading_ahead(self) -> asyncio.Task[list[Event] | Exception | None]:
         """Starts a task that reads the first event, and returns it. The caller has to await it before the loop ends."""
         self._read_ahead = self.call.deadline_timer.loop.create_task(
             _read_first_events(self.call, self._response, self._decoder, self._unread)
         )
-        # `read` raises the exception of the task. If it is never called, asyncio must not complain about the exception.
-        self._read_ahead.add_done_callback(mark_exception_retrieved)
         self._unread = b""
         return self._read_ahead
 
@@ -177,8 +174,9 @@ class EventStream:
         with suppress(LLMStreamError):
             if self._read_ahead is not None and self._read_ahead.done():
                 task, self._read_ahead = self._read_ahead, None
-                if not task.cancelled() and task.exception() is None:
-                    events += task.result() or self._decoder.close()
+                result = [] if task.cancelled() else task.result()
+                if not isinstance(result, Exception):
+                    events += self._decoder.close() if result is None else result
             unread, self._unread = self._unread, b""
             events += self._decoder.feed(unread)
         return events
@@ -237,13 +235,15 @@ class EventStream:
             self._response.close()
             self.call.finish(outcome)
 
-    async def _finish_reading_ahead(self, task: asyncio.Task[list[Event] | None]) -> list[Event] | None:
+    async def _finish_reading_ahead(self, task: asyncio.Task[list[Event] | Exception | None]) -> list[Event] | None:
         # asyncio.wait does not cancel the task if the reader is cancelled. The task ends when the response is closed.
         await asyncio.wait((task,))
         self._read_ahead = None
         if task.cancelled():
             raise self._close_early()
-        return task.result()
+        if isinstance(result := task.result(), Exception):
+            raise result
+        return result
 
     # Time limits
 
@@ -349,8 +349,11 @@ async def _read_events(response: HttpResponse, decoder: SSEDecoder, data: bytes 
 
 async def _read_first_events(
     call: Call, response: HttpResponse, decoder: SSEDecoder, data: bytes
-) -> list[Event] | None:
+) -> list[Event] | Exception | None:
     """Reads a body up to its first event, and reports the event to the scheduler.
+
+    An exception is returned instead of raised. If nobody reads the stream, asyncio would log the exception as never
+    retrieved. A done callback that retrieves it does not help if the event loop ends before it is called.
 
     If the first event is an error, or if none arrives, the permit is returned at once. Other requests are waiting for
     this event, and the user may never read the stream.
@@ -359,6 +362,9 @@ async def _read_first_events(
         events = await _read_events(response, decoder, data)
         if events:
             call.note_first_event(events[0])
+    except Exception as exc:  # noqa: BLE001 - `read` raises it
+        return exc
+    else:
         return events
     finally:
         if call.is_first_request:

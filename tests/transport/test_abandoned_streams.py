@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import warnings
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from lmbridge import (
+    Limits,
     LLMClient,
     LLMError,
 )
-from lmbridge.testing import Exchange, ScriptedServer, stall
-from tests.support import HALF, MESSAGES, in_flight, opened
+from lmbridge.testing import Exchange, MockRequest, MockTransport, ScriptedServer, stall
+from tests.support import HALF, MESSAGES, in_flight, opened, turns
 
 
 async def test_a_stream_that_was_the_result_of_a_task_can_be_dropped(
@@ -64,6 +67,45 @@ async def test_break_and_drop_closes_the_connection_even_if_warnings_are_errors(
         await take_one()
     assert client._server.transport.in_flight == 0
     await scripted_server.wait_until(lambda: scripted_server.aborts)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("ending", ["nothing", "aclose", "client.close", "both"])
+@pytest.mark.parametrize("turns_before_close", range(6))
+def test_asyncio_never_logs_the_exception_of_a_stream_that_nobody_reads(ending: str, turns_before_close: int) -> None:
+    """Whenever the connection breaks, the stream or the client is closed, and the event loop ends."""
+
+    async def handler(_: MockRequest) -> Any:
+        async def events() -> AsyncIterator[bytes]:
+            await broken.wait()
+            yield b": ping\n\n"
+            raise ConnectionResetError
+
+        broken = asyncio.Event()
+        asyncio.get_running_loop().call_later(0, broken.set)
+        return events()
+
+    async def main(turns_before_end: int) -> None:
+        limits = Limits(max_loaded_models=1)
+        client = LLMClient(model="m", transport=MockTransport(handler, limits=limits))
+        stream = await opened(client)
+        await turns(turns_before_close)
+        closing = [asyncio.ensure_future(client.close())] if ending in ("client.close", "both") else []
+        if ending in ("aclose", "both"):
+            await stream.aclose()
+        await turns(turns_before_end)
+        kept.extend([client, stream, *closing])
+
+    for turns_before_end in range(6):
+        reports: list[str] = []
+        kept: list[object] = []
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda _, context, reports=reports: reports.append(context["message"]))  # type: ignore[misc]  # a default for each loop
+        loop.run_until_complete(main(turns_before_end))
+        loop.close()
+        kept.clear()
+        gc.collect()
+        assert not [report for report in reports if "never retrieved" in report]
 
 
 async def test_reading_again_after_an_abandoned_read_is_an_error(
