@@ -281,12 +281,14 @@ class RunLoop:
     async def _read_stream(self, stream: ChunkStream) -> ModelReply:
         """Reads a stream to its end. Any exception closes the stream, so that the server stops generating."""
         # A stream of lmbridge's own client accumulates its chunks. Those of another client are accumulated here.
-        own, accumulator = (stream, None) if isinstance(stream, ReplyStream) else (None, ChatAccumulator())
+        accumulator = ChatAccumulator()
+        own = stream if isinstance(stream, ReplyStream) else None
+        arrived = accumulator if own is None else own
 
         def reply_so_far() -> Any:
             if own is not None:
                 return own.partial
-            return accumulator.reply() if accumulator is not None and accumulator.has_begun else None
+            return accumulator.reply() if accumulator.has_begun else None
 
         self._record.attach_stream(reply_so_far)
         splitter = None if self._channel.is_muted else ReasoningSplitter()
@@ -294,11 +296,14 @@ class RunLoop:
         served_model: str | None = None
         try:
             async for chunk in stream:
-                if accumulator is not None:
+                if own is None:
                     chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
-                if (name := chunk.get("model")) != served_model and isinstance(name, str):
+                # Proxies name themselves while they load a model, so a name counts only once there is some answer.
+                name = chunk.get("model")
+                if name != served_model and isinstance(name, str) and arrived.has_answer:
+                    may_change = own is not None and own.ignores_model_names
+                    self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
                     served_model = name
-                    self._check_served_model(name)
                 if splitter is not None:
                     await self._send_deltas(splitter.feed(chunk))
         except BaseException:
@@ -313,8 +318,8 @@ class RunLoop:
             for piece in pieces:
                 await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
 
-    def _check_served_model(self, name: str | None) -> None:
-        """Compares the model that a reply names with the model of the previous rounds.
+    def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
+        """Compares the model that a reply names with the model of the previous rounds, unless it may change.
 
         Raises:
             ModelChangedDuringExecutionError: The reply names another model.
@@ -322,7 +327,10 @@ class RunLoop:
         first = self._record.served_model
         if not name or first is None:
             self._record.served_model = name or first
-        elif not (is_same_model(first, name) or is_same_model(name, first)):
+        elif not (may_change or is_same_model(first, name) or is_same_model(name, first)):
+            if begins_reply:
+                # Nothing of this reply was written by the model of the run.
+                self._record.begin_reply()
             raise ModelChangedDuringExecutionError(
                 f"the run began with model {first!r} and went on with {name!r}",
                 first,

@@ -99,6 +99,11 @@ class ChatAccumulator:
         return any(choice.has_content for choice in self._choices.values())
 
     @property
+    def has_answer(self) -> bool:
+        """Whether any chunk held a piece of an answer that is more than reasoning."""
+        return any(choice.has_answer for choice in self._choices.values())
+
+    @property
     def is_finished(self) -> bool:
         """Whether every answer that was asked for, and every other one that began, has its finish reason."""
         return self._expected_choices <= len(self._choices) == self._finished_choices
@@ -274,6 +279,12 @@ class _ChoiceAccumulator:
         texts = (self._content, *(self._other_texts or {}).values())
         others = (self.finish_reason, self._tool_calls, self._function_call, self._message_fields)
         return any(text.tell() for text in texts) or any(other is not None for other in others)
+
+    @property
+    def has_answer(self) -> bool:
+        refusal = None if self._other_texts is None else self._other_texts.get("refusal")
+        others = (self.finish_reason, self._tool_calls, self._function_call, refusal)
+        return self._content.tell() > 0 or any(other is not None for other in others)
 
     def extend(self, delta: Mapping[str, Any]) -> bool:
         """Appends a delta with one field if it only continues a text or the last call, and returns whether it did."""

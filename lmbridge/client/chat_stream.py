@@ -41,8 +41,7 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         if failures.is_error_object(value):
             raise self._server_error(data.strip().decode("utf-8", "replace"))
         try:
-            self._note_served_model(value.get("model"))
-            chunk = self._add(value)
+            chunk = self._add_from_model(value, value.get("model"), value.get("id"))
         except LLMError as error:
             self._fail(error)
             raise

@@ -86,6 +86,11 @@ class ResponseAccumulator:
         return self.has_delta
 
     @property
+    def has_answer(self) -> bool:
+        """Whether there was any piece of an answer; for responses, this is the same as `has_delta`."""
+        return self.has_delta
+
+    @property
     def usage(self) -> Any:
         """The token usage in the last event that had one, or None."""
         return self._response.get("usage")

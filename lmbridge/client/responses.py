@@ -102,8 +102,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         response = value.get("response")
         response = response if isinstance(response, dict) else {}
         try:
-            self._note_served_model(response.get("model"))
-            self._add(value)
+            self._add_from_model(value, response.get("model"), response.get("id"))
         except LLMError as error:
             self._fail(error)
             raise

@@ -67,6 +67,11 @@ class Accumulator(Protocol[_Reply_co]):
         ...
 
     @property
+    def has_answer(self) -> bool:
+        """Whether any of the events held a piece of an answer that is more than reasoning."""
+        ...
+
+    @property
     def is_finished(self) -> bool:
         """Whether the reply is complete, even if the stream breaks now."""
         ...
@@ -106,8 +111,10 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         "_halves",
         "_is_complete",
         "_mismatch_policy",
+        "_named_model",
         "_pending",
         "_redact",
+        "_reply_id",
         "_served_model",
     )
 
@@ -133,6 +140,10 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
         # This must not be a method of the stream: the call would then keep the stream alive, and dropping the stream
         # would no longer close its connection.
         events.call.read_usage = functools.partial(usage_in_stream, accumulator)
+        # The model that the events have named last, and the id of the reply in these events.
+        self._named_model: str | None = None
+        self._reply_id: object = None
+        # The named model, once it has been compared with the one that was asked for.
         self._served_model: str | None = None
         # The halves of characters that have been held back until their other halves arrive.
         self._halves: Halves = {}
@@ -143,6 +154,16 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     def partial(self) -> _Reply_co | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         return self._accumulator.reply() if self._accumulator.has_begun else None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a piece of the answer has been read that is more than reasoning."""
+        return self._accumulator.has_answer
+
+    @property
+    def ignores_model_names(self) -> bool:
+        """Whether any model may answer, because `model_mismatch` is "ignore"."""
+        return self._mismatch_policy.ignores_names
 
     @property
     def status(self) -> int:
@@ -303,32 +324,56 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
             raise self._server_error(data.decode("utf-8", "replace"))
         return self._read_object(value, name, data)
 
-    def _note_served_model(self, model: object) -> None:
-        """Remembers the model that an event names, and compares it with the one that earlier events named.
+    def _add_from_model(self, value: dict[str, Any], model: object, reply_id: object) -> Mapping[str, Any]:
+        """Adds an event to the reply, and returns it as it is handed out.
 
-        The name may change until the first piece of the answer arrives, because some proxies announce that they load a
-        model with events that name the proxy.
+        As soon as there is any delta, the model in the event is compared with the one that was asked for. As soon as
+        there is an answer, it is compared with the one that earlier events named. Until then, a name means little:
+        some proxies announce with events that name the proxy that they load a model.
 
         Args:
-            model: The name in the event. Anything but a string that is not empty counts as no name.
+            value: The event.
+            model: The model that it names. Anything but a string that is not empty counts as no name.
+            reply_id: The id of the reply that it names.
 
         Raises:
             ModelMismatchError: The model is not the one that was asked for, and `model_mismatch` is "raise".
             ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
+            LLMError: The event reports an error, or its shape is unknown.
         """
-        if not model or model == self._served_model or not isinstance(model, str):
+        if isinstance(model, str) and model and model != self._served_model:
+            self._check_same_model(model, reply_id)
+            added = self._add(value)
+            self._named_model, self._reply_id = model, reply_id
+        else:
+            added = self._add(value)
+        if self._named_model != self._served_model and self._accumulator.has_delta:
+            if not self._mismatch_policy.check(self._events.call.request.model, self._named_model):
+                self._events.call.mark_unloaded()
+            self._served_model = self._named_model
+        return added
+
+    def _check_same_model(self, model: str, reply_id: object) -> None:
+        """Checks that an event does not continue the answer of another model.
+
+        Proxies send their progress as reasoning, under an id of their own or under none. So reasoning under another id
+        may precede the answer of any model.
+
+        Raises:
+            ModelChangedDuringExecutionError: It does.
+        """
+        named, accumulator = self._named_model, self._accumulator
+        if named is None or self._mismatch_policy.ignores_names:
             return
-        is_another = self._served_model is not None and are_different_models(self._served_model, model)
-        if is_another and self._accumulator.has_content and not self._mismatch_policy.ignores_names:
+        has_same_id = reply_id is not None and reply_id == self._reply_id
+        has_begun = accumulator.has_answer or (has_same_id and accumulator.has_content)
+        if has_begun and are_different_models(named, model):
             raise ModelChangedDuringExecutionError(
-                f"the reply began with model {self._served_model!r} and went on with {model!r}",
-                self._served_model,
+                f"the reply began with model {named!r} and went on with {model!r}",
+                named,
                 model,
                 hint="the server swapped models mid-stream; Limits(max_loaded_models=1) can prevent that",
             )
-        if not self._mismatch_policy.check(self._events.call.request.model, model):
-            self._events.call.mark_unloaded()
-        self._served_model = model
 
     async def _read_to_end(self) -> _Reply_co:
         async with self:

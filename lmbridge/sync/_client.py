@@ -89,6 +89,18 @@ class ChatStream(Stream[ChatCompletionChunk]):
         return result
 
     @property
+    def has_answer(self) -> bool:
+        """Whether a piece of the answer has been read that is more than reasoning."""
+        result: bool = self._call(lambda: self.wrapped.has_answer)
+        return result
+
+    @property
+    def ignores_model_names(self) -> bool:
+        """Whether any model may answer, because `model_mismatch` is "ignore"."""
+        result: bool = self._call(lambda: self.wrapped.ignores_model_names)
+        return result
+
+    @property
     def status(self) -> int:
         """The HTTP status code of the response."""
         result: int = self._call(lambda: self.wrapped.status)
@@ -119,6 +131,18 @@ class TextStream(Stream[TextCompletionChunk]):
     def partial(self) -> TextCompletion | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: TextCompletion | None = self._call(lambda: self.wrapped.partial)
+        return result
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a piece of the answer has been read that is more than reasoning."""
+        result: bool = self._call(lambda: self.wrapped.has_answer)
+        return result
+
+    @property
+    def ignores_model_names(self) -> bool:
+        """Whether any model may answer, because `model_mismatch` is "ignore"."""
+        result: bool = self._call(lambda: self.wrapped.ignores_model_names)
         return result
 
     @property
@@ -158,6 +182,18 @@ class ResponseStream(Stream[ResponseEvent]):
     def partial(self) -> Response | None:
         """What `collect` would return for the stream so far, as a new dict, or None before the first chunk."""
         result: Response | None = self._call(lambda: self.wrapped.partial)
+        return result
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether a piece of the answer has been read that is more than reasoning."""
+        result: bool = self._call(lambda: self.wrapped.has_answer)
+        return result
+
+    @property
+    def ignores_model_names(self) -> bool:
+        """Whether any model may answer, because `model_mismatch` is "ignore"."""
+        result: bool = self._call(lambda: self.wrapped.ignores_model_names)
         return result
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Literal
 
 import pytest
 
@@ -27,7 +27,7 @@ from lmbridge import (
     image_part,
 )
 from lmbridge.agent.switching import RunPermit
-from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse, stall
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse, stall
 from tests.agent.support import (
     Gate,
     add,
@@ -609,6 +609,70 @@ async def test_a_model_that_changes_inside_a_reply_is_an_error(
     with pytest.raises(ModelChangedDuringExecutionError) as caught:
         await Agent(client).run("Hi.")
     assert caught.value.partial.text == "Hel"
+
+
+class ForeignClient:
+    """A client whose streams are generators and not those of lmbridge."""
+
+    def __init__(self, client: LLMClient) -> None:
+        self._client = client
+        self.model = client.model
+
+    async def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None, stream: Literal[True], **params: Any
+    ) -> AsyncGenerator[Mapping[str, Any], None]:
+        chunks = await self._client.chat_completion(messages, model=model, stream=stream, **params)
+
+        async def generate() -> AsyncGenerator[Mapping[str, Any], None]:
+            async with chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+        return generate()
+
+
+LOADING = {"id": "loading-1", "object": "proxy.status", "model": "llama-swap"}
+LOADING_FRAMES = [
+    {**LOADING, "choices": []},
+    piece("", **LOADING),
+    {**LOADING, "choices": [{"index": 0, "delta": {"role": "assistant"}}]},
+    {**LOADING, "choices": [{"index": 0, "delta": {"reasoning_content": "Loading model..."}}]},
+]
+
+
+@pytest.mark.parametrize("frame", LOADING_FRAMES)
+@pytest.mark.parametrize("is_foreign", [False, True])
+async def test_a_proxy_may_announce_a_load_under_its_own_name_in_any_round(
+    scripted_server: ScriptedServer, client: LLMClient, frame: dict[str, Any], is_foreign: bool
+) -> None:
+    def swapped(*events: dict[str, Any]) -> Behaviour:
+        return sse(frame, frame, *(event | {"id": "chatcmpl-1", "model": "file.gguf"} for event in events), done=True)
+
+    asked = [piece(choices=[{"index": 0, "delta": {"tool_calls": [{"index": 0, **asks("add", a=1, b=2)}]}}])]
+    answered = [piece("It is "), piece("3.", finish_reason="stop")]
+    scripted_server.script(swapped(*asked, piece(finish_reason="tool_calls")), swapped(*answered))
+    result = await Agent(ForeignClient(client) if is_foreign else client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.model) == ("It is 3.", "test-model")
+    assert [each.model for each in result.log] == ["file.gguf", "file.gguf"]
+
+
+async def test_the_model_may_change_if_model_mismatch_is_ignore(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2), model="a"), answer("3", model="b"))
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as client:
+        assert (await Agent(client, tools=[add]).run("1 + 2?")).text == "3"
+        scripted_server.script(sse(piece("Hel", model="a"), piece("lo", model="b"), done=True))
+        assert (await Agent(client).run("Hi.")).text == "Hello"
+
+
+async def test_a_model_that_changes_inside_a_reply_of_another_client_is_an_error(
+    scripted_server: ScriptedServer,
+) -> None:
+    scripted_server.script(sse(piece("Hel", model="a"), piece("lo", model="b"), done=True))
+    # This client of lmbridge would not notice the change, so it is the run that does.
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch="ignore") as client:
+        with pytest.raises(ModelChangedDuringExecutionError) as caught:
+            await Agent(ForeignClient(client)).run("Hi.")
+    assert (caught.value.old_model, caught.value.new_model) == ("a", "b")
 
 
 async def test_another_instance_of_the_model_is_the_same_model(

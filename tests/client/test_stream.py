@@ -284,16 +284,65 @@ async def test_another_model_may_continue_an_answer_if_model_mismatch_is_ignore(
         piece("", model="proxy"),
         piece(model="proxy", choices=[]),
         piece(model="proxy", choices=[{"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}]),
+        piece("", model="proxy", id="proxy-1", object="proxy.status"),
     ],
 )
+@pytest.mark.parametrize("mismatch", ["warn", "ignore"])
 async def test_a_proxy_may_announce_a_load_under_another_name_before_the_answer(
-    scripted_server: ScriptedServer, client: LLMClient, announcement: dict[str, Any]
+    scripted_server: ScriptedServer, announcement: dict[str, Any], mismatch: Any
 ) -> None:
     events = (announcement, announcement, piece("Hel"), piece("lo"), piece(finish_reason="stop"))
-    scripted_server.script(sse(*events, done=True))
+    scripted_server.default = sse(*events, done=True)
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch=mismatch) as client:
+        stream = await opened(client)
+        assert await read_text(stream) == "Hello"
+        assert (await collect(stream))["model"] == "test-model"
+
+
+@pytest.mark.parametrize("mismatch", ["warn", "raise"])
+async def test_the_name_in_an_announcement_without_a_delta_is_not_that_of_the_model_that_answers(
+    scripted_server: ScriptedServer, mismatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    announcement = piece(model="proxy", choices=[])
+    scripted_server.default = sse(announcement, announcement, piece("Hello", finish_reason="stop"), done=True)
+    async with LLMClient(scripted_server.api_base, "test-model", model_mismatch=mismatch) as client:
+        assert await read_text(await opened(client)) == "Hello"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("ids", [({"id": "proxy-1"}, {"id": "chatcmpl-1"}), ({}, {"id": "chatcmpl-1"}), ({}, {})])
+async def test_a_proxy_may_report_its_progress_as_reasoning_of_another_reply(
+    scripted_server: ScriptedServer, client: LLMClient, ids: tuple[dict[str, str], dict[str, str]]
+) -> None:
+    delta = {"reasoning_content": "Loading..."}
+    progress = {"model": "proxy", "choices": [{"index": 0, "delta": delta, "finish_reason": None}], **ids[0]}
+    answer_ = (piece("Hel", **ids[1]), piece("lo", **ids[1], finish_reason="stop"))
+    scripted_server.script(sse(progress, progress, *answer_, done=True))
     stream = await opened(client)
     assert await read_text(stream) == "Hello"
     assert (await collect(stream))["model"] == "test-model"
+
+
+async def test_another_model_must_not_continue_the_reasoning_of_a_reply(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    choices = [{"index": 0, "delta": {"reasoning_content": "Hm."}, "finish_reason": None}]
+    events = (piece(choices=choices, id="a"), piece("b", id="a", model="other", finish_reason="stop"))
+    scripted_server.script(sse(*events, done=True))
+    with pytest.raises(ModelChangedDuringExecutionError) as caught:
+        await read_text(await opened(client))
+    assert partial_text(caught.value) == ""
+
+
+async def test_a_model_that_only_the_first_chunk_names_is_compared_with_the_next_name(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    nameless = piece("a")
+    del nameless["model"]
+    scripted_server.script(sse(piece(""), nameless, piece("b", model="other", finish_reason="stop"), done=True))
+    with pytest.raises(ModelChangedDuringExecutionError) as caught:
+        await read_text(await opened(client))
+    assert (caught.value.old_model, caught.value.new_model) == ("test-model", "other")
 
 
 async def test_a_name_that_only_gains_or_loses_a_suffix_is_no_change(
