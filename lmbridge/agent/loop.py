@@ -96,7 +96,7 @@ class RunLoop:
         self._channel = channel
         self._context = ContextBudget(
             record.history,
-            tools_size=len(msgspec.json.encode(toolset.definitions)) if toolset.definitions else 0,
+            tools_size=_definitions_size(toolset),
             context_length=context_length,
             max_tokens=settings.max_tokens,
         )
@@ -130,6 +130,8 @@ class RunLoop:
         self._record.begin_round()
         if self._channel.has_listener:
             await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
+        if await self._toolset.add_new_tools():
+            self._context.tools_size = _definitions_size(self._toolset)
         reply = await self._get_reply()
         records: Sequence[ToolRecord] = ()
         if reply.calls and not reply.has_cut_call:
@@ -347,3 +349,8 @@ class RunLoop:
         estimated = self._context.tokens_of(prompt_size) + len(reply.text + reply.reasoning) // 3
         self._token_budget.spend(usage.get("total_tokens") or estimated)
         self._context.learn(prompt_size, usage.get("prompt_tokens"))
+
+
+def _definitions_size(toolset: Toolset) -> int:
+    """Returns how many bytes the definitions of the tools take in a request."""
+    return len(msgspec.json.encode(toolset.definitions)) if toolset.definitions else 0

@@ -37,10 +37,11 @@ class RunInfo:
 
 @attrs.frozen(kw_only=True)
 class RunTools:
-    """The tools that `open_tools` gives to one run. They do not change until the run ends."""
+    """The tools that `open_tools` gives to one run."""
 
     tools: Sequence[AnyTool] = ()
-    """The tools, which are offered beside those of `tools=`."""
+    """The tools, which are offered beside those of `tools=`. They stay the same until the run ends, unless one of them
+    is a provider that adds tools; see `ToolProvider`."""
     note: str = ""
     """A text that is added to the leading system message, for example about tools that are missing. Default: none."""
     errors: Mapping[str, Exception] = attrs.field(factory=dict)

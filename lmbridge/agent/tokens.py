@@ -63,7 +63,7 @@ class ContextBudget:
 
     def __init__(self, history: History, *, tools_size: int, context_length: int | None, max_tokens: MaxTokens) -> None:
         self._history = history
-        self._tools_size = tools_size
+        self.tools_size: int = tools_size
         self._context_length = context_length
         self._max_tokens = max_tokens
         self._estimate = TokenEstimate()
@@ -71,7 +71,7 @@ class ContextBudget:
     @property
     def prompt_size(self) -> int:
         """The bytes of the next request's messages and tools."""
-        return self._history.size + self._tools_size
+        return self._history.size + self.tools_size
 
     def max_tokens(self) -> int:
         """Returns the `max_tokens` of the next request."""

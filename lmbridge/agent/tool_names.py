@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from lmbridge.errors import LLMValidationError
@@ -38,7 +38,21 @@ def names_in_run(tools: Sequence[Tool]) -> list[str]:
     return names
 
 
-def names_in_requests(names: Iterable[str]) -> dict[str, str]:
+def name_of_added_tool(tool: Tool, taken: Collection[str]) -> str | None:
+    """Returns the name within the run of a tool that is added to others, whose names do not change.
+
+    Args:
+        tool: The tool.
+        taken: The names of the other tools.
+
+    Returns:
+        The tool's own name, or else `server__tool`; None if both are taken.
+    """
+    names = (tool.name, f"{tool.server}__{tool.name}" if tool.server else tool.name)
+    return next((name for name in names if name not in taken), None)
+
+
+def names_in_requests(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
     """Maps the name of each tool to the name in requests: a unique one of the form `[a-z0-9_]{1,64}`.
 
     A name that already has this form stays. Any other is converted to snake case; if the result is too long or not
@@ -46,15 +60,16 @@ def names_in_requests(names: Iterable[str]) -> dict[str, str]:
 
     Args:
         names: The names of the tools within the run, without duplicates.
+        taken: Names in requests that other tools of the run already have. Default: none.
     """
-    names = sorted(names)
-    sent = {name: name for name in names if _SENDABLE_NAME.fullmatch(name)}
-    taken = set(sent.values())
+    names, taken = sorted(names), set(taken)
+    sent = {name: name for name in names if _SENDABLE_NAME.fullmatch(name) and name not in taken}
+    taken |= set(sent.values())
     slugs = {name: _snake_case(name) for name in names if name not in sent}
     counts = Counter(slugs.values())
     unique = {slug for slug, count in counts.items() if count == 1 and 0 < len(slug) <= _LONGEST_NAME} - taken
     sent |= {name: slug for name, slug in slugs.items() if slug in unique}
-    taken = set(sent.values())
+    taken |= set(sent.values())
     for name in (each for each in names if each not in sent):
         sent[name] = _with_hash(name, slugs[name], taken)
         taken.add(sent[name])

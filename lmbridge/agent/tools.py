@@ -195,11 +195,22 @@ class ToolCall:
 class ToolProvider(Protocol):
     """An object that provides tools, which may differ from run to run.
 
-    An agent accepts it among its tools, and calls `list_tools` at the start of each run.
+    An agent accepts it among its tools, and calls `list_tools` at the start of each run. If the object also has a
+    method `async new_tools()`, the agent calls it before each round, and adds the tools that it returns to the run, at
+    the end of the list. Tools that the run already has are ignored, so the method may return the same tools again.
     """
 
     async def list_tools(self) -> Sequence[Tool]:
         """Returns the tools for the run that is starting."""
+        ...
+
+
+@runtime_checkable
+class GrowingToolProvider(ToolProvider, Protocol):
+    """A `ToolProvider` whose tools become more during a run."""
+
+    async def new_tools(self) -> Sequence[Tool]:
+        """Returns the tools that have been added since `list_tools`. It is called often and should return quickly."""
         ...
 
 

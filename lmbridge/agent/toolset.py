@@ -1,7 +1,10 @@
 """`Toolset`: the tools of one run, with their definitions for requests. It checks requested calls and executes them.
 
-The set does not change during a run. If it did, every change would alter the beginning of the prompt, and the server
-would have to process the whole conversation again; and a model could call a tool that has just disappeared.
+A tool that a run has been offered stays in the set, under its name and with its definition, until the run ends.
+Otherwise a model could call a tool that has just disappeared, and a provider could replace a definition that somebody
+has approved. A provider may add tools, at the end of the list. That alters the beginning of the prompt, so that the
+server has to process the whole conversation again, but a run often cannot go on without them: some servers reveal most
+of their tools only after a call of the first ones.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -20,9 +24,11 @@ from lmbridge._text import shorten
 from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.schemas import coerce_to_schema
 from lmbridge.agent.text_calls import read_text_calls, to_wire_call
-from lmbridge.agent.tool_names import names_in_requests, names_in_run
-from lmbridge.agent.tools import Tool, ToolCall, ToolContext, ToolProvider, as_tool
+from lmbridge.agent.tool_names import name_of_added_tool, names_in_requests, names_in_run
+from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
@@ -87,6 +93,8 @@ class Toolset:
         self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
         self._unprepared = [tool for tool in tools if not tool.has_converter]
+        self._growing: list[GrowingToolProvider] = []
+        self._seen = set(tools)
 
     @classmethod
     async def collect(cls, tools: Sequence[Tool | Callable[..., Any] | ToolProvider]) -> Toolset:
@@ -103,12 +111,50 @@ class Toolset:
         for each in tools:
             # A class with a method `list_tools` passes the check of the protocol, but only its instances are providers.
             if not isinstance(each, type) and isinstance(each, ToolProvider):
-                collected += await _list_tools(each)
+                collected += await _call_provider(each, each.list_tools)
             else:
                 collected.append(as_tool(each))
         toolset = cls(collected)
+        toolset._growing = [
+            each for each in tools if not isinstance(each, type) and isinstance(each, GrowingToolProvider)
+        ]
         await toolset.prepare()
         return toolset
+
+    async def add_new_tools(self) -> bool:
+        """Adds the tools that providers have added since the last time, and returns whether there were any.
+
+        Raises:
+            LLMError: A provider raised this error.
+            ToolError: A provider raised an exception of another class, which is the cause.
+        """
+        added: dict[str, Tool] = {}
+        for provider in self._growing:
+            for tool in await _call_provider(provider, provider.new_tools):
+                if tool in self._seen:
+                    continue
+                self._seen.add(tool)
+                name = name_of_added_tool(tool, {*self._run_names.values(), *added})
+                if name is None:
+                    logger.warning("a new tool %r is left out, because the run has a tool of that name", tool.name)
+                else:
+                    added[name] = tool
+        if added:
+            self._add(added)
+            await self.prepare()
+        return bool(added)
+
+    def _add(self, added: Mapping[str, Tool]) -> None:
+        """Adds tools, given by their names within the run, at the end of the list."""
+        request_names = names_in_requests(added, self.names)
+        self._request_names |= request_names
+        for name, tool in added.items():
+            sent_name = request_names[name]
+            self._run_names[sent_name], self._tools[sent_name] = name, tool
+            self.names = [*self.names, sent_name]
+            # Not changed in place, because the list may be part of a request that is being retried.
+            self.definitions = [*self.definitions, _definition(sent_name, tool)]
+        self._unprepared = [*self._unprepared, *(tool for tool in added.values() if not tool.has_converter)]
 
     async def prepare(self) -> None:
         """Builds the validators of the tools in a thread, because the import of jsonschema would block the event loop.
@@ -198,18 +244,19 @@ class Toolset:
         return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"
 
 
-async def _list_tools(provider: ToolProvider) -> list[Tool]:
-    """Returns the current tools of a provider."""
+async def _call_provider(provider: ToolProvider, method: Callable[[], Awaitable[Sequence[Tool]]]) -> list[Tool]:
+    """Returns the tools that a method of a provider returns."""
     try:
-        return [as_tool(tool) for tool in await provider.list_tools()]
+        return [as_tool(tool) for tool in await method()]
     except LLMError:
         raise
     # The provider is code of the user, which may raise anything.
     except Exception as exc:
+        name = getattr(method, "__name__", "list_tools")
         raise ToolError(
             f"a provider of tools ({type(provider).__name__}) raised {type(exc).__name__}: {exc}",
             exc,
-            hint="its list_tools() has to return a list of Tools",
+            hint=f"its {name}() has to return a list of Tools",
             context={"operation": "agent run"},
         ) from exc
 

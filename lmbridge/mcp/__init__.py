@@ -13,11 +13,13 @@ from lmbridge.mcp.servers.events import (
     McpEvent,
     ServerLog,
     ServerStateChanged,
+    ToolDefinitionChanged,
     ToolProgress,
     ToolsChanged,
     UnexpectedMessage,
 )
-from lmbridge.mcp.servers.hub import McpHub, McpTools
+from lmbridge.mcp.servers.hub import McpHub
+from lmbridge.mcp.servers.leased_tools import McpTools
 from lmbridge.mcp.servers.managed_server import ServerState, ServerStatus
 from lmbridge.mcp.servers.results import McpText
 
@@ -33,6 +35,7 @@ __all__ = [
     "ServerState",
     "ServerStateChanged",
     "ServerStatus",
+    "ToolDefinitionChanged",
     "ToolProgress",
     "ToolsChanged",
     "UnexpectedMessage",

@@ -394,7 +394,7 @@ class DynamicAutonomousAgent:
             single = _single_server_error(failed)
             raise single from single.__cause__
         try:
-            yield RunTools(tools=tools.tools, note=_missing_servers_note(tools.errors), errors=tools.errors)
+            yield RunTools(tools=[tools], note=_missing_servers_note(tools.errors), errors=tools.errors)
         finally:
             tools.release()
 

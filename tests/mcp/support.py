@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from lmbridge import Tool
 from lmbridge.mcp.servers.guardian import is_gone
-from lmbridge.mcp.servers.hub import McpTools
+from lmbridge.mcp.servers.leased_tools import McpTools
 
 T = TypeVar("T")
 SERVER = str(Path(__file__).parent / "scripted_server.py")

@@ -52,6 +52,8 @@ class McpSession(Protocol):
     """The protocol revision of the session, such as "2025-11-25"."""
     has_tools: bool
     """Whether the server declared that it has tools."""
+    declares_changes: bool
+    """Whether the server declared that it announces changes of its list of tools."""
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         """Returns a page of the list of tools, as the server sent it: `tools`, and `nextCursor` if there are more."""
@@ -147,11 +149,15 @@ class _SessionBase:
     server_name: str
     protocol: str
     has_tools: bool
+    declares_changes: bool
     connection: ClientConnection
 
     def __init__(self, client: Any, exchange: Exchange, info: Any, protocol: Any, capabilities: Any) -> None:
         self._client, self._exchange = client, exchange
-        self.has_tools = getattr(capabilities, "tools", None) is not None
+        tools = getattr(capabilities, "tools", None)
+        self.has_tools = tools is not None
+        # The first name is that of SDK 2.x.
+        self.declares_changes = bool(getattr(tools, "list_changed", None) or getattr(tools, "listChanged", None))
         self.server_name = str(getattr(info, "name", "") or "")
         self.protocol = exchange.protocol or str(protocol)
 

@@ -161,7 +161,7 @@ def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[Lef
     kept: list[Tool] = []
     spent = 0
     for tool in tools:
-        tokens = _estimate_tokens(tool)
+        tokens = estimate_tokens(tool)
         if spent + tokens <= max_tokens:
             spent += tokens
             kept.append(tool)
@@ -174,7 +174,8 @@ def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[Lef
     return kept
 
 
-def _estimate_tokens(tool: Tool) -> int:
+def estimate_tokens(tool: Tool) -> int:
+    """Returns about how many tokens the definition of a tool takes in a request."""
     size = len(msgspec.json.encode([tool.name, tool.description, tool.sent_parameters]))
     # Negating twice rounds up.
     return -(-size // _BYTES_PER_TOKEN)

@@ -49,10 +49,25 @@ class ToolProgress:
 
 @attrs.frozen
 class ToolsChanged:
-    """A server has announced that its tools have changed. Runs that start after this event get the new ones."""
+    """A server has announced that its tools have changed. Runs in flight get new tools before their next round."""
 
     server: str
     """The name of the server."""
+
+
+@attrs.frozen
+class ToolDefinitionChanged:
+    """A server describes a tool in another way than it did when a run was offered the tool before.
+
+    Runs in flight keep the old definition. Runs that start after this event get the new one.
+    """
+
+    server: str
+    """The name of the server."""
+    tool: str
+    """The name of the tool."""
+    changed: tuple[str, ...] = ()
+    """The keys of the definition that have changed: "title", "description", "inputSchema", "annotations"."""
 
 
 @attrs.frozen
@@ -71,4 +86,4 @@ class UnexpectedMessage:
     """The part of the message that was unexpected, shortened, or the method that it concerns."""
 
 
-McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged | UnexpectedMessage
+McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged | ToolDefinitionChanged | UnexpectedMessage

@@ -19,47 +19,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import attrs
-
 from lmbridge._checks import check_bool, check_callable, check_choice, check_path, check_seconds, invalid_argument
 from lmbridge._tasks import LoopGuard
-from lmbridge.agent.tools import Tool
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
-from lmbridge.mcp.servers.definitions import LeftOutTool, fit_budget, make_tools
 from lmbridge.mcp.servers.events import McpEvent
+from lmbridge.mcp.servers.leased_tools import McpTools
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _DEFAULT_IDLE_LINGER: Final = 300.0
 """Seconds after which a server that no run uses is closed."""
-
-
-@attrs.define(eq=False)
-class McpTools:
-    """The tools of some servers, leased for a run until `release()`.
-
-    It is a provider of tools, so it can be passed to an agent as one of its `tools`.
-    """
-
-    tools: list[Tool]
-    """The tools. They stay the same, even if a server announces others."""
-    errors: dict[str, MCPError]
-    """The errors of the servers that could not be started, so that their tools are missing. The keys are the names."""
-    left_out: list[LeftOutTool]
-    """The tools that are not offered, because their definition is not valid or exceeds the budget."""
-    _servers: list[ManagedServer] = attrs.field(repr=False)
-
-    async def list_tools(self) -> list[Tool]:
-        """Returns the tools."""
-        return self.tools
-
-    def release(self) -> None:
-        """Ends the lease, so that idle servers can be closed. A second call does nothing."""
-        servers, self._servers = self._servers, []
-        for server in servers:
-            server.release()
 
 
 class McpHub:
@@ -159,7 +130,9 @@ class McpHub:
                 raise MultiMCPError(errors=errors)
             for name, error in errors.items():
                 logger.warning("the run continues without MCP server %r: %s", name, error)
-            return self._make_lease(servers, definitions, errors, call_timeout, max_definition_tokens)
+            return McpTools(
+                servers, definitions, errors, call_timeout=call_timeout, max_definition_tokens=max_definition_tokens
+            )
         except BaseException:
             for server in servers:
                 server.release()
@@ -276,25 +249,6 @@ class McpHub:
             # The cause is common to all servers, for example that the SDK is not installed. One error is enough.
             raise failed.exceptions[0] from None
         return definitions
-
-    def _make_lease(
-        self,
-        servers: Sequence[ManagedServer],
-        definitions: dict[str, list[Any]],
-        errors: dict[str, MCPError],
-        call_timeout: float | None,
-        max_tokens: int | None,
-    ) -> McpTools:
-        tools: list[Tool] = []
-        left_out: list[LeftOutTool] = []
-        for server in servers:
-            if server.spec.name in definitions:
-                tools += make_tools(server, definitions[server.spec.name], call_timeout, left_out)
-        tools = fit_budget(tools, max_tokens, left_out)
-        for each in left_out:
-            logger.warning("MCP server %r: tool %r is left out: %s", each.server, each.tool, each.reason)
-        order = [*(server.spec.name for server in servers), *errors]
-        return McpTools(tools, {name: errors[name] for name in order if name in errors}, left_out, list(servers))
 
     def _emit(self, event: McpEvent) -> None:
         logger.debug("%s", event)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -37,7 +37,7 @@ from lmbridge.mcp.sdk import (
 )
 from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
 from lmbridge.mcp.servers.environment import missing_variables
-from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged
+from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged, ToolDefinitionChanged
 from lmbridge.mcp.servers.package_runners import start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
@@ -52,6 +52,8 @@ _MOST_DOUBLINGS: Final = 10
 """The limit of the failure count, which keeps the power of two small. The pause is at its maximum before that."""
 _STABLE_SECONDS: Final = 10.0
 """The age in seconds from which a session counts as stable. When a stable session ends, a restart is not delayed."""
+_REVIEWED_KEYS: Final = ("title", "description", "inputSchema", "annotations")
+"""The keys of a definition that say to a model, or to a person who approves calls, what the tool does."""
 _CLOSE_SECONDS: Final = 6.0
 """How long a session and its processes may take to end before the task is cancelled, in seconds."""
 
@@ -131,6 +133,7 @@ class ManagedServer:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._owners: dict[asyncio.Task[None], SessionOwner] = {}
         self._is_retired = False
+        self._offered: dict[str, Mapping[str, Any]] = {}
 
     @property
     def status(self) -> ServerStatus:
@@ -201,25 +204,75 @@ class ManagedServer:
             self._idle_timer = None
 
     async def definitions(self) -> list[Any]:
-        """Returns the tool definitions as the server sent them. A server that is not running is started.
+        """Returns the tool definitions as the server sent them, up to date. A server that is not running is started.
 
         Raises:
             MCPConnectionError: The server cannot be started.
         """
-        session = await self._connect()
+        began = asyncio.get_running_loop().time()
+        session = await self._refresh_tools(await self._connect(), began)
+        self._report_changes(session.tools)
+        return session.tools
+
+    async def newer_definitions(self, seen: list[Any] | None) -> list[Any] | None:
+        """Returns the tool definitions if the server has announced others, or was restarted, since they were `seen`.
+
+        It returns None if they are the same or cannot be read, and does not start a server that is not running.
+
+        Args:
+            seen: The list that `definitions` or this method returned last.
+        """
+        session = self._session
+        if session is None or session.ended.done():
+            return None
+        if session.has_announced_tools:
+            await self._refresh_tools(session, asyncio.get_running_loop().time(), reconnect=False)
+        if session.tools is seen:
+            return None
+        self._report_changes(session.tools)
+        return session.tools
+
+    async def _refresh_tools(self, session: SessionOwner, since: float, *, reconnect: bool = True) -> SessionOwner:
+        """Reads the list of tools again if necessary. If that fails, the old list stays in use.
+
+        Returns:
+            The session, or another one if the server has forgotten it and `reconnect` is set.
+        """
         try:
             async with asyncio.timeout(self._list_timeout):
-                await session.refresh_tools()
+                await session.refresh_tools(since)
         except SessionForgottenError as exc:
             self._on_session_ended(session, str(exc))
-            session = await self._connect()
+            return await self._connect() if reconnect else session
         except (TimeoutError, SessionLostError, RefusedError, BadReplyError) as exc:
             logger.warning(
-                "MCP server %r: its tools changed, but the new list could not be read, so the old one stays in use: %s",
+                "MCP server %r: its list of tools could not be read again, so the old one stays in use: %s",
                 self.spec.name,
                 describe_error(exc),
             )
-        return session.tools
+        return session
+
+    def _report_changes(self, definitions: Sequence[Any]) -> None:
+        """Reports tools whose definitions differ from those that a run was offered before.
+
+        A server may first offer a harmless tool, and describe it in another way once its user has come to trust it.
+        """
+        current = {
+            each["name"]: {key: each.get(key) for key in _REVIEWED_KEYS}
+            for each in definitions
+            if isinstance(each, Mapping) and isinstance(each.get("name"), str) and self.spec.offers(each["name"])
+        }
+        for name, definition in current.items():
+            known = self._offered.get(name, definition)
+            if changed := [key for key in _REVIEWED_KEYS if known[key] != definition[key]]:
+                logger.warning(
+                    "MCP server %r has changed the %s of its tool %r; runs in flight keep the old definition",
+                    self.spec.name,
+                    " and the ".join(changed),
+                    name,
+                )
+                self._emit(ToolDefinitionChanged(self.spec.name, name, tuple(changed)))
+        self._offered |= current
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], *, is_idempotent: bool, timeout: float | None

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 import attrs
 
+from lmbridge._checks import is_number
 from lmbridge._tasks import end_task, mark_exception_retrieved
 from lmbridge.mcp import sdk
 from lmbridge.mcp.config.server_spec import ServerSpec
@@ -41,6 +42,11 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _MOST_PAGES: Final = 100
 """The maximum number of pages of a tool list that are read."""
+_ANNOUNCED_LIST_SECONDS: Final = 60.0
+"""The age in seconds from which the list of a server that announces changes is read again all the same: an announcement
+may be lost. The list of a server that cannot announce changes is read again for each run."""
+_MODERN_PROTOCOL: Final = "2026-07-28"
+"""The first revision of the protocol in which a server on HTTP is listened to, and can announce changes reliably."""
 _EXIT_REASON_SECONDS: Final = 1.0
 """How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
@@ -55,6 +61,20 @@ class SessionEnd:
     """The reason, as a clause about the server, such as "it ended with status 3"."""
     was_requested: bool = False
     """True if lmbridge closed the session, or the event loop was closed; False if the session was lost."""
+
+
+@attrs.define
+class _ListState:
+    """What is known about the list of tools that was read last."""
+
+    requested_at: float = 0.0
+    """The time of the event loop at which the list was requested."""
+    fresh_until: float = 0.0
+    """The time of the event loop until which the list counts as up to date."""
+    is_outdated: bool = False
+    """Whether the server has announced another list since, or the list could not be read."""
+    has_failed: bool = False
+    """Whether the list could not be read since the last announcement."""
 
 
 _CLOSED_ON_REQUEST: Final = SessionEnd("it was closed", was_requested=True)
@@ -83,7 +103,8 @@ class SessionOwner:
         self._session: McpSession | None = None
         self._pending_requests: set[asyncio.Future[None]] = set()
         self._forgotten_reason = ""
-        self._tools_are_stale = False
+        self._list = _ListState()
+        self._is_watched = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
         self.task: asyncio.Task[None] = loop.create_task(self._hold_session(), name=f"lmbridge-mcp-{spec.name}")
@@ -132,8 +153,20 @@ class SessionOwner:
         if not self.ended.done():
             self.ended.set_result(end)
 
-    async def refresh_tools(self) -> None:
-        """Asks for the list of tools again, if the server has announced that it changed.
+    @property
+    def has_announced_tools(self) -> bool:
+        """Whether the server has announced other tools, and reading them has not failed since."""
+        return self._list.is_outdated and not self._list.has_failed
+
+    async def refresh_tools(self, since: float) -> None:
+        """Asks for the list of tools again if the server has announced another one, or the list may be out of date.
+
+        A list may be out of date after the time that the server has given with it (`ttlMs`), or else after a minute if
+        the server announces changes, and at once if it cannot.
+
+        Args:
+            since: The time of the event loop at which the caller's work began. A list that was requested after that is
+                up to date, so that runs that begin at the same time share one request.
 
         Raises:
             SessionLostError: The session is over. After this and the other errors, `tools` is unchanged.
@@ -141,12 +174,12 @@ class SessionOwner:
             BadReplyError: The server's answer is not valid.
         """
         async with self._refreshing:
-            if self._tools_are_stale:
-                self._tools_are_stale = False
+            now = asyncio.get_running_loop().time()
+            if self._list.is_outdated or not (self._list.requested_at >= since or now < self._list.fresh_until):
                 try:
-                    self.tools = await self._make_request(self._list_all_tools, CallTimer(None))
+                    await self._make_request(self._read_tools, CallTimer(None))
                 except BaseException:
-                    self._tools_are_stale = True
+                    self._list.is_outdated = self._list.has_failed = True
                     raise
 
     async def call(self, tool: str, arguments: Mapping[str, Any], timer: CallTimer) -> Mapping[str, Any]:
@@ -247,7 +280,7 @@ class SessionOwner:
                 self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
-                self.tools = await self._list_initial_tools()
+                await self._read_tools()
                 self.ready.set_result(None)
                 watching = asyncio.create_task(self._watch_notifications(self._session))
                 try:
@@ -282,39 +315,58 @@ class SessionOwner:
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
 
-    async def _list_initial_tools(self) -> list[Any]:
+    async def _read_tools(self) -> None:
+        """Reads the list of tools, and notes until when it counts as up to date."""
+        loop, session = asyncio.get_running_loop(), self._opened_session()
+        # An announcement that arrives from now on may be about a change that the list does not have yet.
+        state = self._list = _ListState(requested_at=loop.time())
         try:
-            return await self._list_all_tools()
+            tools, ttl = await self._list_all_tools()
         except sdk.RefusedError:
-            if self._opened_session().has_tools:
+            if session.has_tools:
                 raise
             # A server that has only prompts or resources may refuse to list tools.
-            return []
+            tools, ttl = [], None
+        if ttl is None:
+            ttl = _ANNOUNCED_LIST_SECONDS if self._announces_changes(session) else 0.0
+        state.fresh_until = loop.time() + ttl
+        self.tools = tools
 
-    async def _list_all_tools(self) -> list[Any]:
+    def _announces_changes(self, session: McpSession) -> bool:
+        """Returns whether changes of the list reach us. In older revisions, servers on HTTP often lose them."""
+        can_announce = self._spec.transport != "http" or (session.protocol >= _MODERN_PROTOCOL and self._is_watched)
+        return session.declares_changes and can_announce
+
+    async def _list_all_tools(self) -> tuple[list[Any], float | None]:
+        """Returns the tools of all pages, and the seconds for which the list is valid, or None without a `ttlMs`."""
         session = self._opened_session()
         tools: list[Any] = []
+        ttl: float | None = None
         cursor: str | None = None
         seen: set[str] = set()
         for _ in range(_MOST_PAGES):
             page = await session.list_page(cursor)
             tools += page.get("tools") or []
+            if is_number(page_ttl := page.get("ttlMs")):
+                ttl = min(each for each in (ttl, max(0.0, page_ttl / 1000)) if each is not None)
             cursor = page.get("nextCursor")
             if not isinstance(cursor, str) or not cursor:
-                return tools
+                return tools, ttl
             if cursor in seen:
                 raise sdk.BadReplyError(f"its list of tools returns to the page {cursor!r}, so it never ends")
             seen.add(cursor)
         raise sdk.BadReplyError(f"its list of tools has more than {_MOST_PAGES} pages")
 
     async def _watch_notifications(self, session: McpSession) -> None:
+        self._is_watched = True
         try:
             await session.watch()
         except Exception as exc:  # noqa: BLE001 - changes are no longer noticed, but everything else works
+            self._is_watched = False
             logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
 
     def _on_tools_changed(self) -> None:
-        self._tools_are_stale = True
+        self._list.is_outdated, self._list.has_failed = True, False
         self._emit(ToolsChanged(self._spec.name))
 
     def _on_log(self, level: str, data: Any) -> None:

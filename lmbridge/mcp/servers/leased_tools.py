@@ -1,0 +1,98 @@
+"""`McpTools`: the tools of some servers, leased for a run.
+
+What a run was offered stays as it was: a definition that a server changes in the middle of a run would otherwise
+replace the one that a person or a program has seen before. New tools are added, because a server may reveal them as a
+result of a call, such as a login, and the run then cannot go on without them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmbridge.agent.tools import Tool
+from lmbridge.errors import MCPError
+from lmbridge.mcp.servers.definitions import LeftOutTool, estimate_tokens, fit_budget, make_tools
+from lmbridge.mcp.servers.managed_server import ManagedServer
+
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
+
+
+class McpTools:
+    """The tools of some servers, leased for a run until `release()`.
+
+    It is a provider of tools, so it can be passed to an agent as one of its `tools`. `McpHub.tools` makes it.
+
+    Attributes:
+        tools: The tools. The definition of a tool stays the same; tools that a server announces later are added.
+        errors: The errors of the servers that could not be started, so that their tools are missing. The keys are the
+            names of the servers.
+        left_out: The tools that are not offered, because their definition is not valid or exceeds the budget.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[ManagedServer],
+        definitions: Mapping[str, list[Any]],
+        errors: Mapping[str, MCPError],
+        *,
+        call_timeout: float | None = None,
+        max_definition_tokens: int | None = None,
+    ) -> None:
+        self.tools: list[Tool] = []
+        self.left_out: list[LeftOutTool] = []
+        order = [*(server.spec.name for server in servers), *errors]
+        self.errors: dict[str, MCPError] = {name: errors[name] for name in order if name in errors}
+        self._servers = list(servers)
+        self._definitions = dict(definitions)
+        self._call_timeout, self._budget = call_timeout, max_definition_tokens
+        self._add([server for server in servers if server.spec.name in definitions])
+
+    def __repr__(self) -> str:
+        names = [tool.name for tool in self.tools]
+        return f"McpTools(tools={names}, errors={self.errors!r}, left_out={self.left_out!r})"
+
+    async def list_tools(self) -> list[Tool]:
+        """Returns the tools."""
+        return self.tools
+
+    async def new_tools(self) -> list[Tool]:
+        """Returns the tools that servers have announced since the lease began, and adds them to `tools`.
+
+        An agent calls it before each round. It asks a server only if that has announced other tools.
+        """
+        changed: list[ManagedServer] = []
+        # A copy, because the lease may be released meanwhile.
+        for server in list(self._servers):
+            newer = await server.newer_definitions(self._definitions.get(server.spec.name))
+            if newer is not None:
+                self._definitions[server.spec.name] = newer
+                changed.append(server)
+        return self._add(changed)
+
+    def release(self) -> None:
+        """Ends the lease, so that idle servers can be closed. A second call does nothing."""
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.release()
+
+    def _add(self, servers: Sequence[ManagedServer]) -> list[Tool]:
+        """Adds the tools of servers that have not been added before and fit into the budget, and returns them."""
+        left_out: list[LeftOutTool] = []
+        found = [
+            tool
+            for server in servers
+            for tool in make_tools(server, self._definitions[server.spec.name], self._call_timeout, left_out)
+        ]
+        known = {(tool.server, tool.name) for tool in self.tools}
+        added = fit_budget([tool for tool in found if (tool.server, tool.name) not in known], self._budget, left_out)
+        if self._budget is not None:
+            self._budget -= sum(map(estimate_tokens, added))
+        named = {(each.server, each.tool) for each in self.left_out}
+        for each in left_out:
+            if (each.server, each.tool) not in named:
+                logger.warning("MCP server %r: tool %r is left out: %s", each.server, each.tool, each.reason)
+                self.left_out.append(each)
+        self.tools += added
+        return added
