@@ -50,6 +50,17 @@ class Provider:
         return self.tools
 
 
+class GrowingProvider(Provider):
+    """A provider whose new tools are added by the test."""
+
+    def __init__(self, *tools: Tool) -> None:
+        super().__init__(*tools)
+        self.new: list[Tool] = []
+
+    async def new_tools(self) -> Sequence[Tool]:
+        return self.new
+
+
 def wire(name: Any, arguments: Any = "{}", call_id: Any = "call_1") -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
@@ -542,3 +553,43 @@ async def test_a_call_receives_the_converted_arguments() -> None:
     assert (outcome.text, outcome.is_error) == ("3 days of rain in Ulm", False)
     with pytest.raises(LLMValidationError, match="there is no tool 'x'"):
         await tools.call(ReadyCall(ToolCall("1", "x", {}), {}), context, timeout=30, max_output=100)
+
+
+# New tools
+
+
+async def test_new_tools_are_added_at_the_end_and_the_others_stay_as_they_are() -> None:
+    provider = GrowingProvider(tool("b"), tool("Odd Name"))
+    toolset = await Toolset.collect([tool("a"), provider])
+    before = toolset.definitions
+    assert not await toolset.add_new_tools()
+    provider.new = [tool("c"), tool("odd_name"), tool("a", server="s"), tool("d.e")]
+    assert await toolset.add_new_tools()
+    assert toolset.names[:4] == ["a", "b", "odd_name", "c"]
+    assert toolset.names[4].startswith("odd_name_")
+    assert toolset.names[5:] == ["s__a", "d_e"]
+    assert toolset.definitions[:3] == before
+    assert len(before) == 3
+    for name in toolset.names:
+        assert isinstance(toolset.read(wire(name)), ReadyCall)
+    assert not await toolset.add_new_tools()
+
+
+async def test_a_new_tool_whose_name_is_taken_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    provider = GrowingProvider(tool("a"))
+    toolset = await Toolset.collect([provider])
+    provider.new = [tool("a")]
+    assert not await toolset.add_new_tools()
+    assert not await toolset.add_new_tools()
+    assert toolset.names == ["a"]
+    assert caplog.text.count("a new tool 'a' is left out") == 1
+
+
+async def test_an_error_of_a_provider_that_is_asked_for_new_tools_is_raised() -> None:
+    class Broken(Provider):
+        async def new_tools(self) -> Sequence[Tool]:
+            raise OSError("gone")
+
+    toolset = await Toolset.collect([Broken()])
+    with pytest.raises(ToolError, match=r"\(Broken\) raised OSError: gone.*its new_tools\(\) has to return"):
+        await toolset.add_new_tools()

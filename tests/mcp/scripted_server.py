@@ -5,7 +5,9 @@ It is a separate program, and imports only the standard library, so that it star
 About the list of tools: `tools` (names to offer in place of all), `more_tools` (further definitions), `idempotent`
 (names of tools with that hint), `page` (definitions on a page), `endless` (the list returns to its first page),
 `no_tools` and `undeclared` (no tools, or no declaration of them), `list_refused` (the list is refused once after a
-change).
+change), `unannounced` (no declaration and no notification of changes), `ttl` (the `ttlMs` of each page), `listed` (add
+a line to the notes for each page). A call of `change` adds the tool `new`, or `clashing` if that is set, and one of
+`redefine` changes the description of `echo`, as does the existence of the file `changed_after`.
 
 About calls, each a list of names of tools: `noted` (add a line to the notes), `die_at` (exit with status 7; only the
 first time if `once` is a path), `deaf_at` (close stdin), `deep_at` (return a deeply nested result). `size` is the
@@ -42,6 +44,7 @@ NAMES = ["echo", "die", "sleep", "big", "fails", "refuses", "nothing", "env", "c
 
 lock = threading.Lock()
 added: list[dict[str, Any]] = []
+descriptions: dict[str, str] = {}
 SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
@@ -77,8 +80,12 @@ def note(text: str) -> None:
 
 
 def tools() -> list[Any]:
+    if OPTIONS.get("changed_after") and Path(OPTIONS["changed_after"]).exists():
+        descriptions["echo"] = "Does something else."
     names = OPTIONS.get("tools", NAMES)
-    made = [{"name": name, "description": f"Does {name}.", "inputSchema": EMPTY} for name in names]
+    made = [
+        {"name": name, "description": descriptions.get(name, f"Does {name}."), "inputSchema": EMPTY} for name in names
+    ]
     for tool in made:
         if tool["name"] == "echo":
             tool["inputSchema"] = TEXT
@@ -137,7 +144,10 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
         send({"method": "notifications/progress", "params": params})
         send({"method": "notifications/message", "params": {"level": "info", "data": "at work"}})
     if name == "change":
-        added.append({"name": "new", "description": "Is new.", "inputSchema": EMPTY})
+        added.append({"name": OPTIONS.get("clashing", "new"), "description": "Is new.", "inputSchema": EMPTY})
+    if name == "redefine":
+        descriptions["echo"] = "Does something else."
+    if name in ("change", "redefine") and not OPTIONS.get("unannounced"):
         send({"method": "notifications/tools/list_changed"})
     return send({"id": request_id, "result": result})
 
@@ -155,15 +165,18 @@ def work(request_id: Any, meta: dict[str, Any]) -> None:
 
 def list_tools(request_id: Any, params: dict[str, Any]) -> None:
     size = OPTIONS.get("page")
+    if OPTIONS.get("listed"):
+        note("listed")
     if added and OPTIONS.pop("list_refused", False):
         return send({"id": request_id, "error": {"code": -32603, "message": "not now"}})
     every = tools()
     if OPTIONS.get("endless"):
         return send({"id": request_id, "result": {"tools": every, "nextCursor": "again"}})
+    ttl = {"ttlMs": OPTIONS["ttl"]} if "ttl" in OPTIONS else {}
     if not size:
-        return send({"id": request_id, "result": {"tools": every}})
+        return send({"id": request_id, "result": {"tools": every, **ttl}})
     begin = int(params.get("cursor", 0))
-    result: dict[str, Any] = {"tools": every[begin : begin + size]}
+    result: dict[str, Any] = {"tools": every[begin : begin + size], **ttl}
     if begin + size < len(every):
         result["nextCursor"] = str(begin + size)
     return send({"id": request_id, "result": result})
@@ -185,6 +198,8 @@ def handle(message: dict[str, Any]) -> None:
             raw(b"no line break here ")
         info = {"name": OPTIONS.get("name", "scripted"), "version": "1"}
         capabilities: dict[str, Any] = {"tools": {"listChanged": True}, "logging": {}}
+        if OPTIONS.get("unannounced"):
+            capabilities["tools"] = {}
         if OPTIONS.get("undeclared") or OPTIONS.get("no_tools"):
             del capabilities["tools"]
         version = params["protocolVersion"]

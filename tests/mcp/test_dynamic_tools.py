@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lmbridge import MCPConnectionError, ToolCall
-from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged
+from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged, ToolDefinitionChanged
 from lmbridge.testing import ScriptedServer, answer, reply
-from tests.agent.support import add, asks, calls, tool_texts
+from tests.agent.support import add, asks, calls, sent, tool_texts
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import sent_tool_names
 from tests.mcp.support import Recorder, wait_for_notes
@@ -56,18 +56,73 @@ async def test_a_failing_tool_is_reported_to_the_model_as_text(
     assert (texts[3], result.text) == ("on", "done")
 
 
-async def test_a_changed_tool_list_takes_effect_in_the_next_run(
+async def test_a_tool_that_is_announced_within_a_run_can_be_called_in_its_next_round(
     scripted_server: ScriptedServer, make_agent: MakeAgent
 ) -> None:
+    asked: list[str] = []
     events: Recorder[McpEvent] = Recorder()
-    agent = make_agent({"a": {"tools": ["change"]}}, on_mcp_event=events)
-    scripted_server.script(calls(asks("change")), answer("done"), answer("done"))
+
+    def approve(call: ToolCall) -> bool:
+        asked.append(call.name)
+        return True
+
+    servers = {"a": {"tools": ["change", "echo"]}}
+    agent = make_agent(servers, approve=approve, tools=[add], on_mcp_event=events)
+    scripted_server.script(calls(asks("change")), calls(asks("new")), answer("done"), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    offered = [sent_tool_names(scripted_server, number) for number in range(3)]
+    assert offered == [["add", "change", "echo"], *[["add", "change", "echo", "new"]] * 2]
+    assert tool_texts(result.messages) == ["change", "new"]
+    assert asked == ["change", "new"]
     await agent.autonomous_with_mcp("a", "Go.")
-    assert [sent_tool_names(scripted_server, number) for number in (0, 1)] == [["change"], ["change"]]
-    await events.wait_for(lambda event: type(event).__name__ == "ToolsChanged")
-    await agent.autonomous_with_mcp("a", "Go.")
-    assert sent_tool_names(scripted_server) == ["change", "new"]
+    assert sent_tool_names(scripted_server) == ["add", "change", "echo", "new"]
     assert ServerStateChanged("a", ServerState.READY) in events.seen
+
+
+async def test_a_new_tool_that_the_configuration_denies_is_not_offered(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    agent = make_agent({"a": {"tools": ["change"], "lmbridge": {"deny": ["n*"]}}})
+    scripted_server.script(calls(asks("change")), calls(asks("new")), answer("done"))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert sent_tool_names(scripted_server) == ["change"]
+    assert "there is no tool 'new'" in tool_texts(result.messages)[1]
+
+
+async def test_a_definition_that_changes_within_a_run_stays_as_it_was_and_is_reported(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: Recorder[McpEvent] = Recorder()
+    agent = make_agent({"a": {"tools": ["redefine", "echo"]}}, on_mcp_event=events)
+    scripted_server.script(calls(asks("redefine")), answer("done"), answer("done"))
+    await agent.autonomous_with_mcp("a", "Go.")
+    assert sent(scripted_server)["tools"] == sent(scripted_server, 0)["tools"]
+    assert ToolDefinitionChanged("a", "echo", ("description",)) in events.seen
+    assert "MCP server 'a' has changed the description of its tool 'echo'" in caplog.text
+    await agent.autonomous_with_mcp("a", "Go.")
+    assert sent(scripted_server)["tools"][1]["function"]["description"] == "Does something else."
+    assert caplog.text.count("has changed the") == 1
+
+
+async def test_new_tools_have_to_fit_into_what_is_left_for_definitions(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 70}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    scripted_server.script(calls(asks("change")), answer("done"))
+    await make_agent({"a": {"tools": ["change"]}}).autonomous_with_mcp("a", "Go.")
+    assert sent_tool_names(scripted_server) == ["change"]
+    assert "tool 'new' is left out: its definition takes about" in caplog.text
+
+
+async def test_a_new_tool_with_a_name_that_is_taken_gets_the_name_of_its_server(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    agent = make_agent({"a": {"tools": ["change"], "clashing": "count"}, "b": {"tools": ["count"]}})
+    scripted_server.script(calls(asks("change")), calls(asks("a__count"), asks("count", "call_2")), answer("done"))
+    result = await agent.autonomous_discover_and_execute("Go.", full=True)
+    assert sent_tool_names(scripted_server) == ["change", "count", "a__count"]
+    assert [each.tool.server for each in result.tool_calls if each.tool] == ["a", "a", "b"]
 
 
 async def test_approve_can_read_the_hints_of_a_tool(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:

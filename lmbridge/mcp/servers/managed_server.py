@@ -246,7 +246,8 @@ class ManagedServer:
             return await self._connect() if reconnect else session
         except (TimeoutError, SessionLostError, RefusedError, BadReplyError) as exc:
             logger.warning(
-                "MCP server %r: its list of tools could not be read again, so the old one stays in use: %s",
+                "MCP server %r: its tools may have changed, but the new list could not be read, so the old one stays "
+                "in use: %s",
                 self.spec.name,
                 describe_error(exc),
             )

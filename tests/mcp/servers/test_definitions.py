@@ -107,7 +107,7 @@ async def test_hints_that_a_server_does_not_give_have_the_worst_value(make_hub: 
     assert [each.server for each in lease.tools] == ["a", "a"]
 
 
-async def test_changed_tools_are_seen_by_the_next_run_and_not_by_the_current_one(
+async def test_changed_tools_are_added_to_a_lease_only_when_it_is_asked_for_them(
     make_hub: MakeHub, recorder: Recorder[McpEvent]
 ) -> None:
     hub = make_hub({"a": {"tools": ["change"]}}, on_event=recorder)
@@ -116,6 +116,11 @@ async def test_changed_tools_are_seen_by_the_next_run_and_not_by_the_current_one
     await recorder.wait_for(lambda event: event == ToolsChanged("a"))
     assert names(lease.tools) == ["change"]
     assert names((await hub.tools()).tools) == ["change", "new"]
+    assert names(await lease.new_tools()) == ["new"]
+    assert await lease.new_tools() == []
+    assert names(lease.tools) == ["change", "new"]
+    lease.release()
+    assert await lease.new_tools() == []
 
 
 async def test_a_changed_list_that_cannot_be_read_is_logged_and_requested_again_by_the_next_run(

@@ -1,0 +1,95 @@
+"""Lists of tools that grow old: when they are read again, and what is reported about definitions that change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmbridge import ToolError
+from lmbridge.mcp import McpEvent, McpHub, ToolDefinitionChanged, ToolsChanged
+from tests.mcp.conftest import MakeHub
+from tests.mcp.support import Recorder, function_of, names, wait_for_notes
+
+
+async def listings(hub: McpHub, notes: Path, *, uses: int = 3) -> int:
+    """Uses the hub several times, and returns how often it asked for the list of tools."""
+    for _ in range(uses):
+        (await hub.tools()).release()
+    return (await wait_for_notes(notes)).count("listed")
+
+
+async def test_a_server_that_cannot_announce_changes_is_asked_for_its_tools_at_each_use(
+    make_hub: MakeHub, notes: Path
+) -> None:
+    options = {"tools": ["change", "redefine", "echo"], "unannounced": True, "listed": True, "notes": str(notes)}
+    hub = make_hub({"a": options})
+    assert await listings(hub, notes) == 3
+    await function_of(await hub.tools(), "change")()
+    assert names((await hub.tools()).tools) == ["change", "redefine", "echo", "new"]
+
+
+async def test_runs_that_begin_at_the_same_time_share_the_request_for_a_list(make_hub: MakeHub, notes: Path) -> None:
+    hub = make_hub({"a": {"unannounced": True, "listed": True, "notes": str(notes)}})
+    await hub.tools()
+    server = hub._servers["a"]
+    await asyncio.gather(*(server.definitions() for _ in range(50)))
+    assert (await wait_for_notes(notes)).count("listed") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1),
+        ({"ttl": 0}, 3),
+        ({"ttl": -5}, 3),
+        ({"ttl": 3_600_000}, 1),
+        ({"ttl": 3_600_000, "unannounced": True}, 1),
+        ({"ttl": 0, "unannounced": True}, 3),
+        ({"ttl": "soon", "unannounced": True}, 3),
+        ({"ttl": None}, 1),
+        ({"ttl": 0, "page": 10}, 6),
+    ],
+)
+async def test_the_time_for_which_a_list_is_valid_decides_when_it_is_read_again(
+    make_hub: MakeHub, notes: Path, options: Mapping[str, Any], expected: int
+) -> None:
+    hub = make_hub({"a": {**options, "listed": True, "notes": str(notes)}})
+    assert await listings(hub, notes) == expected
+
+
+async def test_the_list_of_a_server_that_announces_changes_is_read_again_after_a_while(
+    make_hub: MakeHub, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.servers.session_owner._ANNOUNCED_LIST_SECONDS", 0.0)
+    assert await listings(make_hub({"a": {"listed": True, "notes": str(notes)}}), notes) == 3
+
+
+async def test_a_list_that_could_not_be_read_within_a_run_is_requested_by_the_next_run_only(
+    make_hub: MakeHub, recorder: Recorder[McpEvent], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = make_hub({"a": {"tools": ["change"], "list_refused": True}}, on_event=recorder)
+    lease = await hub.tools()
+    await function_of(lease, "change")()
+    await recorder.wait_for(lambda event: event == ToolsChanged("a"))
+    assert await lease.new_tools() == await lease.new_tools() == []
+    assert caplog.text.count("the new list could not be read") == 1
+    assert names((await hub.tools()).tools) == ["change", "new"]
+    assert names(await lease.new_tools()) == ["new"]
+
+
+async def test_a_definition_that_differs_after_a_restart_is_reported(
+    make_hub: MakeHub, tmp_path: Path, recorder: Recorder[McpEvent]
+) -> None:
+    once = tmp_path / "once"
+    options = {"tools": ["count", "echo"], "die_at": ["count"], "once": str(once), "changed_after": str(once)}
+    hub = make_hub({"a": options}, on_event=recorder)
+    lease = await hub.tools()
+    with pytest.raises(ToolError):
+        await function_of(lease, "count")()
+    await hub.tools()
+    assert ToolDefinitionChanged("a", "echo", ("description",)) in recorder.seen
+    assert lease.tools[1].description == "Does echo."
