@@ -46,7 +46,7 @@ from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
-from lmbridge.client.structured import InvalidAnswerError
+from lmbridge.client.structured import InvalidAnswerError, answer_in_reasoning
 from lmbridge.client.surrogates import Halves, join_halves
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -261,6 +261,8 @@ class RunLoop:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
             reply = await self._read_stream(stream)
         self._check_complete(reply)
+        if self._output is not None and reply.is_only_reasoning and not reply.calls:
+            reply.text = answer_in_reasoning(reply.reasoning)
         self._count_tokens(reply, prompt_size)
         if not reply.calls and (found := self._toolset.find_text_calls(reply.text)):
             reply.text, reply.calls = found

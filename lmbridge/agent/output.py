@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lmbridge.client.structured import AnswerFormat, InvalidAnswerError, answer_format_of, without_fence
+from lmbridge.client.structured import AnswerFormat, InvalidAnswerError, answer_format_of
 from lmbridge.errors import LLMValidationError
 
 _MOST_REQUESTS: Final = 3
@@ -46,7 +46,7 @@ class OutputReader:
         Raises:
             InvalidAnswerError: The text is not valid JSON, or does not fit the type.
         """
-        return self._format.decode(without_fence(text))
+        return self._format.decode(text)
 
     def next_request(self, error: InvalidAnswerError) -> str | None:
         """Returns the message that asks for the output after an invalid answer; None after too many requests.

@@ -32,6 +32,8 @@ class ModelReply:
     """The answer, without the reasoning."""
     reasoning: str
     """The reasoning, wherever the server put it."""
+    is_only_reasoning: bool
+    """Whether all of the reply has arrived as reasoning, in a field of its own, so that the message has no content."""
     reasoning_fields: Mapping[str, str]
     """The fields of a message that send the reasoning back to the server; empty if there is none."""
     calls: Sequence[WireCall]
@@ -53,6 +55,7 @@ class ModelReply:
         return cls(
             text=text,
             reasoning=reasoning,
+            is_only_reasoning=bool(reasoning) and not message.get("content"),
             reasoning_fields=reasoning_fields(message, reasoning),
             calls=_read_calls(message),
             finish_reason=finish_reason if isinstance(finish_reason, str) else None,

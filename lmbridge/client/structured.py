@@ -17,6 +17,7 @@ import msgspec
 
 from lmbridge._text import excerpt, replace_lone_surrogates, shorten
 from lmbridge.client.chat_stream import ChatStream
+from lmbridge.client.embedded_json import find_only_value, is_json
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.client.schemas import simplify_answer_schema
 from lmbridge.client.stand_ins import describe_fault
@@ -55,12 +56,28 @@ class AnswerFormat(Generic[T]):
         schema: Mapping[str, Any] = self.response_format["json_schema"]["schema"]
         return schema
 
-    def decode(self, text: str) -> T:
+    def decode(self, text: str, *, is_cut: bool = False) -> T:
         """Returns the instance that the text of an answer stands for.
+
+        Prose around the value is ignored, unless the text holds several different values.
+
+        Args:
+            text: The text of the answer.
+            is_cut: Whether the answer was cut off. Then any prose around a value may be the beginning of another one.
 
         Raises:
             InvalidAnswerError: The text is not valid JSON, or does not fit the type.
         """
+        text = without_fence(text)
+        try:
+            return self._decode_whole(text)
+        except InvalidAnswerError:
+            value = None if is_cut else find_only_value(text, with_arrays=self._wrapper is not None)
+            if value is None:
+                raise
+        return self._decode_whole(value.text)
+
+    def _decode_whole(self, text: str) -> T:
         value, prefix = self._unwrapped(text)
         try:
             return self._typed.decode(value)
@@ -146,12 +163,12 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
             may be able to correct its answer.
     """
     text = _answer_text(reply)
+    is_cut = reply["choices"][0].get("finish_reason") == "length"
     try:
-        return answer_format.decode(text)
+        return answer_format.decode(text, is_cut=is_cut)
     except InvalidAnswerError as exc:
         context = {**context, "model": reply.get("model")}
-        choice = reply["choices"][0]
-        if choice.get("finish_reason") == "length":
+        if is_cut:
             message, hint = "the answer was cut off", "raise max_tokens, or load the model with a longer context"
         elif not text:
             message, hint = _explain_empty_answer(reply)
@@ -163,12 +180,27 @@ def _decode_answer(reply: ChatCompletion, answer_format: AnswerFormat[T], contex
 
 
 def _answer_text(reply: ChatCompletion) -> str:
-    """Returns the answer without the reasoning before it, and without a Markdown fence around the whole of it."""
-    text: str = reply["choices"][0]["message"].get("content") or ""
+    """Returns the answer without the reasoning before it."""
+    message: Mapping[str, Any] = reply["choices"][0]["message"]
+    text: str = message.get("content") or ""
+    if not text.strip():
+        is_other = message.get("tool_calls") or message.get("refusal")
+        return "" if is_other else answer_in_reasoning(split_reasoning(reply).reasoning)
     # In an answer that begins as JSON does, a tag is a part of some string.
     if not text.lstrip().startswith("{"):
         text = split_reasoning(reply).text
-    return without_fence(text)
+    return text.strip()
+
+
+def answer_in_reasoning(reasoning: str) -> str:
+    """Returns the reasoning of a reply without any text if it is the answer, or else an empty string.
+
+    Servers that expect reasoning take the whole output for it if the model did not reason. So it is the answer if it is
+    JSON, or ends with the only JSON value in it.
+    """
+    text = without_fence(reasoning)
+    value = find_only_value(text, with_arrays=True)
+    return text if is_json(text) or (value is not None and value.is_last) else ""
 
 
 def without_fence(text: str) -> str:

@@ -73,6 +73,7 @@ async def test_the_model_uses_its_tools_and_is_then_asked_for_the_output(
     [
         (Sum, '{"total": 3}', Sum(total=3)),
         (Point, '```json\n{"x": 1}\n```', Point(1)),
+        (Point, 'It is {"x": 1}, as you can see.', Point(1)),
         (int, "3", 3),
         (list[Point], '{"answer": [{"x": 1}]}', [Point(1)]),
         (Literal["yes", "no"], '"yes"', "yes"),
@@ -86,6 +87,15 @@ async def test_an_answer_that_is_the_output_already_is_not_asked_for_again(
     result = await Agent(client, tools=[add]).run("What is 1 plus 2?", output_type=output_type)
     assert result.output == output
     assert type(result.output) is type(output)
+
+
+async def test_an_output_that_the_server_took_for_reasoning_is_read(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("", reasoning='{"x": 1}'))
+    assert (await Agent(client).run("Hi", output_type=Point)).output == Point(1)
+    scripted_server.script(answer("", reasoning="Hm."), answer("Hello."))
+    assert (await Agent(client).run("Hi")).text == "Hello."
 
 
 async def test_the_type_of_a_run_replaces_that_of_the_agent(scripted_server: ScriptedServer, client: LLMClient) -> None:

@@ -197,6 +197,89 @@ async def test_reasoning_before_the_answer_and_a_fence_around_it_are_removed(
     assert len(scripted_server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Here you are: {"x": 1}',
+        '{"x": 1}\nI hope that helps!',
+        'Of course!\n\n```json\n{"x": 1}\n```\n\nThat is all.',
+        'See [1] and [2, 3] for it: {"x": 1}',
+        'As in {curly} [square] (round): {"x": 1} :-}',
+        '{"x": 1}\n\nOnce more:\n```\n{ "x": 1 }\n```',
+        '```json\n{"x": 1}\n',
+        '<think>{"x": 5}?</think>The answer is {"x": 1}.',
+        '{"x": 1}<|im_end|>',
+    ],
+)
+async def test_prose_around_the_only_value_is_ignored(
+    scripted_server: ScriptedServer, client: LLMClient, text: str
+) -> None:
+    scripted_server.default = answer(text)
+    assert await client.parse(MESSAGES, Point) == Point(1)
+    assert len(scripted_server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "expected"),
+    [
+        (list[int], "Sure: [1, 2]", [1, 2]),
+        (list[int], 'Sure: {"answer": [1, 2]}.', [1, 2]),
+        (Literal["a", "b"], '```json\n{"answer": "a"}\n``` is it.', "a"),
+        (list[Point], 'Both: [{"x": 1}, {"x": 2}]', [Point(1), Point(2)]),
+    ],
+)
+async def test_prose_is_ignored_around_values_that_are_not_objects(
+    scripted_server: ScriptedServer, client: LLMClient, type_: Any, text: str, expected: Any
+) -> None:
+    scripted_server.default = answer(text)
+    assert await client.parse(MESSAGES, type_) == expected
+    assert len(scripted_server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"x": 1} or {"x": 2}',
+        '{} is empty, but {"x": 1} is not.',
+        '{"x": 1} and then {"x": ',
+        '{"points": [{"x": 1}, {"x": oops}]}',
+        '{answer: {"x": 1}}',
+        'Both: [{"x": 1}]',
+        'It is {"x": 1}, or else: [{"y": ',
+        '```json\n{"x": 1}\n```\n```json\n{"x": 2}\n```',
+    ],
+)
+async def test_nothing_is_guessed_if_the_value_is_not_the_only_one(
+    scripted_server: ScriptedServer, client: LLMClient, text: str
+) -> None:
+    scripted_server.script(answer(text), answer('{"x": 7}'))
+    assert await client.parse(MESSAGES, Point) == Point(7)
+    assert len(scripted_server.requests) == 2
+
+
+@pytest.mark.parametrize("content", ["", " \n", None])
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize(
+    "reasoning", ['{"x": 1}', '```json\n{"x": 1}\n```', 'I think that it is:\n```json\n{"x": 1}\n```\n', '{"x": 1}\n']
+)
+async def test_an_answer_that_the_server_took_for_reasoning_is_read(
+    scripted_server: ScriptedServer, client: LLMClient, content: str | None, key: str, reasoning: str
+) -> None:
+    delta = {"role": "assistant", "content": content, key: reasoning}
+    choice = {"index": 0, "delta": delta, "finish_reason": "stop"}
+    scripted_server.default = sse({**piece(), "choices": [choice]}, done=True)
+    assert await client.parse(MESSAGES, Point) == Point(1)
+    assert len(scripted_server.requests) == 1
+
+
+async def test_a_wrong_answer_that_the_server_took_for_reasoning_is_sent_back(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("", reasoning='{"x": "one"}'), answer('{"x": 1}'))
+    assert await client.parse(MESSAGES, Point) == Point(1)
+    assert scripted_server.requests[1].json["messages"][-2] == {"role": "assistant", "content": '{"x": "one"}'}
+
+
 async def test_reasoning_in_a_separate_field_is_ignored(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.default = answer('{"x": 1}', reasoning='Maybe {"x": 2}?')
     assert await client.parse(MESSAGES, Point) == Point(1)
@@ -253,9 +336,7 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
         (Point, '{"x": "1"}', "$.x", "expected `int`, got `str`"),
         (Point, "[1, 2]", "$", "expected `object`, got `array`"),
         (Point, "Here you are: x is 1.", "$", "it is not valid JSON: JSON is malformed"),
-        (Point, 'Here you are: {"x": 1}', "$", "it is not valid JSON: JSON is malformed"),
         (Point, '{"x": 1} {"x": 2}', "$", "it is not valid JSON: JSON is malformed: trailing characters"),
-        (Point, '```json\n{"x": 1}\n```\nThat is all.', "$", "it is not valid JSON: JSON is malformed"),
         (Point, '{"x": 1', "$", "it is not valid JSON: Input data was truncated"),
         (
             Point,
@@ -341,7 +422,11 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "argume
         (answer("", tool_calls=[CALL]), "the model called a tool instead of answering"),
         (answer(""), "the answer is empty"),
         (answer(" \n"), "the answer is empty"),
-        (answer("", reasoning='{"x": 1}'), "the model reasoned, but did not answer"),
+        (answer("", reasoning='{"x": 1} or {"x": 2}'), "the model reasoned, but did not answer"),
+        (answer("", reasoning='Perhaps {"x": 1}. Let me see.'), "the model reasoned, but did not answer"),
+        (answer("", reasoning='{"x": 1', finish_reason="length"), "the answer was cut off"),
+        (answer('So {"x": 1} and', finish_reason="length"), "the answer was cut off"),
+        (answer("", reasoning='{"x": 1}', tool_calls=[CALL]), "the model called a tool instead of answering"),
         (answer('<think>{"x": 1}'), "the model reasoned, but did not answer"),
         (sse(piece(finish_reason="stop"), done=True), "the stream ended without any part of an answer"),
         (

@@ -1,0 +1,61 @@
+"""The search for the only JSON value in a text: what counts as one, and that it takes linear time."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge.client.embedded_json import EmbeddedValue, find_only_value
+from tests.support import assert_linear
+
+PROSE = st.text(st.sampled_from("ab :.,\n\"'`()é"), max_size=20)
+VALUES = st.dictionaries(
+    st.text(max_size=4),
+    st.recursive(st.integers() | st.text() | st.booleans() | st.none(), lambda leaf: st.lists(leaf, max_size=3)),
+    max_size=3,
+)
+
+
+@given(before=PROSE, value=VALUES, after=PROSE)
+def test_an_object_is_found_whatever_prose_is_around_it(before: str, value: dict[str, Any], after: str) -> None:
+    found = find_only_value(f"a {before}{json.dumps(value)}{after}", with_arrays=False)
+    assert found is not None
+    assert json.loads(found.text) == value
+
+
+@given(values=st.lists(VALUES, min_size=2, max_size=4), prose=PROSE)
+def test_different_objects_are_never_told_apart(values: list[dict[str, Any]], prose: str) -> None:
+    texts = [json.dumps(value) for value in values]
+    found = find_only_value(f"a {prose.join(texts)}", with_arrays=False)
+    assert (found is not None) == all(value == values[0] for value in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "with_arrays", "found"),
+    [
+        ("no value", True, None),
+        ("", True, None),
+        ("see [1]", True, EmbeddedValue("[1]", True)),
+        ("see [1]", False, None),
+        ("see [1].", True, EmbeddedValue("[1]", False)),
+        ("```\n[1]\n``` \n", True, EmbeddedValue("[1]", True)),
+        ("[1] and [2]", True, None),
+        ('{"a": 1} {"a": 1.0}', True, None),
+        ('{"a": 1, "b": 2} {"b": 2, "a": 1}', True, EmbeddedValue('{"b": 2, "a": 1}', True)),
+        ('{"a": 1} {"a": true}', True, None),
+        ("[1]", True, None),
+        ("[" * 100_000, True, None),
+        ('a {"b": ' * 50_000, True, None),
+    ],
+)
+def test_only_one_value_may_be_there(text: str, with_arrays: bool, found: EmbeddedValue | None) -> None:
+    assert find_only_value(text, with_arrays=with_arrays) == found
+
+
+@pytest.mark.parametrize("part", ["{", "[", "{x", "[x", "{x}", "[x]", '{"a": 1} ', "[[1], ", '{"', "{ "])
+def test_the_search_takes_linear_time(part: str) -> None:
+    assert_linear(lambda size: find_only_value(part * size, with_arrays=True), 20_000)
