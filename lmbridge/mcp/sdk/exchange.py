@@ -239,6 +239,7 @@ class Exchange:
 
     def _result_for_sdk(self, method: str, result: dict[str, Any]) -> dict[str, Any]:
         notes: list[str] = []
+        sdk_result: dict[str, Any]
         if method == "initialize":
             sdk_result, self.protocol = normalize_handshake(result, known_handshake_versions(), notes)
         elif method == "tools/list":

@@ -7,6 +7,8 @@ valid. The errors are internal: `servers` turns them into the public `MCPConnect
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SessionLostError(Exception):
     """The session cannot be used any longer; the text is the reason."""
@@ -50,7 +52,8 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     # The errors of pydantic are listings of many lines.
-    if isinstance(error, ValueError) and callable(list_errors := getattr(error, "errors", None)):
-        first = list_errors()[0]
+    list_errors: Any = getattr(error, "errors", None)
+    if isinstance(error, ValueError) and callable(list_errors):
+        first: Any = list_errors()[0]
         return f"its answer is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     return str(error) or type(error).__name__
