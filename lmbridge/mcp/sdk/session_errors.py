@@ -52,8 +52,8 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     # The errors of pydantic are listings of many lines.
-    list_errors: Any = getattr(error, "errors", None)
-    if isinstance(error, ValueError) and callable(list_errors):
-        first: Any = list_errors()[0]
+    if isinstance(error, ValueError) and hasattr(error, "errors"):
+        listing: Any = error
+        first = listing.errors()[0]
         return f"its answer is not valid: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     return str(error) or type(error).__name__
