@@ -7,8 +7,7 @@ not flood an error message, and a text that is passed on must be valid UTF-8. Bo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -22,15 +21,6 @@ _QUOTED_BYTES: Final = 250_000
 """The number of bytes at the beginning of a body that an error keeps."""
 _LONGEST_SECRET: Final = 10_000
 """The number of characters at the end of a text that was cut off in which half of a secret may be left."""
-
-_NAMES_COMPARED: Final = 10_000
-"""The most names that `close_matches` looks at."""
-_NAME_CHARACTERS: Final = 100
-"""The most characters of a name that `close_matches` compares. Longer names are never close."""
-_COMPARISON_BUDGET: Final = 300_000
-"""The most pairs of characters that `close_matches` compares, which takes about 50 ms at worst."""
-_COMPARISON_OVERHEAD: Final = 200
-"""The pairs of characters that could be compared in the time that each name takes whatever its length."""
 
 
 def shorten(text: str, limit: int) -> str:
@@ -64,28 +54,6 @@ def redacted_beginning(text: bytes | str, redact: Callable[[str], str]) -> str:
     readable = redact(head if isinstance(head, str) else head.decode("utf-8", "replace"))
     # A secret that was cut in two is not found, so the end is left out.
     return readable if len(head) == len(text) else readable[:-_LONGEST_SECRET]
-
-
-def close_matches(name: str, names: Iterable[str]) -> list[str]:
-    """Returns up to three names that are similar to a name whatever their case, the most similar one first.
-
-    The work is limited, because a server may list any number of models. Of a long list, names that have the beginning
-    of the name in them are compared first.
-    """
-    # Imported here because it is not needed until something is missing.
-    import difflib  # noqa: PLC0415
-
-    asked = name[:_NAME_CHARACTERS].casefold()
-    looked_at = (each for each in islice(names, _NAMES_COMPARED) if len(each) <= _NAME_CHARACTERS)
-    by_folded_name = {each.casefold(): each for each in looked_at}
-    candidates = []
-    budget = _COMPARISON_BUDGET
-    for folded in sorted(by_folded_name, key=lambda folded: asked[:3] not in folded):
-        budget -= len(folded) * len(asked) + _COMPARISON_OVERHEAD
-        if budget < 0:
-            break
-        candidates.append(folded)
-    return [by_folded_name[each] for each in difflib.get_close_matches(asked, candidates)]
 
 
 def join_surrogates(text: str) -> str:

@@ -330,7 +330,7 @@ def check_auth(auth: Any) -> tuple[str, str] | None:
     return auth[0], auth[1]
 
 
-def check_proxy(proxy: str | None) -> str | None:
+def check_proxy(proxy: str | None, *, name: str = "proxy") -> str | None:
     """Returns the URL of an HTTP proxy, or None.
 
     Raises:
@@ -341,15 +341,25 @@ def check_proxy(proxy: str | None) -> str | None:
     hint = "write it like 'http://127.0.0.1:3128'"
     parts = _split_url(proxy) if isinstance(proxy, str) and proxy.isprintable() and " " not in proxy else None
     if not isinstance(parts, SplitResult):
-        raise LLMValidationError("proxy must be the URL of an HTTP proxy", hint=hint)
+        raise LLMValidationError(f"{name} must be the URL of an HTTP proxy", hint=hint)
     if parts.scheme.startswith("socks"):
         raise LLMValidationError(
-            f"proxy is a {parts.scheme} proxy, which lmbridge does not support",
+            f"{name} is a {parts.scheme} proxy, which lmbridge does not support",
             hint="use an HTTP proxy, or forward a port: ssh -L 1234:127.0.0.1:1234 HOST",
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LLMValidationError("proxy must be the URL of an HTTP proxy", hint=hint)
+        raise LLMValidationError(f"{name} must be the URL of an HTTP proxy", hint=hint)
     return proxy
+
+
+def environment_proxy(url: str) -> str | None:
+    """Returns the URL of the proxy that the environment names for requests to a URL, or None."""
+    # Imported here because the import takes milliseconds, and few programs use the proxies of the environment.
+    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415
+
+    parts = urlsplit(url)
+    proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def is_loopback(url: str) -> bool:

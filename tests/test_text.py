@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge._text import close_matches, excerpt, redacted_beginning, replace_lone_surrogates, shorten
-from tests.support import assert_linear
+from lmbridge._text import excerpt, redacted_beginning, replace_lone_surrogates, shorten
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters()),
@@ -41,25 +40,6 @@ def test_a_secret_that_is_cut_in_two_is_not_shown(position: int) -> None:
     shown = redacted_beginning(text.encode(), lambda text: text.replace("s" * 5_000, ""))
     assert set(shown) == {"."}
     assert len(shown) > 200_000
-
-
-def test_close_matches_ignore_case_and_come_in_order() -> None:
-    names = ["gemma-3-4b", "Qwen3-8B", "Qwen3-4B", "x" * 200]
-    assert close_matches("qwen3-4b", names) == ["Qwen3-4B", "Qwen3-8B"]
-    assert close_matches("", names) == []
-
-
-def test_a_close_match_in_a_long_list_is_found() -> None:
-    names = [f"org/model-{number}" for number in range(9_000)]
-    assert close_matches("qwen3-4", [*names, "qwen3-4b"]) == ["qwen3-4b"]
-
-
-@pytest.mark.parametrize("letters", ["ab", "a", "abcdefgh"])
-def test_the_time_for_close_matches_is_limited(letters: str) -> None:
-    def match(size: int) -> None:
-        close_matches(letters * 10, [letters * 9 + str(number) for number in range(size)])
-
-    assert_linear(match, 2_000)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ _FOREIGN: Final = {
     "timeouts": "use timeout=",
     "transport": _CLIENT_OPTION.format("transport"),
     "trust_env": _CLIENT_OPTION.format("trust_env"),
+    "max_reply_bytes": _CLIENT_OPTION.format("max_reply_bytes"),
     "verify": _CLIENT_OPTION.format("ssl"),
 }
 """Options that cannot be meant for the server, and the hint that says what to use instead."""

@@ -160,6 +160,11 @@ _UNKNOWN_PATH: Final = _Patterns(
     r"^cannot (get|post) /",
 )
 
+_TLS_EXPECTED: Final = _Patterns(
+    r"\bhttp request (was sent )?to (an )?https (server|port)\b",  # Go, nginx
+    r"\bspeaking plain http to an ssl-enabled\b",  # Apache
+)
+
 # The beginnings of the parts of messages that list the models which exist, and the ends of these parts.
 _MODEL_LISTS: Final = (
     (_Patterns(r"\(e\.g\.,? "), ")"),  # "... a valid downloaded model (e.g., a, b)"
@@ -193,6 +198,9 @@ _CONTEXT_LENGTH: Final = tuple(
 
 _SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
+_TLS_HINT: Final = "the server expects TLS; let api_base begin with https://"
+_PROXY_LOGIN_HINT: Final = "put a user and a password into the URL of the proxy: http://user:password@host:port"
+_PROXY_LOGIN_REQUIRED: Final = 407
 _LOAD_HINT: Final = (
     "load a model first: on LM Studio's developer page, with `lms load`, or with the options that start the server"
 )
@@ -487,7 +495,8 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
         details = {**details, "hint": _REDIRECT_HINT, "body": error_body.text}
         return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
     kind = error_class(error_body, reply.status) or LLMResponseError
-    message = f"the server answered {reply.status}{_describe_body(error_body, reply.status, kind)}"
+    sender = "proxy" if reply.status == _PROXY_LOGIN_REQUIRED else "server"
+    message = f"the {sender} answered {reply.status}{_describe_body(error_body, reply.status, kind)}"
     error = _make_error(kind, message, error_body, details)
     if isinstance(error, LLMResponseError):
         error.retry_after = reply.retry_after
@@ -533,13 +542,22 @@ def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> st
             return _EVICTED_HINT
         if _NO_MODEL_LOADED.search(error_body.searched_text):
             return _LOAD_HINT
-    elif kind not in _HINTS:
-        has_no_message = not error_body.message or _HTML_PAGE.match(error_body.message)
-        if _UNKNOWN_PATH.search(error_body.message[:_SEARCHED_CHARACTERS]) or (status in (404, 405) and has_no_message):
-            return _PATH_HINT
-        if status is not None and status < 300 and error_body.is_text:
-            return _SERVER_HINT
-    return _HINTS.get(kind)
+    return _HINTS[kind] if kind in _HINTS else _hint_for_other_error(error_body, status)
+
+
+def _hint_for_other_error(error_body: ErrorBody, status: int | None) -> str | None:
+    """Returns the hint for an error whose class says nothing about its cause."""
+    text = error_body.message[:_SEARCHED_CHARACTERS]
+    if status == _PROXY_LOGIN_REQUIRED:
+        return _PROXY_LOGIN_HINT
+    if _TLS_EXPECTED.search(text):
+        return _TLS_HINT
+    has_no_message = not text or _HTML_PAGE.match(text)
+    if _UNKNOWN_PATH.search(text) or (status in (404, 405) and has_no_message):
+        return _PATH_HINT
+    if status is not None and status < 300 and error_body.is_text:
+        return _SERVER_HINT
+    return None
 
 
 def _models_listed_in(error_body: ErrorBody) -> list[str]:

@@ -375,8 +375,12 @@ class LLMClient(Owner):
             verification.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
+        max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
+            larger one is an `LLMResponseError`. Streams are not limited, but no event of a stream may exceed 100 MiB.
+            Default: 256 MiB.
         transport: A transport whose connections and limits are shared with other clients. It replaces the options
-            `api_base`, `api_key`, `limits`, `ssl` and `trust_env`, and remains open when the client is closed.
+            `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`, and remains open when the client
+            is closed.
             Default: the client makes a transport for itself.
 
     Raises:
@@ -402,6 +406,7 @@ class LLMClient(Owner):
         priority: Priority = "normal",
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
+        max_reply_bytes: int | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._set_wrapped(
@@ -420,6 +425,7 @@ class LLMClient(Owner):
                 priority=priority,
                 ssl=ssl,
                 trust_env=trust_env,
+                max_reply_bytes=max_reply_bytes,
                 transport=transport,
             )
         )

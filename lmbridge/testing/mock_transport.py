@@ -248,9 +248,6 @@ class _WholeResponse:
         unread, self._unread = self._unread, b""
         return unread
 
-    async def read(self) -> bytes:
-        return self.take_arrived()
-
     def close(self) -> None:
         self._unread = b""
 
@@ -314,12 +311,6 @@ class _StreamedResponse:
                 self._arrived.put_nowait(piece)
                 break
             self._ended = not piece
-            pieces.append(piece)
-        return b"".join(pieces)
-
-    async def read(self) -> bytes:
-        pieces = []
-        while piece := await self.read_some():
             pieces.append(piece)
         return b"".join(pieces)
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge.config import Timeouts
-from lmbridge.errors import LLMError, LLMTimeoutError
+from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.faults import Phase, timed_out
@@ -30,6 +30,9 @@ from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
+
+MAX_REPLY_BYTES: Final = 256 * 1024**2
+"""The default of the option `max_reply_bytes`."""
 
 
 def _never_reports_error(_data: bytes) -> bool:
@@ -87,7 +90,7 @@ class Request:
     complete_error: Callable[[LLMError], Awaitable[None]] | None = None
     """Adds to an error inside a stream what another request can find out, before the reader of the stream gets it."""
     max_bytes: int | None = None
-    """The most bytes that the body of a whole reply may have, or None for no limit."""
+    """The most bytes that the body of a whole reply may have, or None for the `max_reply_bytes` of the transport."""
     below_root: bool = False
     """Whether the path starts at the root of the server, such as "/api/v1/models", and not below `/v1`."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
@@ -104,6 +107,8 @@ class Call:
         url: The absolute URL that the request is sent to.
         admission: The admission that the permit is returned to.
         deadline_timer: The timer that watches the deadlines of the call.
+        max_reply_bytes: The most bytes that the body of a whole reply may have, unless the request has a limit of its
+            own.
     """
 
     __slots__ = (
@@ -111,6 +116,7 @@ class Call:
         "_attempt_started",
         "_is_logged",
         "_load_deadline",
+        "_max_reply_bytes",
         "_polls",
         "_started",
         "_waits",
@@ -124,7 +130,14 @@ class Call:
         "url",
     )
 
-    def __init__(self, request: Request, url: str, admission: Admission, deadline_timer: DeadlineTimer) -> None:
+    def __init__(
+        self,
+        request: Request,
+        url: str,
+        admission: Admission,
+        deadline_timer: DeadlineTimer,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
+    ) -> None:
         self.request: Request = request
         """The request."""
         self.url: str = url
@@ -139,6 +152,7 @@ class Call:
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
         self._admission = admission
+        self._max_reply_bytes = max_reply_bytes
         self._started = deadline_timer.time()
         self._attempt_started = self._started
         self.total_deadline: float = self._started + _or_infinity(request.timeouts.total)
@@ -163,6 +177,24 @@ class Call:
             "attempts": self.attempts,
             "seconds": self.deadline_timer.time() - self._started,
         }
+
+    @property
+    def max_bytes(self) -> int:
+        """The most bytes that the body of a whole reply may have."""
+        return self._max_reply_bytes if self.request.max_bytes is None else self.request.max_bytes
+
+    def too_large(self, status: int) -> LLMResponseError:
+        """Returns the error for a reply that has more bytes than `max_bytes`."""
+        if self.request.max_bytes is None:
+            limit, hint = " (max_reply_bytes)", "raise the client's max_reply_bytes if such a reply is expected"
+        else:
+            limit, hint = "", "check that api_base is an OpenAI-compatible server"
+        return LLMResponseError(
+            f"the reply has more than {_describe_size(self.max_bytes)}{limit}",
+            hint=hint,
+            status=status,
+            context=self.context(),
+        )
 
     # Attempts
 
@@ -297,6 +329,11 @@ class Reply:
     def retry_after(self) -> float | None:
         """The seconds that the server asked to wait before the next attempt, or None if it did not ask."""
         return parse_retry_after(self.headers)
+
+
+def _describe_size(size: int) -> str:
+    mebibytes, rest = divmod(size, 1024**2)
+    return f"{size} bytes" if rest else f"{mebibytes} MiB"
 
 
 def _or_infinity(seconds: float | None) -> float:

@@ -98,7 +98,7 @@ class Deadline:
     at the same moment, the block ends with that `CancelledError`::
 
         with Deadline(deadline_timer, loop.time() + 5):
-            await response.read()
+            await response.read_some()
 
     Args:
         deadline_timer: The timer of the running event loop.

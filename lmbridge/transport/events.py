@@ -287,9 +287,9 @@ class EventStream:
             # This happens only with a test double, which may raise any error.
             return error.completed(status=self.status, context=self.call.context())
         return LLMStreamError(
-            "the connection broke mid-stream",
+            "the connection broke mid-stream" if error.hint is None else error.message,
             error.__cause__ or error,
-            hint="the server stopped, crashed or was cut off; what had arrived is in .partial",
+            hint=error.hint or "the server stopped, crashed or was cut off; what had arrived is in .partial",
             status=self.status,
             context=self.call.context(),
         )

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
 import attrs
 
-from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError
+from lmbridge._text import shorten
+from lmbridge.errors import LLMConnectionError, LLMError, LLMResponseError, LLMTimeoutError
 from lmbridge.transport.http import ConnectionFailed
 from lmbridge.transport.retry import Verdict
 
@@ -37,18 +38,35 @@ class Fault:
 _START_SERVER: Final = "start the server there, or pass the right api_base"
 
 UNKNOWN_HOST: Final = Fault("the host name cannot be resolved", hint="check api_base", unsent=True)
-UNTRUSTED_CERTIFICATE: Final = Fault(
-    "the server's certificate is not trusted",
-    hint="pass ssl=ssl.create_default_context(cafile=...) with the authority that signed it",
-    unsent=True,
-)
+_TRUST_HINT: Final = "pass ssl=ssl.create_default_context(cafile=...) with the authority that signed it"
+UNTRUSTED_CERTIFICATE: Final = Fault("the server's certificate is not trusted", hint=_TRUST_HINT, unsent=True)
 TLS_FAILED: Final = Fault("the TLS handshake failed", hint="check whether api_base is https or http", unsent=True)
-PROXY_UNREACHABLE: Final = Fault("the proxy cannot be reached", Verdict.RETRY, "check HTTP(S)_PROXY", unsent=True)
+_CHECK_PROXY: Final = "check HTTP(S)_PROXY, or proxy= where it is passed"
+PROXY_UNREACHABLE: Final = Fault("the proxy cannot be reached", Verdict.RETRY, _CHECK_PROXY, unsent=True)
 NOT_CONNECTED: Final = Fault("could not connect", Verdict.RETRY, _START_SERVER, unsent=True)
-NO_RESPONSE: Final = Fault("the server closed the connection without an answer", Verdict.RETRY)
+NO_RESPONSE: Final = Fault(
+    "the server closed the connection without an answer",
+    Verdict.RETRY,
+    "see the server's own log; if the server expects TLS, api_base must begin with https://",
+)
 BROKEN_BEFORE_RESPONSE: Final = Fault("the connection broke before the server answered", Verdict.RETRY)
 BROKEN_IN_BODY: Final = Fault("the connection broke in the middle of the answer")
 NOT_HTTP: Final = Fault("the server's answer is not valid HTTP", hint=_START_SERVER)
+TLS_IN_PLACE_OF_HTTP: Final = Fault(
+    "the server answered with TLS in place of HTTP", hint="let api_base begin with https://"
+)
+_CHECK_HEADERS: Final = "the server, or a proxy in front of it, sends headers that are too long or too many"
+HEAD_TOO_LARGE: Final = Fault("the head of the server's answer is larger than 64 KiB", hint=_CHECK_HEADERS)
+TOO_MANY_HEADERS: Final = Fault("the server's answer has more than 128 headers or trailers", hint=_CHECK_HEADERS)
+UNSUPPORTED_ENCODING: Final = Fault(
+    "the server's answer is compressed in a way that lmbridge does not support",
+    hint="make the server, or the proxy in front of it, send gzip, deflate or no compression, which is all that"
+    " lmbridge asks for; leave Accept-Encoding out of headers=",
+)
+BROKEN_COMPRESSION: Final = Fault(
+    "the server's answer cannot be decompressed",
+    hint="switch off the compression in the server or in the proxy in front of it",
+)
 NOT_SENT: Final = Fault("the request could not be sent")
 
 FaultTable = Iterable[tuple[type[BaseException], Fault]]
@@ -61,6 +79,117 @@ PYTHON_FAULTS: Final[FaultTable] = (
     (OSError, BROKEN_BEFORE_RESPONSE),
     (Exception, NOT_SENT),
 )
+
+
+# TLS
+
+_OTHER_NAME_HINT: Final = "use a name in api_base that the certificate contains, or issue a certificate for this one"
+_SELF_SIGNED_HINT: Final = (
+    "pass ssl=ssl.create_default_context(cafile=...) with this certificate, or with the one at the end of its chain"
+)
+_UNKNOWN_AUTHORITY_HINT: Final = f"{_TRUST_HINT}; the server must send all certificates in between itself"
+_RULES_HINT: Final = (
+    "issue it again, with the extension that is named here; until then, a context that does not check this can be"
+    " passed as ssl=: context = ssl.create_default_context(cafile=...); context.verify_flags &= ~ssl.VERIFY_X509_STRICT"
+)
+_CERTIFICATE_FAULTS: Final[Iterable[tuple[tuple[int, ...], str, str]]] = (
+    ((62, 64), "is for another host name", _OTHER_NAME_HINT),
+    ((10,), "has expired", "renew it on the server, or check the clock of this machine"),
+    ((9,), "is not valid yet", "check the clocks of this machine and of the server"),
+    ((18, 19), "is self-signed", _SELF_SIGNED_HINT),
+    ((2, 20, 21), "was signed by an authority that this machine does not know", _UNKNOWN_AUTHORITY_HINT),
+    ((23,), "has been revoked", "issue a new certificate"),
+    # Python 3.13 and later check these rules (79 and higher) by default.
+    ((24, 26, 32, 79, *range(85, 95)), "breaks a rule for certificates", _RULES_HINT),
+)
+"""What is wrong with a certificate, and the hint, for each `verify_code` of Python (X509_V_ERR_* of OpenSSL)."""
+_HANDSHAKE_FAULTS: Final[Iterable[tuple[tuple[str, ...], str, str]]] = (
+    (
+        ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"),
+        "the server does not speak TLS",
+        "check whether api_base is https or http: without TLS, it must begin with http://",
+    ),
+    (
+        ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE"),
+        "the server refused the TLS handshake",
+        "if it requires a certificate of the client, pass ssl= with a context on which load_cert_chain() was called",
+    ),
+    (
+        ("UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE", "NO_CIPHERS", "DH_KEY_TOO_SMALL"),
+        "the server and this machine have no version or cipher of TLS in common",
+        "update the server, or pass ssl= with a context that allows what it offers",
+    ),
+    (("UNRECOGNIZED_NAME",), "the server does not know its host name", "use a name in api_base that it serves"),
+)
+"""Parts of the reasons that OpenSSL gives for a failed handshake, with the message and the hint for them."""
+
+
+def tls_fault(exc: ssl.SSLError) -> Fault:
+    """Returns the fault that an error of TLS stands for, by its reason."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        for codes, what, hint in _CERTIFICATE_FAULTS:
+            if getattr(exc, "verify_code", 0) in codes:
+                return attrs.evolve(
+                    UNTRUSTED_CERTIFICATE, message=f"{UNTRUSTED_CERTIFICATE.message}: it {what}", hint=hint
+                )
+        return UNTRUSTED_CERTIFICATE
+    reason = _openssl_reason(exc)
+    for parts, message, hint in _HANDSHAKE_FAULTS:
+        if any(part in reason for part in parts):
+            return attrs.evolve(TLS_FAILED, message=f"{TLS_FAILED.message}: {message}", hint=hint)
+    return TLS_FAILED
+
+
+def _openssl_reason(exc: ssl.SSLError) -> str:
+    # Only the errors that OpenSSL raises have the attribute.
+    return getattr(exc, "reason", None) or str(exc)
+
+
+# Proxies
+
+_BROKEN_TUNNEL: Final = Fault(
+    "could not connect to the server through the proxy",
+    Verdict.RETRY,
+    "check that the proxy can reach the server, and that api_base is right",
+    unsent=True,
+)
+
+
+def blamed_on_proxy(fault: Fault, *, unsent: bool) -> Fault:
+    """Returns the fault for a failure of the proxy in place of the server.
+
+    Args:
+        fault: The fault as if there were no proxy.
+        unsent: Whether the proxy had not even opened a connection to the server.
+    """
+    if fault in (NOT_CONNECTED, PROXY_UNREACHABLE):
+        return PROXY_UNREACHABLE
+    message = fault.message.replace("the server", "the proxy").replace("the host name", "the host name of the proxy")
+    hint = (fault.hint or "").replace("api_base", "proxy=") if "certificate" in message else _CHECK_PROXY
+    return attrs.evolve(fault, message=message, hint=hint, unsent=unsent or fault.unsent)
+
+
+def proxy_refusal(status: int) -> Fault:
+    """Returns the fault for a proxy that did not open a connection to the server, by the status of its answer."""
+    if status == 407:
+        return Fault(
+            "the proxy requires a user and a password, or refused those that it got",
+            hint="put them into the URL of the proxy: http://user:password@host:port",
+            unsent=True,
+        )
+    if status >= 500:
+        hint = "check api_base, and that the proxy can reach it"
+        return Fault("the proxy could not connect to the server", Verdict.RETRY, hint, unsent=True)
+    hint = "allow the address in the proxy, or go without it: leave out proxy=, or set NO_PROXY"
+    return Fault("the proxy refused to connect to the server", hint=hint, unsent=True)
+
+
+def seen_through_proxy(fault: Fault) -> Fault:
+    """Returns the fault for a failure of the connection to the server that a proxy has opened."""
+    return _BROKEN_TUNNEL if fault is NOT_CONNECTED else fault
+
+
+# Making failures
 
 
 def look_up_fault(exc: BaseException, table: FaultTable) -> Fault:
@@ -90,12 +219,24 @@ def connection_failed(
     return kind(error, fault.verdict, unsent=fault.unsent)
 
 
+def unsupported_encoding(encoding: str, status: int) -> ConnectionFailed:
+    """Returns the failure for a response whose body is compressed in a way that is not supported."""
+    message = f"{UNSUPPORTED_ENCODING.message}: {shorten(encoding, 100)}"
+    return ConnectionFailed(LLMResponseError(message, hint=UNSUPPORTED_ENCODING.hint, status=status))
+
+
 Phase = Literal["connect", "load", "first_byte", "idle", "total"]
 
-_TIMEOUT_TEXTS: Final[dict[Phase, tuple[str, str]]] = {
+_RESOLVE_HINT: Final = (
+    "the name server may be slow, or blocking calls may occupy all threads of the event loop's default executor;"
+    " put an IP address into api_base, or raise Timeouts.connect"
+)
+_TIMEOUT_TEXTS: Final[Mapping[str, tuple[str, str]]] = {
+    "proxy": ("the proxy did not open a connection to the server", _CHECK_PROXY),
+    "resolve": ("the host name was not resolved", _RESOLVE_HINT),
     "connect": (
         "could not connect",
-        "check that the address is right and the host is up, or raise Timeouts.connect",
+        "check that the address is right, the host is up and, for https, speaks TLS; or raise Timeouts.connect",
     ),
     "load": (
         "the server did not finish loading its model",
@@ -111,23 +252,30 @@ _TIMEOUT_TEXTS: Final[dict[Phase, tuple[str, str]]] = {
 """The message and the hint of the error for each time limit."""
 
 
-def timed_out(phase: Phase, limit: float | None, cause: BaseException | None = None) -> LLMTimeoutError:
+def timed_out(
+    phase: Phase, limit: float | None, cause: BaseException | None = None, *, step: str | None = None
+) -> LLMTimeoutError:
     """Returns the error for a time limit that has run out.
 
     Args:
         phase: The name of the limit in `Timeouts`.
         limit: The limit in seconds, or None if it is not known.
         cause: The exception that caused the error.
+        step: The step of connecting that took too long, "resolve" or "proxy", if it is known.
     """
-    message, hint = _TIMEOUT_TEXTS[phase]
-    return LLMTimeoutError(message if limit is None else f"{message} within {limit:g} s", cause, phase=phase, hint=hint)
+    text, hint = _TIMEOUT_TEXTS[step or phase]
+    return LLMTimeoutError(text if limit is None else f"{text} within {limit:g} s", cause, phase=phase, hint=hint)
 
 
 def describe_os_error(exc: BaseException) -> str:
     """Returns the reason that an exception gives, in plain words, such as "Connection refused"."""
-    # The errno of an SSLError is a code of OpenSSL, and not one of the system.
+    # The errno of an SSLError is a code of OpenSSL, and that of a gaierror one of the resolver.
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"{_openssl_reason(exc)} ({exc.verify_message})" if hasattr(exc, "verify_message") else str(exc)
     if isinstance(exc, ssl.SSLError):
-        return exc.reason or str(exc)
+        return _openssl_reason(exc)
+    if isinstance(exc, socket.gaierror):
+        return exc.strerror or str(exc)
     if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
         return os.strerror(exc.errno)
     return str(exc) or type(exc).__name__
@@ -141,4 +289,5 @@ def failure_from(exc: LLMError | OSError, *, connect_timeout: float | None = Non
         return ConnectionFailed(exc)
     if isinstance(exc, TimeoutError):
         return ConnectionFailed(timed_out("connect", connect_timeout, exc), unsent=True)
-    return connection_failed(look_up_fault(exc, PYTHON_FAULTS), describe_os_error(exc), exc)
+    fault = tls_fault(exc) if isinstance(exc, ssl.SSLError) else look_up_fault(exc, PYTHON_FAULTS)
+    return connection_failed(fault, describe_os_error(exc), exc)

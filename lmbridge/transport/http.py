@@ -74,14 +74,6 @@ class HttpResponse(Protocol):
         """
         ...
 
-    async def read(self) -> bytes:
-        """Waits for the end of the body, and returns the part of it that `read_some` has not returned yet.
-
-        Raises:
-            ConnectionFailed: The connection broke, or `close` was called.
-        """
-        ...
-
     def close(self) -> None:
         """Closes the connection at once, unless the body has ended. A task that is reading gets `ConnectionFailed`."""
         ...

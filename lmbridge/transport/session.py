@@ -1,7 +1,7 @@
 """Sends requests over sockets with aiohttp. This is the only module that imports aiohttp.
 
 aiohttp won over httpx because it takes less time for a chunk of a stream (docs/performance.md), and over asyncio's own
-streams because a connection pool, TLS and proxies come with it. It also has four habits that do not suit lmbridge,
+streams because a connection pool, TLS and proxies come with it. It also has some habits that do not suit lmbridge,
 and everything that is done about them is in this module:
 
 - *It sends a GET again* when a connection is lost, even if the connection was new. `_ResponseOnConnection` raises
@@ -12,6 +12,11 @@ and everything that is done about them is in this module:
   `response_class`, sees the connection in `start` and remembers which ones have been used. aiohttp's tracing
   (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
   was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
+- *It limits the lines of a head, but not the head.* A server may send "100 Continue" for ever. So
+  `_HeadGuard` stands between a connection and aiohttp until the head of the response has arrived.
+- *It decompresses without a limit*, or without noticing that the end is missing; see
+  `lmbridge.transport.decompression`, which does it instead.
+- *It limits connecting, but not the resolution of a name.* `_Resolver` does.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
   error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
   limit of minutes runs out. `_AiohttpResponse` therefore watches `response.connection.protocol.closed`, a future that
@@ -28,22 +33,43 @@ and everything that is done about them is in this module:
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl as ssl_module
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
+from aiohttp.http_exceptions import LineTooLong
 
 from lmbridge._tasks import mark_exception_retrieved
+from lmbridge.config import environment_proxy
 from lmbridge.transport import faults
+from lmbridge.transport.decompression import (
+    ACCEPTED_ENCODINGS,
+    BrokenCompression,
+    Decompressor,
+    UnsupportedEncoding,
+    decompressor_for,
+)
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 KEEPALIVE_SECONDS: Final = 4.0
 """How long an idle connection is kept. LM Studio and llama.cpp close idle connections after 5 seconds."""
+
+_MOST_PARTS_AT_ONCE: Final = 16
+"""The most parts of a body, of 256 KiB each, that are decompressed in one step when its connection has broken."""
+HEAD_BYTES: Final = 64 * 1024
+"""The most bytes that may arrive until the head of a response is complete, interim responses (1xx) included."""
 
 AIOHTTP_FAULTS: Final[faults.FaultTable] = (
     (aiohttp.ClientConnectorDNSError, faults.UNKNOWN_HOST),
@@ -100,6 +126,7 @@ class AiohttpSession:
 
     async def send(self, request: HttpRequest) -> HttpResponse:
         """Sends a request once; see `HttpSession.send`."""
+        _connect_timeout.set(request.connect_timeout)
         try:
             response = await self._session_for(request).request(
                 request.method,
@@ -108,7 +135,7 @@ class AiohttpSession:
                 headers=request.headers,
                 # A redirect would send the key and the prompt to another server.
                 allow_redirects=False,
-                timeout=_client_timeout(request.connect_timeout),
+                timeout=self._timeout(request),
             )
         except _SENDING_ERRORS as exc:
             failure = self._failure(exc, request)
@@ -120,7 +147,7 @@ class AiohttpSession:
                 raise
             failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         else:
-            return _AiohttpResponse(response)
+            return _open_response(response)
         # Raised outside the `except` clauses, so that aiohttp's exception does not become the `__context__`: it may
         # contain the headers of the request, and these contain the key.
         raise failure
@@ -144,6 +171,12 @@ class AiohttpSession:
             if connector is not None:
                 _start_closing(connector)
 
+    def _timeout(self, request: HttpRequest) -> aiohttp.ClientTimeout:
+        # The limit for a socket does not include the answer of a proxy. The other one includes the wait for a
+        # connection of the pool, so it is not used without need.
+        tunnels = (self._proxy is not None or self._trust_env) and self._has_tunnel(request)
+        return _client_timeout(request.connect_timeout, tunnels)
+
     def _session_for(self, request: HttpRequest) -> aiohttp.ClientSession:
         if not request.fresh_connection:
             return self._pooled
@@ -159,6 +192,10 @@ class AiohttpSession:
             timeout=aiohttp.ClientTimeout(total=None),
             trust_env=self._trust_env,
             proxy=self._proxy,
+            headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
+            auto_decompress=False,
+            max_line_size=HEAD_BYTES,
+            max_field_size=HEAD_BYTES,
             response_class=_ResponseOnConnection,
         )
 
@@ -168,22 +205,63 @@ class AiohttpSession:
         options |= {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
         if self._socket_path is not None:
             return aiohttp.UnixConnector(self._socket_path, **options)
-        return aiohttp.TCPConnector(ssl=self._ssl or True, **options)
+        return aiohttp.TCPConnector(ssl=self._ssl or True, resolver=_Resolver(), **options)
 
     def _failure(self, exc: Exception, request: HttpRequest) -> ConnectionFailed:
         is_stale = False
+        # aiohttp raises the same classes while it connects through a proxy.
+        was_sent = isinstance(exc, _LostConnection)
         if isinstance(exc, _LostConnection):
             is_stale = exc.was_kept and not self._closed and not _response_had_begun(exc.original)
             exc = exc.original
         if isinstance(exc, aiohttp.ConnectionTimeoutError):
-            return ConnectionFailed(faults.timed_out("connect", request.connect_timeout, exc), unsent=True)
+            name_error = _find_cause(exc, _NameTimeoutError)
+            step = "resolve" if name_error is not None else "proxy" if self._has_tunnel(request) else None
+            error = faults.timed_out("connect", request.connect_timeout, name_error or exc, step=step)
+            return ConnectionFailed(error, unsent=True)
         return faults.connection_failed(
-            faults.look_up_fault(exc, AIOHTTP_FAULTS),
+            self._fault(exc, request, was_sent=was_sent),
             _describe_reason(exc),
             # The repr of a ClientResponseError contains the headers of the request, and so the key.
             exc.__cause__ if isinstance(exc, aiohttp.ClientResponseError) else exc,
             kind=StaleConnection if is_stale else ConnectionFailed,
         )
+
+    def _fault(self, exc: Exception, request: HttpRequest, *, was_sent: bool) -> faults.Fault:
+        """Returns what an exception stands for: its reason decides, and then its class."""
+        if isinstance(exc, aiohttp.ClientHttpProxyError):
+            return faults.proxy_refusal(exc.status)
+        if isinstance(exc, _HeadTooLarge):
+            return faults.HEAD_TOO_LARGE
+        tls_error = _find_cause(exc, ssl_module.SSLError)
+        fault = faults.look_up_fault(exc, AIOHTTP_FAULTS) if tls_error is None else faults.tls_fault(tls_error)
+        if fault is faults.NOT_HTTP:
+            fault = _protocol_fault(exc)
+        if self._is_about_proxy(exc, request, was_sent=was_sent):
+            return faults.blamed_on_proxy(fault, unsent=self._has_tunnel(request))
+        return faults.seen_through_proxy(fault) if self._has_tunnel(request) else fault
+
+    def _is_about_proxy(self, exc: Exception, request: HttpRequest, *, was_sent: bool) -> bool:
+        """Returns whether it was the proxy that caused an exception: there, or before it had opened a connection."""
+        if not self._has_proxy(request):
+            return False
+        url = urlsplit(request.url)
+        if isinstance(exc, aiohttp.ClientConnectorError):
+            port = url.port or (443 if url.scheme == "https" else 80)
+            return exc.host != url.hostname or exc.port != port
+        if isinstance(exc, aiohttp.ClientResponseError):
+            return url.scheme == "http" or exc.request_info.method == "CONNECT"
+        # Without TLS, the proxy passes on requests, so it is the only one with which there is a connection.
+        return url.scheme == "http" or (isinstance(exc, _LOST_CONNECTION_ERRORS) and not was_sent)
+
+    def _has_proxy(self, request: HttpRequest) -> bool:
+        if self._socket_path is not None:
+            return False
+        return self._proxy is not None or (self._trust_env and environment_proxy(request.url) is not None)
+
+    def _has_tunnel(self, request: HttpRequest) -> bool:
+        """Returns whether the proxy has to open a connection to the server (`CONNECT`)."""
+        return request.url.startswith("https:") and self._has_proxy(request)
 
 
 def _start_closing(connector: aiohttp.BaseConnector) -> None:
@@ -196,20 +274,39 @@ def _start_closing(connector: aiohttp.BaseConnector) -> None:
     closing.close()
 
 
+def _open_response(response: aiohttp.ClientResponse) -> HttpResponse:
+    """Returns a response whose body can be read.
+
+    Raises:
+        ConnectionFailed: The body is compressed in a way that is not supported.
+    """
+    try:
+        return _AiohttpResponse(response, decompressor_for(response.headers.get("Content-Encoding")))
+    except UnsupportedEncoding as exc:
+        response.close()
+        raise faults.unsupported_encoding(str(exc), response.status) from None
+
+
 class _AiohttpResponse:
     """An `HttpResponse` that aiohttp has begun to receive."""
 
-    __slots__ = ("_connection_closed", "_content", "_response", "headers", "status")
+    __slots__ = ("_connection_closed", "_content", "_decompressor", "_response", "headers", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, decompressor: Decompressor | None) -> None:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
         self._response = response
         self._content = response.content
+        self._decompressor = decompressor
         self._connection_closed: asyncio.Future[None] | None = None
         self._watch_connection()
 
     async def read_some(self) -> bytes:
+        if self._decompressor is not None:
+            return await self._read_decompressed(self._decompressor)
+        return await self._read_raw()
+
+    async def _read_raw(self) -> bytes:
         try:
             data = await self._content.readany()
         except _READING_ERRORS as exc:
@@ -218,11 +315,21 @@ class _AiohttpResponse:
             if not data:
                 self._unwatch_connection()
             return data
-        if arrived := self.take_arrived():
+        if arrived := self._take_raw():
             return arrived
         raise failure
 
     def take_arrived(self) -> bytes:
+        if self._decompressor is None:
+            return self._take_raw()
+        self._decompressor.feed(self._take_raw())
+        parts: list[bytes] = []
+        with suppress(BrokenCompression):
+            while len(parts) < _MOST_PARTS_AT_ONCE and (part := self._decompressor.next_part()):
+                parts.append(part)
+        return b"".join(parts)
+
+    def _take_raw(self) -> bytes:
         content = self._content
         if (exc := content.exception()) is None:
             return content.read_nowait()
@@ -232,15 +339,21 @@ class _AiohttpResponse:
         finally:
             content.set_exception(exc)
 
-    async def read(self) -> bytes:
+    async def _read_decompressed(self, decompressor: Decompressor) -> bytes:
         try:
-            data = await self._response.read()
-        except _READING_ERRORS as exc:
-            failure = self._failure(exc)
-        else:
-            self._unwatch_connection()
-            return data
-        raise failure
+            while not (part := decompressor.next_part()):
+                data = await self._read_raw()
+                if not data:
+                    decompressor.finish()
+                    return b""
+                decompressor.feed(data)
+        except BrokenCompression as exc:
+            raise faults.connection_failed(
+                faults.BROKEN_COMPRESSION, str(exc), exc.__cause__, status=self.status
+            ) from None
+        # There may be many parts without a wait for the network between them, and other tasks must not starve.
+        await asyncio.sleep(0)
+        return part
 
     def close(self) -> None:
         self._unwatch_connection()
@@ -248,7 +361,11 @@ class _AiohttpResponse:
 
     def _failure(self, exc: Exception) -> ConnectionFailed:
         cause = None if isinstance(exc, aiohttp.ClientResponseError) else exc
-        return faults.connection_failed(faults.BROKEN_IN_BODY, cause=cause, status=self.status)
+        parser_error = _find_cause(exc, HttpProcessingError)
+        fault = faults.NOT_HTTP if parser_error is None else _protocol_fault(parser_error)
+        if fault is faults.NOT_HTTP:
+            fault = faults.BROKEN_IN_BODY
+        return faults.connection_failed(fault, cause=cause, status=self.status)
 
     def _watch_connection(self) -> None:
         """Makes sure that a reader wakes up when the connection is lost; the docstring of the module says why."""
@@ -275,17 +392,121 @@ class _AiohttpResponse:
 
 
 class _ResponseOnConnection(aiohttp.ClientResponse):
-    """A response that finds out whether its connection had been used before, in case it turns out to be dead."""
+    """A response that limits its head, and finds out whether its connection had been used before.
+
+    That matters if the connection turns out to be dead.
+    """
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         transport = connection.transport
         was_kept = transport in _used_transports
         if transport is not None and not was_kept:
             _used_transports.add(transport)
+        guard = _HeadGuard(transport)
         try:
             return await super().start(connection)
         except _LOST_CONNECTION_ERRORS as exc:
+            if guard.is_exceeded:
+                raise _HeadTooLarge from exc
             raise _LostConnection(exc, was_kept=was_kept) from exc
+        finally:
+            guard.detach()
+
+
+class _HeadGuard(asyncio.Protocol):
+    """Closes a connection on which the head of a response takes too many bytes.
+
+    It receives what arrives in place of aiohttp's protocol, and passes it on, until `detach` is called. When that is
+    called, aiohttp has parsed the head. So whether bytes belong to the head is known only after the task that waits for
+    it has had a chance to run: bytes beyond the limit are held back for one turn of the event loop.
+
+    Args:
+        transport: The transport of the connection, or None if there is none any more.
+    """
+
+    def __init__(self, transport: asyncio.BaseTransport | None) -> None:
+        self.is_exceeded = False
+        """Whether the head was too large, and the connection was closed therefore."""
+        self._transport: asyncio.BaseTransport | None = None
+        self._room = HEAD_BYTES
+        self._held_back = b""
+        # A TLS transport that is closing has forgotten its protocol.
+        if transport is not None and not transport.is_closing():
+            self._transport = transport
+            self._protocol: Any = transport.get_protocol()
+            transport.set_protocol(self)
+
+    def detach(self) -> None:
+        """Lets aiohttp receive everything that arrives from now on."""
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        if not transport.is_closing():
+            transport.set_protocol(self._protocol)
+        if self._held_back and not self.is_exceeded:
+            self._protocol.data_received(self._held_back)
+
+    def data_received(self, data: bytes) -> None:
+        room, self._room = self._room, max(0, self._room - len(data))
+        if room:
+            self._protocol.data_received(data if len(data) <= room else data[:room])
+        if len(data) > room:
+            if not self._held_back:
+                asyncio.get_running_loop().call_soon(self._on_limit)
+            self._held_back += data[room:]
+
+    def _on_limit(self) -> None:
+        if isinstance(self._transport, asyncio.Transport):
+            self.is_exceeded = True
+            self._transport.abort()
+
+    def eof_received(self) -> bool | None:
+        result: bool | None = self._protocol.eof_received()
+        return result
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+
+class _HeadTooLarge(aiohttp.ClientError):
+    """The head of a response has more than `HEAD_BYTES`."""
+
+
+class _NameTimeoutError(TimeoutError):
+    """A host name was not resolved in time."""
+
+
+class _Resolver(AbstractResolver):
+    """Resolves names within the time that a connection may take.
+
+    Several requests share the resolution of a name. It is limited by the first of them.
+    """
+
+    def __init__(self) -> None:
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        limit = _connect_timeout.get()
+        try:
+            async with asyncio.timeout(limit):
+                return await self._resolver.resolve(host, port, family)
+        except TimeoutError as exc:
+            raise _NameTimeoutError(f"{host} was not resolved within {limit} s") from exc
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+# aiohttp resolves names in a task of its own, which inherits the context of the first task that asks for the name.
+_connect_timeout: Final[ContextVar[float | None]] = ContextVar("_connect_timeout", default=None)
 
 
 # One set for all sessions, because aiohttp accepts a class for its responses, and not a function that would know the
@@ -304,8 +525,8 @@ class _LostConnection(aiohttp.ClientError):
 
 
 @lru_cache(maxsize=16)
-def _client_timeout(connect: float | None) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, sock_connect=connect)
+def _client_timeout(connect: float | None, tunnels: bool = False) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect, connect=connect if tunnels else None)
 
 
 def _response_had_begun(exc: Exception) -> bool:
@@ -313,13 +534,37 @@ def _response_had_begun(exc: Exception) -> bool:
     return isinstance(exc, aiohttp.ServerDisconnectedError) and not isinstance(exc.message, str)
 
 
+def _find_cause(exc: BaseException | None, kind: type[_Error]) -> _Error | None:
+    """Returns the exception of a certain class that caused an exception, directly or not.
+
+    aiohttp's own subclasses of Python's exceptions do not count, because they lack the attributes of these.
+    """
+    while exc is not None and (not isinstance(exc, kind) or isinstance(exc, aiohttp.ClientError)):
+        exc = exc.__cause__
+    return exc
+
+
+def _protocol_fault(exc: Exception) -> faults.Fault:
+    """Returns the fault for an answer that aiohttp refused to parse."""
+    if _find_cause(exc, LineTooLong) is not None:
+        return faults.HEAD_TOO_LARGE
+    text = _describe_reason(exc).lower()
+    # There is no exception class for this.
+    if "too many headers" in text:
+        return faults.TOO_MANY_HEADERS
+    # A TLS server answers a request that is not TLS with an alert, whose bytes aiohttp quotes.
+    return faults.TLS_IN_PLACE_OF_HTTP if r"\x15\x03" in text else faults.NOT_HTTP
+
+
 def _describe_reason(exc: Exception) -> str:
+    if isinstance(exc, aiohttp.ClientHttpProxyError):
+        return f"status {exc.status} {exc.message}".strip()
     if isinstance(exc, aiohttp.ClientResponseError | HttpProcessingError):
-        return exc.message
-    # The texts of these two exceptions say nothing that the fault does not say.
-    if isinstance(exc, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        # The message has several lines, with a mark under the byte that was not expected.
+        return " ".join(exc.message.split()).removesuffix(" ^")
+    # The texts of these exceptions say nothing that the fault does not say.
+    if isinstance(exc, _HeadTooLarge | aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
         return ""
-    # A certificate error is a connector error as well, but the oldest aiohttp gives it no `os_error`.
-    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
-        return faults.describe_os_error(exc.certificate_error)
+    if (tls_error := _find_cause(exc, ssl_module.SSLError)) is not None:
+        return faults.describe_os_error(tls_error)
     return faults.describe_os_error(exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import attrs
 
-from lmbridge._checks import check_instance
+from lmbridge._checks import check_instance, check_integer
 from lmbridge._tasks import LoopGuard, SingleFlight
 from lmbridge._text import redacted_beginning
 from lmbridge._version import __version__
@@ -43,14 +43,15 @@ from lmbridge.config import (
     check_proxy,
     default_api_base,
     default_api_key,
+    environment_proxy,
     is_loopback,
     normalize_api_base,
     socket_path_of,
     split_credentials,
 )
-from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, LLMValidationError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.calls import Call, Reply, Request
+from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.headers import (
@@ -75,6 +76,9 @@ _EXTRA_CONNECTIONS: Final = 2
 """The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
 _REFUSED_BEFORE_WORK: Final = (429, 503)
 """The statuses with which a server refuses a request before it starts to work on it."""
+_UNDECIDED_BYTES: Final = 4096
+"""The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
+_ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
 _NOT_RESENT_HINT: Final = (
     "the request was not sent again, because the server may have started to work on it;"
     " check its effect before you repeat it"
@@ -114,6 +118,8 @@ class Transport:
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used. By default they are not. A
             loopback address is never reached through a proxy.
+        max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
+            larger one is an `LLMResponseError`. Streams are not limited. The default is 256 MiB.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -130,6 +136,7 @@ class Transport:
         proxy: str | None = None,
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
+        max_reply_bytes: int | None = None,
     ) -> None:
         url, url_auth = split_credentials(default_api_base() if api_base is None else api_base)
         self.api_base: Final = normalize_api_base(url)
@@ -149,6 +156,13 @@ class Transport:
         """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
         self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
+        if self._trust_env and self._proxy is None:
+            # aiohttp finds the proxy for each request anew, but takes every URL for that of an HTTP proxy, and goes
+            # without a proxy whose URL begins with https://.
+            found = environment_proxy(self.api_base)
+            self._proxy = None if (found or "").startswith("http://") else check_proxy(found, name=_ENVIRONMENT_PROXY)
+        check_integer("max_reply_bytes", max_reply_bytes, optional=True)
+        self._max_reply_bytes = MAX_REPLY_BYTES if max_reply_bytes is None else max_reply_bytes
         given_headers = check_headers("headers", headers)
         self._key_pattern = secret_pattern(_secrets(self.api_key, auth, self._proxy))
         self._header_pattern = secret_pattern(secrets_in(given_headers))
@@ -319,7 +333,7 @@ class Transport:
 
     async def _perform(self, state: _OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
         url = f"{self._server_root if request.below_root else self._api_root}{request.path}"
-        call = Call(request, url, state.admission, state.deadline_timer)
+        call = Call(request, url, state.admission, state.deadline_timer, self._max_reply_bytes)
         state.requests += 1
         try:
             if request.queued:
@@ -466,7 +480,7 @@ class Transport:
             return None
         state.limits_are_known = False
         if not call.request.repeatable and not failure.unsent:
-            failure.error.completed(hint=_NOT_RESENT_HINT)
+            failure.error.hint = _NOT_RESENT_HINT
             return None
         wait = call.wait_before_next(failure.verdict, None)
         self._record_wait(call, failure.verdict, wait, failure.error.message)
@@ -604,34 +618,26 @@ async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | R
     # The body may still be an event stream that has the wrong Content-Type, or it is something else, such as an error
     # with status 200. The first bytes decide.
     first = b""
-    while (is_stream := begins_event_stream(first)) is None and (more := await response.read_some()):
+    while (is_stream := begins_event_stream(first)) is None and len(first) < _UNDECIDED_BYTES:
+        if not (more := await response.read_some()):
+            break
         first += more
     return EventStream(call, response, first) if is_stream else await _receive_reply(call, response, first)
 
 
 async def _receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
-    """Reads a body to its end. `first` is the part of it that has been read already."""
-    max_bytes = call.request.max_bytes
-    body = await response.read() if max_bytes is None else await _read_at_most(max_bytes, call, response)
-    return Reply(call=call, status=response.status, headers=response.headers, body=first + body if first else body)
-
-
-async def _read_at_most(max_bytes: int, call: Call, response: HttpResponse) -> bytes:
-    """Reads a body to its end.
+    """Reads a body to its end. `first` is the part of it that has been read already.
 
     Raises:
-        LLMResponseError: It has more than `max_bytes`.
+        LLMResponseError: It has more bytes than a reply to this call may have.
     """
-    parts: list[bytes] = []
-    size = 0
+    parts, size = [first], len(first)
     while part := await response.read_some():
         parts.append(part)
         size += len(part)
-        if size > max_bytes:
-            text = f"the reply has more than {max_bytes} bytes"
-            hint = "check that api_base is an OpenAI-compatible server"
-            raise LLMResponseError(text, hint=hint, status=response.status, context=call.context())
-    return b"".join(parts)
+        if size > call.max_bytes:
+            raise call.too_large(response.status)
+    return Reply(call=call, status=response.status, headers=response.headers, body=b"".join(parts))
 
 
 def _finish_with_reply(call: Call, reply: Reply) -> None:

@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from lmbridge.testing import ScriptedServer, answer, hang_up, raw, reply, stall
 from lmbridge.transport import faults, session
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, StaleConnection
+from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AIOHTTP_FAULTS, AiohttpSession
 
@@ -40,18 +40,20 @@ def post(server: ScriptedServer, **fields: Any) -> HttpRequest:
     return HttpRequest(method="POST", url=f"{server.api_base}/chat/completions", headers={}, body=b"{}", **fields)
 
 
-async def test_a_body_can_be_read_in_parts_or_whole(
-    scripted_server: ScriptedServer, http_session: AiohttpSession
-) -> None:
-    scripted_server.default = reply(200, {"text": "Hello"})
-    response = await http_session.send(post(scripted_server))
-    assert (response.status, response.headers["content-type"]) == (200, "application/json")
-    assert await response.read() == b'{"text":"Hello"}'
-    response = await http_session.send(post(scripted_server))
+async def read_body(response: HttpResponse) -> bytes:
     body = b""
     while part := await response.read_some():
         body += part
-    assert body == b'{"text":"Hello"}'
+    return body
+
+
+async def test_a_body_is_read_in_parts(scripted_server: ScriptedServer, http_session: AiohttpSession) -> None:
+    scripted_server.default = reply(200, {"text": "Hello"})
+    response = await http_session.send(post(scripted_server))
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
+    assert await read_body(response) == b'{"text":"Hello"}'
+    response = await http_session.send(post(scripted_server))
+    assert await read_body(response) == b'{"text":"Hello"}'
     assert scripted_server.connections == 1
 
 
@@ -87,19 +89,19 @@ async def test_aiohttp_would_repeat_it_with_its_own_response_class(
 async def test_only_a_kept_connection_can_be_stale(
     scripted_server: ScriptedServer, http_session: AiohttpSession, build: Any
 ) -> None:
-    await (await http_session.send(build(scripted_server))).read()
+    await read_body(await http_session.send(build(scripted_server)))
     scripted_server.hang_up_reused = 1
     with pytest.raises(StaleConnection) as caught:
         await http_session.send(build(scripted_server))
     assert caught.value.verdict is Verdict.RETRY
-    await (await http_session.send(build(scripted_server))).read()
+    await read_body(await http_session.send(build(scripted_server)))
     assert len(scripted_server.requests) == 3
 
 
 async def test_a_connection_that_dies_in_the_head_of_a_response_is_not_stale(
     scripted_server: ScriptedServer, http_session: AiohttpSession
 ) -> None:
-    await (await http_session.send(post(scripted_server))).read()
+    await read_body(await http_session.send(post(scripted_server)))
     scripted_server.script(raw(b"HTTP/1.1 200 OK\r\nContent-Le"))
     with pytest.raises(ConnectionFailed) as caught:
         await http_session.send(post(scripted_server))
@@ -110,7 +112,7 @@ async def test_a_fresh_connection_is_used_where_a_request_must_not_be_sent_twice
     scripted_server: ScriptedServer, http_session: AiohttpSession
 ) -> None:
     for _ in range(2):
-        await (await http_session.send(post(scripted_server, fresh_connection=True))).read()
+        await read_body(await http_session.send(post(scripted_server, fresh_connection=True)))
     assert scripted_server.connections == 2
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -16,13 +19,69 @@ from lmbridge import (
 )
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, stall
 from lmbridge.transport import session
-from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
+from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text, replaced, turns
 from tests.transport.support import ask
 
 
 def test_the_time_limits_of_aiohttp_are_switched_off() -> None:
     limits = session._client_timeout(5)
     assert (limits.total, limits.connect, limits.sock_read, limits.sock_connect) == (None, None, None, 5)
+
+
+async def never_resolved(*_: object, **__: object) -> object:
+    return await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_resolver_that_never_answers_counts_as_connecting(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never_resolved)
+    async with LLMClient("http://lm.example", timeout=Timeouts(connect=0.1), max_retries=0) as client:
+        # Concurrent requests share one resolution.
+        requests = [ask(client, stream) for _ in range(3)]
+        errors = await asyncio.gather(*requests, client.list_models(), return_exceptions=True)
+    for error in errors:
+        assert isinstance(error, LLMTimeoutError)
+        assert error.phase == "connect"
+        assert error.message == "the host name was not resolved within 0.1 s"
+        assert "put an IP address into api_base" in (error.hint or "")
+
+
+async def test_a_full_thread_pool_counts_as_connecting(scripted_server: ScriptedServer) -> None:
+    loop, gate = asyncio.get_running_loop(), threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        loop.set_default_executor(executor)
+        blocked = loop.run_in_executor(None, gate.wait)
+        origin = replaced(scripted_server.origin, "127.0.0.1", "localhost")
+        async with LLMClient(origin, timeout=Timeouts(connect=0.1), max_retries=0) as client:
+            with pytest.raises(LLMTimeoutError) as caught:
+                await client.chat_completion(MESSAGES)
+            assert caught.value.phase == "connect"
+            assert "threads" in (caught.value.hint or "")
+            gate.set()
+            await blocked
+        async with LLMClient(origin) as client:
+            assert (await client.chat_completion(MESSAGES))["choices"]
+
+
+async def test_the_resolution_of_a_name_has_no_limit_without_one(
+    scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    resolve, gate = loop.getaddrinfo, asyncio.Event()
+
+    async def slow(*arguments: Any, **options: Any) -> Any:
+        await gate.wait()
+        return await resolve(*arguments, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", slow)
+    origin = replaced(scripted_server.origin, "127.0.0.1", "localhost")
+    async with LLMClient(origin, timeout=Timeouts(connect=None)) as client:
+        task = asyncio.create_task(ask(client, False))
+        await turns()
+        gate.set()
+        assert await task
 
 
 async def test_the_total_limit_ends_a_stream_whose_reader_is_slower_than_the_server(

@@ -1,0 +1,42 @@
+"""Names that are similar to one that does not exist: the "did you mean" of errors.
+
+It imports only the standard library, because `errors.py` does. The work is limited, because a server decides how many
+names there are and how long they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Final
+
+_NAMES_COMPARED: Final = 10_000
+"""The most names that `close_matches` looks at."""
+_NAME_CHARACTERS: Final = 100
+"""The most characters of a name that `close_matches` compares. Longer names are never close."""
+_COMPARISON_BUDGET: Final = 300_000
+"""The most pairs of characters that `close_matches` compares, which takes about 50 ms at worst."""
+_COMPARISON_OVERHEAD: Final = 200
+"""The pairs of characters that could be compared in the time that each name takes whatever its length."""
+
+
+def close_matches(name: str, names: Iterable[str]) -> list[str]:
+    """Returns up to three names that are similar to a name whatever their case, the most similar one first.
+
+    The work is limited, because a server may list any number of models. Of a long list, names that have the beginning
+    of the name in them are compared first.
+    """
+    # Imported here because it is not needed until something is missing.
+    import difflib  # noqa: PLC0415
+
+    asked = name[:_NAME_CHARACTERS].casefold()
+    looked_at = (each for each in islice(names, _NAMES_COMPARED) if len(each) <= _NAME_CHARACTERS)
+    by_folded_name = {each.casefold(): each for each in looked_at}
+    candidates = []
+    budget = _COMPARISON_BUDGET
+    for folded in sorted(by_folded_name, key=lambda folded: asked[:3] not in folded):
+        budget -= len(folded) * len(asked) + _COMPARISON_OVERHEAD
+        if budget < 0:
+            break
+        candidates.append(folded)
+    return [by_folded_name[each] for each in difflib.get_close_matches(asked, candidates)]
