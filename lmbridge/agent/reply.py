@@ -138,4 +138,4 @@ def _read_usage(usage: Any) -> Usage | None:
 
 
 def _as_object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, dict) else {}

@@ -54,12 +54,14 @@ class ReasoningSplitter:
             has sent reasoning in a separate field. Default: False.
     """
 
-    __slots__ = ("_held_back", "_starts_in_reasoning", "_state")
+    __slots__ = ("_held_back", "_leading_space", "_starts_in_reasoning", "_state")
 
     def __init__(self, *, starts_in_reasoning: bool = False) -> None:
         self._state: Literal["start", "in_block", "after_block", "in_text"] = "start"
         # The end of the content so far, if it may be the beginning of a tag, or the white space before one.
         self._held_back = ""
+        # The white space at the start, as it arrived: joining it for each of its pieces would take quadratic time.
+        self._leading_space: list[str] = []
         self._starts_in_reasoning = starts_in_reasoning
 
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
@@ -81,7 +83,8 @@ class ReasoningSplitter:
 
     def close(self) -> list[Piece]:
         """Returns the pieces that were held back because they could have become a tag. Call it after the last chunk."""
-        held_back, self._held_back = self._held_back, ""
+        held_back, self._held_back = "".join([*self._leading_space, self._held_back]), ""
+        self._leading_space.clear()
         if not held_back:
             return []
         in_block = self._state == "in_block" or (self._state == "start" and self._starts_in_reasoning)
@@ -90,7 +93,11 @@ class ReasoningSplitter:
     def _split_content(self, content: str) -> list[Piece]:
         if self._state == "in_text":
             return [Piece("text", content)]
-        content = self._held_back + content
+        if self._state == "start" and not self._held_back and content.isspace():
+            self._leading_space.append(content)
+            return []
+        content = "".join([*self._leading_space, self._held_back, content])
+        self._leading_space.clear()
         self._held_back = ""
         if self._state == "start":
             return self._split_start(content)

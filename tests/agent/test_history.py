@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lmbridge import LLMValidationError
 from lmbridge.agent.history import History, size_of, valid_arguments
 from tests.agent.support import asks, asks_raw, check_valid, tool_texts
+from tests.support import assert_linear
 
 
 def turn(history: History, *call_ids: str, text: str = "result") -> None:
@@ -270,3 +271,14 @@ def test_the_messages_to_send_are_the_whole_conversation_except_for_trimmed_ones
         check_valid(sent)
         # The list belongs to the caller, which may change it.
         sent.clear()
+
+
+def test_the_time_for_turns_grows_with_their_number() -> None:
+    def take(turns: int) -> None:
+        history = History("Go.")
+        for number in range(turns):
+            turn(history, f"call {number}")
+            history.trim(0)
+        history.snapshot(ended=True)
+
+    assert_linear(take, 500)

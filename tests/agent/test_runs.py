@@ -27,7 +27,7 @@ from lmbridge import (
 from lmbridge.agent.channel import CAPACITY, Channel
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, tool_texts
-from tests.support import in_flight, piece
+from tests.support import assert_linear, in_flight, piece
 
 
 async def test_a_handle_shows_the_run_while_it_is_in_progress(
@@ -351,3 +351,31 @@ async def test_begun_returns_when_a_run_ends_without_having_begun(client: LLMCli
     handle.cancel()
     await handle.wait_begun()
     assert handle.done
+
+
+class Chunks:
+    """A client that streams the same piece many times, and then an answer."""
+
+    model = "chunks"
+
+    def __init__(self, count: int, delta: dict[str, Any]) -> None:
+        self._count = count
+        self._delta = delta
+
+    async def chat_completion(self, messages: Any, **params: Any) -> AsyncGenerator[dict[str, Any]]:
+        return self._chunks()
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any]]:
+        for _ in range(self._count):
+            yield {"choices": [{"index": 0, "delta": self._delta, "finish_reason": None}]}
+        yield piece("done", finish_reason="stop")
+
+
+@pytest.mark.parametrize("delta", [{"content": " "}, {"reasoning_content": "\n"}, {"content": "x"}])
+def test_the_time_for_events_grows_with_their_number(delta: dict[str, str]) -> None:
+    async def run(count: int) -> None:
+        events = [event async for event in Agent(Chunks(count, delta)).stream("Go.")]
+        assert isinstance(events[-1], RunFinished)
+        assert events[-1].result.text.endswith("done")
+
+    assert_linear(lambda count: asyncio.run(run(count)), 300)

@@ -300,10 +300,10 @@ async def answer_calls(count: int) -> RunRecord:
 
 
 async def test_thousands_of_calls_with_one_id_are_all_answered() -> None:
-    record = await answer_calls(2_000)
+    record = await answer_calls(1_000)
     messages = record.history.to_send()
     check_valid(messages)
-    assert len({call.id for call in record.calls}) == 2_000
+    assert len({call.id for call in record.calls}) == 1_000
     for number, text in enumerate(tool_texts(messages)):
         if number % 4 == 3:
             assert "not valid JSON" in text
@@ -312,4 +312,4 @@ async def test_thousands_of_calls_with_one_id_are_all_answered() -> None:
 
 
 def test_the_time_for_calls_grows_with_their_number() -> None:
-    assert_linear(lambda count: asyncio.run(answer_calls(count)), 250)
+    assert_linear(lambda count: asyncio.run(answer_calls(count)), 100)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lmbridge import LLMClient, ReasoningSplitter, collect, split_reasoning
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.testing import ScriptedServer, answer, reply
-from tests.support import MESSAGES
+from tests.support import MESSAGES, assert_linear
 
 CAPTURES = Path(__file__).parent.parent / "data" / "captures" / "reasoning"
 
@@ -214,3 +214,27 @@ async def test_usage_is_none_if_the_server_did_not_send_it(scripted_server: Scri
     scripted_server.script(answer("Hello."), reply(200, a_reply("Hello.")))
     assert (await collect(await client.chat_completion(MESSAGES, stream=True)))["usage"] is None
     assert (await client.chat_completion(MESSAGES)).get("usage") is None
+
+
+@pytest.mark.parametrize(("piece", "size"), [(" ", 15_000), ("<think>", 1_000), ("</think>", 1_000)])
+def test_the_time_to_split_pieces_is_linear(piece: str, size: int) -> None:
+    def split(count: int) -> None:
+        splitter = ReasoningSplitter()
+        chunk = {"choices": [{"index": 0, "delta": {"content": piece}}]}
+        for _ in range(count):
+            splitter.feed(chunk)
+        splitter.close()
+
+    assert_linear(split, size)
+
+
+def test_white_space_at_the_start_is_kept_in_an_answer_and_dropped_before_reasoning() -> None:
+    def pieces(*texts: str) -> list[tuple[str, str]]:
+        splitter = ReasoningSplitter()
+        fed = [each for text in texts for each in splitter.feed({"choices": [{"delta": {"content": text}}]})]
+        return [*fed, *splitter.close()]
+
+    assert pieces(" ", "\n", " Hi", ".") == [("text", " \n Hi"), ("text", ".")]
+    assert pieces(" ", "\n", "<th", "at") == [("text", " \n<that")]
+    assert pieces(" ", "\n", "<th", "ink>Hm.") == [("reasoning", "Hm.")]
+    assert pieces(" ", "\n") == [("text", " \n")]
