@@ -280,10 +280,19 @@ def valid_arguments(arguments: object) -> str:
 def _resendable_call(call: Mapping[str, Any]) -> Message:
     """Returns a call that can be sent again. Malformed arguments would make llama.cpp answer 500 for ever (#25510)."""
     function = call["function"]
-    name = _UNSENDABLE.sub("_", function["name"][: 2 * _MAX_NAME_CHARACTERS])[:_MAX_NAME_CHARACTERS]
-    sent = {"name": name if name.strip("_-") else _NAMELESS, "arguments": valid_arguments(function["arguments"])}
-    extra = {"extra_content": call["extra_content"]} if "extra_content" in call else {}
-    return {"id": str(call["id"]), "type": "function", "function": sent, **extra}
+    sent = {"name": _sendable_name(function["name"]), "arguments": valid_arguments(function["arguments"])}
+    return {"id": str(call["id"]), "type": "function", "function": sent, **_signature(call)}
+
+
+def _sendable_name(name: str) -> str:
+    """Returns the name of a call, or one that resembles it if servers would refuse it."""
+    name = _UNSENDABLE.sub("_", name[: 2 * _MAX_NAME_CHARACTERS])[:_MAX_NAME_CHARACTERS]
+    return name if name.strip("_-") else _NAMELESS
+
+
+def _signature(call: Mapping[str, Any]) -> Message:
+    """Returns the field in which Gemini keeps the signature of its reasoning, and without which it refuses a call."""
+    return {"extra_content": call["extra_content"]} if call.get("extra_content") else {}
 
 
 def _result_message(call_id: str, text: str) -> Message:
@@ -333,7 +342,8 @@ def _normalize_call(call: Mapping[str, Any]) -> Message:
         arguments = _encode(arguments).decode()
     if not isinstance(msgspec.json.decode(arguments), dict) or not function["name"] or not call["id"]:
         raise ValueError("not a tool call")
-    return {"id": call["id"], "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    sent = {"name": _sendable_name(function["name"]), "arguments": arguments}
+    return {"id": call["id"], "type": "function", "function": sent, **_signature(call)}
 
 
 def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -115,7 +115,7 @@ def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
         if isinstance(arguments, str):
             arguments = _read_arguments(arguments)
         read = {"name": name if isinstance(name, str) else "", "arguments": arguments}
-        # Gemini keeps the signature of its reasoning in this field, and refuses a call that is sent back without it.
+        # The signature of Gemini's reasoning, which has to be sent back with the call.
         extra = {"extra_content": entry["extra_content"]} if entry.get("extra_content") else {}
         calls.append({"id": call_id, "type": "function", "function": read, **extra})
     return calls

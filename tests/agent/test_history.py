@@ -87,6 +87,17 @@ def test_arguments_are_sent_back_as_the_object_that_they_stand_for(arguments: An
     assert valid_arguments(arguments) == sent
 
 
+def test_a_conversation_with_a_name_that_servers_refuse_can_be_continued() -> None:
+    signed = {**asks("sub.tract", "1"), "extra_content": {"google": {"thought_signature": "abc"}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "", "tool_calls": [signed]},
+        {"role": "tool", "tool_call_id": "1", "content": "no such tool"},
+    ]
+    (call,) = History("Go.", messages=messages).to_send()[1]["tool_calls"]
+    assert call == {**signed, "function": {"name": "sub_tract", "arguments": "{}"}}
+
+
 def test_the_signature_of_a_call_is_sent_back() -> None:
     history = History("Go.")
     history.begin_turn("", [{**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}, "index": 0}])

@@ -520,6 +520,18 @@ async def test_calls_in_a_whole_message_of_a_client_are_made(reason: str | None)
     assert (await Agent(WholeMessages(), tools=[add]).run("1 + 2?")).text == "3"
 
 
+@pytest.mark.parametrize("reason", [None, "stop", "tool_calls"])
+async def test_calls_in_a_whole_message_within_a_stream_are_made(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str | None
+) -> None:
+    whole = piece(None, finish_reason=reason)
+    del whole["choices"][0]["delta"]
+    whole["choices"][0]["message"] = {"role": "assistant", "content": "", "tool_calls": [asks("add", a=1, b=2)]}
+    scripted_server.script(sse(whole, done=True), answer("3"))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, tool_texts(result.messages)) == ("3", ["3"])
+
+
 async def test_calls_without_a_finish_reason_are_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
     chunk = piece(None)
     chunk["choices"][0]["delta"] = {"tool_calls": [{"index": 0, **asks("add", a=1, b=2)}]}

@@ -243,11 +243,36 @@ def test_an_invalid_option_of_calls_is_refused(client: LLMClient, options: dict[
 def streamed(*tool_calls: dict[str, Any]) -> Any:
     """Returns a stream with one chunk for each call, exactly as given."""
     chunks = []
-    for number, call in enumerate(tool_calls):
+    for call in tool_calls:
         chunk = piece(None)
-        chunk["choices"][0]["delta"] = {"tool_calls": [{"index": number, **call}]}
+        chunk["choices"][0]["delta"] = {"tool_calls": [call]}
         chunks.append(chunk)
     return sse(*chunks, piece(finish_reason="tool_calls"), done=True)
+
+
+@pytest.mark.parametrize("indices", [(0, 1), (0, 0), (None, None)])
+@pytest.mark.parametrize(
+    ("second", "results"),
+    [(asks("add", "x", a=3, b=4), ["3", "7"]), (asks("subtract", "x", a=1, b=2), ["3", "-1"])],
+)
+async def test_two_calls_under_one_id_are_made_and_answered(
+    scripted_server: ScriptedServer, client: LLMClient, indices: tuple[Any, Any], second: Any, results: list[str]
+) -> None:
+    def subtract(a: int, b: int) -> int:
+        """Subtracts."""
+        return a - b
+
+    listed = [asks("add", "x", a=1, b=2), second]
+    numbered_calls = [
+        call if index is None else {**call, "index": index} for call, index in zip(listed, indices, strict=True)
+    ]
+    scripted_server.script(streamed(*numbered_calls), answer("ok"))
+    result = await Agent(client, tools=[add, subtract]).run("Go.")
+    assert (result.text, tool_texts(result.messages)) == ("ok", results)
+    first_id, second_id = (call.id for call in result.tool_calls)
+    assert first_id == "x" != second_id
+    assert [call["id"] for call in result.messages[1]["tool_calls"]] == [first_id, second_id]
+    check_valid(sent(scripted_server)["messages"])
 
 
 async def test_calls_without_ids_get_ids_of_their_own(scripted_server: ScriptedServer, client: LLMClient) -> None:
