@@ -108,6 +108,8 @@ class AnnotationTranslator(ast.NodeTransformer):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id == "AbstractAsyncContextManager":
+            return ast.Name("AbstractContextManager")
         if node.id in BLOCKING_ALTERNATIVES:
             return ast.BinOp(ast.Name(BLOCKING_ALTERNATIVES[node.id]), ast.BitOr(), node)
         return self._type_variables.get(node.id, node)
@@ -227,6 +229,8 @@ class FileWriter:
         if name in FILE_OF_CLASS:
             if FILE_OF_CLASS[name] != self._file:
                 self._typing_imports.add(f"from lmbridge.sync.{FILE_OF_CLASS[name]} import {name}")
+        elif name == "AbstractContextManager":
+            self._typing_imports.add("from contextlib import AbstractContextManager")
         elif name == "Iterator":
             self._typing_imports.add("from collections.abc import Iterator")
         elif name != "Any" and (line := self._import_line(name, owner)):

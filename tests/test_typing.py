@@ -6,13 +6,14 @@ from typing import Any, assert_type
 
 import pytest
 
-from lmbridge import LLMClient, ToolCallFinished, collect, image_part
+from lmbridge import ChatStream, LLMClient, RawResponse, ToolCallFinished, collect, image_part
 from lmbridge.agent import ToolRecord
 from lmbridge.agent.tools import ToolCall as RequestedCall
 from lmbridge.testing import ScriptedServer, reply
 from lmbridge.types import (
     ChatCompletion,
     ChatMessage,
+    Embeddings,
     ImagePart,
     Message,
     MessageToolCall,
@@ -48,6 +49,11 @@ async def accepted_by_the_type_checkers(client: LLMClient) -> None:
     async for chunk in await client.chat_completion(untyped, stream=True):
         for choice in chunk["choices"]:
             assert_type(choice["delta"].get("content"), str | None)
+    async with client.stream_chat(untyped, temperature=0, max_tokens=5, timeout=3) as stream:
+        assert_type(stream, ChatStream)
+    assert_type(await client.embeddings("a", dimensions=3), Embeddings)
+    raw = await client.with_raw_response.chat_completion(untyped, seed=1)
+    assert_type(raw, RawResponse[ChatCompletion])
     assert_type(await collect(await client.chat_completion(untyped, stream=True)), ChatCompletion)
 
 

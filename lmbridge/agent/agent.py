@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Unpack, overload
 
+from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.history import History
@@ -189,6 +190,7 @@ class Agent:
         output_type: Any = ...,
         **sampling: Unpack[SamplingOptions],
     ) -> RunResult[Any]: ...
+    @explains_missing_await
     async def run(
         self,
         task: Task,

@@ -21,7 +21,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -186,7 +186,7 @@ async def _cancel_and_wait(task: asyncio.Future[Any]) -> bool:
 def _forget_task(awaitable: Awaitable[Any], task: asyncio.Future[Any]) -> None:
     _running_tools.discard(task)
     mark_exception_retrieved(task)
-    if inspect.iscoroutine(awaitable):
+    if isinstance(awaitable, Coroutine):
         # A task that was cancelled before its first step has not awaited the coroutine, which Python would warn about.
         awaitable.close()
 
@@ -243,7 +243,7 @@ def _start_thread(call: Callable[[], Any]) -> asyncio.Future[_ThreadResult]:
 def _close_unwanted_coroutine(future: asyncio.Future[_ThreadResult]) -> None:
     """Closes a coroutine that a plain function returned too late, because Python warns if it is never awaited."""
     value = future.result().value
-    if inspect.iscoroutine(value):
+    if isinstance(value, Coroutine):
         value.close()
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ssl as ssl_module
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
+from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_instance, check_integer, check_model_name
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.client.auto import resolve_limits
@@ -320,6 +321,7 @@ class LLMClient:
     ) -> ChatCompletion | ChatStream: ...
 
     @shows_params(ChatParams)
+    @explains_missing_await
     async def chat_completion(
         self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, stream: bool = False, **params: Any
     ) -> ChatCompletion | ChatStream:
@@ -362,6 +364,16 @@ class LLMClient:
         server.check_served_model(reply, value)
         return cast("ChatCompletion", value)
 
+    @overload
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Unpack[ChatParams]
+    ) -> AbstractAsyncContextManager[ChatStream]: ...
+
+    @overload
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> AbstractAsyncContextManager[ChatStream]: ...
+
     @shows_params(ChatParams)
     @asynccontextmanager
     async def stream_chat(
@@ -387,6 +399,7 @@ class LLMClient:
     async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str: ...
 
     @shows_params(ChatParams)
+    @explains_missing_await
     async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str:
         """Asks a single question, and returns the text of the answer, without the reasoning before it.
 
@@ -461,6 +474,7 @@ class LLMClient:
     ) -> TextCompletion | TextStream: ...
 
     @shows_params(TextParams)
+    @explains_missing_await
     async def text_completion(
         self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> TextCompletion | TextStream:
@@ -485,7 +499,23 @@ class LLMClient:
         server, body = self._prepare({"prompt": prompt}, params, model, stream=stream)
         return await request_text_completion(server, body, stream=stream)
 
+    @overload
+    async def embeddings(
+        self,
+        input: Texts,
+        *,
+        model: str | None = None,
+        batch_size: int | None = None,
+        **params: Unpack[EmbeddingsParams],
+    ) -> Embeddings: ...
+
+    @overload
+    async def embeddings(
+        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
+    ) -> Embeddings: ...
+
     @shows_params(EmbeddingsParams)
+    @explains_missing_await
     async def embeddings(
         self,
         input: Texts,  # noqa: A002 - the API's own name
@@ -573,6 +603,7 @@ class LLMClient:
     ) -> Response | ResponseStream: ...
 
     @shows_params(ResponseParams)
+    @explains_missing_await
     async def create_response(
         self,
         input: ResponseInput,  # noqa: A002 - the API's own name
@@ -653,6 +684,7 @@ class LLMClient:
         self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
     ) -> Any: ...
     @shows_params(ChatParams)
+    @explains_missing_await
     async def parse(
         self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
     ) -> Any:
@@ -685,6 +717,7 @@ class LLMClient:
         params = {"model": model, **params}
         return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
 
+    @explains_missing_await
     async def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
         """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
 
@@ -702,6 +735,7 @@ class LLMClient:
         settings = take_request_options(options, method, retries=retries)
         return self._server if settings is None else self._server.for_call(settings)
 
+    @explains_missing_await
     async def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
         """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
 
@@ -732,6 +766,7 @@ class LLMClient:
         """
         return self._server.transport.stats()
 
+    @explains_missing_await
     async def health_check(self, **options: Unpack[RequestOptions]) -> bool:
         """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
 

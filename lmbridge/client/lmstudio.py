@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Final, cast
+from typing import Any, Final, Unpack, cast, overload
 from urllib.parse import quote
 
 import attrs
 
-from lmbridge._checks import check_text
+from lmbridge._awaiting import explains_missing_await
+from lmbridge._checks import check_text, is_number
 from lmbridge._text import excerpt
 from lmbridge.client import failures
+from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
 from lmbridge.client.model_lists import add_available_models, entries_of
 from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, ModelNotFoundError, TaskCancelledError
@@ -43,16 +45,22 @@ _DOWNLOAD_HINT: Final = "see LM Studio's own log; the disk may be full, or the n
 class LMStudio:
     """LM Studio's own API, as `client.lmstudio`.
 
-    The requests do not queue behind generations. Besides their own errors, all methods raise those of
-    `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
+    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those with
+    a body `extra_body`. The requests do not queue behind generations. Besides their own errors, all methods raise those
+    of `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
     `LLMResponseError` whose text says which of the two it is.
     """
 
     def __init__(self, server: ServerApi) -> None:
         self._server = server
 
-    async def models(self) -> list[LMStudioModel]:
+    @explains_missing_await
+    async def models(self, **options: Unpack[RequestOptions]) -> list[LMStudioModel]:
         """Returns the downloaded models with their loaded instances (`GET /api/v1/models`).
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
+                attempt may take 10 s.
 
         Returns:
             Dicts as the server sent them. The older list of an LM Studio before 0.4.0 (`GET /api/v0/models`) is put
@@ -61,22 +69,44 @@ class LMStudio:
         Raises:
             LLMResponseError: The server is not LM Studio.
         """
+        settings = take_request_options(cast("dict[str, Any]", options), "models")
+        if settings is not None:
+            return await LMStudio(self._server.for_call(settings)).models()
         found = await find_lmstudio(self._server)
         if found.models is not None:
             return found.models
         self._ambiguous_error(found.reply)
         raise self._unsupported_error(found)
 
+    @overload
+    async def load(
+        self,
+        model: str,
+        *,
+        context_length: int = ...,
+        flash_attention: bool = ...,
+        eval_batch_size: int = ...,
+        num_experts: int = ...,
+        offload_kv_cache_to_gpu: bool = ...,
+        echo_load_config: bool = ...,
+        **options: Unpack[CallOptions],
+    ) -> LMStudioLoad: ...
+
+    @overload
+    async def load(self, model: str, **config: Any) -> LMStudioLoad: ...
+
+    @explains_missing_await
     async def load(self, model: str, **config: Any) -> LMStudioLoad:
         """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
-        A model that is already loaded is loaded a second time. The request is sent again only if the server refused it
-        before it did any work.
+        If this call has a `timeout` in seconds, that is the limit. A model that is already loaded is loaded a second
+        time. The request is sent again only if the server refused it before it did any work.
 
         Args:
             model: The `key` of a downloaded model.
             **config: Options of LM Studio, sent unchanged: `context_length`, `flash_attention`, `eval_batch_size`,
-                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...
+                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...; and
+                `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
 
         Returns:
             The server's dict. Its `instance_id` is the name to ask for and to unload; `load_time_seconds` is the time
@@ -88,9 +118,13 @@ class LMStudio:
             ModelLoadError: The model does not fit into memory, or crashed.
             LLMTimeoutError: Phase "load". LM Studio may go on loading the model.
         """
-        body = {"model": check_text("model", model, hint=_NAME_HINT), **config}
+        check_text("model", model, hint=_NAME_HINT)
+        limits_load = is_number(config.get("timeout"))
+        api, body = self._for_call({"model": model}, config)
         try:
-            value = await self._post("model load", "load", body, "instance_id", model)
+            value = await api._post(  # noqa: SLF001 - same class
+                "model load", "load", body, "instance_id", model, limits_load=limits_load
+            )
         except LLMTimeoutError as error:
             if error.phase != "first_byte":
                 raise
@@ -99,18 +133,25 @@ class LMStudio:
             ) from error
         return cast("LMStudioLoad", value)
 
-    async def unload(self, instance_id: str) -> LMStudioUnload:
+    @explains_missing_await
+    async def unload(self, instance_id: str, **options: Unpack[CallOptions]) -> LMStudioUnload:
         """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
             instance_id: The `id` of one of the `loaded_instances`, or the `instance_id` that `load` returned.
+            **options: `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
 
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             LLMResponseError: No such instance exists.
         """
-        body = {"instance_id": check_text("instance_id", instance_id, hint=_NAME_HINT)}
-        return cast("LMStudioUnload", await self._post("model unload", "unload", body, "instance_id", instance_id))
+        check_text("instance_id", instance_id, hint=_NAME_HINT)
+        given = cast("dict[str, Any]", options)
+        api, body = self._for_call({"instance_id": instance_id}, given)
+        if given:
+            raise TypeError(f"unload() got an unexpected keyword argument {next(iter(given))!r}")
+        value = await api._post("model unload", "unload", body, "instance_id", instance_id)  # noqa: SLF001 - same class
+        return cast("LMStudioUnload", value)
 
     def download(self, model: str, **options: Any) -> AsyncGenerator[DownloadStatus, None]:
         """Downloads a model and yields its progress (`POST /api/v1/models/download`).
@@ -120,7 +161,8 @@ class LMStudio:
 
         Args:
             model: A name in LM Studio's catalogue, or a link to a repository on Hugging Face.
-            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
+            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link); and `timeout`,
+                `max_retries`, `extra_headers`, `extra_query` and `extra_body` of these requests.
 
         Yields:
             The server's dicts, about one a second: `status`, `downloaded_bytes`, `total_size_bytes`,
@@ -134,7 +176,22 @@ class LMStudio:
             TaskCancelledError: The client was closed, given back to its pool, or sent to another server, while LM
                 Studio goes on with the download.
         """
-        return self._download({"model": check_text("model", model, hint=_NAME_HINT), **options})
+        check_text("model", model, hint=_NAME_HINT)
+        api, body = self._for_call({"model": model}, options)
+        return api._download(body)  # noqa: SLF001 - same class
+
+    def _for_call(self, body: dict[str, Any], given: dict[str, Any]) -> tuple[LMStudio, dict[str, Any]]:
+        """Returns this API with the options of a call, and the body of its request.
+
+        Args:
+            body: The fields that the method itself has as arguments.
+            given: The other arguments of the call, from which the options of lmbridge are removed.
+        """
+        settings = take_options(given)
+        body = {**body, **given}
+        if settings is None:
+            return self, body
+        return LMStudio(self._server.for_call(settings)), {**body, **(settings.body or {})}
 
     async def _download(self, body: Mapping[str, Any]) -> AsyncGenerator[DownloadStatus, None]:
         server, transport, model = self._server, self._server.transport, body["model"]
@@ -163,9 +220,28 @@ class LMStudio:
             value = await self._checked_object(reply, "status")
         yield cast("DownloadStatus", value)
 
-    async def _post(self, operation: str, verb: str, body: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:
+    async def _post(
+        self,
+        operation: str,
+        verb: str,
+        body: Mapping[str, Any],
+        field: str,
+        name: str,
+        *,
+        limits_load: bool = False,
+    ) -> dict[str, Any]:
+        """Sends a request, and returns the reply.
+
+        Args:
+            operation: A name for the request in errors and logs.
+            verb: The end of the path.
+            body: The body of the request.
+            field: A field that the reply must have.
+            name: The model, for errors and logs.
+            limits_load: Whether the call has a number of seconds as its `timeout`, which then limits a load as well.
+        """
         request = self._server.build_post(operation, f"{_V1_MODELS}/{verb}", body, name, **_CHANGE_OPTIONS)
-        if verb == "load":
+        if verb == "load" and not limits_load:
             # The limit of a plain reply is `first_byte`, which covers the whole of it.
             request.timeouts = attrs.evolve(request.timeouts, first_byte=request.timeouts.load)
         return await self._checked_object(await self._server.request(request), field)

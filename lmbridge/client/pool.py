@@ -21,6 +21,7 @@ from typing import Final, Self, Unpack, cast
 
 import attrs
 
+from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_integer, check_model_name
 from lmbridge._tasks import LoopGuard
 from lmbridge.client.auto import AutoLimits
@@ -118,6 +119,7 @@ class LLMClientPool:
         """The model of clients that are requested without one."""
         return self._client.model
 
+    @explains_missing_await
     async def get_client(self, model: str | None = None) -> LLMClient:
         """Waits for a client. Give it back with `release_client`, or by closing it.
 

@@ -7,10 +7,12 @@ then the caller would have to find out which response belongs to which call.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast, overload
 
 import attrs
 
+from lmbridge._awaiting import explains_missing_await
+from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.errors import LLMValidationError
 
 if TYPE_CHECKING:
@@ -43,6 +45,18 @@ class RawResponses:
     def __init__(self, client: LLMClient) -> None:
         self._client = client
 
+    @overload
+    async def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Unpack[ChatParams]
+    ) -> RawResponse[ChatCompletion]: ...
+
+    @overload
+    async def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> RawResponse[ChatCompletion]: ...
+
+    @shows_params(ChatParams)
+    @explains_missing_await
     async def chat_completion(
         self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
     ) -> RawResponse[ChatCompletion]:
@@ -50,6 +64,18 @@ class RawResponses:
         _refuse_stream(params)
         return await self._record(lambda client: client.chat_completion(messages, model=model, **params))
 
+    @overload
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, **params: Unpack[TextParams]
+    ) -> RawResponse[TextCompletion]: ...
+
+    @overload
+    async def text_completion(
+        self, prompt: Texts, *, model: str | None = None, **params: Any
+    ) -> RawResponse[TextCompletion]: ...
+
+    @shows_params(TextParams)
+    @explains_missing_await
     async def text_completion(
         self, prompt: Texts, *, model: str | None = None, **params: Any
     ) -> RawResponse[TextCompletion]:
@@ -57,6 +83,23 @@ class RawResponses:
         _refuse_stream(params)
         return await self._record(lambda client: client.text_completion(prompt, model=model, **params))
 
+    @overload
+    async def embeddings(
+        self,
+        input: Texts,
+        *,
+        model: str | None = None,
+        batch_size: int | None = None,
+        **params: Unpack[EmbeddingsParams],
+    ) -> RawResponse[Embeddings]: ...
+
+    @overload
+    async def embeddings(
+        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
+    ) -> RawResponse[Embeddings]: ...
+
+    @shows_params(EmbeddingsParams)
+    @explains_missing_await
     async def embeddings(
         self,
         input: Texts,  # noqa: A002 - the API's own name
@@ -70,6 +113,23 @@ class RawResponses:
         """
         return await self._record(lambda client: client.embeddings(input, model=model, **params))
 
+    @overload
+    async def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        **params: Unpack[ResponseParams],
+    ) -> RawResponse[Response]: ...
+
+    @overload
+    async def create_response(
+        self, input: ResponseInput, *, model: str | None = None, previous_response_id: str | None = None, **params: Any
+    ) -> RawResponse[Response]: ...
+
+    @shows_params(ResponseParams)
+    @explains_missing_await
     async def create_response(
         self,
         input: ResponseInput,  # noqa: A002 - the API's own name

@@ -16,11 +16,13 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, Unpack, overload
 
+from lmbridge._awaiting import explains_missing_await
 from lmbridge.agent.agent import Agent
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.result import ENDINGS, RunResult
 from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
+from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import MaxTokens, Task
 from lmbridge.client import LLMClient
 from lmbridge.errors import (
@@ -117,6 +119,7 @@ class DynamicAutonomousAgent:
         """The model for runs that do not name one, or None if the server or the pool chooses it."""
         return self._agent.model
 
+    @explains_missing_await
     async def list_available_mcps(self) -> list[str]:
         """Returns the names of the enabled servers, in the order of the configuration file. It does not start them.
 
@@ -151,6 +154,7 @@ class DynamicAutonomousAgent:
     async def autonomous_with_mcp(
         self, mcp_name: str, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[RunOptions]
     ) -> str | RunResult | RunStream: ...
+    @explains_missing_await
     async def autonomous_with_mcp(
         self,
         mcp_name: str,
@@ -162,6 +166,7 @@ class DynamicAutonomousAgent:
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of one MCP server.
 
@@ -178,6 +183,8 @@ class DynamicAutonomousAgent:
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
+            **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
+                this run, in place of the agent's.
 
         Returns:
             The text of the final answer. With `full`, the `RunResult`. With `stream`, a `RunStream` whose last event is
@@ -193,7 +200,9 @@ class DynamicAutonomousAgent:
             LLMError: The run failed; `.partial` is the run so far.
         """
         check_server_name(mcp_name)
-        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(
+            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+        )
         return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
 
     @overload
@@ -236,6 +245,7 @@ class DynamicAutonomousAgent:
         full: bool = ...,
         **options: Unpack[MultiServerRunOptions],
     ) -> str | RunResult | RunStream: ...
+    @explains_missing_await
     async def autonomous_with_multiple_mcps(
         self,
         mcp_names: Sequence[str],
@@ -248,6 +258,7 @@ class DynamicAutonomousAgent:
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of the MCP servers in `mcp_names`.
 
@@ -262,7 +273,9 @@ class DynamicAutonomousAgent:
                 the name of each such server to its error. The servers that could be started keep running.
         """
         names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
-        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(
+            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+        )
         return await self._run(names, on_error, task, options, stream=stream, full=full)
 
     @overload
@@ -286,6 +299,7 @@ class DynamicAutonomousAgent:
     async def autonomous_discover_and_execute(
         self, task: Task, *, stream: bool = ..., full: bool = ..., **options: Unpack[MultiServerRunOptions]
     ) -> str | RunResult | RunStream: ...
+    @explains_missing_await
     async def autonomous_discover_and_execute(
         self,
         task: Task,
@@ -297,6 +311,7 @@ class DynamicAutonomousAgent:
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of all enabled MCP servers.
 
@@ -308,7 +323,9 @@ class DynamicAutonomousAgent:
             MCPError: No server is enabled, or the configuration file cannot be read.
         """
         on_error = check_on_mcp_error(on_mcp_error)
-        options = CompleteRunOptions(max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type)
+        options = CompleteRunOptions(
+            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+        )
         return await self._run(None, on_error, task, options, stream=stream, full=full)
 
     async def close(self) -> None:
@@ -372,6 +389,7 @@ class DynamicAutonomousAgent:
             max_rounds=options["max_rounds"],
             max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
             output_type=options["output_type"],
+            **options["sampling"],
         )
         self._runs.add(handle)
         if stream:

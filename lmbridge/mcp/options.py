@@ -7,8 +7,10 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.run_tools import AnyTool
+from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning
 from lmbridge.agent.switching import SwitchPolicy
+from lmbridge.config import Priority
 
 OnMcpError: TypeAlias = Literal["raise", "continue"]
 """What happens to a run if some of its MCP servers cannot be started."""
@@ -38,6 +40,7 @@ class AgentOptions(TypedDict, total=False):
     deduplicate_calls: bool
     send_reasoning: SendReasoning
     approve: Approve | None
+    priority: Priority | None
     output_type: Any
     temperature: float | None
     top_p: float | None
@@ -48,7 +51,7 @@ class AgentOptions(TypedDict, total=False):
     extra_body: Mapping[str, Any] | None
 
 
-class RunOptions(TypedDict, total=False):
+class RunOptions(SamplingOptions, total=False):
     """The keyword arguments of a run. The docstring of `DynamicAutonomousAgent.autonomous_with_mcp` describes them."""
 
     max_rounds: int | None
@@ -64,6 +67,7 @@ class CompleteRunOptions(TypedDict):
     max_tokens: MaxTokens
     model: str | None
     output_type: Any
+    sampling: SamplingOptions
 
 
 class MultiServerRunOptions(RunOptions, total=False):

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Literal, Unpack
 
-    from lmbridge.client.call_options import RequestOptions
+    from lmbridge.client.call_options import CallOptions, RequestOptions
     from lmbridge.client.inputs import Texts
     from lmbridge.client.llm import _T, ClientOptions
     from lmbridge.client.names import MismatchMode
-    from lmbridge.client.params import ChatParams, ResponseParams, TextParams
+    from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams
     from lmbridge.client.pool import PoolStats
     from lmbridge.client.raw import RawResponse
     from lmbridge.client.responses import ResponseInput
@@ -212,15 +212,20 @@ class ResponseStream(Stream[ResponseEvent]):
 class LMStudio(Wrapper):
     """LM Studio's own API, as `client.lmstudio`.
 
-    The requests do not queue behind generations. Besides their own errors, all methods raise those of
-    `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
+    All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those with
+    a body `extra_body`. The requests do not queue behind generations. Besides their own errors, all methods raise those
+    of `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
     `LLMResponseError` whose text says which of the two it is.
     """
 
     wraps = "lmbridge.client.lmstudio:LMStudio"
 
-    def models(self) -> list[LMStudioModel]:
+    def models(self, **options: Unpack[RequestOptions]) -> list[LMStudioModel]:
         """Returns the downloaded models with their loaded instances (`GET /api/v1/models`).
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
+                attempt may take 10 s.
 
         Returns:
             Dicts as the server sent them. The older list of an LM Studio before 0.4.0 (`GET /api/v0/models`) is put
@@ -229,19 +234,37 @@ class LMStudio(Wrapper):
         Raises:
             LLMResponseError: The server is not LM Studio.
         """
-        result: list[LMStudioModel] = self._await(self.wrapped.models)
+        result: list[LMStudioModel] = self._await(lambda: self.wrapped.models(**options))
         return result
+
+    @overload
+    def load(
+        self,
+        model: str,
+        *,
+        context_length: int = ...,
+        flash_attention: bool = ...,
+        eval_batch_size: int = ...,
+        num_experts: int = ...,
+        offload_kv_cache_to_gpu: bool = ...,
+        echo_load_config: bool = ...,
+        **options: Unpack[CallOptions],
+    ) -> LMStudioLoad: ...
+
+    @overload
+    def load(self, model: str, **config: Any) -> LMStudioLoad: ...
 
     def load(self, model: str, **config: Any) -> LMStudioLoad:
         """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
-        A model that is already loaded is loaded a second time. The request is sent again only if the server refused it
-        before it did any work.
+        If this call has a `timeout` in seconds, that is the limit. A model that is already loaded is loaded a second
+        time. The request is sent again only if the server refused it before it did any work.
 
         Args:
             model: The `key` of a downloaded model.
             **config: Options of LM Studio, sent unchanged: `context_length`, `flash_attention`, `eval_batch_size`,
-                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...
+                `num_experts`, `offload_kv_cache_to_gpu`, `echo_load_config` (returns the whole configuration), ...; and
+                `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
 
         Returns:
             The server's dict. Its `instance_id` is the name to ask for and to unload; `load_time_seconds` is the time
@@ -256,17 +279,18 @@ class LMStudio(Wrapper):
         result: LMStudioLoad = self._await(lambda: self.wrapped.load(model, **config))
         return result
 
-    def unload(self, instance_id: str) -> LMStudioUnload:
+    def unload(self, instance_id: str, **options: Unpack[CallOptions]) -> LMStudioUnload:
         """Unloads an instance of a model at once, even if it is generating (`POST /api/v1/models/unload`).
 
         Args:
             instance_id: The `id` of one of the `loaded_instances`, or the `instance_id` that `load` returned.
+            **options: `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
 
         Raises:
             LLMValidationError: An argument is not valid; nothing was sent.
             LLMResponseError: No such instance exists.
         """
-        result: LMStudioUnload = self._await(lambda: self.wrapped.unload(instance_id))
+        result: LMStudioUnload = self._await(lambda: self.wrapped.unload(instance_id, **options))
         return result
 
     def download(self, model: str, **options: Any) -> Iterator[DownloadStatus]:
@@ -277,7 +301,8 @@ class LMStudio(Wrapper):
 
         Args:
             model: A name in LM Studio's catalogue, or a link to a repository on Hugging Face.
-            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link).
+            **options: Options of LM Studio, sent unchanged: `quantization` (only with a link); and `timeout`,
+                `max_retries`, `extra_headers`, `extra_query` and `extra_body` of these requests.
 
         Yields:
             The server's dicts, about one a second: `status`, `downloaded_bytes`, `total_size_bytes`,
@@ -303,6 +328,16 @@ class RawResponses(Wrapper):
 
     wraps = "lmbridge.client.raw:RawResponses"
 
+    @overload
+    def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Unpack[ChatParams]
+    ) -> RawResponse[ChatCompletion]: ...
+
+    @overload
+    def chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> RawResponse[ChatCompletion]: ...
+
     def chat_completion(
         self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
     ) -> RawResponse[ChatCompletion]:
@@ -312,12 +347,37 @@ class RawResponses(Wrapper):
         )
         return result
 
+    @overload
+    def text_completion(
+        self, prompt: Texts, *, model: str | None = None, **params: Unpack[TextParams]
+    ) -> RawResponse[TextCompletion]: ...
+
+    @overload
+    def text_completion(
+        self, prompt: Texts, *, model: str | None = None, **params: Any
+    ) -> RawResponse[TextCompletion]: ...
+
     def text_completion(self, prompt: Texts, *, model: str | None = None, **params: Any) -> RawResponse[TextCompletion]:
         """Asks for the continuation of a text, as `LLMClient.text_completion` does."""
         result: RawResponse[TextCompletion] = self._await(
             lambda: self.wrapped.text_completion(prompt, model=model, **params)
         )
         return result
+
+    @overload
+    def embeddings(
+        self,
+        input: Texts,
+        *,
+        model: str | None = None,
+        batch_size: int | None = None,
+        **params: Unpack[EmbeddingsParams],
+    ) -> RawResponse[Embeddings]: ...
+
+    @overload
+    def embeddings(
+        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
+    ) -> RawResponse[Embeddings]: ...
 
     def embeddings(self, input: Texts, *, model: str | None = None, **params: Any) -> RawResponse[Embeddings]:
         """Asks for embeddings, as `LLMClient.embeddings` does.
@@ -326,6 +386,21 @@ class RawResponses(Wrapper):
         """
         result: RawResponse[Embeddings] = self._await(lambda: self.wrapped.embeddings(input, model=model, **params))
         return result
+
+    @overload
+    def create_response(
+        self,
+        input: ResponseInput,
+        *,
+        model: str | None = None,
+        previous_response_id: str | None = None,
+        **params: Unpack[ResponseParams],
+    ) -> RawResponse[Response]: ...
+
+    @overload
+    def create_response(
+        self, input: ResponseInput, *, model: str | None = None, previous_response_id: str | None = None, **params: Any
+    ) -> RawResponse[Response]: ...
 
     def create_response(
         self, input: ResponseInput, *, model: str | None = None, **params: Any
@@ -577,6 +652,16 @@ class LLMClient(Owner):
         )
         return result
 
+    @overload
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Unpack[ChatParams]
+    ) -> AbstractContextManager[ChatStream]: ...
+
+    @overload
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
+    ) -> AbstractContextManager[ChatStream]: ...
+
     def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
     ) -> AbstractContextManager[ChatStream]:
@@ -666,6 +751,21 @@ class LLMClient(Owner):
             lambda: self.wrapped.text_completion(prompt, model=model, stream=stream, **params)
         )
         return result
+
+    @overload
+    def embeddings(
+        self,
+        input: Texts,
+        *,
+        model: str | None = None,
+        batch_size: int | None = None,
+        **params: Unpack[EmbeddingsParams],
+    ) -> Embeddings: ...
+
+    @overload
+    def embeddings(
+        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
+    ) -> Embeddings: ...
 
     def embeddings(
         self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult
+    from lmbridge.agent.sampling import SamplingOptions
     from lmbridge.agent.settings import MaxTokens, Task
     from lmbridge.mcp.options import (
         AgentOptions,
@@ -137,6 +138,7 @@ class DynamicAutonomousAgent(Owner):
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of one MCP server.
 
@@ -153,6 +155,8 @@ class DynamicAutonomousAgent(Owner):
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
+            **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
+                this run, in place of the agent's.
 
         Returns:
             The text of the final answer. With `full`, the `RunResult`. With `stream`, a `RunStream` whose last event is
@@ -177,6 +181,7 @@ class DynamicAutonomousAgent(Owner):
                 output_type=output_type,
                 stream=stream,
                 full=full,
+                **sampling,
             )
         )
         return result
@@ -237,6 +242,7 @@ class DynamicAutonomousAgent(Owner):
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of the MCP servers in `mcp_names`.
 
@@ -261,6 +267,7 @@ class DynamicAutonomousAgent(Owner):
                 output_type=output_type,
                 stream=stream,
                 full=full,
+                **sampling,
             )
         )
         return result
@@ -301,6 +308,7 @@ class DynamicAutonomousAgent(Owner):
         output_type: Any = None,
         stream: bool = False,
         full: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | RunResult | RunStream:
         """Runs a task with the tools of all enabled MCP servers.
 
@@ -321,6 +329,7 @@ class DynamicAutonomousAgent(Owner):
                 output_type=output_type,
                 stream=stream,
                 full=full,
+                **sampling,
             )
         )
         return result

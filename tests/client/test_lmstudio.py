@@ -297,6 +297,54 @@ async def test_unload_sends_the_name_of_the_instance(server: ScriptedServer, cli
     assert server.requests[0].json == {"instance_id": "gemma:2"}
 
 
+@pytest.mark.parametrize("method", ["models", "load", "unload", "download"])
+async def test_every_method_takes_options_of_the_call(server: ScriptedServer, client: LLMClient, method: str) -> None:
+    server.on_path(LOAD, reply(200, LOADED))
+    server.on_path(UNLOAD, reply(200, {"instance_id": "x"}))
+    server.on_path(DOWNLOAD, reply(200, status("downloading")))
+    server.on_path(STATUS, reply(200, status("completed")))
+    options: dict[str, Any] = {"timeout": 30, "max_retries": 0, "extra_headers": {"X-A": "b"}, "extra_query": {"c": 1}}
+    if method == "models":
+        await client.lmstudio.models(**options)
+    elif method == "download":
+        options["extra_body"] = {"d": 2}
+        assert [each["status"] async for each in client.lmstudio.download("x", quantization="Q4", **options)] == [
+            "downloading",
+            "completed",
+        ]
+        assert server.requests[0].json == {"model": "x", "quantization": "Q4", "d": 2}
+    else:
+        await getattr(client.lmstudio, method)("x", extra_body={"d": 2}, **options)
+        assert server.requests[0].json == {"model" if method == "load" else "instance_id": "x", "d": 2}
+    assert {(request.headers["X-A"], request.query) for request in server.requests} == {("b", "c=1")}
+
+
+async def test_a_timeout_in_seconds_limits_every_method(server: ScriptedServer, client: LLMClient) -> None:
+    for path in (V1, LOAD, UNLOAD, DOWNLOAD):
+        server.on_path(path, stall())
+    calls = [
+        client.lmstudio.models(timeout=0.05),
+        client.lmstudio.load("x", timeout=0.05),
+        client.lmstudio.unload("x", timeout=0.05),
+        anext(client.lmstudio.download("x", timeout=0.05)),
+    ]
+    for call in calls:
+        with pytest.raises(LLMTimeoutError, match=r"within 0\.05 s"):
+            await call
+
+
+async def test_an_option_that_is_not_one_of_lm_studio_is_refused(server: ScriptedServer, client: LLMClient) -> None:
+    with pytest.raises(LLMValidationError, match="request_timeout is not a parameter of a request; use timeout="):
+        await client.lmstudio.load("x", request_timeout=3)
+    with pytest.raises(LLMValidationError, match="api_key is not a parameter"):
+        client.lmstudio.download("x", api_key="secret")
+    with pytest.raises(TypeError, match=r"unload\(\) got an unexpected keyword argument 'force'"):
+        await client.lmstudio.unload("x", force=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"models\(\) got an unexpected keyword argument 'limit'"):
+        await client.lmstudio.models(limit=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert server.requests == []
+
+
 async def test_no_method_queues_behind_generations(server: ScriptedServer) -> None:
     server.on_path(LOAD, reply(200, LOADED))
     server.on_path(UNLOAD, reply(200, {"instance_id": "x"}))

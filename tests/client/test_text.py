@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 from typing import Any
 
@@ -173,10 +172,3 @@ async def test_stream_collect_returns_the_whole_reply() -> None:
     async with client.stream_chat(MESSAGES) as stream:
         await anext(stream)
         assert text_of(await stream.collect()) == "Hello"
-
-
-async def test_a_forgotten_await_is_reported_by_python_alone() -> None:
-    client = LLMClient(transport=MockTransport(lambda request: reply("Hello")))
-    call = client.chat_completion(MESSAGES)
-    assert asyncio.iscoroutine(call)
-    await call

@@ -112,6 +112,21 @@ async def test_the_options_of_a_run_are_sent(
     assert (sent(scripted_server)["model"], sent(scripted_server)["max_tokens"]) == ("test-model", 70)
 
 
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_run_has_its_own_sampling_options(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
+) -> None:
+    agent = make_agent({"a": {}}, temperature=1.0, top_p=0.5)
+    sampling: dict[str, Any] = {"temperature": 0, "seed": 7, "stop": ["END"], "tool_choice": "auto"}
+    await start_run(agent, method, **sampling, parallel_tool_calls=False, extra_body={"top_k": 3})
+    expected = {**sampling, "top_p": 0.5, "parallel_tool_calls": False, "top_k": 3}
+    assert {name: sent(scripted_server)[name] for name in expected} == expected
+    with pytest.raises(LLMValidationError, match="temperature must be a number of at least 0"):
+        await start_run(agent, method, temperature=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        await start_run(agent, method, temprature=1)
+
+
 async def test_a_task_may_be_a_list_of_content_parts(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:
     parts = [{"type": "text", "text": "What is this?"}]
     await make_agent({"a": {}}).autonomous_with_mcp("a", parts)
