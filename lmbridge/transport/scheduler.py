@@ -258,12 +258,14 @@ class Scheduler:
         self._requests_of: Counter[RunTurn] = Counter()
         # The number of turns that are taken, for each priority. A request outside of a run has one while it is in
         # flight.
-        self._turns_taken: Counter[int] = Counter()
+        self._turns_taken: dict[int, int] = {}
+        self._turn_count = 0
         self.set_limits(limits)
 
     def set_limits(self, limits: Limits) -> None:
         """Replaces the limits. Requests in flight go on, even if they exceed the new limits."""
         self.limits = limits
+        self._begun_limit = limits.begun_runs
         self._queues: dict[str | None, ModelQueue] = {}
         # The model that has been active longest comes first.
         self._active: dict[ModelQueue, None] = {}
@@ -316,13 +318,14 @@ class Scheduler:
         """
         if self.waiting or len(self.in_flight) >= self.limits.max_concurrency:
             return False
-        if self._has_to_begin(permit) and not self._may_begin(permit):
+        if not self._may_begin(permit) and self._has_to_begin(permit):
             return False
         queue = self._assign_queue(permit)
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
             self._discard_if_unused(queue)
             return False
-        self._add_to_run(permit)
+        if permit.turn is not None:
+            self._add_to_run(permit.turn, permit)
         self._grant(permit, queue, now)
         return True
 
@@ -330,7 +333,8 @@ class Scheduler:
         """Adds a request to the queue of its model. A later call of `admit` admits it."""
         permit.arrival_number, permit.state = next_order_number(), "waiting"
         self.waiting[permit] = None
-        self._add_to_run(permit)
+        if permit.turn is not None:
+            self._add_to_run(permit.turn, permit)
         self._enqueue(permit)
 
     def admit(self, now: float) -> list[Permit]:
@@ -372,7 +376,8 @@ class Scheduler:
                 self._give_back_turn(permit.priority)
         permit.state, permit.is_first_request, permit.queue = "over", False, None
         self._discard_if_unused(queue)
-        self._remove_from_run(permit, now)
+        if permit.turn is not None:
+            self._remove_from_run(permit.turn, now)
         return True
 
     def end_run(self, turn: RunTurn) -> None:
@@ -426,7 +431,11 @@ class Scheduler:
         limit = self.limits.max_wait
         if first is not None and self._draining is None and limit is not None:
             moments.append(first.arrived_at + limit)
-        if self._newcomers and len(self.in_flight) < self.limits.max_concurrency and not self._has_turns_left():
+        if (
+            self._newcomers
+            and len(self.in_flight) < self.limits.max_concurrency
+            and self._turn_count >= (self._begun_limit or math.inf)
+        ):
             if limit is not None and (rising := self._first(self._rising, now)) is not None:
                 moments.append(rising.rises_at)
             moments += [since + RUN_PATIENCE for since in list(self._idle_runs.values())[:1]]
@@ -495,7 +504,10 @@ class Scheduler:
         if not queue.is_loaded:
             queue.first_request = permit
             permit.is_first_request = True
-        self._begin_run(permit)
+        if permit.turn is None:
+            self._take_turn(permit.priority)
+        else:
+            self._begin_run(permit.turn, permit.priority)
 
     # Levels and turns
 
@@ -523,47 +535,38 @@ class Scheduler:
 
     def _has_to_begin(self, permit: Permit) -> bool:
         """Returns whether a request needs a turn, because its run has not begun yet."""
-        if self.limits.begun_runs is None or permit.is_nested:
+        if self._begun_limit is None or permit.is_nested:
             return False
         return permit.turn is None or permit.turn not in self._known_turns
 
     def _may_begin(self, permit: Permit) -> bool:
         """Returns whether a turn is free for a request. Runs that began with a lower priority do not count."""
-        limit = self.limits.begun_runs
+        limit = self._begun_limit
+        if limit is None or self._turn_count < limit:
+            return True
         taken = sum(count for priority, count in self._turns_taken.items() if priority >= permit.priority)
-        return limit is None or taken < limit
+        return taken < limit
 
-    def _has_turns_left(self) -> bool:
-        limit = self.limits.begun_runs
-        return limit is None or self._turns_taken.total() < limit
-
-    def _add_to_run(self, permit: Permit) -> None:
+    def _add_to_run(self, turn: RunTurn, permit: Permit) -> None:
         """Counts a new request among those of its run. A run that has lost its turn gets it back."""
-        turn = permit.turn
         self._take_turns_from_idle_runs(permit.arrived_at)
-        if turn is not None:
-            self._requests_of[turn] += 1
-            self._idle_runs.pop(turn, None)
-            if turn in self._known_turns:
-                self._add_begun(turn, permit.priority)
+        self._requests_of[turn] += 1
+        self._idle_runs.pop(turn, None)
+        if turn in self._known_turns:
+            self._add_begun(turn, permit.priority)
 
-    def _remove_from_run(self, permit: Permit, now: float) -> None:
-        turn = permit.turn
-        if turn is not None:
-            self._requests_of[turn] -= 1
-            if not self._requests_of[turn]:
-                del self._requests_of[turn]
-                if turn in self._begun:
-                    self._idle_runs[turn] = now
+    def _remove_from_run(self, turn: RunTurn, now: float) -> None:
+        self._requests_of[turn] -= 1
+        if not self._requests_of[turn]:
+            del self._requests_of[turn]
+            if turn in self._begun:
+                self._idle_runs[turn] = now
 
-    def _begin_run(self, permit: Permit) -> None:
-        """Takes a turn for a request that was admitted. Other requests of its run do not need one any more."""
-        if permit.turn is None:
-            self._turns_taken[permit.priority] += 1
-            return
-        self._known_turns.add(permit.turn)
-        self._add_begun(permit.turn, permit.priority)
-        for each in list(self._newcomers.get(permit.turn, ())):
+    def _begin_run(self, turn: RunTurn, priority: int) -> None:
+        """Takes a turn for a run whose request was admitted. Its other requests do not need one any more."""
+        self._known_turns.add(turn)
+        self._add_begun(turn, priority)
+        for each in list(self._newcomers.get(turn, ())):
             self._let_in(each)
             self._push(each)
 
@@ -571,14 +574,19 @@ class Scheduler:
         # A task that a tool has started may go on after the end of the run.
         if turn not in self._begun and not turn.is_over:
             self._begun[turn] = priority
-            self._turns_taken[priority] += 1
+            self._take_turn(priority)
 
     def _remove_begun(self, turn: RunTurn) -> None:
         priority = self._begun.pop(turn, None)
         if priority is not None:
             self._give_back_turn(priority)
 
+    def _take_turn(self, priority: int) -> None:
+        self._turn_count += 1
+        self._turns_taken[priority] = self._turns_taken.get(priority, 0) + 1
+
     def _give_back_turn(self, priority: int) -> None:
+        self._turn_count -= 1
         self._turns_taken[priority] -= 1
         if not self._turns_taken[priority]:
             del self._turns_taken[priority]

@@ -143,15 +143,18 @@ MUTANTS = {
     # Runs
     "the order of runs ignored": ('and self.limits.order == "run"', "and False"),
     "runs are ordered although requests should be": ('and self.limits.order == "run"', "and True"),
-    "the number of begun runs is not limited": ("return limit is None or taken < limit", "return True"),
-    "one begun run more": ("return limit is None or taken < limit", "return limit is None or taken <= limit"),
+    "the number of begun runs is not limited": (
+        "if limit is None or self._turn_count < limit:",
+        "if True:",
+    ),
+    "one begun run more": ("return taken < limit", "return taken <= limit"),
     "begun runs of a lower priority count": ("if priority >= permit.priority)", "if True)"),
     "begun runs of the same priority do not count": (
         "if priority >= permit.priority)",
         "if priority > permit.priority)",
     ),
     "new arrivals do not wait for a turn": (
-        "if self._has_to_begin(permit) and not self._may_begin(permit):\n            return False",
+        "if not self._may_begin(permit) and self._has_to_begin(permit):\n            return False",
         "if False:\n            return False",
     ),
     "a begun run waits for its turn again": (
@@ -159,11 +162,11 @@ MUTANTS = {
         "return True",
     ),
     "the task of a permit waits for a turn": (
-        "if self.limits.begun_runs is None or permit.is_nested:",
-        "if self.limits.begun_runs is None:",
+        "if self._begun_limit is None or permit.is_nested:",
+        "if self._begun_limit is None:",
     ),
     "other first requests of a begun run still wait": (
-        "for each in list(self._newcomers.get(permit.turn, ())):",
+        "for each in list(self._newcomers.get(turn, ())):",
         "for each in []:",
     ),
     "a request needs a turn forever": (
@@ -177,8 +180,8 @@ MUTANTS = {
     ),
     "idle runs keep their turns": ("            self._remove_begun(turn)\n\n    def _let_in", "\n    def _let_in"),
     "runs lose their turns while they have requests": (
-        "if not self._requests_of[turn]:\n                del self._requests_of[turn]\n                if",
-        "if True:\n                if",
+        "if not self._requests_of[turn]:\n            del self._requests_of[turn]\n            if",
+        "if True:\n            if",
     ),
     "a run gives back its turn at once": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
     "a run gives back its turn a moment late": (
@@ -186,8 +189,8 @@ MUTANTS = {
         "if now <= idle_since + RUN_PATIENCE:",
     ),
     "a run that asks again has no turn": (
-        "if turn in self._known_turns:\n                self._add_begun",
-        "if False:\n                self._add_begun",
+        "if turn in self._known_turns:\n            self._add_begun",
+        "if False:\n            self._add_begun",
     ),
     "a run that ends keeps its turn": (
         "self._idle_runs.pop(turn, None)\n        self._remove_begun(turn)",
@@ -198,8 +201,8 @@ MUTANTS = {
         "",
     ),
     "a lone request takes no turn": (
-        "            self._turns_taken[permit.priority] += 1\n            return",
-        "            return",
+        "        if permit.turn is None:\n            self._take_turn(permit.priority)\n        else:",
+        "        if permit.turn is not None:",
     ),
     # First requests
     "first requests do not go alone": (
