@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from lmbridge._checks import check_integer, is_integer
 from lmbridge.client.inputs import Text, check_texts
@@ -15,6 +15,9 @@ from lmbridge.client.server_api import ServerApi
 from lmbridge.errors import LLMError, LLMResponseError, ModelChangedDuringExecutionError
 from lmbridge.transport import Reply
 from lmbridge.types import Embeddings
+
+_MAX_INDEX_DIGITS: Final = 9
+"""The length up to which a string is read as the index of an entry."""
 
 
 async def request_embeddings(server: ServerApi, body: dict[str, Any], batch_size: int | None) -> Embeddings:
@@ -63,13 +66,26 @@ async def _embed_batch(server: ServerApi, body: dict[str, Any], first: int, coun
 
 
 def _sorted_entries(entries: object, count: int) -> list[dict[str, Any]] | None:
-    """Returns the entries sorted by index, or None if there is not exactly one for each input."""
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+    """Returns the entries sorted by index, or None if there is not exactly one for each input.
+
+    Entries without an index are in the order of the inputs, as they are in the replies of servers that leave it out.
+    """
+    if not isinstance(entries, list) or len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
         return None
-    by_index = {entry.get("index"): entry for entry in entries if is_integer(entry.get("index"))}
-    if len(entries) != count or by_index.keys() != set(range(count)):
-        return None
-    return [by_index[index] for index in range(count)]
+    indices = [_index_of(entry.get("index"), position) for position, entry in enumerate(entries)]
+    by_index = {index: {**entry, "index": index} for index, entry in zip(indices, entries, strict=True)}
+    return [by_index[index] for index in range(count)] if by_index.keys() == set(range(count)) else None
+
+
+def _index_of(index: object, position: int) -> object:
+    """Returns the index of an entry, which is its position in the reply if the server sends none."""
+    if index is None:
+        return position
+    if isinstance(index, float) and index.is_integer():
+        return int(index)
+    if isinstance(index, str) and index.isdecimal() and len(index) <= _MAX_INDEX_DIGITS:
+        return int(index)
+    return index if is_integer(index) else None
 
 
 def _is_embedding(value: object) -> bool:

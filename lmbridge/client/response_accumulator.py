@@ -121,7 +121,7 @@ class ResponseAccumulator:
         elif event_type == "response.output_item.done":
             self._finished_item(event).finish(event["item"])
         elif event_type in _NEW_PART_EVENTS:
-            self._item(event).add_part(_NEW_PART_EVENTS[event_type], event["part"])
+            self._item(event).add_part(_NEW_PART_EVENTS[event_type], _part_index(event), event["part"])
         elif event_type in _FINISHED_PART_EVENTS:
             list_name = _FINISHED_PART_EVENTS[event_type]
             self._item(event).replace_part(list_name, _part_index(event), event["part"])
@@ -201,7 +201,7 @@ def _part_index(event: Mapping[str, Any]) -> int | None:
 class _ItemAccumulator:
     """Merges the pieces of one item of the output. Texts are kept in `StringIO` buffers until `as_dict` is called."""
 
-    __slots__ = ("_fields", "has_pieces", "index", "is_finished")
+    __slots__ = ("_fields", "_positions", "has_pieces", "index", "is_finished")
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.index: int | None = None
@@ -225,27 +225,30 @@ class _ItemAccumulator:
     def _replace(self, fields: Mapping[str, Any]) -> None:
         lists = {key: [dict(part) for part in fields[key]] for key in ("content", "summary") if fields.get(key)}
         self._fields: dict[str, Any] = {**fields, **lists}
+        # The positions of the parts, by their list and their index: some servers do not count from 0.
+        self._positions: dict[tuple[str, int], int] = {}
 
-    def add_part(self, list_name: str, part: Mapping[str, Any]) -> None:
-        self._part_list(list_name).append(dict(part))
+    def add_part(self, list_name: str, index: int | None, part: Mapping[str, Any]) -> None:
+        parts = self._part_list(list_name)
+        parts.append(dict(part))
+        if index is not None:
+            self._positions[list_name, index] = len(parts) - 1
 
     def replace_part(self, list_name: str, index: int | None, part: Mapping[str, Any]) -> None:
         """Puts a finished part in the place of the one that grew; appends it if there was none."""
-        parts = self._part_list(list_name)
-        position = len(parts) - 1 if index is None else index
-        if 0 <= position < len(parts):
-            parts[position] = dict(part)
+        position = self._position(list_name, index)
+        if position is None:
+            self.add_part(list_name, index, part)
         else:
-            parts.append(dict(part))
+            self._part_list(list_name)[position] = dict(part)
 
     def append_text(self, target: _TextTarget, index: int | None, piece: str) -> None:
         """Appends a piece of text to the part at `index`, or to the newest part."""
-        parts = self._part_list(target.list_name)
-        position = len(parts) - 1 if index is None else index
-        if not 0 <= position < len(parts):
-            parts.append({"type": target.part_type})
+        position = self._position(target.list_name, index)
+        if position is None:
+            self.add_part(target.list_name, index, {"type": target.part_type})
             position = -1
-        _append_piece(parts[position], target.field, piece)
+        _append_piece(self._part_list(target.list_name)[position], target.field, piece)
 
     def append_arguments(self, piece: str) -> None:
         _append_piece(self._fields, "arguments", piece)
@@ -257,6 +260,13 @@ class _ItemAccumulator:
             if self._fields.get(key)
         }
         return {**_with_plain_texts(self._fields), **lists}
+
+    def _position(self, list_name: str, index: int | None) -> int | None:
+        """Returns the position of a part in its list, or None if there is no such part."""
+        count = len(self._part_list(list_name))
+        if index is None:
+            return count - 1 if count else None
+        return self._positions.get((list_name, index), index if 0 <= index < count else None)
 
     def _part_list(self, list_name: str) -> list[dict[str, Any]]:
         if not self._fields.get(list_name):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.errors import LLMStreamError
+from tests.support import assert_linear
 
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -99,7 +100,9 @@ def test_chunks_without_choices_or_without_a_delta_are_accepted() -> None:
         assert reply["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("key", ["content", "reasoning_content", "reasoning", "refusal"])
+@pytest.mark.parametrize(
+    "key", ["content", "reasoning_content", "reasoning", "refusal", "thinking", "a_text_of_the_future"]
+)
 def test_texts_are_joined_and_fields_that_never_arrived_are_missing(key: str) -> None:
     message = message_of({"role": "assistant", key: "Hel"}, {key: None}, {key: "lo "}, {key: ""}, {key: "🙂"})
     assert message == {"role": "assistant", "content": "", key: "Hello 🙂"}
@@ -108,6 +111,57 @@ def test_texts_are_joined_and_fields_that_never_arrived_are_missing(key: str) ->
 def test_reasoning_and_content_are_kept_apart() -> None:
     message = message_of({"reasoning_content": "Hm"}, {"content": "Hel", "reasoning_content": "m."}, {"content": "lo"})
     assert message == {"role": "assistant", "content": "Hello", "reasoning_content": "Hmm."}
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "refusal"])
+def test_texts_may_arrive_in_parts(key: str) -> None:
+    parts = [{"type": "text", "text": "Hel"}, "l"]
+    assert message_of({key: parts}, {key: {"text": "o"}}, {key: []}) == {
+        "role": "assistant",
+        "content": "",
+        key: "Hello",
+    }
+
+
+def test_the_texts_inside_other_fields_are_joined_and_their_labels_kept() -> None:
+    message = message_of(
+        {"audio": {"id": "a", "format": "wav", "data": "UklG", "transcript": "Hel"}},
+        {"audio": {"id": "a", "data": "AAAA", "transcript": "lo", "expires_at": 1}},
+        {"audio": {"format": "wav", "data": None, "expires_at": 2}},
+        {"thinking": {"text": "Hm", "signature": "x"}},
+        {"thinking": {"text": "m.", "signature": "xy"}},
+    )
+    assert message == {
+        "role": "assistant",
+        "content": "",
+        "audio": {"id": "a", "format": "wav", "data": "UklGAAAA", "transcript": "Hello", "expires_at": 2},
+        "thinking": {"text": "Hmm.", "signature": "xy"},
+    }
+
+
+@pytest.mark.parametrize(
+    "key", ["id", "type", "name", "object", "model", "format", "status", "item_id", "message_type", "stop_reason"]
+)
+def test_a_label_that_is_sent_again_is_not_joined(key: str) -> None:
+    assert message_of({"content": "a", key: "x"}, {"content": "b", key: "x"}) == {
+        "role": "assistant",
+        "content": "ab",
+        key: "x",
+    }
+
+
+def test_the_strings_of_a_choice_are_not_pieces_of_a_text() -> None:
+    choices = [a_choice({"content": "a"}, native={"state": state}, state=state) for state in ("busy", "done")]
+    (choice,) = reply_of(*map(a_chunk, choices))["choices"]
+    assert (choice["state"], choice["native"]) == ("done", {"state": "done"})
+
+
+def test_deeply_nested_fields_are_kept() -> None:
+    value: Any = "x"
+    for _ in range(200):
+        value = {"a": value}
+    accumulator = accumulated([a_chunk(a_choice({"extra": value}), extra=value)])
+    assert accumulator.reply()["choices"][0]["message"]["extra"] == value  # type: ignore[typeddict-item]  # not in the API
 
 
 def test_the_role_is_kept_and_is_assistant_by_default() -> None:
@@ -662,6 +716,163 @@ def test_tool_calls_are_joined_however_their_arguments_are_split(
         return parts if quirk not in WITHOUT_EMPTY_PIECES else [part for part in parts if part]
 
     check_quirk(quirk, calls, cut)
+
+
+Pieces = list[dict[str, Any]]
+
+ONE_ID: dict[str, tuple[Pieces, list[tuple[str, str]]]] = {
+    "two indices": (
+        [
+            {"id": "x", "index": 0, "function": {"name": "f", "arguments": '{"a": 1}'}},
+            {"id": "x", "index": 1, "function": {"name": "f", "arguments": '{"a": 2}'}},
+        ],
+        [("f", '{"a": 1}'), ("f", '{"a": 2}')],
+    ),
+    "two indices in turns": (
+        [
+            {"id": "x", "index": 0, "function": {"name": "f", "arguments": "["}},
+            {"id": "x", "index": 1, "function": {"name": "f", "arguments": "{"}},
+            {"id": "x", "index": 0, "function": {"arguments": "]"}},
+            {"index": 1, "function": {"arguments": "}"}},
+        ],
+        [("f", "[]"), ("f", "{}")],
+    ),
+    "two names": (
+        [
+            {"id": "x", "function": {"name": "f", "arguments": '{"a": 1}'}},
+            {"id": "x", "function": {"name": "g", "arguments": '{"a": 2}'}},
+        ],
+        [("f", '{"a": 1}'), ("g", '{"a": 2}')],
+    ),
+    "two names in turns": (
+        [
+            {"id": "x", "function": {"name": "f", "arguments": "["}},
+            {"id": "x", "function": {"name": "g", "arguments": "{"}},
+            {"id": "x", "function": {"name": "f", "arguments": "]"}},
+            {"id": "x", "function": {"name": "g", "arguments": "}"}},
+        ],
+        [("f", "[]"), ("g", "{}")],
+    ),
+    "two names with index 0": (
+        [
+            {"id": "x", "index": 0, "function": {"name": "f", "arguments": ""}},
+            {"id": "x", "index": 0, "function": {"arguments": "{}"}},
+            {"id": "x", "index": 0, "function": {"name": "g", "arguments": ""}},
+            {"id": "x", "index": 0, "function": {"arguments": "[]"}},
+        ],
+        [("f", "{}"), ("g", "[]")],
+    ),
+    "two names and two indices": (
+        [
+            {"id": "x", "index": 0, "function": {"name": "f", "arguments": "{}"}},
+            {"id": "x", "index": 1, "function": {"name": "g", "arguments": "[]"}},
+        ],
+        [("f", "{}"), ("g", "[]")],
+    ),
+    "one name": (
+        [
+            {"id": "x", "function": {"name": "f", "arguments": '{"a": "}"}'}},
+            {"id": "x", "function": {"name": "f", "arguments": ""}},
+            {"id": "x", "function": {"name": "f", "arguments": ' {"a": 2}'}},
+        ],
+        [("f", '{"a": "}"}'), ("f", ' {"a": 2}')],
+    ),
+    "one name and objects": (
+        [
+            {"id": "x", "function": {"name": "f", "arguments": {"a": 1}}},
+            {"id": "x", "function": {"name": "f", "arguments": {"a": 2}}},
+        ],
+        [("f", '{"a":1}'), ("f", '{"a":2}')],
+    ),
+    "id 0": (
+        [
+            {"id": 0, "index": 0, "function": {"name": "f", "arguments": "{}"}},
+            {"id": 0, "index": 1, "function": {"name": "f", "arguments": "[]"}},
+        ],
+        [("f", "{}"), ("f", "[]")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_ID)
+def test_two_calls_with_one_id_but_another_index_or_name_are_two_calls(name: str) -> None:
+    pieces, expected = ONE_ID[name]
+    for calls in (calls_of([pieces]), calls_of([piece] for piece in pieces)):
+        assert [(call["function"]["name"], call["function"]["arguments"]) for call in calls] == expected
+        assert {call["id"] for call in calls} == {str(pieces[0]["id"])}
+
+
+def test_the_arguments_of_one_call_are_not_split_where_they_look_complete() -> None:
+    arguments = '{"a": "{}", "b": "\\"}", "c": [{}, {"d": "\\\\"}]}'
+    pieces = [[{"id": "x", "function": {"name": "f", "arguments": character}}] for character in arguments]
+    (call,) = calls_of(pieces)
+    assert call["function"] == {"name": "f", "arguments": arguments}
+
+
+def many_calls(**fields: Any) -> Callable[[int], None]:
+    """Returns a function that accumulates a number of calls, each in three pieces."""
+
+    def accumulate(count: int) -> None:
+        accumulator = ChatAccumulator()
+        for number in range(count):
+            same = {key: value(number) for key, value in fields.items()}
+            for function in ({"name": f"f{number % 7}", "arguments": ""}, {"arguments": '{"a'}, {"arguments": '": 1}'}):
+                accumulator.add(a_chunk(a_choice({"tool_calls": [{**same, "function": function}]})))
+        calls: Any = accumulator.reply()["choices"][0]["message"]["tool_calls"]
+        assert len(calls) == count
+        assert calls[-1]["function"]["arguments"] == '{"a": 1}'
+
+    return accumulate
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": lambda number: f"id-{number}", "index": lambda number: number},
+        {"id": lambda _: "x", "index": lambda number: number},
+        {"index": lambda number: number},
+        {"id": lambda number: f"id-{number}", "index": lambda _: 0},
+        {"id": lambda number: f"id-{number}"},
+        {},
+    ],
+    ids=["ids and indices", "one id", "indices", "index 0", "ids", "names alone"],
+)
+def test_the_time_for_many_calls_grows_with_their_number(fields: dict[str, Any]) -> None:
+    assert_linear(many_calls(**fields), 200)
+
+
+@pytest.mark.parametrize("character", ["x", "}", "{", '"', "[]", " "])
+def test_the_time_for_a_long_call_grows_with_its_length(character: str) -> None:
+    def accumulate(count: int) -> None:
+        accumulator = ChatAccumulator()
+        for _ in range(count):
+            for piece in ({"id": "x", "function": {"name": "f", "arguments": character}}, {"function": {"name": "f"}}):
+                accumulator.add(a_chunk(a_choice({"tool_calls": [piece]})))
+        accumulator.reply()
+
+    assert_linear(accumulate, 200)
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning", "thinking", "a_text_of_the_future", "audio"])
+def test_the_time_for_a_long_text_grows_with_its_length(key: str) -> None:
+    def accumulate(count: int) -> None:
+        accumulator = ChatAccumulator()
+        chunk = a_chunk(a_choice({"role": "assistant", key: {"data": "x" * 50} if key == "audio" else "x" * 50}))
+        for _ in range(count):
+            accumulator.add(chunk)
+        accumulator.reply()
+
+    assert_linear(accumulate, 2000)
+
+
+def test_the_time_for_many_answers_grows_with_their_number() -> None:
+    def accumulate(count: int) -> None:
+        accumulator = ChatAccumulator(count)
+        for index in range(count):
+            accumulator.add(a_chunk(a_choice({"content": "x"}, "stop", index=index)))
+            assert accumulator.is_finished is (index == count - 1)
+
+    assert_linear(accumulate, 1000)
 
 
 @pytest.mark.parametrize(

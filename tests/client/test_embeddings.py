@@ -93,6 +93,28 @@ async def test_bad_input_is_refused_before_anything_is_sent(
     assert scripted_server.connections == 0
 
 
+@pytest.mark.parametrize(
+    "fields", [[{}, {}], [{"index": None}, {"index": None}], [{"index": 0}, {}], [{}, {"index": 1}]]
+)
+async def test_embeddings_without_an_index_are_in_the_order_of_the_texts(
+    scripted_server: ScriptedServer, client: LLMClient, fields: list[dict[str, Any]]
+) -> None:
+    first, second = fields
+    scripted_server.script(reply(200, body(data=[{**first, "embedding": [1.0]}, {**second, "embedding": [2.0]}])))
+    data = (await client.embeddings(["a", "b"]))["data"]
+    assert [(entry["index"], entry["embedding"]) for entry in data] == [(0, [1.0]), (1, [2.0])]
+
+
+@pytest.mark.parametrize("indices", [("1", "0"), (1.0, 0.0)])
+async def test_an_index_may_be_a_string_or_a_float(
+    scripted_server: ScriptedServer, client: LLMClient, indices: tuple[Any, Any]
+) -> None:
+    data = [{"index": index, "embedding": [float(index)]} for index in indices]
+    scripted_server.script(reply(200, body(data=data)))
+    read = (await client.embeddings(["a", "b"]))["data"]
+    assert [(entry["index"], entry["embedding"]) for entry in read] == [(0, [0.0]), (1, [1.0])]
+
+
 INCOMPLETE: list[Any] = [
     body([1.0]),
     body([1.0], [1.0], [1.0]),
@@ -100,7 +122,12 @@ INCOMPLETE: list[Any] = [
     body([1.0], [1.0], order=(0, 1, 1)),
     body(),
     body(data=None),
-    body(data=[{"embedding": [1.0]}, {"embedding": [1.0]}]),
+    body(data=[{"embedding": [1.0]}, {"index": 0, "embedding": [1.0]}]),
+    body(data=[{"index": -1, "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}]),
+    body(data=[{"index": "a", "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}]),
+    body(data=[{"index": [0], "embedding": [1.0]}, {"index": 1, "embedding": [1.0]}]),
+    body(data=[{"index": 0.5, "embedding": [1.0]}, {"index": 1, "embedding": [1.0]}]),
+    body(data=[{"embedding": [1.0]}, None]),
     body(data=[{"index": 0, "embedding": [1.0]}, {"index": 2, "embedding": [1.0]}]),
     body(data=[{"index": True, "embedding": [1.0]}, {"index": 0, "embedding": [1.0]}]),
     body(data=[[1.0], [1.0]]),

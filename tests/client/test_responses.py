@@ -195,6 +195,51 @@ async def test_server_errors_raise_the_same_classes_as_for_a_chat(
         await client.create_response("Hi", stream=stream)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "cancelled"},
+        {"status": "aborted"},
+        {"status": "error"},
+        {"status": "incomplete", "incomplete_details": {"reason": "abort"}},
+        {"status": "incomplete", "incomplete_details": {"reason": "error"}},
+    ],
+)
+async def test_an_aborted_response_raises(
+    scripted_server: ScriptedServer, client: LLMClient, fields: dict[str, Any]
+) -> None:
+    aborted = response(message("Hel", "incomplete"), **fields)
+    scripted_server.script(reply(200, aborted), sse(*HALF, named("response.incomplete", response=aborted)))
+    with pytest.raises(LLMResponseError, match="the server aborted the response") as caught:
+        await client.create_response("Hi")
+    assert caught.value.partial["output"] == aborted["output"]
+    with pytest.raises(LLMStreamError, match="the server aborted the response") as streamed:
+        await collect(await opened(client))
+    assert streamed.value.partial["output"] == aborted["output"]
+
+
+async def test_a_cancelled_response_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(*HALF, named("response.cancelled", response=response(message("Hel")))))
+    with pytest.raises(LLMStreamError, match="the response failed"):
+        await collect(await opened(client))
+
+
+async def test_a_response_with_a_reason_of_the_future_is_returned(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    for details in ({"reason": "content_filter"}, {"reason": "a reason of the future"}, {}):
+        incomplete = response(message("Hel"), status="incomplete", incomplete_details=details)
+        scripted_server.script(reply(200, incomplete))
+        assert await client.create_response("Hi") == incomplete
+
+
+async def test_an_output_with_anything_but_objects_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    for item in (None, "text", [message("Hello")]):
+        scripted_server.script(reply(200, response(item)))
+        with pytest.raises(LLMResponseError, match="something that is not a response"):
+            await client.create_response("Hi")
+
+
 async def test_json_in_place_of_a_stream_raises(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(reply(200, WHOLE))
     with pytest.raises(LLMResponseError, match="not an event stream"):
