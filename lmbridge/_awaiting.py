@@ -102,8 +102,8 @@ def explains_missing_await(function: _Function) -> _Function:
         return PendingCall(function(*args, **kwargs))
 
     # For `unittest.mock` and others that ask whether a function is async.
-    if hasattr(inspect, "markcoroutinefunction"):
-        inspect.markcoroutinefunction(call)
+    if (mark := getattr(inspect, "markcoroutinefunction", None)) is not None:
+        mark(call)
     else:
         call._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # noqa: SLF001 - before 3.12
     return cast("_Function", call)
