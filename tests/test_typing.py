@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, assert_type
 
 import pytest
 
+import lmbridge.types
 from lmbridge import ChatStream, LLMClient, RawResponse, ToolCallFinished, collect, image_part
 from lmbridge.agent import ToolRecord
 from lmbridge.agent.tools import ToolCall as RequestedCall
@@ -78,3 +82,21 @@ async def test_fields_that_a_server_leaves_out_of_a_call_are_filled_in(scripted_
 def test_an_event_has_the_fields_of_its_record(name: str) -> None:
     record = ToolRecord(call=RequestedCall(id="1", name="add", arguments={}), text="3", raw=3, seconds=0.5)
     assert getattr(ToolCallFinished(record), name) == getattr(record, name)
+
+
+@pytest.mark.parametrize("name", ["lmstudio", "replies", "requests"])
+def test_every_field_is_described_by_a_sentence(name: str) -> None:
+    tree = ast.parse((Path(lmbridge.types.__file__).parent / f"{name}.py").read_text())
+    undescribed = [
+        f"{each.name}.{ast.unparse(field.target)}"
+        for each in tree.body
+        if isinstance(each, ast.ClassDef)
+        for field, following in zip_longest(each.body, each.body[1:])
+        if isinstance(field, ast.AnnAssign) and not _is_sentence(following)
+    ]
+    assert undescribed == []
+
+
+def _is_sentence(node: ast.stmt | None) -> bool:
+    text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+    return isinstance(text, str) and text[0].isupper() and text.endswith(".")

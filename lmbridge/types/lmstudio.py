@@ -20,7 +20,7 @@ class LMStudioModel(TypedDict, total=False):
     """One of LM Studio's downloaded models (`/api/v1/models`)."""
 
     type: str
-    """Either "llm" or "embedding"."""
+    """The kind of model: "llm" or "embedding"."""
     key: Required[str]
     """The name by which the model is loaded."""
     publisher: str
@@ -40,19 +40,28 @@ class LMStudioModel(TypedDict, total=False):
     max_context_length: int
     """The most tokens of context that the model supports. A loaded instance may have fewer; see its `config`."""
     format: str | None
+    """The format of the model file, such as "gguf" or "mlx"."""
     capabilities: dict[str, Any]
+    """What the model can do: `vision` and `trained_for_tool_use`."""
     description: str | None
+    """A description of the model for people; None if it has none."""
     variants: list[str]
+    """The names of the variants of the model that are downloaded, such as its quantizations."""
     selected_variant: str
+    """The name of the variant that is loaded when the model is requested."""
 
 
 class LMStudioLoad(TypedDict, total=False):
     """LM Studio's answer after it has loaded a model."""
 
     type: str
+    """The kind of model: "llm" or "embedding"."""
     instance_id: Required[str]
+    """The id of the new instance: the name to ask for, and to pass to `unload`."""
     load_time_seconds: float
+    """The seconds that loading took."""
     status: str
+    """The state of the instance, which is "loaded"."""
     load_config: dict[str, Any]
     """The whole configuration. It is sent only if the request had `echo_load_config`."""
 
@@ -61,17 +70,25 @@ class LMStudioUnload(TypedDict, total=False):
     """LM Studio's answer after it has unloaded an instance."""
 
     instance_id: Required[str]
+    """The id of the instance that was unloaded."""
 
 
 class DownloadStatus(TypedDict, total=False):
     """The progress of one of LM Studio's downloads."""
 
     job_id: str
+    """The id of the download; it is missing if the model was downloaded already."""
     status: Required[str]
-    """One of "downloading", "paused", "completed", "failed" and "already_downloaded"."""
+    """The state of the download: "downloading", "paused", "completed", "failed" or "already_downloaded"."""
     total_size_bytes: int
+    """The size of the whole download in bytes."""
     downloaded_bytes: int
+    """The number of bytes that have arrived."""
     bytes_per_second: float
+    """The current speed of the download."""
     started_at: str
+    """The time at which the download began, in ISO 8601."""
     estimated_completion: str
+    """The time at which LM Studio expects the download to be complete, in ISO 8601."""
     completed_at: str
+    """The time at which the download was complete, in ISO 8601."""
