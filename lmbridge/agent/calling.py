@@ -29,6 +29,7 @@ import attrs
 
 from lmbridge._tasks import mark_exception_retrieved
 from lmbridge._text import replace_lone_surrogates
+from lmbridge.agent.result_images import split_images
 from lmbridge.agent.tool_results import result_as_text
 from lmbridge.errors import ToolError
 
@@ -56,6 +57,8 @@ class ToolOutcome:
     """The object that the tool returned, or the exception that it raised; None if it ran out of time."""
     seconds: float
     """How long the call took, in seconds."""
+    images: tuple[Mapping[str, Any], ...] = attrs.field(default=(), repr=False)
+    """The images of the result, as content parts."""
 
 
 class _CallDeadline(NamedTuple):
@@ -113,16 +116,18 @@ async def call_tool(
     call = partial(tool.function, *leading, **arguments)
     deadline = _CallDeadline(timeout, None if timeout is None else began + timeout)
     raw: Any = None
+    images: tuple[Mapping[str, Any], ...] = ()
     try:
         raw = await _execute(call, tool.is_async, deadline)
-        text, is_error = result_as_text(raw), False
+        without_images, images = split_images(raw)
+        text, is_error = result_as_text(without_images), False
     except _OutOfTimeError as exc:
         text, is_error = str(exc), True
     except Exception as exc:  # noqa: BLE001 - the model reads every exception of a tool
         raw, text, is_error = exc, _describe_exception(exc), True
     finally:
         has_ended.set()
-    return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began)
+    return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began, images)
 
 
 async def _execute(call: Callable[[], Any], is_async: bool, deadline: _CallDeadline) -> Any:

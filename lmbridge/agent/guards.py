@@ -8,6 +8,7 @@ to be told.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -37,8 +38,8 @@ class RepetitionGuard:
         self._counted: set[int] = set()
         self.tripped: bool = False
 
-    def note(self, name: str, arguments: Any, result: str) -> str:
-        """Counts a call that has its result, once for each reply.
+    def note(self, name: str, arguments: Any, result: str, images: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Counts a call that has its result, once for each reply. Other images make it another result.
 
         Returns:
             The result for the model, followed by a warning if the model has repeated the call too often.
@@ -46,7 +47,7 @@ class RepetitionGuard:
         if self._limit is None:
             return result
         # The key is a hash and not the texts, because results may be large.
-        key = hash((name, _encode_sorted(arguments), result))
+        key = hash((name, _encode_sorted(arguments), result, *(_encode_sorted(each) for each in images)))
         if key not in self._counted:
             self._counted.add(key)
             self._counts[key] += 1

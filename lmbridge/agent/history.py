@@ -23,6 +23,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge.agent.result_images import NOT_SHOWN, ImagePlace, image_messages
 from lmbridge.client.inputs import CheckedMessages, check_messages
 from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
@@ -59,20 +60,32 @@ class Turn:
     """The results, in order. The keys are the ids of the calls; a call that has no result yet has None."""
     begun: set[str] = attrs.field(factory=set)
     """The ids of the calls that have been started."""
+    images: dict[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
+    """The images of the results, as content parts. The keys are the ids of the calls."""
 
     def begin(self, call_id: str) -> None:
         """Records that a call has been started."""
         self.begun.add(call_id)
 
-    def answer(self, call_id: str, text: str) -> None:
-        """Adds the result of a call."""
+    def answer(self, call_id: str, text: str, images: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Adds the result of a call, and its images as content parts."""
         self.results[call_id] = text
+        if images:
+            self.images[call_id] = images
 
-    def as_messages(self, *, ended: bool) -> Iterator[Message]:
-        """Yields the message and its results, with placeholders for results that are missing."""
+    def as_messages(self, *, ended: bool, image_place: ImagePlace = "user") -> Iterator[Message]:
+        """Yields the message, its results, with placeholders for results that are missing, and their images."""
         yield self.message
         for call_id, result in self.results.items():
-            yield _result_message(call_id, self._placeholder(call_id, ended=ended) if result is None else result)
+            text = self._placeholder(call_id, ended=ended) if result is None else result
+            images = self.images.get(call_id, ())
+            if images and image_place == "tool":
+                yield _result_message(call_id, [{"type": "text", "text": text}, *images])
+            else:
+                yield _result_message(call_id, f"{text}\n{NOT_SHOWN}" if images and image_place == "none" else text)
+        if image_place == "user":
+            names = [call["function"]["name"] for call in self.message["tool_calls"]]
+            yield from image_messages(names, [self.images.get(call_id, ()) for call_id in self.results])
 
     def _placeholder(self, call_id: str, *, ended: bool) -> str:
         if not ended:
@@ -94,6 +107,7 @@ class History:
 
     Attributes:
         size: The bytes of the messages to send; see `size_of`.
+        image_place: Where the images of results are put. Default: "user".
     """
 
     def __init__(
@@ -119,6 +133,8 @@ class History:
         before.append(self._task)
         self._groups_after_task: list[list[Message]] = []
         self._turn: Turn | None = None
+        self.image_place: ImagePlace = "user"
+        self._turn_with_images: Turn | None = None
         # The reasoning of the model's messages, by their place in `_messages`, as the fields that send it back.
         self._reasoning: dict[int, Mapping[str, str]] = {}
         self._sends_reasoning = False
@@ -150,7 +166,7 @@ class History:
         Args:
             ended: True if the run has ended, so that the missing results will never arrive.
         """
-        turn = [] if self._turn is None else self._turn.as_messages(ended=ended)
+        turn = [] if self._turn is None else self._turn.as_messages(ended=ended, image_place=self.image_place)
         copied: list[Message] = _deep_copy([*self._head, *self._messages, *turn])
         return copied
 
@@ -219,7 +235,26 @@ class History:
         """Adds the turn to the conversation. Calls without a result keep a placeholder."""
         turn, self._turn = self._turn, None
         if turn is not None:
-            self._append(list(turn.as_messages(ended=True)))
+            self._append(list(turn.as_messages(ended=True, image_place=self.image_place)))
+            self._turn_with_images = turn if turn.images else None
+
+    @property
+    def ends_with_images(self) -> bool:
+        """Whether the results of the last turn have images, which no server has accepted yet."""
+        return self._turn_with_images is not None and self.image_place != "none"
+
+    def move_images(self, place: ImagePlace) -> None:
+        """Puts the images of the last turn, and those of the turns to come, in another place."""
+        self.image_place = place
+        if self._turn_with_images is None:
+            return
+        old = self._groups_after_task[-1]
+        # The first message stays, because reasoning may have been added to it.
+        new = [old[0], *list(self._turn_with_images.as_messages(ended=True, image_place=place))[1:]]
+        self.size += sum(map(size_of, new)) - sum(map(size_of, old))
+        self._messages[-len(old) :] = new
+        old[:] = new
+        self._to_send = None
 
     def trim(self, excess: int) -> bool:
         """Removes the oldest exchanges and turns from the messages to send, but never the task and the last turn.
@@ -238,6 +273,7 @@ class History:
         return self.size < initial_size
 
     def _append(self, messages: list[Message]) -> None:
+        self._turn_with_images = None
         self._messages.extend(messages)
         self._groups_after_task.append(messages)
         if self._to_send is not None:
@@ -295,8 +331,8 @@ def _signature(call: Mapping[str, Any]) -> Message:
     return {"extra_content": call["extra_content"]} if call.get("extra_content") else {}
 
 
-def _result_message(call_id: str, text: str) -> Message:
-    return {"role": "tool", "tool_call_id": call_id, "content": text}
+def _result_message(call_id: str, content: str | list[Mapping[str, Any]]) -> Message:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
 # The conversation that a run continues

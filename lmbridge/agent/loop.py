@@ -35,6 +35,7 @@ from lmbridge.agent.reasoning_replay import demanded_field
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result import Round, StopReason, ToolRecord
+from lmbridge.agent.result_images import next_place
 from lmbridge.agent.sampling import sampling_params
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
@@ -111,6 +112,7 @@ class RunLoop:
             channel=channel,
             is_stopping=is_stopping,
         )
+        record.history.image_place = source.image_places.get(record.model, "user")
         field = source.demanded_reasoning_fields.get(record.model)
         if settings.send_reasoning is True or (settings.send_reasoning == "auto" and field is not None):
             record.history.send_reasoning(field)
@@ -229,9 +231,8 @@ class RunLoop:
                 has_made_room = True
                 logger.info("the prompt was too long for the model's context; it is trimmed and sent again")
             except (LLMResponseError, LLMStreamError) as error:
-                if not self._add_demanded_reasoning(error):
+                if not (self._add_demanded_reasoning(error) or self._move_refused_images(error)):
                     raise
-                logger.info("the server demands the model's reasoning; the messages are sent again with it")
 
     def _add_demanded_reasoning(self, error: LLMResponseError | LLMStreamError) -> bool:
         """Adds the reasoning to the messages if the server demands it, and returns whether they have changed."""
@@ -239,6 +240,17 @@ class RunLoop:
         if self._settings.send_reasoning is False or field is None or not self._history.send_reasoning(field):
             return False
         self._source.demanded_reasoning_fields[self._record.model] = field
+        logger.info("the server demands the model's reasoning; the messages are sent again with it")
+        return True
+
+    def _move_refused_images(self, error: LLMResponseError | LLMStreamError) -> bool:
+        """Puts the images of the last results in another place if the server has refused them, and returns whether."""
+        place = next_place(self._history.image_place, error) if self._history.ends_with_images else None
+        if place is None or self._record.text:
+            return False
+        logger.info("the server refused the images of a result (%s); they are sent in another place: %s", error, place)
+        self._history.move_images(place)
+        self._source.image_places[self._record.model] = place
         return True
 
     async def _generate(self) -> ModelReply:

@@ -54,6 +54,8 @@ class ToolRecord:
     """Whether the call could not be made, was refused, or failed."""
     raw: Any = attrs.field(default=None, repr=False)
     """The value that the tool returned, or the exception that it raised; None if it ran out of time."""
+    images: tuple[Mapping[str, Any], ...] = attrs.field(default=(), repr=False)
+    """The images of the result, as content parts, whether or not the model can see them."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
     is_duplicate: bool = False

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ReportsServerInfo
+from lmbridge.agent.result_images import ImagePlace
 from lmbridge.client.names import is_same_model
 from lmbridge.errors import LLMError, LLMValidationError
 
@@ -37,6 +38,8 @@ class ClientSource:
 
     Attributes:
         demanded_reasoning_fields: For each model whose server has demanded its reasoning, the field for it.
+        image_places: For each model that cannot see images, or whose server has refused them in the usual place,
+            where they are sent.
     """
 
     def __init__(self, client: ChatClient | ChatClientPool, *, timer: Callable[[], float] = time.monotonic) -> None:
@@ -51,6 +54,7 @@ class ClientSource:
         self._timer = timer
         self._context_lengths: dict[str | None, tuple[int | None, float]] = {}
         self.demanded_reasoning_fields: dict[str | None, str] = {}
+        self.image_places: dict[str | None, ImagePlace] = {}
         self._locks: dict[str | None, asyncio.Lock] = {}
 
     @property
@@ -86,13 +90,22 @@ class ClientSource:
             async with asyncio.timeout(_DISCOVERY_SECONDS), self.lease(model) as client:
                 if not isinstance(client, ReportsServerInfo):
                     return None
-                return _context_length_in(await client.server_info(), model)
+                info = await client.server_info()
+                if _is_blind(info, model):
+                    self.image_places[model] = "none"
+                return _context_length_in(info, model)
         except (LLMError, TimeoutError) as error:
             logger.debug("the context length of model %r is unknown: %s", model, error)
             return None
 
     def __repr__(self) -> str:
         return repr(self._client)
+
+
+def _is_blind(info: ServerInfo, model: str | None) -> bool:
+    """Returns whether the server says that the model cannot see images; without a name, that no model can."""
+    named = [each for each in info.models if model is None or is_same_model(model, each.id)]
+    return bool(named) and all(each.vision is False for each in named)
 
 
 def _context_length_in(info: ServerInfo, model: str | None) -> int | None:

@@ -157,7 +157,7 @@ class TurnRunner:
                     records[place] = (
                         record if is_first else attrs.evolve(record, call=calls[place], seconds=0.0, is_duplicate=True)
                     )
-                    turn.answer(calls[place].id, record.text)
+                    turn.answer(calls[place].id, record.text, record.images if is_first else ())
                     if self._channel.has_listener:
                         await self._channel.put(ToolCallFinished(records[place]))
 
@@ -190,11 +190,16 @@ class TurnRunner:
             ready, context, timeout=settings.tool_timeout, max_output=settings.max_tool_output
         )
         return ToolRecord(
-            call=call, text=outcome.text, is_error=outcome.is_error, raw=outcome.raw, seconds=outcome.seconds
+            call=call,
+            text=outcome.text,
+            is_error=outcome.is_error,
+            raw=outcome.raw,
+            images=outcome.images,
+            seconds=outcome.seconds,
         )
 
     def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
-        text = self._repetition.note(record.call.name, record.call.arguments, record.text)
+        text = self._repetition.note(record.call.name, record.call.arguments, record.text, record.images)
         return record if text is record.text else attrs.evolve(record, text=text)
 
 

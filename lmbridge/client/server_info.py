@@ -49,6 +49,8 @@ class ModelInfo:
     """The number of requests that the model works on at the same time. Further requests wait in the server."""
     embeds: bool = False
     """Whether the model makes embeddings instead of text."""
+    vision: bool | None = None
+    """Whether the model can see images. LM Studio and llama.cpp report it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -125,8 +127,9 @@ async def _probe_lmstudio(server: ServerApi, entries: Sequence[_Entry]) -> Serve
 def _lmstudio_instances(models: Iterable[LMStudioModel]) -> Iterator[ModelInfo]:
     for model in models:
         embeds = model.get("type") == "embedding"
+        vision = _as_flag(_as_mapping(model.get("capabilities")).get("vision"))
         if not model["loaded_instances"]:
-            yield ModelInfo(id=model["key"], loaded=False, embeds=embeds)
+            yield ModelInfo(id=model["key"], loaded=False, embeds=embeds, vision=vision)
         for instance in model["loaded_instances"]:
             config = _as_mapping(_as_mapping(instance).get("config"))
             yield ModelInfo(
@@ -135,6 +138,7 @@ def _lmstudio_instances(models: Iterable[LMStudioModel]) -> Iterator[ModelInfo]:
                 context_length=_as_count(config.get("context_length")),
                 slots=_as_count(config.get("parallel")),
                 embeds=embeds,
+                vision=vision,
             )
 
 
@@ -171,6 +175,7 @@ def _llama_cpp_model(entry: _Entry, props: _Entry) -> ModelInfo:
         loaded=True,
         context_length=context or _listed_context(entry),
         slots=_as_count(props.get("total_slots")),
+        vision=_as_flag(_as_mapping(props.get("modalities")).get("vision")),
     )
 
 
@@ -247,6 +252,10 @@ def _as_mapping(value: object) -> _Entry:
 
 def _as_text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _as_flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _as_count(value: object) -> int | None:

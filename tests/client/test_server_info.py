@@ -73,7 +73,7 @@ async def test_llama_cpp_reports_its_slots_and_the_context_of_a_slot(
     assert result == ServerInfo(
         kind="llama.cpp",
         version=version,
-        models=(ModelInfo(id="smollm2", loaded=True, context_length=2048, slots=4),),
+        models=(ModelInfo(id="smollm2", loaded=True, context_length=2048, slots=4, vision=False),),
         context_length=2048,
         slots=4,
     )
@@ -245,7 +245,10 @@ async def test_an_older_lm_studio_reports_less(scripted_server: ScriptedServer) 
         {"id": "gemma-3", "type": "vlm", "state": "not-loaded"},
     )
     result = await info(scripted_server, models=LMSTUDIO_LIST, v1=lmstudio_unknown_path("/api/v1/models"), v0=v0)
-    models = (ModelInfo(id="qwen3-4b", loaded=True, context_length=4096), ModelInfo(id="gemma-3", loaded=False))
+    models = (
+        ModelInfo(id="qwen3-4b", loaded=True, context_length=4096, vision=False),
+        ModelInfo(id="gemma-3", loaded=False, vision=True),
+    )
     assert result == ServerInfo(kind="lmstudio", models=models, context_length=4096)
     assert requested_paths(scripted_server) == ["/v1/models", "/api/v1/models", "/api/v0/models"]
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lmbridge import MCPConnectionError, ToolCall
+from lmbridge import MCPConnectionError, ToolCall, ToolCallFinished, image_part
 from lmbridge.mcp import McpEvent, ServerState, ServerStateChanged, ToolDefinitionChanged
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import add, asks, calls, sent, tool_texts
 from tests.mcp.conftest import MakeAgent
 from tests.mcp.dynamic_support import sent_tool_names
+from tests.mcp.servers.test_results import PNG
 from tests.mcp.support import Recorder, wait_for_notes
 
 
@@ -162,6 +163,23 @@ async def test_all_definitions_are_sent_if_the_context_length_is_unknown(
     big = {"name": "big_one", "description": "x" * 4_000, "inputSchema": {"type": "object"}}
     await make_agent({"a": {"tools": [], "more_tools": [big]}}).autonomous_with_mcp("a", "Go.")
     assert sent_tool_names(scripted_server) == ["big_one"]
+
+
+async def test_an_image_of_a_server_reaches_the_model_and_the_events(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    part = image_part(f"data:image/png;base64,{PNG}")
+    content = [{"type": "text", "text": "The screen:"}, {"type": "image", "data": PNG, "mimeType": "image/png"}]
+    answers = {"count": [{"jsonrpc": "2.0", "id": "$id", "result": {"content": content}}]}
+    scripted_server.script(calls(asks("count")), answer("I see."))
+    stream = await make_agent({"a": {"answers": answers}}).autonomous_with_mcp("a", "Look.", stream=True)
+    events = [event async for event in stream]
+    tool, user = sent(scripted_server)["messages"][-2:]
+    assert tool["content"].startswith("The screen:\n[image image/png, ")
+    assert part in user["content"]
+    (finished,) = [event for event in events if isinstance(event, ToolCallFinished)]
+    assert finished.raw.result["content"] == content
+    assert finished.record.images == (part,)
 
 
 # Timeouts

@@ -11,6 +11,7 @@ import pytest
 
 from lmbridge.mcp.servers.results import McpText, result_text
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 IMAGE = {"type": "image", "data": "aGVsbG8=", "mimeType": "image/png"}
 
 
@@ -30,6 +31,17 @@ IMAGE = {"type": "image", "data": "aGVsbG8=", "mimeType": "image/png"}
         (
             {"content": [{"type": "resource", "resource": {"uri": "file:///a", "blob": "aGk=", "mimeType": "x/y"}}]},
             "[resource file:///a, x/y, 2 bytes]",
+        ),
+        ({"content": [{"type": "resource", "resource": {"mimeType": "text/csv; charset=utf-8", "blob": "aGk"}}]}, "hi"),
+        ({"content": [{"type": "resource", "resource": {"mimeType": "application/ld+json", "blob": "e30="}}]}, "{}"),
+        (
+            {"content": [{"type": "resource", "resource": {"mimeType": "text/plain", "blob": "/w=="}}]},
+            "[resource text/plain, 1 bytes]",
+        ),
+        ({"content": [{"type": "image", "mimeType": "image/svg+xml", "data": "PHN2Zy8+"}]}, "<svg/>"),
+        (
+            {"content": [{"type": "resource", "resource": {"mimeType": "text/plain", "blob": "aGk=" * 400_000}}]},
+            "[resource text/plain, 1,199,999 bytes]",
         ),
         (
             {"content": [{"type": "resource_link", "uri": "file:///a", "name": "A", "description": "of \u202eall"}]},
@@ -56,3 +68,33 @@ def test_the_text_of_a_result_keeps_the_result() -> None:
 def test_the_text_of_a_result_can_be_copied_with_the_result(copied: Callable[[McpText], McpText]) -> None:
     text = copied(McpText("a", {"content": []}))
     assert (text, text.result) == ("a", {"content": []})
+
+
+def image(data: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "image", "data": data, "mimeType": "image/png", **fields}
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ([image(PNG)], 1),
+        ([image(PNG, mimeType="image/jpeg")], 1),
+        ([image(PNG.rstrip("="))], 1),
+        ([image(PNG[:20] + "\n" + PNG[20:])], 1),
+        ([image("data:image/png;base64," + PNG)], 1),
+        ([{"type": "resource", "resource": {"mimeType": "image/png", "blob": PNG}}], 1),
+        ([{"type": "text", "text": "a"}, image(PNG), image(PNG)], 2),
+        ([image(PNG)] * 20, 8),
+        ([IMAGE, image(None), image(5), image("?"), image(""), "no block", None], 0),
+        ([image(PNG.rstrip("=") + "A" * 12_000_000)], 0),
+        ([{"type": "audio", "data": PNG, "mimeType": "image/png"}], 0),
+        ([{"type": "resource", "resource": {"mimeType": "application/pdf", "blob": PNG}}], 0),
+        ([{"type": "resource", "resource": None}], 0),
+        (None, 0),
+    ],
+)
+def test_the_images_of_a_result_are_content_parts(content: Any, count: int) -> None:
+    parts = McpText("a", {"content": content}).image_parts
+    assert len(parts) == count
+    for part in parts:
+        assert part["image_url"]["url"] == f"data:image/png;base64,{PNG}"
