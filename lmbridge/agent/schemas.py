@@ -9,13 +9,13 @@ the model did not mean.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from lmbridge._text import excerpt
-from lmbridge.client.schemas import resolve_reference
+from lmbridge.client.subschemas import map_subschemas, resolve_reference
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 _LISTED_MISMATCHES: Final = 3
 """The largest number of mismatches that one error text lists, and of alternatives that one mismatch describes."""
 _JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_VALUE_KEYWORDS: Final = ("const", "default", "enum", "examples")
-"""Keywords of a schema whose contents are plain values, which must not be read as schemas."""
 _JSON_TYPES: Final[Mapping[type, str]] = {
     str: "string",
     bool: "boolean",
@@ -152,19 +150,12 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
     return validator_class(schema)
 
 
-def _self_contained(part: Any, root: Mapping[str, Any]) -> Any:
+def _self_contained(part: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
     """Copies a schema, leaving out references to other documents and patterns that Python cannot compile."""
-    if isinstance(part, Sequence) and not isinstance(part, str):
-        return [_self_contained(each, root) for each in part]
-    if not isinstance(part, Mapping):
-        return part
     if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(root, reference):
         return {}
-    return {
-        key: value if key in _VALUE_KEYWORDS else _self_contained(value, root)
-        for key, value in part.items()
-        if _is_usable(key, value)
-    }
+    usable = {key: value for key, value in part.items() if _is_usable(key, value)}
+    return map_subschemas(usable, lambda each: _self_contained(each, root))
 
 
 def _is_usable(keyword: str, value: Any) -> bool:
@@ -176,8 +167,9 @@ def _is_usable(keyword: str, value: Any) -> bool:
             return False
     if keyword == "$schema":
         return isinstance(value, str)
-    # An `$id` would change the base of the references below it. Only meta-schemas need dynamic references.
-    return not (keyword in ("$id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
+    # An `$id`, or an `id` in draft 4, would change the base of the references below it. Only meta-schemas need dynamic
+    # references.
+    return not (keyword in ("$id", "id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
 
 
 def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import unquote
+
+import msgspec
 
 from lmbridge._checks import is_integer, is_number
+from lmbridge.client.subschemas import references_in, resolve_reference
 
 _TYPES: Final = ("string", "number", "integer", "boolean", "array", "object", "null")
 _FORMATS: Final = ("date", "date-time", "time", "uuid")
@@ -256,12 +258,14 @@ def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _merge_properties(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the properties of all parts. If a property differs between them, any of its schemas is accepted."""
-    schemas_by_name: dict[str, list[Any]] = {}
+    schemas_by_name: dict[str, dict[bytes, Any]] = {}
     for part in parts:
         for name, schema in part.get("properties", {}).items():
-            if schema not in (known := schemas_by_name.setdefault(name, [])):
-                known.append(schema)
-    return {name: known[0] if len(known) == 1 else {"anyOf": known} for name, known in schemas_by_name.items()}
+            schemas_by_name.setdefault(name, {}).setdefault(msgspec.json.encode(schema), schema)
+    return {
+        name: next(iter(known.values())) if len(known) == 1 else {"anyOf": list(known.values())}
+        for name, known in schemas_by_name.items()
+    }
 
 
 def _as_object_schema(whole: dict[str, Any]) -> dict[str, Any]:
@@ -283,40 +287,15 @@ def _as_object_schema(whole: dict[str, Any]) -> dict[str, Any]:
     return first | {key: value for key, value in whole.items() if key != "enum"}
 
 
-def resolve_reference(root: Mapping[str, Any], ref: str) -> Any:
-    """Returns the target of a reference within a schema, such as `#/$defs/Point` or `#`, or None if there is none."""
-    if not ref.startswith("#"):
-        return None
-    target: Any = root
-    for segment in unquote(ref[1:]).split("/")[1:]:
-        name = segment.replace("~1", "/").replace("~0", "~")
-        if isinstance(target, Mapping):
-            target = target.get(name)
-        elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
-            target = target[int(name)]
-        else:
-            return None
-    return target if ref == "#" or ref.startswith("#/") else None
-
-
 def _recursive_definitions(definitions: Mapping[str, Any]) -> Iterator[str]:
     """Yields the names of the definitions that refer to themselves, directly or not."""
-    for name in definitions:
+    direct = {name: {ref.removeprefix("#/$defs/") for ref in references_in(part)} for name, part in definitions.items()}
+    for name, references in direct.items():
         reached: set[str] = set()
-        remaining = list(_references(definitions[name]))
+        remaining = list(references)
         while remaining:
             if (reference := remaining.pop()) not in reached:
                 reached.add(reference)
-                remaining += _references(definitions.get(reference))
+                remaining += direct.get(reference, ())
         if name in reached:
             yield name
-
-
-def _references(part: Any) -> Iterator[str]:
-    if isinstance(part, Mapping):
-        if isinstance(ref := part.get("$ref"), str):
-            yield ref.removeprefix("#/$defs/")
-        part = list(part.values())
-    if isinstance(part, list):
-        for child in part:
-            yield from _references(child)

@@ -5,13 +5,14 @@ msgspec generates the schemas; `stand_ins` provides the parts for types that it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from lmbridge._docstrings import read_docstring
 from lmbridge.client.stand_ins import StandInType, annotations_of, classes_within, has_fields, supported_type
+from lmbridge.client.subschemas import map_subschemas
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:
@@ -47,23 +48,18 @@ def json_schema(annotation: Any) -> dict[str, Any]:
         of_parts = [next(schema for part, schema in by_part if part is each) for each in stand_in.reader.parts]
         definitions[name], further = stand_in.reader.schema(of_parts, name)
         definitions |= further
-    whole: dict[str, Any] = _without_aliases({**schemas[0], "$defs": definitions})
+    whole = _without_aliases({**schemas[0], "$defs": definitions})
     if not whole["$defs"]:
         del whole["$defs"]
     return whole
 
 
-def _without_aliases(whole: dict[str, Any]) -> Any:
+def _without_aliases(whole: dict[str, Any]) -> dict[str, Any]:
     """Returns a schema without the definitions that only refer to another definition."""
     aliases = {f"#/$defs/{name}": part["$ref"] for name, part in whole["$defs"].items() if list(part) == ["$ref"]}
 
-    def resolve(part: Any) -> Any:
-        if isinstance(part, list):
-            return [resolve(each) for each in part]
-        if not isinstance(part, dict):
-            return part
-        resolved = {key: resolve(value) for key, value in part.items()}
-        # A property may have the name `$ref`; its value is a schema then.
+    def resolve(schema: Mapping[str, Any]) -> dict[str, Any]:
+        resolved = map_subschemas(schema, resolve)
         while isinstance(reference := resolved.get("$ref"), str) and reference in aliases:
             resolved["$ref"] = aliases[reference]
         return resolved

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lmbridge.agent.schemas import build_validator, coerce_to_schema
 from lmbridge.client.schemas import simplify_parameters
 from tests.client.test_schemas import SCHEMAS
+from tests.client.test_subschemas import KEYWORDS_AS_NAMES
 
 
 def validate(schema: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +198,52 @@ def test_a_pattern_that_python_cannot_compile_accepts_every_string() -> None:
 def test_values_within_a_schema_are_not_read_as_schemas() -> None:
     schema = {"type": "object", "properties": {"x": {"const": {"$ref": "nowhere", "pattern": "["}}}}
     assert validate(schema, {"x": {"$ref": "nowhere", "pattern": "["}})
+
+
+@pytest.mark.parametrize("name", KEYWORDS_AS_NAMES)
+def test_a_parameter_may_have_the_name_of_a_keyword(name: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "array", "items": {"$ref": "#/$defs/Number"}}},
+        "required": [name],
+        "additionalProperties": False,
+        "$defs": {"Number": {"type": "integer"}},
+    }
+    assert validate(schema, {name: [1]}) == {name: [1]}
+    assert error_of(schema, {name: ["a"]}).endswith(": 'a' is not of type 'integer'")
+    assert error_of(schema, {}) == f"$: {name!r} is a required property"
+    nested = {"type": "object", "properties": {"outer": schema, "$defs": True}, "$defs": schema["$defs"]}
+    assert validate(nested, {"outer": {name: [1]}})
+    assert error_of(nested, {"outer": {name: ["a"]}}).endswith(": 'a' is not of type 'integer'")
+
+
+@pytest.mark.parametrize("name", ["default", "const", "enum", "examples", "$schema"])
+def test_a_reference_of_a_parameter_with_the_name_of_a_keyword_is_never_fetched(name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"$ref": "http://127.0.0.1:9/x.json"}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert validate(schema, {name: 1}) == {name: 1}
+
+
+@pytest.mark.parametrize("keyword", ["default", "examples", "const", "enum"])
+def test_a_reference_in_data_is_not_followed(keyword: str) -> None:
+    data = {"$ref": "http://127.0.0.1:9/x.json", "pattern": "["}
+    part = {keyword: [data] if keyword in ("enum", "examples") else data}
+    schema = {"type": "object", "properties": {"x": part}}
+    assert validate(schema, {"x": data}) == {"x": data}
+    if keyword in ("const", "enum"):
+        assert error_of(schema, {"x": {}}).startswith("$.x: ")
+
+
+def test_an_id_in_the_style_of_draft_4_does_not_change_where_references_lead() -> None:
+    schema = {
+        "$schema": "http://json-schema.org/draft-04/schema#",
+        "id": "http://example.com/root",
+        "type": "object",
+        "properties": {"id": {"id": "http://example.com/part", "allOf": [{"$ref": "#/definitions/Int"}]}},
+        "definitions": {"Int": {"type": "integer"}},
+    }
+    assert error_of(schema, {"id": "a"}) == "$.id: 'a' is not of type 'integer'"
 
 
 @given(SCHEMAS, st.dictionaries(st.sampled_from(["a", "b"]), st.none() | st.integers() | st.text(max_size=3)))

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.client.schemas import resolve_reference, simplify_parameters
+from lmbridge.client.schemas import simplify_answer_schema, simplify_parameters
+from lmbridge.client.subschemas import resolve_reference
+from tests.client.test_subschemas import KEYWORDS_AS_NAMES
+from tests.support import assert_linear
 
 
 def part(schema: Any, **root: Any) -> Any:
@@ -67,6 +70,33 @@ def test_a_recursive_type_is_written_out_twice() -> None:
     assert part({"$ref": "#/$defs/Node"}, **{"$defs": {"Node": node}}) == twice
     assert simplify_parameters(node | {"$defs": {"Node": node}})["properties"]["next"] == twice
     assert "$ref" not in json.dumps(simplify_parameters({"properties": {"child": {"$ref": "#"}}}))
+
+
+@pytest.mark.parametrize("name", KEYWORDS_AS_NAMES)
+def test_a_parameter_may_have_the_name_of_a_keyword(name: str) -> None:
+    schema = {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
+    assert simplify_parameters(schema) == schema
+    assert part(schema) == schema
+    assert part({"$ref": "#/$defs/Odd"}, **{"$defs": {"Odd": schema}}) == schema
+    assert simplify_answer_schema(schema) == {**schema, "additionalProperties": False}
+
+
+def test_a_reference_in_data_is_kept() -> None:
+    data = {"$ref": "#/$defs/Node"}
+    schema = {"type": "object", "default": data, "examples": [data]}
+    assert part(schema, **{"$defs": {"Node": {"type": "integer"}}}) == schema
+    assert part({"const": data}) == {"enum": [data]}
+    node = {"type": "object", "properties": {"x": {"default": data, "type": "object"}}}
+    sent = simplify_answer_schema({"$ref": "#/$defs/Node", "$defs": {"Node": node}})
+    assert "$defs" not in sent
+
+
+def test_the_time_for_many_branches_is_linear() -> None:
+    def simplify(size: int) -> None:
+        branches = [{"properties": {"x": {"const": number}}} for number in range(size)]
+        simplify_parameters({"type": "object", "allOf": branches})
+
+    assert_linear(simplify, 250)
 
 
 def test_circular_references_accept_anything() -> None:

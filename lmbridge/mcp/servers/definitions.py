@@ -15,6 +15,7 @@ import msgspec
 
 from lmbridge._text import shorten
 from lmbridge.agent.tools import Tool, ToolContext
+from lmbridge.client.subschemas import map_subschemas
 from lmbridge.errors import LLMValidationError
 from lmbridge.mcp.sdk import UNUSABLE_REASON
 from lmbridge.mcp.servers.managed_server import ManagedServer
@@ -27,8 +28,6 @@ _LONGEST_DESCRIPTION: Final = 4_000
 """The length to which a tool's description is shortened, in characters."""
 _TEXT_KEYS: Final = ("description", "title")
 """The keys of a schema whose values are prose."""
-_VALUE_KEYS: Final = ("const", "default", "enum", "examples")
-"""The keys of a schema whose values are data, which must not be changed."""
 
 
 @attrs.frozen
@@ -118,17 +117,13 @@ def describe_tool(definition: Mapping[str, Any]) -> str:
 
 def sanitize_schema(schema: Any) -> Any:
     """Returns a schema whose titles and descriptions have no invisible characters; nothing else is changed."""
-    if isinstance(schema, list):
-        return [sanitize_schema(each) for each in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, Mapping):
         return schema
-    return {key: _sanitize_value(key, value) for key, value in schema.items()}
-
-
-def _sanitize_value(key: str, value: Any) -> Any:
-    if key in _TEXT_KEYS and isinstance(value, str):
-        return sanitize_text(value)
-    return value if key in _VALUE_KEYS else sanitize_schema(value)
+    sanitized = map_subschemas(schema, sanitize_schema)
+    for key in _TEXT_KEYS:
+        if isinstance(text := sanitized.get(key), str):
+            sanitized[key] = sanitize_text(text)
+    return sanitized
 
 
 def read_hints(definition: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lmbridge.mcp import (
     ToolsChanged,
 )
 from lmbridge.mcp.servers.definitions import describe_tool, sanitize_schema
+from tests.client.test_subschemas import KEYWORDS_AS_NAMES
 from tests.mcp.conftest import MakeHub
 from tests.mcp.support import Recorder, function_of, names
 
@@ -154,3 +155,12 @@ def test_only_the_prose_in_a_schema_is_sanitized() -> None:
         "default": {"description": hidden},
         "anyOf": [{"description": ""}],
     }
+
+
+@pytest.mark.parametrize("name", KEYWORDS_AS_NAMES)
+def test_a_parameter_with_the_name_of_a_keyword_is_sanitized(name: str) -> None:
+    def schema(text: str, data: str) -> dict[str, Any]:
+        part = {"type": "string", "title": text, "default": data, "const": {"title": data}}
+        return {"type": "object", "properties": {name: {**part, "properties": {name: part}}}}
+
+    assert sanitize_schema(schema("a\u200b", "b\u200b")) == schema("a", "b\u200b")
