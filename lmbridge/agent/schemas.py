@@ -1,103 +1,43 @@
-"""Checks the arguments of a tool call against the tool's JSON schema.
+"""Checks the arguments of a tool call against the tool's JSON schema, in bounded time.
 
-There are two steps. `coerce_to_schema` repairs values of the wrong JSON type where the schema allows only one
-interpretation. Then the function made by `build_validator` accepts the result or describes what is wrong with it.
-Coercion follows the schema and never the text of a value alone, because a guess would call a tool with arguments that
-the model did not mean.
+jsonschema does the work, but not all of it as it comes. Its patterns are those of `re`, which a server can make
+endless, and it compares the items of a list with each other. Both are replaced here, and the work of all keywords is
+counted, because a schema of a few lines can have millions of alternatives.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import lru_cache, partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import msgspec
+import attrs
 
 from lmbridge._text import excerpt
-from lmbridge.client.subschemas import map_subschemas, resolve_reference
+from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
+from lmbridge.agent.step_limit import STEPS_IN_THREAD, StepLimitError, limit_steps, spend_steps
+from lmbridge.client.subschemas import map_subschemas, resolve_reference, schemas_within
 
 if TYPE_CHECKING:
     from jsonschema import ValidationError
     from jsonschema.protocols import Validator
 
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
+
+_Keyword: TypeAlias = "Callable[[Any, Any, Any, Any], Iterator[ValidationError] | None]"
+
 _LISTED_MISMATCHES: Final = 3
 """The largest number of mismatches that one error text lists, and of alternatives that one mismatch describes."""
-_JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
-_JSON_TYPES: Final[Mapping[type, str]] = {
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    list: "array",
-    dict: "object",
-    type(None): "null",
-}
-
-
-def coerce_to_schema(value: Any, schema: Any) -> Any:
-    """Returns the value with strings decoded wherever the schema asks for another type.
-
-    Small models send `"5"`, `"true"` or `"[1, 2]"` where the schema asks for a number, a boolean or a list. A string
-    is decoded if the schema accepts exactly one type (besides null) and that type is not a string. A float such as
-    `5.0` becomes an integer where the schema asks for one. All other values are returned unchanged.
-
-    Args:
-        value: A JSON value. It is not modified.
-        schema: The schema of the value, as `simplify_parameters` returns it.
-    """
-    if value is None or isinstance(value, int):
-        return value
-    schema = _without_null(schema)
-    expected = _single_type(schema)
-    if isinstance(value, str) and expected is not None:
-        value = _decode_string(value, expected)
-    if isinstance(value, float) and expected == "integer" and value.is_integer():
-        return int(value)
-    if isinstance(value, dict):
-        properties, others = schema.get("properties", {}), schema.get("additionalProperties")
-        return {
-            # Integers never change, so they skip the call. They are the most frequent values.
-            name: item if isinstance(item, int) else coerce_to_schema(item, properties.get(name, others))
-            for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [coerce_to_schema(item, schema.get("items")) for item in value]
-    return value
-
-
-def _without_null(schema: Any) -> Mapping[str, Any]:
-    """Returns the schema, or its only alternative besides null if it has just one."""
-    if not isinstance(schema, Mapping):
-        return {}
-    alternatives = [each for each in schema.get("anyOf", ()) if each.get("type") != "null"]
-    return alternatives[0] if len(alternatives) == 1 else schema
-
-
-def _single_type(schema: Mapping[str, Any]) -> str | None:
-    """Returns the only JSON type that the schema accepts, or None if it accepts several or does not say."""
-    if isinstance(json_type := schema.get("type"), str):
-        return json_type
-    json_types = {_JSON_TYPES.get(type(each)) for each in schema.get("enum", ())} - {"null"}
-    return json_types.pop() if len(json_types) == 1 else None
-
-
-def _decode_string(text: str, expected: str) -> Any:
-    """Returns the value that a text represents if it has the expected JSON type, and otherwise the text itself."""
-    spelled = text.strip()
-    if expected == "boolean":
-        return {"true": True, "false": False}.get(spelled.lower(), text)
-    if expected in ("integer", "number") and not _JSON_NUMBER.fullmatch(spelled):
-        return text
-    if expected not in ("integer", "number", "array", "object"):
-        return text
-    try:
-        value = msgspec.json.decode(spelled)
-    except (ValueError, RecursionError):
-        return text
-    accepted = {"integer": (int, float), "number": (int, float), "array": (list,), "object": (dict,)}[expected]
-    is_whole = expected != "integer" or isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return value if isinstance(value, accepted) and is_whole else text
+_MOST_MISMATCHES: Final = 100
+"""The number of mismatches after which the search for more of them ends."""
+_LONGEST_CHAIN: Final = 100
+"""The number of references that may lead to one another before the last one counts as a reference to nothing."""
+_STEPS_OF_KEYWORD: Final = 8
+"""What the check of one keyword costs, in steps of `step_limit`."""
+_CHARACTERS_OF_STEP: Final = 200
+"""How many characters of a mismatch's message cost a step. jsonschema quotes the whole value in it."""
 
 
 def build_validator(
@@ -106,8 +46,9 @@ def build_validator(
     """Returns a function that copies valid arguments, and raises a `ValueError` that lists the mistakes otherwise.
 
     The original schema decides, because the version that servers receive accepts more. Nothing is ever fetched: a
-    reference that cannot be resolved within the schema accepts any value. If the schema is invalid by the rules of
-    its own draft, the version that servers receive decides instead.
+    reference that cannot be resolved within the schema accepts any value, as does a pattern that is not supported. If
+    the schema is invalid by the rules of its own draft, or refers to itself without end, the version that servers
+    receive decides instead.
 
     Args:
         schema: A JSON schema of any draft; without `$schema`, draft 2020-12.
@@ -116,7 +57,10 @@ def build_validator(
     jsonschema_validator = _jsonschema_validator(schema, sent_schema)
 
     def validate(arguments: Mapping[str, Any]) -> dict[str, Any]:
-        mismatches = sorted(jsonschema_validator.iter_errors(arguments), key=lambda error: error.json_path)
+        try:
+            mismatches = _mismatches(jsonschema_validator, arguments)
+        except RecursionError:
+            mismatches = _mismatches(_jsonschema_validator(sent_schema, sent_schema), arguments)
         if mismatches:
             listed = [_describe_mismatch(error) for error in mismatches[:_LISTED_MISMATCHES]]
             omitted = len(mismatches) - len(listed)
@@ -124,6 +68,11 @@ def build_validator(
         return dict(arguments)
 
     return validate
+
+
+def _mismatches(validator: Validator, arguments: Mapping[str, Any]) -> list[ValidationError]:
+    found = list(islice(validator.iter_errors(arguments), _MOST_MISMATCHES))
+    return sorted(found, key=lambda error: error.json_path)
 
 
 def _describe_mismatch(error: ValidationError) -> str:
@@ -136,47 +85,145 @@ def _describe_mismatch(error: ValidationError) -> str:
     return f"{error.json_path}: no alternative fits ({' or '.join(reasons)})"
 
 
+# The validator
+
+
 def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any]) -> Validator:
     # Importing jsonschema takes 35 ms, which only programs with tools that bring their own schema should pay.
-    from jsonschema import Draft202012Validator, SchemaError  # noqa: PLC0415
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
     from jsonschema.validators import validator_for  # noqa: PLC0415
 
-    schema = _self_contained(schema, schema)
-    validator_class: Any = validator_for(schema, default=Draft202012Validator)
     try:
-        validator_class.check_schema(schema)
-    except (SchemaError, RecursionError):
-        return Draft202012Validator(sent_schema)
-    return validator_class(schema)
+        usable = _usable_schema(schema)
+        validator_class: Any = validator_for(usable, default=Draft202012Validator)
+        rules = validator_class.META_SCHEMA
+        with limit_steps(STEPS_IN_THREAD):
+            if _bounded(validator_for(rules, default=validator_class))(rules).is_valid(usable):
+                return _bounded(validator_class)(usable)
+    except (RecursionError, StepLimitError):
+        pass
+    logger.warning("the schema of a tool is not valid or too large, so its arguments are checked less strictly")
+    return _bounded(Draft202012Validator)(sent_schema)
 
 
-def _self_contained(part: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies a schema, leaving out references to other documents and patterns that Python cannot compile."""
-    if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(root, reference):
-        return {}
-    usable = {key: value for key, value in part.items() if _is_usable(key, value)}
-    return map_subschemas(usable, lambda each: _self_contained(each, root))
+@lru_cache
+def _bounded(validator_class: Any) -> Callable[[Mapping[str, Any]], Validator]:
+    """Returns a version of a validator class of jsonschema whose work is counted, and that fetches nothing."""
+    from jsonschema.validators import extend  # noqa: PLC0415
+    from referencing import Registry  # noqa: PLC0415
+
+    original = validator_class.VALIDATORS
+    own: dict[str, _Keyword] = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": partial(_additional_properties, original["additionalProperties"]),
+        "uniqueItems": _unique_items,
+    }
+    keywords = {name: _counted(own.get(name, check)) for name, check in original.items()}
+    bounded: Any = extend(validator_class, keywords)
+    # By default, a part with a `$schema` would be checked by the class of that draft, whose work is not counted.
+    bounded.evolve = attrs.evolve
+    return partial(bounded, registry=Registry())
+
+
+def _counted(check: _Keyword) -> _Keyword:
+    def check_and_count(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        spend_steps(_STEPS_OF_KEYWORD + (len(value) if isinstance(value, list | dict) else 0))
+        for error in check(validator, value, instance, schema) or ():
+            spend_steps(len(error.message) // _CHARACTERS_OF_STEP)
+            yield error
+
+    return check_and_count
+
+
+def _pattern(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    from jsonschema import ValidationError  # noqa: PLC0415
+
+    if validator.is_type(instance, "string") and not compile_pattern(value).search(instance):
+        yield ValidationError(f"{instance!r} does not match {value!r}")
+
+
+def _pattern_properties(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    if not validator.is_type(instance, "object"):
+        return
+    for pattern, part in value.items():
+        for name, item in instance.items():
+            if compile_pattern(pattern).search(name):
+                yield from validator.descend(item, part, path=name, schema_path=pattern)
+
+
+def _additional_properties(
+    check: _Keyword, validator: Any, value: Any, instance: Any, schema: Any
+) -> Iterator[ValidationError]:
+    """Checks the properties that match no pattern as jsonschema does."""
+    if validator.is_type(instance, "object") and (patterns := schema.get("patternProperties")):
+        compiled = [compile_pattern(each) for each in patterns]
+        instance = {name: item for name, item in instance.items() if not any(each.search(name) for each in compiled)}
+        schema = {key: part for key, part in schema.items() if key != "patternProperties"}
+    yield from check(validator, value, instance, schema) or ()
+
+
+def _unique_items(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    from jsonschema import ValidationError  # noqa: PLC0415
+
+    if value and validator.is_type(instance, "array"):
+        spend_steps(len(instance))
+        if len({_hashable(each) for each in instance}) < len(instance):
+            yield ValidationError(f"{instance!r} has non-unique elements")
+
+
+def _hashable(value: Any) -> Hashable:
+    """Returns an object that is equal for equal JSON values only; for Python, 1 and true would be, too."""
+    if isinstance(value, dict):
+        return "object", frozenset((name, _hashable(item)) for name, item in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(_hashable, value))
+    return type(value) if isinstance(value, bool) else "", value
+
+
+# The schema
+
+
+def _usable_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies a schema without references to other documents and without patterns that are not supported."""
+    dropped = {"$dynamicRef", "$recursiveRef"}
+    if any("patternProperties" in part for part in schemas_within(schema)):
+        # Here, jsonschema would match the patterns itself.
+        dropped.add("unevaluatedProperties")
+
+    def usable(part: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(reference := part.get("$ref"), str) and not _can_be_resolved(schema, reference):
+            return {}
+        kept = {key: value for key, value in part.items() if key not in dropped and _is_usable(key, value)}
+        patterns = kept.get("patternProperties")
+        if isinstance(patterns, Mapping):
+            kept["patternProperties"] = {key: value for key, value in patterns.items() if _is_supported(key)}
+        return map_subschemas(kept, usable)
+
+    return usable(schema)
 
 
 def _is_usable(keyword: str, value: Any) -> bool:
     if keyword == "pattern" and isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error:
-            # JSON schema uses the syntax of JavaScript, which has constructs that Python does not.
-            return False
+        return _is_supported(value)
     if keyword == "$schema":
         return isinstance(value, str)
-    # An `$id`, or an `id` in draft 4, would change the base of the references below it. Only meta-schemas need dynamic
-    # references.
-    return not (keyword in ("$id", "id", "$dynamicRef", "$recursiveRef") and isinstance(value, str))
+    # An `$id`, or an `id` in draft 4, would change the base of the references below it.
+    return not (keyword in ("$id", "id") and isinstance(value, str))
+
+
+def _is_supported(pattern: str) -> bool:
+    try:
+        compile_pattern(pattern)
+    except UnsupportedPatternError as exc:
+        logger.warning("a pattern in the schema of a tool is not checked, because %s: %.200s", exc, pattern)
+        return False
+    return True
 
 
 def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:
     """Follows a chain of references, and returns whether it ends at a schema."""
-    followed: set[str] = set()
-    while reference not in followed:
-        followed.add(reference)
+    for _ in range(_LONGEST_CHAIN):
         target = resolve_reference(root, reference)
         if not isinstance(target, Mapping) or not isinstance(next_reference := target.get("$ref"), str):
             return isinstance(target, Mapping | bool)

@@ -16,6 +16,7 @@ import attrs
 import msgspec
 
 from lmbridge._checks import check_seconds
+from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
 from lmbridge.client.schemas import simplify_parameters
@@ -162,6 +163,11 @@ class Tool:
     def is_async(self) -> bool:
         """True if the function runs in the event loop, False if it runs in a thread."""
         return inspect.iscoroutinefunction(self.function)
+
+    @cached_property
+    def coercer(self) -> Coercer:
+        """Repairs arguments of the wrong JSON type where the schema leaves only one way to read them."""
+        return Coercer(self.parameters)
 
     @cached_property
     def convert(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -13,7 +13,8 @@ import asyncio
 import difflib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import math
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -22,7 +23,8 @@ import msgspec
 from lmbridge._checks import invalid_argument
 from lmbridge._text import shorten
 from lmbridge.agent.calling import ToolOutcome, call_tool
-from lmbridge.agent.schemas import coerce_to_schema
+from lmbridge.agent.coercion import Coercer
+from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
 from lmbridge.agent.text_calls import read_text_calls, to_wire_call
 from lmbridge.agent.tool_names import name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
@@ -32,6 +34,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
+_ANY_OBJECT: Final = Coercer({"type": "object"})
 _QUOTED_CHARACTERS: Final = 200
 """The number of characters that an error text quotes of malformed arguments or of an unknown name."""
 _LISTED_NAMES: Final = 50
@@ -40,6 +43,10 @@ _LONGEST_NAME: Final = 64
 """The number of characters of an unknown name that are compared with those of the tools. No tool has a longer one."""
 _LONGEST_PROBLEM: Final = 2_000
 """The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
+_LARGE_ARGUMENTS: Final = 50_000
+"""The number of characters of arguments, or of their keys, beyond which a call is read in a thread."""
+_CALLS_AT_ONCE: Final = 100
+"""The number of calls of a reply after which other tasks may run."""
 _LONGEST_TEXT_OF_CALLS: Final = 500_000
 """The number of characters beyond which a reply is not searched for calls, because the event loop would stand still for
 more than about 50 ms. A reply of that length has more than 100,000 tokens."""
@@ -165,16 +172,43 @@ class Toolset:
             await asyncio.to_thread(_build_validators, self._unprepared)
             self._unprepared = []
 
+    async def read_all(self, calls: Sequence[Mapping[str, Any]]) -> list[ReadyCall | InvalidCall]:
+        """Checks the calls of a reply like `read`, without making the event loop stand still.
+
+        A call whose arguments are large, or hard to check against their schema, is read in a thread.
+
+        Args:
+            calls: The entries of a message's `tool_calls`.
+        """
+        read: list[ReadyCall | InvalidCall] = []
+        for number, call in enumerate(calls, 1):
+            try:
+                is_large = len(_arguments_of(call) or "") > _LARGE_ARGUMENTS
+                read.append(await asyncio.to_thread(self.read, call) if is_large else self._read(call, STEPS_AT_ONCE))
+            except StepLimitError:
+                read.append(await asyncio.to_thread(self.read, call))
+            if not number % _CALLS_AT_ONCE:
+                await asyncio.sleep(0)
+        return read
+
     def read(self, call: Mapping[str, Any]) -> ReadyCall | InvalidCall:
         """Checks a call that a model has requested. This method never raises, and never guesses a tool or a value.
 
         Args:
             call: An entry of a message's `tool_calls`. Its arguments may be an object or its JSON.
         """
+        return self._read(call, STEPS_IN_THREAD)
+
+    def _read(self, call: Mapping[str, Any], steps: int) -> ReadyCall | InvalidCall:
+        """Checks a call.
+
+        Raises:
+            StepLimitError: It takes more steps than are allowed, and may be tried again with more of them.
+        """
         function = call.get("function")
         function = function if isinstance(function, Mapping) else {}
         call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
-        decoded, problem = _decode_arguments(function.get("arguments"))
+        decoded, problem, inexact = _decode_arguments(_arguments_of(call))
         bad_arguments = not isinstance(decoded, dict)
         name = self.find_request_name(asked)
         if name is None:
@@ -184,8 +218,15 @@ class Toolset:
             decoded, problem = _without_arguments(tool)
         if problem is None:
             try:
-                values = coerce_to_schema(_as_object(decoded), tool.sent_parameters)
-                return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
+                with limit_steps(steps):
+                    values = tool.coercer.coerce(_as_object(decoded), inexact=inexact)
+                    return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
+            except StepLimitError:
+                if steps < STEPS_IN_THREAD:
+                    raise
+                problem = "it would take too long to check them; send fewer and shorter ones"
+            except RecursionError:
+                problem = "they are nested too deeply"
             except Exception as exc:  # noqa: BLE001 - the constructor of a user's type may raise anything
                 problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
         problem = shorten(problem, _LONGEST_PROBLEM)
@@ -271,16 +312,34 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _decode_arguments(arguments: Any) -> tuple[Any, str | None]:
-    """Returns the JSON value of a call's arguments, which is None if it has none, or None and what is wrong."""
+def _arguments_of(call: Mapping[str, Any]) -> Any:
+    function = call.get("function")
+    return function.get("arguments") if isinstance(function, Mapping) else None
+
+
+def _decode_arguments(arguments: Any) -> tuple[Any, str | None, Collection[float]]:
+    """Returns the JSON value of a call's arguments, which is None if it has none, or None and what is wrong.
+
+    The third part of the result contains the floats that were written in another way than Python would, such as 3.10.
+    """
     if not isinstance(arguments, str):
-        return arguments, None
+        return arguments, None, ()
     if not arguments.strip():
-        return None, None
+        return None, None, ()
+    inexact: set[float] = set()
+
+    def read_float(text: str) -> float:
+        value = float(text)
+        if math.isinf(value):
+            raise ValueError("Number out of range")
+        if repr(value) != text:
+            inexact.add(value)
+        return value
+
     try:
-        return msgspec.json.decode(arguments), None
+        return msgspec.json.Decoder(float_hook=read_float).decode(arguments), None, inexact
     except (ValueError, RecursionError) as exc:
-        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}"
+        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}", ()
 
 
 def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
@@ -301,7 +360,7 @@ def _as_object(decoded: Any) -> dict[str, Any]:
     Raises:
         ValueError: The arguments are not an object.
     """
-    values = coerce_to_schema(decoded, {"type": "object"}) if isinstance(decoded, str) else decoded
+    values = _ANY_OBJECT.coerce(decoded) if isinstance(decoded, str) else decoded
     if not isinstance(values, dict):
         shown = shorten(json.dumps(values), _QUOTED_CHARACTERS)
         raise ValueError(f"they have to be a JSON object, not {shown}")  # noqa: TRY004 - callers expect a ValueError
@@ -329,4 +388,5 @@ def _describe_parameters(tool: Tool) -> str:
     """Lists the parameters of a tool for a model that got its arguments wrong."""
     required = tool.sent_parameters.get("required", ())
     names = [name if name in required else f"{name} (optional)" for name in tool.sent_parameters["properties"]]
-    return f"it takes: {', '.join(names[:_LISTED_NAMES])}" if names else "it takes no arguments"
+    listed = shorten(", ".join(names[:_LISTED_NAMES]), _LONGEST_PROBLEM)
+    return f"it takes: {listed}" if names else "it takes no arguments"

@@ -87,7 +87,7 @@ class TurnRunner:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
         sent_calls = map(self._as_sent, reply.calls)
         turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
-        read = await self._read(reply.calls)
+        read = await self._toolset.read_all(reply.calls)
         calls = [_to_tool_call(each) for each in read]
         self._record.calls += calls
         planned = self._plan(read)
@@ -103,14 +103,6 @@ class TurnRunner:
         function = call["function"]
         name = self._toolset.find_request_name(function["name"])
         return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
-
-    async def _read(self, calls: Sequence[WireCall]) -> list[ReadyCall | InvalidCall]:
-        read: list[ReadyCall | InvalidCall] = []
-        for begin in range(0, len(calls), _CALLS_AT_ONCE):
-            if begin:
-                await asyncio.sleep(0)
-            read += map(self._toolset.read, calls[begin : begin + _CALLS_AT_ONCE])
-        return read
 
     def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
         """Returns the calls to make, each once if identical calls are to be made once."""

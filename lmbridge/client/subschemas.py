@@ -55,14 +55,20 @@ def subschemas(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def references_in(schema: Any) -> Iterator[str]:
-    """Yields the references in a schema, at any depth."""
+def schemas_within(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields a schema and all schemas in it, at any depth."""
     remaining = [schema] if isinstance(schema, Mapping) else []
     while remaining:
         part = remaining.pop()
+        yield part
+        remaining += subschemas(part)
+
+
+def references_in(schema: Any) -> Iterator[str]:
+    """Yields the references in a schema, at any depth."""
+    for part in schemas_within(schema):
         if isinstance(reference := part.get("$ref"), str):
             yield reference
-        remaining += subschemas(part)
 
 
 def resolve_reference(root: Mapping[str, Any], ref: str) -> Any:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.agent.schemas import build_validator, coerce_to_schema
+from lmbridge.agent.coercion import coerce_to_schema
+from lmbridge.agent.schemas import build_validator
 from lmbridge.client.schemas import simplify_parameters
 from tests.client.test_schemas import SCHEMAS
 from tests.client.test_subschemas import KEYWORDS_AS_NAMES

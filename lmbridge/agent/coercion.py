@@ -1,0 +1,328 @@
+"""Repairs arguments of the wrong JSON type, where the schema leaves only one way to read them.
+
+Small models send `"5"`, `"true"` or `"[1, 2]"` where the schema asks for a number, a boolean or a list, and 5 where it
+asks for a text. Coercion follows the schema, and never the value alone, because a guess would call a tool with
+arguments that the model did not mean. A value that the schema accepts as it is stays as it is.
+
+The schema is the tool's own, and not the simplified version that servers receive: that one leaves out what some server
+does not understand, such as a type that contains itself more than twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+import msgspec
+
+from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
+from lmbridge.agent.step_limit import spend_steps
+from lmbridge.client.subschemas import resolve_reference
+
+_JSON_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+_JSON_TYPES: Final[Mapping[type, str]] = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+_TYPE_NAMES: Final = frozenset(_JSON_TYPES.values())
+_MOST_ALTERNATIVES: Final = 64
+"""The number of alternatives of a schema beyond which its values stay as they are."""
+_FORMATS_OF_VALUES: Final = ("date", "date-time", "time", "duration", "uuid", "uri", "url", "email", "ipv4", "ipv6")
+"""Formats that neither an empty text nor "null" has."""
+
+
+@attrs.frozen(eq=False)
+class _Alternative:
+    """One of the ways in which a value can satisfy a schema."""
+
+    keywords: Mapping[str, Any]
+    """The keywords that apply together, without references and without those that hold alternatives."""
+    types: frozenset[str] | None
+    """The JSON types that are accepted; None for all of them."""
+    values: Sequence[Any] | None
+    """The only values that are accepted; None if they are not listed."""
+    required: frozenset[str]
+    """The names of the properties that an object must have."""
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> _Alternative:
+        """Reads the keywords of an alternative."""
+        required = frozenset(each for each in _list(keywords.get("required")) if isinstance(each, str))
+        return cls(keywords, _types_of(keywords), _values_of(keywords), required)
+
+    def fits(self, value: Any) -> bool:
+        """Returns whether the type of a value is accepted, and the value is among those that are listed.
+
+        A float such as 5.0 is no integer here, so that it becomes one where the schema asks for an integer.
+        """
+        name = _JSON_TYPES.get(type(value))
+        if self.types is not None and name not in self.types and not (name == "integer" and "number" in self.types):
+            return False
+        if self.values is None:
+            return True
+        spend_steps(len(self.values))
+        return any(_is_same(value, each) for each in self.values)
+
+    def accepts_blank(self, value: str | None) -> bool:
+        """Returns whether an empty text, "null" or None is accepted. Other keywords than the type may forbid it."""
+        if not self.fits(value):
+            return False
+        if value is None:
+            return True
+        pattern, least = self.keywords.get("pattern"), self.keywords.get("minLength")
+        return (
+            self.keywords.get("format") not in _FORMATS_OF_VALUES
+            and not (isinstance(least, int) and len(value) < least)
+            and not (isinstance(pattern, str) and not _matches(pattern, value))
+        )
+
+    def schemas_of(self, name: str) -> Sequence[Any]:
+        """Returns the schemas of a property; none if the property is not allowed."""
+        properties = _mapping(self.keywords.get("properties"))
+        if name in properties:
+            return [properties[name]]
+        patterns = _mapping(self.keywords.get("patternProperties"))
+        if matching := [schema for pattern, schema in patterns.items() if _matches(pattern, name)]:
+            return matching[:1] if len(matching) == 1 else [True]
+        others = self.keywords.get("additionalProperties", True)
+        return [] if others is False else [others]
+
+    def schemas_at(self, index: int) -> Sequence[Any]:
+        """Returns the schemas of an item of a list."""
+        items = self.keywords.get("items", True)
+        first = self.keywords.get("prefixItems")
+        if isinstance(items, list):
+            # Drafts before 2020.
+            first, items = items, self.keywords.get("additionalItems", True)
+        if isinstance(first, list) and index < len(first):
+            return [first[index]]
+        return [items]
+
+
+class Coercer:
+    """Coerces values to one schema.
+
+    Args:
+        schema: The schema, which may be invalid. What cannot be understood accepts any value.
+    """
+
+    def __init__(self, schema: Any) -> None:
+        self._root = schema
+        # The keys are the ids of schemas, which stay alive because the values contain them.
+        self._known: dict[int, tuple[Any, Sequence[_Alternative]]] = {}
+
+    def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
+        """Returns the value with each part that has only one reading under the schema replaced by that reading.
+
+        - A text becomes the number, boolean, null, list or object that it contains, where no text is accepted.
+        - An integer becomes a text where neither a number nor a boolean is accepted; so does any other number that
+          would be written as the model wrote it.
+        - A number such as 5.0 becomes an integer where an integer is required.
+        - A parameter that has a default and is not required is left out if its value is null, `"null"` or empty, and
+          the schema does not accept that.
+
+        Args:
+            value: A JSON value. It is not modified.
+            inexact: Numbers that were written in another way than Python would, such as 3.10, which never become a
+                text.
+        """
+        return self._coerce(value, [self._root], inexact)
+
+    def _coerce(self, value: Any, schemas: Iterable[Any], inexact: Collection[float]) -> Any:
+        spend_steps(1)
+        alternatives = [each for schema in schemas for each in self._alternatives(schema)]
+        fitting = [each for each in alternatives if each.fits(value)]
+        if not fitting:
+            value = self._only_reading(value, alternatives, inexact)
+            fitting = [each for each in alternatives if each.fits(value)]
+        if isinstance(value, dict):
+            return self._coerce_object(value, fitting, inexact)
+        if isinstance(value, list) and any(not _accepts_all_items(each) for each in fitting):
+            return [
+                self._coerce(item, [schema for each in fitting for schema in each.schemas_at(index)], inexact)
+                for index, item in enumerate(value)
+            ]
+        return value
+
+    def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: Collection[float]) -> Any:
+        is_boolean = any(each.fits(truth) for each in alternatives for truth in (True, False))
+        # 1 may stand for true, so it becomes no text where the schema accepts a boolean.
+        may_be_text = not is_boolean and value not in inexact if isinstance(value, float) else not is_boolean
+        readings = (each for each in _readings(value) if may_be_text or not isinstance(each, str))
+        return next((each for each in readings if any(one.fits(each) for one in alternatives)), value)
+
+    def _coerce_object(
+        self, value: Mapping[str, Any], fitting: Sequence[_Alternative], inexact: Collection[float]
+    ) -> dict[str, Any]:
+        if len(fitting) > 1:
+            fitting = [each for each in fitting if self._is_possible(value, each)]
+        coerced: dict[str, Any] = {}
+        for name, item in value.items():
+            schemas = [schema for each in fitting for schema in each.schemas_of(name)]
+            if schemas and not any(name in each.required for each in fitting) and self._is_unset(item, schemas):
+                continue
+            coerced[name] = self._coerce(item, schemas, inexact) if schemas else item
+        return coerced
+
+    def _is_possible(self, value: Mapping[str, Any], alternative: _Alternative) -> bool:
+        """Returns whether an alternative knows all properties of an object, and lists the values of those it lists."""
+        for name, item in value.items():
+            spend_steps(1)
+            schemas = alternative.schemas_of(name)
+            if not schemas:
+                return False
+            listed = [each for schema in schemas for each in self._alternatives(schema)]
+            if listed and all(each.values is not None for each in listed):
+                reading = self._only_reading(item, listed, ())
+                if not any(each.fits(item) or each.fits(reading) for each in listed):
+                    return False
+        return True
+
+    def _is_unset(self, value: Any, schemas: Iterable[Any]) -> bool:
+        if not (value is None or (isinstance(value, str) and value.strip() in ("", "null"))):
+            return False
+        alternatives = [each for schema in schemas for each in self._alternatives(schema)]
+        has_default = any("default" in each.keywords for each in alternatives)
+        return has_default and not any(each.accepts_blank(value) for each in alternatives)
+
+    # Alternatives
+
+    def _alternatives(self, schema: Any) -> Sequence[_Alternative]:
+        known = self._known.get(id(schema))
+        if known is None:
+            try:
+                expanded = self._expand(schema, ())
+            except _TooManyAlternativesError:
+                expanded = [{}]
+            known = schema, [_Alternative.of(each) for each in expanded]
+            self._known[id(schema)] = known
+        return known[1]
+
+    def _expand(self, schema: Any, references: tuple[str, ...]) -> list[Mapping[str, Any]]:
+        """Returns the alternatives of a schema, each with the keywords of all its parts that apply together."""
+        if not isinstance(schema, Mapping):
+            return [] if schema is False else [{}]
+        spend_steps(1)
+        alternatives: list[Mapping[str, Any]] = [
+            {key: value for key, value in schema.items() if key not in ("$ref", "allOf", "anyOf", "oneOf")}
+        ]
+        for group in self._groups(schema, references):
+            merged = [_merge(one, other) for one in alternatives for other in group]
+            alternatives = [each for each in merged if each is not None]
+            if len(alternatives) > _MOST_ALTERNATIVES:
+                raise _TooManyAlternativesError
+        return alternatives
+
+    def _groups(self, schema: Mapping[str, Any], references: tuple[str, ...]) -> Iterator[list[Mapping[str, Any]]]:
+        """Yields the alternatives of each part of a schema that applies together with its other keywords."""
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in references and isinstance(self._root, Mapping):
+            target = resolve_reference(self._root, reference)
+            yield self._expand(True if target is None else target, (*references, reference))
+        for part in _list(schema.get("allOf")):
+            yield self._expand(part, references)
+        for keyword in ("anyOf", "oneOf"):
+            if branches := _list(schema.get(keyword)):
+                yield [each for branch in branches for each in self._expand(branch, references)]
+
+
+class _TooManyAlternativesError(Exception):
+    """A schema has more alternatives than are worth looking at."""
+
+
+def coerce_to_schema(value: Any, schema: Any) -> Any:
+    """Coerces a value to a schema that is used only once; see `Coercer`."""
+    return Coercer(schema).coerce(value)
+
+
+def _readings(value: Any) -> Iterator[Any]:
+    """Yields what a value may stand for besides itself, the likeliest first."""
+    if isinstance(value, str):
+        yield from _readings_of_text(value.strip())
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float) and value.is_integer():
+            yield int(value)
+        yield repr(value)
+
+
+def _readings_of_text(text: str) -> Iterator[Any]:
+    if (truth := {"true": True, "false": False}.get(text.lower())) is not None:
+        yield truth
+    elif text == "null":
+        yield None
+    elif text[:1] in ("[", "{") or _JSON_NUMBER.fullmatch(text):
+        try:
+            value = msgspec.json.decode(text)
+        except (ValueError, RecursionError):
+            return
+        yield value
+        if isinstance(value, float) and value.is_integer():
+            yield int(value)
+
+
+def _accepts_all_items(alternative: _Alternative) -> bool:
+    return not any(key in alternative.keywords for key in ("items", "prefixItems"))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Returns whether two JSON values are the same; for Python, 1 and true would be, too."""
+    return isinstance(one, bool) is isinstance(other, bool) and bool(one == other)
+
+
+def _types_of(schema: Mapping[str, Any]) -> frozenset[str] | None:
+    """Returns the JSON types that the keywords of a schema accept, or None if they accept all."""
+    given = schema.get("type")
+    names = [given] if isinstance(given, str) else _list(given)
+    if types := frozenset(name for name in names if isinstance(name, str)) & _TYPE_NAMES:
+        return types
+    values = _values_of(schema)
+    return None if values is None else frozenset(_JSON_TYPES.get(type(each), "object") for each in values)
+
+
+def _values_of(schema: Mapping[str, Any]) -> Sequence[Any] | None:
+    if "const" in schema:
+        return [schema["const"]]
+    return _list(schema.get("enum")) or None
+
+
+def _merge(one: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the keywords of two schemas that apply together, or None if no value has a type that both accept."""
+    merged = {**other, **one}
+    types = [each for each in (_types_of(one), _types_of(other)) if each is not None]
+    if len(types) > 1:
+        if any("number" in each for each in types):
+            types = [each | {"integer"} if "number" in each else each for each in types]
+        common = types[0] & types[1]
+        if not common:
+            return None
+        merged["type"] = sorted(common)
+    if "properties" in one and "properties" in other:
+        first, second = _mapping(one["properties"]), _mapping(other["properties"])
+        both = {name: {"allOf": [first[name], second[name]]} for name in first if name in second}
+        merged["properties"] = {**second, **first, **both}
+    if "required" in one and "required" in other:
+        merged["required"] = [*_list(one["required"]), *_list(other["required"])]
+    return merged
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Returns whether a text matches a pattern; True if the pattern is not supported."""
+    try:
+        return compile_pattern(pattern).search(text)
+    except UnsupportedPatternError:
+        return True
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []

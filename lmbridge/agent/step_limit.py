@@ -1,0 +1,52 @@
+"""Bounds the work that a schema can cause, because a server or a model may have made it endless.
+
+The work is counted in steps instead of seconds, so that the same call always ends in the same way, also on a machine
+that is busy. A step is about a microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final
+
+STEPS_AT_ONCE: Final = 40_000
+"""The steps that may be made in the event loop, which stands still meanwhile: about 40 ms."""
+STEPS_IN_THREAD: Final = 5_000_000
+"""The steps that may be made in a thread, while the event loop goes on: about five seconds."""
+
+
+class StepLimitError(Exception):
+    """The work takes more steps than are allowed."""
+
+
+class _Counter:
+    def __init__(self, steps: int) -> None:
+        self.left: int = steps
+
+
+_counter: Final[ContextVar[_Counter | None]] = ContextVar("lmbridge_step_counter", default=None)
+
+
+@contextmanager
+def limit_steps(steps: int) -> Iterator[None]:
+    """Limits the steps that are made within a `with` block."""
+    token = _counter.set(_Counter(steps))
+    try:
+        yield
+    finally:
+        _counter.reset(token)
+
+
+def spend_steps(steps: int) -> None:
+    """Counts steps. Outside of `limit_steps`, there is no limit.
+
+    Raises:
+        StepLimitError: There are no steps left.
+    """
+    counter = _counter.get()
+    if counter is not None:
+        counter.left -= steps
+        if counter.left < 0:
+            raise StepLimitError
