@@ -34,6 +34,10 @@ _JSON_TYPES: Final[Mapping[type, str]] = {
 _TYPE_NAMES: Final = frozenset(_JSON_TYPES.values())
 _MOST_ALTERNATIVES: Final = 64
 """The number of alternatives of a schema beyond which its values stay as they are."""
+_STEPS_OF_SCHEMA: Final = 10
+"""What it costs to find the alternatives of a schema for the first time, in steps of `step_limit`."""
+_MOST_PARTS: Final = 1_000
+"""The number of parts of a schema beyond which its alternatives are not put together. References can multiply them."""
 _FORMATS_OF_VALUES: Final = ("date", "date-time", "time", "duration", "uuid", "uri", "url", "email", "ipv4", "ipv6")
 """Formats that neither an empty text nor "null" has."""
 
@@ -117,6 +121,7 @@ class Coercer:
         self._root = schema
         # The keys are the ids of schemas, which stay alive because the values contain them.
         self._known: dict[int, tuple[Any, Sequence[_Alternative]]] = {}
+        self._parts_left = 0
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
         """Returns the value with each part that has only one reading under the schema replaced by that reading.
@@ -197,6 +202,8 @@ class Coercer:
     def _alternatives(self, schema: Any) -> Sequence[_Alternative]:
         known = self._known.get(id(schema))
         if known is None:
+            spend_steps(_STEPS_OF_SCHEMA)
+            self._parts_left = _MOST_PARTS
             try:
                 expanded = self._expand(schema, ())
             except _TooManyAlternativesError:
@@ -209,7 +216,9 @@ class Coercer:
         """Returns the alternatives of a schema, each with the keywords of all its parts that apply together."""
         if not isinstance(schema, Mapping):
             return [] if schema is False else [{}]
-        spend_steps(1)
+        self._parts_left -= 1
+        if not self._parts_left:
+            raise _TooManyAlternativesError
         alternatives: list[Mapping[str, Any]] = [
             {key: value for key, value in schema.items() if key not in ("$ref", "allOf", "anyOf", "oneOf")}
         ]

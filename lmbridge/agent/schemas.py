@@ -94,10 +94,10 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
     from jsonschema.validators import validator_for  # noqa: PLC0415
 
     try:
-        usable = _usable_schema(schema)
-        validator_class: Any = validator_for(usable, default=Draft202012Validator)
-        rules = validator_class.META_SCHEMA
         with limit_steps(STEPS_IN_THREAD):
+            usable = _usable_schema(schema)
+            validator_class: Any = validator_for(usable, default=Draft202012Validator)
+            rules = validator_class.META_SCHEMA
             if _bounded(validator_for(rules, default=validator_class))(rules).is_valid(usable):
                 return _bounded(validator_class)(usable)
     except (RecursionError, StepLimitError):
@@ -224,6 +224,7 @@ def _is_supported(pattern: str) -> bool:
 def _can_be_resolved(root: Mapping[str, Any], reference: str) -> bool:
     """Follows a chain of references, and returns whether it ends at a schema."""
     for _ in range(_LONGEST_CHAIN):
+        spend_steps(1 + len(reference) // _CHARACTERS_OF_STEP)
         target = resolve_reference(root, reference)
         if not isinstance(target, Mapping) or not isinstance(next_reference := target.get("$ref"), str):
             return isinstance(target, Mapping | bool)

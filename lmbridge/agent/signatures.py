@@ -195,10 +195,11 @@ def _annotated(part: dict[str, Any], hint: _ParameterHint, docstring_entry: str 
     part.pop("default", None)
     # A default that JSON cannot represent is left out: the function applies it, and the model need not know it.
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        default = None if hint.default is inspect.Parameter.empty else as_plain_json(hint.default)
-        # msgspec encodes NaN as null, so NaN is left out together with None.
-        if msgspec.json.encode(default) != b"null":
-            part["default"] = default
+        if hint.default is not inspect.Parameter.empty:
+            default = as_plain_json(hint.default)
+            # msgspec encodes NaN as null.
+            if default is None or msgspec.json.encode(default) != b"null":
+                part["default"] = default
     return part
 
 

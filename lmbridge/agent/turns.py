@@ -28,8 +28,6 @@ from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from lmbridge.errors import LLMError
 
 _REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
-_CALLS_AT_ONCE: Final = 100
-"""How many calls are read before other tasks of the event loop get their turn."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 

@@ -1,7 +1,8 @@
-"""Arguments of tool calls against JSON schemas: coercion of values, and validation with its error texts."""
+"""Arguments of tool calls against JSON schemas: validation, its error texts, and its limits."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 
 from lmbridge.agent.coercion import coerce_to_schema
 from lmbridge.agent.schemas import build_validator
+from lmbridge.agent.step_limit import StepLimitError, limit_steps
 from lmbridge.client.schemas import simplify_parameters
 from tests.client.test_schemas import SCHEMAS
 from tests.client.test_subschemas import KEYWORDS_AS_NAMES
+from tests.support import assert_linear
 
 
 def validate(schema: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -24,84 +27,6 @@ def error_of(schema: dict[str, Any], arguments: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match=r"^\$") as caught:
         validate(schema, arguments)
     return str(caught.value)
-
-
-# Coercion
-
-
-@pytest.mark.parametrize(
-    ("schema", "value", "expected"),
-    [
-        ({"type": "integer"}, "5", 5),
-        ({"type": "integer"}, " -5 ", -5),
-        ({"type": "integer"}, "5.0", 5),
-        ({"type": "integer"}, 5.0, 5),
-        ({"type": "number"}, "2.5", 2.5),
-        ({"type": "number"}, "1e3", 1000.0),
-        ({"type": "boolean"}, "true", True),
-        ({"type": "boolean"}, "False", False),
-        ({"type": "array"}, "[1, 2]", [1, 2]),
-        ({"type": "object"}, '{"a": 1}', {"a": 1}),
-        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "5", 5),
-        ({"enum": [1, 2, None]}, "2", 2),
-        ({"type": "array", "items": {"type": "integer"}}, '["1", 2]', [1, 2]),
-        ({"type": "object", "properties": {"a": {"type": "integer"}}}, {"a": "1", "b": "2"}, {"a": 1, "b": "2"}),
-        ({"type": "object", "additionalProperties": {"type": "boolean"}}, {"a": "true"}, {"a": True}),
-    ],
-)
-def test_a_string_is_decoded_where_the_schema_accepts_no_string(schema: Any, value: Any, expected: Any) -> None:
-    coerced = coerce_to_schema(value, schema)
-    assert coerced == expected
-    assert type(coerced) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("schema", "value"),
-    [
-        ({"type": "string"}, "5"),
-        ({"type": "string"}, 5),
-        ({"type": "string"}, "true"),
-        ({"type": "string"}, '{"a": 1}'),
-        ({}, "5"),
-        (True, "5"),
-        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "5"),
-        ({"anyOf": [{"type": "boolean"}, {"type": "integer"}]}, "5"),
-        ({"enum": ["1", "2"]}, "1"),
-        ({"enum": ["1", 1]}, "1"),
-        ({"type": "integer"}, "5.5"),
-        ({"type": "integer"}, 5.5),
-        ({"type": "integer"}, "five"),
-        ({"type": "integer"}, "0x10"),
-        ({"type": "integer"}, "1_000"),
-        ({"type": "integer"}, "05"),
-        ({"type": "integer"}, "\u0665"),
-        ({"type": "integer"}, ""),
-        ({"type": "integer"}, True),
-        ({"type": "number"}, "NaN"),
-        ({"type": "number"}, "1e999"),
-        ({"type": "boolean"}, "yes"),
-        ({"type": "boolean"}, 1),
-        ({"type": "boolean"}, "1"),
-        ({"type": "null"}, "null"),
-        ({"type": "array"}, "1, 2"),
-        ({"type": "array"}, '{"a": 1}'),
-        ({"type": "array"}, "a"),
-        ({"type": "object"}, "[1]"),
-        ({"type": "object"}, "{'a': 1}"),
-        ({"type": "object"}, "[" * 100_000),
-    ],
-)
-def test_every_other_value_is_unchanged(schema: Any, value: Any) -> None:
-    coerced = coerce_to_schema(value, schema)
-    assert coerced == value
-    assert type(coerced) is type(value)
-
-
-def test_coercion_does_not_modify_its_input() -> None:
-    value = {"a": ["1"]}
-    schema = {"properties": {"a": {"items": {"type": "integer"}}}}
-    assert coerce_to_schema(value, schema) == {"a": [1]}
-    assert value == {"a": ["1"]}
 
 
 # Validation
@@ -199,6 +124,153 @@ def test_a_pattern_that_python_cannot_compile_accepts_every_string() -> None:
 def test_values_within_a_schema_are_not_read_as_schemas() -> None:
     schema = {"type": "object", "properties": {"x": {"const": {"$ref": "nowhere", "pattern": "["}}}}
     assert validate(schema, {"x": {"$ref": "nowhere", "pattern": "["}})
+
+
+# Schemas and values that would take for ever
+
+EVIL = "^(a+)+$"
+
+
+@pytest.mark.parametrize("draft", ["draft-04", "draft-06", "draft-07", "2019-09", "2020-12"])
+@pytest.mark.parametrize(
+    ("keywords", "good", "bad"),
+    [
+        ({"properties": {"x": {"type": "string", "pattern": EVIL}}}, {"x": "aaa"}, {"x": "a" * 500 + "!"}),
+        ({"patternProperties": {EVIL: {"type": "integer"}}}, {"a" * 500 + "!": "x", "a": 1}, {"aa": "x"}),
+        (
+            {"patternProperties": {EVIL: {}}, "additionalProperties": False},
+            {"aaa": 1},
+            {"a" * 500 + "!": 1},
+        ),
+        (
+            {"patternProperties": {EVIL: {}}, "additionalProperties": {"type": "integer"}},
+            {"aaa": "x", "b": 1},
+            {"a" * 500 + "!": "x"},
+        ),
+        (
+            {"properties": {"x": {"allOf": [{"not": {"pattern": EVIL}}]}}},
+            {"x": "a" * 500 + "!"},
+            {"x": "aaa"},
+        ),
+    ],
+)
+def test_a_pattern_that_re_would_never_finish_is_checked(keywords: Any, good: Any, bad: Any, draft: str) -> None:
+    place = f"draft/{draft}" if draft.startswith("20") else draft
+    schema = {"$schema": f"http://json-schema.org/{place}/schema#", "type": "object", **keywords}
+    if draft.startswith("20"):
+        schema["$schema"] = f"https://json-schema.org/draft/{draft}/schema"
+    assert validate(schema, good) == good
+    assert error_of(schema, bad)
+
+
+def test_a_draft_that_is_named_within_a_schema_does_not_bring_back_re() -> None:
+    part = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "string", "pattern": EVIL}
+    schema = {"$schema": part["$schema"], "type": "object", "properties": {"x": part, "again": {"$ref": "#"}}}
+    assert error_of(schema, {"x": "a" * 500 + "!"})
+    assert error_of(schema, {"again": {"x": "a" * 500 + "!"}})
+
+
+def test_unevaluated_properties_are_not_checked_beside_patterns() -> None:
+    schema = {"type": "object", "unevaluatedProperties": False, "properties": {"a": {}}}
+    assert error_of(schema, {"b": 1})
+    assert validate({**schema, "allOf": [{"patternProperties": {EVIL: {}}}]}, {"a" * 500 + "!": 1})
+
+
+@pytest.mark.parametrize("pattern", [r"(a)\1", "a{99999999999999999999}", "(" * 2_000, "(?<=a)b", "[", "*"])
+def test_a_pattern_that_is_not_supported_accepts_everything_and_is_logged(
+    pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": pattern}}}
+    assert validate(schema, {"x": "anything"})
+    assert error_of(schema, {"x": 1})
+    assert any(record.getMessage().startswith("a pattern in the schema") for record in caplog.records)
+    names = {
+        "type": "object",
+        "patternProperties": {pattern: {"type": "integer"}},
+        "properties": {"y": {"type": "string"}},
+    }
+    assert validate(names, {"x": "anything"})
+    assert error_of(names, {"y": 1})
+
+
+@pytest.mark.parametrize(
+    "items", [[1, 2], [1, True], [0, False], [{"a": 1}, {"a": True}], [[1], 1], [None, ""], [{}, []]]
+)
+def test_different_items_are_unique(items: list[Any]) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
+    assert validate(schema, {"x": items})
+    for each in items:
+        assert error_of(schema, {"x": [*items, each]}).endswith("has non-unique elements")
+    assert error_of(schema, {"x": [{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("part", "value_of"),
+    [
+        ({"type": "array", "uniqueItems": True}, lambda size: [{"a": number} for number in range(size)]),
+        ({"type": "array", "items": {"type": "integer"}}, lambda size: list(range(size))),
+        ({"type": "array", "items": {"type": "integer"}}, lambda size: ["x"] * size),
+        ({"anyOf": [{"items": {"type": "integer"}}, {"type": "string"}]}, lambda size: ["x"] * size),
+        ({"additionalProperties": {"type": "integer"}}, lambda size: {str(number): "x" for number in range(size)}),
+        ({"type": "string", "pattern": r"\\s+$"}, lambda size: " " * 20 * size + "x"),
+        ({"enum": ["a"]}, lambda size: ["x"] * size),
+    ],
+)
+def test_the_time_of_validation_is_linear(part: Any, value_of: Any) -> None:
+    schema = {"type": "object", "properties": {"x": part}}
+    validator = build_validator(schema, simplify_parameters(schema))
+
+    def run(size: int) -> None:
+        with contextlib.suppress(ValueError):
+            validator({"x": value_of(size)})
+
+    assert_linear(run, 150)
+
+
+def test_work_that_multiplies_ends_at_the_limit() -> None:
+    definitions: dict[str, Any] = {"n0": {"type": "integer"}}
+    for number in range(1, 40):
+        definitions[f"n{number}"] = {"anyOf": [{"$ref": f"#/$defs/n{number - 1}"}, {"$ref": f"#/$defs/n{number - 1}"}]}
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n39"}}, "$defs": definitions}
+    validator = build_validator(schema, simplify_parameters(schema))
+    with limit_steps(20_000), pytest.raises(StepLimitError):
+        validator({"x": "a"})
+    with limit_steps(20_000):
+        assert validator({"x": 1})
+
+
+@pytest.mark.parametrize("keyword", ["allOf", "anyOf", "oneOf"])
+def test_a_schema_that_refers_to_itself_without_end_is_replaced_by_the_version_that_is_sent(keyword: str) -> None:
+    loop = {keyword: [{"$ref": "#/$defs/Loop"}]}
+    schema = {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/Loop"}, "y": {"type": "integer"}},
+        "$defs": {"Loop": loop},
+    }
+    assert validate(schema, {"x": 1, "y": 1})
+    assert error_of(schema, {"x": 1, "y": "a"}) == "$.y: 'a' is not of type 'integer'"
+
+
+def test_a_schema_that_is_too_deep_or_too_large_is_replaced_by_the_version_that_is_sent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(2_000):
+        deep = {"not": deep}
+    schema = {"type": "object", "properties": {"y": {"type": "integer"}}, "$defs": {"deep": deep}}
+    assert error_of(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
+    assert "the schema of a tool is not valid or too large" in caplog.text
+    monkeypatch.setattr("lmbridge.agent.schemas.STEPS_IN_THREAD", 100)
+    assert error_of({**CITY, "required": ["days"]}, {}) == "$: 'days' is a required property"
+
+
+def test_a_long_chain_of_references_is_not_followed_to_its_end() -> None:
+    chain: dict[str, Any] = {f"n{number}": {"$ref": f"#/$defs/n{number + 1}"} for number in range(300)}
+    schema = {"type": "object", "properties": {"y": {"type": "integer"}}, "$defs": {**chain, "n300": {}}}
+    assert error_of(schema, {"y": "a"}) == "$.y: 'a' is not of type 'integer'"
+
+
+# Names and data in schemas
 
 
 @pytest.mark.parametrize("name", KEYWORDS_AS_NAMES)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
+from lmbridge.agent.step_limit import STEPS_AT_ONCE, spend_steps
 from lmbridge.agent.text_calls import read_text_calls
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
@@ -327,22 +329,83 @@ async def test_the_position_in_long_arguments_is_quoted() -> None:
 
 
 async def test_arguments_of_the_wrong_type_are_reported_with_their_path() -> None:
-    wrong = await read_invalid(weather, name="weather", arguments='{"city": 5}')
+    wrong = await read_invalid(weather, name="weather", arguments='{"city": true}')
     assert wrong == InvalidCall(
         "call_1",
         "weather",
-        "the arguments for 'weather' are wrong: $.city: expected `str`, got `int`; it takes: city, days (optional)",
+        "the arguments for 'weather' are wrong: $.city: expected `str`, got `bool`; it takes: city, days (optional)",
         bad_arguments=False,
     )
-    wrong = await read_invalid(tool("weather", parameters=CITY), name="weather", arguments='{"city": 5}')
-    assert wrong.text.startswith("the arguments for 'weather' are wrong: $.city: 5 is not of type 'string'; ")
+    wrong = await read_invalid(tool("weather", parameters=CITY), name="weather", arguments='{"city": true}')
+    assert wrong.text.startswith("the arguments for 'weather' are wrong: $.city: True is not of type 'string'; ")
     points = {"type": "object", "properties": {"at": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "integer"}}}
     wrong = await read_invalid(tool("p", parameters=points), name="p", arguments='{"at": "x"}')
     assert wrong.text.endswith("$.at: 'x' is not of type 'integer'; it takes: at (optional)")
     wrong = await read_invalid(now, name="now", arguments='{"zone": "CET"}')
     assert wrong.text.endswith("$: object contains unknown field `zone`; it takes no arguments")
-    wrong = await read_invalid(weather, name="weather", arguments='"{\\"city\\": 5}"')
+    wrong = await read_invalid(weather, name="weather", arguments='"{\\"city\\": [5]}"')
     assert wrong.bad_arguments
+
+
+@pytest.mark.parametrize("function", [weather, tool("weather", parameters=CITY)])
+async def test_a_number_becomes_a_text_only_if_that_is_how_it_was_written(function: Any) -> None:
+    for written in ("5", "-12", "2.5", "12345678901234567890123"):
+        read = await read_ready(function, name="weather", arguments=f'{{"city": {written}}}')
+        assert read.arguments == {"city": written}
+    for written in ("3.10", "1e3", "1.0e1", "0.10"):
+        wrong = await read_invalid(function, name="weather", arguments=f'{{"city": {written}}}')
+        assert "$.city: " in wrong.text
+
+
+async def test_blank_values_of_optional_parameters_become_their_defaults() -> None:
+    async def search(
+        query: str, limit: int = 10, exact: bool = True, folder: str | None = None, depth: int | None = None
+    ) -> str:
+        return f"{query} {limit} {exact} {folder} {depth}"
+
+    for blank in ("null", '""', '"null"'):
+        arguments = f'{{"query": "x", "limit": {blank}, "exact": {blank}}}'
+        assert (await read_ready(search, name="search", arguments=arguments)).arguments == {"query": "x"}
+        wrong = await read_invalid(weather, name="weather", arguments=f'{{"city": "Ulm", "town": {blank}}}')
+        assert "unknown field `town`" in wrong.text
+    read = await read_ready(search, name="search", arguments='{"query": "", "folder": null}')
+    assert read.arguments == {"query": "", "folder": None}
+    assert (await read_ready(search, name="search", arguments='{"query": "", "depth": ""}')).arguments == {"query": ""}
+    assert "$.query" in (await read_invalid(search, name="search", arguments='{"query": null}')).text
+
+
+async def test_calls_that_are_large_or_hard_to_check_are_read_in_a_thread() -> None:
+    threads: list[bool] = []
+
+    def tool_with_steps(name: str, steps: int) -> Tool:
+        def convert(values: Any) -> dict[str, Any]:
+            threads.append(threading.current_thread() is not threading.main_thread())
+            spend_steps(steps)
+            return dict(values)
+
+        return Tool(name, "", {}, lambda **_: name, _convert=convert)
+
+    tools = await Toolset.collect(
+        [tool_with_steps("easy", 0), tool_with_steps("hard", STEPS_AT_ONCE), tool_with_steps("endless", 10**9)]
+    )
+    small = json.dumps({"a": "x"})
+    calls = [wire("easy", small), wire("easy", json.dumps({"a": "x" * 60_000})), wire("hard", small)]
+    read = await tools.read_all([*calls, wire("endless", small), wire("unknown", "{")])
+    assert [type(each) for each in read] == [ReadyCall, ReadyCall, ReadyCall, InvalidCall, InvalidCall]
+    assert threads == [False, True, False, True, False, True]
+    assert isinstance(read[3], InvalidCall)
+    assert "it would take too long to check them" in read[3].text
+
+
+async def test_other_tasks_run_while_many_calls_are_read() -> None:
+    tools = await Toolset.collect([now])
+    reading = asyncio.ensure_future(tools.read_all([wire("now")] * 1_000))
+    turns = 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 5
+    assert len(await reading) == 1_000
 
 
 async def test_an_unknown_tool_is_reported_with_the_known_names() -> None:
