@@ -60,11 +60,16 @@ class PendingCall(Coroutine[Any, Any, _T]):
         except AttributeError:
             raise AttributeError(f"`await` is missing before {self._name}(...): it has no {name!r} yet") from None
 
+    def _misused(self, example: str) -> NoReturn:
+        # Nobody probes a coroutine in these ways and awaits it afterwards. Python would warn about it as well.
+        self._coroutine.close()
+        self._missing_await(example)
+
     def _missing_await(self, example: str = "await {}(...)") -> NoReturn:
         raise TypeError(f"`await` is missing: write `{example.format(self._name.rpartition('.')[2])}`")
 
     def __getitem__(self, key: object) -> NoReturn:
-        self._missing_await("(await {}(...))[...]")
+        self._misused("(await {}(...))[...]")
 
     def __iter__(self) -> NoReturn:
         self._missing_await()
@@ -79,16 +84,16 @@ class PendingCall(Coroutine[Any, Any, _T]):
         self._missing_await()
 
     def __aiter__(self) -> NoReturn:
-        self._missing_await("async for ... in await {}(...)")
+        self._misused("async for ... in await {}(...)")
 
     async def __aenter__(self) -> NoReturn:
-        self._missing_await("async with await {}(...) as ...")
+        self._misused("async with await {}(...) as ...")
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Never called, because entering fails; Python looks for it nevertheless."""
 
     def __enter__(self) -> NoReturn:
-        self._missing_await("async with await {}(...) as ...")
+        self._misused("async with await {}(...) as ...")
 
     def __exit__(self, *exc_info: object) -> None:
         """Never called, because entering fails; Python looks for it nevertheless."""
