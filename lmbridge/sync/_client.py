@@ -439,7 +439,8 @@ class LLMClient(Owner):
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.
         auth: A user and a password for basic authentication, in place of a key. They may also be in the URL.
-        proxy: The URL of an HTTP proxy. It may contain a user and a password. Default: none.
+        proxy: The URL of an HTTP proxy, or of a SOCKS proxy if the package aiohttp-socks is installed. It may contain a
+            user and a password. Default: none.
         priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
             stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first, and each rises
             by 1 for every `Limits.max_wait` seconds. It is not sent to the server.

@@ -51,7 +51,7 @@ from aiohttp.http_exceptions import LineTooLong
 
 from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.config import environment_proxy
-from lmbridge.transport import faults
+from lmbridge.transport import faults, socks
 from lmbridge.transport.decompression import (
     ACCEPTED_ENCODINGS,
     BrokenCompression,
@@ -102,7 +102,7 @@ class AiohttpSession:
         connection_limit: The most connections that may be open at the same time, or None for no limit.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used.
-        proxy: The URL of an HTTP proxy.
+        proxy: The URL of an HTTP or SOCKS proxy.
         socket_path: The path of a Unix socket to connect to, whatever the host in the URL of a request.
     """
 
@@ -115,7 +115,10 @@ class AiohttpSession:
         proxy: str | None = None,
         socket_path: str | None = None,
     ) -> None:
-        self._proxy = proxy
+        self._socks_proxy = proxy if socks.is_socks(proxy) else None
+        self._socks_errors = () if self._socks_proxy is None else socks.connection_errors()
+        # The proxy of each request, which aiohttp uses; the connector knows a SOCKS proxy instead.
+        self._proxy = proxy if self._socks_proxy is None else None
         self._socket_path = socket_path
         self._connection_limit = connection_limit
         self._ssl = ssl
@@ -139,6 +142,8 @@ class AiohttpSession:
             )
         except _SENDING_ERRORS as exc:
             failure = self._failure(exc, request)
+        except self._socks_errors as exc:
+            failure = socks.failure_of(exc, request.connect_timeout)
         except asyncio.CancelledError:
             # When its session is closed, aiohttp cancels requests that wait for a connection or for a name to be
             # resolved.
@@ -205,6 +210,9 @@ class AiohttpSession:
         options |= {"keepalive_timeout": KEEPALIVE_SECONDS} if keep_connections else {"force_close": True}
         if self._socket_path is not None:
             return aiohttp.UnixConnector(self._socket_path, **options)
+        if self._socks_proxy is not None:
+            connector: aiohttp.BaseConnector = socks.make_connector(self._socks_proxy, ssl=self._ssl or True, **options)
+            return connector
         return aiohttp.TCPConnector(ssl=self._ssl or True, resolver=_Resolver(), **options)
 
     def _failure(self, exc: Exception, request: HttpRequest) -> ConnectionFailed:

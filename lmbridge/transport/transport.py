@@ -65,6 +65,7 @@ from lmbridge.transport.headers import (
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AiohttpSession
+from lmbridge.transport.socks import check_socks_proxy, is_socks
 from lmbridge.transport.sse import begins_event_stream
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class Transport:
             Errors and logs never contain their values.
         auth: A user and a password for basic authentication, which is used instead of a key. They can also be a part of
             `api_base`.
-        proxy: The URL of an HTTP proxy, which may contain a user and a password. By default no proxy is used.
+        proxy: The URL of an HTTP proxy, which may contain a user and a password, or of a SOCKS proxy if the package
+            aiohttp-socks is installed. By default no proxy is used.
         ssl: The TLS context for https. By default aiohttp's default context is used.
         trust_env: Whether the proxies and the `.netrc` file of the environment are used. By default they are not. A
             loopback address is never reached through a proxy.
@@ -146,7 +148,7 @@ class Transport:
         if api_key is None and auth is None:
             api_key = default_api_key()
         self.api_key: Final = check_api_key(api_key)
-        self._proxy = check_proxy(proxy)
+        self._proxy = check_socks_proxy(proxy) if isinstance(proxy, str) and is_socks(proxy) else check_proxy(proxy)
         if self._proxy is not None and self._socket_path is not None:
             raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
         self._find_limits = limits if callable(limits) else None
@@ -676,7 +678,8 @@ def _secrets(api_key: str | None, auth: tuple[str, str] | None, proxy: str | Non
     secrets = [] if api_key is None else [api_key]
     if auth is not None:
         secrets += [auth[1], basic_auth(*auth).rpartition(" ")[2]]
-    if proxy is not None and (proxy_auth := split_credentials(proxy)[1]) is not None:
+    # A SOCKS proxy has credentials in the same place of its URL as an HTTP proxy.
+    if proxy is not None and (proxy_auth := split_credentials(f"http:{proxy.partition(':')[2]}")[1]) is not None:
         secrets.append(proxy_auth[1])
     return secrets
 
