@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from lmbridge.client.models import CacheStats, ModelValidator
     from lmbridge.client.pool import LLMClientPool, PoolStats
     from lmbridge.client.raw import RawResponse
-    from lmbridge.client.reasoning import ReasoningSplitter, split_reasoning
+    from lmbridge.client.reasoning import ReasoningMarkers, ReasoningSplitter, split_reasoning
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
     from lmbridge.client.text import StreamedText, text_of
@@ -111,6 +111,7 @@ __all__ = [
     "PoolStats",
     "RawResponse",
     "ReasoningDelta",
+    "ReasoningMarkers",
     "ReasoningSplitter",
     "ResponseEvent",
     "ResponseStream",
@@ -164,6 +165,7 @@ _LAZY: Final = {
     "PoolStats": "lmbridge.client.pool",
     "RawResponse": "lmbridge.client.raw",
     "ReasoningDelta": "lmbridge.agent",
+    "ReasoningMarkers": "lmbridge.client.reasoning",
     "ReasoningSplitter": "lmbridge.client.reasoning",
     "ResponseEvent": "lmbridge.client.responses",
     "ResponseStream": "lmbridge.client.responses",

@@ -53,7 +53,9 @@ def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
         start = opening.start()
         try:
             value, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return None
+        except ValueError:
             if _BEGINS_LIKE_JSON.match(text, start):
                 return None
             # What stands in braces belongs together, even if it is not JSON. So a value in it is not the answer.

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 from lmbridge._checks import wrong_type
+from lmbridge.client import harmony
 from lmbridge.client.content import sort_content, text_of_part
+from lmbridge.errors import LLMValidationError
 
-_OPENING_TAG: Final = "<think>"
-_CLOSING_TAG: Final = "</think>"
+
+class ReasoningMarkers(NamedTuple):
+    """The texts around the reasoning of a model, for servers that leave it in the content of a reply."""
+
+    opening: str
+    """The text before the reasoning."""
+    closing: str
+    """The text after the reasoning."""
+    is_opened_by_prompt: bool = True
+    """Whether chat templates open the block in the prompt, so that a reply may contain only the closing text. Then
+    everything before that text is reasoning, in a whole reply. Default: True."""
+
+
+HARMONY: Final = ReasoningMarkers("<|channel|>analysis<|message|>", "<|end|>", is_opened_by_prompt=False)
+_DEFAULT_MARKERS: Final = (
+    ReasoningMarkers("<think>", "</think>"),
+    ReasoningMarkers("[THINK]", "[/THINK]", is_opened_by_prompt=False),
+    HARMONY,
+    ReasoningMarkers("<|channel>thought\n", "<channel|>", is_opened_by_prompt=False),
+    ReasoningMarkers("<seed:think>", "</seed:think>"),
+    ReasoningMarkers("<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningMarkers("<|inner_prefix|>", "<|inner_suffix|>"),
+    ReasoningMarkers("◁think▷", "◁/think▷"),
+)
 
 
 class Piece(NamedTuple):
@@ -43,25 +69,42 @@ class ReasoningSplitter:
             print(kind, text)
 
     Reasoning is whatever arrives as `reasoning_content` (llama.cpp, LM Studio, DeepSeek), as `reasoning` (Ollama,
-    newer vLLM, gpt-oss in LM Studio), as `thinking` or as a part of the content of that type (Mistral), and a `<think>`
-    block at the very start of the content, even if chunks cut its tags in two. A block that is never closed is
-    reasoning to the end; tags further on are text. White space around the block is dropped. Of several answers, only
-    the first (`index` 0) is split. The chunks are not changed.
+    newer vLLM, gpt-oss in LM Studio), as `thinking` or as a part of the content of that type (Mistral), and a block
+    between two markers, such as `<think>` and `</think>`, at the very start of the content, even if chunks cut a marker
+    in two. A block that is never closed is reasoning to the end; markers further on are text. White space around the
+    block is dropped. Of several answers, only the first (`index` 0) is split. The chunks are not changed.
 
     Args:
         starts_in_reasoning: Set this if the content begins inside a block. The chat templates of some models open the
             block in the prompt, so that the reply has only the `</think>`. The option has no effect once the server
             has sent reasoning in a separate field. Default: False.
+        markers: The markers of the block: `ReasoningMarkers`, or pairs of an opening and a closing text. Default:
+            `DEFAULT_MARKERS`.
+
+    Raises:
+        LLMValidationError: The markers are not pairs of texts.
     """
 
-    __slots__ = ("_held_back", "_leading_space", "_starts_in_reasoning", "_state")
+    DEFAULT_MARKERS: ClassVar[tuple[ReasoningMarkers, ...]] = _DEFAULT_MARKERS
+    """The markers that are recognized by default: those of DeepSeek, Qwen and most other models; of Mistral's models;
+    of gpt-oss, whose other channels are read as well; of Gemma 4; of Seed-OSS; of Cohere's models; of Apertus; and of
+    Kimi's older models."""
 
-    def __init__(self, *, starts_in_reasoning: bool = False) -> None:
-        self._state: Literal["start", "in_block", "after_block", "in_text"] = "start"
-        # The end of the content so far, if it may be the beginning of a tag, or the white space before one.
+    __slots__ = ("_blanks", "_block", "_harmony", "_held_back", "_markers", "_pieces", "_starts_in_reasoning", "_state")
+
+    def __init__(
+        self, *, starts_in_reasoning: bool = False, markers: Iterable[tuple[str, str] | ReasoningMarkers] | None = None
+    ) -> None:
+        self._markers = _markers_of(markers)
+        self._state: Literal["start", "in_block", "after_block", "in_text", "in_harmony"] = "start"
+        # The white space before everything else, in pieces.
+        self._blanks: list[str] = []
+        # The end of the content so far, if it may be the beginning of a marker.
         self._held_back = ""
-        # The white space at the start, as it arrived: joining it for each of its pieces would take quadratic time.
-        self._leading_space: list[str] = []
+        # The markers that may close the block.
+        self._block: tuple[ReasoningMarkers, ...] = ()
+        self._harmony: harmony.HarmonyReader | None = None
+        self._pieces: list[Piece] = []
         self._starts_in_reasoning = starts_in_reasoning
 
     def feed(self, chunk: Mapping[str, Any]) -> list[Piece]:
@@ -82,9 +125,12 @@ class ReasoningSplitter:
         return pieces
 
     def close(self) -> list[Piece]:
-        """Returns the pieces that were held back because they could have become a tag. Call it after the last chunk."""
-        held_back, self._held_back = "".join([*self._leading_space, self._held_back]), ""
-        self._leading_space.clear()
+        """Returns the pieces that were held back, as they could have become a marker. Call it after the last chunk."""
+        if self._harmony is not None:
+            self._harmony.close()
+            return self._take_pieces()
+        held_back, self._held_back = "".join([*self._blanks, self._held_back]), ""
+        self._blanks.clear()
         if not held_back:
             return []
         in_block = self._state == "in_block" or (self._state == "start" and self._starts_in_reasoning)
@@ -93,11 +139,10 @@ class ReasoningSplitter:
     def _split_content(self, content: str) -> list[Piece]:
         if self._state == "in_text":
             return [Piece("text", content)]
-        if self._state == "start" and not self._held_back and content.isspace():
-            self._leading_space.append(content)
-            return []
-        content = "".join([*self._leading_space, self._held_back, content])
-        self._leading_space.clear()
+        if self._harmony is not None:
+            self._harmony.feed(content)
+            return self._take_pieces()
+        content = self._held_back + content
         self._held_back = ""
         if self._state == "start":
             return self._split_start(content)
@@ -107,25 +152,39 @@ class ReasoningSplitter:
 
     def _split_start(self, content: str) -> list[Piece]:
         start = content.lstrip()
-        if start.startswith(_OPENING_TAG):
-            self._state = "in_block"
-            return self._split_block(start.removeprefix(_OPENING_TAG))
-        if _OPENING_TAG.startswith(start):
-            self._held_back = content
+        self._blanks.append(content[: len(content) - len(start)])
+        if not start:
             return []
+        if HARMONY in self._markers and start.startswith(harmony.OPENINGS):
+            self._blanks.clear()
+            self._state = "in_harmony"
+            self._harmony = harmony.HarmonyReader(lambda kind, text: self._pieces.append(Piece(kind, text)))
+            return self._split_content(start)
+        for marker in self._markers:
+            if start.startswith(marker.opening):
+                self._blanks.clear()
+                self._state, self._block = "in_block", (marker,)
+                return self._split_block(start.removeprefix(marker.opening))
+        if any(opening.startswith(start) for opening in _openings(self._markers)):
+            self._held_back = start
+            return []
+        content = "".join([*self._blanks, start])
+        self._blanks.clear()
         if self._starts_in_reasoning:
-            self._state = "in_block"
+            self._state, self._block = "in_block", self._markers
             return self._split_block(content)
         self._state = "in_text"
         return [Piece("text", content)]
 
     def _split_block(self, content: str) -> list[Piece]:
-        reasoning, closing_tag, rest = content.partition(_CLOSING_TAG)
-        if closing_tag:
+        closing, ends = _closing_pattern(self._block)
+        match = closing.search(content)
+        if match is not None:
+            reasoning, rest = content[: match.start()], content[match.end() :]
             self._state = "after_block"
         else:
-            kept = len(content) - _length_of_partial_tag(content)
-            reasoning, self._held_back = content[:kept], content[kept:]
+            kept = len(content) - _length_of_partial_marker(content, ends)
+            reasoning, rest, self._held_back = content[:kept], "", content[kept:]
         pieces = [Piece("reasoning", reasoning)] if reasoning else []
         return pieces + self._split_text(rest)
 
@@ -136,8 +195,14 @@ class ReasoningSplitter:
         self._state = "in_text"
         return [Piece("text", text)]
 
+    def _take_pieces(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
-def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
+
+def split_reasoning(
+    reply: Mapping[str, Any], *, markers: Iterable[tuple[str, str] | ReasoningMarkers] | None = None
+) -> SplitReply:
     """Returns the reasoning and the text of a whole reply, of a plain call or from `collect`.
 
     For example::
@@ -150,23 +215,80 @@ def split_reasoning(reply: Mapping[str, Any]) -> SplitReply:
 
     Args:
         reply: A chat completion. It is not changed. What is not of the shape that a reply has counts as missing.
+        markers: The markers around reasoning in the content: `ReasoningMarkers`, or pairs of an opening and a closing
+            text. Default: `ReasoningSplitter.DEFAULT_MARKERS`.
 
     Raises:
-        LLMValidationError: The argument is not a dict.
+        LLMValidationError: The reply is not a dict, or the markers are not pairs of texts.
     """
     if not isinstance(reply, Mapping):
         raise wrong_type("reply", "the dict of a chat completion", reply, "give what chat_completion() returned")
+    known = _markers_of(markers)
     choice: Mapping[str, Any] = next(iter(_choices_in(reply)), {})
     message = choice.get("message")
     reasoning, content = _texts_in(message) if isinstance(message, Mapping) else ("", "")
     if not content and not choice.get("index"):
         return SplitReply(reasoning, "")
-    before, closing_tag, _ = content.partition(_CLOSING_TAG)
-    splitter = ReasoningSplitter(starts_in_reasoning=bool(closing_tag) and _OPENING_TAG not in before)
-    parts: dict[str, str] = {"reasoning": "", "text": ""}
+    splitter = ReasoningSplitter(starts_in_reasoning=_begins_in_block(content, known), markers=known)
+    parts: dict[str, list[str]] = {"reasoning": [], "text": []}
     for piece in (*splitter.feed(reply), *splitter.close()):
-        parts[piece.kind] += piece.text
-    return SplitReply(**parts)
+        parts[piece.kind].append(piece.text)
+    return SplitReply("".join(parts["reasoning"]), "".join(parts["text"]))
+
+
+def _begins_in_block(content: str, markers: tuple[ReasoningMarkers, ...]) -> bool:
+    """Returns whether the content has a closing marker that was never opened, but may have been in the prompt."""
+    openable = tuple(marker for marker in markers if marker.is_opened_by_prompt)
+    match = _closing_pattern(openable)[0].search(content) if openable else None
+    if match is None:
+        return False
+    return all(content.find(marker.opening, 0, match.start()) < 0 for marker in openable if marker.closing == match[0])
+
+
+def _markers_of(markers: Iterable[tuple[str, str] | ReasoningMarkers] | None) -> tuple[ReasoningMarkers, ...]:
+    """Returns markers in their checked form.
+
+    Raises:
+        LLMValidationError: They are not pairs of texts.
+    """
+    if markers is None:
+        return _DEFAULT_MARKERS
+    pairs = tuple(markers)
+    for number, pair in enumerate(pairs):
+        texts = pair[:2] if isinstance(pair, tuple) else ()
+        if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise LLMValidationError(
+                f"markers[{number}] must be a pair of an opening and a closing text, not {pair!r}",
+                hint="for example markers=[*ReasoningSplitter.DEFAULT_MARKERS, ('<reasoning>', '</reasoning>')]",
+            )
+    return tuple(ReasoningMarkers(*pair) for pair in pairs)
+
+
+@lru_cache(maxsize=64)
+def _openings(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
+    openings = tuple(marker.opening for marker in markers)
+    return openings + (harmony.OPENINGS if HARMONY in markers else ())
+
+
+@lru_cache(maxsize=64)
+def _closing_pattern(markers: tuple[ReasoningMarkers, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+    """Returns the pattern that finds a marker which closes a block, and the texts of these markers."""
+    closings = tuple(marker.closing for marker in markers if marker != HARMONY)
+    return re.compile("|".join(map(re.escape, closings)) or r"(?!)"), closings
+
+
+def _length_of_partial_marker(content: str, markers: tuple[str, ...]) -> int:
+    """Returns how many characters at the end of the content may be the beginning of one of the markers."""
+    longest = 0
+    for marker in markers:
+        start = len(content) - len(marker) + 1
+        # The first character of a marker is rare in a text.
+        while (start := content.find(marker[0], max(start, 0))) >= 0:
+            if marker.startswith(content[start:]):
+                longest = max(longest, len(content) - start)
+                break
+            start += 1
+    return longest
 
 
 def _choices_in(chunk: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -182,9 +304,3 @@ def _texts_in(part: Mapping[str, Any]) -> tuple[str, str]:
         return reasoning, content
     sorted_content = sort_content(content)
     return reasoning + sorted_content.reasoning, sorted_content.text
-
-
-def _length_of_partial_tag(content: str) -> int:
-    """Returns how many characters at the end of the content may be the beginning of a closing tag."""
-    lengths = range(min(len(content), len(_CLOSING_TAG) - 1), 0, -1)
-    return next((length for length in lengths if _CLOSING_TAG.startswith(content[-length:])), 0)

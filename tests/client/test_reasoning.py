@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lmbridge import LLMClient, ReasoningSplitter, collect, split_reasoning
+from lmbridge import LLMClient, LLMValidationError, ReasoningMarkers, ReasoningSplitter, collect, split_reasoning
 from lmbridge.client.chat_accumulator import ChatAccumulator
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.support import MESSAGES, assert_linear
@@ -30,9 +30,9 @@ def a_reply(content: str | None, **message: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content, **message}}]}
 
 
-def streamed(chunks: Sequence[dict[str, Any]], *, starts_in_reasoning: bool = False) -> tuple[str, str]:
+def streamed(chunks: Sequence[dict[str, Any]], *, starts_in_reasoning: bool = False, **options: Any) -> tuple[str, str]:
     """Returns the reasoning and the text of a stream, as a splitter separates them."""
-    splitter = ReasoningSplitter(starts_in_reasoning=starts_in_reasoning)
+    splitter = ReasoningSplitter(starts_in_reasoning=starts_in_reasoning, **options)
     pieces = [piece for each in chunks for piece in splitter.feed(each)] + splitter.close()
     assert splitter.close() == []
     assert all(text for _, text in pieces)
@@ -56,6 +56,23 @@ SPLITS = [
     ("Write <think>so</think>.", "", "Write <think>so</think>."),
     ("<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
     ("<think><think>a</think>b</think>c", "<think>a", "b</think>c"),
+    ("[THINK]Hm.[/THINK]Hello.", "Hm.", "Hello."),
+    ("\n[THINK]Hm. </think>", "Hm. </think>", ""),
+    ("[1, 2]", "", "[1, 2]"),
+    ("[TH", "", "[TH"),
+    ("It ends with [/THINK].", "", "It ends with [/THINK]."),
+    ("<|channel>thought\nHm.\n<channel|>Hello.", "Hm.\n", "Hello."),
+    ("<|channel>thought\n<channel|>Hello.", "", "Hello."),
+    ("<|channel>thought\nHm.", "Hm.", ""),
+    ("<seed:think>Hm.</seed:think>\nHello.", "Hm.", "Hello."),
+    ("<|START_THINKING|>Hm.<|END_THINKING|>Hello.", "Hm.", "Hello."),
+    ("<|inner_prefix|>Hm.<|inner_suffix|>Hello.", "Hm.", "Hello."),
+    ("◁think▷Hm.◁/think▷Hello.", "Hm.", "Hello."),
+    (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi.<|return|>",
+        "Hm.",
+        "Hi.",
+    ),
 ]
 
 
@@ -64,6 +81,56 @@ def test_only_a_think_block_at_the_start_is_reasoning(content: str, reasoning: s
     assert split_reasoning(a_reply(content)) == (reasoning, text)
     assert streamed([chunk(content=content)]) == (reasoning, text)
     assert streamed([chunk(content=character) for character in content]) == (reasoning, text)
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "text"),
+    [
+        ("Hm.</seed:think>Hello.", "Hm.", "Hello."),
+        ("Hm.<|END_THINKING|>Hello.", "Hm.", "Hello."),
+        ("Hm.[/THINK]Hello.", "", "Hm.[/THINK]Hello."),
+    ],
+)
+def test_a_block_that_the_prompt_opened_is_reasoning_where_templates_do_that(
+    content: str, reasoning: str, text: str
+) -> None:
+    assert split_reasoning(a_reply(content)) == (reasoning, text)
+
+
+def test_the_markers_can_be_chosen() -> None:
+    content = "<reasoning>Hm.</reasoning>Hello."
+    markers = [*ReasoningSplitter.DEFAULT_MARKERS, ReasoningMarkers("<reasoning>", "</reasoning>")]
+    assert split_reasoning(a_reply(content), markers=(pair for pair in markers)) == ("Hm.", "Hello.")
+    assert split_reasoning(a_reply(content), markers=[("<reasoning>", "</reasoning>")]) == ("Hm.", "Hello.")
+    assert split_reasoning(a_reply("Hm.</reasoning>Hello."), markers=markers) == ("Hm.", "Hello.")
+    characters = [chunk(content=character) for character in content]
+    assert streamed(characters, markers=markers) == ("Hm.", "Hello.")
+    assert streamed(characters) == ("", content)
+    for content in ("<think>Hm.</think>", "<|channel|>analysis<|message|>Hm.<|end|>"):
+        assert split_reasoning(a_reply(content), markers=[]) == ("", content)
+        assert streamed([chunk(content=character) for character in content], markers=[]) == ("", content)
+
+
+@pytest.mark.parametrize("markers", ["<think>", [("<think>",)], [("", "x")], [("a", 1)], [("a", " ")], [1]])
+def test_markers_that_are_not_pairs_are_refused(markers: Any) -> None:
+    with pytest.raises(LLMValidationError, match=r"markers\[0\] must be a pair of an opening and a closing text"):
+        ReasoningSplitter(markers=markers)
+    with pytest.raises(LLMValidationError, match="must be a pair"):
+        split_reasoning(a_reply("x"), markers=markers)
+
+
+@pytest.mark.parametrize(
+    "part", ["<think>", "</think>", " ", "[THINK]", "<", "<|channel|>analysis<|message|>a<|end|>", "<|channel|>"]
+)
+def test_splitting_takes_linear_time(part: str) -> None:
+    def stream(size: int) -> None:
+        splitter = ReasoningSplitter()
+        for _ in range(size):
+            splitter.feed(chunk(content=part))
+        splitter.close()
+
+    assert_linear(lambda size: split_reasoning(a_reply(part * size)), 2_000)
+    assert_linear(stream, 500)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
