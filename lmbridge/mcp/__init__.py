@@ -12,6 +12,7 @@ from lmbridge.mcp.dynamic import DynamicAutonomousAgent
 from lmbridge.mcp.servers.events import (
     McpEvent,
     ServerLog,
+    ServerStarting,
     ServerStateChanged,
     ToolDefinitionChanged,
     ToolProgress,
@@ -32,6 +33,7 @@ __all__ = [
     "McpTools",
     "ServerLog",
     "ServerSpec",
+    "ServerStarting",
     "ServerState",
     "ServerStateChanged",
     "ServerStatus",

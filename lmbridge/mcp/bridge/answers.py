@@ -6,7 +6,9 @@ in both, and an answer that is incomplete says so in both.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,8 +23,8 @@ _CUT_OFF_NOTE: Final = (
 )
 _UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: the server ended it with the finish reason {reason!r}.]"
 _EMPTY_ANSWER_NOTE: Final = "[The model gave an empty answer.]"
-_PARTIAL_ATTRIBUTE_HINT: Final = "; what had arrived is in .partial"
-"""The part of an error's text that only helps Python code. The host's model gets the partial answer as text instead."""
+_NAMES_ATTRIBUTE: Final = re.compile(r"(?<!\w)\.(partial|result|body|errors)\b")
+"""What the clauses of a hint have in common that only help Python code, because they name an attribute of the error."""
 
 
 def from_completion(reply: Mapping[str, Any]) -> HostAnswer:
@@ -102,8 +104,11 @@ def from_error(error: LLMError) -> HostAnswer:
     """Returns the answer for an error: its text and hint, and the part of the answer that arrived before it."""
     if isinstance(error, MaxRoundsExceededError):
         return from_run(error.result)
-    text = str(error).replace(_PARTIAL_ATTRIBUTE_HINT, "")
-    return HostAnswer([text, *_partial_texts(error.partial)], is_error=True)
+    # A copy, because the error may be logged as well. The host's model gets the partial answer as text.
+    shown = copy.copy(error)
+    clauses = [each for each in (error.hint or "").split("; ") if not _NAMES_ATTRIBUTE.search(each)]
+    shown.hint = "; ".join(clauses) or None
+    return HostAnswer([str(shown), *_partial_texts(error.partial)], is_error=True)
 
 
 def with_model_note(answer: HostAnswer, asked: str | None) -> HostAnswer:

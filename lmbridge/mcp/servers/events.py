@@ -20,6 +20,18 @@ class ServerStateChanged:
 
 
 @attrs.frozen
+class ServerStarting:
+    """A server is still being started. The event is sent every ten seconds of a start."""
+
+    server: str
+    """The name of the server."""
+    seconds: float
+    """How long the start has taken so far, in seconds."""
+    downloader: str | None = None
+    """The program that may be downloading the server, such as "npx" or "uvx", or None if there is none."""
+
+
+@attrs.frozen
 class ServerLog:
     """A server has sent a log message."""
 
@@ -86,4 +98,12 @@ class UnexpectedMessage:
     """The part of the message that was unexpected, shortened, or the method that it concerns."""
 
 
-McpEvent = ServerStateChanged | ServerLog | ToolProgress | ToolsChanged | ToolDefinitionChanged | UnexpectedMessage
+McpEvent = (
+    ServerStateChanged
+    | ServerStarting
+    | ServerLog
+    | ToolProgress
+    | ToolsChanged
+    | ToolDefinitionChanged
+    | UnexpectedMessage
+)

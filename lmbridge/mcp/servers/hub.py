@@ -246,8 +246,9 @@ class McpHub:
                 for server in servers:
                     group.create_task(collect(server))
         except ExceptionGroup as failed:
-            # The cause is common to all servers, for example that the SDK is not installed. One error is enough.
-            raise failed.exceptions[0] from None
+            # The reason is common to all servers, for example that the SDK is not installed. One error is enough.
+            error = failed.exceptions[0]
+            raise error from error.__cause__
         return definitions
 
     def _emit(self, event: McpEvent) -> None:

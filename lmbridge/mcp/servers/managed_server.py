@@ -37,8 +37,8 @@ from lmbridge.mcp.sdk import (
 )
 from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
 from lmbridge.mcp.servers.environment import missing_variables
-from lmbridge.mcp.servers.events import McpEvent, ServerStateChanged, ToolDefinitionChanged
-from lmbridge.mcp.servers.package_runners import start_patience
+from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged, ToolDefinitionChanged
+from lmbridge.mcp.servers.package_runners import package_runner_of, start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
 from lmbridge.mcp.servers.start_hints import start_hint
@@ -54,6 +54,8 @@ _STABLE_SECONDS: Final = 10.0
 """The age in seconds from which a session counts as stable. When a stable session ends, a restart is not delayed."""
 _REVIEWED_KEYS: Final = ("title", "description", "inputSchema", "annotations")
 """The keys of a definition that say to a model, or to a person who approves calls, what the tool does."""
+_START_REPORT_SECONDS: Final = 10.0
+"""The time between two reports about a start that takes long, in seconds."""
 _CLOSE_SECONDS: Final = 6.0
 """How long a session and its processes may take to end before the task is cancelled, in seconds."""
 
@@ -412,15 +414,26 @@ class ManagedServer:
         """Waits until a session can be used or has failed. Returns why the start has taken too long, or None."""
         silence, total = self._patience.silence, self._patience.total
         give_up_at = session.opened_at + total
+        report_at = session.opened_at + _START_REPORT_SECONDS
         while not session.ready.done():
             silent_until = session.last_sign_of_progress + silence
-            remaining = min(silent_until, give_up_at) - asyncio.get_running_loop().time()
+            now = asyncio.get_running_loop().time()
+            remaining = min(silent_until, give_up_at) - now
             if remaining <= 0 and silent_until < give_up_at:
                 return f"it did not answer, and wrote nothing to stderr for {silence:g} seconds"
             if remaining <= 0:
                 return f"it did not answer within {total:g} seconds"
-            await asyncio.wait({session.ready}, timeout=remaining)
+            if now >= report_at:
+                report_at += _START_REPORT_SECONDS
+                self._report_slow_start(now - session.opened_at)
+            await asyncio.wait({session.ready}, timeout=min(remaining, report_at - now))
         return None
+
+    def _report_slow_start(self, seconds: float) -> None:
+        downloader = package_runner_of(self.spec.command, self.spec.args)
+        reason = f"; {downloader} may be downloading it" if downloader else ""
+        logger.info("MCP server %r has been starting for %.0f seconds%s", self.spec.name, seconds, reason)
+        self._emit(ServerStarting(self.spec.name, seconds, downloader))
 
     async def _back_off(self) -> None:
         """Waits until the pause after the last failure is over."""

@@ -20,6 +20,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Final
 
@@ -31,6 +34,10 @@ _PACKAGE_RUNNERS: Final = frozenset(
     {"npx", "npm", "pnpm", "pnpx", "yarn", "bun", "bunx", "deno", "uv", "uvx", "pipx", "docker", "podman"}
 )
 _NPM_PROGRAMS: Final = frozenset({"npx", "npm"})
+_SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh", "ash", "ksh", "fish"})
+"""Programs whose argument after `-c` is a command line."""
+_WRAPPERS: Final = frozenset({"cmd", "env", "nice", "exec", "time", "nohup", "stdbuf"})
+"""Programs whose arguments are options and then a command. Entries for Windows often begin with `cmd /c npx`."""
 _RUNNER_SILENCE_SECONDS: Final = 120.0
 """Seconds for which a package runner may write nothing to stderr, unless a connect timeout was given."""
 _RUNNER_START_SECONDS: Final = 300.0
@@ -60,9 +67,34 @@ class StartPatience:
     """Seconds after which the start has failed in any case."""
 
 
-def is_package_runner(command: str) -> bool:
-    """Returns whether a command is a program that may download a server before it starts it."""
-    return PurePath(command).stem in _PACKAGE_RUNNERS
+def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
+    """Returns the name of the program that may download a server before it starts it, or None if there is none.
+
+    It is the command itself, or the program that a shell or a wrapper starts, as in `sh -c "npx -y x"`, `cmd /c npx x`
+    and `env A=1 uvx x`.
+    """
+    program = _program_name(command)
+    if program in _PACKAGE_RUNNERS:
+        return program
+    if program in _SHELLS:
+        scripts = [script for option, script in pairwise(args) if re.fullmatch(r"-[a-z]*c", option)]
+        words = _command_words(scripts[0]) if scripts else []
+    else:
+        words = list(args) if program in _WRAPPERS else []
+    return next((name for word in words if (name := _program_name(word)) in _PACKAGE_RUNNERS), None)
+
+
+def _program_name(path: str) -> str:
+    """Returns the name of a program without its folders and a suffix such as `.cmd`."""
+    return PurePath(re.split(r"[/\\]", path)[-1]).stem.lower()
+
+
+def _command_words(script: str) -> list[str]:
+    """Returns the words of a shell script that may be programs, roughly: quoting is respected, syntax is not."""
+    try:
+        return list(shlex.shlex(script, posix=True, punctuation_chars=";&|()"))
+    except ValueError:
+        return script.split()
 
 
 def start_patience(spec: ServerSpec, connect_timeout: float | None) -> StartPatience:
@@ -72,16 +104,16 @@ def start_patience(spec: ServerSpec, connect_timeout: float | None) -> StartPati
         spec: The server.
         connect_timeout: The connect timeout that was given for this server or for all, or None for the default.
     """
-    if spec.transport == "stdio" and is_package_runner(spec.command):
+    if spec.transport == "stdio" and package_runner_of(spec.command, spec.args):
         silence = connect_timeout or _RUNNER_SILENCE_SECONDS
         return StartPatience(silence, max(_RUNNER_START_SECONDS, silence))
     timeout = connect_timeout or DEFAULT_CONNECT_TIMEOUT
     return StartPatience(timeout, timeout)
 
 
-def runner_environment(command: str) -> dict[str, str]:
+def runner_environment(command: str, args: Sequence[str]) -> dict[str, str]:
     """Returns variables that make a package runner write a line for each file that it downloads."""
-    return {"npm_config_loglevel": "http"} if PurePath(command).stem in _NPM_PROGRAMS else {}
+    return {"npm_config_loglevel": "http"} if package_runner_of(command, args) in _NPM_PROGRAMS else {}
 
 
 def is_download_line(line: bytes) -> bool:
@@ -99,7 +131,7 @@ def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
         stderr: What npx and the server wrote to stderr.
         timed_out: Whether the start took too long, which may mean that npx waited for the lock of a killed one.
     """
-    if PurePath(spec.command).stem not in _NPM_PROGRAMS:
+    if package_runner_of(spec.command, spec.args) not in _NPM_PROGRAMS:
         return None
     found = _CACHE_FOLDER.search(stderr)
     folder = found["folder"] if found else str(_npm_cache_folder(spec) / "_npx")

@@ -16,6 +16,7 @@ There are three ways in which a program may end, and each is covered:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -46,6 +47,7 @@ class ProcessGroups:
         self._groups: set[int] = set()
         self._host_pid = 0
         self._guardian_pipe = -1
+        self._unsent = bytearray()
         self._has_checked_sigterm = False
 
     def add(self, group: int) -> None:
@@ -65,14 +67,23 @@ class ProcessGroups:
             self._write_to_guardian(b"-%d\n" % group)
 
     def _write_to_guardian(self, line: bytes) -> None:
+        self._unsent += line
         try:
-            os.write(self._guardian_pipe, line)
+            self._send_unsent()
         except OSError:
             # No guardian has been started yet, or it was killed. A new guardian gets the whole list.
             self._close_guardian_pipe()
             self._guardian_pipe = _start_guardian()
             if self._groups and self._guardian_pipe >= 0:
-                os.write(self._guardian_pipe, b"".join(b"+%d\n" % group for group in self._groups))
+                self._unsent += b"".join(b"+%d\n" % group for group in self._groups)
+                self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        """Writes the lines that the guardian has not received yet, as far as its pipe has room."""
+        # A guardian that was stopped does not read, but it is alive: if its pipe were closed, it would end all groups.
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                del self._unsent[: os.write(self._guardian_pipe, self._unsent)]
 
     def forget_after_fork(self) -> None:
         """Leaves the groups to the parent process. An open copy of the pipe would keep the guardian waiting."""
@@ -83,6 +94,7 @@ class ProcessGroups:
         if self._guardian_pipe >= 0:
             os.close(self._guardian_pipe)
         self._guardian_pipe = -1
+        self._unsent.clear()
 
     def _on_sigterm(self, number: int, _frame: object) -> None:
         """Ends the groups, and then ends this process by the same signal with its default action."""

@@ -84,7 +84,7 @@ class ServerProcess(asyncio.SubprocessProtocol):
                 lambda: self,
                 command,
                 *args,
-                env={**base_environment(), **runner_environment(command), **env},
+                env={**base_environment(), **runner_environment(command, args), **env},
                 cwd=cwd,
                 start_new_session=True,
             )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from lmbridge import LLMError
+from lmbridge.mcp.bridge import answers
 from lmbridge.mcp.bridge.bridge import Bridge
 from lmbridge.mcp.bridge.progress import ProgressReporter
 from lmbridge.mcp.sdk.server_session import HostAnswer
@@ -402,3 +404,20 @@ async def test_a_call_can_be_cancelled_at_any_await(
         assert bridge._client.stats().in_flight == 0
 
     await cancel_at_each_step(lambda: bridge.call(tool, arguments, report), check_idle, at_least=5)
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("check the log; what had arrived is in .partial", "it broke; check the log"),
+        ("what had arrived is in .partial", "it broke"),
+        ("its text is in .body and the run in .partial; use a larger model", "it broke; use a larger model"),
+        ("the run so far is in .result", "it broke"),
+        ("see config.body or a.result", "it broke; see config.body or a.result"),
+        (None, "it broke"),
+    ],
+)
+def test_hints_that_only_help_python_code_are_left_out(hint: str | None, shown: str) -> None:
+    error = LLMError("it broke", hint=hint)
+    assert answers.from_error(error).texts == [shown]
+    assert error.hint == hint

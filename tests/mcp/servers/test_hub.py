@@ -358,5 +358,7 @@ async def test_without_the_sdk_the_error_names_the_package_to_install(
     monkeypatch.setitem(sys.modules, "mcp", None)
     hub = make_hub({"a": {}, "b": {}})
     assert await hub.names() == ["a", "b"]
-    with pytest.raises(ImportError, match=r"pip install 'lmbridge\[mcp\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'lmbridge\[mcp\]'") as missing:
         await hub.tools()
+    # The error of Python itself stays visible in the traceback.
+    assert isinstance(missing.value.__cause__, ImportError)

@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 
 from lmbridge import MultiMCPError
+from lmbridge.mcp import McpEvent, ServerStarting
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import load_sdk
 from lmbridge.mcp.servers import package_runners
-from lmbridge.mcp.servers.package_runners import StartPatience, npx_hint, start_patience
+from lmbridge.mcp.servers.package_runners import (
+    StartPatience,
+    npx_hint,
+    package_runner_of,
+    runner_environment,
+    start_patience,
+)
 from tests.mcp.conftest import MakeHub
-from tests.mcp.support import SERVER, function_of, names
+from tests.mcp.support import SERVER, Recorder, function_of, names
 
 DOWNLOAD_LINE = "npm http fetch GET 200 https://registry.npmjs.org/zod 51ms (cache miss)"
 
@@ -42,6 +49,56 @@ def test_a_package_runner_has_more_time_than_another_program() -> None:
     assert start_patience(spec_of("/usr/bin/npx"), None) == StartPatience(120, 300)
     assert start_patience(spec_of("uvx"), None) == StartPatience(120, 300)
     assert start_patience(spec_of("", "http"), None) == StartPatience(30, 30)
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "expected"),
+    [
+        ("npx", ["-y", "x"], "npx"),
+        ("/opt/node/bin/npx", [], "npx"),
+        ("C:\\node\\npx.cmd", [], "npx"),
+        ("NPX.CMD", [], "npx"),
+        ("sh", ["-c", "npx -y @scope/x"], "npx"),
+        ("/bin/bash", ["-lc", "cd /srv && exec uvx 'some server'"], "uvx"),
+        ("sh", ["-e", "-c", "A=1 /usr/bin/uvx x; true"], "uvx"),
+        ("bash", ["-c", "npx 'unclosed"], "npx"),
+        ("cmd", ["/c", "npx", "-y", "x"], "npx"),
+        ("cmd.exe", ["/C", "uvx", "x"], "uvx"),
+        ("env", ["A=1", "uvx", "x"], "uvx"),
+        ("nice", ["-n", "5", "docker", "run", "x"], "docker"),
+        ("python3", ["npx"], None),
+        ("sh", ["npx"], None),
+        ("sh", ["-c"], None),
+        ("sh", ["-c", "node server.js"], None),
+        ("env", ["node", "x"], None),
+        ("", [], None),
+    ],
+)
+def test_a_package_runner_is_recognized_behind_a_shell_or_a_wrapper(
+    command: str, args: list[str], expected: str | None
+) -> None:
+    assert package_runner_of(command, args) == expected
+    is_npm = runner_environment(command, args) != {}
+    assert is_npm == (expected == "npx")
+    patience = start_patience(ServerSpec(name="a", transport="stdio", command=command, args=tuple(args)), None)
+    assert patience.total == (300 if expected else 30)
+
+
+async def test_a_start_that_takes_long_is_reported(
+    make_hub: MakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder[McpEvent]
+) -> None:
+    monkeypatch.setattr("lmbridge.mcp.servers.managed_server._START_REPORT_SECONDS", 0.05)
+    go = tmp_path / "go"
+    slow = f"while [ ! -e {go} ]; do sleep 0.01; done\n{then_serve(tools=['echo'])}"
+    hub = make_hub({"a": runner(tmp_path, slow)}, on_event=recorder)
+    starting = asyncio.create_task(hub.tools())
+    first = await recorder.wait_for(lambda event: isinstance(event, ServerStarting))
+    later = await recorder.wait_for(lambda event: isinstance(event, ServerStarting) and event.seconds > 0.1)
+    await asyncio.to_thread(go.touch)
+    assert names((await starting).tools) == ["echo"]
+    for event in (first, later):
+        assert isinstance(event, ServerStarting)
+        assert (event.server, event.downloader) == ("a", "npx")
 
 
 def test_a_connect_timeout_is_the_silence_that_a_package_runner_is_allowed() -> None:

@@ -141,6 +141,26 @@ def test_a_guardian_that_was_killed_is_replaced() -> None:
     os.close(null)
 
 
+def test_a_guardian_that_does_not_read_keeps_its_pipe_and_gets_the_rest_later() -> None:
+    groups = ProcessGroups()
+    reading, groups._guardian_pipe = os.pipe()
+    os.set_blocking(groups._guardian_pipe, False)
+    pipe, count = groups._guardian_pipe, 20_000
+    for number in range(count):
+        groups.add(NO_SUCH_GROUP + number)
+    assert groups._guardian_pipe == pipe
+    received = os.read(reading, 2**20)
+    assert len(received) < count * len(b"+%d\n" % NO_SUCH_GROUP)
+    while groups._unsent:
+        groups.discard(NO_SUCH_GROUP)
+        groups.add(NO_SUCH_GROUP)
+        received += os.read(reading, 2**20)
+    lines = received.split(b"\n")
+    assert lines[:count] == [b"+%d" % (NO_SUCH_GROUP + number) for number in range(count)]
+    os.close(reading)
+    os.close(pipe)
+
+
 async def test_a_guardian_that_cannot_be_started_leaves_no_descriptor_of_a_pipe_that_was_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
