@@ -29,6 +29,10 @@ _MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|er
 _JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
 """An escape in a JSON string: a whole surrogate pair, half of one (the group `lone`), or any other."""
 _DECODER: Final = json.JSONDecoder()
+_ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
+_SEARCHED_FOR_ID: Final = 1000
+"""How many bytes at either end of a line that cannot be read are searched for the id of the request it answers."""
+_PARSE_ERROR: Final = -32700
 _SALVAGE_ATTEMPTS: Final = 8
 """How many positions in a broken line are tried as the beginning of a message.
 
@@ -101,7 +105,7 @@ class MessageReader:
             return messages
         self.skipped_lines += 1
         self.first_skipped_line = self.first_skipped_line or line
-        return []
+        return _stand_in_answer(line)
 
 
 def parse_json(data: bytes) -> list[Any]:
@@ -115,6 +119,15 @@ def parse_json(data: bytes) -> list[Any]:
     except (ValueError, RecursionError):
         return _salvage_objects(data)
     return decoded if isinstance(decoded, list) else [decoded]
+
+
+def _stand_in_answer(line: bytes) -> list[dict[str, Any]]:
+    """Returns an error that stands in for an answer that cannot be read, so that nobody waits for it; or nothing."""
+    ends = line if len(line) <= 2 * _SEARCHED_FOR_ID else line[:_SEARCHED_FOR_ID] + line[-_SEARCHED_FOR_ID:]
+    if b'"jsonrpc"' not in ends or b'"method"' in ends or (found := _ANSWER_ID.search(ends)) is None:
+        return []
+    error = {"code": _PARSE_ERROR, "message": "the answer is not valid JSON, or is nested too deeply"}
+    return [{"jsonrpc": "2.0", "id": int(found["id"]), "error": error}]
 
 
 def _is_message(value: Any) -> bool:

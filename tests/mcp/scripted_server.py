@@ -16,7 +16,8 @@ unless `reports` is negative, which means for ever, or `hangs` is set.
 
 About messages that are not as the protocol says: `answers` (messages, or lines, to send in place of the answer to a
 method, or to the call of a tool; "$id" stands for the id of the request, and "$text_id" for the same as a text),
-`flood_of` (a message that is sent without end from a call of `flood` on), `first` (messages to send before all others).
+`flood_of` (a message that is sent without end from a call of `flood` on, or from the start with `floods_at_once`),
+`first` (messages to send before all others).
 
 About the process: `notes` (the path of a file to which lines are added), `starts` (add a line at the start), `name`,
 `hang` (never answer `initialize`), `exit` (exit with that status at once), `die_after_list`, `grandchild` (start a
@@ -66,8 +67,12 @@ def send_instead(answers: list[Any], request_id: Any) -> None:
         raw(line.encode() + b"\n")
 
 
-def flood(message: dict[str, Any]) -> None:
-    """Writes a message without end."""
+def start_flood(message: Any) -> None:
+    """Writes a message without end, in a thread."""
+    threading.Thread(target=flood, args=[message], daemon=True).start()
+
+
+def flood(message: Any) -> None:
     data = (json.dumps(message) + "\n").encode() * 100
     while True:
         raw(data)
@@ -189,7 +194,7 @@ def handle(message: dict[str, Any]) -> None:
     if name in answers:
         send_instead(answers[name], request_id)
     elif name == "flood":
-        threading.Thread(target=flood, args=[OPTIONS["flood_of"]], daemon=True).start()
+        start_flood(OPTIONS["flood_of"])
         send({"id": request_id, "result": text("flooding")})
     elif method == "initialize":
         if OPTIONS.get("hang"):
@@ -233,6 +238,8 @@ def begin() -> None:
         sys.stderr.write("x" * 1000 + "\n" + "y" * OPTIONS["flood"] + "\n")
         sys.stderr.flush()
     send_instead(OPTIONS.get("first", []), None)
+    if OPTIONS.get("floods_at_once"):
+        start_flood(OPTIONS["flood_of"])
     if OPTIONS.get("garbage"):
         raw(b"Welcome!\n\n{not json}\n[1, 2]\n\xff\xfe\x00 bytes\n")
 

@@ -188,12 +188,12 @@ class Exchange:
         if not isinstance(message, dict):
             self.report("a message that is not an object", message)
             return None
-        if "method" not in message:
+        if is_answer(message):
             return self._incoming_answer(message)
         method = message["method"]
         if not isinstance(method, str):
             self.report("a message whose method is not a text", method)
-        elif "id" in message:
+        elif message.get("id") is not None:
             self._incoming_request(message["id"], method)
         elif not isinstance(message.get("params", {}), dict | None):
             self.report(f"a malformed {method}", message["params"])
@@ -306,6 +306,11 @@ class Exchange:
         elif (on_progress := self._pending[wire_id][0].on_progress) is not None:
             message = params.get("message")
             on_progress(progress, _as_number(params.get("total")), message if isinstance(message, str) else None)
+
+
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Returns whether a message is an answer, even if its sender repeats the method of the request in it."""
+    return "method" not in message or ("id" in message and ("result" in message or "error" in message))
 
 
 def _as_number(value: Any) -> float | None:

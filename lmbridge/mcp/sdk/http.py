@@ -28,6 +28,7 @@ from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event, EventReader
+from lmbridge.mcp.sdk.exchange import is_answer
 from lmbridge.mcp.sdk.http_statuses import find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.package import is_v2
 from lmbridge.mcp.sdk.session_errors import (
@@ -366,7 +367,7 @@ class HttpConnection:
         """Delivers the messages that have arrived in the response to a request. Returns whether it is answered."""
         is_answered = False
         for value in values:
-            if isinstance(value, dict) and "method" not in value:
+            if isinstance(value, dict) and is_answer(value):
                 answer = self._claim_answer(value, request)
                 if answer is None or is_answered:
                     continue

@@ -20,6 +20,8 @@ from lmbridge._text import shorten
 
 _LONGEST_REFUSAL: Final = 2000
 """The length to which the message of a server's error is shortened, in characters."""
+_LONGEST_DATA: Final = 300
+"""The length up to which the data of an error is quoted with its message, in characters."""
 _TRUE_TEXTS: Final = ("true", "yes", "1")
 _ENVELOPE_KEYS: Final = ("content", "structuredContent", "isError", "_meta", "resultType")
 """The keys of a tool's result that are defined by the protocol. The values of all others are data of the server."""
@@ -92,8 +94,12 @@ def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
 
 
 def describe_refusal(error: Mapping[str, Any]) -> str:
-    """Returns the code and the message of a normalized error. Without a message, its data stands in."""
-    words = error["message"].strip() or _as_text(error.get("data", "no reason was given"))
+    """Returns the code and the message of a normalized error, and its data if that is short."""
+    words, data = error["message"].strip(), _as_text(error.get("data") or "")
+    if not words:
+        words = data or "no reason was given"
+    elif data and len(data) <= _LONGEST_DATA and data not in words:
+        words = f"{words} ({data})"
     words = shorten(words, _LONGEST_REFUSAL)
     return f"{error['code']}: {words}" if error["code"] else words
 

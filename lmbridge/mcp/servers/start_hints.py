@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from lmbridge.mcp.config.server_spec import ServerSpec
-from lmbridge.mcp.sdk import RequestRejectedError
+from lmbridge.mcp.sdk import RequestRejectedError, SessionLostError
 from lmbridge.mcp.servers.package_runners import npx_hint
 
 
@@ -26,8 +26,10 @@ def start_hint(
     cause = None if error is None else error.__cause__
     if isinstance(cause, OSError) and spec.transport == "stdio":
         hints += _program_hint(spec, cause)
-    if isinstance(cause, RequestRejectedError) and cause.hint:
-        hints.append(cause.hint)
+    if isinstance(cause, RequestRejectedError):
+        hints += filter(None, [cause.hint])
+    elif isinstance(cause, SessionLostError) and spec.transport != "stdio":
+        hints.append("check that it is running, and that its URL is right")
     if found := npx_hint(spec, stderr, timed_out=error is None):
         hints.append(found)
     if missing_variables:

@@ -7,6 +7,7 @@ that is too large ends the session.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any, Final
@@ -19,6 +20,10 @@ from lmbridge.mcp.servers.server_process import ServerProcess
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
+_LINES_AT_ONCE: Final = 1000
+"""The number of lines that are parsed at once. More of them would keep everything else waiting."""
+_SLICE_BYTES: Final = 8 * 2**10
+"""How many bytes are parsed at once if they contain more lines than that."""
 _LOGGED_BYTES: Final = 200
 """How much of a line that contains no message is shown in the log, in bytes."""
 
@@ -34,7 +39,8 @@ class StdioLink:
     def __init__(self, spec: ServerSpec, on_end: Callable[[str], None]) -> None:
         self._spec, self._on_end = spec, on_end
         self._process = ServerProcess(self._on_output, self._end_link)
-        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, resume_reading=self._process.resume_reading)
+        self._inbox = MessageInbox(on_skipped_line=self._log_skipped_line, resume_reading=self._resume_reading)
+        self._unparsed = b""
 
     @property
     def pid(self) -> int | None:
@@ -100,14 +106,37 @@ class StdioLink:
             raise
 
     def _on_output(self, data: bytes) -> None:
-        if self._inbox.is_closed:
-            return
-        try:
-            self._inbox.feed(data)
-        except MessageTooLargeError as exc:
-            self._end_link(str(exc))
-        if not self._inbox.has_room:
+        if self._unparsed:
+            # asyncio may have read this before it was told to pause.
+            self._unparsed += data
+        elif data.count(b"\n") > _LINES_AT_ONCE:
+            self._unparsed = data
             self._process.pause_reading()
+            self._parse_slice()
+        else:
+            self._parse(data)
+            if not self._inbox.has_room:
+                self._process.pause_reading()
+
+    def _parse_slice(self) -> None:
+        data, self._unparsed = self._unparsed[:_SLICE_BYTES], self._unparsed[_SLICE_BYTES:]
+        self._parse(data)
+        if self._unparsed:
+            asyncio.get_running_loop().call_soon(self._parse_slice)
+        elif self._inbox.has_room:
+            self._process.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
+        if not self._inbox.is_closed:
+            try:
+                self._inbox.feed(data)
+            except MessageTooLargeError as exc:
+                self._end_link(str(exc))
+
+    def _resume_reading(self) -> None:
+        # Bytes that are read now would overtake those that have not been parsed yet.
+        if not self._unparsed:
+            self._process.resume_reading()
 
     def _log_skipped_line(self, line: bytes) -> None:
         shown = redact_proxy_passwords(self._spec.redact(line[:_LOGGED_BYTES].decode(errors="replace")))
@@ -118,6 +147,9 @@ class StdioLink:
         )
 
     def _end_link(self, reason: str) -> None:
+        if data := self._unparsed:
+            self._unparsed = b""
+            self._parse(data)
         if not self._inbox.is_closed:
             self._inbox.close()
             self._on_end(reason)

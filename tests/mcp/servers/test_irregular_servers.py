@@ -89,6 +89,8 @@ async def test_each_kind_of_irregular_message_is_logged_and_reported_once(
         ({"error": {"code": -1, "message": {"why": "full"}}}, '^-1: {"why": "full"}$'),
         ({"error": {"code": -5, "message": "", "data": "the disk is full"}}, "^-5: the disk is full$"),
         ({"error": {"detail": "full"}}, '^{"detail": "full"}$'),
+        ({"error": {"code": -5, "message": "full", "data": {"free": 0}}}, r'^-5: full \({"free": 0}\)$'),
+        ({"error": {"code": -5, "message": "full", "data": "x" * 1000}}, "^-5: full$"),
         ({"error": ["full"]}, r'^\["full"\]$'),
         ({"error": {"code": -32000, "message": "Connection closed"}}, "^-32000: Connection closed$"),
         ({"error": {"code": -32600, "message": "Session terminated"}}, "^-32600: Session terminated$"),
@@ -118,11 +120,29 @@ async def test_a_refusal_is_told_at_once_in_the_words_of_the_server(
         '{"jsonrpc": "2.0", "id": "$id", "result": {"content": "on", "x": NaN}}',
         {"jsonrpc": "2.0", "id": "$id", "result": {"content": "on"}, "time": 5},
         {"jsonrpc": "2.0", "id": "$text_id", "result": {"content": "on"}},
+        {"jsonrpc": "2.0", "id": "$id", "method": "tools/call", "result": {"content": "on"}},
     ],
 )
 async def test_an_answer_in_an_irregular_envelope_is_read(make_hub: MakeHub, answer: Any) -> None:
     lease = await make_hub({"a": {"answers": {"count": [answer]}}}).tools()
     assert await function_of(lease, "count")() == "on"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"jsonrpc": "2.0", "id": "$id", "result": {"content": [{"type": "text", "text": "half',
+        '{"jsonrpc": "2.0", "id": "$id", "result": {"content": [{"type": "text", "text": "a \\x"}]}}',
+        '{"result": {"a": ' + "[" * 20_000 + "]" * 20_000 + '}, "id": "$id", "jsonrpc": "2.0"}',
+    ],
+)
+async def test_an_answer_that_cannot_be_read_fails_its_call_at_once(make_hub: MakeHub, line: str) -> None:
+    hub = make_hub({"a": {"answers": {"count": [line]}}})
+    lease = await hub.tools()
+    with pytest.raises(ToolError, match="the answer is not valid JSON, or is nested too deeply"):
+        await function_of(lease, "count")()
+    assert await function_of(lease, "echo")(text="on") == "on"
+    assert hub.status()["a"].starts == 1
 
 
 # Handshakes and lists of tools
@@ -241,6 +261,7 @@ async def test_irregular_notifications_are_used_as_far_as_possible(
         {"method": "notifications/progress", "params": {"progressToken": "$id", "progress": "0.5", "total": "1"}},
         {"method": "notifications/progress", "params": {"progressToken": "$id", "progress": "half"}},
         {"method": "notifications/progress", "params": {"progressToken": ["odd"], "progress": 1}},
+        {"method": "notifications/message", "params": {"level": "info", "data": "with an id"}, "id": None},
         {"method": "vendor/heartbeat", "params": 5},
         {"method": 5},
     ]
@@ -249,6 +270,7 @@ async def test_irregular_notifications_are_used_as_far_as_possible(
     lease = await make_hub({"a": {"answers": answers}}, on_event=recorder).tools()
     assert await function_of(lease, "count")() == "on"
     assert ServerLog("a", "loud", {"a": 1}) in recorder.seen
+    assert ServerLog("a", "info", "with an id") in recorder.seen
     assert ToolProgress("a", "count", 0.5, 1.0) in recorder.seen
     assert [event.kind for event in recorder.seen if isinstance(event, UnexpectedMessage)] == [
         "a malformed notifications/message",
@@ -271,15 +293,18 @@ async def test_irregular_notifications_are_used_as_far_as_possible(
         {"jsonrpc": "2.0", "id": None, "method": "roots/list"},
         {"jsonrpc": "2.0", "id": 1, "result": {}},
         {"jsonrpc": "2.0", "id": None, "error": "x"},
+        {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"},
+        {"level": "info", "text": "a log line on stdout"},
+        [],
     ],
 )
 async def test_a_server_that_floods_its_client_delays_neither_its_own_calls_nor_others(
-    make_hub: MakeHub, message: dict[str, Any], caplog: pytest.LogCaptureFixture
+    make_hub: MakeHub, message: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    hub = make_hub({"a": {"flood_of": message, "answers": {}, "tools": ["flood", "echo", "sleep"]}, "b": {}})
+    # The flood begins before the session is open.
+    hub = make_hub({"a": {"flood_of": message, "floods_at_once": True, "tools": ["echo"]}, "b": {}})
     lease = await hub.tools(call_timeout=20)
-    assert await function_of(lease, "flood")() == "flooding"
     for _ in range(3):
         assert await function_of(lease, "echo", "b")(text="on") == "on"
     assert await function_of(lease, "echo", "a")(text="on") == "on"

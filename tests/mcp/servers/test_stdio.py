@@ -42,3 +42,35 @@ async def test_a_server_that_sends_faster_than_its_messages_are_handled_has_to_w
         received += 1
     assert received == 50_000
     await link.end()
+
+
+async def test_many_lines_at_once_are_parsed_in_slices_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = link_to("", lambda _: None)
+    message = b'{"jsonrpc":"2.0","method":"x","params":{"number":%d}}\n'
+    turns: list[int] = []
+    monkeypatch.setattr(link._process, "pause_reading", lambda: turns.append(-1))
+    monkeypatch.setattr(link._process, "resume_reading", lambda: turns.append(len(link._inbox)))
+    link._on_output(b"[]\n" * 20_000 + b"".join(message % number for number in range(50)) + message[:20])
+    assert link._inbox.skipped_lines < 5_000
+    received = [await link.receive() for _ in range(50)]
+    assert [each["params"]["number"] for each in received if each] == list(range(50))
+    assert turns[0] == -1
+    assert turns[-1] >= 0
+    link._on_output((message % 50)[20:])
+    assert await link.receive() == {"jsonrpc": "2.0", "method": "x", "params": {"number": 50}}
+
+
+async def test_lines_that_have_not_been_parsed_at_the_end_are_not_lost() -> None:
+    link = link_to("", lambda _: None)
+    link._on_output(b"[]\n" * 20_000 + b'{"jsonrpc":"2.0","method":"last"}\n')
+    link._end_link("it ended")
+    assert await link.receive() == {"jsonrpc": "2.0", "method": "last"}
+    assert await link.receive() is None
+
+
+async def test_output_that_arrives_while_other_output_is_parsed_follows_it() -> None:
+    link = link_to("", lambda _: None)
+    link._on_output(b"[]\n" * 20_000 + b'{"jsonrpc":"2.0",')
+    link._on_output(b'"method":"last"}\n')
+    assert await link.receive() == {"jsonrpc": "2.0", "method": "last"}
+    assert link._inbox.skipped_lines == 20_000
