@@ -117,7 +117,9 @@ class History:
         system_prompt: str | None = None,
         messages: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        task = msgspec.json.decode(encode_body({"task": task}))["task"]
+        # Encoding and decoding turns subclasses of str into plain strings, and refuses what JSON does not have.
+        given = msgspec.json.decode(encode_body({"task": task, "system_prompt": system_prompt}))
+        task, system_prompt = given["task"], given["system_prompt"]
         system, before = _read_messages(messages) if messages else ("", [])
         system = system if system_prompt is None else system_prompt
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []

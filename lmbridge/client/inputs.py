@@ -27,7 +27,7 @@ _CONTENT_TYPES = (str, list, tuple)
 
 
 class CheckedMessages(list[dict[str, Any]]):
-    """Messages that are known to be valid, so that `check_messages` skips them.
+    """Messages that are known to be valid, and plain JSON, so that the checks of a request skip them.
 
     An agent's history uses it: the history checks each message once when it is added, instead of all at each request.
     """
@@ -55,7 +55,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             )
         if content is not None and not isinstance(content, _CONTENT_TYPES):
             raise wrong_type(
-                f"messages[{number}]['content']",
+                f"messages[{number}].content",
                 "a string or a list of content parts",
                 content,
                 "for an image, see image_part()",

@@ -9,51 +9,167 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserString
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
+from lmbridge._text import shorten
+from lmbridge.client.inputs import CheckedMessages
 from lmbridge.errors import LLMValidationError
 
-
-def _as_builtin(value: Any) -> Any:
-    """Converts a mapping or sequence that msgspec does not know to a dict or a list; msgspec calls it as its hook."""
-    if isinstance(value, Mapping) and not isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, Sequence) and not isinstance(value, list | tuple):
-        return list(value)
-    raise TypeError(f"JSON has no representation of {type(value).__name__}")
-
-
-_encode = msgspec.json.Encoder(enc_hook=_as_builtin).encode
+_encode = msgspec.json.Encoder().encode
 decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().decode
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
-_DEEPEST_PATH = 50
-"""The depth at which the search for a value that cannot be encoded stops, because a list may contain itself."""
+_DEEPEST: Final = 200
+"""The number of lists and dicts inside each other that a body may have. A list that contains itself has more."""
+_QUOTED_KEY_CHARACTERS: Final = 50
+"""The number of characters of a wrong key that the error quotes."""
+_HINT: Final = "give strings, numbers, booleans, None, lists and dicts with string keys"
+_CONVERSIONS: Final = (
+    ("__members__", "give its .value"),
+    ("model_dump", "call its model_dump(mode='json')"),
+    ("tolist", "call its tolist()"),
+    ("isoformat", "call its isoformat()"),
+    ("as_integer_ratio", "convert it with float() or str()"),
+    ("decode", "decode it to a string, or encode it as base64"),
+    ("isdisjoint", "convert it with list()"),
+    ("__attrs_attrs__", "convert it with attrs.asdict()"),
+    ("__dataclass_fields__", "convert it with dataclasses.asdict()"),
+    ("__fspath__", "convert it with str()"),
+    ("hex", "convert it with str()"),
+)
+"""How to convert the instances of a class with a certain attribute. The first attribute that a class has counts."""
 
 
 def encode_body(body: Mapping[str, Any]) -> bytes:
     """Encodes the body of a request.
 
+    Instances of subclasses of str, int and float are sent as plain texts and numbers, and any mapping or sequence as an
+    object or array. msgspec would also encode dates, decimals, bytes, sets and others, each as something else that the
+    caller has not asked for. They are refused instead.
+
     Raises:
         LLMValidationError: The body contains a value that JSON does not have; the text says where.
     """
+    if _is_plain(body):
+        try:
+            return _encode(body)
+        except (TypeError, ValueError, RecursionError):
+            # It holds half of a surrogate pair, or checked messages hold more than plain values.
+            pass
     try:
-        data = _encode(body)
-    except (TypeError, ValueError, RecursionError) as exc:
-        path, value = _find_unencodable(body)
-        kind = "None" if value is None else f"of type {type(value).__name__}"
-        raise LLMValidationError(
-            f"{path} is {kind}, which cannot be sent as JSON: {exc}",
-            exc,
-            hint="give strings, numbers, booleans, None, lists and dicts with string keys",
-        ) from exc
-    # The encoder writes NaN and Infinity as null, without an error.
-    if b"null" in data:
-        _check_finite(body)
-    return data
+        return _encode(_as_plain(body, "", 0))
+    except RecursionError as exc:
+        raise LLMValidationError("the request is nested too deeply", exc, hint=_HINT) from exc
+
+
+def _is_plain(body: Mapping[str, Any]) -> bool:
+    """Returns whether a body consists only of dicts, lists, strings and finite numbers, and of no subclass of these.
+
+    This is the fast path of a request. It looks at the types alone, because a call for each value would cost more.
+    """
+    level: list[Any] = [body]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for container in level:
+            values = container
+            if type(container) is dict:
+                for key in container:
+                    if type(key) is not str:
+                        return False
+                values = container.values()
+            elif type(container) is not list:
+                return False
+            for value in values:
+                kind = type(value)
+                if kind is str or kind is int or kind is bool or value is None or kind is CheckedMessages:
+                    continue
+                if kind is dict or kind is list:
+                    below.append(value)
+                elif kind is not float or not math.isfinite(value):
+                    return False
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _as_plain(value: Any, path: str, depth: int) -> Any:
+    """Returns a value of which `_is_plain` is true.
+
+    Args:
+        value: The value.
+        path: Its place in the body, such as "messages[0].content".
+        depth: The number of lists and dicts around it.
+
+    Raises:
+        LLMValidationError: JSON does not have the value, or something in it.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str | UserString):
+        return _as_text(value, path)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        number = float.__float__(value)
+        if not math.isfinite(number):
+            raise LLMValidationError(f"{path} is {number!r}, which JSON does not have", hint="give a finite number")
+        return number
+    if depth > _DEEPEST and isinstance(value, Mapping | Sequence):
+        raise _refusal(value, path, "it is nested too deeply, or contains itself")
+    if isinstance(value, Mapping):
+        plain: dict[str, Any] = {}
+        for key, child in value.items():
+            name = _as_key(key, value, path)
+            if name in plain:
+                raise _refusal(value, path, f"it has the key {name!r} twice, as a string and as a number")
+            plain[name] = _as_plain(child, _path_of(path, name), depth + 1)
+        return plain
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return [_as_plain(child, f"{path}[{number}]", depth + 1) for number, child in enumerate(value)]
+    raise _refusal(value, path)
+
+
+def _as_text(value: str | UserString, path: str) -> str:
+    text = str.__str__(value) if isinstance(value, str) else str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # The two halves of a pair, which a program may have put together from two chunks, are the same text joined.
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        try:
+            joined.encode()
+        except UnicodeEncodeError as exc:
+            half = joined[exc.start]
+            raise _refusal(value, path, f"it has half of a surrogate pair, {half!r}, at {exc.start}") from exc
+        return joined
+    return text
+
+
+def _as_key(key: object, value: object, path: str) -> str:
+    if isinstance(key, str):
+        return _as_text(key, path)
+    # Token ids are the keys of `logit_bias`.
+    if isinstance(key, int) and not isinstance(key, bool):
+        return int.__repr__(key)
+    raise _refusal(value, path, f"its key {shorten(repr(key), _QUOTED_KEY_CHARACTERS)} is not a string")
+
+
+def _path_of(path: str, key: str) -> str:
+    if not path:
+        return key
+    return f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
+
+
+def _refusal(value: object, path: str, reason: str | None = None) -> LLMValidationError:
+    kind = type(value).__name__
+    message = f"{path or 'the request'} is of type {kind}, which cannot be sent as JSON"
+    conversion = next((hint for name, hint in _CONVERSIONS if reason is None and hasattr(type(value), name)), None)
+    return LLMValidationError(f"{message}: {reason}" if reason else message, hint=conversion or _HINT)
 
 
 def decode_json(data: bytes) -> Any:
@@ -74,35 +190,3 @@ def decode_json(data: bytes) -> Any:
         reason = str(exc)
     # This is raised outside of the `except`, because an exception of `json` contains the whole text.
     raise ValueError(reason)
-
-
-def _check_finite(body: Mapping[str, Any]) -> None:
-    remaining: list[tuple[str, Any]] = [("", body)]
-    while remaining:
-        for path, value in _children(*remaining.pop()):
-            if not isinstance(value, float):
-                remaining.append((path, value))
-            elif not math.isfinite(value):
-                raise LLMValidationError(f"{path} is {value!r}, which JSON does not have", hint="give a finite number")
-
-
-def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the values in a mapping or sequence, each with its path."""
-    if isinstance(value, str | bytes | bytearray):
-        return
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield f"{path}[{key!r}]" if path else str(key), child
-    elif isinstance(value, Sequence):
-        for number, child in enumerate(value):
-            yield f"{path}[{number}]", child
-
-
-def _find_unencodable(value: Any, path: str = "", depth: int = 0) -> tuple[str, Any]:
-    """Returns the innermost value that cannot be encoded, with its path."""
-    for child_path, child in _children(path, value):
-        try:
-            _encode(child)
-        except (TypeError, ValueError, RecursionError):
-            return (child_path, child) if depth > _DEEPEST_PATH else _find_unencodable(child, child_path, depth + 1)
-    return path or "the request", value

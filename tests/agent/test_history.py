@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import decimal
 import json
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge import LLMValidationError
+from lmbridge import Agent, LLMClient, LLMValidationError
 from lmbridge.agent.history import History, size_of, valid_arguments
+from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import asks, asks_raw, check_valid, tool_texts
 from tests.support import assert_linear
 
@@ -293,3 +296,56 @@ def test_the_time_for_turns_grows_with_their_number() -> None:
         history.snapshot(ended=True)
 
     assert_linear(take, 500)
+
+
+class Text(str):
+    """Like `numpy.str_`."""
+
+    __slots__ = ()
+
+
+async def test_an_instance_of_a_subclass_of_str_is_its_text_everywhere_in_a_run(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.default = answer("Fine.")
+    before = [
+        {"role": Text("user"), "content": Text("Hi.")},
+        {"role": "assistant", "content": [{"type": Text("text")}]},
+    ]
+    agent = Agent(client, model=Text("other"), system_prompt=Text("Be brief."), stop=[Text("x")])
+    result = await agent.run(Text("Go."), messages=before)
+    (body,) = [request.json for request in scripted_server.requests if request.method == "POST"]
+    assert (body["model"], body["stop"]) == ("other", ["x"])
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": [{"type": "text"}]},
+        {"role": "user", "content": "Go."},
+    ]
+    assert result.messages == [*body["messages"], {"role": "assistant", "content": "Fine."}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        ({"task": [{"type": "text", "text": decimal.Decimal(1)}]}, r"task\[0\]\.text"),
+        ({"task": [{"type": "image_url", "image_url": {"url": b"data"}}]}, r"task\[0\]\.image_url\.url"),
+        ({"task": [{"type": "text", "text": "half \ud83d"}]}, r"task\[0\]\.text"),
+        ({"task": "half \ud83d"}, "task"),
+        ({"task": "Go.", "messages": [{"role": "user", "content": "x", "name": b"x"}]}, r"messages\[0\]\.name"),
+        (
+            {"task": "Go.", "messages": [{"role": "user", "content": [{"x": math.nan}]}]},
+            r"messages\[0\]\.content\[0\]\.x",
+        ),
+        ({"task": "Go.", "system_prompt": "half \ud83d"}, "system_prompt"),
+    ],
+)
+def test_a_value_that_json_does_not_have_is_refused_with_its_path(arguments: dict[str, Any], path: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^{path}(\\[0\\]\\.x)? is "):
+        History(**arguments)
+
+
+async def test_a_run_refuses_a_task_that_json_does_not_have(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    with pytest.raises(LLMValidationError, match=r"task\[0\]\.text is of type Decimal, which cannot be sent as JSON"):
+        await Agent(client).run([{"type": "text", "text": decimal.Decimal(1)}])
+    assert scripted_server.requests == []

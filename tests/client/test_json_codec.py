@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import fractions
 import json
 import math
+import pathlib
 import types
-from collections.abc import Mapping
-from typing import Any
+import uuid
+from typing import Any, NamedTuple
 
 import attrs
 import msgspec
@@ -17,18 +23,28 @@ from lmbridge.client.json_codec import decode_json, decode_strictly, encode_body
 from lmbridge.errors import LLMValidationError
 
 USER = {"role": "user", "content": "Hello"}
+HINT = "give strings, numbers, booleans, None, lists and dicts with string keys"
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Flag(enum.IntFlag):
+    A = 1
+    B = 2
+
+
+class Color(enum.Enum):
+    RED = 1
 
 
 # Encoding requests
-
-
-@attrs.frozen
-class Point:
-    x: int
-
-
-class Struct(msgspec.Struct):
-    y: int
 
 
 def test_a_body_is_encoded_in_its_own_order() -> None:
@@ -41,46 +57,190 @@ def test_any_mapping_is_sent_as_an_object_and_any_sequence_as_an_array() -> None
         "proxy": types.MappingProxyType({"a": collections.UserDict(b=1)}),
         "chain": collections.ChainMap({"a": 1}, {"b": 2}),
         "deque": collections.deque([1, (2, range(3))]),
-        "attrs": Point(1),
-        "struct": Struct(2),
-        "keys": {1: "a"},
+        "list": collections.UserList([1]),
+        "named tuple": Pair(1, 2),
+        "ordered": collections.OrderedDict(b=1, a=2),
+        "keys": {1: "a", Number.ONE: "b", -2: "c"} | {10**30: "d"},
     }
     assert decode_json(encode_body(types.MappingProxyType(body))) == {
         "proxy": {"a": {"b": 1}},
         "chain": {"a": 1, "b": 2},
         "deque": [1, [2, [0, 1, 2]]],
-        "attrs": {"x": 1},
-        "struct": {"y": 2},
-        "keys": {"1": "a"},
+        "list": [1],
+        "named tuple": [1, 2],
+        "ordered": {"b": 1, "a": 2},
+        "keys": {"1": "b", "-2": "c", str(10**30): "d"},
     }
+
+
+class Text(str):
+    """Like `numpy.str_` and `markupsafe.Markup`."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "another text"
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a text was taken for a sequence")
+
+
+class Integer(int):
+    def __repr__(self) -> str:
+        return "another number"
+
+
+class Float(float):
+    """Like `numpy.float64`."""
+
+    def __repr__(self) -> str:
+        return "another number"
+
+
+class Role(str, enum.Enum):  # noqa: UP042 - the older form is what the test is about
+    USER = "user"
+
+
+class PlainRole(enum.StrEnum):
+    USER = "user"
+
+
+SUBCLASSES: list[tuple[Any, Any]] = [
+    (Text("Hello"), "Hello"),
+    (collections.UserString("Hello"), "Hello"),
+    (Role.USER, "user"),
+    (PlainRole.USER, "user"),
+    (Integer(7), 7),
+    (Number.ONE, 1),
+    (Flag.A | Flag.B, 3),
+    (Float(0.5), 0.5),
+]
+
+
+@pytest.mark.parametrize(("value", "plain"), SUBCLASSES)
+def test_an_instance_of_a_subclass_is_sent_as_the_text_or_number_that_it_is(value: Any, plain: Any) -> None:
+    body = {"a": value, "b": [value, {"c": (value,)}]}
+    assert json.loads(encode_body(body)) == {"a": plain, "b": [plain, {"c": [plain]}]}
+
+
+def test_a_key_may_be_an_instance_of_a_subclass() -> None:
+    body: dict[Any, Any] = {Text("a"): {Role.USER: 1, Integer(7): 2, "x": 3}}
+    assert json.loads(encode_body(body)) == {"a": {"user": 1, "7": 2, "x": 3}}
+
+
+def test_a_pair_of_surrogates_is_sent_as_its_character() -> None:
+    body = {"text": "\ud83d" + "\ude42", "\ud83d" + "\ude42": [Text("a\ud83d" + "\ude42")]}
+    assert json.loads(encode_body(body)) == {"text": "🙂", "🙂": ["a🙂"]}
 
 
 class Odd:
     pass
 
 
+class Raising:
+    """An object whose attributes cannot be looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+@attrs.frozen
+class Point:
+    x: int
+
+
+@dataclasses.dataclass
+class Data:
+    x: int
+
+
+class Struct(msgspec.Struct):
+    y: int
+
+
+class Array:
+    """Like an array, or a number of numpy that is not a Python number."""
+
+    def tolist(self) -> list[int]:
+        return [1]
+
+
+class Model:
+    """Like a model of pydantic."""
+
+    def model_dump(self, **_: Any) -> dict[str, Any]:
+        return {}
+
+
+FOREIGN: list[tuple[Any, str]] = [
+    (decimal.Decimal("1.5"), "convert it with float() or str()"),
+    (fractions.Fraction(1, 2), "convert it with float() or str()"),
+    (b"bytes", "decode it to a string, or encode it as base64"),
+    (bytearray(b"bytes"), "decode it to a string, or encode it as base64"),
+    (memoryview(b"bytes"), "call its tolist()"),
+    ({1, 2}, "convert it with list()"),
+    (frozenset({1}), "convert it with list()"),
+    ({"a": 1}.keys(), "convert it with list()"),
+    (dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "call its isoformat()"),
+    (dt.date(2026, 1, 1), "call its isoformat()"),
+    (dt.time(1), "call its isoformat()"),
+    (dt.timedelta(1), HINT),
+    (uuid.UUID(int=1), "convert it with str()"),
+    (Color.RED, "give its .value"),
+    (pathlib.PurePosixPath("/x"), "convert it with str()"),
+    (Point(1), "convert it with attrs.asdict()"),
+    (Data(1), "convert it with dataclasses.asdict()"),
+    (Struct(1), HINT),
+    (msgspec.Raw(b"1"), HINT),
+    (msgspec.UNSET, HINT),
+    (Array(), "call its tolist()"),
+    (Model(), "call its model_dump(mode='json')"),
+    (1j, HINT),
+    (iter([1]), HINT),
+    (print, HINT),
+    (int, HINT),
+    (..., HINT),
+    (Odd(), HINT),
+    (Raising(), HINT),
+]
+
+
+@pytest.mark.parametrize(("value", "hint"), FOREIGN, ids=lambda value: type(value).__name__)
+def test_a_value_that_json_does_not_have_is_refused_with_its_path_and_never_changed(value: Any, hint: str) -> None:
+    for body, path in (
+        ({"seed": value}, "seed"),
+        ({"messages": [{"role": "user", "content": value}]}, "messages[0].content"),
+        ({"tools": (1, [{"a b": value}])}, "tools[1][0]['a b']"),
+        ({"metadata": types.MappingProxyType({"a": collections.deque([0, value])})}, "metadata.a[1]"),
+        ({"x": {1: value}}, "x['1']"),
+    ):
+        with pytest.raises(LLMValidationError) as caught:
+            encode_body(body)
+        kind = type(value).__name__
+        assert str(caught.value) == f"{path} is of type {kind}, which cannot be sent as JSON; {hint}"
+
+
 @pytest.mark.parametrize(
-    ("body", "path"),
+    ("body", "path", "reason"),
     [
-        ({"tools": Odd()}, "tools is of type Odd"),
-        ({"n": 1, "tools": [1, {"a b": [Odd()]}]}, "tools[1]['a b'][0] is of type Odd"),
-        ({"tools": (1, types.MappingProxyType({"f": print}))}, "tools[1]['f'] is of type builtin_function_or_method"),
-        ({"deque": collections.deque([Odd()])}, "deque[0] is of type Odd"),
-        ({"user": "\ud800"}, "user is of type str"),
-        ({"messages": [{"role": "user", "content": "half \udc00"}]}, "messages[0]['content'] is of type str"),
-        ({"logit_bias": {(1, 2): 3}}, "logit_bias is of type dict"),
-        ({"metadata": {None: 3}}, "metadata is of type dict"),
-        ({"messages": [{"x": 1, frozenset(): 2}]}, "messages[0] is of type dict"),
-        ({("a", "b"): 1}, "the request is of type dict"),
+        ({"user": "\ud800"}, "user", r"it has half of a surrogate pair, '\ud800', at 0"),
+        ({"x": [{"content": "a \udc00"}]}, "x[0].content", r"it has half of a surrogate pair, '\udc00', at 2"),
+        ({"logit_bias": {(1, 2): 3}}, "logit_bias", "its key (1, 2) is not a string"),
+        ({"metadata": {None: 3}}, "metadata", "its key None is not a string"),
+        ({"a": {True: 1}}, "a", "its key True is not a string"),
+        ({"a": {1.5: 1}}, "a", "its key 1.5 is not a string"),
+        ({"a": {b"x": 1}}, "a", "its key b'x' is not a string"),
+        ({"a": {Color.RED: 1}}, "a", "its key <Color.RED: 1> is not a string"),
+        ({"a": [{decimal.Decimal(1): 1}]}, "a[0]", "its key Decimal('1') is not a string"),
+        ({"a": {1: "x", "1": "y"}}, "a", "it has the key '1' twice, as a string and as a number"),
+        ({("a", "b"): 1}, "the request", "its key ('a', 'b') is not a string"),
     ],
 )
-def test_a_value_that_json_does_not_have_is_refused_with_its_path(body: Mapping[Any, Any], path: str) -> None:
+def test_a_text_or_a_key_that_json_does_not_have_is_refused_with_its_path(body: Any, path: str, reason: str) -> None:
+    kind = "str" if "surrogate" in reason else "dict"
     with pytest.raises(LLMValidationError) as caught:
         encode_body(body)
-    assert str(caught.value).startswith(f"{path}, which cannot be sent as JSON: ")
-    assert str(caught.value).endswith("; give strings, numbers, booleans, None, lists and dicts with string keys")
-    assert "Odd object" not in str(caught.value)
-    assert "recursion" not in str(caught.value)
+    assert str(caught.value) == f"{path} is of type {kind}, which cannot be sent as JSON: {reason}; {HINT}"
 
 
 def test_a_body_that_contains_itself_is_refused() -> None:
@@ -96,8 +256,8 @@ def test_a_body_that_contains_itself_is_refused() -> None:
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": -math.inf}, "temperature is -inf"),
         ({"seed": None, "logit_bias": {"1": 1.0, "2": math.inf}}, "logit_bias['2'] is inf"),
-        ({"tools": [{"a": (0.5, math.nan)}]}, "tools[0]['a'][1] is nan"),
-        ({"tools": types.MappingProxyType({"a": collections.deque([math.nan])})}, "tools['a'][0] is nan"),
+        ({"tools": [{"a": (0.5, math.nan)}]}, "tools[0].a[1] is nan"),
+        ({"tools": types.MappingProxyType({"a": collections.deque([math.nan])})}, "tools.a[0] is nan"),
     ],
 )
 def test_nan_and_infinity_are_refused_at_any_depth_and_never_sent_as_null(body: dict[str, Any], text: str) -> None:
