@@ -308,7 +308,7 @@ async def test_an_instance_of_a_subclass_of_str_is_its_text_everywhere_in_a_run(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.default = answer("Fine.")
-    before = [
+    before: list[dict[str, Any]] = [
         {"role": Text("user"), "content": Text("Hi.")},
         {"role": "assistant", "content": [{"type": Text("text")}]},
     ]
@@ -341,7 +341,7 @@ async def test_an_instance_of_a_subclass_of_str_is_its_text_everywhere_in_a_run(
     ],
 )
 def test_a_value_that_json_does_not_have_is_refused_with_its_path(arguments: dict[str, Any], path: str) -> None:
-    with pytest.raises(LLMValidationError, match=f"^{path}(\\[0\\]\\.x)? is "):
+    with pytest.raises(LLMValidationError, match=f"^{path} is "):
         History(**arguments)
 
 
