@@ -4,8 +4,8 @@ A server whose parser does not fit the model, or a model that does not keep to i
 text. Such a text is not an answer, but nothing else about the reply shows that. This module only recognizes it, so that
 the run can warn; reading the calls is the task of `text_calls`.
 
-Each syntax is looked for from the end of the text, with a plain search for the words that it begins with, and only what
-follows them is examined. So the time is in proportion to the length, even for megabytes of markup.
+Only the end of the text is examined. Each syntax is looked for from there, with a plain search for the words that it
+begins with, so that even megabytes of markup take a few milliseconds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from lmbridge.agent.text_calls import without_template_tokens
 
 _MOST_MENTIONS: Final = 5
 """How many mentions of the words that a syntax begins with are examined, from the end of the text."""
-_LONGEST_CALL: Final = 100_000
-"""How many characters of JSON are examined."""
+_LONGEST_CALL: Final = 500_000
+"""How many characters at the end of an answer are examined."""
 
 
 class _Syntax(NamedTuple):
@@ -84,6 +84,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
         text: The answer.
         tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
     """
+    text = text[-_LONGEST_CALL:]
     answer = without_template_tokens(text)
     opening = _opening_of_call(answer, tool_names)
     if opening is not None:
@@ -119,10 +120,10 @@ def _is_last(text: str, content: int, closing: str) -> bool:
     if (begin := _JSON.match(text, content)) is None:
         return True
     try:
-        _, end = _decode_at(text[content : content + _LONGEST_CALL], begin.end() - 1 - content)
+        _, end = _decode_at(text, begin.end() - 1)
     except (ValueError, RecursionError):
         return True
-    return not _WORD.search(_without_closing_tags(text[content + end :]))
+    return not _WORD.search(_without_closing_tags(text[end:]))
 
 
 def _without_closing_tags(rest: str) -> str:
@@ -136,7 +137,7 @@ def _plain_call(text: str, tool_names: Collection[str]) -> str | None:
         begin = len(text[:position].rstrip()) - 1
         if name is None or name[1] not in tool_names or begin < 0 or text[begin] != "{":
             continue
-        if _ARGUMENTS.search(text, position, position + _LONGEST_CALL) and _is_last(text, begin, ""):
+        if _ARGUMENTS.search(text, position) and _is_last(text, begin, ""):
             return "JSON"
     if (python := _PYTHONIC.match(text)) and python[1] in tool_names and text.rstrip().endswith(")]"):
         return "a call in Python's syntax"
