@@ -19,7 +19,7 @@ from lmbridge.agent.text_calls import without_template_tokens
 
 _MOST_MENTIONS: Final = 5
 """How many mentions of the words that a syntax begins with are examined, from the end of the text."""
-_LONGEST_CALL: Final = 500_000
+_EXAMINED_CHARACTERS: Final = 500_000
 """How many characters at the end of an answer are examined."""
 
 
@@ -71,8 +71,10 @@ _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"\s*\[\s*([\w.-]{1,100})\(")
 _REACT: Final = re.compile(r"Action:[ \t]*([\w.-]{1,100})\s*\Z")
-_JSON_NAME: Final = re.compile(r'"name"\s*:\s*"([^"\\]{1,100})"')
-_ARGUMENTS: Final = re.compile(r'"(?:arguments|parameters)"\s*:')
+_NAME_KEYS: Final = ('"name"', '"tool"', '"tool_name"', '"function"', '"action"')
+"""Keys under which models write the name of a tool, at the beginning of a JSON object."""
+_JSON_NAME: Final = re.compile(r'"\w+"\s*:\s*"([^"\\]{1,100})"')
+_ARGUMENTS: Final = re.compile(r'"(?:arguments|parameters|args|(?:tool_|action_)?input)"\s*:')
 
 _decode_at: Final = json.JSONDecoder().raw_decode
 
@@ -84,7 +86,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
         text: The answer.
         tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
     """
-    text = text[-_LONGEST_CALL:]
+    text = text[-_EXAMINED_CHARACTERS:]
     answer = without_template_tokens(text)
     opening = _opening_of_call(answer, tool_names)
     if opening is not None:
@@ -132,7 +134,7 @@ def _without_closing_tags(rest: str) -> str:
 
 def _plain_call(text: str, tool_names: Collection[str]) -> str | None:
     """Returns what a call looks like that has no tags but names a tool: JSON, Python's syntax, or ReAct's."""
-    for position in _last_mentions(text, '"name"'):
+    for position in (each for key in _NAME_KEYS for each in _last_mentions(text, key)):
         name = _JSON_NAME.match(text, position)
         begin = len(text[:position].rstrip()) - 1
         if name is None or name[1] not in tool_names or begin < 0 or text[begin] != "{":
