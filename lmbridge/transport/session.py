@@ -89,7 +89,8 @@ AIOHTTP_FAULTS: Final[faults.FaultTable] = (
 
 # aiohttp raises a ValueError, for example, if a .netrc file has a password for the server and there is an API key too.
 _SENDING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, ValueError)
-_READING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError)
+# While a connection is being lost, there is a moment at which aiohttp raises RuntimeError("Connection closed.").
+_READING_ERRORS: Final = (aiohttp.ClientError, HttpProcessingError, OSError, RuntimeError)
 _LOST_CONNECTION_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
 
@@ -348,6 +349,9 @@ class _AiohttpResponse:
             content.set_exception(exc)
 
     async def _read_decompressed(self, decompressor: Decompressor) -> bytes:
+        # There may be many parts without a wait for the network between them, and other tasks must not starve. This is
+        # done first, so that a cancellation loses no part.
+        await asyncio.sleep(0)
         try:
             while not (part := decompressor.next_part()):
                 data = await self._read_raw()
@@ -359,8 +363,6 @@ class _AiohttpResponse:
             raise faults.connection_failed(
                 faults.BROKEN_COMPRESSION, str(exc), exc.__cause__, status=self.status
             ) from None
-        # There may be many parts without a wait for the network between them, and other tasks must not starve.
-        await asyncio.sleep(0)
         return part
 
     def close(self) -> None:

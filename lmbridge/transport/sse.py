@@ -122,7 +122,8 @@ class SSEDecoder:
                 self._interpret_lines_of_bounded_size(lines, events)
             else:
                 self._interpret(lines, events)
-            self._buffer_partial_line(rest)
+            if rest:
+                self._buffer_partial_line(rest)
         except LLMStreamError as error:
             if not events:
                 raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import inspect
 import ssl
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from lmbridge.transport import faults, session
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AIOHTTP_FAULTS, AiohttpSession
+from tests.support import turns
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -147,6 +149,28 @@ async def test_the_reader_of_a_body_with_broken_framing_is_woken(
     assert caught.value.error.status == 200
 
 
+async def test_a_broken_connection_is_a_failure_at_any_moment_of_its_end(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    for turns_before_read in range(12):
+        gate = asyncio.Event()
+
+        async def behave(exchange: Any, gate: asyncio.Event = gate) -> None:
+            await exchange.raw(CHUNKED + b"2\r\n{}\r\n")
+            await gate.wait()
+            exchange._connection._transport.write(b"zz\r\nnot a chunk\r\n")
+            await exchange.client_left()
+
+        scripted_server.script(behave)
+        response = await http_session.send(post(scripted_server))
+        assert await response.read_some() == b"{}"
+        gate.set()
+        await turns(turns_before_read)
+        with pytest.raises(ConnectionFailed):
+            await response.read_some()
+        response.close()
+
+
 async def test_aiohttp_would_not_wake_it(
     scripted_server: ScriptedServer, http_session: AiohttpSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +231,71 @@ async def test_a_kept_connection_that_is_reset_logs_nothing(
     del closed, response
     gc.collect()
     assert not caplog.records
+
+
+# aiohttp forgets what has arrived when a connection breaks
+
+
+@pytest.mark.parametrize("end", ["hang_up", "reset"])
+async def test_what_had_arrived_is_read_before_the_failure(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, end: str
+) -> None:
+    async def behave(exchange: Any) -> None:
+        await exchange.start()
+        for part in (b"one ", b"two ", b"three"):
+            await exchange.send(part)
+        await turns(5)
+        getattr(exchange, end)()
+
+    scripted_server.script(behave)
+    response = await http_session.send(post(scripted_server))
+    assert isinstance(response, session._AiohttpResponse)
+    body = await response.read_some()
+    while response._content.exception() is None:
+        await asyncio.sleep(0)
+    while len(body) < len(b"one two three"):
+        body += await response.read_some()
+    assert body == b"one two three"
+    with pytest.raises(ConnectionFailed):
+        await response.read_some()
+    assert response.take_arrived() == b""
+
+
+async def test_what_has_arrived_is_taken_without_waiting(
+    scripted_server: ScriptedServer, http_session: AiohttpSession
+) -> None:
+    scripted_server.script(stall(after=["one ", "two"]), reply(200, b""))
+    response = await http_session.send(post(scripted_server))
+    await turns(20)
+    assert response.take_arrived() == b"one two"
+    assert response.take_arrived() == b""
+    response.close()
+    response = await http_session.send(post(scripted_server))
+    assert response.take_arrived() == b""
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+async def test_cancelling_a_read_loses_nothing(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, encoding: str
+) -> None:
+    body = gzip.compress(b"one two three") if encoding == "gzip" else b"one two three"
+    for turns_before_cancel in range(6):
+
+        async def behave(exchange: Any) -> None:
+            await exchange.start(headers={"Content-Encoding": encoding})
+            await exchange.send(body)
+            await exchange.client_left()
+
+        scripted_server.script(behave)
+        response = await http_session.send(post(scripted_server))
+        await turns(20)
+        reading = asyncio.create_task(response.read_some())
+        await turns(turns_before_cancel)
+        reading.cancel()
+        await asyncio.wait([reading])
+        read = b"" if reading.cancelled() else reading.result()
+        assert read + response.take_arrived() == b"one two three"
+        response.close()
 
 
 # Closing
