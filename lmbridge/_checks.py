@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from lmbridge._text import shorten
@@ -45,6 +45,26 @@ def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidat
     """
     type_name = "None" if value is None else type(value).__name__
     return LLMValidationError(f"{name} must be {expected}, not {type_name}", hint=hint)
+
+
+def hint_for(value: object, hints: Mapping[str, str], default: str | None = None) -> str | None:
+    """Returns the hint for an argument in the wrong place, by its class or a class that it inherits from.
+
+    Args:
+        value: The argument.
+        hints: A hint for each name of a class. The names save this module from importing the classes.
+        default: The hint for a value of any other class.
+    """
+    if isinstance(value, type):
+        return f"create an object of the class first: {value.__name__}(...)"
+    if is_blocking(value):
+        return f"pass an lmbridge.{type(value).__name__}; those of lmbridge.sync fit only the classes of lmbridge.sync"
+    return next((hints[kind.__name__] for kind in type(value).__mro__ if kind.__name__ in hints), default)
+
+
+def is_blocking(value: object) -> bool:
+    """Returns whether a value is an object of `lmbridge.sync`, which looks like the asynchronous one."""
+    return type(value).__module__.startswith("lmbridge.sync.")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -201,7 +221,18 @@ def check_model_name(model: str | None, *, name: str = "model") -> str | None:
     """
     if model is None or (isinstance(model, str) and model.strip()):
         return model
-    raise invalid_argument(name, "the name of a model or None", model, "list_models() returns the names that exist")
+    hint = hint_for(model, _MISPLACED_IN_MODEL, "list_models() returns the names that exist")
+    raise invalid_argument(name, "the name of a model or None", model, hint)
+
+
+_MISPLACED_IN_MODEL: Final = {
+    "Timeouts": "pass it as timeout=",
+    "float": "pass a number of seconds as timeout=",
+    "int": "pass a number of seconds as timeout=",
+    "Limits": "pass it as limits=",
+    "Transport": "pass it as transport=",
+    "list": "pass one name; a list of messages or tools has a keyword of its own",
+}
 
 
 class _Attribute(Protocol):

@@ -16,7 +16,15 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 import attrs
 
-from lmbridge._checks import as_validator, check_choice, check_integer, check_seconds, invalid_argument, is_number
+from lmbridge._checks import (
+    as_validator,
+    check_choice,
+    check_integer,
+    check_seconds,
+    hint_for,
+    invalid_argument,
+    is_number,
+)
 from lmbridge.errors import LLMValidationError
 
 logger: logging.Logger = logging.getLogger("lmbridge.client")
@@ -235,6 +243,18 @@ def socket_path_of(api_base: str) -> str | None:
     return api_base.removeprefix("unix://") if api_base.startswith("unix://") else None
 
 
+_MISPLACED_IN_API_BASE: Final = {
+    "LLMClient": "client.with_options() returns a variant of a client, and LLMClient(client.api_base) another client",
+    "LLMClientPool": "a pool hands out clients: async with pool.client() as client",
+    "Transport": "pass it as transport=: LLMClient(transport=transport)",
+    "LocalServer": "pass its api_base: LLMClient(server.api_base, server.model)",
+    "Timeouts": "pass it as timeout=",
+    "Limits": "pass it as limits=",
+    "list": "pass the URL of one server",
+    "tuple": "pass the URL of one server",
+}
+
+
 def normalize_api_base(api_base: str) -> str:
     """Returns a server's base URL without a trailing slash, and with `/v1` appended if it ends with no version.
 
@@ -253,6 +273,7 @@ def normalize_api_base(api_base: str) -> str:
     if may_hold_secret:
         shown = "'...'"
     if not isinstance(api_base, str) or not api_base or " " in api_base or not api_base.isprintable():
+        hint = hint_for(api_base, _MISPLACED_IN_API_BASE, hint) or hint
         raise LLMValidationError(f"api_base must be a URL, not {shown}", hint=hint)
     if (path := socket_path_of(api_base)) is not None:
         if not path.startswith("/") or path.endswith("/"):

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, Unpack, overload
 
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
+from lmbridge._copying import NotCopyable
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
@@ -22,7 +23,7 @@ from lmbridge.errors import LLMValidationError
 _OutputT = TypeVar("_OutputT")
 
 
-class Agent:
+class Agent(NotCopyable):
     """Lets a model work on a task with tools, round after round, until it has an answer.
 
     One agent serves any number of concurrent runs in one event loop. It owns nothing that has to be closed: the client
@@ -90,6 +91,8 @@ class Agent:
     Raises:
         LLMValidationError: An argument is invalid.
     """
+
+    _instead_of_a_copy = "pass the agent itself on, and create one of its own in each process"
 
     def __init__(
         self,

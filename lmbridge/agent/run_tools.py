@@ -77,9 +77,10 @@ class ToolSources:
 
     def __init__(self, tools: Sequence[AnyTool], open_tools: OpenTools | None) -> None:
         if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-            raise LLMValidationError(
-                f"tools must be a list, not {type(tools).__name__}", hint="pass a list of functions, Tools or providers"
-            )
+            hint = "pass a list of functions, Tools or providers"
+            if callable(tools) or isinstance(tools, Tool):
+                hint = "put it into a list, even if it is the only one: tools=[...]"
+            raise LLMValidationError(f"tools must be a list, not {type(tools).__name__}", hint=hint)
         self.tools: list[Tool | ToolProvider] = []
         for each in tools:
             self.tools.append(each if _is_provider(each) else as_tool(each))  # type: ignore[arg-type]  # not a provider

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, Self
 
+from lmbridge._copying import NotCopyable
 from lmbridge._run_turn import RunTurn, current_turn
 from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
@@ -35,7 +36,7 @@ _runs_in_flight: Final[set[RunHandle]] = set()
 """The runs in flight, kept alive because asyncio holds only weak references to tasks."""
 
 
-class RunHandle:
+class RunHandle(NotCopyable):
     """A run that is in progress, as `agent.start` returns it.
 
     The run goes on even if nothing awaits it, nothing reads its events, and the handle is dropped::
@@ -47,6 +48,8 @@ class RunHandle:
     Attributes:
         id: The id of the run, a random string.
     """
+
+    _instead_of_a_copy = "copy the RunResult that result() returns"
 
     def __init__(
         self,
@@ -270,7 +273,7 @@ class RunHandle:
         self._channel.close(discard=self._stop_reason == "cancelled")
 
 
-class RunStream(AsyncGenerator[RunEvent, None]):
+class RunStream(NotCopyable, AsyncGenerator[RunEvent, None]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
@@ -278,6 +281,8 @@ class RunStream(AsyncGenerator[RunEvent, None]):
     early, in any way, cancels the run and waits for its end. Leaving the stream of `handle.events()` only detaches from
     the run.
     """
+
+    _instead_of_a_copy = "copy the events that it yields"
 
     def __init__(self, run: RunHandle, *, owns_run: bool) -> None:
         self._run = run

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
+from lmbridge._checks import hint_for, is_blocking
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ReportsServerInfo
 from lmbridge.agent.result_images import ImagePlace
 from lmbridge.client.names import is_same_model
@@ -24,6 +25,13 @@ _DISCOVERY_SECONDS: Final = 5.0
 """The time limit of the request for the context length, in seconds."""
 _ASK_AGAIN_SECONDS: Final = 60.0
 """Seconds after which an unknown context length is requested again."""
+
+_MISPLACED: Final = {
+    "str": "make a client of a URL: Agent(LLMClient('http://127.0.0.1:1234/v1'))",
+    "Transport": "make a client of it: Agent(LLMClient(transport=transport))",
+    "Agent": "pass the client of that agent, or use that agent itself, which serves any number of runs",
+    "NoneType": "pass LLMClient(), which finds its server in the environment",
+}
 
 
 class ClientSource:
@@ -44,10 +52,10 @@ class ClientSource:
 
     def __init__(self, client: ChatClient | ChatClientPool, *, timer: Callable[[], float] = time.monotonic) -> None:
         is_client, is_pool = hasattr(client, "chat_completion"), hasattr(client, "client")
-        if isinstance(client, type) or not (is_client or is_pool):
+        if isinstance(client, type) or is_blocking(client) or not (is_client or is_pool):
             raise LLMValidationError(
                 f"client must be an LLMClient or an LLMClientPool, not {client!r}",
-                hint="your own client needs the methods of lmbridge.ChatClient",
+                hint=hint_for(client, _MISPLACED, "your own client needs the methods of lmbridge.ChatClient"),
             )
         self._client: Any = client
         self._is_pool = not is_client

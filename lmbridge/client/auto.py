@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
 
-from lmbridge._checks import check_instance
+from lmbridge._checks import check_instance, hint_for
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
 from lmbridge.config import Limits, Timeouts
@@ -74,6 +74,9 @@ class AutoLimits:
         return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self._at_most)))
 
 
+_MISPLACED: Final = {"int": "pass Limits(max_concurrency=...)", "Timeouts": "pass it as timeout="}
+
+
 def resolve_limits(limits: Limits | AutoLimits | Literal["auto"] | None) -> Limits | FindLimits | None:
     """Returns the option `limits` of a client in the form that `Transport` takes.
 
@@ -84,4 +87,6 @@ def resolve_limits(limits: Limits | AutoLimits | Literal["auto"] | None) -> Limi
         return AutoLimits()
     if isinstance(limits, AutoLimits):
         return limits
-    return check_instance("limits", limits, Limits, optional=True, hint='pass "auto" to ask the server')
+    return check_instance(
+        "limits", limits, Limits, optional=True, hint=hint_for(limits, _MISPLACED, 'pass "auto" to ask the server')
+    )

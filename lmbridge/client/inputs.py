@@ -42,7 +42,10 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     if type(messages) is CheckedMessages:
         return
     if not isinstance(messages, _SEQUENCE_TYPES) or isinstance(messages, _STRING_TYPES):
-        raise wrong_type("messages", "a list of messages", messages, f"for example {_EXAMPLE_MESSAGES}")
+        hint = f"for example {_EXAMPLE_MESSAGES}"
+        if isinstance(messages, _MAPPING_TYPES) and "messages" in messages:
+            hint = "pass the fields of a body as arguments: chat_completion(**body)"
+        raise wrong_type("messages", "a list of messages", messages, hint)
     if not messages:
         raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE_MESSAGES}")
     for number, message in enumerate(messages):

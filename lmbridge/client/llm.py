@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
 
 from lmbridge._awaiting import explains_missing_await
-from lmbridge._checks import check_instance, check_integer, check_model_name
+from lmbridge._checks import check_instance, check_integer, check_model_name, hint_for
+from lmbridge._copying import NotCopyable
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.call_options import RequestOptions, take_options, take_request_options
@@ -45,6 +46,12 @@ _T = TypeVar("_T")
 HEALTH_CHECK_SECONDS: Final = 5.0
 """The most seconds that a health check may take."""
 
+_MISPLACED_IN_TRANSPORT: Final = {
+    "str": "pass the URL of a server as api_base",
+    "LLMClient": "client.with_options() returns a client on the same transport",
+    "LLMClientPool": "the clients of a pool share a transport: async with pool.client() as client",
+}
+
 
 class ClientOptions(TypedDict, total=False):
     """The options of a client, as keyword arguments; `LLMClient` documents each of them."""
@@ -67,7 +74,7 @@ class ClientOptions(TypedDict, total=False):
     transport: Transport | None
 
 
-class LLMClient:
+class LLMClient(NotCopyable):
     """A client of one server with an OpenAI-compatible `/v1`.
 
     It opens with its first request. `close`, or leaving its `async with` block, closes its connections; a later request
@@ -120,6 +127,8 @@ class LLMClient:
         LLMValidationError: An argument is not valid.
     """
 
+    _instead_of_a_copy = "use client.with_options() for a variant, and create a client of its own in each process"
+
     def __init__(
         self,
         api_base: str | None = None,
@@ -159,7 +168,7 @@ class LLMClient:
         }
         make_transport: Callable[[str], Transport] | None = None
         if transport is not None:
-            check_instance("transport", transport, Transport)
+            check_instance("transport", transport, Transport, hint=hint_for(transport, _MISPLACED_IN_TRANSPORT))
             _refuse_beside_transport(api_base=api_base, **options)
         else:
             transport = Transport(api_base, **cast("Any", options))

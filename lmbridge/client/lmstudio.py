@@ -17,6 +17,7 @@ import attrs
 
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_text, is_number
+from lmbridge._copying import NotCopyable
 from lmbridge._text import excerpt
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
@@ -42,7 +43,7 @@ _LOAD_HINT: Final = "LM Studio may go on loading it; raise Timeouts.load, or che
 _DOWNLOAD_HINT: Final = "see LM Studio's own log; the disk may be full, or the network down"
 
 
-class LMStudio:
+class LMStudio(NotCopyable):
     """LM Studio's own API, as `client.lmstudio`.
 
     All methods take `timeout`, `max_retries`, `extra_headers` and `extra_query` as options of the call, and those with
@@ -50,6 +51,8 @@ class LMStudio:
     of `LLMClient.chat_completion`. If the server is not LM Studio, or an LM Studio that is too old, they raise an
     `LLMResponseError` whose text says which of the two it is.
     """
+
+    _instead_of_a_copy = "use the lmstudio of each client"
 
     def __init__(self, server: ServerApi) -> None:
         self._server = server

@@ -14,12 +14,32 @@ from typing import Final, Self
 import attrs
 from cachetools import TTLCache
 
-from lmbridge._checks import check_callable, check_integer, check_seconds, check_text, invalid_argument
+from lmbridge._checks import (
+    check_callable,
+    check_integer,
+    check_seconds,
+    check_text,
+    hint_for,
+    invalid_argument,
+    is_blocking,
+    wrong_type,
+)
+from lmbridge._copying import NotCopyable
 from lmbridge._tasks import SingleFlight
 from lmbridge.client.llm import LLMClient
 from lmbridge.errors import LLMValidationError, ModelNotFoundError, TaskCancelledError
 
 _ModelIds = tuple[str, ...]
+_MISPLACED_IN_API_BASE: Final = {
+    "LLMClient": "pass it as client=: ModelValidator(client=client)",
+    "LLMClientPool": "pass a client of the pool as client=, within `async with pool.client() as client`",
+    "Transport": "pass it through a client: ModelValidator(client=LLMClient(transport=transport))",
+}
+_MISPLACED_IN_CLIENT: Final = {
+    "str": "pass the URL of a server as api_base: ModelValidator('http://127.0.0.1:1234/v1')",
+    "LLMClientPool": "pass a client of the pool, within `async with pool.client() as client`",
+    "Transport": "make a client of it: ModelValidator(client=LLMClient(transport=transport))",
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -43,7 +63,7 @@ class CacheStats:
     """The seconds that a list stays in the cache."""
 
 
-class ModelValidator:
+class ModelValidator(NotCopyable):
     """Checks which models a server has, with a list that is cached for some minutes.
 
     Concurrent calls that find no cached list share one request. A request that fails is not cached. If the client's
@@ -65,6 +85,8 @@ class ModelValidator:
         LLMValidationError: An argument is not valid.
     """
 
+    _instead_of_a_copy = "pass the validator itself on, and create one of its own in each process"
+
     def __init__(
         self,
         api_base: str | None = None,
@@ -74,12 +96,15 @@ class ModelValidator:
         maxsize: int = 100,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
+        if api_base is not None and not isinstance(api_base, str):
+            hint = hint_for(api_base, _MISPLACED_IN_API_BASE, "pass the URL of the server as a string")
+            raise wrong_type("api_base", "a URL", api_base, hint or "")
         if client is not None and api_base is not None:
             raise LLMValidationError(
                 "api_base cannot be combined with client=", hint="set the api_base of the client instead"
             )
-        if client is not None and not callable(getattr(client, "list_models", None)):
-            raise invalid_argument("client", "an LLMClient or None", client)
+        if client is not None and (not callable(getattr(client, "list_models", None)) or is_blocking(client)):
+            raise invalid_argument("client", "an LLMClient or None", client, hint_for(client, _MISPLACED_IN_CLIENT))
         check_seconds("ttl", ttl, optional=False)
         check_integer("maxsize", maxsize)
         check_callable("timer", timer, hint="for example time.monotonic")

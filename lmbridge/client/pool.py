@@ -22,7 +22,8 @@ from typing import Final, Self, Unpack, cast
 import attrs
 
 from lmbridge._awaiting import explains_missing_await
-from lmbridge._checks import check_integer, check_model_name
+from lmbridge._checks import check_integer, check_model_name, hint_for
+from lmbridge._copying import NotCopyable
 from lmbridge._tasks import LoopGuard
 from lmbridge.client.auto import AutoLimits
 from lmbridge.client.llm import ClientOptions, LLMClient
@@ -33,6 +34,12 @@ _GIVEN_BACK_MESSAGE_AND_HINT: Final = (
     "this client was given back to its pool",
     "get another one with `await pool.get_client()`, or `async with pool.client()`",
 )
+_MISPLACED: Final = {
+    "LLMClient": "a pool makes its clients itself: LLMClientPool(4, api_base=client.api_base)",
+    "LLMClientPool": "pass the pool itself on, which serves any number of tasks",
+    "Transport": "pass it as transport=: LLMClientPool(4, transport=transport)",
+    "str": "pass the URL of a server as api_base=: LLMClientPool(api_base='http://127.0.0.1:1234/v1')",
+}
 _CLOSED_MESSAGE_AND_HINT: Final = (
     "the pool is closed",
     "create a new LLMClientPool, and close it when it is no longer needed",
@@ -57,7 +64,7 @@ class _Waiter:
     future: asyncio.Future[PooledClient]
 
 
-class LLMClientPool:
+class LLMClientPool(NotCopyable):
     """Hands out at most `pool_size` clients at the same time, each with its own default model.
 
     Callers that wait for a client are served in the order of their arrival.
@@ -81,8 +88,10 @@ class LLMClientPool:
         LLMValidationError: An argument is not valid.
     """
 
+    _instead_of_a_copy = "pass the pool itself on, and create a pool of its own in each process"
+
     def __init__(self, pool_size: int = 10, **options: Unpack[ClientOptions]) -> None:
-        check_integer("pool_size", pool_size)
+        check_integer("pool_size", pool_size, hint=hint_for(pool_size, _MISPLACED))
         limits = options.get("limits")
         if limits is None and options.get("transport") is None:
             options["limits"] = Limits(max_concurrency=pool_size)

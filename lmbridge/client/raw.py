@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast, overload
 import attrs
 
 from lmbridge._awaiting import explains_missing_await
+from lmbridge._copying import NotCopyable
 from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.errors import LLMValidationError
 
@@ -36,11 +37,13 @@ class RawResponse(Generic[_Reply]):
     """The headers of the response. Upper and lower case do not matter in their names."""
 
 
-class RawResponses:
+class RawResponses(NotCopyable):
     """The methods of a client, as `client.with_raw_response`: each returns a `RawResponse`.
 
     The parameters and the errors are those of the client's methods. Streams have `status` and `headers` themselves.
     """
+
+    _instead_of_a_copy = "use the with_raw_response of each client"
 
     def __init__(self, client: LLMClient) -> None:
         self._client = client

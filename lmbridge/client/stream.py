@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, overload
 
+from lmbridge._checks import wrong_type
+from lmbridge._copying import NotCopyable
 from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
 from lmbridge.client.json_codec import decode_json
@@ -94,7 +97,7 @@ class Accumulator(Protocol[_Reply_co]):
         ...
 
 
-class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
+class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
     """The base class of the streams of all endpoints: an async generator of the pieces of one reply.
 
     Iterate it once, from one task at a time. It is also an async context manager. Leaving it early, in any way, closes
@@ -102,6 +105,8 @@ class ReplyStream(AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
 
     A subclass defines `_read_object`, which turns the JSON object of an event into an item of the iteration.
     """
+
+    _instead_of_a_copy = "copy the chunks that it yields, or what collect() returns"
 
     __slots__ = (
         "_accumulator",
@@ -499,6 +504,13 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
         LLMStreamError: A chunk has an unknown shape, or the iterable yielded no chunk.
         LLMError: The errors that iterating the stream raises.
     """
+    if not hasattr(stream, "__aiter__"):
+        if inspect.iscoroutine(stream):
+            stream.close()
+        hint = "await the call first: collect(await client.chat_completion(messages, stream=True))"
+        if isinstance(stream, Mapping):
+            hint = "it is a whole reply already; collect() is for a stream"
+        raise wrong_type("stream", "a stream", stream, hint)
     if isinstance(stream, ReplyStream):
         return await stream._read_to_end()  # noqa: SLF001 - it has accumulated what was read before
     accumulator: ChatAccumulator | None = None

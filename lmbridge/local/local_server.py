@@ -20,10 +20,11 @@ from types import TracebackType
 from typing import IO, Any, ClassVar, Self
 
 from lmbridge._checks import check_callable, check_integer, check_path, check_seconds, check_text
+from lmbridge._copying import NotCopyable
 from lmbridge._tasks import settle
 from lmbridge.errors import LLMConnectionError, LLMError, LLMValidationError, ModelLoadError, ModelNotFoundError
 from lmbridge.local.model import SMOLLM2, Progress, locate_model
-from lmbridge.local.process import describe_exit, end_process, read_tail
+from lmbridge.local.process import describe_exit, end_process, read_tail, start_process
 
 logger: logging.Logger = logging.getLogger("lmbridge.local")
 
@@ -37,7 +38,7 @@ _CPU_FEATURES = frozenset({"avx2", "f16c", "fma"})
 _POOLING_BY_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
 
 
-class LocalServer:
+class LocalServer(NotCopyable):
     """A real llama.cpp server on a port of the loopback interface. It is ready when `async with` has entered.
 
     ::
@@ -80,6 +81,8 @@ class LocalServer:
     Raises:
         LLMValidationError: An argument is not valid.
     """
+
+    _instead_of_a_copy = "pass its api_base on, which works in other processes as well"
 
     _child: ClassVar[Path] = _FOLDER / "child.py"
 
@@ -204,15 +207,26 @@ class LocalServer:
             "chat_template": "" if self._template is None else _read_template(self._template),
         }
         # The log is a file, because a pipe would have to be read continuously.
-        return stack.enter_context(tempfile.TemporaryFile()), options
+        try:
+            return stack.enter_context(tempfile.TemporaryFile()), options
+        except OSError as exc:
+            reason = f"cannot create a temporary file for the server's log: {exc}"
+            hint = "free some space, or set TMPDIR to a folder that can be written to"
+            raise LLMConnectionError(reason, exc, hint=hint, context=self._context) from exc
 
     async def _spawn(self, log: IO[bytes], stack: AsyncExitStack) -> Process:
         # Without -P, Python would add the folder of child.py to sys.path.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(self._child), stdin=PIPE, stdout=PIPE, stderr=log
-        )
+        try:
+            process = await start_process(sys.executable, "-P", str(self._child), stdin=PIPE, stdout=PIPE, stderr=log)
+        except LLMError as error:
+            raise error.completed(context=self._context)  # noqa: B904 - it is the same error
         stack.push_async_callback(end_process, process)
         return process
+
+    @property
+    def _context(self) -> dict[str, str]:
+        """What was attempted, for errors."""
+        return {"operation": "start of a local server", "model": self.model}
 
     async def _handshake(self, process: Process, log: IO[bytes], options: dict[str, Any]) -> str:
         try:
@@ -241,8 +255,7 @@ class LocalServer:
 
     async def _startup_error(self, kind: type[LLMError], reason: str, process: Process, log: IO[bytes]) -> LLMError:
         await end_process(process, grace=_EXIT_GRACE_SECONDS)
-        context = {"operation": "start of a local server", "model": self.model}
-        return kind(reason + await _describe_log(log), context=context)
+        return kind(reason + await _describe_log(log), context=self._context)
 
 
 async def _stop(model: str, process: Process, log: IO[bytes]) -> None:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import IO
+from typing import IO, Any, Final
 
 from lmbridge._tasks import settle
+from lmbridge.errors import LLMConnectionError
 
 _TAIL_BYTES = 4096
 _TAIL_LINES = 10
 _POLL_SECONDS = 0.1
+
+_START_HINTS: Final[Mapping[int | None, str]] = {
+    errno.ENOENT: "check that the file exists, and the interpreter in its first line if it is a script",
+    errno.EACCES: "check that the file is a program that this user may run",
+    errno.EPERM: "check that the file is a program that this user may run",
+    errno.ENOEXEC: "check that the file is a program for this system and this CPU",
+    errno.E2BIG: "the environment variables are too large; remove some of them",
+    errno.EMFILE: "close files and connections, or raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close files and connections, or raise the limit on open files (ulimit -n)",
+    errno.ENOMEM: "end other programs, because the machine has no memory left",
+    errno.EAGAIN: "end other programs, or raise the limit on processes (ulimit -u)",
+}
+"""The hint for each error of the system when a process is started."""
 
 
 def read_tail(log: IO[bytes]) -> str:
@@ -26,6 +41,39 @@ def read_tail(log: IO[bytes]) -> str:
     log.seek(max(0, size - _TAIL_BYTES))
     lines = log.read().decode(errors="replace").splitlines()
     return "\n".join(line.rstrip() for line in lines[-_TAIL_LINES:])
+
+
+async def start_process(program: str | None, *arguments: str, **options: Any) -> Process:
+    """Starts a child process.
+
+    Args:
+        program: The path of the program, or `sys.executable`, which may be empty or None in an embedded interpreter.
+        *arguments: The arguments of the program.
+        **options: Options of `asyncio.create_subprocess_exec`.
+
+    Raises:
+        LLMConnectionError: The process cannot be started.
+    """
+    if not program:
+        raise LLMConnectionError(
+            "could not start a process, because sys.executable is not set",
+            hint="set sys.executable to the path of the Python interpreter in which lmbridge is installed",
+        )
+    try:
+        return await asyncio.create_subprocess_exec(program, *arguments, **options)
+    except RuntimeError as exc:
+        # Most loops raise NotImplementedError, which is one.
+        loop = type(asyncio.get_running_loop()).__name__
+        raise LLMConnectionError(
+            f"could not start a process, because the event loop ({loop}) does not support it",
+            exc,
+            hint="use the default event loop of asyncio, which is the ProactorEventLoop on Windows",
+        ) from exc
+    except (OSError, ValueError) as exc:
+        code = getattr(exc, "errno", None)
+        reason = os.strerror(code) if code else str(exc)
+        hint = _START_HINTS.get(code, "see the reason, and check the path of the program")
+        raise LLMConnectionError(f"could not start {program}: {reason}", exc, hint=hint) from exc
 
 
 async def run_command(
@@ -41,10 +89,11 @@ async def run_command(
         env: The environment variables of the command.
         poll: An async function that is called ten times a second while the command runs. If it raises an exception, the
             command is killed and the exception is raised.
+
+    Raises:
+        LLMConnectionError: The command cannot be started.
     """
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env
-    )
+    process = await start_process(*command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=env)
     try:
         while True:
             with suppress(TimeoutError):

@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias, Unpack, overload
 
 from lmbridge._awaiting import explains_missing_await
+from lmbridge._checks import wrong_type
+from lmbridge._copying import NotCopyable
 from lmbridge.agent.agent import Agent
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.result import ENDINGS, RunResult
@@ -48,6 +50,10 @@ from lmbridge.mcp.options import (
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.hub import McpHub
 
+_CONFIG_HINT: Final = (
+    "pass the path of the configuration file: DynamicAutonomousAgent(config_path='mcp.json');"
+    " write a dict to a file first"
+)
 _OnServerError: TypeAlias = Literal["raise", "continue", "single"]
 """What a run does if a server cannot be started.
 
@@ -60,7 +66,7 @@ _MAX_DEFINITIONS_SHARE: Final = 0.5
 _CLOSED_MESSAGE: Final = "the run was cancelled because its agent was closed"
 
 
-class DynamicAutonomousAgent:
+class DynamicAutonomousAgent(NotCopyable):
     """An agent whose runs name the MCP servers that they need.
 
     A server is started when the first run needs it, and shared by all runs. One agent serves any number of concurrent
@@ -90,6 +96,8 @@ class DynamicAutonomousAgent:
         LLMValidationError: An argument is not valid.
     """
 
+    _instead_of_a_copy = "pass the agent itself on, and create one of its own in each process"
+
     def __init__(
         self,
         client: ChatClient | ChatClientPool | None = None,
@@ -101,6 +109,10 @@ class DynamicAutonomousAgent:
         **agent_options: Unpack[AgentOptions],
     ) -> None:
         self._default_client: LLMClient | None = None
+        if isinstance(client, str | os.PathLike | Mapping) and not str(client).startswith(("http:", "https:")):
+            raise wrong_type("client", "an LLMClient or an LLMClientPool", client, _CONFIG_HINT)
+        if isinstance(config_path, Mapping):
+            raise wrong_type("config_path", "the path of a file", config_path, _CONFIG_HINT)
         if client is None:
             client = self._default_client = LLMClient(limits="auto")
         self._agent = Agent(client, **agent_options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict, get_args
+from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.run_tools import AnyTool
@@ -76,6 +76,10 @@ class MultiServerRunOptions(RunOptions, total=False):
     on_mcp_error: OnMcpError
 
 
+_SEVERAL_HINT: Final = "call autonomous_with_multiple_mcps() for several servers"
+_ONE_HINT: Final = "put the name of a single server into a list, or call autonomous_with_mcp()"
+
+
 def check_server_name(mcp_name: Any) -> str:
     """Returns the name if it is a string. Whether a server of that name exists is checked when the run starts.
 
@@ -83,7 +87,7 @@ def check_server_name(mcp_name: Any) -> str:
         LLMValidationError: The name is not a string.
     """
     if not isinstance(mcp_name, str):
-        raise invalid_argument("mcp_name", "the name of one MCP server", mcp_name)
+        raise invalid_argument("mcp_name", "the name of one MCP server", mcp_name, _SEVERAL_HINT)
     return mcp_name
 
 
@@ -95,7 +99,7 @@ def check_server_names(mcp_names: Any) -> Sequence[str]:
     """
     is_list = isinstance(mcp_names, Sequence) and not isinstance(mcp_names, str | bytes)
     if not is_list or not mcp_names or not all(isinstance(name, str) for name in mcp_names):
-        raise invalid_argument("mcp_names", "a list of at least one name of an MCP server", mcp_names)
+        raise invalid_argument("mcp_names", "a list of at least one name of an MCP server", mcp_names, _ONE_HINT)
     return tuple(mcp_names)
 
 

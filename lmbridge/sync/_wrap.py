@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, ClassVar, Final, Generic, Self, TypeVar
 
+from lmbridge._copying import NotCopyable
 from lmbridge.sync._portal import portal
 
 _Item_co = TypeVar("_Item_co", covariant=True)
@@ -22,12 +23,14 @@ _blocking_classes: Final[dict[str, type[Wrapper]]] = {}
 """The blocking class for each asynchronous class. The keys are names, so that no unused module has to be imported."""
 
 
-class Wrapper:
+class Wrapper(NotCopyable):
     """A blocking object around an asynchronous one.
 
     Attributes:
         wrapped: The asynchronous object. It belongs to the background loop and must not be used in any other loop.
     """
+
+    _instead_of_a_copy = "pass the object itself on, and create one of its own in each process"
 
     wraps: ClassVar[str] = ""
     """The module and the name of the asynchronous class, for example "lmbridge.client.llm:LLMClient"."""

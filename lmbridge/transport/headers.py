@@ -22,8 +22,10 @@ _HTTP_HEADERS: Final = ("content-length", "transfer-encoding", "connection", "ho
 """Headers that the HTTP session sets. With other values, the server could not understand the request."""
 _PUBLIC_HEADERS: Final = ("accept", "accept-encoding", "accept-language", "content-type", "user-agent")
 """Headers whose values are not redacted, because they are never secret and often help to understand an error."""
-_MIN_REDACTED_LENGTH: Final = 4
-"""Secrets with fewer characters are not redacted, because ordinary words contain such short strings as well."""
+_SHORT_SECRET: Final = 4
+"""Secrets with fewer characters are redacted only where they look like a key, because such words are ordinary ones."""
+_BEFORE_SHORT_KEY: Final = r"(?:(?<=[\"'`=:])|(?<=: )|(?<=[Bb]earer )|(?<=[Kk]ey ))"
+_AFTER_SHORT_KEY: Final = r"(?! ?\w)"
 
 
 def check_headers(name: str, headers: Any) -> dict[str, str]:
@@ -57,7 +59,9 @@ def merge_headers(headers: Mapping[str, str], more: Mapping[str, str]) -> dict[s
 def secrets_in(headers: Mapping[str, str]) -> tuple[str, ...]:
     """Returns the strings that no error may quote: whole values, and the part after a word such as `Bearer`."""
     values = [value for name, value in headers.items() if name.lower() not in _PUBLIC_HEADERS]
-    return tuple({secret for value in values for secret in (value, value.rpartition(" ")[2])})
+    secrets = {secret for value in values for secret in (value, value.rpartition(" ")[2])}
+    # Shorter ones, such as a version, are ordinary words more often than they are keys.
+    return tuple(secret for secret in secrets if len(secret) >= _SHORT_SECRET)
 
 
 def basic_auth(user: str, password: str) -> str:
@@ -68,14 +72,17 @@ def basic_auth(user: str, password: str) -> str:
 def secret_pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
     r"""Returns a pattern that finds secrets in a text, even with JSON escapes such as `\/`, or `\u002B` for a plus.
 
-    Returns None if all secrets are too short to be redacted.
+    A very short secret is found only behind a quotation mark, a colon or the like, and where no word follows it.
+
+    Returns None if there are no secrets.
     """
-    found = [
-        "".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in secret)
-        for secret in sorted(set(secrets), key=len, reverse=True)
-        if len(secret) >= _MIN_REDACTED_LENGTH
-    ]
+    found = [_secret_expression(secret) for secret in sorted(set(secrets), key=len, reverse=True) if secret]
     return re.compile("|".join(found)) if found else None
+
+
+def _secret_expression(secret: str) -> str:
+    escaped = "".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in secret)
+    return f"{_BEFORE_SHORT_KEY}{escaped}{_AFTER_SHORT_KEY}" if len(secret) < _SHORT_SECRET else escaped
 
 
 def check_query(name: str, query: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 import attrs
 
 from lmbridge._checks import check_instance, check_integer
+from lmbridge._copying import NotCopyable
 from lmbridge._tasks import LoopGuard, SingleFlight
 from lmbridge._text import redacted_beginning
 from lmbridge._version import __version__
@@ -80,6 +81,7 @@ _REFUSED_BEFORE_WORK: Final = (429, 503)
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
 _ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
+_SSL_HINT: Final = "to trust a certificate of your own, pass ssl.create_default_context(cafile='ca.pem')"
 _NOT_RESENT_HINT: Final = (
     "the request was not sent again, because the server may have started to work on it;"
     " check its effect before you repeat it"
@@ -91,7 +93,7 @@ FindLimits = Callable[["Transport"], Awaitable[Limits]]
 _Receive = Callable[[Call, HttpResponse], Awaitable[_T]]
 
 
-class Transport:
+class Transport(NotCopyable):
     """The connections to one server, and the schedule by which they are used.
 
     By default each client creates its own transport. Pass the same one to several clients if they should share its
@@ -127,6 +129,8 @@ class Transport:
         LLMValidationError: An argument cannot be used.
     """
 
+    _instead_of_a_copy = "pass the transport itself on, and create one of its own in each process"
+
     def __init__(
         self,
         api_base: str | None = None,
@@ -156,7 +160,7 @@ class Transport:
             Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
         )
         """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
-        self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True)
+        self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True, hint=_SSL_HINT)
         self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
         if self._trust_env and self._proxy is None:
             # aiohttp finds the proxy for each request anew, but takes every URL for that of an HTTP proxy, and goes

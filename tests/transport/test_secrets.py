@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import traceback
@@ -37,6 +38,30 @@ async def test_a_very_short_key_is_not_replaced_in_errors(scripted_server: Scrip
     async with LLMClient(scripted_server.api_base, api_key="no") as client:
         with pytest.raises(LLMResponseError, match="no such thing"):
             await client.chat_completion(MESSAGES)
+
+
+@pytest.mark.parametrize("key", ["ab", "x", "1+"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Incorrect API key provided: {}.",
+        "Incorrect API key: {}",
+        "invalid key '{}'",
+        'invalid key "{}"',
+        "api_key={}",
+        "Authorization: Bearer {}",
+        "the key {}, which is not known",
+    ],
+)
+async def test_a_very_short_key_is_not_shown_where_it_looks_like_one(
+    scripted_server: ScriptedServer, key: str, text: str
+) -> None:
+    scripted_server.script(reply(400, {"error": text.format(key)}))
+    async with LLMClient(scripted_server.api_base, api_key=key) as client:
+        with pytest.raises(LLMResponseError) as caught:
+            await client.chat_completion(MESSAGES)
+    assert text.format("[api_key]") in caught.value.message
+    assert json.dumps(text.format("[api_key]")) in (caught.value.body or "")
 
 
 @pytest.mark.parametrize(
