@@ -31,7 +31,7 @@ def is_socks(proxy: str | None) -> bool:
     return proxy is not None and proxy.lower().startswith("socks")
 
 
-def check_socks_proxy(proxy: str) -> str:
+def check_socks_proxy(proxy: str, *, name: str = "proxy") -> str:
     """Returns the URL of a SOCKS proxy.
 
     Raises:
@@ -40,7 +40,7 @@ def check_socks_proxy(proxy: str) -> str:
     scheme = proxy.partition(":")[0].lower()
     if scheme in _SCHEMES and importlib.util.find_spec("aiohttp_socks") is None:
         raise LLMValidationError(
-            f"proxy is a {scheme} proxy, which lmbridge does not support by itself",
+            f"{name} is a {scheme} proxy, which lmbridge does not support by itself",
             hint="pip install aiohttp-socks; or use an HTTP proxy, or forward a port: ssh -L 1234:127.0.0.1:1234 HOST",
         )
     try:
@@ -50,7 +50,7 @@ def check_socks_proxy(proxy: str) -> str:
         host = None
     if not host:
         # The URL is not quoted, because it may contain a password.
-        raise LLMValidationError("proxy is not a valid URL", hint="write it like 'socks5://127.0.0.1:1080'")
+        raise LLMValidationError(f"{name} is not a valid URL", hint="write it like 'socks5://127.0.0.1:1080'")
     return proxy
 
 

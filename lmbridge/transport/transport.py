@@ -152,7 +152,7 @@ class Transport(NotCopyable):
         if api_key is None and auth is None:
             api_key = default_api_key()
         self.api_key: Final = check_api_key(api_key)
-        self._proxy = check_socks_proxy(proxy) if isinstance(proxy, str) and is_socks(proxy) else check_proxy(proxy)
+        self._proxy = _check_proxy(proxy, "proxy")
         if self._proxy is not None and self._socket_path is not None:
             raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
         self._find_limits = limits if callable(limits) else None
@@ -166,7 +166,7 @@ class Transport(NotCopyable):
             # aiohttp finds the proxy for each request anew, but takes every URL for that of an HTTP proxy, and goes
             # without a proxy whose URL begins with https://.
             found = environment_proxy(self.api_base)
-            self._proxy = None if (found or "").startswith("http://") else check_proxy(found, name=_ENVIRONMENT_PROXY)
+            self._proxy = None if (found or "").startswith("http://") else _check_proxy(found, _ENVIRONMENT_PROXY)
         check_integer("max_reply_bytes", max_reply_bytes, optional=True)
         self._max_reply_bytes = MAX_REPLY_BYTES if max_reply_bytes is None else max_reply_bytes
         given_headers = check_headers("headers", headers)
@@ -518,6 +518,12 @@ class Transport(NotCopyable):
             state.abandon()
         self._open_state = state = _OpenState(self.open_session(), Admission(self.limits, self._swaps))
         return state
+
+
+def _check_proxy(proxy: str | None, name: str) -> str | None:
+    if isinstance(proxy, str) and is_socks(proxy):
+        return check_socks_proxy(proxy, name=name)
+    return check_proxy(proxy, name=name)
 
 
 def _create_loop_guard() -> LoopGuard:

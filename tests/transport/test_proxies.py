@@ -187,6 +187,8 @@ async def test_a_request_that_a_proxy_may_have_passed_on_is_not_sent_again(no_wa
 def test_an_unsupported_proxy_of_the_environment_is_refused(
     url: str, message: str, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As if aiohttp-socks were not installed.
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     monkeypatch.setenv(f"{scheme.upper()}_PROXY", url)
     with pytest.raises(LLMValidationError, match=f"^HTTP_PROXY or HTTPS_PROXY in the environment {message}"):
         LLMClient(f"{scheme}://{SERVER}", trust_env=True)
