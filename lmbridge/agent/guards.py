@@ -1,8 +1,8 @@
 """Reasons to end a run without an answer: repeated calls, calls that cannot be made, and a spent token budget.
 
 The guards count replies and not calls. A model that asks for the same thing nine times in one reply has not yet seen a
-single result, so it has repeated nothing; and a reply full of unusable calls is one mistake, of which the model has yet
-to be told.
+single result, so it has repeated nothing. And a reply full of unusable calls is one mistake, because the model learns
+only afterwards what was wrong with the first of them.
 """
 
 from __future__ import annotations

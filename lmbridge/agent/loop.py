@@ -60,6 +60,8 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
 """Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
+_EMPTY_ANSWER_HINT: Final = "describe the task in more detail, offer fewer tools, or use another model"
+_MISSING_CALL_HINT: Final = "check that the server's tool parser and the chat template fit the model"
 
 
 class RunLoop:
@@ -211,7 +213,7 @@ class RunLoop:
         if self._is_unusable(reply):
             raise LLMResponseError(
                 f"the model {reply.problem} twice",
-                hint="describe the task in more detail, offer fewer tools, or use another model",
+                hint=_EMPTY_ANSWER_HINT if reply.is_empty_answer else _MISSING_CALL_HINT,
                 context={"operation": "agent run", "model": self._record.model},
             )
         return reply
