@@ -224,3 +224,19 @@ async def test_progress_extends_tool_timeout(scripted_server: ScriptedServer, ma
 async def test_connect_timeout_limits_the_start_of_a_server(make_agent: MakeAgent) -> None:
     with pytest.raises(MCPConnectionError, match=r"did not answer within 0.1 seconds"):
         await make_agent({"a": {"hang": True}}, connect_timeout=0.1).autonomous_with_mcp("a", "Go.")
+
+
+@pytest.mark.parametrize("method", ["vendor/heartbeat", "notifications/message", "ping"])
+async def test_a_run_with_a_server_that_floods_its_client_goes_on(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
+) -> None:
+    message = {"jsonrpc": "2.0", "method": method, "params": {"level": "info", "data": "x"}}
+    flooding = {"flood_of": message | ({"id": 1} if method == "ping" else {}), "tools": ["flood", "sleep"]}
+    events: Recorder[McpEvent] = Recorder()
+    agent = make_agent({"a": flooding, "b": {"tools": ["echo"]}}, tool_timeout=0.5, on_mcp_event=events)
+    scripted_server.script(calls(asks("flood")), calls(asks("sleep")), calls(asks("echo", text="on")), answer("done"))
+    result = await agent.autonomous_with_multiple_mcps(["a", "b"], "Go.", full=True)
+    texts = tool_texts(result.messages)
+    assert (texts[0], texts[2], result.text) == ("flooding", "on", "done")
+    assert "did not answer within 0.5 seconds" in texts[1]
+    assert events.seen

@@ -1,7 +1,7 @@
 """Sessions with MCP servers through the official SDK, as a client, with either of its major versions.
 
-A session returns definitions and results as the dicts that the server sent, normalized by `Exchange`, and raises one of
-the errors in `session_errors`. The SDK's own models and exceptions do not leave this folder.
+A session returns definitions and results as the dicts that the server sent, normalized by `MessageExchange`, and raises
+one of the errors in `session_errors`. The SDK's own models and exceptions do not leave this folder.
 
 Two properties of the SDK shape this module:
 
@@ -22,7 +22,7 @@ from lmbridge._version import __version__
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.exchange import (
-    Exchange,
+    MessageExchange,
     NotificationHandlers,
     ProgressCallback,
     SentRequest,
@@ -90,7 +90,7 @@ async def open_mcp_session(
         RefusedError: The server refused the handshake.
         Exception: Whatever the SDK raises when the session cannot be opened, or is lost; see `describe_error`.
     """
-    exchange = Exchange(handlers)
+    exchange = MessageExchange(handlers)
     async with AsyncExitStack() as stack:
         connection: ClientConnection
         if link is None:
@@ -112,7 +112,7 @@ async def open_mcp_session(
 
 
 @asynccontextmanager
-async def _open_v2(spec: ServerSpec, streams: Streams, exchange: Exchange) -> AsyncIterator[_SessionBase]:
+async def _open_v2(spec: ServerSpec, streams: Streams, exchange: MessageExchange) -> AsyncIterator[_SessionBase]:
     import mcp
 
     @asynccontextmanager
@@ -128,7 +128,7 @@ async def _open_v2(spec: ServerSpec, streams: Streams, exchange: Exchange) -> As
 
 
 @asynccontextmanager
-async def _open_v1(streams: Streams, exchange: Exchange) -> AsyncIterator[_SessionBase]:
+async def _open_v1(streams: Streams, exchange: MessageExchange) -> AsyncIterator[_SessionBase]:
     import mcp
 
     sdk: Any = mcp
@@ -152,7 +152,7 @@ class _SessionBase:
     declares_changes: bool
     connection: ClientConnection
 
-    def __init__(self, client: Any, exchange: Exchange, info: Any, protocol: Any, capabilities: Any) -> None:
+    def __init__(self, client: Any, exchange: MessageExchange, info: Any, protocol: Any, capabilities: Any) -> None:
         self._client, self._exchange = client, exchange
         tools = getattr(capabilities, "tools", None)
         self.has_tools = tools is not None
@@ -214,7 +214,7 @@ class _SessionBase:
 
 
 async def _ignore_progress(*_: Any) -> None:
-    """Does nothing: the SDK asks for progress only if it is given a callback, and `Exchange` handles what arrives."""
+    """Does nothing. The SDK asks for progress only if it has a callback, and `MessageExchange` handles what arrives."""
 
 
 class _SessionV2(_SessionBase):
@@ -227,7 +227,7 @@ class _SessionV2(_SessionBase):
     async def watch(self) -> None:
         sends_changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
         if sends_changes and _is_modern(self._client):
-            # `Exchange` handles the changes that arrive while the subscription is open.
+            # `MessageExchange` handles the changes that arrive while the subscription is open.
             async with self._client.listen(tools_list_changed=True) as subscription:
                 async for _ in subscription:
                     pass

@@ -1,4 +1,4 @@
-"""`Exchange`: decides what happens with each message of a server, before the SDK sees any of it.
+"""`MessageExchange`: decides what happens with each message of a server, before the SDK sees any of it.
 
 The SDK is given only what it needs to match an answer to a request: a handshake that is valid, a list of tools reduced
 to their names, and empty results. The data goes past it. Otherwise the SDK would reject a whole list of tools for one
@@ -106,7 +106,7 @@ def track_request(method: str, on_progress: ProgressCallback | None = None) -> I
         _current_request.reset(token)
 
 
-class Exchange:
+class MessageExchange:
     """Tracks the requests of a session, and filters and normalizes the messages that arrive.
 
     Args:

@@ -15,22 +15,28 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from http import HTTPStatus
-from importlib import import_module
 from typing import Any, Final
-from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
 from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
-from lmbridge.mcp.sdk.event_stream import Event, EventReader
+from lmbridge.mcp.sdk.event_stream import Event
 from lmbridge.mcp.sdk.exchange import is_answer
-from lmbridge.mcp.sdk.http_statuses import find_error, quote_body, status_hint, status_reason
-from lmbridge.mcp.sdk.package import is_v2
+from lmbridge.mcp.sdk.http_client import (
+    check_redirect,
+    connection_errors,
+    is_event_stream,
+    make_http_client,
+    pause_before_retry,
+    read_body,
+    read_events,
+)
+from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.session_errors import (
     RefusedError,
     RequestRejectedError,
@@ -38,12 +44,11 @@ from lmbridge.mcp.sdk.session_errors import (
     SessionLostError,
     describe_error,
 )
+from lmbridge.mcp.sdk.sse_transport import SseStream
 from lmbridge.mcp.sdk.streams import FailedRequest
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
-_CONNECT_TIMEOUT: Final = 30.0
-"""The time limit for opening a connection, and for writing a request, in seconds."""
 _REPLY_AFTER_END_SECONDS: Final = 1.0
 """How long a call may still wait for its reply after the HTTP response has ended, in seconds. Some servers send it in
 another stream."""
@@ -53,15 +58,10 @@ _PING_SECONDS: Final = 5.0
 """How long the server may take to show that it knows the session, in seconds."""
 _ENDPOINT_SECONDS: Final = 10.0
 """How long a server may take to name its endpoint, when the older transport is tried in place of streamable HTTP."""
-_RETRY_MILLISECONDS: Final = 1000
-"""After how long a stream that has ended is opened again, if the server does not say."""
-_SHORTEST_RETRY_MILLISECONDS: Final = 10
 _MOST_FAILED_POLLS: Final = 3
 """How many attempts to open a stream again may fail in succession."""
 _BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which streams are not read."""
-_ERROR_BODY_LIMIT: Final = 2**20
-"""How many bytes of the body of a refusal are read."""
 _QUOTED_BYTES: Final = 200
 """How much of a body that is not a message is reported, in bytes."""
 _ID_BITS: Final = 31
@@ -94,7 +94,7 @@ async def open_http_connection(spec: ServerSpec, report: Callable[[str, str], No
         report: Called with the kind and the description of something that the protocol does not allow.
     """
     # The client is created in a thread, because that reads certificates from the disk.
-    client = await asyncio.to_thread(_make_client, spec)
+    client = await asyncio.to_thread(make_http_client, spec)
     async with client:
         connection = HttpConnection(spec, client, report)
         try:
@@ -103,24 +103,6 @@ async def open_http_connection(spec: ServerSpec, report: Callable[[str, str], No
             yield connection
         finally:
             await connection.close()
-
-
-def _make_client(spec: ServerSpec) -> Any:
-    """Returns an HTTP client that does not follow redirects and does not use proxies from the environment."""
-    httpx: Any = import_module(_httpx_name())
-    return httpx.AsyncClient(
-        headers=dict(spec.headers),
-        # There is no read timeout: each call has its own time limit, and an event stream may be silent for any time.
-        timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None, pool=None),
-        limits=httpx.Limits(max_connections=None),
-        follow_redirects=False,
-        trust_env=False,
-    )
-
-
-def _httpx_name() -> str:
-    """Returns the name of the HTTP library that the installed SDK requires."""
-    return "httpx2" if is_v2() else "httpx"
 
 
 class HttpConnection:
@@ -134,14 +116,14 @@ class HttpConnection:
 
     def __init__(self, spec: ServerSpec, client: Any, report: Callable[[str, str], None]) -> None:
         self._spec, self._client, self._report = spec, client, report
-        httpx: Any = import_module(_httpx_name())
-        self._http_error: type[Exception] = httpx.HTTPError
+        self._connection_errors = connection_errors()
         self._arrived: asyncio.Queue[Any] = asyncio.Queue(_BACKLOG_LIMIT)
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests: dict[Any, asyncio.Task[None]] = {}
         self._modern_requests: set[Any] = set()
         self._session_id = self._protocol = ""
         self._sse_endpoint = ""
+        self._sse_stream: SseStream | None = None
         self._listening: asyncio.Task[None] | None = None
         self._is_listening = False
         self.end: SessionLostError | None = None
@@ -175,10 +157,12 @@ class HttpConnection:
 
     async def close(self) -> None:
         """Ends the session and all requests."""
+        if self._sse_stream is not None:
+            await self._sse_stream.close()
         for task in list(self._tasks):
             await end_task(task, grace=_CLOSE_SECONDS)
         if self._session_id and self.end is None:
-            with suppress(TimeoutError, self._http_error):
+            with suppress(*self._connection_errors):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._client.delete(self._spec.url, headers=self._headers(_ACCEPTS_ALL, {}))
 
@@ -219,12 +203,7 @@ class HttpConnection:
         if message.get("method") in ("initialize", "server/discover"):
             sent.pop("mcp-session-id", None)
         async with self._client.stream("POST", url, content=body, headers=sent) as response:
-            if response.is_redirect:
-                location = response.headers.get("location")
-                raise RequestRejectedError(
-                    f"it redirects to {location}, which is not followed",
-                    hint="if that is the server you mean, give that URL in the configuration",
-                )
+            check_redirect(response)
             yield response
 
     async def _post_request(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
@@ -240,7 +219,7 @@ class HttpConnection:
             await self._fail(request_id, RefusedError(f"{exc}; the tool may have run"))
         except (RefusedError, SessionLostError) as exc:
             await self._fail(request_id, exc)
-        except (self._http_error, OSError) as exc:
+        except self._connection_errors as exc:
             self._lose(SessionLostError(describe_error(exc)))
         finally:
             self._requests.pop(request_id, None)
@@ -253,7 +232,7 @@ class HttpConnection:
                     self._report("a notification or reply that the server refused", str(response.status_code))
         except RequestRejectedError as exc:
             self._lose(exc)
-        except (self._http_error, OSError) as exc:
+        except self._connection_errors as exc:
             self._lose(SessionLostError(describe_error(exc)))
 
     async def _cancel(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
@@ -279,17 +258,16 @@ class HttpConnection:
             return
         if method == "initialize":
             self._session_id = response.headers.get("mcp-session-id") or ""
-        kind = response.headers.get("content-type", "").lower()
-        if kind.startswith("text/event-stream"):
+        if is_event_stream(response):
             is_answered = await self._read_reply_stream(response, message)
         else:
-            is_answered = await self._read_reply_body(response, message, kind)
+            is_answered = await self._read_reply_body(response, message)
         if not is_answered:
             await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._is_listening else 0)
             await self._fail(request_id, RefusedError(_REPLY_CUT_OFF))
 
-    async def _read_reply_body(self, response: Any, message: dict[str, Any], kind: str) -> bool:
-        body = await self._read_body(response, LARGEST_MESSAGE)
+    async def _read_reply_body(self, response: Any, message: dict[str, Any]) -> bool:
+        body = await read_body(response, LARGEST_MESSAGE)
         if not body.strip():
             return False
         values = parse_json(body)
@@ -298,26 +276,19 @@ class HttpConnection:
         if any(isinstance(value, dict) for value in values):
             return await self._deliver_all(values, message)
         words = quote_body(body)
+        kind = response.headers.get("content-type", "").partition(";")[0].lower()
         raise RefusedError(
-            f"it answered with {kind.partition(';')[0] or 'something'} that is not a JSON-RPC message"
+            f"it answered with {kind or 'something'} that is not a JSON-RPC message"
             + (f": {words}" if words else "")
             + "; check the path of its URL"
         )
-
-    async def _read_body(self, response: Any, limit: int) -> bytes:
-        body = bytearray()
-        async with aclosing(response.aiter_bytes()) as pieces:
-            async for piece in pieces:
-                body += piece
-                if len(body) > limit:
-                    raise MessageTooLargeError(f"it sent a message of more than {limit:,} bytes")
-        return bytes(body)
 
     async def _read_reply_stream(self, response: Any, message: dict[str, Any]) -> bool:
         """Reads a stream of events until the reply has arrived. Returns False if it ended before.
 
         A server may end the stream early, and tell the client with `retry:` or an event id when to ask again.
         """
+        broken: tuple[type[Exception], ...] = (RefusedError, *self._connection_errors)
         last_id: str | None = None
         retry: int | None = None
         failures = 0
@@ -330,14 +301,14 @@ class HttpConnection:
                     async with self._get_stream(last_id) as resumed:
                         is_answered, last_id, retry = await self._read_events(resumed, message, last_id, retry)
                 failures = 0
-            except (self._http_error, OSError, RefusedError) as exc:
+            except broken as exc:
                 logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, exc)
                 is_answered = False
                 failures += 0 if is_first else 1
             is_first = False
             if is_answered or (last_id is None and retry is None):
                 return is_answered
-            await _pause_before_retry(retry)
+            await pause_before_retry(retry)
         return False
 
     async def _read_events(
@@ -348,7 +319,7 @@ class HttpConnection:
         Returns:
             Whether the reply has arrived, the id of the last event, and the time before the next attempt.
         """
-        async with aclosing(_events(response)) as events:
+        async with aclosing(read_events(response)) as events:
             async for event in events:
                 last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
                 if await self._deliver_all(self._read_event(event), message):
@@ -396,7 +367,7 @@ class HttpConnection:
     async def _handle_refusal(self, message: dict[str, Any], headers: Mapping[str, str], response: Any) -> None:
         status = response.status_code
         try:
-            body = await self._read_body(response, _ERROR_BODY_LIMIT)
+            body = await read_body(response, ERROR_BODY_LIMIT)
         except MessageTooLargeError:
             body = b""
         found = find_error(body)
@@ -455,15 +426,14 @@ class HttpConnection:
         """Returns whether the server answers a ping in this session. A server that does not answer at all counts."""
         ping_id = secrets.randbits(_ID_BITS)
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
-        with suppress(TimeoutError, MessageTooLargeError, RequestRejectedError, self._http_error, OSError):
+        with suppress(MessageTooLargeError, RequestRejectedError, *self._connection_errors):
             async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:
-                kind = response.headers.get("content-type", "").lower()
-                if kind.startswith("text/event-stream"):
-                    async with aclosing(_events(response)) as events:
+                if is_event_stream(response):
+                    async with aclosing(read_events(response)) as events:
                         async for event in events:
                             if event.data:
                                 return _shows_session(event.data, ping_id)
-                return _shows_session(await self._read_body(response, _ERROR_BODY_LIMIT), ping_id)
+                return _shows_session(await read_body(response, ERROR_BODY_LIMIT), ping_id)
         return True
 
     # Streams that the client opens with GET.
@@ -478,8 +448,7 @@ class HttpConnection:
         extra = {} if last_id is None else {"last-event-id": last_id}
         headers = self._headers(_ACCEPTS_EVENTS, extra)
         async with self._client.stream("GET", self._spec.url, headers=headers) as response:
-            kind = response.headers.get("content-type", "").lower()
-            if response.status_code != HTTPStatus.OK or not kind.startswith("text/event-stream"):
+            if response.status_code != HTTPStatus.OK or not is_event_stream(response):
                 raise RefusedError(status_reason(response.status_code))
             yield response
 
@@ -492,7 +461,7 @@ class HttpConnection:
             try:
                 async with self._get_stream(last_id) as response:
                     self._is_listening, failures = True, 0
-                    async with aclosing(_events(response)) as events:
+                    async with aclosing(read_events(response)) as events:
                         async for event in events:
                             last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
                             await self._deliver_event(event)
@@ -501,17 +470,17 @@ class HttpConnection:
             except MessageTooLargeError as exc:
                 self._report("a message that is too large", str(exc))
                 failures += 1
-            except (self._http_error, OSError):
+            except self._connection_errors:
                 failures += 1
             finally:
                 self._is_listening = False
-            await _pause_before_retry(retry)
+            await pause_before_retry(retry)
 
     async def _deliver_event(self, event: Event) -> None:
         for value in self._read_event(event):
             await self._arrived.put(value)
 
-    # The older SSE transport: one stream for all messages of the server, and an endpoint that messages are posted to.
+    # The older SSE transport.
 
     async def open_sse(self) -> None:
         """Opens the stream of the older SSE transport, and waits until the server has named its endpoint.
@@ -519,57 +488,8 @@ class HttpConnection:
         Raises:
             SessionLostError: The stream cannot be opened, or does not begin with the endpoint.
         """
-        endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        reading = self._start(self._read_sse(endpoint))
-        try:
-            self._sse_endpoint = await endpoint
-        except BaseException:
-            await end_task(reading, grace=_CLOSE_SECONDS)
-            raise
-
-    async def _read_sse(self, endpoint: asyncio.Future[str]) -> None:
-        """Reads the stream of the older transport, and completes a future with the URL of the endpoint."""
-        end = SessionLostError("it closed its event stream")
-        try:
-            async with self._client.stream("GET", self._spec.url, headers=_ACCEPTS_EVENTS) as response:
-                await self._check_sse_response(response)
-                async with aclosing(_events(response)) as events:
-                    async for event in events:
-                        if event.name == "endpoint" and not endpoint.done():
-                            endpoint.set_result(self._sse_endpoint_url(event.data.decode(errors="replace").strip()))
-                        else:
-                            await self._deliver_event(event)
-        except SessionLostError as exc:
-            end = exc
-        except (self._http_error, OSError, MessageTooLargeError) as exc:
-            end = SessionLostError(describe_error(exc))
-        if endpoint.done():
-            self._lose(end)
-        else:
-            endpoint.set_exception(end)
-
-    async def _check_sse_response(self, response: Any) -> None:
-        if response.is_redirect:
-            location = response.headers.get("location")
-            raise RequestRejectedError(f"it redirects to {location}, which is not followed")
-        if response.status_code >= HTTPStatus.BAD_REQUEST:
-            words = quote_body(await self._read_body(response, _ERROR_BODY_LIMIT))
-            challenge = response.headers.get("www-authenticate", "")
-            hint = status_hint(response.status_code, self._spec, challenge)
-            raise RequestRejectedError(status_reason(response.status_code), self._spec.redact(words), hint)
-        if not response.headers.get("content-type", "").lower().startswith("text/event-stream"):
-            raise RequestRejectedError(
-                "it did not answer with a stream of events, so it does not use the SSE transport",
-                hint='use "type": "http" in the configuration if it uses streamable HTTP',
-            )
-
-    def _sse_endpoint_url(self, named: str) -> str:
-        """Returns the URL of the endpoint; raises `SessionLostError` if it is at another origin."""
-        url = urljoin(self._spec.url, named)
-        own, other = urlsplit(self._spec.url), urlsplit(url)
-        if (own.scheme, own.netloc.rpartition("@")[2]) != (other.scheme, other.netloc.rpartition("@")[2]):
-            raise SessionLostError(f"it names an endpoint at another origin, {url}, which is not used")
-        return url
+        self._sse_stream = SseStream(self._spec, self._client, self._deliver_event, self._lose)
+        self._sse_endpoint = await self._sse_stream.open()
 
     async def _try_sse(self) -> bool:
         """Opens the older SSE transport at the URL, and returns whether the server uses it."""
@@ -581,20 +501,6 @@ class HttpConnection:
             return False
         logger.info("MCP server %r uses the older SSE transport", self._spec.name)
         return True
-
-
-async def _pause_before_retry(milliseconds: int | None) -> None:
-    pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, _SHORTEST_RETRY_MILLISECONDS)
-    await asyncio.sleep(pause / 1000)
-
-
-async def _events(response: Any) -> AsyncGenerator[Event, None]:
-    """Yields the events of a response."""
-    reader = EventReader()
-    async with aclosing(response.aiter_bytes()) as pieces:
-        async for piece in pieces:
-            for event in reader.feed(piece):
-                yield event
 
 
 def _shows_session(body: bytes, ping_id: int) -> bool:

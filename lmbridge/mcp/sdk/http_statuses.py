@@ -12,6 +12,8 @@ from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import parse_json
 from lmbridge.mcp.sdk.normalize import describe_refusal, normalize_error
 
+ERROR_BODY_LIMIT: Final = 2**20
+"""How many bytes of the body of a refusal are read."""
 _LONGEST_WORDS: Final = 300
 """How much of the body of a refusal is quoted, in characters."""
 _TITLE: Final = re.compile(r"<title[^>]{0,200}>([^<]{1,300})", re.IGNORECASE)

@@ -2,8 +2,8 @@
 
 The SDK accepts any pair of streams in place of its transports, and its own ones are not used: messages on stdio come
 from our bounded reader (see `lmbridge.mcp.jsonrpc`), and those over HTTP from `lmbridge.mcp.sdk.http`. What a client
-receives passes through an `Exchange`. The alternatives were to do without the SDK, or to patch it; the streams are part
-of its public interface.
+receives passes through a `MessageExchange`. The alternatives were to do without the SDK, or to patch it; the streams
+are part of its public interface.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import attrs
 import msgspec
 
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.exchange import Exchange
+from lmbridge.mcp.sdk.exchange import MessageExchange
 from lmbridge.mcp.sdk.package import is_v2
 from lmbridge.mcp.sdk.session_errors import SessionLostError
 
@@ -139,7 +139,7 @@ class LinkConnection:
         await self._send(msgspec.json.encode(message))
 
 
-def client_streams(connection: ClientConnection, exchange: Exchange) -> Streams:
+def client_streams(connection: ClientConnection, exchange: MessageExchange) -> Streams:
     """Returns the two streams that the SDK needs, for a connection to a server."""
     import anyio
     from mcp.shared.message import SessionMessage

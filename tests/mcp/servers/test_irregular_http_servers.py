@@ -554,3 +554,37 @@ async def test_what_a_server_sends_on_its_own_account_arrives_however_often_its_
     await recorder.wait_for(lambda each: getattr(each, "data", None) == 2)
     assert await function_of(lease, "echo")() == "on"
     await hub.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "tools/call"])
+async def test_a_stream_that_floods_its_client_delays_no_other_call(
+    make_hub: MakeHub, server: HttpServer, method: str
+) -> None:
+    begun, is_over = asyncio.Event(), asyncio.Event()
+
+    async def flood(message: Any, request: web.Request) -> Any:
+        if message is not None and message["params"]["arguments"]:
+            return None
+        stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await stream.prepare(request)
+        data = event({"jsonrpc": "2.0", "method": "vendor/x"}) + "\n"
+        with contextlib.suppress(ConnectionError):
+            while not is_over.is_set():
+                await stream.write(data.encode() * 100)
+                begun.set()
+                await asyncio.sleep(0)
+        return stream
+
+    server.responses[method] = flood
+    hub = make_hub({"a": {"url": server.url}, "b": {"tools": ["echo"]}})
+    lease = await hub.tools(call_timeout=20)
+    flooded = asyncio.create_task(function_of(lease, "echo", "a")()) if method != "GET" else None
+    await begun.wait()
+    for _ in range(3):
+        assert await function_of(lease, "echo", "b")(text="on") == "on"
+        assert await function_of(lease, "echo", "a")(text="on") == "on"
+    if flooded is not None:
+        flooded.cancel()
+        await asyncio.wait([flooded])
+    is_over.set()
+    await hub.close()

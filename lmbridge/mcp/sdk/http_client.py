@@ -1,0 +1,103 @@
+"""The HTTP client that MCP servers are reached with, and how the bodies of its responses are read.
+
+The client is that of the installed SDK: httpx2 for 2.x, httpx for 1.x. Their interfaces are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from importlib import import_module
+from typing import Any, Final
+
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.jsonrpc import MessageTooLargeError
+from lmbridge.mcp.sdk.event_stream import Event, EventReader
+from lmbridge.mcp.sdk.package import is_v2
+from lmbridge.mcp.sdk.session_errors import RequestRejectedError
+
+_CONNECT_TIMEOUT: Final = 30.0
+"""The time limit for opening a connection, and for writing a request, in seconds."""
+_RETRY_MILLISECONDS: Final = 1000
+"""After how long a stream that has ended is opened again, if the server does not say."""
+_SHORTEST_RETRY_MILLISECONDS: Final = 10
+
+
+def make_http_client(spec: ServerSpec) -> Any:
+    """Returns an HTTP client that does not follow redirects and does not use proxies from the environment.
+
+    It reads certificates from the disk, so it should be called in a thread.
+    """
+    httpx = _load_httpx()
+    return httpx.AsyncClient(
+        headers=dict(spec.headers),
+        # There is no read timeout: each call has its own time limit, and an event stream may be silent for any time.
+        timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None, pool=None),
+        limits=httpx.Limits(max_connections=None),
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Returns the classes of the errors that mean that a connection has failed."""
+    httpx = _load_httpx()
+    return (httpx.HTTPError, OSError)
+
+
+def _load_httpx() -> Any:
+    return import_module("httpx2" if is_v2() else "httpx")
+
+
+def is_event_stream(response: Any) -> bool:
+    """Returns whether the body of a response is a stream of events."""
+    kind: str = response.headers.get("content-type", "")
+    return kind.lower().startswith("text/event-stream")
+
+
+def check_redirect(response: Any) -> None:
+    """Raises `RequestRejectedError` if a response is a redirect, which could lead the headers to another server."""
+    if response.is_redirect:
+        raise RequestRejectedError(
+            f"it redirects to {response.headers.get('location')}, which is not followed",
+            hint="if that is the server you mean, give that URL in the configuration",
+        )
+
+
+async def read_body(response: Any, limit: int) -> bytes:
+    """Returns the body of a response.
+
+    Raises:
+        MessageTooLargeError: The body has more than `limit` bytes.
+    """
+    body = bytearray()
+    async with aclosing(response.aiter_bytes()) as pieces:
+        async for piece in pieces:
+            body += piece
+            if len(body) > limit:
+                raise MessageTooLargeError(f"it sent a message of more than {limit:,} bytes")
+    return bytes(body)
+
+
+async def read_events(response: Any) -> AsyncGenerator[Event, None]:
+    """Yields the events of a response. It has to be closed, for example by `contextlib.aclosing`.
+
+    Raises:
+        MessageTooLargeError: An event is too large.
+    """
+    reader = EventReader()
+    async with aclosing(response.aiter_bytes()) as pieces:
+        async for piece in pieces:
+            for event in reader.feed(piece):
+                yield event
+
+
+async def pause_before_retry(milliseconds: int | None) -> None:
+    """Waits until a stream may be opened again.
+
+    Args:
+        milliseconds: The time that the server has named, or None.
+    """
+    pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, _SHORTEST_RETRY_MILLISECONDS)
+    await asyncio.sleep(pause / 1000)

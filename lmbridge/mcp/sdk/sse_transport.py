@@ -1,0 +1,109 @@
+"""The older SSE transport: one stream for all messages of the server, and an endpoint that messages are posted to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import urljoin, urlsplit
+
+from lmbridge._tasks import end_task
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.jsonrpc import MessageTooLargeError
+from lmbridge.mcp.sdk.event_stream import Event
+from lmbridge.mcp.sdk.http_client import (
+    check_redirect,
+    connection_errors,
+    is_event_stream,
+    read_body,
+    read_events,
+)
+from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, quote_body, status_hint, status_reason
+from lmbridge.mcp.sdk.session_errors import RequestRejectedError, SessionLostError, describe_error
+
+_END_SECONDS: Final = 2.0
+"""How long a stream that is given up may take to end, in seconds."""
+
+
+class SseStream:
+    """The stream of a server, from which it is read in a task.
+
+    Args:
+        spec: The server.
+        client: The HTTP client.
+        deliver: Called with each event except the one that names the endpoint.
+        on_end: Called with the reason when the stream ends after it has been opened.
+    """
+
+    def __init__(
+        self,
+        spec: ServerSpec,
+        client: Any,
+        deliver: Callable[[Event], Awaitable[None]],
+        on_end: Callable[[SessionLostError], None],
+    ) -> None:
+        self._spec, self._client, self._deliver, self._on_end = spec, client, deliver, on_end
+        self._endpoint: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> str:
+        """Opens the stream, and returns the URL of the endpoint when the server has named it.
+
+        Raises:
+            SessionLostError: The stream cannot be opened, or does not begin with the endpoint.
+        """
+        self._task = asyncio.create_task(self._read())
+        try:
+            return await self._endpoint
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        if self._task is not None:
+            await end_task(self._task, grace=_END_SECONDS)
+
+    async def _read(self) -> None:
+        end = SessionLostError("it closed its event stream")
+        failures: tuple[type[Exception], ...] = (*connection_errors(), MessageTooLargeError)
+        try:
+            async with self._client.stream("GET", self._spec.url, headers={"accept": "text/event-stream"}) as response:
+                await self._check(response)
+                async with aclosing(read_events(response)) as events:
+                    async for event in events:
+                        if event.name == "endpoint" and not self._endpoint.done():
+                            self._endpoint.set_result(self._endpoint_url(event.data.decode(errors="replace").strip()))
+                        else:
+                            await self._deliver(event)
+        except SessionLostError as exc:
+            end = exc
+        except failures as exc:
+            end = SessionLostError(describe_error(exc))
+        if self._endpoint.done():
+            self._on_end(end)
+        else:
+            self._endpoint.set_exception(end)
+
+    async def _check(self, response: Any) -> None:
+        """Raises `RequestRejectedError` if the server has not opened a stream of events."""
+        check_redirect(response)
+        if response.status_code >= HTTPStatus.BAD_REQUEST:
+            words = self._spec.redact(quote_body(await read_body(response, ERROR_BODY_LIMIT)))
+            hint = status_hint(response.status_code, self._spec, response.headers.get("www-authenticate", ""))
+            raise RequestRejectedError(status_reason(response.status_code), words, hint)
+        if not is_event_stream(response):
+            raise RequestRejectedError(
+                "it did not answer with a stream of events, so it does not use the SSE transport",
+                hint='use "type": "http" in the configuration if it uses streamable HTTP',
+            )
+
+    def _endpoint_url(self, named: str) -> str:
+        """Returns the URL of the endpoint; raises `SessionLostError` if it is at another origin."""
+        url = urljoin(self._spec.url, named)
+        own, other = urlsplit(self._spec.url), urlsplit(url)
+        if (own.scheme, own.netloc.rpartition("@")[2]) != (other.scheme, other.netloc.rpartition("@")[2]):
+            raise SessionLostError(f"it names an endpoint at another origin, {url}, which is not used")
+        return url
