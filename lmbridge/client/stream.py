@@ -111,8 +111,10 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
     __slots__ = (
         "_accumulator",
         "_add",
+        "_choices_at_end",
         "_events",
         "_failure",
+        "_goes_on",
         "_halves",
         "_is_complete",
         "_mismatch_policy",
@@ -153,6 +155,9 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         # The halves of characters that have been held back until their other halves arrive.
         self._halves: Halves = {}
         self._is_complete = False
+        # The answers as they were at the finish reason, and whether they have changed since. Then it means nothing.
+        self._choices_at_end: object = None
+        self._goes_on = False
         self._failure: LLMError | None = None
 
     @property
@@ -269,8 +274,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         if self._is_complete:
             await self._events.drain()
             raise StopAsyncIteration
-        if self._accumulator.is_finished:
-            self._events.expect_end()
+        if self._accumulator.is_finished and not self._goes_on:
+            self._limit_wait_for_end()
         try:
             events = await self._events.read()
         except (LLMStreamError, LLMTimeoutError) as error:
@@ -291,6 +296,16 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             self._add_to_partial(self._failure, events)
             raise self._failure
         self._pending = iter(events)
+
+    def _limit_wait_for_end(self) -> None:
+        """Limits the wait after the finish reason, except for servers that put one into every chunk and then go on."""
+        reply: Any = self._accumulator.reply()
+        if self._choices_at_end is None:
+            self._choices_at_end = reply["choices"]
+            self._events.expect_end()
+        elif self._choices_at_end != reply["choices"]:
+            self._goes_on = True
+            self._events.expect_more()
 
     async def _complete_error(self, error: LLMError) -> None:
         """Adds to an error of this stream, once, what another request can find out."""

@@ -110,6 +110,10 @@ class EventStream:
         if self._end_deadline == math.inf:
             self._end_deadline = self.call.deadline_timer.time() + DRAIN_SECONDS
 
+    def expect_more(self) -> None:
+        """Takes back the limit that `expect_end` has set, because the reply goes on."""
+        self._end_deadline = math.inf
+
     async def read(self) -> list[Event]:
         """Waits for further events, and returns them. Returns an empty list at the end of the body.
 

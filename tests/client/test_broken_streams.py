@@ -320,6 +320,19 @@ async def test_an_answer_is_not_whole_before_each_of_its_choices_is(
     assert len(reply["choices"]) == 2
 
 
+async def test_a_finish_reason_in_every_chunk_does_not_end_an_answer(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    async def go_on(exchange: Exchange) -> None:
+        await exchange.chunk(piece("two ", finish_reason="stop"))
+        await asyncio.sleep(0.4)
+        await exchange.chunk(piece("three", finish_reason="stop"))
+        await exchange.end()
+
+    scripted_server.script(sends([piece("one ", finish_reason="stop")], go_on))
+    assert text_in(await collect(await opened(client))) == "one two three"
+
+
 async def test_a_run_ends_although_the_server_keeps_the_connection_open(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
