@@ -80,7 +80,7 @@ class HostLink:
         poll = select.poll()
         # Errors and hang-ups are reported even if no event is asked for.
         poll.register(self._writing, 0)
-        return not poll.poll(0)
+        return not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
     async def receive(self) -> dict[str, Any] | None:
         """Returns the next message, or None once there will be no more."""

@@ -238,15 +238,18 @@ class ManagedServer:
         """Reads the list of tools again if necessary. If that fails, the old list stays in use.
 
         Returns:
-            The session, or another one if the server has forgotten it and `reconnect` is set.
+            The session, or another one if it turned out to be lost and `reconnect` is set.
+
+        Raises:
+            MCPConnectionError: The session is lost, and the server cannot be started again.
         """
         try:
             async with asyncio.timeout(self._list_timeout):
                 await session.refresh_tools(since)
-        except SessionForgottenError as exc:
-            self._on_session_ended(session, str(exc))
-            return await self._connect() if reconnect else session
         except (TimeoutError, SessionLostError, RefusedError, BadReplyError) as exc:
+            if reconnect and isinstance(exc, SessionLostError):
+                self._on_session_ended(session, str(exc))
+                return await self._connect()
             logger.warning(
                 "MCP server %r: its tools may have changed, but the new list could not be read, so the old one stays "
                 "in use: %s",

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
-from lmbridge import ToolError
+from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, McpHub, ToolDefinitionChanged, ToolsChanged
 from tests.mcp.conftest import MakeHub
+from tests.mcp.http_server import HttpServer, answer
 from tests.mcp.support import Recorder, function_of, names, wait_for_notes
+
+
+@pytest_asyncio.fixture
+async def http_server() -> AsyncIterator[HttpServer]:
+    server = HttpServer()
+    await server.start()
+    yield server
+    await server.stop()
 
 
 async def listings(hub: McpHub, notes: Path, *, uses: int = 3) -> int:
@@ -79,6 +89,30 @@ async def test_a_list_that_could_not_be_read_within_a_run_is_requested_by_the_ne
     assert caplog.text.count("the new list could not be read") == 1
     assert names((await hub.tools()).tools) == ["change", "new"]
     assert names(await lease.new_tools()) == ["new"]
+
+
+async def test_a_stateless_server_on_http_is_asked_for_its_tools_at_each_use(
+    make_hub: MakeHub, http_server: HttpServer
+) -> None:
+    offered = ["echo"]
+
+    def list_tools(message: Any, _: Any) -> Any:
+        return answer(message, {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in offered]})
+
+    def initialize(message: Any, _: Any) -> Any:
+        opened = http_server.default(message)
+        # Without a stream for its notifications, a server cannot keep this promise.
+        opened["result"]["capabilities"] = {"tools": {"listChanged": True}}
+        return opened
+
+    http_server.responses |= {"tools/list": list_tools, "initialize": initialize}
+    hub = make_hub({"a": {"url": http_server.url}})
+    assert names((await hub.tools()).tools) == ["echo"]
+    offered[:] = ["new"]
+    assert names((await hub.tools()).tools) == ["new"]
+    await http_server.stop()
+    with pytest.raises(MultiMCPError, match="could not be started"):
+        await hub.tools()
 
 
 async def test_a_definition_that_differs_after_a_restart_is_reported(
