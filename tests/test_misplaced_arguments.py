@@ -103,7 +103,7 @@ CALLS: Final[dict[str, tuple[Callable[[], Any], str]]] = {
     "a message as messages": (lambda: client().chat_completion(MESSAGES[0]), "for example [{'role': 'user'"),
     "a body as messages": (lambda: client().chat_completion({"messages": MESSAGES}), "chat_completion(**body)"),
     "strings as messages": (lambda: client().chat_completion(["Hi"]), "for example [{'role': 'user'"),
-    "an unawaited stream": (lambda: collect(client().chat_completion(MESSAGES, stream=True)), "await the call first"),
+    "a list to collect": (lambda: collect([{"choices": []}]), "what a call with stream=True returns"),  # type: ignore[call-overload]
     "a reply to collect": (lambda: collect({"choices": []}), "it is a whole reply already"),  # type: ignore[call-overload]
 }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
@@ -520,11 +519,8 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
         LLMError: The errors that iterating the stream raises.
     """
     if not hasattr(stream, "__aiter__"):
-        if inspect.iscoroutine(stream):
-            stream.close()
-        hint = "await the call first: collect(await client.chat_completion(messages, stream=True))"
-        if isinstance(stream, Mapping):
-            hint = "it is a whole reply already; collect() is for a stream"
+        is_reply = isinstance(stream, Mapping)
+        hint = "it is a whole reply already" if is_reply else "pass what a call with stream=True returns"
         raise wrong_type("stream", "a stream", stream, hint)
     if isinstance(stream, ReplyStream):
         return await stream._read_to_end()  # noqa: SLF001 - it has accumulated what was read before
