@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
+from blockbuster import BlockBuster
 
 from lmbridge import (
     LLMClient,
@@ -107,8 +108,14 @@ async def test_a_proxy_that_requires_a_password_for_http_is_named() -> None:
 @pytest.mark.parametrize("answer", [b"\x05\x00garbage\r\n", b"SSH-2.0-x\r\n", b""], ids=["binary", "ssh", "nothing"])
 @pytest.mark.parametrize("from_environment", [False, True])
 async def test_a_proxy_that_does_not_speak_http_is_named(
-    answer: bytes, scheme: str, from_environment: bool, monkeypatch: pytest.MonkeyPatch
+    answer: bytes,
+    scheme: str,
+    from_environment: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    no_blocking_calls: BlockBuster,
 ) -> None:
+    # aiohttp 3.13 looks for a .netrc file in the event loop.
+    no_blocking_calls.deactivate()
     async with proxy(answering(answer)) as url:
         if from_environment:
             monkeypatch.setenv(f"{scheme.upper()}_PROXY", url)
@@ -198,7 +205,11 @@ def test_an_unsupported_proxy_of_the_environment_is_refused(
     LLMClient(f"{scheme}://{SERVER}", trust_env=True)
 
 
-async def test_a_proxy_of_the_environment_may_use_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_of_the_environment_may_use_tls(
+    monkeypatch: pytest.MonkeyPatch, no_blocking_calls: BlockBuster
+) -> None:
+    # aiohttp 3.13 looks for a .netrc file in the event loop.
+    no_blocking_calls.deactivate()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(DATA / "cert.pem", DATA / "key.pem")
     body = b'{"choices": [{"message": {"content": "Hi"}}]}'
