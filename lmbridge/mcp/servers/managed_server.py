@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -36,8 +36,9 @@ from lmbridge.mcp.sdk import (
     describe_error,
 )
 from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
+from lmbridge.mcp.servers.definition_changes import DefinitionChanges
 from lmbridge.mcp.servers.environment import missing_variables
-from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged, ToolDefinitionChanged
+from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged
 from lmbridge.mcp.servers.package_runners import package_runner_of, start_patience
 from lmbridge.mcp.servers.results import result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
@@ -52,8 +53,6 @@ _MOST_DOUBLINGS: Final = 10
 """The limit of the failure count, which keeps the power of two small. The pause is at its maximum before that."""
 _STABLE_SECONDS: Final = 10.0
 """The age in seconds from which a session counts as stable. When a stable session ends, a restart is not delayed."""
-_REVIEWED_KEYS: Final = ("title", "description", "inputSchema", "annotations")
-"""The keys of a definition that say to a model, or to a person who approves calls, what the tool does."""
 _START_REPORT_SECONDS: Final = 10.0
 """The time between two reports about a start that takes long, in seconds."""
 _CLOSE_SECONDS: Final = 6.0
@@ -135,7 +134,7 @@ class ManagedServer:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._owners: dict[asyncio.Task[None], SessionOwner] = {}
         self._is_retired = False
-        self._offered: dict[str, Mapping[str, Any]] = {}
+        self._changes = DefinitionChanges(spec, emit)
 
     @property
     def status(self) -> ServerStatus:
@@ -213,7 +212,7 @@ class ManagedServer:
         """
         began = asyncio.get_running_loop().time()
         session = await self._refresh_tools(await self._connect(), began)
-        self._report_changes(session.tools)
+        self._changes.report(session.tools)
         return session.tools
 
     async def newer_definitions(self, seen: list[Any] | None) -> list[Any] | None:
@@ -231,7 +230,7 @@ class ManagedServer:
             await self._refresh_tools(session, asyncio.get_running_loop().time(), reconnect=False)
         if session.tools is seen:
             return None
-        self._report_changes(session.tools)
+        self._changes.report(session.tools)
         return session.tools
 
     async def _refresh_tools(self, session: SessionOwner, since: float, *, reconnect: bool = True) -> SessionOwner:
@@ -250,6 +249,7 @@ class ManagedServer:
             if reconnect and isinstance(exc, SessionLostError):
                 self._on_session_ended(session, str(exc))
                 return await self._connect()
+            session.mark_refresh_failed()
             logger.warning(
                 "MCP server %r: its tools may have changed, but the new list could not be read, so the old one stays "
                 "in use: %s",
@@ -257,28 +257,6 @@ class ManagedServer:
                 describe_error(exc),
             )
         return session
-
-    def _report_changes(self, definitions: Sequence[Any]) -> None:
-        """Reports tools whose definitions differ from those that a run was offered before.
-
-        A server may first offer a harmless tool, and describe it in another way once its user has come to trust it.
-        """
-        current = {
-            each["name"]: {key: each.get(key) for key in _REVIEWED_KEYS}
-            for each in definitions
-            if isinstance(each, Mapping) and isinstance(each.get("name"), str) and self.spec.offers(each["name"])
-        }
-        for name, definition in current.items():
-            known = self._offered.get(name, definition)
-            if changed := [key for key in _REVIEWED_KEYS if known[key] != definition[key]]:
-                logger.warning(
-                    "MCP server %r has changed the %s of its tool %r; runs in flight keep the old definition",
-                    self.spec.name,
-                    " and the ".join(changed),
-                    name,
-                )
-                self._emit(ToolDefinitionChanged(self.spec.name, name, tuple(changed)))
-        self._offered |= current
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], *, is_idempotent: bool, timeout: float | None

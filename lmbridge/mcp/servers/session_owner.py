@@ -179,8 +179,12 @@ class SessionOwner:
                 try:
                     await self._make_request(self._read_tools, CallTimer(None))
                 except BaseException:
-                    self._list.is_outdated = self._list.has_failed = True
+                    self._list.is_outdated = True
                     raise
+
+    def mark_refresh_failed(self) -> None:
+        """Records that the list could not be read, so that runs in flight do not ask for it again."""
+        self._list.is_outdated = self._list.has_failed = True
 
     async def call(self, tool: str, arguments: Mapping[str, Any], timer: CallTimer) -> Mapping[str, Any]:
         """Calls a tool, and returns the result as the server sent it.
