@@ -250,7 +250,10 @@ class RunLoop:
         place = next_place(self._history.image_place, error) if self._history.ends_with_images else None
         if place is None or self._record.text:
             return False
-        logger.info("the server refused the images of a result (%s); they are sent in another place: %s", error, place)
+        consequence = (
+            "the model reads that it cannot see them" if place == "none" else "they are sent in the tool message"
+        )
+        logger.info("the server refused the images of a result (%s); %s", error, consequence)
         self._history.move_images(place)
         self._source.image_places[self._record.model] = place
         return True

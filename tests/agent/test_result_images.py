@@ -10,7 +10,7 @@ import pytest
 
 from lmbridge import Agent, LLMAuthenticationError, LLMClient, LLMResponseError, ToolCallFinished, image_part
 from lmbridge.agent.result_images import NOT_SHOWN, split_images
-from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse
 from tests.agent.support import asks, calls, check_valid, generations, sent
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
@@ -43,10 +43,14 @@ def places_of_images(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, i
 def refuses(*roles: str, message: str = BAD_MESSAGES, status: int = 400) -> Behaviour:
     """Behaves as a server that refuses images in messages of some roles, and otherwise makes a call and an answer."""
 
+    error = {"error": {"message": message, "code": status}}
+    # A status of 200 stands for an error within a stream.
+    refusal = sse(error) if status == 200 else reply(status, error)
+
     async def behave(exchange: Exchange) -> None:
         messages = exchange.request.json["messages"]
         if any(role in roles for role, _ in places_of_images(messages)):
-            await reply(status, {"error": {"message": message, "code": status}})(exchange)
+            await refusal(exchange)
         elif messages[-1]["role"] == "user" and isinstance(messages[-1]["content"], str):
             await calls(asks("look"))(exchange)
         else:
@@ -96,6 +100,8 @@ async def test_events_and_the_log_have_the_images_and_the_raw_result(
         (refuses("user", "tool", message="test-model is not a multimodal model"), 3, []),
         (refuses("user", "tool", message="At most 0 image(s) may be provided in one prompt."), 3, []),
         (refuses("user", "tool", message="content must be a string", status=422), 4, []),
+        (refuses("user", status=200), 3, [("tool", 1)]),
+        (refuses("user", "tool", message=NO_EYES, status=200), 3, []),
     ],
 )
 async def test_images_are_sent_where_the_server_takes_them(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 from collections.abc import AsyncGenerator
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from lmbridge import Agent, LLMClient, LLMClientPool, LocalServer, RunHandle, TaskCancelledError, TextDelta
+from lmbridge import Agent, LLMClient, LLMClientPool, LocalServer, RunHandle, TaskCancelledError, TextDelta, image_part
+from lmbridge.agent.result_images import NOT_SHOWN
 from tests.agent.support import check_valid, tool_texts
 from tests.real.conftest import API_KEY
 from tests.real.support import GreedyClient, busy_slots, until_idle
 
 pytestmark = pytest.mark.real
+
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
 
 
 class GreedyPool:
@@ -59,6 +64,21 @@ async def test_the_model_calls_a_tool_and_answers_with_its_result(client: LLMCli
     assert tool_texts(result.messages) == ["542"]
     assert "542" in result.text
     assert (result.stop_reason, result.rounds) == ("stop", 2)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+async def test_a_model_without_eyes_reads_that_it_cannot_see_an_image(client: LLMClient, says_so: bool) -> None:
+    def take_picture() -> Any:
+        """Takes a picture."""
+        return image_part(PNG)
+
+    # The greedy client does not say what its server can do, so the server has to refuse the image first.
+    agent = Agent(
+        client if says_so else GreedyClient(client), tools=[take_picture], max_tokens=60, tool_choice="required"
+    )
+    result = await agent.run("Take a picture.")
+    assert tool_texts(result.messages)[0].endswith(NOT_SHOWN)
+    check_valid(result.messages)
 
 
 class Sum(BaseModel):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.real
 
 
 async def test_llama_cpp_reports_its_slots_and_its_context_length(local_server: LocalServer, client: LLMClient) -> None:
-    model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4)
+    model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4, vision=False)
     assert await client.server_info() == ServerInfo(kind="llama.cpp", models=(model,), context_length=4096, slots=4)
 
 
