@@ -13,7 +13,7 @@ and everything that is done about them is in this module:
   (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
   was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
 - *It limits the lines of a head, but not the head.* A server may send "100 Continue" for ever. So
-  `_HeadGuard` stands between a connection and aiohttp until the head of the response has arrived.
+  `HeadGuard` stands between a connection and aiohttp until the head of the response has arrived.
 - *It decompresses without a limit*, or without noticing that the end is missing; see
   `lmbridge.transport.decompression`, which does it instead.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
@@ -59,6 +59,7 @@ from lmbridge.transport.decompression import (
     UnsupportedEncoding,
     decompressor_for,
 )
+from lmbridge.transport.head_guard import HEAD_BYTES, HeadGuard
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -68,9 +69,6 @@ KEEPALIVE_SECONDS: Final = 4.0
 
 _MOST_PARTS_AT_ONCE: Final = 16
 """The most parts of a body, of 256 KiB each, that are decompressed in one step when its connection has broken."""
-HEAD_BYTES: Final = 64 * 1024
-"""The most bytes that may arrive until the head of a response is complete, interim responses (1xx) included."""
-
 AIOHTTP_FAULTS: Final[faults.FaultTable] = (
     (aiohttp.ClientConnectorDNSError, faults.UNKNOWN_HOST),
     (aiohttp.ClientConnectorCertificateError, faults.UNTRUSTED_CERTIFICATE),
@@ -412,7 +410,7 @@ class _ResponseOnConnection(aiohttp.ClientResponse):
         was_kept = transport in _used_transports
         if transport is not None and not was_kept:
             _used_transports.add(transport)
-        guard = _HeadGuard(transport)
+        guard = HeadGuard(transport)
         try:
             return await super().start(connection)
         except _LOST_CONNECTION_ERRORS as exc:
@@ -421,67 +419,6 @@ class _ResponseOnConnection(aiohttp.ClientResponse):
             raise _LostConnection(exc, was_kept=was_kept) from exc
         finally:
             guard.detach()
-
-
-class _HeadGuard(asyncio.Protocol):
-    """Closes a connection on which the head of a response takes too many bytes.
-
-    It receives what arrives in place of aiohttp's protocol, and passes it on, until `detach` is called. When that is
-    called, aiohttp has parsed the head. So whether bytes belong to the head is known only after the task that waits for
-    it has had a chance to run: bytes beyond the limit are held back for one turn of the event loop.
-
-    Args:
-        transport: The transport of the connection, or None if there is none any more.
-    """
-
-    def __init__(self, transport: asyncio.BaseTransport | None) -> None:
-        self.is_exceeded = False
-        """Whether the head was too large, and the connection was closed therefore."""
-        self._transport: asyncio.BaseTransport | None = None
-        self._room = HEAD_BYTES
-        self._held_back = b""
-        # A TLS transport that is closing has forgotten its protocol.
-        if transport is not None and not transport.is_closing():
-            self._transport = transport
-            self._protocol: Any = transport.get_protocol()
-            transport.set_protocol(self)
-
-    def detach(self) -> None:
-        """Lets aiohttp receive everything that arrives from now on."""
-        transport, self._transport = self._transport, None
-        if transport is None:
-            return
-        if not transport.is_closing():
-            transport.set_protocol(self._protocol)
-        if self._held_back and not self.is_exceeded:
-            self._protocol.data_received(self._held_back)
-
-    def data_received(self, data: bytes) -> None:
-        room, self._room = self._room, max(0, self._room - len(data))
-        if room:
-            self._protocol.data_received(data if len(data) <= room else data[:room])
-        if len(data) > room:
-            if not self._held_back:
-                asyncio.get_running_loop().call_soon(self._on_limit)
-            self._held_back += data[room:]
-
-    def _on_limit(self) -> None:
-        if isinstance(self._transport, asyncio.Transport):
-            self.is_exceeded = True
-            self._transport.abort()
-
-    def eof_received(self) -> bool | None:
-        result: bool | None = self._protocol.eof_received()
-        return result
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._protocol.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._protocol.resume_writing()
 
 
 class _HeadTooLarge(aiohttp.ClientError):

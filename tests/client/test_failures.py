@@ -1290,3 +1290,11 @@ async def test_a_huge_error_of_a_server_is_read(scripted_server: ScriptedServer)
     error = await error_of_request(scripted_server, reply(400, openai_error("no " * 3_000_000)))
     assert type(error) is LLMResponseError
     assert error.message.startswith("the server answered 400: no no no")
+
+
+async def test_a_huge_error_in_a_stream_is_read(scripted_server: ScriptedServer) -> None:
+    huge = openai_error("The model has crashed.", data="x" * LARGE)
+    error, _ = await error_of_stream(scripted_server, sse(piece("Hi"), huge))
+    assert type(error) is ModelLoadError
+    assert error.message == "the server ended the stream: The model has crashed."
+    assert error.partial["choices"][0]["message"]["content"] == "Hi"

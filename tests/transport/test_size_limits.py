@@ -17,7 +17,7 @@ from lmbridge import LLMClient, LLMConnectionError, LLMError, LLMResponseError, 
 from lmbridge.testing import Behaviour, Exchange, MockTransport, ScriptedServer, raw, reply, sse
 from lmbridge.testing.mock_transport import MockResponse
 from lmbridge.transport import Transport
-from lmbridge.transport.session import HEAD_BYTES
+from lmbridge.transport.head_guard import HEAD_BYTES
 from lmbridge.transport.sse import SSEDecoder
 from tests.support import MESSAGES, piece
 from tests.transport.support import ask
