@@ -47,6 +47,7 @@ class McpTools:
         self._servers = list(servers)
         self._definitions = dict(definitions)
         self._call_timeout, self._budget = call_timeout, max_definition_tokens
+        self._announced: list[Tool] = []
         self._add([server for server in servers if server.spec.name in definitions])
 
     def __repr__(self) -> str:
@@ -58,7 +59,7 @@ class McpTools:
         return self.tools
 
     async def new_tools(self) -> list[Tool]:
-        """Returns the tools that servers have announced since the lease began, and adds them to `tools`.
+        """Returns all tools that servers have announced since the lease began, which are also added to `tools`.
 
         An agent calls it before each round. It asks a server only if that has announced other tools.
         """
@@ -69,7 +70,9 @@ class McpTools:
             if newer is not None:
                 self._definitions[server.spec.name] = newer
                 changed.append(server)
-        return self._add(changed)
+        # Several runs may use the lease, so each call returns all of them.
+        self._announced += self._add(changed)
+        return list(self._announced)
 
     def release(self) -> None:
         """Ends the lease, so that idle servers can be closed. A second call does nothing."""

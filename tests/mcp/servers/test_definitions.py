@@ -118,10 +118,10 @@ async def test_changed_tools_are_added_to_a_lease_only_when_it_is_asked_for_them
     assert names(lease.tools) == ["change"]
     assert names((await hub.tools()).tools) == ["change", "new"]
     assert names(await lease.new_tools()) == ["new"]
-    assert await lease.new_tools() == []
+    assert await lease.new_tools() == lease.tools[1:]
     assert names(lease.tools) == ["change", "new"]
     lease.release()
-    assert await lease.new_tools() == []
+    assert names(await lease.new_tools()) == ["new"]
 
 
 async def test_a_changed_list_that_cannot_be_read_is_logged_and_requested_again_by_the_next_run(

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from lmbridge import MultiMCPError, ToolError
+from lmbridge import Agent, LLMClient, MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, McpHub, ToolDefinitionChanged, ToolsChanged
+from lmbridge.testing import Exchange, ScriptedServer
+from lmbridge.testing import answer as completion
+from tests.agent.support import asks, calls, sent
 from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, answer
 from tests.mcp.support import Recorder, function_of, names, wait_for_notes
@@ -127,3 +130,34 @@ async def test_a_definition_that_differs_after_a_restart_is_reported(
     await hub.tools()
     assert ToolDefinitionChanged("a", "echo", ("description",)) in recorder.seen
     assert lease.tools[1].description == "Does echo."
+
+
+async def test_two_runs_that_share_a_lease_both_get_new_tools(
+    make_hub: MakeHub, scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    lease = await make_hub({"a": {"tools": ["change", "echo"]}}).tools()
+    agent = Agent(client, tools=[lease])
+    is_changed = asyncio.Event()
+
+    async def behave(exchange: Exchange) -> None:
+        messages = exchange.request.json["messages"]
+        if len(messages) > 1:
+            await completion("done")(exchange)
+        elif messages[0]["content"] == "change":
+            await calls(asks("change"))(exchange)
+        else:
+            await is_changed.wait()
+            await calls(asks("echo", text="x"))(exchange)
+
+    scripted_server.default = behave
+    waiting = agent.start("wait")
+    await scripted_server.wait_until(lambda: scripted_server.in_flight == 1)
+    await agent.run("change")
+    is_changed.set()
+    await waiting.result()
+    for number in (-2, -1):
+        assert [tool["function"]["name"] for tool in sent(scripted_server, number)["tools"]] == [
+            "change",
+            "echo",
+            "new",
+        ]
