@@ -146,7 +146,7 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
     props = await _ask(server, "/props")
     is_router = any("status" in entry for entry in entries)
     if is_router:
-        models = [await _routed_model(server, entry) for entry in entries]
+        models = await _routed_models(server, entries)
     else:
         models = [_llama_cpp_model(entry, props) for entry in entries]
     version = props.get("build_info")
@@ -158,14 +158,21 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
     )
 
 
-async def _routed_model(server: ServerApi, entry: _Entry) -> ModelInfo:
-    if _as_mapping(entry.get("status")).get("value") not in _LOADED_STATES:
-        return ModelInfo(id=entry["id"], loaded=False)
-    # JSON can contain half a surrogate pair, which has no UTF-8 form.
-    name = quote(entry["id"], safe="", errors="replace")
-    # The model may have been unloaded in the meantime, and this request must not load it again.
-    props = await _ask(server, f"/props?model={name}&autoload=false")
-    return _llama_cpp_model(entry, props)
+async def _routed_models(server: ServerApi, entries: Sequence[_Entry]) -> list[ModelInfo]:
+    """Returns the models of a router. Each of the loaded ones is asked about, up to `_MOST_ASKED` of them."""
+    models: list[ModelInfo] = []
+    asked = 0
+    for entry in entries:
+        if _as_mapping(entry.get("status")).get("value") not in _LOADED_STATES:
+            models.append(ModelInfo(id=entry["id"], loaded=False))
+            continue
+        # JSON can contain half a surrogate pair, which has no UTF-8 form.
+        name = quote(entry["id"], safe="", errors="replace")
+        # The model may have been unloaded in the meantime, and this request must not load it again.
+        props = await _ask(server, f"/props?model={name}&autoload=false") if asked < _MOST_ASKED else {}
+        asked += 1
+        models.append(_llama_cpp_model(entry, props))
+    return models
 
 
 def _llama_cpp_model(entry: _Entry, props: _Entry) -> ModelInfo:
@@ -211,6 +218,8 @@ _OTHER_PROBES: Final[Sequence[_Probe]] = (_probe_lmstudio, _probe_ollama)
 
 _UNKNOWN_BUILD: Final = "b0-unknown"
 """The `build_info` of a llama.cpp that was built outside of its repository."""
+_MOST_ASKED: Final = 50
+"""The most loaded models of a router that are asked about, far beyond what fits into memory."""
 _LOADED_STATES: Final = ("loaded", "sleeping")
 """The values of a llama.cpp router's `status` that mean that the model is in memory."""
 

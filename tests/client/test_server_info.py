@@ -162,6 +162,14 @@ async def test_the_name_of_a_routed_model_is_quoted_in_the_path(scripted_server:
     assert (result.context_length, result.slots) == (4096, 1)
 
 
+async def test_a_router_with_very_many_loaded_models_is_asked_about_some(scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path("/props", reply(200, {"total_slots": 2}))
+    entries = [{"id": f"model-{number}", "owned_by": "llamacpp", "status": {"value": "loaded"}} for number in range(60)]
+    result = await info(scripted_server, models=models_list(*entries))
+    assert [each.loaded for each in result.models] == [True] * 60
+    assert [each.slots for each in result.models] == [2] * 50 + [None] * 10
+
+
 async def test_a_router_that_hides_its_properties_still_reports_its_loaded_models(
     scripted_server: ScriptedServer,
 ) -> None:

@@ -1,0 +1,89 @@
+"""The limit on heads, without a connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmbridge.transport.head_guard import HEAD_BYTES, HeadGuard
+from tests.support import turns
+
+
+class Protocol(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+
+
+class FakeTransport(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.protocol: asyncio.BaseProtocol = Protocol()
+        self.is_aborted = False
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self.protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def is_closing(self) -> bool:
+        return self.is_aborted
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def guarded() -> tuple[FakeTransport, Protocol, HeadGuard]:
+    transport = FakeTransport()
+    protocol = transport.protocol
+    assert isinstance(protocol, Protocol)
+    return transport, protocol, HeadGuard(transport)
+
+
+@given(st.lists(st.integers(0, HEAD_BYTES), max_size=6), st.integers(0, 5))
+def test_everything_arrives_once_and_in_order(sizes: list[int], detach_after: int) -> None:
+    async def run() -> None:
+        transport, protocol, guard = guarded()
+        sent = b""
+        for number, size in enumerate(sizes):
+            if number == detach_after:
+                guard.detach()
+            data = bytes([number]) * size
+            sent += data
+            receiver = transport.get_protocol()
+            assert isinstance(receiver, asyncio.Protocol)
+            receiver.data_received(data)
+        guard.detach()
+        assert transport.get_protocol() is protocol
+        assert protocol.received == sent
+        await turns()
+        assert not transport.is_aborted
+
+    asyncio.run(run())
+
+
+async def test_the_connection_is_closed_if_the_head_goes_on_beyond_the_limit() -> None:
+    transport, protocol, guard = guarded()
+    guard.data_received(b"x" * HEAD_BYTES)
+    await turns()
+    assert not transport.is_aborted
+    guard.data_received(b"y")
+    await turns()
+    assert transport.is_aborted
+    assert guard.is_exceeded
+    guard.detach()
+    assert protocol.received == b"x" * HEAD_BYTES
+
+
+async def test_a_transport_that_is_gone_needs_no_guard() -> None:
+    HeadGuard(None).detach()
+    transport = FakeTransport()
+    transport.abort()
+    protocol = transport.protocol
+    HeadGuard(transport).detach()
+    assert transport.protocol is protocol
