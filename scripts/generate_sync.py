@@ -158,7 +158,13 @@ class FileWriter:
             known = {function.name for _, function, _ in functions}
             functions += [(owner, each, variables) for each in _functions(base) if each.name not in known]
         self._runtime_imports.add(f"from lmbridge.sync._wrap import {spec.kind}")
-        lines = [f"class {spec.name}({spec.kind}{item}):"]
+        generic = ""
+        for parent in node.bases:
+            if ast.unparse(parent).startswith("Generic["):
+                generic = f", {ast.unparse(parent)}"
+                names = [part.id for part in ast.walk(parent) if isinstance(part, ast.Name)]
+                self._runtime_imports |= {line for line in map(module.import_line, names) if line}
+        lines = [f"class {spec.name}({spec.kind}{item}{generic}):"]
         if docstring := ast.get_docstring(node):
             lines.append(_indented(_blocking_docstring(docstring)))
         lines.append(f'    wraps = "{spec.module}:{spec.name}"')

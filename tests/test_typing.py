@@ -10,7 +10,7 @@ from typing import Any, assert_type
 import pytest
 
 import lmbridge.types
-from lmbridge import ChatStream, LLMClient, RawResponse, ToolCallFinished, collect, image_part
+from lmbridge import Agent, ChatStream, LLMClient, RawResponse, RunHandle, ToolCallFinished, collect, image_part, sync
 from lmbridge.agent import ToolRecord
 from lmbridge.agent.tools import ToolCall as RequestedCall
 from lmbridge.testing import ScriptedServer, reply
@@ -61,10 +61,25 @@ async def accepted_by_the_type_checkers(client: LLMClient) -> None:
     assert_type(await collect(await client.chat_completion(untyped, stream=True)), ChatCompletion)
 
 
+async def the_output_of_a_run_has_its_type(client: LLMClient) -> None:
+    """Is never called: the type checkers verify it."""
+    agent = Agent(client)
+    assert_type((await agent.run("...", output_type=list[int])).output, list[int])
+    handle = agent.start("...", output_type=int)
+    assert_type(handle, RunHandle[int])
+    assert_type((await handle.result()).output, int)
+    async with agent.stream("...", output_type=str) as stream:
+        assert_type((await stream.handle.result()).output, str)
+    assert_type((await agent.start("...").result()).output, Any)
+    blocking = sync.Agent(sync.LLMClient()).start("...", output_type=int)
+    assert_type(blocking.result().output, int)
+
+
 def test_the_required_fields_are_known_at_run_time() -> None:
     assert Message.__required_keys__ == {"content"}
     assert ChatCompletion.__required_keys__ == {"choices"}
     assert callable(accepted_by_the_type_checkers)
+    assert callable(the_output_of_a_run_has_its_type)
 
 
 async def test_fields_that_a_server_leaves_out_of_a_call_are_filled_in(scripted_server: ScriptedServer) -> None:

@@ -252,6 +252,34 @@ class Agent(NotCopyable):
         )
         return await handle.result()
 
+    @overload
+    def stream(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunStream[_OutputT]: ...
+    @overload
+    def stream(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunStream[Any]: ...
     def stream(
         self,
         task: Task,
@@ -264,7 +292,7 @@ class Agent(NotCopyable):
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunStream:
+    ) -> RunStream[Any]:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
         The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
@@ -290,6 +318,34 @@ class Agent(NotCopyable):
         )
         return RunStream(handle, owns_run=True)
 
+    @overload
+    def start(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunHandle[_OutputT]: ...
+    @overload
+    def start(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunHandle[Any]: ...
     def start(
         self,
         task: Task,
@@ -302,7 +358,7 @@ class Agent(NotCopyable):
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunHandle:
+    ) -> RunHandle[Any]:
         """Starts a run in the background. The arguments are those of `run`.
 
         Returns:
@@ -338,7 +394,7 @@ class Agent(NotCopyable):
         output_type: Any,
         sampling: SamplingOptions,
         is_muted: bool,
-    ) -> RunHandle:
+    ) -> RunHandle[Any]:
         settings = self._settings.for_run(
             max_rounds=max_rounds, max_tokens=max_tokens, output_type=output_type, sampling=sampling
         )

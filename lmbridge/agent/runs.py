@@ -8,7 +8,7 @@ import warnings
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self
 
 from lmbridge._copying import NotCopyable
 from lmbridge._run_turn import RunTurn, current_turn
@@ -18,7 +18,7 @@ from lmbridge.agent.events import RunEvent, RunFinished
 from lmbridge.agent.history import History
 from lmbridge.agent.loop import RunLoop
 from lmbridge.agent.record import RunRecord
-from lmbridge.agent.result import ENDINGS, RunResult, StopReason
+from lmbridge.agent.result import ENDINGS, OutputT, RunResult, StopReason
 from lmbridge.agent.run_tools import RunInfo, ToolSources
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
@@ -36,7 +36,7 @@ _runs_in_flight: Final[set[RunHandle]] = set()
 """The runs in flight, kept alive because asyncio holds only weak references to tasks."""
 
 
-class RunHandle(NotCopyable):
+class RunHandle(NotCopyable, Generic[OutputT]):
     """A run that is in progress, as `agent.start` returns it.
 
     The run goes on even if nothing awaits it, nothing reads its events, and the handle is dropped::
@@ -128,11 +128,11 @@ class RunHandle(NotCopyable):
         else:
             await self._task.end(error)
 
-    def events(self) -> RunStream:
+    def events(self) -> RunStream[OutputT]:
         """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
         return RunStream(self, owns_run=False)
 
-    async def result(self) -> RunResult:
+    async def result(self) -> RunResult[OutputT]:
         """Waits for the end of the run, and returns its result. Cancelling the caller also cancels the run.
 
         Raises:
@@ -273,7 +273,7 @@ class RunHandle(NotCopyable):
         self._channel.close(discard=self._stop_reason == "cancelled")
 
 
-class RunStream(NotCopyable, AsyncGenerator[RunEvent, None]):
+class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
@@ -284,7 +284,7 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None]):
 
     _instead_of_a_copy = "copy the events that it yields"
 
-    def __init__(self, run: RunHandle, *, owns_run: bool) -> None:
+    def __init__(self, run: RunHandle[OutputT], *, owns_run: bool) -> None:
         self._run = run
         self._owns_run = owns_run
         self._events = run._channel.subscribe()  # noqa: SLF001 - the stream and its run share a module
@@ -293,7 +293,7 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None]):
         self._has_finished = False
 
     @property
-    def handle(self) -> RunHandle:
+    def handle(self) -> RunHandle[OutputT]:
         """The handle of the run."""
         return self._run
 

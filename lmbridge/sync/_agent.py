@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 import lmbridge.agent.agent as _agent
 from lmbridge.agent.events import RunEvent
+from lmbridge.agent.result import OutputT
 from lmbridge.sync._wrap import Stream, Wrapper, unwrap
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lmbridge.sync._client import LLMClient, LLMClientPool
 
 
-class RunStream(Stream[RunEvent]):
+class RunStream(Stream[RunEvent], Generic[OutputT]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
@@ -35,13 +36,13 @@ class RunStream(Stream[RunEvent]):
     wraps = "lmbridge.agent.runs:RunStream"
 
     @property
-    def handle(self) -> RunHandle:
+    def handle(self) -> RunHandle[OutputT]:
         """The handle of the run."""
-        result: RunHandle = self._call(lambda: self.wrapped.handle)
+        result: RunHandle[OutputT] = self._call(lambda: self.wrapped.handle)
         return result
 
 
-class RunHandle(Wrapper):
+class RunHandle(Wrapper, Generic[OutputT]):
     """A run that is in progress, as `agent.start` returns it.
 
     The run goes on even if nothing awaits it, nothing reads its events, and the handle is dropped::
@@ -89,12 +90,12 @@ class RunHandle(Wrapper):
         result: bool = self._call(self.wrapped.cancel)
         return result
 
-    def events(self) -> RunStream:
+    def events(self) -> RunStream[OutputT]:
         """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
-        result: RunStream = self._call(self.wrapped.events)
+        result: RunStream[OutputT] = self._call(self.wrapped.events)
         return result
 
-    def result(self) -> RunResult:
+    def result(self) -> RunResult[OutputT]:
         """Waits for the end of the run, and returns its result. Cancelling the caller also cancels the run.
 
         Raises:
@@ -102,7 +103,7 @@ class RunHandle(Wrapper):
             MaxRoundsExceededError: The run used up its rounds.
             LLMError: The run failed; `.partial` is the run so far.
         """
-        result: RunResult = self._await(self.wrapped.result)
+        result: RunResult[OutputT] = self._await(self.wrapped.result)
         return result
 
 
@@ -335,6 +336,36 @@ class Agent(Wrapper):
         )
         return result
 
+    @overload
+    def stream(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunStream[_OutputT]: ...
+
+    @overload
+    def stream(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunStream[Any]: ...
+
     def stream(
         self,
         task: Task,
@@ -347,7 +378,7 @@ class Agent(Wrapper):
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunStream:
+    ) -> RunStream[Any]:
         """Starts a run, and returns its events. The last event is `RunFinished`.
 
         The arguments are those of `run`. The run begins at once. Leaving the stream early cancels it::
@@ -360,7 +391,7 @@ class Agent(Wrapper):
             LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
                 lists, are raised by the iteration.
         """
-        result: RunStream = self._call(
+        result: RunStream[Any] = self._call(
             lambda: self.wrapped.stream(
                 task,
                 model=model,
@@ -375,6 +406,36 @@ class Agent(Wrapper):
         )
         return result
 
+    @overload
+    def start(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: type[_OutputT],
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunHandle[_OutputT]: ...
+
+    @overload
+    def start(
+        self,
+        task: Task,
+        *,
+        model: str | None = ...,
+        tools: Sequence[AnyTool] | None = ...,
+        messages: Sequence[Mapping[str, Any]] | None = ...,
+        max_rounds: int | None = ...,
+        max_tokens: MaxTokens | None = ...,
+        open_tools: OpenTools | None = ...,
+        output_type: Any = ...,
+        **sampling: Unpack[SamplingOptions],
+    ) -> RunHandle[Any]: ...
+
     def start(
         self,
         task: Task,
@@ -387,7 +448,7 @@ class Agent(Wrapper):
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
-    ) -> RunHandle:
+    ) -> RunHandle[Any]:
         """Starts a run in the background. The arguments are those of `run`.
 
         Returns:
@@ -397,7 +458,7 @@ class Agent(Wrapper):
             LLMValidationError: An argument is invalid; nothing was sent. The errors of the run itself, which `run`
                 lists, are raised by `handle.result()`.
         """
-        result: RunHandle = self._call(
+        result: RunHandle[Any] = self._call(
             lambda: self.wrapped.start(
                 task,
                 model=model,
