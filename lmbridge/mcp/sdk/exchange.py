@@ -183,11 +183,8 @@ class MessageExchange:
 
     # Messages from the server.
 
-    def incoming(self, message: Any) -> dict[str, Any] | None:
+    def incoming(self, message: dict[str, Any]) -> dict[str, Any] | None:
         """Handles a message that has arrived, and returns what the SDK gets of it, or None."""
-        if not isinstance(message, dict):
-            self.report("a message that is not an object", message)
-            return None
         if is_answer(message):
             return self._incoming_answer(message)
         method = message["method"]

@@ -79,7 +79,8 @@ _NOT_SSE_STATUSES: Final = (
     HTTPStatus.TOO_MANY_REQUESTS,
 )
 """The client errors that an SSE server at this URL would answer with as well."""
-_REPLY_CUT_OFF: Final = "its answer broke off, and the tool may have run"
+_REPLY_CUT_OFF: Final = "its answer broke off"
+_MAY_HAVE_RUN: Final = ", and the tool may have run"
 _FORGOTTEN: Final = "the server no longer knows the session"
 _ACCEPTS_ALL: Final = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
 _ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
@@ -216,11 +217,15 @@ class HttpConnection:
             if not isinstance(exc, SessionForgottenError):
                 self._lose(exc)
         except MessageTooLargeError as exc:
-            await self._fail(request_id, RefusedError(f"{exc}; the tool may have run"))
+            await self._fail(request_id, RefusedError(f"{exc}{_after_call(message)}"))
         except (RefusedError, SessionLostError) as exc:
             await self._fail(request_id, exc)
         except self._connection_errors as exc:
             self._lose(SessionLostError(describe_error(exc)))
+        except Exception as exc:
+            # Otherwise the caller would wait for ever for a mistake that nobody foresaw.
+            logger.exception("MCP server %r: reading an answer failed", self._spec.name)
+            await self._fail(request_id, RefusedError(f"{describe_error(exc)}{_after_call(message)}"))
         finally:
             self._requests.pop(request_id, None)
             self._modern_requests.discard(request_id)
@@ -264,7 +269,7 @@ class HttpConnection:
             is_answered = await self._read_reply_body(response, message)
         if not is_answered:
             await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._is_listening else 0)
-            await self._fail(request_id, RefusedError(_REPLY_CUT_OFF))
+            await self._fail(request_id, RefusedError(f"{_REPLY_CUT_OFF}{_after_call(message)}"))
 
     async def _read_reply_body(self, response: Any, message: dict[str, Any]) -> bool:
         body = await read_body(response, LARGEST_MESSAGE)
@@ -348,7 +353,7 @@ class HttpConnection:
                     self._protocol = str(result.get("protocolVersion") or "")
                 await self._arrived.put(answer)
             else:
-                await self._arrived.put(value)
+                await self._deliver(value)
         return is_answered
 
     def _claim_answer(self, value: dict[str, Any], request: dict[str, Any]) -> dict[str, Any] | None:
@@ -433,6 +438,7 @@ class HttpConnection:
                         async for event in events:
                             if event.data:
                                 return _shows_session(event.data, ping_id)
+                    return True
                 return _shows_session(await read_body(response, ERROR_BODY_LIMIT), ping_id)
         return True
 
@@ -478,7 +484,13 @@ class HttpConnection:
 
     async def _deliver_event(self, event: Event) -> None:
         for value in self._read_event(event):
+            await self._deliver(value)
+
+    async def _deliver(self, value: Any) -> None:
+        if isinstance(value, dict):
             await self._arrived.put(value)
+        else:
+            self._report("a message that is not an object", str(value))
 
     # The older SSE transport.
 
@@ -501,6 +513,11 @@ class HttpConnection:
             return False
         logger.info("MCP server %r uses the older SSE transport", self._spec.name)
         return True
+
+
+def _after_call(request: Mapping[str, Any]) -> str:
+    """Returns what the error of a request says about the tool, if the request was a call."""
+    return _MAY_HAVE_RUN if request["method"] == "tools/call" else ""
 
 
 def _shows_session(body: bytes, ping_id: int) -> bool:

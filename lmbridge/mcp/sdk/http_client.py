@@ -43,7 +43,7 @@ def make_http_client(spec: ServerSpec) -> Any:
 def connection_errors() -> tuple[type[Exception], ...]:
     """Returns the classes of the errors that mean that a connection has failed."""
     httpx = _load_httpx()
-    return (httpx.HTTPError, OSError)
+    return (httpx.HTTPError, httpx.StreamError, OSError)
 
 
 def _load_httpx() -> Any:

@@ -74,6 +74,7 @@ async def test_every_message_of_a_server_may_have_a_wrong_id(
     [
         lambda message: [answer(message, text("on"))],
         lambda message: [{"jsonrpc": "2.0", "method": "vendor/x"}, answer(message, text("on"))],
+        lambda message: [None, 5, [answer(message, text("off"))], answer(message, text("on")), None],
         lambda message: body(200, answer(message, text("on")), "text/plain"),
         lambda message: body(200, b"\xef\xbb\xbf" + json.dumps(answer(message, text("on"))).encode()),
         lambda message: body(200, json.dumps(answer(message, text("on")))[:-1] + ', "x": NaN}'),
@@ -243,6 +244,17 @@ async def test_an_error_within_a_session_is_that_error_and_so_is_each_later_one(
     with pytest.raises(ToolError, match=r"^-7: another one$"):
         await function_of(lease, "echo")()
     assert hub.status()["a"].starts == 1
+
+
+@pytest.mark.parametrize("pong", [lambda *_: events(""), lambda *_: body(202, ""), lambda *_: events("data: {", "")])
+async def test_a_ping_without_an_answer_does_not_hide_the_error(
+    make_hub: MakeHub, server: HttpServer, pong: Callable[..., Any]
+) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.responses |= {"ping": pong, "tools/call": lambda message, _: error(message, -32001, "Session not found")}
+    with pytest.raises(ToolError, match="Session not found"):
+        await function_of(lease, "echo")()
 
 
 async def test_a_session_that_was_forgotten_between_two_runs_is_opened_by_the_second(
