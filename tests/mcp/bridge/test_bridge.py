@@ -243,7 +243,7 @@ async def test_the_text_of_an_error_names_no_python_attributes(
 @pytest.mark.parametrize(
     ("tool", "arguments", "expected"),
     [
-        ("chat_completion", {"prompt": 3}, "$.prompt: expected `str | null`, got `int`; it takes: prompt (optional)"),
+        ("chat_completion", {"prompt": {}}, "expected `str | null`, got `object`; it takes: prompt (optional)"),
         ("chat_completion", {"prompt": "Hi.", "tokens": 3}, "tokens"),
         ("chat_completion", {"prompt": "Hi.", "max_tokens": 0}, "max_tokens"),
         ("chat_completion", {}, "neither prompt nor messages is given; give prompt"),

@@ -58,7 +58,7 @@ async def test_the_official_client_lists_and_calls_the_tools(scripted_server: Sc
         assert got["content"] == [{"type": "text", "text": "Hello there."}]
         assert got["structuredContent"]["model"] == "gemma-3-4b"
         assert not got["isError"]
-        wrong = wire_form(await session.call_tool("chat_completion", {"prompt": 3}))
+        wrong = wire_form(await session.call_tool("chat_completion", {"prompt": {}}))
         assert wrong["isError"]
         assert "expected `str | null`" in wrong["content"][0]["text"]
         with pytest.raises(failure, match=r"Unknown tool: chat\. The tools are: health_check") as error:
