@@ -94,7 +94,7 @@ async def open_mcp_session(
     async with AsyncExitStack() as stack:
         connection: ClientConnection
         if link is None:
-            connection = await stack.enter_async_context(open_http_connection(spec, exchange.report))
+            connection = await stack.enter_async_context(open_http_connection(spec, exchange.report, handlers.on_lost))
         else:
             connection = LinkConnection(link)
         stack.push_async_callback(exchange.close)

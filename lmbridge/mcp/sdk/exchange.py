@@ -71,6 +71,8 @@ class NotificationHandlers:
     """Called when the server's list of tools has changed."""
     on_log: Callable[[str, Any], None]
     """Called with the level and the data of a log message."""
+    on_lost: Callable[[str], None]
+    """Called with the reason when a stream that the session needs has ended, so that the session cannot be used."""
     on_unexpected: Callable[[str, str], None]
     """Called with the kind and the description of something that the protocol does not allow, or that is ignored. It is
     called once for each kind of such messages in a session."""

@@ -87,17 +87,20 @@ _ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
 
 
 @asynccontextmanager
-async def open_http_connection(spec: ServerSpec, report: Callable[[str, str], None]) -> AsyncIterator[HttpConnection]:
+async def open_http_connection(
+    spec: ServerSpec, report: Callable[[str, str], None], on_lost: Callable[[str], None]
+) -> AsyncIterator[HttpConnection]:
     """Opens a connection to a server on HTTP, and closes it at the end of the block.
 
     Args:
         spec: The server.
         report: Called with the kind and the description of something that the protocol does not allow.
+        on_lost: Called with the reason when the stream of the older SSE transport ends.
     """
     # The client is created in a thread, because that reads certificates from the disk.
     client = await asyncio.to_thread(make_http_client, spec)
     async with client:
-        connection = HttpConnection(spec, client, report)
+        connection = HttpConnection(spec, client, report, on_lost)
         try:
             if spec.transport == "sse":
                 await connection.open_sse()
@@ -113,10 +116,13 @@ class HttpConnection:
         spec: The server.
         client: The HTTP client, which the caller closes.
         report: Called with the kind and the description of something that the protocol does not allow.
+        on_lost: Called with the reason when the stream of the older SSE transport ends.
     """
 
-    def __init__(self, spec: ServerSpec, client: Any, report: Callable[[str, str], None]) -> None:
-        self._spec, self._client, self._report = spec, client, report
+    def __init__(
+        self, spec: ServerSpec, client: Any, report: Callable[[str, str], None], on_lost: Callable[[str], None]
+    ) -> None:
+        self._spec, self._client, self._report, self._on_lost = spec, client, report, on_lost
         self._connection_errors = connection_errors()
         self._arrived: asyncio.Queue[Any] = asyncio.Queue(_BACKLOG_LIMIT)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -500,8 +506,12 @@ class HttpConnection:
         Raises:
             SessionLostError: The stream cannot be opened, or does not begin with the endpoint.
         """
-        self._sse_stream = SseStream(self._spec, self._client, self._deliver_event, self._lose)
+        self._sse_stream = SseStream(self._spec, self._client, self._deliver_event, self._on_sse_end)
         self._sse_endpoint = await self._sse_stream.open()
+
+    def _on_sse_end(self, end: SessionLostError) -> None:
+        self._lose(end)
+        self._on_lost(str(end))
 
     async def _try_sse(self) -> bool:
         """Opens the older SSE transport at the URL, and returns whether the server uses it."""

@@ -280,7 +280,9 @@ class SessionOwner:
                 if self._link is not None:
                     stack.push_async_callback(self._end_server_process, self._link)
                     await self._link.start()
-                handlers = sdk.NotificationHandlers(self._on_tools_changed, self._on_log, self._on_unexpected)
+                handlers = sdk.NotificationHandlers(
+                    self._on_tools_changed, self._on_log, self._mark_lost, self._on_unexpected
+                )
                 self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")

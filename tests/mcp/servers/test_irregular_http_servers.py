@@ -525,6 +525,21 @@ async def test_an_event_stream_that_ends_loses_the_session(
     await hub.close()
 
 
+async def test_an_event_stream_that_ends_between_two_calls_is_opened_anew(
+    make_hub: MakeHub, make_sse_server: Callable[[int], Any], recorder: Recorder[McpEvent]
+) -> None:
+    server = await make_sse_server(404)
+    hub = make_hub({"a": {"url": server.url, "type": "sse"}}, on_event=recorder)
+    lease = await hub.tools()
+    assert await function_of(lease, "echo")() == "on"
+    server.is_over.set()
+    await recorder.wait_for(lambda each: getattr(each, "state", None) == ServerState.LOST)
+    server.is_over.clear()
+    assert await function_of(lease, "echo")() == "on"
+    assert hub.status()["a"].starts == 2
+    await hub.close()
+
+
 async def test_an_endpoint_at_another_origin_is_not_used(
     make_hub: MakeHub, make_sse_server: Callable[[int], Any]
 ) -> None:
