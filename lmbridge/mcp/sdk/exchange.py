@@ -34,6 +34,8 @@ ProgressCallback = Callable[[float, float | None, str | None], None]
 
 _ID_BITS: Final = 31
 """The size of request ids. Servers in typed languages read them as 32-bit integers."""
+_LONGEST_ID: Final = 20
+"""The number of digits of an id, given as a text, that are read. Our own ids have ten."""
 _REMEMBERED_REQUESTS: Final = 256
 """How many requests that are over are remembered, so that a late answer to one of them is not reported."""
 _MOST_PENDING_REPLIES: Final = 64
@@ -42,6 +44,7 @@ _MOST_PENDING_REPLIES: Final = 64
 _CLOSE_SECONDS: Final = 1.0
 """How long a reply that is given up may take to end, in seconds."""
 _METHOD_NOT_FOUND: Final = -32601
+_SOME_ERROR: Final = {"code": 0, "message": "see the failure of the request"}
 _LONGEST_DETAIL: Final = 200
 """The length to which the description of an unexpected message is shortened, in characters."""
 _MODERN_NOTIFICATIONS: Final = ("notifications/subscriptions/acknowledged", "notifications/cancelled")
@@ -195,7 +198,7 @@ class MessageExchange:
         elif message.get("id") is not None:
             self._incoming_request(message["id"], method)
         elif not isinstance(message.get("params", {}), dict | None):
-            self.report(f"a malformed {method}", message["params"])
+            self.report("a malformed notification", method)
         else:
             return self._incoming_notification(message, method, message.get("params") or {})
         return None
@@ -222,7 +225,9 @@ class MessageExchange:
             self.report(note, request.method)
         if answer.result is None:
             request.failure = self.failure = RefusedError(answer.refusal)
-            return {"jsonrpc": "2.0", "id": sdk_id, "error": answer.error}
+            # Only in a handshake does the SDK act on what the error says.
+            is_call = request.method in ("tools/call", "tools/list")
+            return {"jsonrpc": "2.0", "id": sdk_id, "error": _SOME_ERROR if is_call else answer.error}
         self.failure = None
         request.result = answer.result
         return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
@@ -232,7 +237,8 @@ class MessageExchange:
         if isinstance(answered_id, float) and answered_id.is_integer():
             answered_id = int(answered_id)
         if isinstance(answered_id, str) and answered_id.isascii() and answered_id.isdigit():
-            answered_id = int(answered_id)
+            # Python refuses to convert numbers of thousands of digits.
+            answered_id = int(answered_id[:_LONGEST_ID])
         is_id = isinstance(answered_id, str | int)
         return answered_id if is_id and answered_id in self._pending else None
 

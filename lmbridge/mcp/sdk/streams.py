@@ -21,7 +21,7 @@ import msgspec
 from lmbridge.mcp.jsonrpc import MessageLink
 from lmbridge.mcp.sdk.exchange import MessageExchange
 from lmbridge.mcp.sdk.package import is_v2
-from lmbridge.mcp.sdk.session_errors import SessionLostError
+from lmbridge.mcp.sdk.session_errors import SessionLostError, describe_error
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -29,6 +29,7 @@ _INVALID_REQUEST: Final = {
     "jsonrpc": "2.0",
     "error": {"code": -32600, "message": "Invalid request: it is not a JSON-RPC 2.0 message as MCP defines it"},
 }
+_UNREADABLE_ANSWER: Final = {"jsonrpc": "2.0", "error": {"code": 0, "message": "its answer is not valid"}}
 _MESSAGES_PER_TURN: Final = 50
 """How many messages that the SDK does not get are handled in one turn of the event loop, so that a flood of them does
 not keep everything else waiting."""
@@ -161,7 +162,12 @@ def client_streams(connection: ClientConnection, exchange: MessageExchange) -> S
             else:
                 message = exchange.incoming(item)
             if message is not None:
-                return SessionMessage(parse(message))
+                try:
+                    return SessionMessage(parse(message))
+                except ValueError as exc:
+                    exchange.report("a message that the SDK cannot read", describe_error(exc))
+                    if "id" in message:
+                        return SessionMessage(parse({**_UNREADABLE_ANSWER, "id": message["id"]}))
             unseen += 1
             if unseen % _MESSAGES_PER_TURN == 0:
                 await asyncio.sleep(0)
