@@ -115,6 +115,7 @@ class RunLoop:
             is_stopping=is_stopping,
         )
         record.history.image_place = source.image_places.get(record.model, "user")
+        self._has_shown_images = False
         field = source.demanded_reasoning_fields.get(record.model)
         if settings.send_reasoning is True or (settings.send_reasoning == "auto" and field is not None):
             record.history.send_reasoning(field)
@@ -223,18 +224,24 @@ class RunLoop:
 
     async def _ask_model(self) -> ModelReply:
         self._context.trim()
-        has_made_room = False
+        has_made_room = has_moved_images = False
         while True:
             try:
-                return await self._generate()
+                reply = await self._generate()
             except ContextLengthExceededError as error:
                 if has_made_room or not self._context.make_room(error):
                     raise
                 has_made_room = True
                 logger.info("the prompt was too long for the model's context; it is trimmed and sent again")
             except (LLMResponseError, LLMStreamError) as error:
-                if not (self._add_demanded_reasoning(error) or self._move_refused_images(error)):
+                if self._add_demanded_reasoning(error):
+                    continue
+                if not self._move_refused_images(error):
                     raise
+                has_moved_images = True
+            else:
+                self._learn_image_place(were_moved=has_moved_images)
+                return reply
 
     def _add_demanded_reasoning(self, error: LLMResponseError | LLMStreamError) -> bool:
         """Adds the reasoning to the messages if the server demands it, and returns whether they have changed."""
@@ -255,8 +262,16 @@ class RunLoop:
         )
         logger.info("the server refused the images of a result (%s); %s", error, consequence)
         self._history.move_images(place)
-        self._source.image_places[self._record.model] = place
         return True
+
+    def _learn_image_place(self, *, were_moved: bool) -> None:
+        """Remembers for later runs where the server takes images, if it has refused the first ones of this run.
+
+        If it has taken others before, it may only limit their number.
+        """
+        if were_moved and not self._has_shown_images:
+            self._source.image_places[self._record.model] = self._history.image_place
+        self._has_shown_images |= self._history.ends_with_images
 
     async def _generate(self) -> ModelReply:
         """Requests one generation. A client is leased for its duration only."""

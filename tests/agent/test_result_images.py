@@ -148,7 +148,9 @@ async def test_only_new_images_are_moved(scripted_server: ScriptedServer, client
             await (calls(asks("look", f"call_{turns}")) if turns < 2 else answer("I see."))(exchange)
 
     scripted_server.default = one_image_only
-    result = await Agent(client, tools=[look]).run("Look.")
+    agent = Agent(client, tools=[look])
+    await agent.run("Look.")
+    result = await agent.run("Look.")
     assert [each["role"] for each in result.messages[1:]] == [
         "assistant",
         "tool",
@@ -171,10 +173,15 @@ async def test_only_new_images_are_moved(scripted_server: ScriptedServer, client
 async def test_another_error_after_images_ends_the_run(
     scripted_server: ScriptedServer, client: LLMClient, failure: Behaviour, error: type[Exception], requests: int
 ) -> None:
-    scripted_server.script(calls(asks("look")), *[failure] * 3)
+    scripted_server.script(calls(asks("look")), *[failure] * (requests - 1))
+    agent = Agent(client, tools=[look])
     with pytest.raises(error):
-        await Agent(client, tools=[look]).run("Look.")
+        await agent.run("Look.")
     assert len(generations(scripted_server)) == requests
+    # Nothing has been learned about images.
+    scripted_server.script(calls(asks("look")), answer("I see."))
+    await agent.run("Look.")
+    assert places_of_images(sent(scripted_server)["messages"]) == [("user", 1)]
 
 
 async def test_pictures_that_change_are_no_repetition(scripted_server: ScriptedServer, client: LLMClient) -> None:
