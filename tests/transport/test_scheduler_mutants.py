@@ -200,10 +200,7 @@ MUTANTS = {
         "            if permit.turn is None:\n                self._give_back_turn(permit.priority)\n",
         "",
     ),
-    "a lone request takes no turn": (
-        "        if permit.turn is None:\n            self._take_turn(permit.priority)\n        else:",
-        "        if permit.turn is not None:",
-    ),
+    "turns that are taken are not counted": ("self._turn_count += 1", "pass"),
     # First requests
     "first requests do not go alone": (
         "if not queue.is_loaded:\n            queue.first_request",
