@@ -124,13 +124,14 @@ class Limits:
     until some active model happens to be idle. The setting is used only with `max_loaded_models`."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
-    order: Literal["run", "request"] = attrs.field(
+    # pyright takes the default of such a field for any string.
+    order: Literal["run", "request"] = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="run", validator=as_validator(check_choice, owner="Limits", choices=("run", "request"))
     )
     """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one whose run
     of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
     A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
-    max_begun_runs: int | Literal["auto"] | None = attrs.field(
+    max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
     """The most runs that have begun and not ended. The first request of a further run waits until one of these runs

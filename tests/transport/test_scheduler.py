@@ -757,8 +757,9 @@ def _ahead_of(request: ReferenceRequest, reference: ReferenceSchedule) -> list[R
     own = {each for each in _before(request, reference) if each.model == request.model}
     in_flight = {each for each in reference.arrived if each.admitted <= overdue < each.over}
     ahead = members | own | in_flight
-    if reference.max_models > 1:
+    if reference.max_models > 1 or not reference.is_fifo:
         ahead |= {each for member in members | {request} for each in _before(member, reference)}
+    if reference.max_models > 1:
         ahead |= {each for epoch in later for each in reference.arrived if each.admitted <= epoch.began < each.over}
         whole = [max(member.admitted for member in epoch.batch) for epoch in running + later if epoch.batch]
         ahead |= {each for moment in whole for each in reference.arrived if each.admitted <= moment < each.over}
@@ -809,7 +810,8 @@ def test_a_wait_is_at_most_max_wait_and_one_batch_for_each_other_model_ahead(
 
     With priorities, "overdue" means that the request has also risen above all priorities: it has waited for `max_wait`
     once more for each level by which another request had a higher priority. And "arrived before it" means that a
-    request arrived before that time, because until then it may have gone first.
+    request arrived before that time, because until then it may have gone first. Requests may go before a member of a
+    batch as well, so those that "arrived before" a member count even with one active model.
     """
     limits = Limits(max_concurrency=max_concurrency, max_loaded_models=max_loaded_models, max_wait=max_wait)
     reference = _simulate(limits, jobs)
