@@ -203,7 +203,7 @@ async def test_a_user_tests_a_program_without_a_server(tmp_path: Path) -> None:
 async def test_the_programs_run_on_the_embedded_server(picture: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("needs lmbridge[local]")
-    async with LocalServer(n_ctx=4096, n_parallel=2) as server:
+    async with LocalServer(n_ctx=4096, n_parallel=4) as server:
         programs = {
             "chat.py": await run("chat.py", server.api_base, text="Hello!\nAnd you?\n", model=server.model),
             "openai_original.py": await run("openai_original.py", server.api_base, model=server.model),

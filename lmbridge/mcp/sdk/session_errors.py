@@ -33,7 +33,8 @@ class RequestRejectedError(SessionLostError):
 
     def __init__(self, reason: str, words: str = "", hint: str = "") -> None:
         super().__init__(reason)
-        self.words, self.hint = words, hint
+        self.words: str = words
+        self.hint: str = hint
 
 
 class SessionForgottenError(RequestRejectedError):
