@@ -36,8 +36,8 @@ class Message(TypedDict, total=False):
     role: str
     """The role of the author, which is "assistant" in replies."""
     content: Required[str | None]
-    """The answer; None or empty if the model only called tools. lmbridge fills in None where a server sends nothing, and
-    joins the texts of a content that a server sends in parts."""
+    """The answer; None or empty if the model only called tools. lmbridge fills in None where a server sends nothing,
+    and joins the texts of a content that a server sends in parts."""
     refusal: str | None
     """The model's words if it refused to answer in the form that was asked for."""
     reasoning_content: str | None
