@@ -39,6 +39,7 @@ UNUSABLE_REASON: Final = "lmbridge/unusable"
 
 _CANCEL_NOTICE_SECONDS: Final = 1.0
 """The time limit for notifying the server of a cancelled call, in seconds."""
+_CONNECTION_CLOSED_CODE: Final = -32000
 _CONNECTION_CLOSED: Final = "the connection was closed"
 _BAD_HEADERS: Final = "its inputSchema has an x-mcp-header that is not valid, so the protocol forbids calling it"
 
@@ -195,7 +196,10 @@ class _SessionBase:
         except (error_class, *stream_errors) as exc:
             if request.failure is not None:
                 raise request.failure from exc
-            # The SDK raises these by itself only when its streams have ended.
+            error: Any = getattr(exc, "error", exc)
+            if isinstance(exc, error_class) and error.code != _CONNECTION_CLOSED_CODE:
+                raise RefusedError(str(exc)) from exc
+            # The SDK raises the others by itself only when its streams have ended.
             raise self._lost_error() from exc
         except (ValueError, RuntimeError) as exc:
             raise BadReplyError(describe_error(exc)) from exc

@@ -10,8 +10,7 @@ doubles each time, up to 30 seconds, and is reset once a session has lasted for 
 
 A call that was interrupted is not repeated, because it may have run. There are two exceptions: a tool that the server
 has declared idempotent, and a server that has forgotten the session and therefore refused the call. Such a call is
-repeated once. All errors of a call become text for the model, which can often do
-something about them.
+repeated once. All errors of a call become text for the model, which can often do something about them.
 """
 
 from __future__ import annotations

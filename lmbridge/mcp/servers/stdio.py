@@ -22,7 +22,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _LINES_AT_ONCE: Final = 1000
 """The number of lines that are parsed at once. More of them would keep everything else waiting."""
-_SLICE_BYTES: Final = 8 * 2**10
+_SLICE_BYTES: Final = 2 * 2**10
 """How many bytes are parsed at once if they contain more lines than that."""
 _LOGGED_BYTES: Final = 200
 """How much of a line that contains no message is shown in the log, in bytes."""
