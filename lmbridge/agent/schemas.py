@@ -119,7 +119,7 @@ def _bounded(validator_class: Any) -> Callable[[Mapping[str, Any]], Validator]:
         "additionalProperties": partial(_additional_properties, original["additionalProperties"]),
         "uniqueItems": _unique_items,
     }
-    keywords = {name: _counted(own.get(name, check)) for name, check in original.items()}
+    keywords = {name: _counted(check) for name, check in {**original, **own}.items()}
     bounded: Any = extend(validator_class, keywords)
     # By default, a part with a `$schema` would be checked by the class of that draft, whose work is not counted.
     bounded.evolve = attrs.evolve

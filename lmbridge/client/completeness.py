@@ -55,7 +55,7 @@ def _complete_text(choice: dict[str, Any]) -> bool:
 
 
 def _complete_message(choice: dict[str, Any]) -> bool:
-    message = choice.get("message")
+    message: Any = choice.get("message")
     if message is None and _error_of(choice):
         # OpenRouter leaves the message out beside an error.
         message = choice["message"] = {"role": "assistant"}

@@ -261,7 +261,7 @@ def _markers_of(markers: Iterable[tuple[str, str] | ReasoningMarkers] | None) ->
                 f"markers[{number}] must be a pair of an opening and a closing text, not {pair!r}",
                 hint="for example markers=[*ReasoningSplitter.DEFAULT_MARKERS, ('<reasoning>', '</reasoning>')]",
             )
-    return tuple(ReasoningMarkers(*pair) for pair in pairs)
+    return tuple(pair if isinstance(pair, ReasoningMarkers) else ReasoningMarkers(*pair) for pair in pairs)
 
 
 @lru_cache(maxsize=64)
