@@ -318,14 +318,15 @@ def merge_field(fields: dict[str, Any], key: str, new: Any, *, joins_texts: bool
         fields[key] = new
 
 
-def copy_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+def copy_fields(fields: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """Returns a copy of merged fields that later merging does not change, with texts as strings."""
-    return {key: _copy(value) for key, value in fields.items()}
+    return {key: _copy(value, depth) for key, value in fields.items()}
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, depth: int) -> Any:
     if isinstance(value, io.StringIO):
         return join_surrogates(value.getvalue())
-    if isinstance(value, dict):
-        return copy_fields(value)
+    # What is nested more deeply was not merged, and may be nested too deeply for a recursive function.
+    if isinstance(value, dict) and depth <= _DEEPEST_MERGED_FIELD:
+        return copy_fields(value, depth + 1)
     return list(value) if isinstance(value, list) else value

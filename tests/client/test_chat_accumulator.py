@@ -156,9 +156,10 @@ def test_the_strings_of_a_choice_are_not_pieces_of_a_text() -> None:
     assert (choice["state"], choice["native"]) == ("done", {"state": "done"})
 
 
-def test_deeply_nested_fields_are_kept() -> None:
+@pytest.mark.parametrize("depth", [5, 19, 20, 21, 22, 500])
+def test_deeply_nested_fields_are_kept(depth: int) -> None:
     value: Any = "x"
-    for _ in range(200):
+    for _ in range(depth):
         value = {"a": value}
     accumulator = accumulated([a_chunk(a_choice({"extra": value}), extra=value)])
     assert accumulator.reply()["choices"][0]["message"]["extra"] == value  # type: ignore[typeddict-item]  # not in the API
