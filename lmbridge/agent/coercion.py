@@ -98,16 +98,19 @@ class _Alternative:
         others = self.keywords.get("additionalProperties", True)
         return [] if others is False else [others]
 
-    def schemas_at(self, index: int) -> Sequence[Any]:
-        """Returns the schemas of an item of a list."""
+    @property
+    def first_items(self) -> Sequence[Any]:
+        """The schemas of the first items of a list, if they have schemas of their own."""
+        # Drafts before 2020 have them in `items`.
+        return _list(self.keywords.get("prefixItems")) or _list(self.keywords.get("items"))
+
+    def schema_at(self, index: int) -> Any:
+        """Returns the schema of an item of a list."""
+        first = self.first_items
+        if index < len(first):
+            return first[index]
         items = self.keywords.get("items", True)
-        first = self.keywords.get("prefixItems")
-        if isinstance(items, list):
-            # Drafts before 2020.
-            first, items = items, self.keywords.get("additionalItems", True)
-        if isinstance(first, list) and index < len(first):
-            return [first[index]]
-        return [items]
+        return self.keywords.get("additionalItems", True) if isinstance(items, list) else items
 
 
 class Coercer:
@@ -138,22 +141,18 @@ class Coercer:
             inexact: Numbers that were written in another way than Python would, such as 3.10, which never become a
                 text.
         """
-        return self._coerce(value, [self._root], inexact)
+        return self._coerce(value, self._alternatives(self._root), inexact)
 
-    def _coerce(self, value: Any, schemas: Iterable[Any], inexact: Collection[float]) -> Any:
+    def _coerce(self, value: Any, alternatives: Sequence[_Alternative], inexact: Collection[float]) -> Any:
         spend_steps(1)
-        alternatives = [each for schema in schemas for each in self._alternatives(schema)]
         fitting = [each for each in alternatives if each.fits(value)]
         if not fitting:
             value = self._only_reading(value, alternatives, inexact)
             fitting = [each for each in alternatives if each.fits(value)]
         if isinstance(value, dict):
             return self._coerce_object(value, fitting, inexact)
-        if isinstance(value, list) and any(not _accepts_all_items(each) for each in fitting):
-            return [
-                self._coerce(item, [schema for each in fitting for schema in each.schemas_at(index)], inexact)
-                for index, item in enumerate(value)
-            ]
+        if isinstance(value, list):
+            return self._coerce_list(value, fitting, inexact)
         return value
 
     def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: Collection[float]) -> Any:
@@ -170,11 +169,24 @@ class Coercer:
             fitting = [each for each in fitting if self._is_possible(value, each)]
         coerced: dict[str, Any] = {}
         for name, item in value.items():
-            schemas = [schema for each in fitting for schema in each.schemas_of(name)]
-            if schemas and not any(name in each.required for each in fitting) and self._is_unset(item, schemas):
+            alternatives = self._alternatives_of(schema for each in fitting for schema in each.schemas_of(name))
+            if _is_unset(item, alternatives) and not any(name in each.required for each in fitting):
                 continue
-            coerced[name] = self._coerce(item, schemas, inexact) if schemas else item
+            coerced[name] = self._coerce(item, alternatives, inexact)
         return coerced
+
+    def _coerce_list(
+        self, value: Sequence[Any], fitting: Sequence[_Alternative], inexact: Collection[float]
+    ) -> Sequence[Any]:
+        if not any("items" in each.keywords or "prefixItems" in each.keywords for each in fitting):
+            return value
+        first_count = max((len(each.first_items) for each in fitting), default=0)
+        first = [
+            self._coerce(item, self._alternatives_of(each.schema_at(index) for each in fitting), inexact)
+            for index, item in enumerate(value[:first_count])
+        ]
+        others = self._alternatives_of(each.schema_at(first_count) for each in fitting)
+        return first + [self._coerce(item, others, inexact) for item in value[first_count:]]
 
     def _is_possible(self, value: Mapping[str, Any], alternative: _Alternative) -> bool:
         """Returns whether an alternative knows all properties of an object, and lists the values of those it lists."""
@@ -183,21 +195,18 @@ class Coercer:
             schemas = alternative.schemas_of(name)
             if not schemas:
                 return False
-            listed = [each for schema in schemas for each in self._alternatives(schema)]
+            listed = self._alternatives_of(schemas)
             if listed and all(each.values is not None for each in listed):
                 reading = self._only_reading(item, listed, ())
                 if not any(each.fits(item) or each.fits(reading) for each in listed):
                     return False
         return True
 
-    def _is_unset(self, value: Any, schemas: Iterable[Any]) -> bool:
-        if not (value is None or (isinstance(value, str) and value.strip() in ("", "null"))):
-            return False
-        alternatives = [each for schema in schemas for each in self._alternatives(schema)]
-        has_default = any("default" in each.keywords for each in alternatives)
-        return has_default and not any(each.accepts_blank(value) for each in alternatives)
-
     # Alternatives
+
+    def _alternatives_of(self, schemas: Iterable[Any]) -> Sequence[_Alternative]:
+        """Returns the alternatives of a value that has to satisfy one of several schemas."""
+        return [each for schema in schemas for each in self._alternatives(schema)]
 
     def _alternatives(self, schema: Any) -> Sequence[_Alternative]:
         known = self._known.get(id(schema))
@@ -276,8 +285,12 @@ def _readings_of_text(text: str) -> Iterator[Any]:
             yield int(value)
 
 
-def _accepts_all_items(alternative: _Alternative) -> bool:
-    return not any(key in alternative.keywords for key in ("items", "prefixItems"))
+def _is_unset(value: Any, alternatives: Sequence[_Alternative]) -> bool:
+    """Returns whether a value is blank, and stands for the default because no alternative accepts it."""
+    if not (value is None or (isinstance(value, str) and value.strip() in ("", "null"))):
+        return False
+    has_default = any("default" in each.keywords for each in alternatives)
+    return has_default and not any(each.accepts_blank(value) for each in alternatives)
 
 
 def _is_same(one: Any, other: Any) -> bool:

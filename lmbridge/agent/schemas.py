@@ -17,7 +17,7 @@ import attrs
 
 from lmbridge._text import excerpt
 from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
-from lmbridge.agent.step_limit import STEPS_IN_THREAD, StepLimitError, limit_steps, spend_steps
+from lmbridge.agent.step_limit import STEPS_FOR_SCHEMA, StepLimitError, limit_steps, spend_steps
 from lmbridge.client.subschemas import map_subschemas, resolve_reference, schemas_within
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ _MOST_MISMATCHES: Final = 100
 """The number of mismatches after which the search for more of them ends."""
 _LONGEST_CHAIN: Final = 100
 """The number of references that may lead to one another before the last one counts as a reference to nothing."""
-_STEPS_OF_KEYWORD: Final = 8
+_STEPS_OF_KEYWORD: Final = 10
 """What the check of one keyword costs, in steps of `step_limit`."""
+_STEPS_OF_MISMATCH: Final = 100
+"""What a mismatch costs. It is a large object that is kept, and many of them hold up the garbage collector."""
 _CHARACTERS_OF_STEP: Final = 200
 """How many characters of a mismatch's message cost a step. jsonschema quotes the whole value in it."""
 
@@ -94,7 +96,7 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
     from jsonschema.validators import validator_for  # noqa: PLC0415
 
     try:
-        with limit_steps(STEPS_IN_THREAD):
+        with limit_steps(STEPS_FOR_SCHEMA):
             usable = _usable_schema(schema)
             validator_class: Any = validator_for(usable, default=Draft202012Validator)
             rules = validator_class.META_SCHEMA
@@ -130,7 +132,7 @@ def _counted(check: _Keyword) -> _Keyword:
     def check_and_count(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         spend_steps(_STEPS_OF_KEYWORD + (len(value) if isinstance(value, list | dict) else 0))
         for error in check(validator, value, instance, schema) or ():
-            spend_steps(len(error.message) // _CHARACTERS_OF_STEP)
+            spend_steps(_STEPS_OF_MISMATCH + len(error.message) // _CHARACTERS_OF_STEP)
             yield error
 
     return check_and_count

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-STEPS_AT_ONCE: Final = 40_000
-"""The steps that may be made in the event loop, which stands still meanwhile: about 40 ms."""
-STEPS_IN_THREAD: Final = 5_000_000
-"""The steps that may be made in a thread, while the event loop goes on: about five seconds."""
+STEPS_AT_ONCE: Final = 20_000
+"""The steps that may be made in the event loop, which stands still meanwhile: about 20 ms."""
+STEPS_IN_THREAD: Final = 3_000_000
+"""The steps that may be made in a thread, while the event loop goes on: about three seconds."""
+STEPS_FOR_SCHEMA: Final = 1_000_000
+"""The steps that the check of a schema itself may take, which is made in a thread: about a second."""
 
 
 class StepLimitError(Exception):
