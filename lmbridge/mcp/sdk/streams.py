@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -132,8 +132,12 @@ class LinkConnection:
     """None, because the owner of the link knows why it ended."""
 
     def __init__(self, link: MessageLink) -> None:
-        self.receive: Callable[[], Coroutine[Any, Any, Any]] = link.receive
+        self._receive = link.receive
         self._send = link.send
+
+    async def receive(self) -> Any:
+        """Returns the next message; see `ClientConnection.receive`."""
+        return await self._receive()
 
     async def send(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:  # noqa: ARG002 - for HTTP
         """Sends a message; see `ClientConnection.send`."""
