@@ -81,8 +81,7 @@ def test_classifiers_claim_only_pythons_that_nox_runs_and_the_system_of_the_test
     assert claimed == set(ast.literal_eval(tested))
     systems = [each for each in classifiers if each.startswith("Operating System :: ")]
     assert systems == ["Operating System :: POSIX :: Linux"]
-    # The project has no public home yet.
-    assert metadata.get_all("Project-URL") is None
+    assert metadata.get_all("Project-URL") == ["Homepage, https://pypi.org/project/lmbridge/"]
 
 
 def test_the_default_install_needs_no_extra(metadata: Message) -> None:
