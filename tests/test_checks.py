@@ -89,11 +89,18 @@ def test_the_error_says_what_the_argument_must_be_and_what_it_is(check: Check, v
     assert str(caught.value) == f"option must be {expected}, not {value!r}; leave option out to use its default"
 
 
-@pytest.mark.parametrize("model", ["", " ", 5, ["qwen"]])
-def test_a_model_name_that_is_not_one_is_refused_with_where_to_find_one(model: Any) -> None:
-    with pytest.raises(
-        LLMValidationError, match=r"^model must be the name of a model or None, not .*; list_models\(\)"
-    ):
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("", r"list_models\(\) returns the names"),
+        (" ", r"list_models\(\) returns the names"),
+        ({"name": "qwen"}, r"list_models\(\) returns the names"),
+        (5, "pass a number of seconds as timeout="),
+        (["qwen"], "pass one name"),
+    ],
+)
+def test_a_model_name_that_is_not_one_is_refused_with_what_to_pass(model: Any, hint: str) -> None:
+    with pytest.raises(LLMValidationError, match=f"^model must be the name of a model or None, not .*; {hint}"):
         check_model_name(model)
 
 
