@@ -35,8 +35,8 @@ from lmbridge.agent.reasoning_replay import demanded_field
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.result import Round, StopReason, ToolRecord
-from lmbridge.agent.result_images import next_place
-from lmbridge.agent.sampling import sampling_params
+from lmbridge.agent.result_images import ImagePlace, next_place, place_after
+from lmbridge.agent.sampling import allows_calls, sampling_params
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.tokens import ContextBudget
@@ -224,7 +224,9 @@ class RunLoop:
 
     async def _ask_model(self) -> ModelReply:
         self._context.trim()
-        has_made_room = has_moved_images = False
+        has_made_room = False
+        first_place = self._history.image_place
+        refusals: list[LLMResponseError | LLMStreamError] = []
         while True:
             try:
                 reply = await self._generate()
@@ -238,9 +240,9 @@ class RunLoop:
                     continue
                 if not self._move_refused_images(error):
                     raise
-                has_moved_images = True
+                refusals.append(error)
             else:
-                self._learn_image_place(were_moved=has_moved_images)
+                self._learn_image_place(first_place, refusals)
                 return reply
 
     def _add_demanded_reasoning(self, error: LLMResponseError | LLMStreamError) -> bool:
@@ -253,7 +255,7 @@ class RunLoop:
         return True
 
     def _move_refused_images(self, error: LLMResponseError | LLMStreamError) -> bool:
-        """Puts the images of the last results in another place if the server has refused them, and returns whether."""
+        """Moves the images of the last results if the server has refused them. Returns whether they were moved."""
         place = next_place(self._history.image_place, error) if self._history.ends_with_images else None
         if place is None or self._record.text:
             return False
@@ -264,13 +266,18 @@ class RunLoop:
         self._history.move_images(place)
         return True
 
-    def _learn_image_place(self, *, were_moved: bool) -> None:
+    def _learn_image_place(self, place: ImagePlace, refusals: Sequence[LLMResponseError | LLMStreamError]) -> None:
         """Remembers for later runs where the server takes images, if it has refused the first ones of this run.
 
         If it has taken others before, it may only limit their number.
+
+        Args:
+            place: The place in which the images were sent first.
+            refusals: The errors after which they were sent elsewhere.
         """
-        if were_moved and not self._has_shown_images:
-            self._source.image_places[self._record.model] = self._history.image_place
+        learned = place_after(place, refusals)
+        if learned != place and not self._has_shown_images:
+            self._source.image_places[self._record.model] = learned
         self._has_shown_images |= self._history.ends_with_images
 
     async def _generate(self) -> ModelReply:
@@ -296,7 +303,7 @@ class RunLoop:
         if self._output is not None and reply.is_only_reasoning and not reply.calls:
             reply.text = answer_in_reasoning(reply.reasoning)
         self._count_tokens(reply, prompt_size)
-        if not reply.calls and (found := self._toolset.find_text_calls(reply.text)):
+        if not reply.calls and allows_calls(params) and (found := self._toolset.find_text_calls(reply.text)):
             reply.text, reply.calls = found
         record.end_reply(reply.text, reply.reasoning)
         return reply

@@ -1,4 +1,4 @@
-"""Regular expressions of other people's schemas, matched in time that no text can make explode.
+"""Matches the regular expressions in schemas from untrusted sources, in time proportional to the text.
 
 `re` backtracks: with `^(a+)+$`, each further "a" of a text that does not match doubles its time, and it holds the
 interpreter meanwhile. A thread would not help, because `re` does not release the GIL. A process would have to be
@@ -26,6 +26,11 @@ _LONGEST_PATTERN: Final = 10_000
 """The number of characters beyond which a pattern is not supported."""
 _MOST_STATES: Final = 10_000
 """The number of states beyond which a pattern is not supported. `a{1000}` has a thousand of them."""
+_MOST_PARTS: Final = 50_000
+"""The number of parts beyond which a pattern is not supported, those without states included. `(a{0}){1000}` has two
+thousand of them."""
+_STEPS_OF_CHARACTER: Final = 10
+"""What it costs to read a character of a pattern, in steps of `step_limit`."""
 _MOST_CACHED_STEPS: Final = 20_000
 """The number of steps that a pattern keeps in its cache."""
 
@@ -202,20 +207,33 @@ def _is_boundary(kind: str, side: str, char: str) -> bool:
     return ((side == "w") is not _is_word(char)) is (kind == "word edge")
 
 
-@lru_cache(maxsize=1_000)
 def compile_pattern(source: str) -> Pattern:
     """Compiles a regular expression.
 
     Raises:
         UnsupportedPatternError: The expression is not valid, too large, or uses a construct that is not supported.
+        StepLimitError: It takes more steps than are allowed.
     """
     if len(source) > _LONGEST_PATTERN:
         raise UnsupportedPatternError("it is too long")
     try:
-        compiler = _Compiler()
-        return Pattern(compiler.states, compiler.add(_Parser(source).parse(), _END))
+        compiled = _compile(source)
     except RecursionError as exc:
         raise UnsupportedPatternError("it is nested too deeply") from exc
+    if isinstance(compiled, str):
+        raise UnsupportedPatternError(compiled)
+    return compiled
+
+
+@lru_cache(maxsize=1_000)
+def _compile(source: str) -> Pattern | str:
+    """Returns a pattern, or why it is not supported; `lru_cache` would forget an exception."""
+    spend_steps(_STEPS_OF_CHARACTER * len(source))
+    try:
+        compiler = _Compiler()
+        return Pattern(compiler.states, compiler.add(_Parser(source).parse(), _END))
+    except UnsupportedPatternError as exc:
+        return str(exc)
 
 
 class _Compiler:
@@ -224,9 +242,15 @@ class _Compiler:
     def __init__(self) -> None:
         # The end of the match has no state of its own.
         self.states: list[_State] = [_SplitState(())]
+        self._parts_left = _MOST_PARTS
 
     def add(self, part: _Part, following: int) -> int:
         """Adds the states of a part, after which the match goes on with another state; returns where it begins."""
+        spend_steps(1)
+        # A part without states can be repeated as well, by repetitions that multiply: `a{0}{9999}{9999}`.
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise UnsupportedPatternError("it is too large")
         if isinstance(part, _Char):
             return self._append(_CharState(part.test, following))
         if isinstance(part, _Boundary):

@@ -3,8 +3,9 @@
 Servers differ in what they accept. The specification of chat completions allows images only in user messages, and LM
 Studio answers 400 to a tool message that has one, as do some models of vLLM. llama.cpp takes them in both. But there
 are chat templates that refuse a user message directly after the results of tools. So an image goes into a user message
-that follows the results; if the server refuses that, into the tool message; and if it refuses that as well, or the
-model has no eyes, the model reads that it cannot see the image. What a server has refused is remembered for the model.
+that follows the results; if the server refuses that, into the tool message; and if it refuses that as well, or if the
+model does not support images, the model is told that it cannot see the image. What a server has refused is remembered
+for the model, if the error says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ _REFUSING_STATUSES: Final = (400, 404, 415, 422, 500, 501)
 _MOST_CHARACTERS: Final = 5_000
 """How much of an error is searched."""
 _SAYS_NO_IMAGES: Final = re.compile(r"\bimages?\b|\bvision\b|\bmulti-?modal|\bmmproj\b", re.IGNORECASE)
+_CONCERNS_MESSAGES: Final = re.compile(
+    r"\bimages?\b|\bvision\b|\bmulti-?modal|\bmmproj\b|\bmessages\b|\bcontent\b|\brole|\btool|\bassistant\b|\btemplate\b",
+    re.IGNORECASE,
+)
+"""Finds the words of an error that is about the messages. Other errors, such as that of a driver, may pass."""
 _SAYS_WHERE: Final = re.compile(r"\brole|\btool|\bassistant\b", re.IGNORECASE)
 
 
@@ -57,10 +63,31 @@ def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
     is_refusal = type(error) is LLMResponseError and (error.status or 200) in (*_REFUSING_STATUSES, 200)
     if place == "none" or not (is_refusal or type(error) is LLMStreamError):
         return None
-    text = f"{error.message} {error.body or ''}"[:_MOST_CHARACTERS]
+    text = _text_of_error(error)
     if _SAYS_NO_IMAGES.search(text) and not _SAYS_WHERE.search(text):
         return "none"
     return NEXT_PLACE[place]
+
+
+def place_after(place: ImagePlace, errors: Sequence[LLMError]) -> ImagePlace:
+    """Returns the place that is worth remembering after errors, which may be the first one.
+
+    An error that does not say that the messages are wrong, such as that of a driver, proves nothing.
+
+    Args:
+        place: The place in which images were sent first.
+        errors: The errors after each of which they were sent in the `next_place`.
+    """
+    for error in errors:
+        following = next_place(place, error)
+        if following is None or not _CONCERNS_MESSAGES.search(_text_of_error(error)):
+            break
+        place = following
+    return place
+
+
+def _text_of_error(error: LLMError) -> str:
+    return f"{error.message} {error.body or ''}"[:_MOST_CHARACTERS]
 
 
 def _is_image(part: Any) -> bool:

@@ -79,3 +79,10 @@ def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_ro
     elif choice not in (None, "none", "auto") and not is_first_round:
         del params["tool_choice"]
     return params
+
+
+def allows_calls(params: Mapping[str, Any]) -> bool:
+    """Returns whether a request with these fields offers tools, and does not forbid the model to call them."""
+    # The fields of `extra_body` replace the others.
+    fields = {**params, **params.get("extra_body", {})}
+    return "tools" in fields and fields.get("tool_choice") != "none"

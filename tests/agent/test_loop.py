@@ -264,6 +264,17 @@ async def test_a_call_written_as_text_is_made(scripted_server: ScriptedServer, c
     assert tool_texts(result.messages) == ["3"]
 
 
+@pytest.mark.parametrize("options", [{"tool_choice": "none"}, {"extra_body": {"tool_choice": "none"}}])
+@pytest.mark.parametrize("before", ["", "As told, I write and do not call:\n"])
+async def test_a_call_written_as_text_is_not_made_if_calls_are_forbidden(
+    scripted_server: ScriptedServer, client: LLMClient, options: dict[str, Any], before: str
+) -> None:
+    text = f'{before}<tool_call>{{"name": "add", "arguments": {{"a": 1, "b": 2}}}}</tool_call>'
+    scripted_server.script(answer(text))
+    result = await Agent(client, tools=[add], **options).run("Write a call.")
+    assert (result.text, result.tool_calls, len(result.warnings)) == (text, (), 1)
+
+
 async def test_a_call_quoted_in_an_answer_is_not_made(scripted_server: ScriptedServer, client: LLMClient) -> None:
     text = 'Write <tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call> for that.'
     scripted_server.script(answer(text))

@@ -212,3 +212,13 @@ def test_the_schema_is_shown_to_the_model_as_it_is_sent() -> None:
     assert request is not None
     assert reader.response_format is not None
     assert json.loads(request.partition("schema: ")[2]) == reader.response_format["json_schema"]["schema"]
+
+
+async def test_a_call_written_as_text_is_not_made_when_the_output_is_requested(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    scripted_server.script(answer("It is three."), answer(text), answer("3"))
+    result = await Agent(client, tools=[add], output_type=int).run("What is 1 plus 2?")
+    assert (result.output, result.tool_calls) == (3, ())
+    assert "tools" not in sent(scripted_server, 1)

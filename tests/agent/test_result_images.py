@@ -184,6 +184,33 @@ async def test_another_error_after_images_ends_the_run(
     assert places_of_images(sent(scripted_server)["messages"]) == [("user", 1)]
 
 
+@pytest.mark.parametrize(
+    ("failures", "place"),
+    [
+        (["CUDA error: an illegal memory access was encountered"] * 2, ("user", 1)),
+        (["CUDA error: an illegal memory access was encountered"], ("user", 1)),
+        (["CUDA error: an illegal memory access was encountered", BAD_MESSAGES], ("user", 1)),
+        ([BAD_MESSAGES, "CUDA error: an illegal memory access was encountered"], ("tool", 1)),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_error_that_may_pass_does_not_make_an_agent_blind(
+    scripted_server: ScriptedServer, client: LLMClient, failures: list[str], place: tuple[str, int], is_stream: bool
+) -> None:
+    # An error 500 is retried once by the client.
+    refusals = [
+        sse({"error": {"message": message}}) if is_stream else reply(status, {"error": {"message": message}})
+        for message in failures
+        for status in ([400] if message == BAD_MESSAGES else [500, 500])[: 1 if is_stream else 2]
+    ]
+    scripted_server.script(calls(asks("look")), *refusals, answer("I see."))
+    agent = Agent(client, tools=[look])
+    await agent.run("Look.")
+    scripted_server.script(calls(asks("look")), answer("I see."))
+    await agent.run("Look.")
+    assert places_of_images(sent(scripted_server)["messages"]) == [place]
+
+
 async def test_pictures_that_change_are_no_repetition(scripted_server: ScriptedServer, client: LLMClient) -> None:
     pictures = iter(range(10))
 
