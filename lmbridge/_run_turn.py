@@ -8,6 +8,7 @@ tasks that a tool starts inherit the variable: what a tool generates belongs to 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -24,11 +25,14 @@ def next_order_number() -> int:
 class RunTurn:
     """The place of a run among all runs. It is small, because sockets and timers keep the context that refers to it."""
 
-    __slots__ = ("__weakref__", "_callbacks", "is_over", "number", "priority")
+    __slots__ = ("__weakref__", "_callbacks", "is_over", "loop", "number", "priority")
 
-    def __init__(self, priority: int | None = None) -> None:
+    def __init__(self, priority: int | None = None, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.priority: Final = priority
         """The priority of all requests of the run, or None for that of the client that sends them."""
+        self.loop: Final = loop
+        """The event loop of the run. In another one, a request of a tool does not belong to the run: it would have to
+        learn about the end of the run from another thread. None stands for any loop."""
         self.number: Final = next_order_number()
         """The position of the run in the order of all runs and requests; the lowest is the oldest."""
         self.is_over: bool = False

@@ -121,7 +121,8 @@ class Limits:
     """The seconds after which a request that waits for its model to become active is overdue. The model that has been
     active longest then gets no new requests, and makes room as soon as it has finished those in flight. A lower value
     is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so it waits
-    until some active model happens to be idle. The setting is used only with `max_loaded_models`."""
+    until some active model happens to be idle. It is also the time in which the priority of a waiting request rises by
+    one, and after which the first request of a run needs no turn (see `max_begun_runs`)."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
     # pyright takes the default of such a field for any string.
@@ -150,7 +151,8 @@ class Limits:
 
 Priority: TypeAlias = Literal["interactive", "normal", "batch"] | int
 """How urgent the requests of a client or an agent are. The names stand for the numbers 1, 0 and -1; a higher number
-goes first. Waiting requests rise by one for each `Limits.max_wait` seconds, so that none waits forever."""
+goes first. Waiting requests rise by one for each `Limits.max_wait` seconds, up to the highest priority that waits, so
+that urgent requests cannot keep others waiting forever."""
 
 _PRIORITIES: Final = {"interactive": 1, "normal": 0, "batch": -1}
 
@@ -169,7 +171,7 @@ def check_priority(value: Priority) -> int:
         "priority",
         "'interactive', 'normal', 'batch' or an integer",
         value,
-        hint="the priority is a matter of this client; a server's own `priority` goes into extra_body",
+        hint="it orders requests within lmbridge; send a server's own `priority` in extra_body",
     )
 
 

@@ -63,7 +63,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         is_muted: bool = False,
     ) -> None:
         # Without a running loop, this raises an error before a coroutine is created that would never be awaited.
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         self.id: Final = os.urandom(16).hex()
         self._has_begun = False
         self._begun_waiter: asyncio.Future[None] | None = None
@@ -75,8 +75,9 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
         self.permit: Final = RunPermit(requested_model=model, parent=current_permit.get(), cancel=self._cancel)
         inherited = current_turn.get()
-        self._is_nested = inherited is not None and not inherited.is_over
-        self._turn: RunTurn = inherited if inherited is not None and self._is_nested else RunTurn(settings.priority)
+        has_turn = inherited is not None and not inherited.is_over and inherited.loop is loop
+        self._own_turn = None if has_turn else RunTurn(settings.priority, loop)
+        self._turn = self._own_turn or inherited
         self._stop_reason: StopReason = "running"
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
         self._task.add_done_callback(self._on_end)
@@ -261,8 +262,6 @@ class RunHandle(NotCopyable, Generic[OutputT]):
 
     def _on_end(self) -> None:
         _runs_in_flight.discard(self)
-        if not self._is_nested:
-            self._turn.end()
         self._mark_begun()
         if self._stop_reason == "running":
             # The task was cancelled before its first step.
@@ -271,6 +270,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self.permit.cancel = _ignore_cancel
         # Text of a cancelled run is dropped: a listener must not take it for part of an answer.
         self._channel.close(discard=self._stop_reason == "cancelled")
+        if self._own_turn is not None:
+            self._own_turn.end()
 
 
 class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):

@@ -106,8 +106,9 @@ class LLMClient(NotCopyable):
         proxy: The URL of an HTTP proxy, or of a SOCKS proxy if the package aiohttp-socks is installed. It may contain a
             user and a password. Default: none.
         priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
-            stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first, and each rises
-            by 1 for every `Limits.max_wait` seconds. It is not sent to the server.
+            stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first. A waiting
+            one rises by 1 for every `Limits.max_wait` seconds, up to the highest that waits. It is not sent to the
+            server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.

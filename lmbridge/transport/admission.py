@@ -149,7 +149,7 @@ class Admission:
         """Returns the turn of the run to which the current task belongs, and makes sure that its end is noticed."""
         turn = current_turn.get()
         # A task that a tool has started may go on after the end of the run.
-        if turn is None or turn.is_over:
+        if turn is None or turn.is_over or turn.loop not in {None, self._loop}:
             return None
         if turn not in self._turns:
             self._turns.add(turn)

@@ -21,20 +21,23 @@ other model that is ahead of it.
 The rules in full:
 
 - At most `max_concurrency` requests are in flight. Among those that may go, the one with the highest *level* goes
-  first. The level is the priority, plus one for each `max_wait` seconds of waiting, so that nothing waits forever.
+  first. The level is the priority, plus one for each `max_wait` seconds of waiting, but not more than the highest
+  priority that waits. So a patient request goes at last before urgent ones that arrive later, and the levels do not
+  disturb the order of runs where all have the same priority.
 - Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
   request that belongs to no run is a run of its own. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits for its *turn*: until one of them ends, or has had no request for `RUN_PATIENCE` seconds because its
-  tools take long. A begun run of a lower priority holds nobody up, and after `max_wait` a request needs no turn. So the
-  prompts of the runs that have begun stay in the server's cache.
+  tools take long. Begun runs of a lower priority do not count, and after `max_wait` a request needs no turn. So the
+  server has fewer prompts in its cache than runs in the queue.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
 - A request whose model is not active is *overdue* after `max_wait`. Then the model that has been active longest is
   drained, and its slot goes to the first of the requests that wait for an inactive model and may go.
 - The requests that wait for a model when it becomes active are its *batch*. A drain never holds back a batch, and no
-  drain begins before every batch has been admitted.
+  drain begins before every batch has been admitted. As soon as a request is overdue, no other request for the model
+  goes before the members of its batch, so that the drain can begin.
 - A model that has just become active is not known to be loaded. Its first request goes alone, because a server that
   gets several may load the model several times. The others follow when the first event of the reply has arrived; if the
   first request fails, the next one goes alone.
@@ -68,7 +71,8 @@ logger: logging.Logger = logging.getLogger("lmbridge.transport")
 RUN_PATIENCE: Final = 3.0
 """The seconds for which a run that has begun keeps its turn without a request: as long as most tools take."""
 
-_Key: TypeAlias = tuple[float, ...]
+Rank: TypeAlias = tuple[float, ...]
+"""What waiting requests are sorted by; the lowest goes first."""
 
 
 @attrs.define(eq=False)
@@ -114,6 +118,8 @@ class Permit:
     """The time at which the level of the waiting request rises next."""
     order_number: int = 0
     """The number by which requests of the same level are ordered: that of the run, or the request's own."""
+    rank: Rank = (0, 0, 0)
+    """The place of the waiting request among all others: its level, its order number and its arrival number."""
     arrival_number: int = 0
     """A number that increases with each request that has to wait."""
 
@@ -153,25 +159,30 @@ class ModelQueue:
     """The waiting requests that need no turn; the one that goes first comes first."""
     without_turn: PermitHeap = attrs.field(init=False)
     """The waiting requests that wait for their turn."""
+    ready_in_batch: PermitHeap = attrs.field(init=False)
+    """The members of the batch that need no turn."""
+    batch_without_turn: PermitHeap = attrs.field(init=False)
+    """The members of the batch that wait for their turn."""
     idle_since: float = -math.inf
     """The time at which a request for the model last ended."""
     is_surplus: bool = False
     """Whether the model exceeds limits that were lowered while it had requests in flight."""
 
     def __attrs_post_init__(self) -> None:
-        self.ready = PermitHeap(
-            self.waiting, lambda permit: _rank(permit) if self._has(permit, needs_turn=False) else None
-        )
-        self.without_turn = PermitHeap(
-            self.waiting, lambda permit: _rank(permit) if self._has(permit, needs_turn=True) else None
-        )
+        self.ready = self._heap_of(lambda permit: not permit.needs_turn)
+        self.without_turn = self._heap_of(lambda permit: permit.needs_turn)
+        self.ready_in_batch = self._heap_of(lambda permit: permit.in_batch and not permit.needs_turn)
+        self.batch_without_turn = self._heap_of(lambda permit: permit.in_batch and permit.needs_turn)
+
+    def _heap_of(self, belongs: Callable[[Permit], bool]) -> PermitHeap:
+        waiting = self.waiting
+        return PermitHeap(waiting, lambda permit: permit.rank if permit in waiting and belongs(permit) else None)
 
     def push(self, permit: Permit) -> None:
-        """Sorts a waiting request in, again if its level has risen or it does not need a turn any more."""
+        """Adds a waiting request to the heaps that it belongs to. Call it again when its rank or its state changes."""
         (self.without_turn if permit.needs_turn else self.ready).push(permit)
-
-    def _has(self, permit: Permit, *, needs_turn: bool) -> bool:
-        return permit in self.waiting and permit.needs_turn is needs_turn
+        if permit.in_batch:
+            (self.batch_without_turn if permit.needs_turn else self.ready_in_batch).push(permit)
 
 
 class PermitHeap:
@@ -186,10 +197,10 @@ class PermitHeap:
             never have the same key.
     """
 
-    def __init__(self, waiting: Sized, key: Callable[[Permit], _Key | None]) -> None:
+    def __init__(self, waiting: Sized, key: Callable[[Permit], Rank | None]) -> None:
         self._waiting = waiting
         self._key = key
-        self._entries: list[tuple[_Key, Permit]] = []
+        self._entries: list[tuple[Rank, Permit]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -215,14 +226,8 @@ class PermitHeap:
         return None
 
 
-def _rank(permit: Permit) -> _Key:
-    return -permit.level, permit.order_number, permit.arrival_number
-
-
-def _is_inactive(permit: Permit, needs_turn: bool | None = None) -> bool:
-    """Returns whether a request waits for an inactive model and, if `needs_turn` is given, whether that is right."""
-    is_waiting = permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active
-    return is_waiting and needs_turn in {None, permit.needs_turn}
+def _waits_for_inactive_model(permit: Permit) -> bool:
+    return permit.state == "waiting" and permit.queue is not None and not permit.queue.is_active
 
 
 class Scheduler:
@@ -254,6 +259,9 @@ class Scheduler:
         self._idle_runs: dict[RunTurn, float] = {}
         # All runs that have begun, even if they have lost their turn.
         self._known_turns: weakref.WeakSet[RunTurn] = weakref.WeakSet()
+        # The priorities of the waiting requests, with the number of these, and the highest of them.
+        self._waiting_priorities: Counter[int] = Counter()
+        self._highest_priority = 0
         # The number of requests of each run that wait or are in flight.
         self._requests_of: Counter[RunTurn] = Counter()
         # The number of turns that are taken, for each priority. A request outside of a run has one while it is in
@@ -270,18 +278,22 @@ class Scheduler:
         # The model that has been active longest comes first.
         self._active: dict[ModelQueue, None] = {}
         self._draining: ModelQueue | None = None
+        self._has_overdue = False
         # The number of batch members of all models that are still waiting.
         self._batch_members = 0
         # The waiting requests whose model is not active: the first of those that need no turn, the first of those that
         # do, and the first that becomes overdue.
         self._ready_inactive = PermitHeap(
-            self.waiting, lambda permit: _rank(permit) if _is_inactive(permit, False) else None
+            self.waiting,
+            lambda permit: permit.rank if _waits_for_inactive_model(permit) and not permit.needs_turn else None,
         )
         self._without_turn_inactive = PermitHeap(
-            self.waiting, lambda permit: _rank(permit) if _is_inactive(permit, True) else None
+            self.waiting,
+            lambda permit: permit.rank if _waits_for_inactive_model(permit) and permit.needs_turn else None,
         )
         self._next_overdue = PermitHeap(
-            self.waiting, lambda permit: (permit.arrived_at, permit.arrival_number) if _is_inactive(permit) else None
+            self.waiting,
+            lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_for_inactive_model(permit) else None,
         )
         # All waiting requests, by the time at which their level rises next.
         self._rising = PermitHeap(
@@ -333,6 +345,8 @@ class Scheduler:
         """Adds a request to the queue of its model. A later call of `admit` admits it."""
         permit.arrival_number, permit.state = next_order_number(), "waiting"
         self.waiting[permit] = None
+        self._waiting_priorities[permit.priority] += 1
+        self._update_highest_priority()
         if permit.turn is not None:
             self._add_to_run(permit.turn, permit)
         self._enqueue(permit)
@@ -447,11 +461,11 @@ class Scheduler:
     def _next_admissible(self, now: float) -> Permit | None:
         """Makes the model of the next request active, and returns the request. Returns None if no request may go."""
         heads = [head for queue in self._active if (head := self._first_admissible(queue, now)) is not None]
-        active_candidate = min(heads, key=_rank, default=None)
+        active_candidate = min(heads, key=lambda permit: permit.rank, default=None)
         inactive_candidate = self._first_of(self._ready_inactive, self._without_turn_inactive, now)
         if inactive_candidate is None or inactive_candidate.queue is None:
             return active_candidate
-        if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):
+        if active_candidate is not None and active_candidate.rank < inactive_candidate.rank:
             return active_candidate
         if not self._make_room_for(inactive_candidate.queue, now):
             return active_candidate
@@ -462,6 +476,11 @@ class Scheduler:
         """Returns the first request that waits for an active model, or None if none may go now."""
         if self._is_held_back(queue) or (not queue.is_loaded and queue.first_request is not None):
             return None
+        if self._has_overdue:
+            # The batch has to be admitted before the drain can begin, so nothing overtakes it any longer.
+            member = self._first_of(queue.ready_in_batch, queue.batch_without_turn, now)
+            if member is not None:
+                return member
         return self._first_of(queue.ready, queue.without_turn, now)
 
     def _first_of(self, ready: PermitHeap, without_turn: PermitHeap, now: float) -> Permit | None:
@@ -470,7 +489,7 @@ class Scheduler:
         # The first newcomer has the highest priority of all newcomers. If it may not begin, none of them may.
         if newcomer is None or not self._may_begin(newcomer):
             return first
-        return newcomer if first is None or _rank(newcomer) < _rank(first) else first
+        return newcomer if first is None or newcomer.rank < first.rank else first
 
     def _first(self, heap: PermitHeap, now: float) -> Permit | None:
         """Returns the first request of a heap, after removing those whose wait was given up."""
@@ -488,13 +507,17 @@ class Scheduler:
         limit = self.limits.max_wait
         # `next_change` computes the same sum. Another formula could differ in the last bit, and then the timer for the
         # drain would fire a moment too early.
-        if first is None or limit is None or now < first.arrived_at + limit:
+        self._has_overdue = first is not None and limit is not None and now >= first.arrived_at + limit
+        if first is None or not self._has_overdue:
             self._draining = None
         elif self._draining is None and not self._batch_members and not self._has_room():
             self._draining = next(iter(self._active))
             self.revision += 1
             logger.info(
-                "draining model %r: a request for %r has waited for %.0f s", self._draining.model, first.model, limit
+                "draining model %r: a request for %r has waited for %.0f s",
+                self._draining.model,
+                first.model,
+                now - first.arrived_at,
             )
 
     def _grant(self, permit: Permit, queue: ModelQueue, now: float) -> None:
@@ -515,6 +538,7 @@ class Scheduler:
         """Raises the requests that have waited for another `max_wait` seconds."""
         while (permit := self._first(self._rising, now)) is not None and permit.rises_at <= now:
             self._update_level(permit, now)
+            self._update_rank(permit)
             self._let_in(permit)
             self._rising.push(permit)
             self._push(permit)
@@ -532,6 +556,22 @@ class Scheduler:
         while periods and permit.arrived_at + periods * limit > now:
             periods -= 1
         permit.level, permit.rises_at = permit.priority + periods, permit.arrived_at + (periods + 1) * limit
+
+    def _update_rank(self, permit: Permit) -> None:
+        # A level above the highest priority that waits would change nothing but the order of runs.
+        level = min(permit.level, self._highest_priority)
+        permit.rank = -level, permit.order_number, permit.arrival_number
+
+    def _update_highest_priority(self) -> None:
+        """Sorts the waiting requests anew if the highest of their priorities has changed."""
+        highest = max(self._waiting_priorities, default=0)
+        if highest != self._highest_priority:
+            self._highest_priority = highest
+            for permit in self.waiting:
+                # A request that is just arriving has no queue yet.
+                if permit.level > permit.priority and permit.queue is not None:
+                    self._update_rank(permit)
+                    self._push(permit)
 
     def _has_to_begin(self, permit: Permit) -> bool:
         """Returns whether a request needs a turn, because its run has not begun yet."""
@@ -625,6 +665,7 @@ class Scheduler:
         is_by_run = permit.turn is not None and self.limits.order == "run"
         permit.order_number = permit.turn.number if permit.turn is not None and is_by_run else permit.arrival_number
         self._update_level(permit, permit.arrived_at)
+        self._update_rank(permit)
         permit.needs_turn = self._has_to_begin(permit)
         if permit.needs_turn:
             self._newcomers.setdefault(permit.turn, {})[permit] = None
@@ -644,6 +685,10 @@ class Scheduler:
     def _dequeue(self, permit: Permit, queue: ModelQueue) -> None:
         self._let_in(permit)
         del self.waiting[permit], queue.waiting[permit]
+        self._waiting_priorities[permit.priority] -= 1
+        if not self._waiting_priorities[permit.priority]:
+            del self._waiting_priorities[permit.priority]
+            self._update_highest_priority()
         if permit.in_batch:
             permit.in_batch = False
             self._batch_members -= 1
@@ -679,6 +724,7 @@ class Scheduler:
         self._batch_members += len(queue.waiting)
         for permit in queue.waiting:
             permit.in_batch = True
+            queue.push(permit)
 
     def _deactivate(self, queue: ModelQueue) -> None:
         if queue is self._draining:
@@ -686,6 +732,9 @@ class Scheduler:
         del self._active[queue]
         queue.is_active = queue.is_loaded = queue.is_surplus = False
         for permit in queue.waiting:
+            # Its members that wait for their turn are still there.
+            self._batch_members -= permit.in_batch
+            permit.in_batch = False
             self._push(permit)
             self._next_overdue.push(permit)
         self._discard_if_unused(queue)

@@ -171,6 +171,9 @@ class ReferenceSchedule:
         if self.has_model_limit:
             room = self.max_models - len(self.active) + len(self._replaceable(now))
             waiting = [each for each in waiting if (self._is_let_in(each) if each.model in self.active else room > 0)]
+            if any(self._is_overdue(each, now) for each in self.waiting):
+                batches = {each.model for each in waiting if each in self.batch}
+                waiting = [each for each in waiting if each in self.batch or each.model not in batches]
         return sorted(waiting, key=lambda each: self._rank(each, now))
 
     def waits_for_turn(self, request: ReferenceRequest, now: float) -> bool:
@@ -195,6 +198,7 @@ class ReferenceSchedule:
         level, limit = request.priority, self.limits.max_wait
         while limit and request.arrived + (level - request.priority + 1) * limit <= now:
             level += 1
+        level = min(level, max(each.priority for each in self.waiting))
         by_run = request.run is not None and self.limits.order == "run"
         return -level, request.run.number if request.run is not None and by_run else request.number, request.number
 
@@ -248,12 +252,19 @@ class ReferenceSchedule:
     @property
     def is_fifo(self) -> bool:
         """Whether there were neither priorities nor runs."""
-        return all(each.priority == 0 and each.run is None for each in self.arrived)
+        return all(each.priority == 0 for each in self.arrived) and not self.has_runs
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether a request may have been overtaken by later ones of an older run."""
+        return any(each.run is not None for each in self.arrived)
 
     def has_precedence_from(self, request: ReferenceRequest) -> float:
         """The time from which on no request that arrives goes before this one, and those before it need no turn."""
         if self.is_fifo:
             return request.arrived
+        if self.has_runs:
+            return math.inf
         periods = max(each.priority for each in self.arrived) - request.priority + 1
         periods += self.limits.begun_runs is not None
         return request.arrived + periods * (self.limits.max_wait or math.inf)
@@ -289,6 +300,7 @@ class ReferenceSchedule:
 
     def _deactivate(self, model: str | None) -> None:
         self.active.remove(model)
+        self.batch = [each for each in self.batch if each.model != model]
         self.idle_since.pop(model, None)
         if model in self.draining:
             self.draining = []

@@ -102,6 +102,17 @@ async def test_a_request_of_a_run_that_has_ended_belongs_to_no_run() -> None:
     assert (permit.turn, permit.priority) == (None, 0)
 
 
+async def test_a_request_in_another_event_loop_does_not_belong_to_the_run() -> None:
+    admission = an_admission()
+    other_loop = asyncio.new_event_loop()
+    try:
+        permit = await ask_in_run(admission, RunTurn(5, other_loop))
+    finally:
+        other_loop.close()
+    assert (permit.turn, permit.priority) == (None, 0)
+    assert (await ask_in_run(an_admission(), RunTurn(5, asyncio.get_running_loop()))).priority == 5
+
+
 async def test_a_task_that_holds_a_stream_does_not_wait_for_a_turn() -> None:
     admission = Admission(Limits(max_concurrency=2, max_begun_runs=1))
     permits = [await admission.acquire("m"), await admission.acquire("m")]

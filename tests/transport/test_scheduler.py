@@ -461,6 +461,47 @@ def test_a_request_rises_by_one_level_for_each_max_wait_seconds() -> None:
         assert harness.reference.in_flight == [following]
 
 
+def test_requests_do_not_rise_above_the_highest_priority_that_waits() -> None:
+    # Otherwise the first requests of young runs would go before those of old runs as soon as they have waited long.
+    harness = a_harness(1, None, begun=None)
+    old, young = RunTurn(), RunTurn()
+    first = harness.arrive("a", run=old)
+    harness.arrive("a", run=young)
+    harness.wait(100)
+    of_old = harness.arrive("a", run=old)
+    finish(harness, first)
+    assert harness.reference.in_flight == [of_old]
+
+
+def test_a_patient_member_of_a_batch_does_not_hold_up_an_overdue_request() -> None:
+    harness = a_harness(1)
+    (b,) = load(harness, "b")
+    batch = [harness.arrive("a"), harness.arrive("a", priority=-5)]
+    finish(harness, b)
+    harness.answer(batch[0])
+    (overdue,) = arrive(harness, "b")
+    harness.wait(30)
+    arrive(harness, "aaa")
+    finish(harness, batch[0])
+    assert harness.reference.in_flight == [batch[1]]
+    finish(harness, batch[1])
+    assert harness.reference.in_flight == [overdue]
+
+
+def test_a_model_that_gives_way_has_no_batch_any_more() -> None:
+    """The members of its batch that still waited for a turn used to prevent every later drain."""
+    harness = a_harness(1)
+    first, second = RunTurn(), RunTurn()
+    of_first = harness.arrive("a", run=first)
+    harness.arrive("a", run=second)
+    finish(harness, of_first)
+    finish(harness, harness.arrive("b", run=first))
+    harness.end_run(first)
+    while harness.reference.in_flight:
+        finish(harness, harness.reference.in_flight[0])
+    assert harness.scheduler._batch_members == 0
+
+
 def test_without_max_wait_no_request_rises() -> None:
     harness = a_harness(1, None, None)
     (first,) = arrive(harness, "a")

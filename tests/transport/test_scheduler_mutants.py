@@ -59,8 +59,8 @@ MUTANTS = {
     "the newest model is drained": ("next(iter(self._active))", "list(self._active)[-1]"),
     "a drain holds nothing back": ("return queue.is_surplus or queue is self._draining", "return queue.is_surplus"),
     "a drain never ends": (
-        "now < first.arrived_at + limit:\n            self._draining = None",
-        "now < first.arrived_at + limit:\n            pass",
+        "not self._has_overdue:\n            self._draining = None",
+        "not self._has_overdue:\n            pass",
     ),
     "a drain outlives its model": (
         "if queue is self._draining:\n            self._draining",
@@ -71,11 +71,11 @@ MUTANTS = {
         "self._draining is None",
     ),
     "a drain although there is room": ("not self._batch_members and not self._has_room()", "not self._batch_members"),
-    "a drain too early": ("now < first.arrived_at + limit:", "now < first.arrived_at + limit / 2:"),
-    "a drain a moment late": ("now < first.arrived_at + limit:", "now <= first.arrived_at + limit:"),
+    "a drain too early": ("now >= first.arrived_at + limit\n", "now >= first.arrived_at + limit / 2\n"),
+    "a drain a moment late": ("now >= first.arrived_at + limit\n", "now > first.arrived_at + limit\n"),
     "a drain decided by another sum than the timer's": (
-        "now < first.arrived_at + limit:",
-        "now - first.arrived_at < limit:",
+        "now >= first.arrived_at + limit\n",
+        "now - first.arrived_at >= limit\n",
     ),
     "no timer for the next overdue request": ("moments.append(first.arrived_at + limit)", "pass"),
     "a timer that rings forever": (
@@ -93,24 +93,36 @@ MUTANTS = {
     ),
     "a batch that never ends": ("            self._batch_members -= 1", "            pass"),
     "last in, first out": (
-        "return -permit.level, permit.order_number, permit.arrival_number",
-        "return -permit.level, -permit.order_number, permit.arrival_number",
+        "permit.rank = -level, permit.order_number, permit.arrival_number",
+        "permit.rank = -level, -permit.order_number, permit.arrival_number",
     ),
     "active models in the order of their names": (
-        "active_candidate = min(heads, key=_rank,",
+        "active_candidate = min(heads, key=lambda permit: permit.rank,",
         "active_candidate = min(heads, key=lambda permit: str(permit.model),",
     ),
     "active models always first": (
-        "if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):",
+        "if active_candidate is not None and active_candidate.rank < inactive_candidate.rank:",
         "if active_candidate is not None:",
     ),
     "active models always last": (
-        "if active_candidate is not None and _rank(active_candidate) < _rank(inactive_candidate):",
+        "if active_candidate is not None and active_candidate.rank < inactive_candidate.rank:",
         "if False:",
     ),
     "requests that were held back are forgotten": (
-        "for permit in queue.waiting:\n            self._push(permit)\n            self._next_overdue.push(permit)",
-        "if False:\n            pass",
+        "permit.in_batch = False\n            self._push(permit)\n            self._next_overdue.push(permit)",
+        "permit.in_batch = False",
+    ),
+    "a model that gives way keeps its batch": (
+        "self._batch_members -= permit.in_batch\n            permit.in_batch = False",
+        "pass",
+    ),
+    "a batch is overtaken although a request is overdue": (
+        "if self._has_overdue:\n            # The batch",
+        "if False:\n            # The batch",
+    ),
+    "a batch is never overtaken": (
+        "if self._has_overdue:\n            # The batch",
+        "if True:\n            # The batch",
     ),
     "requests for inactive models are forgotten": (
         "            if not permit.queue.is_active:\n                (self",
@@ -121,10 +133,19 @@ MUTANTS = {
         "if False:\n            pass",
     ),
     # Priorities
-    "priorities ignored": ("return -permit.level, permit.order_number,", "return permit.order_number,"),
-    "the lowest priority first": (
-        "return -permit.level, permit.order_number,",
-        "return permit.level, permit.order_number,",
+    "priorities ignored": ("permit.rank = -level, permit", "permit.rank = 0, permit"),
+    "the lowest priority first": ("permit.rank = -level, permit", "permit.rank = level, permit"),
+    "requests rise above the highest priority": (
+        "level = min(permit.level, self._highest_priority)",
+        "level = permit.level",
+    ),
+    "requests are not sorted anew when a more urgent one arrives": (
+        "self._highest_priority = highest\n            for permit in self.waiting:",
+        "self._highest_priority = highest\n            for permit in ():",
+    ),
+    "the highest priority is that of a request that has left": (
+        "            del self._waiting_priorities[permit.priority]\n            self._update_highest_priority()",
+        "            del self._waiting_priorities[permit.priority]",
     ),
     "no request rises": (
         "permit.level, permit.rises_at = permit.priority + periods,",
@@ -137,8 +158,8 @@ MUTANTS = {
         "self._rising.push(permit)",
     ),
     "an urgent request is overdue sooner": (
-        "now < first.arrived_at + limit:",
-        "now < first.arrived_at + limit / (1 + max(0, first.priority)):",
+        "now >= first.arrived_at + limit\n",
+        "now >= first.arrived_at + limit / (1 + max(0, first.priority))\n",
     ),
     # Runs
     "the order of runs ignored": ('and self.limits.order == "run"', "and False"),
