@@ -62,6 +62,7 @@ class ChatAccumulator:
     Attributes:
         has_begun: Whether any chunk was added.
         has_delta: Whether any chunk had a delta with at least one field; a role alone is enough.
+        ends_with_text: Whether the newest finish reason arrived together with a piece of its answer.
         usage: The token usage in the last chunk that had one, or None.
     """
 
@@ -72,6 +73,8 @@ class ChatAccumulator:
         "_fields",
         "_finished_choices",
         "_first_content",
+        "_goes_on",
+        "ends_with_text",
         "has_begun",
         "has_delta",
         "usage",
@@ -80,10 +83,13 @@ class ChatAccumulator:
     def __init__(self, choices: int = 1) -> None:
         self.has_begun: bool = False
         self.has_delta: bool = False
+        self.ends_with_text: bool = False
         self.usage: Any = None
         self._expected_choices = choices
         self._choices: dict[int, _ChoiceAccumulator] = {}
         self._finished_choices = 0
+        # Whether an answer went on after its finish reason. Some servers put one into every chunk.
+        self._goes_on = False
         self._fields: dict[str, Any] = {}
         # The content of choice 0, which the fast path writes to without looking the choice up.
         self._first_content = io.StringIO()
@@ -105,8 +111,11 @@ class ChatAccumulator:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every answer that was asked for, and every other one that began, has its finish reason."""
-        return self._expected_choices <= len(self._choices) == self._finished_choices
+        """Whether every answer that was asked for, and every other one that began, has its finish reason.
+
+        If an answer has gone on after its finish reason, that means nothing, and the reply never counts as finished.
+        """
+        return self._expected_choices <= len(self._choices) == self._finished_choices and not self._goes_on
 
     def add(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
         """Adds a chunk.
@@ -168,11 +177,17 @@ class ChatAccumulator:
                 choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
                 self._choices[index] = choice
             was_finished = choice.finish_reason is not None
+            has_text = _has_text(part["delta"])
+            self._goes_on |= was_finished and has_text
+            if part.get("finish_reason"):
+                self.ends_with_text = has_text
             self.has_delta |= choice.add(part)
             self._finished_choices += not was_finished and choice.finish_reason is not None
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
-        # this one.
-        self._fast_path_fields = len(chunk) if 0 in self._choices and not chunk.get("usage") else -1
+        # this one. Nor does it notice that an answer goes on after its finish reason.
+        first = self._choices.get(0)
+        is_open = first is not None and first.finish_reason is None
+        self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1
         return chunk
 
     def reply(self) -> ChatCompletion:
@@ -348,6 +363,14 @@ class _ChoiceAccumulator:
             message["function_call"] = self._function_call.function()
         choice = {"index": index, "message": message, "finish_reason": self.finish_reason}
         return choice if self._choice_fields is None else choice | copy_fields(self._choice_fields)
+
+
+def _has_text(delta: Mapping[str, Any]) -> bool:
+    """Returns whether a delta has a piece of an answer: some text, or a piece of a call."""
+    return any(
+        value and (key in ("tool_calls", "function_call") or (isinstance(value, str) and not is_label(key)))
+        for key, value in delta.items()
+    )
 
 
 def _as_chat_choice(choice: Mapping[str, Any], *, has_text: bool) -> dict[str, Any]:

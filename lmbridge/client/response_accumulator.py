@@ -91,6 +91,11 @@ class ResponseAccumulator:
         return self.has_delta
 
     @property
+    def ends_with_text(self) -> bool:
+        """Whether the end arrived together with a piece of an answer, which never happens to responses."""
+        return False
+
+    @property
     def usage(self) -> Any:
         """The token usage in the last event that had one, or None."""
         return self._response.get("usage")

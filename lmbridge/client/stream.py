@@ -37,6 +37,7 @@ from lmbridge.errors import (
     TaskCancelledError,
 )
 from lmbridge.transport import Event, EventStream, NamedEvent
+from lmbridge.transport.events import DRAIN_SECONDS
 
 if TYPE_CHECKING:
     from lmbridge.types import ChatCompletion
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 _DONE: Final = b"[DONE]"
+_GRACE_AFTER_TEXT: Final = 2.0
+"""The most seconds to wait for the end of the body after a finish reason that arrived together with text.
+
+Some servers put a finish reason into every chunk, and a slow model may need this long for the next one.
+"""
 _NO_EVENTS: Final[Iterator[Event]] = iter(())
 
 _Item = TypeVar("_Item")
@@ -79,6 +85,11 @@ class Accumulator(Protocol[_Reply_co]):
         ...
 
     @property
+    def ends_with_text(self) -> bool:
+        """Whether the newest finish reason arrived together with a piece of an answer, so that more may follow."""
+        ...
+
+    @property
     def usage(self) -> Any:
         """The token usage that the server has sent so far, or None."""
         ...
@@ -110,10 +121,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
     __slots__ = (
         "_accumulator",
         "_add",
-        "_choices_at_end",
         "_events",
         "_failure",
-        "_goes_on",
         "_halves",
         "_is_complete",
         "_mismatch_policy",
@@ -154,9 +163,6 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         # The halves of characters that have been held back until their other halves arrive.
         self._halves: Halves = {}
         self._is_complete = False
-        # The answers as they were at the finish reason, and whether they have changed since. Then it means nothing.
-        self._choices_at_end: object = None
-        self._goes_on = False
         self._failure: LLMError | None = None
 
     @property
@@ -273,15 +279,17 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         if self._is_complete:
             await self._events.drain()
             raise StopAsyncIteration
-        if self._accumulator.is_finished and not self._goes_on:
-            self._limit_wait_for_end()
+        if self._accumulator.is_finished:
+            self._events.expect_end(_GRACE_AFTER_TEXT if self._accumulator.ends_with_text else DRAIN_SECONDS)
+        else:
+            self._events.expect_more()
         try:
             events = await self._events.read()
         except (LLMStreamError, LLMTimeoutError) as error:
             if not self._accumulator.is_finished:
                 self._fail(error)
                 raise
-            logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
+            self._log_missing_end(error)
             self._is_complete = True
             return
         except LLMError as error:
@@ -296,15 +304,16 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             raise self._failure
         self._pending = iter(events)
 
-    def _limit_wait_for_end(self) -> None:
-        """Limits the wait after the finish reason, except for servers that put one into every chunk and then go on."""
-        reply: Any = self._accumulator.reply()
-        if self._choices_at_end is None:
-            self._choices_at_end = reply["choices"]
-            self._events.expect_end()
-        elif self._choices_at_end != reply["choices"]:
-            self._goes_on = True
-            self._events.expect_more()
+    def _log_missing_end(self, error: LLMError) -> None:
+        """Logs that neither `[DONE]` nor the end of the body followed the finish reason."""
+        if self._accumulator.ends_with_text and not self._accumulator.usage:
+            logger.warning(
+                "an answer may be incomplete, because neither [DONE] nor the end of the body followed its finish"
+                " reason, which arrived together with text: %s",
+                error,
+            )
+        else:
+            logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
 
     async def _complete_error(self, error: LLMError) -> None:
         """Adds to an error of this stream, once, what another request can find out."""

@@ -102,13 +102,16 @@ class EventStream:
         self._unread = b""
         return self._read_ahead
 
-    def expect_end(self) -> None:
-        """Limits the wait for the end of the body to `DRAIN_SECONDS`, because the reply is whole.
+    def expect_end(self, seconds: float) -> None:
+        """Limits the wait for the end of the body, because the reply is whole. Further calls change nothing.
 
-        When they are over, the connection is closed, and `read` raises an `LLMStreamError`.
+        When the time is over, the connection is closed, and `read` raises an `LLMStreamError`.
+
+        Args:
+            seconds: The most seconds to wait.
         """
         if self._end_deadline == math.inf:
-            self._end_deadline = self.call.deadline_timer.time() + DRAIN_SECONDS
+            self._end_deadline = self.call.deadline_timer.time() + seconds
 
     def expect_more(self) -> None:
         """Takes back the limit that `expect_end` has set, because the reply goes on."""

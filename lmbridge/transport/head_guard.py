@@ -1,8 +1,8 @@
 """Limits the head of a response, whatever parses it.
 
 aiohttp limits the length of each line and, in newer versions, the number of headers. But a server may also send "100
-Continue", or empty lines, for ever. The number of all bytes is limited here, between the transport and the protocol, so
-that nothing of the parser has to be known; `asyncio` lets a transport change its protocol at any time.
+Continue", or empty lines, forever. The number of all bytes is limited here, between the transport and the protocol, so
+that nothing of the parser has to be known. An asyncio transport can change its protocol at any time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HeadGuard(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.BaseTransport | None) -> None:
         self.is_exceeded = False
-        """Whether the head was too large, and the connection was closed therefore."""
-        self._transport: asyncio.BaseTransport | None = None
+        """Whether the head was too large, so that the connection was closed."""
+        self._transport: Any = None
         self._room = HEAD_BYTES
-        self._held_back = b""
+        self._held_back = bytearray()
         # A TLS transport that is closing has forgotten its protocol.
         if transport is not None and not transport.is_closing():
             self._transport = transport
@@ -45,10 +45,12 @@ class HeadGuard(asyncio.Protocol):
         if not transport.is_closing():
             transport.set_protocol(self._protocol)
         if self._held_back and not self.is_exceeded:
-            self._protocol.data_received(self._held_back)
+            self._protocol.data_received(bytes(self._held_back))
 
     def data_received(self, data: bytes) -> None:
         """Passes on what is within the limit, and holds the rest back until it is known to belong to the body."""
+        if self.is_exceeded:
+            return
         room, self._room = self._room, max(0, self._room - len(data))
         if room:
             self._protocol.data_received(data if len(data) <= room else data[:room])
@@ -58,23 +60,24 @@ class HeadGuard(asyncio.Protocol):
             self._held_back += data[room:]
 
     def _on_limit(self) -> None:
-        if isinstance(self._transport, asyncio.Transport):
+        # The transports of uvloop are not instances of asyncio.Transport.
+        if self._transport is not None:
             self.is_exceeded = True
             self._transport.abort()
 
     def eof_received(self) -> bool | None:
-        """Passes on that the server sends nothing more."""
+        """Tells aiohttp that the server sends nothing more."""
         result: bool | None = self._protocol.eof_received()
         return result
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Passes on that the connection is gone."""
+        """Tells aiohttp that the connection is closed."""
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Passes on that the request has to wait."""
+        """Tells aiohttp to stop writing the request for now."""
         self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        """Passes on that the request can go on."""
+        """Tells aiohttp that it can write again."""
         self._protocol.resume_writing()

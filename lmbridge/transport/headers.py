@@ -8,6 +8,7 @@ them. The alternative was a list of names that suggest a secret, but such a list
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -81,8 +82,16 @@ def secret_pattern(secrets: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _secret_expression(secret: str) -> str:
-    escaped = "".join(rf"(?:{re.escape(c)}|\\{re.escape(c)}|\\u00(?i:{ord(c):02x}))" for c in secret)
+    escaped = "".join(map(_character_expression, secret))
     return f"{_BEFORE_SHORT_KEY}{escaped}{_AFTER_SHORT_KEY}" if len(secret) < _SHORT_SECRET else escaped
+
+
+def _character_expression(character: str) -> str:
+    # Characters beyond U+FFFF are escaped as two surrogates.
+    units = character.encode("utf-16-be", "surrogatepass")
+    escape = "".join(rf"\\u(?i:{units[at : at + 2].hex()})" for at in range(0, len(units), 2))
+    short_escape = re.escape(json.dumps(character)[1:-1])
+    return rf"(?:{re.escape(character)}|\\{re.escape(character)}|{short_escape}|{escape})"
 
 
 def check_query(name: str, query: Any) -> dict[str, Any]:

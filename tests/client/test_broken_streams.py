@@ -327,10 +327,96 @@ async def test_a_finish_reason_in_every_chunk_does_not_end_an_answer(
         await exchange.chunk(piece("two ", finish_reason="stop"))
         await asyncio.sleep(0.4)
         await exchange.chunk(piece("three", finish_reason="stop"))
+        await exchange.send(b"data: [DONE]\n\n")
         await exchange.end()
 
     scripted_server.script(sends([piece("one ", finish_reason="stop")], go_on))
     assert text_in(await collect(await opened(client))) == "one two three"
+
+
+def finished(endpoint: str, text: str) -> dict[str, Any]:
+    """Returns a chunk that has a finish reason together with a piece of the answer."""
+    if endpoint == "chat":
+        return piece(text, finish_reason="stop")
+    return {"choices": [{"text": text, "index": 0, "finish_reason": "stop"}]}
+
+
+def with_a_call(finish_reason: str) -> dict[str, Any]:
+    call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    return piece(choices=[{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": finish_reason}])
+
+
+@pytest.mark.parametrize("then", [*BREAKS, Exchange.end])
+@pytest.mark.parametrize("endpoint", ["chat", "completion"])
+async def test_an_answer_with_a_finish_reason_in_every_chunk_is_cut_off_without_done(
+    scripted_server: ScriptedServer, client: LLMClient, endpoint: str, then: Callable[[Exchange], Awaitable[None]]
+) -> None:
+    scripted_server.script(sends([finished(endpoint, word) for word in WORDS[:3]], then))
+    with pytest.raises(LLMStreamError) as caught:
+        await collect(await open_stream(client, endpoint))
+    assert text_in(caught.value.partial) == "".join(WORDS[:3])
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [piece("one ", finish_reason="stop"), piece("two")],
+        [piece(finish_reason="stop"), piece("two")],
+        [with_a_call("tool_calls"), piece("two")],
+        [piece("one", finish_reason="stop"), with_a_call("tool_calls")],
+        [piece("one", finish_reason="stop"), piece(choices=[{"index": 0, "delta": {"reasoning_content": "Hm"}}])],
+    ],
+)
+async def test_whatever_follows_a_finish_reason_shows_that_it_was_not_the_end(
+    scripted_server: ScriptedServer, client: LLMClient, events: list[dict[str, Any]]
+) -> None:
+    scripted_server.script(sends(events, reset))
+    with pytest.raises(LLMStreamError):
+        await collect(await opened(client))
+
+
+@pytest.mark.parametrize("last", [piece(""), piece(finish_reason="stop"), {"choices": [], "usage": USAGE}])
+async def test_an_empty_chunk_after_the_finish_reason_does_not_continue_the_answer(
+    scripted_server: ScriptedServer, client: LLMClient, last: dict[str, Any]
+) -> None:
+    scripted_server.script(sends([piece("one", finish_reason="stop"), last], reset))
+    assert text_in(await collect(await opened(client))) == "one"
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion"])
+async def test_a_slow_answer_with_a_finish_reason_in_every_chunk_does_not_end_after_the_first(
+    scripted_server: ScriptedServer, client: LLMClient, endpoint: str
+) -> None:
+    async def go_on(exchange: Exchange) -> None:
+        await asyncio.sleep(0.3)
+        await exchange.chunk(finished(endpoint, "two"))
+        await exchange.send(b"data: [DONE]\n\n")
+        await exchange.end()
+
+    scripted_server.script(sends([finished(endpoint, "one ")], go_on))
+    assert text_in(await collect(await open_stream(client, endpoint))) == "one two"
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion"])
+async def test_an_end_that_is_not_certain_is_logged_as_a_warning(
+    scripted_server: ScriptedServer,
+    client: LLMClient,
+    endpoint: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lmbridge.client.stream._GRACE_AFTER_TEXT", 0.01)
+    scripted_server.script(
+        sends([finished(endpoint, "one")], stay),
+        sends([finished(endpoint, "one"), {"choices": [], "usage": USAGE}], stay),
+        sends([*CHUNKS[endpoint], ENDS[endpoint][0]], stay),
+    )
+    for _ in range(3):
+        await collect(await open_stream(client, endpoint))
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage().startswith(
+        "an answer may be incomplete, because neither [DONE] nor the end of the body"
+    )
 
 
 async def test_a_run_ends_although_the_server_keeps_the_connection_open(

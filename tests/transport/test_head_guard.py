@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,6 +79,27 @@ async def test_the_connection_is_closed_if_the_head_goes_on_beyond_the_limit() -
     assert guard.is_exceeded
     guard.detach()
     assert protocol.received == b"x" * HEAD_BYTES
+
+
+class OtherTransport:
+    """A transport that does not inherit from those of asyncio, as those of uvloop do not."""
+
+    def __init__(self) -> None:
+        self._transport = FakeTransport()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_a_transport_of_another_event_loop_is_closed_as_well() -> None:
+    transport: Any = OtherTransport()
+    guard = HeadGuard(transport)
+    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    await turns()
+    assert transport.is_aborted
+    assert guard.is_exceeded
+    guard.data_received(b"y" * HEAD_BYTES)
+    assert len(guard._held_back) == 1
 
 
 async def test_a_transport_that_is_gone_needs_no_guard() -> None:

@@ -18,6 +18,7 @@ from lmbridge import (
     Timeouts,
 )
 from lmbridge.testing import Behaviour, ScriptedServer, hang_up, raw, reply, reset, sse
+from lmbridge.transport.headers import secret_pattern
 from tests.support import MESSAGES, piece
 from tests.transport.support import ask
 
@@ -130,3 +131,17 @@ async def test_a_refused_key_is_an_authentication_error(scripted_server: Scripte
     scripted_server.script(reply(401, {"error": {"message": "Invalid API Key", "type": "authentication_error"}}))
     with pytest.raises(LLMAuthenticationError, match="pass api_key=, or set LM_API_TOKEN"):
         await client.chat_completion(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["\u043f\u0430\u0440\u043e\u043b\u044c1", "pass\u20ac", "key\U0001f600", "a\tbcd", "k\u00fc1", '"a\\b"'],
+)
+def test_a_secret_is_found_in_json_whatever_its_characters_are(secret: str) -> None:
+    pattern = secret_pattern([secret])
+    assert pattern is not None
+    escaped = json.dumps(f"key={secret}")
+    for text in (f"key={secret}", escaped, json.dumps(f"key={secret}", ensure_ascii=False)):
+        assert pattern.search(text), text
+    units = secret.encode("utf-16-be").hex().upper()
+    assert pattern.search("=" + "".join(rf"\u{units[at : at + 4]}" for at in range(0, len(units), 4)))
