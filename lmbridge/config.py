@@ -133,20 +133,18 @@ class Limits:
     of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
     A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
     max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
-        default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
+        default=None, validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
     """The most runs that have begun and not ended. The first request of a further run waits until one of these runs
     ends, or has no request for 3 seconds because its tools take long; but it waits for no longer than `max_wait`, and
-    not for runs of a lower priority. Set it to the number of prompts that the server keeps in its cache. With "auto",
-    the default, it is `max_concurrency`, or None if `order` is "request". With None, a run begins whenever a permit is
-    free."""
+    not for runs of a lower priority. Permits may stay free in the meantime. Set it to the number of prompts that the
+    server keeps in its cache, if the server takes long to process a prompt and tools answer soon. "auto" stands for
+    `max_concurrency`. With None, the default, a run begins whenever a permit is free."""
 
     @property
     def begun_runs(self) -> int | None:
         """The value of `max_begun_runs` with "auto" replaced by what it stands for."""
-        if self.max_begun_runs == "auto":
-            return self.max_concurrency if self.order == "run" else None
-        return self.max_begun_runs
+        return self.max_concurrency if self.max_begun_runs == "auto" else self.max_begun_runs
 
 
 Priority: TypeAlias = Literal["interactive", "normal", "batch"] | int

@@ -44,7 +44,8 @@ async def test_runs_finish_one_after_the_other(
         await agent.run(task)
         finished.append(task)
 
-    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1, order=order)) as client:
+    limits = Limits(max_concurrency=1, order=order, max_begun_runs=1 if order == "run" else None)
+    async with LLMClient(scripted_server.api_base, limits=limits) as client:
         agent = Agent(client, tools=[step])
         await asyncio.gather(*(run(agent, str(number)) for number in range(4)))
     if order == "run":
@@ -57,7 +58,7 @@ async def test_runs_finish_one_after_the_other(
 async def test_a_run_that_a_tool_starts_has_the_place_of_the_run_that_called_the_tool(
     scripted_server: ScriptedServer,
 ) -> None:
-    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1, max_begun_runs=1)) as client:
         helper = Agent(client)
 
         async def ask_helper() -> str:

@@ -65,8 +65,12 @@ def ask_in_run(admission: Admission, turn: RunTurn) -> asyncio.Task[Permit]:
     return asyncio.create_task(admission.acquire("m"), context=context)
 
 
+def one_run_at_a_time() -> Admission:
+    return Admission(Limits(max_concurrency=1, max_begun_runs=1))
+
+
 async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
-    admission = an_admission()
+    admission = one_run_at_a_time()
     first, second = RunTurn(), RunTurn()
     admission.release(await ask_in_run(admission, first))
     waiting = ask_in_run(admission, second)
@@ -77,7 +81,7 @@ async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
 
 
 async def test_a_run_whose_tool_takes_long_lets_the_next_one_begin(clock: Clock) -> None:
-    admission = an_admission()
+    admission = one_run_at_a_time()
     first, second = RunTurn(), RunTurn()
     admission.release(await ask_in_run(admission, first))
     waiting = ask_in_run(admission, second)
