@@ -19,7 +19,7 @@ from tests.agent.support import check_valid, tool_texts
 from tests.real.conftest import API_KEY
 from tests.real.support import GreedyClient, busy_slots, until_idle
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")
@@ -85,7 +85,6 @@ class Sum(BaseModel):
     total: int
 
 
-@pytest.mark.slow
 async def test_a_run_with_tools_returns_its_typed_output(client: LLMClient) -> None:
     agent = Agent(GreedyClient(client), tools=[add, get_weather], max_tokens=80)
     result = await agent.run("What is 317 plus 225?", output_type=Sum)
@@ -114,7 +113,6 @@ async def test_the_context_length_of_the_server_is_known(client: LLMClient) -> N
     assert 1024 <= context <= 8192
 
 
-@pytest.mark.slow
 # Each of the 24 runs takes two generations, which two cores need minutes for.
 @pytest.mark.timeout(240)
 async def test_twenty_four_concurrent_runs_each_get_their_own_result(local_server: LocalServer) -> None:
@@ -184,7 +182,6 @@ async def test_a_run_out_of_time_frees_its_slot(local_server: LocalServer, clien
     await until_idle(local_server)
 
 
-@pytest.mark.slow
 async def test_a_conversation_longer_than_the_context_is_trimmed(client: LLMClient) -> None:
     agent = Agent(GreedyClient(client), max_tokens=16)
     before: list[dict[str, Any]] = [

@@ -199,6 +199,7 @@ async def test_the_server_lists_its_model_and_is_healthy(local_server: LocalServ
     assert await client.health_check() is True
 
 
+@pytest.mark.slow
 async def test_sixty_streams_one_after_another_are_complete(client: LLMClient) -> None:
     for _ in range(60):
         reply = await collect(await client.chat_completion(GREETING, stream=True, max_tokens=3, temperature=0))
@@ -206,6 +207,7 @@ async def test_sixty_streams_one_after_another_are_complete(client: LLMClient) -
         assert reply["choices"][0]["message"]["content"]
 
 
+@pytest.mark.slow
 async def test_a_hundred_concurrent_streams_are_complete(client: LLMClient) -> None:
     async def one(number: int) -> str | None:
         messages = [{"role": "user", "content": f"Say {number}."}]

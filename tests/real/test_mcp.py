@@ -27,7 +27,7 @@ from tests.mcp.servers.test_process_groups import HOST
 from tests.mcp.support import Recorder, function_of, names, scripted, wait_until_gone
 from tests.support import turns
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 NPM = Path(__file__).parent.parent / "mcp" / "npm"
 EVERYTHING = NPM / "node_modules/@modelcontextprotocol/server-everything/dist/index.js"

@@ -37,7 +37,6 @@ UNUSUAL_SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", UNUSUAL_SCHEMAS)
 async def test_a_tool_with_an_unusual_schema_is_accepted(client: LLMClient, name: str) -> None:
     tools = await Toolset.collect([Tool(name, "Does it.", UNUSUAL_SCHEMAS[name], print)])
@@ -46,7 +45,6 @@ async def test_a_tool_with_an_unusual_schema_is_accepted(client: LLMClient, name
     assert reply["choices"]
 
 
-@pytest.mark.slow
 async def test_many_tools_with_unusual_schemas_are_accepted_together(client: LLMClient) -> None:
     tools = await Toolset.collect([Tool(name, "", schema, print) for name, schema in UNUSUAL_SCHEMAS.items()])
     message = {"role": "user", "content": "Hello!"}

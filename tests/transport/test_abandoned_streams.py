@@ -69,6 +69,7 @@ async def test_break_and_drop_closes_the_connection_even_if_warnings_are_errors(
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("ending", ["nothing", "aclose", "client.close", "both"])
 @pytest.mark.parametrize("turns_before_close", range(6))

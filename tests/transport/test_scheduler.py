@@ -707,6 +707,7 @@ ONE = Limits(max_concurrency=1, max_loaded_models=1)
 FOUR = Limits(max_concurrency=4, max_loaded_models=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [
