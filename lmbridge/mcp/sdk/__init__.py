@@ -11,6 +11,7 @@ from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
 from lmbridge.mcp.sdk.session_errors import (
     BadReplyError,
     RefusedError,
+    RequestLostError,
     RequestRejectedError,
     SessionForgottenError,
     SessionLostError,
@@ -24,6 +25,7 @@ __all__ = [
     "McpSession",
     "NotificationHandlers",
     "RefusedError",
+    "RequestLostError",
     "RequestRejectedError",
     "SessionForgottenError",
     "SessionLostError",

@@ -208,7 +208,8 @@ class _SessionBase:
                 self._exchange.forget(request)
 
     def _lost_error(self) -> Exception:
-        return self.connection.end or SessionLostError(_CONNECTION_CLOSED)
+        # The end may be the rejection of another request, which says nothing about this one.
+        return SessionLostError(str(self.connection.end or _CONNECTION_CLOSED))
 
     async def _sdk_list_tools(self, cursor: str | None) -> Any:
         raise NotImplementedError
@@ -217,7 +218,7 @@ class _SessionBase:
         raise NotImplementedError
 
 
-async def _ignore_progress(*_: Any) -> None:
+async def _enable_progress(*_: Any) -> None:
     """Does nothing. The SDK asks for progress only if it has a callback, and `MessageExchange` handles what arrives."""
 
 
@@ -226,7 +227,7 @@ class _SessionV2(_SessionBase):
         return await self._client.list_tools(cursor=cursor)
 
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:  # noqa: ARG002 - for 1.x
-        return await self._client.call_tool(tool, arguments, progress_callback=_ignore_progress)
+        return await self._client.call_tool(tool, arguments, progress_callback=_enable_progress)
 
     async def watch(self) -> None:
         sends_changes = getattr(self._client.server_capabilities.tools, "list_changed", None)
@@ -251,7 +252,7 @@ class _SessionV1(_SessionBase):
 
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:
         try:
-            return await self._client.call_tool(tool, arguments, progress_callback=_ignore_progress)
+            return await self._client.call_tool(tool, arguments, progress_callback=_enable_progress)
         except asyncio.CancelledError:
             if request.sdk_id is not None:
                 await self._notify_cancelled(request.sdk_id)

@@ -1,4 +1,4 @@
-"""`MessageExchange`: decides what happens with each message of a server, before the SDK sees any of it.
+"""`MessageExchange`: decides what happens to each message of a server, before the SDK sees any of it.
 
 The SDK is given only what it needs to match an answer to a request: a handshake that is valid, a list of tools reduced
 to their names, and empty results. The data goes past it. Otherwise the SDK would reject a whole list of tools for one
@@ -36,7 +36,7 @@ _ID_BITS: Final = 31
 """The size of request ids. Servers in typed languages read them as 32-bit integers."""
 _LONGEST_ID: Final = 20
 """The number of digits of an id, given as a text, that are read. Our own ids have ten."""
-_REMEMBERED_REQUESTS: Final = 256
+REMEMBERED_REQUESTS: Final = 256
 """How many requests that are over are remembered, so that a late answer to one of them is not reported."""
 _MOST_PENDING_REPLIES: Final = 64
 """How many of our replies to requests of the server may wait until the server reads them. Further requests are dropped.
@@ -44,7 +44,7 @@ _MOST_PENDING_REPLIES: Final = 64
 _CLOSE_SECONDS: Final = 1.0
 """How long a reply that is given up may take to end, in seconds."""
 _METHOD_NOT_FOUND: Final = -32601
-_SOME_ERROR: Final = {"code": 0, "message": "see the failure of the request"}
+_PLACEHOLDER_ERROR: Final = {"code": 0, "message": "see the failure of the request"}
 _LONGEST_DETAIL: Final = 200
 """The length to which the description of an unexpected message is shortened, in characters."""
 _MODERN_NOTIFICATIONS: Final = ("notifications/subscriptions/acknowledged", "notifications/cancelled")
@@ -129,7 +129,7 @@ class MessageExchange:
         """Sends a reply to a request of the server. Without it, such requests are ignored."""
         self._handlers = handlers
         self._pending: dict[Any, tuple[SentRequest, Any]] = {}
-        self._finished: deque[Any] = deque(maxlen=_REMEMBERED_REQUESTS)
+        self._finished: deque[Any] = deque(maxlen=REMEMBERED_REQUESTS)
         self._replies: set[asyncio.Future[None]] = set()
         self._reported: set[str] = set()
 
@@ -210,12 +210,12 @@ class MessageExchange:
         request, sdk_id = pending
         self._finished.append(wire_id)
         request.failure = self.failure = failure
-        return {"jsonrpc": "2.0", "id": sdk_id, "error": {"code": 0, "message": str(failure)}}
+        return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR}
 
     def _incoming_answer(self, message: dict[str, Any]) -> dict[str, Any] | None:
         wire_id = self._match_id(message.get("id"))
         if wire_id is None:
-            if message.get("id") not in self._finished:
+            if read_id(message.get("id")) not in self._finished:
                 self.report("an answer to a request that was not sent", message.get("id"))
             return None
         request, sdk_id = self._pending.pop(wire_id)
@@ -227,20 +227,15 @@ class MessageExchange:
             request.failure = self.failure = RefusedError(answer.refusal)
             # Only in a handshake does the SDK act on what the error says.
             is_call = request.method in ("tools/call", "tools/list")
-            return {"jsonrpc": "2.0", "id": sdk_id, "error": _SOME_ERROR if is_call else answer.error}
+            return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR if is_call else answer.error}
         self.failure = None
         request.result = answer.result
         return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
 
     def _match_id(self, answered_id: Any) -> Any:
         """Returns the id of the pending request that an answer names, or None. Some servers return it as a text."""
-        if isinstance(answered_id, float) and answered_id.is_integer():
-            answered_id = int(answered_id)
-        if isinstance(answered_id, str) and answered_id.isascii() and answered_id.isdigit():
-            # Python refuses to convert numbers of thousands of digits.
-            answered_id = int(answered_id[:_LONGEST_ID])
-        is_id = isinstance(answered_id, str | int)
-        return answered_id if is_id and answered_id in self._pending else None
+        answered_id = read_id(answered_id)
+        return answered_id if answered_id in self._pending else None
 
     def _result_for_sdk(self, method: str, result: dict[str, Any]) -> dict[str, Any]:
         notes: list[str] = []
@@ -282,8 +277,9 @@ class MessageExchange:
 
     async def close(self) -> None:
         """Gives up the replies that the server has not read."""
-        for task in list(self._replies):
-            await end_task(task, grace=_CLOSE_SECONDS)
+        if self._replies:
+            # Cancelling the future that gathers them cancels all of them at once.
+            await end_task(asyncio.gather(*self._replies, return_exceptions=True), grace=_CLOSE_SECONDS)
 
     def _incoming_notification(
         self, message: dict[str, Any], method: str, params: dict[str, Any]
@@ -304,13 +300,23 @@ class MessageExchange:
         wire_id = self._match_id(params.get("progressToken"))
         progress = _as_number(params.get("progress"))
         if wire_id is None:
-            if params.get("progressToken") not in self._finished:
+            if read_id(params.get("progressToken")) not in self._finished:
                 self.report("progress of a request that was not sent", params.get("progressToken"))
         elif progress is None:
             self.report("progress that is not a number", params.get("progress"))
         elif (on_progress := self._pending[wire_id][0].on_progress) is not None:
             message = params.get("message")
             on_progress(progress, _as_number(params.get("total")), message if isinstance(message, str) else None)
+
+
+def read_id(value: Any) -> str | int | None:
+    """Returns an id as it was sent, or None if it is not an id. Some servers return a number as a text or a float."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        # Python refuses to convert numbers of thousands of digits.
+        return int(value[:_LONGEST_ID])
+    return value if isinstance(value, str | int) else None
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:

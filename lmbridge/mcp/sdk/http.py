@@ -6,7 +6,8 @@ keeping on using a dead session. They hide what the server said behind a text of
 with a wrong id, although the HTTP request says which one it belongs to.
 
 Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
-other refusal that may mean it, the server is asked with a `ping`.
+other refusal that may mean it, the server is asked with a `ping`. An error with a status of success comes from a server
+that has accepted the request, so it has to speak of an unknown session before the server is asked.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import asyncio
 import logging
 import re
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
+import attrs
 import msgspec
 
 from lmbridge._tasks import end_task
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event
-from lmbridge.mcp.sdk.exchange import is_answer
+from lmbridge.mcp.sdk.exchange import REMEMBERED_REQUESTS, is_answer, read_id
 from lmbridge.mcp.sdk.http_client import (
     check_redirect,
     connection_errors,
@@ -35,10 +38,12 @@ from lmbridge.mcp.sdk.http_client import (
     pause_before_retry,
     read_body,
     read_events,
+    unsent_errors,
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.session_errors import (
     RefusedError,
+    RequestLostError,
     RequestRejectedError,
     SessionForgottenError,
     SessionLostError,
@@ -64,12 +69,29 @@ _BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which streams are not read."""
 _QUOTED_BYTES: Final = 200
 """How much of a body that is not a message is reported, in bytes."""
+_UNNAMED_STREAM_SECONDS: Final = 5.0
+"""How long a stream that is opened again without an event id may take to bring the answer, in seconds."""
 _ID_BITS: Final = 31
 _METHOD_NOT_FOUND: Final = -32601
 _SESSION_NOT_FOUND: Final = -32001
 """The code that servers use for a session that they do not know."""
 _SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
-"""What an error contains that may mean that the server does not know the session."""
+"""What the error of a refused request contains that may mean that the server does not know the session."""
+_UNKNOWN_SESSION: Final = re.compile(
+    r"\b(?:no|not|un|unknown|invalid|expired|missing)\b.{0,20}\b(?:mcp-?)?session"
+    r"|\b(?:not|un) ?initiali[sz]ed"
+    r"|\bsession.{0,80}\b(?:not|no longer|unknown|invalid|expired|terminated|closed|missing|required)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What an error contains that says that the server does not know the session."""
+_TIMED_OUT: Final = re.compile("time[d]?[ -]?out", re.IGNORECASE)
+"""What an error under the code of an unknown session contains that has another meaning: some servers share the code."""
+_SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+"""The statuses with which servers refuse a ping in a session that they do not know."""
+_HEADER_VALUE: Final = re.compile("[!-~]{1,100}")
+"""A protocol revision that can be sent as a header."""
+_OPENING_METHODS: Final = ("initialize", "server/discover")
+"""The requests that open a session."""
 _FIRST_MODERN_VERSION: Final = "2026-07-28"
 """The first protocol revision without sessions, in which closing a response cancels its request."""
 _NOT_SSE_STATUSES: Final = (
@@ -79,11 +101,46 @@ _NOT_SSE_STATUSES: Final = (
     HTTPStatus.TOO_MANY_REQUESTS,
 )
 """The client errors that an SSE server at this URL would answer with as well."""
+_NO_EVENT_ID: Final = 'it ended its answer with "retry:" but gave no event id, so the rest cannot be asked for'
 _REPLY_CUT_OFF: Final = "its answer broke off"
 _MAY_HAVE_RUN: Final = ", and the tool may have run"
 _FORGOTTEN: Final = "the server no longer knows the session"
 _ACCEPTS_ALL: Final = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
 _ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
+
+
+@attrs.define(eq=False)
+class _StreamPosition:
+    """Where in the events of a server a stream is resumed."""
+
+    last_id: str | None = None
+    """The id of the last event, or None if the server has not given any."""
+    retry: int | None = None
+    """The time before the next attempt in milliseconds, or None if the server has not named it."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the server has said that the stream can be opened again."""
+        return self.last_id is not None or self.retry is not None
+
+    def update(self, event: Event) -> None:
+        """Notes the id and the retry time of an event."""
+        self.last_id = event.id or self.last_id
+        self.retry = self.retry if event.retry is None else event.retry
+
+
+@attrs.define(eq=False)
+class _Reply:
+    """What has arrived in the responses to a request."""
+
+    request: dict[str, Any]
+    """The request."""
+    is_answered: bool = False
+    """Whether the answer has been delivered."""
+    misaddressed: dict[str, Any] | None = None
+    """An answer under an id that no request has, or None. It counts if the response ends without a better one."""
+    position: _StreamPosition = attrs.field(factory=_StreamPosition)
+    """Where the stream of events is resumed if it ends before the answer."""
 
 
 @asynccontextmanager
@@ -127,6 +184,7 @@ class HttpConnection:
         self._arrived: asyncio.Queue[Any] = asyncio.Queue(_BACKLOG_LIMIT)
         self._tasks: set[asyncio.Task[None]] = set()
         self._requests: dict[Any, asyncio.Task[None]] = {}
+        self._finished: deque[Any] = deque(maxlen=REMEMBERED_REQUESTS)
         self._modern_requests: set[Any] = set()
         self._session_id = self._protocol = ""
         self._sse_endpoint = ""
@@ -164,10 +222,13 @@ class HttpConnection:
 
     async def close(self) -> None:
         """Ends the session and all requests."""
-        if self._sse_stream is not None:
-            await self._sse_stream.close()
-        for task in list(self._tasks):
-            await end_task(task, grace=_CLOSE_SECONDS)
+        try:
+            if self._sse_stream is not None:
+                await self._sse_stream.close()
+        finally:
+            if self._tasks:
+                # Cancelling the future that gathers them cancels all of them at once.
+                await end_task(asyncio.gather(*self._tasks, return_exceptions=True), grace=_CLOSE_SECONDS)
         if self._session_id and self.end is None:
             with suppress(*self._connection_errors):
                 async with asyncio.timeout(_CLOSE_SECONDS):
@@ -207,7 +268,7 @@ class HttpConnection:
         url = self._sse_endpoint or self._spec.url
         body = msgspec.json.encode(message)
         sent = self._headers(_ACCEPTS_ALL, headers)
-        if message.get("method") in ("initialize", "server/discover"):
+        if message.get("method") in _OPENING_METHODS:
             sent.pop("mcp-session-id", None)
         async with self._client.stream("POST", url, content=body, headers=sent) as response:
             check_redirect(response)
@@ -227,24 +288,39 @@ class HttpConnection:
         except (RefusedError, SessionLostError) as exc:
             await self._fail(request_id, exc)
         except self._connection_errors as exc:
-            self._lose(SessionLostError(describe_error(exc)))
+            await self._on_broken_connection(message, exc)
         except Exception as exc:
             # Otherwise the caller would wait for ever for a mistake that nobody foresaw.
             logger.exception("MCP server %r: reading an answer failed", self._spec.name)
             await self._fail(request_id, RefusedError(f"{describe_error(exc)}{_after_call(message)}"))
         finally:
             self._requests.pop(request_id, None)
+            self._finished.append(request_id)
             self._modern_requests.discard(request_id)
 
+    async def _on_broken_connection(self, message: dict[str, Any], error: Exception) -> None:
+        """Fails a request whose connection broke. Requests on other connections go on."""
+        reason = describe_error(error)
+        if message["method"] in _OPENING_METHODS:
+            # Otherwise the SDK would try to open the session in another way.
+            self._lose(SessionLostError(reason))
+        elif isinstance(error, unsent_errors()):
+            await self._fail(message["id"], SessionForgottenError(f"it cannot be reached: {reason}"))
+        else:
+            await self._fail(message["id"], RequestLostError(reason))
+
     async def _post_notification(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
+        """Posts a notification or reply. That it fails is only reported, because nobody waits for it."""
+        kind = "a notification or reply that the server refused"
         try:
             async with self._post(message, headers) as response:
                 if response.status_code >= HTTPStatus.BAD_REQUEST:
-                    self._report("a notification or reply that the server refused", str(response.status_code))
-        except RequestRejectedError as exc:
-            self._lose(exc)
-        except self._connection_errors as exc:
-            self._lose(SessionLostError(describe_error(exc)))
+                    self._report(kind, str(response.status_code))
+        except SessionLostError as exc:
+            self._report(kind, str(exc))
+        # An HTTP client raises errors of several unrelated classes for a URL or a header that cannot be sent.
+        except Exception as exc:  # noqa: BLE001 - the SDK would end the session
+            self._report("no response to a notification or reply", describe_error(exc))
 
     async def _cancel(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
         """Cancels a request at the server, and stops waiting for its response."""
@@ -269,24 +345,29 @@ class HttpConnection:
             return
         if method == "initialize":
             self._session_id = response.headers.get("mcp-session-id") or ""
+        reply = _Reply(message)
         if is_event_stream(response):
-            is_answered = await self._read_reply_stream(response, message)
+            await self._read_reply_stream(response, reply)
         else:
-            is_answered = await self._read_reply_body(response, message)
-        if not is_answered:
+            await self._read_reply_body(response, reply)
+        if not reply.is_answered:
             await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._is_listening else 0)
-            await self._fail(request_id, RefusedError(f"{_REPLY_CUT_OFF}{_after_call(message)}"))
+            is_unnamed = reply.position.last_id is None and reply.position.retry is not None
+            reason = _NO_EVENT_ID if is_unnamed else _REPLY_CUT_OFF
+            await self._fail(request_id, RefusedError(f"{reason}{_after_call(message)}"))
 
-    async def _read_reply_body(self, response: Any, message: dict[str, Any]) -> bool:
+    async def _read_reply_body(self, response: Any, reply: _Reply) -> None:
         body = await read_body(response, LARGEST_MESSAGE)
         if not body.strip():
-            return False
+            return
         values = parse_json(body)
         if len(values) != 1 or not isinstance(values[0], dict):
             self._report("a response whose body is not one message", body[:_QUOTED_BYTES].decode(errors="replace"))
         if any(isinstance(value, dict) for value in values):
-            return await self._deliver_all(values, message)
-        words = quote_body(body)
+            await self._deliver_all(values, reply)
+            await self._accept_misaddressed(reply)
+            return
+        words = quote_body(body[:ERROR_BODY_LIMIT])
         kind = response.headers.get("content-type", "").partition(";")[0].lower()
         raise RefusedError(
             f"it answered with {kind or 'something'} that is not a JSON-RPC message"
@@ -294,48 +375,48 @@ class HttpConnection:
             + "; check the path of its URL"
         )
 
-    async def _read_reply_stream(self, response: Any, message: dict[str, Any]) -> bool:
-        """Reads a stream of events until the reply has arrived. Returns False if it ended before.
+    async def _read_reply_stream(self, response: Any, reply: _Reply) -> None:
+        """Reads a stream of events until the reply has arrived, or the stream has ended.
 
         A server may end the stream early, and tell the client with `retry:` or an event id when to ask again.
         """
         broken: tuple[type[Exception], ...] = (RefusedError, *self._connection_errors)
-        last_id: str | None = None
-        retry: int | None = None
+        position = reply.position
+        try:
+            await self._read_events(response, reply)
+        except self._connection_errors as exc:
+            self._log_broken_stream(exc)
+        await self._accept_misaddressed(reply)
         failures = 0
-        is_first = True
-        while failures < _MOST_FAILED_POLLS:
+        while failures < _MOST_FAILED_POLLS and not reply.is_answered and position.is_given:
+            await pause_before_retry(position.retry)
+            # A stream without an id may be another one than that which ended, and stay open for ever.
+            is_unnamed = position.last_id is None
             try:
-                if is_first:
-                    is_answered, last_id, retry = await self._read_events(response, message, last_id, retry)
-                else:
-                    async with self._get_stream(last_id) as resumed:
-                        is_answered, last_id, retry = await self._read_events(resumed, message, last_id, retry)
-                failures = 0
+                async with (
+                    asyncio.timeout(_UNNAMED_STREAM_SECONDS if is_unnamed else None),
+                    self._get_stream(position.last_id) as resumed,
+                ):
+                    await self._read_events(resumed, reply)
+                failures = failures + 1 if is_unnamed else 0
+            except TimeoutError:
+                return
             except broken as exc:
-                logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, exc)
-                is_answered = False
-                failures += 0 if is_first else 1
-            is_first = False
-            if is_answered or (last_id is None and retry is None):
-                return is_answered
-            await pause_before_retry(retry)
-        return False
+                self._log_broken_stream(exc)
+                failures += 1
 
-    async def _read_events(
-        self, response: Any, message: dict[str, Any], last_id: str | None, retry: int | None
-    ) -> tuple[bool, str | None, int | None]:
-        """Delivers the messages of a stream of events until the reply to a request has arrived.
+    def _log_broken_stream(self, error: Exception) -> None:
+        reason = self._spec.redact(describe_error(error))
+        logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, reason)
 
-        Returns:
-            Whether the reply has arrived, the id of the last event, and the time before the next attempt.
-        """
+    async def _read_events(self, response: Any, reply: _Reply) -> None:
+        """Delivers the messages of a stream of events until the reply to a request has arrived."""
         async with aclosing(read_events(response)) as events:
             async for event in events:
-                last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
-                if await self._deliver_all(self._read_event(event), message):
-                    return True, last_id, retry
-        return False, last_id, retry
+                reply.position.update(event)
+                await self._deliver_all(self._read_event(event), reply)
+                if reply.is_answered:
+                    return
 
     def _read_event(self, event: Event) -> list[Any]:
         """Returns the messages in an event."""
@@ -345,33 +426,36 @@ class HttpConnection:
             self._report("an event that is not a message", event.data[:_QUOTED_BYTES].decode(errors="replace"))
         return values
 
-    async def _deliver_all(self, values: list[Any], request: dict[str, Any]) -> bool:
-        """Delivers the messages that have arrived in the response to a request. Returns whether it is answered."""
-        is_answered = False
+    async def _deliver_all(self, values: list[Any], reply: _Reply) -> None:
+        """Delivers the messages that have arrived in the response to a request, except the answers to others."""
         for value in values:
-            if isinstance(value, dict) and is_answer(value):
-                answer = self._claim_answer(value, request)
-                if answer is None or is_answered:
-                    continue
-                await self._check_session(answer, request, is_own=answer is value)
-                is_answered = True
-                if request["method"] == "initialize" and isinstance(result := answer.get("result"), dict):
-                    self._protocol = str(result.get("protocolVersion") or "")
-                await self._arrived.put(answer)
-            else:
+            if not isinstance(value, dict) or not is_answer(value):
                 await self._deliver(value)
-        return is_answered
+                continue
+            answered_id = read_id(value.get("id"))
+            if answered_id == read_id(reply.request["id"]):
+                if not reply.is_answered:
+                    await self._deliver_answer(value, reply)
+            elif answered_id in self._requests:
+                self._report("an answer to another request than the one that was posted", str(answered_id))
+            elif answered_id not in self._finished and reply.misaddressed is None:
+                reply.misaddressed = value
 
-    def _claim_answer(self, value: dict[str, Any], request: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns an answer under the id of the request in whose response it arrived, or None if it is another's."""
-        answered_id = value.get("id")
-        if answered_id == request["id"] or str(answered_id) == str(request["id"]):
-            return value
-        if isinstance(answered_id, str | int) and answered_id in self._requests:
-            self._report("an answer to another request than the one that was posted", str(answered_id))
-            return None
-        self._report("an answer with a wrong id", str(answered_id))
-        return {**value, "id": request["id"]}
+    async def _deliver_answer(self, answer: dict[str, Any], reply: _Reply) -> None:
+        request, is_opening = reply.request, reply.request["method"] == "initialize"
+        if self._means_unknown_session(answer, request) and await self._has_forgotten_session():
+            raise SessionForgottenError(_FORGOTTEN, self._spec.redact(_error_words(answer["error"])))
+        reply.is_answered = True
+        if is_opening and isinstance(result := answer.get("result"), dict):
+            named = str(result.get("protocolVersion") or "")
+            self._protocol = named if _HEADER_VALUE.fullmatch(named) else ""
+        await self._arrived.put(answer)
+
+    async def _accept_misaddressed(self, reply: _Reply) -> None:
+        """Takes an answer under an unknown id for that to the request, if its response has brought no other."""
+        if not reply.is_answered and reply.misaddressed is not None:
+            self._report("an answer with a wrong id", str(reply.misaddressed.get("id")))
+            await self._deliver_answer({**reply.misaddressed, "id": reply.request["id"]}, reply)
 
     # Refusals, and sessions that the server has forgotten.
 
@@ -389,19 +473,20 @@ class HttpConnection:
             return
         if self._is_in_session(message):
             if status == HTTPStatus.NOT_FOUND and found is None:
-                raise SessionForgottenError(_FORGOTTEN, quote_body(body))
-            if found is not None:
-                is_own = str(found[0]) == str(message["id"])
-                await self._check_session({"error": found[1]}, message, is_own=is_own)
-            elif status in (HTTPStatus.BAD_REQUEST, HTTPStatus.GONE):
-                await self._check_session({"error": {"code": 0, "message": quote_body(body)}}, message, is_own=False)
+                raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
+            is_own = found is not None and read_id(found[0]) == read_id(message["id"])
+            is_suspicious = found is not None and (not is_own or _SESSION_WORDS.search(str(found[1]["message"])))
+            is_suspicious = is_suspicious or (found is None and status in _SESSION_STATUSES)
+            is_suspicious = is_suspicious or (found is not None and found[1]["code"] == _SESSION_NOT_FOUND)
+            if is_suspicious and await self._has_forgotten_session():
+                raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
         if found is not None and status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             await self._arrived.put({"jsonrpc": "2.0", "id": message["id"], "error": found[1]})
             return
         words = self._spec.redact(quote_body(body))
         reason = status_reason(status)
         hint = status_hint(status, self._spec, response.headers.get("www-authenticate", ""))
-        if status == HTTPStatus.UNAUTHORIZED or message["method"] in ("initialize", "server/discover"):
+        if status == HTTPStatus.UNAUTHORIZED or message["method"] in _OPENING_METHODS:
             if message["method"] == "server/discover":
                 # The SDK then tries the handshake of the older revisions.
                 raise RefusedError(reason)
@@ -410,43 +495,35 @@ class HttpConnection:
         raise RefusedError("; ".join(filter(None, parts)))
 
     def _is_in_session(self, message: Mapping[str, Any]) -> bool:
-        return bool(self._session_id) and message["method"] not in ("initialize", "server/discover")
+        return bool(self._session_id) and message["method"] not in _OPENING_METHODS
 
-    async def _check_session(self, answer: Mapping[str, Any], request: dict[str, Any], *, is_own: bool) -> None:
-        """Asks the server whether it knows the session, if an error may mean that it does not.
-
-        Args:
-            answer: The answer.
-            request: The request that it answers.
-            is_own: Whether the answer names the id of the request. A server that does not know a session refuses a
-                request before it reads its id.
-
-        Raises:
-            SessionForgottenError: The server does not know the session.
-        """
+    def _means_unknown_session(self, answer: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+        """Returns whether an answer to a request within a session says that the server does not know the session."""
         error = answer.get("error")
-        if error is None or not self._is_in_session(request) or request["method"] == "ping":
-            return
-        code = error.get("code") if isinstance(error, dict) else None
-        words = str(error.get("message", "") if isinstance(error, dict) else error)
-        is_suspicious = not is_own or code == _SESSION_NOT_FOUND or _SESSION_WORDS.search(words) is not None
-        if is_suspicious and not await self._knows_session():
-            raise SessionForgottenError(_FORGOTTEN, words)
+        is_in_session = self._is_in_session(request) and request["method"] != "ping"
+        return is_in_session and error is not None and _names_unknown_session(error)
 
-    async def _knows_session(self) -> bool:
-        """Returns whether the server answers a ping in this session. A server that does not answer at all counts."""
+    async def _has_forgotten_session(self) -> bool:
+        """Returns whether the server refuses a ping because it does not know the session.
+
+        Anything else, such as a server that is busy, does not show that the request before it has not run.
+        """
         ping_id = secrets.randbits(_ID_BITS)
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
-        with suppress(MessageTooLargeError, RequestRejectedError, *self._connection_errors):
+        with suppress(MessageTooLargeError, SessionLostError, *self._connection_errors):
             async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:
+                is_refused = response.status_code >= HTTPStatus.BAD_REQUEST
+                if is_refused and response.status_code not in _SESSION_STATUSES:
+                    return False
                 if is_event_stream(response):
                     async with aclosing(read_events(response)) as events:
                         async for event in events:
-                            if event.data:
-                                return _shows_session(event.data, ping_id)
-                    return True
-                return _shows_session(await read_body(response, ERROR_BODY_LIMIT), ping_id)
-        return True
+                            if (forgotten := _shows_forgotten(parse_json(event.data), ping_id)) is not None:
+                                return forgotten
+                    return is_refused
+                forgotten = _shows_forgotten(parse_json(await read_body(response, ERROR_BODY_LIMIT)), ping_id)
+                return is_refused if forgotten is None else forgotten
+        return False
 
     # Streams that the client opens with GET.
 
@@ -466,16 +543,17 @@ class HttpConnection:
 
     async def _listen(self) -> None:
         """Receives what the server sends on its own account, until it refuses the stream."""
-        last_id: str | None = None
-        retry: int | None = None
-        failures = 0
+        position = _StreamPosition()
+        failures = empty_streams = 0
         while failures < _MOST_FAILED_POLLS:
+            empty_streams += 1
             try:
-                async with self._get_stream(last_id) as response:
+                async with self._get_stream(position.last_id) as response:
                     self._is_listening, failures = True, 0
                     async with aclosing(read_events(response)) as events:
                         async for event in events:
-                            last_id, retry = event.id or last_id, retry if event.retry is None else event.retry
+                            position.update(event)
+                            empty_streams = 0 if event.data else empty_streams
                             await self._deliver_event(event)
             except RefusedError:
                 return
@@ -486,7 +564,7 @@ class HttpConnection:
                 failures += 1
             finally:
                 self._is_listening = False
-            await pause_before_retry(retry)
+            await pause_before_retry(position.retry, empty_streams)
 
     async def _deliver_event(self, event: Event) -> None:
         for value in self._read_event(event):
@@ -530,10 +608,26 @@ def _after_call(request: Mapping[str, Any]) -> str:
     return _MAY_HAVE_RUN if request["method"] == "tools/call" else ""
 
 
-def _shows_session(body: bytes, ping_id: int) -> bool:
-    """Returns whether the answer to a ping shows that the server knows the session."""
-    for value in parse_json(body):
-        if isinstance(value, dict) and str(value.get("id")) == str(ping_id):
+def _names_unknown_session(error: Any) -> bool:
+    """Returns whether an error says in its code or its words that the server does not know the session."""
+    words = _error_words(error)
+    code = error.get("code") if isinstance(error, dict) else None
+    is_code = code == _SESSION_NOT_FOUND and _TIMED_OUT.search(words) is None
+    return is_code or _UNKNOWN_SESSION.search(words) is not None
+
+
+def _error_words(error: Any) -> str:
+    return str(error.get("message", "") if isinstance(error, dict) else error)
+
+
+def _shows_forgotten(values: list[Any], ping_id: int) -> bool | None:
+    """Returns whether the answer to a ping shows that the session is not known, or None if it shows neither."""
+    for value in values:
+        if isinstance(value, dict) and is_answer(value):
             error = value.get("error")
-            return error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
-    return False
+            is_known = error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
+            if is_known and read_id(value.get("id")) == ping_id:
+                return False
+            if error is not None and _names_unknown_session(error):
+                return True
+    return None

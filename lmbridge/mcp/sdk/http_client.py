@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from http import HTTPStatus
 from importlib import import_module
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageTooLargeError
 from lmbridge.mcp.sdk.event_stream import Event, EventReader
 from lmbridge.mcp.sdk.package import is_v2
-from lmbridge.mcp.sdk.session_errors import RequestRejectedError
+from lmbridge.mcp.sdk.session_errors import RequestLostError, RequestRejectedError
 
 _CONNECT_TIMEOUT: Final = 30.0
 """The time limit for opening a connection, and for writing a request, in seconds."""
@@ -46,6 +47,21 @@ def connection_errors() -> tuple[type[Exception], ...]:
     return (httpx.HTTPError, httpx.StreamError, OSError)
 
 
+def unsent_errors() -> tuple[type[Exception], ...]:
+    """Returns the classes of the errors that mean that a request has not been sent."""
+    httpx = _load_httpx()
+    return (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+
+
+def is_valid_url(url: str) -> bool:
+    """Returns whether the HTTP client can send a request to a URL."""
+    httpx = _load_httpx()
+    try:
+        return bool(httpx.URL(url).host)
+    except (httpx.InvalidURL, ValueError):
+        return False
+
+
 def _load_httpx() -> Any:
     return import_module("httpx2" if is_v2() else "httpx")
 
@@ -57,12 +73,17 @@ def is_event_stream(response: Any) -> bool:
 
 
 def check_redirect(response: Any) -> None:
-    """Raises `RequestRejectedError` if a response is a redirect, which could lead the headers to another server."""
+    """Raises an error if a response is a redirect, which could lead the headers to another server.
+
+    Raises:
+        RequestLostError: The request may have run, because the redirect points to its outcome (303).
+        RequestRejectedError: The request has not run.
+    """
     if response.is_redirect:
-        raise RequestRejectedError(
-            f"it redirects to {response.headers.get('location')}, which is not followed",
-            hint="if that is the server you mean, give that URL in the configuration",
-        )
+        reason = f"it redirects to {response.headers.get('location')}, which is not followed"
+        if response.status_code == HTTPStatus.SEE_OTHER:
+            raise RequestLostError(reason)
+        raise RequestRejectedError(reason, hint="if that is the server you mean, give that URL in the configuration")
 
 
 async def read_body(response: Any, limit: int) -> bytes:
@@ -93,11 +114,13 @@ async def read_events(response: Any) -> AsyncGenerator[Event, None]:
                 yield event
 
 
-async def pause_before_retry(milliseconds: int | None) -> None:
+async def pause_before_retry(milliseconds: int | None, empty_streams: int = 0) -> None:
     """Waits until a stream may be opened again.
 
     Args:
         milliseconds: The time that the server has named, or None.
+        empty_streams: How many streams in succession have brought nothing. The shortest pause doubles with each.
     """
-    pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, _SHORTEST_RETRY_MILLISECONDS)
+    shortest = min(_SHORTEST_RETRY_MILLISECONDS << min(empty_streams, 10), _RETRY_MILLISECONDS)
+    pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, shortest)
     await asyncio.sleep(pause / 1000)

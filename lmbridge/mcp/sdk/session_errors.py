@@ -38,7 +38,11 @@ class RequestRejectedError(SessionLostError):
 
 
 class SessionForgottenError(RequestRejectedError):
-    """The server no longer knows the session, so that the request has not run and can be sent in another session."""
+    """The request has not run and can be sent in another session, mostly because the server has forgotten this one."""
+
+
+class RequestLostError(SessionLostError):
+    """The connection of one request broke, which may have run. Requests that are in progress are not affected."""
 
 
 def describe_error(error: BaseException) -> str:

@@ -253,7 +253,7 @@ class ManagedServer:
                 "MCP server %r: its tools may have changed, but the new list could not be read, so the old one stays "
                 "in use: %s",
                 self.spec.name,
-                describe_error(exc),
+                self.spec.redact(describe_error(exc)),
             )
         return session
 
@@ -278,7 +278,8 @@ class ManagedServer:
             try:
                 return await self._call_once(tool, arguments, timeout)
             except SessionForgottenError as exc:
-                logger.info("MCP server %r has forgotten the session, so the call is repeated: %s", name, exc.words)
+                reason = self.spec.redact(f"{exc}: {exc.words}" if exc.words else str(exc))
+                logger.info("MCP server %r: a call has not run, so it is repeated in a new session: %s", name, reason)
                 return await self._call_once(tool, arguments, timeout)
             except RequestRejectedError:
                 raise
@@ -289,7 +290,7 @@ class ManagedServer:
                     "MCP server %r was lost during a call of %r, which is repeated because it is idempotent: %s",
                     name,
                     tool,
-                    exc,
+                    self.spec.redact(str(exc)),
                 )
                 return await self._call_once(tool, arguments, timeout)
         except RequestRejectedError as exc:

@@ -240,10 +240,11 @@ class SessionOwner:
             if not work.done():
                 await end_task(work, grace=_CANCEL_GRACE_SECONDS)
         if work.done() and not work.cancelled():
+            self._redact(work.exception())
             try:
                 return work.result()
-            except sdk.SessionForgottenError as exc:
-                # Each of the other calls will be told the same, and can then be made in another session.
+            except (sdk.SessionForgottenError, sdk.RequestLostError) as exc:
+                # The other calls may still be answered, or be made in another session.
                 self._forgotten_reason = str(exc)
                 self._end_if_forgotten()
                 raise
@@ -255,6 +256,11 @@ class SessionOwner:
         if self.ended.done():
             raise SessionLostError(self.ended.result().reason)
         raise timer.error()
+
+    def _redact(self, error: BaseException | None) -> None:
+        """Removes secrets from an error of a request, which may quote what the server has sent."""
+        if isinstance(error, SessionLostError | sdk.RefusedError | sdk.BadReplyError):
+            error.args = (self._spec.redact(str(error)),)
 
     def _end_if_forgotten(self) -> None:
         if self._forgotten_reason and not self._pending_requests:
