@@ -512,7 +512,7 @@ class HttpConnection:
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
         with suppress(MessageTooLargeError, SessionLostError, *self._connection_errors):
             async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:
-                is_refused = response.status_code >= HTTPStatus.BAD_REQUEST
+                is_refused: bool = response.status_code >= HTTPStatus.BAD_REQUEST
                 if is_refused and response.status_code not in _SESSION_STATUSES:
                     return False
                 if is_event_stream(response):
