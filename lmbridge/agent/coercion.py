@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
-import msgspec
 
+from lmbridge.agent.argument_json import decode_json
 from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
 from lmbridge.agent.step_limit import spend_steps
 from lmbridge.client.subschemas import resolve_reference
@@ -124,7 +124,6 @@ class Coercer:
         self._root = schema
         # The keys are the ids of schemas, which stay alive because the values contain them.
         self._known: dict[int, tuple[Any, Sequence[_Alternative]]] = {}
-        self._parts_left = 0
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
         """Returns the value with each part that has only one reading under the schema replaced by that reading.
@@ -138,12 +137,12 @@ class Coercer:
 
         Args:
             value: A JSON value. It is not modified.
-            inexact: Numbers that were written in another way than Python would, such as 3.10, which never become a
-                text.
+            inexact: Numbers whose text in the JSON differs from their `repr` in Python, such as 3.10. They never become
+                a text.
         """
-        return self._coerce(value, self._alternatives(self._root), inexact)
+        return self._coerce(value, self._alternatives(self._root), set(inexact))
 
-    def _coerce(self, value: Any, alternatives: Sequence[_Alternative], inexact: Collection[float]) -> Any:
+    def _coerce(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
         spend_steps(1)
         fitting = [each for each in alternatives if each.fits(value)]
         if not fitting:
@@ -155,15 +154,15 @@ class Coercer:
             return self._coerce_list(value, fitting, inexact)
         return value
 
-    def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: Collection[float]) -> Any:
+    def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
         is_boolean = any(each.fits(truth) for each in alternatives for truth in (True, False))
         # 1 may stand for true, so it becomes no text where the schema accepts a boolean.
-        may_be_text = not is_boolean and value not in inexact if isinstance(value, float) else not is_boolean
-        readings = (each for each in _readings(value) if may_be_text or not isinstance(each, str))
+        may_be_text = not is_boolean and not (isinstance(value, int | float) and value in inexact)
+        readings = (each for each in _readings(value, inexact) if may_be_text or not isinstance(each, str))
         return next((each for each in readings if any(one.fits(each) for one in alternatives)), value)
 
     def _coerce_object(
-        self, value: Mapping[str, Any], fitting: Sequence[_Alternative], inexact: Collection[float]
+        self, value: Mapping[str, Any], fitting: Sequence[_Alternative], inexact: set[float]
     ) -> dict[str, Any]:
         if len(fitting) > 1:
             fitting = [each for each in fitting if self._is_possible(value, each)]
@@ -175,9 +174,7 @@ class Coercer:
             coerced[name] = self._coerce(item, alternatives, inexact)
         return coerced
 
-    def _coerce_list(
-        self, value: Sequence[Any], fitting: Sequence[_Alternative], inexact: Collection[float]
-    ) -> Sequence[Any]:
+    def _coerce_list(self, value: Sequence[Any], fitting: Sequence[_Alternative], inexact: set[float]) -> Sequence[Any]:
         if not any("items" in each.keywords or "prefixItems" in each.keywords for each in fitting):
             return value
         first_count = max((len(each.first_items) for each in fitting), default=0)
@@ -197,7 +194,7 @@ class Coercer:
                 return False
             listed = self._alternatives_of(schemas)
             if listed and all(each.values is not None for each in listed):
-                reading = self._only_reading(item, listed, ())
+                reading = self._only_reading(item, listed, set())
                 if not any(each.fits(item) or each.fits(reading) for each in listed):
                     return False
         return True
@@ -212,72 +209,76 @@ class Coercer:
         known = self._known.get(id(schema))
         if known is None:
             spend_steps(_STEPS_OF_SCHEMA)
-            self._parts_left = _MOST_PARTS
             try:
-                expanded = self._expand(schema, ())
+                expanded = self._expand(schema, (), iter(range(_MOST_PARTS)))
             except _TooManyAlternativesError:
                 expanded = [{}]
             known = schema, [_Alternative.of(each) for each in expanded]
             self._known[id(schema)] = known
         return known[1]
 
-    def _expand(self, schema: Any, references: tuple[str, ...]) -> list[Mapping[str, Any]]:
-        """Returns the alternatives of a schema, each with the keywords of all its parts that apply together."""
+    def _expand(self, schema: Any, references: tuple[str, ...], parts_left: Iterator[int]) -> list[Mapping[str, Any]]:
+        """Returns the alternatives of a schema, each with the keywords of all its parts that apply together.
+
+        Args:
+            schema: The schema or a part of it.
+            references: The references that lead to it.
+            parts_left: Yields once for each part that may still be looked at.
+
+        Raises:
+            _TooManyAlternativesError: The schema has too many parts or alternatives.
+        """
         if not isinstance(schema, Mapping):
             return [] if schema is False else [{}]
-        self._parts_left -= 1
-        if not self._parts_left:
+        if next(parts_left, None) is None:
             raise _TooManyAlternativesError
         alternatives: list[Mapping[str, Any]] = [
             {key: value for key, value in schema.items() if key not in ("$ref", "allOf", "anyOf", "oneOf")}
         ]
-        for group in self._groups(schema, references):
+        for group in self._groups(schema, references, parts_left):
             merged = [_merge(one, other) for one in alternatives for other in group]
             alternatives = [each for each in merged if each is not None]
             if len(alternatives) > _MOST_ALTERNATIVES:
                 raise _TooManyAlternativesError
         return alternatives
 
-    def _groups(self, schema: Mapping[str, Any], references: tuple[str, ...]) -> Iterator[list[Mapping[str, Any]]]:
+    def _groups(
+        self, schema: Mapping[str, Any], references: tuple[str, ...], parts_left: Iterator[int]
+    ) -> Iterator[list[Mapping[str, Any]]]:
         """Yields the alternatives of each part of a schema that applies together with its other keywords."""
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in references and isinstance(self._root, Mapping):
             target = resolve_reference(self._root, reference)
-            yield self._expand(True if target is None else target, (*references, reference))
+            yield self._expand(True if target is None else target, (*references, reference), parts_left)
         for part in _list(schema.get("allOf")):
-            yield self._expand(part, references)
+            yield self._expand(part, references, parts_left)
         for keyword in ("anyOf", "oneOf"):
             if branches := _list(schema.get(keyword)):
-                yield [each for branch in branches for each in self._expand(branch, references)]
+                yield [each for branch in branches for each in self._expand(branch, references, parts_left)]
 
 
 class _TooManyAlternativesError(Exception):
     """A schema has more alternatives than are worth looking at."""
 
 
-def coerce_to_schema(value: Any, schema: Any) -> Any:
-    """Coerces a value to a schema that is used only once; see `Coercer`."""
-    return Coercer(schema).coerce(value)
-
-
-def _readings(value: Any) -> Iterator[Any]:
+def _readings(value: Any, inexact: set[float]) -> Iterator[Any]:
     """Yields what a value may stand for besides itself, the likeliest first."""
     if isinstance(value, str):
-        yield from _readings_of_text(value.strip())
+        yield from _readings_of_text(value.strip(), inexact)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, float) and value.is_integer():
             yield int(value)
         yield repr(value)
 
 
-def _readings_of_text(text: str) -> Iterator[Any]:
+def _readings_of_text(text: str, inexact: set[float]) -> Iterator[Any]:
     if (truth := {"true": True, "false": False}.get(text.lower())) is not None:
         yield truth
     elif text == "null":
         yield None
     elif text[:1] in ("[", "{") or _JSON_NUMBER.fullmatch(text):
         try:
-            value = msgspec.json.decode(text)
+            value = decode_json(text, inexact)
         except (ValueError, RecursionError):
             return
         yield value

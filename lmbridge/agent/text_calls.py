@@ -10,12 +10,12 @@ in proportion to the length: about 50 ms for 1,000,000 characters of short calls
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from lmbridge.agent.argument_json import decode_written_at, write_json
 from lmbridge.client.reasoning import split_reasoning
 
 _ARGUMENT_KEYS: Final = ("arguments", "parameters")
@@ -35,19 +35,8 @@ class TextCalls(NamedTuple):
 
     text: str
     """The text before them."""
-    calls: list[tuple[str, Any]]
-    """Their names and arguments; the arguments of a call that has none are None."""
-
-
-def _as_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object, and refuses one that has a key twice with different values: choosing one would be a guess."""
-    values = dict(pairs)
-    if len(values) < len(pairs) and any(values[key] != value for key, value in pairs):
-        raise ValueError("an object has a key twice")
-    return values
-
-
-_decode_at: Final = json.JSONDecoder(object_pairs_hook=_as_object).raw_decode
+    calls: list[tuple[str, str | None]]
+    """Their names and the JSON of their arguments; None for a call without arguments."""
 
 
 class _CallTags(NamedTuple):
@@ -103,29 +92,30 @@ def _syntax_at_start(text: str) -> _CallTags | None:
     return next((syntax for syntax in _SYNTAXES if syntax.opening.match(text)), None)
 
 
-def _parse_calls(text: str, position: int, syntax: _CallTags) -> list[tuple[str, Any]] | None:
+def _parse_calls(text: str, position: int, syntax: _CallTags) -> list[tuple[str, str | None]] | None:
     """Returns the calls from a position on, or None if there is anything else between or after them."""
-    calls: list[tuple[str, Any]] = []
+    calls: list[tuple[str, str | None]] = []
     while position < len(text):
         opening = syntax.opening.match(text, position)
         if opening is None:
             return None
         try:
-            call, position = _decode_at(text, opening.end())
+            call, position = decode_written_at(text, opening.end())
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 return None
             arguments = _arguments_of(call)
             # Some models write a call, or its arguments, a second time.
             while (more := _NEXT_OBJECT.match(text, position)) is not None:
-                again, position = _decode_at(text, more.end() - 1)
+                again, position = decode_written_at(text, more.end() - 1)
                 if again not in (call, arguments):
                     return None
+            written = arguments if arguments is None or isinstance(arguments, str) else write_json(arguments)
         except (ValueError, RecursionError):
             return None
         closing = syntax.closing.match(text, position)
         if closing is None:
             return None
-        calls.append((call["name"], arguments))
+        calls.append((call["name"], written))
         position = closing.end()
     return calls
 
@@ -162,10 +152,10 @@ def without_repetition(arguments: str) -> str:
     """
     text = arguments.strip()
     try:
-        first, end = _decode_at(text)
+        first, end = decode_written_at(text)
         position = end
         while (more := _NEXT_OBJECT.match(text, position)) is not None:
-            again, position = _decode_at(text, more.end() - 1)
+            again, position = decode_written_at(text, more.end() - 1)
             if again != first:
                 return arguments
     except (ValueError, RecursionError):
@@ -173,17 +163,13 @@ def without_repetition(arguments: str) -> str:
     return text[:end] if isinstance(first, dict) and end < position == len(text) else arguments
 
 
-def to_wire_call(name: str, arguments: Any) -> Mapping[str, Any]:
+def to_wire_call(name: str, arguments: str | None) -> Mapping[str, Any]:
     """Returns a call in the form of an entry of a message's `tool_calls`, with a new id.
 
     Args:
         name: The name of the tool in the request.
-        arguments: The arguments as an object or as JSON text. None stands for a call without arguments, which becomes
-            an empty text: `Toolset.read` decides whether the tool can be called like that.
+        arguments: The JSON of the arguments. None stands for a call without arguments, which becomes an empty text:
+            `Toolset.read` decides whether the tool can be called like that.
     """
-    if isinstance(arguments, str):
-        arguments_json = without_repetition(arguments)
-    else:
-        arguments_json = "" if arguments is None else json.dumps(arguments)
-    function = {"name": name, "arguments": arguments_json}
+    function = {"name": name, "arguments": "" if arguments is None else without_repetition(arguments)}
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -13,17 +13,15 @@ import asyncio
 import difflib
 import json
 import logging
-import math
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
-import msgspec
 
 from lmbridge._checks import invalid_argument
 from lmbridge._text import shorten
+from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nested_deeper
 from lmbridge.agent.calling import ToolOutcome, call_tool
-from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
 from lmbridge.agent.text_calls import read_text_calls, to_wire_call
 from lmbridge.agent.tool_names import name_of_added_tool, names_in_requests, names_in_run
@@ -34,7 +32,8 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 
-_ANY_OBJECT: Final = Coercer({"type": "object"})
+_MOST_LEVELS: Final = 200
+"""The number of levels of nested arguments beyond which a call is not made. Deeper ones could not always be encoded."""
 _QUOTED_CHARACTERS: Final = 200
 """The number of characters that an error text quotes of malformed arguments or of an unknown name."""
 _LISTED_NAMES: Final = 50
@@ -183,7 +182,8 @@ class Toolset:
         read: list[ReadyCall | InvalidCall] = []
         for number, call in enumerate(calls, 1):
             try:
-                is_large = len(_arguments_of(call) or "") > _LARGE_ARGUMENTS
+                arguments = _arguments_of(call)
+                is_large = isinstance(arguments, str | list | dict) and len(arguments) > _LARGE_ARGUMENTS
                 read.append(await asyncio.to_thread(self.read, call) if is_large else self._read(call, STEPS_AT_ONCE))
             except StepLimitError:
                 read.append(await asyncio.to_thread(self.read, call))
@@ -209,7 +209,7 @@ class Toolset:
         function = function if isinstance(function, Mapping) else {}
         call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
         decoded, problem, inexact = _decode_arguments(_arguments_of(call))
-        bad_arguments = not isinstance(decoded, dict)
+        bad_arguments = not isinstance(decoded, dict) or is_nested_deeper(decoded, _MOST_LEVELS)
         name = self.find_request_name(asked)
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
@@ -219,7 +219,9 @@ class Toolset:
         if problem is None:
             try:
                 with limit_steps(steps):
-                    values = tool.coercer.coerce(_as_object(decoded), inexact=inexact)
+                    values = tool.coercer.coerce(_read_encoded_twice(decoded, inexact), inexact=inexact)
+                    if is_nested_deeper(values, _MOST_LEVELS):
+                        raise RecursionError
                     return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
             except StepLimitError:
                 if steps < STEPS_IN_THREAD:
@@ -317,29 +319,22 @@ def _arguments_of(call: Mapping[str, Any]) -> Any:
     return function.get("arguments") if isinstance(function, Mapping) else None
 
 
-def _decode_arguments(arguments: Any) -> tuple[Any, str | None, Collection[float]]:
+def _decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:
     """Returns the JSON value of a call's arguments, which is None if it has none, or None and what is wrong.
 
-    The third part of the result contains the floats that were written in another way than Python would, such as 3.10.
+    The third part of the result contains the numbers whose text differs from their `repr` in Python, such as 3.10.
     """
     if not isinstance(arguments, str):
-        return arguments, None, ()
+        return arguments, None, set()
     if not arguments.strip():
-        return None, None, ()
+        return None, None, set()
     inexact: set[float] = set()
-
-    def read_float(text: str) -> float:
-        value = float(text)
-        if math.isinf(value):
-            raise ValueError("Number out of range")
-        if repr(value) != text:
-            inexact.add(value)
-        return value
-
     try:
-        return msgspec.json.Decoder(float_hook=read_float).decode(arguments), None, inexact
+        return decode_json(arguments, inexact), None, inexact
+    except DuplicateKeyError as exc:
+        return None, str(exc), set()
     except (ValueError, RecursionError) as exc:
-        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}", ()
+        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}", set()
 
 
 def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
@@ -354,13 +349,26 @@ def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
     return None, "the call has none" + ("; send {} to use the default of each of them" if is_optional else "")
 
 
-def _as_object(decoded: Any) -> dict[str, Any]:
+def _read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
     """Returns the arguments as a dict. A string is decoded once more, because some models encode their JSON twice.
 
+    Args:
+        decoded: The value of the arguments.
+        inexact: Receives the numbers in a string whose text differs from their `repr` in Python.
+
     Raises:
-        ValueError: The arguments are not an object.
+        ValueError: The arguments are not an object, or an object has a key twice.
     """
-    values = _ANY_OBJECT.coerce(decoded) if isinstance(decoded, str) else decoded
+    values = decoded
+    if isinstance(decoded, str):
+        try:
+            values = decode_json(decoded, inexact)
+        except DuplicateKeyError:
+            raise
+        except (ValueError, RecursionError):
+            # The text is an ordinary one, which the error quotes.
+            values = decoded
+    values = values if isinstance(values, dict) else decoded
     if not isinstance(values, dict):
         shown = shorten(json.dumps(values), _QUOTED_CHARACTERS)
         raise ValueError(f"they have to be a JSON object, not {shown}")  # noqa: TRY004 - callers expect a ValueError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge.agent.coercion import Coercer, coerce_to_schema
+from lmbridge.agent.coercion import Coercer
 from tests.support import assert_linear
 
 
@@ -44,7 +44,7 @@ from tests.support import assert_linear
     ],
 )
 def test_a_string_is_decoded_where_the_schema_accepts_no_string(schema: Any, value: Any, expected: Any) -> None:
-    coerced = coerce_to_schema(value, schema)
+    coerced = Coercer(schema).coerce(value)
     assert coerced == expected
     assert type(coerced) is type(expected)
 
@@ -111,7 +111,7 @@ def test_a_string_is_decoded_where_the_schema_accepts_no_string(schema: Any, val
     ],
 )
 def test_every_other_value_is_unchanged(schema: Any, value: Any) -> None:
-    coerced = coerce_to_schema(value, schema)
+    coerced = Coercer(schema).coerce(value)
     assert coerced == value
     assert type(coerced) is type(value)
 
@@ -119,7 +119,7 @@ def test_every_other_value_is_unchanged(schema: Any, value: Any) -> None:
 def test_coercion_does_not_modify_its_input() -> None:
     value = {"a": ["1"]}
     schema = {"properties": {"a": {"items": {"type": "integer"}}}}
-    assert coerce_to_schema(value, schema) == {"a": [1]}
+    assert Coercer(schema).coerce(value) == {"a": [1]}
     assert value == {"a": ["1"]}
 
 
@@ -140,7 +140,7 @@ def test_coercion_does_not_modify_its_input() -> None:
     ],
 )
 def test_a_number_becomes_a_text_where_only_a_text_is_accepted(schema: Any, value: Any, expected: Any) -> None:
-    assert coerce_to_schema(value, schema) == expected
+    assert Coercer(schema).coerce(value) == expected
 
 
 def test_a_number_that_was_written_in_another_way_does_not_become_a_text() -> None:
@@ -161,7 +161,7 @@ def test_a_number_that_was_written_in_another_way_does_not_become_a_text() -> No
     ],
 )
 def test_items_are_coerced_place_by_place(schema: Any, value: Any, expected: Any) -> None:
-    assert coerce_to_schema(value, schema) == expected
+    assert Coercer(schema).coerce(value) == expected
 
 
 CIRCLE = {"type": "object", "properties": {"kind": {"const": "circle"}, "size": {"type": "integer"}}}
@@ -195,7 +195,7 @@ NODE = {
     ],
 )
 def test_objects_are_coerced_by_the_alternatives_that_they_may_be(schema: Any, value: Any, expected: Any) -> None:
-    assert coerce_to_schema(value, schema) == expected
+    assert Coercer(schema).coerce(value) == expected
 
 
 @pytest.mark.parametrize("value", [None, "", "null", " ", " null "])
@@ -216,25 +216,39 @@ def test_objects_are_coerced_by_the_alternatives_that_they_may_be(schema: Any, v
 )
 def test_a_blank_value_of_an_optional_parameter_with_a_default_is_left_out(part: Any, value: Any) -> None:
     schema = {"properties": {"a": {**part, "default": 1}, "b": {}}, "$defs": {"Count": {"type": "integer"}}}
-    assert coerce_to_schema({"a": value, "b": value}, schema) == {"b": value}
+    assert Coercer(schema).coerce({"a": value, "b": value}) == {"b": value}
     nested = {"properties": {"outer": schema}, "$defs": schema["$defs"]}
-    assert coerce_to_schema({"outer": {"a": value}}, nested) == {"outer": {}}
+    assert Coercer(nested).coerce({"outer": {"a": value}}) == {"outer": {}}
 
 
 def test_null_for_an_optional_text_with_a_default_is_left_out() -> None:
     schema = {"properties": {"a": {"type": "string", "default": "x"}}}
-    assert coerce_to_schema({"a": None}, schema) == {}
+    assert Coercer(schema).coerce({"a": None}) == {}
 
 
 @pytest.mark.parametrize("count", [2, 65])
 def test_a_schema_with_too_many_alternatives_leaves_values_as_they_are(count: int) -> None:
     schema: Any = {"anyOf": [{"type": "integer", "minimum": number} for number in range(count)]}
-    assert coerce_to_schema("5", schema) == (5 if count == 2 else "5")
+    assert Coercer(schema).coerce("5") == (5 if count == 2 else "5")
     for _ in range(40):
         schema = {"anyOf": [schema, schema], "allOf": [schema]}
-    assert coerce_to_schema("5", schema) == "5"
+    assert Coercer(schema).coerce("5") == "5"
 
 
 def test_the_time_of_coercion_is_linear() -> None:
     coercer = Coercer({"type": "object", "additionalProperties": {"items": {"type": ["integer", "null"]}}})
     assert_linear(lambda size: coercer.coerce({"a": ["1"] * size, "b": "[1]" * size}), 300)
+
+
+def test_the_parts_of_one_schema_do_not_count_for_another() -> None:
+    class InterruptedSchema(dict[str, Any]):
+        """A schema whose reading is interrupted by that of another schema, as a thread may do it."""
+
+        def get(self, key: str, default: Any = None) -> Any:
+            coercer.coerce({"b": 1})
+            return super().get(key, default)
+
+    half: dict[str, Any] = {"allOf": [{}] * 600}
+    interrupted = {"allOf": [half, InterruptedSchema(type="integer"), half]}
+    coercer = Coercer({"properties": {"a": interrupted, "b": {"type": "integer"}}})
+    assert coercer.coerce({"a": "5"}) == {"a": "5"}

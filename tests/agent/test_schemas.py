@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.agent.coercion import coerce_to_schema
+from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.step_limit import StepLimitError, limit_steps
 from lmbridge.client.schemas import simplify_parameters
@@ -326,6 +326,6 @@ def test_validation_raises_only_value_errors_with_a_path(schema: dict[str, Any],
     except ValueError:
         return
     try:
-        assert build_validator(schema, sent)(coerce_to_schema(arguments, sent)) == coerce_to_schema(arguments, sent)
+        assert build_validator(schema, sent)(Coercer(sent).coerce(arguments)) == Coercer(sent).coerce(arguments)
     except ValueError as exc:
         assert str(exc).startswith("$")  # noqa: PT017 - most examples raise nothing

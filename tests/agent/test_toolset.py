@@ -352,9 +352,66 @@ async def test_a_number_becomes_a_text_only_if_that_is_how_it_was_written(functi
     for written in ("5", "-12", "2.5", "12345678901234567890123"):
         read = await read_ready(function, name="weather", arguments=f'{{"city": {written}}}')
         assert read.arguments == {"city": written}
-    for written in ("3.10", "1e3", "1.0e1", "0.10"):
-        wrong = await read_invalid(function, name="weather", arguments=f'{{"city": {written}}}')
-        assert "$.city: " in wrong.text
+    tools = await Toolset.collect([function])
+    for written in ("3.10", "1e3", "1.0e1", "0.10", "-0"):
+        arguments = f'{{"city": {written}}}'
+        for sent in (arguments, json.dumps(arguments)):
+            assert "$.city: " in (await read_invalid(function, name="weather", arguments=sent)).text
+        for text in (f'"arguments": {arguments}', f'"parameters": {json.dumps(arguments)}'):
+            (call,) = find_text_calls(tools, f'<tool_call>{{"name": "weather", {text}}}</tool_call>') or []
+            wrong = tools.read(call)
+            assert isinstance(wrong, InvalidCall)
+            assert "$.city: " in wrong.text
+
+
+async def test_a_number_within_a_text_becomes_a_text_only_if_that_is_how_it_was_written() -> None:
+    part = {"type": "object", "properties": {"version": {"type": "string"}}}
+    outer = tool("outer", parameters={"properties": {"part": part, "parts": {"type": "array", "items": part}}})
+    for written in ("3.10", "-0"):
+        for arguments in ({"part": f'{{"version": {written}}}'}, {"parts": f'[{{"version": {written}}}]'}):
+            assert "version: " in (await read_invalid(outer, name="outer", arguments=json.dumps(arguments))).text
+    read = await read_ready(outer, name="outer", arguments='{"part": "{\\"version\\": 3.1}"}')
+    assert read.arguments == {"part": {"version": "3.1"}}
+
+
+DUPLICATE_KEYS = '{"city": "Ulm", "city": "Bonn"}'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        DUPLICATE_KEYS,
+        json.dumps(DUPLICATE_KEYS),
+        '{"city": "Ulm", "days": 1, "days": true}',
+        '{"city": "Ulm", "days": 1, "days": 1.0}',
+        '{"city": {"a": 1, "a": 2}}',
+    ],
+)
+async def test_a_key_that_is_there_twice_with_different_values_is_refused(arguments: str) -> None:
+    wrong = await read_invalid(weather, name="weather", arguments=arguments)
+    assert "is there twice, with different values" in wrong.text
+    assert wrong.bad_arguments
+    same = '{"city": "Ulm", "days": 1, "city": "Ulm"}'
+    assert (await read_ready(weather, name="weather", arguments=same)).arguments == {"city": "Ulm", "days": 1}
+
+
+async def test_arguments_that_are_nested_too_deeply_are_refused_on_any_stack() -> None:
+    tools = await Toolset.collect([tool("anything", parameters={"properties": {"list": {"type": "array"}}})])
+    lists = "[" * 300 + "]" * 300
+    text = f'{{"list": {lists}}}'
+    large = f'{{"x": "{"x" * 60_000}", "list": {lists}}}'
+    for arguments in (text, large, json.dumps({"list": lists}), json.dumps(text), json.loads(text)):
+        (read,) = await tools.read_all([wire("anything", arguments)])
+        assert isinstance(read, InvalidCall)
+        assert "they are nested too deeply" in read.text
+    fitting = await tools.read_all([wire("anything", '{"list": ' + "[" * 199 + "]" * 199 + "}")])
+    assert isinstance(fitting[0], ReadyCall)
+
+
+async def test_all_calls_of_any_shape_are_read() -> None:
+    tools = await Toolset.collect([weather])
+    for read in await tools.read_all([wire("weather", arguments) for arguments in (5, True, 1.5, [], {}, None)]):
+        assert isinstance(read, InvalidCall)
 
 
 async def test_blank_values_of_optional_parameters_become_their_defaults() -> None:

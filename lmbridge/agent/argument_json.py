@@ -1,0 +1,95 @@
+"""Decodes the JSON of tool calls, without losing what the values of Python do not keep.
+
+Two things would be lost: 3.10 would be the same as 3.1, which matters if the number is to become a text, and of a key
+that an object has twice, only the last value would be left. msgspec decodes the arguments, because it is strict. It has
+no hooks for integers and objects, so the `json` module reads the text a second time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+
+class DuplicateKeyError(ValueError):
+    """An object has a key twice, with different values. Choosing one of them would be a guess."""
+
+
+class WrittenNumber(NamedTuple):
+    """A number in JSON as it was written. It equals only a number that was written in the same way."""
+
+    text: str
+
+
+def _read_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object, which may have a key several times with the same value."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if values[key] != value:
+                raise DuplicateKeyError(f"the key {key[:100]!r} is there twice, with different values")
+    return values
+
+
+decode_written_at: Final = json.JSONDecoder(
+    object_pairs_hook=_read_object,
+    parse_int=WrittenNumber,
+    parse_float=WrittenNumber,
+    parse_constant=WrittenNumber,
+).raw_decode
+"""Decodes the JSON at a position of a text, with `WrittenNumber`s, and returns the value and the position after it."""
+
+
+def write_json(value: Any) -> str:
+    """Returns the JSON of a value that `decode_written_at` has decoded, with each number as it was written."""
+    if isinstance(value, WrittenNumber):
+        return value.text
+    if isinstance(value, dict):
+        return "{" + ", ".join([f"{json.dumps(key)}: {write_json(item)}" for key, item in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join([write_json(item) for item in value]) + "]"
+    return json.dumps(value)
+
+
+def decode_json(text: str, inexact: set[float]) -> Any:
+    """Returns the value of a JSON text.
+
+    Args:
+        text: The whole text.
+        inexact: Receives the numbers whose text differs from their `repr` in Python, such as 3.10.
+
+    Raises:
+        DuplicateKeyError: An object has a key twice, with different values.
+        ValueError: The text is not valid JSON, or has a number that is too large.
+        RecursionError: The text is nested too deeply.
+    """
+
+    def read_float(written: str) -> WrittenNumber:
+        if repr(number := float(written)) != written:
+            inexact.add(number)
+        return WrittenNumber(written)
+
+    def read_int(written: str) -> WrittenNumber:
+        if written == "-0":
+            inexact.add(0)
+        return WrittenNumber(written)
+
+    value = msgspec.json.decode(text)
+    json.JSONDecoder(object_pairs_hook=_read_object, parse_float=read_float, parse_int=read_int, strict=False).decode(
+        text
+    )
+    return value
+
+
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Returns whether a JSON value has lists or objects within one another on more than a number of levels."""
+    containers = [value] if isinstance(value, list | dict) else []
+    for _ in range(levels):
+        items = (item for each in containers for item in (each.values() if isinstance(each, dict) else each))
+        containers = [item for item in items if isinstance(item, list | dict)]
+        if not containers:
+            return False
+    return bool(containers)
