@@ -410,7 +410,8 @@ async def test_arguments_that_are_nested_too_deeply_are_refused_on_any_stack() -
 
 async def test_all_calls_of_any_shape_are_read() -> None:
     tools = await Toolset.collect([weather])
-    for read in await tools.read_all([wire("weather", arguments) for arguments in (5, True, 1.5, [], {}, None)]):
+    shapes: list[Any] = [5, True, 1.5, [], {}, None]
+    for read in await tools.read_all([wire("weather", arguments) for arguments in shapes]):
         assert isinstance(read, InvalidCall)
 
 
