@@ -1,8 +1,11 @@
-"""What a method returns until it is awaited, with a sentence for whoever forgets the `await`.
+"""The object that an async method returns, which explains a forgotten `await`.
 
-Python says "'coroutine' object is not subscriptable" about a forgotten `await`, and says nothing at all if the
-coroutine is used as a condition. So the methods that people call return a `PendingCall`, which is a coroutine for
-everybody who awaits it, and names the missing `await` for everybody else. Type checkers see an `async def` as before.
+Python says "'coroutine' object is not subscriptable" about a forgotten `await`. So the methods that people call return
+a `PendingCall`, which is a coroutine for everybody who awaits it, and names the missing `await` for everybody else.
+Type checkers see an `async def` as before.
+
+Whatever works with a coroutine works with a `PendingCall`. In particular it is true as a condition, because programs
+ask `if pending: await pending`, and it does not count as iterable.
 """
 
 from __future__ import annotations
@@ -14,15 +17,19 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar, cast
 
+from lmbridge._copying import NotCopyable
+
 _T = TypeVar("_T")
 _Function = TypeVar("_Function", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
-class PendingCall(Coroutine[Any, Any, _T]):
+class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
     """A call of a method that has to be awaited. It does nothing until then.
 
     It works wherever a coroutine does: with `await`, `asyncio.create_task`, `gather`, `wait_for` and task groups.
     """
+
+    _instead_of_a_copy = "call the method again"
 
     __slots__ = ("__weakref__", "_coroutine")
 
@@ -61,27 +68,13 @@ class PendingCall(Coroutine[Any, Any, _T]):
             raise AttributeError(f"`await` is missing before {self._name}(...): it has no {name!r} yet") from None
 
     def _misused(self, example: str) -> NoReturn:
-        # Nobody probes a coroutine in these ways and awaits it afterwards. Python would warn about it as well.
+        # Nobody uses a coroutine in these ways and awaits it afterwards. Python would also warn about it.
         self._coroutine.close()
-        self._missing_await(example)
-
-    def _missing_await(self, example: str = "await {}(...)") -> NoReturn:
         raise TypeError(f"`await` is missing: write `{example.format(self._name.rpartition('.')[2])}`")
 
     def __getitem__(self, key: object) -> NoReturn:
-        self._misused("(await {}(...))[...]")
-
-    def __iter__(self) -> NoReturn:
-        self._missing_await()
-
-    def __len__(self) -> NoReturn:  # noqa: PLE0303 - it always raises
-        self._missing_await()
-
-    def __contains__(self, value: object) -> NoReturn:
-        self._missing_await()
-
-    def __bool__(self) -> NoReturn:  # noqa: PLE0304 - it always raises
-        self._missing_await()
+        # Python also asks for item 0 in `for` loops and for `in`, because there is no `__iter__`.
+        self._misused("await {}(...)" if key == 0 else "(await {}(...))[...]")
 
     def __aiter__(self) -> NoReturn:
         self._misused("async for ... in await {}(...)")

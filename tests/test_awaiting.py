@@ -13,7 +13,7 @@ import functools
 import gc
 import inspect
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sized
 from typing import Any
 from unittest import mock
 
@@ -68,8 +68,6 @@ MISTAKES: dict[str, tuple[Callable[[Any], Awaitable[Any]], str]] = {
     "with": (functools.partial(now, enter_plainly), "async with await chat_completion(...) as ..."),
     "for": (functools.partial(now, list), "await chat_completion(...)"),
     "in": (functools.partial(now, lambda call: "choices" in call), "await chat_completion(...)"),
-    "len": (functools.partial(now, len), "await chat_completion(...)"),
-    "if": (functools.partial(now, bool), "await chat_completion(...)"),
     "collect": (collect, "async for ... in await chat_completion(...)"),
 }
 
@@ -128,7 +126,23 @@ async def test_every_method_that_returns_something_has_the_sentence(
     client: LLMClient, call: Callable[[LLMClient], Any]
 ) -> None:
     with pytest.raises(TypeError, match=r"^`await` is missing: write `await \w+\(\.\.\.\)`$"):
-        bool(call(client))
+        call(client)[0]
+
+
+async def test_a_call_can_be_tested_before_it_is_awaited(client: LLMClient) -> None:
+    pending: Any = client.ask("?")
+    assert pending
+    assert not isinstance(pending, Iterable | Container | Sized)
+    assert await pending == "Hello"
+    calls = [client.ask("?"), None, client.ask("?")]
+    assert await asyncio.gather(*filter(None, calls)) == ["Hello", "Hello"]
+
+
+def test_a_forgotten_await_in_a_condition_is_warned_about_by_python(client: LLMClient) -> None:
+    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.health_check' was never awaited"):  # noqa: PT031
+        if client.health_check():
+            pass
+        gc.collect()
 
 
 async def test_a_call_is_a_coroutine_for_asyncio_and_anyio(client: LLMClient) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 import lmbridge.sync
-from lmbridge import Agent, ChatStream, LLMClient, LLMClientPool, ModelValidator
+from lmbridge import Agent, ChatStream, LLMClient, LLMClientPool, ModelValidator, collect, text_of
 from lmbridge.local import LocalServer
 from lmbridge.mcp import DynamicAutonomousAgent
 from lmbridge.testing import MockTransport
@@ -51,6 +51,14 @@ OBJECTS: Final[dict[str, Callable[[], Any]]] = {
     "LMStudio": lambda: client().lmstudio,
     "RawResponses": lambda: client().with_raw_response,
 }
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+async def test_a_call_that_was_not_awaited_is_not_copied(make_copy: Callable[[Any], Any]) -> None:
+    pending = client().chat_completion(MESSAGES, stream=True)
+    with refused("PendingCall"):
+        make_copy(pending)
+    assert text_of(await collect(await pending)) == "Hi"
 
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)

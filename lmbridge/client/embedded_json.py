@@ -20,6 +20,9 @@ _BEGINS_LIKE_JSON: Final = re.compile(r"""\{\s*["}]|\[\s*["{]""")
 """The beginning of an object or of an array, as opposed to a bracket in a sentence."""
 _MOST_PLACES: Final = 500
 """After so many brackets the search is given up, so that it never takes long."""
+_MOST_WASTED_CHARACTERS: Final = 200_000
+"""After so many characters of brackets that are not JSON, each counted once for each bracket around it, the search is
+given up as well."""
 
 
 class EmbeddedValue(NamedTuple):
@@ -44,7 +47,7 @@ def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
     """
     found: dict[str, tuple[int, int]] = {}
     decoder = json.JSONDecoder()
-    position, places = 0, 0
+    position, places, wasted = 0, 0, 0
     ends: dict[int, int] | None = None
     while (opening := _OPENING.search(text, position)) is not None:
         places += 1
@@ -55,7 +58,10 @@ def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
             value, end = decoder.raw_decode(text, start)
         except RecursionError:
             return None
-        except ValueError:
+        except ValueError as exc:
+            wasted += _failed_at(exc, text) - start
+            if wasted > _MOST_WASTED_CHARACTERS:
+                return None
             if _BEGINS_LIKE_JSON.match(text, start):
                 return None
             # What stands in braces belongs together, even if it is not JSON. So a value in it is not the answer.
@@ -69,6 +75,13 @@ def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
         return None
     ((start, end),) = found.values()
     return EmbeddedValue(text[start:end], not text[end:].strip().strip("`"))
+
+
+def _failed_at(exc: ValueError, text: str) -> int:
+    """Returns the position up to which a text was read before it turned out not to be JSON."""
+    position: int = getattr(exc, "pos", len(text))
+    # For a string that does not end, the position is that of its beginning.
+    return len(text) if text.startswith('"', position) else position
 
 
 def _canonical(value: Any) -> str:

@@ -22,12 +22,19 @@ Kind = Literal["reasoning", "text"]
 OPENINGS: Final = ("<|channel|>", "<|start|>assistant")
 """How a reply in this format begins."""
 _MESSAGE: Final = "<|message|>"
+_CONSTRAIN: Final = "<|constrain|>"
 _TOKEN: Final = re.compile(r"<\|(?:start|channel|end|return|call)\|>")
 _BEGINNINGS: Final = ("<|start|>", "<|channel|>")
 """The tokens with which a message may begin."""
 _TOKENS: Final = (*_BEGINNINGS, "<|end|>", "<|return|>", "<|call|>")
 _LONGEST_TOKEN: Final = len("<|channel|>")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
+_CUT_HEADER: Final = re.compile(
+    r"(?:<\|start\|>\w*)?\s*(?:<\|channel\|>\s*(?P<channel>\w*))?\s*(?:<\|constrain\|>\s*\w*\s*)?(?P<rest>.*)",
+    re.DOTALL,
+)
+"""A header without the token that ends it, and the text that follows its parts."""
+_CHANNELS: Final = ("analysis", "commentary", "final")
 _RECIPIENT: Final = re.compile(r"\bto=")
 _LONGEST_HEADER: Final = 500
 """What is longer than that is not the header of a message."""
@@ -66,9 +73,29 @@ class HarmonyReader:
 
     def close(self) -> None:
         """Emits what was held back, because it could have become a token. Call it at the end of the reply."""
+        if self._state == "header" and self._has_message:
+            self._skip_cut_header()
         if self._state == "body" or not self._has_message:
             self._emit_up_to(len(self._text))
         self._position = len(self._text)
+
+    def _skip_cut_header(self) -> None:
+        """Reads a header that never ended. If a text follows its parts, the text becomes the body of the message."""
+        header = self._text[self._position :]
+        match = _CUT_HEADER.match(header)
+        if match is None or _RECIPIENT.search(header) is not None:
+            return
+        channel, rest = match["channel"], match["rest"]
+        is_cut = not rest or any(token.startswith(rest) for token in (*_TOKENS, _MESSAGE, _CONSTRAIN))
+        if channel is None or channel in _CHANNELS:
+            if is_cut:
+                return
+            self._kind = "reasoning" if channel == "analysis" else "text"
+            self._needs_separator = self._kind in self._kinds_so_far
+            self._position += match.start("rest")
+        elif is_cut and any(each.startswith(channel) for each in _CHANNELS):
+            return
+        self._state = "body"
 
     # Each of these methods reads up to the end of its state, and returns whether it has come to that end.
 

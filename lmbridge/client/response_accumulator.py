@@ -137,10 +137,13 @@ class ResponseAccumulator:
 
     def _begin_item(self, event: Mapping[str, Any]) -> None:
         item_id, index = event["item"].get("id"), _output_index(event)
-        if item_id is not None and index is not None and (item_id, index) in self._by_id:
-            # The item has been announced before, or its pieces have arrived first.
-            return
-        self._register(_ItemAccumulator(event["item"]), item_id, index)
+        known = self._find_item(item_id, index)
+        if known is not None and not known.is_announced:
+            # Its pieces have arrived first.
+            known.announce(event["item"])
+            self._index(known, item_id, index)
+        elif item_id is None or index is None or (item_id, index) not in self._by_id:
+            self._register(_ItemAccumulator(event["item"]), item_id, index)
 
     def _finished_item(self, event: Mapping[str, Any]) -> _ItemAccumulator:
         """Returns the item that an event finishes; creates one if necessary."""
@@ -162,7 +165,7 @@ class ResponseAccumulator:
             self._by_id[item_id] = found
         if found is None:
             fields = {"type": "message", "role": "assistant"} | ({"id": item_id} if item_id else {})
-            found = self._register(_ItemAccumulator(fields), item_id, index)
+            found = self._register(_ItemAccumulator(fields, is_announced=False), item_id, index)
         found.has_pieces = True
         return found
 
@@ -179,13 +182,17 @@ class ResponseAccumulator:
         return found
 
     def _register(self, item: _ItemAccumulator, item_id: Any, index: int | None) -> _ItemAccumulator:
-        item.index = index
         self._items.append(item)
+        self._index(item, item_id, index)
+        return item
+
+    def _index(self, item: _ItemAccumulator, item_id: Any, index: int | None) -> None:
+        """Makes an item the newest one with an id and an index."""
         if item_id is not None:
             self._by_id[item_id] = self._by_id[item_id, index] = item
         if index is not None:
+            item.index = index
             self._by_index[index] = item
-        return item
 
     def reply(self) -> Response:
         """Returns the response so far as a new dict."""
@@ -206,10 +213,11 @@ def _part_index(event: Mapping[str, Any]) -> int | None:
 class _ItemAccumulator:
     """Merges the pieces of one item of the output. Texts are kept in `StringIO` buffers until `as_dict` is called."""
 
-    __slots__ = ("_fields", "_positions", "has_pieces", "index", "is_finished")
+    __slots__ = ("_fields", "_positions", "has_pieces", "index", "is_announced", "is_finished")
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], *, is_announced: bool = True) -> None:
         self.index: int | None = None
+        self.is_announced = is_announced
         self.has_pieces = False
         self.is_finished = False
         self._replace(fields)
@@ -221,6 +229,12 @@ class _ItemAccumulator:
     @property
     def type(self) -> Any:
         return self._fields.get("type")
+
+    def announce(self, fields: Mapping[str, Any]) -> None:
+        """Adds the fields of the announcement to the pieces that arrived before it."""
+        self.is_announced = True
+        pieces = {key: self._fields[key] for key in ("content", "summary", "arguments") if self._fields.get(key)}
+        self._fields = {**fields, **pieces}
 
     def finish(self, fields: Mapping[str, Any]) -> None:
         """Puts the finished item in the place of its pieces."""

@@ -12,11 +12,10 @@ the problem. Their sources are llama.cpp's converter and the issues of LM Studio
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
-
-import msgspec
 
 from lmbridge._checks import is_integer, is_number
 from lmbridge.client.subschemas import references_in, resolve_reference
@@ -258,14 +257,19 @@ def _merge_schemas(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _merge_properties(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the properties of all parts. If a property differs between them, any of its schemas is accepted."""
-    schemas_by_name: dict[str, dict[bytes, Any]] = {}
+    schemas_by_name: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, schema in part.get("properties", {}).items():
-            schemas_by_name.setdefault(name, {}).setdefault(msgspec.json.encode(schema), schema)
+            schemas_by_name.setdefault(name, {}).setdefault(_text_of(schema), schema)
     return {
         name: next(iter(known.values())) if len(known) == 1 else {"anyOf": list(known.values())}
         for name, known in schemas_by_name.items()
     }
+
+
+def _text_of(schema: Any) -> str:
+    """Returns a text that is the same for equal schemas, even with defaults that JSON does not have."""
+    return json.dumps(schema, default=repr, skipkeys=True)
 
 
 def _as_object_schema(whole: dict[str, Any]) -> dict[str, Any]:

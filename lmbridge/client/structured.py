@@ -186,8 +186,8 @@ def _answer_text(reply: ChatCompletion) -> str:
     if not text.strip():
         is_other = message.get("tool_calls") or message.get("refusal")
         return "" if is_other else answer_in_reasoning(split_reasoning(reply).reasoning)
-    # In an answer that begins as JSON does, a tag is a part of some string.
-    if not text.lstrip().startswith("{"):
+    # In an answer that is JSON, or begins like a JSON object, a tag is a part of some string.
+    if not text.lstrip().startswith("{") and not is_json(without_fence(text)):
         text = split_reasoning(reply).text
     return text.strip()
 

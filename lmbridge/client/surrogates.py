@@ -35,7 +35,9 @@ def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
         halves: What was held back before. The function updates it.
     """
     if isinstance(choices := event.get("choices"), list):
-        return {**event, "choices": [_join_in_choice(choice, halves) for choice in choices]}
+        others = replace_lone_surrogates({key: value for key, value in event.items() if key != "choices"})
+        joined = [_join_in_choice(choice, halves) for choice in choices]
+        return {key: joined if key == "choices" else others[key] for key in event}
     if isinstance(delta := event.get("delta"), str):
         event = {**event, "delta": _join(delta, tuple(str(event.get(key)) for key in _EVENT_KEYS), halves)}
     return replace_lone_surrogates(event)
@@ -44,7 +46,7 @@ def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
 def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:
     index = choice.get("index") or 0
     joined = {
-        key: _join_in(value, (index, key), halves) if key in ("delta", "text") else value
+        key: _join_in(value, (index, key), halves) if key in ("delta", "text") else replace_lone_surrogates(value)
         for key, value in choice.items()
     }
     if choice.get("finish_reason"):
@@ -81,11 +83,18 @@ def _join(text: str, path: tuple[Any, ...], halves: Halves) -> str:
 
 
 def _append(fields: dict[str, Any], path: tuple[Any, ...], text: str) -> None:
-    """Appends a text to the one at a path of keys. Nothing is appended in a list, whose items may be others by now."""
+    """Appends a text to the one at a path of keys, and creates the dicts on the way that do not exist.
+
+    Nothing is changed if a list is on the way, because its items may be others by now, or if anything but a dict is.
+    """
+    if not all(isinstance(key, str) for key in path):
+        return
     *parents, last = path
     for key in parents:
-        if not isinstance(key, str) or not isinstance(fields.setdefault(key, {}), dict):
+        if fields.get(key) is None:
+            fields[key] = {}
+        if not isinstance(fields[key], dict):
             return
         fields = fields[key]
-    if isinstance(last, str) and isinstance(fields.get(last), str | None):
+    if isinstance(fields.get(last), str | None):
         fields[last] = (fields.get(last) or "") + text

@@ -10,20 +10,19 @@ import importlib.util
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import attrs
+
 from lmbridge.errors import LLMValidationError
 from lmbridge.transport import faults
 from lmbridge.transport.http import ConnectionFailed
-from lmbridge.transport.retry import Verdict
 
 _SCHEMES: Final = {"socks5": "socks5", "socks5h": "socks5", "socks4": "socks4", "socks4a": "socks4"}
 """The schemes of SOCKS proxies, and the names by which aiohttp-socks knows them."""
 _PORT: Final = 1080
-_REFUSED: Final = faults.Fault(
-    "the proxy could not connect to the server",
-    Verdict.RETRY,
-    "check api_base, and that the proxy can reach it",
-    unsent=True,
-)
+_LOGIN_TEXTS: Final = ("No acceptable authentication methods", "authentication failure", "authentication method:")
+"""Parts of the texts for a refused login. There is no field that tells it from a reply that is malformed."""
+_HTTP_STATUSES: Final = {0x02: 403, 0x5C: 407, 0x5D: 407}
+"""The status with which an HTTP proxy says what these codes of SOCKS 5 (below 0x5A) and SOCKS 4 say."""
 
 
 def is_socks(proxy: str | None) -> bool:
@@ -81,9 +80,17 @@ def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFaile
     """Returns the failure that one of these exceptions stands for."""
     refused, unreachable, _ = connection_errors()
     if isinstance(exc, refused):
-        return faults.connection_failed(_REFUSED, str(exc), exc)
+        return faults.connection_failed(_refusal(exc), str(exc), exc)
     if isinstance(exc, unreachable):
         reason = exc.__cause__.__cause__ if exc.__cause__ is not None else None
         text = "" if reason is None else faults.describe_os_error(reason)
         return faults.connection_failed(faults.PROXY_UNREACHABLE, text, exc)
     return ConnectionFailed(faults.timed_out("connect", connect_timeout, exc, step="proxy"), unsent=True)
+
+
+def _refusal(exc: Exception) -> faults.Fault:
+    """Returns the fault for a proxy that did not open a connection to the server."""
+    is_login = any(text in str(exc) for text in _LOGIN_TEXTS)
+    status = 407 if is_login else _HTTP_STATUSES.get(getattr(exc, "error_code", None) or 0, 502)
+    fault = faults.proxy_refusal(status)
+    return attrs.evolve(fault, hint=(fault.hint or "").replace("http://", "socks5://"))

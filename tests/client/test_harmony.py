@@ -55,6 +55,20 @@ def streamed(pieces: list[str]) -> tuple[str, str]:
         ("<|channel|>analysis<|message|>Hm.<|end|><|sta", "Hm.", ""),
         ("<|channel|>anal", "", "<|channel|>anal"),
         ("<|chan", "", "<|chan"),
+        # Headers without the token that ends them.
+        (
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final The answer is 4.",
+            "Hm.",
+            "The answer is 4.",
+        ),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>analysis So.", "Hm.\nSo.", ""),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant The answer is 4.", "Hm.", "The answer is 4."),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>final <|constrain|>json {}", "Hm.", "{}"),
+        ("<|channel|>final<|message|>a <|channel|> b", "", "a <|channel|> b"),
+        ("<|channel|>final<|message|>a <|channel|>", "", "a "),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>final<|mess", "Hm.", ""),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>fin", "Hm.", ""),
+        ("<|channel|>analysis<|message|>Hm.<|end|><|channel|>commentary to=f <|constrain|>json", "Hm.", ""),
         # What is not in this format is text.
         ("<|channel|>" + "x" * 600, "", "<|channel|>" + "x" * 600),
         ("See <|channel|>analysis<|message|>Hm.<|end|>", "", "See <|channel|>analysis<|message|>Hm.<|end|>"),

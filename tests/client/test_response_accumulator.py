@@ -79,6 +79,11 @@ def call_done(item_id: Any, name: str, whole: str, **fields: Any) -> Event:
         # The item is announced twice, or after its first piece.
         [message("a", **AT_0), text("Hello", item_id="a", **AT_0), message("a", **AT_0)],
         [text("Hello", item_id="a", **AT_0), message("a", **AT_0)],
+        [text("Hello", item_id="a"), message("a")],
+        [text("Hel", item_id="a"), message("a"), text("lo", item_id="a"), message_done("Hello", "a")],
+        [text("Hello", item_id="a"), message("a", **AT_0)],
+        [text("Hello", **AT_0), message("a", **AT_0), message_done("Hello", "a", **AT_0)],
+        [text("Hello"), message()],
         # The index is missing in some events.
         [message("a", **AT_0), text("Hel", item_id="a"), text("lo", **AT_0)],
         [message("a"), text("Hel", item_id="a", **AT_0), text("lo", item_id="a", **AT_0)],
@@ -134,6 +139,14 @@ def test_two_items_with_one_index_are_told_apart_by_their_ids() -> None:
 def test_two_items_without_ids_and_indices_follow_each_other() -> None:
     events = [call(None, "f"), arguments("{}"), call(None, "g"), arguments("["), arguments("]")]
     assert [(item["name"], item["arguments"]) for item in output_of(events)] == [("f", "{}"), ("g", "[]")]
+
+
+@pytest.mark.parametrize("where", [{}, {"output_index": 0}])
+def test_an_announcement_after_the_first_piece_says_what_the_item_is(where: dict[str, Any]) -> None:
+    events = [arguments('{"a"', item_id="c", **where), call("c", "f", **where), arguments(": 1}", item_id="c", **where)]
+    assert [(item["type"], item["name"], item["arguments"]) for item in output_of(events)] == [
+        ("function_call", "f", '{"a": 1}')
+    ]
 
 
 def test_pieces_of_items_that_were_not_announced_are_kept_apart() -> None:

@@ -197,6 +197,16 @@ def test_all_of_is_merged_into_one_part() -> None:
     }
 
 
+@pytest.mark.parametrize("value", [object(), {1, 2}, "\ud83d", b"a", 1j, float("nan"), 2**70, {(1, 2): 3}])
+@pytest.mark.parametrize("keyword", ["allOf", "anyOf"])
+def test_parts_may_have_defaults_that_json_does_not_have(value: Any, keyword: str) -> None:
+    parts = [{"type": "object", "properties": {"a": {"type": "string", "default": value}}} for _ in range(2)]
+    parts.append({"type": "object", "properties": {"a": {"type": "integer"}}})
+    schema = simplify_parameters({"type": "object", keyword: parts})
+    first, second = schema["properties"]["a"]["anyOf"]
+    assert (first["type"], second["type"]) == ("string", "integer")
+
+
 def test_alternatives_at_the_top_are_merged_into_one_object() -> None:
     circle = {"type": "object", "properties": {"kind": {"const": "circle"}, "r": {}}, "required": ["kind", "r"]}
     square = {"type": "object", "properties": {"kind": {"const": "square"}, "a": {}}, "required": ["kind", "a"]}

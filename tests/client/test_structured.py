@@ -236,6 +236,16 @@ async def test_prose_is_ignored_around_values_that_are_not_objects(
     assert len(scripted_server.requests) == 1
 
 
+@pytest.mark.parametrize("text", ['["use </think> to close"]', '{"answer": ["use </think> to close"]}'])
+@pytest.mark.parametrize("fence", ["{}", "```json\n{}\n```", "```\n{}\n```\n", "\n {}\n"])
+async def test_a_tag_in_a_string_of_the_answer_is_kept(
+    scripted_server: ScriptedServer, client: LLMClient, text: str, fence: str
+) -> None:
+    scripted_server.default = answer(fence.format(text))
+    assert await client.parse(MESSAGES, list[str]) == ["use </think> to close"]
+    assert len(scripted_server.requests) == 1
+
+
 @pytest.mark.parametrize(
     "text",
     [

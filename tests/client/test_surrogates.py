@@ -128,6 +128,31 @@ async def test_characters_of_other_texts_are_joined_as_well(scripted_server: Scr
     assert message["tool_calls"][0]["function"]["arguments"] == arguments
 
 
+async def test_half_a_character_at_the_end_of_a_call_does_not_change_the_shape_of_a_chunk(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": "\ud83d'}}
+    scripted_server.script(chat({"tool_calls": [call]}, finish_reason="tool_calls"))
+    chunks = [chunk async for chunk in await opened(client)]
+    assert chunks[-1]["choices"][0]["delta"] == {}
+
+
+async def test_other_fields_of_a_chunk_have_whole_characters(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    logprobs = [{"content": [{"token": text, "logprob": -0.1, "bytes": None}]} for text in CUT]
+    choices: list[dict[str, Any]] = [
+        {"index": 0, "delta": {"content": text}, "logprobs": each, "finish_reason": None}
+        for text, each in zip(CUT, logprobs, strict=True)
+    ]
+    choices[1]["finish_reason"] = "stop"
+    events = [json.dumps({"model": "test-model", "note": CUT[0], "choices": [choice]}) for choice in choices]
+    scripted_server.script(sse(*(f"data: {event}\n\n" for event in events), done=True))
+    chunks = [chunk async for chunk in await opened(client)]
+    assert json.dumps(chunks, ensure_ascii=False).encode()
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hi ", f"{SMILE}!"]
+
+
 async def test_the_halves_of_two_answers_are_not_mixed(scripted_server: ScriptedServer, client: LLMClient) -> None:
     pieces = [(0, "a\ud83d"), (1, "b\ud83d"), (1, "\ude43"), (0, "\ude42")]
     events = [chat_event({"content": text}, index=index) for index, text in pieces]

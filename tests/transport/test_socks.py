@@ -27,6 +27,7 @@ class SocksServer:
         self.auth: tuple[str, str] | None = None
         self.asked: list[str] = []
         self.is_silent = False
+        self.reply_code = 0
         self.url = ""
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -46,6 +47,10 @@ class SocksServer:
             await reader.readexactly(1)
             given = [(await reader.readexactly((await reader.readexactly(1))[0])).decode() for _ in self.auth]
             writer.write(bytes([1, tuple(given) != self.auth]))
+        if self.reply_code:
+            await reader.readexactly(4)
+            writer.write(bytes([5, self.reply_code, 0, 1]) + bytes(6))
+            return
         _, _, _, kind = await reader.readexactly(4)
         if kind == 3:
             host = (await reader.readexactly((await reader.readexactly(1))[0])).decode()
@@ -105,11 +110,26 @@ async def test_a_proxy_with_a_user_and_a_password(proxy: SocksServer, scripted_s
     base = f"http://lm.example:{port_of(scripted_server)}"
     async with LLMClient(base, proxy=proxy.url.replace("//", "//me:s3cret@")) as client:
         assert await client.ask("?")
-    async with LLMClient(base, proxy=proxy.url.replace("//", "//me:wr0ng@"), max_retries=0) as client:
-        with pytest.raises(LLMConnectionError, match="the proxy could not connect to the server: ") as caught:
+    for login in ("", "me:wr0ng@"):
+        async with LLMClient(base, proxy=proxy.url.replace("//", f"//{login}"), max_retries=2) as client:
+            with pytest.raises(LLMConnectionError, match="the proxy requires a user and a password, or ref") as caught:
+                await client.ask("?")
+        assert caught.value.context["attempts"] == 1
+        assert "socks5://user:password@host:port" in str(caught.value)
+        assert "wr0ng" not in str(caught.value)
+        assert "wr0ng" not in repr(client)
+
+
+@needs_package
+@pytest.mark.parametrize(("code", "attempts"), [(1, 2), (2, 1), (4, 2), (5, 2)])
+async def test_a_proxy_that_forbids_the_address_is_not_asked_again(
+    proxy: SocksServer, no_waits: list[float], code: int, attempts: int
+) -> None:
+    proxy.reply_code = code
+    async with LLMClient("http://lm.example:1", proxy=proxy.url, max_retries=1) as client:
+        with pytest.raises(LLMConnectionError, match=r"the proxy (refused|could not) ") as caught:
             await client.ask("?")
-    assert "wr0ng" not in str(caught.value)
-    assert "wr0ng" not in repr(client)
+    assert caught.value.context["attempts"] == attempts
 
 
 @needs_package
