@@ -364,11 +364,6 @@ def check_proxy(proxy: str | None, *, name: str = "proxy") -> str | None:
     parts = _split_url(proxy) if isinstance(proxy, str) and proxy.isprintable() and " " not in proxy else None
     if not isinstance(parts, SplitResult):
         raise LLMValidationError(f"{name} must be the URL of an HTTP proxy", hint=hint)
-    if parts.scheme.startswith("socks"):
-        raise LLMValidationError(
-            f"{name} is a {parts.scheme} proxy, which lmbridge does not support",
-            hint="use an HTTP proxy, or forward a port: ssh -L 1234:127.0.0.1:1234 HOST",
-        )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise LLMValidationError(f"{name} must be the URL of an HTTP proxy", hint=hint)
     return proxy

@@ -26,8 +26,8 @@ _BROKEN_REASONS: Final = frozenset({"abort", "aborted", "cancelled", "canceled",
 their spellings. An unknown reason is accepted, because servers invent new ones."""
 _MAX_INDEX_DIGITS: Final = 9
 """The length up to which a string is read as the index of a choice."""
-_NO_CHOICES: Final = ("", False, 0)
-"""Values besides null that stand for no choices or no delta. An empty list or dict is one as well."""
+_EMPTY_VALUES: Final = ("", False, 0)
+"""Values besides null that stand for no choices or no delta. An empty list or dict does, too."""
 
 
 # Plain replies
@@ -165,7 +165,7 @@ def _complete_choice(choice: Mapping[str, Any], field: Literal["delta", "text"])
 
 
 def _is_nothing(value: object) -> bool:
-    return value is None or value in _NO_CHOICES or (isinstance(value, list | tuple | Mapping) and not value)
+    return value is None or value in _EMPTY_VALUES or (isinstance(value, list | tuple | Mapping) and not value)
 
 
 def _text_from(value: object) -> str:

@@ -19,7 +19,7 @@ from lmbridge.types import TextCompletion, TextCompletionChunk
 
 
 class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
-    """The chunks of one text completion, exactly as the server sent them.
+    """The chunks of one text completion, as the server sent them, with the fields that lmbridge guarantees.
 
     It is used like a `ChatStream`, and raises the same errors. `.partial` and the result of `collect` have the shape of
     a plain text completion.

@@ -198,7 +198,7 @@ _CONTEXT_LENGTH: Final = tuple(
 
 _SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
-_TLS_HINT: Final = "the server expects TLS; let api_base begin with https://"
+_TLS_HINT: Final = "the server expects TLS; api_base must begin with https://"
 _PROXY_LOGIN_HINT: Final = "put a user and a password into the URL of the proxy: http://user:password@host:port"
 _PROXY_LOGIN_REQUIRED: Final = 407
 _LOAD_HINT: Final = (

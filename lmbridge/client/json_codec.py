@@ -27,6 +27,8 @@ _DEEPEST: Final = 200
 """The number of lists and dicts inside each other that a body may have. A list that contains itself has more."""
 _QUOTED_KEY_CHARACTERS: Final = 50
 """The number of characters of a wrong key that the error quotes."""
+_QUOTED_PATH_CHARACTERS: Final = 100
+"""The number of characters of the path to a wrong value that the error quotes."""
 _HINT: Final = "give strings, numbers, booleans, None, lists and dicts with string keys"
 _CONVERSIONS: Final = (
     ("__members__", "give its .value"),
@@ -166,10 +168,13 @@ def _path_of(path: str, key: str) -> str:
 
 
 def _refusal(value: object, path: str, reason: str | None = None) -> LLMValidationError:
+    # The path to a list that contains itself repeats the same index.
+    place = shorten(path, _QUOTED_PATH_CHARACTERS) or "the request"
+    if reason is not None:
+        return LLMValidationError(f"{place} cannot be sent as JSON: {reason}", hint=_HINT)
+    conversion = next((hint for name, hint in _CONVERSIONS if hasattr(type(value), name)), _HINT)
     kind = type(value).__name__
-    message = f"{path or 'the request'} is of type {kind}, which cannot be sent as JSON"
-    conversion = next((hint for name, hint in _CONVERSIONS if reason is None and hasattr(type(value), name)), None)
-    return LLMValidationError(f"{message}: {reason}" if reason else message, hint=conversion or _HINT)
+    return LLMValidationError(f"{place} is of type {kind}, which cannot be sent as JSON", hint=conversion)
 
 
 def decode_json(data: bytes) -> Any:

@@ -218,6 +218,7 @@ class _ItemAccumulator:
     def __init__(self, fields: Mapping[str, Any], *, is_announced: bool = True) -> None:
         self.index: int | None = None
         self.is_announced = is_announced
+        self._fields: dict[str, Any] = {}
         self.has_pieces = False
         self.is_finished = False
         self._replace(fields)
@@ -243,7 +244,7 @@ class _ItemAccumulator:
 
     def _replace(self, fields: Mapping[str, Any]) -> None:
         lists = {key: [dict(part) for part in fields[key]] for key in ("content", "summary") if fields.get(key)}
-        self._fields: dict[str, Any] = {**fields, **lists}
+        self._fields = {**fields, **lists}
         # The positions of the parts, by their list and their index: some servers do not count from 0.
         self._positions: dict[tuple[str, int], int] = {}
 

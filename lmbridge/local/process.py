@@ -61,15 +61,15 @@ async def start_process(program: str | None, *arguments: str, **options: Any) ->
         )
     try:
         return await asyncio.create_subprocess_exec(program, *arguments, **options)
-    except RuntimeError as exc:
-        # Most loops raise NotImplementedError, which is one.
+    except NotImplementedError as exc:
         loop = type(asyncio.get_running_loop()).__name__
         raise LLMConnectionError(
             f"could not start a process, because the event loop ({loop}) does not support it",
             exc,
             hint="use the default event loop of asyncio, which is the ProactorEventLoop on Windows",
         ) from exc
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RuntimeError) as exc:
+        # RuntimeError stands for a thread that cannot be started, and for a child watcher that is not active.
         code = getattr(exc, "errno", None)
         reason = os.strerror(code) if code else str(exc)
         hint = _START_HINTS.get(code, "see the reason, and check the path of the program")

@@ -53,7 +53,7 @@ BROKEN_BEFORE_RESPONSE: Final = Fault("the connection broke before the server an
 BROKEN_IN_BODY: Final = Fault("the connection broke in the middle of the answer")
 NOT_HTTP: Final = Fault("the server's answer is not valid HTTP", hint=_START_SERVER)
 TLS_IN_PLACE_OF_HTTP: Final = Fault(
-    "the server answered with TLS in place of HTTP", hint="let api_base begin with https://"
+    "the server answered with TLS in place of HTTP", hint="api_base must begin with https://"
 )
 _CHECK_HEADERS: Final = "the server, or a proxy in front of it, sends headers that are too long or too many"
 HEAD_TOO_LARGE: Final = Fault("the head of the server's answer is larger than 64 KiB", hint=_CHECK_HEADERS)
@@ -87,7 +87,7 @@ _OTHER_NAME_HINT: Final = "use a name in api_base that the certificate contains,
 _SELF_SIGNED_HINT: Final = (
     "pass ssl=ssl.create_default_context(cafile=...) with this certificate, or with the one at the end of its chain"
 )
-_UNKNOWN_AUTHORITY_HINT: Final = f"{_TRUST_HINT}; the server must send all certificates in between itself"
+_UNKNOWN_AUTHORITY_HINT: Final = f"{_TRUST_HINT}; the server must also send the intermediate certificates"
 _RULES_HINT: Final = (
     "issue it again, with the extension that is named here; until then, a context that does not check this can be"
     " passed as ssl=: context = ssl.create_default_context(cafile=...); context.verify_flags &= ~ssl.VERIFY_X509_STRICT"

@@ -12,7 +12,7 @@ and everything that is done about them is in this module:
   `response_class`, sees the connection in `start` and remembers which ones have been used. aiohttp's tracing
   (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
   was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
-- *It limits the lines of a head, but not the head.* A server may send "100 Continue" for ever. So
+- *It limits each line of a response's head, but not the whole head.* A server may send "100 Continue" forever. So
   `HeadGuard` stands between a connection and aiohttp until the head of the response has arrived.
 - *It decompresses without a limit*, or without noticing that the end is missing; see
   `lmbridge.transport.decompression`, which does it instead.
@@ -176,8 +176,8 @@ class AiohttpSession:
                 _start_closing(connector)
 
     def _timeout(self, request: HttpRequest) -> aiohttp.ClientTimeout:
-        # The limit for a socket does not include the answer of a proxy. The other one includes the wait for a
-        # connection of the pool, so it is not used without need.
+        # `sock_connect` does not cover the proxy's answer to CONNECT. `connect` does, but it also covers the wait for a
+        # pooled connection, so it is set only for tunnels.
         tunnels = (self._proxy is not None or self._trust_env) and self._has_tunnel(request)
         return _client_timeout(request.connect_timeout, tunnels)
 
@@ -249,7 +249,7 @@ class AiohttpSession:
         return faults.seen_through_proxy(fault) if self._has_tunnel(request) else fault
 
     def _is_about_proxy(self, exc: Exception, request: HttpRequest, *, was_sent: bool) -> bool:
-        """Returns whether it was the proxy that caused an exception: there, or before it had opened a connection."""
+        """Returns whether the proxy, or the connection to it, caused an exception, and not the server behind it."""
         if not self._has_proxy(request):
             return False
         url = urlsplit(request.url)
@@ -258,7 +258,7 @@ class AiohttpSession:
             return exc.host != url.hostname or exc.port != port
         if isinstance(exc, aiohttp.ClientResponseError):
             return url.scheme == "http" or exc.request_info.method == "CONNECT"
-        # Without TLS, the proxy passes on requests, so it is the only one with which there is a connection.
+        # Without TLS, the client is connected only to the proxy, which forwards its requests.
         return url.scheme == "http" or (isinstance(exc, _LOST_CONNECTION_ERRORS) and not was_sent)
 
     def _has_proxy(self, request: HttpRequest) -> bool:

@@ -237,17 +237,17 @@ def test_a_value_that_json_does_not_have_is_refused_with_its_path_and_never_chan
     ],
 )
 def test_a_text_or_a_key_that_json_does_not_have_is_refused_with_its_path(body: Any, path: str, reason: str) -> None:
-    kind = "str" if "surrogate" in reason else "dict"
     with pytest.raises(LLMValidationError) as caught:
         encode_body(body)
-    assert str(caught.value) == f"{path} is of type {kind}, which cannot be sent as JSON: {reason}; {HINT}"
+    assert str(caught.value) == f"{path} cannot be sent as JSON: {reason}; {HINT}"
 
 
 def test_a_body_that_contains_itself_is_refused() -> None:
     tools: list[Any] = []
     tools.append(tools)
-    with pytest.raises(LLMValidationError, match=r"^tools\[0\].* is of type list, which cannot be sent as JSON"):
+    with pytest.raises(LLMValidationError, match=r"^tools\[0\].*\.\.\. cannot be sent as JSON: it is nested") as caught:
         encode_body({"tools": tools})
+    assert len(caught.value.message) < 250
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ async def test_an_interpreter_that_does_not_know_its_path_is_named(
     assert caught.value.context["operation"] == "start of a local server"
 
 
+@pytest.mark.parametrize("reason", ["can't start new thread", "asyncio.get_child_watcher() is not activated"])
+async def test_an_error_of_the_event_loop_is_quoted(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    async def fail(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "subprocess_exec", fail)
+    with pytest.raises(LLMConnectionError) as caught:
+        await start_process(sys.executable, "-c", "")
+    assert caught.value.message == f"could not start {sys.executable}: {reason}"
+
+
 async def test_an_event_loop_without_processes_is_named(
     script: Script, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -219,4 +219,4 @@ async def test_the_answer_of_a_server_with_tls_to_http_has_a_hint(answer: bytes)
     server = await asyncio.start_server(refuse, "127.0.0.1", 0)
     async with server:
         error = await error_of(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    assert "let api_base begin with https://" in (error.hint or "")
+    assert "api_base must begin with https://" in (error.hint or "")
