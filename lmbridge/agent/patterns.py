@@ -378,7 +378,7 @@ class _Parser:
         if char == "(":
             return self._group()
         if char == "[":
-            return self._char_of(self._class())
+            return _Char(self._class())
         if char == ".":
             return _Char((lambda _: True) if "s" in self._flags else (lambda each: each != "\n"))
         if char == "^":
@@ -391,10 +391,13 @@ class _Parser:
 
     def _char_of(self, what: str | _CharTest) -> _Part:
         """Returns a part that matches a character, or the characters that pass a test."""
-        test: _CharTest = (lambda char: char == what) if isinstance(what, str) else what
+        return _Char(self._with_flags(lambda char: char == what) if isinstance(what, str) else what)
+
+    def _with_flags(self, test: _CharTest) -> _CharTest:
+        """Returns a test that disregards the case if the pattern does. A negation has to come after it."""
         if "i" not in self._flags:
-            return _Char(test)
-        return _Char(lambda char: test(char) or test(char.lower()) or test(char.upper()))
+            return test
+        return lambda char: any(test(each) for each in {char, char.lower(), char.upper()} if len(each) == 1)
 
     def _group(self) -> _Part:
         flags = self._flags
@@ -467,7 +470,8 @@ class _Parser:
         def test(char: str) -> bool:
             return unicodedata.category(char).startswith(name)
 
-        return _negated(test) if is_negated else test
+        folded = self._with_flags(test)
+        return _negated(folded) if is_negated else folded
 
     def _class(self) -> _CharTest:
         """Reads a class of characters, whose bracket has been read."""
@@ -492,9 +496,10 @@ class _Parser:
 
         def test(char: str) -> bool:
             found = char in chars or any(low <= char <= high for low, high in ranges)
-            return (found or any(each(char) for each in tests)) is not is_negated
+            return found or any(each(char) for each in tests)
 
-        return test
+        folded = self._with_flags(test)
+        return _negated(folded) if is_negated else folded
 
     def _class_char(self) -> str | _CharTest:
         char = self._next()

@@ -2,7 +2,7 @@
 
 A reply has to end in calls of one known syntax, and may have text before them. A call that is quoted within an
 explanation is not made, because the model may be describing it, or warning against it: neither one that is followed by
-more text, nor one in a code block.
+more text, nor one in a code block or a block quote.
 
 The text is read once, from its beginning to its end, without copying the rest of it for each call. So the time grows
 in proportion to the length: about 50 ms for 1,000,000 characters of short calls.
@@ -27,6 +27,7 @@ _TEMPLATE_TOKEN: Final = re.compile(
 _LONGEST_TOKEN: Final = 44
 _LONGEST_OPENING: Final = 20
 _CODE_FENCE: Final = "```"
+_FENCE_LINE: Final = re.compile(r"^[ \t>]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
 _NEXT_OBJECT: Final = re.compile(r"\s*\{")
 
 
@@ -83,9 +84,25 @@ def _read_calls_after_text(text: str) -> TextCalls | None:
     # From the first tag on there has to be nothing but calls, so that none is left out because it is quoted or wrong.
     begin = min(opening.start() for opening in openings)
     before, syntax = text[:begin].rstrip(), _syntax_at_start(text[begin : begin + _LONGEST_OPENING])
-    is_quoted = before.count(_CODE_FENCE) % 2 or (before.endswith("`") and not before.endswith(_CODE_FENCE))
-    calls = None if is_quoted or syntax is None else _parse_calls(text, begin, syntax)
+    calls = None if _is_quoted(text, begin) or syntax is None else _parse_calls(text, begin, syntax)
     return TextCalls(before, calls) if calls else None
+
+
+def _is_quoted(text: str, position: int) -> bool:
+    """Returns whether a position is within a code block, or in a line of a block quote, or follows a backtick."""
+    before = text[:position]
+    if before[before.rfind("\n") + 1 :].lstrip().startswith(">"):
+        return True
+    before = before.rstrip()
+    if before.count(_CODE_FENCE) % 2 or (before.endswith("`") and not before.endswith(_CODE_FENCE)):
+        return True
+    fence = ""
+    for line in _FENCE_LINE.finditer(before):
+        if not fence:
+            fence = line[1]
+        elif line[1].startswith(fence) and not line[2].strip():
+            fence = ""
+    return bool(fence)
 
 
 def _syntax_at_start(text: str) -> _CallTags | None:

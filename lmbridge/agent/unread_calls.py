@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from lmbridge.agent.text_calls import without_template_tokens
@@ -69,10 +69,14 @@ _SYNTAXES: Final = (
 )
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
-_PYTHONIC: Final = re.compile(r"\s*\[\s*([\w.-]{1,100})\(")
+_PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
 _REACT: Final = re.compile(r"Action:[ \t]*([\w.-]{1,100})\s*\Z")
 _NAME_KEYS: Final = ('"name"', '"tool"', '"tool_name"', '"function"', '"action"')
-"""Keys under which models write the name of a tool, at the beginning of a JSON object."""
+"""Keys under which models write the name of a tool in a JSON object."""
+_BRACE: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{}]')
+"""Finds the braces of JSON, and skips those in its texts."""
+_CHARACTERS_BEFORE_NAME: Final = 20_000
+"""How many characters before the name of a tool are searched for the beginning of its object."""
 _JSON_NAME: Final = re.compile(r'"\w+"\s*:\s*"([^"\\]{1,100})"')
 _ARGUMENTS: Final = re.compile(r'"(?:arguments|parameters|args|(?:tool_|action_)?input)"\s*:')
 
@@ -136,15 +140,40 @@ def _plain_call(text: str, tool_names: Collection[str]) -> str | None:
     """Returns what a call looks like that has no tags but names a tool: JSON, Python's syntax, or ReAct's."""
     for position in (each for key in _NAME_KEYS for each in _last_mentions(text, key)):
         name = _JSON_NAME.match(text, position)
-        begin = len(text[:position].rstrip()) - 1
-        if name is None or name[1] not in tool_names or begin < 0 or text[begin] != "{":
+        if name is None or name[1] not in tool_names:
             continue
-        if _ARGUMENTS.search(text, position) and _is_last(text, begin, ""):
+        objects = _objects_around(text, position)
+        if objects and _ARGUMENTS.search(text, objects[0]) and _are_last(text, objects):
             return "JSON"
-    if (python := _PYTHONIC.match(text)) and python[1] in tool_names and text.rstrip().endswith(")]"):
+    if text.rstrip("` \n").endswith(")]") and any(each[1] in tool_names for each in _PYTHONIC.finditer(text)):
         return "a call in Python's syntax"
     for position in _last_mentions(text, "Action Input:"):
         action = _REACT.search(text[max(0, position - 200) : position])
         if action is not None and action[1] in tool_names:
             return "Action Input:"
     return None
+
+
+def _objects_around(text: str, position: int) -> list[int]:
+    """Returns where the JSON objects begin that a position is in, the innermost first."""
+    objects: list[int] = []
+    for each in _BRACE.finditer(text, max(0, position - _CHARACTERS_BEFORE_NAME), position):
+        if each[0] == "{":
+            objects.append(each.start())
+        elif each[0] == "}" and objects:
+            objects.pop()
+    return objects[::-1]
+
+
+def _are_last(text: str, objects: Sequence[int]) -> bool:
+    """Returns whether the innermost object, or an object around it, goes on to the end of the text."""
+    if _is_last(text, objects[0], ""):
+        return True
+    for begin in objects[1:3]:
+        try:
+            _, end = _decode_at(text, begin)
+        except (ValueError, RecursionError):
+            return False
+        if not _WORD.search(_without_closing_tags(text[end:])):
+            return True
+    return False

@@ -32,8 +32,9 @@ _PATTERNS = st.recursive(
 
 
 @settings(max_examples=300)
-@given(_PATTERNS, st.text("ab1_ x.é-", min_size=1, max_size=8))
-def test_a_pattern_matches_what_python_matches(pattern: str, text: str) -> None:
+@given(_PATTERNS, st.text("ab1_ x.é-AB", min_size=1, max_size=8), st.sampled_from(["", "(?i)"]))
+def test_a_pattern_matches_what_python_matches(pattern: str, text: str, flags: str) -> None:
+    pattern = flags + pattern
     assert compile_pattern(pattern).search(text) is (re.search(pattern, text) is not None)
 
 
@@ -45,6 +46,10 @@ def test_a_pattern_matches_what_python_matches(pattern: str, text: str) -> None:
         (r"^(?=.*\d)(?=.*[a-z])(?!.*\s).{6,}$", ["abc123"], ["abcdef", "abc 123", "a1"]),
         (r"^(?i)abc$", ["ABC", "abc"], ["abd"]),
         (r"(?i:a)b", ["Ab"], ["AB"]),
+        (r"(?i)^[^a]+$", ["b", "B"], ["a", "A", "bA"]),
+        (r"(?i)^[^a-z]+$", ["1"], ["a", "A"]),
+        (r"(?i)^[^\W\d]+$", ["aA_"], ["1", "-"]),
+        (r"(?i)^[s-z]+$", ["sZ"], ["ß"]),
         (r"(?m)^b$", ["a\nb\nc"], ["ab"]),
         (r"^(?s).$", ["\n"], ["ab"]),
         (r"^.$", ["a"], ["\n", ""]),
