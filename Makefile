@@ -20,7 +20,7 @@ NPM := tests/mcp/npm
 SUITE := tests/mcp/conformance
 
 # The first pip that installs the dependency groups of pyproject.toml. The one that comes with Python may be older.
-PIP := 'pip>=25.1'
+PIP_REQUIREMENT := 'pip>=25.1'
 
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
@@ -106,6 +106,6 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 		exit 1; } >&2
 	@echo "installing lmbridge$(if $(EXTRAS),[$(EXTRAS)]) into $(@D), once"
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(PIP)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_REQUIREMENT)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(ALSO)
 	@touch $@

@@ -28,6 +28,7 @@ _BACKLOG_LIMIT: Final = 256
 _MESSAGE_START: Final = re.compile(r'\{\s*"(?:jsonrpc|id|method|params|result|error)"')
 _JSON_ESCAPE: Final = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<lone>\\u[dD][89a-fA-F]..)|\\.")
 """An escape in a JSON string: a whole surrogate pair, half of one (the group `lone`), or any other."""
+_SURROGATE_START: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER: Final = json.JSONDecoder()
 _ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
 _SEARCHED_FOR_ID: Final = 1000
@@ -94,6 +95,15 @@ class MessageReader:
         del self._buffer[:begin]
         self._check_size(len(self._buffer))
 
+    def end(self) -> list[dict[str, Any]]:
+        """Returns the messages in a last line without a line break. One that was cut off is dropped, not repaired."""
+        try:
+            decoded = msgspec.json.decode(self._buffer)
+        except (ValueError, RecursionError):
+            return []
+        self._buffer.clear()
+        return [each for each in (decoded if isinstance(decoded, list) else [decoded]) if _is_message(each)]
+
     def _check_size(self, size: int) -> None:
         if size > self._largest:
             raise MessageTooLargeError(f"it sent a message of more than {self._largest:,} bytes")
@@ -144,7 +154,12 @@ def _salvage_objects(line: bytes) -> list[Any]:
     contains a byte that is not UTF-8; when JavaScript has cut a string in the middle of an emoji, which leaves half of
     a surrogate pair; and when Python has written NaN.
     """
-    text = _JSON_ESCAPE.sub(_replace_lone_surrogate, line.decode(errors="replace"))
+    text = line.decode(errors="replace")
+    if _MESSAGE_START.search(text) is None:
+        return []
+    # Going through all escapes of a long text takes seconds.
+    if _SURROGATE_START.search(text) is not None:
+        text = _JSON_ESCAPE.sub(_replace_lone_surrogate, text)
     found: list[Any] = []
     end = 0
     for begin in islice((match.start() for match in _MESSAGE_START.finditer(text)), _SALVAGE_ATTEMPTS):
@@ -210,6 +225,12 @@ class MessageInbox:
             self._changed.set()
             if not skipped_before and self._reader.skipped_lines:
                 self._on_skipped_line(self._reader.first_skipped_line)
+
+    def end(self) -> None:
+        """Adds the messages of a last line without a line break, and closes the inbox."""
+        if not self.is_closed:
+            self._messages += self._reader.end()
+            self.close()
 
     def close(self) -> None:
         """Closes the inbox: `receive` still returns the messages that have arrived; `feed` ignores further bytes."""

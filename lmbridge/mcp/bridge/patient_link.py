@@ -22,6 +22,8 @@ from lmbridge.mcp.bridge.host import HostLink
 
 _HOST_CHECK_SECONDS: Final = 0.1
 """How often the wait for answers checks whether the host still reads, in seconds."""
+_LAST_ERRORS_SECONDS: Final = 1.0
+"""How long the host may take to read the errors of the requests that are still open at the limit, in seconds."""
 _UNANSWERED_METHODS: Final = frozenset({"subscriptions/listen"})
 """The requests that stay open for as long as the session, so nobody waits for their answers."""
 _INTERNAL_ERROR: Final = -32603
@@ -91,14 +93,19 @@ class PatientLink:
                 async with asyncio.timeout(self._patience):
                     await self._wait_until_answered_or_unread()
         self._has_given_up = True
+        # The host may have stopped reading without closing its end of the pipe.
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(_LAST_ERRORS_SECONDS):
+                await self._answer_with_errors()
+
+    async def _answer_with_errors(self) -> None:
         for request_id in self._open_requests.elements():
             text = (
                 f"stdin was closed, and the request did not end within {self._patience:g} seconds after that, so it "
                 "was cancelled; keep stdin open, or start lmbridge-mcp with a larger --eof-timeout"
             )
             error = {"code": _INTERNAL_ERROR, "message": text}
-            with suppress(ConnectionError):
-                await self._link.send(msgspec.json.encode({"jsonrpc": "2.0", "id": request_id, "error": error}))
+            await self._link.send(msgspec.json.encode({"jsonrpc": "2.0", "id": request_id, "error": error}))
 
     async def _wait_until_answered_or_unread(self) -> None:
         while self._link.is_read:

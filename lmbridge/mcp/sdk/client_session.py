@@ -8,12 +8,13 @@ Two properties of the SDK shape this module:
 - Its anyio cancel scopes have to be left in the task that entered them. Otherwise it raises `RuntimeError`, or the
   event loop spins at full load for ever. So `open_mcp_session` must be entered and left by one task, which `servers`
   provides.
-- SDK 1.x does not notify the server when a call is cancelled, so `_SessionV1` does.
+- SDK 1.x does not notify the server when a request is cancelled, so `_SessionV1` does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final, Protocol
@@ -164,7 +165,7 @@ class _SessionBase:
 
     async def list_page(self, cursor: str | None) -> Mapping[str, Any]:
         with track_request("tools/list") as request:
-            page = await self._make_request(self._sdk_list_tools(cursor), request)
+            page = await self._make_request(self._sdk_list_tools(cursor, request), request)
         return _mark_unusable(request.result or {}, {tool.name for tool in page.tools})
 
     async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
@@ -173,7 +174,9 @@ class _SessionBase:
         try:
             # The arguments are checked here, because sending half of a surrogate pair would end an HTTP session.
             to_json({"params": {"arguments": arguments}})
-        except ValueError as exc:
+            # Numbers that JSON does not have would be sent as null.
+            json.dumps(arguments, default=str, allow_nan=False)
+        except (ValueError, RecursionError) as exc:
             raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
         with track_request("tools/call", on_progress) as request:
             await self._make_request(self._sdk_call_tool(tool, dict(arguments), request), request)
@@ -211,7 +214,7 @@ class _SessionBase:
         # The end may be the rejection of another request, which says nothing about this one.
         return SessionLostError(str(self.connection.end or _CONNECTION_CLOSED))
 
-    async def _sdk_list_tools(self, cursor: str | None) -> Any:
+    async def _sdk_list_tools(self, cursor: str | None, request: SentRequest) -> Any:
         raise NotImplementedError
 
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:
@@ -223,7 +226,7 @@ async def _enable_progress(*_: Any) -> None:
 
 
 class _SessionV2(_SessionBase):
-    async def _sdk_list_tools(self, cursor: str | None) -> Any:
+    async def _sdk_list_tools(self, cursor: str | None, request: SentRequest) -> Any:  # noqa: ARG002 - for 1.x
         return await self._client.list_tools(cursor=cursor)
 
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:  # noqa: ARG002 - for 1.x
@@ -247,12 +250,16 @@ def _is_modern(client: Any) -> bool:
 
 
 class _SessionV1(_SessionBase):
-    async def _sdk_list_tools(self, cursor: str | None) -> Any:
-        return await self._client.list_tools(cursor)
+    async def _sdk_list_tools(self, cursor: str | None, request: SentRequest) -> Any:
+        return await self._notify_if_cancelled(self._client.list_tools(cursor), request)
 
     async def _sdk_call_tool(self, tool: str, arguments: dict[str, Any], request: SentRequest) -> Any:
+        calling = self._client.call_tool(tool, arguments, progress_callback=_enable_progress)
+        return await self._notify_if_cancelled(calling, request)
+
+    async def _notify_if_cancelled(self, sending: Awaitable[Any], request: SentRequest) -> Any:
         try:
-            return await self._client.call_tool(tool, arguments, progress_callback=_enable_progress)
+            return await sending
         except asyncio.CancelledError:
             if request.sdk_id is not None:
                 await self._notify_cancelled(request.sdk_id)

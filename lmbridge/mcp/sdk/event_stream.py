@@ -30,7 +30,7 @@ class EventReader:
     """Parses events from bytes that may be split anywhere.
 
     Args:
-        largest: The maximum size of a line, and of the data of an event, in bytes.
+        largest: The maximum size of a line, and of the data of an event with its line breaks, in bytes.
     """
 
     def __init__(self, largest: int = LARGEST_MESSAGE) -> None:
@@ -41,6 +41,7 @@ class EventReader:
         self._data: list[bytes] = []
         self._data_size = 0
         self._is_first_line = True
+        self._ends_with_return = False
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """Yields the events that the next bytes complete.
@@ -48,14 +49,18 @@ class EventReader:
         Raises:
             MessageTooLargeError: A line or an event is too large.
         """
-        *lines, rest = data.split(b"\n")
+        if self._ends_with_return and data:
+            # The carriage return has ended its line already, and this is the rest of the same line break.
+            data, self._ends_with_return = data.removeprefix(b"\n"), False
+        if not data:
+            return
+        self._ends_with_return = data.endswith(b"\r")
+        *lines, rest = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         for line in lines:
             self._pieces.append(line)
-            whole = b"".join(self._pieces).rstrip(b"\r")
+            whole = b"".join(self._pieces)
             self._pieces, self._pieces_size = [], 0
-            # A carriage return alone also ends a line.
-            for part in whole.split(b"\r"):
-                yield from self._read_line(part)
+            yield from self._read_line(whole)
         if rest:
             self._pieces.append(rest)
             self._pieces_size += len(rest)
@@ -79,7 +84,7 @@ class EventReader:
         value = value.removeprefix(b" ")
         if field == b"data":
             self._data.append(value)
-            self._data_size += len(value)
+            self._data_size += len(value) + 1
             self._check_size(self._data_size)
         elif field == b"event":
             self._event.name = value.decode(errors="replace") or "message"

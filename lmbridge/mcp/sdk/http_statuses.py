@@ -33,7 +33,11 @@ _STATUS_HINTS: Final[Mapping[int, str]] = {
 
 def find_error(body: bytes) -> tuple[Any, Mapping[str, Any]] | None:
     """Returns the id and the error of the JSON-RPC error in the body of a response, or None if there is none."""
-    for value in parse_json(body):
+    return _find_error(parse_json(body))
+
+
+def _find_error(values: list[Any]) -> tuple[Any, Mapping[str, Any]] | None:
+    for value in values:
         if isinstance(value, dict) and value.get("error") is not None and ("jsonrpc" in value or "id" in value):
             return value.get("id"), normalize_error(value["error"], [])
     return None
@@ -41,9 +45,10 @@ def find_error(body: bytes) -> tuple[Any, Mapping[str, Any]] | None:
 
 def quote_body(body: bytes) -> str:
     """Returns what a server says in the body of a refusal: its reason, the title of its page, or the whole text."""
-    if (found := find_error(body)) is not None:
+    values = parse_json(body)
+    if (found := _find_error(values)) is not None:
         return describe_refusal(found[1])
-    for value in parse_json(body):
+    for value in values:
         if isinstance(value, dict) and (reason := _find_reason(value)):
             return shorten(reason, _LONGEST_WORDS)
     text = body[: 4 * _SEARCHED_HTML].decode(errors="replace").strip()
@@ -77,7 +82,7 @@ def status_hint(status: int, spec: ServerSpec, challenge: str) -> str:
     if status == HTTPStatus.UNAUTHORIZED:
         return _token_hint(spec, challenge)
     if status == HTTPStatus.FORBIDDEN and spec.headers:
-        return 'what its "headers" contain lacks a permission, or the server does not accept this host or origin'
+        return 'the credentials in its "headers" lack a permission, or the server does not accept this host or origin'
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return "the fault is on its side, and its log may say more"
     return _STATUS_HINTS.get(status, "")

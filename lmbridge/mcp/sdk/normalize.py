@@ -233,8 +233,9 @@ def normalize_handshake(
 ) -> tuple[dict[str, Any], str]:
     """Returns the answer to `initialize` that the SDK accepts, and the protocol revision that the server named.
 
-    A revision that the SDK does not know is replaced by the newest known one that is not newer, or by the newest of all
-    if it is not a date. The messages that lmbridge uses are the same in all revisions.
+    If the SDK does not know the revision, it is given the newest one that it knows and that is not newer than the
+    server's, or the newest of all if the server's is not a date. The messages that lmbridge uses are the same in all
+    revisions.
 
     Args:
         result: The server's answer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
@@ -17,14 +18,18 @@ from lmbridge.mcp.sdk.http_client import (
     check_redirect,
     connection_errors,
     is_event_stream,
+    is_valid_url,
     read_body,
     read_events,
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, quote_body, status_hint, status_reason
 from lmbridge.mcp.sdk.session_errors import RequestRejectedError, SessionLostError, describe_error
 
+logger: logging.Logger = logging.getLogger("lmbridge.mcp")
+
 _END_SECONDS: Final = 2.0
 """How long a stream that is given up may take to end, in seconds."""
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 class SseStream:
@@ -82,6 +87,10 @@ class SseStream:
             end = exc
         except failures as exc:
             end = SessionLostError(describe_error(exc))
+        except Exception as exc:
+            # Otherwise everybody would wait for ever for a mistake that nobody foresaw.
+            logger.exception("MCP server %r: reading its event stream failed", self._spec.name)
+            end = SessionLostError(describe_error(exc))
         if self._endpoint.done():
             self._on_end(end)
         else:
@@ -101,9 +110,20 @@ class SseStream:
             )
 
     def _endpoint_url(self, named: str) -> str:
-        """Returns the URL of the endpoint; raises `SessionLostError` if it is at another origin."""
-        url = urljoin(self._spec.url, named)
-        own, other = urlsplit(self._spec.url), urlsplit(url)
-        if (own.scheme, own.netloc.rpartition("@")[2]) != (other.scheme, other.netloc.rpartition("@")[2]):
+        """Returns the URL of the endpoint; raises `SessionLostError` if it is not valid or at another origin."""
+        try:
+            url = urljoin(self._spec.url, named)
+            is_same_origin = _origin(url) == _origin(self._spec.url)
+        except ValueError:
+            url, is_same_origin = "", False
+        if not is_valid_url(url):
+            raise SessionLostError(f"it names an endpoint that is not a valid URL, {named!r}")
+        if not is_same_origin:
             raise SessionLostError(f"it names an endpoint at another origin, {url}, which is not used")
         return url
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Returns the scheme, the host and the port of a URL; raises `ValueError` if it is not valid."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)

@@ -1,9 +1,9 @@
 """The time limit of a call, which the server extends by reporting progress.
 
-A call that builds a project or searches a large folder may take minutes. A limit that is long enough for it would also
-let a server that hangs wait for minutes. So the limit is the time without a sign of life, where the server sends one,
-and a second limit bounds the whole call, as the protocol recommends: a server that reports progress for ever must not
-hold up a run for ever.
+A call that builds a project or searches a large folder may take minutes. With a limit that is long enough for it, a run
+would also wait for minutes for a server that hangs. So the limit applies to the time since the last report of progress,
+if the server sends any. A second limit applies to the whole call, as the protocol recommends, because a server that
+reports progress for ever must not hold up a run for ever.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class CallTimer:
         if self._is_over():
             end = ", although it reported progress" if self._has_progressed else ""
             return CallTimeoutError(f"did not answer within {self._longest:g} seconds{end}")
-        if self._has_progressed:
+        if self._has_progressed and self._limit is not None:
             return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")
+        if self._limit is None:
+            return CallTimeoutError("gave up the request without an answer")
         return CallTimeoutError(f"did not answer within {self._limit:g} seconds")
 
     def _is_over(self) -> bool:

@@ -7,6 +7,7 @@ result of a call, such as a login, and the run then cannot go on without them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,10 +66,13 @@ class McpTools:
         """
         changed: list[ManagedServer] = []
         # A copy, because the lease may be released meanwhile.
-        for server in list(self._servers):
-            newer = await server.newer_definitions(self._definitions.get(server.spec.name))
-            if newer is not None:
-                self._definitions[server.spec.name] = newer
+        servers = list(self._servers)
+        newer = await asyncio.gather(
+            *(server.newer_definitions(self._definitions.get(server.spec.name)) for server in servers)
+        )
+        for server, definitions in zip(servers, newer, strict=True):
+            if definitions is not None:
+                self._definitions[server.spec.name] = definitions
                 changed.append(server)
         # Several runs may use the lease, so each call returns all of them.
         self._announced += self._add(changed)

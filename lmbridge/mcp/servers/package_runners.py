@@ -38,6 +38,12 @@ _SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh", "ash", "ksh", "fish"})
 """Programs whose argument after `-c` is a command line."""
 _WRAPPERS: Final = frozenset({"cmd", "env", "nice", "exec", "time", "nohup", "stdbuf"})
 """Programs whose arguments are options and then a command. Entries for Windows often begin with `cmd /c npx`."""
+_PREFIXES: Final = _WRAPPERS | {"if", "then", "else", "do", "while", "sudo", "command"}
+"""Words of a shell script that precede a program."""
+_OPTIONS_WITH_VALUE: Final = ("-u", "-C", "-n")
+"""The options of wrappers whose value is the next word, as in `env -u NAME` and `nice -n 5`."""
+_BEFORE_PROGRAM: Final = re.compile(r"-|/[a-zA-Z]$|\d+$|\w+=")
+"""What the words before a program look like that are options, numbers or variables. `/c` is an option of cmd."""
 _RUNNER_SILENCE_SECONDS: Final = 120.0
 """Seconds for which a package runner may write nothing to stderr, unless a connect timeout was given."""
 _RUNNER_START_SECONDS: Final = 300.0
@@ -78,10 +84,22 @@ def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
         return program
     if program in _SHELLS:
         scripts = [script for option, script in pairwise(args) if re.fullmatch(r"-[a-z]*c", option)]
-        words = _command_words(scripts[0]) if scripts else []
+        commands = _split_script(scripts[0]) if scripts else []
     else:
-        words = list(args) if program in _WRAPPERS else []
-    return next((name for word in words if (name := _program_name(word)) in _PACKAGE_RUNNERS), None)
+        commands = [list(args)] if program in _WRAPPERS else []
+    programs = (_program_of(words) for words in commands)
+    return next((name for name in programs if name in _PACKAGE_RUNNERS), None)
+
+
+def _program_of(words: Sequence[str]) -> str | None:
+    """Returns the program that a command starts, after wrappers with their options, variables and numbers."""
+    rest = iter(words)
+    for word in rest:
+        if word in _OPTIONS_WITH_VALUE:
+            next(rest, None)
+        elif not _BEFORE_PROGRAM.match(word) and (name := _program_name(word.partition(" ")[0])) not in _PREFIXES:
+            return name
+    return None
 
 
 def _program_name(path: str) -> str:
@@ -89,12 +107,15 @@ def _program_name(path: str) -> str:
     return PurePath(re.split(r"[/\\]", path)[-1]).stem.lower()
 
 
-def _command_words(script: str) -> list[str]:
-    """Returns the words of a shell script that may be programs, roughly: quoting is respected, syntax is not."""
+def _split_script(script: str) -> list[list[str]]:
+    """Returns the words of each command in a shell script, roughly: quoting is respected, most syntax is not."""
     try:
-        return list(shlex.shlex(script, posix=True, punctuation_chars=";&|()"))
+        words = list(shlex.shlex(script.replace("\n", ";"), posix=True, punctuation_chars=";&|()"))
     except ValueError:
-        return script.split()
+        words = script.split()
+    is_end = [not word.strip(";&|(){}") for word in words]
+    ends = [-1, *(number for number, ends in enumerate(is_end) if ends), len(words)]
+    return [words[begin + 1 : end] for begin, end in pairwise(ends)]
 
 
 def start_patience(spec: ServerSpec, connect_timeout: float | None) -> StartPatience:

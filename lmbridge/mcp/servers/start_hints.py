@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -47,7 +48,10 @@ def _program_hint(spec: ServerSpec, error: OSError) -> list[str]:
         return ['create that folder, or correct "cwd" in the configuration']
     if words := _split_command(spec.command):
         program, arguments = json.dumps(words[0]), json.dumps(words[1:], ensure_ascii=False)
-        return [f'the command contains its arguments, so split it: "command": {program}, "args": {arguments}']
+        split = f'split it: "command": {program}, "args": {arguments}'
+        if _can_be_path(words):
+            return [f"check the path of the command; or, if it contains its arguments, {split}"]
+        return [f"the command contains its arguments, so {split}"]
     if isinstance(error, FileNotFoundError):
         return ["install it, or give its full path in the configuration"]
     if isinstance(error, PermissionError):
@@ -62,3 +66,8 @@ def _split_command(command: str) -> list[str]:
     except ValueError:
         words = command.split()
     return words if len(words) > 1 else []
+
+
+def _can_be_path(words: Sequence[str]) -> bool:
+    """Returns whether the words of a command may also be the path of a program in a folder whose name has a space."""
+    return re.search(r"[/\\]", words[0]) is not None and re.match(r"[^-/\\].*[/\\]", words[1]) is not None

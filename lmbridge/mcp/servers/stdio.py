@@ -151,5 +151,6 @@ class StdioLink:
             self._unparsed = b""
             self._parse(data)
         if not self._inbox.is_closed:
-            self._inbox.close()
+            # A server that writes its answer and ends may have left out the last line break.
+            self._inbox.end()
             self._on_end(reason)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -132,4 +132,23 @@ def test_an_eof_timeout_that_is_not_a_number_of_seconds_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         main([f"--eof-timeout={wrong}"])
-    assert "--eof-timeout" in capsys.readouterr().err
+    assert f"--eof-timeout: '{wrong}' is not a number of seconds" in capsys.readouterr().err
+
+
+async def test_a_host_that_has_stopped_reading_does_not_extend_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmbridge.mcp.bridge.patient_link._LAST_ERRORS_SECONDS", 0.01)
+
+    class FullPipe:
+        is_read = True
+        messages: ClassVar[list[dict[str, Any]]] = [{"jsonrpc": "2.0", "id": 1, "method": "tools/call"}]
+
+        async def receive(self) -> dict[str, Any] | None:
+            return self.messages.pop() if self.messages else None
+
+        async def send(self, _: bytes) -> None:
+            await asyncio.get_running_loop().create_future()
+
+    pipe: Any = FullPipe()
+    link = PatientLink(pipe, 0)
+    assert await link.receive()
+    assert await asyncio.wait_for(link.receive(), 10) is None

@@ -32,7 +32,7 @@ def test_it_does_not_matter_where_the_bytes_are_split(places: list[int]) -> None
     assert found == EVENTS
 
 
-@pytest.mark.parametrize("data", [b"data: " + b"x" * 100, b"data: xxxxxxxxx\n" * 12])
+@pytest.mark.parametrize("data", [b"data: " + b"x" * 100, b"data: xxxxxxxxx\n" * 12, b"data:\n" * 101])
 def test_an_event_that_is_too_large_is_refused(data: bytes) -> None:
     reader = EventReader(100)
     with pytest.raises(MessageTooLargeError, match="more than 100 bytes"):
@@ -42,3 +42,11 @@ def test_an_event_that_is_too_large_is_refused(data: bytes) -> None:
 def test_a_retry_time_of_any_length_is_read() -> None:
     (event,) = EventReader().feed(b"retry: " + b"9" * 10_000 + b"\n\n")
     assert event.retry == 999_999_999
+
+
+def test_an_event_is_complete_before_the_second_half_of_a_line_break_arrives() -> None:
+    reader = EventReader()
+    assert list(reader.feed(b"data: one\r\r")) == [Event(data=b"one")]
+    assert list(reader.feed(b"")) == []
+    assert list(reader.feed(b"\ndata: two\r\n\r")) == [Event(data=b"two")]
+    assert list(reader.feed(b"\ndata: three\r\ndata: four\n\n")) == [Event(data=b"three\nfour")]

@@ -14,6 +14,9 @@ from aiohttp import web
 
 from lmbridge import ToolError
 from lmbridge.mcp import McpEvent
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk.http import HttpConnection
+from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT
 from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, answer, body, error, event, events, text
 from tests.mcp.support import Recorder, function_of
@@ -107,6 +110,23 @@ async def test_a_resumed_stream_may_bring_answers_to_others(make_hub: MakeHub, s
     server.responses["tools/call"] = respond
     server.responses["GET"] = lambda *_: events(event(wrong), event(answer(calls[0], text("own"))))
     assert await echo() == "own"
+
+
+async def test_only_the_beginning_of_a_large_body_is_quoted(
+    make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def quote(content: bytes) -> str:
+        sizes.append(len(content))
+        return "words"
+
+    monkeypatch.setattr("lmbridge.mcp.sdk.http.quote_body", quote)
+    echo = function_of(await make_hub({"a": {"url": server.url}}).tools(), "echo")
+    server.responses["tools/call"] = lambda *_: body(200, b"x" * (ERROR_BODY_LIMIT + 5), "text/plain")
+    with pytest.raises(ToolError, match="not a JSON-RPC message: words"):
+        await echo()
+    assert sizes == [ERROR_BODY_LIMIT]
 
 
 # Calls that may have run are not repeated
@@ -344,3 +364,63 @@ async def test_a_revision_that_cannot_be_a_header_is_not_sent_as_one(
 
     server.responses["initialize"] = respond
     assert await function_of(await make_hub({"a": {"url": server.url}}).tools(), "echo")() == "on"
+
+
+# Tasks
+
+
+async def test_closing_a_connection_cancels_all_of_its_tasks_at_once_even_if_it_is_cancelled_itself() -> None:
+    connection = HttpConnection(ServerSpec(name="a", transport="http", url="http://x/"), None, print, print)
+    have_begun, cancelled = asyncio.Semaphore(0), asyncio.Semaphore(0)
+    release = asyncio.Event()
+
+    async def resist() -> None:
+        have_begun.release()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.release()
+            await release.wait()
+
+    tasks = [connection._start(resist()) for _ in range(3)]
+    for _ in tasks:
+        await have_begun.acquire()
+    closing = asyncio.create_task(connection.close())
+    for _ in tasks:
+        await cancelled.acquire()
+    closing.cancel()
+    release.set()
+    await asyncio.wait({closing, *tasks})
+    assert closing.cancelled()
+    assert connection._tasks == set()
+
+
+async def test_a_list_that_is_no_longer_wanted_is_cancelled_at_the_server(
+    make_hub: MakeHub, server: HttpServer
+) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    await hub.tools()
+    is_asked, is_over = asyncio.Event(), asyncio.Event()
+
+    async def stall(*_: Any) -> Any:
+        is_asked.set()
+        await is_over.wait()
+
+    server.responses["tools/list"] = stall
+    waiting = asyncio.create_task(hub.tools())
+    await is_asked.wait()
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert "notifications/cancelled" in server.methods
+    is_over.set()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+async def test_a_number_that_json_does_not_have_is_refused(
+    make_hub: MakeHub, server: HttpServer, number: float
+) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    await hub.tools()
+    with pytest.raises(ToolError, match="the arguments cannot be sent: "):
+        await hub._servers["a"].call("echo", {"x": [{"y": number}]}, is_idempotent=True, timeout=None)
+    assert "tools/call" not in server.methods

@@ -161,3 +161,22 @@ async def test_two_runs_that_share_a_lease_both_get_new_tools(
             "echo",
             "new",
         ]
+
+
+async def test_the_servers_of_a_run_are_asked_at_the_same_time(
+    make_hub: MakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = make_hub({"a": {}, "b": {}})
+    lease = await hub.tools()
+    asked: list[object] = []
+    both_are_asked = asyncio.Event()
+
+    async def answer_once_both_are_asked(seen: object) -> None:
+        asked.append(seen)
+        if len(asked) == 2:
+            both_are_asked.set()
+        await both_are_asked.wait()
+
+    for server in hub._servers.values():
+        monkeypatch.setattr(server, "newer_definitions", answer_once_both_are_asked)
+    assert await asyncio.wait_for(lease.new_tools(), 10) == []

@@ -14,6 +14,8 @@ from aiohttp import web
 
 from lmbridge import MultiMCPError, ToolError
 from lmbridge.mcp import McpEvent, ServerState, UnexpectedMessage
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk.sse_transport import SseStream
 from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, answer, body, error, event, events, text
 from tests.mcp.support import Recorder, function_of, names
@@ -547,6 +549,31 @@ async def test_an_endpoint_at_another_origin_is_not_used(
     server.endpoint = "http://127.0.0.1:9/messages"
     with pytest.raises(MultiMCPError, match="it names an endpoint at another origin"):
         await make_hub({"a": {"url": server.url, "type": "sse"}}).tools()
+
+
+@pytest.mark.parametrize("endpoint", ["http://[", "http://127.0.0.1:x/messages", "http://127.0.0.1:99999/"])
+async def test_an_endpoint_that_is_not_valid_is_named(
+    make_hub: MakeHub, make_sse_server: Callable[[int], Any], endpoint: str
+) -> None:
+    server = await make_sse_server(404)
+    server.endpoint = endpoint
+    with pytest.raises(MultiMCPError, match="it names an endpoint that is not a valid URL, 'http://"):
+        await make_hub({"a": {"url": server.url, "type": "sse"}}).tools()
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("https://example.com/sse", "https://example.com:443/messages"),
+        ("http://example.com:80/sse", "http://EXAMPLE.com/messages"),
+        ("http://user:word@example.com/sse", "HTTP://example.com/messages"),
+    ],
+)
+async def test_an_origin_may_be_written_in_another_way(url: str, endpoint: str) -> None:
+    async def ignore(_: object) -> None: ...
+
+    stream = SseStream(ServerSpec(name="a", transport="sse", url=url), None, ignore, lambda _: None)
+    assert stream._endpoint_url(endpoint).lower() == endpoint.lower()
 
 
 async def test_a_server_of_the_newer_transport_says_that_its_type_is_wrong(

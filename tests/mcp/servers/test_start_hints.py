@@ -31,6 +31,11 @@ async def test_a_command_that_contains_its_arguments_is_to_be_split(
     assert str(caught.value).endswith(f"could not be started: {command!r} was not found; {hint}")
 
 
+async def test_a_missing_program_whose_path_may_contain_a_space_is_not_only_to_be_split(make_hub: MakeHub) -> None:
+    with pytest.raises(MultiMCPError, match="was not found; check the path of the command; or, if it contains its arg"):
+        await make_hub({"a": {"command": "/no/such/My Server/run"}}).tools()
+
+
 async def test_a_program_whose_path_contains_spaces_is_started(make_hub: MakeHub, tmp_path: Path) -> None:
     program = tmp_path / "my programs" / "a server"
     program.parent.mkdir()

@@ -74,3 +74,18 @@ async def test_output_that_arrives_while_other_output_is_parsed_follows_it() -> 
     link._on_output(b'"method":"last"}\n')
     assert await link.receive() == {"jsonrpc": "2.0", "method": "last"}
     assert link._inbox.skipped_lines == 20_000
+
+
+async def test_an_answer_without_a_line_break_before_the_end_is_not_lost() -> None:
+    link = link_to("printf '" + json.dumps({"jsonrpc": "2.0", "id": 1, "result": {}}) + "'", lambda _: None)
+    await link.start()
+    assert await link.receive() == {"jsonrpc": "2.0", "id": 1, "result": {}}
+    assert await link.receive() is None
+    await link.end()
+
+
+async def test_an_answer_that_the_end_has_cut_off_is_not_taken_for_one() -> None:
+    link = link_to("", lambda _: None)
+    link._on_output(b'{"jsonrpc":"2.0","id":1,"result":{"id":2,"result":{}}')
+    link._end_link("it ended")
+    assert await link.receive() is None
