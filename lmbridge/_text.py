@@ -20,7 +20,7 @@ _EXCERPT_CHARACTERS: Final = 500
 _QUOTED_BYTES: Final = 250_000
 """The number of bytes at the beginning of a body that an error keeps."""
 _LONGEST_SECRET: Final = 10_000
-"""The number of characters at the end of a text that was cut off in which half of a secret may be left."""
+"""The number of characters that are removed from the end of a cut text, because it may end with half of a secret."""
 
 
 def shorten(text: str, limit: int) -> str:

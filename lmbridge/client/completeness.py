@@ -4,8 +4,8 @@ A program that reads `reply["choices"][0]["message"]["content"]`, or `choice["de
 OpenAI's API. It would fail with servers that leave `content` out of a message that only calls tools, and with proxies
 that send `"choices": null` to keep the connection alive. The types of a reply could say that any field may be missing,
 but then every program would have to expect what hardly ever happens. So these few fields are guaranteed, and the types
-say so: what is missing or null is filled in, what is not an object among the choices is left out, and content in parts
-becomes its text. Anything else that a server did send is never changed; if it is of the wrong kind, that is an error.
+say so: what is missing or null is filled in, choices that are not objects are left out, and content in parts becomes
+its text. Anything else that a server sends is never changed; if it is of the wrong kind, that is an error.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _NAME_KEYWORDS: Final = frozenset(
 """The keywords whose values are objects that have names as their keys, and schemas as their values."""
 
 _LONGEST_INDEX: Final = 10
-"""The number of digits that no index in a list has. Python refuses to read thousands of digits as a number."""
+"""The number of digits from which on a number is no longer read as an index. Python refuses to read thousands."""
 
 
 def map_subschemas(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Halves: TypeAlias = dict[tuple[Any, ...], str]
 """The halves that a stream has held back, by the text that they belong to. It is empty nearly always."""
 
 _REPLACEMENT: Final = "?"
-"""What stands for a half whose other half never arrived."""
+"""The text that replaces a half whose other half never arrived."""
 _EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
 """The fields by which the texts in a streamed response differ."""
 

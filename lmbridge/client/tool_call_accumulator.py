@@ -16,7 +16,7 @@ _JSON_WHITESPACE: Final = " \t\r\n"
 _JSON_MARKS: Final = re.compile(r'\\.|["\\{}\[\]]', re.DOTALL)
 """The characters that decide where a JSON object or array ends, and escaped characters, which do not."""
 _DEEPEST_MERGED_FIELD: Final = 20
-"""The number of dicts around a field below which values replace each other."""
+"""The depth of nested dicts up to which fields are merged. Deeper values replace each other."""
 _LONGEST_SCALAR: Final = 100
 """The length up to which arguments that are neither an object nor an array may be complete JSON."""
 _LABELS: Final = frozenset(

@@ -114,7 +114,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
 
 
 class TextStream(Stream[TextCompletionChunk]):
-    """The chunks of one text completion, exactly as the server sent them.
+    """The chunks of one text completion, as the server sent them, with the fields that lmbridge guarantees.
 
     It is used like a `ChatStream`, and raises the same errors. `.partial` and the result of `collect` have the shape of
     a plain text completion.
@@ -426,7 +426,7 @@ class LLMClient(Owner):
             A `#` at the end says that the URL is used exactly as it is, for servers without `/v1`. `unix:///run/llm.sock`
             is a Unix socket.
         model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL`, or
-            `DEFAULT_MODEL` if the environment names the server, too; else the server chooses.
+            `DEFAULT_MODEL` if the environment also names the server; else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
         timeout: The timeouts of each request. A number of seconds limits each wait, like
             `Timeouts(connect=min(5, t), first_byte=t, idle=t)`; None switches all limits off. Default: those of

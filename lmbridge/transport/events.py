@@ -15,6 +15,7 @@ from typing import Final
 
 from lmbridge.errors import LLMConnectionError, LLMError, LLMStreamError
 from lmbridge.transport.calls import Call
+from lmbridge.transport.deadline import Deadline
 from lmbridge.transport.faults import Phase
 from lmbridge.transport.http import ConnectionFailed, HttpResponse
 from lmbridge.transport.sse import Event, SSEDecoder
@@ -363,12 +364,16 @@ async def _read_first_events(
     retrieved. A done callback that retrieves it does not help if the event loop ends before it is called.
 
     If the first event is an error, or if none arrives, the permit is returned at once. Other requests are waiting for
-    this event, and the user may never read the stream.
+    this event, and the user may never read the stream. For the same reason, it has a deadline of its own.
     """
     try:
-        events = await _read_events(response, decoder, data)
+        with Deadline(call.deadline_timer, call.first_byte_deadline):
+            events = await _read_events(response, decoder, data)
         if events:
             call.note_first_event(events[0])
+    except TimeoutError as exc:
+        response.close()
+        return call.attempt_timed_out(exc)
     except Exception as exc:  # noqa: BLE001 - `read` raises it
         return exc
     else:

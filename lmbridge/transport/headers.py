@@ -24,7 +24,7 @@ _HTTP_HEADERS: Final = ("content-length", "transfer-encoding", "connection", "ho
 _PUBLIC_HEADERS: Final = ("accept", "accept-encoding", "accept-language", "content-type", "user-agent")
 """Headers whose values are not redacted, because they are never secret and often help to understand an error."""
 _SHORT_SECRET: Final = 4
-"""Secrets with fewer characters are redacted only where they look like a key, because such words are ordinary ones."""
+"""Secrets with fewer characters are redacted only where they look like a key, because they may be ordinary words."""
 _BEFORE_SHORT_KEY: Final = r"(?:(?<=[\"'`=:])|(?<=: )|(?<=[Bb]earer )|(?<=[Kk]ey ))"
 _AFTER_SHORT_KEY: Final = r"(?! ?\w)"
 

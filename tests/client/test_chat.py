@@ -77,7 +77,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [{"x": object()}]}]}, r"messages\[0\]\.content\[0\]\.x"),
     ({"messages": MESSAGES, "seed": object()}, "seed is of type object, which cannot be sent as JSON"),
     ({"messages": MESSAGES, "temperature": float("nan")}, "temperature is nan"),
-    ({"messages": MESSAGES, "stop": "\ud83d"}, "stop is of type str, which cannot be sent as JSON"),
+    ({"messages": MESSAGES, "stop": "\ud83d"}, "stop cannot be sent as JSON: it has half"),
     ({"messages": MESSAGES, "model": ""}, r"model must be the name of a model or None, not ''; list_models\(\)"),
     ({"messages": MESSAGES, "model": 7}, "model must be .*, not 7"),
 ]

@@ -19,6 +19,7 @@ from lmbridge import (
     ModelLoadError,
     ModelMismatchError,
     ModelStats,
+    Timeouts,
     Transport,
 )
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse, stall
@@ -179,4 +180,17 @@ async def test_requests_that_wait_for_a_first_event_go_on_if_it_never_comes(
         assert in_flight(client) == 0
         with pytest.raises(LLMError):
             await read_text(loader)
+    assert client.stats().by_model == {"m": ModelStats()}
+
+
+async def test_requests_that_wait_for_a_first_event_go_on_if_it_takes_too_long(scripted_server: ScriptedServer) -> None:
+    scripted_server.script(stall(after=[": ping\n\n"]))
+    async with client_for_one_model(scripted_server) as client:
+        loader = await opened(client.with_options(timeout=Timeouts(first_byte=0.05)))  # and not read
+        await client.chat_completion(MESSAGES)
+        await scripted_server.wait_until(lambda: scripted_server.aborts)
+        with pytest.raises(LLMTimeoutError) as caught:
+            await read_text(loader)
+        assert caught.value.phase == "first_byte"
+        assert in_flight(client) == 0
     assert client.stats().by_model == {"m": ModelStats()}
