@@ -19,10 +19,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.text import Text
-
 from lmbridge import (
     Agent,
     LLMClient,
@@ -34,6 +30,13 @@ from lmbridge import (
     ToolCallStarted,
     ToolError,
 )
+
+try:
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.text import Text
+except ImportError:
+    sys.exit("this example needs rich: pip install rich")
 
 TASK = "Answer the question about the files. Look at them with the tools first. Name the files that you used."
 READABLE = (".md", ".txt", ".py", ".toml", ".cfg", ".json")

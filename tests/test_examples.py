@@ -498,3 +498,9 @@ async def test_the_blocking_script_prints_a_summary_of_each_file(
     outcome = await run("sync_script.py", "--api-base", scripted_server.api_base, *map(str, files))
     assert (outcome.status, outcome.errors) == (0, "")
     assert outcome.output == "".join(f"{file.name}: It is about a fox.\n" for file in files)
+
+
+async def test_an_example_whose_package_is_missing_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ImportError")
+    outcome = await run("folder_agent.py", "What is this?", str(tmp_path), PYTHONPATH=str(tmp_path))
+    assert (outcome.status, outcome.errors) == (1, "this example needs rich: pip install rich\n")

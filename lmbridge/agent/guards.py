@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-WARN_AT: Final = 3
+_WARN_AT: Final = 3
 """After this many replies with the same call and the same result, the model gets a warning."""
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
@@ -53,7 +53,7 @@ class RepetitionGuard:
             self._counts[key] += 1
         times = self._counts[key]
         self.tripped |= times >= self._limit
-        if times < WARN_AT:
+        if times < _WARN_AT:
             return result
         return (
             f"{result}\n\n[This call was made {times} times, with the same arguments and the same result each time."
@@ -66,7 +66,7 @@ class RepetitionGuard:
 
 
 class BadCallGuard:
-    """Counts replies in a row of whose calls none could be made.
+    """Counts consecutive replies without a single valid call.
 
     Args:
         limit: How many of them end the run.

@@ -24,6 +24,7 @@ import attrs
 import msgspec
 
 from lmbridge.agent.result_images import NOT_SHOWN, ImagePlace, image_messages
+from lmbridge.agent.tool_names import LONGEST_NAME
 from lmbridge.client.inputs import CheckedMessages, check_messages
 from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
@@ -38,9 +39,6 @@ _INTERRUPTED_RESULT: Final = (
 )
 _IMAGE_BYTES: Final = 3_000
 """The size that an image counts as, in bytes. It stands for about 1,000 tokens, which is more than most models use."""
-_MAX_NAME_CHARACTERS: Final = 64
-"""The length to which the name in a call is cut. No tool has a longer name, but a model may make one up, which would be
-sent again with every request."""
 _UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 """Characters that a name in a call may not have. Servers refuse the whole conversation with such a name, for ever."""
 _NAMELESS: Final = "unknown"
@@ -324,7 +322,7 @@ def _resendable_call(call: Mapping[str, Any]) -> Message:
 
 def _sendable_name(name: str) -> str:
     """Returns the name of a call, or one that resembles it if servers would refuse it."""
-    name = _UNSENDABLE.sub("_", name[: 2 * _MAX_NAME_CHARACTERS])[:_MAX_NAME_CHARACTERS]
+    name = _UNSENDABLE.sub("_", name[: 2 * LONGEST_NAME])[:LONGEST_NAME]
     return name if name.strip("_-") else _NAMELESS
 
 

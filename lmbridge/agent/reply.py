@@ -21,7 +21,6 @@ WireCall: TypeAlias = Mapping[str, Any]
 _ANNOUNCES_CALLS: Final = ("tool_calls", "tool_call", "function_call", "tool_use")
 """Finish reasons which say that the reply requests calls."""
 _COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
-_EMPTY: Final = "returned an empty answer"
 
 
 @attrs.define(kw_only=True)
@@ -72,12 +71,13 @@ class ModelReply:
             return None
         if self.finish_reason in _ANNOUNCES_CALLS:
             return f"returned a reply with the finish reason {self.finish_reason!r}, but without a tool call"
-        return _EMPTY if not self.text.strip() else None
+        return "returned an empty answer" if self.is_empty_answer else None
 
     @property
     def is_empty_answer(self) -> bool:
         """Whether the reply has neither text nor calls, and does not announce a call either."""
-        return self.problem is _EMPTY
+        has_reason = self.finish_reason == "length" or self.finish_reason in _ANNOUNCES_CALLS
+        return not (self.calls or has_reason or self.text.strip())
 
     @property
     def has_cut_call(self) -> bool:

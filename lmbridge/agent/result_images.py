@@ -19,7 +19,7 @@ from lmbridge.errors import LLMError, LLMResponseError, LLMStreamError
 ImagePlace: TypeAlias = Literal["user", "tool", "none"]
 """Where images of results are sent: in a user message after the results, in the tool message, or nowhere."""
 
-NEXT_PLACE: Final[Mapping[ImagePlace, ImagePlace]] = {"user": "tool", "tool": "none"}
+_NEXT_PLACE: Final[Mapping[ImagePlace, ImagePlace]] = {"user": "tool", "tool": "none"}
 """The place to try when a server has refused images in another one."""
 NOT_SHOWN: Final = "[You cannot see the image, because this model or its server does not take images.]"
 """What the model reads in place of an image."""
@@ -49,7 +49,7 @@ def split_images(result: Any) -> tuple[Any, tuple[Mapping[str, Any], ...]]:
     images = tuple(each for each in parts if _is_image(each))
     if not images or not all(_is_image(each) or _text_of(each) is not None for each in parts):
         return result, ()
-    return "\n".join(_describe(each) if _is_image(each) else _text_of(each) or "" for each in parts), images
+    return "\n".join(_describe_image(each) if _is_image(each) else _text_of(each) or "" for each in parts), images
 
 
 def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
@@ -66,7 +66,7 @@ def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
     text = _text_of_error(error)
     if _SAYS_NO_IMAGES.search(text) and not _SAYS_WHERE.search(text):
         return "none"
-    return NEXT_PLACE[place]
+    return _NEXT_PLACE[place]
 
 
 def place_after(place: ImagePlace, errors: Sequence[LLMError]) -> ImagePlace:
@@ -103,7 +103,7 @@ def _text_of(part: Any) -> str | None:
     return part if isinstance(part, str) else None
 
 
-def _describe(part: Mapping[str, Any]) -> str:
+def _describe_image(part: Mapping[str, Any]) -> str:
     """Returns a line about an image, which stands in its place in the text of a result."""
     head, _, data = str(part["image_url"]["url"]).partition(",")
     kind = head.removeprefix("data:").partition(";")[0] if head.startswith("data:") else ""

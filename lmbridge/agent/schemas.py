@@ -1,8 +1,8 @@
 """Checks the arguments of a tool call against the tool's JSON schema, in bounded time.
 
-jsonschema does the work, but not all of it as it comes. Its patterns are those of `re`, which a server can make
-endless, and it compares the items of a list with each other. Both are replaced here, and the work of all keywords is
-counted, because a schema of a few lines can have millions of alternatives.
+jsonschema does the work, except for two keywords that are unsafe as it implements them: `pattern` (backtracking) and
+`uniqueItems` (quadratic). The work of all keywords is counted, because a schema of a few lines can have millions of
+alternatives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bounds the work that a schema can cause, because a server or a model may have made it endless.
+"""Limits the work that checking against a schema can cause, because a hostile or broken schema could make it endless.
 
 The work is counted in steps instead of seconds, so that the same call always ends in the same way, also on a machine
 that is busy. A step is about a microsecond.

@@ -51,7 +51,7 @@ def _call_tags(opening: str, closing: str) -> _CallTags:
     return _CallTags(re.compile(rf"{re.escape(opening)}\s*"), re.compile(rf"\s*{re.escape(closing)}\s*"))
 
 
-_SYNTAXES: Final = (
+_READ_SYNTAXES: Final = (
     # Hermes and Qwen.
     _call_tags("<tool_call>", "</tool_call>"),
     # LM Studio, which asks models without a native format to write it.
@@ -78,7 +78,7 @@ def read_text_calls(text: str) -> TextCalls | None:
 
 
 def _read_calls_after_text(text: str) -> TextCalls | None:
-    openings = [opening for syntax in _SYNTAXES if (opening := syntax.opening.search(text))]
+    openings = [opening for syntax in _READ_SYNTAXES if (opening := syntax.opening.search(text))]
     if not openings:
         return None
     # From the first tag on there has to be nothing but calls, so that none is left out because it is quoted or wrong.
@@ -106,7 +106,7 @@ def _is_quoted(text: str, position: int) -> bool:
 
 
 def _syntax_at_start(text: str) -> _CallTags | None:
-    return next((syntax for syntax in _SYNTAXES if syntax.opening.match(text)), None)
+    return next((syntax for syntax in _READ_SYNTAXES if syntax.opening.match(text)), None)
 
 
 def _parse_calls(text: str, position: int, syntax: _CallTags) -> list[tuple[str, str | None]] | None:

@@ -19,7 +19,8 @@ from lmbridge.errors import LLMValidationError
 if TYPE_CHECKING:
     from lmbridge.agent.tools import Tool
 
-_LONGEST_NAME: Final = 64
+LONGEST_NAME: Final = 64
+"""The number of characters that the name of a tool in requests may have."""
 _SENDABLE_NAME: Final = re.compile(r"[a-z0-9_]{1,64}")
 _SHORTEST_HASH: Final = 6
 """The number of hexadecimal digits that are tried first to make a name unique."""
@@ -67,7 +68,7 @@ def names_in_requests(names: Iterable[str], taken: Iterable[str] = ()) -> dict[s
     taken |= set(sent.values())
     slugs = {name: _snake_case(name) for name in names if name not in sent}
     counts = Counter(slugs.values())
-    unique = {slug for slug, count in counts.items() if count == 1 and 0 < len(slug) <= _LONGEST_NAME} - taken
+    unique = {slug for slug, count in counts.items() if count == 1 and 0 < len(slug) <= LONGEST_NAME} - taken
     sent |= {name: slug for name, slug in slugs.items() if slug in unique}
     taken |= set(sent.values())
     for name in (each for each in names if each not in sent):
@@ -85,7 +86,7 @@ def _with_hash(name: str, slug: str, taken: set[str]) -> str:
     """Appends as many digits of the name's hash as it takes to get a name that is not taken."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     candidates = (
-        f"{(slug or 'tool')[: _LONGEST_NAME - 1 - digits]}_{digest[:digits]}"
-        for digits in range(_SHORTEST_HASH, _LONGEST_NAME - 1)
+        f"{(slug or 'tool')[: LONGEST_NAME - 1 - digits]}_{digest[:digits]}"
+        for digits in range(_SHORTEST_HASH, LONGEST_NAME - 1)
     )
     return next(each for each in candidates if each not in taken)

@@ -176,7 +176,7 @@ class Tool:
 
     @property
     def has_converter(self) -> bool:
-        """True if `convert` exists already. Otherwise its first use imports jsonschema, which blocks for a while."""
+        """Whether the tool was created with its own converter. If not, the first `convert` imports jsonschema."""
         return self._convert is not None
 
     def _invalid(self, reason: str, hint: str) -> LLMValidationError:
@@ -213,7 +213,7 @@ class ToolProvider(Protocol):
 
 @runtime_checkable
 class GrowingToolProvider(ToolProvider, Protocol):
-    """A `ToolProvider` whose tools become more during a run."""
+    """A `ToolProvider` that may add tools during a run."""
 
     async def new_tools(self) -> Sequence[Tool]:
         """Returns the tools that have been added since `list_tools`. It is called often and should return quickly."""

@@ -24,7 +24,7 @@ from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nest
 from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
 from lmbridge.agent.text_calls import read_text_calls, to_wire_call
-from lmbridge.agent.tool_names import name_of_added_tool, names_in_requests, names_in_run
+from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
@@ -38,8 +38,6 @@ _QUOTED_CHARACTERS: Final = 200
 """The number of characters that an error text quotes of malformed arguments or of an unknown name."""
 _LISTED_NAMES: Final = 50
 """The number of tools or parameters that an error text lists."""
-_LONGEST_NAME: Final = 64
-"""The number of characters of an unknown name that are compared with those of the tools. No tool has a longer one."""
 _LONGEST_PROBLEM: Final = 2_000
 """The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
 _LARGE_ARGUMENTS: Final = 50_000
@@ -281,7 +279,7 @@ class Toolset:
         problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
         if not self.names:
             return f"{problem}: there are no tools"
-        similar = difflib.get_close_matches(asked[:_LONGEST_NAME].lower(), self.names)
+        similar = difflib.get_close_matches(asked[:LONGEST_NAME].lower(), self.names)
         names = [*similar, *(name for name in self.names if name not in similar)]
         more = f", and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
         return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"

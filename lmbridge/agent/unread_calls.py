@@ -38,7 +38,7 @@ _END_OR_JSON: Final = re.compile(r"\s*(?:\Z|[\[{<])")
 _NAME_AND_MORE: Final = re.compile(r"\s*(?:\Z|[\[{<]|[\w.-]{1,100}\s*(?:[\[({<]|\Z))")
 _ANYTHING: Final = re.compile("")
 
-_SYNTAXES: Final = (
+_UNREAD_SYNTAXES: Final = (
     # Hermes, Qwen, GLM (whose name stands before `<arg_key>`), and MiniMax.
     _Syntax("<tool_call>", _NAME_AND_MORE, "</tool_call>"),
     _Syntax("<tool_calls>", _END_OR_JSON, "</tool_calls>"),
@@ -102,7 +102,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
 
 def _opening_of_call(text: str, tool_names: Collection[str]) -> str | None:
     """Returns the words with which the call begins that the text ends in, or None."""
-    for syntax in _SYNTAXES:
+    for syntax in _UNREAD_SYNTAXES:
         for position in _last_mentions(text, syntax.opening):
             content = position + len(syntax.opening)
             if syntax.content.match(text, content) and _is_last(text, content, syntax.closing):

@@ -140,7 +140,7 @@ class Agent(Wrapper):
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
-        max_bad_calls: A run ends after this many replies in a row of whose calls none could be made. Default: 5.
+        max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
             such as building again after each edit. Default: 5.
@@ -167,7 +167,6 @@ class Agent(Wrapper):
             forces a call applies only to the first round, because the run would otherwise never end.
         parallel_tool_calls: Whether the model may call several tools in one reply.
         extra_body: Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name.
-
         priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
             `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
             client.
