@@ -97,6 +97,8 @@ class MessageReader:
 
     def end(self) -> list[dict[str, Any]]:
         """Returns the messages in a last line without a line break. One that was cut off is dropped, not repaired."""
+        if len(self._buffer) > self._largest:
+            return []
         try:
             decoded = msgspec.json.decode(self._buffer)
         except (ValueError, RecursionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -152,3 +153,12 @@ async def test_the_messages_before_one_that_is_too_large_are_delivered(monkeypat
     with pytest.raises(MessageTooLargeError):
         inbox.feed(LINE + b"x" * 100 + b"\n")
     assert await inbox.receive() == PING
+
+
+def test_a_last_line_without_a_line_break_is_read_unless_it_is_too_large() -> None:
+    message = b'{"jsonrpc":"2.0","method":"x"}'
+    for largest, expected in ((100, [{"jsonrpc": "2.0", "method": "x"}]), (10, [])):
+        reader = MessageReader(largest)
+        with contextlib.suppress(MessageTooLargeError):
+            list(reader.feed(message))
+        assert reader.end() == expected

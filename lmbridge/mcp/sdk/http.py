@@ -78,13 +78,14 @@ _SESSION_NOT_FOUND: Final = -32001
 _SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
 """What the error of a refused request contains that may mean that the server does not know the session."""
 _UNKNOWN_SESSION: Final = re.compile(
-    r"\b(?:no|not|un|unknown|invalid|expired|missing)\b.{0,20}\b(?:mcp-?)?session"
-    r"|\b(?:not|un) ?initiali[sz]ed"
-    r"|\bsession.{0,80}\b(?:not|no longer|unknown|invalid|expired|terminated|closed|missing|required)\b",
+    r"\b(?:no|unknown|invalid|expired|missing)\b.{0,30}\bsession"
+    r"|\b(?:not |un)initiali[sz]ed"
+    r"|\bsession.{0,60}\b(?:(?:not|n't) (?:found|valid|known|exist|recogni[sz]ed|active)|no longer|unknown|invalid"
+    r"|expired|terminated|missing|required)\b",
     re.IGNORECASE | re.DOTALL,
 )
 """What an error contains that says that the server does not know the session."""
-_TIMED_OUT: Final = re.compile("time[d]?[ -]?out", re.IGNORECASE)
+_TIMED_OUT: Final = re.compile("timed?[ -]?out", re.IGNORECASE)
 """What an error under the code of an unknown session contains that has another meaning: some servers share the code."""
 _SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 """The statuses with which servers refuse a ping in a session that they do not know."""
@@ -474,11 +475,7 @@ class HttpConnection:
         if self._is_in_session(message):
             if status == HTTPStatus.NOT_FOUND and found is None:
                 raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
-            is_own = found is not None and read_id(found[0]) == read_id(message["id"])
-            is_suspicious = found is not None and (not is_own or _SESSION_WORDS.search(str(found[1]["message"])))
-            is_suspicious = is_suspicious or (found is None and status in _SESSION_STATUSES)
-            is_suspicious = is_suspicious or (found is not None and found[1]["code"] == _SESSION_NOT_FOUND)
-            if is_suspicious and await self._has_forgotten_session():
+            if _is_suspicious(found, message["id"], status) and await self._has_forgotten_session():
                 raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
         if found is not None and status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             await self._arrived.put({"jsonrpc": "2.0", "id": message["id"], "error": found[1]})
@@ -606,6 +603,23 @@ class HttpConnection:
 def _after_call(request: Mapping[str, Any]) -> str:
     """Returns what the error of a request says about the tool, if the request was a call."""
     return _MAY_HAVE_RUN if request["method"] == "tools/call" else ""
+
+
+def _is_suspicious(found: tuple[Any, Mapping[str, Any]] | None, request_id: Any, status: int) -> bool:
+    """Returns whether the refusal of a request may mean that the server does not know the session.
+
+    A server that does not know a session refuses a request before it reads its id.
+
+    Args:
+        found: The id and the error in the body of the refusal, or None.
+        request_id: The id of the request.
+        status: The HTTP status.
+    """
+    if found is None:
+        return status in _SESSION_STATUSES
+    answered_id, error = found
+    is_own = read_id(answered_id) == read_id(request_id)
+    return not is_own or error["code"] == _SESSION_NOT_FOUND or _SESSION_WORDS.search(error["message"]) is not None
 
 
 def _names_unknown_session(error: Any) -> bool:

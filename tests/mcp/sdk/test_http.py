@@ -168,12 +168,19 @@ async def test_a_call_whose_error_speaks_of_a_session_is_repeated_only_if_the_se
     assert server.methods.count("tools/call") == 1
 
 
-@pytest.mark.parametrize("code", [-32000, -32001])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-32000, CRASHED),
+        (-32000, "the browser session crashed, and the page did not load"),
+        (-32000, "the order did not close its session"),
+        (-32001, "Request timed out"),
+    ],
+)
 async def test_an_error_of_a_call_that_has_run_is_not_taken_for_that_of_a_forgotten_session(
-    make_hub: MakeHub, server: HttpServer, code: int
+    make_hub: MakeHub, server: HttpServer, code: int, words: str
 ) -> None:
     echo = function_of(await make_hub({"a": {"url": server.url}}).tools(), "echo")
-    words = CRASHED if code == -32000 else "Request timed out"
     server.responses |= {
         "tools/call": lambda message, _: error(message, code, words),
         "ping": lambda *_: body(404, "", "text/plain"),
@@ -181,6 +188,33 @@ async def test_an_error_of_a_call_that_has_run_is_not_taken_for_that_of_a_forgot
     with pytest.raises(ToolError, match=f"{code}: {words}"):
         await echo()
     assert server.methods.count("tools/call") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Session not found",
+        "Session 5f3-a9 does not exist",
+        "Bad Request: No valid session ID provided",
+        "Mcp-Session-Id header is required",
+        "No transport found for sessionId",
+        "Your session has expired",
+        "Bad Request: Server not initialized",
+        "Unknown session: 5f3-a9",
+        "Session terminated",
+    ],
+)
+async def test_a_call_is_made_in_another_session_if_its_error_names_an_unknown_one_and_a_ping_confirms_it(
+    make_hub: MakeHub, server: HttpServer, words: str
+) -> None:
+    echo = function_of(await make_hub({"a": {"url": server.url}}).tools(), "echo")
+
+    def refuse(message: Any, request: web.Request) -> Any:
+        return error(message, -32000, words) if request.headers["Mcp-Session-Id"] == "s1" else None
+
+    server.responses |= {"tools/call": refuse, "ping": refuse}
+    assert await echo() == "on"
+    assert server.methods.count("tools/call") == 2
 
 
 # What a failed request means for the others
