@@ -109,7 +109,7 @@ async def test_a_value_that_json_does_not_have_is_refused_by_every_endpoint(
         (lambda: client.ask("Say", seed=1j), "seed"),
     ]  # fmt: skip
     for request, path in requests:
-        with pytest.raises(LLMValidationError, match=f"^{path} is ") as caught:
+        with pytest.raises(LLMValidationError, match=f"^{path} (is|cannot be sent) ") as caught:
             await request()
         assert "JSON" in str(caught.value)
     assert scripted_server.requests == []
