@@ -26,7 +26,7 @@ class HeadGuard(asyncio.Protocol):
     """
 
     def __init__(self, transport: asyncio.BaseTransport | None) -> None:
-        self.is_exceeded = False
+        self.is_exceeded: bool = False
         """Whether the head was too large, so that the connection was closed."""
         self._transport: Any = None
         self._room = HEAD_BYTES
