@@ -62,7 +62,7 @@ async def add_available_models(
         return
     try:
         async with asyncio.timeout(LOOK_UP_SECONDS):
-            names = list(await list_models(server))
+            names = list(await list_models(server.shared(max_retries=0)))
     # The handler of a MockTransport may raise anything, and must not replace the error that the caller is about to get.
     except Exception as failure:  # noqa: BLE001 - see above
         logger.debug("the models that exist are not known, because the server did not list them: %s", failure)
