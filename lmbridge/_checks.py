@@ -93,7 +93,7 @@ def check_integer(
         name: The argument's name, as the user knows it.
         value: The argument.
         minimum: The smallest integer that is accepted.
-        maximum: The largest integer that is accepted. The default is no upper bound.
+        maximum: The largest integer that is accepted. By default there is no upper bound.
         optional: Whether None is accepted as well.
         keyword: A string that is accepted as well, such as "auto".
         hint: The hint of the error. By default it suggests leaving the argument out.

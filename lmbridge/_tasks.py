@@ -57,7 +57,7 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
 
     Args:
         task: A task that lmbridge has created.
-        grace: The most seconds to wait. The default is no limit. A task that is still running after the grace
+        grace: The most seconds to wait. By default there is no limit. A task that is still running after the grace
             period is kept alive until it ends, and its result or exception is dropped.
 
     Returns:

@@ -45,6 +45,7 @@ def tool() -> Any:
 # The values are of the wrong type on purpose.
 CALLS: Final[dict[str, tuple[Callable[[], Any], str]]] = {
     "validator of a client": (lambda: ModelValidator(client()), "pass it as client=: ModelValidator(client=client)"),
+    # Each `type: ignore` of this table is for the wrong argument that the case is about.
     "validator of a pool": (lambda: ModelValidator(LLMClientPool()), "pass a client of the pool as client="),  # type: ignore[arg-type]
     "validator of a transport": (lambda: ModelValidator(Transport()), "client=LLMClient(transport=transport)"),  # type: ignore[arg-type]
     "validator with a URL as client": (lambda: ModelValidator(client=URL), "as api_base: ModelValidator('http"),  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 Small models send `"5"`, `"true"` or `"[1, 2]"` where the schema asks for a number, a boolean or a list, and 5 where it
 asks for a text. Coercion follows the schema, and never the value alone, because a guess would call a tool with
-arguments that the model did not mean. A value that the schema accepts as it is stays as it is.
+arguments that the model did not mean. A value that the schema accepts is not changed.
 
 The schema is the tool's own, and not the simplified version that servers receive: that one leaves out what some server
 does not understand, such as a type that contains itself more than twice.
@@ -64,7 +64,7 @@ class _Alternative:
     def fits(self, value: Any) -> bool:
         """Returns whether the type of a value is accepted, and the value is among those that are listed.
 
-        A float such as 5.0 is no integer here, so that it becomes one where the schema asks for an integer.
+        A float such as 5.0 is not an integer here, so that it becomes one where the schema asks for an integer.
         """
         name = _JSON_TYPES.get(type(value))
         if self.types is not None and name not in self.types and not (name == "integer" and "number" in self.types):

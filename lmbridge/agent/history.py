@@ -221,7 +221,7 @@ class History:
 
         Args:
             text: The text of the reply.
-            calls: Its calls, each with an id of its own. A name that servers refuse is replaced by one that resembles
+            calls: Its calls, each with a unique id. A name that servers refuse is replaced by one that resembles
                 it, and arguments that are not an object by an empty one.
             reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
         """

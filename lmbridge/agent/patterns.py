@@ -240,7 +240,7 @@ class _Compiler:
     """Turns the parts of a pattern into states, from the end to the beginning."""
 
     def __init__(self) -> None:
-        # The end of the match has no state of its own.
+        # The end of the match is not a state.
         self.states: list[_State] = [_SplitState(())]
         self._parts_left = _MOST_PARTS
 

@@ -36,7 +36,7 @@ class ModelReply:
     reasoning_fields: Mapping[str, str]
     """The fields of a message that send the reasoning back to the server; empty if there is none."""
     calls: Sequence[WireCall]
-    """The calls that the model requests. Each has an id of its own, a name and arguments, which may be anything."""
+    """The calls that the model requests. Each has a unique id, a name and arguments, which may be anything."""
     finish_reason: str | None
     """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
@@ -93,10 +93,10 @@ class ModelReply:
 
 
 def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
-    """Returns the calls in a message, each with an id of its own.
+    """Returns the calls in a message, each with a unique id.
 
     Two calls with the same id are two calls, because some servers give every call the same one. An entry that is not an
-    object becomes a call without a name, so that the model is told about it.
+    object becomes a call without a name, so that the model learns about it.
     """
     entries = message.get("tool_calls")
     entries = [each for each in entries if each is not None] if isinstance(entries, list) else []

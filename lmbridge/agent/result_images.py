@@ -59,7 +59,7 @@ def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
         place: The place in which the last request had images that the server has not seen before.
         error: The error of that request.
     """
-    # Subclasses have a reason of their own, such as a context that is too short.
+    # Subclasses have another reason, such as a context that is too short.
     is_refusal = type(error) is LLMResponseError and (error.status or 200) in (*_REFUSING_STATUSES, 200)
     if place == "none" or not (is_refusal or type(error) is LLMStreamError):
         return None

@@ -116,6 +116,7 @@ class ToolSources:
             )
         except LLMError:
             raise
+        # `open_tools` is a function of the program, so it may raise anything.
         except Exception as exc:
             raise ToolError(
                 f"open_tools raised {type(exc).__name__}: {exc}",

@@ -93,7 +93,7 @@ def _describe_mismatch(error: ValidationError) -> str:
 def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, Any]) -> Validator:
     # Importing jsonschema takes 35 ms, which only programs with tools that bring their own schema should pay.
     from jsonschema import Draft202012Validator  # noqa: PLC0415
-    from jsonschema.validators import validator_for  # noqa: PLC0415
+    from jsonschema.validators import validator_for  # noqa: PLC0415 - see above
 
     try:
         with limit_steps(STEPS_FOR_SCHEMA):
@@ -111,8 +111,8 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
 @lru_cache
 def _bounded(validator_class: Any) -> Callable[[Mapping[str, Any]], Validator]:
     """Returns a version of a validator class of jsonschema whose work is counted, and that fetches nothing."""
-    from jsonschema.validators import extend  # noqa: PLC0415
-    from referencing import Registry  # noqa: PLC0415
+    from jsonschema.validators import extend  # noqa: PLC0415 - importing it is slow
+    from referencing import Registry  # noqa: PLC0415 - importing it is slow
 
     original = validator_class.VALIDATORS
     own: dict[str, _Keyword] = {
@@ -139,7 +139,7 @@ def _counted(check: _Keyword) -> _Keyword:
 
 
 def _pattern(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
-    from jsonschema import ValidationError  # noqa: PLC0415
+    from jsonschema import ValidationError  # noqa: PLC0415 - importing it is slow
 
     if validator.is_type(instance, "string") and not compile_pattern(value).search(instance):
         yield ValidationError(f"{instance!r} does not match {value!r}")
@@ -166,7 +166,7 @@ def _additional_properties(
 
 
 def _unique_items(validator: Any, value: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
-    from jsonschema import ValidationError  # noqa: PLC0415
+    from jsonschema import ValidationError  # noqa: PLC0415 - importing it is slow
 
     if value and validator.is_type(instance, "array"):
         spend_steps(len(instance))

@@ -125,6 +125,7 @@ class TurnRunner:
         try:
             answer = approve(call)
             return bool(await answer if inspect.isawaitable(answer) else answer)
+        # `approve` is a function of the program, so it may raise anything.
         except Exception as exc:
             raise LLMError(
                 f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
@@ -151,7 +152,7 @@ class TurnRunner:
                     if self._channel.has_listener:
                         await self._channel.put(ToolCallFinished(records[place]))
 
-        # A single call, as in most replies, does not need a task of its own. The tasks share one iterator, so that
+        # A single call, as in most replies, does not need a separate task. The tasks share one iterator, so that
         # thousands of calls do not need thousands of tasks.
         if len(planned) == 1:
             await answer_waiting()

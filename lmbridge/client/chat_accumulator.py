@@ -41,7 +41,7 @@ _TEXT_FIELDS: Final = frozenset({"reasoning_content", "reasoning", "refusal"})
 """The fields of a delta, besides `content`, whose values are pieces of a text, or lists of parts with such pieces. The
 strings in fields that lmbridge does not know are pieces as well, unless the field's name is that of a label."""
 _CHOICE_FIELDS: Final = frozenset({"index", "delta", "finish_reason", "message", "error"})
-"""The fields of a choice that have rules of their own."""
+"""The fields of a choice that are merged by special rules."""
 _QUOTED_CHUNK_CHARACTERS: Final = 200
 """The number of characters of a malformed chunk that the error quotes."""
 

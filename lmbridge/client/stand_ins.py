@@ -364,7 +364,7 @@ class _ClassReader:
         for field in _constructor_fields(self.class_):
             supported = supported_type(_with_arguments(field.annotation, self._arguments))
             is_required = field.is_required
-            optional = (field.name, Union[supported, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007
+            optional = (field.name, Union[supported, msgspec.UnsetType], msgspec.UNSET)  # noqa: UP007 - `|` does not accept every type
             fields.append((field.name, supported) if is_required else optional)
         name = re.sub(r"\W", "_", self.class_.__name__)
         struct = msgspec.defstruct(

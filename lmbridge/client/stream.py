@@ -384,7 +384,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
     def _check_same_model(self, model: str, reply_id: object) -> None:
         """Checks that an event does not continue the answer of another model.
 
-        Proxies send their progress as reasoning, under an id of their own or under none. So reasoning under another id
+        Proxies send their progress as reasoning, under another id or under none. So reasoning under another id
         may precede the answer of any model.
 
         Raises:
@@ -464,7 +464,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         self._add_to_partial(error, [*pending, *self._events.take_arrived()])
 
     def _add_to_partial(self, error: LLMError, events: Iterable[Event]) -> None:
-        """Adds the events that nobody will read to the `.partial` of the error that the stream has ended with."""
+        """Adds the events that will not be read to the `.partial` of the error that the stream has ended with."""
         # What an event reports does not matter any longer, and what follows such an event is not part of the answer.
         with suppress(LLMError):
             for event in events:

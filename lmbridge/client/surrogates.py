@@ -1,6 +1,6 @@
 r"""Characters that a server cuts in two: a surrogate pair whose halves are escaped in two events of a stream.
 
-A server that writes each token as JSON of its own may send an emoji as "\ud83d" in one event and "\ude42" in the next.
+A server that escapes each token separately may send an emoji as "\ud83d" in one event and "\ude42" in the next.
 Neither half is a character, so a program that prints or stores a chunk would fail. Therefore a half at the end of a
 piece is held back, and put in front of the next piece of the same text. The accumulators join such halves as well, when
 they return the reply so far, because streams of other clients reach them without this module.

@@ -134,7 +134,7 @@ def parse_json(data: bytes) -> list[Any]:
 
 
 def _stand_in_answer(line: bytes) -> list[dict[str, Any]]:
-    """Returns an error that stands in for an answer that cannot be read, so that nobody waits for it; or nothing."""
+    """Returns an error in place of an answer that cannot be read, so that its caller need not wait; or nothing."""
     ends = line if len(line) <= 2 * _SEARCHED_FOR_ID else line[:_SEARCHED_FOR_ID] + line[-_SEARCHED_FOR_ID:]
     if b'"jsonrpc"' not in ends or b'"method"' in ends or (found := _ANSWER_ID.search(ends)) is None:
         return []
@@ -143,7 +143,7 @@ def _stand_in_answer(line: bytes) -> list[dict[str, Any]]:
 
 
 def _is_message(value: Any) -> bool:
-    """Returns whether a value on a line of its own is a message, even if its sender forgot the field `jsonrpc`."""
+    """Returns whether a value that fills a line is a message, even if its sender forgot the field `jsonrpc`."""
     if not isinstance(value, dict):
         return False
     return "jsonrpc" in value or ("id" in value and ("result" in value or "error" in value))

@@ -2,7 +2,7 @@
 
 The SDK has both transports, and they are not used, for these reasons. Its two majors treat a refusal, a session that
 the server has forgotten, and a response that ends without the reply in different ways, among them waiting for ever and
-keeping on using a dead session. They hide what the server said behind a text of their own. And they reject an answer
+keeping on using a dead session. They hide what the server said behind their own text. And they reject an answer
 with a wrong id, although the HTTP request says which one it belongs to.
 
 Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
@@ -291,7 +291,7 @@ class HttpConnection:
         except self._connection_errors as exc:
             await self._on_broken_connection(message, exc)
         except Exception as exc:
-            # Otherwise the caller would wait for ever for a mistake that nobody foresaw.
+            # Otherwise an unforeseen mistake would make the caller wait forever.
             logger.exception("MCP server %r: reading an answer failed", self._spec.name)
             await self._fail(request_id, RefusedError(f"{describe_error(exc)}{_after_call(message)}"))
         finally:
@@ -311,7 +311,7 @@ class HttpConnection:
             await self._fail(message["id"], RequestLostError(reason))
 
     async def _post_notification(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
-        """Posts a notification or reply. That it fails is only reported, because nobody waits for it."""
+        """Posts a notification or reply. That it fails is only reported, because no caller waits for it."""
         kind = "a notification or reply that the server refused"
         try:
             async with self._post(message, headers) as response:

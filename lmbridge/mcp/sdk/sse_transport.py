@@ -88,7 +88,7 @@ class SseStream:
         except failures as exc:
             end = SessionLostError(describe_error(exc))
         except Exception as exc:
-            # Otherwise everybody would wait for ever for a mistake that nobody foresaw.
+            # Otherwise an unforeseen mistake would make every caller wait forever.
             logger.exception("MCP server %r: reading its event stream failed", self._spec.name)
             end = SessionLostError(describe_error(exc))
         if self._endpoint.done():
