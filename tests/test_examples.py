@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -374,7 +375,8 @@ async def test_mcp_examples_run_on_the_embedded_server(example: str) -> None:
     pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
     outcome = await run(example)
     assert outcome.status == 0, outcome.errors
-    assert "get_current_time({'timezone': " in outcome.output
+    # Which of the two tools this small model calls, and with which zone, differs between processors.
+    assert re.search(r"(get_current|convert)_time\(\{'\w+': .*\) -> \S", outcome.output), outcome.output
 
 
 async def test_mcp_server_lists_its_tools_and_shows_progress(scripted_server: ScriptedServer) -> None:
