@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, Self
 
 from lmbridge._copying import NotCopyable
-from lmbridge._run_turn import RunTurn, current_turn
+from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.agent.cancel import OwnTask
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, RunFinished
@@ -74,10 +74,10 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._record = RunRecord(history)
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
         self.permit: Final = RunPermit(requested_model=model, parent=current_permit.get(), cancel=self._cancel)
-        inherited = current_turn.get()
-        has_turn = inherited is not None and not inherited.is_over and inherited.loop is loop
-        self._own_turn = None if has_turn else RunTurn(settings.priority, loop)
-        self._turn = self._own_turn or inherited
+        inherited = current_run.get()
+        is_part_of_another = inherited is not None and not inherited.is_over and inherited.loop is loop
+        self._own_scheduled_run = None if is_part_of_another else ScheduledRun(settings.priority, loop)
+        self._scheduled_run = self._own_scheduled_run or inherited
         self._stop_reason: StopReason = "running"
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
         self._task.add_done_callback(self._on_end)
@@ -168,7 +168,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
 
     async def _main(self) -> RunResult:
         current_permit.set(self.permit)
-        current_turn.set(self._turn)
+        current_run.set(self._scheduled_run)
         try:
             stop = await self._run_within_max_seconds()
             # A tool or a provider may have suppressed the cancellation.
@@ -270,8 +270,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self.permit.cancel = _ignore_cancel
         # Text of a cancelled run is dropped: a listener must not take it for part of an answer.
         self._channel.close(discard=self._stop_reason == "cancelled")
-        if self._own_turn is not None:
-            self._own_turn.end()
+        if self._own_scheduled_run is not None:
+            self._own_scheduled_run.end()
 
 
 class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):

@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 
-from lmbridge._run_turn import RunTurn, current_turn
+from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError
 from lmbridge.transport.scheduler import Permit, Scheduler
@@ -48,7 +48,7 @@ class Admission:
         self._waiters: dict[asyncio.Task[object], Permit] = {}
         # The timer for the next moment at which a request may be admitted because time has passed.
         self._timer: asyncio.TimerHandle | None = None
-        self._turns: weakref.WeakSet[RunTurn] = weakref.WeakSet()
+        self._runs: weakref.WeakSet[ScheduledRun] = weakref.WeakSet()
         # The revision of the scheduler at the time of the last search for deadlocks.
         self._checked_revision = 0
 
@@ -66,8 +66,8 @@ class Admission:
         """Returns a permit if a quick check shows that the request need not wait. If it returns None, use `acquire`."""
         now = self._loop.time()
         holder = None if plain else _weak_reference(asyncio.current_task(self._loop))
-        turn = self._current_turn()
-        permit = Permit(model, now, holder, priority=_priority_in(turn, priority), turn=turn)
+        run = self._current_run()
+        permit = Permit(model, now, holder, priority=_priority_in(run, priority), run=run)
         return permit if self.scheduler.admit_now(permit, now) else None
 
     async def acquire(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit:
@@ -87,8 +87,8 @@ class Admission:
         """
         loop, task = self._loop, asyncio.current_task(self._loop)
         holder = None if plain else _weak_reference(task)
-        turn = self._current_turn()
-        permit = Permit(model, loop.time(), holder, priority=_priority_in(turn, priority), turn=turn)
+        run = self._current_run()
+        permit = Permit(model, loop.time(), holder, priority=_priority_in(run, priority), run=run)
         permit.is_nested = any(each.is_held_by(task) for each in self.scheduler.in_flight)
         self.scheduler.arrive(permit)
         self._admit()
@@ -145,19 +145,19 @@ class Admission:
         for permit in waiting:
             self.release(permit)
 
-    def _current_turn(self) -> RunTurn | None:
-        """Returns the turn of the run to which the current task belongs, and makes sure that its end is noticed."""
-        turn = current_turn.get()
+    def _current_run(self) -> ScheduledRun | None:
+        """Returns the run to which the current task belongs, and makes sure that its end is noticed."""
+        run = current_run.get()
         # A task that a tool has started may go on after the end of the run.
-        if turn is None or turn.is_over or turn.loop not in {None, self._loop}:
+        if run is None or run.is_over or run.loop not in {None, self._loop}:
             return None
-        if turn not in self._turns:
-            self._turns.add(turn)
-            turn.add_end_callback(self._on_run_end)
-        return turn
+        if run not in self._runs:
+            self._runs.add(run)
+            run.add_end_callback(self._on_run_end)
+        return run
 
-    def _on_run_end(self, turn: RunTurn) -> None:
-        self.scheduler.end_run(turn)
+    def _on_run_end(self, run: ScheduledRun) -> None:
+        self.scheduler.end_run(run)
         if self.scheduler.waiting:
             self._admit()
 
@@ -214,8 +214,8 @@ class Admission:
         )
 
 
-def _priority_in(turn: RunTurn | None, priority: int) -> int:
-    return priority if turn is None or turn.priority is None else turn.priority
+def _priority_in(run: ScheduledRun | None, priority: int) -> int:
+    return priority if run is None or run.priority is None else run.priority
 
 
 def _weak_reference(task: asyncio.Task[object] | None) -> weakref.ref[asyncio.Task[object]] | None:

@@ -62,7 +62,7 @@ from typing import Final, Literal, TypeAlias
 
 import attrs
 
-from lmbridge._run_turn import RunTurn, next_order_number
+from lmbridge._scheduled_run import ScheduledRun, next_order_number
 from lmbridge.config import Limits
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
@@ -98,7 +98,7 @@ class Permit:
     """Where the request is: not in the schedule yet, waiting for admission, in flight, or no longer in the schedule."""
     priority: int = 0
     """How urgent the request is; a higher number goes first."""
-    turn: RunTurn | None = None
+    run: ScheduledRun | None = None
     """The place of the request's run in the order of runs, or None if the request does not belong to a run."""
     level: int = 0
     """The priority, plus one for each `max_wait` seconds of waiting."""
@@ -254,16 +254,16 @@ class Scheduler:
         self.revision: int = 0
         """A number that increases whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
         # The runs that have begun and keep their turn, with the priority of the request with which they began.
-        self._begun: dict[RunTurn, int] = {}
+        self._begun: dict[ScheduledRun, int] = {}
         # Those of them that have no request, and since when. The one that has been idle longest comes first.
-        self._idle_runs: dict[RunTurn, float] = {}
+        self._idle_runs: dict[ScheduledRun, float] = {}
         # All runs that have begun, even if they have lost their turn.
-        self._known_turns: weakref.WeakSet[RunTurn] = weakref.WeakSet()
+        self._known_runs: weakref.WeakSet[ScheduledRun] = weakref.WeakSet()
         # The priorities of the waiting requests, with the number of these, and the highest of them.
         self._waiting_priorities: Counter[int] = Counter()
         self._highest_priority = 0
         # The number of requests of each run that wait or are in flight.
-        self._requests_of: Counter[RunTurn] = Counter()
+        self._requests_of: Counter[ScheduledRun] = Counter()
         # The number of turns that are taken, for each priority. A request outside of a run has one while it is in
         # flight.
         self._turns_taken: dict[int, int] = {}
@@ -315,7 +315,7 @@ class Scheduler:
                 queue.is_surplus = not self._has_room()
                 self._active[queue] = None
         # The waiting requests that need a turn, for each run. Those that belong to no run have the key None.
-        self._newcomers: dict[RunTurn | None, dict[Permit, None]] = {}
+        self._newcomers: dict[ScheduledRun | None, dict[Permit, None]] = {}
         for permit in self.waiting:
             permit.in_batch = False
             self._enqueue(permit)
@@ -336,8 +336,8 @@ class Scheduler:
         if not (queue.is_active and queue.is_loaded) or queue.is_surplus:
             self._discard_if_unused(queue)
             return False
-        if permit.turn is not None:
-            self._add_to_run(permit.turn, permit)
+        if permit.run is not None:
+            self._add_to_run(permit.run, permit)
         self._grant(permit, queue, now)
         return True
 
@@ -347,8 +347,8 @@ class Scheduler:
         self.waiting[permit] = None
         self._waiting_priorities[permit.priority] += 1
         self._update_highest_priority()
-        if permit.turn is not None:
-            self._add_to_run(permit.turn, permit)
+        if permit.run is not None:
+            self._add_to_run(permit.run, permit)
         self._enqueue(permit)
 
     def admit(self, now: float) -> list[Permit]:
@@ -386,18 +386,18 @@ class Scheduler:
                 queue.first_request = None
             if queue.is_surplus and not queue.in_flight:
                 self._deactivate(queue)
-            if permit.turn is None:
+            if permit.run is None:
                 self._give_back_turn(permit.priority)
         permit.state, permit.is_first_request, permit.queue = "over", False, None
         self._discard_if_unused(queue)
-        if permit.turn is not None:
-            self._remove_from_run(permit.turn, now)
+        if permit.run is not None:
+            self._remove_from_run(permit.run, now)
         return True
 
-    def end_run(self, turn: RunTurn) -> None:
+    def end_run(self, run: ScheduledRun) -> None:
         """Records that a run has ended, so that the first request of another run may be admitted."""
-        self._idle_runs.pop(turn, None)
-        self._remove_begun(turn)
+        self._idle_runs.pop(run, None)
+        self._remove_begun(run)
 
     def mark_loaded(self, permit: Permit, now: float) -> None:
         """Records that the first event of a reply has arrived, which shows that the model is loaded."""
@@ -527,10 +527,10 @@ class Scheduler:
         if not queue.is_loaded:
             queue.first_request = permit
             permit.is_first_request = True
-        if permit.turn is None:
+        if permit.run is None:
             self._take_turn(permit.priority)
         else:
-            self._begin_run(permit.turn, permit.priority)
+            self._begin_run(permit.run, permit.priority)
 
     # Levels and turns
 
@@ -577,7 +577,7 @@ class Scheduler:
         """Returns whether a request needs a turn, because its run has not begun yet."""
         if self._begun_limit is None or permit.is_nested:
             return False
-        return permit.turn is None or permit.turn not in self._known_turns
+        return permit.run is None or permit.run not in self._known_runs
 
     def _may_begin(self, permit: Permit) -> bool:
         """Returns whether a turn is free for a request. Runs that began with a lower priority do not count."""
@@ -587,37 +587,37 @@ class Scheduler:
         taken = sum(count for priority, count in self._turns_taken.items() if priority >= permit.priority)
         return taken < limit
 
-    def _add_to_run(self, turn: RunTurn, permit: Permit) -> None:
+    def _add_to_run(self, run: ScheduledRun, permit: Permit) -> None:
         """Counts a new request among those of its run. A run that has lost its turn gets it back."""
         self._take_turns_from_idle_runs(permit.arrived_at)
-        self._requests_of[turn] += 1
-        self._idle_runs.pop(turn, None)
-        if turn in self._known_turns:
-            self._add_begun(turn, permit.priority)
+        self._requests_of[run] += 1
+        self._idle_runs.pop(run, None)
+        if run in self._known_runs:
+            self._add_begun(run, permit.priority)
 
-    def _remove_from_run(self, turn: RunTurn, now: float) -> None:
-        self._requests_of[turn] -= 1
-        if not self._requests_of[turn]:
-            del self._requests_of[turn]
-            if turn in self._begun:
-                self._idle_runs[turn] = now
+    def _remove_from_run(self, run: ScheduledRun, now: float) -> None:
+        self._requests_of[run] -= 1
+        if not self._requests_of[run]:
+            del self._requests_of[run]
+            if run in self._begun:
+                self._idle_runs[run] = now
 
-    def _begin_run(self, turn: RunTurn, priority: int) -> None:
+    def _begin_run(self, run: ScheduledRun, priority: int) -> None:
         """Takes a turn for a run whose request was admitted. Its other requests do not need one any more."""
-        self._known_turns.add(turn)
-        self._add_begun(turn, priority)
-        for each in list(self._newcomers.get(turn, ())):
+        self._known_runs.add(run)
+        self._add_begun(run, priority)
+        for each in list(self._newcomers.get(run, ())):
             self._let_in(each)
             self._push(each)
 
-    def _add_begun(self, turn: RunTurn, priority: int) -> None:
+    def _add_begun(self, run: ScheduledRun, priority: int) -> None:
         # A task that a tool has started may go on after the end of the run.
-        if turn not in self._begun and not turn.is_over:
-            self._begun[turn] = priority
+        if run not in self._begun and not run.is_over:
+            self._begun[run] = priority
             self._take_turn(priority)
 
-    def _remove_begun(self, turn: RunTurn) -> None:
-        priority = self._begun.pop(turn, None)
+    def _remove_begun(self, run: ScheduledRun) -> None:
+        priority = self._begun.pop(run, None)
         if priority is not None:
             self._give_back_turn(priority)
 
@@ -633,20 +633,20 @@ class Scheduler:
 
     def _take_turns_from_idle_runs(self, now: float) -> None:
         while self._idle_runs:
-            turn, idle_since = next(iter(self._idle_runs.items()))
+            run, idle_since = next(iter(self._idle_runs.items()))
             if now < idle_since + RUN_PATIENCE:
                 break
-            del self._idle_runs[turn]
-            self._remove_begun(turn)
+            del self._idle_runs[run]
+            self._remove_begun(run)
 
     def _let_in(self, permit: Permit) -> None:
         """Records that a waiting request needs no turn any more."""
         if permit.needs_turn:
             permit.needs_turn = False
-            newcomers = self._newcomers[permit.turn]
+            newcomers = self._newcomers[permit.run]
             del newcomers[permit]
             if not newcomers:
-                del self._newcomers[permit.turn]
+                del self._newcomers[permit.run]
 
     # Queues and slots
 
@@ -662,13 +662,13 @@ class Scheduler:
     def _enqueue(self, permit: Permit) -> None:
         queue = self._assign_queue(permit)
         queue.waiting[permit] = None
-        is_by_run = permit.turn is not None and self.limits.order == "run"
-        permit.order_number = permit.turn.number if permit.turn is not None and is_by_run else permit.arrival_number
+        is_by_run = permit.run is not None and self.limits.order == "run"
+        permit.order_number = permit.run.number if permit.run is not None and is_by_run else permit.arrival_number
         self._update_level(permit, permit.arrived_at)
         self._update_rank(permit)
         permit.needs_turn = self._has_to_begin(permit)
         if permit.needs_turn:
-            self._newcomers.setdefault(permit.turn, {})[permit] = None
+            self._newcomers.setdefault(permit.run, {})[permit] = None
         if permit.rises_at < math.inf:
             self._rising.push(permit)
         self._push(permit)

@@ -16,7 +16,7 @@ from typing import cast
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from lmbridge._run_turn import RunTurn
+from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.config import Limits
 from lmbridge.transport.scheduler import Permit, Scheduler
 from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
@@ -50,11 +50,11 @@ class SchedulerHarness:
     # Events
 
     def arrive(
-        self, model: str | None, owner: str | None = None, *, priority: int = 0, run: RunTurn | None = None
+        self, model: str | None, owner: str | None = None, *, priority: int = 0, run: ScheduledRun | None = None
     ) -> ReferenceRequest:
         task = None if owner is None else cast("asyncio.Task[object]", self.tasks.setdefault(owner, _StandInTask()))
         holder = None if task is None else weakref.ref(task)
-        permit = Permit(model, self.now, holder, priority=priority, turn=run)
+        permit = Permit(model, self.now, holder, priority=priority, run=run)
         request = ReferenceRequest(model, owner, self.now, priority=priority, run=run)
         self.requests[permit], self.permits[request] = request, permit
         self.reference.arrive(request)
@@ -66,7 +66,7 @@ class SchedulerHarness:
         self._settle()
         return request
 
-    def end_run(self, run: RunTurn) -> None:
+    def end_run(self, run: ScheduledRun) -> None:
         """An agent's run has ended."""
         self.reference.end_run(run)
         self.scheduler.end_run(run)
@@ -184,7 +184,7 @@ class AnyEvents:
     def __init__(self, limits: Limits, scheduler_class: type[Scheduler] = Scheduler) -> None:
         self.harness = SchedulerHarness(limits, scheduler_class)
         self.reference = self.harness.reference
-        self.runs = [RunTurn() for _ in range(4)]
+        self.runs = [ScheduledRun() for _ in range(4)]
 
     def happen(self, event: str, number: int) -> None:
         getattr(self, event)(number)
@@ -225,7 +225,7 @@ class AnyEvents:
             if request in self.reference.waiting + self.reference.in_flight:
                 self.harness.end(request)
         self.harness.end_run(run)
-        self.runs[number % 4] = RunTurn()
+        self.runs[number % 4] = ScheduledRun()
 
     def one_is_answered(self, number: int) -> None:
         if request := _choose(self.reference.in_flight, number):

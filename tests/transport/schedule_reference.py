@@ -10,7 +10,7 @@ import math
 
 import attrs
 
-from lmbridge._run_turn import RunTurn, next_order_number
+from lmbridge._scheduled_run import ScheduledRun, next_order_number
 from lmbridge.config import Limits
 
 RUN_PATIENCE = 3.0
@@ -25,7 +25,7 @@ class ReferenceRequest:
     """The name of the task that holds the request's permit or waits for it; None for a task that does nothing else."""
     arrived: float
     priority: int = 0
-    run: RunTurn | None = None
+    run: ScheduledRun | None = None
     is_nested: bool = False
     """Whether the request's task held another permit when it arrived."""
     number: int = attrs.field(factory=next_order_number)
@@ -77,8 +77,8 @@ class ReferenceSchedule:
         # At most one model.
         self.draining: list[str | None] = []
         # The runs that have begun, with the priority of the request by which they took their turn.
-        self.begun: dict[RunTurn, int] = {}
-        self.run_idle_since: dict[RunTurn, float] = {}
+        self.begun: dict[ScheduledRun, int] = {}
+        self.run_idle_since: dict[ScheduledRun, float] = {}
 
     # Events
 
@@ -102,7 +102,7 @@ class ReferenceSchedule:
         self.arrived.append(request)
         self.waiting.append(request)
 
-    def end_run(self, run: RunTurn) -> None:
+    def end_run(self, run: ScheduledRun) -> None:
         run.end()
 
     def end(self, request: ReferenceRequest, now: float) -> None:
@@ -186,12 +186,12 @@ class ReferenceSchedule:
         others = [each for each in self.in_flight if each.run is None and each.priority >= request.priority]
         return len([run for run in runs if self._keeps_turn(run, now)]) + len(others) >= limit
 
-    def _keeps_turn(self, run: RunTurn, now: float) -> bool:
+    def _keeps_turn(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:
             return False
         return bool(self._requests_of(run)) or now < self.run_idle_since[run] + RUN_PATIENCE
 
-    def _requests_of(self, run: RunTurn) -> list[ReferenceRequest]:
+    def _requests_of(self, run: ScheduledRun) -> list[ReferenceRequest]:
         return [each for each in self.waiting + self.in_flight if each.run is run]
 
     def _rank(self, request: ReferenceRequest, now: float) -> tuple[int, int, int]:

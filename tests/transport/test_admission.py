@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge._run_turn import RunTurn, current_turn
+from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
@@ -59,9 +59,9 @@ async def test_the_priority_decides_which_waiting_request_goes_first() -> None:
     await patient
 
 
-def ask_in_run(admission: Admission, turn: RunTurn) -> asyncio.Task[Permit]:
+def ask_in_run(admission: Admission, run: ScheduledRun) -> asyncio.Task[Permit]:
     context = contextvars.copy_context()
-    context.run(current_turn.set, turn)
+    context.run(current_run.set, run)
     return asyncio.create_task(admission.acquire("m"), context=context)
 
 
@@ -71,50 +71,50 @@ def one_run_at_a_time() -> Admission:
 
 async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
     admission = one_run_at_a_time()
-    first, second = RunTurn(), RunTurn()
+    first, second = ScheduledRun(), ScheduledRun()
     admission.release(await ask_in_run(admission, first))
     waiting = ask_in_run(admission, second)
     await turns()
     assert (admission.in_flight, waiting.done()) == (0, False)
     first.end()
-    assert (await waiting).turn is second
+    assert (await waiting).run is second
 
 
 async def test_a_run_whose_tool_takes_long_lets_the_next_one_begin(clock: Clock) -> None:
     admission = one_run_at_a_time()
-    first, second = RunTurn(), RunTurn()
+    first, second = ScheduledRun(), ScheduledRun()
     admission.release(await ask_in_run(admission, first))
     waiting = ask_in_run(admission, second)
     await turns()
     assert not waiting.done()
     clock.now += RUN_PATIENCE
     await turns()
-    assert (await waiting).turn is second
+    assert (await waiting).run is second
 
 
 async def test_the_priority_of_a_run_replaces_that_of_its_client() -> None:
     admission = an_admission(2)
-    assert (await ask_in_run(admission, RunTurn(-5))).priority == -5
-    assert (await ask_in_run(admission, RunTurn())).priority == 0
+    assert (await ask_in_run(admission, ScheduledRun(-5))).priority == -5
+    assert (await ask_in_run(admission, ScheduledRun())).priority == 0
 
 
 async def test_a_request_of_a_run_that_has_ended_belongs_to_no_run() -> None:
     admission = an_admission()
-    turn = RunTurn(5)
-    turn.end()
-    permit = await ask_in_run(admission, turn)
-    assert (permit.turn, permit.priority) == (None, 0)
+    run = ScheduledRun(5)
+    run.end()
+    permit = await ask_in_run(admission, run)
+    assert (permit.run, permit.priority) == (None, 0)
 
 
 async def test_a_request_in_another_event_loop_does_not_belong_to_the_run() -> None:
     admission = an_admission()
     other_loop = asyncio.new_event_loop()
     try:
-        permit = await ask_in_run(admission, RunTurn(5, other_loop))
+        permit = await ask_in_run(admission, ScheduledRun(5, other_loop))
     finally:
         other_loop.close()
-    assert (permit.turn, permit.priority) == (None, 0)
-    assert (await ask_in_run(an_admission(), RunTurn(5, asyncio.get_running_loop()))).priority == 5
+    assert (permit.run, permit.priority) == (None, 0)
+    assert (await ask_in_run(an_admission(), ScheduledRun(5, asyncio.get_running_loop()))).priority == 5
 
 
 async def test_a_task_that_holds_a_stream_does_not_wait_for_a_turn() -> None:

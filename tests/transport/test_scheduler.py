@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge._run_turn import RunTurn
+from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.config import Limits
 from lmbridge.transport import scheduler as scheduler_module
 from tests.transport.schedule_machine import ScheduleMachine, SchedulerHarness
@@ -464,7 +464,7 @@ def test_a_request_rises_by_one_level_for_each_max_wait_seconds() -> None:
 def test_requests_do_not_rise_above_the_highest_priority_that_waits() -> None:
     # Otherwise the first requests of young runs would go before those of old runs as soon as they have waited long.
     harness = a_harness(1, None, begun=None)
-    old, young = RunTurn(), RunTurn()
+    old, young = ScheduledRun(), ScheduledRun()
     first = harness.arrive("a", run=old)
     harness.arrive("a", run=young)
     harness.wait(100)
@@ -491,7 +491,7 @@ def test_a_patient_member_of_a_batch_does_not_hold_up_an_overdue_request() -> No
 def test_a_model_that_gives_way_has_no_batch_any_more() -> None:
     """The members of its batch that still waited for a turn used to prevent every later drain."""
     harness = a_harness(1)
-    first, second = RunTurn(), RunTurn()
+    first, second = ScheduledRun(), ScheduledRun()
     of_first = harness.arrive("a", run=first)
     harness.arrive("a", run=second)
     finish(harness, of_first)
@@ -536,7 +536,7 @@ def test_of_several_inactive_models_that_of_the_most_urgent_request_is_next() ->
 
 def test_requests_of_an_older_run_go_before_those_of_a_younger_one() -> None:
     harness = a_harness(1, None, begun=None)
-    old, young = RunTurn(), RunTurn()
+    old, young = ScheduledRun(), ScheduledRun()
     first = harness.arrive("a", run=old)
     of_young = harness.arrive("a", run=young)
     (lone,) = arrive(harness, "a")
@@ -548,7 +548,7 @@ def test_requests_of_an_older_run_go_before_those_of_a_younger_one() -> None:
 
 def test_in_the_order_of_requests_the_age_of_a_run_does_not_count() -> None:
     harness = SchedulerHarness(Limits(max_concurrency=1, order="request"))
-    old = RunTurn()
+    old = ScheduledRun()
     first = harness.arrive("a", run=old)
     (lone,) = arrive(harness, "a")
     harness.arrive("a", run=old)
@@ -558,7 +558,7 @@ def test_in_the_order_of_requests_the_age_of_a_run_does_not_count() -> None:
 
 def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
     harness = a_harness(2, None)
-    runs = [RunTurn() for _ in range(3)]
+    runs = [ScheduledRun() for _ in range(3)]
     requests = [harness.arrive("a", run=run) for run in runs]
     finish(harness, requests[0])
     # The first run calls a tool, and its permit stays free.
@@ -572,7 +572,7 @@ def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
 
 def test_a_run_whose_tool_takes_long_gives_its_turn_to_the_next_and_goes_first_when_it_asks_again() -> None:
     harness = a_harness(1, None)
-    old, young, youngest = RunTurn(), RunTurn(), RunTurn()
+    old, young, youngest = ScheduledRun(), ScheduledRun(), ScheduledRun()
     finish(harness, harness.arrive("a", run=old))
     of_young = harness.arrive("a", run=young)
     harness.wait(2.9)
@@ -587,7 +587,7 @@ def test_a_run_whose_tool_takes_long_gives_its_turn_to_the_next_and_goes_first_w
 
 def test_a_request_needs_no_turn_after_max_wait() -> None:
     harness = a_harness(2, None, begun=1)
-    harness.arrive("a", run=RunTurn())
+    harness.arrive("a", run=ScheduledRun())
     (lone,) = arrive(harness, "a")
     harness.wait(29.9)
     assert harness.reference.waiting == [lone]
@@ -597,7 +597,7 @@ def test_a_request_needs_no_turn_after_max_wait() -> None:
 
 def test_a_begun_run_of_a_lower_priority_does_not_hold_up_a_request() -> None:
     harness = a_harness(2, None, begun=1)
-    harness.arrive("a", run=RunTurn(), priority=-1)
+    harness.arrive("a", run=ScheduledRun(), priority=-1)
     urgent = harness.arrive("a")
     assert urgent in harness.reference.in_flight
     assert harness.arrive("a", priority=-1) in harness.reference.waiting
@@ -612,7 +612,7 @@ def test_a_task_that_holds_a_permit_needs_no_turn_for_another_one() -> None:
 
 def test_the_first_requests_of_one_run_need_one_turn_together() -> None:
     harness = a_harness(3, None, begun=1)
-    run = RunTurn()
+    run = ScheduledRun()
     first, second = harness.arrive("a", run=run), harness.arrive("a", run=run)
     assert harness.reference.in_flight == [first, second]
 
@@ -621,7 +621,7 @@ def test_runs_that_come_and_go_leave_nothing_behind() -> None:
     harness = a_harness(2, None)
     scheduler = harness.scheduler
     for _ in range(20):
-        runs = [RunTurn() for _ in range(4)]
+        runs = [ScheduledRun() for _ in range(4)]
         requests = [harness.arrive("a", run=run) for run in runs]
         # The last run leaves without having begun.
         finish(harness, requests.pop())

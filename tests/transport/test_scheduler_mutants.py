@@ -179,7 +179,7 @@ MUTANTS = {
         "if False:\n            return False",
     ),
     "a begun run waits for its turn again": (
-        "return permit.turn is None or permit.turn not in self._known_turns",
+        "return permit.run is None or permit.run not in self._known_runs",
         "return True",
     ),
     "the task of a permit waits for a turn": (
@@ -187,7 +187,7 @@ MUTANTS = {
         "if self._begun_limit is None:",
     ),
     "other first requests of a begun run still wait": (
-        "for each in list(self._newcomers.get(turn, ())):",
+        "for each in list(self._newcomers.get(run, ())):",
         "for each in []:",
     ),
     "a request needs a turn forever": (
@@ -199,9 +199,9 @@ MUTANTS = {
         "moments += [since + RUN_PATIENCE for since in list(self._idle_runs.values())[:1]]",
         "pass",
     ),
-    "idle runs keep their turns": ("            self._remove_begun(turn)\n\n    def _let_in", "\n    def _let_in"),
+    "idle runs keep their turns": ("            self._remove_begun(run)\n\n    def _let_in", "\n    def _let_in"),
     "runs lose their turns while they have requests": (
-        "if not self._requests_of[turn]:\n            del self._requests_of[turn]\n            if",
+        "if not self._requests_of[run]:\n            del self._requests_of[run]\n            if",
         "if True:\n            if",
     ),
     "a run gives back its turn at once": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
@@ -210,15 +210,15 @@ MUTANTS = {
         "if now <= idle_since + RUN_PATIENCE:",
     ),
     "a run that asks again has no turn": (
-        "if turn in self._known_turns:\n            self._add_begun",
+        "if run in self._known_runs:\n            self._add_begun",
         "if False:\n            self._add_begun",
     ),
     "a run that ends keeps its turn": (
-        "self._idle_runs.pop(turn, None)\n        self._remove_begun(turn)",
+        "self._idle_runs.pop(run, None)\n        self._remove_begun(run)",
         "pass",
     ),
     "a lone request keeps its turn": (
-        "            if permit.turn is None:\n                self._give_back_turn(permit.priority)\n",
+        "            if permit.run is None:\n                self._give_back_turn(permit.priority)\n",
         "",
     ),
     "turns that are taken are not counted": ("self._turn_count += 1", "pass"),

@@ -1,9 +1,9 @@
-"""`RunTurn`: the place of an agent's run in the order in which requests are admitted.
+"""`ScheduledRun`: an agent's run as the scheduler of the transport knows it.
 
-The agent layer creates a turn for each run and ends it with the run; the transport reads it when a request asks for a
-permit. They share nothing else, so the turn is a module of the ground floor. It reaches the transport in a context
-variable, and not as an argument, because an agent works with any object that has `chat_completion`, and because the
-tasks that a tool starts inherit the variable: what a tool generates belongs to the run that called the tool.
+The agent layer creates one for each run and ends it with the run; the transport reads it when a request asks for a
+permit. They share nothing else, so it is a module of the ground floor. It reaches the transport in a context variable,
+and not as an argument, because an agent works with any object that has `chat_completion`, and because the tasks that a
+tool starts inherit the variable: what a tool generates belongs to the run that called the tool.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ def next_order_number() -> int:
     return next(_numbers)
 
 
-class RunTurn:
-    """The place of a run among all runs. It is small, because sockets and timers keep the context that refers to it."""
+class ScheduledRun:
+    """A run, with its position in the order of all runs.
+
+    It is small, because sockets and timers keep the context that refers to it.
+    """
 
     __slots__ = ("__weakref__", "_callbacks", "is_over", "loop", "number", "priority")
 
@@ -36,10 +39,10 @@ class RunTurn:
         self.number: Final = next_order_number()
         """The position of the run in the order of all runs and requests; the lowest is the oldest."""
         self.is_over: bool = False
-        """Whether the run has ended."""
-        self._callbacks: list[Callable[[RunTurn], None]] = []
+        """Whether the run has ended. A request that asks for a permit after that does not belong to the run."""
+        self._callbacks: list[Callable[[ScheduledRun], None]] = []
 
-    def add_end_callback(self, callback: Callable[[RunTurn], None]) -> None:
+    def add_end_callback(self, callback: Callable[[ScheduledRun], None]) -> None:
         """Makes `end` call a function. It must not raise."""
         self._callbacks.append(callback)
 
@@ -52,5 +55,5 @@ class RunTurn:
                 callback(self)
 
 
-current_turn: Final[ContextVar[RunTurn | None]] = ContextVar("lmbridge_run_turn", default=None)
-"""The turn of the run to which the current task belongs, or None outside of a run."""
+current_run: Final[ContextVar[ScheduledRun | None]] = ContextVar("lmbridge_scheduled_run", default=None)
+"""The run to which the current task belongs, or None outside of a run."""
