@@ -22,26 +22,20 @@ import asyncio
 import logging
 import ssl as ssl_module
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-import attrs
-
 from lmbridge._checks import check_instance, check_integer
 from lmbridge._copying import NotCopyable
-from lmbridge._tasks import LoopGuard, SingleFlight
 from lmbridge._text import redacted_beginning
 from lmbridge._version import __version__
 from lmbridge.config import (
     Limits,
     check_api_key,
     check_auth,
-    check_proxy,
     default_api_base,
     default_api_key,
     environment_proxy,
@@ -50,10 +44,9 @@ from lmbridge.config import (
     socket_path_of,
     split_credentials,
 )
-from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
+from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
-from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.headers import (
     add_query,
@@ -64,10 +57,11 @@ from lmbridge.transport.headers import (
     secrets_in,
 )
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
+from lmbridge.transport.open_state import OpenState, closed_error
+from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth, own_secrets
+from lmbridge.transport.receive import receive_reply, receive_stream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AiohttpSession
-from lmbridge.transport.socks import check_socks_proxy, is_socks
-from lmbridge.transport.sse import begins_event_stream
 
 if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats
@@ -78,8 +72,6 @@ _EXTRA_CONNECTIONS: Final = 2
 """The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
 _REFUSED_BEFORE_WORK: Final = (429, 503)
 """The statuses with which a server refuses a request before it starts to work on it."""
-_UNDECIDED_BYTES: Final = 4096
-"""The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
 _ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
 _SSL_HINT: Final = "to trust a certificate of your own, pass ssl.create_default_context(cafile='ca.pem')"
 _NOT_RESENT_HINT: Final = (
@@ -147,12 +139,12 @@ class Transport(NotCopyable):
         url, url_auth = split_credentials(default_api_base() if api_base is None else api_base)
         self.api_base: Final = normalize_api_base(url)
         self._socket_path = socket_path_of(self.api_base)
-        self._api_root, self._server_root = _roots(self.api_base)
-        auth = _choose_auth(check_auth(auth), url_auth, api_key)
+        self._api_root, self._server_root = api_roots(self.api_base)
+        auth = choose_auth(check_auth(auth), url_auth, api_key)
         if api_key is None and auth is None:
             api_key = default_api_key()
         self.api_key: Final = check_api_key(api_key)
-        self._proxy = _check_proxy(proxy, "proxy")
+        self._proxy = check_any_proxy(proxy, "proxy")
         if self._proxy is not None and self._socket_path is not None:
             raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
         self._find_limits = limits if callable(limits) else None
@@ -166,11 +158,11 @@ class Transport(NotCopyable):
             # aiohttp finds the proxy for each request anew, but takes every URL for that of an HTTP proxy, and goes
             # without a proxy whose URL begins with https://.
             found = environment_proxy(self.api_base)
-            self._proxy = None if (found or "").startswith("http://") else _check_proxy(found, _ENVIRONMENT_PROXY)
+            self._proxy = None if (found or "").startswith("http://") else check_any_proxy(found, _ENVIRONMENT_PROXY)
         check_integer("max_reply_bytes", max_reply_bytes, optional=True)
         self._max_reply_bytes = MAX_REPLY_BYTES if max_reply_bytes is None else max_reply_bytes
         given_headers = check_headers("headers", headers)
-        self._key_pattern = secret_pattern(_secrets(self.api_key, auth, self._proxy))
+        self._key_pattern = secret_pattern(own_secrets(self.api_key, auth, self._proxy))
         self._header_pattern = secret_pattern(secrets_in(given_headers))
         self._headers = {"User-Agent": f"lmbridge/{__version__}"}
         if self.api_key is not None:
@@ -179,7 +171,7 @@ class Transport(NotCopyable):
             self._headers["Authorization"] = basic_auth(*auth)
         self._headers = merge_headers(self._headers, given_headers)
         self._json_headers = merge_headers({"Content-Type": "application/json"}, self._headers)
-        self._open_state: _OpenState | None = None
+        self._open_state: OpenState | None = None
         self._retries: Counter[str | None] = Counter()
         self._swaps: Counter[str | None] = Counter()
 
@@ -187,7 +179,7 @@ class Transport(NotCopyable):
         return f"<{type(self).__name__} {self.api_base}>"
 
     def __del__(self) -> None:
-        state: _OpenState | None = getattr(self, "_open_state", None)
+        state: OpenState | None = getattr(self, "_open_state", None)
         if state is not None:
             warnings.warn(f"unclosed {self!r}; close its client, or use `async with`", ResourceWarning, 2, source=self)
             state.abandon()
@@ -296,7 +288,7 @@ class Transport(NotCopyable):
             LLMTimeoutError: A time limit has run out.
             TaskCancelledError: The transport was closed before the reply was complete.
         """
-        return await self._perform(self._ensure_open(), request, _receive_reply, plain=True)
+        return await self._perform(self._ensure_open(), request, receive_reply, plain=True)
 
     async def stream(self, request: Request) -> EventStream | Reply:
         """Sends a request for an event stream, and returns the stream. It holds the permit until it is closed.
@@ -311,7 +303,7 @@ class Transport(NotCopyable):
             TaskCancelledError: The transport was closed before the response had begun.
         """
         state = self._ensure_open()
-        answer = await self._perform(state, request, _receive_stream, plain=False)
+        answer = await self._perform(state, request, receive_stream, plain=False)
         if isinstance(answer, EventStream):
             state.adopt(answer)
         return answer
@@ -337,7 +329,7 @@ class Transport(NotCopyable):
 
     # One request
 
-    async def _perform(self, state: _OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
+    async def _perform(self, state: OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
         url = f"{self._server_root if request.below_root else self._api_root}{request.path}"
         call = Call(request, url, state.admission, state.deadline_timer, self._max_reply_bytes)
         state.requests += 1
@@ -354,7 +346,7 @@ class Transport(NotCopyable):
             _finish_with_reply(call, answer)
         return answer
 
-    async def _admit(self, state: _OpenState, call: Call, *, plain: bool) -> None:
+    async def _admit(self, state: OpenState, call: Call, *, plain: bool) -> None:
         """Waits for a permit, and gives it to the call."""
         model, priority = call.request.model, call.request.priority
         # This makes `stats` list every model that was ever requested.
@@ -377,7 +369,7 @@ class Transport(NotCopyable):
                 raise error.completed(context=context)  # noqa: B904 - it is the same error
         call.admit(permit)
 
-    async def _search_limits(self, state: _OpenState, find_limits: FindLimits) -> None:
+    async def _search_limits(self, state: OpenState, find_limits: FindLimits) -> None:
         """Asks the server for its limits, and puts them in force. If it does not answer, nothing changes."""
         try:
             limits = await find_limits(self)
@@ -393,20 +385,20 @@ class Transport(NotCopyable):
             self.limits = limits
             state.admission.set_limits(limits)
 
-    async def _attempt_until_final(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
+    async def _attempt_until_final(self, state: OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
         """Sends the request until an attempt succeeds, or fails in a way that a further attempt cannot overcome.
 
         An attempt fails either with a reply that reports an error, or because no complete reply arrives.
         """
         while True:
             if state.closed.done():
-                raise _closed_error(call)
+                raise closed_error(call)
             error: LLMError | None = None
             try:
                 answer = await self._attempt(state, call, receive)
             except ConnectionFailed as failure:
                 if state.closed.done():
-                    error, wait = _closed_error(call), None
+                    error, wait = closed_error(call), None
                 else:
                     error, wait = self._complete_error(call, failure), self._wait_after_failure(state, call, failure)
             else:
@@ -421,7 +413,7 @@ class Transport(NotCopyable):
             # This is a sleep that ends early if the transport is closed.
             await asyncio.wait((state.closed,), timeout=wait)
 
-    async def _attempt(self, state: _OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
+    async def _attempt(self, state: OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
         """Sends the request once, and reads as much of the response as `receive` does.
 
         Raises:
@@ -435,7 +427,7 @@ class Transport(NotCopyable):
                 status = response.status
                 try:
                     if status >= 400:
-                        return await _receive_reply(call, response)
+                        return await receive_reply(call, response)
                     return await receive(call, response)
                 except BaseException:
                     response.close()
@@ -443,7 +435,7 @@ class Transport(NotCopyable):
         except TimeoutError as exc:
             raise call.attempt_timed_out(exc).completed(status=status) from exc
 
-    async def _send(self, state: _OpenState, call: Call) -> HttpResponse:
+    async def _send(self, state: OpenState, call: Call) -> HttpResponse:
         request = call.request
         headers = self._headers if request.body is None else self._json_headers
         # HTTP over a Unix socket needs some host, and servers expect this one.
@@ -480,7 +472,7 @@ class Transport(NotCopyable):
         self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait
 
-    def _wait_after_failure(self, state: _OpenState, call: Call, failure: ConnectionFailed) -> float | None:
+    def _wait_after_failure(self, state: OpenState, call: Call, failure: ConnectionFailed) -> float | None:
         """Returns the seconds to wait before the next attempt, or None if this failure is final."""
         if failure.verdict is not Verdict.RETRY:
             return None
@@ -508,7 +500,7 @@ class Transport(NotCopyable):
 
     # The state in an event loop
 
-    def _ensure_open(self) -> _OpenState:
+    def _ensure_open(self) -> OpenState:
         state = self._open_state
         if state is not None:
             state.loop_guard.check()
@@ -516,140 +508,8 @@ class Transport(NotCopyable):
                 return state
             _warn_about_closed_loop()
             state.abandon()
-        self._open_state = state = _OpenState(self.open_session(), Admission(self.limits, self._swaps))
+        self._open_state = state = OpenState(self.open_session(), Admission(self.limits, self._swaps))
         return state
-
-
-def _check_proxy(proxy: str | None, name: str) -> str | None:
-    if isinstance(proxy, str) and is_socks(proxy):
-        return check_socks_proxy(proxy, name=name)
-    return check_proxy(proxy, name=name)
-
-
-def _create_loop_guard() -> LoopGuard:
-    guard = LoopGuard("this client")
-    guard.enter()
-    return guard
-
-
-def _create_future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()
-
-
-def _create_deadline_timer(state: _OpenState) -> DeadlineTimer:
-    return DeadlineTimer(state.loop, state.streams)
-
-
-def _create_limit_search() -> SingleFlight[None]:
-    return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
-
-
-@attrs.define(eq=False)
-class _OpenState:
-    """The part of a transport that exists while the transport is open, and belongs to one event loop."""
-
-    session: HttpSession
-    admission: Admission
-    loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
-    loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
-    closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
-    """A future that is done as soon as the transport begins to close."""
-    streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
-    """The open streams. The references are weak, so that a stream that its user has dropped is garbage-collected."""
-    first_event_tasks: set[asyncio.Task[object]] = attrs.field(init=False, factory=set)
-    """The tasks that read the first event of a stream before the user does."""
-    requests: int = attrs.field(init=False, default=0)
-    """The number of requests that are waiting or in flight. A stream counts only until its response has begun."""
-    deadline_timer: DeadlineTimer = attrs.field(
-        init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
-    )
-    limits_are_known: bool = attrs.field(init=False, default=False)
-    """Whether the server has been asked for its limits, and nothing has happened since that may have changed them."""
-    limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
-    """Lets all requests that wait for the server's limits share one question to the server."""
-
-    def adopt(self, stream: EventStream) -> None:
-        """Adds a stream to those that `close` ends and whose deadlines are watched.
-
-        If other requests wait for the first event of the stream, this starts a task that reads the event at once.
-
-        Raises:
-            TaskCancelledError: The transport was closed while the stream was opened.
-        """
-        if self.closed.done():
-            error = _closed_error(stream.call)
-            stream.abort(error)
-            raise error
-        # The body will not be sent again. Dropping it saves memory, because many open streams may have long prompts.
-        stream.call.request.body = None
-        self.streams.add(stream)
-        if stream.call.is_first_request:
-            task = stream.start_reading_ahead()
-            self.first_event_tasks.add(task)
-            task.add_done_callback(self.first_event_tasks.discard)
-
-    def abandon(self) -> None:
-        """Lets the session close what it can without waiting. Any thread may call it.
-
-        No stream is in use then, because a stream keeps its transport alive.
-        """
-        if self.loop.is_closed():
-            self.session.abandon()
-        else:
-            # The thread of the loop may be closing it at this moment.
-            with suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self.session.abandon)
-
-    async def close(self) -> None:
-        """Ends all streams, waits and requests, and closes the session.
-
-        On cancellation of the caller, the remaining steps are still taken.
-        """
-        self.closed.set_result(None)
-        for stream in list(self.streams):
-            stream.abort(_closed_error(stream.call))
-        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
-        try:
-            await self.limit_search.cancel_all()
-        finally:
-            try:
-                await self.session.close()
-                # These tasks end at once, because the session has closed the responses that they read.
-                if self.first_event_tasks:
-                    await asyncio.wait(self.first_event_tasks)
-            finally:
-                self.deadline_timer.close()
-
-
-async def _receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
-    """Returns the event stream in a response. If the response is not one, its whole body is read into a `Reply`."""
-    if response.status >= 300:
-        return await _receive_reply(call, response)
-    if response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
-        return EventStream(call, response)
-    # The body may still be an event stream that has the wrong Content-Type, or it is something else, such as an error
-    # with status 200. The first bytes decide.
-    first = b""
-    while (is_stream := begins_event_stream(first)) is None and len(first) < _UNDECIDED_BYTES:
-        if not (more := await response.read_some()):
-            break
-        first += more
-    return EventStream(call, response, first) if is_stream else await _receive_reply(call, response, first)
-
-
-async def _receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
-    """Reads a body to its end. `first` is the part of it that has been read already.
-
-    Raises:
-        LLMResponseError: It has more bytes than a reply to this call may have.
-    """
-    parts, size = [first], len(first)
-    while part := await response.read_some():
-        parts.append(part)
-        size += len(part)
-        if size > call.max_bytes:
-            raise call.too_large(response.status)
-    return Reply(call=call, status=response.status, headers=response.headers, body=b"".join(parts))
 
 
 def _finish_with_reply(call: Call, reply: Reply) -> None:
@@ -657,45 +517,6 @@ def _finish_with_reply(call: Call, reply: Reply) -> None:
         call.note_first_event(reply.body)
     call.read_usage = partial(call.request.read_usage, reply.body)
     call.finish(reply.status)
-
-
-def _roots(api_base: str) -> tuple[str, str]:
-    """Returns the URL that paths of the API are appended to, and that of the server itself."""
-    if api_base.startswith("unix://"):
-        return f"{api_base}/v1", api_base
-    if api_base.endswith("#"):
-        return api_base[:-1], api_base[:-1]
-    return api_base, api_base.rpartition("/")[0]
-
-
-def _choose_auth(
-    auth: tuple[str, str] | None, url_auth: tuple[str, str] | None, api_key: str | None
-) -> tuple[str, str] | None:
-    """Returns the user and the password to send.
-
-    Raises:
-        LLMValidationError: There are two ways to authenticate.
-    """
-    given = {"auth": auth, "the credentials in api_base": url_auth, "api_key": api_key}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise LLMValidationError(f"{' and '.join(names)} cannot be combined", hint="give only one of them")
-    return auth or url_auth
-
-
-def _secrets(api_key: str | None, auth: tuple[str, str] | None, proxy: str | None) -> list[str]:
-    """Returns the texts that no error may repeat."""
-    secrets = [] if api_key is None else [api_key]
-    if auth is not None:
-        secrets += [auth[1], basic_auth(*auth).rpartition(" ")[2]]
-    # A SOCKS proxy has credentials in the same place of its URL as an HTTP proxy.
-    if proxy is not None and (proxy_auth := split_credentials(f"http:{proxy.partition(':')[2]}")[1]) is not None:
-        secrets.append(proxy_auth[1])
-    return secrets
-
-
-def _closed_error(call: Call) -> TaskCancelledError:
-    return TaskCancelledError("the client was closed before the reply was complete", context=call.context())
 
 
 def _warn_about_closed_loop() -> None:

@@ -16,6 +16,7 @@ from lmbridge import (
 )
 from lmbridge.testing import ScriptedServer, reply, stall
 from lmbridge.transport import transport
+from lmbridge.transport.receive import receive_stream
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
 from tests.threaded_server import ThreadedServer
 
@@ -131,14 +132,14 @@ def test_reading_a_stream_after_its_loop_was_closed_is_a_clear_error() -> None:
 async def test_a_stream_that_opens_while_the_client_closes_is_closed_too(
     scripted_server: ScriptedServer, client: LLMClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    receive = transport._receive_stream
+    receive = receive_stream
 
     async def close_meanwhile(*arguments: Any) -> Any:
         answer = await receive(*arguments)
         await client.close()
         return answer
 
-    monkeypatch.setattr(transport, "_receive_stream", close_meanwhile)
+    monkeypatch.setattr(transport, "receive_stream", close_meanwhile)
     scripted_server.script(stall(after=HALF))
     with pytest.raises(TaskCancelledError, match="the client was closed"):
         await opened(client)

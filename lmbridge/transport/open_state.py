@@ -1,0 +1,121 @@
+"""The part of a transport that exists while the transport is open, and ends with it.
+
+A transport can be closed and opened again, possibly in another event loop. Everything that belongs to one event loop is
+therefore kept in one object, which the transport creates when it opens and drops when it closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from contextlib import suppress
+
+import attrs
+
+from lmbridge._tasks import LoopGuard, SingleFlight
+from lmbridge.errors import TaskCancelledError
+from lmbridge.transport.admission import Admission
+from lmbridge.transport.calls import Call
+from lmbridge.transport.deadline import DeadlineTimer
+from lmbridge.transport.events import EventStream
+from lmbridge.transport.http import HttpSession
+
+
+def _create_loop_guard() -> LoopGuard:
+    guard = LoopGuard("this client")
+    guard.enter()
+    return guard
+
+
+def _create_future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
+def _create_deadline_timer(state: OpenState) -> DeadlineTimer:
+    return DeadlineTimer(state.loop, state.streams)
+
+
+def _create_limit_search() -> SingleFlight[None]:
+    return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
+
+
+@attrs.define(eq=False)
+class OpenState:
+    """The part of a transport that exists while the transport is open, and belongs to one event loop."""
+
+    session: HttpSession
+    admission: Admission
+    loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
+    loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
+    closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
+    """A future that is done as soon as the transport begins to close."""
+    streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
+    """The open streams. The references are weak, so that a stream that its user has dropped is garbage-collected."""
+    first_event_tasks: set[asyncio.Task[object]] = attrs.field(init=False, factory=set)
+    """The tasks that read the first event of a stream before the user does."""
+    requests: int = attrs.field(init=False, default=0)
+    """The number of requests that are waiting or in flight. A stream counts only until its response has begun."""
+    deadline_timer: DeadlineTimer = attrs.field(
+        init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
+    )
+    limits_are_known: bool = attrs.field(init=False, default=False)
+    """Whether the server has been asked for its limits, and nothing has happened since that may have changed them."""
+    limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
+    """Lets all requests that wait for the server's limits share one question to the server."""
+
+    def adopt(self, stream: EventStream) -> None:
+        """Adds a stream to those that `close` ends and whose deadlines are watched.
+
+        If other requests wait for the first event of the stream, this starts a task that reads the event at once.
+
+        Raises:
+            TaskCancelledError: The transport was closed while the stream was opened.
+        """
+        if self.closed.done():
+            error = closed_error(stream.call)
+            stream.abort(error)
+            raise error
+        # The body will not be sent again. Dropping it saves memory, because many open streams may have long prompts.
+        stream.call.request.body = None
+        self.streams.add(stream)
+        if stream.call.is_first_request:
+            task = stream.start_reading_ahead()
+            self.first_event_tasks.add(task)
+            task.add_done_callback(self.first_event_tasks.discard)
+
+    def abandon(self) -> None:
+        """Lets the session close what it can without waiting. Any thread may call it.
+
+        No stream is in use then, because a stream keeps its transport alive.
+        """
+        if self.loop.is_closed():
+            self.session.abandon()
+        else:
+            # The thread of the loop may be closing it at this moment.
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.session.abandon)
+
+    async def close(self) -> None:
+        """Ends all streams, waits and requests, and closes the session.
+
+        On cancellation of the caller, the remaining steps are still taken.
+        """
+        self.closed.set_result(None)
+        for stream in list(self.streams):
+            stream.abort(closed_error(stream.call))
+        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        try:
+            await self.limit_search.cancel_all()
+        finally:
+            try:
+                await self.session.close()
+                # These tasks end at once, because the session has closed the responses that they read.
+                if self.first_event_tasks:
+                    await asyncio.wait(self.first_event_tasks)
+            finally:
+                self.deadline_timer.close()
+
+
+def closed_error(call: Call) -> TaskCancelledError:
+    """Returns the error for a request that is in flight when its transport is closed."""
+    return TaskCancelledError("the client was closed before the reply was complete", context=call.context())
