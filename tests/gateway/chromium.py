@@ -1,4 +1,4 @@
-"""A real browser for tests, driven over the DevTools protocol, so that neither a driver nor another library is needed."""
+"""A real browser for tests, driven over the DevTools protocol, which needs no driver and no other library."""
 
 from __future__ import annotations
 
