@@ -17,6 +17,7 @@ from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.faults import Phase, timed_out
+from lmbridge.transport.permits import Permit
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -26,7 +27,6 @@ from lmbridge.transport.retry import (
     poll_waits,
     retry_waits,
 )
-from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
