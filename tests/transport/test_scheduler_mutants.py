@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 
+from lmbridge.transport import scheduler
 from lmbridge.transport.scheduler import Scheduler
 from tests.transport import schedule_machine, schedule_reference
 from tests.transport.schedule_machine import SCHEDULER_MODULES, random_walk
@@ -342,11 +343,11 @@ def mutant_of_the_scheduler(monkeypatch: pytest.MonkeyPatch, old: str, new: str)
     assert count == 1, f"{old!r} is {count} times in the source: this mutant needs a new text"
     with monkeypatch.context() as patched:
         for original, source in zip(SCHEDULER_MODULES, sources, strict=True):
-            # The modules that follow import from this one.
             module = ModuleType(original.__name__)
+            # The modules that follow import from this one.
             patched.setitem(sys.modules, original.__name__, module)
             exec(compile(source.replace(old, new), "a mutant of " + original.__name__, "exec"), module.__dict__)
-    mutant = module.__dict__["Scheduler"]
+        mutant = sys.modules[scheduler.__name__].__dict__["Scheduler"]
     assert isinstance(mutant, type)
     return mutant
 
