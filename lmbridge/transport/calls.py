@@ -16,8 +16,8 @@ from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
+from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase, timed_out
-from lmbridge.transport.permits import Permit
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -27,6 +27,7 @@ from lmbridge.transport.retry import (
     poll_waits,
     retry_waits,
 )
+from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
@@ -97,6 +98,10 @@ class Request:
     """The headers of this request. They replace the transport's headers of the same name, and may be secret."""
     query: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
     """The query parameters of this request. Neither the log nor any error contains them."""
+    keeps_compression: bool = False
+    """Whether the body of the reply is left as the server sends it, even if it is compressed."""
+    on_admitted: Callable[[], None] | None = None
+    """Called when the request gets its permit. If it is passed on to another server, it may be called again."""
 
 
 class Call:
@@ -167,6 +172,8 @@ class Call:
         self.permit = permit
         self._started = self.deadline_timer.time()
         self.total_deadline = self._started + _or_infinity(self.request.timeouts.total)
+        if self.request.on_admitted is not None:
+            self.request.on_admitted()
 
     def context(self) -> dict[str, Any]:
         """Returns the facts about this call that its errors contain."""
@@ -324,6 +331,16 @@ class Reply:
     """The headers of the reply. Their names are case-insensitive."""
     body: bytes
     """The whole body of the reply."""
+
+    @property
+    def plain_body(self) -> bytes:
+        """The body, decompressed if the request has left it compressed; of a large body, only the beginning.
+
+        A body that cannot be decompressed is taken for an empty one.
+        """
+        if not self.call.request.keeps_compression:
+            return self.body
+        return decompressed_beginning(self.body, self.headers.get("Content-Encoding"))
 
     @property
     def retry_after(self) -> float | None:

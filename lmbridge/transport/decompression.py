@@ -125,3 +125,20 @@ def decompressor_for(content_encoding: str | None) -> Decompressor | None:
     if encoding in ("gzip", "x-gzip", "deflate"):
         return Decompressor(is_gzip=encoding != "deflate")
     raise UnsupportedEncoding(encoding)
+
+
+def decompressed_beginning(body: bytes, content_encoding: str | None) -> bytes:
+    """Returns the beginning of a whole body in plain text, or `b""` if the body cannot be decompressed.
+
+    Args:
+        body: The body as it was received. If it is not compressed, it is returned whole.
+        content_encoding: The value of the header `Content-Encoding`, or None if there is none.
+    """
+    try:
+        decompressor = decompressor_for(content_encoding)
+        if decompressor is None:
+            return body
+        decompressor.feed(body)
+        return decompressor.next_part()
+    except (BrokenCompression, UnsupportedEncoding):
+        return b""

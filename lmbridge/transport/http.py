@@ -42,6 +42,8 @@ class HttpRequest:
 
     A kept connection may be dead, and this shows only after a request has been sent on it.
     """
+    keeps_compression: bool = False
+    """Whether the body of the response is handed out as the server sends it, even if it is compressed."""
 
 
 class HttpResponse(Protocol):

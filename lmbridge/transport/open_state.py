@@ -18,6 +18,7 @@ from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
+from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.http import HttpSession
 
 
@@ -49,8 +50,9 @@ class OpenState:
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
     closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
     """A future that is done as soon as the transport begins to close."""
-    streams: weakref.WeakSet[EventStream] = attrs.field(init=False, factory=weakref.WeakSet)
-    """The open streams. The references are weak, so that a stream that its user has dropped is garbage-collected."""
+    streams: weakref.WeakSet[EventStream | ForwardedResponse] = attrs.field(init=False, factory=weakref.WeakSet)
+    """The open streams and forwarded responses. The references are weak, so that one that was dropped is
+    garbage-collected."""
     first_event_tasks: set[asyncio.Task[object]] = attrs.field(init=False, factory=set)
     """The tasks that read the first event of a stream before the user does."""
     requests: int = attrs.field(init=False, default=0)
@@ -63,7 +65,7 @@ class OpenState:
     limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
     """Lets all requests that wait for the server's limits share one question to the server."""
 
-    def adopt(self, stream: EventStream) -> None:
+    def adopt(self, stream: EventStream | ForwardedResponse) -> None:
         """Adds a stream to those that `close` ends and whose deadlines are watched.
 
         If other requests wait for the first event of the stream, this starts a task that reads the event at once.
@@ -78,7 +80,7 @@ class OpenState:
         # The body will not be sent again. Dropping it saves memory, because many open streams may have long prompts.
         stream.call.request.body = None
         self.streams.add(stream)
-        if stream.call.is_first_request:
+        if isinstance(stream, EventStream) and stream.call.is_first_request:
             task = stream.start_reading_ahead()
             self.first_event_tasks.add(task)
             task.add_done_callback(self.first_event_tasks.discard)

@@ -151,7 +151,7 @@ class AiohttpSession:
                 raise
             failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         else:
-            return _open_response(response)
+            return _open_response(response, request)
         # Raised outside the `except` clauses, so that aiohttp's exception does not become the `__context__`: it may
         # contain the headers of the request, and these contain the key.
         raise failure
@@ -281,12 +281,14 @@ def _start_closing(connector: aiohttp.BaseConnector) -> None:
     closing.close()
 
 
-def _open_response(response: aiohttp.ClientResponse) -> HttpResponse:
+def _open_response(response: aiohttp.ClientResponse, request: HttpRequest) -> HttpResponse:
     """Returns a response whose body can be read.
 
     Raises:
         ConnectionFailed: The body is compressed in a way that is not supported.
     """
+    if request.keeps_compression:
+        return _AiohttpResponse(response, None)
     try:
         return _AiohttpResponse(response, decompressor_for(response.headers.get("Content-Encoding")))
     except UnsupportedEncoding as exc:

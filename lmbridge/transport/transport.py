@@ -48,6 +48,7 @@ from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
 from lmbridge.transport.events import EventStream
+from lmbridge.transport.forwarding import ForwardedResponse, receive_forwarded
 from lmbridge.transport.headers import (
     add_query,
     basic_auth,
@@ -308,6 +309,29 @@ class Transport(NotCopyable):
             state.adopt(answer)
         return answer
 
+    async def forward(self, request: Request) -> ForwardedResponse:
+        """Sends a request whose response is passed on as it is, and returns the response, whatever its status.
+
+        The request is admitted, sent again and polled for like any other. The response is returned when the first part
+        of its body has arrived, and its body is not decompressed; `lmbridge.transport.forwarding` has the details. It
+        holds the permit until its body has been read to the end, or until it is closed.
+
+        On cancellation of the caller, the connection is closed and the permit is returned.
+
+        Raises:
+            LLMConnectionError: The server cannot be reached, or the connection broke before the response had begun.
+            LLMTimeoutError: A time limit has run out.
+            LLMResponseError: The body of an error has more bytes than `max_reply_bytes`.
+            TaskCancelledError: The transport was closed before the response had begun.
+        """
+        request.keeps_compression = True
+        state = self._ensure_open()
+        answer = await self._perform(state, request, receive_forwarded, plain=False)
+        if isinstance(answer, Reply):
+            return ForwardedResponse.from_reply(answer)
+        state.adopt(answer)
+        return answer
+
     async def close(self) -> None:
         """Ends every request and stream with a `TaskCancelledError`, and closes all connections.
 
@@ -447,6 +471,7 @@ class Transport(NotCopyable):
             body=request.body,
             connect_timeout=request.timeouts.connect,
             fresh_connection=not request.repeatable,
+            keeps_compression=request.keeps_compression,
         )
         try:
             return await state.session.send(http_request)
@@ -461,13 +486,13 @@ class Transport(NotCopyable):
 
     def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
         """Returns the seconds to wait before the next attempt, or None if this reply is final."""
-        verdict = call.request.classify(reply.status, reply.headers, reply.body)
+        verdict = call.request.classify(reply.status, reply.headers, reply.plain_body)
         if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in _REFUSED_BEFORE_WORK:
             return None
         try:
             wait = call.wait_before_next(verdict, reply.retry_after)
         except LLMTimeoutError as error:
-            body = redacted_beginning(reply.body, partial(self.redact, headers=call.request.headers))
+            body = redacted_beginning(reply.plain_body, partial(self.redact, headers=call.request.headers))
             raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
         self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait
