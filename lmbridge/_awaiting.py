@@ -68,7 +68,7 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
             raise AttributeError(f"`await` is missing before {self._name}(...): it has no {name!r} yet") from None
 
     def _misused(self, example: str) -> NoReturn:
-        # Nobody uses a coroutine in these ways and awaits it afterwards. Python would also warn about it.
+        # A coroutine that was used in one of these ways is not awaited afterwards, and Python would warn about it too.
         self._coroutine.close()
         raise TypeError(f"`await` is missing: write `{example.format(self._name.rpartition('.')[2])}`")
 

@@ -231,7 +231,7 @@ _MISPLACED_IN_MODEL: Final = {
     "int": "pass a number of seconds as timeout=",
     "Limits": "pass it as limits=",
     "Transport": "pass it as transport=",
-    "list": "pass one name; a list of messages or tools has a keyword of its own",
+    "list": "pass one name; a list of messages or tools has its own keyword",
 }
 
 

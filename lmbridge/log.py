@@ -15,7 +15,7 @@ _FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 class _ScriptHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its stream is standard error
-    """The handler that `enable_logging` installs; its class tells it from those of the program."""
+    """The handler that `enable_logging` installs; its class distinguishes it from the handlers of the program."""
 
 
 def enable_logging(level: str = "info") -> None:

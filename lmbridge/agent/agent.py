@@ -91,7 +91,7 @@ class Agent(NotCopyable):
         LLMValidationError: An argument is invalid.
     """
 
-    _instead_of_a_copy = "pass the agent itself on, and create one of its own in each process"
+    _instead_of_a_copy = "pass the agent itself on, and create another one in each process"
 
     def __init__(
         self,

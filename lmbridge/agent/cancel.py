@@ -37,7 +37,7 @@ class OwnTask(Generic[T]):
 
     @property
     def done(self) -> bool:
-        """Whether the task has ended."""
+        """Whether the task has ended, with a result or with an error."""
         return self._task.done()
 
     @property

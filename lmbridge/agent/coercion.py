@@ -100,7 +100,7 @@ class _Alternative:
 
     @property
     def first_items(self) -> Sequence[Any]:
-        """The schemas of the first items of a list, if they have schemas of their own."""
+        """The schemas of the first items of a list, by position. It is empty if all items share one schema."""
         # Drafts before 2020 have them in `items`.
         return _list(self.keywords.get("prefixItems")) or _list(self.keywords.get("items"))
 

@@ -350,6 +350,7 @@ class RunLoop:
                 if splitter is not None:
                     await self._send_deltas(splitter.feed(chunk))
         except BaseException:
+            # The caller no longer reads the stream, so the server should stop generating now.
             await stream.aclose()
             raise
         if splitter is not None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 from lmbridge.errors import LLMError
 
 DEFAULT_FIELD: Final = "reasoning_content"
-"""The field for reasoning that did not arrive in a field of its own, but within the text."""
+"""The field for reasoning that arrived within the text, and not in a separate field."""
 _FIELDS: Final = (DEFAULT_FIELD, "reasoning")
 """The fields of a message in which servers send reasoning: llama.cpp, LM Studio and DeepSeek; vLLM and Ollama."""
 _MOST_CHARACTERS: Final = 5_000

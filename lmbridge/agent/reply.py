@@ -32,9 +32,9 @@ class ModelReply:
     reasoning: str
     """The reasoning, wherever the server put it."""
     is_only_reasoning: bool
-    """Whether all of the reply has arrived as reasoning, in a field of its own, so that the message has no content."""
+    """Whether all of the reply has arrived in the field for reasoning, so that the message has no content."""
     reasoning_fields: Mapping[str, str]
-    """The fields of a message that send the reasoning back to the server; empty if there is none."""
+    """The fields of a message that send the reasoning back to the server. It is empty if the reply has no reasoning."""
     calls: Sequence[WireCall]
     """The calls that the model requests. Each has a unique id, a name and arguments, which may be anything."""
     finish_reason: str | None
@@ -131,7 +131,7 @@ def _read_arguments(text: str) -> str:
 
 
 def _read_usage(usage: Any) -> Usage | None:
-    """Returns the counts that are numbers, or None if there are none."""
+    """Returns the counts that are numbers, or None if none of them is."""
     counts = _as_object(usage)
     counted = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
     return cast("Usage", counted) if counted else None

@@ -4,8 +4,8 @@ Servers differ in what they accept. The specification of chat completions allows
 Studio answers 400 to a tool message that has one, as do some models of vLLM. llama.cpp takes them in both. But there
 are chat templates that refuse a user message directly after the results of tools. So an image goes into a user message
 that follows the results; if the server refuses that, into the tool message; and if it refuses that as well, or if the
-model does not support images, the model is told that it cannot see the image. What a server has refused is remembered
-for the model, if the error says so.
+model does not support images, the result says that the model cannot see the image. What a server has refused is
+remembered for the model, if the error says so.
 """
 
 from __future__ import annotations

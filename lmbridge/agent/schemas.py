@@ -49,8 +49,8 @@ def build_validator(
 
     The original schema decides, because the version that servers receive accepts more. Nothing is ever fetched: a
     reference that cannot be resolved within the schema accepts any value, as does a pattern that is not supported. If
-    the schema is invalid by the rules of its own draft, or refers to itself without end, the version that servers
-    receive decides instead.
+    the schema is invalid by the rules of the draft that it names, or refers to itself without end, the version that
+    servers receive decides instead.
 
     Args:
         schema: A JSON schema of any draft; without `$schema`, draft 2020-12.

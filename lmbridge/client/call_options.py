@@ -118,7 +118,7 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
 
 
 def take_request_options(options: dict[str, Any], method: str, *, retries: bool = True) -> CallSettings | None:
-    """Returns the options of a call without parameters, such as `list_models`; None if there are none.
+    """Returns the options of a call without parameters, such as `list_models`, or None if none is set.
 
     Raises:
         LLMValidationError: An option is not valid.

@@ -121,7 +121,7 @@ class ChatAccumulator:
         """Adds a chunk.
 
         Returns:
-            The chunk as it is handed out: with all fields that lmbridge guarantees. It is a changed copy if the server
+            The chunk for the caller, with all fields that lmbridge guarantees. It is a changed copy if the server
             left any of them out.
 
         Raises:
@@ -206,7 +206,7 @@ class TextAccumulator(ChatAccumulator):
     __slots__ = ()
 
     def add(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds a chunk, and returns it as it is handed out.
+        """Adds a chunk, and returns the chunk for the caller.
 
         Raises:
             LLMStreamError: The chunk does not have the shape of a text completion chunk.

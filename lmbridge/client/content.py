@@ -1,7 +1,7 @@
 """Content that a server sends as a list of parts instead of a text.
 
 OpenAI's API has such lists only in requests. Some servers send them in replies as well: Mistral's models put their
-reasoning into a part of its own, and proxies pass on what Anthropic's API returns. lmbridge guarantees that the content
+reasoning into a separate part, and proxies pass on what Anthropic's API returns. lmbridge guarantees that the content
 of a reply is a text, so the parts are sorted into the fields that other servers use for the same things.
 """
 

@@ -87,7 +87,7 @@ class LLMClient(NotCopyable):
     Args:
         api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
-            A `#` at the end says that the URL is used exactly as it is, for servers without `/v1`. `unix:///run/llm.sock`
+            A `#` at the end says that nothing is added to the URL, for servers without `/v1`. `unix:///run/llm.sock`
             is a Unix socket.
         model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL`, or
             `DEFAULT_MODEL` if the environment also names the server; else the server chooses.
@@ -128,7 +128,7 @@ class LLMClient(NotCopyable):
         LLMValidationError: An argument is not valid.
     """
 
-    _instead_of_a_copy = "use client.with_options() for a variant, and create a client of its own in each process"
+    _instead_of_a_copy = "use client.with_options() for a variant, and create a separate client in each process"
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ async def add_available_models(
 ) -> None:
     """Adds the models that the server has to an error, so that its text can suggest close matches.
 
-    If the list does not arrive in `LOOK_UP_SECONDS`, or not at all, the error stays as it is.
+    If the list does not arrive in `LOOK_UP_SECONDS`, or not at all, the error stays unchanged.
 
     Args:
         server: The server that reported the error.

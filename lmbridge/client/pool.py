@@ -88,7 +88,7 @@ class LLMClientPool(NotCopyable):
         LLMValidationError: An argument is not valid.
     """
 
-    _instead_of_a_copy = "pass the pool itself on, and create a pool of its own in each process"
+    _instead_of_a_copy = "pass the pool itself on, and create a separate pool in each process"
 
     def __init__(self, pool_size: int = 10, **options: Unpack[ClientOptions]) -> None:
         check_integer("pool_size", pool_size, hint=hint_for(pool_size, _MISPLACED))

@@ -370,8 +370,8 @@ class _ClassReader:
         struct = msgspec.defstruct(
             name, fields, kw_only=True, module=__name__, namespace={"_described_class": self.class_}
         )
-        # msgspec tells classes with the same name apart by this one. It is the same in each run of a program, because
-        # the names of definitions are sent.
+        # msgspec distinguishes classes with the same name by this attribute. It is the same in each run of a program,
+        # because the names of definitions are sent.
         struct.__qualname__ = re.sub(r"\W+", "_", self._full_name)
         return (struct,)
 

@@ -61,7 +61,7 @@ class Accumulator(Protocol[_Reply_co]):
 
     @property
     def has_begun(self) -> bool:
-        """Whether any event was added."""
+        """Whether an event has been added to the reply."""
         ...
 
     @property
@@ -95,7 +95,7 @@ class Accumulator(Protocol[_Reply_co]):
         ...
 
     def add(self, chunk: Mapping[str, Any], /) -> Mapping[str, Any]:
-        """Adds the data of an event, and returns it as it is handed out, with the fields that lmbridge guarantees.
+        """Adds the data of an event, and returns the event for the caller, with the fields that lmbridge guarantees.
 
         Raises:
             LLMError: The shape of the data is unknown, or it reports an error.
@@ -353,7 +353,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         return self._read_object(value, name, data)
 
     def _add_from_model(self, value: dict[str, Any], model: object, reply_id: object) -> Mapping[str, Any]:
-        """Adds an event to the reply, and returns it as it is handed out.
+        """Adds an event to the reply, and returns the event for the caller.
 
         As soon as there is any delta, the model in the event is compared with the one that was asked for. As soon as
         there is an answer, it is compared with the one that earlier events named. Until then, a name means little:
@@ -539,6 +539,7 @@ async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
             accumulator = accumulator or accumulator_for(chunk)
             accumulator.add(chunk)
     except BaseException as error:
+        # A cancellation, too, has to end the generation.
         if isinstance(error, LLMError) and error.partial is None and accumulator is not None and accumulator.has_begun:
             error.completed(partial=accumulator.reply())
         if isinstance(stream, AsyncGenerator):

@@ -1,8 +1,8 @@
 """Walks JSON schemas: which parts of a schema are schemas themselves, and where a reference leads.
 
-Every walk through a schema has to tell keywords from names. In `{"properties": {"default": {...}}}`, `default` is the
-name of a parameter and holds a schema; in `{"default": {...}}`, it is a keyword and holds data, in which a `$ref` means
-nothing. This module is the only place that knows the difference.
+Every walk through a schema has to distinguish keywords from names. In `{"properties": {"default": {...}}}`, `default`
+is the name of a parameter and holds a schema; in `{"default": {...}}`, it is a keyword and holds data, in which a
+`$ref` means nothing. This module is the only place that knows the difference.
 """
 
 from __future__ import annotations

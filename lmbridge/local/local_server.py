@@ -225,7 +225,7 @@ class LocalServer(NotCopyable):
 
     @property
     def _context(self) -> dict[str, str]:
-        """What was attempted, for errors."""
+        """The context of errors: the attempted operation and the model."""
         return {"operation": "start of a local server", "model": self.model}
 
     async def _handshake(self, process: Process, log: IO[bytes], options: dict[str, Any]) -> str:

@@ -102,6 +102,7 @@ async def run_command(
             if poll:
                 await poll()
     except BaseException:
+        # A process that is no longer waited for must not be left behind.
         await end_process(process)
         raise
 

@@ -96,7 +96,7 @@ class DynamicAutonomousAgent(NotCopyable):
         LLMValidationError: An argument is not valid.
     """
 
-    _instead_of_a_copy = "pass the agent itself on, and create one of its own in each process"
+    _instead_of_a_copy = "pass the agent itself on, and create another one in each process"
 
     def __init__(
         self,

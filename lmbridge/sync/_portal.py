@@ -88,6 +88,8 @@ class Portal:
         try:
             return finished.result()
         except BaseException:
+            # The exception was raised in this thread (a KeyboardInterrupt, for example) or is that of the task. Nothing
+            # may go on in the background after the call has raised.
             loop.call_soon_threadsafe(cancel)
             concurrent.futures.wait([finished])
             if finished.exception() is None:

@@ -30,7 +30,7 @@ class Wrapper(NotCopyable):
         wrapped: The asynchronous object. It belongs to the background loop and must not be used in any other loop.
     """
 
-    _instead_of_a_copy = "pass the object itself on, and create one of its own in each process"
+    _instead_of_a_copy = "pass the object itself on, and create another one in each process"
 
     wraps: ClassVar[str] = ""
     """The module and the name of the asynchronous class, for example "lmbridge.client.llm:LLMClient"."""
@@ -166,6 +166,7 @@ def entered(make: Callable[[], Any]) -> Iterator[Any]:
     try:
         yield value
     except BaseException as exc:
+        # As in an asynchronous `async with`, the manager sees any exception of the block and may suppress it.
         error, trace = exc, exc.__traceback__
         if not portal.run(lambda: manager.__aexit__(type(error), error, trace)):
             raise

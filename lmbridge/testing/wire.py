@@ -61,7 +61,7 @@ class RecordedRequest:
     path: str
     """The percent-encoded path, without the query."""
     query: str = ""
-    """The part of the target after the question mark. It is empty if there is none."""
+    """The part of the target after the question mark. It is empty for a target without one."""
     version: str = "HTTP/1.1"
     """The version of HTTP in the request line."""
     headers: Headers = attrs.field(factory=Headers, repr=False)

@@ -151,6 +151,7 @@ class EventStream:
             self._reading = False
             self.abort(self._error or (exc if isinstance(exc, LLMError) else self._error_from(exc)))
         except BaseException as exc:
+            # A reader that is cancelled may have lost events, so the stream cannot go on.
             self._reading = False
             self._close(type(exc).__name__)
             raise
@@ -210,6 +211,7 @@ class EventStream:
         except (ConnectionFailed, TimeoutError):
             self._close(self.status)
         except BaseException:
+            # The rest of the body was not read, so the connection cannot be used again.
             self._close(self.status)
             raise
         else:
@@ -360,11 +362,11 @@ async def _read_first_events(
 ) -> list[Event] | Exception | None:
     """Reads a body up to its first event, and reports the event to the scheduler.
 
-    An exception is returned instead of raised. If nobody reads the stream, asyncio would log the exception as never
+    An exception is returned instead of raised. If the stream is not read, asyncio would log the exception as never
     retrieved. A done callback that retrieves it does not help if the event loop ends before it is called.
 
     If the first event is an error, or if none arrives, the permit is returned at once. Other requests are waiting for
-    this event, and the user may never read the stream. For the same reason, it has a deadline of its own.
+    this event, and the user may never read the stream. For the same reason, it has a separate deadline.
     """
     try:
         with Deadline(call.deadline_timer, call.first_byte_deadline):

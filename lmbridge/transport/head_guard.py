@@ -66,18 +66,18 @@ class HeadGuard(asyncio.Protocol):
             self._transport.abort()
 
     def eof_received(self) -> bool | None:
-        """Tells aiohttp that the server sends nothing more."""
+        """Passes on to aiohttp that the server sends nothing more."""
         result: bool | None = self._protocol.eof_received()
         return result
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tells aiohttp that the connection is closed."""
+        """Passes on to aiohttp that the connection is closed."""
         self._protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Tells aiohttp to stop writing the request for now."""
+        """Makes aiohttp stop writing the request for now."""
         self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        """Tells aiohttp that it can write again."""
+        """Makes aiohttp write again."""
         self._protocol.resume_writing()

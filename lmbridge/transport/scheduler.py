@@ -25,7 +25,7 @@ The rules in full:
   priority that waits. So a patient request goes at last before urgent ones that arrive later, and the levels do not
   disturb the order of runs where all have the same priority.
 - Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
-  request that belongs to no run is a run of its own. With `order="request"`, runs do not count.
+  request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits for its *turn*: until one of them ends, or has had no request for `RUN_PATIENCE` seconds because its
   tools take long. Begun runs of a lower priority do not count, and after `max_wait` a request needs no turn. So the

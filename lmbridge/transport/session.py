@@ -454,7 +454,7 @@ class _Resolver(AbstractResolver):
         await self._resolver.close()
 
 
-# aiohttp resolves names in a task of its own, which inherits the context of the first task that asks for the name.
+# aiohttp resolves names in a separate task, which inherits the context of the first task that asks for the name.
 _connect_timeout: Final[ContextVar[float | None]] = ContextVar("_connect_timeout", default=None)
 
 

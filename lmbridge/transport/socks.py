@@ -20,7 +20,7 @@ _SCHEMES: Final = {"socks5": "socks5", "socks5h": "socks5", "socks4": "socks4", 
 """The schemes of SOCKS proxies, and the names by which aiohttp-socks knows them."""
 _PORT: Final = 1080
 _LOGIN_TEXTS: Final = ("No acceptable authentication methods", "authentication failure", "authentication method:")
-"""Parts of the texts for a refused login. There is no field that tells it from a reply that is malformed."""
+"""Parts of the texts for a refused login. No field distinguishes it from a malformed reply."""
 _HTTP_STATUSES: Final = {0x02: 403, 0x5C: 407, 0x5D: 407}
 """The status with which an HTTP proxy says what these codes of SOCKS 5 (below 0x5A) and SOCKS 4 say."""
 

@@ -122,7 +122,7 @@ class Transport(NotCopyable):
         LLMValidationError: An argument cannot be used.
     """
 
-    _instead_of_a_copy = "pass the transport itself on, and create one of its own in each process"
+    _instead_of_a_copy = "pass the transport itself on, and create another one in each process"
 
     def __init__(
         self,
@@ -362,6 +362,7 @@ class Transport(NotCopyable):
                 await self._admit(state, call, plain=plain)
             answer = await self._attempt_until_final(state, call, receive)
         except BaseException as exc:
+            # Whatever ends the call, a cancellation included, its permit has to be returned.
             call.finish(type(exc).__name__)
             raise
         finally:
@@ -454,6 +455,7 @@ class Transport(NotCopyable):
                         return await receive_reply(call, response)
                     return await receive(call, response)
                 except BaseException:
+                    # Part of the response may not have been read, so the connection cannot be used again.
                     response.close()
                     raise
         except TimeoutError as exc:

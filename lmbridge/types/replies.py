@@ -45,7 +45,7 @@ class Message(TypedDict, total=False):
     reasoning: str | None
     """The model's reasoning, as Ollama and some other servers name the field."""
     tool_calls: list[MessageToolCall]
-    """The tool calls that the model asks for; the field is missing if there are none."""
+    """The tool calls that the model asks for; the field is missing if it asks for none."""
     function_call: FunctionCall | None
     """The only call of a message, from servers that do not know `tool_calls` yet."""
     annotations: list[dict[str, Any]]

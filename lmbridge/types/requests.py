@@ -101,7 +101,7 @@ class SystemMessage(TypedDict, total=False):
     content: Required[str | Sequence[TextPart]]
     """The instructions, as a text or as text parts."""
     name: str
-    """A name of the author, to tell several of the same role apart."""
+    """A name of the author, to distinguish several of the same role."""
 
 
 class DeveloperMessage(TypedDict, total=False):
@@ -112,7 +112,7 @@ class DeveloperMessage(TypedDict, total=False):
     content: Required[str | Sequence[TextPart]]
     """The instructions, as a text or as text parts."""
     name: str
-    """A name of the author, to tell several of the same role apart."""
+    """A name of the author, to distinguish several of the same role."""
 
 
 class UserMessage(TypedDict, total=False):
@@ -123,7 +123,7 @@ class UserMessage(TypedDict, total=False):
     content: Required[str | Sequence[ContentPart]]
     """What the user says: a text, or parts such as texts and images."""
     name: str
-    """A name of the author, to tell several of the same role apart."""
+    """A name of the author, to distinguish several of the same role."""
 
 
 class AssistantMessage(TypedDict, total=False):
@@ -136,7 +136,7 @@ class AssistantMessage(TypedDict, total=False):
     refusal: str | None
     """The model's words if it refused to answer; None if it did not."""
     name: str
-    """A name of the author, to tell several of the same role apart."""
+    """A name of the author, to distinguish several of the same role."""
     tool_calls: Sequence[MessageToolCall]
     """The calls that the model asked for. Each has to be answered by a tool message."""
     function_call: FunctionCall | None
@@ -159,7 +159,7 @@ class ToolMessage(TypedDict):
 
 
 ChatMessage: TypeAlias = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage | Message
-"""A message of a chat, of any role. The message of a reply is one, too, so it can be appended as it is."""
+"""A message of a chat, of any role. The message of a reply is one, too, so it can be appended without changes."""
 
 
 # Tools

@@ -142,7 +142,7 @@ class MessageExchange:
     # Messages to the server.
 
     def outgoing(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns a message of the SDK as it is sent: with another id, if it is a request or refers to one.
+        """Returns a message of the SDK in the form that is sent, with another id if it is a request or refers to one.
 
         It returns None for the cancellation of a request that is already over.
         """

@@ -80,7 +80,7 @@ def _unreadable(problem: str, notes: list[str]) -> Answer:
 
 
 def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
-    """Returns an error with an integer `code`, which is 0 if there is none, and a text as its `message`."""
+    """Returns an error with an integer `code`, which is 0 by default, and a text as its `message`."""
     if not isinstance(error, Mapping):
         notes.append("an error that is not an object")
         return {"code": 0, "message": _as_text(error)}

@@ -63,6 +63,7 @@ class SseStream:
         try:
             return await self._endpoint
         except BaseException:
+            # The caller does not get a transport that it could close.
             await self.close()
             raise
 

@@ -134,6 +134,7 @@ class McpHub:
                 servers, definitions, errors, call_timeout=call_timeout, max_definition_tokens=max_definition_tokens
             )
         except BaseException:
+            # Without the tools, the caller has nothing to close, so the servers are released here.
             for server in servers:
                 server.release()
             raise

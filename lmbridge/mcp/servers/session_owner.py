@@ -179,6 +179,7 @@ class SessionOwner:
                 try:
                     await self._make_request(self._read_tools, CallTimer(None))
                 except BaseException:
+                    # A failed or cancelled refresh may have missed changes, so the next call reads the list again.
                     self._list.is_outdated = True
                     raise
 

@@ -107,7 +107,7 @@ class StdioLink:
 
     def _on_output(self, data: bytes) -> None:
         if self._unparsed:
-            # asyncio may have read this before it was told to pause.
+            # asyncio may have read this before reading was paused.
             self._unparsed += data
         elif data.count(b"\n") > _LINES_AT_ONCE:
             self._unparsed = data
