@@ -122,7 +122,7 @@ class Limits:
     active longest then gets no new requests, and makes room as soon as it has finished those in flight. A lower value
     is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so it waits
     until some active model happens to be idle. It is also the time in which the priority of a waiting request rises by
-    one, and after which the first request of a run needs no turn (see `max_begun_runs`)."""
+    one, and after which the first request of a run waits no longer for other runs (see `max_begun_runs`)."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
     # pyright takes the default of such a field for any string.

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError
-from lmbridge.transport.scheduler import Permit, Scheduler
+from lmbridge.transport.permits import Permit
+from lmbridge.transport.scheduler import Scheduler
 
 
 class Admission:

@@ -18,6 +18,7 @@ from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase, timed_out
+from lmbridge.transport.permits import Permit
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
@@ -27,7 +28,6 @@ from lmbridge.transport.retry import (
     poll_waits,
     retry_waits,
 )
-from lmbridge.transport.scheduler import Permit
 from lmbridge.transport.sse import Event, NamedEvent
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")

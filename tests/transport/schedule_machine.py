@@ -18,8 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.config import Limits
-from lmbridge.transport.scheduler import Permit, Scheduler
+from lmbridge.transport import begun_runs, levels, model_queue, permits, scheduler
+from lmbridge.transport.permits import Permit
+from lmbridge.transport.scheduler import Scheduler
 from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
+
+SCHEDULER_MODULES = (permits, model_queue, levels, begun_runs, scheduler)
+"""The modules that the scheduler consists of. None of them imports one that comes after it."""
 
 
 class _StandInTask:
@@ -117,14 +122,14 @@ class SchedulerHarness:
         assert [self.requests[permit] for permit in scheduler.in_flight] == reference.in_flight
         assert [self.requests[permit] for permit in scheduler.waiting] == reference.waiting
         assert sum(scheduler.swaps.values()) == reference.swaps
-        assert scheduler._batch_members == len(reference.batch)
+        assert scheduler._models.batch_members == len(reference.batch)
         if reference.has_model_limit:
-            assert [queue.model for queue in scheduler._active] == reference.active
-            assert [queue.model for queue in scheduler._active if queue.is_surplus] == reference.surplus
-            draining = scheduler._draining if scheduler.waiting else None
+            assert [queue.model for queue in scheduler._models.active] == reference.active
+            assert [queue.model for queue in scheduler._models.active if queue.is_surplus] == reference.surplus
+            draining = scheduler._models.draining if scheduler.waiting else None
             assert ([] if draining is None else [draining.model]) == reference.draining
             needed = {each.model for each in reference.waiting} | set(reference.active)
-            assert set(scheduler._queues) == needed, "a queue is kept that is not needed, or was lost"
+            assert set(scheduler._models.queues) == needed, "a queue is kept that is not needed, or was lost"
 
     def finish_all(self) -> None:
         """Checks that every waiting request is admitted once the others have ended, and that nothing is left behind."""
@@ -132,7 +137,7 @@ class SchedulerHarness:
             if self.reference.in_flight:
                 self.end(self.reference.in_flight[0])
             else:
-                # The turn of a run that has become idle is not free yet.
+                # A run that has become idle still counts.
                 self.wait(self.timer - self.now)
             self.check()
         assert not self.reference.waiting, "requests wait although nothing is in flight"

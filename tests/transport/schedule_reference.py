@@ -76,7 +76,7 @@ class ReferenceSchedule:
         self.idle_since: dict[str | None, float] = {}
         # At most one model.
         self.draining: list[str | None] = []
-        # The runs that have begun, with the priority of the request by which they took their turn.
+        # The runs that have begun, with the priority of the request by which they began to count.
         self.begun: dict[ScheduledRun, int] = {}
         self.run_idle_since: dict[ScheduledRun, float] = {}
 
@@ -96,7 +96,7 @@ class ReferenceSchedule:
 
     def arrive(self, request: ReferenceRequest) -> None:
         run = request.run
-        if run is not None and run in self.begun and not self._keeps_turn(run, request.arrived):
+        if run is not None and run in self.begun and not self._counts(run, request.arrived):
             self.begun[run] = request.priority
         request.is_nested = any(e.owner is not None and e.owner == request.owner for e in self.in_flight)
         self.arrived.append(request)
@@ -128,7 +128,7 @@ class ReferenceSchedule:
         self.loaded.discard(model)
 
     def admit(self, request: ReferenceRequest, now: float) -> None:
-        """The scheduler has admitted a request: checks that it was this one's turn."""
+        """The scheduler has admitted a request: checks that no other had to go first."""
         self.update_drain(now)
         assert len(self.in_flight) < self.limits.max_concurrency, f"{request} exceeds max_concurrency"
         may_go = self.admissible(now)
@@ -167,7 +167,7 @@ class ReferenceSchedule:
 
     def admissible(self, now: float) -> list[ReferenceRequest]:
         """All requests that wait for nothing but a permit, the one that goes first at the beginning."""
-        waiting = [each for each in self.waiting if not self.waits_for_turn(each, now)]
+        waiting = [each for each in self.waiting if not self.waits_for_runs(each, now)]
         if self.has_model_limit:
             room = self.max_models - len(self.active) + len(self._replaceable(now))
             waiting = [each for each in waiting if (self._is_let_in(each) if each.model in self.active else room > 0)]
@@ -176,7 +176,7 @@ class ReferenceSchedule:
                 waiting = [each for each in waiting if each in self.batch or each.model not in batches]
         return sorted(waiting, key=lambda each: self._rank(each, now))
 
-    def waits_for_turn(self, request: ReferenceRequest, now: float) -> bool:
+    def waits_for_runs(self, request: ReferenceRequest, now: float) -> bool:
         """Whether a request has to wait because too many other runs have begun."""
         limit, max_wait = self.limits.begun_runs, self.limits.max_wait
         has_waited = bool(max_wait) and request.arrived + (max_wait or 0) <= now
@@ -184,9 +184,9 @@ class ReferenceSchedule:
             return False
         runs = [run for run, priority in self.begun.items() if priority >= request.priority]
         others = [each for each in self.in_flight if each.run is None and each.priority >= request.priority]
-        return len([run for run in runs if self._keeps_turn(run, now)]) + len(others) >= limit
+        return len([run for run in runs if self._counts(run, now)]) + len(others) >= limit
 
-    def _keeps_turn(self, run: ScheduledRun, now: float) -> bool:
+    def _counts(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:
             return False
         return bool(self._requests_of(run)) or now < self.run_idle_since[run] + RUN_PATIENCE
@@ -221,7 +221,7 @@ class ReferenceSchedule:
         if request.model in self.draining and request not in self.batch and request.model in {e.model for e in own}:
             return True
         future = self._copy()
-        # A request gets its turn when enough time has passed.
+        # No request waits forever until its run may begin.
         future.limits = attrs.evolve(self.limits, max_begun_runs=None)
         while request in future.waiting:
             others = [each for each in future.in_flight if each not in own]
@@ -260,7 +260,7 @@ class ReferenceSchedule:
         return any(each.run is not None for each in self.arrived)
 
     def has_precedence_from(self, request: ReferenceRequest) -> float:
-        """The time from which on no request that arrives goes before this one, and those before it need no turn."""
+        """The time from which on no request that arrives goes before this one, and those before it wait for no run."""
         if self.is_fifo:
             return request.arrived
         if self.has_runs:
@@ -282,7 +282,7 @@ class ReferenceSchedule:
     def _replaceable(self, now: float) -> list[str | None]:
         """The active models with nothing in flight and no request that may go, the longest idle first."""
         busy = {each.model for each in self.in_flight}
-        waiting = [each for each in self.waiting if not self.waits_for_turn(each, now)]
+        waiting = [each for each in self.waiting if not self.waits_for_runs(each, now)]
         wanted = {each.model for each in waiting if each.model in self.active and self._is_let_in(each)}
         idle = [model for model in self.active if model not in busy and model not in wanted]
         return sorted(idle, key=lambda model: self.idle_since.get(model, -math.inf))

@@ -15,7 +15,8 @@ from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError, TaskCancelledError
 from lmbridge.transport.admission import Admission
-from lmbridge.transport.scheduler import RUN_PATIENCE, Permit
+from lmbridge.transport.begun_runs import RUN_PATIENCE
+from lmbridge.transport.permits import Permit
 from tests.support import cancel_at_each_step, living, turns
 from tests.transport.clock import Clock
 
@@ -117,7 +118,7 @@ async def test_a_request_in_another_event_loop_does_not_belong_to_the_run() -> N
     assert (await ask_in_run(an_admission(), ScheduledRun(5, asyncio.get_running_loop()))).priority == 5
 
 
-async def test_a_task_that_holds_a_stream_does_not_wait_for_a_turn() -> None:
+async def test_a_task_that_holds_a_stream_does_not_wait_for_other_runs() -> None:
     admission = Admission(Limits(max_concurrency=2, max_begun_runs=1))
     permits = [await admission.acquire("m"), await admission.acquire("m")]
     assert [permit.state for permit in permits] == ["in flight", "in flight"]
@@ -508,7 +509,7 @@ async def test_a_wait_for_a_model_can_be_cancelled_before_and_after_its_admissio
 
     async def check_that_all_is_released() -> None:
         assert (admission.in_flight, admission.queued) == (0, 0)
-        (active,) = admission.scheduler._queues
+        (active,) = admission.scheduler._models.queues
         assert active in {"a", "b"}
 
     await cancel_at_each_step(wait_for_b, check_that_all_is_released, at_least=1)
@@ -730,7 +731,7 @@ async def test_failing_the_waiters_includes_those_that_wait_for_a_model() -> Non
     assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [TaskCancelledError] * 4
     assert (admission.in_flight, admission.queued) == (1, 0)
     admission.release(permit)
-    assert set(admission.scheduler._queues) == {"a"}
+    assert set(admission.scheduler._models.queues) == {"a"}
 
 
 async def test_failing_the_waiters_in_a_drain_does_not_admit_those_that_it_held_back(clock: Clock) -> None:
@@ -847,7 +848,7 @@ def test_with_model_limits_no_permit_and_no_waiter_is_lost_whatever_happens(
             happen("finish", next(number for number, task in enumerate(requests) if task.done()))
             await turns(5)
             check()
-        assert set(admission.scheduler._queues) == {queue.model for queue in admission.scheduler._active}
+        assert set(admission.scheduler._models.queues) == {queue.model for queue in admission.scheduler._models.active}
 
     async def with_clock() -> None:
         with pytest.MonkeyPatch.context() as patch:

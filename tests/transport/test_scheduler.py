@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.config import Limits
-from lmbridge.transport import scheduler as scheduler_module
-from tests.transport.schedule_machine import ScheduleMachine, SchedulerHarness
+from lmbridge.transport.permits import Permit
+from lmbridge.transport.scheduler import Scheduler
+from tests.transport.schedule_machine import SCHEDULER_MODULES, ScheduleMachine, SchedulerHarness
 from tests.transport.schedule_reference import ReferenceRequest, ReferenceSchedule
 
 
@@ -489,7 +490,7 @@ def test_a_patient_member_of_a_batch_does_not_hold_up_an_overdue_request() -> No
 
 
 def test_a_model_that_gives_way_has_no_batch_any_more() -> None:
-    """The members of its batch that still waited for a turn used to prevent every later drain."""
+    """The members of its batch whose runs could not begin yet used to prevent every later drain."""
     harness = a_harness(1)
     first, second = ScheduledRun(), ScheduledRun()
     of_first = harness.arrive("a", run=first)
@@ -499,7 +500,7 @@ def test_a_model_that_gives_way_has_no_batch_any_more() -> None:
     harness.end_run(first)
     while harness.reference.in_flight:
         finish(harness, harness.reference.in_flight[0])
-    assert harness.scheduler._batch_members == 0
+    assert harness.scheduler._models.batch_members == 0
 
 
 def test_without_max_wait_no_request_rises() -> None:
@@ -570,7 +571,7 @@ def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
     assert harness.reference.in_flight == [requests[1], requests[2]]
 
 
-def test_a_run_whose_tool_takes_long_gives_its_turn_to_the_next_and_goes_first_when_it_asks_again() -> None:
+def test_a_run_whose_tool_takes_long_lets_the_next_begin_and_goes_first_when_it_asks_again() -> None:
     harness = a_harness(1, None)
     old, young, youngest = ScheduledRun(), ScheduledRun(), ScheduledRun()
     finish(harness, harness.arrive("a", run=old))
@@ -585,7 +586,7 @@ def test_a_run_whose_tool_takes_long_gives_its_turn_to_the_next_and_goes_first_w
     assert harness.reference.in_flight == [of_old]
 
 
-def test_a_request_needs_no_turn_after_max_wait() -> None:
+def test_a_request_waits_for_other_runs_no_longer_than_max_wait() -> None:
     harness = a_harness(2, None, begun=1)
     harness.arrive("a", run=ScheduledRun())
     (lone,) = arrive(harness, "a")
@@ -603,14 +604,14 @@ def test_a_begun_run_of_a_lower_priority_does_not_hold_up_a_request() -> None:
     assert harness.arrive("a", priority=-1) in harness.reference.waiting
 
 
-def test_a_task_that_holds_a_permit_needs_no_turn_for_another_one() -> None:
+def test_a_task_that_holds_a_permit_does_not_wait_for_runs_to_get_another_one() -> None:
     harness = a_harness(2, None, begun=1)
     harness.arrive("a", "mine")
     second = harness.arrive("a", "mine")
     assert second in harness.reference.in_flight
 
 
-def test_the_first_requests_of_one_run_need_one_turn_together() -> None:
+def test_the_first_requests_of_one_run_begin_together() -> None:
     harness = a_harness(3, None, begun=1)
     run = ScheduledRun()
     first, second = harness.arrive("a", run=run), harness.arrive("a", run=run)
@@ -630,7 +631,8 @@ def test_runs_that_come_and_go_leave_nothing_behind() -> None:
             finish(harness, request)
             assert request.run is not None
             harness.end_run(request.run)
-    kept = [scheduler._begun, scheduler._idle_runs, scheduler._turns_taken, scheduler._requests_of]
+    begun = scheduler._runs
+    kept = [begun._counted, begun._idle, begun._totals, begun._requests]
     assert not any(kept)
     assert not scheduler._newcomers
 
@@ -644,23 +646,25 @@ def test_requests_that_come_and_go_behind_a_long_wait_leave_nothing_behind() -> 
     arrive(harness, "b")
     scheduler = harness.scheduler
     for number in range(1000):
-        permit = scheduler_module.Permit(f"model {number}", 0.0)
+        permit = Permit(f"model {number}", 0.0)
         scheduler.arrive(permit)
         assert scheduler.admit(0.0) == []
         assert scheduler.leave(permit, 0.0)
-        for heap in (scheduler._ready_inactive, scheduler._without_turn_inactive, scheduler._next_overdue):
+        models = scheduler._models
+        for heap in (models.ready, models.newcomers, models.next_overdue):
             assert len(heap) < 20
         assert len(scheduler._rising) < 20
-    assert set(scheduler._queues) == {"a", "b"}
+    assert set(scheduler._models.queues) == {"a", "b"}
 
 
 def _lines_for(run: Callable[[], None]) -> int:
     """Counts the lines of the scheduler that are executed, each as often as it is."""
     count = 0
+    files = {module.__file__ for module in SCHEDULER_MODULES}
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != scheduler_module.__file__:
+        if frame.f_code.co_filename not in files:
             return None
         count += event == "line"
         return trace
@@ -676,9 +680,9 @@ def _lines_for(run: Callable[[], None]) -> int:
 
 def _in_turn(models: list[str], limits: Limits) -> None:
     """All requests arrive at once, overdue from the start, and each ends as soon as it is admitted."""
-    scheduler = scheduler_module.Scheduler(limits)
+    scheduler = Scheduler(limits)
     for model in models:
-        scheduler.arrive(scheduler_module.Permit(model, -1000.0))
+        scheduler.arrive(Permit(model, -1000.0))
         scheduler.admit(0.0)
     for _ in models:
         permit = next(iter(scheduler.in_flight))
@@ -691,8 +695,8 @@ def _in_turn(models: list[str], limits: Limits) -> None:
 
 def _cancelled(models: list[str], limits: Limits, step: int) -> None:
     """All requests but the first leave again while they wait, the latest first if `step` is -1."""
-    scheduler = scheduler_module.Scheduler(limits)
-    permits = [scheduler_module.Permit(model, 0.0) for model in models]
+    scheduler = Scheduler(limits)
+    permits = [Permit(model, 0.0) for model in models]
     for permit in permits:
         scheduler.arrive(permit)
         scheduler.admit(0.0)
@@ -738,7 +742,7 @@ def test_each_waiter_is_pushed_to_each_heap_at_most_twice(monkeypatch: pytest.Mo
         pushed += 1
         push(heap, item)
 
-    monkeypatch.setattr("lmbridge.transport.scheduler.heapq.heappush", count)
+    monkeypatch.setattr("heapq.heappush", count)
     _in_turn(["a", "b", "c"] * 1000, FOUR)
     _in_turn([str(number) for number in range(3000)], ONE)
     # The heaps are the two of the queue, the two of inactive models, those overdue next, and those that rise next.

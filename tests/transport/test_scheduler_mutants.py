@@ -10,6 +10,7 @@ The events are drawn at random instead of by hypothesis, which is ten times as f
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from types import ModuleType
 
@@ -18,7 +19,7 @@ import pytest
 from lmbridge.transport import scheduler
 from lmbridge.transport.scheduler import Scheduler
 from tests.transport import schedule_machine, schedule_reference
-from tests.transport.schedule_machine import random_walk
+from tests.transport.schedule_machine import SCHEDULER_MODULES, random_walk
 
 WALKS = 1600
 
@@ -39,9 +40,9 @@ MUTANTS = {
         "if not (queue.is_active and queue.is_loaded) or",
         "if not queue.is_active or",
     ),
-    "max_loaded_models ignored": ("return limit is None or len(self._active) < limit", "return True"),
-    "one model more": ("len(self._active) < limit", "len(self._active) <= limit"),
-    "one model less": ("len(self._active) < limit", "len(self._active) < max(1, limit - 1)"),
+    "max_loaded_models ignored": ("return limit is None or len(self.active) < limit", "return True"),
+    "one model more": ("len(self.active) < limit", "len(self.active) <= limit"),
+    "one model less": ("len(self.active) < limit", "len(self.active) < max(1, limit - 1)"),
     "a model with something in flight gives way": (
         "if not each.in_flight and self._first_admissible",
         "if self._first_admissible",
@@ -55,22 +56,25 @@ MUTANTS = {
         "sorted(unneeded, key=lambda each: -each.idle_since)",
     ),
     # Drains
-    "no drain": ("elif self._draining is None and not", "elif False and not"),
-    "the newest model is drained": ("next(iter(self._active))", "list(self._active)[-1]"),
-    "a drain holds nothing back": ("return queue.is_surplus or queue is self._draining", "return queue.is_surplus"),
+    "no drain": ("elif models.draining is None and not", "elif False and not"),
+    "the newest model is drained": ("next(iter(models.active))", "list(models.active)[-1]"),
+    "a drain holds nothing back": ("return queue.is_surplus or queue is self.draining", "return queue.is_surplus"),
     "a drain never ends": (
-        "not self._has_overdue:\n            self._draining = None",
+        "not self._has_overdue:\n            models.draining = None",
         "not self._has_overdue:\n            pass",
     ),
     "a drain outlives its model": (
-        "if queue is self._draining:\n            self._draining",
-        "if False:\n            self._draining",
+        "if queue is self.draining:\n            self.draining",
+        "if False:\n            self.draining",
     ),
     "a drain before all batches are admitted": (
-        "self._draining is None and not self._batch_members",
-        "self._draining is None",
+        "models.draining is None and not models.batch_members",
+        "models.draining is None",
     ),
-    "a drain although there is room": ("not self._batch_members and not self._has_room()", "not self._batch_members"),
+    "a drain although there is room": (
+        "not models.batch_members and not models.has_room()",
+        "not models.batch_members",
+    ),
     "a drain too early": ("now >= first.arrived_at + limit\n", "now >= first.arrived_at + limit / 2\n"),
     "a drain a moment late": ("now >= first.arrived_at + limit\n", "now > first.arrived_at + limit\n"),
     "a drain decided by another sum than the timer's": (
@@ -84,14 +88,14 @@ MUTANTS = {
     ),
     # Batches and order
     "a batch of one": (
-        "self._batch_members += len(queue.waiting)\n        for permit in queue.waiting:",
-        "self._batch_members += 1\n        for permit in list(queue.waiting)[:1]:",
+        "self.batch_members += len(queue.waiting)\n        for permit in queue.waiting:",
+        "self.batch_members += 1\n        for permit in list(queue.waiting)[:1]:",
     ),
     "a batch that stays open": (
         "queue.waiting[permit] = None",
-        "queue.waiting[permit] = None; permit.in_batch = queue.is_active; self._batch_members += queue.is_active",
+        "queue.waiting[permit] = None; permit.in_batch = True; self._models.batch_members += queue.is_active",
     ),
-    "a batch that never ends": ("            self._batch_members -= 1", "            pass"),
+    "a batch that never ends": ("            self.batch_members -= 1", "            pass"),
     "last in, first out": (
         "permit.rank = -level, permit.order_number, permit.arrival_number",
         "permit.rank = -level, -permit.order_number, permit.arrival_number",
@@ -109,11 +113,11 @@ MUTANTS = {
         "if False:",
     ),
     "requests that were held back are forgotten": (
-        "permit.in_batch = False\n            self._push(permit)\n            self._next_overdue.push(permit)",
+        "permit.in_batch = False\n            self.push(permit)\n            self.next_overdue.push(permit)",
         "permit.in_batch = False",
     ),
     "a model that gives way keeps its batch": (
-        "self._batch_members -= permit.in_batch\n            permit.in_batch = False",
+        "self.batch_members -= permit.in_batch\n            permit.in_batch = False",
         "pass",
     ),
     "a batch is overtaken although a request is overdue": (
@@ -129,23 +133,23 @@ MUTANTS = {
         "            if False:\n                (self",
     ),
     "requests for inactive models never become overdue": (
-        "if not queue.is_active:\n            self._next_overdue.push(permit)",
+        "if not queue.is_active:\n            self._models.next_overdue.push(permit)",
         "if False:\n            pass",
     ),
     # Priorities
     "priorities ignored": ("permit.rank = -level, permit", "permit.rank = 0, permit"),
     "the lowest priority first": ("permit.rank = -level, permit", "permit.rank = level, permit"),
     "requests rise above the highest priority": (
-        "level = min(permit.level, self._highest_priority)",
+        "level = min(permit.level, self.highest_priority)",
         "level = permit.level",
     ),
     "requests are not sorted anew when a more urgent one arrives": (
-        "self._highest_priority = highest\n            for permit in self.waiting:",
-        "self._highest_priority = highest\n            for permit in ():",
+        "if self._levels.add(permit):",
+        "if self._levels.add(permit) and False:",
     ),
     "the highest priority is that of a request that has left": (
-        "            del self._waiting_priorities[permit.priority]\n            self._update_highest_priority()",
-        "            del self._waiting_priorities[permit.priority]",
+        "del self._counts[permit.priority]\n        return self._update_highest_priority()",
+        "del self._counts[permit.priority]\n        return False",
     ),
     "no request rises": (
         "permit.level, permit.rises_at = permit.priority + periods,",
@@ -154,7 +158,7 @@ MUTANTS = {
     "a request rises once only": ("permit.priority + periods, permit", "permit.priority + min(1, periods), permit"),
     "a request rises a moment late": ("permit.rises_at <= now:", "permit.rises_at < now:"),
     "a request that has risen keeps its place in the queue": (
-        "self._rising.push(permit)\n            self._push(permit)",
+        "self._rising.push(permit)\n            self._models.push(permit)",
         "self._rising.push(permit)",
     ),
     "an urgent request is overdue sooner": (
@@ -165,71 +169,68 @@ MUTANTS = {
     "the order of runs ignored": ('and self.limits.order == "run"', "and False"),
     "runs are ordered although requests should be": ('and self.limits.order == "run"', "and True"),
     "the number of begun runs is not limited": (
-        "if limit is None or self._turn_count < limit:",
+        "if limit is None or self.total < limit:",
         "if True:",
     ),
-    "one begun run more": ("return taken < limit", "return taken <= limit"),
-    "begun runs of a lower priority count": ("if priority >= permit.priority)", "if True)"),
+    "one begun run more": ("if each >= priority) < limit", "if each >= priority) <= limit"),
+    "begun runs of a lower priority count": ("if each >= priority)", "if True)"),
     "begun runs of the same priority do not count": (
-        "if priority >= permit.priority)",
-        "if priority > permit.priority)",
+        "if each >= priority)",
+        "if each > priority)",
     ),
-    "new arrivals do not wait for a turn": (
-        "if not self._may_begin(permit) and self._has_to_begin(permit):\n            return False",
+    "new arrivals do not wait for other runs": (
+        "if not self._runs.have_room(permit.priority) and self._has_to_begin(permit):\n            return False",
         "if False:\n            return False",
     ),
-    "a begun run waits for its turn again": (
-        "return permit.run is None or permit.run not in self._known_runs",
+    "a begun run waits for other runs again": (
+        "return not self._runs.has_begun(permit.run)",
         "return True",
     ),
-    "the task of a permit waits for a turn": (
-        "if self._begun_limit is None or permit.is_nested:",
-        "if self._begun_limit is None:",
+    "the task of a permit waits for other runs": (
+        "if self._runs.limit is None or permit.is_nested:",
+        "if self._runs.limit is None:",
     ),
     "other first requests of a begun run still wait": (
-        "for each in list(self._newcomers.get(run, ())):",
+        "for each in list(self._newcomers.get(permit.run, ())):",
         "for each in []:",
     ),
-    "a request needs a turn forever": (
+    "a request waits for other runs forever": (
         "            self._let_in(permit)\n            self._rising.push(permit)",
         "            self._rising.push(permit)",
     ),
-    "no timer for a turn by age": ("moments.append(rising.rises_at)", "pass"),
-    "no timer for a turn of an idle run": (
-        "moments += [since + RUN_PATIENCE for since in list(self._idle_runs.values())[:1]]",
-        "pass",
+    "no timer for a run that begins by age": ("moments.append(rising.rises_at)", "pass"),
+    "no timer for an idle run": ("moments.append(self._runs.next_drop())", "pass"),
+    "idle runs count forever": (
+        "            del self._idle[run]\n            self._remove(run)",
+        "            del self._idle[run]",
     ),
-    "idle runs keep their turns": ("            self._remove_begun(run)\n\n    def _let_in", "\n    def _let_in"),
-    "runs lose their turns while they have requests": (
-        "if not self._requests_of[run]:\n            del self._requests_of[run]\n            if",
+    "runs do not count while they have requests": (
+        "if not self._requests[run]:\n            del self._requests[run]\n            if",
         "if True:\n            if",
     ),
-    "a run gives back its turn at once": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
-    "a run gives back its turn a moment late": (
+    "a run that calls a tool does not count": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
+    "an idle run counts a moment too long": (
         "if now < idle_since + RUN_PATIENCE:",
         "if now <= idle_since + RUN_PATIENCE:",
     ),
-    "a run that asks again has no turn": (
-        "if run in self._known_runs:\n            self._add_begun",
-        "if False:\n            self._add_begun",
+    "a run that asks again does not count": (
+        "if run in self._known:\n            self._add",
+        "if False:\n            self._add",
     ),
-    "a run that ends keeps its turn": (
-        "self._idle_runs.pop(run, None)\n        self._remove_begun(run)",
-        "pass",
-    ),
-    "a lone request keeps its turn": (
-        "            if permit.run is None:\n                self._give_back_turn(permit.priority)\n",
+    "a run that has ended counts": ("self._idle.pop(run, None)\n        self._remove(run)", "pass"),
+    "a single request counts forever": (
+        "            if permit.run is None:\n                self._runs.remove_single(permit.priority)\n",
         "",
     ),
-    "turns that are taken are not counted": ("self._turn_count += 1", "pass"),
+    "runs that have begun are not counted": ("self.total += 1", "pass"),
     # First requests
     "first requests do not go alone": (
         "if not queue.is_loaded:\n            queue.first_request",
         "if False:\n            queue.first_request",
     ),
     "a new model counts as loaded": (
-        "queue.is_active = True\n        self._active[queue] = None",
-        "queue.is_active = queue.is_loaded = True\n        self._active[queue] = None",
+        "queue.is_active = True\n        self.active[queue] = None",
+        "queue.is_active = queue.is_loaded = True\n        self.active[queue] = None",
     ),
     "no next first request after a failure": (
         "queue.first_request = None\n            if queue.is_surplus",
@@ -265,7 +266,7 @@ MUTANTS = {
     ),
     "swaps counted twice": ("self.swaps[queue.model] += 1", "self.swaps[queue.model] += 2"),
     "swaps not counted": ("self.swaps[queue.model] += 1", "pass"),
-    "queues are kept forever": ("self._queues.pop(queue.model, None)", "pass"),
+    "queues are kept forever": ("self.queues.pop(queue.model, None)", "pass"),
     # Deadlocks
     "no deadlock is found": ("if not own or permit.state", "if True or permit.state"),
     "only the holder of all permits is deadlocked": (
@@ -277,56 +278,56 @@ MUTANTS = {
     "the holder of one of several permits is deadlocked": ("len(own) >= self.limits.max_concurrency", "own"),
     "the holder of one of several models is deadlocked": ("len(own_queues) >= limit", "len(own_queues) >= 1"),
     "deadlocks are not looked for after a drain": (
-        "self._draining = next(iter(self._active))\n            self.revision += 1",
-        "self._draining = next(iter(self._active))",
+        "models.draining = next(iter(models.active))\n            self.revision += 1",
+        "models.draining = next(iter(models.active))",
     ),
     "deadlocks are not looked for after new limits": (
-        "        self.revision += 1\n        if limits",
-        "        if limits",
+        "        self.revision += 1\n        for permit in self.in_flight:",
+        "        for permit in self.in_flight:",
     ),
     # New limits
     "new limits do not wait for a first request": (
-        "                queue.first_request = permit\n            queue.is_loaded",
-        "                pass\n            queue.is_loaded",
+        "            queue.first_request = permit\n        queue.is_loaded",
+        "            pass\n        queue.is_loaded",
     ),
     "new limits forget the waiting requests": (
         "permit.in_batch = False\n            self._enqueue(permit)",
         "permit.in_batch = False",
     ),
     "new limits forget the requests in flight": (
-        "            queue.in_flight += 1\n            queue.is_active = True",
-        "            queue.is_active = True",
+        "queue.in_flight += 1\n        queue.is_active = True",
+        "queue.is_active = True",
     ),
     # Limits lowered below what is in flight
-    "no model is surplus": ("queue.is_surplus = not self._has_room()", "queue.is_surplus = False"),
-    "every model is surplus": ("queue.is_surplus = not self._has_room()", "queue.is_surplus = True"),
-    "the second request of a model makes it surplus": ("if queue not in self._active:", "if True:"),
+    "no model is surplus": ("queue.is_surplus = not self.has_room()", "queue.is_surplus = False"),
+    "every model is surplus": ("queue.is_surplus = not self.has_room()", "queue.is_surplus = True"),
+    "the second request of a model makes it surplus": ("if queue not in self.active:", "if True:"),
     "surplus models get requests from the queue": (
-        "return queue.is_surplus or queue is self._draining",
-        "return queue is self._draining",
+        "return queue.is_surplus or queue is self.draining",
+        "return queue is self.draining",
     ),
     "surplus models get new arrivals": (
-        " or queue.is_surplus:\n            self._discard",
-        ":\n            self._discard",
+        " or queue.is_surplus:\n            self._models.discard",
+        ":\n            self._models.discard",
     ),
     "surplus models keep their slots when they are idle": ("if queue.is_surplus and not queue.in_flight:", "if False:"),
     "surplus models lose their slots with requests in flight": (
         "if queue.is_surplus and not queue.in_flight:",
-        "if queue.is_surplus and queue in self._active:",
+        "if queue.is_surplus and queue in self._models.active:",
     ),
     "a surplus model is surplus forever": (
         "queue.is_active = queue.is_loaded = queue.is_surplus = False",
         "queue.is_active = queue.is_loaded = False",
     ),
-    "one model gives way where several have to": ("excess = len(self._active) - limit + 1", "excess = 1"),
+    "one model gives way where several have to": ("excess = len(models.active) - limit + 1", "excess = 1"),
     "models give way although that is not enough": ("if len(unneeded) < excess:", "if not unneeded:"),
     "a swap is counted for each model that gives way": (
         "self.swaps[queue.model] += 1",
         "self.swaps[queue.model] += excess",
     ),
     "a deadlock behind a surplus model is not found": (
-        "if not self._is_held_back(queue):",
-        "if queue is not self._draining:",
+        "if not self._models.is_held_back(queue):",
+        "if queue is not self._models.draining:",
     ),
     "a deadlock behind another task's surplus model is not found": (
         "if queue in own_queues:\n                return True",
@@ -335,13 +336,18 @@ MUTANTS = {
 }
 
 
-def mutant_of_the_scheduler(old: str, new: str) -> type[Scheduler]:
-    """Returns the scheduler class, made from its source with one piece of text replaced."""
-    source = inspect.getsource(scheduler)
-    assert source.count(old) == 1, f"{old!r} is {source.count(old)} times in the source: this mutant needs a new text"
-    module = ModuleType("lmbridge.transport.mutant_scheduler")
-    exec(compile(source.replace(old, new), module.__name__, "exec"), module.__dict__)
-    mutant = module.__dict__["Scheduler"]
+def mutant_of_the_scheduler(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> type[Scheduler]:
+    """Returns the scheduler class, made from the source of its modules with one piece of text replaced."""
+    sources = [inspect.getsource(module) for module in SCHEDULER_MODULES]
+    count = sum(source.count(old) for source in sources)
+    assert count == 1, f"{old!r} is {count} times in the source: this mutant needs a new text"
+    with monkeypatch.context() as patched:
+        for original, source in zip(SCHEDULER_MODULES, sources, strict=True):
+            module = ModuleType(original.__name__)
+            # The modules that follow import from this one.
+            patched.setitem(sys.modules, original.__name__, module)
+            exec(compile(source.replace(old, new), "a mutant of " + original.__name__, "exec"), module.__dict__)
+        mutant = sys.modules[scheduler.__name__].__dict__["Scheduler"]
     assert isinstance(mutant, type)
     return mutant
 
@@ -352,8 +358,8 @@ def search(scheduler_class: type[Scheduler]) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), MUTANTS.values(), ids=list(MUTANTS))
-def test_a_mutant_is_found(old: str, new: str) -> None:
-    mutant = mutant_of_the_scheduler(old, new)
+def test_a_mutant_is_found(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutant = mutant_of_the_scheduler(monkeypatch, old, new)
     with pytest.raises(AssertionError) as found:
         search(mutant)
     # The scheduler contains no assertion, and neither does the code around it: the error is one of these checks.
@@ -365,6 +371,6 @@ def test_nothing_is_found_in_the_scheduler_itself() -> None:
     search(Scheduler)
 
 
-def test_a_mutation_that_does_not_apply_is_an_error() -> None:
+def test_a_mutation_that_does_not_apply_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="is 0 times in the source"):
-        mutant_of_the_scheduler("a text that is not in the source of the scheduler", "")
+        mutant_of_the_scheduler(monkeypatch, "a text that is not in the source of the scheduler", "")
