@@ -58,6 +58,10 @@ TLS_IN_PLACE_OF_HTTP: Final = Fault(
 _CHECK_HEADERS: Final = "the server, or a proxy in front of it, sends headers that are too long or too many"
 HEAD_TOO_LARGE: Final = Fault("the head of the server's answer is larger than 64 KiB", hint=_CHECK_HEADERS)
 TOO_MANY_HEADERS: Final = Fault("the server's answer has more than 128 headers or trailers", hint=_CHECK_HEADERS)
+TOO_MUCH_FRAMING: Final = Fault(
+    "the server's answer has more than 64 KiB of chunk sizes, extensions or trailers in one place",
+    hint="the server, or a proxy in front of it, sends a broken chunked body",
+)
 UNSUPPORTED_ENCODING: Final = Fault(
     "the server's answer is compressed in a way that lmbridge does not support",
     hint="make the server, or the proxy in front of it, send gzip, deflate or no compression, which is all that"

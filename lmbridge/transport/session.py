@@ -12,8 +12,11 @@ and everything that is done about them is in this module:
   `response_class`, sees the connection in `start` and remembers which ones have been used. aiohttp's tracing
   (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
   was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
-- *It limits each line of a response's head, but not the whole head.* A server may send "100 Continue" forever. So
-  `HeadGuard` stands between a connection and aiohttp until the head of the response has arrived.
+- *It limits each line of a response's head, but not the whole head, nor what stands between two parts of a body.* A
+  server may send "100 Continue" or an extension of a chunk forever. So `HeadGuard` stands between a connection and
+  aiohttp until the head of the response has arrived, and `FramingGuard` until the end of a chunked body. The answer of
+  a proxy to `CONNECT` is read before anything public is called, so `_Connector` overrides a private method for it; a
+  test notices if that method is no longer called.
 - *It decompresses without a limit*, or without noticing that the end is missing; see
   `lmbridge.transport.decompression`, which does it instead.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
@@ -40,7 +43,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -59,7 +62,7 @@ from lmbridge.transport.decompression import (
     UnsupportedEncoding,
     decompressor_for,
 )
-from lmbridge.transport.head_guard import HEAD_BYTES, HeadGuard
+from lmbridge.transport.head_guard import FramingGuard, HeadGuard
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
 
 _Error = TypeVar("_Error", bound=BaseException)
@@ -67,6 +70,8 @@ _Error = TypeVar("_Error", bound=BaseException)
 KEEPALIVE_SECONDS: Final = 4.0
 """How long an idle connection is kept. LM Studio and llama.cpp close idle connections after 5 seconds."""
 
+_MOST_LINE_BYTES: Final = 1024**2
+"""The most bytes of a line of HTTP that aiohttp parses."""
 _MOST_PARTS_AT_ONCE: Final = 16
 """The most parts of a body, of 256 KiB each, that are decompressed in one step when its connection has broken."""
 AIOHTTP_FAULTS: Final[faults.FaultTable] = (
@@ -151,7 +156,7 @@ class AiohttpSession:
                 raise
             failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         else:
-            return _open_response(response, request)
+            return _open_response(cast(_ResponseOnConnection, response), request)
         # Raised outside the `except` clauses, so that aiohttp's exception does not become the `__context__`: it may
         # contain the headers of the request, and these contain the key.
         raise failure
@@ -198,8 +203,9 @@ class AiohttpSession:
             proxy=self._proxy,
             headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
             auto_decompress=False,
-            max_line_size=HEAD_BYTES,
-            max_field_size=HEAD_BYTES,
+            # The guards notice first what is too long, and say so; the parser of aiohttp hides it in some places.
+            max_line_size=_MOST_LINE_BYTES,
+            max_field_size=_MOST_LINE_BYTES,
             response_class=_ResponseOnConnection,
         )
 
@@ -212,14 +218,14 @@ class AiohttpSession:
         if self._socks_proxy is not None:
             connector: aiohttp.BaseConnector = socks.make_connector(self._socks_proxy, ssl=self._ssl or True, **options)
             return connector
-        return aiohttp.TCPConnector(ssl=self._ssl or True, resolver=_Resolver(), **options)
+        return _Connector(ssl=self._ssl or True, resolver=_Resolver(), **options)
 
     def _failure(self, exc: Exception, request: HttpRequest) -> ConnectionFailed:
         is_stale = False
         # aiohttp raises the same classes while it connects through a proxy.
         was_sent = isinstance(exc, _LostConnection)
         if isinstance(exc, _LostConnection):
-            is_stale = exc.was_kept and not self._closed and not _response_had_begun(exc.original)
+            is_stale = exc.may_be_stale and not self._closed and not _response_had_begun(exc.original)
             exc = exc.original
         if isinstance(exc, aiohttp.ConnectionTimeoutError):
             name_error = _find_cause(exc, _NameTimeoutError)
@@ -238,6 +244,8 @@ class AiohttpSession:
         """Returns what an exception stands for: its reason decides, and then its class."""
         if isinstance(exc, aiohttp.ClientHttpProxyError):
             return faults.proxy_refusal(exc.status)
+        if isinstance(exc, _TunnelHeadTooLarge):
+            return faults.blamed_on_proxy(faults.HEAD_TOO_LARGE, unsent=True)
         if isinstance(exc, _HeadTooLarge):
             return faults.HEAD_TOO_LARGE
         tls_error = _find_cause(exc, ssl_module.SSLError)
@@ -281,7 +289,7 @@ def _start_closing(connector: aiohttp.BaseConnector) -> None:
     closing.close()
 
 
-def _open_response(response: aiohttp.ClientResponse, request: HttpRequest) -> HttpResponse:
+def _open_response(response: _ResponseOnConnection, request: HttpRequest) -> HttpResponse:
     """Returns a response whose body can be read.
 
     Raises:
@@ -301,7 +309,7 @@ class _AiohttpResponse:
 
     __slots__ = ("_connection_closed", "_content", "_decompressor", "_response", "headers", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse, decompressor: Decompressor | None) -> None:
+    def __init__(self, response: _ResponseOnConnection, decompressor: Decompressor | None) -> None:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
         self._response = response
@@ -371,9 +379,13 @@ class _AiohttpResponse:
 
     def _failure(self, exc: Exception) -> ConnectionFailed:
         cause = None if isinstance(exc, aiohttp.ClientResponseError) else exc
-        parser_error = _find_cause(exc, HttpProcessingError)
+        guard = self._response.framing_guard
+        reason = exc if guard is None or guard.failure is None else guard.failure
+        parser_error = _find_cause(reason, HttpProcessingError)
         fault = faults.NOT_HTTP if parser_error is None else _protocol_fault(parser_error)
-        if fault is faults.NOT_HTTP:
+        if isinstance(reason, _TooMuchFraming):
+            fault = faults.TOO_MUCH_FRAMING
+        elif fault is faults.NOT_HTTP:
             fault = faults.BROKEN_IN_BODY
         return faults.connection_failed(fault, cause=cause, status=self.status)
 
@@ -402,29 +414,58 @@ class _AiohttpResponse:
 
 
 class _ResponseOnConnection(aiohttp.ClientResponse):
-    """A response that limits its head, and finds out whether its connection had been used before.
+    """A response that limits its head and its framing, and finds out whether its connection had been used before.
 
-    That matters if the connection turns out to be dead.
+    The latter matters if the connection turns out to be dead.
     """
+
+    framing_guard: FramingGuard | None = None
+    """What limits the framing of the body, if it is chunked."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
         transport = connection.transport
         was_kept = transport in _used_transports
         if transport is not None and not was_kept:
             _used_transports.add(transport)
-        guard = HeadGuard(transport)
+        guard = HeadGuard(transport, _HeadTooLarge())
         try:
-            return await super().start(connection)
+            await super().start(connection)
+            if "chunked" in self.headers.get("Transfer-Encoding", "").lower() and not self.content.is_eof():
+                self._limit_framing(transport)
         except _LOST_CONNECTION_ERRORS as exc:
-            if guard.is_exceeded:
-                raise _HeadTooLarge from exc
-            raise _LostConnection(exc, was_kept=was_kept) from exc
+            raise _LostConnection(exc, may_be_stale=was_kept and not guard.has_received) from exc
         finally:
             guard.detach()
+        return self
+
+    def _limit_framing(self, transport: asyncio.BaseTransport | None) -> None:
+        content = self.content
+        self.framing_guard = FramingGuard(transport, _TooMuchFraming(), lambda: content.total_bytes)
+        # aiohttp may notice the end of a body outside the guard, when a slow reader goes on.
+        content.on_eof(self.framing_guard.detach)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connector that limits the head with which a proxy answers a request for a tunnel."""
+
+    async def _create_direct_connection(self, *args: Any, **options: Any) -> Any:
+        transport, protocol = await super()._create_direct_connection(*args, **options)
+        if options.get("client_error") is aiohttp.ClientProxyConnectionError:
+            # The guard ends with the handshake of TLS, or with the request to a server without TLS.
+            HeadGuard(transport, _TunnelHeadTooLarge())
+        return transport, protocol
 
 
 class _HeadTooLarge(aiohttp.ClientError):
     """The head of a response has more than `HEAD_BYTES`."""
+
+
+class _TunnelHeadTooLarge(_HeadTooLarge):
+    """The head of a proxy's answer to `CONNECT` has more than `HEAD_BYTES`."""
+
+
+class _TooMuchFraming(aiohttp.ClientError):
+    """More than `HEAD_BYTES` arrived without a part of the body."""
 
 
 class _NameTimeoutError(TimeoutError):
@@ -466,11 +507,11 @@ _used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSe
 class _LostConnection(aiohttp.ClientError):
     """Wraps an exception, so that the `except` clause in which aiohttp would send the request again misses it."""
 
-    def __init__(self, original: Exception, *, was_kept: bool) -> None:
+    def __init__(self, original: Exception, *, may_be_stale: bool) -> None:
         super().__init__(str(original))
         self.original = original
-        self.was_kept = was_kept
-        """Whether the connection had been used for another request before."""
+        self.may_be_stale = may_be_stale
+        """Whether the connection had been used for another request before, and nothing arrived for this one."""
 
 
 @lru_cache(maxsize=16)
@@ -499,7 +540,7 @@ def _protocol_fault(exc: Exception) -> faults.Fault:
         return faults.HEAD_TOO_LARGE
     text = _describe_reason(exc).lower()
     # There is no exception class for this.
-    if "too many headers" in text:
+    if "too many headers" in text or "too many trailers" in text:
         return faults.TOO_MANY_HEADERS
     # A TLS server answers a request that is not TLS with an alert, whose bytes aiohttp quotes.
     return faults.TLS_IN_PLACE_OF_HTTP if r"\x15\x03" in text else faults.NOT_HTTP

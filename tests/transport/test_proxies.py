@@ -227,3 +227,42 @@ def test_a_proxy_of_the_environment_may_lack_its_scheme(monkeypatch: pytest.Monk
     assert environment_proxy(f"http://{SERVER}/v1") is None
     monkeypatch.setenv("NO_PROXY", "lm.example")
     assert environment_proxy(f"https://{SERVER}/v1") is None
+
+
+@pytest.mark.parametrize(
+    ("beginning", "repeated"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 100),
+        (b"HTTP/1.1 200 OK\r\nX-A: ", b"x" * 20_000),
+    ],
+    ids=["100 Continue", "headers", "header"],
+)
+async def test_an_endless_answer_to_connect_is_an_error_that_names_the_limit(beginning: bytes, repeated: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(beginning)
+        while True:
+            writer.write(repeated)
+            await writer.drain()
+
+    async with proxy(serve) as url:
+        error = await error_through(url, "https", timeout=Timeouts(connect=None))
+    assert isinstance(error, LLMConnectionError)
+    messages = ("the head of the proxy's answer is larger than 64 KiB", "the proxy's answer has more than 128 headers")
+    assert error.message.startswith(messages)
+    assert "proxy=" in (error.hint or "")
+
+
+async def test_a_proxy_for_plain_http_can_be_used_again_and_again() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(3):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split()[0]))
+            body = b'{"choices": [{"message": {"content": "%b"}}]}' % (b"x" * 100_000)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            await writer.drain()
+
+    async with proxy(serve) as url, LLMClient(f"http://{SERVER}", proxy=url, max_retries=0) as client:
+        for _ in range(3):
+            assert (await client.chat_completion(MESSAGES))["choices"][0]["message"].get("content") == "x" * 100_000
