@@ -4,10 +4,6 @@ The SDK has both transports, and they are not used, for these reasons. Its two m
 the server has forgotten, and a response that ends without the reply in different ways, among them waiting for ever and
 keeping on using a dead session. They hide what the server said behind their own text. And they reject an answer
 with a wrong id, although the HTTP request says which one it belongs to.
-
-Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
-other refusal that may mean it, the server is asked with a `ping`. An error with a status of success comes from a server
-that has accepted the request, so it has to speak of an unknown session before the server is asked.
 """
 
 from __future__ import annotations
@@ -30,17 +26,24 @@ from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import LARGEST_MESSAGE, MessageTooLargeError, parse_json
 from lmbridge.mcp.sdk.event_stream import Event
 from lmbridge.mcp.sdk.exchange import REMEMBERED_REQUESTS, is_answer, read_id
+from lmbridge.mcp.sdk.forgotten_sessions import (
+    SESSION_STATUSES,
+    error_words,
+    is_suspicious,
+    names_unknown_session,
+    shows_forgotten,
+)
 from lmbridge.mcp.sdk.http_client import (
     check_redirect,
     connection_errors,
     is_event_stream,
     make_http_client,
-    pause_before_retry,
     read_body,
     read_events,
     unsent_errors,
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
+from lmbridge.mcp.sdk.http_streams import EventStreams, StreamPosition
 from lmbridge.mcp.sdk.session_errors import (
     RefusedError,
     RequestLostError,
@@ -63,32 +66,11 @@ _PING_SECONDS: Final = 5.0
 """How long the server may take to show that it knows the session, in seconds."""
 _ENDPOINT_SECONDS: Final = 10.0
 """How long a server may take to name its endpoint, when the older transport is tried in place of streamable HTTP."""
-_MOST_FAILED_POLLS: Final = 3
-"""How many attempts to open a stream again may fail in succession."""
 _BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which streams are not read."""
 _QUOTED_BYTES: Final = 200
 """How much of a body that is not a message is reported, in bytes."""
-_UNNAMED_STREAM_SECONDS: Final = 5.0
-"""How long a stream that is opened again without an event id may take to bring the answer, in seconds."""
 _ID_BITS: Final = 31
-_METHOD_NOT_FOUND: Final = -32601
-_SESSION_NOT_FOUND: Final = -32001
-"""The code that servers use for a session that they do not know."""
-_SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
-"""What the error of a refused request contains that may mean that the server does not know the session."""
-_UNKNOWN_SESSION: Final = re.compile(
-    r"\b(?:no|unknown|invalid|expired|missing)\b.{0,30}\bsession"
-    r"|\b(?:not |un)initiali[sz]ed"
-    r"|\bsession.{0,60}\b(?:(?:not|n't) (?:found|valid|known|exist|recogni[sz]ed|active)|no longer|unknown|invalid"
-    r"|expired|terminated|missing|required)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-"""What an error contains that says that the server does not know the session."""
-_TIMED_OUT: Final = re.compile("timed?[ -]?out", re.IGNORECASE)
-"""What an error under the code of an unknown session contains that has another meaning: some servers share the code."""
-_SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
-"""The statuses with which servers refuse a ping in a session that they do not know."""
 _HEADER_VALUE: Final = re.compile("[!-~]{1,100}")
 """A protocol revision that can be sent as a header."""
 _OPENING_METHODS: Final = ("initialize", "server/discover")
@@ -107,27 +89,6 @@ _REPLY_CUT_OFF: Final = "its answer broke off"
 _MAY_HAVE_RUN: Final = ", and the tool may have run"
 _FORGOTTEN: Final = "the server no longer knows the session"
 _ACCEPTS_ALL: Final = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
-_ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
-
-
-@attrs.define(eq=False)
-class _StreamPosition:
-    """Where in the events of a server a stream is resumed."""
-
-    last_id: str | None = None
-    """The id of the last event, or None if the server has not given any."""
-    retry: int | None = None
-    """The time before the next attempt in milliseconds, or None if the server has not named it."""
-
-    @property
-    def is_given(self) -> bool:
-        """Whether the server has said that the stream can be opened again."""
-        return self.last_id is not None or self.retry is not None
-
-    def update(self, event: Event) -> None:
-        """Notes the id and the retry time of an event."""
-        self.last_id = event.id or self.last_id
-        self.retry = self.retry if event.retry is None else event.retry
 
 
 @attrs.define(eq=False)
@@ -140,7 +101,7 @@ class _Reply:
     """Whether the answer has been delivered."""
     misaddressed: dict[str, Any] | None = None
     """An answer under an id that no request has, or None. It counts if the response ends without a better one."""
-    position: _StreamPosition = attrs.field(factory=_StreamPosition)
+    position: StreamPosition = attrs.field(factory=StreamPosition)
     """Where the stream of events is resumed if it ends before the answer."""
 
 
@@ -191,7 +152,7 @@ class HttpConnection:
         self._sse_endpoint = ""
         self._sse_stream: SseStream | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._is_listening = False
+        self._streams = EventStreams(spec, client, self._headers, report)
         self.end: SessionLostError | None = None
         """Why the connection can no longer be used, or None."""
 
@@ -219,7 +180,7 @@ class HttpConnection:
         else:
             await self._post_notification(message, headers)
             if method == "notifications/initialized" and self._session_id and not self._sse_endpoint:
-                self._listening = self._start(self._listen())
+                self._listening = self._start(self._streams.listen(self._deliver_event))
 
     async def close(self) -> None:
         """Ends the session and all requests."""
@@ -352,7 +313,7 @@ class HttpConnection:
         else:
             await self._read_reply_body(response, reply)
         if not reply.is_answered:
-            await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._is_listening else 0)
+            await asyncio.sleep(_REPLY_AFTER_END_SECONDS if self._streams.is_listening else 0)
             is_unnamed = reply.position.last_id is None and reply.position.retry is not None
             reason = _NO_EVENT_ID if is_unnamed else _REPLY_CUT_OFF
             await self._fail(request_id, RefusedError(f"{reason}{_after_call(message)}"))
@@ -377,38 +338,15 @@ class HttpConnection:
         )
 
     async def _read_reply_stream(self, response: Any, reply: _Reply) -> None:
-        """Reads a stream of events until the reply has arrived, or the stream has ended.
-
-        A server may end the stream early, and tell the client with `retry:` or an event id when to ask again.
-        """
-        broken: tuple[type[Exception], ...] = (RefusedError, *self._connection_errors)
-        position = reply.position
+        """Reads a stream of events until the reply has arrived, or the stream has ended and is not opened again."""
         try:
             await self._read_events(response, reply)
         except self._connection_errors as exc:
-            self._log_broken_stream(exc)
+            self._streams.log_broken_stream(exc)
         await self._accept_misaddressed(reply)
-        failures = 0
-        while failures < _MOST_FAILED_POLLS and not reply.is_answered and position.is_given:
-            await pause_before_retry(position.retry)
-            # A stream without an id may be another one than that which ended, and stay open for ever.
-            is_unnamed = position.last_id is None
-            try:
-                async with (
-                    asyncio.timeout(_UNNAMED_STREAM_SECONDS if is_unnamed else None),
-                    self._get_stream(position.last_id) as resumed,
-                ):
-                    await self._read_events(resumed, reply)
-                failures = failures + 1 if is_unnamed else 0
-            except TimeoutError:
-                return
-            except broken as exc:
-                self._log_broken_stream(exc)
-                failures += 1
-
-    def _log_broken_stream(self, error: Exception) -> None:
-        reason = self._spec.redact(describe_error(error))
-        logger.debug("MCP server %r: a stream of events broke: %s", self._spec.name, reason)
+        await self._streams.resume(
+            reply.position, lambda resumed: self._read_events(resumed, reply), lambda: reply.is_answered
+        )
 
     async def _read_events(self, response: Any, reply: _Reply) -> None:
         """Delivers the messages of a stream of events until the reply to a request has arrived."""
@@ -445,7 +383,7 @@ class HttpConnection:
     async def _deliver_answer(self, answer: dict[str, Any], reply: _Reply) -> None:
         request, is_opening = reply.request, reply.request["method"] == "initialize"
         if self._means_unknown_session(answer, request) and await self._has_forgotten_session():
-            raise SessionForgottenError(_FORGOTTEN, self._spec.redact(_error_words(answer["error"])))
+            raise SessionForgottenError(_FORGOTTEN, self._spec.redact(error_words(answer["error"])))
         reply.is_answered = True
         if is_opening and isinstance(result := answer.get("result"), dict):
             named = str(result.get("protocolVersion") or "")
@@ -475,7 +413,7 @@ class HttpConnection:
         if self._is_in_session(message):
             if status == HTTPStatus.NOT_FOUND and found is None:
                 raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
-            if _is_suspicious(found, message["id"], status) and await self._has_forgotten_session():
+            if is_suspicious(found, message["id"], status) and await self._has_forgotten_session():
                 raise SessionForgottenError(_FORGOTTEN, self._spec.redact(quote_body(body)))
         if found is not None and status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             await self._arrived.put({"jsonrpc": "2.0", "id": message["id"], "error": found[1]})
@@ -498,7 +436,7 @@ class HttpConnection:
         """Returns whether an answer to a request within a session says that the server does not know the session."""
         error = answer.get("error")
         is_in_session = self._is_in_session(request) and request["method"] != "ping"
-        return is_in_session and error is not None and _names_unknown_session(error)
+        return is_in_session and error is not None and names_unknown_session(error)
 
     async def _has_forgotten_session(self) -> bool:
         """Returns whether the server refuses a ping because it does not know the session.
@@ -510,58 +448,19 @@ class HttpConnection:
         with suppress(MessageTooLargeError, SessionLostError, *self._connection_errors):
             async with asyncio.timeout(_PING_SECONDS), self._post(ping, {}) as response:
                 is_refused: bool = response.status_code >= HTTPStatus.BAD_REQUEST
-                if is_refused and response.status_code not in _SESSION_STATUSES:
+                if is_refused and response.status_code not in SESSION_STATUSES:
                     return False
                 if is_event_stream(response):
                     async with aclosing(read_events(response)) as events:
                         async for event in events:
-                            if (forgotten := _shows_forgotten(parse_json(event.data), ping_id)) is not None:
+                            if (forgotten := shows_forgotten(parse_json(event.data), ping_id)) is not None:
                                 return forgotten
                     return is_refused
-                forgotten = _shows_forgotten(parse_json(await read_body(response, ERROR_BODY_LIMIT)), ping_id)
+                forgotten = shows_forgotten(parse_json(await read_body(response, ERROR_BODY_LIMIT)), ping_id)
                 return is_refused if forgotten is None else forgotten
         return False
 
-    # Streams that the client opens with GET.
-
-    @asynccontextmanager
-    async def _get_stream(self, last_id: str | None) -> AsyncIterator[Any]:
-        """Opens a stream of events, at its beginning or after an event.
-
-        Raises:
-            RefusedError: The server does not offer the stream.
-        """
-        extra = {} if last_id is None else {"last-event-id": last_id}
-        headers = self._headers(_ACCEPTS_EVENTS, extra)
-        async with self._client.stream("GET", self._spec.url, headers=headers) as response:
-            if response.status_code != HTTPStatus.OK or not is_event_stream(response):
-                raise RefusedError(status_reason(response.status_code))
-            yield response
-
-    async def _listen(self) -> None:
-        """Receives what the server sends on its own account, until it refuses the stream."""
-        position = _StreamPosition()
-        failures = empty_streams = 0
-        while failures < _MOST_FAILED_POLLS:
-            empty_streams += 1
-            try:
-                async with self._get_stream(position.last_id) as response:
-                    self._is_listening, failures = True, 0
-                    async with aclosing(read_events(response)) as events:
-                        async for event in events:
-                            position.update(event)
-                            empty_streams = 0 if event.data else empty_streams
-                            await self._deliver_event(event)
-            except RefusedError:
-                return
-            except MessageTooLargeError as exc:
-                self._report("a message that is too large", str(exc))
-                failures += 1
-            except self._connection_errors:
-                failures += 1
-            finally:
-                self._is_listening = False
-            await pause_before_retry(position.retry, empty_streams)
+    # What the server sends on its own account.
 
     async def _deliver_event(self, event: Event) -> None:
         for value in self._read_event(event):
@@ -603,45 +502,3 @@ class HttpConnection:
 def _after_call(request: Mapping[str, Any]) -> str:
     """Returns what the error of a request says about the tool, if the request was a call."""
     return _MAY_HAVE_RUN if request["method"] == "tools/call" else ""
-
-
-def _is_suspicious(found: tuple[Any, Mapping[str, Any]] | None, request_id: Any, status: int) -> bool:
-    """Returns whether the refusal of a request may mean that the server does not know the session.
-
-    A server that does not know a session refuses a request before it reads its id.
-
-    Args:
-        found: The id and the error in the body of the refusal, or None.
-        request_id: The id of the request.
-        status: The HTTP status.
-    """
-    if found is None:
-        return status in _SESSION_STATUSES
-    answered_id, error = found
-    is_own = read_id(answered_id) == read_id(request_id)
-    return not is_own or error["code"] == _SESSION_NOT_FOUND or _SESSION_WORDS.search(error["message"]) is not None
-
-
-def _names_unknown_session(error: Any) -> bool:
-    """Returns whether an error says in its code or its words that the server does not know the session."""
-    words = _error_words(error)
-    code = error.get("code") if isinstance(error, dict) else None
-    is_code = code == _SESSION_NOT_FOUND and _TIMED_OUT.search(words) is None
-    return is_code or _UNKNOWN_SESSION.search(words) is not None
-
-
-def _error_words(error: Any) -> str:
-    return str(error.get("message", "") if isinstance(error, dict) else error)
-
-
-def _shows_forgotten(values: list[Any], ping_id: int) -> bool | None:
-    """Returns whether the answer to a ping shows that the session is not known, or None if it shows neither."""
-    for value in values:
-        if isinstance(value, dict) and is_answer(value):
-            error = value.get("error")
-            is_known = error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
-            if is_known and read_id(value.get("id")) == ping_id:
-                return False
-            if error is not None and _names_unknown_session(error):
-                return True
-    return None

@@ -325,7 +325,7 @@ async def test_a_stream_that_breaks_before_the_answer_is_resumed(make_hub: MakeH
 async def test_a_stream_without_an_event_id_is_not_waited_for_without_end(
     make_hub: MakeHub, server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.sdk.http._UNNAMED_STREAM_SECONDS", 0.01)
+    monkeypatch.setattr("lmbridge.mcp.sdk.http_streams._UNNAMED_STREAM_SECONDS", 0.01)
     echo = function_of(await make_hub({"a": {"url": server.url}}).tools(call_timeout=None), "echo")
     is_over = asyncio.Event()
 
@@ -380,7 +380,7 @@ async def test_streams_that_bring_nothing_are_opened_less_and_less_often(
             has_seen_enough.set()
             await asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr("lmbridge.mcp.sdk.http.pause_before_retry", note_pause)
+    monkeypatch.setattr("lmbridge.mcp.sdk.http_streams.pause_before_retry", note_pause)
     server.responses["GET"] = lambda *_: events("retry: 0", "")
     await make_hub({"a": {"url": server.url}}, on_event=recorder).tools()
     await has_seen_enough.wait()

@@ -1,0 +1,76 @@
+"""Tells from an answer whether the server may have forgotten the session.
+
+Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
+other refusal that may mean it, the server is asked with a `ping`. An error with a status of success comes from a server
+that has accepted the request, so it has to speak of an unknown session before the server is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from lmbridge.mcp.sdk.exchange import is_answer, read_id
+
+SESSION_STATUSES: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+"""The statuses with which servers refuse a ping in a session that they do not know."""
+_METHOD_NOT_FOUND: Final = -32601
+_SESSION_NOT_FOUND: Final = -32001
+"""The code that servers use for a session that they do not know."""
+_SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
+"""What the error of a refused request contains that may mean that the server does not know the session."""
+_UNKNOWN_SESSION: Final = re.compile(
+    r"\b(?:no|unknown|invalid|expired|missing)\b.{0,30}\bsession"
+    r"|\b(?:not |un)initiali[sz]ed"
+    r"|\bsession.{0,60}\b(?:(?:not|n't) (?:found|valid|known|exist|recogni[sz]ed|active)|no longer|unknown|invalid"
+    r"|expired|terminated|missing|required)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What an error contains that says that the server does not know the session."""
+_TIMED_OUT: Final = re.compile("timed?[ -]?out", re.IGNORECASE)
+"""What an error under the code of an unknown session contains that has another meaning: some servers share the code."""
+
+
+def is_suspicious(found: tuple[Any, Mapping[str, Any]] | None, request_id: Any, status: int) -> bool:
+    """Returns whether the refusal of a request may mean that the server does not know the session.
+
+    A server that does not know a session refuses a request before it reads its id.
+
+    Args:
+        found: The id and the error in the body of the refusal, or None.
+        request_id: The id of the request.
+        status: The HTTP status.
+    """
+    if found is None:
+        return status in SESSION_STATUSES
+    answered_id, error = found
+    is_own = read_id(answered_id) == read_id(request_id)
+    return not is_own or error["code"] == _SESSION_NOT_FOUND or _SESSION_WORDS.search(error["message"]) is not None
+
+
+def names_unknown_session(error: Any) -> bool:
+    """Returns whether an error says in its code or its words that the server does not know the session."""
+    words = error_words(error)
+    code = error.get("code") if isinstance(error, dict) else None
+    is_code = code == _SESSION_NOT_FOUND and _TIMED_OUT.search(words) is None
+    return is_code or _UNKNOWN_SESSION.search(words) is not None
+
+
+def error_words(error: Any) -> str:
+    """Returns the message of an error, or the text of one that is not an object."""
+    return str(error.get("message", "") if isinstance(error, dict) else error)
+
+
+def shows_forgotten(values: list[Any], ping_id: int) -> bool | None:
+    """Returns whether the answer to a ping shows that the session is not known, or None if it shows neither."""
+    for value in values:
+        if isinstance(value, dict) and is_answer(value):
+            error = value.get("error")
+            is_known = error is None or (isinstance(error, dict) and error.get("code") == _METHOD_NOT_FOUND)
+            if is_known and read_id(value.get("id")) == ping_id:
+                return False
+            if error is not None and names_unknown_session(error):
+                return True
+    return None
