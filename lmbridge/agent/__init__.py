@@ -3,6 +3,7 @@
 from lmbridge.agent.agent import Agent
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ChunkStream
 from lmbridge.agent.events import (
+    ModelNudged,
     ReasoningDelta,
     RoundFinished,
     RoundStarted,
@@ -12,7 +13,7 @@ from lmbridge.agent.events import (
     ToolCallFinished,
     ToolCallStarted,
 )
-from lmbridge.agent.result import Round, RunResult, ToolRecord
+from lmbridge.agent.result import Nudge, Round, RunResult, ToolRecord
 from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext
@@ -22,6 +23,8 @@ __all__ = [
     "ChatClient",
     "ChatClientPool",
     "ChunkStream",
+    "ModelNudged",
+    "Nudge",
     "ReasoningDelta",
     "Round",
     "RoundFinished",

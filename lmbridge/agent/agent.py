@@ -14,7 +14,7 @@ from lmbridge.agent.result import RunResult
 from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
 from lmbridge.agent.runs import RunHandle, RunStream, current_permit
 from lmbridge.agent.sampling import SamplingOptions
-from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning, Settings, Task, check_task
+from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, SendReasoning, Settings, Task, check_task
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
 from lmbridge.config import Priority
@@ -57,6 +57,13 @@ class Agent(NotCopyable):
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
         max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
+        on_limit: What happens when `max_rounds` or `max_total_tokens` is used up. "answer" asks the model for its best
+            answer in one more round without tools, and returns the result, whose `stop_reason` is the limit. With
+            "raise", `max_rounds` raises a `MaxRoundsExceededError`, and `max_total_tokens` returns the run so far.
+            Default: "raise".
+        max_nudges: How many times in one round the model is told what is wrong with a reply that is neither an answer
+            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. 0
+            means never. Default: 2.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
             such as building again after each edit. Default: 5.
@@ -109,6 +116,8 @@ class Agent(NotCopyable):
         max_parallel_tools: int = 4,
         max_tool_output: int = 20_000,
         max_bad_calls: int = 5,
+        on_limit: OnLimit = "raise",
+        max_nudges: int = 2,
         repetition_limit: int | None = 5,
         deduplicate_calls: bool = True,
         send_reasoning: SendReasoning = "auto",
@@ -137,6 +146,8 @@ class Agent(NotCopyable):
             max_parallel_tools=max_parallel_tools,
             max_tool_output=max_tool_output,
             max_bad_calls=max_bad_calls,
+            on_limit=on_limit,
+            max_nudges=max_nudges,
             repetition_limit=repetition_limit,
             deduplicate_calls=deduplicate_calls,
             send_reasoning=send_reasoning,

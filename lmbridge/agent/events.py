@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from lmbridge.agent.result import Round, RunResult, ToolRecord
+from lmbridge.agent.result import Nudge, Round, RunResult, ToolRecord
 from lmbridge.agent.tools import ToolCall
 
 
@@ -34,6 +34,14 @@ class ReasoningDelta:
 
     text: str
     """The piece, of any length."""
+
+
+@attrs.frozen
+class ModelNudged:
+    """The reply was neither an answer nor a call, and the model is asked again. The text so far is not its answer."""
+
+    nudge: Nudge
+    """What was wrong with the reply, and what the model is told, as in `Round.nudges`."""
 
 
 @attrs.frozen
@@ -102,5 +110,12 @@ class RunFinished:
 
 
 RunEvent: TypeAlias = (
-    RoundStarted | TextDelta | ReasoningDelta | ToolCallStarted | ToolCallFinished | RoundFinished | RunFinished
+    RoundStarted
+    | TextDelta
+    | ReasoningDelta
+    | ModelNudged
+    | ToolCallStarted
+    | ToolCallFinished
+    | RoundFinished
+    | RunFinished
 )

@@ -139,7 +139,9 @@ class History:
         self._reasoning: dict[int, Mapping[str, str]] = {}
         self._sends_reasoning = False
         self._demanded_field: str | None = None
-        # The messages to send. Appending extends this list; any other change makes it None, so that it is built again.
+        self._nudges: list[Message] = []
+        # The messages to send, without the nudges. Appending extends this list; any other change makes it None, so that
+        # it is built again.
         self._to_send: CheckedMessages | None = None
         self.size: int = sum(map(size_of, (*self._head, *before)))
 
@@ -158,7 +160,9 @@ class History:
         if self._to_send is None:
             groups = (self._head, *self._groups_before_task, [self._task], *self._groups_after_task)
             self._to_send = CheckedMessages(message for group in groups for message in group)
-        return CheckedMessages(self._to_send)
+        messages = CheckedMessages(self._to_send)
+        messages += self._nudges
+        return messages
 
     def snapshot(self, *, ended: bool) -> list[Message]:
         """Returns a copy of the whole conversation, which is valid at any moment.
@@ -213,6 +217,24 @@ class History:
         self._reasoning[len(self._messages)] = reasoning or {}
         answer = self._with_reasoning({"role": "assistant", "content": text}, reasoning or {})
         self._append([answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}])
+
+    def add_nudge(self, reply: str, nudge: str, *, reasoning: Mapping[str, str] | None = None) -> None:
+        """Adds a flawed reply and what the model is told about it to the messages to send, until `drop_nudges`.
+
+        Args:
+            reply: The text of the reply, which must not be empty.
+            nudge: The text for the model.
+            reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
+        """
+        answer = self._with_reasoning({"role": "assistant", "content": reply}, reasoning or {})
+        added = [answer, {"role": "user", "content": nudge}]
+        self._nudges += added
+        self.size += sum(map(size_of, added))
+
+    def drop_nudges(self) -> None:
+        """Leaves out what `add_nudge` has added."""
+        self.size -= sum(map(size_of, self._nudges))
+        self._nudges = []
 
     def begin_turn(
         self, text: str, calls: Iterable[Mapping[str, Any]], *, reasoning: Mapping[str, str] | None = None

@@ -23,6 +23,7 @@ import msgspec
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.chat_client import ChunkStream
 from lmbridge.agent.events import (
+    ModelNudged,
     ReasoningDelta,
     RoundFinished,
     RoundStarted,
@@ -30,11 +31,12 @@ from lmbridge.agent.events import (
     TextDelta,
 )
 from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.nudges import Nudges, find_flaw, text_or_placeholder
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.reasoning_replay import demanded_field
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.result import Round, StopReason, ToolRecord
+from lmbridge.agent.result import Nudge, NudgeKind, Round, StopReason, ToolRecord
 from lmbridge.agent.result_images import ImagePlace, next_place, place_after
 from lmbridge.agent.sampling import allows_calls, sampling_params
 from lmbridge.agent.settings import Settings
@@ -60,6 +62,11 @@ logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
 """Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
+_LIMIT_REACHED: Final = "(The limit on tool calls was reached.)"
+_LAST_QUESTION: Final = (
+    "You cannot call any more tools. Give the best answer that you can from what you know so far, and say what is"
+    " missing in it."
+)
 _EMPTY_ANSWER_HINT: Final = "describe the task in more detail, offer fewer tools, or use another model"
 _MISSING_CALL_HINT: Final = "check that the server's tool parser and the chat template fit the model"
 
@@ -105,7 +112,9 @@ class RunLoop:
         )
         has_tools = bool(toolset.definitions)
         self._output = None if settings.output_type is None else OutputReader(settings.output_type, has_tools=has_tools)
+        self._may_call = True
         self._token_budget = TokenBudget(settings.max_total_tokens)
+        self._nudges = Nudges(toolset, settings.max_nudges)
         self._turns = TurnRunner(
             run_id,
             settings=settings,
@@ -127,14 +136,12 @@ class RunLoop:
             if stop is not None:
                 return stop
             if self._token_budget.is_spent:
-                return "budget"
-        return "max_rounds"
+                return await self._end_at_limit("budget")
+        return await self._end_at_limit("max_rounds")
 
     async def _round(self) -> StopReason | None:
         began = time.monotonic()
-        self._record.begin_round()
-        if self._channel.has_listener:
-            await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
+        await self._begin_round()
         if await self._toolset.add_new_tools():
             self._context.tools_size = _definitions_size(self._toolset)
         reply = await self._get_reply()
@@ -146,10 +153,47 @@ class RunLoop:
                 self._output.allow_tools()
         else:
             stop = self._add_answer(reply)
+        await self._end_round(reply, records, began)
+        return stop
+
+    async def _begin_round(self) -> None:
+        self._record.begin_round()
+        if self._channel.has_listener:
+            await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
+
+    async def _end_round(self, reply: ModelReply, records: Sequence[ToolRecord], began: float) -> None:
         finished = self._log_round(reply, records, time.monotonic() - began)
         if self._channel.has_listener:
             await self._channel.put(RoundFinished(finished))
+
+    async def _end_at_limit(self, stop: StopReason) -> StopReason:
+        """Ends the run at a limit, after a last round without tools if the user wants an answer in any case."""
+        if self._settings.on_limit == "raise":
+            return stop
+        self._may_call = False
+        if self._output is not None:
+            self._output.forbid_tools()
+        self._history.add_nudge(_LIMIT_REACHED, _LAST_QUESTION)
+        began = time.monotonic()
+        await self._begin_round()
+        reply = await self._ask_model()
+        self._history.drop_nudges()
+        if reply.text.strip() and not reply.calls:
+            self._record.has_last_words = self._read_output(reply)
+            self._history.add_answer(reply.text, reasoning=reply.reasoning_fields)
+        await self._end_round(reply, (), began)
         return stop
+
+    def _read_output(self, reply: ModelReply) -> bool:
+        """Reads the output from the last answer, and returns False if it is not valid."""
+        if self._output is not None:
+            try:
+                self._record.output = self._output.read(reply.text)
+            except InvalidAnswerError as error:
+                logger.info("the last answer of the run is not its output: %s", error)
+                return False
+        self._warn_about_markup(reply)
+        return True
 
     def _add_answer(self, reply: ModelReply) -> StopReason | None:
         """Adds an answer to the conversation. Returns the stop reason, or None if the output has to be requested.
@@ -175,11 +219,13 @@ class RunLoop:
 
     def _warn_about_markup(self, reply: ModelReply) -> None:
         """Warns if the answer, or the reasoning of a reply without an answer, ends in a call that nothing has read."""
-        warning = describe_markup(reply.text or reply.reasoning, self._toolset.names)
-        if warning is not None:
-            hint = "the server's tool parser or the chat template may not fit the model"
-            logger.warning("%s: %s; run with model %r", warning, hint, self._record.served_model or self._record.model)
-            self._record.warnings.append(f"{warning}; {hint}")
+        markup = describe_markup(reply.text or reply.reasoning, self._toolset.names)
+        if markup is None:
+            return
+        warning = f"{markup}; the server's tool parser or the chat template may not fit the model"
+        if warning not in self._record.warnings:
+            logger.warning("%s; run with model %r", warning, self._record.served_model or self._record.model)
+            self._record.warnings.append(warning)
 
     def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], seconds: float) -> Round:
         record = self._record
@@ -192,6 +238,7 @@ class RunLoop:
             tool_calls=tuple(records),
             usage=record.round_usage,
             seconds=seconds,
+            nudges=tuple(record.round_nudges),
         )
         record.log.append(finished)
         return finished
@@ -199,28 +246,48 @@ class RunLoop:
     # Asking the model
 
     async def _get_reply(self) -> ModelReply:
-        """Returns the model's reply. If it is unusable, the model is asked once more.
+        """Returns the model's reply. If it is neither an answer nor a call, the model is asked again.
 
-        An empty answer is unusable only at the beginning of a run: after tools, a model may have nothing to add.
+        An answer that stays empty is an error only before the first call: after tools, a model may have nothing to add.
 
         Raises:
-            LLMResponseError: The second reply was unusable as well.
+            LLMResponseError: The last reply was unusable as well.
         """
-        reply = await self._ask_model()
-        if not self._is_unusable(reply):
-            return reply
-        logger.info("the model %s; it is asked once more", reply.problem)
-        reply = await self._ask_model()
-        if self._is_unusable(reply):
-            raise LLMResponseError(
-                f"the model {reply.problem} twice",
-                hint=_EMPTY_ANSWER_HINT if reply.is_empty_answer else _MISSING_CALL_HINT,
-                context={"operation": "agent run", "model": self._record.model},
-            )
+        self._nudges.begin_round()
+        while True:
+            reply = await self._ask_model()
+            flaw = find_flaw(reply, self._toolset)
+            nudge = None
+            if flaw is not None and not self._token_budget.is_spent:
+                nudge = self._nudges.next(flaw, reply, max_tokens=self._context.max_tokens())
+            if nudge is None:
+                break
+            if nudge.kind == "unreadable_call":
+                # Even if the next reply is good, the user should know why each call costs another generation.
+                self._warn_about_markup(reply)
+            await self._send_nudge(nudge, reply)
+        self._history.drop_nudges()
+        if flaw == "missing_call" or (flaw in ("empty", "only_reasoning") and not self._record.calls):
+            raise self._unusable(flaw, reply)
         return reply
 
-    def _is_unusable(self, reply: ModelReply) -> bool:
-        return reply.problem is not None and not (reply.is_empty_answer and self._record.calls)
+    async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:
+        logger.info("the model is asked again, because its reply has the flaw %r: %s", nudge.kind, nudge.message)
+        self._record.round_nudges.append(nudge)
+        self._history.add_nudge(text_or_placeholder(reply), nudge.message, reasoning=reply.reasoning_fields)
+        if self._channel.has_listener:
+            await self._channel.put(ModelNudged(nudge))
+
+    def _unusable(self, flaw: NudgeKind, reply: ModelReply) -> LLMResponseError:
+        if flaw == "missing_call":
+            problem = f"returned a reply with the finish reason {reply.finish_reason!r}, but without a tool call"
+        else:
+            problem = "returned an empty answer"
+        return LLMResponseError(
+            f"the model {problem}{' twice' if self._nudges.has_given(flaw) else ''}",
+            hint=_MISSING_CALL_HINT if flaw == "missing_call" else _EMPTY_ANSWER_HINT,
+            context={"operation": "agent run", "model": self._record.model},
+        )
 
     async def _ask_model(self) -> ModelReply:
         self._context.trim()
@@ -290,7 +357,7 @@ class RunLoop:
         response_format = None if self._output is None else self._output.response_format
         if response_format is not None:
             params["response_format"] = response_format
-        elif self._toolset.definitions:
+        elif self._toolset.definitions and self._may_call:
             params["tools"] = self._toolset.definitions
         params |= sampling_params(
             self._settings.sampling, has_tools="tools" in params, is_first_round=self._record.rounds <= 1
@@ -303,7 +370,8 @@ class RunLoop:
         if self._output is not None and reply.is_only_reasoning and not reply.calls:
             reply.text = answer_in_reasoning(reply.reasoning)
         self._count_tokens(reply, prompt_size)
-        if not reply.calls and allows_calls(params) and (found := self._toolset.find_text_calls(reply.text)):
+        reply.may_call = allows_calls(params)
+        if not reply.calls and reply.may_call and (found := self._toolset.find_text_calls(reply.text)):
             reply.text, reply.calls = found
         record.end_reply(reply.text, reply.reasoning)
         return reply

@@ -69,6 +69,10 @@ class OutputReader:
         """Records that the model has called a tool instead of answering, so that it may answer freely again."""
         self._is_requested = not self._has_tools
 
+    def forbid_tools(self) -> None:
+        """Records that the run has used up its limits, so that its next request asks for the output."""
+        self._is_requested = True
+
     def failed(self, error: InvalidAnswerError, text: str, model: str | None) -> LLMValidationError:
         """Returns the error of a run whose model did not give a valid output."""
         return LLMValidationError(

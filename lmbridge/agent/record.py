@@ -9,7 +9,7 @@ import attrs
 
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.agent.history import History
-from lmbridge.agent.result import Round, RunResult, StopReason
+from lmbridge.agent.result import Nudge, Round, RunResult, StopReason
 from lmbridge.agent.tools import ToolCall
 from lmbridge.client.reasoning import SplitReply, split_reasoning
 from lmbridge.types import RunUsage, Usage
@@ -39,12 +39,16 @@ class RunRecord:
     """The errors of tool sources without which the run goes on. The keys are their names."""
     warnings: list[str] = attrs.field(factory=list)
     """What may be wrong with the result although the run ended well."""
+    has_last_words: bool = False
+    """Whether the model has answered although the run had used up a limit."""
     output: Any = None
     """The validated output of a run with an output type; None until the model has given it."""
     log: list[Round] = attrs.field(factory=list)
     """The rounds that have ended."""
     usage: RunUsage = attrs.field(factory=_zero_usage)
     """Tokens of all rounds, as far as the server counted them."""
+    round_nudges: list[Nudge] = attrs.field(factory=list)
+    """The nudges of the current round."""
     round_usage: RunUsage | None = None
     """Tokens of the current round; None if the server has not counted any."""
     _last_reply: SplitReply = _EMPTY_REPLY
@@ -69,6 +73,7 @@ class RunRecord:
     def begin_round(self) -> None:
         """Counts a round that begins."""
         self.rounds += 1
+        self.round_nudges = []
         self.round_usage = None
 
     def begin_reply(self) -> None:

@@ -41,6 +41,8 @@ class ModelReply:
     """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
     """The tokens of the request, as the server counted them; None if it did not count them."""
+    may_call: bool = False
+    """Whether the request offered tools, and did not forbid the model to call them."""
 
     @classmethod
     def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
@@ -62,22 +64,9 @@ class ModelReply:
         )
 
     @property
-    def problem(self) -> str | None:
-        """What makes the reply unusable, as a clause about the model; None if there is an answer or a call.
-
-        A reply that was cut off at its limit is not unusable.
-        """
-        if self.calls or self.finish_reason == "length":
-            return None
-        if self.finish_reason in _ANNOUNCES_CALLS:
-            return f"returned a reply with the finish reason {self.finish_reason!r}, but without a tool call"
-        return "returned an empty answer" if self.is_empty_answer else None
-
-    @property
-    def is_empty_answer(self) -> bool:
-        """Whether the reply has neither text nor calls, and does not announce a call either."""
-        has_reason = self.finish_reason == "length" or self.finish_reason in _ANNOUNCES_CALLS
-        return not (self.calls or has_reason or self.text.strip())
+    def announces_calls(self) -> bool:
+        """Whether the finish reason says that the reply requests calls, although it has none."""
+        return not self.calls and self.finish_reason in _ANNOUNCES_CALLS
 
     @property
     def has_cut_call(self) -> bool:

@@ -42,6 +42,28 @@ ENDINGS: Final[Mapping[str, tuple[str, str]]] = {
 """For each stop reason without an answer: what happened, and what to do next."""
 
 
+NudgeKind = Literal[
+    "empty", "only_reasoning", "cut_reasoning", "promise", "missing_call", "unreadable_call", "cut_call"
+]
+"""What was wrong with a reply, so that the model was asked again.
+
+The reply was empty, it had only reasoning, or its reasoning was cut off at the limit on tokens; its last sentence
+promised a call, its finish reason announced one, it had one in a form that could not be read, or one that was cut off.
+"""
+
+
+@attrs.frozen(kw_only=True)
+class Nudge:
+    """A short message to the model about a reply that was neither an answer nor a call."""
+
+    kind: NudgeKind
+    """What was wrong with the reply."""
+    message: str
+    """The message to the model, which is not a part of the conversation afterwards."""
+    reply: str
+    """The text of the reply, which is not a part of the conversation either."""
+
+
 @attrs.frozen(kw_only=True)
 class ToolRecord:
     """A call that the model requested, and its result."""
@@ -82,6 +104,8 @@ class Round:
     """The tokens of the round, as the server counted them; None if it did not count them."""
     seconds: float
     """How long the round took, including its tools, in seconds."""
+    nudges: tuple[Nudge, ...] = ()
+    """The messages after which the model replied again in this round."""
 
 
 @attrs.frozen(kw_only=True)

@@ -191,14 +191,15 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             raise
         self._stop_reason = stop
         result = self.partial
-        if stop == "max_rounds":
+        if stop == "max_rounds" and not self._record.has_last_words:
             raise MaxRoundsExceededError(
                 f"the run did not come to an answer within {result.rounds} rounds",
                 result=result,
                 hint=f"{ENDINGS['max_rounds'][1]}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
-        if stop != "stop" and self._settings.output_type is not None:
+        has_output = stop == "stop" or self._record.has_last_words
+        if self._settings.output_type is not None and not has_output:
             meaning, hint = ENDINGS[stop]
             raise RunIncompleteError(
                 f"the run ended without its output: {meaning}",

@@ -29,6 +29,8 @@ Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
 """A function that decides whether a call is made."""
 MaxTokens: TypeAlias = int | Literal["auto"]
 """A limit on the tokens of a reply; "auto" derives it from the model's context."""
+OnLimit: TypeAlias = Literal["raise", "answer"]
+"""What happens when a run has used up its rounds or its tokens."""
 SendReasoning: TypeAlias = bool | Literal["auto"]
 """Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
@@ -80,6 +82,10 @@ class Settings:
     max_parallel_tools: int = attrs.field(default=4, validator=_POSITIVE_INTEGER)
     max_tool_output: int = attrs.field(default=20_000, validator=_POSITIVE_INTEGER)
     max_bad_calls: int = attrs.field(default=5, validator=_POSITIVE_INTEGER)
+    on_limit: OnLimit = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="raise", validator=as_validator(check_choice, choices=get_args(OnLimit))
+    )
+    max_nudges: int = attrs.field(default=2, validator=as_validator(check_integer, minimum=0))
     repetition_limit: int | None = attrs.field(
         default=5, validator=as_validator(check_integer, minimum=2, optional=True)
     )

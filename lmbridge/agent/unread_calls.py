@@ -92,7 +92,7 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
     """
     text = text[-_EXAMINED_CHARACTERS:]
     answer = without_template_tokens(text)
-    opening = _opening_of_call(answer, tool_names)
+    opening = find_unread_call(text, tool_names)
     if opening is not None:
         return f"the answer ends in a tool call that could not be read ({opening})"
     if len(answer) < len(text.rstrip()):
@@ -100,8 +100,14 @@ def describe_markup(text: str, tool_names: Collection[str]) -> str | None:
     return None
 
 
-def _opening_of_call(text: str, tool_names: Collection[str]) -> str | None:
-    """Returns the words with which the call begins that the text ends in, or None."""
+def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
+    """Returns the words with which the call begins that an answer ends in, or None.
+
+    Args:
+        text: The answer.
+        tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
+    """
+    text = without_template_tokens(text[-_EXAMINED_CHARACTERS:])
     for syntax in _UNREAD_SYNTAXES:
         for position in _last_mentions(text, syntax.opening):
             content = position + len(syntax.opening)

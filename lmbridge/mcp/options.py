@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
 from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.run_tools import AnyTool
 from lmbridge.agent.sampling import SamplingOptions
-from lmbridge.agent.settings import Approve, MaxTokens, SendReasoning
+from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, SendReasoning
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.config import Priority
 
@@ -36,6 +36,8 @@ class AgentOptions(TypedDict, total=False):
     max_parallel_tools: int
     max_tool_output: int
     max_bad_calls: int
+    on_limit: OnLimit
+    max_nudges: int
     repetition_limit: int | None
     deduplicate_calls: bool
     send_reasoning: SendReasoning

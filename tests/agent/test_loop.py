@@ -184,10 +184,10 @@ async def test_a_call_that_was_cut_off_is_never_made(
         made.append(a + b)
 
     whole = asks("note", "call_1", a=5, b=5)
-    scripted_server.script(
-        calls(whole, asks_raw("note", '{"a": 1, "b": 2}'[:cut], "call_2"), text="So:", finish_reason="length")
-    )
+    reply = calls(whole, asks_raw("note", '{"a": 1, "b": 2}'[:cut], "call_2"), text="So:", finish_reason="length")
+    scripted_server.script(reply, reply)
     result = await Agent(client, tools=[note]).run("Note.")
+    assert len(generations(scripted_server)) == 2
     assert (result.stop_reason, result.text, result.tool_calls, made) == ("length", "So:", (), [])
     check_valid(result.messages)
 
@@ -452,7 +452,7 @@ async def test_two_empty_first_answers_are_an_error(scripted_server: ScriptedSer
 
 
 async def test_an_empty_answer_after_a_tool_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""))
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""), answer(""))
     result = await Agent(client, tools=[add]).run("Add them, and say nothing.")
     assert (result.text, result.stop_reason, result.rounds) == ("", "stop", 2)
     check_valid(result.messages)
@@ -469,7 +469,6 @@ async def test_a_call_that_was_announced_and_is_missing_is_asked_for_once_more(
     scripted_server.script(answer(text, finish_reason=reason), calls(asks("add", a=1, b=2)), answer("3"))
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.text, result.stop_reason, result.rounds) == ("3", "stop", 2)
-    assert sent(scripted_server, 0)["messages"] == sent(scripted_server, 1)["messages"]
     check_valid(result.messages)
 
 

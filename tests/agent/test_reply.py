@@ -39,7 +39,7 @@ def test_a_legacy_function_call_is_a_call() -> None:
     reply = read({"content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}, "function_call")
     assert [call["function"] for call in reply.calls] == [{"name": "f", "arguments": '{"a": 1}'}]
     assert reply.calls[0]["id"]
-    assert reply.problem is None
+    assert not reply.announces_calls
 
 
 @pytest.mark.parametrize("legacy", [None, {}, "f", [], {"name": "", "arguments": ""}])
@@ -54,18 +54,16 @@ def test_a_function_call_beside_tool_calls_is_the_same_call() -> None:
 
 @pytest.mark.parametrize("reason", ["tool_calls", "tool_call", "function_call", "tool_use"])
 @pytest.mark.parametrize("text", ["", "Let me see."])
-def test_a_finish_reason_that_announces_a_call_which_is_not_there_is_a_problem(reason: str, text: str) -> None:
+def test_a_finish_reason_that_announces_a_call_which_is_not_there_is_noticed(reason: str, text: str) -> None:
     for listed in (None, [], [None]):
-        problem = read({"content": text, "tool_calls": listed}, reason).problem
-        assert problem is not None
-        assert repr(reason) in problem
+        assert read({"content": text, "tool_calls": listed}, reason).announces_calls
 
 
 @pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", None, "banana", 3, {}])
 def test_a_call_is_a_call_whatever_the_finish_reason_is(reason: Any) -> None:
     reply = read({"tool_calls": [asks("f")]}, reason)
     assert len(reply.calls) == 1
-    assert reply.problem is None
+    assert not reply.announces_calls
     assert not reply.has_cut_call
 
 
@@ -99,9 +97,9 @@ def test_an_entry_that_is_not_a_call_becomes_a_call_without_a_name(entry: Any) -
         {"choices": [{"message": {"tool_calls": "f"}}]},
     ],
 )
-def test_a_reply_without_content_is_an_empty_answer(completion: Any) -> None:
+def test_a_reply_without_content_has_no_text(completion: Any) -> None:
     reply = ModelReply.from_completion(completion)
-    assert (reply.text, reply.calls, reply.is_empty_answer) == ("", [], True)
+    assert (reply.text, reply.calls, reply.announces_calls) == ("", [], False)
 
 
 def test_usage_that_is_not_a_count_is_ignored() -> None:

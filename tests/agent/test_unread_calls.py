@@ -251,13 +251,15 @@ async def test_the_warning_is_in_the_result_and_in_the_log(
 async def test_a_call_in_the_reasoning_of_an_empty_answer_is_noticed(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
-    scripted_server.script(calls(asks_raw("add", '{"a": 1, "b": 2}')), answer("", reasoning=f"Again. {HERMES}"))
+    again = answer("", reasoning=f"Again. {HERMES}")
+    scripted_server.script(calls(asks_raw("add", '{"a": 1, "b": 2}')), again, again)
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.text, len(result.warnings)) == ("", 1)
 
 
 async def test_markup_that_was_cut_off_is_noticed(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    scripted_server.script(answer('<tool_call>{"name": "add", "arg', finish_reason="length"))
+    cut = answer('<tool_call>{"name": "add", "arg', finish_reason="length")
+    scripted_server.script(cut, cut)
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.stop_reason, len(result.warnings)) == ("length", 1)
 

@@ -1,0 +1,173 @@
+"""Finds replies that are neither an answer nor a call, and says briefly what is missing.
+
+Small models often stop without having done anything: the reply is empty, it has only reasoning, or it announces a call
+that does not follow. Sending the same request again gives the same reply at temperature 0, and ending the run gives up
+a task that one sentence can save. So the model is asked again, with its reply and one sentence about it.
+
+The sentence is a user message after the model's reply, because chat templates differ in everything else: some refuse
+two user messages in a row, some a second system message, and some a user message directly after a tool's result. Both
+messages are left out again as soon as the model has replied, so that it does not learn from its own mistake, and the
+conversation that the user sees has only what matters.
+
+A false alarm costs a generation, and may replace a good answer by a worse one. So a promise is recognised only in the
+last sentence of a reply, only in English, and only if tools were offered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+import attrs
+import msgspec
+
+from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.result import Nudge, NudgeKind
+from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.unread_calls import find_unread_call
+
+_EXAMINED_CHARACTERS: Final = 400
+"""How many characters at the end of a reply may be its last sentence."""
+_EMPTY_REPLY: Final = "(The reply was empty.)"
+"""Stands for a reply without text, because some servers refuse a message without content."""
+
+_MESSAGES: Final[Mapping[NudgeKind, str]] = {
+    "empty": "Your reply was empty. Now {action}.",
+    "only_reasoning": "Your reply had only reasoning. Now {action}.",
+    "cut_reasoning": "Your reasoning reached the limit of {max_tokens} tokens. Reason only briefly, then {action}.",
+    "promise": "You have not called a tool. If you need one, call it now. Otherwise give your final answer.",
+    "missing_call": "Your reply announced a tool call, but had none. Now {action}.",
+    "unreadable_call": "Your tool call could not be read. Make it again, in exactly this form:\n{form}",
+    "cut_call": "Your tool call was cut off at {max_tokens} tokens, so it was not made. Make a shorter call, or several"
+    " short ones.",
+}
+
+_SENTENCE_END: Final = re.compile(r"[.!?](?=\s)|\n")
+_ADVERBS: Final = (
+    r"(?:(?:now|first|next|then|also|just|quickly|immediately|directly|go ahead and|proceed to|try to|start by"
+    r"|begin by),?\s+)*"
+)
+_WORK: Final = (
+    r"(?:call|check|look|search|fetch|get|retrieve|query|run|read|find|open|list|execute|invoke|calculate|compute"
+    r"|convert|gather|inspect|examine|verify|request|perform|determine|take a look|do (?:that|this|so)"
+    r"|calling|checking|looking|searching|fetching|getting|retrieving|querying|running|reading|finding|listing)\b"
+)
+_FUTURE: Final = (
+    r"(?:I[^\w\s]ll|I will|I am going to|I[^\w\s]m going to|I[^\w\s]m about to|let me|let[^\w\s]s|let us)\s+"
+)
+_PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
+_USE: Final = re.compile(
+    rf"\b(?:{_FUTURE}|I (?:need|have|should) (?:to )?){_ADVERBS}(?:use|call|try|invoke)\b", re.IGNORECASE
+)
+_PROGRESS: Final = re.compile(
+    r"^\W*(?:now\s+)?(?:calling|checking|searching|fetching|looking|running|getting|retrieving|querying)\b"
+    r".*(?:\u2026|\.\.|:)\W*$",
+    re.IGNORECASE,
+)
+_WAIT: Final = re.compile(r"\b(?:one moment|please wait|just a (?:moment|second)|hold on a)\b", re.IGNORECASE)
+_TOOL: Final = re.compile(r"\b(?:tool|function)\b", re.IGNORECASE)
+_TO_THE_READER: Final = re.compile(
+    r"\?|\blet me know\b|\b(?:if|when|once|whenever|unless|until|should|would|could) you\b", re.IGNORECASE
+)
+
+
+def _most_in_run(nudges: Nudges) -> int:
+    return 3 * nudges._most_per_round  # noqa: SLF001 - it is the default of a field of the same class
+
+
+@attrs.define
+class Nudges:
+    """Decides whether the model is asked again, within the limits of one run.
+
+    Args:
+        toolset: The tools of the run.
+        most_per_round: The option `max_nudges` of the run.
+    """
+
+    _toolset: Toolset
+    _most_per_round: int
+    _left: int = attrs.field(init=False, default=attrs.Factory(_most_in_run, takes_self=True))
+    _given: set[NudgeKind] = attrs.field(init=False, factory=set)
+
+    def begin_round(self) -> None:
+        """Allows each kind of nudge once more."""
+        self._given.clear()
+
+    def has_given(self, kind: NudgeKind) -> bool:
+        """Returns whether the model was already asked again for this reason in this round."""
+        return kind in self._given
+
+    def next(self, kind: NudgeKind, reply: ModelReply, *, max_tokens: int) -> Nudge | None:
+        """Returns what to tell the model about a flawed reply; None if the limits are reached.
+
+        Args:
+            kind: What is wrong with the reply, as `find_flaw` returned it.
+            reply: The reply.
+            max_tokens: The limit on its tokens.
+        """
+        if kind in self._given or len(self._given) >= self._most_per_round or not self._left:
+            return None
+        self._given.add(kind)
+        self._left -= 1
+        message = _MESSAGES[kind].format(
+            action="call a tool or give your answer" if reply.may_call else "give your answer",
+            form=self._example(reply.text or reply.reasoning) if kind == "unreadable_call" else "",
+            max_tokens=max_tokens,
+        )
+        return Nudge(kind=kind, message=message, reply=reply.text)
+
+    def _example(self, text: str) -> str:
+        """Returns a call in a form that can be read, of the tool that a text mentions last."""
+        name = max(self._toolset.names, key=text.rfind)
+        definition = next(each["function"] for each in self._toolset.definitions if each["function"]["name"] == name)
+        properties = definition.get("parameters", {}).get("properties", {})
+        arguments = {each: _placeholder(schema) for each, schema in properties.items()}
+        return f"<tool_call>\n{msgspec.json.encode({'name': name, 'arguments': arguments}).decode()}\n</tool_call>"
+
+
+def text_or_placeholder(reply: ModelReply) -> str:
+    """Returns the text of a flawed reply, or what stands for it if it has none."""
+    return reply.text if reply.text.strip() else _EMPTY_REPLY
+
+
+def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
+    """Returns why a reply is neither an answer nor a call that can be made; None if it is one of them.
+
+    An answer that was cut off at the limit on tokens is an answer, of which the run reports that it was cut off.
+    """
+    is_cut = reply.finish_reason == "length"
+    if reply.calls:
+        return "cut_call" if reply.has_cut_call else None
+    if reply.announces_calls:
+        return "missing_call"
+    if reply.may_call and find_unread_call(reply.text or reply.reasoning, toolset.names):
+        return "cut_call" if is_cut else "unreadable_call"
+    if reply.text.strip():
+        return "promise" if reply.may_call and not is_cut and is_promise(reply.text, toolset.names) else None
+    if reply.reasoning.strip():
+        return "cut_reasoning" if is_cut else "only_reasoning"
+    return None if is_cut else "empty"
+
+
+def is_promise(text: str, tool_names: Collection[str]) -> bool:
+    """Returns whether the last sentence of a text announces work, or the call of a tool, that does not follow."""
+    end = text[-_EXAMINED_CHARACTERS:].strip()
+    sentence = _SENTENCE_END.split(end)[-1]
+    if _TO_THE_READER.search(sentence):
+        return False
+    if _PROMISE.search(sentence) or _PROGRESS.search(sentence) or _WAIT.search(sentence):
+        return True
+    names_tool = _TOOL.search(sentence) is not None or any(name in sentence for name in tool_names)
+    return names_tool and _USE.search(sentence) is not None
+
+
+def _placeholder(schema: Any) -> Any:
+    """Returns a value that shows the type of a parameter."""
+    if not isinstance(schema, Mapping):
+        return "..."
+    if schema.get("enum"):
+        return schema["enum"][0]
+    return {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}, "null": None}.get(
+        str(schema.get("type")), "..."
+    )

@@ -1,0 +1,280 @@
+"""Replies that are neither an answer nor a call: how they are recognized, and what the model is told."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from lmbridge import Agent, LLMClient, LLMResponseError, ModelNudged, RunFinished
+from lmbridge.agent.history import History
+from lmbridge.agent.nudges import find_flaw, is_promise
+from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.toolset import Toolset
+from lmbridge.testing import Behaviour, ScriptedServer, answer
+from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, sent
+
+CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+UNREADABLE = "<function=add>{a: 1, b: 2"
+
+
+def reply(
+    text: str = "", reasoning: str = "", *, reason: Any = "stop", may_call: bool = True, **message: Any
+) -> ModelReply:
+    choice = {"message": {"content": text, "reasoning_content": reasoning, **message}, "finish_reason": reason}
+    read = ModelReply.from_completion({"choices": [choice]})
+    read.may_call = may_call
+    return read
+
+
+@pytest.fixture
+async def toolset() -> Toolset:
+    return await Toolset.collect([add])
+
+
+# What is wrong with a reply
+
+
+@pytest.mark.parametrize(
+    ("given", "flaw"),
+    [
+        (reply(), "empty"),
+        (reply(" \n"), "empty"),
+        (reply(may_call=False), "empty"),
+        (reply(reason=None), "empty"),
+        (reply(reason="length"), None),
+        (reply(reasoning="Hm."), "only_reasoning"),
+        (reply("<think>Hm.</think>"), "only_reasoning"),
+        (reply("<think>Hm."), "only_reasoning"),
+        (reply(reasoning="Hm.", reason="length"), "cut_reasoning"),
+        (reply("<think>Hm.", reason="length"), "cut_reasoning"),
+        (reply("It is 3."), None),
+        (reply("It is", reason="length"), None),
+        (reply("It is 3.", reason="tool_calls"), "missing_call"),
+        (reply(reason="function_call"), "missing_call"),
+        (reply("I will call add now."), "promise"),
+        (reply("I will call add now.", reason="length"), None),
+        (reply("I will call add now.", may_call=False), None),
+        (reply(UNREADABLE), "unreadable_call"),
+        (reply(UNREADABLE, may_call=False), None),
+        (reply(UNREADABLE, reason="length"), "cut_call"),
+        (reply(reasoning=f"I add them. {UNREADABLE}"), "unreadable_call"),
+        (reply(tool_calls=[asks("add", a=1, b=2)]), None),
+        (reply(tool_calls=[asks("add", a=1, b=2)], reason="length"), None),
+        (reply(tool_calls=[asks_raw("add", '{"a": 1')], reason="length"), "cut_call"),
+        (reply(tool_calls=[asks_raw("add", '{"a": 1')]), None),
+    ],
+)
+def test_a_reply_that_is_neither_an_answer_nor_a_call_has_a_flaw(
+    given: ModelReply, flaw: str | None, toolset: Toolset
+) -> None:
+    assert find_flaw(given, toolset) == flaw
+
+
+PROMISES = [
+    "I will now call the add tool.",
+    "I'll check the weather for you.",
+    "I\u2019ll look that up",
+    "Let me check that for you:",
+    "Sure! Let me search the database...",
+    "To find out, I am going to read the file first.",
+    "I need to use the add function to solve this.",
+    "First, I'm going to fetch the list of users.",
+    "The sum is not known yet. Let's first calculate it.",
+    "Calling add...",
+    "Checking the weather in Paris\u2026",
+    "One moment, please.",
+    "Okay.\n\nI will go ahead and query the database now.",
+    "I'll start by listing the files.",
+]
+
+
+@pytest.mark.parametrize("text", PROMISES)
+def test_a_promise_is_recognized(text: str) -> None:
+    assert is_promise(text, ["add"])
+
+
+ANSWERS = [
+    "It is 3.",
+    "Let me know if you need anything else.",
+    "I have checked the weather: it is sunny.",
+    "I'll be happy to help with that.",
+    "I will call you Bob from now on.\n\nNice to meet you, Bob.",
+    "Let me explain: a tool is a function that a model can call.",
+    "Do you want me to look it up? I can do that.",
+    "If you want, I will check the weather in other cities.",
+    "Would you like me to search again? Then I will run the query once more if you agree.",
+    "I called add, and the sum is 3.",
+    "The function add returns the sum of its arguments.",
+    "Once you give me the file, I'll read it.",
+    "You should check the log, and then run the command again.",
+    "Let me check. I looked it up: the sum is 3.",
+    "First I will call add.\n\nDone: the sum is 3.",
+    "The steps: 1. fetch the list. 2. sort it.",
+    "I can't look that up, because I have no tool for it.",
+    "Running the tests takes two minutes.",
+    "Should I search the web?",
+    "I'm sorry, I could not find any result.",
+]
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_an_answer_is_no_promise(text: str) -> None:
+    assert not is_promise(text, ["add"])
+
+
+def test_only_the_end_of_a_long_answer_is_examined() -> None:
+    assert not is_promise("I will call add " * 100_000 + ". The sum is 3.", ["add"])
+
+
+# What a run does
+
+FATAL = ("empty", "only_reasoning", "missing_call")
+"""The flaws with which a run ends in an error if they remain."""
+NUDGES: list[tuple[str, Behaviour, str]] = [
+    ("empty", answer(""), "Your reply was empty"),
+    ("only_reasoning", answer("", reasoning="Hm."), "only reasoning"),
+    ("cut_reasoning", answer("", reasoning="Hm.", finish_reason="length"), "limit of 8192 tokens"),
+    ("promise", answer("I will call add now."), "have not called a tool"),
+    ("missing_call", answer("Yes.", finish_reason="tool_calls"), "announced a tool call"),
+    ("unreadable_call", answer(UNREADABLE), '{"name":"add","arguments":{"a":1,"b":1}}'),
+    ("cut_call", calls(asks_raw("add", '{"a": 1'), finish_reason="length"), "cut off at 8192 tokens"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flawed", "words"), NUDGES, ids=[kind for kind, _, _ in NUDGES])
+@pytest.mark.parametrize("calls_before", [0, 1])
+async def test_a_nudge_is_sent_once_and_forgotten_when_it_has_worked(
+    scripted_server: ScriptedServer, client: LLMClient, kind: str, flawed: Behaviour, words: str, calls_before: int
+) -> None:
+    call = calls(asks("add", a=1, b=2))
+    scripted_server.script(*[call] * calls_before, flawed, call, answer("It is 3."))
+    events = [event async for event in Agent(client, tools=[add]).stream("1 + 2?")]
+    last = events[-1]
+    assert isinstance(last, RunFinished)
+    result = last.result
+    assert (result.text, result.stop_reason, result.rounds) == ("It is 3.", "stop", calls_before + 2)
+
+    before, during, after = (sent(scripted_server, calls_before + place)["messages"] for place in range(3))
+    assert during[: len(before)] == before
+    bad_reply, nudge = during[len(before) :]
+    assert (bad_reply["role"], nudge["role"]) == ("assistant", "user")
+    assert bad_reply["content"]
+    assert words in nudge["content"]
+    assert after[: len(before)] == before
+    assert [message["role"] for message in after[len(before) :]] == ["assistant", "tool"]
+    check_valid(result.messages)
+    assert result.messages[:-1] == after
+
+    (event,) = [event for event in events if isinstance(event, ModelNudged)]
+    assert (event.nudge.kind, event.nudge.message) == (kind, nudge["content"])
+    assert result.log[calls_before].nudges == (event.nudge,)
+    assert [len(each.nudges) for each in result.log] == [*[0] * calls_before, 1, 0]
+
+
+@pytest.mark.parametrize(("kind", "flawed", "_words"), NUDGES, ids=[kind for kind, _, _ in NUDGES])
+async def test_each_kind_is_sent_once_a_round(
+    scripted_server: ScriptedServer, client: LLMClient, kind: str, flawed: Behaviour, _words: str
+) -> None:
+    scripted_server.default = flawed
+    agent = Agent(client, tools=[add])
+    if kind in FATAL:
+        with pytest.raises(LLMResponseError, match="twice") as caught:
+            await agent.run("1 + 2?")
+        assert caught.value.partial.messages == [{"role": "user", "content": "1 + 2?"}]
+    else:
+        result = await agent.run("1 + 2?")
+        assert result.stop_reason == ("length" if kind.startswith("cut") else "stop")
+        assert [nudge.kind for nudge in result.log[0].nudges] == [kind]
+        assert [message["role"] for message in result.messages] == ["user", "assistant"]
+    assert len(generations(scripted_server)) == 2
+
+
+async def test_different_kinds_share_the_limit_of_a_round(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer(""), answer("I will call add now."), answer(UNREADABLE), answer("Not asked for."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, len(generations(scripted_server))) == (UNREADABLE, 3)
+    assert [nudge.kind for nudge in result.log[0].nudges] == ["empty", "promise"]
+    # The request after the second nudge still has the first one.
+    assert [message["role"] for message in sent(scripted_server)["messages"]] == [
+        "user", "assistant", "user", "assistant", "user",
+    ]  # fmt: skip
+
+
+async def test_a_run_has_three_times_as_many_nudges_as_a_round(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    flawed = calls(asks("add", a=1, b=2)), answer("I will call add now.")
+    scripted_server.script(*flawed * 3, *flawed)
+    result = await Agent(client, tools=[add], max_nudges=1, repetition_limit=None).run("1 + 2?")
+    assert (result.text, sum(len(each.nudges) for each in result.log)) == ("I will call add now.", 3)
+
+
+@pytest.mark.parametrize(("kind", "flawed", "_words"), NUDGES, ids=[kind for kind, _, _ in NUDGES])
+async def test_without_nudges_the_model_is_not_asked_again(
+    scripted_server: ScriptedServer, client: LLMClient, kind: str, flawed: Behaviour, _words: str
+) -> None:
+    scripted_server.default = flawed
+    agent = Agent(client, tools=[add], max_nudges=0)
+    if kind in FATAL:
+        with pytest.raises(LLMResponseError):
+            await agent.run("1 + 2?")
+    else:
+        await agent.run("1 + 2?")
+    assert len(generations(scripted_server)) == 1
+
+
+async def test_an_empty_answer_after_a_tool_is_asked_for_once_more(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason) == ("It is 3.", "stop")
+
+
+async def test_a_run_without_tools_is_not_told_to_call_one(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer(""), answer("Hello."))
+    await Agent(client).run("Hi.")
+    assert sent(scripted_server)["messages"][-1]["content"] == "Your reply was empty. Now give your answer."
+
+
+async def test_the_form_of_a_call_is_that_of_the_tool_in_the_reply(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    def paint(colour: str, tags: list[str], *, dry: bool = False) -> str:
+        """Paints."""
+        return f"{colour} {tags} {dry}"
+
+    scripted_server.script(answer("[TOOL_CALLS]paint{colour: red"), answer("Done."))
+    await Agent(client, tools=[paint, add]).run("Paint.")
+    form = '{"name":"paint","arguments":{"colour":"...","tags":[],"dry":true}}'
+    assert sent(scripted_server)["messages"][-1]["content"].endswith(f"<tool_call>\n{form}\n</tool_call>")
+
+
+async def test_an_unreadable_call_is_reported_even_if_the_nudge_has_worked(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer(UNREADABLE), calls(asks("add", a=1, b=2)), answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    (warning,) = result.warnings
+    assert re.search(r"could not be read \(<function=\)", warning)
+
+
+async def test_a_cancelled_run_has_no_nudge_in_its_messages(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer(""), answer("never", gate=asyncio.Event()))
+    async with Agent(client, tools=[add]).stream("1 + 2?") as events:
+        async for event in events:
+            if isinstance(event, ModelNudged):
+                break
+    assert events.handle.messages == [{"role": "user", "content": "1 + 2?"}]
+
+
+async def test_a_nudge_counts_towards_the_size_of_the_prompt() -> None:
+    history = History("Hi.")
+    size = history.size
+    history.add_nudge("(The reply was empty.)", "Again.")
+    assert history.size > size
+    history.drop_nudges()
+    assert (history.size, len(history.to_send())) == (size, 1)
