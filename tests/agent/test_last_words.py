@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from lmbridge import Agent, LLMClient, LLMValidationError, MaxRoundsExceededError, RunIncompleteError
-from lmbridge.testing import ScriptedServer, answer
+from lmbridge.testing import Behaviour, ScriptedServer, answer
 from tests.agent.support import add, asks, calls, check_valid, generations, sent
 
 CALL = calls(asks("add", a=1, b=2))
@@ -20,7 +21,7 @@ class Sum:
 
 @pytest.mark.parametrize(("options", "stop"), [({"max_rounds": 1}, "max_rounds"), ({"max_total_tokens": 1}, "budget")])
 async def test_a_run_at_its_limit_gives_its_best_answer(
-    scripted_server: ScriptedServer, client: LLMClient, options: dict[str, int], stop: str
+    scripted_server: ScriptedServer, client: LLMClient, options: dict[str, Any], stop: str
 ) -> None:
     scripted_server.script(CALL, answer("Probably 3."))
     result = await Agent(client, tools=[add], on_limit="answer", tool_choice="auto", **options).run("1 + 2?")
@@ -45,9 +46,9 @@ async def test_by_default_a_run_without_an_answer_raises(scripted_server: Script
 
 @pytest.mark.parametrize("last", [answer(""), answer("", reasoning="Hm."), CALL])
 async def test_a_run_whose_last_words_are_none_ends_like_any_other(
-    scripted_server: ScriptedServer, client: LLMClient, last: object
+    scripted_server: ScriptedServer, client: LLMClient, last: Behaviour
 ) -> None:
-    scripted_server.script(CALL, last)  # type: ignore[arg-type] - it is one of the three behaviours above
+    scripted_server.script(CALL, last)
     with pytest.raises(MaxRoundsExceededError) as caught:
         await Agent(client, tools=[add], max_rounds=1, on_limit="answer").run("1 + 2?")
     check_valid(caught.value.result.messages)
@@ -64,7 +65,7 @@ async def test_the_last_words_are_the_typed_output(scripted_server: ScriptedServ
 
 @pytest.mark.parametrize("options", [{"max_rounds": 1}, {"max_total_tokens": 1}])
 async def test_last_words_that_are_not_the_output_are_an_error(
-    scripted_server: ScriptedServer, client: LLMClient, options: dict[str, int]
+    scripted_server: ScriptedServer, client: LLMClient, options: dict[str, Any]
 ) -> None:
     scripted_server.script(CALL, answer("Three."))
     agent = Agent(client, tools=[add], on_limit="answer", output_type=Sum, **options)
@@ -82,5 +83,6 @@ async def test_an_answer_within_the_limits_is_not_asked_for_again(
 
 
 def test_on_limit_is_one_of_two_words(client: LLMClient) -> None:
+    options: dict[str, Any] = {"on_limit": "continue"}
     with pytest.raises(LLMValidationError, match="on_limit"):
-        Agent(client, on_limit="continue")  # type: ignore[arg-type] - the test of the check
+        Agent(client, **options)
