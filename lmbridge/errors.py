@@ -430,7 +430,26 @@ class MaxRoundsExceededError(RunIncompleteError):
 
 
 class ToolError(LLMError):
-    """A tool failed, or was called with arguments that it does not accept."""
+    """A tool failed, or was called with arguments that it does not accept.
+
+    A tool that raises it can show the model images as well, such as a screenshot of what went wrong::
+
+        raise ToolError("the button is missing", images=[image_part("screen.png")])
+
+    Attributes:
+        images: Images for the model, as content parts. Default: none.
+    """
+
+    def __init__(
+        self,
+        message: str = "the tool failed",
+        original_exception: BaseException | None = None,
+        *,
+        images: Sequence[Mapping[str, Any]] = (),
+        **details: Unpack[ErrorDetails],
+    ) -> None:
+        super().__init__(message, original_exception, **details)
+        self.images = tuple(images)
 
 
 class MCPError(LLMError):

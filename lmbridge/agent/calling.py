@@ -125,6 +125,7 @@ async def call_tool(
         text, is_error = str(exc), True
     except Exception as exc:  # noqa: BLE001 - the model reads every exception of a tool
         raw, text, is_error = exc, _describe_exception(exc), True
+        images = exc.images if isinstance(exc, ToolError) else ()
     finally:
         has_ended.set()
     return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began, images)

@@ -50,7 +50,7 @@ from lmbridge.client.names import is_same_model
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.structured import InvalidAnswerError, answer_in_reasoning
-from lmbridge.client.surrogates import Halves, join_halves
+from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves
 from lmbridge.errors import (
     ContextLengthExceededError,
     LLMResponseError,
@@ -144,6 +144,8 @@ class RunLoop:
         await self._begin_round()
         if await self._toolset.add_new_tools():
             self._context.tools_size = _definitions_size(self._toolset)
+            if self._output is not None:
+                self._output.add_tools()
         reply = await self._get_reply()
         records: Sequence[ToolRecord] = ()
         if reply.calls and not reply.has_cut_call:
@@ -422,6 +424,8 @@ class RunLoop:
             await stream.aclose()
             raise
         if splitter is not None:
+            if (rest := rest_of_halves(halves)) is not None:
+                await self._send_deltas(splitter.feed(rest))
             await self._send_deltas(splitter.close())
         return ModelReply.from_completion(reply_so_far() or {})
 

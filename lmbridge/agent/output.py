@@ -65,6 +65,10 @@ class OutputReader:
         self._is_requested = True
         return " ".join(sentences)
 
+    def add_tools(self) -> None:
+        """Records that the run has got new tools, so that the model may answer freely and use them."""
+        self._has_tools, self._is_requested = True, False
+
     def allow_tools(self) -> None:
         """Records that the model has called a tool instead of answering, so that it may answer freely again."""
         self._is_requested = not self._has_tools

@@ -21,9 +21,12 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     """One or several texts at which the model stops."""
     tool_choice: Literal["none", "auto", "required"] | str | Mapping[str, Any] | None  # noqa: PYI051 - editors offer these
-    """Whether the model calls a tool. A choice that forces a call applies only to the first round, so that runs end."""
+    """Whether the model calls a tool. A choice that forces a call applies only to the first round, so that runs end.
+
+    With "none", a call that the model requests all the same is not made, and the model is told so.
+    """
     parallel_tool_calls: bool | None
-    """Whether the model may call several tools in one reply."""
+    """Whether the model may call several tools in one reply. With False, several calls are made one after the other."""
     extra_body: Mapping[str, Any] | None
     """Further fields of each request, such as `{"top_k": 20}`, which replace fields of the same name."""
 
@@ -81,8 +84,14 @@ def sampling_params(sampling: Mapping[str, Any], *, has_tools: bool, is_first_ro
     return params
 
 
+def forbids_calls(sampling: Mapping[str, Any]) -> bool:
+    """Returns whether the options of a run say that the model must not call a tool.
+
+    The fields of `extra_body` replace the others.
+    """
+    return {**sampling, **sampling.get("extra_body", {})}.get("tool_choice") == "none"
+
+
 def allows_calls(params: Mapping[str, Any]) -> bool:
     """Returns whether a request with these fields offers tools, and does not forbid the model to call them."""
-    # The fields of `extra_body` replace the others.
-    fields = {**params, **params.get("extra_body", {})}
-    return "tools" in fields and fields.get("tool_choice") != "none"
+    return "tools" in params and not forbids_calls(params)

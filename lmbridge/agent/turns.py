@@ -22,12 +22,15 @@ from lmbridge.agent.history import Turn
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import StopReason, ToolRecord
+from lmbridge.agent.sampling import forbids_calls
 from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from lmbridge.errors import LLMError
 
 _REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
+
+_FORBIDDEN: Final = "Not called: this run does not allow calls of tools (tool_choice is 'none'). Answer in text."
 
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -73,6 +76,8 @@ class TurnRunner:
         self._record = record
         self._channel = channel
         self._is_stopping = is_stopping
+        in_parallel = settings.sampling.get("parallel_tool_calls") is not False
+        self._most_at_once = settings.max_parallel_tools if in_parallel else 1
         self._repetition = RepetitionGuard(settings.repetition_limit)
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
 
@@ -85,7 +90,7 @@ class TurnRunner:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
         sent_calls = map(self._as_sent, reply.calls)
         turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
-        read = await self._toolset.read_all(reply.calls)
+        read = await self._read(reply.calls)
         calls = [_to_tool_call(each) for each in read]
         self._record.calls += calls
         planned = self._plan(read)
@@ -95,6 +100,12 @@ class TurnRunner:
         self._repetition.end_reply()
         self._bad_calls.note(bad=all(isinstance(each, InvalidCall) for each in read))
         return records
+
+    async def _read(self, calls: Sequence[WireCall]) -> Sequence[ReadyCall | InvalidCall]:
+        """Reads the calls of a reply. If the run does not allow calls, none of them can be made."""
+        if not forbids_calls(self._settings.sampling):
+            return await self._toolset.read_all(calls)
+        return [InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN, bad_arguments=False) for each in calls]
 
     def _as_sent(self, call: WireCall) -> WireCall:
         """Returns a call with the name that the tool has in requests, which the model may have got wrong."""
@@ -158,7 +169,7 @@ class TurnRunner:
             await answer_waiting()
         else:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(planned), self._settings.max_parallel_tools)):
+                for _ in range(min(len(planned), self._most_at_once)):
                     group.create_task(answer_waiting())
         return [records[place] for place in range(len(calls))]
 

@@ -13,7 +13,7 @@ from lmbridge.client.reasoning import Piece, ReasoningSplitter
 from lmbridge.client.stream import ReplyStream
 from lmbridge.client.surrogates import join_halves, may_hold_surrogates
 from lmbridge.client.text import StreamedText
-from lmbridge.errors import LLMError, ModelNotFoundError
+from lmbridge.errors import LLMError
 from lmbridge.transport import EventStream
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         if self._halves or may_hold_surrogates(data):
             chunk = join_halves(chunk, self._halves)
         return cast("_Chunk", chunk)
+
+    def _make_last_item(self, rest: dict[str, Any]) -> _Chunk:
+        named = {"id": self._reply_id, "model": self._named_model}
+        choices = [{**each, "finish_reason": None} for each in rest["choices"]]
+        return cast("_Chunk", {key: value for key, value in named.items() if value} | {"choices": choices})
 
 
 class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
@@ -122,6 +127,5 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                     if (item := self._read_event(event)) is not None:
                         return item
                 await self._receive()
-        except ModelNotFoundError as error:
-            await self._complete_error(error)
-            raise
+        except (LLMError, StopAsyncIteration) as ending:
+            return await self._last_item(ending)

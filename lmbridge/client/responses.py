@@ -98,6 +98,11 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
         return ResponseEvent(event, cast("ResponseEventData", value))
 
+    def _make_last_item(self, rest: dict[str, Any]) -> ResponseEvent:
+        name, text = rest.get("type", ""), json.dumps(rest)
+        event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")
+        return ResponseEvent(event, cast("ResponseEventData", rest))
+
     def _add_to_response(self, value: dict[str, Any], text: str) -> None:
         response = value.get("response")
         response = response if isinstance(response, dict) else {}

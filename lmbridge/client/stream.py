@@ -26,7 +26,7 @@ from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy, are_different_models
-from lmbridge.client.surrogates import Halves
+from lmbridge.client.surrogates import Halves, rest_of_halves
 from lmbridge.client.usage import usage_in_stream
 from lmbridge.errors import (
     LLMError,
@@ -205,9 +205,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
                     if (item := self._read_event(event)) is not None:
                         return item
                 await self._receive()
-        except ModelNotFoundError as error:
-            await self._complete_error(error)
-            raise
+        except (LLMError, StopAsyncIteration) as ending:
+            return await self._last_item(ending)
 
     async def asend(self, value: None) -> _Item:
         """Returns the next item. Only None can be sent, because a stream takes no values."""
@@ -314,6 +313,24 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             )
         else:
             logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
+
+    async def _last_item(self, ending: LLMError | StopAsyncIteration) -> _Item:
+        """Returns what the stream still holds back when it ends, or raises the ending if that is nothing.
+
+        The next call then meets the same ending.
+        """
+        may_go_on = isinstance(ending, StopAsyncIteration) or (
+            ending is self._failure and not isinstance(ending, TaskCancelledError)
+        )
+        if self._halves and may_go_on and (rest := rest_of_halves(self._halves)) is not None:
+            return self._make_last_item(rest)
+        if isinstance(ending, ModelNotFoundError):
+            await self._complete_error(ending)
+        raise ending
+
+    def _make_last_item(self, rest: dict[str, Any]) -> _Item:
+        """Returns the item for the last piece of a stream, which no event had."""
+        raise NotImplementedError
 
     async def _complete_error(self, error: LLMError) -> None:
         """Adds to an error of this stream, once, what another request can find out."""

@@ -20,6 +20,8 @@ _REPLACEMENT: Final = "?"
 """The text that replaces a half whose other half never arrived."""
 _EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
 """The fields by which the texts in a streamed response differ."""
+_OF_EVENT: Final = "event"
+"""The first key of the path of a text in an event of a response; for a chunk, that is the index of a choice."""
 
 
 def may_hold_surrogates(data: bytes) -> bool:
@@ -39,8 +41,33 @@ def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
         joined = [_join_in_choice(choice, halves) for choice in choices]
         return {key: joined if key == "choices" else others[key] for key in event}
     if isinstance(delta := event.get("delta"), str):
-        event = {**event, "delta": _join(delta, tuple(str(event.get(key)) for key in _EVENT_KEYS), halves)}
+        values = [event.get(key) for key in _EVENT_KEYS]
+        path = (_OF_EVENT, *(value if isinstance(value, str | int) else None for value in values))
+        event = {**event, "delta": _join(delta, path, halves)}
     return replace_lone_surrogates(event)
+
+
+def rest_of_halves(halves: Halves) -> dict[str, Any] | None:
+    """Returns the last piece of a stream that has ended: the replacements of the halves that it still holds back.
+
+    Halves in calls are left out, as they are in a chunk with a finish reason.
+
+    Args:
+        halves: What was held back. It is empty afterwards.
+
+    Returns:
+        A chunk, or an event of a response; None if nothing is left.
+    """
+    choices: dict[Any, dict[str, Any]] = {}
+    event: dict[str, Any] | None = None
+    for path in halves:
+        if path[0] == _OF_EVENT:
+            event = {key: value for key, value in zip(_EVENT_KEYS, path[1:], strict=True) if value is not None}
+            event["delta"] = _REPLACEMENT
+        elif all(isinstance(key, str) for key in path[1:]):
+            _append(choices.setdefault(path[0], {"index": path[0]}), path[1:], _REPLACEMENT)
+    halves.clear()
+    return {"choices": list(choices.values())} if choices else event
 
 
 def _join_in_choice(choice: dict[str, Any], halves: Halves) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, assert_type
 
 import pytest
@@ -17,8 +18,10 @@ from lmbridge import (
     RunFinished,
     RunIncompleteError,
     TextDelta,
+    Tool,
 )
 from lmbridge.agent.output import OutputReader
+from lmbridge.agent.tools import as_tool
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks, calls, check_valid, generations, sent
 
@@ -222,3 +225,35 @@ async def test_a_call_written_as_text_is_not_made_when_the_output_is_requested(
     result = await Agent(client, tools=[add], output_type=int).run("What is 1 plus 2?")
     assert (result.output, result.tool_calls) == (3, ())
     assert "tools" not in sent(scripted_server, 1)
+
+
+class GrowingProvider:
+    """A provider that has a tool only after the first request."""
+
+    def __init__(self, server: ScriptedServer, tools: Sequence[Tool] = ()) -> None:
+        self._server = server
+        self._tools = tools
+
+    async def list_tools(self) -> Sequence[Tool]:
+        return self._tools
+
+    async def new_tools(self) -> Sequence[Tool]:
+        return [as_tool(add)] if generations(self._server) else []
+
+
+@pytest.mark.parametrize("has_tools", [False, True])
+async def test_tools_that_are_revealed_later_are_offered(
+    scripted_server: ScriptedServer, client: LLMClient, has_tools: bool
+) -> None:
+    other = Tool("other", "Other.", {"type": "object"}, lambda: 1)
+    provider = GrowingProvider(scripted_server, [other] if has_tools else ())
+    scripted_server.script(
+        answer("I do not know."), calls(asks("add", a=1, b=2)), answer("It is three."), answer('{"total": 3}')
+    )
+    result = await Agent(client, tools=[provider], output_type=Sum).run("What is 1 plus 2?")
+    assert result.output == Sum(total=3)
+    assert ("response_format" in sent(scripted_server, 0)) is not has_tools
+    assert [each["function"]["name"] for each in sent(scripted_server, 1)["tools"]][-1] == "add"
+    assert "response_format" not in sent(scripted_server, 1)
+    assert sent(scripted_server)["response_format"]
+    check_valid(result.messages)

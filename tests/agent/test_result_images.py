@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmbridge import Agent, LLMAuthenticationError, LLMClient, LLMResponseError, ToolCallFinished, image_part
+from lmbridge import Agent, LLMAuthenticationError, LLMClient, LLMResponseError, ToolCallFinished, ToolError, image_part
 from lmbridge.agent.result_images import NOT_SHOWN, split_images
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply, sse
 from tests.agent.support import asks, calls, check_valid, generations, sent
@@ -75,6 +75,20 @@ async def test_an_image_follows_the_results_of_its_turn(scripted_server: Scripte
     scripted_server.script(answer("Again."))
     await Agent(client).run("And now?", messages=result.messages)
     assert places_of_images(sent(scripted_server)["messages"]) == [("user", 2)]
+
+
+async def test_the_images_of_a_failure_are_shown_as_well(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    def press() -> str:
+        """Presses a button."""
+        raise ToolError("the button is missing", images=[IMAGE])
+
+    scripted_server.script(calls(asks("press")), answer("I see."))
+    result = await Agent(client, tools=[press]).run("Press it.")
+    assert places_of_images(sent(scripted_server)["messages"]) == [("user", 1)]
+    (record,) = result.log[0].tool_calls
+    assert record.is_error
+    assert record.images == (IMAGE,)
+    assert record.text == "the button is missing"
 
 
 async def test_events_and_the_log_have_the_images_and_the_raw_result(

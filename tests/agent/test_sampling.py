@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -69,6 +70,74 @@ async def test_a_run_overrides_the_options_of_its_agent(method: str) -> None:
         await (started if method == "run" else started.result())
     sent = chats(transport)[0]
     assert (sent["temperature"], sent["top_p"], sent["seed"]) == (0, 0.5, 3)
+
+
+@pytest.mark.parametrize("options", [{"tool_choice": "none"}, {"extra_body": {"tool_choice": "none"}}])
+async def test_calls_that_the_options_forbid_are_not_made(options: dict[str, Any]) -> None:
+    made: list[int] = []
+
+    def note(number: int) -> str:
+        """Notes a number."""
+        made.append(number)
+        return "noted"
+
+    requested = [
+        {"index": n, "id": f"c{n}", "function": {"name": "note", "arguments": f'{{"number": {n}}}'}} for n in (0, 1)
+    ]
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET" or request.json["messages"][-1]["role"] == "tool":
+            return answer(request)
+        return [{"choices": [{"index": 0, "delta": {"tool_calls": requested}, "finish_reason": "tool_calls"}]}]
+
+    transport = MockTransport(handler)
+    result = await Agent(LLMClient(transport=transport), tools=[note]).run("Hello", **options)
+    assert made == []
+    assert result.stop_reason == "stop"
+    assert [record.is_error for record in result.log[0].tool_calls] == [True, True]
+    texts = [each["content"] for each in result.messages if each["role"] == "tool"]
+    assert len(texts) == 2
+    assert all("Not called: this run does not allow calls of tools (tool_choice is 'none')" in text for text in texts)
+
+
+async def test_a_model_that_goes_on_with_forbidden_calls_ends_the_run() -> None:
+    requested = {"index": 0, "id": "c", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET":
+            return answer(request)
+        return [{"choices": [{"index": 0, "delta": {"tool_calls": [requested]}, "finish_reason": "tool_calls"}]}]
+
+    agent = Agent(LLMClient(transport=MockTransport(handler)), tools=[add], tool_choice="none", max_bad_calls=2)
+    assert (await agent.run("Hello")).stop_reason == "bad_calls"
+
+
+async def test_calls_that_must_not_be_parallel_are_made_one_after_the_other() -> None:
+    running, most = 0, 0
+
+    async def work(number: int) -> int:
+        """Works."""
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return number
+
+    requested = [
+        {"index": n, "id": f"c{n}", "function": {"name": "work", "arguments": f'{{"number": {n}}}'}} for n in range(4)
+    ]
+
+    def handler(request: MockRequest) -> Any:
+        if request.method == "GET" or request.json["messages"][-1]["role"] == "tool":
+            return answer(request)
+        return [{"choices": [{"index": 0, "delta": {"tool_calls": requested}, "finish_reason": "tool_calls"}]}]
+
+    agent = Agent(LLMClient(transport=MockTransport(handler)), tools=[work], parallel_tool_calls=False)
+    await agent.run("Hello")
+    assert most == 1
+    await agent.run("Hello", parallel_tool_calls=True)
+    assert most == 4
 
 
 async def test_a_forced_tool_choice_holds_for_the_first_round() -> None:

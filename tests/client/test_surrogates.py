@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge import Agent, LLMClient, LLMStreamError, TextDelta, collect, text_of
+from lmbridge import Agent, LLMClient, LLMError, LLMStreamError, TaskCancelledError, TextDelta, collect, text_of
 from lmbridge.client.surrogates import Halves, join_halves
 from lmbridge.testing import Behaviour, ScriptedServer, answer, reply, sse
 from tests.support import MESSAGES, opened, read_text
@@ -97,6 +97,81 @@ async def test_half_a_character_without_the_other_is_a_question_mark(
         assert text_of(await collect(await opened(client))) == whole
         async with client.stream_chat(MESSAGES) as stream:
             assert "".join([text async for text in stream.text()]) == whole
+
+
+@pytest.mark.parametrize("ending", ["[DONE]", "cut off", "error", "error in a choice"])
+async def test_half_a_character_at_the_end_of_a_stream_without_a_finish_reason_is_handed_out(
+    scripted_server: ScriptedServer, client: LLMClient, ending: str
+) -> None:
+    endings: dict[str, list[Any]] = {
+        "[DONE]": ["data: [DONE]\n\n"],
+        "cut off": [],
+        "error": [{"error": {"message": "gone"}}],
+        "error in a choice": [{"choices": [{"index": 0, "delta": {}, "error": {"message": "gone"}}]}],
+    }
+    piece = {"model": "test-model", "id": "a", "choices": [{"index": 1, "delta": {"reasoning_content": "b\ud83d"}}]}
+    events = [chat_event({"content": "a\ud83d"}), f"data: {json.dumps(piece)}\n\n", *endings[ending]]
+    scripted_server.default = sse(*events, done=False)
+    stream = await opened(client)
+    chunks: list[Any] = [await anext(stream), await anext(stream), await anext(stream)]
+    if ending == "[DONE]":
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert await collect(stream)
+    else:
+        with pytest.raises(LLMError) as caught:
+            await anext(stream)
+        assert caught.value.partial["choices"][0]["message"]["content"] == "a?"
+        # The stream ends again as it has ended.
+        with pytest.raises(LLMError):
+            await anext(stream)
+    last = chunks[-1]
+    assert [(each["index"], each["delta"]) for each in last["choices"]] == [
+        (0, {"content": "?"}),
+        (1, {"reasoning_content": "?"}),
+    ]
+    assert last["model"] == "test-model"
+    async with client.stream_chat(MESSAGES) as stream:
+        texts = stream.text()
+        assert [await anext(texts), await anext(texts)] == ["a", "?"]
+
+
+async def test_half_a_character_at_the_end_of_other_streams_is_handed_out(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    chunk = {"choices": [{"index": 0, "text": "a\ud83d"}]}
+    scripted_server.script(sse(f"data: {json.dumps(chunk)}\n\n", done=True))
+    text = await client.text_completion("Say", stream=True)
+    assert [chunk["choices"][0]["text"] async for chunk in text] == ["a", "?"]
+    delta = {"type": "response.output_text.delta", "item_id": "a", "output_index": 0, "delta": "a\ud83d"}
+    item = {"id": "a", "type": "message", "content": [{"type": "output_text", "text": "a\ud83d"}]}
+    done = {"type": "response.completed", "response": {"status": "completed", "output": [item]}}
+    first, last = (f"data: {json.dumps(each)}\n\n" for each in (delta, done))
+    scripted_server.script(sse(first, last, done=False), sse(first, done=False))
+    events = [event async for event in await client.create_response("Say", stream=True)]
+    assert events[-1].data == {**delta, "delta": "?"}
+    stream = await client.create_response("Say", stream=True)
+    assert (await anext(stream)).data["delta"] == "a"
+    assert (await anext(stream)).data["delta"] == "?"
+    with pytest.raises(LLMStreamError):
+        await anext(stream)
+
+
+async def test_a_closed_stream_hands_out_nothing_more(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(sse(chat_event({"content": "a\ud83d"}), done=False))
+    stream = await opened(client)
+    await anext(stream)
+    await stream.aclose()
+    with pytest.raises(TaskCancelledError):
+        await anext(stream)
+
+
+async def test_half_a_call_at_the_end_of_a_stream_is_not_handed_out(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "a\ud83d"}}
+    scripted_server.script(sse(chat_event({"tool_calls": [call]}), done=True))
+    assert len([chunk async for chunk in await opened(client)]) == 1
 
 
 async def test_characters_of_other_texts_are_joined_as_well(scripted_server: ScriptedServer, client: LLMClient) -> None:
@@ -231,6 +306,22 @@ async def test_a_stream_of_another_client_is_joined_when_it_is_collected_or_run(
     events = [event async for event in agent.stream("Go.")]
     assert [event.text for event in events if isinstance(event, TextDelta)] == ["Hi ", f"{SMILE}!"]
     assert events[-1].result.text == f"Hi {SMILE}!"
+
+
+async def test_half_a_character_at_the_end_of_a_stream_of_another_client_is_an_event() -> None:
+    async def chunks() -> AsyncIterator[Any]:
+        yield {"choices": [{"index": 0, "delta": {"content": "a\ud83d"}, "finish_reason": None}]}
+
+    class OtherClient:
+        model: str | None = "test-model"
+
+        async def chat_completion(self, *_: Any, **__: Any) -> Any:
+            return chunks()
+
+    agent: Any = Agent(OtherClient())
+    events = [event async for event in agent.stream("Go.")]
+    assert [event.text for event in events if isinstance(event, TextDelta)] == ["a", "?"]
+    assert events[-1].result.text == "a?"
 
 
 @settings(deadline=None)

@@ -131,6 +131,7 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
         )
     if name == "fails":
         result = text("no such file: a.txt", isError=True)
+        result["content"] += OPTIONS.get("failure_parts", [])
     if name == "refuses":
         return send({"id": request_id, "error": {"code": -32602, "message": "bad arguments"}})
     if name == "nothing":

@@ -39,7 +39,7 @@ from lmbridge.mcp.servers.definition_changes import DefinitionChanges
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged
 from lmbridge.mcp.servers.package_runners import package_runner_of, start_patience
-from lmbridge.mcp.servers.results import result_text
+from lmbridge.mcp.servers.results import McpText, result_text
 from lmbridge.mcp.servers.session_owner import SessionOwner
 from lmbridge.mcp.servers.start_hints import start_hint
 
@@ -324,7 +324,7 @@ class ManagedServer:
             self.release()
         if result.get("isError"):
             text = result_text(result) or "the tool failed without saying why"
-            raise ToolError(text, context={"result": result})
+            raise ToolError(text, images=McpText(text, result).image_parts, context={"result": result})
         return result
 
     async def _connect(self) -> SessionOwner:

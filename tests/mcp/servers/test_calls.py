@@ -14,6 +14,7 @@ from lmbridge.mcp import (
     McpText,
 )
 from tests.mcp.conftest import MakeHub
+from tests.mcp.servers.test_results import PNG
 from tests.mcp.support import function_of, wait_for_notes
 
 
@@ -35,6 +36,14 @@ async def test_a_tool_that_fails_raises_the_text_of_the_server_and_keeps_the_res
     with pytest.raises(ToolError, match=r"^no such file: a.txt$") as caught:
         await function_of(lease, "fails")()
     assert caught.value.context["result"]["isError"] is True
+
+
+async def test_the_images_of_a_failure_are_kept_for_the_model(make_hub: MakeHub) -> None:
+    picture = {"type": "image", "data": PNG, "mimeType": "image/png"}
+    lease = await make_hub({"a": {"failure_parts": [picture]}}).tools()
+    with pytest.raises(ToolError, match=r"^no such file: a.txt\n\[image image/png") as caught:
+        await function_of(lease, "fails")()
+    assert [part["image_url"]["url"] for part in caught.value.images] == [f"data:image/png;base64,{PNG}"]
 
 
 async def test_a_protocol_error_is_a_tool_error_and_the_session_stays_open(make_hub: MakeHub) -> None:
