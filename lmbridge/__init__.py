@@ -75,7 +75,8 @@ if TYPE_CHECKING:
     from lmbridge.local import LocalServer
     from lmbridge.log import enable_logging
     from lmbridge.mcp.dynamic import DynamicAutonomousAgent
-    from lmbridge.transport.stats import ClientStats, ModelStats
+    from lmbridge.transport.nodes import NodePool
+    from lmbridge.transport.stats import ClientStats, ModelStats, ServerStats
 
 __all__ = [
     "Agent",
@@ -111,6 +112,7 @@ __all__ = [
     "ModelStats",
     "ModelValidator",
     "MultiMCPError",
+    "NodePool",
     "Nudge",
     "PoolStats",
     "RawResponse",
@@ -131,6 +133,7 @@ __all__ = [
     "RunStream",
     "RunTools",
     "ServerInfo",
+    "ServerStats",
     "StreamedText",
     "TaskCancelledError",
     "TextDelta",
@@ -185,7 +188,9 @@ _LAZY: Final = {
     "RunResult": "lmbridge.agent",
     "RunStream": "lmbridge.agent",
     "RunTools": "lmbridge.agent",
+    "NodePool": "lmbridge.transport.nodes",
     "ServerInfo": "lmbridge.client.server_info",
+    "ServerStats": "lmbridge.transport.stats",
     "StreamedText": "lmbridge.client.text",
     "TextDelta": "lmbridge.agent",
     "TextStream": "lmbridge.client.completions",

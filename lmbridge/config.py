@@ -251,8 +251,9 @@ _MISPLACED_IN_API_BASE: Final = {
     "LocalServer": "pass its api_base: LLMClient(server.api_base, server.model)",
     "Timeouts": "pass it as timeout=",
     "Limits": "pass it as limits=",
-    "list": "pass the URL of one server",
-    "tuple": "pass the URL of one server",
+    "list": "one transport is one server: NodePool([Transport(url), ...])",
+    "tuple": "one transport is one server: NodePool([Transport(url), ...])",
+    "set": "pass a list of URLs",
 }
 
 

@@ -155,10 +155,12 @@ class LLMError(Exception):
         return f"{request}: " if request else ""
 
     def _describe_duration(self) -> str:
-        attempts, seconds = self.context.get("attempts"), self.context.get("seconds")
+        attempts, seconds, tried = (self.context.get(key) for key in ("attempts", "seconds", "tried"))
         parts = []
         if attempts is not None:
-            parts.append(f"{attempts} attempt{'' if attempts == 1 else 's'}")
+            servers = len({str(each).partition(" ")[0] for each in tried}) if isinstance(tried, list) else 1
+            at_servers = f" at {servers} servers" if servers > 1 else ""
+            parts.append(f"{attempts} attempt{'' if attempts == 1 else 's'}{at_servers}")
         if seconds is not None:
             parts.append(f"{seconds:.2f} s")
         return f" (after {', '.join(parts)})" if parts else ""

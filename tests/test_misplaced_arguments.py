@@ -57,7 +57,11 @@ CALLS: Final[dict[str, tuple[Callable[[], Any], str]]] = {
     "client of a client": (lambda: LLMClient(client()), "client.with_options()"),
     "client of a transport": (lambda: LLMClient(Transport()), "pass it as transport=: LLMClient(transport="),  # type: ignore[arg-type]
     "client of a pool": (lambda: LLMClient(LLMClientPool()), "async with pool.client() as client"),  # type: ignore[arg-type]
-    "client of several URLs": (lambda: LLMClient([URL]), "pass the URL of one server"),  # type: ignore[arg-type]
+    "client of no server": (lambda: LLMClient([]), "for example ['http://127.0.0.1:1234/v1'"),
+    "client of a set of URLs": (lambda: LLMClient({URL}), "pass a list of URLs"),  # type: ignore[arg-type]
+    "client of transports": (lambda: LLMClient([Transport()]), "LLMClient(transport="),  # type: ignore[list-item]
+    "transport of several URLs": (lambda: Transport([URL]), "NodePool([Transport(url), ...])"),  # type: ignore[arg-type]
+    "client of the same server twice": (lambda: LLMClient([URL, URL]), "list each server once"),
     "client of a name": (lambda: LLMClient("qwen3-4b"), "write it like 'http://127.0.0.1:1234/v1'"),
     "timeouts as model": (lambda: LLMClient(URL, Timeouts()), "pass it as timeout="),  # type: ignore[arg-type]
     "seconds as model": (lambda: LLMClient(URL, 30), "pass a number of seconds as timeout="),  # type: ignore[arg-type]

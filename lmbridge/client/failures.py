@@ -453,6 +453,16 @@ def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
     return Verdict.FAIL
 
 
+def concerns_server(status: int, body: bytes) -> bool:
+    """Decides whether an error concerns the server and not the request, so that another server may answer the request.
+
+    The server does not have the model, cannot load it, has unloaded it, or does not accept the key. The transport calls
+    it as the `concerns_server` of a request.
+    """
+    kind = error_class(parse_error_body(body), status)
+    return kind in (ModelNotFoundError, ModelLoadError, LLMAuthenticationError)
+
+
 def _is_request_mistake(error_body: ErrorBody) -> bool:
     return bool(_QUOTES_REQUEST.match(error_body.message) or _REQUEST_MISTAKE.search(error_body.searched_text))
 

@@ -26,9 +26,20 @@ from lmbridge.client.model_lists import model_ids
 from lmbridge.client.names import MismatchMode, MismatchPolicy
 from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.client.server_api import ServerApi
-from lmbridge.config import UNSET, Limits, Priority, Timeouts, Unset, as_timeouts, check_priority, default_model
-from lmbridge.errors import LLMConnectionError, LLMTimeoutError, LLMValidationError
-from lmbridge.transport import Transport, Verdict
+from lmbridge.client.servers import answers_of, ask_each, combined_info, connect
+from lmbridge.config import (
+    UNSET,
+    Limits,
+    Priority,
+    Timeouts,
+    Unset,
+    as_timeouts,
+    check_priority,
+    default_model,
+    normalize_api_base,
+)
+from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, LLMValidationError
+from lmbridge.transport import BaseTransport, Transport, Verdict
 from lmbridge.transport.headers import check_headers
 
 if TYPE_CHECKING:
@@ -56,10 +67,10 @@ _MISPLACED_IN_TRANSPORT: Final = {
 class ClientOptions(TypedDict, total=False):
     """The options of a client, as keyword arguments; `LLMClient` documents each of them."""
 
-    api_base: str | None
+    api_base: str | Sequence[str] | None
     model: str | None
     api_key: str | None
-    base_url: str | None
+    base_url: str | Sequence[str] | None
     timeout: Timeouts | float | Unset | None
     max_retries: int
     limits: Limits | Literal["auto"] | None
@@ -71,7 +82,7 @@ class ClientOptions(TypedDict, total=False):
     ssl: ssl_module.SSLContext | None
     trust_env: bool
     max_reply_bytes: int | None
-    transport: Transport | None
+    transport: BaseTransport | None
 
 
 class LLMClient(NotCopyable):
@@ -88,7 +99,9 @@ class LLMClient(NotCopyable):
         api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
             A `#` at the end says that nothing is added to the URL, for servers without `/v1`. `unix:///run/llm.sock`
-            is a Unix socket.
+            is a Unix socket. With a list of URLs, each request goes to the server that is best suited for it, and to
+            another one if that fails, as docs/several-servers.md describes. All of them get the same key, and each has
+            the `limits`.
         model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL`, or
             `DEFAULT_MODEL` if the environment also names the server; else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
@@ -119,9 +132,9 @@ class LLMClient(NotCopyable):
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
             larger one is an `LLMResponseError`. Streams are not limited, but no event of a stream may exceed 100 MiB.
             Default: 256 MiB.
-        transport: A transport whose connections and limits are shared with other clients. It replaces the options
-            `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`, and remains open when the client
-            is closed.
+        transport: A `Transport`, or a `NodePool` of several, whose connections and limits are shared with other
+            clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
+            and remains open when the client is closed.
             Default: the client makes a transport for itself.
 
     Raises:
@@ -132,11 +145,11 @@ class LLMClient(NotCopyable):
 
     def __init__(
         self,
-        api_base: str | None = None,
+        api_base: str | Sequence[str] | None = None,
         model: str | None = None,
         api_key: str | None = None,
         *,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
@@ -148,7 +161,7 @@ class LLMClient(NotCopyable):
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         max_reply_bytes: int | None = None,
-        transport: Transport | None = None,
+        transport: BaseTransport | None = None,
     ) -> None:
         model = check_model_name(default_model() if model is None else model)
         timeouts = Timeouts() if isinstance(timeout, Unset) else as_timeouts(timeout)
@@ -167,15 +180,15 @@ class LLMClient(NotCopyable):
             "trust_env": trust_env,
             "max_reply_bytes": max_reply_bytes,
         }
-        make_transport: Callable[[str], Transport] | None = None
+        make_transport: Callable[[str | Sequence[str]], BaseTransport] | None = None
         if transport is not None:
-            check_instance("transport", transport, Transport, hint=hint_for(transport, _MISPLACED_IN_TRANSPORT))
+            _check_transport(transport)
             _refuse_beside_transport(api_base=api_base, **options)
         else:
-            transport = Transport(api_base, **cast("Any", options))
+            transport = connect(api_base, **options)
             # The key is kept, because the environment may have changed by the time `api_base` is set.
-            options["api_key"] = transport.api_key
-            make_transport = partial(Transport, **cast("Any", options))
+            options["api_key"] = transport.nodes[0].api_key
+            make_transport = partial(connect, **cast("Any", options))
         server = ServerApi(
             transport,
             make_transport=make_transport,
@@ -209,20 +222,58 @@ class LLMClient(NotCopyable):
 
     @property
     def api_base(self) -> str:
-        """The server's URL, with `/v1`.
+        """The server's URL, with `/v1`. The URLs of several servers are separated by commas.
 
-        It can be set: later requests go to the new server, and streams in progress finish on the old one. Setting it
-        raises `LLMValidationError` if the URL is not valid, or if the client was created with `transport=`.
+        It can be set, also to a list: later requests go to the new server, and streams in progress finish on the old
+        one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was created with
+        `transport=`.
         """
         return self._server.transport.api_base
 
     @api_base.setter
-    def api_base(self, api_base: str) -> None:
+    def api_base(self, api_base: str | Sequence[str]) -> None:
         self._server.set_api_base(api_base)
 
     @property
+    def servers(self) -> tuple[str, ...]:
+        """The URL of each server, with `/v1`. There is one unless `api_base` is a list."""
+        return tuple(node.api_base for node in self._server.transport.nodes)
+
+    def at_server(self, api_base: str) -> LLMClient:
+        """Returns a client for one of several servers, with the options, connections and limits of this one.
+
+        Use it for what concerns a single server, such as loading a model, or to see whether it is running::
+
+            for url in client.servers:
+                print(url, await client.at_server(url).health_check())
+
+        Closing the new client has no effect; close this one instead.
+
+        Args:
+            api_base: The URL of a server that this client has.
+
+        Raises:
+            LLMValidationError: This client does not have such a server.
+        """
+        url = normalize_api_base(api_base)
+        for node in self._server.transport.nodes:
+            if node.api_base == url:
+                client = LLMClient.__new__(LLMClient)
+                client._attach(self._server.at(node), self._model)  # noqa: SLF001 - same class
+                return client
+        raise LLMValidationError(f"{url} is not a server of this client", hint=f"it has {', '.join(self.servers)}")
+
+    @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise."""
+        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise.
+
+        With several servers, this raises `LLMValidationError`: take `client.at_server(url).lmstudio`.
+        """
+        if len(self._server.transport.nodes) > 1:
+            raise LLMValidationError(
+                f"this client has {len(self.servers)} servers, and LM Studio's own API concerns one of them",
+                hint="use client.at_server(url).lmstudio",
+            )
         if self._lmstudio is None:
             from lmbridge.client.lmstudio import LMStudio
 
@@ -732,6 +783,8 @@ class LLMClient(NotCopyable):
     async def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
         """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
 
+        With several servers, each is asked at the same time, and the models of those that answer are merged.
+
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
                 attempt may take 10 s.
@@ -755,6 +808,9 @@ class LLMClient(NotCopyable):
         loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
         generations.
 
+        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
+        ones, and `kind` is "unknown". `server_infos` has them one by one.
+
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
 
@@ -767,7 +823,27 @@ class LLMClient(NotCopyable):
         """
         from lmbridge.client.server_info import describe
 
-        return await describe(self._server_for("server_info", options), self._model)
+        server = self._server_for("server_info", options)
+        return combined_info(await answers_of(server, lambda each: describe(each, self._model)))
+
+    @explains_missing_await
+    async def server_infos(self, **options: Unpack[RequestOptions]) -> dict[str, ServerInfo | LLMError]:
+        """Asks each server what `server_info` asks, all at the same time.
+
+        Args:
+            **options: The options of `server_info`.
+
+        Returns:
+            What each server reports, by its URL with `/v1`; or the error, for a server that does not answer.
+
+        Raises:
+            LLMError: The client was given back to its pool.
+        """
+        from lmbridge.client.server_info import describe
+
+        server = self._server_for("server_infos", options)
+        server.check_not_refused("server info")
+        return await ask_each(server, lambda each: describe(each, self._model))
 
     def stats(self) -> ClientStats:
         """Returns the numbers of requests in flight and queued, of swaps and of retries, in total and by model.
@@ -781,6 +857,8 @@ class LLMClient(NotCopyable):
     async def health_check(self, **options: Unpack[RequestOptions]) -> bool:
         """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
 
+        With several servers, each is asked, and one that is ready is enough.
+
         Args:
             **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.
 
@@ -792,18 +870,7 @@ class LLMClient(NotCopyable):
             LLMResponseError: Something that is not a model server answers at this address.
             LLMError: The client was given back to its pool.
         """
-        server = self._server_for("health_check", options, retries=False)
-        request = server.build_get(
-            "health check", "/models", max_seconds=HEALTH_CHECK_SECONDS, max_retries=0, classify=_never_retry
-        )
-        try:
-            reply = await server.request(request)
-        except (LLMConnectionError, LLMTimeoutError):
-            return False
-        if reply.status >= 500:
-            return False
-        server.json_object(reply)
-        return True
+        return any(await answers_of(self._server_for("health_check", options, retries=False), _is_ready))
 
     async def close(self) -> None:
         """Ends requests and streams in progress with `TaskCancelledError`, and closes all connections.
@@ -812,6 +879,25 @@ class LLMClient(NotCopyable):
         constructor stays open.
         """
         await self._server.close()
+
+
+async def _is_ready(server: ServerApi) -> bool:
+    request = server.build_get(
+        "health check", "/models", max_seconds=HEALTH_CHECK_SECONDS, max_retries=0, classify=_never_retry
+    )
+    try:
+        reply = await server.request(request)
+    except (LLMConnectionError, LLMTimeoutError):
+        return False
+    if reply.status >= 500:
+        return False
+    server.json_object(reply)
+    return True
+
+
+def _check_transport(transport: object) -> None:
+    if not callable(getattr(transport, "stream", None)) or not hasattr(transport, "nodes"):
+        check_instance("transport", transport, Transport, hint=hint_for(transport, _MISPLACED_IN_TRANSPORT))
 
 
 def _refuse_beside_transport(**options: Any) -> None:

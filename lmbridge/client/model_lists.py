@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from lmbridge.client.servers import answers_of
 from lmbridge.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]
 
 
 async def model_ids(server: ServerApi) -> list[str]:
-    """Returns the ids in `GET /v1/models`; raises the errors of `fetch_models`."""
-    return [entry["id"] for entry in await fetch_models(server, "model list")]
+    """Returns the ids in `GET /v1/models` of each server, once each; raises the errors of `fetch_models`."""
+    lists = await answers_of(server, lambda each: fetch_models(each, "model list"))
+    ids = [entry["id"] for entries in lists for entry in entries]
+    return ids if len(lists) == 1 else list(dict.fromkeys(ids))
 
 
 async def add_available_models(

@@ -8,7 +8,7 @@ JSON.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import attrs
@@ -20,10 +20,11 @@ from lmbridge.client.completeness import aborted_error, error_in_choice
 from lmbridge.client.json_codec import decode_json, encode_body
 from lmbridge.client.model_lists import add_available_models
 from lmbridge.client.names import MismatchPolicy
+from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError, ModelNotFoundError
-from lmbridge.transport import EventStream, Reply, Request, Transport
+from lmbridge.transport import BaseTransport, EventStream, Reply, Request, Transport
 from lmbridge.transport.headers import merge_headers
 
 PROBE_SECONDS: Final = 10.0
@@ -50,9 +51,9 @@ class ServerApi:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: BaseTransport,
         *,
-        make_transport: Callable[[str], Transport] | None,
+        make_transport: Callable[[str | Sequence[str]], BaseTransport] | None,
         timeouts: Timeouts,
         max_retries: int,
         mismatch_policy: MismatchPolicy,
@@ -73,7 +74,8 @@ class ServerApi:
         self._make_transport = make_transport
         self._timeouts = timeouts
         self._max_retries = max_retries
-        self._former_transports: list[Transport] = []
+        self._former_transports: list[BaseTransport] = []
+        self._node: Transport | None = None
         self._refusal: tuple[str, str] | None = None
 
     def shared(
@@ -110,6 +112,19 @@ class ServerApi:
             parent=self,
         )
 
+    def at(self, node: Transport) -> Self:
+        """Returns a `ServerApi` for one of several servers, with the options of this one."""
+        server = self.shared()
+        server._node = node  # noqa: SLF001 - its own copy
+        server._caps_probes = self._caps_probes  # noqa: SLF001 - its own copy
+        server.on_response = self.on_response
+        return server
+
+    def each(self) -> list[Self]:
+        """Returns a `ServerApi` for each server, or only this one if there are no others."""
+        nodes = self.transport.nodes
+        return [self] if len(nodes) == 1 else [self.at(node) for node in nodes]
+
     def for_call(self, options: CallSettings) -> Self:
         """Returns a `ServerApi` for a single call with its own options."""
         server = self.shared(
@@ -124,11 +139,13 @@ class ServerApi:
         return server
 
     @property
-    def transport(self) -> Transport:
-        """The connections to the server."""
+    def transport(self) -> BaseTransport:
+        """The connections to the server, or to several."""
+        if self._node is not None:
+            return self._node
         return self._transport if self._parent is None else self._parent.transport
 
-    def set_api_base(self, api_base: str) -> None:
+    def set_api_base(self, api_base: str | Sequence[str]) -> None:
         """Sends later requests to another server. Requests and streams in progress finish on the old one.
 
         Raises:
@@ -194,6 +211,8 @@ class ServerApi:
             timeouts=self._timeouts,
             max_retries=self._max_retries,
             classify=failures.classify,
+            concerns_server=failures.concerns_server,
+            find_models=find_models,
             reports_error=failures.reports_error,
             read_usage=usage_in_body,
             priority=self._priority,
@@ -238,7 +257,7 @@ class ServerApi:
         Raises:
             LLMError: The client was given back to its pool, or the transport got no reply.
         """
-        self._check_not_refused(request)
+        self.check_not_refused(request.operation, request.model)
         if self._former_transports:
             await self._close_idle_transports()
         reply = await self.transport.request(request)
@@ -253,7 +272,7 @@ class ServerApi:
             LLMError: The client was given back to its pool, the transport got no reply, or the reply is not an event
                 stream.
         """
-        self._check_not_refused(request)
+        self.check_not_refused(request.operation, request.model)
         if self._former_transports:
             await self._close_idle_transports()
         answer = await self.transport.stream(request)
@@ -262,11 +281,20 @@ class ServerApi:
         await self.read_object(answer)
         raise self.unexpected_reply(answer, "an event stream")
 
-    def _check_not_refused(self, request: Request) -> None:
+    def check_not_refused(self, operation: str, model: str | None = None) -> None:
+        """Checks that no `refuse_requests` is in force.
+
+        Args:
+            operation: A name for the request, which the error mentions.
+            model: The model that the request is for.
+
+        Raises:
+            LLMError: The client was given back to its pool.
+        """
         refusal = self._refusal if self._parent is None else self._current_refusal()
         if refusal is not None:
             message, hint = refusal
-            context = {"operation": request.operation, "url": self.transport.api_base, "model": request.model}
+            context = {"operation": operation, "url": self.transport.api_base, "model": model}
             raise LLMError(message, hint=hint, context=context)
 
     async def _close_idle_transports(self) -> None:
@@ -302,7 +330,7 @@ class ServerApi:
         """
         closing = self.transport.closing
         is_open = closing is not None and not closing.done() and not self.refuses_requests
-        return is_open and str(error.context.get("url")).startswith(f"{self.transport.server_root}/")
+        return is_open and self.transport.owns_url(str(error.context.get("url")))
 
     def json_object(self, reply: Reply) -> dict[str, Any]:
         """Returns the JSON object that a reply consists of.

@@ -236,9 +236,14 @@ def _listed_context(entry: _Entry) -> int | None:
     return _as_count(entry.get("max_model_len")) or _as_count(_as_mapping(entry.get("meta")).get("n_ctx"))
 
 
+def entries_named(models: Iterable[ModelInfo], model: str) -> list[ModelInfo]:
+    """Returns the entries that a name of a model stands for."""
+    return [each for each in models if _has_name(each.id, model)]
+
+
 def _relevant_models(models: Sequence[ModelInfo], model: str | None) -> Iterator[ModelInfo]:
     """Yields the client's own model, or every model if the client has none or the server does not list it."""
-    own = [each for each in models if model is not None and _has_name(each.id, model)]
+    own = [] if model is None else entries_named(models, model)
     return (each for each in own or models if not each.embeds)
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.client.text import StreamedText
     from lmbridge.config import Limits, Priority, Timeouts, Unset
-    from lmbridge.transport import Transport
+    from lmbridge.errors import LLMError
+    from lmbridge.transport import BaseTransport
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import (
         ChatCompletion,
@@ -424,7 +425,9 @@ class LLMClient(Owner):
         api_base: The URL of the server, with or without `/v1`. Default: the environment variable `LMBRIDGE_API_BASE`,
             else `LMSTUDIO_HOST` and `LMSTUDIO_PORT`, else `http://127.0.0.1:1234/v1`, where LM Studio listens.
             A `#` at the end says that nothing is added to the URL, for servers without `/v1`. `unix:///run/llm.sock`
-            is a Unix socket.
+            is a Unix socket. With a list of URLs, each request goes to the server that is best suited for it, and to
+            another one if that fails, as docs/several-servers.md describes. All of them get the same key, and each has
+            the `limits`.
         model: The model of calls that name none. Default: the environment variable `LMBRIDGE_MODEL`, or
             `DEFAULT_MODEL` if the environment also names the server; else the server chooses.
         api_key: The key that is sent as a bearer token. Default: the environment variable `LM_API_TOKEN`, else none.
@@ -455,9 +458,9 @@ class LLMClient(Owner):
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
             larger one is an `LLMResponseError`. Streams are not limited, but no event of a stream may exceed 100 MiB.
             Default: 256 MiB.
-        transport: A transport whose connections and limits are shared with other clients. It replaces the options
-            `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`, and remains open when the client
-            is closed.
+        transport: A `Transport`, or a `NodePool` of several, whose connections and limits are shared with other
+            clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
+            and remains open when the client is closed.
             Default: the client makes a transport for itself.
 
     Raises:
@@ -468,11 +471,11 @@ class LLMClient(Owner):
 
     def __init__(
         self,
-        api_base: str | None = None,
+        api_base: str | Sequence[str] | None = None,
         model: str | None = None,
         api_key: str | None = None,
         *,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
@@ -484,7 +487,7 @@ class LLMClient(Owner):
         ssl: ssl_module.SSLContext | None = None,
         trust_env: bool = False,
         max_reply_bytes: int | None = None,
-        transport: Transport | None = None,
+        transport: BaseTransport | None = None,
     ) -> None:
         self._set_wrapped(
             _llm.LLMClient(
@@ -515,21 +518,50 @@ class LLMClient(Owner):
 
     @property
     def api_base(self) -> str:
-        """The server's URL, with `/v1`.
+        """The server's URL, with `/v1`. The URLs of several servers are separated by commas.
 
-        It can be set: later requests go to the new server, and streams in progress finish on the old one. Setting it
-        raises `LLMValidationError` if the URL is not valid, or if the client was created with `transport=`.
+        It can be set, also to a list: later requests go to the new server, and streams in progress finish on the old
+        one. Setting it raises `LLMValidationError` if the URL is not valid, or if the client was created with
+        `transport=`.
         """
         result: str = self._call(lambda: self.wrapped.api_base)
         return result
 
     @api_base.setter
-    def api_base(self, api_base: str) -> None:
+    def api_base(self, api_base: str | Sequence[str]) -> None:
         self._call(lambda: setattr(self.wrapped, "api_base", api_base))
 
     @property
+    def servers(self) -> tuple[str, ...]:
+        """The URL of each server, with `/v1`. There is one unless `api_base` is a list."""
+        result: tuple[str, ...] = self._call(lambda: self.wrapped.servers)
+        return result
+
+    def at_server(self, api_base: str) -> LLMClient:
+        """Returns a client for one of several servers, with the options, connections and limits of this one.
+
+        Use it for what concerns a single server, such as loading a model, or to see whether it is running::
+
+            for url in client.servers:
+                print(url, client.at_server(url).health_check())
+
+        Closing the new client has no effect; close this one instead.
+
+        Args:
+            api_base: The URL of a server that this client has.
+
+        Raises:
+            LLMValidationError: This client does not have such a server.
+        """
+        result: LLMClient = self._call(lambda: self.wrapped.at_server(api_base))
+        return result
+
+    @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise."""
+        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise.
+
+        With several servers, this raises `LLMValidationError`: take `client.at_server(url).lmstudio`.
+        """
         result: LMStudio = self._call(lambda: self.wrapped.lmstudio)
         return result
 
@@ -939,6 +971,8 @@ class LLMClient(Owner):
     def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
         """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
 
+        With several servers, each is asked at the same time, and the models of those that answer are merged.
+
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
                 attempt may take 10 s.
@@ -957,6 +991,9 @@ class LLMClient(Owner):
         loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
         generations.
 
+        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
+        ones, and `kind` is "unknown". `server_infos` has them one by one.
+
         Args:
             **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
 
@@ -970,6 +1007,21 @@ class LLMClient(Owner):
         result: ServerInfo = self._await(lambda: self.wrapped.server_info(**options))
         return result
 
+    def server_infos(self, **options: Unpack[RequestOptions]) -> dict[str, ServerInfo | LLMError]:
+        """Asks each server what `server_info` asks, all at the same time.
+
+        Args:
+            **options: The options of `server_info`.
+
+        Returns:
+            What each server reports, by its URL with `/v1`; or the error, for a server that does not answer.
+
+        Raises:
+            LLMError: The client was given back to its pool.
+        """
+        result: dict[str, ServerInfo | LLMError] = self._await(lambda: self.wrapped.server_infos(**options))
+        return result
+
     def stats(self) -> ClientStats:
         """Returns the numbers of requests in flight and queued, of swaps and of retries, in total and by model.
 
@@ -981,6 +1033,8 @@ class LLMClient(Owner):
 
     def health_check(self, **options: Unpack[RequestOptions]) -> bool:
         """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
+
+        With several servers, each is asked, and one that is ready is enough.
 
         Args:
             **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.

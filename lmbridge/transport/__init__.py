@@ -7,11 +7,13 @@ reply, it calls the functions that the client layer passes in a `Request`.
 from lmbridge.transport.calls import Call, Reply, Request, TokenUsage
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
+from lmbridge.transport.interface import BaseTransport
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder
 from lmbridge.transport.transport import Transport
 
 __all__ = [
+    "BaseTransport",
     "Call",
     "Event",
     "EventStream",

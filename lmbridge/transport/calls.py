@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
@@ -30,6 +30,10 @@ from lmbridge.transport.retry import (
 )
 from lmbridge.transport.sse import Event, NamedEvent
 
+if TYPE_CHECKING:
+    from lmbridge.transport.failover import Failover
+    from lmbridge.transport.node import FindModels
+
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 MAX_REPLY_BYTES: Final = 256 * 1024**2
@@ -42,6 +46,10 @@ def _never_reports_error(_data: bytes) -> bool:
 
 def _finds_no_usage(_body: bytes) -> TokenUsage | None:
     return None
+
+
+def _never_concerns_server(_status: int, _body: bytes) -> bool:
+    return False
 
 
 @attrs.frozen
@@ -102,6 +110,13 @@ class Request:
     """Whether the body of the reply is left as the server sends it, even if it is compressed."""
     on_admitted: Callable[[], None] | None = None
     """Called when the request gets its permit. If it is passed on to another server, it may be called again."""
+    concerns_server: Callable[[int, bytes], bool] = _never_concerns_server
+    """Decides from the status and the body of an error reply whether another server may answer the request, because
+    this one does not have the model, for example. It is asked only if there are several servers."""
+    find_models: FindModels | None = attrs.field(default=None, repr=False)
+    """Asks a server which models it has. It is called only if there are several servers, and never for each request."""
+    failover: Failover | None = attrs.field(default=None, repr=False)
+    """Decides whether another server gets the request when an attempt has failed; None if there is no other server."""
 
 
 class Call:
@@ -119,6 +134,7 @@ class Call:
     __slots__ = (
         "_admission",
         "_attempt_started",
+        "_earlier_seconds",
         "_is_logged",
         "_load_deadline",
         "_max_reply_bytes",
@@ -150,9 +166,10 @@ class Call:
         self.deadline_timer: Final = deadline_timer
         self.permit: Permit | None = None
         """The permit that the call holds, or None if it needs no permit or has not been admitted yet."""
-        self.attempts: int = 0
+        earlier = request.failover
+        self.attempts: int = 0 if earlier is None else earlier.attempts
         """The number of times that the request has been sent."""
-        self.retries: int = 0
+        self.retries: int = 0 if earlier is None else earlier.retries
         """The number of attempts that count as retries. Polls of a server that is loading do not."""
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
@@ -160,7 +177,8 @@ class Call:
         self._max_reply_bytes = max_reply_bytes
         self._started = deadline_timer.time()
         self._attempt_started = self._started
-        self.total_deadline: float = self._started + _or_infinity(request.timeouts.total)
+        self._earlier_seconds = 0.0 if earlier is None else earlier.seconds
+        self.total_deadline: float = self._started + _or_infinity(request.timeouts.total) - self._earlier_seconds
         """The time at which `Timeouts.total` runs out, by the clock of the event loop."""
         self._load_deadline = math.inf
         self._waits: Iterator[float] | None = None
@@ -171,19 +189,27 @@ class Call:
         """Stores the permit, and starts the clock of the time limits, which do not include the time in the queue."""
         self.permit = permit
         self._started = self.deadline_timer.time()
-        self.total_deadline = self._started + _or_infinity(self.request.timeouts.total)
+        self.total_deadline = self._started + _or_infinity(self.request.timeouts.total) - self._earlier_seconds
         if self.request.on_admitted is not None:
             self.request.on_admitted()
 
+    @property
+    def seconds(self) -> float:
+        """The seconds since the request was admitted for the first time, without the time in further queues."""
+        return self._earlier_seconds + self.deadline_timer.time() - self._started
+
     def context(self) -> dict[str, Any]:
         """Returns the facts about this call that its errors contain."""
-        return {
+        context: dict[str, Any] = {
             "operation": self.request.operation,
             "url": self.url,
             "model": self.request.model,
             "attempts": self.attempts,
-            "seconds": self.deadline_timer.time() - self._started,
+            "seconds": self.seconds,
         }
+        if self.request.failover is not None and self.request.failover.tried:
+            context["tried"] = list(self.request.failover.tried)
+        return context
 
     @property
     def max_bytes(self) -> int:

@@ -7,7 +7,7 @@ from typing import Final
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.http import HttpResponse
-from lmbridge.transport.sse import begins_event_stream
+from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_stream
 
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
@@ -27,6 +27,34 @@ async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Re
             break
         first += more
     return EventStream(call, response, first) if is_stream else await receive_reply(call, response, first)
+
+
+async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
+    """Does what `receive_stream` does, but waits for the first event, until which another server can take the request.
+
+    Some servers send the head of a response before they have looked at the request. If the first event reports an error
+    that concerns only this server, it is returned as a `Reply`.
+    """
+    if response.status >= 300 or not response.headers.get("Content-Type", "").lower().startswith("text/event-stream"):
+        return await receive_stream(call, response)
+    decoder, first = SSEDecoder(), b""
+    events: list[Event] = []
+    while not events and decoder.failure is None and (more := await response.read_some()):
+        first += more
+        events = decoder.feed(more)
+    if events and _reports_error_of_server(call, events[0]):
+        response.close()
+        return Reply(call=call, status=response.status, headers=response.headers, body=_data_of(events[0]))
+    return EventStream(call, response, first)
+
+
+def _reports_error_of_server(call: Call, event: Event) -> bool:
+    data = _data_of(event)
+    return call.request.reports_error(data) and call.request.concerns_server(200, data)
+
+
+def _data_of(event: Event) -> bytes:
+    return event.data if isinstance(event, NamedEvent) else event
 
 
 async def receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:

@@ -22,6 +22,10 @@ MAX_RETRY_AFTER: Final = 60.0
 """The longest `Retry-After`, in seconds, that is respected. If it is longer, the error is raised at once."""
 _FIRST_BACKOFF: Final = 0.5
 """The longest wait before the first retry, in seconds. It doubles with each retry."""
+_FIRST_SERVER_BACKOFF: Final = 1.0
+"""The longest time for which a server is left alone after its first failure, in seconds."""
+MAX_SERVER_BACKOFF: Final = 60.0
+"""The longest time for which a server is left alone after many failures, in seconds."""
 _FIRST_POLL_WAIT: Final = 0.5
 """The wait before the first poll of a server that is loading, in seconds."""
 _LONGEST_POLL_WAIT: Final = 2.0
@@ -58,6 +62,17 @@ def poll_waits() -> Iterator[float]:
     while True:
         yield wait
         wait = min(wait * 1.5, _LONGEST_POLL_WAIT)
+
+
+def server_backoff(failures: int) -> float:
+    """Returns the seconds for which a server that has failed is not asked again, if there are others.
+
+    Args:
+        failures: How often it has failed in a row, at least once.
+    """
+    ceiling = min(_FIRST_SERVER_BACKOFF * 2.0 ** min(failures - 1, 10), MAX_SERVER_BACKOFF)
+    # Half of it is certain, because a jitter of almost nothing would be no back-off.
+    return ceiling / 2 + backoff.full_jitter(ceiling / 2)
 
 
 def parse_retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:

@@ -116,6 +116,11 @@ class Scheduler:
             permit.in_batch = False
             self._enqueue(permit)
 
+    @property
+    def active_models(self) -> frozenset[str | None]:
+        """The models that requests may be in flight for, if their number is limited."""
+        return frozenset(queue.model for queue in self._models.active)
+
     # Events
 
     def admit_now(self, permit: Permit, now: float) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 
@@ -22,6 +23,24 @@ class ModelStats:
 
 
 @attrs.frozen(kw_only=True)
+class ServerStats:
+    """The part of `ClientStats` that belongs to one server."""
+
+    in_flight: int
+    """The number of generations that are in flight at the moment."""
+    queued: int
+    """The number of generations that wait for a permit at the moment."""
+    swaps: int
+    """How often a model became active in the place of another one."""
+    retries: int
+    """How often a request was sent to this server again."""
+    is_available: bool = True
+    """Whether the server gets requests. One of several servers that has failed gets none until it answers again."""
+    by_model: Mapping[str | None, ModelStats]
+    """The same numbers for each model that this server was asked for."""
+
+
+@attrs.frozen(kw_only=True)
 class ClientStats:
     """What a client does at the moment and has done before, together with all clients that share its transport."""
 
@@ -35,3 +54,35 @@ class ClientStats:
     """How often a request was sent again. Polls of a server that is loading do not count."""
     by_model: Mapping[str | None, ModelStats]
     """The same numbers for each model that was asked for. The key None stands for requests that name no model."""
+    by_server: Mapping[str, ServerStats] = attrs.field(factory=dict, eq=False)
+    """The numbers of each server, by its URL with `/v1`. A client of one server has one entry. Two `ClientStats` are
+    equal if their other fields are."""
+
+
+def combined_stats(
+    parts: Sequence[ClientStats], *, unavailable: Collection[str], moves: Mapping[str | None, int]
+) -> ClientStats:
+    """Returns the statistics of several servers together.
+
+    Args:
+        parts: The statistics of each server.
+        unavailable: The URLs of the servers that get no requests at the moment.
+        moves: How often a request for each model was passed on to another server, which counts as a retry.
+    """
+    sums: dict[str, Counter[str | None]] = {name: Counter() for name in ("in_flight", "queued", "swaps", "retries")}
+    models: dict[str | None, None] = dict.fromkeys(moves)
+    for part in parts:
+        for model, numbers in part.by_model.items():
+            models[model] = None
+            for name, counter in sums.items():
+                counter[model] += getattr(numbers, name)
+    sums["retries"].update(moves)
+    return ClientStats(
+        **{name: counter.total() for name, counter in sums.items()},
+        by_model={model: ModelStats(**{name: counter[model] for name, counter in sums.items()}) for model in models},
+        by_server={
+            url: attrs.evolve(numbers, is_available=url not in unavailable)
+            for part in parts
+            for url, numbers in part.by_server.items()
+        },
+    )

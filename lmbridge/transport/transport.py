@@ -60,7 +60,7 @@ from lmbridge.transport.headers import (
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
 from lmbridge.transport.open_state import OpenState, closed_error
 from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth, own_secrets
-from lmbridge.transport.receive import receive_reply, receive_stream
+from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.session import AiohttpSession
 
@@ -214,26 +214,35 @@ class Transport(NotCopyable):
     def stats(self) -> ClientStats:
         """Returns how many requests are in flight and queued now, and how many swaps and retries there were so far."""
         # Imported here because the import takes a millisecond, and most programs never call this method.
-        from lmbridge.transport.stats import ClientStats, ModelStats  # noqa: PLC0415
+        from lmbridge.transport.stats import ClientStats, ModelStats, ServerStats  # noqa: PLC0415
 
         scheduler = None if self._open_state is None else self._open_state.admission.scheduler
         in_flight = Counter(permit.model for permit in scheduler.in_flight) if scheduler else Counter()
         queued = Counter(permit.model for permit in scheduler.waiting) if scheduler else Counter()
         models = dict.fromkeys([*self._retries, *self._swaps, *in_flight, *queued])
-        return ClientStats(
+        by_model = {
+            model: ModelStats(
+                in_flight=in_flight[model],
+                queued=queued[model],
+                swaps=self._swaps[model],
+                retries=self._retries[model],
+            )
+            for model in models
+        }
+        numbers = ServerStats(
             in_flight=in_flight.total(),
             queued=queued.total(),
             swaps=self._swaps.total(),
             retries=self._retries.total(),
-            by_model={
-                model: ModelStats(
-                    in_flight=in_flight[model],
-                    queued=queued[model],
-                    swaps=self._swaps[model],
-                    retries=self._retries[model],
-                )
-                for model in models
-            },
+            by_model=by_model,
+        )
+        return ClientStats(
+            in_flight=numbers.in_flight,
+            queued=numbers.queued,
+            swaps=numbers.swaps,
+            retries=numbers.retries,
+            by_model=by_model,
+            by_server={self.api_base: numbers},
         )
 
     @property
@@ -253,9 +262,20 @@ class Transport(NotCopyable):
         return state is not None and bool(state.requests or state.admission.in_flight or state.admission.queued)
 
     @property
-    def server_root(self) -> str:
-        """The URL of the server, with which the URL of each of its requests begins."""
-        return self._server_root
+    def nodes(self) -> tuple[Transport, ...]:
+        """This transport, which is the only one."""
+        return (self,)
+
+    @property
+    def active_models(self) -> frozenset[str | None] | None:
+        """The models that have, or had last, requests in flight; None if `Limits.max_loaded_models` is not set."""
+        if self._open_state is None or self.limits.max_loaded_models is None:
+            return None
+        return self._open_state.admission.scheduler.active_models
+
+    def owns_url(self, url: str) -> bool:
+        """Returns whether a URL is that of a request to the server of this transport."""
+        return url.startswith(f"{self._server_root}/")
 
     @property
     def closing(self) -> asyncio.Future[None] | None:
@@ -304,7 +324,8 @@ class Transport(NotCopyable):
             TaskCancelledError: The transport was closed before the response had begun.
         """
         state = self._ensure_open()
-        answer = await self._perform(state, request, receive_stream, plain=False)
+        receive = receive_stream if request.failover is None else receive_begun_stream
+        answer = await self._perform(state, request, receive, plain=False)
         if isinstance(answer, EventStream):
             state.adopt(answer)
         return answer
@@ -360,6 +381,8 @@ class Transport(NotCopyable):
         try:
             if request.queued:
                 await self._admit(state, call, plain=plain)
+                if request.failover is not None:
+                    request.failover.on_admission(call)
             answer = await self._attempt_until_final(state, call, receive)
         except BaseException as exc:
             # Whatever ends the call, a cancellation included, its permit has to be returned.
@@ -425,10 +448,13 @@ class Transport(NotCopyable):
                 if state.closed.done():
                     error, wait = closed_error(call), None
                 else:
-                    error, wait = self._complete_error(call, failure), self._wait_after_failure(state, call, failure)
+                    self._note_failure(state, call, failure)
+                    error, wait = self._complete_error(call, failure), self._wait_after_failure(call, failure)
             else:
                 if not isinstance(answer, Reply) or answer.status < 400:
                     return answer
+                if call.request.failover is not None:
+                    call.request.failover.on_error_reply(call, answer)
                 wait = self._wait_after_reply(call, answer)
                 if wait is None:
                     return answer
@@ -499,11 +525,16 @@ class Transport(NotCopyable):
         self._record_wait(call, verdict, wait, f"status {reply.status}")
         return wait
 
-    def _wait_after_failure(self, state: OpenState, call: Call, failure: ConnectionFailed) -> float | None:
+    def _note_failure(self, state: OpenState, call: Call, failure: ConnectionFailed) -> None:
+        if failure.verdict is Verdict.RETRY:
+            state.limits_are_known = False
+        if (failover := call.request.failover) is not None:
+            failover.on_failure(call, failure, self.redact(failure.error.message, call.request.headers))
+
+    def _wait_after_failure(self, call: Call, failure: ConnectionFailed) -> float | None:
         """Returns the seconds to wait before the next attempt, or None if this failure is final."""
         if failure.verdict is not Verdict.RETRY:
             return None
-        state.limits_are_known = False
         if not call.request.repeatable and not failure.unsent:
             failure.error.hint = _NOT_RESENT_HINT
             return None

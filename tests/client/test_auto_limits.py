@@ -83,7 +83,7 @@ async def test_the_server_is_asked_once_however_many_requests_come_at_once(scrip
     async with LLMClient(scripted_server.api_base, "m", limits="auto") as client:
         await asyncio.gather(*[client.chat_completion(MESSAGES) for _ in range(10)])
         await client.chat_completion(MESSAGES)
-        assert client._server.transport.limits == Limits(max_concurrency=2)
+        assert client._server.transport.nodes[0].limits == Limits(max_concurrency=2)
     assert asked(scripted_server)[:2] == ["/v1/models", "/props"]
     assert asked(scripted_server)[2:] == ["/v1/chat/completions"] * 11
 
@@ -108,7 +108,7 @@ async def test_a_pool_has_no_more_in_flight_than_its_size_whatever_the_server_ca
     llama_cpp(scripted_server, slots=8)
     async with LLMClientPool(3, api_base=scripted_server.api_base, limits="auto") as pool, pool.client("m") as client:
         await client.chat_completion(MESSAGES)
-        assert client._server.transport.limits == Limits(max_concurrency=3)
+        assert client._server.transport.nodes[0].limits == Limits(max_concurrency=3)
 
 
 async def test_the_server_is_asked_again_after_the_connection_was_lost(
@@ -122,7 +122,7 @@ async def test_the_server_is_asked_again_after_the_connection_was_lost(
             await client.chat_completion(MESSAGES)
         llama_cpp(scripted_server, slots=7)
         await client.chat_completion(MESSAGES)
-        assert client._server.transport.limits == Limits(max_concurrency=7)
+        assert client._server.transport.nodes[0].limits == Limits(max_concurrency=7)
     assert asked(scripted_server).count("/props") == 2
 
 
@@ -132,10 +132,10 @@ async def test_a_server_that_fails_to_say_is_used_nevertheless_and_asked_again(
     scripted_server.on_path("/v1/models", reply(500, {"error": "broken"}))
     async with LLMClient(scripted_server.api_base, "m", limits="auto") as client:
         await client.chat_completion(MESSAGES)
-        assert client._server.transport.limits == Limits()
+        assert client._server.transport.nodes[0].limits == Limits()
         llama_cpp(scripted_server)
         await client.chat_completion(MESSAGES)
-        assert client._server.transport.limits == Limits(max_concurrency=2)
+        assert client._server.transport.nodes[0].limits == Limits(max_concurrency=2)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         line for line in caplog.messages if "the server did not report its limits" in line and "broken" in line
     ]

@@ -40,7 +40,7 @@ async def test_the_default_client_is_configured_from_the_environment_with_automa
     assert agent.model == "qwen3-4b"
     assert await agent.autonomous_with_mcp("a", "Go.") == "Hello from the scripted server."
     assert agent._default_client
-    assert agent._default_client._server.transport.limits == Limits(max_concurrency=3)
+    assert agent._default_client._server.transport.nodes[0].limits == Limits(max_concurrency=3)
     await agent.close()
     await scripted_server.wait_until(lambda: not scripted_server.open_connections)
 

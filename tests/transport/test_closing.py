@@ -62,7 +62,7 @@ async def test_a_transport_that_is_dropped_unclosed_warns(scripted_server: Scrip
     await client.chat_completion(MESSAGES)
     # Called by hand: aiohttp's session warns and logs as well when it is collected.
     with pytest.warns(ResourceWarning, match="unclosed <Transport http.*>; close its client, or use `async with`"):
-        client._server.transport.__del__()
+        client._server.transport.nodes[0].__del__()
 
 
 async def test_the_error_says_that_a_request_was_still_queued(scripted_server: ScriptedServer) -> None:

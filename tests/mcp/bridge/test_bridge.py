@@ -174,7 +174,7 @@ async def test_the_bridge_asks_the_server_how_many_requests_it_can_run_at_a_time
     props = {"total_slots": 3, "build_info": "b1", "default_generation_settings": {"n_ctx": 4096}}
     scripted_server.on_path("/props", reply(200, props))
     await bridge.call("chat_completion", {"prompt": "Hi."})
-    assert bridge._client._server.transport.limits.max_concurrency == 3
+    assert bridge._client._server.transport.nodes[0].limits.max_concurrency == 3
 
 
 @pytest.mark.parametrize(

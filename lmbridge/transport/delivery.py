@@ -1,0 +1,170 @@
+"""`Delivery`: the way of one request through several servers, until one of them answers or none is left to try.
+
+What may be sent to another server, and what it costs:
+
+- A request that a server has certainly not seen, because no connection was made, goes on to the next server that has
+  not been tried. So does one that the server has refused for a reason of its own: it does not have the model, cannot
+  load it, does not accept the key, or did not give the response that is to be continued. Neither counts as a retry.
+- A request that broke off before the first event of its answer, or that failed with a temporary error, goes on as well
+  if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
+- If every server was tried, the request waits as it would with one server, and is sent again.
+- Once an answer has begun, it is never sent again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from lmbridge.transport.failover import MovedToAnotherServer
+from lmbridge.transport.node import Node, with_model
+from lmbridge.transport.prefix import Conversation
+from lmbridge.transport.retry import MAX_RETRIES, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmbridge.transport.calls import Call, Reply, Request
+    from lmbridge.transport.http import ConnectionFailed
+
+_REFUSED_BEFORE_WORK: Final = (429, 503)
+"""The statuses with which a server refuses a request before it starts to work on it."""
+_REFUSED_KEY: Final = (401, 403)
+_SMALL_REPLY: Final = 20_000
+"""The most bytes of a reply with a good status that are searched for an error."""
+
+
+class Delivery:
+    """The servers that a request has been given to, and the decision whether another one gets it.
+
+    It is the `Failover` of the request.
+
+    Args:
+        nodes: All servers.
+        request: The request.
+        conversation: What the request repeats of earlier ones.
+    """
+
+    def __init__(self, nodes: Sequence[Node], request: Request, conversation: Conversation) -> None:
+        self.request: Final = request
+        """The request."""
+        self.conversation: Final = conversation
+        """What the request repeats of earlier ones."""
+        self.attempts: int = 0
+        self.retries: int = 0
+        self.seconds: float = 0.0
+        self.tried: list[str] = []
+        self.moves: int = 0
+        """How often the request has left a server."""
+        self._nodes = nodes
+        self._failed: set[Node] = set()
+        self._node = nodes[0]
+
+    def candidates(self) -> list[Node]:
+        """Returns the servers that have not failed in this round of attempts, or all if there are none."""
+        return [node for node in self._nodes if node not in self._failed] or list(self._nodes)
+
+    def begin_at(self, node: Node) -> None:
+        """Records that a server gets the request."""
+        self._node = node
+
+    # The servers' answers
+
+    def on_admission(self, call: Call) -> None:
+        """Moves the request on if its server has failed while it was waiting."""
+        if self._node.is_down and self._has_alternative(call):
+            self._note("failed while the request was waiting for a permit")
+            self._move(call)
+
+    def on_failure(self, call: Call, failure: ConnectionFailed, reason: str) -> None:
+        """Moves the request on after an attempt without a reply, if it may be sent again."""
+        now = call.deadline_timer.time()
+        self._note(reason)
+        self._node.note_failure(now)
+        if failure.unsent:
+            if self._has_alternative(call):
+                self._move(call)
+        elif failure.verdict is not Verdict.RETRY or not call.request.repeatable:
+            return
+        if not self._has_budget(call):
+            return
+        if self._has_alternative(call):
+            self._move(call, is_retry=True)
+        # Another server may be the first to work again.
+        if failure.verdict is Verdict.RETRY and (wait := call.wait_before_next(Verdict.RETRY, None)) is not None:
+            self._failed.clear()
+            self._move(call, wait=wait)
+
+    def on_error_reply(self, call: Call, reply: Reply) -> None:
+        """Moves the request on after a temporary error, if it may be sent again."""
+        verdict = call.request.classify(reply.status, reply.headers, reply.body)
+        if verdict is Verdict.POLL:
+            if self._has_alternative(call, state="loaded"):
+                self._note(f"status {reply.status}, loading")
+                self._move(call)
+        elif verdict is Verdict.RETRY:
+            self._note(f"status {reply.status}")
+            if reply.status >= 500:
+                self._node.note_failure(call.deadline_timer.time())
+            may_repeat = call.request.repeatable or reply.status in _REFUSED_BEFORE_WORK
+            if may_repeat and self._has_budget(call) and self._has_alternative(call):
+                self._move(call, is_retry=True)
+
+    def check_answer(self, call: Call, status: int, body: bytes | None) -> None:
+        """Moves the request on if an answer says that this server cannot give it, while another one may.
+
+        Args:
+            call: The call.
+            status: The status of the answer.
+            body: The whole body, or None if it has only begun.
+
+        Raises:
+            MovedToAnotherServer: Another server gets the request.
+        """
+        if body is None or not self._is_refusal(status, body):
+            if status < 500:
+                self._node.note_success()
+            return
+        self._note(f"status {status}")
+        if status in _REFUSED_KEY:
+            self._node.note_failure(call.deadline_timer.time())
+        else:
+            self._node.note_success()
+            if self.request.concerns_server(status, body):
+                self._node.refuse(self.request.model)
+        may_repeat = self.request.repeatable or status < 500 or status in _REFUSED_BEFORE_WORK
+        if may_repeat and self._has_alternative(call):
+            self._move(call)
+
+    def _is_refusal(self, status: int, body: bytes) -> bool:
+        """Returns whether an answer is an error that concerns this server and not the request."""
+        if status < 400 and (len(body) > _SMALL_REPLY or not self.request.reports_error(body)):
+            return False
+        if self.conversation.previous_response_id is not None and status in (400, 404):
+            return True
+        return self.request.concerns_server(status, body)
+
+    # Moving
+
+    def _has_alternative(self, call: Call, state: str | None = None) -> bool:
+        """Returns whether a server that works, was not tried, and may have the model, can get the request."""
+        if call.deadline_timer.time() >= call.total_deadline:
+            return False
+        others = [node for node in self._nodes if node not in self._failed and node is not self._node]
+        model = self.request.model
+        return any(
+            not node.is_down and (state is None or node.state_of(model) == state) for node in with_model(others, model)
+        )
+
+    def _has_budget(self, call: Call) -> bool:
+        return call.retries < min(self.request.max_retries, MAX_RETRIES)
+
+    def _note(self, reason: str) -> None:
+        self.tried.append(f"{self._node.transport.api_base}: {reason}")
+
+    def _move(self, call: Call, *, is_retry: bool = False, wait: float = 0.0) -> None:
+        self._failed.add(self._node)
+        self.attempts = call.attempts
+        self.retries = call.retries + is_retry
+        self.seconds = call.seconds + wait
+        self.moves += 1
+        raise MovedToAnotherServer(wait)

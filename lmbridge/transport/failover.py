@@ -1,0 +1,84 @@
+"""How a request leaves a server for another one: the seam between a `Transport` and the `NodePool` above it.
+
+The transport of a server repeats a failed request by itself, and holds the permit in the meantime. If there are other
+servers, the pool may want the request back. So the pool passes a `Failover` with the request, the transport reports
+each failed attempt to it, and an exception from there ends the work of this transport on the request. A transport
+whose requests have no `Failover` works as if there were no other server.
+
+The alternative was a pool that allows each transport a single attempt, and repeats requests itself. It would have to
+know again what the transport knows about retries, and would return the permit of a server that is loading a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from lmbridge.transport.calls import Call, Reply
+    from lmbridge.transport.http import ConnectionFailed
+
+
+class Failover(Protocol):
+    """Decides what becomes of a request whose attempt at one of several servers has failed."""
+
+    @property
+    def attempts(self) -> int:
+        """How often other servers were sent the request before."""
+        ...
+
+    @property
+    def retries(self) -> int:
+        """How many of these attempts count as retries."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that the request has spent at other servers, without the time in their queues."""
+        ...
+
+    @property
+    def tried(self) -> Sequence[str]:
+        """The servers that have failed so far, each with the reason."""
+        ...
+
+    def on_admission(self, call: Call) -> None:
+        """Called when the request has its permit, before it is sent.
+
+        Raises:
+            MovedToAnotherServer: The server has failed while the request was waiting for the permit.
+        """
+        ...
+
+    def on_failure(self, call: Call, failure: ConnectionFailed, reason: str) -> None:
+        """Called when an attempt got no reply.
+
+        Args:
+            call: The call.
+            failure: What went wrong.
+            reason: The same in words, without secrets.
+
+        Raises:
+            MovedToAnotherServer: Another server gets the request.
+        """
+        ...
+
+    def on_error_reply(self, call: Call, reply: Reply) -> None:
+        """Called when the status of a reply is an error.
+
+        Raises:
+            MovedToAnotherServer: Another server gets the request.
+        """
+        ...
+
+
+class MovedToAnotherServer(Exception):  # noqa: N818 - it is caught by the pool and never reaches a user
+    """The request leaves a server.
+
+    Args:
+        wait: The seconds to wait before the next attempt.
+    """
+
+    def __init__(self, wait: float = 0.0) -> None:
+        super().__init__()
+        self.wait = wait

@@ -1,0 +1,197 @@
+"""`Node`: one of several servers, as the pool sees it: its models, its load, and whether it works.
+
+The rules of the choice between servers, `choose_node`, are pure functions of nodes, so they can be tested without a
+server. The cost of a server is counted in *rounds*: the time in which a server finishes the requests that fill its
+slots.
+
+- A request that has to wait until a slot is free costs the part of a round that the requests before it take.
+- A server that has not read the beginning of the conversation yet, while another one has, costs a round more.
+- A server that has to load the model first costs 8 rounds more, and one whose models are not known costs 4.
+
+So the order is the one that one would expect while slots are free: a server that has the model loaded, among these the
+one where the conversation is warm, then the one with the smallest part of its slots taken, and a server that would have
+to load the model comes last. And where it is full, the numbers say how long it is worth waiting for: a conversation
+leaves its server when more than about a round waits there and another server is idle, and a model is loaded a second
+time when 8 rounds wait for it.
+
+The alternatives were a strict order, which piles all requests for a model, or of one long conversation, on one server
+while the others are idle, and a random choice between two servers, which forgets prompts and loads models everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
+
+import attrs
+
+from lmbridge.transport.retry import server_backoff
+
+if TYPE_CHECKING:
+    from lmbridge.transport.transport import Transport
+
+ModelState = Literal["loaded", "listed", "missing", "unknown"]
+"""What is known of a model at a server. A model is "loaded" as well if the server does not say which ones are."""
+
+COLD_PROMPT_ROUNDS: Final = 1.0
+"""The cost, in rounds, of reading a conversation anew that another server has in its cache."""
+LOADING_ROUNDS: Final = 8.0
+"""The cost, in rounds, of loading a model."""
+UNKNOWN_MODELS_ROUNDS: Final = 4.0
+"""The cost, in rounds, of a server whose models are not known."""
+
+
+class ModelDirectory(Protocol):
+    """The models of a server at one moment."""
+
+    def state_of(self, model: str) -> ModelState:
+        """Returns whether the server has a model, which may be named in any of the ways that the server accepts."""
+        ...
+
+
+FindModels: TypeAlias = "Callable[[Transport], Awaitable[ModelDirectory]]"
+"""An async function that asks the server of a transport which models it has. It raises an `LLMError` if it cannot."""
+
+
+@attrs.define(eq=False)
+class Node:
+    """One of several servers."""
+
+    transport: Transport
+    """The connections to the server, and its schedule."""
+    underway: int = 0
+    """The number of requests that were given to the server and whose answer has not begun."""
+    last_chosen: int = 0
+    """A number that is higher for servers that were chosen later."""
+
+    # Health
+
+    is_down: bool = False
+    """Whether the last request or check has failed. Then only a check that succeeds brings the server back."""
+    failures: int = 0
+    """How often the server has failed in a row."""
+    failed_at: float = -math.inf
+    """The time of the last failure, by the clock of the event loop."""
+    check_at: float = -math.inf
+    """The time at which a server that is down is asked whether it works again."""
+    restarts: int = 0
+    """How often the server has come back. Prompts from before are not in its cache any more."""
+
+    # Models
+
+    models: ModelDirectory | None = None
+    """What the server has reported about its models, or None if it has not been asked, or does not list them."""
+    asked_at: float = -math.inf
+    """The time at which the server was last asked for its models."""
+    look_up: asyncio.Task[None] | None = None
+    """The task that is asking the server at the moment."""
+    look_up_at: float = -math.inf
+    """The time at which the last such task was started."""
+    _expected: set[str] = attrs.field(factory=set)
+    _refused: set[str] = attrs.field(factory=set)
+
+    @property
+    def slots(self) -> int:
+        """The number of requests that the server works on at the same time, as far as the client knows."""
+        return self.transport.limits.max_concurrency
+
+    @property
+    def load(self) -> int:
+        """The number of requests that the server has got and not finished."""
+        return max(self.transport.in_flight + self.transport.queued, self.underway)
+
+    def note_success(self) -> None:
+        """Records that the server has answered, whatever the answer is."""
+        self.restarts += self.is_down
+        self.is_down = False
+        self.failures = 0
+
+    def note_failure(self, now: float) -> None:
+        """Records that the server could not be reached, or failed to answer.
+
+        Requests that were in flight together fail together. They count as one failure.
+        """
+        if not self.is_down or now >= self.check_at:
+            self.failures += 1
+            self.check_at = now + server_backoff(self.failures)
+        self.is_down = True
+        self.failed_at = now
+
+    def set_models(self, models: ModelDirectory | None, now: float) -> None:
+        """Records what the server has reported about its models; None stands for a server that does not list them."""
+        self.models = models
+        self.asked_at = now
+        self._expected.clear()
+        self._refused.clear()
+
+    def expect(self, model: str | None) -> None:
+        """Records that the server gets a request for a model, so it will have loaded it soon."""
+        if model is not None:
+            self._expected.add(model)
+
+    def refuse(self, model: str | None) -> None:
+        """Records that the server has refused a request for a model. Its list of models may be wrong."""
+        if model is not None:
+            self._refused.add(model)
+            self._expected.discard(model)
+        self.asked_at = -math.inf
+
+    def state_of(self, model: str | None) -> ModelState:
+        """Returns what is known of a model at this server."""
+        if model is None:
+            return "loaded"
+        if model in self._refused:
+            return "missing"
+        state: ModelState = "unknown" if self.models is None else self.models.state_of(model)
+        if state in ("unknown", "missing"):
+            return state
+        # The schedule knows better than an old list, because it decides which model the server loads next.
+        active = self.transport.active_models or ()
+        if model not in active and len(active) >= (self.transport.limits.max_loaded_models or math.inf):
+            return "listed"
+        return "loaded" if model in active or model in self._expected else state
+
+
+def choose_node(nodes: Sequence[Node], model: str | None, warm: Node | None = None) -> Node:
+    """Returns the server that gets a request.
+
+    A server that is down is chosen only if no other one can have the model. Then it is the one whose failure is longest
+    ago, so that no request is refused without an attempt.
+
+    Args:
+        nodes: The servers to choose from, at least one.
+        model: The model, or None if the request leaves the choice to the server.
+        warm: The server that has the conversation in its cache, if it is known.
+    """
+    states: dict[Node, ModelState] = {node: node.state_of(model) for node in nodes}
+    candidates = with_model(nodes, model) or list(nodes)
+    working = [node for node in candidates if not node.is_down]
+    if not working:
+        return min(candidates, key=lambda node: (node.failed_at, node.last_chosen))
+    is_warm = warm is not None and warm in working
+    return min(
+        working,
+        key=lambda node: (
+            _cost(node, states[node], is_cold=is_warm and node is not warm),
+            node.load / node.slots,
+            node.last_chosen,
+        ),
+    )
+
+
+def with_model(nodes: Sequence[Node], model: str | None) -> list[Node]:
+    """Returns those servers that have a model, or may have it because they have not said which models they have."""
+    return [node for node in nodes if node.state_of(model) != "missing"]
+
+
+def _cost(node: Node, state: ModelState, *, is_cold: bool) -> float:
+    cost = max(0, node.load + 1 - node.slots) / node.slots
+    if is_cold:
+        cost += COLD_PROMPT_ROUNDS
+    if state == "listed":
+        cost += LOADING_ROUNDS
+    elif state == "unknown":
+        cost += UNKNOWN_MODELS_ROUNDS
+    return cost

@@ -1,0 +1,123 @@
+"""Recognizes conversations, so that a request goes to the server that has read the beginning of its prompt before.
+
+A server keeps the prompts that it has processed for a while. The next request of a conversation repeats the whole
+conversation, so at that server only its new end has to be read. The pool therefore remembers where each conversation
+was answered last.
+
+A conversation is recognized by the bytes of its leading messages. The alternative, an id that the caller passes, would
+not be known to a gateway, and would be wrong as soon as a conversation is trimmed or branches. The JSON is not decoded
+for this: msgspec skips over the messages, and each of them is hashed once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Final, Generic, TypeVar
+
+import attrs
+import msgspec
+
+_T = TypeVar("_T")
+
+_KEY_BYTES: Final = 16
+_TEXT_BLOCK: Final = 1024
+"""The bytes of a block of a prompt that is one string. Its beginning is recognized in whole blocks."""
+MOST_CONVERSATIONS: Final = 10_000
+"""The most conversations that are remembered. It is one short key for each of them."""
+
+
+class _Body(msgspec.Struct):
+    """The fields of a request that the prompt is made of, in all APIs."""
+
+    model: msgspec.Raw = msgspec.Raw(b"")
+    tools: msgspec.Raw = msgspec.Raw(b"")
+    system: msgspec.Raw = msgspec.Raw(b"")
+    instructions: msgspec.Raw = msgspec.Raw(b"")
+    messages: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    previous_response_id: str | None = None
+
+
+@attrs.frozen
+class Conversation:
+    """What a request repeats of earlier ones."""
+
+    keys: tuple[bytes, ...] = ()
+    """A key for each beginning of the conversation; the last one stands for the whole of it."""
+    previous_response_id: str | None = None
+    """The id of a response that only the server which gave it can continue."""
+
+
+def conversation_in(body: bytes | None) -> Conversation:
+    """Returns the conversation in the JSON body of a request. A body without one has no keys.
+
+    It reads `messages` (chat completions, and Anthropic's API), `prompt` (completions) and `input` (responses). The
+    model, the tools and the system prompt are a part of each key, because the prompt begins with them.
+    """
+    if not body:
+        return Conversation()
+    try:
+        fields = msgspec.json.decode(body, type=_Body)
+        parts = _parts_of(fields)
+    except (msgspec.DecodeError, RecursionError):
+        return Conversation()
+    digest = blake2b(digest_size=_KEY_BYTES)
+    for head in (fields.model, fields.tools, fields.system, fields.instructions):
+        _add(digest, bytes(head))
+    keys = []
+    for part in parts:
+        _add(digest, part)
+        keys.append(digest.digest())
+    return Conversation(tuple(keys), fields.previous_response_id)
+
+
+def response_key(response_id: str) -> bytes:
+    """Returns the key under which the server of a stored response is remembered."""
+    return blake2b(response_id.encode("utf-8", "replace"), digest_size=_KEY_BYTES, person=b"response").digest()
+
+
+def _parts_of(fields: _Body) -> list[bytes]:
+    raw = next((bytes(each) for each in (fields.messages, fields.input, fields.prompt) if bytes(each)), b"")
+    if raw[:1] == b"[":
+        return [bytes(each) for each in msgspec.json.decode(raw, type=list[msgspec.Raw])]
+    if raw[:1] == b'"':
+        return [raw[end - _TEXT_BLOCK : end] for end in range(_TEXT_BLOCK, len(raw) + 1, _TEXT_BLOCK)]
+    return []
+
+
+def _add(digest: blake2b, part: bytes) -> None:
+    # The length keeps two parts apart from one that is their concatenation.
+    digest.update(len(part).to_bytes(8, "big"))
+    digest.update(part)
+
+
+class WarmPrefixes(Generic[_T]):
+    """Remembers for each conversation who answered it last. The one that was not used for longest is forgotten first.
+
+    Args:
+        most: The most conversations that are remembered.
+    """
+
+    def __init__(self, most: int = MOST_CONVERSATIONS) -> None:
+        self._most = most
+        self._entries: OrderedDict[bytes, _T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, keys: tuple[bytes, ...]) -> _T | None:
+        """Returns who answered the longest known beginning of a conversation, or None."""
+        for key in reversed(keys):
+            if (entry := self._entries.get(key)) is not None:
+                self._entries.move_to_end(key)
+                return entry
+        return None
+
+    def remember(self, key: bytes, entry: _T) -> None:
+        """Records who has answered a conversation."""
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        while len(self._entries) > self._most:
+            self._entries.popitem(last=False)
