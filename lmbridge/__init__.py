@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         ToolCallStarted,
         ToolContext,
         ToolRecord,
+        ask_user,
     )
     from lmbridge.client.completions import TextStream
     from lmbridge.client.images import image_part
@@ -148,6 +149,7 @@ __all__ = [
     "ToolRecord",
     "Transport",
     "__version__",
+    "ask_user",
     "collect",
     "enable_logging",
     "image_part",
@@ -200,6 +202,7 @@ _LAZY: Final = {
     "ToolCallStarted": "lmbridge.agent",
     "ToolContext": "lmbridge.agent",
     "ToolRecord": "lmbridge.agent",
+    "ask_user": "lmbridge.agent",
     "enable_logging": "lmbridge.log",
     "image_part": "lmbridge.client.images",
     "split_reasoning": "lmbridge.client.reasoning",

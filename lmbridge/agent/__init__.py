@@ -1,6 +1,7 @@
 """The agent layer: runs a model with tools in a loop, over any client that satisfies a Protocol."""
 
 from lmbridge.agent.agent import Agent
+from lmbridge.agent.ask_user import ask_user
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ChunkStream
 from lmbridge.agent.events import (
     ModelNudged,
@@ -43,4 +44,5 @@ __all__ = [
     "ToolCallStarted",
     "ToolContext",
     "ToolRecord",
+    "ask_user",
 ]

@@ -73,7 +73,8 @@ class Agent(NotCopyable):
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
-            returns False, the call is not made, and the model gets a refusal. A plain function must return
+            returns False, the call is not made, and the model gets a refusal; a text is a refusal that gives the
+            model this reason. A `ToolCall` is made in place of the requested one. A plain function must return
             quickly. An exception that it raises ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the

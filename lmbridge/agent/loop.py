@@ -33,6 +33,7 @@ from lmbridge.agent.events import (
 from lmbridge.agent.guards import TokenBudget
 from lmbridge.agent.nudges import Nudges, find_flaw, text_or_placeholder
 from lmbridge.agent.output import OutputReader
+from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.reasoning_replay import demanded_field
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
@@ -84,6 +85,7 @@ class RunLoop:
         channel: Carries the events of the run.
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
+        gate: Holds the run before each generation and each call while the run is paused.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class RunLoop:
         record: RunRecord,
         channel: Channel[RunEvent],
         is_stopping: Callable[[], bool],
+        gate: PauseGate,
     ) -> None:
+        self._gate = gate
         self._source = source
         self._settings = settings
         self._toolset = toolset
@@ -122,6 +126,7 @@ class RunLoop:
             record=record,
             channel=channel,
             is_stopping=is_stopping,
+            gate=gate,
         )
         record.history.image_place = source.image_places.get(record.model, "user")
         self._has_shown_images = False
@@ -292,6 +297,8 @@ class RunLoop:
         )
 
     async def _ask_model(self) -> ModelReply:
+        if self._gate.is_closed:
+            await self._gate.wait()
         self._context.trim()
         has_made_room = False
         first_place = self._history.image_place

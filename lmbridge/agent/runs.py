@@ -17,6 +17,7 @@ from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, RunFinished
 from lmbridge.agent.history import History
 from lmbridge.agent.loop import RunLoop
+from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.result import ENDINGS, OutputT, RunResult, StopReason
 from lmbridge.agent.run_tools import RunInfo, ToolSources
@@ -79,6 +80,10 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._own_scheduled_run = None if is_part_of_another else ScheduledRun(settings.priority, loop)
         self._scheduled_run = self._own_scheduled_run or inherited
         self._stop_reason: StopReason = "running"
+        self._gate = PauseGate()
+        self._time_limit: asyncio.Timeout | None = None
+        # The rest of max_seconds, while the run is paused.
+        self._seconds_left: float | None = None
         self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
         self._task.add_done_callback(self._on_end)
         _runs_in_flight.add(self)
@@ -128,6 +133,46 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             self._cancel(error)
         else:
             await self._task.end(error)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the run has been paused, and not been resumed yet."""
+        return self._gate.is_closed
+
+    def pause(self) -> bool:
+        """Holds the run before its next generation or tool call, until `resume` is called.
+
+        A generation or a tool in progress is not interrupted. The time until `resume` does not count towards
+        `max_seconds`. A paused run can be cancelled. Calling this method again does nothing.
+
+        Returns:
+            False if the run had already ended.
+        """
+        if self.done:
+            return False
+        if not self._gate.is_closed:
+            self._gate.close()
+            self._stop_clock()
+        return True
+
+    def resume(self) -> bool:
+        """Lets a paused run go on. Calling it for a run that is not paused does nothing.
+
+        Returns:
+            False if the run had already ended.
+        """
+        if self._gate.is_closed:
+            self._gate.open()
+            if self._seconds_left is not None and self._time_limit is not None and not self.done:
+                self._time_limit.reschedule(asyncio.get_running_loop().time() + self._seconds_left)
+            self._seconds_left = None
+        return not self.done
+
+    def _stop_clock(self) -> None:
+        limit = self._time_limit
+        if limit is not None and not limit.expired() and (when := limit.when()) is not None:
+            self._seconds_left = max(0.0, when - asyncio.get_running_loop().time())
+            limit.reschedule(None)
 
     def events(self) -> RunStream[OutputT]:
         """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
@@ -213,9 +258,11 @@ class RunHandle(NotCopyable, Generic[OutputT]):
     async def _run_within_max_seconds(self) -> StopReason:
         if self._settings.max_seconds is None:
             return await self._run_when_admitted()
-        time_limit = asyncio.timeout(self._settings.max_seconds)
+        self._time_limit = time_limit = asyncio.timeout(self._settings.max_seconds)
         try:
             async with time_limit:
+                if self._gate.is_closed:
+                    self._stop_clock()
                 return await self._run_when_admitted()
         except TimeoutError as error:
             # The TimeoutError may also come from a tool or from the client.
@@ -255,6 +302,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             record=self._record,
             channel=self._channel,
             is_stopping=lambda: self._task.stopping,
+            gate=self._gate,
         )
 
     def _complete_error(self, error: TaskCancelledError) -> None:

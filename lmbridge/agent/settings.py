@@ -25,8 +25,8 @@ from lmbridge.client.structured import answer_format_of
 from lmbridge.config import check_priority
 from lmbridge.errors import LLMValidationError
 
-Approve: TypeAlias = Callable[[ToolCall], bool | Awaitable[bool]]
-"""A function that decides whether a call is made."""
+Approve: TypeAlias = Callable[[ToolCall], bool | str | ToolCall | Awaitable[bool | str | ToolCall]]
+"""A function that decides whether a call is made: True, False, the reason why not, or the call to make instead."""
 MaxTokens: TypeAlias = int | Literal["auto"]
 """A limit on the tokens of a reply; "auto" derives it from the model's context."""
 OnLimit: TypeAlias = Literal["raise", "answer"]
@@ -55,7 +55,7 @@ def _check_model(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -
 
 _POSITIVE_INTEGER: Final = as_validator(check_integer)
 _OPTIONAL_SECONDS: Final = as_validator(check_seconds)
-_APPROVE_HINT: Final = "it is called with a ToolCall and returns True or False"
+_APPROVE_HINT: Final = "it is called with a ToolCall, and returns True, False, a reason why not, or another ToolCall"
 
 
 @attrs.frozen(kw_only=True)

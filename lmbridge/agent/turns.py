@@ -19,6 +19,7 @@ from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard
 from lmbridge.agent.history import Turn
+from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import StopReason, ToolRecord
@@ -29,6 +30,10 @@ from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from lmbridge.errors import LLMError
 
 _REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
+_APPROVE_HINT: Final = (
+    "approve must return True or False, a text that tells the model why not, or the ToolCall to make instead;"
+    " the call was not made"
+)
 
 _FORBIDDEN: Final = "Not called: this run does not allow calls of tools (tool_choice is 'none'). Answer in text."
 
@@ -43,8 +48,10 @@ class _PlannedCall:
     """The call as it was read."""
     places: list[int]
     """The places of this call and of its duplicates among the calls of the reply."""
-    is_refused: bool = False
-    """Whether the user does not allow the call."""
+    refusal: str | None = None
+    """What the model is told if the user does not allow the call; None if the call is allowed."""
+    edited: ReadyCall | None = None
+    """The call that the user wants in its place, or None."""
 
 
 class TurnRunner:
@@ -58,6 +65,7 @@ class TurnRunner:
         channel: Carries the events of the run.
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
+        gate: Holds the run before each call while the run is paused.
     """
 
     def __init__(
@@ -69,7 +77,9 @@ class TurnRunner:
         record: RunRecord,
         channel: Channel[RunEvent],
         is_stopping: Callable[[], bool],
+        gate: PauseGate,
     ) -> None:
+        self._gate = gate
         self._run_id = run_id
         self._settings = settings
         self._toolset = toolset
@@ -130,20 +140,43 @@ class TurnRunner:
         if approve is not None:
             for each in planned:
                 if isinstance(each.read, ReadyCall):
-                    each.is_refused = not await self._is_approved(approve, each.read.call)
+                    decision = await self._ask(approve, each.read.call)
+                    if isinstance(decision, ToolCall) and decision != each.read.call:
+                        each.edited = self._read_edited(decision, each.read.call)
+                    elif isinstance(decision, str) and decision.strip():
+                        each.refusal = f"Refused: {decision}"
+                    elif not decision or isinstance(decision, str):
+                        each.refusal = _REFUSAL
 
-    async def _is_approved(self, approve: Approve, call: ToolCall) -> bool:
+    async def _ask(self, approve: Approve, call: ToolCall) -> bool | str | ToolCall:
         try:
             answer = approve(call)
-            return bool(await answer if inspect.isawaitable(answer) else answer)
+            return await answer if inspect.isawaitable(answer) else answer
         # `approve` is a function of the program, so it may raise anything.
         except Exception as exc:
             raise LLMError(
                 f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
                 exc,
-                hint="approve must return True or False; the call was not made",
+                hint=_APPROVE_HINT,
                 context={"operation": "agent run", "model": self._record.model},
             ) from exc
+
+    def _read_edited(self, edited: ToolCall, requested: ToolCall) -> ReadyCall:
+        """Returns the call that the user wants in place of another one.
+
+        Raises:
+            LLMError: It cannot be made.
+        """
+        name = self._toolset.find_request_name(edited.name) or edited.name
+        call = {"id": requested.id, "function": {"name": name, "arguments": edited.arguments}}
+        read = self._toolset.read(call)
+        if isinstance(read, ReadyCall):
+            return read
+        raise LLMError(
+            f"approve returned a call of {edited.name!r} that cannot be made: {read.text}",
+            hint=_APPROVE_HINT,
+            context={"operation": "agent run", "model": self._record.model},
+        )
 
     async def _answer_all(
         self, planned: Sequence[_PlannedCall], calls: Sequence[ToolCall], turn: Turn
@@ -177,11 +210,20 @@ class TurnRunner:
         read = planned.read
         if isinstance(read, InvalidCall):
             return ToolRecord(call=_to_tool_call(read), text=read.text, is_error=True)
-        if planned.is_refused:
-            return self._with_repetition_warning(ToolRecord(call=read.call, text=_REFUSAL, is_error=True))
+        if planned.refusal is not None:
+            return self._with_repetition_warning(ToolRecord(call=read.call, text=planned.refusal, is_error=True))
+        if self._gate.is_closed:
+            await self._gate.wait()
         for place in planned.places:
             turn.begin(calls[place].id)
-        return self._with_repetition_warning(await self._call_tool(read))
+        if planned.edited is None:
+            return self._with_repetition_warning(await self._call_tool(read))
+        made = planned.edited.call
+        record = await self._call_tool(planned.edited)
+        # Without this note, the model would take the result for that of the call that it has requested.
+        note = f"[The user changed this call: {made.name}({_encode_sorted(made.arguments).decode()}) was made.]"
+        record = attrs.evolve(record, call=read.call, edited=made, text=f"{note}\n{record.text}")
+        return self._with_repetition_warning(record)
 
     async def _call_tool(self, ready: ReadyCall) -> ToolRecord:
         call, settings = ready.call, self._settings

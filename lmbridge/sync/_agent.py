@@ -90,6 +90,33 @@ class RunHandle(Wrapper, Generic[OutputT]):
         result: bool = self._call(self.wrapped.cancel)
         return result
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the run has been paused, and not been resumed yet."""
+        result: bool = self._call(lambda: self.wrapped.is_paused)
+        return result
+
+    def pause(self) -> bool:
+        """Holds the run before its next generation or tool call, until `resume` is called.
+
+        A generation or a tool in progress is not interrupted. The time until `resume` does not count towards
+        `max_seconds`. A paused run can be cancelled. Calling this method again does nothing.
+
+        Returns:
+            False if the run had already ended.
+        """
+        result: bool = self._call(self.wrapped.pause)
+        return result
+
+    def resume(self) -> bool:
+        """Lets a paused run go on. Calling it for a run that is not paused does nothing.
+
+        Returns:
+            False if the run had already ended.
+        """
+        result: bool = self._call(self.wrapped.resume)
+        return result
+
     def events(self) -> RunStream[OutputT]:
         """Returns the events of the run from now on. Leaving the stream detaches from the run, which goes on."""
         result: RunStream[OutputT] = self._call(self.wrapped.events)
@@ -157,7 +184,8 @@ class Agent(Wrapper):
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
         approve: A function, async or plain, that is called with the `ToolCall` before each call, one at a time. If it
-            returns False, the call is not made, and the model gets a refusal. A plain function must return
+            returns False, the call is not made, and the model gets a refusal; a text is a refusal that gives the
+            model this reason. A `ToolCall` is made in place of the requested one. A plain function must return
             quickly. An exception that it raises ends the run. Default: every call is made.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the

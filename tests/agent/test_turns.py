@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import attrs
 import pytest
 
-from lmbridge import Agent, LLMClient, LLMValidationError, ToolCall, ToolCallFinished, ToolCallStarted
+from lmbridge import Agent, LLMClient, LLMError, LLMValidationError, ToolCall, ToolCallFinished, ToolCallStarted
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.history import History
+from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.settings import Settings
@@ -318,6 +320,7 @@ async def answer_calls(count: int) -> RunRecord:
         record=record,
         channel=Channel(is_muted=True),
         is_stopping=lambda: False,
+        gate=PauseGate(),
     )
     await runner.run(ModelReply.from_completion({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
     assert runner.stop_reason is None
@@ -338,3 +341,74 @@ async def test_thousands_of_calls_with_one_id_are_all_answered() -> None:
 
 def test_the_time_for_calls_grows_with_their_number() -> None:
     assert_linear(lambda count: asyncio.run(answer_calls(count)), 100)
+
+
+# Decisions of `approve`
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_reason_of_approve_is_told_to_the_model(
+    scripted_server: ScriptedServer, client: LLMClient, is_async: bool
+) -> None:
+    async def decide(_call: ToolCall) -> str:
+        return "use the other folder"
+
+    approve = decide if is_async else (lambda _call: "use the other folder")
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("Then not."))
+    result = await Agent(client, tools=[add], approve=approve).run("1 + 2?")
+    assert tool_texts(result.messages) == ["Refused: use the other folder"]
+    assert result.log[0].tool_calls[0].is_error
+
+
+@pytest.mark.parametrize("decision", [False, None, "", "  ", 0])
+async def test_a_refusal_without_a_reason_says_what_to_do(
+    scripted_server: ScriptedServer, client: LLMClient, decision: Any
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("Then not."))
+    result = await Agent(client, tools=[add], approve=lambda _call: decision).run("1 + 2?")
+    assert tool_texts(result.messages)[0].startswith("Refused: this call is not allowed.")
+
+
+async def test_an_edited_call_is_made_in_place_of_the_requested_one(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    def edit(call: ToolCall) -> ToolCall:
+        return attrs.evolve(call, arguments={"a": 10, "b": "20"})
+
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("30"))
+    result = await Agent(client, tools=[add], approve=edit).run("1 + 2?")
+    (record,) = result.log[0].tool_calls
+    assert record.raw == 30
+    assert record.call.arguments == {"a": 1, "b": 2}
+    assert record.edited is not None
+    assert (record.edited.name, record.edited.arguments) == ("add", {"a": 10, "b": 20})
+    assert tool_texts(result.messages) == ['[The user changed this call: add({"a":10,"b":20}) was made.]\n30']
+    check_valid(result.messages)
+
+
+async def test_an_edited_call_may_be_of_another_tool(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    def sub(a: int, b: int) -> int:
+        """Subtracts."""
+        return a - b
+
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("-1"))
+    agent = Agent(client, tools=[add, sub], approve=lambda call: attrs.evolve(call, name="sub", tool=None))
+    result = await agent.run("1 + 2?")
+    assert result.log[0].tool_calls[0].raw == -1
+
+
+async def test_the_same_call_from_approve_is_an_approval(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
+    result = await Agent(client, tools=[add], approve=lambda call: call).run("1 + 2?")
+    assert tool_texts(result.messages) == ["3"]
+    assert result.log[0].tool_calls[0].edited is None
+
+
+@pytest.mark.parametrize("change", [{"name": "nothing"}, {"arguments": {"a": 1}}, {"arguments": {"a": "x", "b": 2}}])
+async def test_an_edited_call_that_cannot_be_made_ends_the_run(
+    scripted_server: ScriptedServer, client: LLMClient, change: dict[str, Any]
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("never"))
+    with pytest.raises(LLMError, match=r"approve returned a call of '.*' that cannot be made") as caught:
+        await Agent(client, tools=[add], approve=lambda call: attrs.evolve(call, **change)).run("1 + 2?")
+    check_valid(caught.value.partial.messages)

@@ -1,0 +1,36 @@
+"""`PauseGate`: holds a run between two of its steps, for example while a person decides something.
+
+A generation or a tool that is in progress is not interrupted: its result would be lost, and making a call again may
+have an effect twice. So a paused run stops before its next generation or call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class PauseGate:
+    """Lets a run pass, or holds it until it may go on."""
+
+    def __init__(self) -> None:
+        self._opened: asyncio.Future[None] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the run is held at the gate."""
+        return self._opened is not None
+
+    def close(self) -> None:
+        """Holds the run when it comes to the gate."""
+        self._opened = self._opened or asyncio.get_running_loop().create_future()
+
+    def open(self) -> None:
+        """Lets the run go on."""
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.set_result(None)
+
+    async def wait(self) -> None:
+        """Waits until the gate is open. Several tasks may wait at the same time."""
+        while self._opened is not None:
+            await asyncio.shield(self._opened)
