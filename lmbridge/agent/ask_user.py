@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, cast
 
 from lmbridge._checks import check_callable
 from lmbridge.agent.tools import Tool
@@ -35,15 +35,11 @@ def ask_user(callback: Callable[[str], str | Awaitable[str]], *, timeout: float 
     """
     check_callable("callback", callback, hint="it is called with a question and returns the answer")
 
-    if inspect.iscoroutinefunction(callback):
-
-        async def ask(question: str) -> str:
-            answer = callback(question)
-            return await answer if inspect.isawaitable(answer) else answer
-
-        return Tool.from_function(ask, name="ask_user", description=_DESCRIPTION, timeout=timeout)
+    async def ask(question: str) -> str:
+        return await cast("Awaitable[str]", callback(question))
 
     def ask_in_thread(question: str) -> str | Awaitable[str]:
         return callback(question)
 
-    return Tool.from_function(ask_in_thread, name="ask_user", description=_DESCRIPTION, timeout=timeout)
+    function = ask if inspect.iscoroutinefunction(callback) else ask_in_thread
+    return Tool.from_function(function, name="ask_user", description=_DESCRIPTION, timeout=timeout)
