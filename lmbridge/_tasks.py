@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sized
 from typing import Any, Final, Generic, TypeVar
 
 import attrs
@@ -25,6 +25,16 @@ _T = TypeVar("_T")
 
 _unfinished: Final[set[asyncio.Future[Any]]] = set()
 """Cancelled tasks that are still running, kept alive because asyncio holds only weak references to tasks."""
+
+
+MANY: Final = 100
+"""The number of things after which a task that works through them lets other tasks run."""
+
+
+async def let_others_run(things: Sized) -> None:
+    """Lets other tasks run between two steps that each work through these things, if they are many."""
+    if len(things) > MANY:
+        await asyncio.sleep(0)
 
 
 async def settle(work: Awaitable[_T]) -> _T:

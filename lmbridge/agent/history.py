@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -410,21 +411,25 @@ def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         LLMValidationError: A result is missing, or belongs to no call.
     """
-    pending: list[str] = []
+    # How many results each id of a call still lacks. The keys are texts in quotes, because an id may be any value.
+    pending: Counter[str] = Counter()
     for message in messages:
         if message["role"] == "tool":
-            if message.get("tool_call_id") not in pending:
+            call_id = repr(message.get("tool_call_id"))
+            if call_id not in pending:
                 raise LLMValidationError(
-                    f"messages have a result for the call {message.get('tool_call_id')!r}, but no such call before it",
+                    f"messages have a result for the call {call_id}, but no such call before it",
                     hint=_PAIRS_HINT,
                 )
-            pending.remove(message["tool_call_id"])
+            pending[call_id] -= 1
+            if not pending[call_id]:
+                del pending[call_id]
         elif pending:
             break
         else:
-            pending = [call["id"] for call in message.get("tool_calls") or ()]
+            pending = Counter(repr(call["id"]) for call in message.get("tool_calls") or ())
     if pending:
-        raise LLMValidationError(f"messages have no result for the call {pending[0]!r}", hint=_PAIRS_HINT)
+        raise LLMValidationError(f"messages have no result for the call {next(iter(pending))}", hint=_PAIRS_HINT)
 
 
 def _group_by_user_message(messages: list[Message]) -> list[list[Message]]:

@@ -19,6 +19,7 @@ from typing import Any, Final
 import attrs
 
 from lmbridge._checks import invalid_argument
+from lmbridge._tasks import MANY
 from lmbridge._text import shorten
 from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nested_deeper
 from lmbridge.agent.calling import ToolOutcome, call_tool
@@ -42,8 +43,6 @@ _LONGEST_PROBLEM: Final = 2_000
 """The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
 _LARGE_ARGUMENTS: Final = 50_000
 """The number of characters of arguments, or of their keys, beyond which a call is read in a thread."""
-_CALLS_AT_ONCE: Final = 100
-"""The number of calls of a reply after which other tasks may run."""
 _LONGEST_TEXT_OF_CALLS: Final = 500_000
 """The number of characters beyond which a reply is not searched for calls, because the event loop would stand still for
 more than about 50 ms. A reply of that length has more than 100,000 tokens."""
@@ -185,7 +184,7 @@ class Toolset:
                 read.append(await asyncio.to_thread(self.read, call) if is_large else self._read(call, STEPS_AT_ONCE))
             except StepLimitError:
                 read.append(await asyncio.to_thread(self.read, call))
-            if not number % _CALLS_AT_ONCE:
+            if not number % MANY:
                 await asyncio.sleep(0)
         return read
 

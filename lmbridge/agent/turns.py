@@ -15,6 +15,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge._tasks import MANY, let_others_run
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard
@@ -98,15 +99,22 @@ class TurnRunner:
 
     async def run(self, reply: ModelReply) -> list[ToolRecord]:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
+        # Each step takes milliseconds for a thousand calls. If the run is cancelled between them, its history is valid.
+        await let_others_run(reply.calls)
         sent_calls = map(self._as_sent, reply.calls)
         turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
+        await let_others_run(reply.calls)
         read = await self._read(reply.calls)
         calls = [_to_tool_call(each) for each in read]
         self._record.calls += calls
+        await let_others_run(calls)
         planned = self._plan(read)
+        await let_others_run(calls)
         await self._ask_for_approval(planned)
         records = await self._answer_all(planned, calls, turn)
+        await let_others_run(calls)
         self._record.history.end_turn()
+        await let_others_run(calls)
         self._repetition.end_reply()
         self._bad_calls.note(bad=all(isinstance(each, InvalidCall) for each in read))
         return records
@@ -195,6 +203,8 @@ class TurnRunner:
                     turn.answer(calls[place].id, record.text, record.images if is_first else ())
                     if self._channel.has_listener:
                         await self._channel.put(ToolCallFinished(records[place]))
+                    if len(records) % MANY == 0:
+                        await asyncio.sleep(0)
 
         # A single call, as in most replies, does not need a separate task. The tasks share one iterator, so that
         # thousands of calls do not need thousands of tasks.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge import Agent, LLMClient, LLMValidationError
-from lmbridge.agent.history import History, size_of, valid_arguments
+from lmbridge.agent.history import History, check_pairs, size_of, valid_arguments
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import asks, asks_raw, check_valid, tool_texts
 from tests.support import assert_linear
@@ -349,3 +349,39 @@ async def test_a_run_refuses_a_task_that_json_does_not_have(scripted_server: Scr
     with pytest.raises(LLMValidationError, match=r"task\[0\]\.text is of type Decimal, which cannot be sent as JSON"):
         await Agent(client).run([{"type": "text", "text": decimal.Decimal(1)}])
     assert scripted_server.requests == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_conversation_with_very_many_calls_is_checked_in_linear_time(reverse: bool) -> None:
+    def conversation(count: int) -> list[dict[str, Any]]:
+        ids = [f"call_{number}" for number in range(count)]
+        function = {"name": "add", "arguments": "{}"}
+        calls = [{"id": each, "type": "function", "function": function} for each in ids]
+        results = [{"role": "tool", "tool_call_id": each, "content": ""} for each in (ids[::-1] if reverse else ids)]
+        return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
+
+    assert_linear(lambda count: check_pairs(conversation(count)), 2_000)
+
+
+@pytest.mark.parametrize(
+    ("ids", "results", "message"),
+    [
+        (["a", "a"], ["a", "a"], None),
+        (["a", "a"], ["a"], "no result for the call 'a'"),
+        (["a"], ["a", "a"], "a result for the call 'a', but no such call"),
+        ([1], ["1"], "a result for the call '1', but no such call"),
+        (["a"], [["a"]], r"a result for the call \['a'\], but no such call"),
+        ([], [None], "a result for the call None, but no such call"),
+    ],
+)
+def test_each_result_answers_one_call(ids: list[Any], results: list[Any], message: str | None) -> None:
+    calls = [{"id": each, "function": {"name": "add", "arguments": "{}"}} for each in ids]
+    messages = [
+        {"role": "assistant", "tool_calls": calls},
+        *({"role": "tool", "tool_call_id": each} for each in results),
+    ]
+    if message is None:
+        check_pairs(messages)
+        return
+    with pytest.raises(LLMValidationError, match=message):
+        check_pairs(messages)

@@ -26,6 +26,7 @@ from tests.agent.support import (
     calls,
     check_valid,
     collect_events,
+    generations,
     sent,
     tool_texts,
 )
@@ -412,3 +413,26 @@ async def test_an_edited_call_that_cannot_be_made_ends_the_run(
     with pytest.raises(LLMError, match=r"approve returned a call of '.*' that cannot be made") as caught:
         await Agent(client, tools=[add], approve=lambda call: attrs.evolve(call, **change)).run("1 + 2?")
     check_valid(caught.value.partial.messages)
+
+
+async def test_other_tasks_run_between_the_calls_of_a_run_without_a_listener(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(*numbered(3_000, "nothing")), answer("ok"))
+    turns, started = 0, asyncio.Event()
+
+    async def count() -> None:
+        nonlocal turns
+        started.set()
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    run = asyncio.create_task(Agent(client, tools=[add]).run("Go."))
+    await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 1)
+    counter = asyncio.create_task(count())
+    await started.wait()
+    await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 2)
+    counter.cancel()
+    await run
+    assert turns >= 60
