@@ -14,7 +14,16 @@ from lmbridge.agent.result import RunResult
 from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
 from lmbridge.agent.runs import RunHandle, RunStream, current_permit
 from lmbridge.agent.sampling import SamplingOptions
-from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, SendReasoning, Settings, Task, check_task
+from lmbridge.agent.settings import (
+    Approve,
+    MaxTokens,
+    OnLimit,
+    ReadTextCalls,
+    SendReasoning,
+    Settings,
+    Task,
+    check_task,
+)
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
 from lmbridge.config import Priority
@@ -69,6 +78,13 @@ class Agent(NotCopyable):
             such as building again after each edit. Default: 5.
         deduplicate_calls: Whether identical calls of one reply are made once, and each answered with that result. Pass
             False if a call may be meant to be made several times, like the throw of a die. Default: True.
+        read_text_calls: Which calls are made that the model wrote as text, because the server did not recognize them:
+            "always" reads them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
+            and "never" reads none. The tool has to be one that was offered. Default: "always".
+        repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
+            are valid then: almost-JSON such as single quotes or a missing bracket, and names such as `getWeather` for
+            `get_weather`. The call has `repaired` set, which `approve` sees. Arguments that were cut off are never
+            completed. Default: True.
         send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
@@ -121,6 +137,8 @@ class Agent(NotCopyable):
         max_nudges: int = 2,
         repetition_limit: int | None = 5,
         deduplicate_calls: bool = True,
+        read_text_calls: ReadTextCalls = "always",
+        repair_calls: bool = True,
         send_reasoning: SendReasoning = "auto",
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
@@ -151,6 +169,8 @@ class Agent(NotCopyable):
             max_nudges=max_nudges,
             repetition_limit=repetition_limit,
             deduplicate_calls=deduplicate_calls,
+            read_text_calls=read_text_calls,
+            repair_calls=repair_calls,
             send_reasoning=send_reasoning,
             approve=approve,
             output_type=output_type,

@@ -88,6 +88,11 @@ class ToolCallFinished:
         return self.record.seconds
 
     @property
+    def repaired(self) -> bool:
+        """Whether the model wrote the call with small mistakes, which were put right: `call` is the repaired call."""
+        return self.record.repaired
+
+    @property
     def is_duplicate(self) -> bool:
         """Whether the reply had an identical call before this one, so that the tool was called only once for both."""
         return self.record.is_duplicate

@@ -13,9 +13,11 @@ ten clients, and a tool that runs another agent would wait for itself.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -42,6 +44,7 @@ from lmbridge.agent.result_images import ImagePlace, next_place, place_after
 from lmbridge.agent.sampling import allows_calls, sampling_params
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
+from lmbridge.agent.text_calls import may_have_calls
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turns import TurnRunner
@@ -68,6 +71,8 @@ _LAST_QUESTION: Final = (
     "You cannot call any more tools. Give the best answer that you can from what you know so far, and say what is"
     " missing in it."
 )
+_LARGE_TEXT: Final = 20_000
+"""The number of characters beyond which a reply is searched for calls in a thread."""
 _EMPTY_ANSWER_HINT: Final = "describe the task in more detail, offer fewer tools, or use another model"
 _MISSING_CALL_HINT: Final = "check that the server's tool parser and the chat template fit the model"
 
@@ -375,15 +380,35 @@ class RunLoop:
         async with self._source.lease(record.model) as client:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
             reply = await self._read_stream(stream)
+        reply.max_tokens, reply.has_stop_texts = params["max_tokens"], "stop" in params
         self._check_complete(reply)
         if self._output is not None and reply.is_only_reasoning and not reply.calls:
             reply.text = answer_in_reasoning(reply.reasoning)
         self._count_tokens(reply, prompt_size)
         reply.may_call = allows_calls(params)
-        if not reply.calls and reply.may_call and (found := self._toolset.find_text_calls(reply.text)):
-            reply.text, reply.calls = found
+        if not reply.calls and reply.may_call:
+            await self._read_text_calls(reply)
         record.end_reply(reply.text, reply.reasoning)
         return reply
+
+    async def _read_text_calls(self, reply: ModelReply) -> None:
+        """Takes the calls out of a reply that the model has written as text, if there are any."""
+        settings = self._settings
+        size = len(reply.text) + len(reply.reasoning)
+        if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
+            return
+        find = partial(
+            self._toolset.find_text_calls,
+            reply.text,
+            reasoning=reply.reasoning,
+            mode=settings.read_text_calls,
+            repairs=settings.repair_calls,
+            may_be_cut=reply.may_be_cut,
+        )
+        found = find() if size <= _LARGE_TEXT else await asyncio.to_thread(find)
+        if found is not None:
+            logger.info("the model wrote its tool calls as text, and they are read from there")
+            reply.text, reply.calls = found
 
     def _check_complete(self, reply: ModelReply) -> None:
         """Checks that the server has not aborted the answer.

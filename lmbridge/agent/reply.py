@@ -43,6 +43,10 @@ class ModelReply:
     """The tokens of the request, as the server counted them; None if it did not count them."""
     may_call: bool = False
     """Whether the request offered tools, and did not forbid the model to call them."""
+    max_tokens: int | None = None
+    """The limit on the tokens of the reply, as it was requested; None if it is unknown."""
+    has_stop_texts: bool = False
+    """Whether the request named texts at which the server ends a reply, wherever they are."""
 
     @classmethod
     def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
@@ -67,6 +71,26 @@ class ModelReply:
     def announces_calls(self) -> bool:
         """Whether the finish reason says that the reply requests calls, although it has none."""
         return not self.calls and self.finish_reason in _ANNOUNCES_CALLS
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether the end of the reply may be missing: it reached a limit, or nothing says that it did not."""
+        return self.finish_reason in (None, "length") or self.has_stop_texts or self._has_room is False
+
+    @property
+    def may_have_cut_call(self) -> bool:
+        """Whether the end of its last call may be missing.
+
+        Some servers name the finish reason of a complete reply if there is a call in it, although the call was cut off
+        at the limit on tokens. So the reply must also have taken fewer tokens than that limit.
+        """
+        return self.may_be_cut or self._has_room is None
+
+    @property
+    def _has_room(self) -> bool | None:
+        """Whether the reply took fewer tokens than it was allowed to take; None if that is unknown."""
+        tokens = (self.usage or {}).get("completion_tokens")
+        return None if self.max_tokens is None or tokens is None else tokens < self.max_tokens
 
     @property
     def has_cut_call(self) -> bool:

@@ -80,6 +80,8 @@ class ToolRecord:
     """The images of the result, as content parts, whether or not the model can see them."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
+    repaired: bool = False
+    """Whether the model wrote the call with small mistakes, which were put right: `call` is the repaired call."""
     edited: ToolCall | None = None
     """The call that was made instead, because `approve` returned it; None if the call was made as requested."""
     is_duplicate: bool = False

@@ -33,6 +33,8 @@ OnLimit: TypeAlias = Literal["raise", "answer"]
 """What happens when a run has used up its rounds or its tokens."""
 SendReasoning: TypeAlias = bool | Literal["auto"]
 """Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
+ReadTextCalls: TypeAlias = Literal["always", "whole", "never"]
+"""Which calls are read that a model wrote as text: all, those that are the whole reply, or none."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
 """What to do, as a string or as the content parts of a message (text and images)."""
 
@@ -90,6 +92,10 @@ class Settings:
         default=5, validator=as_validator(check_integer, minimum=2, optional=True)
     )
     deduplicate_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
+    read_text_calls: ReadTextCalls = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="always", validator=as_validator(check_choice, choices=get_args(ReadTextCalls))
+    )
+    repair_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
     send_reasoning: SendReasoning = attrs.field(default="auto", validator=_check_send_reasoning)
     approve: Approve | None = attrs.field(
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)

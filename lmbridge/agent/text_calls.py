@@ -1,152 +1,205 @@
-"""Recognizes tool calls that a model wrote into its text because the server did not parse them.
+"""Finds the tool calls in a reply that a model wrote as text, because the server did not parse them.
 
-A reply has to end in calls of one known syntax, and may have text before them. A call that is quoted within an
-explanation is not made, because the model may be describing it, or warning against it: neither one that is followed by
-more text, nor one in a code block or a block quote.
-
-The text is read once, from its beginning to its end, without copying the rest of it for each call. So the time grows
-in proportion to the length: about 50 ms for 1,000,000 characters of short calls.
+A text may have a call in it that is not meant to be made. `quoted_calls` recognizes that by the text around it. Then
+the whole reply is an ordinary answer, because its other calls may depend on the one that is quoted.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
-from lmbridge.agent.argument_json import decode_written_at, write_json
+from lmbridge.agent.argument_json import decode_written_at
+from lmbridge.agent.call_reader import CallReader, Region, TextCall
+from lmbridge.agent.call_syntaxes import MARKS, OPENING, UNMARKED
+from lmbridge.agent.quoted_calls import is_quoted, speaks_about_calls
 from lmbridge.client.reasoning import split_reasoning
 
-_ARGUMENT_KEYS: Final = ("arguments", "parameters")
-"""The keys that may hold the arguments of a call. Llama's models write `parameters`."""
 # Tokens that begin a call, such as `<|python_tag|>`, are not among them.
 _TEMPLATE_TOKEN: Final = re.compile(
-    r"<\|(?!python|tool)[\w/-]{1,40}\|>|</?s>|<(?:end|start)_of_turn>|<\uff5c(?!tool)[^\uff5c<>\n]{1,40}\uff5c>"
+    r"<\|(?!python|tool|sep\|)[\w/-]{1,40}\|>|</?s>|<(?:end|start)_of_turn>|<\uff5c(?!tool)[^\uff5c<>\n]{1,40}\uff5c>"
 )
 _LONGEST_TOKEN: Final = 44
-_LONGEST_OPENING: Final = 20
-_CODE_FENCE: Final = "```"
-_FENCE_LINE: Final = re.compile(r"^[ \t>]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+_FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
+_FENCES_OF_CALLS: Final = ("", "json", "jsonc", "json5", "xml", "text", "txt", "plaintext", "tool", "python", "py")
 _NEXT_OBJECT: Final = re.compile(r"\s*\{")
+_BEGINNING_OF_HARMONY: Final = re.compile(
+    r"(?:<\|start\|>)?(?:assistant)?\s*(?:<\|channel\|>)?\s*(?:commentary|analysis)?\s*\Z"
+)
+_MOST_MISTAKEN_CANDIDATES: Final = 50
+"""How many pieces of JSON or code that turn out not to be calls are read before the search is given up."""
 
 
 class TextCalls(NamedTuple):
-    """The calls that a reply ends in."""
+    """The calls in a reply."""
 
     text: str
-    """The text before them."""
-    calls: list[tuple[str, str | None]]
-    """Their names and the JSON of their arguments; None for a call without arguments."""
+    """The text before them. What follows them is left out: it was written before their results existed."""
+    calls: list[TextCall]
+    """The calls, in order."""
+    has_prose: bool
+    """Whether there is any text before, between or after them."""
+    ends_text: bool
+    """Whether the reply ends in them."""
+    is_bare: bool
+    """Whether one of them has no words around it that only calls have."""
 
 
-class _CallTags(NamedTuple):
-    """The tags around each call in one syntax, with the white space that may surround the call and follow it."""
+class _Fence(NamedTuple):
+    """A fenced code block."""
 
-    opening: re.Pattern[str]
-    closing: re.Pattern[str]
-
-
-def _call_tags(opening: str, closing: str) -> _CallTags:
-    return _CallTags(re.compile(rf"{re.escape(opening)}\s*"), re.compile(rf"\s*{re.escape(closing)}\s*"))
-
-
-_READ_SYNTAXES: Final = (
-    # Hermes and Qwen.
-    _call_tags("<tool_call>", "</tool_call>"),
-    # LM Studio, which asks models without a native format to write it.
-    _call_tags("[TOOL_REQUEST]", "[END_TOOL_REQUEST]"),
-)
+    start: int
+    content: int
+    content_end: int
+    end: int
+    info: str
 
 
-def read_text_calls(text: str) -> TextCalls | None:
-    """Returns the calls that a reply ends in and the text before them, or None if it is any other text.
+class _Fences:
+    """Finds the fenced code blocks of a text, for positions that grow. What has been read as calls is skipped."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._position = 0 if "```" in text or "~~~" in text else len(text)
+        self._fence: _Fence | None = None
+
+    def around(self, position: int) -> _Fence | None:
+        """Returns the block with a position in its content, or None."""
+        while self._fence is None or self._fence.content_end <= position:
+            opening = _FENCE_LINE.search(self._text, self._position, position)
+            if opening is None:
+                return None
+            self._fence = self._find_end(opening)
+            self._position = self._fence.end
+        return self._fence if self._fence.content <= position else None
+
+    def skip_to(self, position: int) -> None:
+        """Skips the fences before a position."""
+        self._position, self._fence = max(self._position, position), None
+
+    def _find_end(self, opening: re.Match[str]) -> _Fence:
+        """Returns the block that a line opens. One that is never closed goes on to the end."""
+        content, info = opening.end() + 1, opening[2].strip().lower()
+        for line in _FENCE_LINE.finditer(self._text, content):
+            if line[1].startswith(opening[1]) and not line[2].strip():
+                return _Fence(opening.start(), content, line.start(), line.end(), info)
+        return _Fence(opening.start(), content, len(self._text), len(self._text), info)
+
+
+def may_have_calls(text: str) -> bool:
+    """Returns False if a quick look shows that there are no calls in a text."""
+    return any(mark in text for mark in MARKS) or any(words in text for words in UNMARKED)
+
+
+def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False) -> TextCalls | None:
+    """Returns the calls in a reply, or None if it is an ordinary answer.
 
     Args:
         text: The whole reply. It may begin with the model's reasoning.
+        repairs: Whether JSON with small mistakes is read as well.
+        may_be_cut: Whether the end of the reply may have been cut off.
     """
+    if not may_have_calls(text):
+        return None
     text = without_template_tokens(text.strip())
-    syntax = _syntax_at_start(text)
-    if syntax is None:
+    first = OPENING.match(text)
+    if first is None:
         # Only now, because tags of reasoning that appear inside the arguments of a call must stay there.
         text = split_reasoning({"choices": [{"message": {"content": text}}]}).text.strip()
-        syntax = _syntax_at_start(text)
-    if syntax is not None:
-        calls = _parse_calls(text, 0, syntax)
-        return TextCalls("", calls) if calls else None
-    return _read_calls_after_text(text)
-
-
-def _read_calls_after_text(text: str) -> TextCalls | None:
-    openings = [opening for syntax in _READ_SYNTAXES if (opening := syntax.opening.search(text))]
-    if not openings:
+    reader = CallReader(text, repairs=repairs, may_be_cut=may_be_cut)
+    try:
+        regions = list(_regions_in(text, reader))
+    except ValueError:
+        # A call is quoted or cannot be read. None is made, because the others may depend on it.
         return None
-    # From the first tag on there has to be nothing but calls, so that none is left out because it is quoted or wrong.
-    begin = min(opening.start() for opening in openings)
-    before, syntax = text[:begin].rstrip(), _syntax_at_start(text[begin : begin + _LONGEST_OPENING])
-    calls = None if _is_quoted(text, begin) or syntax is None else _parse_calls(text, begin, syntax)
-    return TextCalls(before, calls) if calls else None
+    return _calls_of(text, regions) if regions else None
 
 
-def _is_quoted(text: str, position: int) -> bool:
-    """Returns whether a position is within a code block, or in a line of a block quote, or follows a backtick."""
-    before = text[:position]
-    if before[before.rfind("\n") + 1 :].lstrip().startswith(">"):
-        return True
-    before = before.rstrip()
-    if before.count(_CODE_FENCE) % 2 or (before.endswith("`") and not before.endswith(_CODE_FENCE)):
-        return True
-    fence = ""
-    for line in _FENCE_LINE.finditer(before):
-        if not fence:
-            fence = line[1]
-        elif line[1].startswith(fence) and not line[2].strip():
-            fence = ""
-    return bool(fence)
+def read_calls_in_reasoning(reasoning: str, *, repairs: bool = True, may_be_cut: bool = False) -> TextCalls | None:
+    """Returns the calls with which the reasoning of a reply without an answer ends, or None.
 
-
-def _syntax_at_start(text: str) -> _CallTags | None:
-    return next((syntax for syntax in _READ_SYNTAXES if syntax.opening.match(text)), None)
-
-
-def _parse_calls(text: str, position: int, syntax: _CallTags) -> list[tuple[str, str | None]] | None:
-    """Returns the calls from a position on, or None if there is anything else between or after them."""
-    calls: list[tuple[str, str | None]] = []
-    while position < len(text):
-        opening = syntax.opening.match(text, position)
-        if opening is None:
-            return None
-        try:
-            call, position = decode_written_at(text, opening.end())
-            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-                return None
-            arguments = _arguments_of(call)
-            # Some models write a call, or its arguments, a second time.
-            while (more := _NEXT_OBJECT.match(text, position)) is not None:
-                again, position = decode_written_at(text, more.end() - 1)
-                if again not in (call, arguments):
-                    return None
-            written = arguments if arguments is None or isinstance(arguments, str) else write_json(arguments)
-        except (ValueError, RecursionError):
-            return None
-        closing = syntax.closing.match(text, position)
-        if closing is None:
-            return None
-        calls.append((call["name"], written))
-        position = closing.end()
-    return calls
-
-
-def _arguments_of(call: Mapping[str, Any]) -> Any:
-    """Returns the arguments of a call, or None if it has none.
-
-    If its two keys hold different arguments, both are returned as a list. No tool accepts a list, so the model reads
-    that this is wrong, instead of one of the two being chosen for it.
+    Models think about calls that they do not make, so nothing may follow them.
     """
-    given = [call[key] for key in _ARGUMENT_KEYS if call.get(key) is not None]
-    if not given:
+    if not may_have_calls(reasoning):
         return None
-    return given[0] if given[0] == given[-1] else given
+    found = read_text_calls(reasoning, repairs=repairs, may_be_cut=may_be_cut)
+    return found if found is not None and found.ends_text else None
+
+
+class _QuotedCallError(ValueError):
+    """A call is not meant to be made."""
+
+
+def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
+    """Yields the parts of a text that consist of calls.
+
+    Raises:
+        ValueError: A call cannot be read, or is not meant to be made.
+    """
+    position, mistakes = 0, 0
+    fences = _Fences(text)
+    while (opening := OPENING.search(text, position)) is not None:
+        start = opening.start()
+        is_bare = opening["opening"] is None
+        fence = fences.around(start)
+        if is_bare and not _begins_line(text, start, fence):
+            position = opening.end()
+            continue
+        if text[start - 1 : start] == "`" and not text.startswith("`", start):
+            # A mention, such as `<tool_call>`.
+            position = opening.end()
+            continue
+        region = reader.read(start) if mistakes < _MOST_MISTAKEN_CANDIDATES or not is_bare else None
+        if region is None:
+            mistakes += is_bare
+            position = opening.end()
+            continue
+        if fence is not None:
+            region = _whole_fence(text, region, fence)
+        yield region
+        position = region.end
+        fences.skip_to(position)
+
+
+def _begins_line(text: str, start: int, fence: _Fence | None) -> bool:
+    """Returns whether a position is the beginning of a line, or of the content of a fenced block."""
+    line = text.rfind("\n", 0, start) + 1
+    if text[line:start].strip() or start - line > 3:
+        return fence is not None and not text[fence.content : start].strip()
+    return True
+
+
+def _whole_fence(text: str, region: Region, fence: _Fence) -> Region:
+    """Returns the region of a fenced block that consists of calls.
+
+    Raises:
+        _QuotedCallError: The block has something else in it, or is in another language.
+    """
+    is_whole = not text[fence.content : region.start].strip() and not text[region.end : fence.content_end].strip()
+    if not is_whole or not (fence.info in _FENCES_OF_CALLS or fence.info.startswith("tool")):
+        raise _QuotedCallError
+    return region._replace(start=fence.start, end=max(fence.end, region.end), is_bare=True)
+
+
+def _calls_of(text: str, regions: Sequence[Region]) -> TextCalls | None:
+    """Returns the calls of all regions, or None if the text around them shows that they are not meant to be made."""
+    prose = [text[: regions[0].start]]
+    prose += [text[one.end : other.start] for one, other in pairwise(regions)]
+    prose.append(text[regions[-1].end :])
+    if regions[0].calls and "to=" in text[regions[0].start : regions[0].start + 60]:
+        prose[0] = _BEGINNING_OF_HARMONY.sub("", prose[0])
+    for before, region, after in zip(prose, regions, prose[1:], strict=False):
+        if is_quoted(before, after, is_bare=region.is_bare):
+            return None
+    if any(speaks_about_calls(each) for each in prose):
+        return None
+    has_prose = any(each.strip() for each in prose)
+    calls = [call for region in regions for call in region.calls]
+    is_bare = any(region.is_bare for region in regions)
+    return TextCalls(prose[0].strip(), calls, has_prose, not prose[-1].strip(), is_bare)
 
 
 def without_template_tokens(text: str) -> str:
@@ -180,13 +233,15 @@ def without_repetition(arguments: str) -> str:
     return text[:end] if isinstance(first, dict) and end < position == len(text) else arguments
 
 
-def to_wire_call(name: str, arguments: str | None) -> Mapping[str, Any]:
+def to_wire_call(name: str, arguments: str | None, *, is_repaired: bool = False) -> Mapping[str, Any]:
     """Returns a call in the form of an entry of a message's `tool_calls`, with a new id.
 
     Args:
         name: The name of the tool in the request.
         arguments: The JSON of the arguments. None stands for a call without arguments, which becomes an empty text:
             `Toolset.read` decides whether the tool can be called like that.
+        is_repaired: Whether the model wrote something else, which is noted in the entry.
     """
     function = {"name": name, "arguments": "" if arguments is None else without_repetition(arguments)}
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return {**call, "repaired": True} if is_repaired else call

@@ -195,6 +195,9 @@ class ToolCall:
     """The arguments as JSON values, or None if they could not be read."""
     tool: Tool | None = attrs.field(default=None, repr=False)
     """The tool, or None if there is no tool with this name."""
+    repaired: bool = False
+    """Whether the model wrote the name or the arguments with small mistakes, which were put right; see
+    `Agent(repair_calls=...)`."""
 
 
 @runtime_checkable

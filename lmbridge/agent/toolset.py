@@ -21,10 +21,13 @@ import attrs
 from lmbridge._checks import invalid_argument
 from lmbridge._tasks import MANY
 from lmbridge._text import shorten
+from lmbridge.agent.almost_json import repair_arguments
 from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nested_deeper
 from lmbridge.agent.calling import ToolOutcome, call_tool
+from lmbridge.agent.name_repair import find_meant_name
+from lmbridge.agent.settings import ReadTextCalls
 from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
-from lmbridge.agent.text_calls import read_text_calls, to_wire_call
+from lmbridge.agent.text_calls import TextCalls, read_calls_in_reasoning, read_text_calls, to_wire_call
 from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
@@ -43,9 +46,12 @@ _LONGEST_PROBLEM: Final = 2_000
 """The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
 _LARGE_ARGUMENTS: Final = 50_000
 """The number of characters of arguments, or of their keys, beyond which a call is read in a thread."""
-_LONGEST_TEXT_OF_CALLS: Final = 500_000
-"""The number of characters beyond which a reply is not searched for calls, because the event loop would stand still for
-more than about 50 ms. A reply of that length has more than 100,000 tokens."""
+_LARGE_REPAIR: Final = 10_000
+"""The number of characters of malformed arguments beyond which they are repaired in a thread."""
+_MOST_ENCODINGS: Final = 3
+"""How often arguments may be encoded as JSON, one encoding within the other."""
+LONGEST_TEXT_OF_CALLS: Final = 500_000
+"""The number of characters beyond which a reply is not searched for calls. It has more than 100,000 tokens."""
 
 
 @attrs.define
@@ -56,6 +62,8 @@ class ReadyCall:
     """The call as it was requested. Its `arguments` are JSON values, with values of the wrong type coerced."""
     arguments: Mapping[str, Any] = attrs.field(repr=False)
     """The keyword arguments for the function of the tool, converted to the types that it expects."""
+    written: str | None = attrs.field(default=None, repr=False)
+    """The JSON of the arguments as the model should have written them; None if it has."""
 
 
 @attrs.frozen
@@ -168,46 +176,81 @@ class Toolset:
             await asyncio.to_thread(_build_validators, self._unprepared)
             self._unprepared = []
 
-    async def read_all(self, calls: Sequence[Mapping[str, Any]]) -> list[ReadyCall | InvalidCall]:
+    async def read_all(
+        self, calls: Sequence[Mapping[str, Any]], *, repairs: bool = False, may_be_cut: bool = True
+    ) -> list[ReadyCall | InvalidCall]:
         """Checks the calls of a reply like `read`, without making the event loop stand still.
 
         A call whose arguments are large, or hard to check against their schema, is read in a thread.
 
         Args:
             calls: The entries of a message's `tool_calls`.
+            repairs: As in `read`.
+            may_be_cut: As in `read`.
         """
+        options = {"repairs": repairs, "may_be_cut": may_be_cut}
         read: list[ReadyCall | InvalidCall] = []
         for number, call in enumerate(calls, 1):
             try:
                 arguments = _arguments_of(call)
                 is_large = isinstance(arguments, str | list | dict) and len(arguments) > _LARGE_ARGUMENTS
-                read.append(await asyncio.to_thread(self.read, call) if is_large else self._read(call, STEPS_AT_ONCE))
+                read.append(
+                    await asyncio.to_thread(self.read, call, **options)
+                    if is_large
+                    else self._read(call, STEPS_AT_ONCE, **options)
+                )
             except StepLimitError:
-                read.append(await asyncio.to_thread(self.read, call))
+                read.append(await asyncio.to_thread(self.read, call, **options))
             if not number % MANY:
                 await asyncio.sleep(0)
         return read
 
-    def read(self, call: Mapping[str, Any]) -> ReadyCall | InvalidCall:
+    def read(
+        self, call: Mapping[str, Any], *, repairs: bool = False, may_be_cut: bool = True
+    ) -> ReadyCall | InvalidCall:
         """Checks a call that a model has requested. This method never raises, and never guesses a tool or a value.
 
         Args:
             call: An entry of a message's `tool_calls`. Its arguments may be an object or its JSON.
+            repairs: Whether a name or arguments with small mistakes are read if there is only one way to do so, and the
+                arguments are valid then. Default: False.
+            may_be_cut: Whether the arguments may have been cut off, so that no missing bracket is added. Default: True.
         """
-        return self._read(call, STEPS_IN_THREAD)
+        return self._read(call, STEPS_IN_THREAD, repairs=repairs, may_be_cut=may_be_cut)
 
-    def _read(self, call: Mapping[str, Any], steps: int) -> ReadyCall | InvalidCall:
+    def _read(self, call: Mapping[str, Any], steps: int, *, repairs: bool, may_be_cut: bool) -> ReadyCall | InvalidCall:
         """Checks a call.
 
         Raises:
             StepLimitError: It takes more steps than are allowed, and may be tried again with more of them.
         """
-        function = call.get("function")
-        function = function if isinstance(function, Mapping) else {}
-        call_id, asked = str(call.get("id") or ""), str(function.get("name") or "")
+        asked = _asked_name(call)
+        name = self.resolve_name(asked) if repairs else self.find_request_name(asked)
+        read = self._read_arguments(call, name, steps)
+        if repairs and name is not None and isinstance(read, InvalidCall):
+            repaired = _repaired_call(call, may_be_cut=may_be_cut, in_thread=steps >= STEPS_IN_THREAD)
+            if repaired is not None and isinstance(again := self._read_arguments(repaired, name, steps), ReadyCall):
+                again.written = repaired["function"]["arguments"]
+                read = again
+        is_repaired = call.get("repaired") or (name is not None and name != self.find_request_name(asked))
+        if isinstance(read, ReadyCall) and (is_repaired or read.written is not None):
+            read.call = attrs.evolve(read.call, repaired=True)
+        return read
+
+    def _read_arguments(self, call: Mapping[str, Any], name: str | None, steps: int) -> ReadyCall | InvalidCall:
+        """Checks the arguments of a call.
+
+        Args:
+            call: The call.
+            name: The name in requests of its tool; None if there is no such tool.
+            steps: The number of steps that this may take.
+
+        Raises:
+            StepLimitError: It takes more steps.
+        """
+        call_id, asked = str(call.get("id") or ""), _asked_name(call)
         decoded, problem, inexact = _decode_arguments(_arguments_of(call))
         bad_arguments = not isinstance(decoded, dict) or is_nested_deeper(decoded, _MOST_LEVELS)
-        name = self.find_request_name(asked)
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
@@ -232,23 +275,59 @@ class Toolset:
         text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
         return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
 
-    def find_text_calls(self, text: str) -> tuple[str, list[dict[str, Any]]] | None:
-        """Returns the calls that a reply ends in, in the form of `tool_calls`, and the text before them.
+    def find_text_calls(
+        self,
+        text: str,
+        *,
+        reasoning: str = "",
+        mode: ReadTextCalls = "always",
+        repairs: bool = True,
+        may_be_cut: bool = False,
+    ) -> tuple[str, list[dict[str, Any]]] | None:
+        """Returns the calls that a model wrote into its reply, in the form of `tool_calls`, and the text before them.
 
         Args:
             text: The whole reply. It may begin with the model's reasoning.
+            reasoning: The reasoning, if it is known. Calls at its end count if the reply has no text.
+            mode: Which calls are read, as in `Agent(read_text_calls=...)`.
+            repairs: Whether names and JSON with small mistakes are read as well.
+            may_be_cut: Whether the end of the reply may have been cut off.
 
         Returns:
-            The text and the calls, or None if the reply is an ordinary answer: if it does not end in calls of existing
-            tools in one of the known syntaxes, or has more than 500,000 characters.
+            The text and the calls, or None if the reply is an ordinary answer: if it has no calls of existing tools in
+            one of the known syntaxes, if they are quoted, or if it has more than 500,000 characters.
         """
-        read = read_text_calls(text) if len(text) <= _LONGEST_TEXT_OF_CALLS else None
-        if read is None:
+        if mode == "never" or len(text) + len(reasoning) > LONGEST_TEXT_OF_CALLS:
             return None
-        named = [(self.find_request_name(name), arguments) for name, arguments in read.calls]
-        if any(name is None for name, _ in named):
+        if text.strip():
+            found = read_text_calls(text, repairs=repairs, may_be_cut=may_be_cut)
+        else:
+            found = read_calls_in_reasoning(reasoning, repairs=repairs, may_be_cut=may_be_cut)
+        if found is None or (mode == "whole" and found.has_prose):
             return None
-        return read.text, [dict(to_wire_call(str(name), arguments)) for name, arguments in named]
+        calls = self._wire_calls(found, repairs=repairs)
+        if calls is None or (found.is_bare and found.has_prose and any(map(self._is_invalid, calls))):
+            return None
+        return found.text if text.strip() else "", calls
+
+    def _wire_calls(self, found: TextCalls, *, repairs: bool) -> list[dict[str, Any]] | None:
+        """Returns calls in the form of `tool_calls`, or None if one of them names no tool."""
+        calls: list[dict[str, Any]] = []
+        for each in found.calls:
+            exact = self.find_request_name(each.name)
+            name = self.resolve_name(each.name) if repairs else exact
+            if name is None:
+                return None
+            is_repaired = each.is_repaired or exact is None
+            calls.append(dict(to_wire_call(name, each.arguments, is_repaired=is_repaired)))
+        return calls
+
+    def _is_invalid(self, call: Mapping[str, Any]) -> bool:
+        """Returns whether a call cannot be made. JSON or code with text around it is then no call at all."""
+        try:
+            return isinstance(self._read(call, STEPS_AT_ONCE, repairs=False, may_be_cut=False), InvalidCall)
+        except StepLimitError:
+            return False
 
     def call(
         self, ready: ReadyCall, context: ToolContext, *, timeout: float | None, max_output: int
@@ -272,6 +351,14 @@ class Toolset:
     def find_request_name(self, asked: str) -> str | None:
         """Returns the name in requests of a tool, given that name or the one in the run; None for an unknown name."""
         return asked if asked in self._tools else self._request_names.get(asked)
+
+    def resolve_name(self, asked: str) -> str | None:
+        """Returns the name in requests of the only tool that a name can be meant for; None if there is none."""
+        exact = self.find_request_name(asked)
+        if exact is not None or not asked:
+            return exact
+        meant = find_meant_name(asked, self._request_names)
+        return None if meant is None else self._request_names[meant]
 
     def _describe_unknown(self, asked: str) -> str:
         """Says that a tool does not exist, and lists those that do, with the most similar names first."""
@@ -311,6 +398,11 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def _asked_name(call: Mapping[str, Any]) -> str:
+    function = call.get("function")
+    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
+
+
 def _arguments_of(call: Mapping[str, Any]) -> Any:
     function = call.get("function")
     return function.get("arguments") if isinstance(function, Mapping) else None
@@ -344,6 +436,36 @@ def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
         return {}, None
     is_optional = not tool.sent_parameters.get("required")
     return None, "the call has none" + ("; send {} to use the default of each of them" if is_optional else "")
+
+
+def _repaired_call(call: Mapping[str, Any], *, may_be_cut: bool, in_thread: bool) -> dict[str, Any] | None:
+    """Returns a call with its arguments in valid JSON, or None if they cannot be repaired, or need not be.
+
+    Raises:
+        StepLimitError: This takes so long that it has to be done in a thread.
+    """
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(arguments, str):
+        return None
+    if len(arguments) > _LARGE_REPAIR and not in_thread:
+        raise StepLimitError
+    text = arguments
+    for _ in range(_MOST_ENCODINGS):
+        try:
+            value = decode_json(text, set())
+        except DuplicateKeyError:
+            return None
+        except (ValueError, RecursionError):
+            try:
+                text = repair_arguments(text, may_be_cut=may_be_cut)
+                value = decode_json(text, set())
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(value, str):
+            break
+        text = value
+    return None if text == arguments else {**call, "function": {**function, "arguments": text}}
 
 
 def _read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:

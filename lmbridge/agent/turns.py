@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
 from lmbridge.errors import LLMError
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _REFUSAL: Final = "Refused: this call is not allowed. Do something else, or say why you need it."
 _APPROVE_HINT: Final = (
@@ -101,10 +104,11 @@ class TurnRunner:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
         # Each step takes milliseconds for a thousand calls. If the run is cancelled between them, its history is valid.
         await let_others_run(reply.calls)
-        sent_calls = map(self._as_sent, reply.calls)
-        turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
+        turn = self._begin_turn(reply, reply.calls)
         await let_others_run(reply.calls)
-        read = await self._read(reply.calls)
+        read = await self._read(reply)
+        if any(isinstance(each, ReadyCall) and each.call.repaired for each in read):
+            turn = self._begin_turn(reply, list(map(_as_meant, reply.calls, read)))
         calls = [_to_tool_call(each) for each in read]
         self._record.calls += calls
         await let_others_run(calls)
@@ -119,11 +123,18 @@ class TurnRunner:
         self._bad_calls.note(bad=all(isinstance(each, InvalidCall) for each in read))
         return records
 
-    async def _read(self, calls: Sequence[WireCall]) -> Sequence[ReadyCall | InvalidCall]:
+    async def _read(self, reply: ModelReply) -> Sequence[ReadyCall | InvalidCall]:
         """Reads the calls of a reply. If the run does not allow calls, none of them can be made."""
         if not forbids_calls(self._settings.sampling):
-            return await self._toolset.read_all(calls)
-        return [InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN, bad_arguments=False) for each in calls]
+            repairs, may_be_cut = self._settings.repair_calls, reply.may_have_cut_call
+            return await self._toolset.read_all(reply.calls, repairs=repairs, may_be_cut=may_be_cut)
+        return [
+            InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN, bad_arguments=False) for each in reply.calls
+        ]
+
+    def _begin_turn(self, reply: ModelReply, calls: Iterable[WireCall]) -> Turn:
+        sent_calls = map(self._as_sent, calls)
+        return self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
 
     def _as_sent(self, call: WireCall) -> WireCall:
         """Returns a call with the name that the tool has in requests, which the model may have got wrong."""
@@ -221,9 +232,12 @@ class TurnRunner:
         if isinstance(read, InvalidCall):
             return ToolRecord(call=_to_tool_call(read), text=read.text, is_error=True)
         if planned.refusal is not None:
-            return self._with_repetition_warning(ToolRecord(call=read.call, text=planned.refusal, is_error=True))
+            record = ToolRecord(call=read.call, text=planned.refusal, is_error=True, repaired=read.call.repaired)
+            return self._with_repetition_warning(record)
         if self._gate.is_closed:
             await self._gate.wait()
+        if read.call.repaired:
+            logger.info("a call of %r had small mistakes, and was repaired", read.call.name)
         for place in planned.places:
             turn.begin(calls[place].id)
         if planned.edited is None:
@@ -232,7 +246,7 @@ class TurnRunner:
         record = await self._call_tool(planned.edited)
         # Without this note, the model would take the result for that of the call that it has requested.
         note = f"[The user changed this call: {made.name}({_encode_sorted(made.arguments).decode()}) was made.]"
-        record = attrs.evolve(record, call=read.call, edited=made, text=f"{note}\n{record.text}")
+        record = attrs.evolve(record, call=read.call, repaired=read.call.repaired, edited=made, text=f"{note}\n{record.text}")
         return self._with_repetition_warning(record)
 
     async def _call_tool(self, ready: ReadyCall) -> ToolRecord:
@@ -250,6 +264,7 @@ class TurnRunner:
             raw=outcome.raw,
             images=outcome.images,
             seconds=outcome.seconds,
+            repaired=call.repaired,
         )
 
     def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
@@ -259,3 +274,11 @@ class TurnRunner:
 
 def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
     return read.call if isinstance(read, ReadyCall) else ToolCall(read.call_id, read.name, None)
+
+
+def _as_meant(call: WireCall, read: ReadyCall | InvalidCall) -> WireCall:
+    """Returns a call as the model should have written it, if it was repaired."""
+    if not isinstance(read, ReadyCall) or not read.call.repaired:
+        return call
+    function = {**call["function"], "name": read.call.name}
+    return {**call, "function": function if read.written is None else {**function, "arguments": read.written}}

@@ -1,8 +1,8 @@
 """Recognizes answers that end in a tool call which nothing has read.
 
-A server whose parser does not fit the model, or a model that does not keep to its template, leaves the call in the
-text. Such a text is not an answer, but nothing else about the reply shows that. This module only recognizes it, so that
-the run can warn; reading the calls is the task of `text_calls`.
+`text_calls` reads the calls that a server has left in the text. What it cannot read, such as a call that was cut off or
+that names no tool, is still not an answer, but nothing else about the reply shows that. This module only recognizes it,
+so that the run can warn.
 
 Only the end of the text is examined. Each syntax is looked for from there, with a plain search for the words that it
 begins with, so that even megabytes of markup take a few milliseconds.
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
+from lmbridge.agent.call_syntaxes import AT_LINE_START, CALL_SYNTAXES
 from lmbridge.agent.text_calls import without_template_tokens
 
 _MOST_MENTIONS: Final = 5
@@ -23,50 +24,10 @@ _EXAMINED_CHARACTERS: Final = 500_000
 """How many characters at the end of an answer are examined."""
 
 
-class _Syntax(NamedTuple):
-    """A syntax of calls, by the words that it begins with."""
-
-    opening: str
-    """The first words of a call."""
-    content: re.Pattern[str]
-    """What follows them if they are the beginning of a call, and not merely mentioned."""
-    closing: str = ""
-    """The last words of a call, after which there may be more text; empty if the syntax has none."""
-
-
-_END_OR_JSON: Final = re.compile(r"\s*(?:\Z|[\[{<])")
-_NAME_AND_MORE: Final = re.compile(r"\s*(?:\Z|[\[{<]|[\w.-]{1,100}\s*(?:[\[({<]|\Z))")
-_ANYTHING: Final = re.compile("")
-
-_UNREAD_SYNTAXES: Final = (
-    # Hermes, Qwen, GLM (whose name stands before `<arg_key>`), and MiniMax.
-    _Syntax("<tool_call>", _NAME_AND_MORE, "</tool_call>"),
-    _Syntax("<tool_calls>", _END_OR_JSON, "</tool_calls>"),
-    _Syntax("<minimax:tool_call>", _END_OR_JSON, "</minimax:tool_call>"),
-    # LM Studio's own format.
-    _Syntax("[TOOL_REQUEST]", _END_OR_JSON, "[END_TOOL_REQUEST]"),
-    # Llama 3, and Qwen3-Coder.
-    _Syntax("<function=", re.compile(r"[\w.-]{1,100}\s*(?:\Z|\{|>\s*(?:\Z|[{<]|[^<]{0,200}</f))"), "</function>"),
-    _Syntax("<function name=", _ANYTHING, "</function>"),
-    _Syntax("<|python_tag|>", re.compile(r"\s*(?:\Z|\{|[\w.-]{1,100}\s*\(|import\s|from\s)")),
-    # Mistral, in both forms: a list of calls, or a name and then its arguments.
-    _Syntax("[TOOL_CALLS]", _NAME_AND_MORE),
-    # Harmony, the format of gpt-oss.
-    _Syntax("<|channel|>commentary", re.compile(r"\s*to\s*="), "<|call|>"),
-    _Syntax("to=functions.", re.compile(r"[\w.-]{1,100}\s*(?:\Z|[<{]|code|json)"), "<|call|>"),
-    # Claude's format, which MiniMax and others use as well.
-    _Syntax("<function_calls>", _END_OR_JSON, "</function_calls>"),
-    _Syntax("<invoke name=", _ANYTHING, "</invoke>"),
-    # DeepSeek, Kimi, Granite and Phi, Gemma, and Functionary.
-    _Syntax("<\uff5ctool\u2581calls\u2581begin\uff5c>", _ANYTHING, "<\uff5ctool\u2581calls\u2581end\uff5c>"),
-    _Syntax("<|tool_calls_section_begin|>", _ANYTHING, "<|tool_calls_section_end|>"),
-    _Syntax("<|tool_call|>", _END_OR_JSON, "<|/tool_call|>"),
-    _Syntax("<|tool_call>", _ANYTHING, "<tool_call|>"),
-    _Syntax("<start_function_call>", _ANYTHING, "<end_function_call>"),
-    _Syntax("```tool_code", re.compile(r"\s"), "```"),
-    _Syntax("```tool_call", re.compile(r"\s"), "```"),
-    _Syntax("functools[", re.compile(r"\s*\{")),
+_UNREAD_SYNTAXES: Final = tuple(
+    each for each in CALL_SYNTAXES if each.opening not in AT_LINE_START or each.opening.startswith("```")
 )
+"""The syntaxes whose calls are recognized even if they name no tool."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
@@ -111,7 +72,7 @@ def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
     for syntax in _UNREAD_SYNTAXES:
         for position in _last_mentions(text, syntax.opening):
             content = position + len(syntax.opening)
-            if syntax.content.match(text, content) and _is_last(text, content, syntax.closing):
+            if syntax.content.match(text, content) and _is_last(text, content, syntax.closings):
                 return syntax.opening
     return _plain_call(text, tool_names) if tool_names else None
 
@@ -125,10 +86,11 @@ def _last_mentions(text: str, words: str) -> Iterator[int]:
         yield position
 
 
-def _is_last(text: str, content: int, closing: str) -> bool:
+def _is_last(text: str, content: int, closings: Sequence[str] = ()) -> bool:
     """Returns whether a call goes on to the end of the text, apart from punctuation. Otherwise it is a quotation."""
-    if closing and (end := text.rfind(closing, content)) >= 0:
-        return not _WORD.search(_without_closing_tags(text[end + len(closing) :]))
+    ends = [end + len(closing) for closing in closings if (end := text.rfind(closing, content)) >= 0]
+    if ends:
+        return not _WORD.search(_without_closing_tags(text[max(ends) :]))
     if (begin := _JSON.match(text, content)) is None:
         return True
     try:
@@ -173,7 +135,7 @@ def _objects_around(text: str, position: int) -> list[int]:
 
 def _are_last(text: str, objects: Sequence[int]) -> bool:
     """Returns whether the innermost object, or an object around it, goes on to the end of the text."""
-    if _is_last(text, objects[0], ""):
+    if _is_last(text, objects[0]):
         return True
     for begin in objects[1:3]:
         try:

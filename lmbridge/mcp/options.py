@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
 from lmbridge._checks import check_choice, invalid_argument
 from lmbridge.agent.run_tools import AnyTool
 from lmbridge.agent.sampling import SamplingOptions
-from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, SendReasoning
+from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, ReadTextCalls, SendReasoning
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.config import Priority
 
@@ -40,6 +40,8 @@ class AgentOptions(TypedDict, total=False):
     max_nudges: int
     repetition_limit: int | None
     deduplicate_calls: bool
+    read_text_calls: ReadTextCalls
+    repair_calls: bool
     send_reasoning: SendReasoning
     approve: Approve | None
     priority: Priority | None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.sampling import SamplingOptions
-    from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, SendReasoning, Task
+    from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, ReadTextCalls, SendReasoning, Task
     from lmbridge.agent.switching import SwitchPolicy
     from lmbridge.config import Priority
     from lmbridge.sync._client import LLMClient, LLMClientPool
@@ -180,6 +180,13 @@ class Agent(Wrapper):
             such as building again after each edit. Default: 5.
         deduplicate_calls: Whether identical calls of one reply are made once, and each answered with that result. Pass
             False if a call may be meant to be made several times, like the throw of a die. Default: True.
+        read_text_calls: Which calls are made that the model wrote as text, because the server did not recognize them:
+            "always" reads them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
+            and "never" reads none. The tool has to be one that was offered. Default: "always".
+        repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
+            are valid then: almost-JSON such as single quotes or a missing bracket, and names such as `getWeather` for
+            `get_weather`. The call has `repaired` set, which `approve` sees. Arguments that were cut off are never
+            completed. Default: True.
         send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
@@ -232,6 +239,8 @@ class Agent(Wrapper):
         max_nudges: int = 2,
         repetition_limit: int | None = 5,
         deduplicate_calls: bool = True,
+        read_text_calls: ReadTextCalls = "always",
+        repair_calls: bool = True,
         send_reasoning: SendReasoning = "auto",
         approve: Approve | None = None,
         open_tools: OpenTools | None = None,
@@ -264,6 +273,8 @@ class Agent(Wrapper):
                 max_nudges=max_nudges,
                 repetition_limit=repetition_limit,
                 deduplicate_calls=deduplicate_calls,
+                read_text_calls=read_text_calls,
+                repair_calls=repair_calls,
                 send_reasoning=send_reasoning,
                 approve=approve,
                 open_tools=open_tools,

@@ -97,10 +97,8 @@ def test_other_arguments_are_left_alone(arguments: str) -> None:
         f"Write this:\n````\n```\na\n```\n{HERMES}",
         f"{HERMES} or {HERMES}",
         f"I could write <tool_call>x</tool_call> but {HERMES}",
-        f"{HERMES}{REQUEST}",
         f'<tool_call>{CALL}{{"a": 1}}</tool_call>',
         '<tool_call>{"name": "add", "arguments": {"a": 1, "a": 2, "b": 2}}</tool_call>',
-        f"So: {HERMES.removesuffix('</tool_call>')}",
     ],
 )
 def test_any_other_call_in_a_text_is_not_read(text: str) -> None:
@@ -237,7 +235,7 @@ def test_an_ordinary_answer_has_no_warning(text: str) -> None:
 async def test_the_warning_is_in_the_result_and_in_the_log(
     scripted_server: ScriptedServer, client: LLMClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scripted_server.script(answer('<function=add>{"a": 1, "b": 2}</function>'))
+    scripted_server.script(answer("<function=add>a=1, b=2</function>"))
     with caplog.at_level(logging.WARNING, "lmbridge.agent"):
         result = await Agent(client, tools=[add]).run("1 + 2?")
     (warning,) = result.warnings
@@ -251,7 +249,7 @@ async def test_the_warning_is_in_the_result_and_in_the_log(
 async def test_a_call_in_the_reasoning_of_an_empty_answer_is_noticed(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
-    again = answer("", reasoning=f"Again. {HERMES}")
+    again = answer("", reasoning="Again. <tool_call>{")
     scripted_server.script(calls(asks_raw("add", '{"a": 1, "b": 2}')), again, again)
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.text, len(result.warnings)) == ("", 1)

@@ -1,0 +1,83 @@
+"""Finds the tool that a model meant by a name which no tool has exactly.
+
+Small models write names as other programs do (`getWeather`, `get-weather`), with the prefix of a template
+(`functions.get_weather`) or the rest of a token (`get_weather<|channel|>commentary`), or with a slip. A name stands for
+a tool only if it can be meant for no other one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+from typing import Final
+
+_PREFIXES: Final = re.compile(r"(?:functions?|tools?|default_api|api|mcp)[.:/]+", re.IGNORECASE)
+"""The names of the namespaces in which templates list the tools: gpt-oss, Kimi, Gemini, and others."""
+_SUFFIXES: Final = re.compile(r"(?:<\|.*|:\d{1,5}|\(\s*\))\s*\Z", re.DOTALL)
+"""The tokens that gpt-oss leaves in a name, the number of a call of Kimi, and empty parentheses."""
+_LONGEST_NAME: Final = 200
+_SHORTEST_FOR_EDITS: Final = 4
+_SHORTEST_FOR_SUBSTITUTIONS: Final = 6
+
+
+def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
+    """Returns the only name that a model can have meant, or None if there is none, or more than one.
+
+    Upper and lower case, the characters between words, a prefix such as `functions.` and a suffix such as
+    `<|channel|>commentary` do not count. Failing that, the names may differ by one letter that is missing, doubled,
+    wrong, or in the place of its neighbour, if they are long enough that this is a slip and not another word.
+
+    Args:
+        asked: The name that the model wrote.
+        names: The names that there are.
+    """
+    asked = asked.strip()[:_LONGEST_NAME].strip("`'\"* ")
+    bare = _key_of(_PREFIXES.sub("", _SUFFIXES.sub("", asked), count=1))
+    if not bare:
+        return None
+    keys = [(name, _key_of(name)) for name in names]
+    # The name of a tool may itself begin with a prefix.
+    for wanted in (_key_of(asked), bare):
+        if found := [name for name, key in keys if key == wanted]:
+            return found[0] if len(found) == 1 else None
+    found = [name for name, key in keys if _is_slip(bare, key, _word_starts(name))]
+    return found[0] if len(found) == 1 else None
+
+
+def _key_of(name: str) -> str:
+    """Returns a name without what does not count."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def _word_starts(name: str) -> set[int]:
+    """Returns the positions in the key of a name at which a word begins."""
+    words = re.findall(r"[A-Z]?[^\W_A-Z]+|[A-Z]+", name)
+    return {sum(map(len, words[:place])) for place in range(len(words))}
+
+
+def _is_slip(one: str, other: str, word_starts: Container[int]) -> bool:
+    """Returns whether two names differ by one edit that can be a slip.
+
+    The first letter of a word counts as meant, so that `get` is never taken for `set`.
+    """
+    if abs(len(one) - len(other)) > 1:
+        return False
+    shorter, longer = sorted((one, other), key=len)
+    begin = 0
+    while begin < len(shorter) and shorter[begin] == longer[begin]:
+        begin += 1
+    end = 0
+    while end < len(shorter) - begin and shorter[-1 - end] == longer[-1 - end]:
+        end += 1
+    differing = one[begin : len(one) - end] + other[begin : len(other) - end]
+    if any(character.isdigit() for character in differing) or begin in word_starts:
+        # `read_1` and `read_2` are two tools.
+        return False
+    if len(longer) > len(shorter):
+        is_doubled = begin > 0 and longer[begin] == longer[begin - 1]
+        return len(shorter) - begin == end and (is_doubled or len(shorter) >= _SHORTEST_FOR_EDITS)
+    places = len(shorter) - begin - end
+    if places == 1:
+        return len(shorter) >= _SHORTEST_FOR_SUBSTITUTIONS
+    is_swapped = places == 2 and shorter[begin] == longer[begin + 1] and shorter[begin + 1] == longer[begin]
+    return is_swapped and len(shorter) >= _SHORTEST_FOR_EDITS
