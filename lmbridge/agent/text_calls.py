@@ -29,6 +29,8 @@ _NEXT_OBJECT: Final = re.compile(r"\s*\{")
 _BEGINNING_OF_HARMONY: Final = re.compile(
     r"(?:<\|start\|>)?(?:assistant)?\s*(?:<\|channel\|>)?\s*(?:commentary|analysis)?\s*\Z"
 )
+LONGEST_TEXT_OF_CALLS: Final = 500_000
+"""The number of characters beyond which a reply is not searched for calls. It has more than 100,000 tokens."""
 _MOST_MISTAKEN_CANDIDATES: Final = 50
 """How many pieces of JSON or code that turn out not to be calls are read before the search is given up."""
 
@@ -127,6 +129,20 @@ def read_calls_in_reasoning(reasoning: str, *, repairs: bool = True, may_be_cut:
         return None
     found = read_text_calls(reasoning, repairs=repairs, may_be_cut=may_be_cut)
     return found if found is not None and found.ends_text else None
+
+
+def has_quoted_calls(text: str) -> bool:
+    """Returns whether a text has calls that can be read, but are quoted."""
+    text = without_template_tokens(text.strip())
+    if not may_have_calls(text) or len(text) > LONGEST_TEXT_OF_CALLS:
+        return False
+    try:
+        regions = list(_regions_in(text, CallReader(text, repairs=False, may_be_cut=True)))
+    except _QuotedCallError:
+        return True
+    except ValueError:
+        return False
+    return bool(regions) and _calls_of(text, regions) is None
 
 
 class _QuotedCallError(ValueError):

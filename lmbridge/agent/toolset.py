@@ -27,7 +27,13 @@ from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.name_repair import find_meant_name
 from lmbridge.agent.settings import ReadTextCalls
 from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
-from lmbridge.agent.text_calls import TextCalls, read_calls_in_reasoning, read_text_calls, to_wire_call
+from lmbridge.agent.text_calls import (
+    LONGEST_TEXT_OF_CALLS,
+    TextCalls,
+    read_calls_in_reasoning,
+    read_text_calls,
+    to_wire_call,
+)
 from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
@@ -50,8 +56,6 @@ _LARGE_REPAIR: Final = 10_000
 """The number of characters of malformed arguments beyond which they are repaired in a thread."""
 _MOST_ENCODINGS: Final = 3
 """How often arguments may be encoded as JSON, one encoding within the other."""
-LONGEST_TEXT_OF_CALLS: Final = 500_000
-"""The number of characters beyond which a reply is not searched for calls. It has more than 100,000 tokens."""
 
 
 @attrs.define

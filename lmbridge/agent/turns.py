@@ -246,7 +246,9 @@ class TurnRunner:
         record = await self._call_tool(planned.edited)
         # Without this note, the model would take the result for that of the call that it has requested.
         note = f"[The user changed this call: {made.name}({_encode_sorted(made.arguments).decode()}) was made.]"
-        record = attrs.evolve(record, call=read.call, repaired=read.call.repaired, edited=made, text=f"{note}\n{record.text}")
+        record = attrs.evolve(
+            record, call=read.call, repaired=read.call.repaired, edited=made, text=f"{note}\n{record.text}"
+        )
         return self._with_repetition_warning(record)
 
     async def _call_tool(self, ready: ReadyCall) -> ToolRecord:

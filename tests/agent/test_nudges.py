@@ -17,7 +17,7 @@ from lmbridge.testing import Behaviour, ScriptedServer, answer
 from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, sent
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
-UNREADABLE = "<function=add>{a: 1, b: 2"
+UNREADABLE = "<function=add>{a: 1, b: "
 
 
 def reply(
