@@ -143,10 +143,9 @@ def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
     if reply.announces_calls:
         return "missing_call"
     if reply.may_call and find_unread_call(reply.text or reply.reasoning, toolset.names):
-        if is_cut:
-            return "cut_call"
         # A call that can be read, but was not, is quoted. The model must not be told to make it.
-        return "promise" if has_quoted_calls(reply.text) else "unreadable_call"
+        unread: NudgeKind = "promise" if has_quoted_calls(reply.text) else "unreadable_call"
+        return "cut_call" if is_cut else unread
     if reply.text.strip():
         return "promise" if reply.may_call and not is_cut and is_promise(reply.text, toolset.names) else None
     if reply.reasoning.strip():

@@ -58,6 +58,7 @@ async def toolset() -> Toolset:
         (reply("I will call add now.", reason="length"), None),
         (reply("I will call add now.", may_call=False), None),
         (reply(UNREADABLE), "unreadable_call"),
+        (reply('A call looks like this:\n\n<function=add>{"a": 1, "b": 2}</function>'), "promise"),
         (reply(UNREADABLE, may_call=False), None),
         (reply(UNREADABLE, reason="length"), "cut_call"),
         (reply(reasoning=f"I add them. {UNREADABLE}"), "unreadable_call"),
