@@ -56,7 +56,7 @@ def made(toolset: Toolset, text: str, **options: Any) -> list[tuple[str, Any]] |
 SUM = [("add", {"a": 1, "b": 2})]
 
 
-@pytest.fixture(params=EXAMPLES.values(), ids=EXAMPLES.keys())
+@pytest.fixture(params=list(EXAMPLES.values()), ids=list(EXAMPLES))
 def example(request: pytest.FixtureRequest) -> Example:
     """Each syntax."""
     found: Example = request.param
