@@ -75,7 +75,8 @@ class ModelValidator(NotCopyable):
             await validator.validate_model("qwen3-4b")
 
     Args:
-        api_base: The server, for a client that the validator creates for itself. Default: that of `LLMClient`.
+        api_base: The server, or a list of servers, for a client that the validator creates for itself. Default: that of
+            `LLMClient`.
         client: The client to ask, instead of `api_base`. Closing the validator does not close it.
         ttl: The seconds that a list stays in the cache. Default: 600.
         maxsize: The most lists in the cache. When it is full, the least recently used list is dropped. Default: 100.
@@ -89,14 +90,14 @@ class ModelValidator(NotCopyable):
 
     def __init__(
         self,
-        api_base: str | None = None,
+        api_base: str | Sequence[str] | None = None,
         *,
         client: LLMClient | None = None,
         ttl: float = 600,
         maxsize: int = 100,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        if api_base is not None and not isinstance(api_base, str):
+        if api_base is not None and not isinstance(api_base, str | list | tuple):
             hint = hint_for(api_base, _MISPLACED_IN_API_BASE, "pass the URL of the server as a string")
             raise wrong_type("api_base", "a URL", api_base, hint or "")
         if client is not None and api_base is not None:

@@ -57,11 +57,25 @@ class Delivery:
         """How often the request has left a server."""
         self._nodes = nodes
         self._failed: set[Node] = set()
+        # Whether any server may have the model, by what was known when the first one was chosen.
+        self._is_listed: bool | None = None
         self._node = nodes[0]
 
     def candidates(self) -> list[Node]:
-        """Returns the servers that have not failed in this round of attempts, or all if there are none."""
-        return [node for node in self._nodes if node not in self._failed] or list(self._nodes)
+        """Returns the servers that may have the model, without those that have failed in this round of attempts.
+
+        If all of them have failed, it returns them again. If no server has the model, it returns all servers, so that
+        the error is that of a server, or the model is one that it does not list.
+        """
+        with_it = self._with_model()
+        return [node for node in with_it if node not in self._failed] or with_it
+
+    def _with_model(self) -> list[Node]:
+        with_it = with_model(self._nodes, self.request.model)
+        if self._is_listed is None:
+            self._is_listed = bool(with_it)
+        # A server that turns out not to have the model is no reason to ask those that do not list it.
+        return with_it if self._is_listed and with_it else list(self._nodes)
 
     def begin_at(self, node: Node) -> None:
         """Records that a server gets the request."""
@@ -77,9 +91,8 @@ class Delivery:
 
     def on_failure(self, call: Call, failure: ConnectionFailed, reason: str) -> None:
         """Moves the request on after an attempt without a reply, if it may be sent again."""
-        now = call.deadline_timer.time()
         self._note(reason)
-        self._node.note_failure(now)
+        self._node.note_failure(call.deadline_timer.time(), reason)
         if failure.unsent:
             if self._has_alternative(call):
                 self._move(call)
@@ -104,7 +117,7 @@ class Delivery:
         elif verdict is Verdict.RETRY:
             self._note(f"status {reply.status}")
             if reply.status >= 500:
-                self._node.note_failure(call.deadline_timer.time())
+                self._node.note_failure(call.deadline_timer.time(), f"status {reply.status}")
             may_repeat = call.request.repeatable or reply.status in _REFUSED_BEFORE_WORK
             if may_repeat and self._has_budget(call) and self._has_alternative(call):
                 self._move(call, is_retry=True)
@@ -126,7 +139,7 @@ class Delivery:
             return
         self._note(f"status {status}")
         if status in _REFUSED_KEY:
-            self._node.note_failure(call.deadline_timer.time())
+            self._node.note_failure(call.deadline_timer.time(), f"status {status}, which refuses the key")
         else:
             self._node.note_success()
             if self.request.concerns_server(status, body):
@@ -149,10 +162,12 @@ class Delivery:
         """Returns whether a server that works, was not tried, and may have the model, can get the request."""
         if call.deadline_timer.time() >= call.total_deadline:
             return False
-        others = [node for node in self._nodes if node not in self._failed and node is not self._node]
-        model = self.request.model
+        if self._is_listed and not with_model(self._nodes, self.request.model):
+            return False
         return any(
-            not node.is_down and (state is None or node.state_of(model) == state) for node in with_model(others, model)
+            not (node.is_down or node in self._failed or node is self._node)
+            and (state is None or node.state_of(self.request.model) == state)
+            for node in self._with_model()
         )
 
     def _has_budget(self, call: Call) -> bool:

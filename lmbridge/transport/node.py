@@ -21,6 +21,7 @@ while the others are idle, and a random choice between two servers, which forget
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
@@ -31,6 +32,8 @@ from lmbridge.transport.retry import server_backoff
 
 if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
+
+logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 ModelState = Literal["loaded", "listed", "missing", "unknown"]
 """What is known of a model at a server. A model is "loaded" as well if the server does not say which ones are."""
@@ -104,15 +107,23 @@ class Node:
 
     def note_success(self) -> None:
         """Records that the server has answered, whatever the answer is."""
-        self.restarts += self.is_down
-        self.is_down = False
+        if self.is_down:
+            logger.info("%s answers again", self.transport.api_base)
+            self.restarts += 1
+            self.is_down = False
         self.failures = 0
 
-    def note_failure(self, now: float) -> None:
+    def note_failure(self, now: float, reason: str) -> None:
         """Records that the server could not be reached, or failed to answer.
 
         Requests that were in flight together fail together. They count as one failure.
         """
+        if not self.is_down:
+            logger.warning(
+                "%s has failed (%s); other servers get its requests until it answers again",
+                self.transport.api_base,
+                reason,
+            )
         if not self.is_down or now >= self.check_at:
             self.failures += 1
             self.check_at = now + server_backoff(self.failures)

@@ -240,7 +240,6 @@ class NodePool(NotCopyable):
     async def _send_to(self, node: Node, delivery: Delivery, send: _Send[_Answer]) -> _Answer:
         request = attrs.evolve(delivery.request, failover=delivery)
         delivery.begin_at(node)
-        was_down = node.is_down
         node.last_chosen = next(self._numbers)
         node.underway += 1
         try:
@@ -249,11 +248,10 @@ class NodePool(NotCopyable):
         except LLMTimeoutError as error:
             # The server may have hung, so it is asked whether it still answers before it gets further requests.
             if error.phase == "first_byte":
-                node.note_failure(asyncio.get_running_loop().time())
+                node.note_failure(asyncio.get_running_loop().time(), error.message)
             raise
         finally:
             node.underway -= 1
-            _log_health(node, was_down=was_down)
         self._note_answer(node, delivery, answer.status, _whole_body(answer))
         return answer
 
@@ -327,7 +325,6 @@ class NodePool(NotCopyable):
     async def _look_up(self, node: Node, find_models: FindModels | None) -> None:
         """Asks a server which models it has, which also shows whether it works."""
         loop = asyncio.get_running_loop()
-        was_down = node.is_down
         try:
             models = await (_check(node.transport) if find_models is None else find_models(node.transport))
         except TaskCancelledError:
@@ -335,7 +332,7 @@ class NodePool(NotCopyable):
         except LLMError as error:
             logger.debug("%s did not list its models: %s", node.transport.api_base, error)
             if error.status is None or error.status >= 500:
-                node.note_failure(loop.time())
+                node.note_failure(loop.time(), self.redact(error.message))
             else:
                 node.note_success()
                 node.set_models(None, loop.time())
@@ -344,7 +341,6 @@ class NodePool(NotCopyable):
             node.set_models(models, loop.time())
         finally:
             node.look_up = None
-            _log_health(node, was_down=was_down)
 
     # The state in an event loop
 
@@ -406,10 +402,3 @@ def _checked(transports: Iterable[Transport]) -> tuple[Transport, ...]:
 def _closed_error(request: Request, api_base: str) -> TaskCancelledError:
     context = {"operation": request.operation, "url": api_base, "model": request.model}
     return TaskCancelledError("the client was closed before the reply was complete", context=context)
-
-
-def _log_health(node: Node, *, was_down: bool) -> None:
-    if node.is_down and not was_down:
-        logger.warning("%s has failed; other servers get its requests until it answers again", node.transport.api_base)
-    elif was_down and not node.is_down:
-        logger.info("%s answers again", node.transport.api_base)

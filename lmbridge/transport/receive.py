@@ -6,7 +6,8 @@ from typing import Final
 
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.events import EventStream
-from lmbridge.transport.http import HttpResponse
+from lmbridge.transport.http import ConnectionFailed, HttpResponse
+from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_stream
 
 _UNDECIDED_BYTES: Final = 4096
@@ -39,9 +40,14 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
         return await receive_stream(call, response)
     decoder, first = SSEDecoder(), b""
     events: list[Event] = []
-    while not events and decoder.failure is None and (more := await response.read_some()):
-        first += more
-        events = decoder.feed(more)
+    try:
+        while not events and decoder.failure is None and (more := await response.read_some()):
+            first += more
+            events = decoder.feed(more)
+    except ConnectionFailed as failure:
+        # Nothing of the answer has arrived, so this is the same as a connection that breaks before the response.
+        failure.verdict = Verdict.RETRY
+        raise
     if events and _reports_error_of_server(call, events[0]):
         response.close()
         return Reply(call=call, status=response.status, headers=response.headers, body=_data_of(events[0]))
