@@ -11,7 +11,7 @@ DEV = nox.project.dependency_groups(nox.project.load_toml("pyproject.toml"), "de
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    session.install("-e", ".[local,mcp]", *DEV)
+    session.install("-e", ".[gateway,local,mcp]", *DEV)
     session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
@@ -53,7 +53,7 @@ def _mcp(session: nox.Session, sdk: str) -> None:
 
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    session.install("-e", ".[local,mcp]", *DEV)
+    session.install("-e", ".[gateway,local,mcp]", *DEV)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")

@@ -30,14 +30,20 @@ class ScheduledRun:
 
     __slots__ = ("__weakref__", "_callbacks", "is_over", "loop", "number", "priority")
 
-    def __init__(self, priority: int | None = None, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self,
+        priority: int | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
+        number: int | None = None,
+    ) -> None:
         self.priority: Final = priority
         """The priority of all requests of the run, or None for that of the client that sends them."""
         self.loop: Final = loop
         """The event loop of the run. In another one, a request of a tool does not belong to the run: it would have to
         learn about the end of the run from another thread. None stands for any loop."""
-        self.number: Final = next_order_number()
-        """The position of the run in the order of all runs and requests; the lowest is the oldest."""
+        self.number: Final = next_order_number() if number is None else number
+        """The position of the run in the order of all runs and requests; the lowest goes first. By default runs and
+        requests are in the order of their arrival. A number of one's own makes sense only where all have one."""
         self.is_over: bool = False
         """Whether the run has ended. A request that asks for a permit after that does not belong to the run."""
         self._callbacks: list[Callable[[ScheduledRun], None]] = []

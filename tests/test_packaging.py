@@ -67,7 +67,7 @@ def test_the_tools_of_developers_are_not_published(metadata: Message) -> None:
 
 
 def test_the_metadata_names_the_extras(metadata: Message) -> None:
-    assert set(metadata.get_all("Provides-Extra", [])) == {"local", "mcp"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"gateway", "local", "mcp"}
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "MIT"
 

@@ -108,8 +108,8 @@ class Request:
     """The query parameters of this request. Neither the log nor any error contains them."""
     keeps_compression: bool = False
     """Whether the body of the reply is left as the server sends it, even if it is compressed."""
-    on_admitted: Callable[[], None] | None = None
-    """Called when the request gets its permit. If it is passed on to another server, it may be called again."""
+    on_admitted: Callable[[Call], None] | None = None
+    """Called when the request gets its permit, and once more for each server that it is passed on to."""
     concerns_server: Callable[[int, bytes], bool] = _never_concerns_server
     """Decides from the status and the body of an error reply whether another server may answer the request, because
     this one does not have the model, for example. It is asked only if there are several servers."""
@@ -191,7 +191,7 @@ class Call:
         self._started = self.deadline_timer.time()
         self.total_deadline = self._started + _or_infinity(self.request.timeouts.total) - self._earlier_seconds
         if self.request.on_admitted is not None:
-            self.request.on_admitted()
+            self.request.on_admitted(self)
 
     @property
     def seconds(self) -> float:

@@ -55,7 +55,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from typing import Final
 
 from lmbridge._scheduled_run import ScheduledRun, next_order_number
@@ -64,8 +64,12 @@ from lmbridge.transport.begun_runs import BegunRuns
 from lmbridge.transport.levels import Levels
 from lmbridge.transport.model_queue import ActiveModels, ModelQueue
 from lmbridge.transport.permits import Permit, PermitHeap
+from lmbridge.transport.schedule_view import ModelState, Swap
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
+
+_RECENT_SWAPS: Final = 200
+"""The number of swaps that a scheduler remembers."""
 
 
 class Scheduler:
@@ -89,6 +93,8 @@ class Scheduler:
         """All waiting requests, in the order of their arrival."""
         self.swaps: Final[Counter[str | None]] = Counter() if swaps is None else swaps
         """How often each model became active in place of another one."""
+        self.recent_swaps: Final[deque[Swap]] = deque(maxlen=_RECENT_SWAPS)
+        """The latest swaps, in order."""
         self.revision: int = 0
         """A number that increases whenever a waiting request may have become deadlocked (see `is_deadlocked`)."""
         self._runs = BegunRuns(limits.begun_runs)
@@ -368,6 +374,19 @@ class Scheduler:
             self._sort_by_new_highest_priority()
         self._models.remove_waiting(permit, queue)
 
+    def model_states(self) -> dict[str | None, ModelState] | None:
+        """Returns the state of each model that is active, or None if the number of models is not limited."""
+        if self._models.limit is None:
+            return None
+        return {
+            queue.model: "draining"
+            if self._models.is_held_back(queue)
+            else "loading"
+            if not queue.is_loaded
+            else "loaded"
+            for queue in self._models.active
+        }
+
     # Drains and swaps
 
     def _update_drain(self, now: float) -> None:
@@ -406,6 +425,7 @@ class Scheduler:
             return False
         for gone in sorted(unneeded, key=lambda each: each.idle_since)[:excess]:
             models.deactivate(gone)
+            self.recent_swaps.append(Swap(at=now, before=gone.model, after=queue.model))
             logger.info("model swap: %r gives way to %r (%d waiting)", gone.model, queue.model, len(queue.waiting))
         self.swaps[queue.model] += 1
         return True

@@ -62,6 +62,7 @@ from lmbridge.transport.open_state import OpenState, closed_error
 from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth, own_secrets
 from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
 from lmbridge.transport.retry import Verdict
+from lmbridge.transport.schedule_view import ScheduledModel, Swap, models_in
 from lmbridge.transport.session import AiohttpSession
 
 if TYPE_CHECKING:
@@ -244,6 +245,19 @@ class Transport(NotCopyable):
             by_model=by_model,
             by_server={self.api_base: numbers},
         )
+
+    def scheduled_models(self) -> list[ScheduledModel]:
+        """Returns the models that have requests, or that the schedule takes for loaded."""
+        return [] if self._open_state is None else models_in(self._open_state.admission.scheduler)
+
+    def recent_swaps(self) -> list[Swap]:
+        """Returns the latest swaps since the transport was opened, in order."""
+        return [] if self._open_state is None else list(self._open_state.admission.scheduler.recent_swaps)
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether requests have an `Authorization` header that belongs to the transport."""
+        return any(name.lower() == "authorization" for name in self._headers)
 
     @property
     def in_flight(self) -> int:

@@ -251,8 +251,8 @@ async def test_a_server_that_cannot_be_reached_is_an_error(no_waits: list[float]
 async def test_the_admission_is_reported(scripted_server: ScriptedServer, transport: Transport) -> None:
     admitted: list[str] = []
     scripted_server.script(stall(after=HALF), reply(200, {}))
-    async with await transport.forward(request(on_admitted=lambda: admitted.append("first"))):
-        second = asyncio.create_task(transport.forward(request(on_admitted=lambda: admitted.append("second"))))
+    async with await transport.forward(request(on_admitted=lambda _: admitted.append("first"))):
+        second = asyncio.create_task(transport.forward(request(on_admitted=lambda _: admitted.append("second"))))
         await asyncio.sleep(0)
         assert admitted == ["first"]
     await second

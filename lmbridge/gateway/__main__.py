@@ -1,0 +1,100 @@
+"""`python -m lmbridge.gateway`: a gateway that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import Final
+
+from lmbridge._version import __version__
+from lmbridge.config import Limits
+from lmbridge.errors import LLMError
+from lmbridge.gateway.gateway import Gateway
+
+_DESCRIPTION = """\
+Puts lmbridge's schedule in front of model servers, for every program on the machine. Point the programs to the URL that
+it prints in place of the server's own.
+
+The first SIGTERM or Ctrl-C lets the requests in flight finish and refuses new ones; a second one ends the gateway at
+once."""
+_KEY_VARIABLE: Final = "LMBRIDGE_GATEWAY_KEY"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a gateway until a signal arrives. After an error the process ends with status 1 and one line on stderr."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(_serve(_gateway(options)))
+    except LLMError as error:
+        sys.exit(f"lmbridge gateway: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmbridge gateway", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"lmbridge {__version__}")
+    parser.add_argument("upstreams", nargs="*", metavar="URL", help="the URL of a server (default: as for a client)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="the port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--api-key",
+        help=f"the key that clients have to send. Other users of the machine can see arguments, so rather set"
+        f" {_KEY_VARIABLE} in the environment",
+    )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further name of the gateway, such as my-pc"
+    )
+    parser.add_argument("--max-concurrency", type=int, help="the most generations at each server (default: ask it)")
+    parser.add_argument("--max-loaded-models", type=int, help="the most models at each server (default: ask it)")
+    parser.add_argument("--verbose", action="store_true", help="log every request to stderr")
+    return parser
+
+
+def _gateway(options: argparse.Namespace) -> Gateway:
+    given = {
+        name: value
+        for name in ("max_concurrency", "max_loaded_models")
+        if (value := getattr(options, name)) is not None
+    }
+    return Gateway(
+        options.upstreams or None,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key or os.environ.get(_KEY_VARIABLE) or None,
+        allowed_hosts=options.allow_host,
+        limits=Limits(**given) if given else "auto",
+    )
+
+
+async def _serve(gateway: Gateway) -> None:
+    loop = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    # loop.add_signal_handler would be simpler, but it does not exist on Windows.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal))
+    async with gateway:
+        sys.stdout.write(f"lmbridge gateway: {gateway.api_base}, status page: {gateway.origin}/status\n")
+        sys.stdout.flush()
+        await first.wait()
+        draining = asyncio.create_task(gateway.drain())
+        at_once = asyncio.create_task(second.wait())
+        await asyncio.wait({draining, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, at_once):
+            task.cancel()
+
+
+if __name__ == "__main__":
+    main()

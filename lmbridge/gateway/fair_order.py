@@ -1,0 +1,48 @@
+"""The order of requests of several clients: each client in turn, however many requests each of them has waiting.
+
+Each request gets a *round* when it arrives: the round after the one that was admitted last, or after that of the
+client's previous request, whichever is later. Requests are admitted by round, and within a round in the order of their
+arrival. So of a client that sends a hundred requests at once, one goes in each round, and the first request of another
+client waits for one request of each client before it. This is self-clocked fair queueing (S. J. Golestani, 1994) with
+requests of equal weight.
+
+No client can starve: a request that arrives now has a round after the one that is being admitted, so only the requests
+that are there already, and those that arrive before its round is reached, go before it. Priorities are kept apart. The
+scheduler compares priorities and ages first, so its bounds on waiting hold here as well.
+
+The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler sorts by
+model, priority and age already, and it takes a number for an order, which is what a round is.
+"""
+
+from __future__ import annotations
+
+from lmbridge._scheduled_run import ScheduledRun
+
+_REMEMBERED_CLIENTS = 1000
+"""The number of clients above which those with nothing in the queue are forgotten."""
+
+
+class FairOrder:
+    """Gives each request a place in the order of all requests."""
+
+    def __init__(self) -> None:
+        self._round = 0
+        self._last_rounds: dict[tuple[str, int], int] = {}
+
+    def enter(self, client: str, priority: int) -> ScheduledRun:
+        """Returns the place of a request that arrives now. The caller ends it when the request is over.
+
+        Args:
+            client: The name of the client.
+            priority: The priority of the request. Only requests of the same priority are ordered by client.
+        """
+        key = (client, priority)
+        number = max(self._round, self._last_rounds.get(key, 0)) + 1
+        if len(self._last_rounds) >= _REMEMBERED_CLIENTS:
+            self._last_rounds = {each: last for each, last in self._last_rounds.items() if last > self._round}
+        self._last_rounds[key] = number
+        return ScheduledRun(number=number)
+
+    def admitted(self, place: ScheduledRun) -> None:
+        """Records that a request was admitted."""
+        self._round = max(self._round, place.number)

@@ -1,0 +1,470 @@
+"""`Gateway`: an HTTP server that puts lmbridge's schedule in front of every program on the machine.
+
+Programs that share a model server do not know of each other's requests, so none of them can keep the model of another
+one loaded. The gateway knows them all: it admits each request by its model, as a client does, and passes it on byte for
+byte. Nothing is translated, so every endpoint, field and event of the server works through it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+
+from lmbridge._checks import check_instance, check_integer, check_seconds, check_text, wrong_type
+from lmbridge._copying import NotCopyable
+from lmbridge.client.auto import resolve_limits
+from lmbridge.client.failures import classify
+from lmbridge.client.json_codec import decode_json
+from lmbridge.config import Limits, Timeouts, as_timeouts, check_api_key, default_api_base, is_loopback
+from lmbridge.errors import LLMError, LLMValidationError
+from lmbridge.gateway.access import Access, bracketed
+from lmbridge.gateway.activity import Activity
+from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generations
+from lmbridge.gateway.http_server import Exchange, HttpServer, origin_of
+from lmbridge.gateway.metrics import load_prometheus, metrics_page
+from lmbridge.gateway.passing import end_to_end
+from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
+from lmbridge.gateway.status import KnownModels, status_of
+from lmbridge.transport import Request, Transport
+
+if TYPE_CHECKING:
+    from lmbridge.transport.stats import ClientStats
+
+logger: logging.Logger = logging.getLogger("lmbridge.gateway")
+
+MAX_BODY_BYTES: Final = 64 * 1024 * 1024
+"""The default of the option `max_body_bytes`."""
+CLIENT_SECONDS: Final = 60.0
+"""The default of the option `client_timeout`."""
+_LIST_SECONDS: Final = 10.0
+"""The most seconds that a server may take to list its models."""
+_LIST_AGE: Final = 10.0
+"""The seconds after which the status page asks for the models again."""
+_MODELS: Final = "/v1/models"
+_PAGE_HEADERS: Final = {
+    "Content-Type": "text/html; charset=utf-8",
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
+        " img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_JSON_HEADERS: Final = {
+    "Content-Type": "application/json",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+_UNKNOWN_HINT: Final = (
+    "the gateway passes on POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages,"
+    " /v1/decisions and /v1/systemone, and answers GET /v1/models, /health, /metrics, /status and /status.json;"
+    " send other requests to the server itself"
+)
+_Answer: TypeAlias = Callable[[Exchange], Awaitable[None]]
+
+
+class Gateway(NotCopyable):
+    """An HTTP server on which any program can use model servers under one schedule.
+
+    ::
+
+        async with Gateway("http://127.0.0.1:1234/v1", port=8080) as gateway:
+            print(gateway.api_base)     # http://127.0.0.1:8080/v1
+            await asyncio.Event().wait()
+
+    docs/gateway.md describes what it does with a request. `python -m lmbridge.gateway` starts one from a terminal.
+
+    A gateway can be opened only once. It is closed by leaving its `async with` block, which breaks off the requests in
+    flight; call `drain` before that to let them finish.
+
+    Args:
+        upstreams: The URL of the server, or several of them in a list. A `Transport` in place of a URL is used as it
+            is, and stays open when the gateway closes. By default the URL comes from the environment, as that of an
+            `LLMClient` does.
+        host: The address to listen on. By default only programs on the same machine can connect. Any other address
+            needs an `api_key`.
+        port: The port to listen on. With 0, the default, the system chooses one.
+        limits: How many requests and models may be in flight at each server. With "auto", the default, each server is
+            asked when its first request arrives.
+        api_key: The key that clients have to send, as a bearer token or in the header `X-Api-Key`. It is never passed
+            on. By default clients need none; the keys that they send are then passed on, unless the server has a key of
+            its own.
+        upstream_api_key: The key that is sent to the servers. By default it is the environment variable `LM_API_TOKEN`.
+        timeout: The time limits of each request to a server, as `Timeouts` or as a number of seconds. The default is
+            `Timeouts()`.
+        max_retries: How often a request may be sent again, as long as no byte of its response has arrived. The default
+            is 2.
+        allowed_hosts: Names by which the gateway may be addressed, beside its own address and the names of the loopback
+            interface. Add the name of the machine if clients use it.
+        max_body_bytes: The most bytes that the body of a request may have. The default is 64 MiB.
+        client_timeout: The most seconds that a client may take to go on sending its request or reading its response,
+            and that an idle connection is kept. The default is 60.
+
+    Raises:
+        LLMValidationError: An argument cannot be used.
+    """
+
+    _instead_of_a_copy = "create one in each process"
+
+    def __init__(
+        self,
+        upstreams: str | Transport | Sequence[str | Transport] | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: Limits | Literal["auto"] | None = "auto",
+        api_key: str | None = None,
+        upstream_api_key: str | None = None,
+        timeout: Timeouts | float | None = None,
+        max_retries: int = 2,
+        allowed_hosts: Iterable[str] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        client_timeout: float = CLIENT_SECONDS,
+    ) -> None:
+        check_text("host", host)
+        check_integer("port", port, minimum=0)
+        check_integer("max_retries", max_retries, minimum=0)
+        check_integer("max_body_bytes", max_body_bytes)
+        check_seconds("client_timeout", client_timeout, optional=False)
+        api_key = check_api_key(api_key)
+        if api_key is None and not is_loopback(f"http://{bracketed(host)}"):
+            raise LLMValidationError(
+                f"listening on {host} would let everybody in the network use the gateway",
+                hint="pass api_key=, which clients then have to send, or listen on 127.0.0.1",
+            )
+        self._host, self._port = host, port
+        self._upstreams, self._own = _transports(upstreams, limits, upstream_api_key)
+        self._server_url: str | None = None
+        self._is_draining = False
+        self._activity = Activity()
+        self._known_models = KnownModels(self._upstreams)
+        self._listed_at = -_LIST_AGE
+        self._listing: asyncio.Task[None] | None = None
+        self._access = Access(host, api_key, _names(allowed_hosts))
+        options = ForwardingOptions(
+            timeouts=Timeouts() if timeout is None else as_timeouts(timeout),
+            max_retries=max_retries,
+            max_body_bytes=max_body_bytes,
+            passes_credentials=api_key is None and not any(each.has_credentials for each in self._upstreams),
+        )
+        self._passes_credentials = options.passes_credentials
+        self._generations = Generations(self._upstreams[0], self._activity, self._access, options)
+        self._client_timeout = client_timeout
+        self._http: HttpServer | None = None
+        self._page = b""
+        self._prometheus: Any = None
+        self._idle = asyncio.Event()
+        self._open_pages: dict[str, _Answer] = {"/health": self._answer_health, "/status": self._answer_page}
+        self._pages: dict[str, _Answer] = {
+            _MODELS: self._answer_models,
+            "/status.json": self._answer_status,
+            "/metrics": self._answer_metrics,
+        }
+
+    def __repr__(self) -> str:
+        urls = ", ".join(each.api_base for each in self._upstreams)
+        return f"<{type(self).__name__} {self._server_url or 'not open'} for {urls}>"
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def api_base(self) -> str:
+        """The URL for clients, such as `http://127.0.0.1:8080/v1`.
+
+        Raises:
+            LLMError: The gateway is not open.
+        """
+        return f"{self.origin}/v1"
+
+    @property
+    def origin(self) -> str:
+        """The URL of the gateway without a path. The status page is at `/status` below it.
+
+        Raises:
+            LLMError: The gateway is not open.
+        """
+        if self._server_url is None:
+            raise LLMError("the gateway is not open", hint="enter it with `async with`")
+        return self._server_url
+
+    def stats(self) -> ClientStats:
+        """Returns how many requests are in flight and queued now, and how many swaps and retries there were so far."""
+        return self._upstreams[0].stats()
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """Begins to accept connections. `async with` does it as well.
+
+        On cancellation of the caller, nothing is left open.
+
+        Raises:
+            LLMError: The address cannot be listened on, or the gateway has been opened before.
+        """
+        if self._http is not None:
+            raise LLMError("a gateway can be opened only once", hint="create another one")
+        self._http = http = HttpServer(self._answer, client_seconds=self._client_timeout)
+        try:
+            self._page, self._prometheus = await asyncio.to_thread(_load_page_and_prometheus)
+            port = await http.listen(self._host, self._port)
+        except OSError as exc:
+            message = f"the gateway cannot listen on {self._host}:{self._port}: {exc.strerror or exc}"
+            raise LLMError(message, exc, hint="choose another port or host") from exc
+        self._server_url = origin_of(self._host, port)
+        logger.info("the gateway listens on %s", self._server_url)
+
+    async def drain(self) -> None:
+        """Refuses new requests, and waits until those that have arrived before are over."""
+        self._is_draining = True
+        while self._activity.entries:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def close(self) -> None:
+        """Ends all requests, and closes all connections. Calling it again does nothing.
+
+        On cancellation of the caller, the remaining steps are still taken.
+        """
+        self._is_draining = True
+        http, self._server_url = self._http, None
+        try:
+            if self._listing is not None:
+                self._listing.cancel()
+                await asyncio.wait({self._listing})
+        finally:
+            try:
+                for transport in self._own:
+                    await transport.close()
+            finally:
+                if http is not None:
+                    await http.close()
+
+    # Requests
+
+    async def _answer(self, exchange: Exchange) -> None:
+        try:
+            try:
+                self._access.check_source(exchange.method, exchange.headers)
+                await self._route(exchange)(exchange)
+            finally:
+                if not self._activity.entries:
+                    self._idle.set()
+        except Problem as problem:
+            await _respond_problem(exchange, problem)
+        except LLMError as error:
+            await _respond_problem(exchange, problem_of(error))
+        except Exception as error:
+            if isinstance(error, ConnectionError):
+                # The client has left.
+                raise
+            logger.exception("the gateway failed to answer %s %s", exchange.method, exchange.path)
+            await _respond_problem(
+                exchange, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
+            )
+
+    def _route(self, exchange: Exchange) -> _Answer:
+        """Returns the method that answers a request.
+
+        Raises:
+            Problem: Nothing answers it, or the client may not have the answer.
+        """
+        method, path = exchange.method, exchange.path
+        # The page itself says nothing about the gateway; it asks for a key where its data needs one.
+        if method == "GET" and path in self._open_pages:
+            return self._open_pages[path]
+        self._access.check_key(exchange.headers)
+        if path in ENDPOINTS:
+            if method != "POST":
+                raise Problem(405, f"{path} takes only POST", code="method_not_allowed")
+            if self._is_draining:
+                raise Problem(503, "the gateway is about to stop", code="draining", retry_after=RETRY_AFTER)
+            return self._generations.answer
+        if method == "GET" and path in self._pages:
+            return self._pages[path]
+        if method == "GET" and path.startswith(f"{_MODELS}/"):
+            return self._answer_model
+        raise Problem(404, f"the gateway has no {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
+
+    async def _answer_health(self, exchange: Exchange) -> None:
+        status = 503 if self._is_draining else 200
+        await _respond_json(exchange, {"status": "draining" if self._is_draining else "ok"}, status)
+
+    async def _answer_page(self, exchange: Exchange) -> None:
+        await exchange.respond(200, _PAGE_HEADERS.items(), self._page)
+
+    async def _answer_status(self, exchange: Exchange) -> None:
+        self._refresh_models()
+        status = status_of(self._activity, self._upstreams, self._known_models, draining=self._is_draining)
+        await _respond_json(exchange, status)
+
+    async def _answer_metrics(self, exchange: Exchange) -> None:
+        kind, page = metrics_page(self._prometheus, self._activity, self._upstreams)
+        await exchange.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
+
+    # Models
+
+    async def _answer_models(self, exchange: Exchange) -> None:
+        if len(self._upstreams) == 1:
+            headers = self._client_credentials(exchange)
+            async with await self._upstreams[0].forward(_list_request(headers)) as response:
+                body = response.whole_body or b"".join([part async for part in _parts(response.read)])
+                names = [each["id"] for each in _entries_in(body)] if response.status == 200 else []
+                self._known_models.listed(self._upstreams[0], names)
+                kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
+                await exchange.respond(response.status, kept, body)
+            return
+        await _respond_json(exchange, {"object": "list", "data": await self._list_models(exchange)})
+
+    async def _answer_model(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix(f"{_MODELS}/")
+        entry = next((each for each in await self._list_models(exchange) if each["id"] == name), None)
+        if entry is None:
+            hint = "GET /v1/models lists the models that there are"
+            raise Problem(404, f"no server has the model {name[:200]!r}", code="model_not_found", hint=hint)
+        await _respond_json(exchange, entry)
+
+    async def _list_models(self, exchange: Exchange | None) -> list[Mapping[str, Any]]:
+        """Returns the models of all servers that answer, each once.
+
+        Raises:
+            LLMError: No server answers.
+        """
+        headers = {} if exchange is None else self._client_credentials(exchange)
+        lists = await asyncio.gather(*(self._ask_for_models(each, headers) for each in self._upstreams))
+        if errors := [each for each in lists if isinstance(each, LLMError)]:
+            if len(errors) == len(lists):
+                raise errors[0]
+            logger.warning("a server did not list its models: %s", errors[0])
+        merged: dict[str, Mapping[str, Any]] = {}
+        for entries in lists:
+            for entry in entries if not isinstance(entries, LLMError) else []:
+                merged.setdefault(entry["id"], entry)
+        return list(merged.values())
+
+    async def _ask_for_models(
+        self, server: Transport, headers: Mapping[str, str]
+    ) -> list[Mapping[str, Any]] | LLMError:
+        try:
+            reply = await server.request(_list_request(headers))
+        except LLMError as error:
+            self._known_models.failed(server)
+            return error
+        if reply.status != 200:
+            return LLMError(f"{server.api_base} answered {reply.status} when it was asked for its models")
+        entries = _entries_in(reply.body)
+        self._known_models.listed(server, [entry["id"] for entry in entries])
+        return entries
+
+    def _client_credentials(self, exchange: Exchange) -> dict[str, str]:
+        if not self._passes_credentials:
+            return {}
+        return {name: exchange.headers[name] for name in ("Authorization", "X-Api-Key") if name in exchange.headers}
+
+    def _refresh_models(self) -> None:
+        """Asks the servers for their models if that was long ago. Nobody waits for the answer."""
+        now = asyncio.get_running_loop().time()
+        if self._listing is None and now - self._listed_at >= _LIST_AGE:
+            self._listed_at = now
+            self._listing = asyncio.get_running_loop().create_task(self._list_quietly())
+
+    async def _list_quietly(self) -> None:
+        try:
+            with contextlib.suppress(LLMError):
+                await self._list_models(None)
+        finally:
+            self._listing = None
+
+
+def _list_request(headers: Mapping[str, str]) -> Request:
+    return Request(
+        operation="model list",
+        method="GET",
+        path="/models",
+        classify=classify,
+        timeouts=Timeouts(first_byte=_LIST_SECONDS),
+        max_retries=0,
+        queued=False,
+        headers=headers,
+    )
+
+
+async def _parts(read: Callable[[], Awaitable[bytes]]) -> Any:
+    while part := await read():
+        yield part
+
+
+def _entries_in(body: bytes) -> list[Mapping[str, Any]]:
+    """Returns the entries of a list of models, without those that are something else."""
+    try:
+        value = decode_json(body)
+    except ValueError:
+        return []
+    entries = value.get("data") if isinstance(value, Mapping) else None
+    if not isinstance(entries, list):
+        return []
+    return [each for each in entries if isinstance(each, Mapping) and isinstance(each.get("id"), str)]
+
+
+async def _respond_problem(exchange: Exchange, problem: Problem) -> None:
+    if exchange.has_begun:
+        # Nothing else can be said any more, and the client must not take what it has for the whole response.
+        exchange.abort()
+    else:
+        await exchange.respond(problem.status, problem.headers.items(), problem.body(exchange.path))
+
+
+async def _respond_json(exchange: Exchange, value: object, status: int = 200) -> None:
+    await exchange.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
+
+
+def _load_page_and_prometheus() -> tuple[bytes, Any]:
+    page = resources.files("lmbridge.gateway").joinpath("status.html").read_bytes()
+    return page, load_prometheus()
+
+
+def _names(allowed_hosts: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(allowed_hosts, str):
+        raise wrong_type("allowed_hosts", "a list of names", allowed_hosts, "for example allowed_hosts=['my-pc.lan']")
+    return tuple(check_text("allowed_hosts", name) for name in allowed_hosts)
+
+
+def _transports(
+    upstreams: str | Transport | Sequence[str | Transport] | None,
+    limits: Limits | Literal["auto"] | None,
+    api_key: str | None,
+) -> tuple[list[Transport], list[Transport]]:
+    """Returns the transports of all servers, and those of them that were made here.
+
+    Raises:
+        LLMValidationError: There is no server, or something that is not one.
+    """
+    if upstreams is None:
+        upstreams = default_api_base()
+    given = [upstreams] if isinstance(upstreams, str | Transport) else list(upstreams)
+    if not given:
+        raise LLMValidationError("upstreams is empty", hint="pass the URL of a server")
+    resolved = resolve_limits(limits)
+    transports: list[Transport] = []
+    own: list[Transport] = []
+    for each in given:
+        if isinstance(each, Transport):
+            transports.append(each)
+            continue
+        check_instance("upstreams", each, str, hint="pass the URL of a server, or several in a list")
+        own.append(Transport(each, api_key=api_key, limits=resolved))
+        transports.append(own[-1])
+    return transports, own

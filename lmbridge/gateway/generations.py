@@ -1,0 +1,291 @@
+"""Answers a request for a generation: admits it by the model in its body, and passes it on byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, TypeAlias
+
+import attrs
+
+from lmbridge._scheduled_run import current_run
+from lmbridge.client import failures
+from lmbridge.client.usage import usage_in_body
+from lmbridge.config import Priority, Timeouts, check_priority
+from lmbridge.errors import LLMError, LLMValidationError
+from lmbridge.gateway.access import Access
+from lmbridge.gateway.activity import Activity, Entry
+from lmbridge.gateway.fair_order import FairOrder
+from lmbridge.gateway.http_server import Exchange
+from lmbridge.gateway.passing import (
+    PassingBody,
+    begins_with_error,
+    end_to_end,
+    is_event_stream,
+    reports_unloaded,
+)
+from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS, Patience
+from lmbridge.gateway.problems import Problem, problem_of
+from lmbridge.gateway.request_fields import RequestFields, read_fields
+from lmbridge.transport import Call, ForwardedResponse, Request, Transport
+from lmbridge.transport.decompression import decompressed_beginning
+
+logger: logging.Logger = logging.getLogger("lmbridge.gateway")
+
+Upstream: TypeAlias = Transport
+"""What requests are passed on to."""
+
+ENDPOINTS: Final = frozenset(
+    f"/v1/{name}"
+    for name in (
+        "chat/completions",
+        "completions",
+        "embeddings",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+        "decisions",
+        "systemone",
+    )
+)
+"""The paths whose requests are admitted by model."""
+PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
+_NOT_PASSED_ON: Final = frozenset({"host", "content-length", "expect", "accept-encoding", "x-lmbridge-priority"})
+"""Headers of a request that are for the gateway, or that the connection to the server determines."""
+_CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
+_READABLE_ENCODINGS: Final = ("gzip", "deflate")
+
+
+@attrs.frozen(kw_only=True)
+class ForwardingOptions:
+    """How requests are passed on."""
+
+    timeouts: Timeouts
+    """The time limits of each request."""
+    max_retries: int
+    """How often a failed request may be sent again."""
+    max_body_bytes: int
+    """The most bytes that the body of a request may have."""
+    passes_credentials: bool
+    """Whether the keys that clients send are passed on to the server."""
+    comment_seconds: float = FIRST_COMMENT_SECONDS
+    """The seconds after which a client that waits for a stream gets the first comment."""
+
+
+class Generations:
+    """Answers the requests that make a model work.
+
+    Args:
+        upstream: What the requests are passed on to.
+        activity: The books of the gateway.
+        access: Names the clients.
+        options: How requests are passed on.
+    """
+
+    def __init__(self, upstream: Upstream, activity: Activity, access: Access, options: ForwardingOptions) -> None:
+        self._upstream = upstream
+        self._activity = activity
+        self._access = access
+        self._options = options
+        self._order = FairOrder()
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Answers a request.
+
+        On cancellation of the caller, which means that the client has left, the connection to the server is closed, or
+        the request leaves the queue.
+
+        Raises:
+            Problem: The request is not passed on, or was not answered by the server.
+        """
+        body = await exchange.read_body(self._options.max_body_bytes)
+        fields = read_fields(body, exchange.headers.get("Content-Encoding"), self._options.max_body_bytes)
+        name, priority = _priority_in(exchange.headers.get(PRIORITY_HEADER))
+        client = self._access.client_name(exchange.address, exchange.headers)
+        entry = Entry(
+            id=self._activity.next_id(),
+            model=fields.model,
+            endpoint=exchange.path,
+            priority=priority,
+            priority_name=name,
+            client=client,
+            streaming=fields.streams,
+            place=self._order.enter(client, priority),
+            arrived_at=time.monotonic(),
+        )
+        with self._recorded(entry):
+            await self._forward(exchange, entry, self._request(exchange, body, fields, entry))
+
+    @contextmanager
+    def _recorded(self, entry: Entry) -> Iterator[None]:
+        """Keeps a request in the books, and its place in the order, for as long as it is being answered."""
+        token = current_run.set(entry.place)
+        self._activity.enter(entry)
+        try:
+            yield
+        except asyncio.CancelledError:
+            entry.status = "client left"
+            raise
+        except ConnectionError:
+            entry.status = "client left"
+            raise
+        except Problem as problem:
+            entry.status = problem.status
+            raise
+        except BaseException as exc:
+            entry.status = type(exc).__name__
+            raise
+        finally:
+            current_run.reset(token)
+            entry.place.end()
+            self._activity.leave(entry, counts_tokens=not entry.streaming)
+
+    def _request(self, exchange: Exchange, body: bytes, fields: RequestFields, entry: Entry) -> Request:
+        def on_admitted(call: Call) -> None:
+            entry.server = server_of(call)
+            if entry.admitted_at is None:
+                entry.admitted_at = time.monotonic()
+                self._order.admitted(entry.place)
+
+        return Request(
+            operation=f"gateway request {entry.id}",
+            method="POST",
+            path=exchange.path.removeprefix("/v1"),
+            body=body,
+            model=fields.model,
+            priority=entry.priority,
+            timeouts=self._options.timeouts,
+            max_retries=self._options.max_retries,
+            classify=failures.classify,
+            reports_error=begins_with_error,
+            read_usage=usage_in_body,
+            headers=self._headers_for_server(exchange, streams=fields.streams),
+            query=exchange.query,
+            on_admitted=on_admitted,
+        )
+
+    def _headers_for_server(self, exchange: Exchange, *, streams: bool) -> dict[str, str]:
+        headers: dict[str, str] = {}
+        for name, value in end_to_end(exchange.headers):
+            lower = name.lower()
+            if lower in _NOT_PASSED_ON or (lower in _CREDENTIALS and not self._options.passes_credentials):
+                continue
+            try:
+                value.encode()
+            except UnicodeEncodeError as exc:
+                raise Problem(400, f"the header {name} is not UTF-8", code="invalid_header") from exc
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        # A stream is never compressed, because a compressor holds events back, and nothing is compressed in a way that
+        # the gateway could not read: it has to know what an error says.
+        accepted = exchange.headers.get("Accept-Encoding", "").lower()
+        readable = [] if streams else [name for name in _READABLE_ENCODINGS if name in accepted]
+        return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
+
+    async def _forward(self, exchange: Exchange, entry: Entry, request: Request) -> None:
+        patience = Patience(exchange, self._options.comment_seconds) if entry.streaming else None
+        try:
+            response = await self._upstream.forward(request)
+        except LLMError as error:
+            if patience is not None:
+                await patience.stop()
+            await _report(exchange, entry, problem_of(error))
+            return
+        except BaseException:
+            if patience is not None:
+                await patience.give_up()
+            raise
+        async with response:
+            if patience is not None:
+                await patience.stop()
+            entry.server = server_of(response.call)
+            await self._pass_on(exchange, entry, response)
+
+    async def _pass_on(self, exchange: Exchange, entry: Entry, response: ForwardedResponse) -> None:
+        entry.status = response.status
+        whole = response.whole_body
+        body = PassingBody(response, decompresses=exchange.has_begun)
+        if whole is not None:
+            plain = decompressed_beginning(whole, response.headers.get("Content-Encoding"))
+            if response.status >= 400 and reports_unloaded(response.status, plain):
+                response.call.mark_unloaded()
+            if not is_event_stream(response):
+                entry.tokens = body.tokens(plain)
+        if exchange.has_begun and (response.status != 200 or not is_event_stream(response)):
+            await exchange.write(_late_event(exchange.path, response, whole))
+        elif whole is not None and not exchange.has_begun:
+            headers = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
+            self._activity.note_part(entry, len(whole), 0)
+            await exchange.respond(response.status, headers, whole)
+        else:
+            if not exchange.has_begun:
+                await exchange.begin(response.status, end_to_end(response.headers))
+            await self._pass_parts(exchange, entry, response, body)
+
+    async def _pass_parts(
+        self, exchange: Exchange, entry: Entry, response: ForwardedResponse, body: PassingBody
+    ) -> None:
+        try:
+            while part := await body.next_part():
+                self._activity.note_part(entry, len(part), body.count_events(part))
+                await exchange.write(part)
+        except LLMError as error:
+            entry.status = type(error).__name__
+            logger.warning("the response to request %d broke off: %s", entry.id, error)
+            if not is_event_stream(response) or "Content-Length" in response.headers:
+                exchange.abort()
+                return
+            await exchange.write(problem_of(error).event(exchange.path))
+        finally:
+            entry.tokens = body.tokens(None)
+            if body.model_unloaded:
+                response.call.mark_unloaded()
+
+
+def server_of(call: Call) -> str:
+    """Returns the URL of the server that a call is sent to, without the path of the request."""
+    return call.url.removesuffix(call.request.path)
+
+
+async def _report(exchange: Exchange, entry: Entry, problem: Problem) -> None:
+    """Tells the client about a problem: with a response, or in an event if the response has begun.
+
+    Raises:
+        Problem: The response has not begun, so that whoever answers all problems answers this one as well.
+    """
+    if not exchange.has_begun:
+        raise problem
+    entry.status = problem.status
+    await exchange.write(problem.event(exchange.path))
+
+
+def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> bytes:
+    """Returns the event for a response that should have been an event stream, after a stream has begun."""
+    plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
+    error = failures.parse_error_body(plain)
+    message = error.message or "nothing that can be read"
+    return Problem(
+        response.status if response.status >= 400 else 502,
+        f"the server answered {response.status}: {message}",
+        code=str(error.fields.get("code") or "upstream_error")[:100],
+    ).event(path)
+
+
+def _priority_in(header: str | None) -> tuple[str, int]:
+    """Returns a priority by the name that the client has used, and as a number.
+
+    Raises:
+        Problem: It is not a priority.
+    """
+    if header is None:
+        return "normal", 0
+    value: Priority | str = header.strip()
+    with suppress(ValueError):
+        value = int(value)
+    try:
+        return str(value), check_priority(value)  # type: ignore[arg-type]  # it is checked
+    except LLMValidationError as exc:
+        message = f"{PRIORITY_HEADER} must be interactive, normal, batch or an integer"
+        raise Problem(400, message, code="invalid_priority", param=PRIORITY_HEADER) from exc

@@ -1,0 +1,223 @@
+"""The HTTP side of the gateway. This is the only module of the gateway that imports aiohttp.
+
+It reads requests and writes responses, and knows nothing about models. A request is an `Exchange`, which the gateway
+answers; when its client leaves, the task that answers it is cancelled.
+
+aiohttp's `Application` with its router and middlewares is not used: there are a dozen fixed paths, and every request is
+checked in the same way. What aiohttp does not limit is limited here: how long a client may take to send the body of a
+request, and how long it may leave a response unread. The time for the head of a request is aiohttp's
+`keepalive_timeout`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Final
+
+from aiohttp import web
+
+from lmbridge.gateway.access import bracketed
+from lmbridge.gateway.problems import Problem
+from lmbridge.gateway.request_fields import body_too_large
+from lmbridge.transport.deadline import DeadlineTimer
+
+logger: logging.Logger = logging.getLogger("lmbridge.gateway")
+
+_BACKLOG: Final = 1024
+_SHUTDOWN_SECONDS: Final = 1.0
+"""The most seconds that requests may take to end after the gateway has closed its upstream connections."""
+
+Headers = Iterable[tuple[str, str]]
+Answer = Callable[["Exchange"], Awaitable[None]]
+
+
+class Exchange:
+    """One request of a client, and the response to it.
+
+    Args:
+        request: The request.
+        timer: The timer that ends writes to clients that do not read.
+        client_seconds: The most seconds that the client may take to go on sending or reading.
+    """
+
+    __slots__ = ("__weakref__", "_client_seconds", "_request", "_response", "_timer", "deadline")
+
+    def __init__(self, request: web.BaseRequest, timer: DeadlineTimer, client_seconds: float) -> None:
+        self._request = request
+        self._response: web.StreamResponse | None = None
+        self._timer = timer
+        self._client_seconds = client_seconds
+        self.deadline: float = math.inf
+        """The time until which the client has to read what is being written to it."""
+
+    @property
+    def method(self) -> str:
+        """The HTTP method."""
+        return self._request.method
+
+    @property
+    def path(self) -> str:
+        """The path as the client has sent it, without the query."""
+        return self._request.rel_url.raw_path
+
+    @property
+    def query(self) -> Mapping[str, list[str]]:
+        """The parameters of the query, each with all its values."""
+        parameters = self._request.query
+        return {name: parameters.getall(name) for name in parameters}
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers of the request. Their names are case-insensitive, and `items()` has repeated ones."""
+        return self._request.headers
+
+    @property
+    def address(self) -> str:
+        """The address of the client."""
+        return self._request.remote or "unknown"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the response has begun."""
+        return self._response is not None
+
+    async def read_body(self, max_bytes: int) -> bytes:
+        """Reads the body of the request to its end.
+
+        Raises:
+            Problem: It is too large, or the client does not go on sending it.
+        """
+        length = self._request.content_length
+        if length is not None and length > max_bytes:
+            raise body_too_large(max_bytes)
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(None) as limit:
+                loop = asyncio.get_running_loop()
+                while True:
+                    limit.reschedule(loop.time() + self._client_seconds)
+                    part = await self._request.content.readany()
+                    if not part:
+                        return b"".join(parts)
+                    parts.append(part)
+                    size += len(part)
+                    if size > max_bytes:
+                        raise body_too_large(max_bytes)
+        except TimeoutError as exc:
+            message = f"no more of the body arrived within {self._client_seconds:g} s"
+            raise Problem(408, message, code="request_timeout") from exc
+        except web.RequestPayloadError as exc:
+            raise Problem(400, "the body of the request is broken", code="invalid_body") from exc
+
+    async def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Sends a whole response."""
+        response = web.Response(status=status, body=body, headers=list(headers))
+        self._response = response
+        await self._send(response.prepare(self._request))
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Sends the head of a response whose body follows in parts."""
+        response = web.StreamResponse(status=status, headers=list(headers))
+        self._response = response
+        await self._send(response.prepare(self._request))
+
+    async def write(self, data: bytes) -> None:
+        """Sends a part of the body."""
+        if self._response is None:
+            raise RuntimeError("the response has not begun")
+        await self._send(self._response.write(data))
+
+    def abort(self) -> None:
+        """Breaks the connection, so that the client does not take what it has for the whole response."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+    def on_deadline(self) -> None:
+        """Breaks the connection to a client that does not read. The timer calls this method."""
+        logger.warning("%s has not read its response for %g s; it is cut off", self.address, self._client_seconds)
+        self.abort()
+
+    def finished_response(self) -> web.StreamResponse:
+        """Returns the response, for aiohttp to finish it."""
+        if self._response is None:
+            raise RuntimeError("the request was not answered")
+        return self._response
+
+    async def _send(self, sending: Awaitable[object]) -> None:
+        self.deadline = self._timer.time() + self._client_seconds
+        self._timer.wake_at(self.deadline)
+        try:
+            await sending
+        finally:
+            self.deadline = math.inf
+
+
+class HttpServer:
+    """Accepts connections, and has each request answered.
+
+    Args:
+        answer: An async function that answers an `Exchange`.
+        client_seconds: The most seconds that a client may take to go on sending or reading.
+    """
+
+    def __init__(self, answer: Answer, *, client_seconds: float) -> None:
+        self._answer = answer
+        self._client_seconds = client_seconds
+        self._exchanges: set[Exchange] = set()
+        self._timer = DeadlineTimer(asyncio.get_running_loop(), self._exchanges)
+        self._runner = web.ServerRunner(
+            web.Server(
+                self._handle,
+                handler_cancellation=True,
+                auto_decompress=False,
+                access_log=None,
+                keepalive_timeout=client_seconds,
+            ),
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        self._site: web.TCPSite | None = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Begins to accept connections, and returns the port.
+
+        Raises:
+            OSError: The address cannot be listened on.
+        """
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, host, port, backlog=_BACKLOG)
+        try:
+            await self._site.start()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+        bound = self._runner.addresses[0]
+        return int(bound[1])
+
+    async def close(self) -> None:
+        """Ends all requests, and closes all connections."""
+        await self._runner.cleanup()
+        self._timer.close()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        exchange = Exchange(request, self._timer, self._client_seconds)
+        self._exchanges.add(exchange)
+        try:
+            await self._answer(exchange)
+        finally:
+            self._exchanges.discard(exchange)
+        return exchange.finished_response()
+
+
+def origin_of(host: str, port: int) -> str:
+    """Returns the URL at which a program on the same machine reaches a server."""
+    with contextlib.suppress(OSError):
+        # An address that stands for all addresses of the machine is not one that can be connected to.
+        if socket.inet_pton(socket.AF_INET, host) == bytes(4):
+            host = "127.0.0.1"
+    return f"http://{bracketed('::1' if host == '::' else host)}:{port}"

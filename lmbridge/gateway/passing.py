@@ -1,0 +1,196 @@
+"""Passes a response on to a client as it arrives, and looks at it in passing.
+
+Bytes are never changed. Two things are read on the way: whether the server reports that it has dropped the model, and
+how many tokens it has generated. Both are found by searching each part for a word, which costs little; a part is parsed
+only if the word is there.
+
+An event stream is passed on by whole lines. A line that has not ended is of no use to any client; and if the rest of it
+never comes, the event that reports the error must not be taken for a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from lmbridge.client import failures
+from lmbridge.errors import LLMStreamError, ModelLoadError
+from lmbridge.transport import ForwardedResponse
+from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
+
+_LONGEST_LINE: Final = 64 * 1024
+"""The most bytes of a line that are held back until the line has ended."""
+_HOP_BY_HOP: Final = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+"""Headers that belong to a connection and not to a message (RFC 9110, 7.6.1)."""
+
+
+def end_to_end(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the headers that are passed on."""
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    for name, value in headers.items():
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in named:
+            yield name, value
+
+
+def is_event_stream(response: ForwardedResponse) -> bool:
+    """Returns whether the body of a response consists of events."""
+    return response.headers.get("Content-Type", "").lower().startswith("text/event-stream")
+
+
+class PassingBody:
+    """The body of a response on its way to the client.
+
+    Args:
+        response: The response.
+        decompresses: Whether the body is decompressed, because the client has already been told that it is not
+            compressed.
+    """
+
+    def __init__(self, response: ForwardedResponse, *, decompresses: bool = False) -> None:
+        self.model_unloaded: bool = False
+        """Whether the server has reported that it has dropped the model."""
+        self._response = response
+        self._encoding = response.headers.get("Content-Encoding")
+        self._decompressor = _decompressor(self._encoding) if decompresses else None
+        self._is_stream = is_event_stream(response)
+        self._is_readable = decompresses or (self._encoding or "identity").strip().lower() == "identity"
+        self._line = b""
+        self._last_usage = b""
+
+    async def next_part(self) -> bytes:
+        """Waits for the next part of the body, and returns it. Returns `b""` at the end of the body.
+
+        Raises:
+            LLMError: The body broke off, or a time limit has run out.
+        """
+        while True:
+            part = await self._response.read()
+            if not part:
+                rest, self._line = self._line, b""
+                return rest
+            if self._decompressor is not None:
+                part = _decompressed(self._decompressor, part)
+            if self._is_stream and self._is_readable:
+                if self._line:
+                    part = self._line + part
+                    self._line = b""
+                if not part.endswith((b"\n", b"\r")):
+                    end = max(part.rfind(b"\n"), part.rfind(b"\r")) + 1
+                    if len(part) - end <= _LONGEST_LINE:
+                        part, self._line = part[:end], part[end:]
+                self._look_at(part)
+            if part:
+                return part
+
+    def count_events(self, part: bytes) -> int:
+        """Returns the number of events in a part of an event stream, which is about the number of tokens in it."""
+        return max(1, part.count(b"\n\n")) if self._is_stream else 0
+
+    def tokens(self, whole_body: bytes | None) -> int | None:
+        """Returns the number of tokens that the server has generated, or None if it has not reported that."""
+        if whole_body is not None:
+            return _tokens_in(whole_body)
+        found = [tokens for data in _data_lines(self._last_usage) if (tokens := _tokens_in(data)) is not None]
+        return found[-1] if found else None
+
+    def _look_at(self, part: bytes) -> None:
+        if b'"error"' in part:
+            self.model_unloaded |= any(reports_unloaded(None, data) for data in _data_lines(part))
+        if b'"usage"' in part or b'"timings"' in part:
+            self._last_usage = part
+
+
+def reports_unloaded(status: int | None, body: bytes) -> bool:
+    """Returns whether an error shows that the server has not, or no longer, loaded the model.
+
+    Args:
+        status: The HTTP status, or None for an event of a stream.
+        body: The body, or the data of the event.
+    """
+    if status is None and not failures.reports_error(body):
+        return False
+    kind = failures.error_class(failures.parse_error_body(body), status)
+    return kind is not None and issubclass(kind, ModelLoadError)
+
+
+def begins_with_error(data: bytes) -> bool:
+    """Returns whether the beginning of a body, plain or as events, reports an error.
+
+    Then the model is not taken for loaded.
+    """
+    text = data.lstrip()
+    if text.startswith(b"event: error"):
+        return True
+    for line in _data_lines(text):
+        return failures.reports_error(line) and line != b"[DONE]"
+    return text.startswith((b'{"error"', b'{ "error"'))
+
+
+def _data_lines(part: bytes) -> Iterator[bytes]:
+    for line in part.splitlines():
+        if line.startswith(b"data:"):
+            yield line[5:].strip()
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class _Timings(msgspec.Struct):
+    predicted_n: int | None = None
+
+
+class _Inner(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+class _Reply(msgspec.Struct):
+    """The fields in which servers report the number of tokens: those of OpenAI, Anthropic and llama.cpp."""
+
+    usage: _Usage | None = None
+    timings: _Timings | None = None
+    response: _Inner | None = None
+
+
+def _tokens_in(data: bytes) -> int | None:
+    try:
+        reply = msgspec.json.decode(data, type=_Reply)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    for usage in (reply.usage, None if reply.response is None else reply.response.usage):
+        if usage is not None:
+            return usage.output_tokens if usage.completion_tokens is None else usage.completion_tokens
+    return None if reply.timings is None else reply.timings.predicted_n
+
+
+def _decompressor(encoding: str | None) -> Decompressor | None:
+    try:
+        return decompressor_for(encoding)
+    except UnsupportedEncoding:
+        return None
+
+
+def _decompressed(decompressor: Decompressor, part: bytes) -> bytes:
+    decompressor.feed(part)
+    parts = []
+    try:
+        while text := decompressor.next_part():
+            parts.append(text)
+    except BrokenCompression as exc:
+        raise LLMStreamError(f"the compressed body of the response is broken: {exc}", exc) from exc
+    return b"".join(parts)

@@ -1,0 +1,67 @@
+"""Comments for clients whose streams have not begun yet, so that their read timeouts do not run out.
+
+A request may wait for minutes until its model is loaded, and clients give up when nothing arrives for a while. Once a
+stream has been waited for long enough, its response is begun with status 200, and comments follow. All parsers of
+event streams skip them. What goes wrong from then on can only be reported by an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from lmbridge._tasks import end_task
+from lmbridge.gateway.http_server import Exchange
+
+FIRST_COMMENT_SECONDS: Final = 5.0
+"""The seconds after which the first comment is sent, and the seconds between two of them."""
+_COMMENT: Final = b": waiting for the model\n\n"
+_HEADERS: Final = (
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),
+)
+
+
+class Patience:
+    """Sends comments from some time on, until it is stopped.
+
+    Args:
+        exchange: The request whose response is waited for.
+        seconds: The seconds until the first comment, and between two of them.
+    """
+
+    def __init__(self, exchange: Exchange, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._exchange = exchange
+        self._seconds = seconds
+        self._stopped: asyncio.Future[None] = loop.create_future()
+        self._task: asyncio.Task[None] | None = None
+        self._timer = loop.call_later(seconds, self._start)
+
+    def _start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._send_comments())
+
+    async def stop(self) -> None:
+        """Sends no further comments. What is being written is written to its end: nothing may come in between.
+
+        Raises:
+            ConnectionError: The client has left.
+        """
+        self._timer.cancel()
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+        if self._task is not None:
+            await self._task
+
+    async def give_up(self) -> None:
+        """Ends everything at once, because there is nobody to write to any more."""
+        self._timer.cancel()
+        if self._task is not None:
+            await end_task(self._task)
+
+    async def _send_comments(self) -> None:
+        await self._exchange.begin(200, _HEADERS)
+        while not self._stopped.done():
+            await self._exchange.write(_COMMENT)
+            await asyncio.wait((self._stopped,), timeout=self._seconds)

@@ -1,0 +1,87 @@
+"""Reads the two fields of a request's body that the gateway needs, and leaves everything else alone."""
+
+from __future__ import annotations
+
+import attrs
+import msgspec
+
+from lmbridge.gateway.problems import Problem
+from lmbridge.transport.decompression import (
+    BrokenCompression,
+    Decompressor,
+    UnsupportedEncoding,
+    decompressor_for,
+)
+
+
+class _Outline(msgspec.Struct):
+    """The fields that are read. If one is repeated, the last one counts, as it does for the servers."""
+
+    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+@attrs.frozen
+class RequestFields:
+    """What the gateway knows about a request of a client."""
+
+    model: str | None
+    """The model that the request names, or None if it leaves the choice to the server."""
+    streams: bool
+    """Whether the request asks for an event stream."""
+
+
+def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> RequestFields:
+    """Returns the fields of a body.
+
+    Args:
+        body: The body as the client sent it.
+        content_encoding: The value of the header `Content-Encoding`, or None.
+        max_bytes: The most bytes that the body may have after decompression.
+
+    Raises:
+        Problem: The body is not a JSON object, or its model is not a string.
+    """
+    if not body:
+        raise Problem(400, "the request has no body", code="invalid_json", hint="send a JSON object with a model")
+    text = _decompressed(body, content_encoding, max_bytes)
+    try:
+        outline = msgspec.json.decode(text, type=_Outline)
+        model = None if outline.model is msgspec.UNSET else msgspec.json.decode(outline.model)
+        stream = False if outline.stream is msgspec.UNSET else msgspec.json.decode(outline.stream)
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
+        message = f"the body of the request is not a JSON object: {exc}"
+        raise Problem(400, message, code="invalid_json", hint="send a JSON object with a model") from exc
+    if model is not None and not isinstance(model, str):
+        raise Problem(400, "the model of the request is not a string", code="invalid_model", param="model")
+    return RequestFields(model or None, stream is True)
+
+
+def _decompressed(body: bytes, content_encoding: str | None, max_bytes: int) -> bytes:
+    try:
+        decompressor = decompressor_for(content_encoding)
+        return body if decompressor is None else _read_all(decompressor, body, max_bytes)
+    except UnsupportedEncoding as exc:
+        message = f"the body of the request is compressed as {exc}, which the gateway cannot read"
+        raise Problem(415, message, code="unsupported_encoding", hint="use gzip, deflate or no compression") from exc
+    except BrokenCompression as exc:
+        raise Problem(400, "the compressed body of the request is broken", code="invalid_encoding") from exc
+
+
+def _read_all(decompressor: Decompressor, body: bytes, max_bytes: int) -> bytes:
+    decompressor.feed(body)
+    parts: list[bytes] = []
+    size = 0
+    while part := decompressor.next_part():
+        parts.append(part)
+        size += len(part)
+        if size > max_bytes:
+            raise body_too_large(max_bytes)
+    decompressor.finish()
+    return b"".join(parts)
+
+
+def body_too_large(max_bytes: int) -> Problem:
+    """Returns the problem of a request whose body has more than `max_bytes` bytes."""
+    message = f"the body of the request has more than {max_bytes} bytes"
+    return Problem(413, message, code="body_too_large", hint="send less, or raise the gateway's max_body_bytes")
