@@ -16,7 +16,7 @@ from importlib import resources
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
-from lmbridge._checks import check_instance, check_integer, check_seconds, check_text, wrong_type
+from lmbridge._checks import check_integer, check_seconds, check_text, wrong_type
 from lmbridge._copying import NotCopyable
 from lmbridge.client.auto import resolve_limits
 from lmbridge.client.failures import classify
@@ -32,6 +32,8 @@ from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
 from lmbridge.gateway.status import KnownModels, status_of
 from lmbridge.transport import Request, Transport
+from lmbridge.transport.interface import BaseTransport
+from lmbridge.transport.nodes import NodePool
 
 if TYPE_CHECKING:
     from lmbridge.transport.stats import ClientStats
@@ -85,8 +87,9 @@ class Gateway(NotCopyable):
     flight; call `drain` before that to let them finish.
 
     Args:
-        upstreams: The URL of the server, or several of them in a list. A `Transport` in place of a URL is used as it
-            is, and stays open when the gateway closes. By default the URL comes from the environment, as that of an
+        upstreams: The URL of the server, or several of them in a list, of which each request goes to the one that is
+            best suited for it. A `Transport` or a `NodePool` in their place is used as it is, with its own limits and
+            key, and stays open when the gateway closes. By default the URL comes from the environment, as that of an
             `LLMClient` does.
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
             needs an `api_key`.
@@ -115,7 +118,7 @@ class Gateway(NotCopyable):
 
     def __init__(
         self,
-        upstreams: str | Transport | Sequence[str | Transport] | None = None,
+        upstreams: str | Sequence[str] | Transport | NodePool | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -140,11 +143,13 @@ class Gateway(NotCopyable):
                 hint="pass api_key=, which clients then have to send, or listen on 127.0.0.1",
             )
         self._host, self._port = host, port
-        self._upstreams, self._own = _transports(upstreams, limits, upstream_api_key)
+        self._is_own = not isinstance(upstreams, Transport | NodePool)
+        self._upstream = _make_upstream(upstreams, limits, upstream_api_key)
+        self._servers = self._upstream.nodes
         self._server_url: str | None = None
         self._is_draining = False
         self._activity = Activity()
-        self._known_models = KnownModels(self._upstreams)
+        self._known_models = KnownModels(self._servers)
         self._listed_at = -_LIST_AGE
         self._listing: asyncio.Task[None] | None = None
         self._access = Access(host, api_key, _names(allowed_hosts))
@@ -152,10 +157,10 @@ class Gateway(NotCopyable):
             timeouts=Timeouts() if timeout is None else as_timeouts(timeout),
             max_retries=max_retries,
             max_body_bytes=max_body_bytes,
-            passes_credentials=api_key is None and not any(each.has_credentials for each in self._upstreams),
+            passes_credentials=api_key is None and not any(each.has_credentials for each in self._servers),
         )
         self._passes_credentials = options.passes_credentials
-        self._generations = Generations(self._upstreams[0], self._activity, self._access, options)
+        self._generations = Generations(self._upstream, self._activity, self._access, options)
         self._client_timeout = client_timeout
         self._http: HttpServer | None = None
         self._page = b""
@@ -169,7 +174,7 @@ class Gateway(NotCopyable):
         }
 
     def __repr__(self) -> str:
-        urls = ", ".join(each.api_base for each in self._upstreams)
+        urls = ", ".join(each.api_base for each in self._servers)
         return f"<{type(self).__name__} {self._server_url or 'not open'} for {urls}>"
 
     async def __aenter__(self) -> Self:
@@ -203,7 +208,7 @@ class Gateway(NotCopyable):
 
     def stats(self) -> ClientStats:
         """Returns how many requests are in flight and queued now, and how many swaps and retries there were so far."""
-        return self._upstreams[0].stats()
+        return self._upstream.stats()
 
     # Opening and closing
 
@@ -247,8 +252,8 @@ class Gateway(NotCopyable):
                 await asyncio.wait({self._listing})
         finally:
             try:
-                for transport in self._own:
-                    await transport.close()
+                if self._is_own:
+                    await self._upstream.close()
             finally:
                 if http is not None:
                     await http.close()
@@ -308,22 +313,22 @@ class Gateway(NotCopyable):
 
     async def _answer_status(self, exchange: Exchange) -> None:
         self._refresh_models()
-        status = status_of(self._activity, self._upstreams, self._known_models, draining=self._is_draining)
+        status = status_of(self._activity, self._upstream, self._known_models, draining=self._is_draining)
         await _respond_json(exchange, status)
 
     async def _answer_metrics(self, exchange: Exchange) -> None:
-        kind, page = metrics_page(self._prometheus, self._activity, self._upstreams)
+        kind, page = metrics_page(self._prometheus, self._activity, self._servers)
         await exchange.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
 
     # Models
 
     async def _answer_models(self, exchange: Exchange) -> None:
-        if len(self._upstreams) == 1:
+        if len(self._servers) == 1:
             headers = self._client_credentials(exchange)
-            async with await self._upstreams[0].forward(_list_request(headers)) as response:
+            async with await self._servers[0].forward(_list_request(headers)) as response:
                 body = response.whole_body or b"".join([part async for part in _parts(response.read)])
                 names = [each["id"] for each in _entries_in(body)] if response.status == 200 else []
-                self._known_models.listed(self._upstreams[0], names)
+                self._known_models.listed(self._servers[0], names)
                 kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
                 await exchange.respond(response.status, kept, body)
             return
@@ -344,7 +349,7 @@ class Gateway(NotCopyable):
             LLMError: No server answers.
         """
         headers = {} if exchange is None else self._client_credentials(exchange)
-        lists = await asyncio.gather(*(self._ask_for_models(each, headers) for each in self._upstreams))
+        lists = await asyncio.gather(*(self._ask_for_models(each, headers) for each in self._servers))
         if errors := [each for each in lists if isinstance(each, LLMError)]:
             if len(errors) == len(lists):
                 raise errors[0]
@@ -442,29 +447,25 @@ def _names(allowed_hosts: Iterable[str]) -> tuple[str, ...]:
     return tuple(check_text("allowed_hosts", name) for name in allowed_hosts)
 
 
-def _transports(
-    upstreams: str | Transport | Sequence[str | Transport] | None,
+def _make_upstream(
+    upstreams: str | Sequence[str] | Transport | NodePool | None,
     limits: Limits | Literal["auto"] | None,
     api_key: str | None,
-) -> tuple[list[Transport], list[Transport]]:
-    """Returns the transports of all servers, and those of them that were made here.
+) -> BaseTransport:
+    """Returns what requests are passed on to.
 
     Raises:
         LLMValidationError: There is no server, or something that is not one.
     """
-    if upstreams is None:
-        upstreams = default_api_base()
-    given = [upstreams] if isinstance(upstreams, str | Transport) else list(upstreams)
-    if not given:
-        raise LLMValidationError("upstreams is empty", hint="pass the URL of a server")
+    if isinstance(upstreams, Transport | NodePool):
+        return upstreams
+    hint = "pass the URL of a server, or several of them in a list"
+    given = default_api_base() if upstreams is None else upstreams
+    urls = [given] if isinstance(given, str) else given
+    if not isinstance(urls, Sequence) or not all(isinstance(each, str) for each in urls):
+        raise wrong_type("upstreams", "the URL of a server or a list of them", upstreams, hint)
+    if not urls:
+        raise LLMValidationError("upstreams is empty", hint=hint)
     resolved = resolve_limits(limits)
-    transports: list[Transport] = []
-    own: list[Transport] = []
-    for each in given:
-        if isinstance(each, Transport):
-            transports.append(each)
-            continue
-        check_instance("upstreams", each, str, hint="pass the URL of a server, or several in a list")
-        own.append(Transport(each, api_key=api_key, limits=resolved))
-        transports.append(own[-1])
-    return transports, own
+    transports = [Transport(each, api_key=api_key, limits=resolved) for each in urls]
+    return transports[0] if len(transports) == 1 else NodePool(transports)

@@ -7,12 +7,13 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, TypeAlias
+from typing import Final
 
 import attrs
 
 from lmbridge._scheduled_run import current_run
 from lmbridge.client import failures
+from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Priority, Timeouts, check_priority
 from lmbridge.errors import LLMError, LLMValidationError
@@ -30,13 +31,11 @@ from lmbridge.gateway.passing import (
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS, Patience
 from lmbridge.gateway.problems import Problem, problem_of
 from lmbridge.gateway.request_fields import RequestFields, read_fields
-from lmbridge.transport import Call, ForwardedResponse, Request, Transport
+from lmbridge.transport import Call, ForwardedResponse, Request
 from lmbridge.transport.decompression import decompressed_beginning
+from lmbridge.transport.interface import BaseTransport
 
 logger: logging.Logger = logging.getLogger("lmbridge.gateway")
-
-Upstream: TypeAlias = Transport
-"""What requests are passed on to."""
 
 ENDPOINTS: Final = frozenset(
     f"/v1/{name}"
@@ -85,7 +84,7 @@ class Generations:
         options: How requests are passed on.
     """
 
-    def __init__(self, upstream: Upstream, activity: Activity, access: Access, options: ForwardingOptions) -> None:
+    def __init__(self, upstream: BaseTransport, activity: Activity, access: Access, options: ForwardingOptions) -> None:
         self._upstream = upstream
         self._activity = activity
         self._access = access
@@ -161,6 +160,8 @@ class Generations:
             max_retries=self._options.max_retries,
             classify=failures.classify,
             reports_error=begins_with_error,
+            concerns_server=failures.concerns_server,
+            find_models=find_models,
             read_usage=usage_in_body,
             headers=self._headers_for_server(exchange, streams=fields.streams),
             query=exchange.query,

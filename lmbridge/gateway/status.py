@@ -49,16 +49,19 @@ from typing import Any
 from lmbridge._version import __version__
 from lmbridge.gateway.activity import Activity, Entry
 from lmbridge.transport import Transport
+from lmbridge.transport.interface import BaseTransport
+from lmbridge.transport.stats import ServerStats
 
 
-def status_of(activity: Activity, servers: Sequence[Transport], known_models: KnownModels, *, draining: bool) -> Any:
+def status_of(activity: Activity, upstream: BaseTransport, known_models: KnownModels, *, draining: bool) -> Any:
     """Returns the object that `/status.json` consists of."""
     now = time.monotonic()
+    servers, by_server = upstream.nodes, upstream.stats().by_server
     return {
         "version": __version__,
         "uptime": now - activity.started_at,
         "draining": draining,
-        "servers": [_server(server, known_models) for server in servers],
+        "servers": [_server(server, by_server[server.api_base], known_models) for server in servers],
         "models": [model for server in servers for model in _models(server, activity, known_models)],
         "in_flight": [_in_flight(entry, now) for entry in activity.in_flight()],
         "waiting": [
@@ -102,12 +105,11 @@ class KnownModels:
         return server not in self._unreachable
 
 
-def _server(server: Transport, known_models: KnownModels) -> dict[str, Any]:
-    stats = server.stats()
+def _server(server: Transport, stats: ServerStats, known_models: KnownModels) -> dict[str, Any]:
     limits = server.limits
     return {
         "url": server.api_base,
-        "healthy": known_models.is_healthy(server),
+        "healthy": stats.is_available and known_models.is_healthy(server),
         "limits": {"max_concurrency": limits.max_concurrency, "max_loaded_models": limits.max_loaded_models},
         "in_flight": stats.in_flight,
         "queued": stats.queued,

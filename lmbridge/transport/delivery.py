@@ -109,7 +109,7 @@ class Delivery:
 
     def on_error_reply(self, call: Call, reply: Reply) -> None:
         """Moves the request on after a temporary error, if it may be sent again."""
-        verdict = call.request.classify(reply.status, reply.headers, reply.body)
+        verdict = call.request.classify(reply.status, reply.headers, reply.plain_body)
         if verdict is Verdict.POLL:
             if self._has_alternative(call, state="loaded"):
                 self._note(f"status {reply.status}, loading")
