@@ -4,7 +4,7 @@ The blocks of a page run in order, in one namespace, against a scripted server w
 comment on the line before a block changes that:
 
 - `<!-- before: CODE -->`: the code runs first, to prepare the scripted server; it can use `server` and the names of
-  `lmbridge.testing`.
+  `lmbridge.testing`, and `second_server`, whose URL is in `SECOND_API_BASE`.
 - `<!-- program -->`: the block is a complete program and runs in a separate interpreter.
 - `<!-- file: NAME -->`: the block is a file for pytest, which runs once all files of the page have been written.
 - `<!-- real -->`: the block uses the embedded server and runs in a separate test.
@@ -21,10 +21,12 @@ import os
 import re
 import sys
 import tomllib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import pytest_asyncio
 
 import lmbridge
 from lmbridge import LLMClient, testing
@@ -107,6 +109,13 @@ def chunk(text: str) -> dict[str, Any]:
     return completion_chunk("chatcmpl-1", "qwen3-4b", {"content": text})
 
 
+@pytest_asyncio.fixture
+async def second_server() -> AsyncIterator[ScriptedServer]:
+    """Another server, for pages about several of them."""
+    async with ScriptedServer() as server:
+        yield server
+
+
 @pytest.fixture
 def namespace() -> dict[str, Any]:
     """The namespace that the blocks of a page share."""
@@ -121,11 +130,14 @@ async def test_the_blocks_of_a_page_run(
     scripted_server: ScriptedServer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    second_server: ScriptedServer,
 ) -> None:
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
+    monkeypatch.setenv("SECOND_API_BASE", second_server.api_base)
     monkeypatch.setenv("DEFAULT_MODEL", "test-model")
     prepare_names = {name: getattr(testing, name) for name in testing.__all__} | {
         "server": scripted_server,
+        "second_server": second_server,
         "chunk": chunk,
     }
     try:

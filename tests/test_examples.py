@@ -144,6 +144,35 @@ async def test_pool_asks_every_question_within_the_size_of_the_pool(scripted_ser
     assert scripted_server.max_in_flight <= 3
 
 
+async def test_several_servers_share_the_questions(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(FOX)
+    async with ScriptedServer() as other:
+        other.default = answer(FOX)
+        urls = (scripted_server.api_base, other.api_base)
+        outcome = await run("several_servers.py", *urls, "--model", "test-model")
+        assert (outcome.status, outcome.errors) == (0, "")
+        lines = outcome.output.splitlines()
+        assert [line.partition(": ")[2] for line in lines[:8]] == [FOX] * 8
+        assert lines[8:] == [f"{url}: available" for url in urls]
+        asked = [sum(request.method == "POST" for request in each.requests) for each in (scripted_server, other)]
+        assert asked == [4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.timeout(240)
+async def test_several_servers_run_on_embedded_servers_one_of_which_is_stopped() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("several_servers.py")
+    assert outcome.status == 0, outcome.errors
+    lines = outcome.output.splitlines()
+    assert sum(": " in line and not line.startswith("http") for line in lines) == 16
+    assert [line.rpartition(": ")[2] for line in lines if line.startswith("http")] == ["available"] * 2 + [
+        "failed",
+        "available",
+    ]
+
+
 async def test_structured_output_prints_the_instance(scripted_server: ScriptedServer) -> None:
     trip = '{"passenger": "Ada", "city": "Oslo", "seats": %s}'
     wrong, right = (f'{{"transport": "train", "trips": [{trip % seats}]}}' for seats in ("0", "2"))

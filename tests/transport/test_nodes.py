@@ -313,10 +313,10 @@ async def test_with_prefer_warm_off_conversations_wander() -> None:
 async def test_a_stored_response_is_continued_where_it_is() -> None:
     servers = [FakeServer(name) for name in ("one", "two", "three")]
     client = client_of(*servers)
-    ids = [(await client.create_response(f"Question {number}"))["id"] for number in range(6)]
+    ids = [(await client.create_response(f"Question {number}")).get("id", "") for number in range(6)]
     for response_id in ids:
         follower = await client.create_response("And?", previous_response_id=response_id)
-        assert follower["id"].partition("-")[0] == response_id.partition("-")[0]
+        assert follower.get("id", "").partition("-")[0] == response_id.partition("-")[0]
 
 
 async def test_a_response_that_is_not_known_here_is_looked_for_elsewhere() -> None:
@@ -327,7 +327,7 @@ async def test_a_response_that_is_not_known_here_is_looked_for_elsewhere() -> No
     client = client_of(one, two)
     for _ in range(2):
         response = await client.create_response("And?", previous_response_id="from another client")
-        assert response["id"].startswith("two")
+        assert response.get("id", "").startswith("two")
 
 
 async def test_embeddings_are_spread() -> None:
