@@ -94,7 +94,8 @@ class Delivery:
         self._note(reason)
         self._node.note_failure(call.deadline_timer.time(), reason)
         if failure.unsent:
-            if self._has_alternative(call):
+            # If every server is down, each gets an attempt all the same: one of them may be the first to work again.
+            if self._has_alternative(call, may_be_down=True):
                 self._move(call)
         elif failure.verdict is not Verdict.RETRY or not call.request.repeatable:
             return
@@ -158,14 +159,14 @@ class Delivery:
 
     # Moving
 
-    def _has_alternative(self, call: Call, state: str | None = None) -> bool:
-        """Returns whether a server that works, was not tried, and may have the model, can get the request."""
+    def _has_alternative(self, call: Call, state: str | None = None, *, may_be_down: bool = False) -> bool:
+        """Returns whether a server that was not tried, may have the model, and works can get the request."""
         if call.deadline_timer.time() >= call.total_deadline:
             return False
         if self._is_listed and not with_model(self._nodes, self.request.model):
             return False
         return any(
-            not (node.is_down or node in self._failed or node is self._node)
+            not ((node.is_down and not may_be_down) or node in self._failed or node is self._node)
             and (state is None or node.state_of(self.request.model) == state)
             for node in self._with_model()
         )
