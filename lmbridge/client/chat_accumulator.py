@@ -21,7 +21,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from lmbridge._text import join_surrogates, shorten
+from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice
 from lmbridge.client.content import flatten_content, text_of_part
@@ -194,7 +194,7 @@ class ChatAccumulator:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
         choices = [choice.as_dict(index) for index, choice in sorted(self._choices.items())]
         reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
-        return cast("ChatCompletion", reply)
+        return cast("ChatCompletion", replace_lone_surrogates(reply))
 
 
 class TextAccumulator(ChatAccumulator):

@@ -26,7 +26,7 @@ from typing import Any, Final
 import attrs
 import msgspec
 
-from lmbridge._text import excerpt, redacted_beginning
+from lmbridge._text import excerpt, join_surrogates, redacted_beginning
 from lmbridge.client.json_codec import decode_json
 from lmbridge.errors import (
     ContextLengthExceededError,
@@ -288,7 +288,7 @@ def parse_error_body(body: bytes | str, redact: Redact = _unchanged) -> ErrorBod
     except ValueError:
         return ErrorBody(stripped, text, is_text=True, size=size)
     if not isinstance(value, Mapping):
-        message = redacted_beginning(value.strip(), redact) if isinstance(value, str) else stripped
+        message = redacted_beginning(join_surrogates(value.strip()), redact) if isinstance(value, str) else stripped
         return ErrorBody(message, text, is_text=True, size=size)
     error = value.get("error")
     if isinstance(error, str) and error:
@@ -299,9 +299,9 @@ def parse_error_body(body: bytes | str, redact: Redact = _unchanged) -> ErrorBod
         message = next(_messages_in(fields, value), fallback)
     kind, code = _short_text(fields.get("type")), _short_text(fields.get("code"))
     return ErrorBody(
-        redacted_beginning(message, redact),
+        redacted_beginning(join_surrogates(message), redact),
         text,
-        redact(f"{kind} {code}"),
+        redact(join_surrogates(f"{kind} {code}")),
         int(code) if _HTTP_STATUS.match(code) else None,
         fields,
         size=size,

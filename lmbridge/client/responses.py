@@ -92,7 +92,8 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         text = data.decode("utf-8", "replace")
         if _is_error_event(value):
             raise self._server_error(text)
-        self._add_to_response(value if value.get("type") else {**value, "type": name}, text)
+        kind = value.get("type")
+        self._add_to_response(value if isinstance(kind, str) and kind else {**value, "type": name}, text)
         if self._halves or may_hold_surrogates(data):
             value = dict(join_halves(value, self._halves))
         event = self._event_class(type=name or None, message=name, data=text, origin=self._origin, last_event_id="")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator
@@ -630,6 +631,18 @@ async def test_the_error_of_a_broken_connection_says_why_it_was_not_retried(
         await ask(client, stream)
     assert "not sent again, because the server may have started" in (caught.value.hint or "")
     assert len(scripted_server.requests) == 1
+
+
+@pytest.mark.parametrize("kind", [["x"], {"a": 1}, 5, True, None])
+async def test_a_type_that_is_not_a_text_is_replaced_by_the_name_of_the_event(
+    scripted_server: ScriptedServer, client: LLMClient, kind: object
+) -> None:
+    item = {"type": "message", "id": "m", "content": [{"type": "output_text", "text": "Hi"}]}
+    ended = {"type": "response.completed", "response": {"status": "completed", "output": [item]}}
+    first = {"type": kind, "item_id": "m", "output_index": 0, "delta": "Hi"}
+    event = f"event: response.output_text.delta\ndata: {json.dumps(first)}\n\n"
+    scripted_server.script(sse(f"data: {json.dumps(first)}\n\n", event, f"data: {json.dumps(ended)}\n\n", done=False))
+    assert text_of(await collect(await client.create_response("Say", stream=True))) == "Hi"
 
 
 async def test_a_request_uses_a_new_connection_because_a_kept_one_may_be_dead(

@@ -22,6 +22,7 @@ from tests.support import MESSAGES, opened, read_text
 SMILE = "\N{SLIGHTLY SMILING FACE}"
 CUT = ("Hi \ud83d", "\ude42!")
 """A text with the smile, cut in two."""
+HALF = "a\ud83d"
 
 
 def chat_event(delta: Any, finish_reason: str | None = None, index: int = 0) -> str:
@@ -155,6 +156,47 @@ async def test_half_a_character_at_the_end_of_other_streams_is_handed_out(
     assert (await anext(stream)).data["delta"] == "?"
     with pytest.raises(LLMStreamError):
         await anext(stream)
+
+
+@pytest.mark.parametrize("field", ["id", "system_fingerprint", "logprobs", "role", "finish_reason", "usage", "text"])
+async def test_no_field_of_a_collected_reply_has_half_a_character(
+    scripted_server: ScriptedServer, client: LLMClient, field: str
+) -> None:
+    half = "a\ud83d"
+    choice: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": "b"}, "finish_reason": "stop"}
+    chunk: dict[str, Any] = {"id": "i", "model": "test-model", "choices": [choice]}
+    if field == "role":
+        choice["delta"]["role"] = half
+    elif field in ("logprobs", "finish_reason"):
+        choice[field] = {"content": [{"token": half, "logprob": -1}]} if field == "logprobs" else half
+    elif field == "text":
+        choice |= {"text": "b", "logprobs": {"tokens": [half]}}
+    else:
+        chunk[field] = {"total_tokens": 1, "note": half} if field == "usage" else half
+    scripted_server.default = sse(f"data: {json.dumps(chunk)}\n\n", done=True)
+    stream = client.text_completion("Say", stream=True) if field == "text" else opened(client)
+    reply_: Any = await collect(await stream)
+    assert "a?" in json.dumps(reply_, ensure_ascii=False).encode().decode()
+
+    async def chunks() -> AsyncIterator[Any]:
+        yield json.loads(json.dumps(chunk))
+
+    json.dumps(await collect(chunks()), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("body", [{"error": {"message": HALF, "type": HALF}}, {"error": HALF}, {"detail": HALF}, HALF])
+async def test_an_error_has_whole_characters_so_that_it_can_be_printed(
+    scripted_server: ScriptedServer, client: LLMClient, body: Any, stream: bool
+) -> None:
+    text = json.dumps(body)
+    scripted_server.default = reply(400, text, content_type="application/json")
+    if stream:
+        scripted_server.default = sse(chat_event({"content": "b"}), f"event: error\ndata: {text}\n\n", done=False)
+    with pytest.raises(LLMError) as caught:
+        await collect(await opened(client))
+    str(caught.value).encode()
+    assert "a?" in str(caught.value)
 
 
 async def test_a_closed_stream_hands_out_nothing_more(scripted_server: ScriptedServer, client: LLMClient) -> None:
