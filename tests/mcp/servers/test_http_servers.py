@@ -31,9 +31,15 @@ class HttpServer:
         self.fault = ""
         """How calls end: "" for with a reply, "abort" for by a broken connection, "end" for by a stream of events that
         ends without a reply."""
+        self.hangs_at = ""
+        """A method that is never answered."""
+        self.hanging = 0
+        """How many requests of that method are waiting for their answer."""
+        self.all_left = asyncio.Event()
+        """Set when the client has given up the last of them."""
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self.handle)
-        self._server = TestServer(app)
+        self._server = TestServer(app, handler_cancellation=True)
 
     async def start(self) -> None:
         await self._server.start_server()
@@ -69,7 +75,18 @@ class HttpServer:
             headers={"Mcp-Session-Id": self.session},
         )
 
+    async def hang(self) -> None:
+        self.hanging += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.hanging -= 1
+            if not self.hanging:
+                self.all_left.set()
+
     async def answer(self, message: Any) -> dict[str, Any]:
+        if message["method"] == self.hangs_at:
+            await self.hang()
         params = message.get("params") or {}
         match message["method"]:
             case "initialize":
@@ -224,3 +241,13 @@ async def test_arguments_that_cannot_be_sent_do_not_end_the_session(make_hub: Ma
     assert await function_of(lease, "echo")(text="on") == "on"
     assert hub.status()["a"].starts == 1
     await hub.close()
+
+
+async def test_a_list_that_takes_too_long_leaves_no_request_behind(make_hub: MakeHub, server: HttpServer) -> None:
+    server.hangs_at = "tools/list"
+    hub = make_hub({"a": {"url": server.url, "connectTimeout": 0.5}})
+    with pytest.raises(MultiMCPError):
+        await hub.tools(["a"])
+    async with asyncio.timeout(10):
+        await server.all_left.wait()
+    assert server.hanging == 0
