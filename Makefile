@@ -6,6 +6,7 @@
 # make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
 # make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
 # make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
+# make gateway-bench  compares programs with and without the gateway, and the gateway with other proxies; as above
 # make conformance  runs the official MCP conformance suite against client and server; it needs npm
 # make clean        removes everything that these commands have created
 #
@@ -13,7 +14,7 @@
 # the environment of `test`, and `conformance` that of `mcp-bench`. The first suitable Python of the list below is used; to
 # use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
 
-.PHONY: help demo test test-slow lint bench swaps agents mcp-bench conformance clean
+.PHONY: help demo test test-slow lint bench swaps agents mcp-bench gateway-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -69,11 +70,14 @@ agents: .venv-agents/installed
 mcp-bench: .venv-mcp/installed $(NPM)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m benchmarks mcp-calls $(BENCH_OPTIONS)
 
+gateway-bench: .venv-gateway/installed
+	@.venv-gateway/bin/python -m benchmarks gateway-swaps gateway-cost $(BENCH_OPTIONS)
+
 conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m tests.mcp.conformance.run
 
 clean:
-	rm -rf $(NPM)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers that the tests run, in the versions of the lock file. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
@@ -98,7 +102,10 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-mcp/installed: EXTRAS := mcp
 .venv-mcp/installed: ALSO := -r benchmarks/mcp.txt
 .venv-mcp/installed: benchmarks/mcp.txt
-.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed: pyproject.toml
+.venv-gateway/installed: EXTRAS := local
+.venv-gateway/installed: ALSO := -r benchmarks/gateway.txt
+.venv-gateway/installed: benchmarks/gateway.txt
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, but $(if $(PYTHON),$(PYTHON) is not suitable,none was found)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

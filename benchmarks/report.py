@@ -25,8 +25,9 @@ def format_ratios(table: Table, rows: Sequence[Row], peers: Sequence[str], resul
     """Returns a line for each row, with the figure of the baseline and the ratios of the other peers."""
     lines = [["", *(table.peers[name].title for name in peers), "spread", "our bar", ""]]
     for row in rows:
-        baseline, ours = results[row.key, table.baseline], results[row.key, OURS]
-        cells = [_cell(row, results[row.key, name], baseline, is_baseline=name == table.baseline) for name in peers]
+        name_of_baseline = row.baseline or table.baseline
+        baseline, ours = results[row.key, name_of_baseline], results[row.key, OURS]
+        cells = [_cell(row, results[row.key, name], baseline, is_baseline=name == name_of_baseline) for name in peers]
         lines.append([row.title, *cells, _spread(row, ours, baseline), _bar(row), _verdict(row, ours, baseline)])
     keys = {row.key for row in rows}
     return lines + [

@@ -73,6 +73,8 @@ class Row:
     """True if each figure needs a new process. Otherwise the rows of a round share one."""
     renews_client: bool = True
     """True if a shared process makes a new client before the row, so that no row finds another's idle connections."""
+    baseline: str = ""
+    """The peer that the others are compared with, if it is not that of the table."""
     server: str = ""
     """The server that the worker starts. If it is set, one worker for each server measures all peers in turn."""
     peers: tuple[str, ...] | None = None

@@ -5,6 +5,7 @@ The name of the model selects the answer:
 - `stream-CHUNKS-PERWRITE`: a stream of `CHUNKS` chunks (at least two), of which each socket write contains `PERWRITE`.
   Each chunk is one HTTP chunk, as real servers send them. After `[DONE]`, a separate write ends the body. All chunks
   except the last contain one word of text.
+- `paced-CHUNKS-MILLISECONDS`: the same with one chunk a write, and a pause after each, as a model writes.
 - `stall-CHUNKS-TAG`: a stream that sends `CHUNKS` chunks in one write, and then nothing. `GET /left/TAG` returns the
   time at which the connection was closed, by the monotonic clock of the machine.
 - `agent-CALLS`: a tool call in each reply until the conversation has `CALLS` results, and then an answer, streamed or
@@ -145,6 +146,7 @@ class StubConnection(asyncio.Protocol):
         self._received = b""
         self._pending_writes: Iterator[bytes] | None = None
         self._paused = False
+        self._pause = 0.0
         self._tag = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -196,6 +198,9 @@ class StubConnection(asyncio.Protocol):
             _, chunks, self._tag = model.split("-", 2)
             self._transport.write(_HEAD + _parts(model)[0] + _filler_chunks(model, int(chunks) - 1))
         else:
+            if model.startswith("paced-"):
+                _, chunks, milliseconds = model.split("-")
+                model, self._pause = f"stream-{chunks}-1", float(milliseconds) / 1e3
             self._pending_writes = _stream_writes(model)
             self._write()
 
@@ -217,9 +222,12 @@ class StubConnection(asyncio.Protocol):
             return
         piece = next(self._pending_writes, None)
         if piece is None:
-            self._pending_writes = None
+            self._pending_writes, self._pause = None, 0.0
             return
         self._transport.write(piece)
+        if self._pause:
+            self._loop.call_later(self._pause, self._write)
+            return
         # Each turn of the event loop does one write, so that concurrent streams advance side by side.
         self._loop.call_soon(self._write)
 

@@ -8,10 +8,20 @@ from typing import Final
 from benchmarks.specification import Table
 from benchmarks.tables.agents import AGENTS_TABLE
 from benchmarks.tables.clients import CLIENTS_TABLE
+from benchmarks.tables.gateway import GATEWAY_COST_TABLE, GATEWAY_SWAPS_TABLE
 from benchmarks.tables.growth import GROWTH_TABLE
 from benchmarks.tables.mcp_calls import MCP_CALLS_TABLE
 from benchmarks.tables.model_swaps import MODEL_SWAPS_TABLE
 
 TABLES: Final[Mapping[str, Table]] = {
-    table.name: table for table in (CLIENTS_TABLE, GROWTH_TABLE, AGENTS_TABLE, MCP_CALLS_TABLE, MODEL_SWAPS_TABLE)
+    table.name: table
+    for table in (
+        CLIENTS_TABLE,
+        GROWTH_TABLE,
+        AGENTS_TABLE,
+        MCP_CALLS_TABLE,
+        MODEL_SWAPS_TABLE,
+        GATEWAY_SWAPS_TABLE,
+        GATEWAY_COST_TABLE,
+    )
 }

@@ -31,20 +31,22 @@ Run = Mapping[str, Any]
 """A measurement: `outcomes` as (fate, seconds, error), the `seconds` of all requests, and the number of `swaps`."""
 
 
+def why_no_swap_server(server: str) -> str | None:
+    """Returns what this machine lacks to run one of the servers, or None."""
+    if server == "killing":
+        return None
+    if importlib.util.find_spec("xllamacpp") is None:
+        return "lmbridge[local] is not installed"
+    reason = why_no_llama_server()
+    if server == "llama-server":
+        return reason
+    return None if reason else "it only takes the place of llama-server"
+
+
 def _row(server: str, scenario: str) -> Row:
     info = SWAP_SERVERS[server]
     # Real servers lose nothing, so a client without retries would show nothing new.
     peers = (OURS, "openai") if info.is_real else None
-
-    def why_missing() -> str | None:
-        if server == "killing":
-            return None
-        if importlib.util.find_spec("xllamacpp") is None:
-            return "lmbridge[local] is not installed"
-        reason = why_no_llama_server()
-        if server == "llama-server":
-            return reason
-        return None if reason else "it only takes the place of llama-server"
 
     return Row(
         key=f"{server}-{scenario}",
@@ -56,7 +58,7 @@ def _row(server: str, scenario: str) -> Row:
         fresh_process=True,
         peers=peers,
         bound=300.0,
-        why_missing=why_missing,
+        why_missing=lambda: why_no_swap_server(server),
     )
 
 
@@ -97,7 +99,7 @@ def _measured(table: Table, rows: Sequence[Row], results: Results) -> list[tuple
     return [(row, name, result) for row, name, result in cells if result is not None and result.figures]
 
 
-def _format(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
+def format_fates(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
     lines = [["requests", "client", *FATES, "swaps", "wall time", "p95", "our bar"]]
     for row, name, result in _measured(table, rows, results):
         runs, shown = _runs(result), _middle_run(result)
@@ -117,7 +119,7 @@ def _format(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
     return lines
 
 
-def _notes(table: Table, rows: Sequence[Row], results: Results) -> list[str]:
+def list_errors_and_gains(table: Table, rows: Sequence[Row], results: Results) -> list[str]:
     """Lists the errors of the first round, and what lmbridge's scheduling gains in each row."""
     lines = []
     for row, name, result in _measured(table, rows, results):
@@ -169,7 +171,7 @@ MODEL_SWAPS_TABLE: Final = Table(
     page="model-scheduling.md",
     chart="model-swaps.svg",
     draw=_draw,
-    format=_format,
-    notes=_notes,
+    format=format_fates,
+    notes=list_errors_and_gains,
     rows=tuple(_row(server, scenario) for server in SWAP_SERVERS for scenario in _SCENARIOS),
 )
