@@ -18,6 +18,7 @@
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
+CLIENTS := tests/gateway/npm
 SUITE := tests/mcp/conformance
 
 # The first pip that installs the dependency groups of pyproject.toml. The one that comes with Python may be older.
@@ -39,8 +40,8 @@ demo: .venv-demo/installed
 test: lint $(NPM)/node_modules/.package-lock.json
 	.venv-test/bin/python -m pytest -n auto -m 'not slow'
 
-test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json
-	.venv-test/bin/nox --session aioresponses oldest mcp1
+test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json $(CLIENTS)/node_modules/.package-lock.json
+	.venv-test/bin/nox --session aioresponses oldest mcp1 clients
 	.venv-test/bin/python -m pytest -n auto -m slow
 
 # pyright looks for libraries in the environment whose `python` is the first one. `--verifytypes` fails unless every
@@ -77,13 +78,15 @@ conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m tests.mcp.conformance.run
 
 clean:
-	rm -rf $(NPM)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
-# MCP servers that the tests run, in the versions of the lock file. Without npm, those tests are skipped.
+# MCP servers and a client that the tests run, in the versions of the lock files. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
+$(CLIENTS)/node_modules/.package-lock.json: $(CLIENTS)/package-lock.json
+$(NPM)/node_modules/.package-lock.json $(CLIENTS)/node_modules/.package-lock.json:
 	@if command -v npm >/dev/null; then \
-		npm ci --prefix $(NPM) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
-	else echo "npm was not found: the tests of MCP servers from npm will be skipped" >&2; fi
+		npm ci --prefix $(<D) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@; \
+	else echo "npm was not found: the tests of programs from npm will be skipped" >&2; fi
 
 # The conformance suite, and a version of Node that is new enough for it, if npm has one for this machine.
 $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json

@@ -40,6 +40,15 @@ def mcp1(session: nox.Session) -> None:
     _mcp(session, "mcp<2")
 
 
+# `make test-slow` runs this session: programs of others, which only the tests of the gateway need.
+@nox.session(reuse_venv=True)
+def clients(session: nox.Session) -> None:
+    packages = ["anthropic>=0.80", "langchain-openai>=1", "openai>=1.60"]
+    pytest = ["blockbuster", "pytest", "pytest-asyncio", "pytest-timeout"]
+    session.install("-e", ".[local]", *packages, *pytest)
+    session.run("python", "-m", "pytest", "tests/gateway/test_clients.py", *session.posargs)
+
+
 @nox.session(reuse_venv=True)
 def mcp2(session: nox.Session) -> None:
     _mcp(session, "mcp>=2,<3")

@@ -108,7 +108,11 @@ def _become_litellm(upstream: str) -> None:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     model = {"model": "openai/*", "api_base": upstream, "api_key": "none"}
-    settings: dict[str, Any] = {"model_list": [{"model_name": "*", "litellm_params": model}]}
+    settings: dict[str, Any] = {
+        "model_list": [{"model_name": "*", "litellm_params": model}],
+        # It listens on the loopback interface for the time of the measurement, so it needs no key.
+        "general_settings": {"dangerously_permit_weak_or_unset_master_key": True},
+    }
     file = Path(tempfile.mkdtemp()) / "config.yaml"
     # JSON is YAML.
     file.write_text(json.dumps(settings))

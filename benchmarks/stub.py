@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from itertools import chain, repeat
+from itertools import chain, cycle, islice
 from typing import Any, Final
 
 # There are two words, because litellm stops a stream whose chunks all have the same text.
@@ -123,8 +123,11 @@ def _agent_reply(model: str, number: int, *, is_last: bool, streamed: bool) -> b
     return b"".join([_HEAD, *map(_event, [*(chunk(model, each) for each in deltas), last, usage, b"[DONE]"])])
 
 
-def _filler_chunks(model: str, count: int) -> bytes:
+def _filler_chunks(model: str, count: int, *, swapped: bool = False) -> bytes:
+    """Returns chunks with the two words in turn, which begin with the second word, or with the first if swapped."""
     _, one, other, _ = _parts(model)
+    if swapped:
+        one, other = other, one
     return (other + one) * (count // 2) + other * (count % 2)
 
 
@@ -135,7 +138,9 @@ def _stream_writes(model: str) -> Iterator[bytes]:
     begun = min(chunks - 2, size - 1)
     whole, rest = divmod(chunks - 2 - begun, size)
     head = _HEAD + first + _filler_chunks(model, begun)
-    return chain((head,), repeat(_filler_chunks(model, size), whole), (_filler_chunks(model, rest) + last, _END))
+    # The words stay in turn from write to write.
+    fillers = [_filler_chunks(model, size, swapped=index * size % 2 == 1) for index in range(2)]
+    return chain((head,), islice(cycle(fillers), whole), (_filler_chunks(model, rest) + last, _END))
 
 
 class StubConnection(asyncio.Protocol):

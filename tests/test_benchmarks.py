@@ -73,6 +73,26 @@ def test_model_swaps_lose_no_answer_with_lmbridge_and_some_without(tmp_path: Pat
     assert whole_answers("killing-at-once / openai-once") < 12
 
 
+@pytest.mark.slow
+def test_programs_lose_no_answer_with_the_gateway_and_some_without(tmp_path: Path) -> None:
+    results = measure(tmp_path, "gateway-swaps", "--only=killing")
+    whole = {
+        cell: sum(fate == "whole" for fate, *_ in run["outcomes"])
+        for cell, result in results.items()
+        for run in result["figures"].values()
+    }
+    assert whole["killing / lmbridge"] == 12
+    assert whole["killing / openai"] < 12
+
+
+@pytest.mark.slow
+def test_every_row_of_the_cost_of_the_gateway_has_a_figure(tmp_path: Path) -> None:
+    results = measure(tmp_path, "gateway-cost", "--peers=direct,bare,lmbridge")
+    rows = ["chunk", "chunk-100", "memory", "growth"]
+    expected = cells(rows, ["bare", "lmbridge"]) | cells(["first-byte"], ["direct", "bare", "lmbridge"])
+    assert set(results) == expected
+
+
 def test_every_table_has_its_sections_in_the_documentation() -> None:
     from benchmarks.tables import TABLES  # noqa: PLC0415
 
@@ -82,9 +102,14 @@ def test_every_table_has_its_sections_in_the_documentation() -> None:
             assert re.search(f"<!-- {section}: begin -->.*<!-- {section}: end -->", page, re.DOTALL), section
 
 
-def test_litellm_is_pinned_to_a_version_that_was_neither_compromised_nor_withdrawn() -> None:
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    (litellm,) = [each for each in map(Requirement, groups["bench"]) if each.name == "litellm"]
+@pytest.mark.parametrize("source", ["pyproject.toml", "benchmarks/gateway.txt"])
+def test_litellm_is_pinned_to_a_version_that_was_neither_compromised_nor_withdrawn(source: str) -> None:
+    text = (ROOT / source).read_text()
+    if source == "pyproject.toml":
+        lines = tomllib.loads(text)["dependency-groups"]["bench"]
+    else:
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+    (litellm,) = [each for each in map(Requirement, lines) if each.name == "litellm"]
     assert [each.operator for each in litellm.specifier].count("==") == 1
     for version in ("1.82.7", "1.82.8", "1.107.0", "1.107.5"):
         assert version not in litellm.specifier

@@ -173,6 +173,37 @@ async def test_several_servers_run_on_embedded_servers_one_of_which_is_stopped()
     ]
 
 
+async def test_gateway_lets_an_urgent_question_pass_a_batch_job(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = answer(FOX)
+    outcome = await run("gateway.py", "--api-base", scripted_server.api_base, "--model", "qwen3-4b")
+    assert (outcome.status, outcome.errors) == (0, "")
+    head, *lines = outcome.output.splitlines()
+    assert re.fullmatch(r"status page: http://127\.0\.0\.1:\d+/status", head)
+    assert len(lines) == 5
+    assert all(line.endswith(f"? {FOX}") for line in lines)
+    # At most one request was there before the question.
+    assert [line.startswith("interactive") for line in lines].index(True) <= 1
+    assert scripted_server.max_in_flight == 1
+
+
+async def test_gateway_prints_an_error_as_one_line(scripted_server: ScriptedServer) -> None:
+    scripted_server.default = reply(400, {"error": "no such thing"})
+    outcome = await run("gateway.py", "--api-base", scripted_server.api_base)
+    assert outcome.status == 1
+    assert outcome.errors.startswith("gateway: chat completion at http://127.0.0.1:")
+    assert len(outcome.errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.timeout(180)
+async def test_gateway_runs_on_the_embedded_server() -> None:
+    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
+    outcome = await run("gateway.py")
+    assert outcome.status == 0, outcome.errors
+    assert len(outcome.output.splitlines()) == 6
+
+
 async def test_structured_output_prints_the_instance(scripted_server: ScriptedServer) -> None:
     trip = '{"passenger": "Ada", "city": "Oslo", "seats": %s}'
     wrong, right = (f'{{"transport": "train", "trips": [{trip % seats}]}}' for seats in ("0", "2"))

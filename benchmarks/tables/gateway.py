@@ -42,6 +42,8 @@ def _chunks(key: str, title: str, **full: Any) -> Row:
         full=full,
         tiny={"chunks": 20, "at_once": min(full["at_once"], 5)},
         bar=_CHUNK_BAR,
+        # LiteLLM's proxy takes up to a minute to start.
+        bound=180.0,
         peers=_PROXIES,
     )
 
@@ -89,6 +91,7 @@ GATEWAY_COST_TABLE: Final = Table(
             is_absolute=True,
             full={"times": 200},
             tiny={"times": 3},
+            bound=180.0,
             bar=_FIRST_BYTE_BAR,
         ),
         Row(
@@ -100,6 +103,7 @@ GATEWAY_COST_TABLE: Final = Table(
             tiny={"streams": 20},
             reduced={"streams": 200},
             fresh_process=True,
+            bound=180.0,
             peers=_PROXIES,
         ),
         Row(

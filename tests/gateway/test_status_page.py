@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -15,12 +16,18 @@ import pytest_asyncio
 from aiohttp import web
 
 import lmbridge
+from lmbridge import Limits, LLMClient, collect
+from lmbridge.gateway import Gateway
+from lmbridge.testing import ScriptedServer, answer, reply
 from tests.gateway.accessibility import BARRIERS, LOW_CONTRAST
 from tests.gateway.chromium import CHROMIUM, Page, browser_page
+from tests.support import MESSAGES
 
 SOURCE: Final = (Path(lmbridge.__file__).parent / "gateway" / "status.html").read_text()
 A: Final = "http://127.0.0.1:1234/v1"
 B: Final = "http://10.0.0.7:8080/v1"
+
+HOSTILE: Final = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\'"&lt;'
 
 in_a_browser = [
     pytest.mark.slow,
@@ -181,6 +188,42 @@ def test_the_page_is_one_file_without_external_assets_inline_attributes_or_marku
 class TestInABrowser:
     pytestmark = in_a_browser
 
+    async def test_a_gateway_is_shown_at_work(self, scripted_server: ScriptedServer, tmp_path: Path) -> None:
+        gate = asyncio.Event()
+        scripted_server.default = answer("", chunks=["The quick", " brown fox"], gate=gate)
+        scripted_server.on_path("/v1/models", reply(200, {"data": [{"id": "model-a"}, {"id": HOSTILE}]}))
+        limits = Limits(max_concurrency=1, max_loaded_models=1)
+
+        async def ask(client: LLMClient, model: str) -> None:
+            await collect(await client.chat_completion(MESSAGES, model=model, stream=True))
+
+        async with (
+            Gateway(upstreams=[scripted_server.api_base], limits=limits) as gateway,
+            browser_page(tmp_path) as page,
+            LLMClient(gateway.api_base) as client,
+            asyncio.TaskGroup() as tasks,
+        ):
+            origin = gateway.origin
+            await page.open(f"{origin}/status")
+            await page.wait_for("document.querySelector('#content')?.hidden === false")
+            tasks.create_task(ask(client, "model-a"))
+            await page.wait_for("document.querySelectorAll('#flight tbody tr').length === 1")
+            for _ in range(2):
+                tasks.create_task(ask(client, HOSTILE))
+            await page.wait_for("document.querySelectorAll('#waiting tbody tr').length === 2")
+            assert HOSTILE in await page.text("#waiting")
+            assert (await page.text("#flight tbody tr")).startswith("model-a\tchat/completions\tnormal\t127.0.0.1")
+            gate.set()
+            await page.wait_for("document.querySelectorAll('#finished tbody tr').length === 3")
+            await page.wait_for("document.querySelectorAll('#swaps tbody tr').length === 1")
+            assert (await page.text("#n-swaps")).strip() == "1"
+            assert await page.text("#waiting-empty")
+            assert HOSTILE in await page.text("#servers")
+            assert await page.evaluate("window.hit === undefined")
+            assert await page.evaluate(LOW_CONTRAST) == []
+        assert page.errors == []
+        assert [url for url in page.urls if not url.startswith((origin, "data:"))] == []
+
     async def test_everything_of_a_status_is_shown(self, page: Page, served: StatusServer) -> None:
         await show(page, served, busy())
         servers = await page.text("#servers")
@@ -228,7 +271,7 @@ class TestInABrowser:
         assert not await page.evaluate("[...document.querySelectorAll('table')].some((each) => each.checkVisibility())")
 
     async def test_hostile_names_are_text(self, page: Page, served: StatusServer) -> None:
-        bad = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>\'"&lt;'
+        bad = HOSTILE
         value = busy(name=bad, client=bad, url=f"http://a/{bad}")
         value["finished"][0] |= {"endpoint": bad, "status": bad}
         value["waiting"][0] |= {"priority": bad, "id": bad, "endpoint": bad}
