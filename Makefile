@@ -94,7 +94,7 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 
 # The package is installed as editable, so that an environment is out of date only if pyproject.toml has changed.
 .venv-demo/installed: EXTRAS := local
-.venv-test/installed: EXTRAS := local,mcp
+.venv-test/installed: EXTRAS := gateway,local,mcp
 .venv-test/installed: ALSO := --group dev
 .venv-bench/installed: ALSO := --group bench
 .venv-swaps/installed: EXTRAS := local
@@ -105,7 +105,7 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-mcp/installed: EXTRAS := mcp
 .venv-mcp/installed: ALSO := -r benchmarks/mcp.txt
 .venv-mcp/installed: benchmarks/mcp.txt
-.venv-gateway/installed: EXTRAS := local
+.venv-gateway/installed: EXTRAS := gateway,local
 .venv-gateway/installed: ALSO := -r benchmarks/gateway.txt
 .venv-gateway/installed: benchmarks/gateway.txt
 .venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml

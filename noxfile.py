@@ -45,7 +45,7 @@ def mcp1(session: nox.Session) -> None:
 def clients(session: nox.Session) -> None:
     packages = ["anthropic>=0.80", "langchain-openai>=1", "openai>=1.60"]
     pytest = ["blockbuster", "pytest", "pytest-asyncio", "pytest-timeout"]
-    session.install("-e", ".[local]", *packages, *pytest)
+    session.install("-e", ".[gateway,local]", *packages, *pytest)
     session.run("python", "-m", "pytest", "tests/gateway/test_clients.py", *session.posargs)
 
 
