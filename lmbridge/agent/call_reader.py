@@ -155,10 +155,10 @@ class CallReader:
 
     def _syntax_at(self, position: int) -> CallSyntax | None:
         match = OPENING.match(self._text, position)
-        opening = None if match is None else match["opening"]
-        if opening is None or (opening in AT_LINE_START and not self._is_at_line_start(position)):
+        syntax = None if match is None else SYNTAX_OF.get(match[0])
+        if syntax is not None and syntax.opening in AT_LINE_START and not self._is_at_line_start(position):
             return None
-        return SYNTAX_OF[opening]
+        return syntax
 
     def _is_at_line_start(self, position: int) -> bool:
         line = self._text.rfind("\n", 0, position) + 1

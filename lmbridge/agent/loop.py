@@ -33,6 +33,7 @@ from lmbridge.agent.events import (
     TextDelta,
 )
 from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.held_text import HeldText
 from lmbridge.agent.nudges import Nudges, find_flaw, text_or_placeholder
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.pause import PauseGate
@@ -135,6 +136,8 @@ class RunLoop:
         )
         record.history.image_place = source.image_places.get(record.model, "user")
         self._has_shown_images = False
+        # Set while a reply arrives whose text may have calls in it.
+        self._held_text: HeldText | None = None
         field = source.demanded_reasoning_fields.get(record.model)
         if settings.send_reasoning is True or (settings.send_reasoning == "auto" and field is not None):
             record.history.send_reasoning(field)
@@ -377,6 +380,9 @@ class RunLoop:
             self._settings.sampling, has_tools="tools" in params, is_first_round=self._record.rounds <= 1
         )
         record.begin_reply()
+        mode = self._settings.read_text_calls
+        may_hold = mode != "never" and not self._channel.is_muted and allows_calls(params)
+        self._held_text = HeldText(self._toolset.resolve_name, is_whole=mode == "whole") if may_hold else None
         async with self._source.lease(record.model) as client:
             stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
             reply = await self._read_stream(stream)
@@ -386,17 +392,17 @@ class RunLoop:
             reply.text = answer_in_reasoning(reply.reasoning)
         self._count_tokens(reply, prompt_size)
         reply.may_call = allows_calls(params)
-        if not reply.calls and reply.may_call:
-            await self._read_text_calls(reply)
+        has_read = not reply.calls and reply.may_call and await self._read_text_calls(reply)
+        await self._send_held_text(reply.text if has_read else None)
         record.end_reply(reply.text, reply.reasoning)
         return reply
 
-    async def _read_text_calls(self, reply: ModelReply) -> None:
-        """Takes the calls out of a reply that the model has written as text, if there are any."""
+    async def _read_text_calls(self, reply: ModelReply) -> bool:
+        """Takes the calls out of a reply that the model has written as text. Returns whether there were any."""
         settings = self._settings
         size = len(reply.text) + len(reply.reasoning)
         if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
-            return
+            return False
         find = partial(
             self._toolset.find_text_calls,
             reply.text,
@@ -409,6 +415,7 @@ class RunLoop:
         if found is not None:
             logger.info("the model wrote its tool calls as text, and they are read from there")
             reply.text, reply.calls = found
+        return found is not None
 
     def _check_complete(self, reply: ModelReply) -> None:
         """Checks that the server has not aborted the answer.
@@ -464,7 +471,20 @@ class RunLoop:
     async def _send_deltas(self, pieces: Sequence[Piece]) -> None:
         if self._channel.has_listener:
             for piece in pieces:
-                await self._channel.put(TextDelta(piece.text) if piece.kind == "text" else ReasoningDelta(piece.text))
+                if piece.kind == "reasoning":
+                    await self._channel.put(ReasoningDelta(piece.text))
+                elif text := self._held_text.feed(piece.text) if self._held_text is not None else piece.text:
+                    await self._channel.put(TextDelta(text))
+
+    async def _send_held_text(self, text_before_calls: str | None) -> None:
+        """Sends the text that was held because it could be a call.
+
+        Args:
+            text_before_calls: The text before the calls that the reply had in its text; None if it had none.
+        """
+        held, self._held_text = self._held_text, None
+        if held is not None and self._channel.has_listener and (text := held.rest(text_before_calls)):
+            await self._channel.put(TextDelta(text))
 
     def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
         """Compares the model that a reply names with the model of the previous rounds, unless it may change.

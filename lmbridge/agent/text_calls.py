@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from lmbridge.agent.argument_json import decode_written_at
 from lmbridge.agent.call_reader import CallReader, Region, TextCall
-from lmbridge.agent.call_syntaxes import MARKS, OPENING, UNMARKED
+from lmbridge.agent.call_syntaxes import MARKS, OPENING, OPENING_WITHOUT_WORDS, SYNTAX_OF, UNMARKED, WORDS
 from lmbridge.agent.quoted_calls import is_quoted, speaks_about_calls
 from lmbridge.client.reasoning import split_reasoning
 
@@ -107,8 +107,10 @@ def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False
     if not may_have_calls(text):
         return None
     text = without_template_tokens(text.strip())
-    first = OPENING.match(text)
+    first = _opening_pattern(text).search(text)
     if first is None:
+        return None
+    if first.start() > 0:
         # Only now, because tags of reasoning that appear inside the arguments of a call must stay there.
         text = split_reasoning({"choices": [{"message": {"content": text}}]}).text.strip()
     reader = CallReader(text, repairs=repairs, may_be_cut=may_be_cut)
@@ -157,9 +159,10 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
     """
     position, mistakes = 0, 0
     fences = _Fences(text)
-    while (opening := OPENING.search(text, position)) is not None:
+    pattern = _opening_pattern(text)
+    while (opening := pattern.search(text, position)) is not None:
         start = opening.start()
-        is_bare = opening["opening"] is None
+        is_bare = opening[0] not in SYNTAX_OF
         fence = fences.around(start)
         if is_bare and not _begins_line(text, start, fence):
             position = opening.end()
@@ -178,6 +181,10 @@ def _regions_in(text: str, reader: CallReader) -> Iterator[Region]:
         yield region
         position = region.end
         fences.skip_to(position)
+
+
+def _opening_pattern(text: str) -> re.Pattern[str]:
+    return OPENING if any(word in text for word in WORDS) else OPENING_WITHOUT_WORDS
 
 
 def _begins_line(text: str, start: int, fence: _Fence | None) -> bool:

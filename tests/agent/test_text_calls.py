@@ -36,7 +36,7 @@ def search(query: str) -> str:
     return f"found {query}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def toolset() -> Toolset:
     """The tools of the examples and of the ordinary answers."""
     return asyncio.run(Toolset.collect([add, weather, delete_file, search]))
@@ -261,7 +261,7 @@ async def test_the_option_decides_which_calls_are_read(
     scripted_server: ScriptedServer, client: LLMClient, mode: Any, text: str, is_made: bool
 ) -> None:
     scripted_server.script(answer(text), answer("It is 3."))
-    result = await Agent(client, tools=[add], read_text_calls=mode).run("1 + 2?")
+    result = await Agent(client, tools=[add], read_text_calls=mode, max_nudges=0).run("1 + 2?")
     assert (tool_texts(result.messages) == ["3"]) == is_made
     assert (result.text == "It is 3.") == is_made
 
@@ -286,7 +286,7 @@ async def test_calls_in_the_reasoning_of_a_reply_are_made(scripted_server: Scrip
 
 async def test_a_text_that_is_cut_off_has_no_calls(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(answer("<tool_call>{'name': 'add', 'arguments': {'a': 1, 'b': 2", finish_reason="length"))
-    result = await Agent(client, tools=[add]).run("1 + 2?")
+    result = await Agent(client, tools=[add], max_nudges=0).run("1 + 2?")
     assert (result.stop_reason, result.tool_calls) == ("length", ())
 
 
@@ -310,33 +310,48 @@ def test_an_ordinary_answer_is_hardly_examined() -> None:
     assert all(may_have_calls(example.text) for example in EXAMPLES.values())
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        *(f"{example.text}\n" for example in EXAMPLES.values()),
-        *(each.opening for each in CALL_SYNTAXES),
-        "{'name': ",
-        '{"name": "add", "arguments": {',
-        "[add(a=",
-        "[add(a=1, b=2), ",
-        "```json\n",
-        "```json\n{\n```\n",
-        "Action: add\n",
-        "<tool_call>add\n",
-        "<parameter=a>",
-        "<function=add><parameter=a>1",
-        "<function=add><parameter=a>1</parameter>",
-        "to=functions.add ",
-        "[ ",
-        "{ ",
-        '\n\n{"name": 1}',
-        "`<tool_call>`",
-        "> <tool_call>\n",
-        "/* ",
-        "}]",
-        "Sure, for example. ",
-    ],
+UNITS = (
+    *(f"{example.text}\n" for example in EXAMPLES.values()),
+    *(each.opening for each in CALL_SYNTAXES),
+    "{'name': ",
+    '{"name": "add", "arguments": {',
+    "[add(a=",
+    "[add(a=1, b=2), ",
+    "```json\n",
+    "```json\n{\n```\n",
+    "Action: add\n",
+    "<tool_call>add\n",
+    "<parameter=a>",
+    "<function=add><parameter=a>1",
+    "<function=add><parameter=a>1</parameter>",
+    "to=functions.add ",
+    "[ ",
+    "{ ",
+    '\n\n{"name": 1}',
+    "`<tool_call>`",
+    "> <tool_call>\n",
+    "/* ",
+    "}]",
+    "Sure, for example. ",
 )
-def test_the_time_to_look_for_calls_is_linear(unit: str) -> None:
-    assert_linear(lambda size: read_text_calls(f"<tool_call>{unit * size}"), 200, doublings=3)
-    assert_linear(lambda size: read_text_calls(f"So:\n{unit * size}"), 200, doublings=3)
+"""Pieces of which hostile texts consist."""
+
+
+@pytest.mark.parametrize("before", ["<tool_call>", "So:\n", "```json\n", '{"name": "add", "arguments": {"a": [1, '])
+def test_the_time_to_look_for_calls_is_linear(before: str) -> None:
+    def read(size: int) -> None:
+        for unit in UNITS:
+            read_text_calls(before + unit * size)
+
+    assert_linear(read, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_time_for_each_hostile_text_is_linear(unit: str) -> None:
+    assert_linear(lambda size: read_text_calls(f"<tool_call>{unit * size}"), 200)
+    assert_linear(lambda size: read_text_calls(f"So:\n{unit * size}"), 200)
+
+
+async def test_megabytes_of_text_of_calls_are_an_ordinary_answer(toolset: Toolset) -> None:
+    assert toolset.find_text_calls(HERMES * 70_000) is None
