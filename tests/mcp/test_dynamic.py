@@ -60,6 +60,19 @@ async def test_full_returns_the_whole_run_result(
 
 
 @pytest.mark.parametrize("method", METHODS)
+async def test_calls_in_a_text_are_read_and_repaired(
+    scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
+) -> None:
+    text = "<function=Echo>{'text': 'hi',}</function>"
+    for options, is_made in (({}, True), ({"repair_calls": False}, False), ({"read_text_calls": "never"}, False)):
+        scripted_server.script(answer(text), answer("Done."))
+        agent = make_agent({"a": ONLY_ECHO}, max_nudges=0, **options)
+        result = await start_run(agent, method, full=True)
+        scripted_server.script()
+        assert [call.repaired for call in result.tool_calls] == [True] * is_made
+
+
+@pytest.mark.parametrize("method", METHODS)
 async def test_full_returns_the_typed_output(
     scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
 ) -> None:

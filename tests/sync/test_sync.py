@@ -152,6 +152,20 @@ def test_an_agent_runs_with_plain_functions_as_tools(server: ThreadedServer, cli
     assert tool_texts(result.messages) == ["42"]
 
 
+def test_an_agent_reads_calls_from_a_text_and_repairs_them(server: ThreadedServer, client: LLMClient) -> None:
+    def add(a: int, b: int) -> int:
+        """Adds two numbers."""
+        return a + b
+
+    text = "<tool_call>{'name': 'Add', 'arguments': {'a': 17, 'b': 25}}</tool_call>"
+    server.scripted.script(answer(text), answer("42"))
+    result = Agent(client, tools=[add], read_text_calls="whole", repair_calls=True).run("Add 17 and 25.")
+    assert (result.text, result.log[0].tool_calls[0].repaired) == ("42", True)
+    server.scripted.script(answer(text))
+    never = Agent(client, tools=[add], read_text_calls="never", repair_calls=False, max_nudges=0)
+    assert never.run("Add 17 and 25.").text == text
+
+
 def test_the_events_of_a_run_are_an_iterator(server: ThreadedServer, client: LLMClient) -> None:
     server.answer(answer("Done."))
     agent = Agent(client)
