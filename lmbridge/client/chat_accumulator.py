@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
@@ -80,6 +80,9 @@ class ChatAccumulator:
         "usage",
     )
 
+    _FIELD: ClassVar[Literal["delta", "text"]] = "delta"
+    """The field of a choice that holds what it adds."""
+
     def __init__(self, choices: int = 1) -> None:
         self.has_begun: bool = False
         self.has_delta: bool = False
@@ -131,34 +134,50 @@ class ChatAccumulator:
         # The fast path. It checks for usage, because some servers send it in every chunk, or begin to in mid-stream.
         try:
             (choice,) = chunk["choices"]
-            delta = choice["delta"]
-            is_simple = (
-                len(delta) == 1
-                and len(chunk) == self._fast_path_fields
-                and not chunk.get("usage")
+            if (
+                len(chunk) == self._fast_path_fields
                 and choice["finish_reason"] is None
                 and choice["index"] == 0
                 and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
-            )
-            text = delta.get("content")
+                and not chunk.get("usage")
+                and self._extend(choice)
+            ):
+                return chunk
         except (AttributeError, KeyError, TypeError, ValueError):
-            is_simple, text, delta = False, None, {}
-        if is_simple and type(text) is str:
-            self.has_delta = True
-            self._first_content.write(text)
-            return chunk
-        if is_simple and self._choices[0].extend(delta):
-            return chunk
+            # The chunk has another shape.
+            pass
         try:
-            completed = self._add_by_slow_path(chunk)
+            completed, parts = self._add_by_slow_path(chunk)
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        for choice in completed["choices"]:
-            _check_not_broken(choice)
+        for part in parts:
+            _check_not_broken(part)
         return completed
 
-    def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
-        chunk = complete_chunk(chunk, "delta")
+    def _extend(self, choice: Mapping[str, Any]) -> bool:
+        """Adds a choice on the fast path if it only continues a text or the last call, and returns whether it did."""
+        delta = choice["delta"]
+        if len(delta) != 1:
+            return False
+        text = delta.get("content")
+        if type(text) is str:
+            self.has_delta = True
+            self._first_content.write(text)
+            return True
+        return self._choices[0].extend(delta)
+
+    def _as_chat_choices(
+        self,
+        choices: list[dict[str, Any]],
+        sent: Mapping[str, Any],  # noqa: ARG002 - text completions need it
+    ) -> list[dict[str, Any]]:
+        """Returns the choices of a completed chunk as those of a chat completion. `sent` is the chunk as it arrived."""
+        return choices
+
+    def _add_by_slow_path(self, sent: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Adds any chunk, and returns the chunk for the caller, and its choices as those of a chat completion."""
+        chunk = complete_chunk(sent, self._FIELD)
+        parts = self._as_chat_choices(chunk["choices"], sent)
         self.has_begun = True
         fields, values = self._fields, chunk.values()
         if None in values or "" in values:
@@ -168,27 +187,29 @@ class ChatAccumulator:
             fields.update(chunk)
         # `reply` replaces this value. The key is set here so that the fields keep the order in which they arrived.
         fields["choices"] = None
-        if isinstance(usage := chunk.get("usage"), Mapping):
-            self.usage = usage or self.usage
-        for part in chunk["choices"]:
+        usage = chunk.get("usage")
+        if usage and isinstance(usage, Mapping):
+            self.usage = usage
+        for part in parts:
             index = part.get("index") or 0
             choice = self._choices.get(index)
             if choice is None:
                 choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
                 self._choices[index] = choice
-            was_finished = choice.finish_reason is not None
-            has_text = _has_text(part["delta"])
-            self._goes_on |= was_finished and has_text
-            if part.get("finish_reason"):
-                self.ends_with_text = has_text
+            was_finished, finishes = choice.finish_reason is not None, bool(part.get("finish_reason"))
+            if was_finished or finishes:
+                has_text = _has_text(part["delta"])
+                self._goes_on |= was_finished and has_text
+                if finishes:
+                    self.ends_with_text = has_text
+                    self._finished_choices += not was_finished
             self.has_delta |= choice.add(part)
-            self._finished_choices += not was_finished and choice.finish_reason is not None
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
         # this one. Nor does it notice that an answer goes on after its finish reason.
         first = self._choices.get(0)
         is_open = first is not None and first.finish_reason is None
-        self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1
-        return chunk
+        self._fast_path_fields = len(chunk) if is_open and not usage else -1
+        return chunk, parts
 
     def reply(self) -> ChatCompletion:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
@@ -200,51 +221,28 @@ class ChatAccumulator:
 class TextAccumulator(ChatAccumulator):
     """Merges the chunks of a text completion into the reply so far.
 
-    Each chunk is converted to one of a chat completion whose content is the text, and the result is converted back.
+    Each choice is converted to one of a chat completion whose content is the text, and the result is converted back.
     """
 
     __slots__ = ()
 
-    def add(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Adds a chunk, and returns the chunk for the caller.
+    _FIELD = "text"
 
-        Raises:
-            LLMStreamError: The chunk does not have the shape of a text completion chunk.
-            LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
-        """
-        # The fast path, as for chat completions.
-        try:
-            (choice,) = chunk["choices"]
-            text = choice["text"]
-            is_simple = (
-                type(text) is str
-                and len(chunk) == self._fast_path_fields
-                and not chunk.get("usage")
-                and choice["finish_reason"] is None
-                and choice["index"] == 0
-                and (choice["logprobs"] is None if len(choice) == 4 else len(choice) == 3)
-            )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            is_simple, text = False, ""
-        if is_simple:
-            self.has_delta = True
-            self._first_content.write(text)
-            return chunk
-        return self._add_by_slow_path_of_texts(chunk)
+    def _extend(self, choice: Mapping[str, Any]) -> bool:
+        text = choice["text"]
+        if type(text) is not str:
+            return False
+        self.has_delta = True
+        self._first_content.write(text)
+        return True
 
-    def _add_by_slow_path_of_texts(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            completed = complete_chunk(chunk, "text")
-        except (AttributeError, TypeError, ValueError, RecursionError) as exc:
-            raise _unknown_shape_error(chunk, exc) from exc
+    def _as_chat_choices(self, choices: list[dict[str, Any]], sent: Mapping[str, Any]) -> list[dict[str, Any]]:
         # A choice that the server sent without a text adds nothing, although `complete_chunk` gives it an empty one.
-        sent = [choice for choice in chunk.get("choices") or () if isinstance(choice, Mapping)]
-        choices = [
+        each_sent = [choice for choice in sent.get("choices") or () if isinstance(choice, Mapping)]
+        return [
             _as_chat_choice(choice, has_text=each.get("text") is not None)
-            for choice, each in zip(completed["choices"], sent, strict=True)
+            for choice, each in zip(choices, each_sent, strict=True)
         ]
-        super().add({**completed, "choices": choices})
-        return completed
 
     def reply(self) -> Any:
         """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
@@ -323,11 +321,10 @@ class _ChoiceAccumulator:
             if value is not None:
                 self._add_message_field(key, value)
         self.finish_reason = part.get("finish_reason") or self.finish_reason
-        if not part.keys() <= _CHOICE_FIELDS:
-            for key, value in part.items():
-                if key not in _CHOICE_FIELDS and value is not None:
-                    self._choice_fields = self._choice_fields or {}
-                    merge_field(self._choice_fields, key, value, joins_texts=False)
+        for key, value in part.items():
+            if value is not None and key not in _CHOICE_FIELDS:
+                self._choice_fields = self._choice_fields or {}
+                merge_field(self._choice_fields, key, value, joins_texts=False)
         return bool(delta)
 
     def _add_message_field(self, key: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.chat_accumulator import ChatAccumulator, TextAccumulator
 from lmbridge.errors import LLMStreamError
 from tests.support import assert_linear
 
@@ -393,6 +393,33 @@ def test_the_fast_path_for_text_gives_the_result_of_the_slow_path(usage: dict[st
                 slow.is_finished,
             )
         assert _without_ids(fast.reply()) == _without_ids(slow.reply())
+
+
+def test_the_fast_path_of_text_completions_gives_the_result_of_the_slow_path() -> None:
+    pieces: list[dict[str, Any]] = [
+        {"text": "a"},
+        {"text": ""},
+        {"text": None},
+        {},
+        {"text": ["b"]},
+        {"text": "c", "index": 1},
+        {"text": "d", "logprobs": None},
+        {"text": "e", "logprobs": {"tokens": ["e"]}},
+        {"text": "f", "more": 1},
+        {"text": "g", "finish_reason": "stop"},
+    ]
+    for chosen in itertools.product(pieces, repeat=3):
+        fast, slow = TextAccumulator(), TextAccumulator()
+        for piece in chosen:
+            chunk = a_chunk({"index": 0, "finish_reason": None, **piece})
+            handed_out, _ = slow._add_by_slow_path(chunk)
+            assert fast.add(chunk) == handed_out
+            assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
+                slow.has_begun,
+                slow.has_delta,
+                slow.is_finished,
+            )
+        assert fast.reply() == slow.reply()
 
 
 # Each of these, except the first, differs in one way from a piece that holds only arguments.
