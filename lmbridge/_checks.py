@@ -24,6 +24,9 @@ from lmbridge.errors import LLMValidationError
 
 _T = TypeVar("_T")
 
+MAPPING_TYPES: Final = (dict, Mapping)
+"""For `isinstance` in code that runs for every request. The concrete class comes first, because checks against abstract
+classes are slow."""
 _SHOWN_CHARACTERS: Final = 100
 """The number of characters of an invalid value that the error quotes."""
 

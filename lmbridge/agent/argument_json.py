@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import msgspec
+
+_EXACT_TYPES: Final = frozenset({str, bool, int, type(None)})
+"""The types of values that Python keeps exactly as they are written in JSON, apart from -0."""
 
 
 class DuplicateKeyError(ValueError):
@@ -78,6 +82,12 @@ def decode_json(text: str, inexact: set[float]) -> Any:
         return WrittenNumber(written)
 
     value = msgspec.json.decode(text)
+    # Nothing can be lost of an object that has as many keys as its text has colons, and neither floats nor lists in it.
+    is_flat = (
+        type(value) is dict and text.count(":") == len(value) and _EXACT_TYPES.issuperset(map(type, value.values()))
+    )
+    if is_flat and "-0" not in text:
+        return value
     json.JSONDecoder(object_pairs_hook=_read_object, parse_float=read_float, parse_int=read_int, strict=False).decode(
         text
     )
@@ -86,10 +96,10 @@ def decode_json(text: str, inexact: set[float]) -> Any:
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
     """Returns whether a JSON value has lists or objects within one another on more than a number of levels."""
-    containers = [value] if isinstance(value, list | dict) else []
-    for _ in range(levels):
-        items = (item for each in containers for item in (each.values() if isinstance(each, dict) else each))
-        containers = [item for item in items if isinstance(item, list | dict)]
+    containers: list[Any] = [[value]]
+    for _ in range(levels + 1):
+        items = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in containers)
+        containers = [item for item in items if isinstance(item, (list, dict))]
         if not containers:
             return False
-    return bool(containers)
+    return True

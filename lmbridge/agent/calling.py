@@ -104,11 +104,11 @@ async def call_tool(
         max_output: The number of characters to which the text of the outcome is truncated.
     """
     began = time.monotonic()
-    has_ended = threading.Event()
+    has_ended = False
     leading: tuple[ToolContext, ...] = ()
     if tool.takes_context_first or tool.context_names:
         run_is_cancelled = context.cancelled
-        context = attrs.evolve(context, cancelled=lambda: has_ended.is_set() or run_is_cancelled())
+        context = attrs.evolve(context, cancelled=lambda: has_ended or run_is_cancelled())
         arguments = {**arguments, **dict.fromkeys(tool.context_names, context)}
         leading = (context,) if tool.takes_context_first else ()
     if tool.timeout != "agent":
@@ -127,7 +127,7 @@ async def call_tool(
         raw, text, is_error = exc, _describe_exception(exc), True
         images = exc.images if isinstance(exc, ToolError) else ()
     finally:
-        has_ended.set()
+        has_ended = True
     return ToolOutcome(truncate_output(text, max_output), is_error, raw, time.monotonic() - began, images)
 
 

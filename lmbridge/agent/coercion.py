@@ -38,6 +38,8 @@ _STEPS_OF_SCHEMA: Final = 10
 """What it costs to find the alternatives of a schema for the first time, in steps of `step_limit`."""
 _MOST_PARTS: Final = 1_000
 """The number of parts of a schema beyond which its alternatives are not put together. References can multiply them."""
+_SCALARS: Final = ("", True, 1, 1.5, None)
+"""A value of each class that has no parts."""
 _FORMATS_OF_VALUES: Final = ("date", "date-time", "time", "duration", "uuid", "uri", "url", "email", "ipv4", "ipv6")
 """Formats that neither an empty text nor "null" has."""
 
@@ -124,6 +126,8 @@ class Coercer:
         self._root = schema
         # The keys are the ids of schemas, which stay alive because the values contain them.
         self._known: dict[int, tuple[Any, Sequence[_Alternative]]] = {}
+        # The classes of values that stay as they are, for the properties that have been looked up.
+        self._unchanged_types: dict[str, frozenset[type]] = {}
 
     def coerce(self, value: Any, *, inexact: Collection[float] = ()) -> Any:
         """Returns the value with each part that has only one reading under the schema replaced by that reading.
@@ -140,7 +144,28 @@ class Coercer:
             inexact: Numbers whose text in the JSON differs from their `repr` in Python, such as 3.10. They never become
                 a text.
         """
+        if type(value) is dict and all(type(item) in self._types_unchanged(name) for name, item in value.items()):
+            return value
         return self._coerce(value, self._alternatives(self._root), set(inexact))
+
+    def _types_unchanged(self, name: str) -> frozenset[type]:
+        """Returns the classes of scalar values of a property that are certain to stay as they are.
+
+        This is the fast path of nearly all calls. A property that the schema does not list has no such classes.
+        """
+        known = self._unchanged_types.get(name)
+        if known is not None:
+            return known
+        roots = self._alternatives(self._root)
+        properties = _mapping(roots[0].keywords.get("properties")) if len(roots) == 1 and roots[0].fits({}) else {}
+        if name not in properties:
+            return frozenset()
+        alternatives = [each for each in self._alternatives(properties[name]) if each.values is None]
+        types = {type(scalar) for scalar in _SCALARS if any(each.fits(scalar) for each in alternatives)}
+        if not any(each.accepts_blank("") and "pattern" not in each.keywords for each in alternatives):
+            # A blank text may stand for the default.
+            types.discard(str)
+        return self._unchanged_types.setdefault(name, frozenset(types))
 
     def _coerce(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
         spend_steps(1)

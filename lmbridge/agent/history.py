@@ -24,9 +24,10 @@ from typing import Any, Final
 import attrs
 import msgspec
 
+from lmbridge._checks import MAPPING_TYPES
 from lmbridge.agent.result_images import NOT_SHOWN, ImagePlace, image_messages
 from lmbridge.agent.tool_names import LONGEST_NAME
-from lmbridge.client.inputs import CheckedMessages, check_messages
+from lmbridge.client.inputs import CheckedList, check_messages
 from lmbridge.client.json_codec import encode_body
 from lmbridge.errors import LLMValidationError
 
@@ -143,7 +144,7 @@ class History:
         self._nudges: list[Message] = []
         # The messages to send, without the nudges. Appending extends this list; any other change makes it None, so that
         # it is built again.
-        self._to_send: CheckedMessages | None = None
+        self._to_send: CheckedList | None = None
         self.size: int = sum(map(size_of, (*self._head, *before)))
 
     def add_system_note(self, note: str) -> None:
@@ -156,12 +157,12 @@ class History:
         self._head = [{"role": "system", "content": content}]
         self.size += size_of(self._head[0])
 
-    def to_send(self) -> CheckedMessages:
+    def to_send(self) -> CheckedList:
         """Returns the messages of the next request: a new list of the same dicts, which must not be changed."""
         if self._to_send is None:
             groups = (self._head, *self._groups_before_task, [self._task], *self._groups_after_task)
-            self._to_send = CheckedMessages(message for group in groups for message in group)
-        messages = CheckedMessages(self._to_send)
+            self._to_send = CheckedList(message for group in groups for message in group)
+        messages = CheckedList(self._to_send)
         messages += self._nudges
         return messages
 
@@ -325,7 +326,7 @@ def valid_arguments(arguments: object) -> str:
     A valid text is returned unchanged. Some servers send an object, and some models encode their JSON twice; both are
     called with the object, so this returns the text of that.
     """
-    if isinstance(arguments, Mapping):
+    if isinstance(arguments, MAPPING_TYPES):
         return _encode(arguments).decode()
     try:
         value = msgspec.json.decode(arguments) if isinstance(arguments, str) else None

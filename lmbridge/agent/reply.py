@@ -120,7 +120,7 @@ def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
     taken: set[str] = set()
     for entry in map(_as_object, entries):
         function, call_id = _as_object(entry.get("function")), entry.get("id")
-        call_id = str(call_id) if isinstance(call_id, str | int) else ""
+        call_id = str(call_id) if isinstance(call_id, (str, int)) else ""
         if not call_id or call_id in taken:
             call_id = generated_call_id()
         taken.add(call_id)

@@ -17,7 +17,7 @@ import attrs
 
 from lmbridge._text import excerpt
 from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
-from lmbridge.agent.step_limit import STEPS_FOR_SCHEMA, StepLimitError, limit_steps, spend_steps
+from lmbridge.agent.step_limit import STEPS_FOR_SCHEMA, StepLimit, StepLimitError, spend_steps
 from lmbridge.client.subschemas import map_subschemas, resolve_reference, schemas_within
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _jsonschema_validator(schema: Mapping[str, Any], sent_schema: Mapping[str, A
     from jsonschema.validators import validator_for  # noqa: PLC0415 - see above
 
     try:
-        with limit_steps(STEPS_FOR_SCHEMA):
+        with StepLimit(STEPS_FOR_SCHEMA):
             usable = _usable_schema(schema)
             validator_class: Any = validator_for(usable, default=Draft202012Validator)
             rules = validator_class.META_SCHEMA

@@ -6,9 +6,7 @@ that is busy. A step is about a microsecond.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import Final
 
 STEPS_AT_ONCE: Final = 20_000
@@ -31,18 +29,23 @@ class _Counter:
 _counter: Final[ContextVar[_Counter | None]] = ContextVar("lmbridge_step_counter", default=None)
 
 
-@contextmanager
-def limit_steps(steps: int) -> Iterator[None]:
-    """Limits the steps that are made within a `with` block."""
-    token = _counter.set(_Counter(steps))
-    try:
-        yield
-    finally:
-        _counter.reset(token)
+class StepLimit:
+    """A context manager that limits the steps that are made within its block."""
+
+    __slots__ = ("_steps", "_token")
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def __enter__(self) -> None:
+        self._token: Token[_Counter | None] = _counter.set(_Counter(self._steps))
+
+    def __exit__(self, *_: object) -> None:
+        _counter.reset(self._token)
 
 
 def spend_steps(steps: int) -> None:
-    """Counts steps. Outside of `limit_steps`, there is no limit.
+    """Counts steps. Outside of `StepLimit`, there is no limit.
 
     Raises:
         StepLimitError: There are no steps left.

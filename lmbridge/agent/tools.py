@@ -19,6 +19,7 @@ from lmbridge._checks import check_seconds
 from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
+from lmbridge.client.json_codec import encode_body
 from lmbridge.client.schemas import simplify_parameters
 from lmbridge.errors import LLMValidationError
 
@@ -107,7 +108,7 @@ class Tool:
         if self.timeout != "agent":
             check_seconds(f"timeout of tool {self.name!r}", self.timeout)
         try:
-            msgspec.json.encode(self.sent_parameters)
+            _ = self.sent_parameters
         except (ValueError, TypeError, RecursionError) as exc:
             raise self._invalid(f"its parameters cannot be sent: {exc}", "pass the JSON schema of an object") from exc
 
@@ -146,8 +147,9 @@ class Tool:
 
     @cached_property
     def sent_parameters(self) -> Mapping[str, Any]:
-        """The simplified version of `parameters` that servers receive."""
-        return simplify_parameters(self.parameters)
+        """The simplified version of `parameters` that servers receive, as plain JSON."""
+        sent: dict[str, Any] = msgspec.json.decode(encode_body(simplify_parameters(self.parameters)))
+        return sent
 
     @cached_property
     def context_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import attrs
 
-from lmbridge._checks import invalid_argument
+from lmbridge._checks import MAPPING_TYPES, invalid_argument
 from lmbridge._tasks import MANY
 from lmbridge._text import shorten
 from lmbridge.agent.almost_json import repair_arguments
@@ -26,7 +26,7 @@ from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nest
 from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.name_repair import find_meant_name
 from lmbridge.agent.settings import ReadTextCalls
-from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimitError, limit_steps
+from lmbridge.agent.step_limit import STEPS_AT_ONCE, STEPS_IN_THREAD, StepLimit, StepLimitError
 from lmbridge.agent.text_calls import (
     LONGEST_TEXT_OF_CALLS,
     TextCalls,
@@ -36,6 +36,7 @@ from lmbridge.agent.text_calls import (
 )
 from lmbridge.agent.tool_names import LONGEST_NAME, name_of_added_tool, names_in_requests, names_in_run
 from lmbridge.agent.tools import GrowingToolProvider, Tool, ToolCall, ToolContext, ToolProvider, as_tool
+from lmbridge.client.inputs import CheckedList
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
@@ -102,9 +103,7 @@ class Toolset:
         run_names = names_in_run(tools)
         self._request_names = names_in_requests(run_names)
         self.names: list[str] = [self._request_names[name] for name in run_names]
-        self.definitions: list[dict[str, Any]] = [
-            _definition(name, tool) for name, tool in zip(self.names, tools, strict=True)
-        ]
+        self.definitions = CheckedList(_definition(name, tool) for name, tool in zip(self.names, tools, strict=True))
         self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
         self._unprepared = [tool for tool in tools if not tool.has_converter]
@@ -168,7 +167,7 @@ class Toolset:
             self._run_names[sent_name], self._tools[sent_name] = name, tool
             self.names = [*self.names, sent_name]
             # Not changed in place, because the list may be part of a request that is being retried.
-            self.definitions = [*self.definitions, _definition(sent_name, tool)]
+            self.definitions = CheckedList([*self.definitions, _definition(sent_name, tool)])
         self._unprepared = [*self._unprepared, *(tool for tool in added.values() if not tool.has_converter)]
 
     async def prepare(self) -> None:
@@ -197,7 +196,7 @@ class Toolset:
         for number, call in enumerate(calls, 1):
             try:
                 arguments = _arguments_of(call)
-                is_large = isinstance(arguments, str | list | dict) and len(arguments) > _LARGE_ARGUMENTS
+                is_large = isinstance(arguments, (str, list, dict)) and len(arguments) > _LARGE_ARGUMENTS
                 read.append(
                     await asyncio.to_thread(self.read, call, **options)
                     if is_large
@@ -262,9 +261,9 @@ class Toolset:
             decoded, problem = _without_arguments(tool)
         if problem is None:
             try:
-                with limit_steps(steps):
+                with StepLimit(steps):
                     values = tool.coercer.coerce(_read_encoded_twice(decoded, inexact), inexact=inexact)
-                    if is_nested_deeper(values, _MOST_LEVELS):
+                    if values is not decoded and is_nested_deeper(values, _MOST_LEVELS):
                         raise RecursionError
                     return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
             except StepLimitError:
@@ -398,7 +397,9 @@ def _build_validators(tools: Sequence[Tool]) -> None:
 
 
 def _definition(name: str, tool: Tool) -> dict[str, Any]:
-    function = {"name": name, "description": tool.description, "parameters": tool.sent_parameters}
+    # An instance of a subclass of str would not be sent as a text.
+    description = str.__str__(tool.description)
+    function = {"name": str.__str__(name), "description": description, "parameters": tool.sent_parameters}
     return {"type": "function", "function": function}
 
 
@@ -409,7 +410,7 @@ def _asked_name(call: Mapping[str, Any]) -> str:
 
 def _arguments_of(call: Mapping[str, Any]) -> Any:
     function = call.get("function")
-    return function.get("arguments") if isinstance(function, Mapping) else None
+    return function.get("arguments") if isinstance(function, MAPPING_TYPES) else None
 
 
 def _decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:

@@ -21,6 +21,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
+from lmbridge._checks import MAPPING_TYPES
 from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice
@@ -188,7 +189,7 @@ class ChatAccumulator:
         # `reply` replaces this value. The key is set here so that the fields keep the order in which they arrived.
         fields["choices"] = None
         usage = chunk.get("usage")
-        if usage and isinstance(usage, Mapping):
+        if usage and isinstance(usage, MAPPING_TYPES):
             self.usage = usage
         for part in parts:
             index = part.get("index") or 0
@@ -295,9 +296,9 @@ class _ChoiceAccumulator:
 
     @property
     def has_answer(self) -> bool:
-        refusal = None if self._other_texts is None else self._other_texts.get("refusal")
-        others = (self.finish_reason, self._tool_calls, self._function_call, refusal)
-        return self._content.tell() > 0 or any(other is not None for other in others)
+        if self._content.tell() > 0 or self._tool_calls is not None or self.finish_reason is not None:
+            return True
+        return self._function_call is not None or "refusal" in (self._other_texts or ())
 
     def extend(self, delta: Mapping[str, Any]) -> bool:
         """Appends a delta with one field if it only continues a text or the last call, and returns whether it did."""
@@ -313,7 +314,7 @@ class _ChoiceAccumulator:
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a choice of a completed chunk, and returns whether its delta had any field."""
         delta = part["delta"]
-        if not delta and isinstance(part.get("message"), Mapping) and not self.has_content:
+        if not delta and part.get("message") and isinstance(part["message"], Mapping) and not self.has_content:
             # Some servers answer a request for a stream with a whole reply in one event.
             delta = dict(part["message"])
             flatten_content(delta)
@@ -335,7 +336,7 @@ class _ChoiceAccumulator:
         elif key == "tool_calls":
             self._tool_calls = self._tool_calls or ToolCallAccumulator()
             # Some servers send a single call without a list around it.
-            for piece in [value] if isinstance(value, Mapping) and "function" in value else value:
+            for piece in [value] if isinstance(value, MAPPING_TYPES) and "function" in value else value:
                 self._tool_calls.add(piece)
         elif key == "function_call":
             self._function_call = self._function_call or FunctionCallAccumulator()

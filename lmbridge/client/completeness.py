@@ -15,6 +15,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
+from lmbridge._checks import MAPPING_TYPES
 from lmbridge.client.content import flatten_content, text_of_part
 from lmbridge.client.tool_call_accumulator import arguments_text, generated_call_id
 from lmbridge.errors import LLMResponseError
@@ -116,7 +117,7 @@ def _has_delta(choice: Any) -> bool:
     return (
         type(choice) is dict
         and type(delta := choice.get("delta")) is dict
-        and isinstance(delta.get("content"), str | None)
+        and ((content := delta.get("content")) is None or isinstance(content, str))
         and _has_plain_fields(choice)
     )
 
@@ -216,6 +217,6 @@ def is_broken_reason(reason: object) -> bool:
 
 def _error_of(choice: Mapping[str, Any]) -> object:
     for holder in (choice, choice.get("delta"), choice.get("message")):
-        if isinstance(holder, Mapping) and (error := holder.get("error")):
+        if isinstance(holder, MAPPING_TYPES) and (error := holder.get("error")):
             return error
     return None

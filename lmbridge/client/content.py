@@ -52,7 +52,7 @@ def text_of_part(part: object, depth: int = 0) -> str:
     """Returns the text of a part or of a list of parts, whatever they are; an empty string if they have none."""
     if isinstance(part, str):
         return part
-    if depth > _DEEPEST_PARTS:
+    if part is None or depth > _DEEPEST_PARTS:
         return ""
     if isinstance(part, list | tuple):
         return "".join(text_of_part(each, depth + 1) for each in part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmbridge._checks import is_integer, wrong_type
+from lmbridge._checks import MAPPING_TYPES, is_integer, wrong_type
 from lmbridge.errors import LLMValidationError
 
 Text = str | Sequence[int]
@@ -20,16 +20,15 @@ Texts = Text | Sequence[Text]
 _EXAMPLE_MESSAGES = "[{'role': 'user', 'content': 'Hello'}]"
 _TEXTS_HINT = "give a string, a list of strings, or token ids: a list of numbers for each text"
 # These tuples are for `isinstance`. Concrete types come first, because checks against abstract classes are slow.
-_MAPPING_TYPES = (dict, Mapping)
 _SEQUENCE_TYPES = (list, Sequence)
 _STRING_TYPES = (str, bytes, bytearray)
 _CONTENT_TYPES = (str, list, tuple)
 
 
-class CheckedMessages(list[dict[str, Any]]):
-    """Messages that are known to be valid, and plain JSON, so that the checks of a request skip them.
+class CheckedList(list[dict[str, Any]]):
+    """Messages or tools that are known to be valid, and plain JSON, so that the checks of a request skip them.
 
-    An agent's history uses it: the history checks each message once when it is added, instead of all at each request.
+    An agent uses it, which checks each message and each tool once, instead of all of them at each request.
     """
 
 
@@ -39,17 +38,17 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         LLMValidationError: There is no message, or a message has no role, or content that is neither a text nor a list.
     """
-    if type(messages) is CheckedMessages:
+    if type(messages) is CheckedList:
         return
     if not isinstance(messages, _SEQUENCE_TYPES) or isinstance(messages, _STRING_TYPES):
         hint = f"for example {_EXAMPLE_MESSAGES}"
-        if isinstance(messages, _MAPPING_TYPES) and "messages" in messages:
+        if isinstance(messages, MAPPING_TYPES) and "messages" in messages:
             hint = "pass the fields of a body as arguments: chat_completion(**body)"
         raise wrong_type("messages", "a list of messages", messages, hint)
     if not messages:
         raise LLMValidationError("messages is empty", hint=f"give at least one message, like {_EXAMPLE_MESSAGES}")
     for number, message in enumerate(messages):
-        if not isinstance(message, _MAPPING_TYPES):
+        if not isinstance(message, MAPPING_TYPES):
             raise wrong_type(f"messages[{number}]", "a dict", message, f"for example {_EXAMPLE_MESSAGES}")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:

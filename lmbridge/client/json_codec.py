@@ -16,13 +16,16 @@ from typing import Any, Final
 import msgspec
 
 from lmbridge._text import shorten
-from lmbridge.client.inputs import CheckedMessages
+from lmbridge.client.inputs import CheckedList
 from lmbridge.errors import LLMValidationError
 
 _encode = msgspec.json.Encoder().encode
 decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().decode
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
+_KEY_TYPES: Final = frozenset({str})
+_FLAT_TYPES: Final = frozenset({str, int, bool, type(None), CheckedList})
+"""The classes of values that can be sent as they are, without a look at what they consist of."""
 _DEEPEST: Final = 200
 """The number of lists and dicts inside each other that a body may have. A list that contains itself has more."""
 _QUOTED_KEY_CHARACTERS: Final = 50
@@ -60,7 +63,7 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
         try:
             return _encode(body)
         except (TypeError, ValueError, RecursionError):
-            # It holds half of a surrogate pair, or checked messages hold more than plain values.
+            # It holds half of a surrogate pair, or a checked list holds more than plain values.
             pass
     try:
         return _encode(_as_plain(body, "", 0))
@@ -71,27 +74,26 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
 def _is_plain(body: Mapping[str, Any]) -> bool:
     """Returns whether a body consists only of dicts, lists, strings and finite numbers, and of no subclass of these.
 
-    This is the fast path of a request. It looks at the types alone, because a call for each value would cost more.
+    This is the fast path of a request. It looks at the types alone, and at those of all values of a dict at once.
     """
+    if type(body) is not dict:
+        return False
     level: list[Any] = [body]
     for _ in range(_DEEPEST):
         below: list[Any] = []
         for container in level:
             values = container
             if type(container) is dict:
-                for key in container:
-                    if type(key) is not str:
-                        return False
+                if not _KEY_TYPES.issuperset(map(type, container)):
+                    return False
                 values = container.values()
-            elif type(container) is not list:
-                return False
+            if _FLAT_TYPES.issuperset(map(type, values)):
+                continue
             for value in values:
                 kind = type(value)
-                if kind is str or kind is int or kind is bool or value is None or kind is CheckedMessages:
-                    continue
                 if kind is dict or kind is list:
                     below.append(value)
-                elif kind is not float or not math.isfinite(value):
+                elif kind not in _FLAT_TYPES and (kind is not float or not math.isfinite(value)):
                     return False
         if not below:
             return True

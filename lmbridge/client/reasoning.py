@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Final, Literal, NamedTuple
 
-from lmbridge._checks import wrong_type
+from lmbridge._checks import MAPPING_TYPES, wrong_type
 from lmbridge.client import harmony
 from lmbridge.client.content import sort_content, text_of_part
 from lmbridge.errors import LLMValidationError
@@ -221,12 +221,12 @@ def split_reasoning(
     Raises:
         LLMValidationError: The reply is not a dict, or the markers are not pairs of texts.
     """
-    if not isinstance(reply, Mapping):
+    if not isinstance(reply, MAPPING_TYPES):
         raise wrong_type("reply", "the dict of a chat completion", reply, "give what chat_completion() returned")
     known = _markers_of(markers)
     choice: Mapping[str, Any] = next(iter(_choices_in(reply)), {})
     message = choice.get("message")
-    reasoning, content = _texts_in(message) if isinstance(message, Mapping) else ("", "")
+    reasoning, content = _texts_in(message) if isinstance(message, MAPPING_TYPES) else ("", "")
     if not content and not choice.get("index"):
         return SplitReply(reasoning, "")
     splitter = ReasoningSplitter(starts_in_reasoning=_begins_in_block(content, known), markers=known)
@@ -293,7 +293,9 @@ def _length_of_partial_marker(content: str, markers: tuple[str, ...]) -> int:
 
 def _choices_in(chunk: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     choices = chunk.get("choices")
-    return [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list | tuple) else []
+    if not isinstance(choices, (list, tuple)):
+        return []
+    return [choice for choice in choices if isinstance(choice, MAPPING_TYPES)]
 
 
 def _texts_in(part: Mapping[str, Any]) -> tuple[str, str]:

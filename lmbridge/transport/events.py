@@ -204,11 +204,12 @@ class EventStream:
             self._close(self.status)
             return
         self._reading = True
+        self.deadline = self._end_deadline = self.call.deadline_timer.time() + DRAIN_SECONDS
+        self.call.deadline_timer.wake_at(self.deadline)
         try:
-            async with asyncio.timeout(DRAIN_SECONDS):
-                while await self._response.read_some():
-                    pass
-        except (ConnectionFailed, TimeoutError):
+            while await self._response.read_some():
+                pass
+        except ConnectionFailed:
             self._close(self.status)
         except BaseException:
             # The rest of the body was not read, so the connection cannot be used again.
@@ -218,6 +219,7 @@ class EventStream:
             self._finish()
         finally:
             self._reading = False
+            self.deadline = math.inf
 
     def abort(self, error: LLMError | None = None) -> None:
         """Closes the connection and returns the permit at once. Does nothing if the stream is closed already.

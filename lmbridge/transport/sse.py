@@ -114,14 +114,12 @@ class SSEDecoder:
             data = b"".join(self._partial_line)
             self._partial_line.clear()
             self._partial_line_size = 0
-        lines = data.split(b"\n")
-        rest = lines.pop()
         events: list[Event] = []
         try:
             if len(data) > self._max_size:
-                self._interpret_lines_of_bounded_size(lines, events)
+                rest = self._interpret_lines_of_bounded_size(data, events)
             else:
-                self._interpret(lines, events)
+                rest = self._interpret_blocks(data, events)
             if rest:
                 self._buffer_partial_line(rest)
         except LLMStreamError as error:
@@ -144,42 +142,53 @@ class SSEDecoder:
         self._interpret(lines, events)
         return events
 
-    def _interpret_lines_of_bounded_size(self, lines: list[bytes], events: list[Event]) -> None:
+    def _interpret_blocks(self, data: bytes, events: list[Event]) -> bytes:
+        """Interprets complete lines, appends the events that end in them to `events`, and returns what follows them.
+
+        This is a fast path for bytes in which each event is a single line of data with a blank line after it.
+        """
+        blocks = data.split(b"\n\n")
+        rest = blocks.pop()
+        if self._data is None and self._name is None and data.count(b"\n") == 2 * len(blocks):
+            payloads = [block[6:] for block in blocks if block.startswith(b"data: ")]
+            if len(payloads) == len(blocks) and b"" not in payloads:
+                events += payloads
+                return rest
+        *lines, rest = data.split(b"\n")
+        self._interpret(lines, events)
+        return rest
+
+    def _interpret_lines_of_bounded_size(self, data: bytes, events: list[Event]) -> bytes:
+        """Does what `_interpret_blocks` does for data in which a line may be too large."""
+        *lines, rest = data.split(b"\n")
         for number, line in enumerate(lines):
             if len(line) > self._max_size:
                 self._interpret(lines[:number], events)
                 self._check_size(len(line))
         self._interpret(lines, events)
+        return rest
 
     def _interpret(self, lines: list[bytes], events: list[Event]) -> None:
         """Interprets complete lines, and appends the events that end in them to `events`."""
-        payload = self._data
-        plain = self._name is None and not self._further_data
         for line in lines:
-            if not line:
-                if plain:
-                    if payload:
-                        events.append(payload)
-                else:
-                    if payload is not None:
-                        events.append(self._build_event(payload))
-                    self._name, plain = None, True
-                payload = None
-            elif line[:6] == b"data: " and payload is None:
-                payload = line[6:]
-            else:
-                self._data = payload
+            if line:
                 self._interpret_field(line)
-                payload = self._data
-                plain = self._name is None and not self._further_data
-        self._data = payload
+            else:
+                self._end_event(events)
 
-    def _build_event(self, payload: bytes) -> Event:
-        """Returns an event that has a name or several lines of data, of which `payload` is the first."""
+    def _end_event(self, events: list[Event]) -> None:
+        """Ends the current event, and appends it to `events` unless it has neither data nor a name."""
+        data, name = self._data, self._name
+        self._data = self._name = None
+        if data is None:
+            return
         if self._further_data:
-            payload = b"\n".join([payload, *self._further_data])
+            data = b"\n".join([data, *self._further_data])
             self._further_data.clear()
-        return payload if self._name is None else NamedEvent(self._name, payload)
+        if name is not None:
+            events.append(NamedEvent(name, data))
+        elif data:
+            events.append(data)
 
     def _interpret_field(self, line: bytes) -> None:
         name, _, value = line.partition(b":")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
-from lmbridge.agent.step_limit import StepLimitError, limit_steps
+from lmbridge.agent.step_limit import StepLimit, StepLimitError
 from tests.support import assert_linear
 
 _ATOMS = st.sampled_from(
@@ -122,23 +122,23 @@ def test_the_time_of_a_search_is_linear(pattern: str) -> None:
 
 
 def test_a_search_that_is_not_linear_ends_at_the_limit() -> None:
-    with limit_steps(10_000), pytest.raises(StepLimitError):
+    with StepLimit(10_000), pytest.raises(StepLimitError):
         compile_pattern("(?=(a+)+$)b").search("a" * 10_000 + "!")
-    with limit_steps(10_000):
+    with StepLimit(10_000):
         assert compile_pattern("(?=(a+)+$)a").search("a" * 100)
 
 
 @pytest.mark.parametrize("repeats", ["{0}{9999}{9999}", "{0}{9999}{9999}{9999}", "{400}{400}", "{1}{0}{9999}{9999}"])
 @pytest.mark.parametrize("part", ["a", "(?:)", "(?:a|b)", "(?#x)", "(?i)"])
 def test_repetitions_that_multiply_are_refused_early(part: str, repeats: str) -> None:
-    with limit_steps(200_000), pytest.raises(UnsupportedPatternError, match="too large"):
+    with StepLimit(200_000), pytest.raises(UnsupportedPatternError, match="too large"):
         compile_pattern(f"(?:{part}){repeats}")
 
 
 def test_compiling_a_pattern_spends_steps() -> None:
-    with limit_steps(5_000), pytest.raises(StepLimitError):
+    with StepLimit(5_000), pytest.raises(StepLimitError):
         compile_pattern("ab" * 2_500)
-    with limit_steps(5_000), pytest.raises(StepLimitError):
+    with StepLimit(5_000), pytest.raises(StepLimitError):
         compile_pattern("(?:abcd){2000}")
 
 
@@ -146,5 +146,5 @@ def test_a_refused_pattern_is_not_compiled_again() -> None:
     source = "xy" * 1_000 + "(?<=b)"
     with pytest.raises(UnsupportedPatternError):
         compile_pattern(source)
-    with limit_steps(0), pytest.raises(UnsupportedPatternError, match="<"):
+    with StepLimit(0), pytest.raises(UnsupportedPatternError, match="<"):
         compile_pattern(source)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
-from lmbridge.agent.step_limit import StepLimitError, limit_steps
+from lmbridge.agent.step_limit import StepLimit, StepLimitError
 from lmbridge.client.schemas import simplify_parameters
 from tests.client.test_schemas import SCHEMAS
 from tests.client.test_subschemas import KEYWORDS_AS_NAMES
@@ -233,9 +233,9 @@ def test_work_that_multiplies_ends_at_the_limit() -> None:
         definitions[f"n{number}"] = {"anyOf": [{"$ref": f"#/$defs/n{number - 1}"}, {"$ref": f"#/$defs/n{number - 1}"}]}
     schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n39"}}, "$defs": definitions}
     validator = build_validator(schema, simplify_parameters(schema))
-    with limit_steps(20_000), pytest.raises(StepLimitError):
+    with StepLimit(20_000), pytest.raises(StepLimitError):
         validator({"x": "a"})
-    with limit_steps(20_000):
+    with StepLimit(20_000):
         assert validator({"x": 1})
 
 
