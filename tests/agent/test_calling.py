@@ -408,8 +408,7 @@ async def test_the_tool_has_ended_before_the_cancelled_call_raises() -> None:
     async def tool() -> None:
         running.append(1)
         try:
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await turns(5)
         finally:
             await asyncio.sleep(0)
             running.pop()
@@ -502,25 +501,40 @@ async def test_a_tool_that_is_cancelled_before_its_first_step_ends_the_call() ->
 @pytest.mark.parametrize("ending", ["value", "error", "cancel"])
 async def test_the_timer_of_a_tool_that_has_ended_is_cancelled(ending: str) -> None:
     async def work() -> None:
+        await turns(2)
         if ending == "error":
             raise ValueError
         if ending == "cancel":
             await asyncio.Event().wait()
 
-    def pending_timers() -> int:
-        scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # not public
-        return sum(not timer.cancelled() for timer in scheduled)
-
-    before = pending_timers()
+    before = _pending_timers()
     context = ToolContext("run", "call", "tool", lambda: False)
     called = asyncio.create_task(call_tool(Tool("tool", "", {}, work), {}, context, timeout=30, max_output=100))
-    await turns(1)
-    assert pending_timers() == before + 1
+    await turns(2)
+    assert _pending_timers() == before + 1
     await turns(5)
     called.cancel()
     await asyncio.wait([called])
     assert called.cancelled() == (ending == "cancel")
-    assert pending_timers() == before
+    assert _pending_timers() == before
+
+
+async def test_a_tool_that_ends_in_its_first_step_has_no_timer() -> None:
+    before = _pending_timers()
+
+    async def tool() -> int:
+        asyncio.get_running_loop().call_soon(lambda: seen.append(_pending_timers()))
+        return 1
+
+    seen: list[int] = []
+    assert (await call(tool, timeout=30)).text == "1"
+    await turns(2)
+    assert seen == [before]
+
+
+def _pending_timers() -> int:
+    scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]  # not public
+    return sum(not timer.cancelled() for timer in scheduled)
 
 
 # Tools with a time limit of their own
