@@ -81,6 +81,8 @@ def _complete_call(call: object) -> bool:
         return True
     if not call.get("id"):
         call["id"] = generated_call_id()
+    elif not isinstance(call["id"], str | int):
+        return False
     function = call.get("function") or {}
     if not isinstance(function, dict):
         return False

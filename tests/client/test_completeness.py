@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmbridge import (
@@ -234,6 +235,7 @@ def test_any_chunk_has_the_right_shape_afterwards_or_is_a_named_error(chunks: li
 
 @settings(deadline=None, max_examples=300)
 @given(value=_chunks)
+@example(value={"choices": [{"message": {"tool_calls": [{"id": math.nan, "function": {"name": "f"}}]}}]})
 def test_any_plain_reply_has_the_right_shape_or_is_refused(value: Any) -> None:
     if not isinstance(value, dict):
         return
