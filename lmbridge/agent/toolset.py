@@ -405,7 +405,7 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
 
 def _asked_name(call: Mapping[str, Any]) -> str:
     function = call.get("function")
-    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
+    return str(function.get("name") or "") if isinstance(function, MAPPING_TYPES) else ""
 
 
 def _arguments_of(call: Mapping[str, Any]) -> Any:
