@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+from urllib.parse import unquote
 
 from lmbridge._checks import check_integer, check_seconds, check_text, wrong_type
 from lmbridge._copying import NotCopyable
@@ -29,6 +30,7 @@ from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generatio
 from lmbridge.gateway.http_server import Exchange, HttpServer, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
 from lmbridge.gateway.passing import end_to_end
+from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
 from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
 from lmbridge.gateway.status import KnownModels, status_of
 from lmbridge.transport import Request, Transport
@@ -48,6 +50,7 @@ _LIST_SECONDS: Final = 10.0
 """The most seconds that a server may take to list its models."""
 _LIST_AGE: Final = 10.0
 """The seconds after which the status page asks for the models again."""
+_HIGHEST_PORT: Final = 65535
 _MODELS: Final = "/v1/models"
 _PAGE_HEADERS: Final = {
     "Content-Type": "text/html; charset=utf-8",
@@ -132,7 +135,7 @@ class Gateway(NotCopyable):
         client_timeout: float = CLIENT_SECONDS,
     ) -> None:
         check_text("host", host)
-        check_integer("port", port, minimum=0)
+        check_integer("port", port, minimum=0, maximum=_HIGHEST_PORT)
         check_integer("max_retries", max_retries, minimum=0)
         check_integer("max_body_bytes", max_body_bytes)
         check_seconds("client_timeout", client_timeout, optional=False)
@@ -157,6 +160,7 @@ class Gateway(NotCopyable):
             timeouts=Timeouts() if timeout is None else as_timeouts(timeout),
             max_retries=max_retries,
             max_body_bytes=max_body_bytes,
+            comment_seconds=FIRST_COMMENT_SECONDS,
             passes_credentials=api_key is None and not any(each.has_credentials for each in self._servers),
         )
         self._passes_credentials = options.passes_credentials
@@ -335,7 +339,7 @@ class Gateway(NotCopyable):
         await _respond_json(exchange, {"object": "list", "data": await self._list_models(exchange)})
 
     async def _answer_model(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix(f"{_MODELS}/")
+        name = unquote(exchange.path.removeprefix(f"{_MODELS}/"))
         entry = next((each for each in await self._list_models(exchange) if each["id"] == name), None)
         if entry is None:
             hint = "GET /v1/models lists the models that there are"

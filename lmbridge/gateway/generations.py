@@ -28,7 +28,7 @@ from lmbridge.gateway.passing import (
     is_event_stream,
     reports_unloaded,
 )
-from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS, Patience
+from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
 from lmbridge.gateway.request_fields import RequestFields, read_fields
 from lmbridge.transport import Call, ForwardedResponse, Request
@@ -70,7 +70,7 @@ class ForwardingOptions:
     """The most bytes that the body of a request may have."""
     passes_credentials: bool
     """Whether the keys that clients send are passed on to the server."""
-    comment_seconds: float = FIRST_COMMENT_SECONDS
+    comment_seconds: float
     """The seconds after which a client that waits for a stream gets the first comment."""
 
 

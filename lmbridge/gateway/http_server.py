@@ -21,6 +21,7 @@ from typing import Final
 
 from aiohttp import web
 
+from lmbridge._tasks import settle
 from lmbridge.gateway.access import bracketed
 from lmbridge.gateway.problems import Problem
 from lmbridge.gateway.request_fields import body_too_large
@@ -95,6 +96,10 @@ class Exchange:
         length = self._request.content_length
         if length is not None and length > max_bytes:
             raise body_too_large(max_bytes)
+        if self._request.headers.get("Expect", "").lower() == "100-continue":
+            await self._request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            # The response itself has not begun.
+            self._request.writer.output_size = 0
         parts: list[bytes] = []
         size = 0
         try:
@@ -186,13 +191,16 @@ class HttpServer:
     async def listen(self, host: str, port: int) -> int:
         """Begins to accept connections, and returns the port.
 
+        On cancellation of the caller, it waits until the address is known, and then stops listening.
+
         Raises:
             OSError: The address cannot be listened on.
         """
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, host, port, backlog=_BACKLOG)
         try:
-            await self._site.start()
+            # If asyncio were cancelled here, it would forget the socket on which it has just begun to listen.
+            await settle(self._site.start())
         except BaseException:
             await self._runner.cleanup()
             raise

@@ -136,7 +136,8 @@ def begins_with_error(data: bytes) -> bool:
     if text.startswith(b"event: error"):
         return True
     for line in _data_lines(text):
-        return failures.reports_error(line) and line != b"[DONE]"
+        # The line may be cut off, so it need not be JSON.
+        return b'"error"' in line and failures.reports_error(line)
     return text.startswith((b'{"error"', b'{ "error"'))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 
@@ -50,9 +50,13 @@ async def fetch_json(http: aiohttp.ClientSession, gateway: Gateway, path: str) -
 class Client:
     """A client that writes and reads bytes, for what an HTTP library would never send."""
 
+    opened: ClassVar[list[Client]] = []
+    """The clients of the current test. A fixture closes them."""
+
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.opened.append(self)
 
     @classmethod
     async def connect(cls, gateway: Gateway) -> Client:

@@ -1,0 +1,60 @@
+"""`FairOrder`: each client in turn."""
+
+from __future__ import annotations
+
+from lmbridge.gateway.fair_order import FairOrder
+
+
+def serve(order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, object]) -> list[str]:
+    """Admits requests in their order, and returns the clients that they belong to."""
+    served = []
+    for _ in range(count):
+        waiting.sort()
+        _, number, client = waiting.pop(0)
+        order.admitted(places[number])  # type: ignore[arg-type]
+        served.append(client)
+    return served
+
+
+def test_a_client_with_many_requests_does_not_hold_up_another_one() -> None:
+    order = FairOrder()
+    places = {number: order.enter(client, 0) for number, client in enumerate("aaaabc")}
+    waiting = [(place.number, number, "aaaabc"[number]) for number, place in places.items()]
+    assert "".join(serve(order, waiting, 6, dict(places))) == "abcaaa"
+
+
+def test_a_client_that_was_idle_has_saved_up_nothing() -> None:
+    order = FairOrder()
+    first = order.enter("busy", 0)
+    order.admitted(first)
+    for _ in range(10):
+        order.admitted(order.enter("busy", 0))
+    assert order.enter("idle", 0).number == order.enter("busy", 0).number
+
+
+def test_priorities_are_kept_apart() -> None:
+    order = FairOrder()
+    for _ in range(5):
+        order.enter("a", -1)
+    assert order.enter("a", 0).number == 1
+
+
+def test_the_wait_is_bounded_however_many_clients_arrive() -> None:
+    order = FairOrder()
+    places = {number: order.enter("patient", 0) for number in range(10)}
+    waiting = [(place.number, number, "patient") for number, place in places.items()]
+    served: list[str] = []
+    # A new client arrives for each request that is served.
+    while "patient" in {client for _, _, client in waiting}:
+        number = len(places)
+        places[number] = order.enter(f"new {number}", 0)
+        waiting.append((places[number].number, number, "new"))
+        served += serve(order, waiting, 1, dict(places))
+    assert len(served) <= 55
+
+
+def test_clients_with_nothing_in_the_queue_are_forgotten() -> None:
+    order = FairOrder()
+    for number in range(5000):
+        order.admitted(order.enter(f"client {number}", 0))
+    assert len(order._last_rounds) <= 1000

@@ -1,0 +1,221 @@
+"""Streams that wait get comments, and what goes wrong later is an event that the official clients raise."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+import openai
+import pytest
+import pytest_asyncio
+
+from lmbridge import Limits, LLMClient, LLMError, Timeouts, collect
+from lmbridge.gateway import Gateway
+from lmbridge.gateway import gateway as gateway_module
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_up, raw, reply, reset, sse, stall
+from tests.gateway.support import CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
+from tests.support import HALF, MESSAGES, turns
+
+COMMENT = b": waiting for the model\n\n"
+
+
+@pytest_asyncio.fixture
+async def hasty(scripted_server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gateway]:
+    """A gateway that sends a comment as soon as a stream waits."""
+    monkeypatch.setattr(gateway_module, "FIRST_COMMENT_SECONDS", 0.01)
+    async with Gateway(scripted_server.api_base, limits=Limits(), timeout=Timeouts(idle=0.2), max_retries=0) as gateway:
+        yield gateway
+
+
+def after_comments(exchange_may_go_on: asyncio.Event, behaviour: Behaviour) -> Behaviour:
+    """Returns a behaviour that waits before it answers."""
+
+    async def wait(exchange: Exchange) -> None:
+        await exchange_may_go_on.wait()
+        await behaviour(exchange)
+
+    return wait
+
+
+async def fetch_late(
+    server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession, behaviour: Behaviour, path: str = CHAT
+) -> bytes:
+    """Returns the body of a stream whose server answers only after comments have been sent, without these."""
+    go_on = asyncio.Event()
+    server.script(after_comments(go_on, behaviour))
+    async with http.post(gateway.origin + path, data=STREAM) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        for _ in range(2):
+            assert await response.content.readexactly(len(COMMENT)) == COMMENT
+        go_on.set()
+        return (await response.read()).replace(COMMENT, b"")
+
+
+def error_in(event: bytes, path: str = CHAT) -> dict[str, object]:
+    """Returns the error in an event, after checking its form."""
+    lines = event.decode().strip().split("\n")
+    assert event.endswith(b"\n\n")
+    if path.startswith(("/v1/messages", "/v1/responses")):
+        assert lines.pop(0) == "event: error"
+    [line] = lines
+    value = json.loads(line.removeprefix("data: "))
+    if path.startswith(("/v1/messages", "/v1/responses")):
+        assert value["type"] == "error"
+    error: dict[str, object] = value["error"]
+    assert error.keys() == {"message", "type", "param", "code", "hint"}
+    return error
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_stream_that_waits_gets_comments_and_then_its_events(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, path: str
+) -> None:
+    body = await fetch_late(scripted_server, hasty, http, sse("data: 1\n\n", "data: [DONE]\n\n"), path)
+    assert body == b"data: 1\n\ndata: [DONE]\n\n"
+
+
+async def test_a_stream_that_begins_soon_gets_none(
+    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
+) -> None:
+    _, headers, body = await fetch(http, gateway, CHAT, STREAM)
+    assert b": waiting" not in body
+    assert "X-Accel-Buffering" not in headers
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("behaviour", "code", "message"),
+    [
+        (reply(400, {"error": {"message": "no such thing", "code": "bad"}}), "bad", "answered 400: no such thing"),
+        (reply(200, {"choices": []}), "upstream_error", "answered 200"),
+        (hang_up(), "upstream_error", "without an answer"),
+    ],
+    ids=["error", "no stream", "hang up"],
+)
+async def test_a_late_failure_is_an_event(
+    scripted_server: ScriptedServer,
+    hasty: Gateway,
+    http: aiohttp.ClientSession,
+    path: str,
+    behaviour: Behaviour,
+    code: str,
+    message: str,
+) -> None:
+    error = error_in(await fetch_late(scripted_server, hasty, http, behaviour, path), path)
+    assert error["code"] == code
+    assert message in str(error["message"])
+
+
+async def test_a_compressed_stream_after_comments_is_decompressed(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession
+) -> None:
+    text = b"data: 1\n\ndata: 2\n\n"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n\r\n"
+    body = await fetch_late(scripted_server, hasty, http, raw(head, gzip.compress(text)))
+    assert body == text
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_stream_that_breaks_off_ends_with_an_event(
+    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession, path: str
+) -> None:
+    async def cut(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD)
+        await exchange.raw(chunk(b'data: 1\n\ndata: {"choices"'))
+        exchange.hang_up()
+
+    scripted_server.script(cut)
+    _, _, body = await fetch(http, gateway, path, STREAM)
+    whole, separator, rest = body.partition(b"data: 1\n\n")
+    assert (whole, bool(separator)) == (b"", True)
+    # The half of an event is not passed on, so that the error cannot be taken for its other half.
+    error = error_in(rest, path)
+    assert (error["code"], error["type"]) == ("upstream_error", "api_error")
+    assert "broke in the middle" in str(error["message"])
+
+
+async def test_a_stream_that_falls_silent_ends_with_an_event(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    _, _, body = await fetch(http, hasty, CHAT, STREAM)
+    assert error_in(body.split(b"\n\n")[-2] + b"\n\n")["code"] == "upstream_idle_timeout"
+
+
+async def test_a_body_that_is_no_stream_and_breaks_off_is_cut_off(
+    scripted_server: ScriptedServer, gateway: Gateway
+) -> None:
+    scripted_server.script(raw(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 100\r\n\r\nhalf"))
+    client = await Client.connect(gateway)
+    client.post(STREAM)
+    received = await client.rest()
+    # The connection was closed before the length that the head has announced.
+    assert b"Content-Length: 100" in received
+    assert len(received.partition(b"\r\n\r\n")[2]) < 100
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("behaviour", [reply(400, {"error": {"message": "no"}}), hang_up(), reset()])
+async def test_openai_raises_what_has_gone_wrong(
+    scripted_server: ScriptedServer, hasty: Gateway, late: bool, behaviour: Behaviour
+) -> None:
+    go_on = asyncio.Event()
+    scripted_server.script(after_comments(go_on, behaviour))
+    async with openai.AsyncOpenAI(base_url=hasty.api_base, api_key="x", max_retries=0) as client:
+        if not late:
+            go_on.set()
+
+        async def ask() -> None:
+            async for _ in await client.chat.completions.create(model="test-model", messages=[], stream=True):
+                pass
+
+        asking = asyncio.create_task(ask())
+        if late:
+            await scripted_server.wait_until(lambda: scripted_server.requests)
+            await asyncio.sleep(0.05)
+            go_on.set()
+        with pytest.raises(openai.APIError):
+            await asking
+
+
+async def test_openai_skips_the_comments(scripted_server: ScriptedServer, hasty: Gateway) -> None:
+    go_on = asyncio.Event()
+    scripted_server.script(after_comments(go_on, answer("Hello")))
+    # The read timeout is shorter than the wait.
+    async with openai.AsyncOpenAI(base_url=hasty.api_base, api_key="x", timeout=0.5, max_retries=0) as client:
+        asyncio.get_running_loop().call_later(1.0, go_on.set)
+        stream = await client.chat.completions.create(model="test-model", messages=[], stream=True)
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == "Hello"
+
+
+async def test_lmbridge_itself_works_through_the_gateway(scripted_server: ScriptedServer, hasty: Gateway) -> None:
+    go_on = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    scripted_server.script(after_comments(go_on, answer("Hello")), after_comments(asyncio.Event(), hang_up()))
+    async with LLMClient(hasty.api_base, "test-model", max_retries=0) as client:
+        stream = await client.chat_completion(MESSAGES, stream=True)
+        reply = await collect(stream)
+        assert reply["choices"][0]["message"]["content"] == "Hello"
+        scripted_server.default = hang_up()
+        scripted_server._script.clear()
+        with pytest.raises(LLMError, match="without an answer"):
+            await client.chat_completion(MESSAGES)
+
+
+async def test_a_client_that_leaves_while_it_gets_comments_leaves_nothing_behind(
+    scripted_server: ScriptedServer, hasty: Gateway
+) -> None:
+    scripted_server.script(stall())
+    client = await Client.connect(hasty)
+    client.post(STREAM)
+    await client.reader.readuntil(COMMENT.strip())
+    await scripted_server.wait_until(lambda: scripted_server.in_flight)
+    client.leave()
+    await scripted_server.wait_until(lambda: scripted_server.aborts)
+    while hasty.stats().in_flight:
+        await turns()
