@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from typing import Any
 
 import aiohttp
 import pytest
@@ -111,7 +112,7 @@ async def test_clients_have_their_turns(scripted_server: ScriptedServer, http: a
             await reply(200, {})(exchange)
 
         scripted_server.script(slow)
-        tasks = []
+        tasks: list[asyncio.Task[Any]] = []
         for client in ["a", "a", "a", "a", "b", "b", "c"]:
             name = f"{client}{len(tasks)}"
             headers = {"Authorization": f"Bearer key of {client}"}
