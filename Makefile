@@ -24,6 +24,10 @@ SUITE := tests/mcp/conformance
 # The first pip that installs the dependency groups of pyproject.toml. The one that comes with Python may be older.
 PIP_REQUIREMENT := 'pip>=25.1'
 
+# A worker gets tests that follow each other, so that most fixtures of a session are created once, and takes others over
+# when it has finished its own.
+IN_PARALLEL := -n auto --dist worksteal
+
 FIT := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
 ifndef PYTHON
@@ -38,24 +42,37 @@ demo: .venv-demo/installed
 	@.venv-demo/bin/python examples/quickstart.py
 
 test: lint $(NPM)/node_modules/.package-lock.json
-	.venv-test/bin/python -m pytest -n auto -m 'not slow'
+	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m 'not slow'
 
 test-slow: .venv-test/installed $(NPM)/node_modules/.package-lock.json $(CLIENTS)/node_modules/.package-lock.json
 	.venv-test/bin/nox --session aioresponses oldest mcp1 clients
-	.venv-test/bin/python -m pytest -n auto -m slow
+	.venv-test/bin/python -m pytest $(IN_PARALLEL) -m slow
 
-# pyright looks for libraries in the environment whose `python` is the first one. `--verifytypes` fails unless every
-# public name has a declared type.
-lint: export PATH := $(CURDIR)/.venv-test/bin:$(PATH)
+# The checks run side by side, and the output of each is printed when it has ended, if make can do that.
 lint: .venv-test/installed
+	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
+
+# pyright takes longest. It looks for libraries in the environment whose `python` is the first one.
+CHECKS := check-pyright check-mypy check-style check-public-types
+.PHONY: $(CHECKS)
+check-pyright check-public-types: export PATH := $(CURDIR)/.venv-test/bin:$(PATH)
+
+check-pyright:
+	.venv-test/bin/pyright
+
+check-mypy:
+	.venv-test/bin/mypy
+
+check-style:
 	.venv-test/bin/ruff check
 	.venv-test/bin/ruff format --check
-	.venv-test/bin/mypy
-	.venv-test/bin/pyright
+	.venv-test/bin/python scripts/generate_sync.py --check
+
+# It fails unless every public name has a declared type.
+check-public-types:
 	@echo 'pyright --verifytypes lmbridge --ignoreexternal'; \
 		report=$$(.venv-test/bin/pyright --verifytypes lmbridge --ignoreexternal) || { echo "$$report"; exit 1; }; \
 		echo "$$report" | grep 'Type completeness'
-	.venv-test/bin/python scripts/generate_sync.py --check
 
 BENCH_OPTIONS = $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 

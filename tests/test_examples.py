@@ -98,7 +98,11 @@ ANSWERING = [
 ]
 
 
-@pytest.mark.parametrize("example", [*ANSWERING, "mcp_one_server.py", "mcp_server.py", "pool.py", "switching.py"])
+# Examples that start MCP servers take seconds, for the same handling of errors.
+STARTING_SERVERS = [pytest.param(each, marks=pytest.mark.slow) for each in ("mcp_one_server.py", "mcp_server.py")]
+
+
+@pytest.mark.parametrize("example", [*ANSWERING, "pool.py", "switching.py", *STARTING_SERVERS])
 async def test_an_error_is_printed_as_one_line(example: str, scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(400, {"error": "no such thing"})
     outcome = await run(example, "--api-base", scripted_server.api_base)

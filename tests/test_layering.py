@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,18 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "lmbridge").rglob("*.py"))
 
 
-def imports(source: Path) -> Iterator[str]:
-    """Yields the full name of each module that a file imports from, at its top or inside a function."""
+@functools.cache
+def imports(source: Path) -> list[str]:
+    """Returns the full name of each module that a file imports from, at its top or inside a function."""
     package = source.relative_to(ROOT).parent.parts
+    names: list[str] = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join((*above, *filter(None, [node.module])))
+            names.append(".".join((*above, *filter(None, [node.module]))))
+    return names
 
 
 def importers(name: str) -> list[str]:

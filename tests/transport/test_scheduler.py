@@ -885,4 +885,4 @@ def test_the_bound_is_met_to_the_second() -> None:
 # Any events in any order
 
 TestAnyEvents = ScheduleMachine.TestCase
-TestAnyEvents.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+TestAnyEvents.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)

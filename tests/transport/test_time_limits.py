@@ -91,12 +91,12 @@ async def test_the_total_limit_ends_a_stream_whose_reader_is_slower_than_the_ser
     async with LLMClient(scripted_server.api_base, timeout=Timeouts(total=1)) as client:
         stream = await client.chat_completion(MESSAGES, stream=True)
 
-        async def read_slowly() -> None:
-            async for _ in stream:
-                await asyncio.sleep(0.01)  # the reader's own time
-
+        await anext(stream)
+        # The reader's own time counts as well. After it, what has arrived can be read, and then the error comes.
+        await asyncio.sleep(1.1)
         with pytest.raises(LLMTimeoutError) as caught:
-            await read_slowly()
+            async for _ in stream:
+                pass
     assert caught.value.phase == "total"
 
 
