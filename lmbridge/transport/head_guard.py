@@ -148,4 +148,4 @@ class FramingGuard(_Guard):
         """
         parser_error = self.protocol.exception()
         super().connection_lost(exc)
-        self.failure = self.failure or parser_error
+        self.failure: BaseException | None = self.failure or parser_error

@@ -79,15 +79,15 @@ class ActiveModels:
         """The active model that gets no new requests, so that another one can take its slot."""
         self.batch_members: int = 0
         """The number of batch members of all models that are still waiting."""
-        self.ready = PermitHeap(
+        self.ready: PermitHeap = PermitHeap(
             waiting, lambda permit: permit.rank if _waits_inactive(permit) and not permit.is_newcomer else None
         )
         """The requests whose model is not active and whose run has begun; the one that goes first comes first."""
-        self.newcomers = PermitHeap(
+        self.newcomers: PermitHeap = PermitHeap(
             waiting, lambda permit: permit.rank if _waits_inactive(permit) and permit.is_newcomer else None
         )
         """The requests whose model is not active and whose run may have to wait until it may begin."""
-        self.next_overdue = PermitHeap(
+        self.next_overdue: PermitHeap = PermitHeap(
             waiting, lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_inactive(permit) else None
         )
         """All requests whose model is not active; the one that becomes overdue first comes first."""

@@ -64,10 +64,13 @@ async def test_a_call_of_the_model_is_read_and_executed(client: LLMClient) -> No
 
     tools = await Toolset.collect([add])
     messages = [{"role": "user", "content": "What is 317 plus 225?"}]
-    stream = await client.chat_completion(messages, stream=True, tools=tools.definitions, max_tokens=80, temperature=0)
-    (call,) = (await collect(stream))["choices"][0]["message"]["tool_calls"]
+    stream = await client.chat_completion(
+        messages, stream=True, tools=tools.definitions, tool_choice="required", max_tokens=80, temperature=0
+    )
+    call, *_ = (await collect(stream))["choices"][0]["message"]["tool_calls"]
     ready = tools.read(call)
     assert isinstance(ready, ReadyCall)
     context = ToolContext("run", ready.call.id, ready.call.name, lambda: False)
     outcome = await tools.call(ready, context, timeout=30, max_output=100)
-    assert outcome.text == "542"
+    # Which numbers a small model adds differs between processors.
+    assert outcome.text == str(ready.arguments["a"] + ready.arguments["b"])

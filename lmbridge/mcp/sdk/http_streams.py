@@ -71,7 +71,7 @@ class EventStreams:
     ) -> None:
         self._spec, self._client, self._headers, self._report = spec, client, headers, report
         self._connection_errors = connection_errors()
-        self.is_listening = False
+        self.is_listening: bool = False
         """Whether the stream is open in which the server sends what belongs to no request."""
 
     async def listen(self, deliver: Callable[[Event], Awaitable[None]]) -> None:
