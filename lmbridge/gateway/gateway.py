@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 from urllib.parse import unquote
@@ -33,6 +32,7 @@ from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
 from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
 from lmbridge.gateway.status import KnownModels, status_of
+from lmbridge.gateway.status_page import StatusPage, load_status_page
 from lmbridge.transport import Request, Transport
 from lmbridge.transport.interface import BaseTransport
 from lmbridge.transport.nodes import NodePool
@@ -52,16 +52,6 @@ _LIST_AGE: Final = 10.0
 """The seconds after which the status page asks for the models again."""
 _HIGHEST_PORT: Final = 65535
 _MODELS: Final = "/v1/models"
-_PAGE_HEADERS: Final = {
-    "Content-Type": "text/html; charset=utf-8",
-    "Content-Security-Policy": (
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self';"
-        " img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-}
 _JSON_HEADERS: Final = {
     "Content-Type": "application/json",
     "X-Content-Type-Options": "nosniff",
@@ -167,7 +157,7 @@ class Gateway(NotCopyable):
         self._generations = Generations(self._upstream, self._activity, self._access, options)
         self._client_timeout = client_timeout
         self._http: HttpServer | None = None
-        self._page = b""
+        self._page = StatusPage(b"", {})
         self._prometheus: Any = None
         self._idle = asyncio.Event()
         self._open_pages: dict[str, _Answer] = {"/health": self._answer_health, "/status": self._answer_page}
@@ -313,7 +303,7 @@ class Gateway(NotCopyable):
         await _respond_json(exchange, {"status": "draining" if self._is_draining else "ok"}, status)
 
     async def _answer_page(self, exchange: Exchange) -> None:
-        await exchange.respond(200, _PAGE_HEADERS.items(), self._page)
+        await exchange.respond(200, self._page.headers.items(), self._page.body)
 
     async def _answer_status(self, exchange: Exchange) -> None:
         self._refresh_models()
@@ -440,9 +430,8 @@ async def _respond_json(exchange: Exchange, value: object, status: int = 200) ->
     await exchange.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
 
-def _load_page_and_prometheus() -> tuple[bytes, Any]:
-    page = resources.files("lmbridge.gateway").joinpath("status.html").read_bytes()
-    return page, load_prometheus()
+def _load_page_and_prometheus() -> tuple[StatusPage, Any]:
+    return load_status_page(), load_prometheus()
 
 
 def _names(allowed_hosts: Iterable[str]) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -18,6 +16,7 @@ from aiohttp import web
 import lmbridge
 from lmbridge import Limits, LLMClient, collect
 from lmbridge.gateway import Gateway
+from lmbridge.gateway.status_page import load_status_page
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.gateway.accessibility import BARRIERS, LOW_CONTRAST
 from tests.gateway.chromium import CHROMIUM, Page, browser_page
@@ -109,19 +108,6 @@ def many() -> dict[str, Any]:
     )
 
 
-def content_security_policy() -> str:
-    """Returns the policy that the page asks for in the comment at its top."""
-
-    def hashed(tag: str) -> str:
-        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", SOURCE, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; style-src {hashed('style')}; script-src {hashed('script')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 class StatusServer:
     """Serves the page under its strict policy, and a status that a test sets."""
 
@@ -143,8 +129,8 @@ class StatusServer:
         return runner
 
     async def _page(self, _: web.Request) -> web.Response:
-        headers = {"Content-Security-Policy": content_security_policy()}
-        return web.Response(text=SOURCE, content_type="text/html", headers=headers)
+        page = load_status_page()
+        return web.Response(body=page.body, headers=page.headers)
 
     async def _json(self, incoming: web.Request) -> web.Response:
         self.polls += 1
@@ -183,6 +169,15 @@ def test_the_page_is_one_file_without_external_assets_inline_attributes_or_marku
     assert set(re.findall(r"https?://[^\"'\s)`]+", SOURCE)) <= {"http://www.w3.org/2000/svg"}
     forbidden = r"\s(?:style|on\w+)=|@import|url\(|innerHTML|outerHTML|insertAdjacent|document\.write"
     assert re.findall(forbidden, SOURCE) == []
+
+
+def test_the_policy_lets_a_browser_run_the_script_of_the_page_alone() -> None:
+    policy = load_status_page().headers["Content-Security-Policy"]
+    assert re.fullmatch(
+        r"default-src 'none'; style-src 'sha256-[\w+/=]{44}'; script-src 'sha256-[\w+/=]{44}'; connect-src 'self';"
+        r" img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        policy,
+    )
 
 
 class TestInABrowser:
@@ -282,6 +277,18 @@ class TestInABrowser:
             assert bad in await page.text(part), part
         assert await page.evaluate("window.hit === undefined")
         assert await page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+
+    async def test_a_script_that_is_not_of_the_page_never_runs(self, page: Page, served: StatusServer) -> None:
+        await show(page, served)
+        image = "<img src=data: onerror=window.hit=1>"
+        await page.evaluate(f"document.body.insertAdjacentHTML('beforeend', '{image}')")
+        script = "Object.assign(document.createElement('script'), {text: 'window.hit=1'})"
+        await page.evaluate(f"void document.body.append({script})")
+        await page.evaluate("new Promise((done) => setTimeout(done, 100))")
+        assert await page.evaluate("window.hit === undefined")
+        # The browser reports what it has blocked.
+        assert len(page.errors) == 2
+        page.errors.clear()
 
     @pytest.mark.parametrize("width", [320, 375, 768, 1280])
     async def test_no_width_needs_horizontal_scrolling(self, page: Page, served: StatusServer, width: int) -> None:
