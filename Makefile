@@ -4,6 +4,7 @@
 # make lint         runs the checks only
 # make bench        compares lmbridge with other clients; ROUNDS=3 ONLY=stream is quick, WRITE=yes updates the docs
 # make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
+# make nodes-bench  compares conversations on two servers that stay at their server with such that do not
 # make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
 # make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
 # make gateway-bench  compares programs with and without the gateway, and the gateway with other proxies; as above
@@ -14,7 +15,7 @@
 # the environment of `test`, and `conformance` that of `mcp-bench`. The first suitable Python of the list below is used; to
 # use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
 
-.PHONY: help demo test test-slow lint bench swaps agents mcp-bench gateway-bench conformance clean
+.PHONY: help demo test test-slow lint bench swaps nodes-bench agents mcp-bench gateway-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -81,6 +82,9 @@ bench: .venv-bench/installed
 
 swaps: .venv-swaps/installed
 	@.venv-swaps/bin/python -m benchmarks model-swaps $(BENCH_OPTIONS)
+
+nodes-bench: .venv-swaps/installed
+	@.venv-swaps/bin/python -m benchmarks nodes $(BENCH_OPTIONS)
 
 agents: .venv-agents/installed
 	@.venv-agents/bin/python -m benchmarks agents $(BENCH_OPTIONS)

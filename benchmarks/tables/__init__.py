@@ -12,6 +12,7 @@ from benchmarks.tables.gateway import GATEWAY_COST_TABLE, GATEWAY_SWAPS_TABLE
 from benchmarks.tables.growth import GROWTH_TABLE
 from benchmarks.tables.mcp_calls import MCP_CALLS_TABLE
 from benchmarks.tables.model_swaps import MODEL_SWAPS_TABLE
+from benchmarks.tables.nodes import NODES_TABLE
 
 TABLES: Final[Mapping[str, Table]] = {
     table.name: table
@@ -21,6 +22,7 @@ TABLES: Final[Mapping[str, Table]] = {
         AGENTS_TABLE,
         MCP_CALLS_TABLE,
         MODEL_SWAPS_TABLE,
+        NODES_TABLE,
         GATEWAY_SWAPS_TABLE,
         GATEWAY_COST_TABLE,
     )

@@ -53,8 +53,6 @@ class Delivery:
         self.retries: int = 0
         self.seconds: float = 0.0
         self.tried: list[str] = []
-        self.moves: int = 0
-        """How often the request has left a server."""
         self._nodes = nodes
         self._failed: set[Node] = set()
         # Whether any server may have the model, by what was known when the first one was chosen.
@@ -182,5 +180,4 @@ class Delivery:
         self.attempts = call.attempts
         self.retries = call.retries + is_retry
         self.seconds = call.seconds + wait
-        self.moves += 1
         raise MovedToAnotherServer(wait)
