@@ -13,6 +13,7 @@ from benchmarks.tables.growth import GROWTH_TABLE
 from benchmarks.tables.mcp_calls import MCP_CALLS_TABLE
 from benchmarks.tables.model_swaps import MODEL_SWAPS_TABLE
 from benchmarks.tables.nodes import NODES_TABLE
+from benchmarks.tables.solving import SOLVING_TABLE
 
 TABLES: Final[Mapping[str, Table]] = {
     table.name: table
@@ -25,5 +26,6 @@ TABLES: Final[Mapping[str, Table]] = {
         NODES_TABLE,
         GATEWAY_SWAPS_TABLE,
         GATEWAY_COST_TABLE,
+        SOLVING_TABLE,
     )
 }

@@ -1,0 +1,28 @@
+"""The agents whose solved tasks are counted, each used as its documentation shows.
+
+A module in this folder is imported only by the worker that measures its agent. The frameworks need not be installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Final
+
+from benchmarks.solving_peers.base import Solver
+from benchmarks.specification import PeerInfo
+
+SOLVERS: Final[Mapping[str, PeerInfo]] = {
+    "lmbridge": PeerInfo("lmbridge", "lmbridge", "lmbridge", ("lmbridge",)),
+    "openai-agents": PeerInfo("openai-agents", "openai_agents", "agents", ("openai-agents",)),
+    "pydantic-ai": PeerInfo("pydantic-ai", "pydantic_ai", "pydantic_ai", ("pydantic-ai-slim",)),
+    "langchain": PeerInfo("langchain", "langchain", "langchain", ("langchain", "langchain-openai")),
+    "forge": PeerInfo("forge", "forge", "forge", ("forge-guardrails",)),
+    "by-hand": PeerInfo("by hand, careful", "by_hand", "openai", ("openai",)),
+}
+
+
+def make_solver(name: str, base: str) -> Solver:
+    """Makes an agent that uses the API at `base`."""
+    solver: Solver = importlib.import_module(f"benchmarks.solving_peers.{SOLVERS[name].module}").Solver(base)
+    return solver
