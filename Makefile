@@ -6,6 +6,7 @@
 # make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
 # make nodes-bench  compares conversations on two servers that stay at their server with such that do not
 # make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
+# make solved       counts the tasks that agents solve with a model that makes the mistakes of small models
 # make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
 # make gateway-bench  compares programs with and without the gateway, and the gateway with other proxies; as above
 # make conformance  runs the official MCP conformance suite against client and server; it needs npm
@@ -15,7 +16,7 @@
 # the environment of `test`, and `conformance` that of `mcp-bench`. The first suitable Python of the list below is used; to
 # use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
 
-.PHONY: help demo test test-slow lint bench swaps nodes-bench agents mcp-bench gateway-bench conformance clean
+.PHONY: help demo test test-slow lint bench swaps nodes-bench agents solved mcp-bench gateway-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -89,6 +90,9 @@ nodes-bench: .venv-swaps/installed
 agents: .venv-agents/installed
 	@.venv-agents/bin/python -m benchmarks agents $(BENCH_OPTIONS)
 
+solved: .venv-solved/installed
+	@.venv-solved/bin/python -m benchmarks solving $(BENCH_OPTIONS)
+
 mcp-bench: .venv-mcp/installed $(NPM)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m benchmarks mcp-calls $(BENCH_OPTIONS)
 
@@ -99,7 +103,7 @@ conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m tests.mcp.conformance.run
 
 clean:
-	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-solved .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers and a client that the tests run, in the versions of the lock files. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
@@ -123,13 +127,15 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-swaps/installed: benchmarks/swaps.txt
 .venv-agents/installed: ALSO := -r benchmarks/agents.txt
 .venv-agents/installed: benchmarks/agents.txt
+.venv-solved/installed: ALSO := -r benchmarks/solving.txt
+.venv-solved/installed: benchmarks/solving.txt
 .venv-mcp/installed: EXTRAS := mcp
 .venv-mcp/installed: ALSO := -r benchmarks/mcp.txt
 .venv-mcp/installed: benchmarks/mcp.txt
 .venv-gateway/installed: EXTRAS := gateway,local
 .venv-gateway/installed: ALSO := -r benchmarks/gateway.txt
 .venv-gateway/installed: benchmarks/gateway.txt
-.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-solved/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, but $(if $(PYTHON),$(PYTHON) is not suitable,none was found)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

@@ -77,7 +77,7 @@ def _python(value: str) -> str:
 
 
 def _each(kind: type, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Returns a function that changes all values of a type, at any depth. A call without such a value loses its first."""
+    """Returns a function that changes all values of a type, at any depth. Without one, the first argument is lost."""
 
     def walk(value: Any) -> Any:
         if type(value) is kind:
@@ -90,7 +90,17 @@ def _each(kind: type, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]]
 
 
 def _first_key(change: Callable[[str], str]) -> Callable[[dict[str, Any]], Any]:
-    return lambda arguments: {change(key) if not place else key: each for place, (key, each) in enumerate(arguments.items())}
+    return lambda arguments: {
+        change(key) if not place else key: each for place, (key, each) in enumerate(arguments.items())
+    }
+
+
+def _always(reply: Reply) -> Callable[[Step], Reply]:
+    return lambda _: reply
+
+
+def _units(change: Callable[[str], str]) -> Callable[[dict[str, Any]], Any]:
+    return lambda arguments: {key: change(each) if key == "unit" else each for key, each in arguments.items()}
 
 
 def _hermes(name: str, arguments: str) -> str:
@@ -100,7 +110,8 @@ def _hermes(name: str, arguments: str) -> str:
 def _xml_parameters(name: str, arguments: str, opening: str, form: str) -> str:
     values: Mapping[str, Any] = json.loads(arguments)
     lines = [
-        form.format(key=key, value=value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()
+        form.format(key=key, value=value if isinstance(value, str) else json.dumps(value))
+        for key, value in values.items()
     ]
     return opening.format(name=name, lines="\n".join(lines))
 
@@ -165,8 +176,8 @@ _STRUCTURED: Final[Mapping[str, Callable[[Step], Reply]]] = {
     "objects as JSON text": _valued(
         lambda arguments: {key: json.dumps(each) if isinstance(each, dict) else each for key, each in arguments.items()}
     ),
-    "enum in capitals": _valued(lambda arguments: {**arguments, **{key: str(arguments[key]).upper() for key in arguments if key == "unit"}}),
-    "enum unknown": _valued(lambda arguments: {**arguments, **{key: "kelvin" for key in arguments if key == "unit"}}),
+    "enum in capitals": _valued(_units(str.upper)),
+    "enum unknown": _valued(_units(lambda _: "kelvin")),
     "null for an argument": _valued(lambda arguments: {**arguments, next(iter(arguments)): None}),
     "schema instead of arguments": _valued(
         lambda arguments: {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
@@ -189,7 +200,9 @@ _TEXT: Final[Mapping[str, Callable[[Step], Reply]]] = {
     "Hermes unclosed": _written(lambda name, arguments: _hermes(name, arguments).removesuffix("\n</tool_call>")),
     "Hermes in the reasoning": lambda step: Reply(reasoning=f"Next step.\n{_hermes(step.tool, arguments_of(step))}"),
     "Hermes in think tags": _written(lambda name, arguments: f"<think>Next step.\n{_hermes(name, arguments)}</think>"),
-    "Hermes with parameters": _written(lambda name, arguments: _hermes(name, arguments).replace('"arguments"', '"parameters"')),
+    "Hermes with parameters": _written(
+        lambda name, arguments: _hermes(name, arguments).replace('"arguments"', '"parameters"')
+    ),
     "Hermes with single quotes": _written(
         lambda name, arguments: f"<tool_call>\n{{'name': '{name}', 'arguments': {_python(arguments)}}}\n</tool_call>"
     ),
@@ -221,13 +234,18 @@ _TEXT: Final[Mapping[str, Callable[[Step], Reply]]] = {
     ),
     "GLM": _written(
         lambda name, arguments: _xml_parameters(
-            name, arguments, "<tool_call>{name}\n{lines}\n</tool_call>", "<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>"
+            name,
+            arguments,
+            "<tool_call>{name}\n{lines}\n</tool_call>",
+            "<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>",
         )
     ),
     "Pythonic": _written(lambda name, arguments: f"[{name}({_keywords(arguments)})]"),
     "tool_code": _written(lambda name, arguments: f"```tool_code\n{name}({_keywords(arguments)})\n```"),
     "Harmony": _written(
-        lambda name, arguments: f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+        lambda name, arguments: (
+            f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"
+        )
     ),
     "functools": _written(lambda name, arguments: f'functools[{{"name": "{name}", "arguments": {arguments}}}]'),
     "unreadable call": _written(lambda name, arguments: f"<tool_call>\n{name}: {arguments[:-4]}"),
@@ -248,6 +266,6 @@ _ANSWERS: Final[Mapping[str, Reply]] = {
 MISTAKES: Final = (
     *(Mistake(name, "structured", spoil) for name, spoil in _STRUCTURED.items()),
     *(Mistake(name, "text", spoil) for name, spoil in _TEXT.items()),
-    *(Mistake(name, "text", lambda _, reply=reply: reply, for_answers=True) for name, reply in _ANSWERS.items()),
+    *(Mistake(name, "text", _always(reply), for_answers=True) for name, reply in _ANSWERS.items()),
 )
 """All mistakes."""

@@ -1,12 +1,13 @@
 """A scripted model that solves tasks, makes mistakes at a given rate, and obeys a clear error message.
 
-It depends on the request alone, as a model at temperature 0 does: the same request gets the same reply. Whether it makes
-a mistake, and which one, is a function of the seed, the task and the length of the conversation. After a message that is
-neither the task nor a receipt, such as the error of a call or a hint of the loop, it does the right thing.
+It depends on the request alone, as a model at temperature 0 does: the same request gets the same reply. Whether it
+makes a mistake, and which one, is a function of the seed, the task and the length of the conversation. After a message
+that is neither the task nor a receipt, such as the error of a call or a hint of the loop, it does the right thing.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,9 @@ class FallibleModel:
             for call_id, (name, arguments) in zip(ids, reply.calls, strict=True)
         ]
         finish_reason = reply.finish_reason or ("tool_calls" if calls else "stop")
-        await answer(reply.text, tool_calls=calls, reasoning=reply.reasoning or None, finish_reason=finish_reason)(exchange)
+        await answer(reply.text, tool_calls=calls, reasoning=reply.reasoning or None, finish_reason=finish_reason)(
+            exchange
+        )
 
     def _reply(self, task: Task, messages: Sequence[Mapping[str, Any]]) -> Reply:
         conversation = "\n".join(_text_of(each) for each in messages if each["role"] != "assistant")
@@ -99,8 +102,6 @@ def find_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _is_valid_call(call: Mapping[str, Any]) -> bool:
-    import json  # noqa: PLC0415
-
     try:
         is_object = isinstance(json.loads(call["function"]["arguments"]), dict)
     except ValueError:

@@ -1,7 +1,7 @@
 """Tasks whose end state can be checked, and the tools for them.
 
-Each tool returns a receipt, which depends on the task and on the exact arguments. So a conversation shows which steps of
-a task have been done properly, whatever loop has written it, and the scripted model knows what to do next.
+Each tool returns a receipt, which depends on the task and on the exact arguments. So a conversation shows which steps
+of a task have been done properly, whatever loop has written it, and the scripted model knows what to do next.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Task:
     @property
     def prompt(self) -> str:
         """The text for the model. The scripted model finds the number of the task in it."""
-        return f"Task {self.number}: do the {len(self.steps)} steps of the plan, and report the receipt of the last one."
+        return (
+            f"Task {self.number}: do the {len(self.steps)} steps of the plan, and report the receipt of the last one."
+        )
 
     def receipt(self, step: Step) -> str:
         """Returns the receipt of a call."""
@@ -89,12 +91,13 @@ class Task:
 def make_task(number: int) -> Task:
     """Makes the task with this number."""
     word, city = _WORDS[number % len(_WORDS)], _CITIES[number % len(_CITIES)]
+    text = f"First line.\nSecond line: {word}."
+    guest = {"name": word.title(), "nights": 1 + number % 5}
     steps = [
         Step("get_weather", {"city": city, "unit": "celsius" if number % 2 else "fahrenheit"}),
         Step("add_numbers", {"first": number, "second": 2 * number + 1}),
-        Step("write_note", {"title": f"About {word}", "text": f"First line.\nSecond line: {word}.", "tags": [word, city]}),
-        Step("book_room", {"guest": {"name": word.title(), "nights": 1 + number % 5}, "breakfast": number % 3 == 0,
-                           "floor": 1 + number % 4}),
-    ]  # fmt: skip
+        Step("write_note", {"title": f"About {word}", "text": text, "tags": [word, city]}),
+        Step("book_room", {"guest": guest, "breakfast": number % 3 == 0, "floor": 1 + number % 4}),
+    ]
     turn = number % STEPS
     return Task(number, steps[turn:] + steps[:turn])

@@ -1,4 +1,4 @@
-"""A loop by hand with openai-python, as a careful programmer writes it: every mistake becomes a message to the model."""
+"""A loop by hand with openai-python, written carefully: every mistake becomes a message to the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ class Solver(base.Solver):
         definitions: Any = [
             {
                 "type": "function",
-                "function": {"name": name, "description": tool.__doc__, "parameters": Tool.from_function(tool).parameters},
+                "function": {
+                    "name": name,
+                    "description": tool.__doc__,
+                    "parameters": Tool.from_function(tool).parameters,
+                },
             }
             for name, tool in tools.items()
         ]

@@ -19,4 +19,4 @@ class Solver(base.Solver):
     async def solve(self, task: Task) -> str:
         model = OpenAIChatModel(base.MODEL, provider=self._provider)
         agent = Agent(model, instructions=base.SYSTEM, tools=task.tools(), retries=3, model_settings={"temperature": 0})
-        return (await agent.run(task.prompt)).output
+        return str((await agent.run(task.prompt)).output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.results import Results
 from benchmarks.solving_peers import SOLVERS
@@ -31,14 +31,12 @@ _ALL: Final = ("structured", "text")
 def format_solved(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
     """Returns a line for each row, with the numbers of solved tasks."""
     peers = [name for name in table.peers if any((row.key, name) in results for row in rows)]
-    lines = [["", *(table.peers[name].title for name in peers)]]
-    for row in rows:
-        lines.append([row.title, *(_cell(results, row, name) for name in peers)])
-    return lines
+    heading = ["", *(table.peers[name].title for name in peers)]
+    return [heading, *([row.title, *(_cell(results, row, name) for name in peers)] for row in rows)]
 
 
 def _cell(results: Results, row: Row, name: str) -> str:
-    runs = list(results[row.key, name].known.values())
+    runs: list[Any] = list(results[row.key, name].known.values())
     if not runs:
         return "failed*" if results[row.key, name].failure else "\N{EN DASH}"
     solved, tasks = sum(run["solved"] for run in runs), sum(run["tasks"] for run in runs)

@@ -58,6 +58,7 @@ _FUTURE: Final = (
     r"(?:I[^\w\s]ll|I will|I am going to|I[^\w\s]m going to|I[^\w\s]m about to|let me|let[^\w\s]s|let us)\s+"
 )
 _PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
+_ANNOUNCEMENT: Final = re.compile(rf"\b{_FUTURE}.*:\W*$", re.IGNORECASE)
 _USE: Final = re.compile(
     rf"\b(?:{_FUTURE}|I (?:need|have|should) (?:to )?){_ADVERBS}(?:use|call|try|invoke)\b", re.IGNORECASE
 )
@@ -159,7 +160,7 @@ def is_promise(text: str, tool_names: Collection[str]) -> bool:
     sentence = _SENTENCE_END.split(end)[-1]
     if _TO_THE_READER.search(sentence):
         return False
-    if _PROMISE.search(sentence) or _PROGRESS.search(sentence) or _WAIT.search(sentence):
+    if any(each.search(sentence) for each in (_PROMISE, _ANNOUNCEMENT, _PROGRESS, _WAIT)):
         return True
     names_tool = _TOOL.search(sentence) is not None or any(name in sentence for name in tool_names)
     return names_tool and _USE.search(sentence) is not None

@@ -79,6 +79,7 @@ PROMISES = [
     "I'll check the weather for you.",
     "I\u2019ll look that up",
     "Let me check that for you:",
+    "Okay. Let me do the next step and look that up:",
     "Sure! Let me search the database...",
     "To find out, I am going to read the file first.",
     "I need to use the add function to solve this.",
