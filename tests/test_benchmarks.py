@@ -93,6 +93,12 @@ def test_every_row_of_the_cost_of_the_gateway_has_a_figure(tmp_path: Path) -> No
     assert set(results) == expected
 
 
+@pytest.mark.slow
+def test_the_agent_solves_tasks_in_spite_of_mistakes(tmp_path: Path) -> None:
+    results = measure(tmp_path, "solving", "--peers=lmbridge")
+    assert [each["figures"]["0"]["solved"] for each in results.values()] == [4] * 5
+
+
 def test_every_table_has_its_sections_in_the_documentation() -> None:
     from benchmarks.tables import TABLES  # noqa: PLC0415
 

@@ -31,7 +31,8 @@ class FallibleModel:
 
     def __init__(self, rate: float, groups: Sequence[str], seed: int) -> None:
         self._rate = rate
-        self._mistakes = [each for each in MISTAKES if each.group in groups]
+        self.mistakes = [each for each in MISTAKES if each.group in groups]
+        """The mistakes that it makes."""
         self._seed = seed
         self.made: dict[int, list[str]] = {}
         """The names of the mistakes that were made, by the number of the task."""
@@ -76,7 +77,7 @@ class FallibleModel:
         return mistake.spoil(task.steps[-1] if step is None else step)
 
     def _choose(self, chance: random.Random, step: Step | None) -> Mistake | None:
-        possible = [each for each in self._mistakes if step is not None or each.for_answers]
+        possible = [each for each in self.mistakes if step is not None or each.for_answers]
         return chance.choice(possible) if possible else None
 
 
