@@ -17,7 +17,6 @@ SOLVERS: Final[Mapping[str, PeerInfo]] = {
     "openai-agents": PeerInfo("openai-agents", "openai_agents", "agents", ("openai-agents",)),
     "pydantic-ai": PeerInfo("pydantic-ai", "pydantic_ai", "pydantic_ai", ("pydantic-ai-slim",)),
     "langchain": PeerInfo("langchain", "langchain", "langchain", ("langchain", "langchain-openai")),
-    "forge": PeerInfo("forge", "forge", "forge", ("forge-guardrails",)),
     "by-hand": PeerInfo("by hand, careful", "by_hand", "openai", ("openai",)),
 }
 
