@@ -26,7 +26,7 @@ from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access, bracketed
 from lmbridge.gateway.activity import Activity
 from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generations
-from lmbridge.gateway.http_server import Exchange, HttpServer, origin_of
+from lmbridge.gateway.http_server import IncomingRequest, HttpServer, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
 from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
@@ -62,7 +62,7 @@ _UNKNOWN_HINT: Final = (
     " /v1/decisions and /v1/systemone, and answers GET /v1/models, /health, /metrics, /status and /status.json;"
     " send other requests to the server itself"
 )
-_Answer: TypeAlias = Callable[[Exchange], Awaitable[None]]
+_Answer: TypeAlias = Callable[[IncomingRequest], Awaitable[None]]
 
 
 class Gateway(NotCopyable):
@@ -254,7 +254,7 @@ class Gateway(NotCopyable):
 
     # Requests
 
-    async def _answer(self, exchange: Exchange) -> None:
+    async def _answer(self, exchange: IncomingRequest) -> None:
         try:
             try:
                 self._access.check_source(exchange.method, exchange.headers)
@@ -275,7 +275,7 @@ class Gateway(NotCopyable):
                 exchange, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
             )
 
-    def _route(self, exchange: Exchange) -> _Answer:
+    def _route(self, exchange: IncomingRequest) -> _Answer:
         """Returns the method that answers a request.
 
         Raises:
@@ -298,25 +298,25 @@ class Gateway(NotCopyable):
             return self._answer_model
         raise Problem(404, f"the gateway has no {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
 
-    async def _answer_health(self, exchange: Exchange) -> None:
+    async def _answer_health(self, exchange: IncomingRequest) -> None:
         status = 503 if self._is_draining else 200
         await _respond_json(exchange, {"status": "draining" if self._is_draining else "ok"}, status)
 
-    async def _answer_page(self, exchange: Exchange) -> None:
+    async def _answer_page(self, exchange: IncomingRequest) -> None:
         await exchange.respond(200, self._page.headers.items(), self._page.body)
 
-    async def _answer_status(self, exchange: Exchange) -> None:
+    async def _answer_status(self, exchange: IncomingRequest) -> None:
         self._refresh_models()
         status = status_of(self._activity, self._upstream, self._known_models, draining=self._is_draining)
         await _respond_json(exchange, status)
 
-    async def _answer_metrics(self, exchange: Exchange) -> None:
+    async def _answer_metrics(self, exchange: IncomingRequest) -> None:
         kind, page = metrics_page(self._prometheus, self._activity, self._servers)
         await exchange.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
 
     # Models
 
-    async def _answer_models(self, exchange: Exchange) -> None:
+    async def _answer_models(self, exchange: IncomingRequest) -> None:
         if len(self._servers) == 1:
             headers = self._client_credentials(exchange)
             async with await self._servers[0].forward(_list_request(headers)) as response:
@@ -328,7 +328,7 @@ class Gateway(NotCopyable):
             return
         await _respond_json(exchange, {"object": "list", "data": await self._list_models(exchange)})
 
-    async def _answer_model(self, exchange: Exchange) -> None:
+    async def _answer_model(self, exchange: IncomingRequest) -> None:
         name = unquote(exchange.path.removeprefix(f"{_MODELS}/"))
         entry = next((each for each in await self._list_models(exchange) if each["id"] == name), None)
         if entry is None:
@@ -336,7 +336,7 @@ class Gateway(NotCopyable):
             raise Problem(404, f"no server has the model {name[:200]!r}", code="model_not_found", hint=hint)
         await _respond_json(exchange, entry)
 
-    async def _list_models(self, exchange: Exchange | None) -> list[Mapping[str, Any]]:
+    async def _list_models(self, exchange: IncomingRequest | None) -> list[Mapping[str, Any]]:
         """Returns the models of all servers that answer, each once.
 
         Raises:
@@ -368,7 +368,7 @@ class Gateway(NotCopyable):
         self._known_models.listed(server, [entry["id"] for entry in entries])
         return entries
 
-    def _client_credentials(self, exchange: Exchange) -> dict[str, str]:
+    def _client_credentials(self, exchange: IncomingRequest) -> dict[str, str]:
         if not self._passes_credentials:
             return {}
         return {name: exchange.headers[name] for name in ("Authorization", "X-Api-Key") if name in exchange.headers}
@@ -418,7 +418,7 @@ def _entries_in(body: bytes) -> list[Mapping[str, Any]]:
     return [each for each in entries if isinstance(each, Mapping) and isinstance(each.get("id"), str)]
 
 
-async def _respond_problem(exchange: Exchange, problem: Problem) -> None:
+async def _respond_problem(exchange: IncomingRequest, problem: Problem) -> None:
     if exchange.has_begun:
         # Nothing else can be said any more, and the client must not take what it has for the whole response.
         exchange.abort()
@@ -426,7 +426,7 @@ async def _respond_problem(exchange: Exchange, problem: Problem) -> None:
         await exchange.respond(problem.status, problem.headers.items(), problem.body(exchange.path))
 
 
-async def _respond_json(exchange: Exchange, value: object, status: int = 200) -> None:
+async def _respond_json(exchange: IncomingRequest, value: object, status: int = 200) -> None:
     await exchange.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
 

@@ -20,7 +20,7 @@ from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access
 from lmbridge.gateway.activity import Activity, Entry
 from lmbridge.gateway.fair_order import FairOrder
-from lmbridge.gateway.http_server import Exchange
+from lmbridge.gateway.http_server import IncomingRequest
 from lmbridge.gateway.passing import (
     PassingBody,
     begins_with_error,
@@ -91,7 +91,7 @@ class Generations:
         self._options = options
         self._order = FairOrder()
 
-    async def answer(self, exchange: Exchange) -> None:
+    async def answer(self, exchange: IncomingRequest) -> None:
         """Answers a request.
 
         On cancellation of the caller, which means that the client has left, the connection to the server is closed, or
@@ -142,7 +142,7 @@ class Generations:
             entry.place.end()
             self._activity.leave(entry, counts_tokens=not entry.streaming)
 
-    def _request(self, exchange: Exchange, body: bytes, fields: RequestFields, entry: Entry) -> Request:
+    def _request(self, exchange: IncomingRequest, body: bytes, fields: RequestFields, entry: Entry) -> Request:
         def on_admitted(call: Call) -> None:
             entry.server = server_of(call)
             if entry.admitted_at is None:
@@ -168,7 +168,7 @@ class Generations:
             on_admitted=on_admitted,
         )
 
-    def _headers_for_server(self, exchange: Exchange, *, streams: bool) -> dict[str, str]:
+    def _headers_for_server(self, exchange: IncomingRequest, *, streams: bool) -> dict[str, str]:
         headers: dict[str, str] = {}
         for name, value in end_to_end(exchange.headers):
             lower = name.lower()
@@ -185,7 +185,7 @@ class Generations:
         readable = [] if streams else [name for name in _READABLE_ENCODINGS if name in accepted]
         return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
 
-    async def _forward(self, exchange: Exchange, entry: Entry, request: Request) -> None:
+    async def _forward(self, exchange: IncomingRequest, entry: Entry, request: Request) -> None:
         patience = Patience(exchange, self._options.comment_seconds) if entry.streaming else None
         try:
             response = await self._upstream.forward(request)
@@ -204,7 +204,7 @@ class Generations:
             entry.server = server_of(response.call)
             await self._pass_on(exchange, entry, response)
 
-    async def _pass_on(self, exchange: Exchange, entry: Entry, response: ForwardedResponse) -> None:
+    async def _pass_on(self, exchange: IncomingRequest, entry: Entry, response: ForwardedResponse) -> None:
         entry.status = response.status
         whole = response.whole_body
         body = PassingBody(response, decompresses=exchange.has_begun)
@@ -226,7 +226,7 @@ class Generations:
             await self._pass_parts(exchange, entry, response, body)
 
     async def _pass_parts(
-        self, exchange: Exchange, entry: Entry, response: ForwardedResponse, body: PassingBody
+        self, exchange: IncomingRequest, entry: Entry, response: ForwardedResponse, body: PassingBody
     ) -> None:
         try:
             while part := await body.next_part():
@@ -250,7 +250,7 @@ def server_of(call: Call) -> str:
     return call.url.removesuffix(call.request.path)
 
 
-async def _report(exchange: Exchange, entry: Entry, problem: Problem) -> None:
+async def _report(exchange: IncomingRequest, entry: Entry, problem: Problem) -> None:
     """Tells the client about a problem: with a response, or in an event if the response has begun.
 
     Raises:

@@ -1,6 +1,6 @@
 """The HTTP side of the gateway. This is the only module of the gateway that imports aiohttp.
 
-It reads requests and writes responses, and knows nothing about models. A request is an `Exchange`, which the gateway
+It reads requests and writes responses, and knows nothing about models. A request is an `IncomingRequest`, which the gateway
 answers; when its client leaves, the task that answers it is cancelled.
 
 aiohttp's `Application` with its router and middlewares is not used: there are a dozen fixed paths, and every request is
@@ -34,10 +34,10 @@ _SHUTDOWN_SECONDS: Final = 1.0
 """The most seconds that requests may take to end after the gateway has closed its upstream connections."""
 
 Headers = Iterable[tuple[str, str]]
-Answer = Callable[["Exchange"], Awaitable[None]]
+Answer = Callable[["IncomingRequest"], Awaitable[None]]
 
 
-class Exchange:
+class IncomingRequest:
     """One request of a client, and the response to it.
 
     Args:
@@ -167,14 +167,14 @@ class HttpServer:
     """Accepts connections, and has each request answered.
 
     Args:
-        answer: An async function that answers an `Exchange`.
+        answer: An async function that answers an `IncomingRequest`.
         client_seconds: The most seconds that a client may take to go on sending or reading.
     """
 
     def __init__(self, answer: Answer, *, client_seconds: float) -> None:
         self._answer = answer
         self._client_seconds = client_seconds
-        self._exchanges: set[Exchange] = set()
+        self._exchanges: set[IncomingRequest] = set()
         self._timer = DeadlineTimer(asyncio.get_running_loop(), self._exchanges)
         self._runner = web.ServerRunner(
             web.Server(
@@ -213,7 +213,7 @@ class HttpServer:
         self._timer.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        exchange = Exchange(request, self._timer, self._client_seconds)
+        exchange = IncomingRequest(request, self._timer, self._client_seconds)
         self._exchanges.add(exchange)
         try:
             await self._answer(exchange)

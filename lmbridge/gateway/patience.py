@@ -11,7 +11,7 @@ import asyncio
 from typing import Final
 
 from lmbridge._tasks import end_task
-from lmbridge.gateway.http_server import Exchange
+from lmbridge.gateway.http_server import IncomingRequest
 
 FIRST_COMMENT_SECONDS: Final = 5.0
 """The seconds after which the first comment is sent, and the seconds between two of them."""
@@ -31,7 +31,7 @@ class Patience:
         seconds: The seconds until the first comment, and between two of them.
     """
 
-    def __init__(self, exchange: Exchange, seconds: float) -> None:
+    def __init__(self, exchange: IncomingRequest, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         self._exchange = exchange
         self._seconds = seconds
