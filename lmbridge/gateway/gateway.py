@@ -26,7 +26,7 @@ from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access, bracketed
 from lmbridge.gateway.activity import Activity
 from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generations
-from lmbridge.gateway.http_server import IncomingRequest, HttpServer, origin_of
+from lmbridge.gateway.http_server import HttpServer, IncomingRequest, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
 from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS

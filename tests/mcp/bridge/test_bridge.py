@@ -306,7 +306,7 @@ async def test_the_options_of_a_run_reach_it(
 
 
 async def test_a_run_with_an_empty_answer_says_so(bridge: Bridge, scripted_server: ScriptedServer) -> None:
-    scripted_server.script(answer("", tool_calls=[tool_call("count")]), answer(""))
+    scripted_server.script(answer("", tool_calls=[tool_call("count")]), answer(""), answer(""))
     got = await bridge.call("autonomous_with_mcp", {"mcp_name": "two", "task": "x"})
     assert got.texts == ["[The model gave an empty answer.]"]
 
