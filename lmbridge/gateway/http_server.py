@@ -1,7 +1,7 @@
 """The HTTP side of the gateway. This is the only module of the gateway that imports aiohttp.
 
-It reads requests and writes responses, and knows nothing about models. A request is an `IncomingRequest`, which the gateway
-answers; when its client leaves, the task that answers it is cancelled.
+It reads requests and writes responses, and knows nothing about models. A request is an `IncomingRequest`, which the
+gateway answers; when its client leaves, the task that answers it is cancelled.
 
 aiohttp's `Application` with its router and middlewares is not used: there are a dozen fixed paths, and every request is
 checked in the same way. What aiohttp does not limit is limited here: how long a client may take to send the body of a
