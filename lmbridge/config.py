@@ -380,6 +380,26 @@ def environment_proxy(url: str) -> str | None:
     return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
+_NEAR_SUFFIXES: Final = (".localhost", ".local", ".lan", ".home.arpa", ".internal")
+_CARRIER_NETWORK: Final = ipaddress.ip_network("100.64.0.0/10")
+
+
+def is_near(url: str) -> bool:
+    """Returns whether the host in a URL is this machine or one in a private network, as far as its name says.
+
+    Addresses of private networks are near, and so are those that Tailscale uses, names without a dot, and names that
+    end as those of local networks do. A Unix socket is near as well.
+    """
+    if url.startswith("unix://"):
+        return True
+    host = (urlsplit(url).hostname or "").removesuffix(".")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith(_NEAR_SUFFIXES)
+    return address.is_private or address.is_loopback or address.is_link_local or address in _CARRIER_NETWORK
+
+
 def is_loopback(url: str) -> bool:
     """Returns whether the host in a URL is the loopback interface of this machine."""
     host = (urlsplit(url).hostname or "").removesuffix(".")

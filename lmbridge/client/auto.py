@@ -1,4 +1,4 @@
-"""The option `limits="auto"`: the client asks the server how many requests and models it can handle."""
+"""The limits that a client asks its server for, with `limits="auto"` or if none are given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import attrs
 from lmbridge._checks import check_instance, hint_for
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
-from lmbridge.config import Limits, Timeouts
+from lmbridge.config import Limits, Timeouts, is_near
 from lmbridge.transport import Transport
-from lmbridge.transport.transport import FindLimits
+from lmbridge.transport.limit_search import LimitFinder
 
 if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
@@ -42,51 +42,70 @@ def limits_of(info: ServerInfo) -> Limits:
     return Limits()
 
 
-class AutoLimits:
-    """A callable that asks a server for its limits.
-
-    A `Transport` accepts it in place of fixed limits, and calls it when it needs to know them.
+def auto_limits(at_most: float = math.inf) -> LimitFinder:
+    """Returns what a transport does with `limits="auto"`: it asks the server before the first request.
 
     Args:
         at_most: The limit on concurrent generations that applies even if the server can handle more. Default: no limit.
     """
 
-    def __init__(self, at_most: float = math.inf) -> None:
-        self._at_most = at_most
-
-    async def __call__(self, transport: Transport) -> Limits:
-        """Returns the limits that fit the server now.
-
-        Raises:
-            LLMError: The server did not answer, or refused the key.
-        """
+    async def find(transport: Transport) -> Limits:
         # Imported here because programs with fixed limits never need it.
         from lmbridge.client.server_info import describe  # noqa: PLC0415
 
-        server = ServerApi(
-            transport,
-            make_transport=None,
-            timeouts=Timeouts(),
-            max_retries=0,
-            mismatch_policy=MismatchPolicy("ignore"),
-        )
-        limits = limits_of(await describe(server, None))
-        return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, self._at_most)))
+        return _at_most(limits_of(await describe(_server_of(transport), None)), at_most)
+
+    return LimitFinder(find=find)
+
+
+def default_limits(max_concurrency: int | None = None) -> LimitFinder:
+    """Returns what a transport does if no limits are given.
+
+    It asks only a server nearby, when it first matters, and only what is needed to recognize LM Studio and llama.cpp.
+    Any other server gets the defaults: those have a queue of their own, and finish what they have begun.
+
+    Args:
+        max_concurrency: The most concurrent generations. Default: that of the server, or of `Limits()`.
+    """
+    plain = Limits() if max_concurrency is None else Limits(max_concurrency=max_concurrency)
+
+    async def find(transport: Transport) -> Limits:
+        # Imported here because most programs never need it.
+        from lmbridge.client.server_info import describe_if_local  # noqa: PLC0415
+
+        info = await describe_if_local(_server_of(transport)) if is_near(transport.api_base) else None
+        if info is None or (limits := limits_of(info)) == Limits():
+            return plain
+        return _at_most(limits, math.inf if max_concurrency is None else max_concurrency)
+
+    return LimitFinder(find=find, until_known=plain, only_when_needed=True)
+
+
+def _at_most(limits: Limits, max_concurrency: float) -> Limits:
+    return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, max_concurrency)))
+
+
+def _server_of(transport: Transport) -> ServerApi:
+    return ServerApi(
+        transport, make_transport=None, timeouts=Timeouts(), max_retries=0, mismatch_policy=MismatchPolicy("ignore")
+    )
 
 
 _MISPLACED: Final = {"int": "pass Limits(max_concurrency=...)", "Timeouts": "pass it as timeout="}
 
 
-def resolve_limits(limits: Limits | AutoLimits | Literal["auto"] | None) -> Limits | FindLimits | None:
+def resolve_limits(limits: Limits | LimitFinder | Literal["auto"] | None) -> Limits | LimitFinder:
     """Returns the option `limits` of a client in the form that `Transport` takes.
 
     Raises:
         LLMValidationError: The option is neither a `Limits`, nor "auto", nor None.
     """
+    if limits is None:
+        return default_limits()
     if limits == "auto":
-        return AutoLimits()
-    if isinstance(limits, AutoLimits):
+        return auto_limits()
+    if isinstance(limits, LimitFinder):
         return limits
-    return check_instance(
-        "limits", limits, Limits, optional=True, hint=hint_for(limits, _MISPLACED, 'pass "auto" to ask the server')
-    )
+    hint = hint_for(limits, _MISPLACED, 'pass "auto" to ask the server')
+    check_instance("limits", limits, Limits, optional=True, hint=hint)
+    return limits

@@ -41,7 +41,7 @@ from lmbridge.errors import (
     ModelMismatchError,
     ModelNotFoundError,
 )
-from lmbridge.transport import Reply, Verdict
+from lmbridge.transport import Call, Reply, Verdict
 
 _SEARCHED_CHARACTERS: Final = 10_000
 """The number of characters of a message, from its beginning, that are searched for patterns."""
@@ -79,6 +79,7 @@ _NO_MODEL_LOADED: Final = _Patterns(
     r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
 )
 _MODEL_EVICTED: Final = _Patterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
+_MODEL_PROCESS_ENDED: Final = _Patterns(r"\bproxy error: failed to read connection\b")  # llama.cpp's router
 _MODEL_LOAD_FAILED: Final = _Patterns(
     r"\binsufficient system resources\b",  # LM Studio's guardrails
     r"\brequires more (system |gpu )?memory\b",  # Ollama
@@ -220,9 +221,14 @@ _HINTS: Final[Mapping[type[LLMError], str]] = {
 }
 
 
-def means_model_unloaded(error: LLMError) -> bool:
-    """Returns whether an error shows that the model is not, or no longer, loaded on the server."""
-    return isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError)
+def report_lost_model(call: Call, error: LLMError) -> None:
+    """Tells the scheduler if the error of a call shows that the server has not, or no longer, loaded the model."""
+    if isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError):
+        call.mark_unloaded()
+    if isinstance(error, ModelLoadError) and _MODEL_EVICTED.search(error.message):
+        call.note_eviction(is_certain=True)
+    elif isinstance(error, LLMStreamError) and _MODEL_PROCESS_ENDED.search(error.message):
+        call.note_eviction(is_certain=False)
 
 
 Redact = Callable[[str], str]

@@ -25,7 +25,7 @@ from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_integer, check_model_name, hint_for
 from lmbridge._copying import NotCopyable
 from lmbridge._tasks import LoopGuard
-from lmbridge.client.auto import AutoLimits
+from lmbridge.client.auto import auto_limits, default_limits
 from lmbridge.client.llm import ClientOptions, LLMClient
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMValidationError, TaskCancelledError
@@ -94,9 +94,9 @@ class LLMClientPool(NotCopyable):
         check_integer("pool_size", pool_size, hint=hint_for(pool_size, _MISPLACED))
         limits = options.get("limits")
         if limits is None and options.get("transport") is None:
-            options["limits"] = Limits(max_concurrency=pool_size)
+            options["limits"] = cast("Limits", default_limits(pool_size))
         elif limits == "auto":
-            options["limits"] = cast("Limits", AutoLimits(at_most=pool_size))
+            options["limits"] = cast("Limits", auto_limits(at_most=pool_size))
         elif isinstance(limits, Limits):
             options["limits"] = attrs.evolve(limits, max_concurrency=min(limits.max_concurrency, pool_size))
         self._size = pool_size

@@ -407,8 +407,7 @@ class ServerApi:
 
     def _error_from(self, reply: Reply) -> LLMError:
         error = failures.error_from_reply(reply, self.redact)
-        if failures.means_model_unloaded(error):
-            reply.call.mark_unloaded()
+        failures.report_lost_model(reply.call, error)
         return error
 
 

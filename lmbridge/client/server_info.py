@@ -95,6 +95,31 @@ async def describe(server: ServerApi, model: str | None) -> ServerInfo:
             break
     else:
         info = ServerInfo(kind="unknown", models=_models_from(entries))
+    return _summarized(info, model)
+
+
+async def describe_if_local(server: ServerApi) -> ServerInfo | None:
+    """Asks a server about itself, with as few requests as possible, if it is LM Studio or llama.cpp.
+
+    Returns:
+        What the server reports, or None if it is of another kind.
+
+    Raises:
+        LLMError: The server did not answer, or refused the key.
+    """
+    entries = await fetch_models(server, "server info")
+    owner = entries[0].get("owned_by") if entries else None
+    if owner == _LLAMA_CPP:
+        info: ServerInfo | None = await _probe_llama_cpp(server, entries)
+    elif isinstance(owner, str) and owner in _PROBES:
+        return None
+    else:
+        info = await _probe_lmstudio(server, entries)
+    return None if info is None else _summarized(info, None)
+
+
+def _summarized(info: ServerInfo, model: str | None) -> ServerInfo:
+    """Returns a description with the context length and the slots of the client's own model, or of all models."""
     relevant = list(_relevant_models(info.models, model))
     return attrs.evolve(
         info,
@@ -207,9 +232,10 @@ async def _probe_vllm(server: ServerApi, entries: Sequence[_Entry]) -> ServerInf
     return ServerInfo(kind="vllm", version=version, models=_models_from(entries, loaded=True))
 
 
+_LLAMA_CPP: Final = "llamacpp"
 _Probe: TypeAlias = Callable[[ServerApi, Sequence[_Entry]], Awaitable[ServerInfo | None]]
 _PROBES: Final[Mapping[str, Sequence[_Probe]]] = {
-    "llamacpp": (_probe_llama_cpp,),
+    _LLAMA_CPP: (_probe_llama_cpp,),
     "vllm": (_probe_vllm,),
     "library": (_probe_ollama, _probe_lmstudio),
 }

@@ -492,8 +492,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         """Ends the stream with an error: adds the context to it, closes the connection at once, and returns it."""
         if self._failure is not None:
             return error
-        if failures.means_model_unloaded(error):
-            self._events.call.mark_unloaded()
+        failures.report_lost_model(self._events.call, error)
         # The message may quote a chunk, and a chunk may repeat the key.
         if error.body is not None:
             error.body = self._redact(error.body)

@@ -436,8 +436,10 @@ class LLMClient(Owner):
             `Timeouts()`.
         max_retries: How often a request is sent again after a refused connection or a temporary error. Numbers above 5
             count as 5. Default: 2.
-        limits: How many requests and models may be active at the same time. "auto" asks the server for its limits, as
-            docs/model-scheduling.md describes. Default: those of `Limits()`.
+        limits: How many requests and models may be active at the same time. "auto" asks the server for its limits
+            before the first request, as docs/model-scheduling.md describes. By default a server on this machine or in a
+            private network is asked as soon as two requests meet, and any other has those of `Limits()`. Pass
+            `Limits()` for no question at all.
         base_url: Another name of `api_base`, which other libraries use.
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.

@@ -35,9 +35,9 @@ def usage_chunk(reply_id: str, model: str, usage: Mapping[str, Any]) -> dict[str
     return {**_head(reply_id, model, "chat.completion.chunk"), "choices": [], "usage": dict(usage)}
 
 
-def model_list(models: list[str]) -> dict[str, Any]:
+def model_list(models: list[str], owner: str = "lmbridge.testing") -> dict[str, Any]:
     """Returns the reply to `GET /v1/models`."""
-    data = [{"id": model, "object": "model", "owned_by": "lmbridge.testing"} for model in models]
+    data = [{"id": model, "object": "model", "owned_by": owner} for model in models]
     return {"object": "list", "data": data}
 
 

@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
+from lmbridge.testing import completions
 from lmbridge.testing.behaviours import answer, reply
 from lmbridge.testing.exchange import Behaviour, Exchange
 from lmbridge.testing.scripted_server import GENERATIONS, ScriptedServer
@@ -35,7 +36,8 @@ class OneModelServer(ScriptedServer):
 
     A request for another model drops the current one at once, even if it has just been loaded, and kills all its
     generations (lmstudio-bug-tracker #671, #1796). A request for a model that is still being loaded loads it a second
-    time (#1751). Behaviours are chosen in the same way as by `ScriptedServer`. By default the answer is `text(model)`,
+    time (#1751). `GET /api/v1/models` lists the models as LM Studio does, so clients recognize the server. Behaviours
+    are chosen in the same way as by `ScriptedServer`. By default the answer is `text(model)`,
     which is generated at a rate of one word every `token_seconds`.
 
     Args:
@@ -98,6 +100,18 @@ class OneModelServer(ScriptedServer):
 
     async def _generate_text(self, exchange: Exchange) -> None:
         await answer(self.text(exchange.model), pace=self._token_seconds)(exchange)
+
+    def _answer_get(self, request: RecordedRequest) -> Behaviour:
+        if request.path == "/v1/models":
+            return reply(200, completions.model_list(self.models, owner="organization_owner"))
+        if request.path == "/api/v1/models":
+            return reply(200, {"models": [self._describe(model) for model in self.models]})
+        return super()._answer_get(request)
+
+    def _describe(self, model: str) -> dict[str, Any]:
+        """Returns an entry of LM Studio's own list of models."""
+        instance = {"id": model, "config": {"parallel": self._parallel}}
+        return {"type": "llm", "key": model, "loaded_instances": [instance] if model in self.loaded else []}
 
     def _choose_behaviour(self, request: RecordedRequest) -> Behaviour:
         behaviour = super()._choose_behaviour(request)

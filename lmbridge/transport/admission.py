@@ -19,6 +19,7 @@ from collections.abc import Callable
 from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError
+from lmbridge.transport.evictions import Evictions
 from lmbridge.transport.permits import Permit
 from lmbridge.transport.scheduler import Scheduler
 
@@ -39,10 +40,14 @@ class Admission:
         limits: How many requests and models may be in flight at the same time.
         swaps: A counter to which the swaps to each model are added. Pass the same one to several admissions to count
             their swaps together. By default a new counter is created.
+        evictions: What is known about generations that the server has killed, which is shared in the same way.
     """
 
-    def __init__(self, limits: Limits, swaps: Counter[str | None] | None = None) -> None:
-        self.scheduler: Scheduler = Scheduler(limits, swaps)
+    def __init__(
+        self, limits: Limits, swaps: Counter[str | None] | None = None, evictions: Evictions | None = None
+    ) -> None:
+        self._evictions = Evictions() if evictions is None else evictions
+        self.scheduler: Scheduler = Scheduler(self._evictions.lowered(limits), swaps)
         """The scheduler that decides which requests are admitted."""
         # Before Python 3.12, each call of get_running_loop() makes a system call (getpid).
         self._loop = asyncio.get_running_loop()
@@ -134,8 +139,24 @@ class Admission:
 
     def set_limits(self, limits: Limits) -> None:
         """Replaces the limits. Requests in flight go on, even if they exceed the new limits."""
-        self.scheduler.set_limits(limits)
+        self.scheduler.set_limits(self._evictions.lowered(limits))
         self._admit()
+
+    def note_eviction(self, permit: Permit, *, is_certain: bool) -> None:
+        """Records that the server has killed a generation to load another model, and schedules by model from now on.
+
+        Args:
+            permit: The permit of the generation, even if it was returned already.
+            is_certain: Whether the server has said so. Otherwise, it is only believed if other models are in use.
+        """
+        others = [each for each in self.scheduler.in_flight if each.model != permit.model]
+        if not is_certain and not others:
+            return
+        # A model that has not answered yet may be the one that is being loaded.
+        loaded = len({each.model for each in others if each.has_answered}) + 1
+        limits = self.scheduler.limits
+        if self._evictions.add(permit.model, loaded, limits):
+            self.set_limits(limits)
 
     def fail_waiters(self, make_error: Callable[[], LLMError]) -> None:
         """Ends every wait with an error. `make_error` is called once for each waiting request."""

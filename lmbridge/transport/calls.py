@@ -297,7 +297,10 @@ class Call:
 
         If `first` reports an error, nothing is recorded, and the next request for the model goes alone again.
         """
-        if self.permit is not None and self.permit.is_first_request:
+        if self.permit is None:
+            return
+        self.permit.has_answered = True
+        if self.permit.is_first_request:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
             if name != "error" and not self.request.reports_error(data):
                 self._admission.mark_loaded(self.permit)
@@ -306,6 +309,15 @@ class Call:
         """Records that the server has unloaded the model, so the next request for it goes alone."""
         if self.permit is not None:
             self._admission.mark_unloaded(self.request.model)
+
+    def note_eviction(self, *, is_certain: bool) -> None:
+        """Records that the server has killed the generation to load another model.
+
+        Args:
+            is_certain: Whether the server has said so. Otherwise, it is only believed if other models are in use.
+        """
+        if self.permit is not None:
+            self._admission.note_eviction(self.permit, is_certain=is_certain)
 
     # The end
 

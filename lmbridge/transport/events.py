@@ -95,6 +95,11 @@ class EventStream:
         """Whether the body has ended or the connection was closed, so that no further event can arrive."""
         return self._loop is None
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether nothing has read from the stream yet, nor waits for its first event."""
+        return not (self._reading or self._has_events or self.closed) and self._read_ahead is None
+
     def start_reading_ahead(self) -> asyncio.Task[list[Event] | Exception | None]:
         """Starts a task that reads the first event, and returns it. The caller has to await it before the loop ends."""
         self._read_ahead = self.call.deadline_timer.loop.create_task(

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import attrs
 
-from lmbridge._tasks import LoopGuard, SingleFlight
+from lmbridge._tasks import LoopGuard
 from lmbridge.errors import TaskCancelledError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call
@@ -20,6 +20,7 @@ from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.http import HttpSession
+from lmbridge.transport.limit_search import LimitSearch
 
 
 def _create_loop_guard() -> LoopGuard:
@@ -36,16 +37,14 @@ def _create_deadline_timer(state: OpenState) -> DeadlineTimer:
     return DeadlineTimer(state.loop, state.streams)
 
 
-def _create_limit_search() -> SingleFlight[None]:
-    return SingleFlight("the client was closed while it asked for the server's limits", keep_going=True)
-
-
 @attrs.define(eq=False)
 class OpenState:
     """The part of a transport that exists while the transport is open, and belongs to one event loop."""
 
     session: HttpSession
     admission: Admission
+    limit_search: LimitSearch | None = None
+    """The question to the server for its limits, or None if the limits are fixed."""
     loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
     closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
@@ -60,10 +59,11 @@ class OpenState:
     deadline_timer: DeadlineTimer = attrs.field(
         init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
     )
-    limits_are_known: bool = attrs.field(init=False, default=False)
-    """Whether the server has been asked for its limits, and nothing has happened since that may have changed them."""
-    limit_search: SingleFlight[None] = attrs.field(init=False, factory=_create_limit_search)
-    """Lets all requests that wait for the server's limits share one question to the server."""
+
+    def forget_server(self) -> None:
+        """Records that a connection was refused or lost, so another server may be running by now."""
+        if self.limit_search is not None:
+            self.limit_search.forget()
 
     def adopt(self, stream: EventStream | ForwardedResponse) -> None:
         """Adds a stream to those that `close` ends and whose deadlines are watched.
@@ -81,9 +81,18 @@ class OpenState:
         stream.call.request.body = None
         self.streams.add(stream)
         if isinstance(stream, EventStream) and stream.call.is_first_request:
-            task = stream.start_reading_ahead()
-            self.first_event_tasks.add(task)
-            task.add_done_callback(self.first_event_tasks.discard)
+            self._read_ahead(stream)
+
+    def read_first_events(self) -> None:
+        """Starts to read the first events that other requests wait for, after the limits have changed."""
+        for stream in list(self.streams):
+            if isinstance(stream, EventStream) and stream.call.is_first_request and stream.is_unread:
+                self._read_ahead(stream)
+
+    def _read_ahead(self, stream: EventStream) -> None:
+        task = stream.start_reading_ahead()
+        self.first_event_tasks.add(task)
+        task.add_done_callback(self.first_event_tasks.discard)
 
     def abandon(self) -> None:
         """Lets the session close what it can without waiting. Any thread may call it.
@@ -107,7 +116,8 @@ class OpenState:
             stream.abort(closed_error(stream.call))
         self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
         try:
-            await self.limit_search.cancel_all()
+            if self.limit_search is not None:
+                await self.limit_search.close()
         finally:
             try:
                 await self.session.close()

@@ -54,6 +54,8 @@ class Permit:
     """Whether the request waits until its run may begin."""
     is_first_request: bool = False
     """Whether other requests for the same model wait for the first event of this one."""
+    has_answered: bool = False
+    """Whether the first event of the reply has arrived, or the whole reply if it is not streamed."""
     future: asyncio.Future[None] | None = None
     """The future that the waiting task awaits."""
     queue: ModelQueue | None = None

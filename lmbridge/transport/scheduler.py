@@ -103,6 +103,7 @@ class Scheduler:
 
     def set_limits(self, limits: Limits) -> None:
         """Replaces the limits. Requests in flight go on, even if they exceed the new limits."""
+        was_limited = self.limits.max_loaded_models is not None
         self.limits = limits
         self._runs.limit = limits.begun_runs
         self._levels.max_wait = limits.max_wait
@@ -113,6 +114,8 @@ class Scheduler:
             self.waiting, lambda permit: (permit.rises_at, permit.arrival_number) if permit.state == "waiting" else None
         )
         self.revision += 1
+        if not was_limited:
+            self._find_first_requests()
         for permit in self.in_flight:
             self._models.take_over(permit)
         # The waiting requests that wait until their runs may begin, for each run. Those that belong to no run have the
@@ -126,6 +129,16 @@ class Scheduler:
     def active_models(self) -> frozenset[str | None]:
         """The models that requests may be in flight for, if their number is limited."""
         return frozenset(queue.model for queue in self._models.active)
+
+    def _find_first_requests(self) -> None:
+        """Finds the requests in flight whose answer shows that their model is loaded.
+
+        Without a limit on models, it did not matter.
+        """
+        known = {permit.model for permit in self.in_flight if permit.has_answered}
+        for permit in self.in_flight:
+            permit.is_first_request = permit.model not in known
+            known.add(permit.model)
 
     # Events
 

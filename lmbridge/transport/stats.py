@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Final
 
 import attrs
+
+from lmbridge.config import Limits
 
 
 @attrs.frozen(kw_only=True)
@@ -20,6 +23,9 @@ class ModelStats:
     """How often the model became active in the place of another one, since the transport was created."""
     retries: int = 0
     """How often a request for the model was sent again, since the transport was created."""
+    evictions: int = 0
+    """How many generations with the model the server has killed to load another one, since the transport was created.
+    """
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +40,11 @@ class ServerStats:
     """How often a model became active in the place of another one."""
     retries: int
     """How often a request was sent to this server again."""
+    evictions: int = 0
+    """How many generations the server has killed to load another model."""
+    limits: Limits = attrs.field(factory=Limits, eq=False)
+    """The limits that are in force: those that were given, or that the server has reported, with no more
+    `max_loaded_models` than the server is known to hold. They do not count when two of these objects are compared."""
     is_available: bool = True
     """Whether the server gets requests. One of several servers that has failed gets none until it answers again."""
     by_model: Mapping[str | None, ModelStats]
@@ -52,11 +63,17 @@ class ClientStats:
     """How often a model became active in the place of another one. Each swap may have made the server load a model."""
     retries: int
     """How often a request was sent again. Polls of a server that is loading do not count."""
+    evictions: int = 0
+    """How many generations were killed by a server that loaded another model. The first one makes the client schedule
+    requests to that server by model, whatever the limits were; see `ServerStats.limits`."""
     by_model: Mapping[str | None, ModelStats]
     """The same numbers for each model that was asked for. The key None stands for requests that name no model."""
     by_server: Mapping[str, ServerStats] = attrs.field(factory=dict, eq=False)
     """The numbers of each server, by its URL with `/v1`. A client of one server has one entry. Two `ClientStats` are
     equal if their other fields are."""
+
+
+_NUMBERS: Final = ("in_flight", "queued", "swaps", "retries", "evictions")
 
 
 def combined_stats(
@@ -69,7 +86,7 @@ def combined_stats(
         unavailable: The URLs of the servers that get no requests at the moment.
         moves: How often a request for each model was passed on to another server, which counts as a retry.
     """
-    sums: dict[str, Counter[str | None]] = {name: Counter() for name in ("in_flight", "queued", "swaps", "retries")}
+    sums: dict[str, Counter[str | None]] = {name: Counter() for name in _NUMBERS}
     models: dict[str | None, None] = dict.fromkeys(moves)
     for part in parts:
         for model, numbers in part.by_model.items():

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from lmbridge._checks import check_instance, check_integer
 from lmbridge._copying import NotCopyable
@@ -48,6 +48,7 @@ from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError
 from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
 from lmbridge.transport.events import EventStream
+from lmbridge.transport.evictions import Evictions
 from lmbridge.transport.forwarding import ForwardedResponse, receive_forwarded
 from lmbridge.transport.headers import (
     add_query,
@@ -58,6 +59,7 @@ from lmbridge.transport.headers import (
     secrets_in,
 )
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
+from lmbridge.transport.limit_search import LimitFinder, LimitSearch, as_finder
 from lmbridge.transport.open_state import OpenState, closed_error
 from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth, own_secrets
 from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
@@ -106,7 +108,8 @@ class Transport(NotCopyable):
         api_key: The key that is sent as a bearer token. By default it is the environment variable `LM_API_TOKEN`.
         limits: How many requests and models may be in flight at the same time (by default `Limits()`), or an async
             function that asks the server. The function is called before the first request, and again after a
-            connection was refused or lost, because a different server may be running by then.
+            connection was refused or lost, because a different server may be running by then. A `LimitFinder` says more
+            about when it is called.
         headers: Headers that are sent with every request. They replace headers of lmbridge that have the same name.
             Errors and logs never contain their values.
         auth: A user and a password for basic authentication, which is used instead of a key. They can also be a part of
@@ -130,7 +133,7 @@ class Transport(NotCopyable):
         api_base: str | None = None,
         *,
         api_key: str | None = None,
-        limits: Limits | FindLimits | None = None,
+        limits: Limits | LimitFinder | FindLimits | None = None,
         headers: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         proxy: str | None = None,
@@ -149,11 +152,9 @@ class Transport(NotCopyable):
         self._proxy = check_any_proxy(proxy, "proxy")
         if self._proxy is not None and self._socket_path is not None:
             raise LLMValidationError("a Unix socket cannot be reached through a proxy", hint="leave out proxy=")
-        self._find_limits = limits if callable(limits) else None
-        self.limits: Limits = (
-            Limits() if limits is None or callable(limits) else check_instance("limits", limits, Limits)
-        )
-        """The limits that are in force. If the server has to be asked, they are the defaults until it has answered."""
+        self._limit_finder = as_finder(limits)
+        given: Any = limits if self._limit_finder is None else self._limit_finder.until_known
+        self._limits = Limits() if given is None else check_instance("limits", given, Limits)
         self._ssl = check_instance("ssl", ssl, ssl_module.SSLContext, optional=True, hint=_SSL_HINT)
         self._trust_env = trust_env and self._socket_path is None and not is_loopback(self.api_base)
         if self._trust_env and self._proxy is None:
@@ -176,6 +177,7 @@ class Transport(NotCopyable):
         self._open_state: OpenState | None = None
         self._retries: Counter[str | None] = Counter()
         self._swaps: Counter[str | None] = Counter()
+        self._evictions = Evictions()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base}>"
@@ -201,7 +203,7 @@ class Transport(NotCopyable):
         """
         # Requests wait in the scheduler, not in the connection pool. If the server has yet to be asked for its limits,
         # the size of the pool is not limited.
-        limit = None if self._find_limits is not None else self.limits.max_concurrency + _EXTRA_CONNECTIONS
+        limit = None if self._limit_finder is not None else self._limits.max_concurrency + _EXTRA_CONNECTIONS
         return AiohttpSession(
             connection_limit=limit,
             ssl=self._ssl,
@@ -227,6 +229,7 @@ class Transport(NotCopyable):
                 queued=queued[model],
                 swaps=self._swaps[model],
                 retries=self._retries[model],
+                evictions=self._evictions.counts[model],
             )
             for model in models
         }
@@ -235,6 +238,8 @@ class Transport(NotCopyable):
             queued=queued.total(),
             swaps=self._swaps.total(),
             retries=self._retries.total(),
+            evictions=self._evictions.counts.total(),
+            limits=self.limits,
             by_model=by_model,
         )
         return ClientStats(
@@ -242,6 +247,7 @@ class Transport(NotCopyable):
             queued=numbers.queued,
             swaps=numbers.swaps,
             retries=numbers.retries,
+            evictions=numbers.evictions,
             by_model=by_model,
             by_server={self.api_base: numbers},
         )
@@ -258,6 +264,15 @@ class Transport(NotCopyable):
     def has_credentials(self) -> bool:
         """Whether requests have an `Authorization` header that belongs to the transport."""
         return any(name.lower() == "authorization" for name in self._headers)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits that are in force.
+
+        If the server has to be asked, they are the defaults until it has answered. If it has killed a generation to
+        load another model, `max_loaded_models` is not more than it held at that time.
+        """
+        return self._evictions.lowered(self._limits)
 
     @property
     def in_flight(self) -> int:
@@ -413,8 +428,9 @@ class Transport(NotCopyable):
         model, priority = call.request.model, call.request.priority
         # This makes `stats` list every model that was ever requested.
         self._retries.setdefault(model, 0)
-        if self._find_limits is not None and not state.limits_are_known:
-            await state.limit_search.run("limits", partial(self._search_limits, state, self._find_limits))
+        search = state.limit_search
+        if search is not None and not search.is_over:
+            await search.wait(partial(self._ask_for_limits, state))
         permit = state.admission.acquire_now(model, plain=plain, priority=priority)
         if permit is None:
             logger.debug(
@@ -431,21 +447,26 @@ class Transport(NotCopyable):
                 raise error.completed(context=context)  # noqa: B904 - it is the same error
         call.admit(permit)
 
-    async def _search_limits(self, state: OpenState, find_limits: FindLimits) -> None:
-        """Asks the server for its limits, and puts them in force. If it does not answer, nothing changes."""
+    async def _ask_for_limits(self, state: OpenState, finder: LimitFinder) -> bool:
+        """Asks the server for its limits, and puts them in force. If it does not answer, nothing changes.
+
+        Returns:
+            Whether the server need not be asked again, unless a connection to it is lost.
+        """
         try:
-            limits = await find_limits(self)
+            limits = await finder.find(self)
         except LLMError as error:
-            # A server that refuses the question will refuse it the next time as well.
-            state.limits_are_known = error.status is not None and error.status < 500
             if not state.closed.done():
-                logger.warning("the server did not report its limits; %s stays in force: %s", self.limits, error)
-            return
-        state.limits_are_known = True
-        if limits != self.limits:
+                level = logging.DEBUG if finder.only_when_needed else logging.WARNING
+                logger.log(level, "the server did not report its limits; %s stays in force: %s", self.limits, error)
+            # A server that refuses the question will refuse it the next time as well.
+            return finder.only_when_needed or (error.status is not None and error.status < 500)
+        if limits != self._limits:
             logger.info("using the limits that the server reports: %s", limits)
-            self.limits = limits
+            self._limits = limits
             state.admission.set_limits(limits)
+            state.read_first_events()
+        return True
 
     async def _attempt_until_final(self, state: OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
         """Sends the request until an attempt succeeds, or fails in a way that a further attempt cannot overcome.
@@ -523,7 +544,7 @@ class Transport(NotCopyable):
         # A kept connection was dead before any byte of a response had arrived. That is normal: llama.cpp, for example,
         # closes the connection after every stream although it announces keep-alive. So the request is sent once more at
         # once, and this does not count as a retry.
-        state.limits_are_known = False
+        state.forget_server()
         return await state.session.send(http_request)
 
     def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
@@ -541,7 +562,7 @@ class Transport(NotCopyable):
 
     def _note_failure(self, state: OpenState, call: Call, failure: ConnectionFailed) -> None:
         if failure.verdict is Verdict.RETRY:
-            state.limits_are_known = False
+            state.forget_server()
         if (failover := call.request.failover) is not None:
             failover.on_failure(call, failure, self.redact(failure.error.message, call.request.headers))
 
@@ -580,7 +601,9 @@ class Transport(NotCopyable):
                 return state
             _warn_about_closed_loop()
             state.abandon()
-        self._open_state = state = OpenState(self.open_session(), Admission(self.limits, self._swaps))
+        admission = Admission(self._limits, self._swaps, self._evictions)
+        search = None if self._limit_finder is None else LimitSearch(self._limit_finder, admission)
+        self._open_state = state = OpenState(self.open_session(), admission, search)
         return state
 
 

@@ -90,6 +90,7 @@ class SchedulerHarness:
     def answer(self, request: ReferenceRequest) -> None:
         """The first event of a request's reply has arrived."""
         self.reference.answer(request)
+        self.permits[request].has_answered = True
         self.scheduler.mark_loaded(self.permits[request], self.now)
         self._settle()
 

@@ -28,6 +28,7 @@ class ReferenceRequest:
     run: ScheduledRun | None = None
     is_nested: bool = False
     """Whether the request's task held another permit when it arrived."""
+    is_answered: bool = False
     number: int = attrs.field(factory=next_order_number)
     admitted: float = math.nan
     over: float = math.nan
@@ -90,8 +91,12 @@ class ReferenceSchedule:
             request.overtaken_by = []
         self.active = list(dict.fromkeys(request.model for request in self.in_flight))
         self.surplus = [model for number, model in enumerate(self.active) if number >= self.max_models]
-        if limits.max_loaded_models is None or not was_limited:
+        if limits.max_loaded_models is None:
             self.first_requests = {}
+        elif not was_limited:
+            # Without a limit, nobody has noticed whether a model is loaded.
+            unknown = [each for each in self.in_flight if not self._has_answer(each.model)]
+            self.first_requests = {each.model: each for each in reversed(unknown)}
         self.loaded = {model for model in self.active if model not in self.first_requests}
 
     def arrive(self, request: ReferenceRequest) -> None:
@@ -120,6 +125,7 @@ class ReferenceSchedule:
 
     def answer(self, request: ReferenceRequest) -> None:
         """The first event of a request's reply has arrived."""
+        request.is_answered = True
         if self.first_requests.get(request.model) is request:
             del self.first_requests[request.model]
             self.loaded.add(request.model)
@@ -268,6 +274,9 @@ class ReferenceSchedule:
         periods = max(each.priority for each in self.arrived) - request.priority + 1
         periods += self.limits.begun_runs is not None
         return request.arrived + periods * (self.limits.max_wait or math.inf)
+
+    def _has_answer(self, model: str | None) -> bool:
+        return any(each.is_answered for each in self.in_flight if each.model == model)
 
     def _is_let_in(self, request: ReferenceRequest) -> bool:
         """Whether a request for an active model may go."""

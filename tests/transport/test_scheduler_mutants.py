@@ -290,6 +290,13 @@ MUTANTS = {
         "            queue.first_request = permit\n        queue.is_loaded",
         "            pass\n        queue.is_loaded",
     ),
+    "a new limit of models does not wait for a first answer": ("if not was_limited:", "if False:"),
+    "other new limits forget that a model is loaded": ("if not was_limited:", "if True:"),
+    "a new limit of models waits although there was an answer": (
+        "known = {permit.model for permit in self.in_flight if permit.has_answered}",
+        "known = set()",
+    ),
+    "a new limit of models waits for each answer": ("            known.add(permit.model)\n", ""),
     "new limits forget the waiting requests": (
         "permit.in_batch = False\n            self._enqueue(permit)",
         "permit.in_batch = False",

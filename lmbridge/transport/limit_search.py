@@ -1,0 +1,115 @@
+"""Asks a server how much it can do at the same time, at the moment when the answer begins to matter.
+
+The limits of a server decide what happens when requests meet: how many of them go at the same time, and for how many
+models. A request that is alone need not know them. So by default the server is asked as soon as a request would be in
+flight beside another one, and a program that sends one request after the other never asks. The alternative was to ask
+before the first request in any case. It would cost a script that sends a single request another round trip, and it
+would surprise everybody who counts the requests that a server gets. Who passes `limits="auto"` wants exactly that, so
+this is what the option does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from lmbridge._tasks import SingleFlight
+from lmbridge.config import Limits
+from lmbridge.transport.admission import Admission
+
+if TYPE_CHECKING:
+    from lmbridge.transport.transport import Transport
+
+PATIENCE: Final = 1.0
+"""The seconds for which requests wait for an answer to a question that nobody has asked for explicitly."""
+
+
+@attrs.frozen(kw_only=True)
+class LimitFinder:
+    """How a transport finds out the limits of its server."""
+
+    find: Callable[[Transport], Awaitable[Limits]]
+    """Asks the server. If it raises an `LLMError`, the limits stay as they are."""
+    until_known: Limits = attrs.field(factory=Limits)
+    """The limits that are in force as long as the server has not answered."""
+    only_when_needed: bool = False
+    """Whether the server is asked only when a request would be in flight beside another one. Then requests wait for the
+    answer for no longer than `PATIENCE`, and it is not worth a warning if there is none."""
+
+
+class LimitSearch:
+    """The question to one server, while its transport is open.
+
+    Args:
+        finder: When to ask.
+        admission: The requests that are in flight or wait.
+    """
+
+    def __init__(self, finder: LimitFinder, admission: Admission) -> None:
+        self.is_over: bool = False
+        """Whether the server has been asked, and nothing has happened since that may have changed the answer."""
+        self._finder = finder
+        self._admission = admission
+        self._loop = asyncio.get_running_loop()
+        # On cancellation of all requests, the question goes on: the next request benefits from the answer.
+        self._question: SingleFlight[None] = SingleFlight(
+            "the client was closed while it asked for the server's limits", keep_going=True
+        )
+        self._arriving = 0
+        self._has_waited = False
+        self._patient_until: float | None = None
+
+    def forget(self) -> None:
+        """Records that another server may be running by now, so it has to be asked again."""
+        self.is_over = False
+        self._patient_until = None
+
+    async def wait(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
+        """Waits until the limits are known, if they matter for a request that has just arrived.
+
+        Args:
+            ask: Asks the server, puts the limits in force, and returns whether the answer is final. It raises nothing.
+        """
+        if not self._finder.only_when_needed:
+            await self._question.run("limits", partial(self._search, ask))
+            return
+        self._arriving += 1
+        try:
+            if not self._has_waited:
+                self._has_waited = True
+                # After one step of the event loop, all requests are here that were started together with this one.
+                await asyncio.sleep(0)
+            if self._arriving > 1 or self._admission.in_flight or self._admission.queued:
+                await self._wait_briefly(ask)
+        finally:
+            self._arriving -= 1
+
+    async def _wait_briefly(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
+        now = self._loop.time()
+        if self._patient_until is None:
+            self._patient_until = now + PATIENCE
+        if now < self._patient_until:
+            try:
+                async with asyncio.timeout_at(self._patient_until):
+                    await self._question.run("limits", partial(self._search, ask))
+            except TimeoutError:
+                # The answer is put in force when it arrives.
+                return
+
+    async def _search(self, ask: Callable[[LimitFinder], Awaitable[bool]]) -> None:
+        self.is_over = await ask(self._finder)
+
+    async def close(self) -> None:
+        """Ends the question, and waits until it has ended."""
+        await self._question.cancel_all()
+
+
+def as_finder(limits: Any) -> LimitFinder | None:
+    """Returns the option `limits` of a transport as a way to find limits, or None if it is not one."""
+    if isinstance(limits, LimitFinder):
+        return limits
+    return LimitFinder(find=limits) if callable(limits) else None
