@@ -28,7 +28,7 @@ class ScheduledRun:
     It is small, because sockets and timers keep the context that refers to it.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "is_over", "loop", "number", "priority")
+    __slots__ = ("__weakref__", "_on_end", "_on_pause", "is_over", "loop", "number", "priority")
 
     def __init__(
         self,
@@ -46,17 +46,30 @@ class ScheduledRun:
         requests are in the order of their arrival. A number of one's own makes sense only where all have one."""
         self.is_over: bool = False
         """Whether the run has ended. A request that asks for a permit after that does not belong to the run."""
-        self._callbacks: list[Callable[[ScheduledRun], None]] = []
+        self._on_end: list[Callable[[ScheduledRun], None]] = []
+        self._on_pause: list[Callable[[ScheduledRun], None]] = []
 
-    def add_end_callback(self, callback: Callable[[ScheduledRun], None]) -> None:
-        """Makes `end` call a function. It must not raise."""
-        self._callbacks.append(callback)
+    def add_callbacks(
+        self, *, on_end: Callable[[ScheduledRun], None], on_pause: Callable[[ScheduledRun], None]
+    ) -> None:
+        """Makes `end` and `pause` call functions. They must not raise."""
+        self._on_end.append(on_end)
+        self._on_pause.append(on_pause)
+
+    def pause(self) -> None:
+        """Records that the run waits for something other than its tools, so that others may begin in its place.
+
+        It lasts until the next request of the run. Without it, runs could wait for something that other runs hold,
+        which in turn wait until they may begin.
+        """
+        for callback in self._on_pause:
+            callback(self)
 
     def end(self) -> None:
         """Records that the run has ended. Calling it again does nothing."""
         if not self.is_over:
             self.is_over = True
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._on_end, self._on_pause = self._on_end, [], []
             for callback in callbacks:
                 callback(self)
 

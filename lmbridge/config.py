@@ -34,6 +34,11 @@ DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 """The base URL of a server that runs with LM Studio's default settings."""
 
 
+QUESTION_HEADER: Final = ("X-Lmbridge-Purpose", "limits")
+"""The header of requests that a client sends to find out the limits of its server although nobody has asked for it. It
+tells the reader of a log what they are for, and `lmbridge.testing.ScriptedServer` does not list them."""
+
+
 class Unset(enum.Enum):
     """The type of `UNSET`."""
 
@@ -133,18 +138,21 @@ class Limits:
     of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
     A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
     max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
-        default=None, validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
+        default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
-    """The most runs that have begun and not ended. The first request of a further run waits until one of these runs
-    ends, or has no request for 3 seconds because its tools take long; but it waits for no longer than `max_wait`, and
-    not for runs of a lower priority. Permits may stay free in the meantime. Set it to the number of prompts that the
-    server keeps in its cache, if the server takes long to process a prompt and tools answer soon. "auto" stands for
-    `max_concurrency`. With None, the default, a run begins whenever a permit is free."""
+    """The most runs of agents that have begun and not ended, so that the server still has their conversations in its
+    cache. The first request of a further run waits until one of these runs ends, or has had no request for as long as
+    the server took to begin its answer to the first one (at most 3 seconds), because its tools take longer. It never
+    waits for longer than `max_wait`, and not for runs of a lower priority. Permits may stay free in the meantime.
+    "auto", the default, stands for `max_concurrency`, and for None with `order="request"`. With None, a run begins
+    whenever a permit is free."""
 
     @property
     def begun_runs(self) -> int | None:
         """The value of `max_begun_runs` with "auto" replaced by what it stands for."""
-        return self.max_concurrency if self.max_begun_runs == "auto" else self.max_begun_runs
+        if self.max_begun_runs == "auto":
+            return self.max_concurrency if self.order == "run" else None
+        return self.max_begun_runs
 
 
 Priority: TypeAlias = Literal["interactive", "normal", "batch"] | int

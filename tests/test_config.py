@@ -38,7 +38,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
         "max_wait": 30.0,
         "max_queue": 600.0,
         "order": "run",
-        "max_begun_runs": None,
+        "max_begun_runs": "auto",
     }
     assert DEFAULT_API_BASE == "http://127.0.0.1:1234/v1"
 

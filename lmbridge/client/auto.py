@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Literal
 
 import attrs
@@ -10,7 +11,7 @@ import attrs
 from lmbridge._checks import check_instance, hint_for
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
-from lmbridge.config import Limits, Timeouts, is_near
+from lmbridge.config import QUESTION_HEADER, Limits, Timeouts, is_near
 from lmbridge.transport import Transport
 from lmbridge.transport.limit_search import LimitFinder
 
@@ -73,7 +74,9 @@ def default_limits(max_concurrency: int | None = None) -> LimitFinder:
         # Imported here because most programs never need it.
         from lmbridge.client.server_info import describe_if_local  # noqa: PLC0415
 
-        info = await describe_if_local(_server_of(transport)) if is_near(transport.api_base) else None
+        if not is_near(transport.api_base):
+            return plain
+        info = await describe_if_local(_server_of(transport, dict([QUESTION_HEADER])))
         if info is None or (limits := limits_of(info)) == Limits():
             return plain
         return _at_most(limits, math.inf if max_concurrency is None else max_concurrency)
@@ -85,9 +88,14 @@ def _at_most(limits: Limits, max_concurrency: float) -> Limits:
     return attrs.evolve(limits, max_concurrency=int(min(limits.max_concurrency, max_concurrency)))
 
 
-def _server_of(transport: Transport) -> ServerApi:
+def _server_of(transport: Transport, headers: Mapping[str, str] | None = None) -> ServerApi:
     return ServerApi(
-        transport, make_transport=None, timeouts=Timeouts(), max_retries=0, mismatch_policy=MismatchPolicy("ignore")
+        transport,
+        make_transport=None,
+        timeouts=Timeouts(),
+        max_retries=0,
+        mismatch_policy=MismatchPolicy("ignore"),
+        headers=headers,
     )
 
 

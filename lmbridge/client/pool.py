@@ -4,14 +4,15 @@ Each lease is a new client. Changing the model of a shared client instead would 
 lease costs next to nothing, because connections and limits belong to the transport, which all leases share. A lease
 that was given back refuses further requests; streams that it has opened go on to their end.
 
-Callers that wait are served in the order of their arrival. Each waits for a future, and not for a semaphore or a queue
-of idle clients, for two reasons: a caller that is cancelled at the very moment when it gets a client must pass the
-client on, and `close` must be able to end all waits with an `LLMError`.
+Callers that wait are served in the order of their arrival, or of the agents' runs that they belong to. Each waits for a
+future, and not for a semaphore or a queue of idle clients, for two reasons: a caller that is cancelled at the very
+moment when it gets a client must pass the client on, and `close` must be able to end all waits with an `LLMError`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import warnings
 import weakref
 from collections.abc import AsyncGenerator
@@ -24,6 +25,7 @@ import attrs
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_integer, check_model_name, hint_for
 from lmbridge._copying import NotCopyable
+from lmbridge._scheduled_run import current_run, next_order_number
 from lmbridge._tasks import LoopGuard
 from lmbridge.client.auto import auto_limits, default_limits
 from lmbridge.client.llm import ClientOptions, LLMClient
@@ -62,12 +64,15 @@ class PoolStats:
 class _Waiter:
     model: str | None
     future: asyncio.Future[PooledClient]
+    number: int
+    """The position in the order of waiters: that of the run, or of the caller itself if it belongs to no run."""
 
 
 class LLMClientPool(NotCopyable):
     """Hands out at most `pool_size` clients at the same time, each with its own default model.
 
-    Callers that wait for a client are served in the order of their arrival.
+    Callers that wait for a client are served in the order of their arrival. Those that belong to an agent's run are
+    served in the order of the runs.
 
     The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open
@@ -105,8 +110,9 @@ class LLMClientPool(NotCopyable):
         # The references are weak, so that a client that is dropped frees its slot. The keys are ids, because an id is
         # still known while the client is being collected, when the weak reference may already be dead.
         self._leases: dict[int, weakref.ref[PooledClient]] = {}
-        # A dict serves as a queue that a waiter can leave from any position in constant time.
         self._waiters: dict[_Waiter, None] = {}
+        # The same in order. Those that have left are skipped.
+        self._next_waiters: list[tuple[int, int, _Waiter]] = []
         self._loop_guard = LoopGuard("this pool")
         self._closed = False
 
@@ -145,10 +151,10 @@ class LLMClientPool(NotCopyable):
         if self._loop_guard.enter():
             # These waiters belong to an event loop that no longer exists.
             self._waiters.clear()
+            self._next_waiters.clear()
         if not self._waiters and len(self._leases) < self._size:
             return self._lease(model)
-        waiter = _Waiter(model, asyncio.get_running_loop().create_future())
-        self._waiters[waiter] = None
+        waiter = self._enqueue(model)
         try:
             return await waiter.future
         except BaseException:
@@ -158,6 +164,23 @@ class LLMClientPool(NotCopyable):
             raise
         finally:
             self._waiters.pop(waiter, None)
+
+    def _enqueue(self, model: str | None) -> _Waiter:
+        """Adds a waiter, behind those of older runs and of callers that came earlier."""
+        run = current_run.get()
+        if run is None or run.is_over:
+            number = next_order_number()
+        else:
+            number = run.number
+            # The clients may be in use by runs that wait until this one no longer counts as begun.
+            run.pause()
+        waiter = _Waiter(model, asyncio.get_running_loop().create_future(), number)
+        self._waiters[waiter] = None
+        heapq.heappush(self._next_waiters, (number, next_order_number(), waiter))
+        if len(self._next_waiters) > 2 * len(self._waiters) + 8:
+            # A sorted list is a heap.
+            self._next_waiters = sorted(entry for entry in self._next_waiters if entry[2] in self._waiters)
+        return waiter
 
     def release_client(self, client: LLMClient) -> None:
         """Gives a client back. The caller that has waited longest gets the slot.
@@ -218,6 +241,7 @@ class LLMClientPool(NotCopyable):
                 client.refuse_requests(*_CLOSED_MESSAGE_AND_HINT)
         waiters = list(self._waiters)
         self._waiters.clear()
+        self._next_waiters.clear()
         for waiter in waiters:
             if not waiter.future.done():
                 waiter.future.set_exception(TaskCancelledError("the pool was closed during the wait for a client"))
@@ -262,7 +286,10 @@ class LLMClientPool(NotCopyable):
 
     def _serve_waiters(self) -> None:
         while self._waiters and len(self._leases) < self._size:
-            waiter = next(iter(self._waiters))
+            _, _, waiter = heapq.heappop(self._next_waiters)
+            # It is not there any more if its caller was cancelled.
+            if waiter not in self._waiters:
+                continue
             del self._waiters[waiter]
             if not waiter.future.done():
                 waiter.future.set_result(self._lease(waiter.model))

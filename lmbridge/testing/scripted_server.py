@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Final, Self
 
+from lmbridge.config import QUESTION_HEADER
 from lmbridge.testing import completions
 from lmbridge.testing.behaviours import answer, reply
 from lmbridge.testing.connection import ChangeNotifier, Connection
@@ -53,7 +54,8 @@ class ScriptedServer:
         hang_up_reused: Set it to N to make the next N requests on reused connections fail: the server closes the
             connection instead of replying, as if it had been dead. These requests are recorded as `refused`, and take
             no behaviour from the script.
-        requests: All requests in the order in which they arrived.
+        requests: All requests in the order in which they arrived, except those by which a client without `limits` finds
+            out what the server can do, as long as no behaviour is set for their path.
         aborts: The requests whose client disconnected before the reply was complete.
         errors: The exceptions that behaviours have raised. `close` raises them, so clear the list if you expected them.
         in_flight: The number of requests that are being answered, not counting GETs.
@@ -211,7 +213,9 @@ class ScriptedServer:
             connection.hang_up()
 
     async def _handle(self, connection: Connection, request: RecordedRequest) -> None:
-        self.requests.append(request)
+        name, purpose = QUESTION_HEADER
+        if request.path in self._by_path or request.headers.get(name) != purpose:
+            self.requests.append(request)
         if connection.request_count and self.hang_up_reused > 0:
             self.hang_up_reused -= 1
             request.refused = True

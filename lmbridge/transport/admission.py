@@ -175,11 +175,18 @@ class Admission:
             return None
         if run not in self._runs:
             self._runs.add(run)
-            run.add_end_callback(self._on_run_end)
+            run.add_callbacks(on_end=self._on_run_end, on_pause=self._on_run_pause)
         return run
 
     def _on_run_end(self, run: ScheduledRun) -> None:
         self.scheduler.end_run(run)
+        if self.scheduler.waiting:
+            self._admit()
+
+    def _on_run_pause(self, run: ScheduledRun) -> None:
+        self.scheduler.pause_run(run)
+        if self.scheduler.waiting:
+            self._admit()
         if self.scheduler.waiting:
             self._admit()
 

@@ -1,24 +1,35 @@
-"""`BegunRuns`: which runs have begun and not ended, so that their number can be limited."""
+"""`BegunRuns`: which runs have begun and not ended, so that their number can be limited.
+
+Why runs are limited at all: an agent's run sends its whole conversation in each round. A server still has it in the
+cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it can be better to
+leave its slot idle than to let another run begin in it, because then the conversation has to be processed again. For
+how long is it better? For as long as that takes, which the scheduler knows: it is the time until the server began to
+answer the first request of the run. A run whose tool takes longer loses its place. So nobody loses more by waiting than
+processing the conversation would have cost, and with a server that answers at once, no place is kept at all. The
+alternatives were a fixed number of seconds, which either wastes a fast server or is too short for a slow one, and no
+limit, where every round of every run may process its conversation anew.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
 import weakref
 from collections import Counter
 from typing import Final
 
-from lmbridge._scheduled_run import ScheduledRun
+from lmbridge._scheduled_run import ScheduledRun, next_order_number
 
 RUN_PATIENCE: Final = 3.0
-"""The seconds for which a run that has begun counts without having a request: as long as most tools take."""
+"""The most seconds for which a run that has begun counts without having a request."""
 
 
 class BegunRuns:
     """The runs that have begun and count towards `Limits.max_begun_runs`.
 
-    A run begins when its first request is admitted. It counts until it ends, or until it has had no request for
-    `RUN_PATIENCE` seconds because its tools take long; then it counts again from its next request on. A request outside
-    of a run counts while it is in flight.
+    A run begins when its first request is admitted. It counts until it ends, or until it has had no request for as long
+    as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. Then it counts again
+    from its next request on. A request outside of a run counts while it is in flight.
 
     Args:
         limit: The highest number of runs that count, or None for no limit.
@@ -26,22 +37,24 @@ class BegunRuns:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        # The runs that count, with the priority of the request by which they began to count.
-        self._counted: dict[ScheduledRun, int] = {}
-        # Those of them that have no request, and since when. The one that has been idle longest comes first.
-        self._idle: dict[ScheduledRun, float] = {}
-        # All runs that have begun, even if they do not count at present.
-        self._known: weakref.WeakSet[ScheduledRun] = weakref.WeakSet()
-        # The number of requests of each run that wait or are in flight.
-        self._requests: Counter[ScheduledRun] = Counter()
         self.total: int = 0
         """How many runs count, including the requests in flight that belong to no run."""
         # The same number for each priority.
         self._totals: dict[int, int] = {}
+        # The runs that count, with the priority of the request by which they began to count.
+        self._counted: dict[ScheduledRun, int] = {}
+        # When those of them that have no request stop to count, and the same in the order of time. Entries of the heap
+        # that are no longer true are skipped.
+        self._idle: dict[ScheduledRun, float] = {}
+        self._next_idle: list[tuple[float, int, ScheduledRun]] = []
+        # All runs that have begun, even if they do not count at present, and for how long each counts while it is idle.
+        self._patience: weakref.WeakKeyDictionary[ScheduledRun, float] = weakref.WeakKeyDictionary()
+        # The number of requests of each run that wait or are in flight.
+        self._requests: Counter[ScheduledRun] = Counter()
 
     def has_begun(self, run: ScheduledRun | None) -> bool:
         """Returns whether a run has begun, even if it does not count at present."""
-        return run is not None and run in self._known
+        return run is not None and run in self._patience
 
     def have_room(self, priority: int) -> bool:
         """Returns whether a run may begin with a request of a priority. Runs with a lower one do not count."""
@@ -55,7 +68,7 @@ class BegunRuns:
         self.drop_idle(now)
         self._requests[run] += 1
         self._idle.pop(run, None)
-        if run in self._known:
+        if run in self._patience:
             self._add(run, priority)
 
     def remove_request(self, run: ScheduledRun, now: float) -> None:
@@ -64,12 +77,25 @@ class BegunRuns:
         if not self._requests[run]:
             del self._requests[run]
             if run in self._counted:
-                self._idle[run] = now
+                until = self._idle[run] = now + self._patience[run]
+                heapq.heappush(self._next_idle, (until, next_order_number(), run))
 
-    def begin(self, run: ScheduledRun, priority: int) -> None:
-        """Records that a request of a run was admitted."""
-        self._known.add(run)
+    def begin(self, run: ScheduledRun, priority: int) -> bool:
+        """Records that a request of a run was admitted. Returns whether it is the first one."""
+        is_first = run not in self._patience
+        if is_first:
+            self._patience[run] = 0.0
         self._add(run, priority)
+        return is_first
+
+    def set_patience(self, run: ScheduledRun, seconds: float) -> None:
+        """Records how long the server took to begin its answer to the first request of a run."""
+        self._patience[run] = min(seconds, RUN_PATIENCE)
+
+    def pause(self, run: ScheduledRun) -> None:
+        """Stops counting a run that waits for something other than its tools, unless it has a request."""
+        if self._idle.pop(run, None) is not None:
+            self._remove(run)
 
     def end(self, run: ScheduledRun) -> None:
         """Records that a run has ended."""
@@ -89,17 +115,20 @@ class BegunRuns:
             del self._totals[priority]
 
     def drop_idle(self, now: float) -> None:
-        """Stops counting the runs that have had no request for `RUN_PATIENCE` seconds."""
-        while self._idle:
-            run, idle_since = next(iter(self._idle.items()))
-            if now < idle_since + RUN_PATIENCE:
-                break
+        """Stops counting the runs that have had no request for too long."""
+        while self.next_drop() <= now:
+            _, _, run = heapq.heappop(self._next_idle)
             del self._idle[run]
             self._remove(run)
 
     def next_drop(self) -> float:
         """Returns when `drop_idle` has to be called next, or infinity."""
-        return min([since + RUN_PATIENCE for since in list(self._idle.values())[:1]], default=math.inf)
+        while self._next_idle:
+            until, _, run = self._next_idle[0]
+            if self._idle.get(run) == until:
+                return until
+            heapq.heappop(self._next_idle)
+        return math.inf
 
     def _add(self, run: ScheduledRun, priority: int) -> None:
         # A task that a tool has started may go on after the end of the run.

@@ -293,14 +293,14 @@ class Call:
         return self.permit is not None and self.permit.is_first_request
 
     def note_first_event(self, first: Event) -> None:
-        """Records that the model is loaded, because the first event of a stream, or a whole plain reply, has arrived.
+        """Records that the first event of a stream, or a whole plain reply, has arrived, so the model is loaded.
 
-        If `first` reports an error, nothing is recorded, and the next request for the model goes alone again.
+        If `first` reports an error, the model is not, and the next request for it goes alone again.
         """
         if self.permit is None:
             return
         self.permit.has_answered = True
-        if self.permit.is_first_request:
+        if self.permit.is_first_request or self.permit.begins_run:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
             if name != "error" and not self.request.reports_error(data):
                 self._admission.mark_loaded(self.permit)

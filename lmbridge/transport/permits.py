@@ -52,6 +52,8 @@ class Permit:
     deadlock."""
     is_newcomer: bool = False
     """Whether the request waits until its run may begin."""
+    begins_run: bool = False
+    """Whether the run has begun with this request, so that the time until its first event matters."""
     is_first_request: bool = False
     """Whether other requests for the same model wait for the first event of this one."""
     has_answered: bool = False

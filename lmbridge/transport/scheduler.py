@@ -27,9 +27,9 @@ The rules in full:
 - Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
-  another run waits until one of them ends, or has had no request for `RUN_PATIENCE` seconds because its tools take
-  long. Begun runs of a lower priority do not count, and no request waits for that longer than `max_wait`. So the server
-  has fewer prompts in its cache than runs in the queue.
+  another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
+  the first one, because its tools take longer (`lmbridge.transport.begun_runs` has the reasons). Begun runs of a lower
+  priority do not count, and no request waits for that longer than `max_wait`.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -218,9 +218,16 @@ class Scheduler:
         """Records that a run has ended, so that the first request of another run may be admitted."""
         self._runs.end(run)
 
+    def pause_run(self, run: ScheduledRun) -> None:
+        """Records that a run waits for something other than its tools, so that another run may begin in its place."""
+        self._runs.pause(run)
+
     def mark_loaded(self, permit: Permit, now: float) -> None:
         """Records that the first event of a reply has arrived, which shows that the model is loaded."""
         permit.is_first_request = False
+        if permit.begins_run and permit.run is not None:
+            permit.begins_run = False
+            self._runs.set_patience(permit.run, now - permit.admitted_at)
         queue = permit.queue
         if queue is not None and queue.first_request is permit:
             queue.is_loaded, queue.first_request = True, None
@@ -359,7 +366,7 @@ class Scheduler:
         if permit.run is None:
             self._runs.add_single(permit.priority)
             return
-        self._runs.begin(permit.run, permit.priority)
+        permit.begins_run = self._runs.begin(permit.run, permit.priority)
         # The other requests of the run need not wait any longer.
         for each in list(self._newcomers.get(permit.run, ())):
             self._let_in(each)

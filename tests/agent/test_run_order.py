@@ -9,7 +9,9 @@ from typing import Any, Literal
 import pytest
 
 from lmbridge import Agent, Limits, LLMClient, LLMValidationError
+from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.testing import ScriptedServer, answer
+from lmbridge.transport.begun_runs import BegunRuns
 from tests.agent.support import asks, calls, generations
 
 
@@ -33,6 +35,17 @@ def step(number: int) -> str:
     return f"step {number}"
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the place of a run for longer than any tool takes, although the scripted server answers at once."""
+
+    def set_patience(runs: BegunRuns, run: ScheduledRun, _: float) -> None:
+        runs._patience[run] = 60
+
+    monkeypatch.setattr(BegunRuns, "set_patience", set_patience)
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(("order", "finished_first"), [("run", ["0", "1", "2", "3"]), ("request", None)])
 async def test_runs_finish_one_after_the_other(
     scripted_server: ScriptedServer, order: Literal["run", "request"], finished_first: list[str] | None
@@ -44,7 +57,7 @@ async def test_runs_finish_one_after_the_other(
         await agent.run(task)
         finished.append(task)
 
-    limits = Limits(max_concurrency=1, order=order, max_begun_runs=1 if order == "run" else None)
+    limits = Limits(max_concurrency=1, order=order)
     async with LLMClient(scripted_server.api_base, limits=limits) as client:
         agent = Agent(client, tools=[step])
         await asyncio.gather(*(run(agent, str(number)) for number in range(4)))
@@ -55,10 +68,11 @@ async def test_runs_finish_one_after_the_other(
         assert tasks_in_order(scripted_server)[:4] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_run_that_a_tool_starts_has_the_place_of_the_run_that_called_the_tool(
     scripted_server: ScriptedServer,
 ) -> None:
-    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1, max_begun_runs=1)) as client:
+    async with LLMClient(scripted_server.api_base, limits=Limits(max_concurrency=1)) as client:
         helper = Agent(client)
 
         async def ask_helper() -> str:

@@ -78,6 +78,13 @@ class SchedulerHarness:
         if self.scheduler.waiting:
             self._settle()
 
+    def pause_run(self, run: ScheduledRun) -> None:
+        """A run waits for something other than its tools."""
+        self.reference.pause_run(run)
+        self.scheduler.pause_run(run)
+        if self.scheduler.waiting:
+            self._settle()
+
     def end(self, request: ReferenceRequest) -> None:
         """A request has ended, has failed, or no longer waits."""
         self.reference.end(request, self.now)
@@ -89,7 +96,7 @@ class SchedulerHarness:
 
     def answer(self, request: ReferenceRequest) -> None:
         """The first event of a request's reply has arrived."""
-        self.reference.answer(request)
+        self.reference.answer(request, self.now)
         self.permits[request].has_answered = True
         self.scheduler.mark_loaded(self.permits[request], self.now)
         self._settle()
@@ -233,6 +240,16 @@ class AnyEvents:
         self.harness.end_run(run)
         self.runs[number % 4] = ScheduledRun()
 
+    def a_run_pauses(self, number: int) -> None:
+        self.harness.pause_run(self.runs[number % 4])
+
+    def a_begun_run_is_answered_and_calls_a_tool(self, number: int) -> None:
+        if request := _choose([each for each in self.reference.in_flight if each.run is not None], number):
+            self.harness.wait((0.0, 0.7, 3.0, 10.0)[number // 4 % 4])
+            if request in self.reference.in_flight:
+                self.harness.answer(request)
+                self.harness.end(request)
+
     def one_is_answered(self, number: int) -> None:
         if request := _choose(self.reference.in_flight, number):
             self.harness.answer(request)
@@ -297,7 +314,7 @@ def _choose(requests: list[ReferenceRequest], number: int) -> ReferenceRequest |
 
 
 EVENTS = [name for name in vars(AnyEvents) if not name.startswith("_") and name != "happen"]
-RUN_EVENTS = {"a_run_asks", "a_run_ends_and_another_begins"}
+RUN_EVENTS = {"a_run_asks", "a_run_ends_and_another_begins", "a_run_pauses", "a_begun_run_is_answered_and_calls_a_tool"}
 LIMIT_EVENTS = {"the_limits_change", "the_model_limit_is_lowered_below_what_is_in_flight"}
 
 

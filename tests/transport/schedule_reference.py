@@ -13,8 +13,6 @@ import attrs
 from lmbridge._scheduled_run import ScheduledRun, next_order_number
 from lmbridge.config import Limits
 
-RUN_PATIENCE = 3.0
-
 
 @attrs.define(eq=False)
 class ReferenceRequest:
@@ -29,6 +27,8 @@ class ReferenceRequest:
     is_nested: bool = False
     """Whether the request's task held another permit when it arrived."""
     is_answered: bool = False
+    begins_run: bool = False
+    """Whether it was admitted as the first one of its run."""
     number: int = attrs.field(factory=next_order_number)
     admitted: float = math.nan
     over: float = math.nan
@@ -80,6 +80,8 @@ class ReferenceSchedule:
         # The runs that have begun, with the priority of the request by which they began to count.
         self.begun: dict[ScheduledRun, int] = {}
         self.run_idle_since: dict[ScheduledRun, float] = {}
+        # How long the first answer of each run took.
+        self.patience: dict[ScheduledRun, float] = {}
 
     # Events
 
@@ -123,8 +125,15 @@ class ReferenceSchedule:
         if request.run is not None and not self._requests_of(request.run):
             self.run_idle_since[request.run] = now
 
-    def answer(self, request: ReferenceRequest) -> None:
+    def pause_run(self, run: ScheduledRun) -> None:
+        """A run waits for something other than its tools."""
+        if run in self.begun and not self._requests_of(run):
+            self.run_idle_since[run] = -math.inf
+
+    def answer(self, request: ReferenceRequest, now: float) -> None:
         """The first event of a request's reply has arrived."""
+        if request.begins_run and request.run is not None and not request.is_answered:
+            self.patience[request.run] = min(3.0, now - request.admitted)
         request.is_answered = True
         if self.first_requests.get(request.model) is request:
             del self.first_requests[request.model]
@@ -149,6 +158,7 @@ class ReferenceSchedule:
         self.in_flight.append(request)
         request.admitted, request.epochs_before = now, len(self.epochs)
         if request.run is not None:
+            request.begins_run = request.run not in self.begun
             self.begun.setdefault(request.run, request.priority)
         if self.has_model_limit and request.model not in self.loaded:
             self.first_requests[request.model] = request
@@ -195,7 +205,7 @@ class ReferenceSchedule:
     def _counts(self, run: ScheduledRun, now: float) -> bool:
         if run.is_over:
             return False
-        return bool(self._requests_of(run)) or now < self.run_idle_since[run] + RUN_PATIENCE
+        return bool(self._requests_of(run)) or now < self.run_idle_since[run] + self.patience.get(run, 0.0)
 
     def _requests_of(self, run: ScheduledRun) -> list[ReferenceRequest]:
         return [each for each in self.waiting + self.in_flight if each.run is run]

@@ -66,14 +66,19 @@ def ask_in_run(admission: Admission, run: ScheduledRun) -> asyncio.Task[Permit]:
     return asyncio.create_task(admission.acquire("m"), context=context)
 
 
-def one_run_at_a_time() -> Admission:
-    return Admission(Limits(max_concurrency=1, max_begun_runs=1))
+async def after_a_first_round(run: ScheduledRun, clock: Clock) -> Admission:
+    """Returns an admission for one run at a time, and lets a run answer its first request and call a tool."""
+    admission = Admission(Limits(max_concurrency=1, max_begun_runs=1))
+    permit = await ask_in_run(admission, run)
+    clock.now += RUN_PATIENCE
+    admission.mark_loaded(permit)
+    admission.release(permit)
+    return admission
 
 
-async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
-    admission = one_run_at_a_time()
+async def test_the_end_of_a_run_lets_the_next_one_begin(clock: Clock) -> None:
     first, second = ScheduledRun(), ScheduledRun()
-    admission.release(await ask_in_run(admission, first))
+    admission = await after_a_first_round(first, clock)
     waiting = ask_in_run(admission, second)
     await turns()
     assert (admission.in_flight, waiting.done()) == (0, False)
@@ -82,14 +87,23 @@ async def test_the_end_of_a_run_lets_the_next_one_begin() -> None:
 
 
 async def test_a_run_whose_tool_takes_long_lets_the_next_one_begin(clock: Clock) -> None:
-    admission = one_run_at_a_time()
     first, second = ScheduledRun(), ScheduledRun()
-    admission.release(await ask_in_run(admission, first))
+    admission = await after_a_first_round(first, clock)
     waiting = ask_in_run(admission, second)
     await turns()
     assert not waiting.done()
     clock.now += RUN_PATIENCE
     await turns()
+    assert (await waiting).run is second
+
+
+async def test_a_run_that_pauses_lets_the_next_one_begin(clock: Clock) -> None:
+    first, second = ScheduledRun(), ScheduledRun()
+    admission = await after_a_first_round(first, clock)
+    waiting = ask_in_run(admission, second)
+    await turns()
+    assert not waiting.done()
+    first.pause()
     assert (await waiting).run is second
 
 

@@ -64,6 +64,12 @@ def load(harness: SchedulerHarness, models: str) -> list[ReferenceRequest]:
     return requests
 
 
+def answer_after(harness: SchedulerHarness, seconds: float, request: ReferenceRequest) -> None:
+    """Lets the first event of a reply arrive after some time."""
+    harness.wait(seconds)
+    harness.answer(request)
+
+
 # Permits and models
 
 
@@ -561,6 +567,7 @@ def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
     harness = a_harness(2, None)
     runs = [ScheduledRun() for _ in range(3)]
     requests = [harness.arrive("a", run=run) for run in runs]
+    answer_after(harness, 2, requests[0])
     finish(harness, requests[0])
     # The first run calls a tool, and its permit stays free.
     assert harness.reference.in_flight == [requests[1]]
@@ -571,12 +578,17 @@ def test_no_more_runs_begin_than_there_are_permits_until_one_ends() -> None:
     assert harness.reference.in_flight == [requests[1], requests[2]]
 
 
-def test_a_run_whose_tool_takes_long_lets_the_next_begin_and_goes_first_when_it_asks_again() -> None:
+@pytest.mark.parametrize(("seconds", "kept"), [(0.5, 0.5), (3, 3), (60, 3)])
+def test_a_run_whose_tool_takes_long_lets_the_next_begin_and_goes_first_when_it_asks_again(
+    seconds: float, kept: float
+) -> None:
     harness = a_harness(1, None)
     old, young, youngest = ScheduledRun(), ScheduledRun(), ScheduledRun()
-    finish(harness, harness.arrive("a", run=old))
+    first = harness.arrive("a", run=old)
+    answer_after(harness, seconds, first)
+    finish(harness, first)
     of_young = harness.arrive("a", run=young)
-    harness.wait(2.9)
+    harness.wait(kept - 0.1)
     assert not harness.reference.in_flight
     harness.wait(0.1)
     assert harness.reference.in_flight == [of_young]
@@ -584,6 +596,45 @@ def test_a_run_whose_tool_takes_long_lets_the_next_begin_and_goes_first_when_it_
     of_old = harness.arrive("a", run=old)
     finish(harness, of_young)
     assert harness.reference.in_flight == [of_old]
+
+
+def test_only_the_first_answer_of_a_run_says_how_long_its_place_is_kept() -> None:
+    harness = a_harness(1, None)
+    run = ScheduledRun()
+    for seconds in (1.0, 2.5):
+        request = harness.arrive("a", run=run)
+        answer_after(harness, seconds, request)
+        finish(harness, request)
+    (lone,) = arrive(harness, "a")
+    harness.wait(0.9)
+    assert harness.reference.waiting == [lone]
+    harness.wait(0.1)
+    assert harness.reference.in_flight == [lone]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_no_place_is_kept_for_a_run_whose_answer_took_no_time_or_never_came(answered: bool) -> None:
+    harness = a_harness(1, None)
+    first = harness.arrive("a", run=ScheduledRun())
+    if answered:
+        harness.answer(first)
+    (lone,) = arrive(harness, "a")
+    finish(harness, first)
+    assert harness.reference.in_flight == [lone]
+
+
+def test_a_run_that_pauses_lets_the_next_begin_at_once() -> None:
+    harness = a_harness(1, None)
+    run = ScheduledRun()
+    first = harness.arrive("a", run=run)
+    answer_after(harness, 3, first)
+    (lone,) = arrive(harness, "a")
+    harness.pause_run(run)
+    finish(harness, first)
+    # The run had a request when it paused, so that did not count.
+    assert harness.reference.waiting == [lone]
+    harness.pause_run(run)
+    assert harness.reference.in_flight == [lone]
 
 
 def test_a_request_waits_for_other_runs_no_longer_than_max_wait() -> None:

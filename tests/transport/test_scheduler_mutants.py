@@ -208,14 +208,33 @@ MUTANTS = {
         "if not self._requests[run]:\n            del self._requests[run]\n            if",
         "if True:\n            if",
     ),
-    "a run that calls a tool does not count": ("if now < idle_since + RUN_PATIENCE:", "if False:"),
+    "a run that calls a tool does not count": ("now + self._patience[run]", "now"),
     "an idle run counts a moment too long": (
-        "if now < idle_since + RUN_PATIENCE:",
-        "if now <= idle_since + RUN_PATIENCE:",
+        "while self.next_drop() <= now:",
+        "while self.next_drop() < now:",
     ),
     "a run that asks again does not count": (
-        "if run in self._known:\n            self._add",
+        "if run in self._patience:\n            self._add",
         "if False:\n            self._add",
+    ),
+    "an idle run counts for 3 seconds in any case": ("min(seconds, RUN_PATIENCE)", "RUN_PATIENCE"),
+    "an idle run counts as long as the first answer took": ("min(seconds, RUN_PATIENCE)", "seconds"),
+    "the first answer is counted from the arrival": (
+        "now - permit.admitted_at)\n        queue",
+        "now - permit.arrived_at)\n        queue",
+    ),
+    "any answer counts as the first one": (
+        "if permit.begins_run and permit.run is not None:",
+        "if permit.run is not None:",
+    ),
+    "a run that asks again counts as idle": (
+        "self._requests[run] += 1\n        self._idle.pop(run, None)",
+        "self._requests[run] += 1",
+    ),
+    "a run that pauses counts": ("if self._idle.pop(run, None) is not None:", "if False:"),
+    "a run that pauses does not count although it has requests": (
+        "if self._idle.pop(run, None) is not None:",
+        "if True:",
     ),
     "a run that has ended counts": ("self._idle.pop(run, None)\n        self._remove(run)", "pass"),
     "a single request counts forever": (
@@ -282,8 +301,8 @@ MUTANTS = {
         "models.draining = next(iter(models.active))",
     ),
     "deadlocks are not looked for after new limits": (
-        "        self.revision += 1\n        for permit in self.in_flight:",
-        "        for permit in self.in_flight:",
+        "        self.revision += 1\n        if not was_limited:",
+        "        if not was_limited:",
     ),
     # New limits
     "new limits do not wait for a first request": (
