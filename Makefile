@@ -5,6 +5,7 @@
 # make bench        compares lmbridge with other clients; ROUNDS=3 ONLY=stream is quick, WRITE=yes updates the docs
 # make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
 # make nodes-bench  compares conversations on two servers that stay at their server with such that do not
+# make fleet-bench  compares many agent runs on one real server with openai-agents; ROUNDS, WRITE as above
 # make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
 # make solved       counts the tasks that agents solve with a model that makes the mistakes of small models
 # make mcp-bench    compares calls of MCP tools with the official SDK; ROUNDS, WRITE as above
@@ -16,7 +17,7 @@
 # the environment of `test`, and `conformance` that of `mcp-bench`. The first suitable Python of the list below is used; to
 # use another one, run `make clean`, and then for example `make PYTHON=/path/to/python3.12 test`.
 
-.PHONY: help demo test test-slow lint bench swaps nodes-bench agents solved mcp-bench gateway-bench conformance clean
+.PHONY: help demo test test-slow lint bench swaps fleet-bench nodes-bench agents solved mcp-bench gateway-bench conformance clean
 .DELETE_ON_ERROR:
 
 NPM := tests/mcp/npm
@@ -87,6 +88,9 @@ swaps: .venv-swaps/installed
 nodes-bench: .venv-swaps/installed
 	@.venv-swaps/bin/python -m benchmarks nodes $(BENCH_OPTIONS)
 
+fleet-bench: .venv-fleet/installed
+	@.venv-fleet/bin/python -m benchmarks fleet $(BENCH_OPTIONS)
+
 agents: .venv-agents/installed
 	@.venv-agents/bin/python -m benchmarks agents $(BENCH_OPTIONS)
 
@@ -103,7 +107,7 @@ conformance: .venv-mcp/installed $(SUITE)/node_modules/.package-lock.json
 	@.venv-mcp/bin/python -m tests.mcp.conformance.run
 
 clean:
-	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-agents .venv-solved .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(NPM)/node_modules $(CLIENTS)/node_modules $(SUITE)/node_modules .venv-demo .venv-test .venv-bench .venv-swaps .venv-fleet .venv-agents .venv-solved .venv-mcp .venv-gateway dist site .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # MCP servers and a client that the tests run, in the versions of the lock files. Without npm, those tests are skipped.
 $(NPM)/node_modules/.package-lock.json: $(NPM)/package-lock.json
@@ -122,6 +126,9 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-test/installed: EXTRAS := gateway,local,mcp
 .venv-test/installed: ALSO := --group dev
 .venv-bench/installed: ALSO := --group bench
+.venv-fleet/installed: EXTRAS := local
+.venv-fleet/installed: ALSO := -r benchmarks/fleet.txt
+.venv-fleet/installed: benchmarks/fleet.txt
 .venv-swaps/installed: EXTRAS := local
 .venv-swaps/installed: ALSO := -r benchmarks/swaps.txt
 .venv-swaps/installed: benchmarks/swaps.txt
@@ -135,7 +142,7 @@ $(SUITE)/node_modules/.package-lock.json: $(SUITE)/package-lock.json
 .venv-gateway/installed: EXTRAS := gateway,local
 .venv-gateway/installed: ALSO := -r benchmarks/gateway.txt
 .venv-gateway/installed: benchmarks/gateway.txt
-.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-agents/installed .venv-solved/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
+.venv-demo/installed .venv-test/installed .venv-bench/installed .venv-swaps/installed .venv-fleet/installed .venv-agents/installed .venv-solved/installed .venv-mcp/installed .venv-gateway/installed: pyproject.toml
 	@$(or $(PYTHON),false) -c '$(FIT)' 2>/dev/null || { \
 		echo "lmbridge needs Python 3.11 or newer with its venv module, but $(if $(PYTHON),$(PYTHON) is not suitable,none was found)."; \
 		echo "On Debian and Ubuntu: apt install python3 python3-venv"; \

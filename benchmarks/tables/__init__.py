@@ -8,6 +8,7 @@ from typing import Final
 from benchmarks.specification import Table
 from benchmarks.tables.agents import AGENTS_TABLE
 from benchmarks.tables.clients import CLIENTS_TABLE
+from benchmarks.tables.fleet import FLEET_TABLE
 from benchmarks.tables.gateway import GATEWAY_COST_TABLE, GATEWAY_SWAPS_TABLE
 from benchmarks.tables.growth import GROWTH_TABLE
 from benchmarks.tables.mcp_calls import MCP_CALLS_TABLE
@@ -24,6 +25,7 @@ TABLES: Final[Mapping[str, Table]] = {
         MCP_CALLS_TABLE,
         MODEL_SWAPS_TABLE,
         NODES_TABLE,
+        FLEET_TABLE,
         GATEWAY_SWAPS_TABLE,
         GATEWAY_COST_TABLE,
         SOLVING_TABLE,

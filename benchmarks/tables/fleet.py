@@ -1,0 +1,94 @@
+"""Many agent runs on one server: how much of their conversations the server processes anew, and when the runs end."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, Final
+
+from benchmarks.report import DASH
+from benchmarks.results import Result, Results
+from benchmarks.specification import OURS, PeerInfo, Row, Table, TableLines
+
+_RUNS: Final = 10
+_ROUNDS: Final = 3
+_WORDS: Final = 250
+_TOLERANCE: Final = 1.1
+"""The bar: lmbridge makes the server process at most this multiple of the tokens that the best other column needs."""
+
+Run = Mapping[str, Any]
+"""A measurement: `ended`, the seconds after which each run had ended, and the `tokens` of prompts processed."""
+
+
+def _why_missing() -> str | None:
+    return None if importlib.util.find_spec("xllamacpp") else "lmbridge[local] is not installed"
+
+
+def _row(slots: int, *, has_cache: bool) -> Row:
+    return Row(
+        key=f"{slots}-slots-{'cache' if has_cache else 'no-cache'}",
+        title=f"{slots} slots, {'with a prompt cache' if has_cache else 'without a prompt cache'}",
+        unit="",
+        workload="fleet",
+        full={"slots": slots, "has_cache": has_cache, "runs": _RUNS, "rounds": _ROUNDS, "words": _WORDS},
+        tiny={"runs": 3, "rounds": 2, "words": 20},
+        fresh_process=True,
+        bound=1800.0,
+        why_missing=_why_missing,
+    )
+
+
+def _tokens(result: Result) -> float:
+    return float(median(run["tokens"] for run in result.figures.values()))
+
+
+def _seconds(result: Result, summarize: Any) -> str:
+    whole = [[each for each in run["ended"] if each is not None] for run in result.figures.values()]
+    return f"{median(summarize(each) for each in whole):.0f} s" if all(whole) else DASH
+
+
+def _format(table: Table, rows: Sequence[Row], results: Results) -> TableLines:
+    lines = [["server", "agents", "whole runs", "prompt tokens processed", "mean end", "last end", "our bar"]]
+    for row in rows:
+        measured = {name: each for name in table.peers if (each := results.get((row.key, name))) and each.figures}
+        others = [_tokens(each) for name, each in measured.items() if name != OURS]
+        for name, result in measured.items():
+            runs: list[Run] = list(result.figures.values())
+            whole = min(sum(each is not None for each in run["ended"]) for run in runs)
+            bar = ""
+            if name == OURS and others:
+                bar = "ok" if _tokens(result) <= _TOLERANCE * min(others) and whole == len(runs[0]["ended"]) else "over"
+            lines.append(
+                [
+                    row.title,
+                    table.peers[name].title,
+                    f"{whole} of {len(runs[0]['ended'])}",
+                    f"{_tokens(result):,.0f}",
+                    _seconds(result, fmean),
+                    _seconds(result, max),
+                    bar,
+                ]
+            )
+    return lines
+
+
+FLEET_TABLE: Final = Table(
+    name="fleet",
+    about="many agent runs on one real server",
+    peers={
+        "lmbridge": PeerInfo("lmbridge", distributions=("lmbridge", "aiohttp", "xllamacpp")),
+        "lmbridge-request": PeerInfo('lmbridge, `order="request"`'),
+        "agents-semaphore": PeerInfo(
+            "openai-agents, semaphore of the slots", imports="agents", distributions=("openai-agents", "openai")
+        ),
+        "agents": PeerInfo("openai-agents", imports="agents"),
+    },
+    baseline="lmbridge-request",
+    worker="benchmarks.workers.fleet",
+    rounds=1,
+    uses_stub=False,
+    page="concurrency.md",
+    format=_format,
+    rows=tuple(_row(slots, has_cache=has_cache) for slots in (2, 4) for has_cache in (True, False)),
+)
