@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import aiohttp
@@ -31,7 +32,7 @@ _ANSWER_SECONDS: Final = 30.0
 class _UncachedServer(LocalServer):
     """A server that keeps only the conversations that its slots have processed last."""
 
-    _cache_ram_mib: ClassVar[int] = 0
+    _child: ClassVar[Path] = Path(__file__).parent / "uncached_child.py"
 
 
 class FleetServer(PinnedProcess):

@@ -59,7 +59,8 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
     params.kv_unified = True
     # The batches are small, because the server notices only between two of them that a client has disconnected.
     params.n_batch = 512
-    params.cache_ram_mib = options["cache_ram_mib"]
+    # The size of the cache for the prompts of earlier requests, whose default is 8 GiB.
+    params.cache_ram_mib = 256
     # Each open request occupies one of these threads. With fewer threads, /health would wait for queued requests.
     params.n_threads_http = 64
     params.sse_ping_interval = 1

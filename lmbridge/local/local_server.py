@@ -85,8 +85,6 @@ class LocalServer(NotCopyable):
     _instead_of_a_copy = "pass its api_base on, which works in other processes as well"
 
     _child: ClassVar[Path] = _FOLDER / "child.py"
-    # The size of the cache for the prompts of earlier requests. llama.cpp's default is 8 GiB.
-    _cache_ram_mib: ClassVar[int] = 256
 
     def __init__(
         self,
@@ -119,7 +117,6 @@ class LocalServer(NotCopyable):
             "embeddings": bool(embeddings),
             "pooling": _POOLING_MEAN if embeddings and self._path is None else _POOLING_BY_MODEL,
             "api_key": check_text("api_key", api_key, optional=True, secret=True),
-            "cache_ram_mib": self._cache_ram_mib,
         }
         self._lock = asyncio.Lock()
         self._running: AsyncExitStack | None = None

@@ -1056,7 +1056,8 @@ class LLMClient(Owner):
 class LLMClientPool(Owner):
     """Hands out at most `pool_size` clients at the same time, each with its own default model.
 
-    Callers that wait for a client are served in the order of their arrival.
+    Callers that wait for a client are served in the order of their arrival. Those that belong to an agent's run are
+    served in the order of the runs.
 
     The clients share one transport: its connections, and its limit on generations in flight, which is never more than
     `pool_size`. A pool belongs to the event loop that first gets a client from it. Unlike a client, it does not open

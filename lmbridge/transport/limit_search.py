@@ -24,7 +24,7 @@ from lmbridge.transport.admission import Admission
 if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
 
-PATIENCE: Final = 1.0
+PATIENCE: Final = 2.0
 """The seconds for which requests wait for an answer to a question that nobody has asked for explicitly."""
 
 

@@ -64,7 +64,7 @@ async def test_no_generation_is_killed_when_waiters_become_overdue(seed: int) ->
 
 
 async def test_without_scheduling_answers_are_lost_and_the_errors_suggest_scheduling() -> None:
-    async with fast_server(endings=["error"]) as server, LLMClient(server.api_base) as client:
+    async with fast_server(endings=["error"]) as server, LLMClient(server.api_base, limits=Limits()) as client:
         models = draw_models(60, (A, B), 0)
         results = await send_mixed(client, models)
         lost = [result for result in results if isinstance(result, BaseException)]
@@ -78,7 +78,7 @@ async def test_without_scheduling_answers_are_lost_and_the_errors_suggest_schedu
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_without_scheduling_no_broken_answer_looks_complete(seed: int, no_waits: list[float]) -> None:
-    async with fast_server(seed=seed) as server, LLMClient(server.api_base) as client:
+    async with fast_server(seed=seed) as server, LLMClient(server.api_base, limits=Limits()) as client:
         models = draw_models(40, (A, B), seed)
         results = await send_mixed(client, models)
         assert server.kills

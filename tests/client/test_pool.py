@@ -135,8 +135,13 @@ async def test_two_hundred_tasks_over_fifty_models_get_two_hundred_right_answers
 async def test_a_client_shared_by_many_tasks_has_no_more_requests_in_flight_than_the_pool_size(
     pool: LLMClientPool, scripted_server: ScriptedServer
 ) -> None:
+    gate = asyncio.Event()
+    scripted_server.default = answer("Hello", gate=gate)
     async with pool.client() as client:
-        await asyncio.gather(*[client.chat_completion(MESSAGES) for _ in range(10)])
+        requests = [asyncio.create_task(client.chat_completion(MESSAGES)) for _ in range(10)]
+        await scripted_server.wait_until(lambda: scripted_server.in_flight == 2)
+        gate.set()
+        await asyncio.gather(*requests)
     assert scripted_server.max_in_flight == 2
 
 

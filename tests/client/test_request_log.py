@@ -162,7 +162,7 @@ async def test_a_stream_that_is_dropped(log: pytest.LogCaptureFixture) -> None:
 
 async def test_a_client_that_is_closed(scripted_server: ScriptedServer, log: pytest.LogCaptureFixture) -> None:
     scripted_server.script(stall(after=[*HALF]), stall())
-    client = LLMClient(scripted_server.api_base, "m", model_mismatch="ignore")
+    client = LLMClient(scripted_server.api_base, "m", model_mismatch="ignore", limits=Limits())
     stream = await opened(client)
     asked = asyncio.create_task(client.chat_completion(MESSAGES))
     await scripted_server.wait_until(lambda: scripted_server.in_flight == 2)
