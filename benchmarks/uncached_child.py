@@ -6,7 +6,8 @@ from typing import Any
 
 from lmbridge.local import child
 
-_make_params = child._params
+# Users have no need for this option, so `LocalServer` does not have it.
+_make_params = child._params  # noqa: SLF001 - the program of the same server
 
 
 def _params(params: Any, options: dict[str, Any]) -> Any:
@@ -16,5 +17,5 @@ def _params(params: Any, options: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    child._params = _params
+    child._params = _params  # noqa: SLF001 - as above
     child.main()
