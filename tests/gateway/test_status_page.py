@@ -13,7 +13,6 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-import lmbridge
 from lmbridge import Limits, LLMClient, collect
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.status_page import load_status_page
@@ -22,7 +21,8 @@ from tests.gateway.accessibility import BARRIERS, LOW_CONTRAST
 from tests.gateway.chromium import CHROMIUM, Page, browser_page
 from tests.support import MESSAGES
 
-SOURCE: Final = (Path(lmbridge.__file__).parent / "gateway" / "status.html").read_text()
+PAGE: Final = load_status_page()
+SOURCE: Final = PAGE.body.decode()
 A: Final = "http://127.0.0.1:1234/v1"
 B: Final = "http://10.0.0.7:8080/v1"
 
@@ -129,8 +129,7 @@ class StatusServer:
         return runner
 
     async def _page(self, _: web.Request) -> web.Response:
-        page = load_status_page()
-        return web.Response(body=page.body, headers=page.headers)
+        return web.Response(body=PAGE.body, headers=PAGE.headers)
 
     async def _json(self, incoming: web.Request) -> web.Response:
         self.polls += 1
@@ -172,7 +171,7 @@ def test_the_page_is_one_file_without_external_assets_inline_attributes_or_marku
 
 
 def test_the_policy_lets_a_browser_run_the_script_of_the_page_alone() -> None:
-    policy = load_status_page().headers["Content-Security-Policy"]
+    policy = PAGE.headers["Content-Security-Policy"]
     assert re.fullmatch(
         r"default-src 'none'; style-src 'sha256-[\w+/=]{44}'; script-src 'sha256-[\w+/=]{44}'; connect-src 'self';"
         r" img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
