@@ -451,7 +451,7 @@ class ToolError(LLMError):
         **details: Unpack[ErrorDetails],
     ) -> None:
         super().__init__(message, original_exception, **details)
-        self.images = tuple(images)
+        self.images: tuple[Mapping[str, Any], ...] = tuple(images)
 
 
 class MCPError(LLMError):

@@ -103,7 +103,9 @@ class Toolset:
         run_names = names_in_run(tools)
         self._request_names = names_in_requests(run_names)
         self.names: list[str] = [self._request_names[name] for name in run_names]
-        self.definitions = CheckedList(_definition(name, tool) for name, tool in zip(self.names, tools, strict=True))
+        self.definitions: CheckedList = CheckedList(
+            _definition(name, tool) for name, tool in zip(self.names, tools, strict=True)
+        )
         self._run_names = dict(zip(self.names, run_names, strict=True))
         self._tools = dict(zip(self.names, tools, strict=True))
         self._unprepared = [tool for tool in tools if not tool.has_converter]

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 from urllib.parse import unquote
@@ -401,7 +401,7 @@ def _list_request(headers: Mapping[str, str]) -> Request:
     )
 
 
-async def _parts(read: Callable[[], Awaitable[bytes]]) -> Any:
+async def _parts(read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[bytes]:
     while part := await read():
         yield part
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import attrs
 
@@ -112,4 +112,4 @@ def as_finder(limits: Any) -> LimitFinder | None:
     """Returns the option `limits` of a transport as a way to find limits, or None if it is not one."""
     if isinstance(limits, LimitFinder):
         return limits
-    return LimitFinder(find=limits) if callable(limits) else None
+    return LimitFinder(find=cast("Callable[[Transport], Awaitable[Limits]]", limits)) if callable(limits) else None

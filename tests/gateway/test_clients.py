@@ -86,10 +86,10 @@ async def test_lmbridge(gateway: Gateway, server: LocalServer) -> None:
         assert streamed["choices"][0]["message"]["content"]
         question = [{"role": "user", "content": SUM}]
         called = await client.chat_completion(question, tools=[TOOL], temperature=0, max_tokens=64)
-        assert called["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "add"
+        assert called["choices"][0]["message"].get("tool_calls", [])[0]["function"]["name"] == "add"
         assert await client.list_models() == [server.model]
         response = await client.create_response(QUESTION, temperature=0, max_output_tokens=16)
-        assert response["status"] in {"completed", "incomplete"}
+        assert response.get("status") in {"completed", "incomplete"}
 
 
 async def test_openai_python(gateway: Gateway, server: LocalServer) -> None:

@@ -83,7 +83,8 @@ class FakeServer:
         model = request.json.get("model")
         if model is not None and model not in self.models:
             return MockResponse(404, json={"error": {"message": f"model '{model}' not found"}})
-        self.loaded.add(model)
+        if model is not None:
+            self.loaded.add(model)
         if request.path == "/v1/responses":
             output = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": self.name}]}]
             number = len(self.generations)

@@ -19,7 +19,7 @@ class Listed:
     """A `ModelDirectory` that gives the same answer for every model."""
 
     def __init__(self, state: ModelState) -> None:
-        self.state = state
+        self.state: ModelState = state
 
     def state_of(self, model: str) -> ModelState:
         return self.state

@@ -12,6 +12,7 @@ from typing import Final
 
 import aiohttp
 import pytest
+from aiohttp import http_parser
 from aiohttp.http_parser import HttpResponseParserPy
 
 from lmbridge import LLMClient, LLMConnectionError, LLMError, LLMResponseError, LLMStreamError, LLMValidationError
@@ -31,7 +32,7 @@ COUNTS_HEADERS: Final = "max_headers" in inspect.signature(aiohttp.ClientSession
 """Whether this aiohttp limits the number of headers."""
 PARSER_REFUSES_EMPTY_LINES: Final = (
     "the server's answer is not valid HTTP: Bad status line ''"
-    if aiohttp.http_parser.HttpResponseParser is HttpResponseParserPy
+    if http_parser.HttpResponseParser is HttpResponseParserPy
     else None
 )
 """The error of aiohttp's parser in Python, which is used where the compiled one is missing."""
