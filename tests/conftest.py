@@ -29,6 +29,7 @@ _ENVIRONMENT = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Returns the number of workers for `-n auto`: one more than CPUs, because many tests wait for other processes."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1

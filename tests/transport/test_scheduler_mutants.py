@@ -21,7 +21,7 @@ from lmbridge.transport.scheduler import Scheduler
 from tests.transport import schedule_machine, schedule_reference
 from tests.transport.schedule_machine import SCHEDULER_MODULES, random_walk
 
-WALKS = 1600
+WALKS = 4000
 
 pytestmark = pytest.mark.slow
 
