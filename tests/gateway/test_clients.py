@@ -85,7 +85,9 @@ async def test_lmbridge(gateway: Gateway, server: LocalServer) -> None:
         streamed = await collect(await client.chat_completion(MESSAGES, stream=True, **SHORT))
         assert streamed["choices"][0]["message"]["content"]
         question = [{"role": "user", "content": SUM}]
-        called = await client.chat_completion(question, tools=[TOOL], temperature=0, max_tokens=64)
+        called = await client.chat_completion(
+            question, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=64
+        )
         assert called["choices"][0]["message"].get("tool_calls", [])[0]["function"]["name"] == "add"
         assert await client.list_models() == [server.model]
         response = await client.create_response(QUESTION, temperature=0, max_output_tokens=16)
@@ -105,7 +107,9 @@ async def test_openai_python(gateway: Gateway, server: LocalServer) -> None:
         ]
         assert len(pieces) > 2
         question = [{"role": "user", "content": SUM}]
-        called = await create(model=server.model, messages=question, tools=[TOOL], temperature=0, max_tokens=64)
+        called = await create(
+            model=server.model, messages=question, tools=[TOOL], tool_choice="required", temperature=0, max_tokens=64
+        )
         assert called.choices[0].message.tool_calls[0].function.name == "add"
         assert [model.id async for model in client.models.list()] == [server.model]
 
@@ -126,7 +130,7 @@ async def test_langchain(gateway: Gateway, server: LocalServer) -> None:
     )
     assert (await chat.ainvoke(QUESTION)).content
     assert len([piece.content async for piece in chat.astream(QUESTION) if piece.content]) > 2
-    called = await chat.bind_tools([TOOL]).ainvoke(SUM)
+    called = await chat.bind_tools([TOOL], tool_choice="any").ainvoke(SUM)
     assert called.tool_calls[0]["name"] == "add"
 
 
@@ -145,5 +149,6 @@ async def test_anthropic(gateway: Gateway, server: LocalServer) -> None:
         assert final.content[0].text == "".join(pieces)
         tool = {"name": "add", "description": "Adds.", "input_schema": PARAMETERS}
         question = [{"role": "user", "content": SUM}]
-        called = await client.messages.create(model=server.model, messages=question, tools=[tool], max_tokens=64)
+        ask |= {"messages": question, "tools": [tool], "tool_choice": {"type": "any"}, "max_tokens": 64}
+        called = await client.messages.create(**ask)
         assert [block.name for block in called.content if block.type == "tool_use"] == ["add"]

@@ -94,7 +94,11 @@ async def test_a_model_without_eyes_reads_that_it_cannot_see_an_image(client: LL
 
     # The greedy client does not say what its server can do, so the server has to refuse the image first.
     agent = Agent(
-        client if says_so else GreedyClient(client), tools=[take_picture], max_tokens=60, tool_choice="required"
+        client if says_so else GreedyClient(client),
+        tools=[take_picture],
+        max_tokens=60,
+        temperature=0,
+        tool_choice="required",
     )
     result = await agent.run("Take a picture.")
     assert tool_texts(result.messages)[0].endswith(NOT_SHOWN)

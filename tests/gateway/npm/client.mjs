@@ -17,7 +17,7 @@ const tool = {
   function: {name: "add", parameters: {type: "object", properties: {a: {type: "number"}, b: {type: "number"}}, required: ["a", "b"]}},
 };
 const question = [{role: "user", content: "What is 2 + 3? Use the tool."}];
-const called = await client.chat.completions.create({...ask, messages: question, tools: [tool], max_tokens: 64});
+const called = await client.chat.completions.create({...ask, messages: question, tools: [tool], tool_choice: "required", max_tokens: 64});
 
 console.log(JSON.stringify({
   plain: plain.choices[0].message.content,
