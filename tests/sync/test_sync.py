@@ -213,14 +213,18 @@ def test_an_agent_of_mcp_servers_lists_them(client: LLMClient, tmp_path: Path) -
 def test_ctrl_c_cancels_the_request(server: ThreadedServer, client: LLMClient) -> None:
     server.answer(stall([PIECE]))
 
+    is_open = threading.Event()
+
     def interrupt() -> None:
-        server.wait_until(lambda scripted: scripted.in_flight)
+        # Before, the interrupt could come when the stream belongs to nobody yet, which Python reports.
+        is_open.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        client.chat_completion(HELLO, stream=True).collect()
+    with pytest.raises(KeyboardInterrupt), client.chat_completion(HELLO, stream=True) as stream:
+        is_open.set()
+        stream.collect()
     thread.join()
     server.wait_until(lambda scripted: not scripted.open_connections)
 
