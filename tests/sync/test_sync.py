@@ -222,9 +222,14 @@ def test_ctrl_c_cancels_the_request(server: ThreadedServer, client: LLMClient) -
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), client.chat_completion(HELLO, stream=True) as stream:
-        is_open.set()
-        stream.collect()
+
+    def collect() -> None:
+        with client.chat_completion(HELLO, stream=True) as stream:
+            is_open.set()
+            stream.collect()
+
+    with pytest.raises(KeyboardInterrupt):
+        collect()
     thread.join()
     server.wait_until(lambda scripted: not scripted.open_connections)
 
