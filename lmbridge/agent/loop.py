@@ -195,6 +195,8 @@ class RunLoop:
         self._history.drop_nudges()
         if reply.text.strip() and not reply.calls:
             self._record.has_last_words = self._read_output(reply)
+            if reply.finish_reason == "length":
+                self._warn("the last answer of the run was cut off at max_tokens")
             self._history.add_answer(reply.text, reasoning=reply.reasoning_fields)
         await self._end_round(reply, (), began)
         return stop
@@ -238,6 +240,9 @@ class RunLoop:
         if markup is None:
             return
         warning = f"{markup}; the server's tool parser or the chat template may not fit the model"
+        self._warn(warning)
+
+    def _warn(self, warning: str) -> None:
         if warning not in self._record.warnings:
             logger.warning("%s; run with model %r", warning, self._record.served_model or self._record.model)
             self._record.warnings.append(warning)
@@ -284,6 +289,8 @@ class RunLoop:
         self._history.drop_nudges()
         if flaw == "missing_call" or (flaw in ("empty", "only_reasoning") and not self._record.calls):
             raise self._unusable(flaw, reply)
+        if flaw == "promise":
+            self._warn("the answer announces a tool call that was not made")
         return reply
 
     async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:

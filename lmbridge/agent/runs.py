@@ -136,8 +136,8 @@ class RunHandle(NotCopyable, Generic[OutputT]):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the run has been paused, and not been resumed yet."""
-        return self._gate.is_closed
+        """Whether the run has been paused, and has neither been resumed nor ended since."""
+        return self._gate.is_closed and not self.done
 
     def pause(self) -> bool:
         """Holds the run before its next generation or tool call, until `resume` is called.

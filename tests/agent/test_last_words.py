@@ -55,6 +55,12 @@ async def test_a_run_whose_last_words_are_none_ends_like_any_other(
     assert caught.value.result.messages[-1]["role"] == "tool"
 
 
+async def test_last_words_that_were_cut_off_have_a_warning(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(CALL, answer("It is", finish_reason="length"))
+    result = await Agent(client, tools=[add], max_rounds=1, on_limit="answer").run("1 + 2?")
+    assert (result.text, result.warnings) == ("It is", ("the last answer of the run was cut off at max_tokens",))
+
+
 async def test_the_last_words_are_the_typed_output(scripted_server: ScriptedServer, client: LLMClient) -> None:
     scripted_server.script(CALL, answer('{"total": 3}'))
     agent = Agent(client, tools=[add], max_rounds=1, on_limit="answer", output_type=Sum)

@@ -191,6 +191,8 @@ async def test_each_kind_is_sent_once_a_round(
         assert result.stop_reason == ("length" if kind.startswith("cut") else "stop")
         assert [nudge.kind for nudge in result.log[0].nudges] == [kind]
         assert [message["role"] for message in result.messages] == ["user", "assistant"]
+        # A cut call says so by the stop reason; the others look like answers.
+        assert len(result.warnings) == (kind in ("promise", "unreadable_call"))
     assert len(generations(scripted_server)) == 2
 
 

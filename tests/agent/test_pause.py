@@ -89,6 +89,23 @@ async def test_a_run_that_has_ended_cannot_be_paused(scripted_server: ScriptedSe
     assert (handle.pause(), handle.resume(), handle.is_paused) == (False, False, False)
 
 
+async def test_a_run_that_ends_in_a_pause_is_no_longer_paused(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    gate = asyncio.Event()
+    scripted_server.script(answer("Hello.", gate=gate))
+    handle = Agent(client).start("Hi.")
+    events = handle.events()
+    await anext(events)
+    while not generations(scripted_server):
+        await asyncio.sleep(0.001)
+    handle.pause()
+    gate.set()
+    assert (await handle.result()).text == "Hello."
+    assert not handle.is_paused
+    await events.aclose()
+
+
 async def test_the_gate_holds_all_that_wait_at_it() -> None:
     gate = PauseGate()
     gate.close()
