@@ -192,7 +192,6 @@ class RunLoop:
         began = time.monotonic()
         await self._begin_round()
         reply = await self._ask_model()
-        self._history.drop_nudges()
         if reply.text.strip() and not reply.calls:
             self._record.has_last_words = self._read_output(reply)
             if reply.finish_reason == "length":

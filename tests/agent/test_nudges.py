@@ -230,6 +230,12 @@ async def test_without_nudges_the_model_is_not_asked_again(
     assert len(generations(scripted_server)) == 1
 
 
+async def test_a_run_without_tokens_left_is_not_nudged(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("I will call add now."), answer("Not asked for."))
+    result = await Agent(client, tools=[add], max_total_tokens=1).run("1 + 2?")
+    assert (result.text, len(generations(scripted_server))) == ("I will call add now.", 1)
+
+
 async def test_an_empty_answer_after_a_tool_is_asked_for_once_more(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:

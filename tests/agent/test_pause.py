@@ -71,6 +71,16 @@ async def test_the_time_of_a_pause_does_not_count(scripted_server: ScriptedServe
     assert (await handle.result()).stop_reason in ("stop", "budget")
 
 
+async def test_the_time_limit_counts_again_after_a_pause(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(answer("never", gate=asyncio.Event()))
+    handle = Agent(client, max_seconds=0.1).start("Hi.")
+    # The limit exists once the task of the run has begun.
+    await asyncio.sleep(0)
+    handle.pause()
+    handle.resume()
+    assert (await handle.result()).stop_reason == "budget"
+
+
 async def test_a_paused_run_can_be_cancelled(scripted_server: ScriptedServer, client: LLMClient) -> None:
     handle = Agent(client).start("Hi.")
     handle.pause()
