@@ -1,10 +1,10 @@
 """The order of requests of several clients: each client in turn, however many requests each of them has waiting.
 
 Each request gets a *round* when it arrives: the round after the one that was admitted last, or after that of the
-client's previous request, whichever is later. Requests are admitted by round, and within a round in the order of their
-arrival. So of a client that sends a hundred requests at once, one goes in each round, and the first request of another
-client waits for one request of each client before it. This is self-clocked fair queueing (S. J. Golestani, 1994) with
-requests of equal weight.
+client's last request that is still waiting, whichever is later. Requests are admitted by round, and within a round in
+the order of their arrival. So of a client that sends a hundred requests at once, one goes in each round, and the first
+request of another client waits for one request of each client before it. This is self-clocked fair queueing
+(S. J. Golestani, 1994) with requests of equal weight.
 
 No client can starve: a request that arrives now has a round after the one that is being admitted, so only the requests
 that are there already, and those that arrive before its round is reached, go before it. Priorities are kept apart. The
@@ -18,31 +18,38 @@ from __future__ import annotations
 
 from lmbridge._scheduled_run import ScheduledRun
 
-_REMEMBERED_CLIENTS = 1000
-"""The number of clients above which those with nothing in the queue are forgotten."""
-
 
 class FairOrder:
     """Gives each request a place in the order of all requests."""
 
     def __init__(self) -> None:
         self._round = 0
-        self._last_rounds: dict[tuple[str, int], int] = {}
+        # The rounds of the waiting requests of each client and priority, the latest last.
+        self._waiting: dict[tuple[str, int], dict[int, None]] = {}
 
     def enter(self, client: str, priority: int) -> ScheduledRun:
-        """Returns the place of a request that arrives now. The caller ends it when the request is over.
+        """Returns the place of a request that arrives now.
+
+        When the request is over, the caller ends the place and calls `leave`, whether it was admitted or not.
 
         Args:
             client: The name of the client.
             priority: The priority of the request. Only requests of the same priority are ordered by client.
         """
-        key = (client, priority)
-        number = max(self._round, self._last_rounds.get(key, 0)) + 1
-        if len(self._last_rounds) >= _REMEMBERED_CLIENTS:
-            self._last_rounds = {each: last for each, last in self._last_rounds.items() if last > self._round}
-        self._last_rounds[key] = number
+        rounds = self._waiting.setdefault((client, priority), {})
+        number = max(self._round, next(reversed(rounds), 0)) + 1
+        rounds[number] = None
         return ScheduledRun(number=number)
 
-    def admitted(self, place: ScheduledRun) -> None:
+    def admitted(self, client: str, priority: int, place: ScheduledRun) -> None:
         """Records that a request was admitted."""
         self._round = max(self._round, place.number)
+        self.leave(client, priority, place)
+
+    def leave(self, client: str, priority: int, place: ScheduledRun) -> None:
+        """Records that a request does not wait any more. Calling it again does nothing."""
+        key = (client, priority)
+        if (rounds := self._waiting.get(key)) is not None:
+            rounds.pop(place.number, None)
+            if not rounds:
+                del self._waiting[key]

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from urllib.parse import unquote
 
 from lmbridge._checks import check_integer, check_seconds, check_text, wrong_type
@@ -26,7 +26,7 @@ from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.gateway.access import Access, bracketed
 from lmbridge.gateway.activity import Activity
 from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generations
-from lmbridge.gateway.http_server import HttpServer, IncomingRequest, origin_of
+from lmbridge.gateway.http_server import Answer, HttpServer, IncomingRequest, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
 from lmbridge.gateway.passing import end_to_end
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
@@ -62,7 +62,6 @@ _UNKNOWN_HINT: Final = (
     " /v1/decisions and /v1/systemone, and answers GET /v1/models, /health, /metrics, /status and /status.json;"
     " send other requests to the server itself"
 )
-_Answer: TypeAlias = Callable[[IncomingRequest], Awaitable[None]]
 
 
 class Gateway(NotCopyable):
@@ -160,8 +159,10 @@ class Gateway(NotCopyable):
         self._page = StatusPage(b"", {})
         self._prometheus: Any = None
         self._idle = asyncio.Event()
-        self._open_pages: dict[str, _Answer] = {"/health": self._answer_health, "/status": self._answer_page}
-        self._pages: dict[str, _Answer] = {
+        # The generations that were accepted and are not over, those whose body has yet to arrive included.
+        self._accepted = 0
+        self._open_pages: dict[str, Answer] = {"/health": self._answer_health, "/status": self._answer_page}
+        self._pages: dict[str, Answer] = {
             _MODELS: self._answer_models,
             "/status.json": self._answer_status,
             "/metrics": self._answer_metrics,
@@ -229,7 +230,7 @@ class Gateway(NotCopyable):
     async def drain(self) -> None:
         """Refuses new requests, and waits until those that have arrived before are over."""
         self._is_draining = True
-        while self._activity.entries:
+        while self._accepted:
             self._idle.clear()
             await self._idle.wait()
 
@@ -249,100 +250,110 @@ class Gateway(NotCopyable):
                 if self._is_own:
                     await self._upstream.close()
             finally:
-                if http is not None:
-                    await http.close()
+                try:
+                    if http is not None:
+                        await http.close()
+                finally:
+                    # A request that was accepted in the meantime would have opened it again.
+                    if self._is_own:
+                        await self._upstream.close()
 
     # Requests
 
-    async def _answer(self, exchange: IncomingRequest) -> None:
+    async def _answer(self, incoming: IncomingRequest) -> None:
         try:
-            try:
-                self._access.check_source(exchange.method, exchange.headers)
-                await self._route(exchange)(exchange)
-            finally:
-                if not self._activity.entries:
-                    self._idle.set()
+            self._access.check_source(incoming.method, incoming.headers)
+            await self._route(incoming)(incoming)
         except Problem as problem:
-            await _respond_problem(exchange, problem)
+            await _respond_problem(incoming, problem)
         except LLMError as error:
-            await _respond_problem(exchange, problem_of(error))
+            await _respond_problem(incoming, problem_of(error))
         except Exception as error:
             if isinstance(error, ConnectionError):
                 # The client has left.
                 raise
-            logger.exception("the gateway failed to answer %s %s", exchange.method, exchange.path)
+            logger.exception("the gateway failed to answer %s %s", incoming.method, incoming.path)
             await _respond_problem(
-                exchange, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
+                incoming, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
             )
 
-    def _route(self, exchange: IncomingRequest) -> _Answer:
+    def _route(self, incoming: IncomingRequest) -> Answer:
         """Returns the method that answers a request.
 
         Raises:
             Problem: Nothing answers it, or the client may not have the answer.
         """
-        method, path = exchange.method, exchange.path
+        method, path = incoming.method, incoming.path
         # The page itself says nothing about the gateway; it asks for a key where its data needs one.
         if method == "GET" and path in self._open_pages:
             return self._open_pages[path]
-        self._access.check_key(exchange.headers)
+        self._access.check_key(incoming.headers)
         if path in ENDPOINTS:
             if method != "POST":
                 raise Problem(405, f"{path} takes only POST", code="method_not_allowed")
             if self._is_draining:
                 raise Problem(503, "the gateway is about to stop", code="draining", retry_after=RETRY_AFTER)
-            return self._generations.answer
+            return self._answer_generation
         if method == "GET" and path in self._pages:
             return self._pages[path]
         if method == "GET" and path.startswith(f"{_MODELS}/"):
             return self._answer_model
         raise Problem(404, f"the gateway has no {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
 
-    async def _answer_health(self, exchange: IncomingRequest) -> None:
+    async def _answer_generation(self, incoming: IncomingRequest) -> None:
+        self._accepted += 1
+        try:
+            await self._generations.answer(incoming)
+        finally:
+            self._accepted -= 1
+            if not self._accepted:
+                self._idle.set()
+
+    async def _answer_health(self, incoming: IncomingRequest) -> None:
         status = 503 if self._is_draining else 200
-        await _respond_json(exchange, {"status": "draining" if self._is_draining else "ok"}, status)
+        await _respond_json(incoming, {"status": "draining" if self._is_draining else "ok"}, status)
 
-    async def _answer_page(self, exchange: IncomingRequest) -> None:
-        await exchange.respond(200, self._page.headers.items(), self._page.body)
+    async def _answer_page(self, incoming: IncomingRequest) -> None:
+        await incoming.respond(200, self._page.headers.items(), self._page.body)
 
-    async def _answer_status(self, exchange: IncomingRequest) -> None:
+    async def _answer_status(self, incoming: IncomingRequest) -> None:
         self._refresh_models()
         status = status_of(self._activity, self._upstream, self._known_models, draining=self._is_draining)
-        await _respond_json(exchange, status)
+        await _respond_json(incoming, status)
 
-    async def _answer_metrics(self, exchange: IncomingRequest) -> None:
+    async def _answer_metrics(self, incoming: IncomingRequest) -> None:
         kind, page = metrics_page(self._prometheus, self._activity, self._servers)
-        await exchange.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
+        await incoming.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
 
     # Models
 
-    async def _answer_models(self, exchange: IncomingRequest) -> None:
+    async def _answer_models(self, incoming: IncomingRequest) -> None:
         if len(self._servers) == 1:
-            headers = self._client_credentials(exchange)
+            headers = self._client_credentials(incoming)
             async with await self._servers[0].forward(_list_request(headers)) as response:
                 body = response.whole_body or b"".join([part async for part in _parts(response.read)])
-                names = [each["id"] for each in _entries_in(body)] if response.status == 200 else []
-                self._known_models.listed(self._servers[0], names)
+                if response.status == 200:
+                    self._known_models.listed(self._servers[0], [each["id"] for each in _entries_in(body)])
                 kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
-                await exchange.respond(response.status, kept, body)
+                await incoming.respond(response.status, kept, body)
             return
-        await _respond_json(exchange, {"object": "list", "data": await self._list_models(exchange)})
+        await _respond_json(incoming, {"object": "list", "data": await self._list_models(incoming)})
 
-    async def _answer_model(self, exchange: IncomingRequest) -> None:
-        name = unquote(exchange.path.removeprefix(f"{_MODELS}/"))
-        entry = next((each for each in await self._list_models(exchange) if each["id"] == name), None)
+    async def _answer_model(self, incoming: IncomingRequest) -> None:
+        name = unquote(incoming.path.removeprefix(f"{_MODELS}/"))
+        entry = next((each for each in await self._list_models(incoming) if each["id"] == name), None)
         if entry is None:
             hint = "GET /v1/models lists the models that there are"
             raise Problem(404, f"no server has the model {name[:200]!r}", code="model_not_found", hint=hint)
-        await _respond_json(exchange, entry)
+        await _respond_json(incoming, entry)
 
-    async def _list_models(self, exchange: IncomingRequest | None) -> list[Mapping[str, Any]]:
+    async def _list_models(self, incoming: IncomingRequest | None) -> list[Mapping[str, Any]]:
         """Returns the models of all servers that answer, each once.
 
         Raises:
             LLMError: No server answers.
         """
-        headers = {} if exchange is None else self._client_credentials(exchange)
+        headers = {} if incoming is None else self._client_credentials(incoming)
         lists = await asyncio.gather(*(self._ask_for_models(each, headers) for each in self._servers))
         if errors := [each for each in lists if isinstance(each, LLMError)]:
             if len(errors) == len(lists):
@@ -368,10 +379,10 @@ class Gateway(NotCopyable):
         self._known_models.listed(server, [entry["id"] for entry in entries])
         return entries
 
-    def _client_credentials(self, exchange: IncomingRequest) -> dict[str, str]:
+    def _client_credentials(self, incoming: IncomingRequest) -> dict[str, str]:
         if not self._passes_credentials:
             return {}
-        return {name: exchange.headers[name] for name in ("Authorization", "X-Api-Key") if name in exchange.headers}
+        return {name: incoming.headers[name] for name in ("Authorization", "X-Api-Key") if name in incoming.headers}
 
     def _refresh_models(self) -> None:
         """Asks the servers for their models if that was long ago. Nobody waits for the answer."""
@@ -397,7 +408,8 @@ def _list_request(headers: Mapping[str, str]) -> Request:
         timeouts=Timeouts(first_byte=_LIST_SECONDS),
         max_retries=0,
         queued=False,
-        headers=headers,
+        # The list is read here as well as passed on.
+        headers={**headers, "Accept-Encoding": "identity"},
     )
 
 
@@ -418,16 +430,16 @@ def _entries_in(body: bytes) -> list[Mapping[str, Any]]:
     return [each for each in entries if isinstance(each, Mapping) and isinstance(each.get("id"), str)]
 
 
-async def _respond_problem(exchange: IncomingRequest, problem: Problem) -> None:
-    if exchange.has_begun:
+async def _respond_problem(incoming: IncomingRequest, problem: Problem) -> None:
+    if incoming.has_begun:
         # Nothing else can be said any more, and the client must not take what it has for the whole response.
-        exchange.abort()
+        incoming.abort()
     else:
-        await exchange.respond(problem.status, problem.headers.items(), problem.body(exchange.path))
+        await incoming.respond(problem.status, problem.headers.items(), problem.body(incoming.path))
 
 
-async def _respond_json(exchange: IncomingRequest, value: object, status: int = 200) -> None:
-    await exchange.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
+async def _respond_json(incoming: IncomingRequest, value: object, status: int = 200) -> None:
+    await incoming.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
 
 def _load_page_and_prometheus() -> tuple[StatusPage, Any]:

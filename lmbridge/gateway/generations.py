@@ -30,7 +30,7 @@ from lmbridge.gateway.passing import (
 )
 from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
-from lmbridge.gateway.request_fields import RequestFields, read_fields
+from lmbridge.gateway.request_fields import read_fields
 from lmbridge.transport import Call, ForwardedResponse, Request
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.interface import BaseTransport
@@ -91,7 +91,7 @@ class Generations:
         self._options = options
         self._order = FairOrder()
 
-    async def answer(self, exchange: IncomingRequest) -> None:
+    async def answer(self, incoming: IncomingRequest) -> None:
         """Answers a request.
 
         On cancellation of the caller, which means that the client has left, the connection to the server is closed, or
@@ -100,14 +100,15 @@ class Generations:
         Raises:
             Problem: The request is not passed on, or was not answered by the server.
         """
-        body = await exchange.read_body(self._options.max_body_bytes)
-        fields = read_fields(body, exchange.headers.get("Content-Encoding"), self._options.max_body_bytes)
-        name, priority = _priority_in(exchange.headers.get(PRIORITY_HEADER))
-        client = self._access.client_name(exchange.address, exchange.headers)
+        body = await incoming.read_body(self._options.max_body_bytes)
+        fields = read_fields(body, incoming.headers.get("Content-Encoding"), self._options.max_body_bytes)
+        headers = self._headers_for_server(incoming, streams=fields.streams)
+        name, priority = _priority_in(incoming.headers.get(PRIORITY_HEADER))
+        client = self._access.client_name(incoming.address, incoming.headers)
         entry = Entry(
             id=self._activity.next_id(),
             model=fields.model,
-            endpoint=exchange.path,
+            endpoint=incoming.path,
             priority=priority,
             priority_name=name,
             client=client,
@@ -115,8 +116,11 @@ class Generations:
             place=self._order.enter(client, priority),
             arrived_at=time.monotonic(),
         )
+        request = self._request(incoming, body, headers, entry)
+        # The transport drops the body when the response has begun. Many open streams may have long prompts.
+        del body
         with self._recorded(entry):
-            await self._forward(exchange, entry, self._request(exchange, body, fields, entry))
+            await self._forward(incoming, entry, request)
 
     @contextmanager
     def _recorded(self, entry: Entry) -> Iterator[None]:
@@ -140,21 +144,22 @@ class Generations:
         finally:
             current_run.reset(token)
             entry.place.end()
+            self._order.leave(entry.client, entry.priority, entry.place)
             self._activity.leave(entry, counts_tokens=not entry.streaming)
 
-    def _request(self, exchange: IncomingRequest, body: bytes, fields: RequestFields, entry: Entry) -> Request:
+    def _request(self, incoming: IncomingRequest, body: bytes, headers: dict[str, str], entry: Entry) -> Request:
         def on_admitted(call: Call) -> None:
             entry.server = server_of(call)
             if entry.admitted_at is None:
                 entry.admitted_at = time.monotonic()
-                self._order.admitted(entry.place)
+                self._order.admitted(entry.client, entry.priority, entry.place)
 
         return Request(
             operation=f"gateway request {entry.id}",
             method="POST",
-            path=exchange.path.removeprefix("/v1"),
+            path=incoming.path.removeprefix("/v1"),
             body=body,
-            model=fields.model,
+            model=entry.model,
             priority=entry.priority,
             timeouts=self._options.timeouts,
             max_retries=self._options.max_retries,
@@ -163,14 +168,14 @@ class Generations:
             concerns_server=failures.concerns_server,
             find_models=find_models,
             read_usage=usage_in_body,
-            headers=self._headers_for_server(exchange, streams=fields.streams),
-            query=exchange.query,
+            headers=headers,
+            query=incoming.query,
             on_admitted=on_admitted,
         )
 
-    def _headers_for_server(self, exchange: IncomingRequest, *, streams: bool) -> dict[str, str]:
+    def _headers_for_server(self, incoming: IncomingRequest, *, streams: bool) -> dict[str, str]:
         headers: dict[str, str] = {}
-        for name, value in end_to_end(exchange.headers):
+        for name, value in end_to_end(incoming.headers):
             lower = name.lower()
             if lower in _NOT_PASSED_ON or (lower in _CREDENTIALS and not self._options.passes_credentials):
                 continue
@@ -181,18 +186,18 @@ class Generations:
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         # A stream is never compressed, because a compressor holds events back, and nothing is compressed in a way that
         # the gateway could not read: it has to know what an error says.
-        accepted = exchange.headers.get("Accept-Encoding", "").lower()
+        accepted = incoming.headers.get("Accept-Encoding", "").lower()
         readable = [] if streams else [name for name in _READABLE_ENCODINGS if name in accepted]
         return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
 
-    async def _forward(self, exchange: IncomingRequest, entry: Entry, request: Request) -> None:
-        patience = Patience(exchange, self._options.comment_seconds) if entry.streaming else None
+    async def _forward(self, incoming: IncomingRequest, entry: Entry, request: Request) -> None:
+        patience = Patience(incoming, self._options.comment_seconds) if entry.streaming else None
         try:
             response = await self._upstream.forward(request)
         except LLMError as error:
             if patience is not None:
                 await patience.stop()
-            await _report(exchange, entry, problem_of(error))
+            await _report(incoming, entry, problem_of(error))
             return
         except BaseException:
             if patience is not None:
@@ -202,47 +207,49 @@ class Generations:
             if patience is not None:
                 await patience.stop()
             entry.server = server_of(response.call)
-            await self._pass_on(exchange, entry, response)
+            await self._pass_on(incoming, entry, response)
 
-    async def _pass_on(self, exchange: IncomingRequest, entry: Entry, response: ForwardedResponse) -> None:
+    async def _pass_on(self, incoming: IncomingRequest, entry: Entry, response: ForwardedResponse) -> None:
         entry.status = response.status
         whole = response.whole_body
-        body = PassingBody(response, decompresses=exchange.has_begun)
+        body = PassingBody(response, decompresses=incoming.has_begun)
         if whole is not None:
             plain = decompressed_beginning(whole, response.headers.get("Content-Encoding"))
             if response.status >= 400 and reports_unloaded(response.status, plain):
                 response.call.mark_unloaded()
             if not is_event_stream(response):
                 entry.tokens = body.tokens(plain)
-        if exchange.has_begun and (response.status != 200 or not is_event_stream(response)):
-            await exchange.write(_late_event(exchange.path, response, whole))
-        elif whole is not None and not exchange.has_begun:
+        if incoming.has_begun and (response.status != 200 or not is_event_stream(response) or not body.is_readable):
+            await incoming.write(_late_event(incoming.path, response, whole))
+            await incoming.finish()
+        elif whole is not None and not incoming.has_begun:
             headers = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
             self._activity.note_part(entry, len(whole), 0)
-            await exchange.respond(response.status, headers, whole)
+            await incoming.respond(response.status, headers, whole)
         else:
-            if not exchange.has_begun:
-                await exchange.begin(response.status, end_to_end(response.headers))
-            await self._pass_parts(exchange, entry, response, body)
+            if not incoming.has_begun:
+                await incoming.begin(response.status, end_to_end(response.headers))
+            await self._pass_parts(incoming, entry, response, body)
 
     async def _pass_parts(
-        self, exchange: IncomingRequest, entry: Entry, response: ForwardedResponse, body: PassingBody
+        self, incoming: IncomingRequest, entry: Entry, response: ForwardedResponse, body: PassingBody
     ) -> None:
         try:
             while part := await body.next_part():
                 self._activity.note_part(entry, len(part), body.count_events(part))
-                await exchange.write(part)
+                await incoming.write(part)
         except LLMError as error:
             entry.status = type(error).__name__
             logger.warning("the response to request %d broke off: %s", entry.id, error)
-            if not is_event_stream(response) or "Content-Length" in response.headers:
-                exchange.abort()
+            if not body.can_end_with_event:
+                incoming.abort()
                 return
-            await exchange.write(problem_of(error).event(exchange.path))
+            await incoming.write(body.separator + problem_of(error).event(incoming.path))
         finally:
             entry.tokens = body.tokens(None)
             if body.model_unloaded:
                 response.call.mark_unloaded()
+        await incoming.finish()
 
 
 def server_of(call: Call) -> str:
@@ -250,16 +257,17 @@ def server_of(call: Call) -> str:
     return call.url.removesuffix(call.request.path)
 
 
-async def _report(exchange: IncomingRequest, entry: Entry, problem: Problem) -> None:
+async def _report(incoming: IncomingRequest, entry: Entry, problem: Problem) -> None:
     """Tells the client about a problem: with a response, or in an event if the response has begun.
 
     Raises:
         Problem: The response has not begun, so that whoever answers all problems answers this one as well.
     """
-    if not exchange.has_begun:
+    if not incoming.has_begun:
         raise problem
     entry.status = problem.status
-    await exchange.write(problem.event(exchange.path))
+    await incoming.write(problem.event(incoming.path))
+    await incoming.finish()
 
 
 def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> bytes:

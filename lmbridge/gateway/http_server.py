@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from lmbridge._tasks import settle
 from lmbridge.gateway.access import bracketed
@@ -28,6 +29,12 @@ from lmbridge.gateway.request_fields import body_too_large
 from lmbridge.transport.deadline import DeadlineTimer
 
 logger: logging.Logger = logging.getLogger("lmbridge.gateway")
+
+# aiohttp's own logger would quote what it cannot parse, and that may be a key.
+_connection_logger: logging.Logger = logging.getLogger("lmbridge.gateway.connections")
+_connection_logger.addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+)
 
 _BACKLOG: Final = 1024
 _SHUTDOWN_SECONDS: Final = 1.0
@@ -125,6 +132,7 @@ class IncomingRequest:
         response = web.Response(status=status, body=body, headers=list(headers))
         self._response = response
         await self._send(response.prepare(self._request))
+        await self.finish()
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Sends the head of a response whose body follows in parts."""
@@ -137,6 +145,10 @@ class IncomingRequest:
         if self._response is None:
             raise RuntimeError("the response has not begun")
         await self._send(self._response.write(data))
+
+    async def finish(self) -> None:
+        """Sends the end of the response. aiohttp would wait forever for a client that does not read it."""
+        await self._send(self.finished_response().write_eof())
 
     def abort(self) -> None:
         """Breaks the connection, so that the client does not take what it has for the whole response."""
@@ -174,14 +186,15 @@ class HttpServer:
     def __init__(self, answer: Answer, *, client_seconds: float) -> None:
         self._answer = answer
         self._client_seconds = client_seconds
-        self._exchanges: set[IncomingRequest] = set()
-        self._timer = DeadlineTimer(asyncio.get_running_loop(), self._exchanges)
+        self._incoming: set[IncomingRequest] = set()
+        self._timer = DeadlineTimer(asyncio.get_running_loop(), self._incoming)
         self._runner = web.ServerRunner(
             web.Server(
                 self._handle,
                 handler_cancellation=True,
                 auto_decompress=False,
                 access_log=None,
+                logger=_connection_logger,
                 keepalive_timeout=client_seconds,
             ),
             shutdown_timeout=_SHUTDOWN_SECONDS,
@@ -213,13 +226,13 @@ class HttpServer:
         self._timer.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        exchange = IncomingRequest(request, self._timer, self._client_seconds)
-        self._exchanges.add(exchange)
+        incoming = IncomingRequest(request, self._timer, self._client_seconds)
+        self._incoming.add(incoming)
         try:
-            await self._answer(exchange)
+            await self._answer(incoming)
         finally:
-            self._exchanges.discard(exchange)
-        return exchange.finished_response()
+            self._incoming.discard(incoming)
+        return incoming.finished_response()
 
 
 def origin_of(host: str, port: int) -> str:

@@ -5,7 +5,8 @@ how many tokens it has generated. Both are found by searching each part for a wo
 only if the word is there.
 
 An event stream is passed on by whole lines. A line that has not ended is of no use to any client; and if the rest of it
-never comes, the event that reports the error must not be taken for a part of it.
+never comes, the event that reports the error must not be taken for a part of it. An event whose lines have all arrived,
+but not the empty line behind them, is ended before the error is reported; see `PassingBody.separator`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _HOP_BY_HOP: Final = frozenset(
 
 def end_to_end(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yields the headers that are passed on."""
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    connection = [value for name, value in headers.items() if name.lower() == "connection"]
+    named = {name.strip().lower() for value in connection for name in value.split(",")}
     for name, value in headers.items():
         if name.lower() not in _HOP_BY_HOP and name.lower() not in named:
             yield name, value
@@ -67,9 +69,27 @@ class PassingBody:
         self._encoding = response.headers.get("Content-Encoding")
         self._decompressor = _decompressor(self._encoding) if decompresses else None
         self._is_stream = is_event_stream(response)
-        self._is_readable = decompresses or (self._encoding or "identity").strip().lower() == "identity"
+        is_plain = (self._encoding or "identity").strip().lower() == "identity"
+        self.is_readable: Final = is_plain or self._decompressor is not None
+        """Whether the parts of the body are not compressed, or no longer."""
+        self._has_length = not decompresses and "Content-Length" in response.headers
         self._line = b""
         self._last_usage = b""
+        self._last_part = b""
+
+    @property
+    def can_end_with_event(self) -> bool:
+        """Whether the client can read an event that the gateway adds to what has been passed on."""
+        return self._is_stream and self.is_readable and not self._has_length
+
+    @property
+    def separator(self) -> bytes:
+        """What has to stand before an added event, so that it is not taken for a part of the event before it."""
+        if not self._last_part.endswith((b"\n", b"\r")):
+            return b"\n\n" if self._last_part else b""
+        *_, last_event = b"\n".join([*self._last_part.splitlines(), b""]).rpartition(b"\n\n")
+        # An event that has only a name gets the data of the error, whose own name replaces it.
+        return b"\n" if any(line.startswith(b"data") for line in last_event.splitlines()) else b""
 
     async def next_part(self) -> bytes:
         """Waits for the next part of the body, and returns it. Returns `b""` at the end of the body.
@@ -80,11 +100,13 @@ class PassingBody:
         while True:
             part = await self._response.read()
             if not part:
+                if self._decompressor is not None:
+                    _decompressed(self._decompressor, b"")
                 rest, self._line = self._line, b""
                 return rest
             if self._decompressor is not None:
                 part = _decompressed(self._decompressor, part)
-            if self._is_stream and self._is_readable:
+            if self._is_stream and self.is_readable:
                 if self._line:
                     part = self._line + part
                     self._line = b""
@@ -94,6 +116,7 @@ class PassingBody:
                         part, self._line = part[:end], part[end:]
                 self._look_at(part)
             if part:
+                self._last_part = part
                 return part
 
     def count_events(self, part: bytes) -> int:
@@ -187,11 +210,14 @@ def _decompressor(encoding: str | None) -> Decompressor | None:
 
 
 def _decompressed(decompressor: Decompressor, part: bytes) -> bytes:
+    """Returns what a part stands for. An empty part is the end of the body."""
     decompressor.feed(part)
     parts = []
     try:
         while text := decompressor.next_part():
             parts.append(text)
+        if not part:
+            decompressor.finish()
     except BrokenCompression as exc:
         raise LLMStreamError(f"the compressed body of the response is broken: {exc}", exc) from exc
     return b"".join(parts)

@@ -27,13 +27,13 @@ class Patience:
     """Sends comments from some time on, until it is stopped.
 
     Args:
-        exchange: The request whose response is waited for.
+        incoming: The request whose response is waited for.
         seconds: The seconds until the first comment, and between two of them.
     """
 
-    def __init__(self, exchange: IncomingRequest, seconds: float) -> None:
+    def __init__(self, incoming: IncomingRequest, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        self._exchange = exchange
+        self._incoming = incoming
         self._seconds = seconds
         self._stopped: asyncio.Future[None] = loop.create_future()
         self._task: asyncio.Task[None] | None = None
@@ -61,7 +61,7 @@ class Patience:
             await end_task(self._task)
 
     async def _send_comments(self) -> None:
-        await self._exchange.begin(200, _HEADERS)
+        await self._incoming.begin(200, _HEADERS)
         while not self._stopped.done():
-            await self._exchange.write(_COMMENT)
+            await self._incoming.write(_COMMENT)
             await asyncio.wait((self._stopped,), timeout=self._seconds)

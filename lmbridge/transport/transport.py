@@ -262,8 +262,8 @@ class Transport(NotCopyable):
 
     @property
     def has_credentials(self) -> bool:
-        """Whether requests have an `Authorization` header that belongs to the transport."""
-        return any(name.lower() == "authorization" for name in self._headers)
+        """Whether requests have a header with a key that belongs to the transport."""
+        return any(name.lower() in ("authorization", "x-api-key") for name in self._headers)
 
     @property
     def limits(self) -> Limits:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from lmbridge._scheduled_run import ScheduledRun
 from lmbridge.gateway.fair_order import FairOrder
 
 
-def serve(order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, object]) -> list[str]:
+def serve(
+    order: FairOrder, waiting: list[tuple[int, int, str]], count: int, places: dict[int, ScheduledRun]
+) -> list[str]:
     """Admits requests in their order, and returns the clients that they belong to."""
     served = []
     for _ in range(count):
         waiting.sort()
         _, number, client = waiting.pop(0)
-        order.admitted(places[number])  # type: ignore[arg-type]
+        order.admitted(client, 0, places[number])
         served.append(client)
     return served
 
@@ -26,9 +29,9 @@ def test_a_client_with_many_requests_does_not_hold_up_another_one() -> None:
 def test_a_client_that_was_idle_has_saved_up_nothing() -> None:
     order = FairOrder()
     first = order.enter("busy", 0)
-    order.admitted(first)
+    order.admitted("busy", 0, first)
     for _ in range(10):
-        order.admitted(order.enter("busy", 0))
+        order.admitted("busy", 0, order.enter("busy", 0))
     assert order.enter("idle", 0).number == order.enter("busy", 0).number
 
 
@@ -48,7 +51,7 @@ def test_the_wait_is_bounded_however_many_clients_arrive() -> None:
     while "patient" in {client for _, _, client in waiting}:
         number = len(places)
         places[number] = order.enter(f"new {number}", 0)
-        waiting.append((places[number].number, number, "new"))
+        waiting.append((places[number].number, number, f"new {number}"))
         served += serve(order, waiting, 1, dict(places))
     assert len(served) <= 55
 
@@ -56,5 +59,16 @@ def test_the_wait_is_bounded_however_many_clients_arrive() -> None:
 def test_clients_with_nothing_in_the_queue_are_forgotten() -> None:
     order = FairOrder()
     for number in range(5000):
-        order.admitted(order.enter(f"client {number}", 0))
-    assert len(order._last_rounds) <= 1000
+        place = order.enter(f"client {number}", 0)
+        order.leave(f"client {number}", 0, place)
+        order.leave(f"client {number}", 0, place)
+    assert not order._waiting
+
+
+def test_a_client_that_has_left_the_queue_does_not_wait_for_what_it_gave_up() -> None:
+    order = FairOrder()
+    places = [order.enter("notebook", 0) for _ in range(100)]
+    other = order.enter("other", 0)
+    for place in places[1:]:
+        order.leave("notebook", 0, place)
+    assert order.enter("notebook", 0).number == places[0].number + 1 == other.number + 1

@@ -143,6 +143,44 @@ async def test_draining_refuses_new_requests_and_finishes_the_others(
         assert [status for status, _, _ in await asyncio.gather(*running)] == [200, 200]
 
 
+async def test_draining_waits_for_a_request_that_is_still_being_sent(scripted_server: ScriptedServer) -> None:
+    async with Gateway(scripted_server.api_base, limits=Limits()) as gateway:
+        client = await Client.connect(gateway)
+        client.send(f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Length: {len(BODY)}\nExpect: 100-continue")
+        # The gateway has accepted the request.
+        assert await client.status() == 100
+        await client.reader.readline()
+        draining = asyncio.create_task(gateway.drain())
+        await turns()
+        assert not draining.done()
+        client.writer.write(BODY)
+        assert await client.status() == 200
+        await draining
+
+
+async def test_a_request_that_arrives_while_the_gateway_closes_leaves_nothing_open(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Gateway(scripted_server.api_base, limits=Limits())
+    await gateway.open()
+    origin = gateway.origin
+    await fetch(http, gateway)
+    close = Transport.close
+    asked: list[Transport] = []
+
+    async def close_late(transport: Transport) -> None:
+        await close(transport)
+        if not asked:
+            asked.append(transport)
+            async with http.get(f"{origin}/v1/models") as response:
+                assert response.status == 200
+
+    monkeypatch.setattr(Transport, "close", close_late)
+    await gateway.close()
+    [transport] = asked
+    assert transport._open_state is None
+
+
 async def test_draining_an_idle_gateway_takes_no_time(gateway: Gateway) -> None:
     await gateway.drain()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import inspect
 import itertools
 import json
 
@@ -11,11 +12,13 @@ import aiohttp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from lmbridge import Limits
 from lmbridge.gateway import Gateway
-from lmbridge.testing import Exchange, ScriptedServer, raw, reply
-from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, chunk, fetch
+from lmbridge.testing import Exchange, ScriptedServer, raw, reply, stall
+from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch, fetch_json
+from tests.support import HALF
 
 ODD_BODIES = {
     "unknown fields": b'{"model": "test-model", "x_unknown": {"deep": [1, {"a": null}]}}',
@@ -165,12 +168,13 @@ async def test_headers_of_the_connection_are_not_passed_on(
 ) -> None:
     scripted_server.script(
         raw(
-            b"HTTP/1.1 200 OK\r\nConnection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n"
+            b"HTTP/1.1 200 OK\r\nConnection: keep-alive\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\n"
             b"Content-Length: 2\r\n\r\n{}"
         )
     )
-    headers = {"Connection": "X-Mine", "X-Mine": "1", "TE": "trailers", "X-Lmbridge-Priority": "batch"}
-    _, received, _ = await fetch(http, gateway, headers=headers)
+    headers = [("Connection", "keep-alive"), ("Connection", "X-Mine"), ("X-Mine", "1"), ("TE", "trailers")]
+    headers.append(("X-Lmbridge-Priority", "batch"))
+    _, received, _ = await fetch(http, gateway, headers=CIMultiDict(headers))
     assert not {"X-Hop", "Keep-Alive"} & set(received)
     sent = scripted_server.requests[0].headers
     assert not {name for name in ("X-Mine", "TE", "X-Lmbridge-Priority", "Expect") if name in sent}
@@ -211,3 +215,36 @@ async def test_models_are_those_of_the_server(
     assert (status, json.loads(received)) == (200, {"id": "a/b", "x": 1})
     status, _, received = await fetch(http, gateway, "/v1/models/c", method="GET")
     assert (status, json.loads(received)["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_list_of_models_is_never_compressed(
+    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
+) -> None:
+    await fetch(http, gateway, "/v1/models", method="GET")
+    assert scripted_server.requests[-1].headers["Accept-Encoding"] == "identity"
+
+
+async def test_a_refused_list_of_models_leaves_those_that_are_known(
+    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
+) -> None:
+    await fetch(http, gateway, "/v1/models", method="GET")
+    scripted_server.on_path("/v1/models", reply(401, {"error": {"message": "no key"}}))
+    status, _, _ = await fetch(http, gateway, "/v1/models", method="GET")
+    assert status == 401
+    assert (await fetch_json(http, gateway, "/status.json"))["models"]
+
+
+async def test_the_body_of_a_request_is_not_kept_while_its_answer_arrives(
+    scripted_server: ScriptedServer, gateway: Gateway
+) -> None:
+    scripted_server.script(stall(after=HALF))
+    client = await Client.connect(gateway)
+    client.post(STREAM)
+    await client.reader.readuntil(b"data:")
+    kept: list[str] = []
+    for task in asyncio.all_tasks():
+        awaited: object = task.get_coro()
+        while inspect.iscoroutine(awaited):
+            kept += [name for name, value in inspect.getcoroutinelocals(awaited).items() if value == STREAM]
+            awaited = awaited.cr_await
+    assert not kept

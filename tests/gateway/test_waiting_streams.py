@@ -138,6 +138,74 @@ async def test_a_stream_that_breaks_off_ends_with_an_event(
     assert "broke in the middle" in str(error["message"])
 
 
+@pytest.mark.parametrize(
+    ("sent", "passed_on"),
+    [
+        ([b'data: {"a": 1}\n'], b'data: {"a": 1}\n\n'),
+        ([b'event: x\ndata: {"a": 1}\n'], b'event: x\ndata: {"a": 1}\n\n'),
+        ([b'data: 1\r\n\r\ndata: {"a": 1}\r\n'], b'data: 1\r\n\r\ndata: {"a": 1}\r\n\n'),
+        ([b"data: 1\n", b"\n"], b"data: 1\n\n"),
+        ([b"data: 1\n\n: ping\n"], b"data: 1\n\n: ping\n"),
+        ([b"event: x\n"], b"event: x\n"),
+        ([b"data: " + b"x" * 100_000], b"data: " + b"x" * 100_000 + b"\n\n"),
+    ],
+    ids=["data", "name and data", "CRLF", "whole", "comment", "name", "very long line"],
+)
+async def test_the_event_of_an_error_is_never_a_part_of_the_one_before(
+    scripted_server: ScriptedServer,
+    gateway: Gateway,
+    http: aiohttp.ClientSession,
+    sent: list[bytes],
+    passed_on: bytes,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def cut(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD)
+        for part in sent:
+            await exchange.raw(chunk(part))
+        await go_on.wait()
+        exchange.hang_up()
+
+    scripted_server.script(cut)
+    async with http.post(gateway.origin + CHAT, data=STREAM) as response:
+        received = await response.content.readexactly(len(b"".join(sent)))
+        go_on.set()
+        received += await response.read()
+    assert received.startswith(passed_on)
+    assert error_in(received.removeprefix(passed_on))["code"] == "upstream_error"
+
+
+async def test_a_compressed_stream_that_breaks_off_is_cut_off(
+    scripted_server: ScriptedServer, gateway: Gateway
+) -> None:
+    async def cut(exchange: Exchange) -> None:
+        await exchange.raw(SSE_HEAD.replace(b"Content-Type", b"Content-Encoding: gzip\r\nContent-Type"))
+        await exchange.raw(chunk(gzip.compress(b"data: 1\n\n")[:15]))
+        exchange.hang_up()
+
+    scripted_server.script(cut)
+    client = await Client.connect(gateway)
+    client.post(STREAM)
+    received = await client.rest()
+    assert b"gzip" in received
+    assert b"error" not in received
+    assert not received.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [(b"br", b"\x0b\x02\x80data"), (b"gzip", gzip.compress(b"data: 1\n\n")[:-8])],
+    ids=["unknown", "cut off"],
+)
+async def test_a_late_stream_that_cannot_be_decompressed_is_an_error(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, encoding: bytes, body: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: %b\r\nContent-Length: %d\r\n\r\n"
+    received = await fetch_late(scripted_server, hasty, http, raw(head % (encoding, len(body)), body))
+    assert error_in(received.removeprefix(b"data: 1\n\n"))["code"] == "upstream_error"
+
+
 async def test_a_stream_that_falls_silent_ends_with_an_event(
     scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession
 ) -> None:
