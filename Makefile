@@ -4,7 +4,7 @@
 # make lint         runs the checks only
 # make bench        compares lmbridge with other clients; ROUNDS=3 ONLY=stream is quick, WRITE=yes updates the docs
 # make swaps        compares requests for two models, at servers that hold one, with openai-python; ROUNDS, WRITE as above
-# make nodes-bench  compares conversations on two servers that stay at their server with such that do not
+# make nodes-bench  compares conversations on two servers: at the server with the cache, or at the least loaded one
 # make fleet-bench  compares many agent runs on one real server with openai-agents; ROUNDS, WRITE as above
 # make agents       compares agent runs with openai-agents and pydantic-ai; ROUNDS, WRITE as above
 # make solved       counts the tasks that agents solve with a model that makes the mistakes of small models

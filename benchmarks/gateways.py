@@ -95,7 +95,7 @@ async def _bare_proxy(upstream: str) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _lmbridge_gateway(upstream: str, *, one_model: bool) -> AsyncIterator[str]:
     from lmbridge import Limits  # noqa: PLC0415 - the others do not need it
-    from lmbridge.gateway import Gateway  # noqa: PLC0415
+    from lmbridge.gateway import Gateway  # noqa: PLC0415 - as above
 
     limits = Limits(max_concurrency=4, max_loaded_models=1) if one_model else Limits(max_concurrency=_MANY)
     async with Gateway(upstreams=[upstream], limits=limits) as gateway:

@@ -137,6 +137,7 @@ class Limits:
     """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one whose run
     of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
     A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
+    # As for `order`.
     max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )

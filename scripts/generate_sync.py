@@ -104,6 +104,7 @@ class AnnotationTranslator(ast.NodeTransformer):
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if isinstance(node.value, str) and node.value.isidentifier() and node.value[0].isupper():
+            # The type of `NodeTransformer.visit` is Any, and it returns the node that stands for the name.
             return self.visit(ast.Name(node.value))  # type: ignore[no-any-return]
         return node
 

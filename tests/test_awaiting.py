@@ -139,7 +139,7 @@ async def test_a_call_can_be_tested_before_it_is_awaited(client: LLMClient) -> N
 
 
 def test_a_forgotten_await_in_a_condition_is_warned_about_by_python(client: LLMClient) -> None:
-    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.health_check' was never awaited"):  # noqa: PT031
+    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.health_check' was never awaited"):  # noqa: PT031 - until it is collected
         if client.health_check():
             pass
         gc.collect()
@@ -197,6 +197,7 @@ async def test_a_call_that_fails_raises_its_error_in_a_task() -> None:
 
 def test_a_call_that_is_dropped_is_warned_about_as_by_python(client: LLMClient) -> None:
     with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.chat_completion' was never awaited"):  # noqa: PT031
+        # Python warns when the coroutine is collected, so this belongs into the block, too.
         client.chat_completion(MESSAGES)
         gc.collect()
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from benchmarks.tables import TABLES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -103,8 +105,6 @@ def test_the_agent_solves_tasks_in_spite_of_mistakes(tmp_path: Path) -> None:
 
 
 def test_every_table_has_its_sections_in_the_documentation() -> None:
-    from benchmarks.tables import TABLES  # noqa: PLC0415
-
     for table in TABLES.values():
         page = (ROOT / "docs" / table.page).read_text()
         for section in (table.name, f"{table.name}-notes", f"{table.name}-machine"):

@@ -198,16 +198,6 @@ async def test_gateway_prints_an_error_as_one_line(scripted_server: ScriptedServ
     assert len(outcome.errors.splitlines()) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.real
-@pytest.mark.timeout(180)
-async def test_gateway_runs_on_the_embedded_server() -> None:
-    pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
-    outcome = await run("gateway.py")
-    assert outcome.status == 0, outcome.errors
-    assert len(outcome.output.splitlines()) == 6
-
-
 async def test_structured_output_prints_the_instance(scripted_server: ScriptedServer) -> None:
     trip = '{"passenger": "Ada", "city": "Oslo", "seats": %s}'
     wrong, right = (f'{{"transport": "train", "trips": [{trip % seats}]}}' for seats in ("0", "2"))
@@ -342,7 +332,7 @@ async def test_agent_events_draws_no_status_line_in_a_file(
 
 
 async def test_agent_events_draws_its_status_line_on_a_terminal(scripted_server: ScriptedServer) -> None:
-    pty = pytest.importorskip("pty")
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
     scripted_server.script(answer("", tool_calls=[tool_call("count_people", '{"city": "Ulm"}')]), answer(FOX))
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
@@ -536,11 +526,12 @@ async def test_streaming_runs_on_the_embedded_server() -> None:
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(180)
-async def test_pool_runs_on_the_embedded_server() -> None:
+@pytest.mark.parametrize(("example", "lines"), [("gateway.py", 6), ("pool.py", 12)])
+async def test_an_example_runs_on_the_embedded_server(example: str, lines: int) -> None:
     pytest.importorskip("xllamacpp", reason="needs lmbridge[local]")
-    outcome = await run("pool.py")
+    outcome = await run(example)
     assert outcome.status == 0, outcome.errors
-    assert len(outcome.output.splitlines()) == 12
+    assert len(outcome.output.splitlines()) == lines
 
 
 @pytest.mark.slow

@@ -312,7 +312,7 @@ print("result", asyncio.run(run_until_signal(work())), flush=True)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_program_after_its_clean_up_and_more_signals_change_nothing(number: signal.Signals) -> None:
     pipe = subprocess.PIPE

@@ -45,7 +45,7 @@ assert look_up.__name__ == TOOL
 
 @asynccontextmanager
 async def _lmbridge(server: FleetServer, slots: int, **limits: Any) -> AsyncIterator[Run]:
-    from lmbridge import Agent, Limits, LLMClient  # noqa: PLC0415
+    from lmbridge import Agent, Limits, LLMClient  # noqa: PLC0415 - see above
 
     given = Limits(max_concurrency=slots, max_queue=None, **limits)
     async with LLMClient(server.api_base, server.model, limits=given, timeout=None) as client:
@@ -59,6 +59,7 @@ async def _lmbridge(server: FleetServer, slots: int, **limits: Any) -> AsyncIter
 
 @asynccontextmanager
 async def _openai_agents(server: FleetServer, slots: int, *, has_semaphore: bool) -> AsyncIterator[Run]:
+    # Imported here, as the comment above says.
     import openai  # noqa: PLC0415
     from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled  # noqa: PLC0415
 

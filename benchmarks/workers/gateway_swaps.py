@@ -19,10 +19,9 @@ from benchmarks.peers.base import MESSAGES
 from benchmarks.specification import OURS
 from benchmarks.swap_servers import SWAP_SERVERS, SwapServer, count_swaps, scripted_texts
 from benchmarks.workers import serve
-from benchmarks.workers.model_swaps import Fate, SwapOutcome
+from benchmarks.workers.model_swaps import Answer, judge
 
 _SEED: Final = 1796
-_ERROR_CHARACTERS: Final = 300
 _PROGRAM: Final = "program"
 
 
@@ -80,43 +79,26 @@ async def _run_program(api_base: str, models: list[str], tokens: int, texts: dic
         print(flush=True)
         await asyncio.to_thread(sys.stdin.readline)
         work = (
-            _judge(client, model, tokens, texts.get(model), streamed=index % 2 == 0)
+            judge(_ask(client, model, tokens, streamed=index % 2 == 0), model, texts.get(model))
             for index, model in enumerate(models)
         )
         outcomes = await asyncio.gather(*work)
     print(json.dumps(outcomes), flush=True)
 
 
-async def _judge(client: Any, model: str, tokens: int, expected: str | None, *, streamed: bool) -> SwapOutcome:
-    """Sends one request, and judges its answer."""
-    began = time.monotonic()
-    fate: Fate = "whole"
-    error = ""
-    try:
-        text, finish_reason, models = await _ask(client, model, tokens, streamed=streamed)
-    except Exception as exc:  # noqa: BLE001 - any exception means a lost answer
-        fate, error = "failed", f"{type(exc).__name__}: {exc}"[:_ERROR_CHARACTERS]
-    else:
-        if models - {model}:
-            fate = "wrong model"
-        elif finish_reason is None or not text or text != (expected or text):
-            fate = "truncated"
-    return SwapOutcome(fate, time.monotonic() - began, error)
-
-
-async def _ask(client: Any, model: str, tokens: int, *, streamed: bool) -> tuple[str, str | None, set[str]]:
-    """Returns the text of an answer, its finish reason, and the models that it names."""
+async def _ask(client: Any, model: str, tokens: int, *, streamed: bool) -> Answer:
+    """Sends one request, and returns its answer."""
     options = {"model": model, "messages": MESSAGES, "max_tokens": tokens, "stream": streamed}
     answer = await client.chat.completions.create(**options)
     if not streamed:
-        return answer.choices[0].message.content or "", answer.choices[0].finish_reason, {answer.model}
+        return Answer(answer.choices[0].message.content or "", answer.choices[0].finish_reason, {answer.model})
     text, finish_reason, models = "", None, set()
     async for chunk in answer:
         models.add(chunk.model)
         for choice in chunk.choices:
             text += choice.delta.content or ""
             finish_reason = choice.finish_reason or finish_reason
-    return text, finish_reason, models
+    return Answer(text, finish_reason, models)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -20,6 +20,15 @@ _AT_ONCE: Final = 4
 _ERROR_CHARACTERS: Final = 300
 
 Fate = Literal["whole", "truncated", "failed", "wrong model"]
+
+
+class Answer(NamedTuple):
+    """An answer that has arrived."""
+
+    text: str
+    finish_reason: str | None
+    models: set[str | None]
+    """The models that it names."""
 
 
 class SwapOutcome(NamedTuple):
@@ -44,7 +53,7 @@ class StreamRequest(Protocol):
 
 @asynccontextmanager
 async def _lmbridge_client(api_base: str) -> AsyncIterator[StreamRequest]:
-    from lmbridge import Limits, LLMClient  # noqa: PLC0415
+    from lmbridge import Limits, LLMClient  # noqa: PLC0415 - the workers of other clients do not need it
 
     async with LLMClient(api_base, limits=Limits(max_concurrency=_AT_ONCE, max_loaded_models=1)) as client:
 
@@ -56,7 +65,7 @@ async def _lmbridge_client(api_base: str) -> AsyncIterator[StreamRequest]:
 
 @asynccontextmanager
 async def _openai_client(api_base: str, **options: Any) -> AsyncIterator[StreamRequest]:
-    from openai import AsyncOpenAI  # noqa: PLC0415
+    from openai import AsyncOpenAI  # noqa: PLC0415 - the workers of other clients do not need it
 
     async with AsyncOpenAI(base_url=api_base, api_key="none", **options) as client:
         create: Any = client.chat.completions.create
@@ -106,7 +115,7 @@ class SwapWorkloads:
                 tasks = []
                 async with asyncio.TaskGroup() as group:
                     for model in models:
-                        outcome = _read_answer(request, model, info.tokens, expected.get(model))
+                        outcome = judge(_read_answer(request, model, info.tokens), model, expected.get(model))
                         tasks.append(group.create_task(outcome))
                         if pause:
                             await asyncio.sleep(pause)
@@ -115,31 +124,36 @@ class SwapWorkloads:
             return {"outcomes": outcomes, "seconds": seconds, "swaps": count_swaps(running.loads())}
 
 
-async def _read_answer(request: StreamRequest, model: str, tokens: int, expected: str | None) -> SwapOutcome:
-    """Sends one request, reads its answer to the end, and judges it.
+async def _read_answer(request: StreamRequest, model: str, tokens: int) -> Answer:
+    """Sends one request by a function that does so, and reads its answer to the end."""
+    text, finish_reason, models = "", None, set()
+    async for chunk in await request(model, tokens):
+        models.add(chunk.get("model"))
+        for choice in chunk["choices"]:
+            text += choice["delta"].get("content") or ""
+            finish_reason = choice.get("finish_reason") or finish_reason
+    return Answer(text, finish_reason, models)
+
+
+async def judge(request: Awaitable[Answer], model: str, expected: str | None) -> SwapOutcome:
+    """Waits for the answer to a request, and judges it.
 
     Args:
-        request: A function that sends the request.
+        request: The request.
         model: The model that should answer.
-        tokens: The maximum length of the answer.
         expected: The text of a whole answer, or None for any text.
     """
     began = time.monotonic()
-    text, finish_reason, models = "", None, set()
     fate: Fate = "whole"
     error = ""
     try:
-        async for chunk in await request(model, tokens):
-            models.add(chunk.get("model"))
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                finish_reason = choice.get("finish_reason") or finish_reason
+        answer = await request
     except Exception as exc:  # noqa: BLE001 - any exception means a lost answer
         fate, error = "failed", f"{type(exc).__name__}: {exc}"[:_ERROR_CHARACTERS]
     else:
-        if models - {model}:
+        if answer.models - {model}:
             fate = "wrong model"
-        elif finish_reason is None or not text or text != (expected or text):
+        elif answer.finish_reason is None or not answer.text or answer.text != (expected or answer.text):
             fate = "truncated"
     return SwapOutcome(fate, time.monotonic() - began, error)
 

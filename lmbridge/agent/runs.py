@@ -230,6 +230,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 partial=self.partial,
             ) from error
         except Exception as error:
+            # Every other error ends the run as well, and has what the run has done so far.
             self._stop_reason = "error"
             if isinstance(error, LLMError):
                 error.completed(partial=self.partial)

@@ -77,6 +77,7 @@ class Settings:
     )
     max_seconds: float | None = attrs.field(default=None, validator=_OPTIONAL_SECONDS)
     max_total_tokens: int | None = attrs.field(default=None, validator=as_validator(check_integer, optional=True))
+    # As for `max_tokens`.
     switch_policy: SwitchPolicy = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="isolate", validator=as_validator(check_choice, choices=get_args(SwitchPolicy))
     )
@@ -84,6 +85,7 @@ class Settings:
     max_parallel_tools: int = attrs.field(default=4, validator=_POSITIVE_INTEGER)
     max_tool_output: int = attrs.field(default=20_000, validator=_POSITIVE_INTEGER)
     max_bad_calls: int = attrs.field(default=5, validator=_POSITIVE_INTEGER)
+    # As for `max_tokens`.
     on_limit: OnLimit = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="raise", validator=as_validator(check_choice, choices=get_args(OnLimit))
     )
@@ -92,6 +94,7 @@ class Settings:
         default=5, validator=as_validator(check_integer, minimum=2, optional=True)
     )
     deduplicate_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
+    # As for `max_tokens`.
     read_text_calls: ReadTextCalls = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="always", validator=as_validator(check_choice, choices=get_args(ReadTextCalls))
     )

@@ -138,6 +138,7 @@ def shows_params(params: type) -> Callable[[_Function], _Function]:
             if name not in signature.parameters
         ]
         rest = [each for each in signature.parameters.values() if each.kind is each.VAR_KEYWORD]
+        # mypy does not know this attribute, which `inspect.signature` reads.
         function.__signature__ = signature.replace(parameters=[*kept, *named, *rest])  # type: ignore[attr-defined]
         return function
 

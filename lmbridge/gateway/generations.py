@@ -139,6 +139,7 @@ class Generations:
             entry.status = problem.status
             raise
         except BaseException as exc:
+            # The status page shows how the request has ended, whatever ended it.
             entry.status = type(exc).__name__
             raise
         finally:
@@ -200,6 +201,7 @@ class Generations:
             await _report(incoming, entry, problem_of(error))
             return
         except BaseException:
+            # Nobody may go on sending comments, not even after a cancellation.
             if patience is not None:
                 await patience.give_up()
             raise

@@ -1070,7 +1070,8 @@ class LLMClientPool(Owner):
         pool_size: The most clients that can be in use at the same time. Default: 10.
         **options: The options of the clients, which `LLMClient` documents, as keyword arguments. Some apply to the
             whole pool: `model` is the model of clients that are requested without one. The `max_concurrency` of
-            `limits` is `pool_size` by default, and never more than that. With `model_mismatch="warn"`, each pair of
+            `limits` is never more than `pool_size`, and is `pool_size` unless `limits` or a server nearby, which is
+            asked if no `limits` are given, say less. With `model_mismatch="warn"`, each pair of
             names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
             it stays open when the pool is closed.
 

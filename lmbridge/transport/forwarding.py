@@ -121,6 +121,7 @@ class ForwardedResponse:
         except ConnectionFailed as failure:
             self.abort(self._error or self._error_from(failure))
         except BaseException as exc:
+            # A reader that is cancelled may have lost bytes, so the body cannot go on.
             self._close(type(exc).__name__)
             raise
         else:

@@ -22,6 +22,7 @@ from lmbridge import (
 )
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.tools import as_tool
+from lmbridge.client.structured import InvalidAnswerError
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks, calls, check_valid, generations, sent
 
@@ -209,9 +210,9 @@ async def test_a_type_that_cannot_be_used_is_refused_before_anything_is_sent(
 def test_the_schema_is_shown_to_the_model_as_it_is_sent() -> None:
     reader = OutputReader(list[Point], has_tools=True)
     assert reader.response_format is None
-    with pytest.raises(ValueError, match="not valid JSON") as caught:
+    with pytest.raises(InvalidAnswerError, match="not valid JSON") as caught:
         reader.read("a point")
-    request = reader.next_request(caught.value)  # type: ignore[arg-type]
+    request = reader.next_request(caught.value)
     assert request is not None
     assert reader.response_format is not None
     assert json.loads(request.partition("schema: ")[2]) == reader.response_format["json_schema"]["schema"]

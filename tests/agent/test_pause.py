@@ -149,4 +149,5 @@ async def test_the_model_can_ask_the_user(scripted_server: ScriptedServer, clien
 
 def test_a_callback_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(LLMValidationError, match="callback"):
+        # Type checkers refuse a text as well.
         ask_user("Which city?")  # type: ignore[arg-type]

@@ -178,4 +178,5 @@ async def test_an_invalid_option_is_refused_by_the_agent_and_by_the_run(options:
 
 async def test_an_unknown_option_of_a_run_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="temperatur"):
+        # The name is misspelt on purpose.
         await Agent(LLMClient(transport=MockTransport(answer))).run("Hello", temperatur=1)  # type: ignore[call-overload]

@@ -339,8 +339,10 @@ async def test_an_option_that_is_not_one_of_lm_studio_is_refused(server: Scripte
     with pytest.raises(LLMValidationError, match="api_key is not a parameter"):
         client.lmstudio.download("x", api_key="secret")
     with pytest.raises(TypeError, match=r"unload\(\) got an unexpected keyword argument 'force'"):
+        # Type checkers refuse the argument as well.
         await client.lmstudio.unload("x", force=True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match=r"models\(\) got an unexpected keyword argument 'limit'"):
+        # As above.
         await client.lmstudio.models(limit=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     assert server.requests == []
 

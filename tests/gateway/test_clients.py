@@ -95,7 +95,7 @@ async def test_lmbridge(gateway: Gateway, server: LocalServer) -> None:
 
 
 async def test_openai_python(gateway: Gateway, server: LocalServer) -> None:
-    openai = pytest.importorskip("openai")
+    openai = pytest.importorskip("openai", reason="nox -s clients installs openai")
     async with openai.AsyncOpenAI(base_url=gateway.api_base, api_key="none", max_retries=0) as client:
         create: Any = client.chat.completions.create
         plain = await create(model=server.model, messages=MESSAGES, **SHORT)

@@ -23,7 +23,7 @@ def test_a_client_with_many_requests_does_not_hold_up_another_one() -> None:
     order = FairOrder()
     places = {number: order.enter(client, 0) for number, client in enumerate("aaaabc")}
     waiting = [(place.number, number, "aaaabc"[number]) for number, place in places.items()]
-    assert "".join(serve(order, waiting, 6, dict(places))) == "abcaaa"
+    assert "".join(serve(order, waiting, 6, places)) == "abcaaa"
 
 
 def test_a_client_that_was_idle_has_saved_up_nothing() -> None:
@@ -52,7 +52,7 @@ def test_the_wait_is_bounded_however_many_clients_arrive() -> None:
         number = len(places)
         places[number] = order.enter(f"new {number}", 0)
         waiting.append((places[number].number, number, f"new {number}"))
-        served += serve(order, waiting, 1, dict(places))
+        served += serve(order, waiting, 1, places)
     assert len(served) <= 55
 
 

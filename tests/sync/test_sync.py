@@ -201,7 +201,7 @@ def test_an_asynchronous_tool_that_blocks_its_own_loop_gets_an_error(server: Thr
 
 
 def test_an_agent_of_mcp_servers_lists_them(client: LLMClient, tmp_path: Path) -> None:
-    pytest.importorskip("mcp")
+    pytest.importorskip("mcp", reason="needs lmbridge[mcp]")
     config = tmp_path / "mcp.json"
     config.write_text('{"mcpServers": {"time": {"command": "mcp-server-time"}}}')
     with DynamicAutonomousAgent(client, config_path=config) as agent:

@@ -410,6 +410,7 @@ async def test_requests_that_wait_at_a_server_that_fails_go_elsewhere_at_once() 
     assert one.transport.queued == 3
     two.models.append("m")
     one.failure = ConnectionRefusedError()
+    # A client of several servers has a `NodePool`.
     for node in client._server.transport._nodes:  # type: ignore[attr-defined]
         node.set_models(None, asyncio.get_running_loop().time())
     gate.set()
@@ -460,8 +461,10 @@ def test_a_pool_needs_servers_and_no_server_twice() -> None:
     with pytest.raises(LLMValidationError, match="is listed twice"):
         NodePool([Transport("http://a.test"), Transport("http://a.test/v1/")])
     with pytest.raises(LLMValidationError, match="a list of transports"):
+        # Type checkers refuse it as well.
         NodePool("http://a.test")  # type: ignore[arg-type]
     with pytest.raises(LLMValidationError, match="a list of transports, not str"):
+        # As above.
         NodePool(["http://a.test"])  # type: ignore[list-item]
 
 

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blockbuster import BlockBuster
@@ -61,8 +62,8 @@ async def proxy(serve: Serve, context: ssl.SSLContext | None = None) -> AsyncIte
     await asyncio.gather(*ended)
 
 
-async def error_through(proxy_url: str, scheme: str, **options: object) -> LLMError:
-    async with LLMClient(f"{scheme}://{SERVER}", proxy=proxy_url, max_retries=0, **options) as client:  # type: ignore[arg-type]
+async def error_through(proxy_url: str, scheme: str, **options: Any) -> LLMError:
+    async with LLMClient(f"{scheme}://{SERVER}", proxy=proxy_url, max_retries=0, **options) as client:
         with pytest.raises(LLMError) as caught:
             await client.chat_completion(MESSAGES)
     return caught.value

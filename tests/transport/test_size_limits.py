@@ -8,7 +8,7 @@ import inspect
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import pytest
@@ -49,8 +49,8 @@ def endless(beginning: bytes, repeated: bytes) -> Behaviour:
     return behave
 
 
-async def error_of(server: ScriptedServer, stream: bool, **options: int) -> LLMError:
-    async with LLMClient(server.api_base, max_retries=0, **options) as client:  # type: ignore[arg-type]
+async def error_of(server: ScriptedServer, stream: bool, **options: Any) -> LLMError:
+    async with LLMClient(server.api_base, max_retries=0, **options) as client:
         with pytest.raises(LLMError) as caught:
             await ask(client, stream)
     await server.wait_until(lambda: not server.open_connections)
@@ -263,9 +263,9 @@ async def test_a_mock_transport_has_the_limit_as_well() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "1 MB", True])
-def test_the_limit_must_be_a_positive_integer(size: object) -> None:
+def test_the_limit_must_be_a_positive_integer(size: Any) -> None:
     with pytest.raises(LLMValidationError, match="max_reply_bytes"):
-        LLMClient(max_reply_bytes=size)  # type: ignore[arg-type]
+        LLMClient(max_reply_bytes=size)
 
 
 def test_the_limit_belongs_to_the_transport() -> None:
