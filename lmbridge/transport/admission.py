@@ -187,8 +187,6 @@ class Admission:
         self.scheduler.pause_run(run)
         if self.scheduler.waiting:
             self._admit()
-        if self.scheduler.waiting:
-            self._admit()
 
     def _admit(self) -> None:
         now = self._loop.time()

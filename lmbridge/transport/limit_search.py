@@ -83,7 +83,8 @@ class LimitSearch:
                 self._has_waited = True
                 # After one step of the event loop, all requests are here that were started together with this one.
                 await asyncio.sleep(0)
-            if self._arriving > 1 or self._admission.in_flight or self._admission.queued:
+            # The client may have been closed in the meantime, and a question would open it again.
+            if not self.is_over and (self._arriving > 1 or self._admission.in_flight or self._admission.queued):
                 await self._wait_briefly(ask)
         finally:
             self._arriving -= 1
@@ -104,7 +105,8 @@ class LimitSearch:
         self.is_over = await ask(self._finder)
 
     async def close(self) -> None:
-        """Ends the question, and waits until it has ended."""
+        """Ends the question, and waits until it has ended. No other one is asked after that."""
+        self.is_over = True
         await self._question.cancel_all()
 
 

@@ -18,6 +18,7 @@ from lmbridge import (
     LLMStreamError,
     LLMValidationError,
     ModelLoadError,
+    TaskCancelledError,
     collect,
 )
 from lmbridge.config import is_near
@@ -35,7 +36,7 @@ from lmbridge.testing import (
 from lmbridge.transport import Transport, limit_search
 from tests.agent.support import asks, calls
 from tests.client.test_auto_limits import asked, llama_cpp
-from tests.support import HALF, MESSAGES, opened, piece
+from tests.support import HALF, MESSAGES, opened, piece, turns
 
 COMPLETIONS = "/v1/chat/completions"
 
@@ -239,6 +240,18 @@ async def test_an_answer_that_comes_late_is_put_in_force(
         await scripted_server.wait_until(lambda: "/api/v1/models" in asked(scripted_server))
         await until(lambda: limits_of(client) != Limits())
         assert limits_of(client) == Limits(max_concurrency=8, max_loaded_models=2)
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+async def test_a_client_that_was_closed_asks_nothing(scripted_server: ScriptedServer, steps: int) -> None:
+    """However far the requests have come, a question does not open the client again."""
+    client = LLMClient(scripted_server.api_base)
+    requests = [asyncio.create_task(client.chat_completion(MESSAGES)) for _ in range(3)]
+    await turns(steps)
+    await client.close()
+    outcomes = await asyncio.gather(*requests, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [TaskCancelledError] * 3
+    assert (client._server.transport.closing, asked(scripted_server)) == (None, [])
 
 
 @pytest.mark.parametrize("size", [3, 20])
