@@ -63,8 +63,15 @@ class LimitSearch:
         self._has_waited = False
         self._patient_until: float | None = None
 
-    def forget(self) -> None:
-        """Records that another server may be running by now, so it has to be asked again."""
+    def forget(self, *, was_stale: bool = False) -> None:
+        """Records that another server may be running by now, so it has to be asked again.
+
+        Args:
+            was_stale: Whether only a kept connection turned out to be dead. Some servers close each connection after an
+                answer, so this is no reason to repeat a question that nobody has asked for explicitly.
+        """
+        if was_stale and self._finder.only_when_needed:
+            return
         self.is_over = False
         self._patient_until = None
 

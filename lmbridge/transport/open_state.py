@@ -60,10 +60,14 @@ class OpenState:
         init=False, default=attrs.Factory(_create_deadline_timer, takes_self=True)
     )
 
-    def forget_server(self) -> None:
-        """Records that a connection was refused or lost, so another server may be running by now."""
+    def forget_server(self, *, was_stale: bool = False) -> None:
+        """Records that a connection was refused or lost, so another server may be running by now.
+
+        Args:
+            was_stale: Whether only a kept connection turned out to be dead.
+        """
         if self.limit_search is not None:
-            self.limit_search.forget()
+            self.limit_search.forget(was_stale=was_stale)
 
     def adopt(self, stream: EventStream | ForwardedResponse) -> None:
         """Adds a stream to those that `close` ends and whose deadlines are watched.

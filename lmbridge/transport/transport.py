@@ -544,7 +544,7 @@ class Transport(NotCopyable):
         # A kept connection was dead before any byte of a response had arrived. That is normal: llama.cpp, for example,
         # closes the connection after every stream although it announces keep-alive. So the request is sent once more at
         # once, and this does not count as a retry.
-        state.forget_server()
+        state.forget_server(was_stale=True)
         return await state.session.send(http_request)
 
     def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:

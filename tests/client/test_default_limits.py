@@ -254,6 +254,21 @@ async def test_a_client_that_was_closed_asks_nothing(scripted_server: ScriptedSe
     assert (client._server.transport.closing, asked(scripted_server)) == (None, [])
 
 
+@pytest.mark.parametrize(("limits", "questions"), [(None, 1), ("auto", 2)])
+async def test_a_kept_connection_that_is_dead_is_no_reason_to_ask_again_by_default(
+    scripted_server: ScriptedServer, limits: Any, questions: int
+) -> None:
+    """Some servers close each connection after an answer; they would be asked over and over."""
+    llama_cpp(scripted_server)
+    async with LLMClient(scripted_server.api_base, limits=limits) as client:
+        await ask_together(client)
+        scripted_server.script(hang_up())
+        await ask_together(client)
+        await ask_together(client)
+        assert client.stats().retries == 0
+    assert asked(scripted_server).count("/v1/models") == questions
+
+
 @pytest.mark.parametrize("size", [3, 20])
 async def test_a_pool_has_as_many_in_flight_as_clients_with_a_plain_server(
     scripted_server: ScriptedServer, size: int
