@@ -196,8 +196,7 @@ async def test_a_call_that_fails_raises_its_error_in_a_task() -> None:
 
 
 def test_a_call_that_is_dropped_is_warned_about_as_by_python(client: LLMClient) -> None:
-    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.chat_completion' was never awaited"):  # noqa: PT031
-        # Python warns when the coroutine is collected, so this belongs into the block, too.
+    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.chat_completion' was never awaited"):  # noqa: PT031 - as above
         client.chat_completion(MESSAGES)
         gc.collect()
 

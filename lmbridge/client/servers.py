@@ -70,7 +70,7 @@ async def find_models(transport: Transport) -> _ListedModels:
     """
     # Imported here because programs with one server never need it.
     from lmbridge.client.server_api import ServerApi  # noqa: PLC0415
-    from lmbridge.client.server_info import describe  # noqa: PLC0415
+    from lmbridge.client.server_info import describe  # noqa: PLC0415 - as above
 
     server = ServerApi(
         transport, make_transport=None, timeouts=Timeouts(), max_retries=0, mismatch_policy=MismatchPolicy("ignore")

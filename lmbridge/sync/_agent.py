@@ -92,7 +92,7 @@ class RunHandle(Wrapper, Generic[OutputT]):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the run has been paused, and not been resumed yet."""
+        """Whether the run has been paused, and has neither been resumed nor ended since."""
         result: bool = self._call(lambda: self.wrapped.is_paused)
         return result
 
