@@ -231,6 +231,14 @@ def report_lost_model(call: Call, error: LLMError) -> None:
         call.note_eviction(is_certain=False)
 
 
+def report_loss(call: Call, status: int, body: bytes) -> None:
+    """Does the same for an error reply that nobody reads, because another server gets the request.
+
+    The transport calls it as the `report_loss` of a request.
+    """
+    report_lost_model(call, error_from_reply(Reply(call=call, status=status, headers={}, body=body), _unchanged))
+
+
 Redact = Callable[[str], str]
 """Removes secrets from a text. A server may repeat the key that it refuses."""
 

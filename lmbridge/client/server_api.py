@@ -212,6 +212,7 @@ class ServerApi:
             max_retries=self._max_retries,
             classify=failures.classify,
             concerns_server=failures.concerns_server,
+            report_loss=failures.report_loss,
             find_models=find_models,
             reports_error=failures.reports_error,
             read_usage=usage_in_body,

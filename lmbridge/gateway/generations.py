@@ -167,6 +167,7 @@ class Generations:
             classify=failures.classify,
             reports_error=begins_with_error,
             concerns_server=failures.concerns_server,
+            report_loss=failures.report_loss,
             find_models=find_models,
             read_usage=usage_in_body,
             headers=headers,

@@ -48,6 +48,10 @@ def _finds_no_usage(_body: bytes) -> TokenUsage | None:
     return None
 
 
+def _reports_no_loss(_call: Call, _status: int, _body: bytes) -> None:
+    pass
+
+
 def _never_concerns_server(_status: int, _body: bytes) -> bool:
     return False
 
@@ -113,6 +117,9 @@ class Request:
     concerns_server: Callable[[int, bytes], bool] = _never_concerns_server
     """Decides from the status and the body of an error reply whether another server may answer the request, because
     this one does not have the model, for example. It is asked only if there are several servers."""
+    report_loss: Callable[[Call, int, bytes], None] = _reports_no_loss
+    """Tells the schedule of a server, from the status and the body of an error reply, that the server has lost a model.
+    It is called if another server gets the request, because nobody reads the reply then."""
     find_models: FindModels | None = attrs.field(default=None, repr=False)
     """Asks a server which models it has. It is called only if there are several servers, and never for each request."""
     failover: Failover | None = attrs.field(default=None, repr=False)

@@ -145,6 +145,7 @@ class Delivery:
                 self._node.refuse(self.request.model)
         may_repeat = self.request.repeatable or status < 500 or status in _REFUSED_BEFORE_WORK
         if may_repeat and self._has_alternative(call):
+            self.request.report_loss(call, status, body)
             self._move(call)
 
     def _is_refusal(self, status: int, body: bytes) -> bool:

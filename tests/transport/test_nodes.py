@@ -263,6 +263,21 @@ async def test_an_error_as_the_first_event_of_a_stream_counts_as_well() -> None:
         await ask(client_of(one, two), True)
 
 
+@STREAM
+@pytest.mark.parametrize(
+    "failure", [MockResponse(400, json={"error": "Model unloaded."}), [{"error": "Model unloaded."}]]
+)
+async def test_a_server_learns_from_a_killed_generation_that_another_server_repeats(failure: Any, stream: bool) -> None:
+    first, second = FakeServer("first"), FakeServer("second")
+    first.failure = failure if stream or isinstance(failure, MockResponse) else failure[0]
+    async with client_of(first, second) as client:
+        assert await ask(client, stream) == "second"
+        stats = client.stats()
+    assert stats.evictions == 1
+    assert first.transport.limits.max_loaded_models == 1
+    assert second.transport.limits.max_loaded_models is None
+
+
 async def test_a_mistake_in_the_request_is_not_tried_elsewhere() -> None:
     one, two = FakeServer("one"), FakeServer("two")
     one.failure = two.failure = MockResponse(400, json={"error": {"message": "temperature must be a number"}})
