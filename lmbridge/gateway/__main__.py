@@ -53,8 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a further name of the gateway, such as my-pc"
     )
-    parser.add_argument("--max-concurrency", type=int, help="the most generations at each server (default: ask it)")
-    parser.add_argument("--max-loaded-models", type=int, help="the most models at each server (default: ask it)")
+    # `Limits` are either given or asked for, so one of these options is enough for the server not to be asked.
+    parser.add_argument(
+        "--max-concurrency",
+        type=int,
+        help="the most generations at each server (default: ask it; 10 if --max-loaded-models is given)",
+    )
+    parser.add_argument(
+        "--max-loaded-models",
+        type=int,
+        help="the most models at each server (default: ask it; no limit if --max-concurrency is given)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log every request to stderr")
     return parser
 
