@@ -140,15 +140,14 @@ class IncomingRequest:
         self._response = response
         await self._send(response.prepare(self._request))
 
-    async def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> Awaitable[None]:
         """Sends a part of the body."""
-        if self._response is None:
-            raise RuntimeError("the response has not begun")
-        await self._send(self._response.write(data))
+        # It is not a coroutine itself, because it is called for every chunk, and each layer of coroutines costs time.
+        return self._send(self.begun_response().write(data))
 
     async def finish(self) -> None:
         """Sends the end of the response. aiohttp would wait forever for a client that does not read it."""
-        await self._send(self.finished_response().write_eof())
+        await self._send(self.begun_response().write_eof())
 
     def abort(self) -> None:
         """Breaks the connection, so that the client does not take what it has for the whole response."""
@@ -160,10 +159,10 @@ class IncomingRequest:
         logger.warning("%s has not read its response for %g s; it is cut off", self.address, self._client_seconds)
         self.abort()
 
-    def finished_response(self) -> web.StreamResponse:
-        """Returns the response, for aiohttp to finish it."""
+    def begun_response(self) -> web.StreamResponse:
+        """Returns the response."""
         if self._response is None:
-            raise RuntimeError("the request was not answered")
+            raise RuntimeError("the response has not begun")
         return self._response
 
     async def _send(self, sending: Awaitable[object]) -> None:
@@ -232,7 +231,7 @@ class HttpServer:
             await self._answer(incoming)
         finally:
             self._incoming.discard(incoming)
-        return incoming.finished_response()
+        return incoming.begun_response()
 
 
 def origin_of(host: str, port: int) -> str:

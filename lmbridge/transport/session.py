@@ -39,7 +39,7 @@ import asyncio
 import socket
 import ssl as ssl_module
 import weakref
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
@@ -318,10 +318,9 @@ class _AiohttpResponse:
         self._connection_closed: asyncio.Future[None] | None = None
         self._watch_connection()
 
-    async def read_some(self) -> bytes:
-        if self._decompressor is not None:
-            return await self._read_decompressed(self._decompressor)
-        return await self._read_raw()
+    def read_some(self) -> Coroutine[Any, Any, bytes]:
+        # It is not a coroutine itself, because it is called for every chunk, and each layer of coroutines costs time.
+        return self._read_raw() if self._decompressor is None else self._read_decompressed(self._decompressor)
 
     async def _read_raw(self) -> bytes:
         try:
