@@ -268,10 +268,11 @@ class Gateway(NotCopyable):
             await _respond_problem(incoming, problem)
         except LLMError as error:
             await _respond_problem(incoming, problem_of(error))
-        except Exception as error:
-            if isinstance(error, ConnectionError):
-                # The client has left.
-                raise
+        except ConnectionError:
+            # The client has left.
+            raise
+        except Exception:
+            # Whatever is wrong with the gateway itself is in the log, and the client gets an error like any other.
             logger.exception("the gateway failed to answer %s %s", incoming.method, incoming.path)
             await _respond_problem(
                 incoming, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
