@@ -48,7 +48,7 @@ _PLAIN_ESCAPES: Final = '"\\/'
 _TRAILING_BRACKETS: Final = re.compile(r"[\s}\]]*")
 _ENDS: Final = ("<", "`", "[END", "</")
 """How a text goes on where JSON has ended: with a tag or with the end of a Markdown fence."""
-_FENCE: Final = re.compile(r"```\w{0,20}\s*(.*?)\s*(?:```\s*)?", re.DOTALL)
+_FENCE: Final = re.compile(r"```\w{0,20}(.*?)(?:```)?", re.DOTALL)
 
 
 class AlmostJson(NamedTuple):
@@ -94,10 +94,10 @@ def repair_arguments(text: str, *, may_be_cut: bool) -> str:
         ValueError: They cannot be read, or not in one way only.
     """
     fence = _FENCE.fullmatch(text.strip())
-    text = fence[1] if fence is not None else text
+    text = (fence[1] if fence is not None else text).strip()
     found = read_almost_json(text, may_be_cut=may_be_cut)
     end = found.end
-    while text[end:].strip():
+    while end < len(text):
         # Servers and models repeat the arguments.
         again = read_almost_json(text, end, may_be_cut=may_be_cut)
         if again.text != found.text:

@@ -200,7 +200,7 @@ PARAMETERS: Final = (
     # MiniCPM 5.
     ParameterSyntax(re.compile(r"""<param name=["'](?P<key>[^"'\n]{1,100})["'][^<>\n]{0,60}>"""), "</param>"),
     # GLM 4.5 to 4.7.
-    ParameterSyntax(re.compile(r"<arg_key>\s*(?P<key>[^<>\n]{1,100}?)\s*</arg_key>\s*<arg_value>"), "</arg_value>"),
+    ParameterSyntax(re.compile(r"<arg_key>\s*+(?P<key>[^<>\n]{1,100}?)\s*+</arg_key>\s*<arg_value>"), "</arg_value>"),
     # Step 3.
     ParameterSyntax(
         re.compile(r"""<steptml:parameter name=["'](?P<key>[^"'\n]{1,100})["']>"""), "</steptml:parameter>"
@@ -221,13 +221,13 @@ PARAMETERS: Final = (
 
 NAME_BEFORE_JSON: Final = re.compile(
     # DeepSeek V3 begins with the type; Kimi's names are ids, such as `functions.add:0`; Gemma's begin with `call:`.
-    rf"(?:function\s*<\uff5ctool[\u2581_]sep\uff5c>)?\s*(?:call:|functions\.)?({NAME}?)(?::\d{{1,5}})?\s*"
+    rf"(?:function\s*<\uff5ctool[\u2581_]sep\uff5c>)?\s*(?:call:|functions\.)?({NAME}?)(?::\d{{1,5}})?\s*+"
     # Mistral since its eleventh tokenizer.
-    r"(?:\[CALL_ID\]\s*\w{1,40}\s*)?(?:\[ARGS\])?"
-    r"(?:<\uff5ctool[\u2581_]sep\uff5c>|<\|tool_call_argument_begin\|>)?\s*(?:```\w{0,20}\s*)?(?=\{)"
+    r"(?:\[CALL_ID\]\s*\w{1,40}\s*+)?(?:\[ARGS\])?"
+    r"(?:<\uff5ctool[\u2581_]sep\uff5c>|<\|tool_call_argument_begin\|>)?\s*+(?:```\w{0,20}\s*+)?(?=\{)"
 )
 """A name in front of its arguments, within the tags of one of the syntaxes."""
-NAME_BEFORE_PARAMETERS: Final = re.compile(rf"\s*({NAME})\s*(?:\\n)?\s*(?=<arg_key>)")
+NAME_BEFORE_PARAMETERS: Final = re.compile(rf"\s*({NAME})\s*+(?:\\n)?\s*+(?=<arg_key>)")
 NAME_ALONE: Final = re.compile(rf"\s*({NAME})\s*(?=</tool_call>)")
 """A call of GLM without arguments."""
 DISCARDED: Final = re.compile(

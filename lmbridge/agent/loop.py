@@ -124,7 +124,7 @@ class RunLoop:
         self._output = None if settings.output_type is None else OutputReader(settings.output_type, has_tools=has_tools)
         self._may_call = True
         self._token_budget = TokenBudget(settings.max_total_tokens)
-        self._nudges = Nudges(toolset, settings.max_nudges)
+        self._nudges = Nudges(toolset, settings.max_nudges, settings.read_text_calls != "never")
         self._turns = TurnRunner(
             run_id,
             settings=settings,

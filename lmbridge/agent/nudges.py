@@ -39,7 +39,7 @@ _MESSAGES: Final[Mapping[NudgeKind, str]] = {
     "cut_reasoning": "Your reasoning reached the limit of {max_tokens} tokens. Reason only briefly, then {action}.",
     "promise": "You have not called a tool. If you need one, call it now. Otherwise give your final answer.",
     "missing_call": "Your reply announced a tool call, but had none. Now {action}.",
-    "unreadable_call": "Your tool call could not be read. Make it again, in exactly this form:\n{form}",
+    "unreadable_call": "Your tool call could not be read. {again}",
     "cut_call": "Your tool call was cut off at {max_tokens} tokens, so it was not made. Make a shorter call, or several"
     " short ones.",
 }
@@ -85,10 +85,12 @@ class Nudges:
     Args:
         toolset: The tools of the run.
         most_per_round: The option `max_nudges` of the run.
+        reads_text_calls: Whether calls are read that the model writes as text.
     """
 
     _toolset: Toolset
     _most_per_round: int
+    _reads_text_calls: bool
     _left: int = attrs.field(init=False, default=attrs.Factory(_most_in_run, takes_self=True))
     _given: set[NudgeKind] = attrs.field(init=False, factory=set)
 
@@ -114,10 +116,15 @@ class Nudges:
         self._left -= 1
         message = _MESSAGES[kind].format(
             action="call a tool or give your answer" if reply.may_call else "give your answer",
-            form=self._example(reply.text or reply.reasoning) if kind == "unreadable_call" else "",
+            again=self._way_to_call(reply.text or reply.reasoning) if kind == "unreadable_call" else "",
             max_tokens=max_tokens,
         )
         return Nudge(kind=kind, message=message, reply=reply.text)
+
+    def _way_to_call(self, text: str) -> str:
+        if not self._reads_text_calls:
+            return "Calls in your text are never read. Make it again with the tools of this conversation."
+        return f"Make it again, in exactly this form:\n{self._example(text)}"
 
     def _example(self, text: str) -> str:
         """Returns a call in a form that can be read, of the tool that a text mentions last."""

@@ -23,11 +23,11 @@ _TEMPLATE_TOKEN: Final = re.compile(
     r"<\|(?!python|tool|sep\|)[\w/-]{1,40}\|>|</?s>|<(?:end|start)_of_turn>|<\uff5c(?!tool)[^\uff5c<>\n]{1,40}\uff5c>"
 )
 _LONGEST_TOKEN: Final = 44
-_FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
+_FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
 _FENCES_OF_CALLS: Final = ("", "json", "jsonc", "json5", "xml", "text", "txt", "plaintext", "tool", "python", "py")
 _NEXT_OBJECT: Final = re.compile(r"\s*\{")
 _BEGINNING_OF_HARMONY: Final = re.compile(
-    r"(?:<\|start\|>)?(?:assistant)?\s*(?:<\|channel\|>)?\s*(?:commentary|analysis)?\s*\Z"
+    r"(?:<\|start\|>)?(?:assistant)?\s{0,20}+(?:<\|channel\|>)?\s{0,20}+(?:commentary|analysis)?\s{0,20}+\Z"
 )
 LONGEST_TEXT_OF_CALLS: Final = 500_000
 """The number of characters beyond which a reply is not searched for calls. It has more than 100,000 tokens."""

@@ -10,13 +10,13 @@ from typing import Final
 
 ADD: Final = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
 WEATHER: Final = '{"name": "weather", "arguments": {"city": "Ulm"}}'
-DELETE: Final = '{"name": "delete_file", "arguments": {"path": "/tmp/a"}}'
+DELETE: Final = '{"name": "delete_file", "arguments": {"path": "notes.txt"}}'
 SEARCH: Final = '{"name": "search", "parameters": {"query": "bridges"}}'
 
 CALLS: Final = (
     f"<tool_call>\n{ADD}\n</tool_call>",
     f"[TOOL_REQUEST]{WEATHER}[END_TOOL_REQUEST]",
-    '<function=delete_file>{"path": "/tmp/a"}</function>',
+    '<function=delete_file>{"path": "notes.txt"}</function>',
     "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function>\n</tool_call>",
     f"[TOOL_CALLS][{ADD}]",
     '[TOOL_CALLS]search[ARGS]{"query": "bridges"}',

@@ -150,3 +150,10 @@ def read(unit: str, size: int) -> None:
 )
 def test_the_time_to_read_is_linear(unit: str) -> None:
     assert_linear(partial(read, unit), 2_000, doublings=2)
+
+
+def test_the_time_to_read_a_fence_is_linear() -> None:
+    def repair(size: int) -> None:
+        assert repair_arguments(f"```json\n{{'a':{' ' * size}1}}\n```", may_be_cut=False) == '{"a":1}'
+
+    assert_linear(repair, 1_000)

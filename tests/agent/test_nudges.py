@@ -250,6 +250,16 @@ async def test_a_run_without_tools_is_not_told_to_call_one(scripted_server: Scri
     assert sent(scripted_server)["messages"][-1]["content"] == "Your reply was empty. Now give your answer."
 
 
+async def test_no_form_of_a_call_is_shown_if_calls_in_the_text_are_not_read(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer(UNREADABLE), answer("Done."))
+    await Agent(client, tools=[add], read_text_calls="never").run("1 + 2?")
+    nudge = sent(scripted_server)["messages"][-1]["content"]
+    assert "Calls in your text are never read" in nudge
+    assert "<tool_call>" not in nudge
+
+
 async def test_the_form_of_a_call_is_that_of_the_tool_in_the_reply(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:

@@ -353,5 +353,19 @@ def test_the_time_for_each_hostile_text_is_linear(unit: str) -> None:
     assert_linear(lambda size: read_text_calls(f"So:\n{unit * size}"), 200)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("x", "y\n<|channel|>commentary to=functions.add {}"),
+        ("<|tool_call_begin|>add", "x {"),
+        ("<tool_call>add\n<arg_key>", "x"),
+        ("<tool_call>add<arg_key>a", "x"),
+        ("```", "`\n" + HERMES),
+    ],
+)
+def test_the_time_to_read_white_space_is_linear(before: str, after: str) -> None:
+    assert_linear(lambda size: read_text_calls(f"{before}{' ' * size}{after}"), 2_000)
+
+
 async def test_megabytes_of_text_of_calls_are_an_ordinary_answer(toolset: Toolset) -> None:
     assert toolset.find_text_calls(HERMES * 70_000) is None
