@@ -51,6 +51,8 @@ ENDPOINTS: Final = frozenset(
     )
 )
 """The paths whose requests are admitted by model."""
+_NEVER_STREAMED: Final = frozenset({"/v1/embeddings", "/v1/messages/count_tokens"})
+"""The paths whose answers are whole even if a request asks for a stream. Comments would spoil them."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
 _NOT_PASSED_ON: Final = frozenset({"host", "content-length", "expect", "accept-encoding", "x-lmbridge-priority"})
 """Headers of a request that are for the gateway, or that the connection to the server determines."""
@@ -102,7 +104,8 @@ class Generations:
         """
         body = await incoming.read_body(self._options.max_body_bytes)
         fields = read_fields(body, incoming.headers.get("Content-Encoding"), self._options.max_body_bytes)
-        headers = self._headers_for_server(incoming, streams=fields.streams)
+        streams = fields.streams and incoming.path not in _NEVER_STREAMED
+        headers = self._headers_for_server(incoming, streams=streams)
         name, priority = _priority_in(incoming.headers.get(PRIORITY_HEADER))
         client = self._access.client_name(incoming.address, incoming.headers)
         entry = Entry(
@@ -112,7 +115,7 @@ class Generations:
             priority=priority,
             priority_name=name,
             client=client,
-            streaming=fields.streams,
+            streaming=streams,
             place=self._order.enter(client, priority),
             arrived_at=time.monotonic(),
         )

@@ -19,6 +19,7 @@ from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, hang_u
 from tests.gateway.support import CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
 from tests.support import HALF, MESSAGES, turns
 
+STREAMED_PATHS = [path for path in PATHS if path not in {"/v1/embeddings", "/v1/messages/count_tokens"}]
 COMMENT = b": waiting for the model\n\n"
 
 
@@ -70,12 +71,23 @@ def error_in(event: bytes, path: str = CHAT) -> dict[str, object]:
     return error
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STREAMED_PATHS)
 async def test_a_stream_that_waits_gets_comments_and_then_its_events(
     scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, path: str
 ) -> None:
     body = await fetch_late(scripted_server, hasty, http, sse("data: 1\n\n", "data: [DONE]\n\n"), path)
     assert body == b"data: 1\n\ndata: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("path", sorted({*PATHS} - {*STREAMED_PATHS}))
+async def test_an_answer_that_is_never_a_stream_gets_none_however_late_it_is(
+    scripted_server: ScriptedServer, hasty: Gateway, http: aiohttp.ClientSession, path: str
+) -> None:
+    go_on = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, go_on.set)
+    scripted_server.script(after_comments(go_on, reply(200, {"data": []})))
+    status, headers, body = await fetch(http, hasty, path, STREAM)
+    assert (status, headers["Content-Type"], json.loads(body)) == (200, "application/json", {"data": []})
 
 
 async def test_a_stream_that_begins_soon_gets_none(
@@ -86,7 +98,7 @@ async def test_a_stream_that_begins_soon_gets_none(
     assert "X-Accel-Buffering" not in headers
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", STREAMED_PATHS)
 @pytest.mark.parametrize(
     ("behaviour", "code", "message"),
     [
