@@ -26,7 +26,6 @@ from lmbridge.gateway.passing import (
     begins_with_error,
     end_to_end,
     is_event_stream,
-    reports_unloaded,
 )
 from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
@@ -221,8 +220,8 @@ class Generations:
         body = PassingBody(response, decompresses=incoming.has_begun)
         if whole is not None:
             plain = decompressed_beginning(whole, response.headers.get("Content-Encoding"))
-            if response.status >= 400 and reports_unloaded(response.status, plain):
-                response.call.mark_unloaded()
+            if response.status >= 400:
+                failures.report_loss(response.call, response.status, plain)
             if not is_event_stream(response):
                 entry.tokens = body.tokens(plain)
         if incoming.has_begun and (response.status != 200 or not is_event_stream(response) or not body.is_readable):
@@ -235,11 +234,9 @@ class Generations:
         else:
             if not incoming.has_begun:
                 await incoming.begin(response.status, end_to_end(response.headers))
-            await self._pass_parts(incoming, entry, response, body)
+            await self._pass_parts(incoming, entry, body)
 
-    async def _pass_parts(
-        self, incoming: IncomingRequest, entry: Entry, response: ForwardedResponse, body: PassingBody
-    ) -> None:
+    async def _pass_parts(self, incoming: IncomingRequest, entry: Entry, body: PassingBody) -> None:
         try:
             while part := await body.next_part():
                 self._activity.note_part(entry, len(part), body.count_events(part))
@@ -253,8 +250,6 @@ class Generations:
             await incoming.write(body.separator + problem_of(error).event(incoming.path))
         finally:
             entry.tokens = body.tokens(None)
-            if body.model_unloaded:
-                response.call.mark_unloaded()
         await incoming.finish()
 
 

@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from lmbridge.client import failures
-from lmbridge.errors import LLMStreamError, ModelLoadError
+from lmbridge.errors import LLMStreamError
 from lmbridge.transport import ForwardedResponse
 from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
 
@@ -63,8 +63,6 @@ class PassingBody:
     """
 
     def __init__(self, response: ForwardedResponse, *, decompresses: bool = False) -> None:
-        self.model_unloaded: bool = False
-        """Whether the server has reported that it has dropped the model."""
         self._response = response
         self._encoding = response.headers.get("Content-Encoding")
         self._decompressor = _decompressor(self._encoding) if decompresses else None
@@ -132,22 +130,10 @@ class PassingBody:
 
     def _look_at(self, part: bytes) -> None:
         if b'"error"' in part:
-            self.model_unloaded |= any(reports_unloaded(None, data) for data in _data_lines(part))
+            for data in filter(failures.reports_error, _data_lines(part)):
+                failures.report_loss(self._response.call, self._response.status, data)
         if b'"usage"' in part or b'"timings"' in part:
             self._last_usage = part
-
-
-def reports_unloaded(status: int | None, body: bytes) -> bool:
-    """Returns whether an error shows that the server has not, or no longer, loaded the model.
-
-    Args:
-        status: The HTTP status, or None for an event of a stream.
-        body: The body, or the data of the event.
-    """
-    if status is None and not failures.reports_error(body):
-        return False
-    kind = failures.error_class(failures.parse_error_body(body), status)
-    return kind is not None and issubclass(kind, ModelLoadError)
 
 
 def begins_with_error(data: bytes) -> bool:

@@ -247,6 +247,18 @@ async def test_an_eviction_is_noticed(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_after_an_eviction_requests_are_scheduled_by_model(
+    scripted_server: ScriptedServer, http: aiohttp.ClientSession, stream: bool
+) -> None:
+    async with Gateway(scripted_server.api_base, limits=Limits(max_concurrency=4)) as gateway:
+        scripted_server.script(sse(piece("x"), EVICTED) if stream else reply(400, EVICTED))
+        await fetch(http, gateway, CHAT, body_for("a", stream=stream))
+        stats = gateway.stats()
+        (server,) = stats.by_server.values()
+        assert (stats.evictions, server.limits.max_loaded_models) == (1, 1)
+
+
 async def test_many_streams_at_a_time(scripted_server: ScriptedServer) -> None:
     go_on = asyncio.Event()
 
