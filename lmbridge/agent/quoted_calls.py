@@ -28,6 +28,7 @@ _QUOTED_OR_LISTED: Final = re.compile(
     r"(?<!`)`\Z|[\"'\u201c\u2018\u00ab\u201e(|]\Z|[(|,][ \t]+\Z|\A[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+\Z"
 )
 _IN_STRUCTURE: Final = re.compile(r"[\[{]\s*\Z|[}\]\"\d],\s*\Z|\"\s*:\s*\Z")
+_IN_ELEMENT: Final = re.compile(r"<(?:pre|code|blockquote|samp|xmp)\b[^<>]{0,100}>\s*\Z", re.IGNORECASE)
 _CONTINUES: Final = re.compile(
     r"\s*(?:[a-z\u00df-\u00f6\u00f8-\u00ff]|[,.;:!?)\]}|=+*/&%`'\"\u201d\u2019\u00bb\u2014\u2013-])"
 )
@@ -53,6 +54,8 @@ _ABOUT_CALLS: Final = re.compile(
     r"|(?:you|people|developers) (?:write|send|call|invoke|type|post)"
     r"|(?<!i )would (?:\w+ )?(?:look|write|call|use|send|emit|produce|output|generate|respond|reply)"
     r"|would have (?:written|called|sent|used)"
+    r"|i (?:won['\u2019]t|will not|must not|refuse to|refused to) (?:\w+ ){0,2}"
+    r"(?:call|run|make|execute|send|write)"
     r"|(?:is|are|be|been|was|were) (?:\w+ )?"
     r"(?:called like|written|represented|encoded|serialized|expressed|stored|invalid|wrong|malformed|incorrect)"
     r"|(?:is|are) called|such (?:a )?calls?|(?:from|in) the logs?(?! files?)"
@@ -86,7 +89,7 @@ def is_quoted(before: str, after: str, *, is_bare: bool) -> bool:
     line = before[before.rfind("\n") + 1 :]
     if line.lstrip().startswith(">") or _QUOTED_OR_LISTED.search(line) or _LOG_OR_TRANSCRIPT.search(line):
         return True
-    if is_bare and _IN_STRUCTURE.search(before[-60:]):
+    if _IN_ELEMENT.search(before[-200:]) or (is_bare and _IN_STRUCTURE.search(before[-60:])):
         return True
     if len(line) - len(line.lstrip()) == len(line) >= 4:
         # An indented code block.

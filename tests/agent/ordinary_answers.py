@@ -37,6 +37,10 @@ EXPLANATIONS: Final = (
     "For example:\n\n{}",
     "The model writes\n{}\nand the server reads it.",
     "Never send {} to a server that you do not trust.",
+    "I won't make this call:\n{}",
+    "I refuse to call\n{}\nIt would be dangerous.",
+    "<pre>\n{}\n</pre>",
+    "As HTML:\n<blockquote><code class='call'>\n{}\n</code></blockquote>",
     "In the log there is this line:\n```\n{}\n```\nIt was not parsed.",
     "Here is what the documentation of the template says:\n> {}\nThat is all.",
 )
