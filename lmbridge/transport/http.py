@@ -14,8 +14,8 @@ All failures cross the seam as `ConnectionFailed`, so that the transport needs n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Coroutine, Mapping
+from typing import Any, Protocol
 
 import attrs
 
@@ -59,7 +59,7 @@ class HttpResponse(Protocol):
         """The headers. Their names are case-insensitive."""
         ...
 
-    async def read_some(self) -> bytes:
+    def read_some(self) -> Coroutine[Any, Any, bytes]:
         """Waits for the next part of the body, and returns it. Returns `b""` at the end of the body.
 
         If the connection has broken, what had arrived before is returned first.
