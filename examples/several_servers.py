@@ -1,7 +1,7 @@
 """Asks questions of two servers at the same time, with one client, and shows which server did what.
 
     python examples/several_servers.py
-    python examples/several_servers.py http://127.0.0.1:1234/v1 http://127.0.0.1:8080/v1 --model qwen3-4b
+    python examples/several_servers.py http://127.0.0.1:1234/v1 http://127.0.0.1:9931/v1 --model qwen3-4b
 
 Without URLs it starts two embedded servers, which needs the extra `lmbridge[local]`. It stops one of them after the
 first questions, and the other one takes over.

@@ -1,7 +1,7 @@
 """Summarize text files without async: a blocking client, shared by a few threads.
 
     python examples/sync_script.py notes/*.txt
-    python examples/sync_script.py --api-base http://127.0.0.1:8080/v1 notes/*.txt
+    python examples/sync_script.py --api-base http://127.0.0.1:9931/v1 notes/*.txt
 
 Without --api-base it asks the server of the environment (LMBRIDGE_API_BASE), else LM Studio on this machine.
 """

@@ -9,11 +9,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+# The lowest layer comes first. Where imports are nested more deeply, Python 3.11 enlarges its stack and shrinks it
+# again for each of thousands of calls in modules that aiohttp imports, which takes 15 ms.
+from lmbridge.transport import Transport
+
+# isort: split
+
 from lmbridge._version import __version__
 from lmbridge.client import ChatStream, LLMClient, collect
 from lmbridge.config import Limits, Timeouts
 from lmbridge.errors import (
     ContextLengthExceededError,
+    JournalError,
     LLMAuthenticationError,
     LLMConnectionError,
     LLMError,
@@ -34,7 +41,6 @@ from lmbridge.errors import (
     TaskCancelledError,
     ToolError,
 )
-from lmbridge.transport import Transport
 
 if TYPE_CHECKING:
     from lmbridge.agent import (
@@ -42,8 +48,12 @@ if TYPE_CHECKING:
         ChatClient,
         ChatClientPool,
         ChunkStream,
+        CompactionStep,
+        ContextCompacted,
+        Gate,
         ModelNudged,
         Nudge,
+        PromptCacheLost,
         ReasoningDelta,
         Round,
         RoundFinished,
@@ -63,16 +73,24 @@ if TYPE_CHECKING:
         ToolContext,
         ToolRecord,
         ask_user,
+        pick_tools,
     )
+    from lmbridge.agent.journal import Journal, JournaledRun, JournalEntry
     from lmbridge.client.completions import TextStream
+    from lmbridge.client.decisions import DecisionAnswer, Decisions
+    from lmbridge.client.discovery import FoundServer, discover
     from lmbridge.client.images import image_part
+    from lmbridge.client.model_managers import DownloadProgress
     from lmbridge.client.models import CacheStats, ModelValidator
     from lmbridge.client.pool import LLMClientPool, PoolStats
+    from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
+    from lmbridge.client.questions import Choice, Score, TrueFalse
     from lmbridge.client.raw import RawResponse
     from lmbridge.client.reasoning import ReasoningMarkers, ReasoningSplitter, split_reasoning
     from lmbridge.client.responses import ResponseEvent, ResponseStream
     from lmbridge.client.server_info import ModelInfo, ServerInfo
     from lmbridge.client.text import StreamedText, text_of
+    from lmbridge.client.token_count import TokenCount
     from lmbridge.local import LocalServer
     from lmbridge.log import enable_logging
     from lmbridge.mcp.dynamic import DynamicAutonomousAgent
@@ -85,10 +103,22 @@ __all__ = [
     "ChatClient",
     "ChatClientPool",
     "ChatStream",
+    "Choice",
     "ChunkStream",
     "ClientStats",
+    "CompactionStep",
+    "ContextCompacted",
     "ContextLengthExceededError",
+    "DecisionAnswer",
+    "Decisions",
+    "DownloadProgress",
     "DynamicAutonomousAgent",
+    "FoundServer",
+    "Gate",
+    "Journal",
+    "JournalEntry",
+    "JournalError",
+    "JournaledRun",
     "LLMAuthenticationError",
     "LLMClient",
     "LLMClientPool",
@@ -107,6 +137,7 @@ __all__ = [
     "ModelChangedDuringExecutionError",
     "ModelInfo",
     "ModelLoadError",
+    "ModelLoading",
     "ModelMismatchError",
     "ModelNotFoundError",
     "ModelNudged",
@@ -116,6 +147,8 @@ __all__ = [
     "NodePool",
     "Nudge",
     "PoolStats",
+    "PromptCacheLost",
+    "PromptProgress",
     "RawResponse",
     "ReasoningDelta",
     "ReasoningMarkers",
@@ -133,6 +166,7 @@ __all__ = [
     "RunResult",
     "RunStream",
     "RunTools",
+    "Score",
     "ServerInfo",
     "ServerStats",
     "StreamedText",
@@ -140,6 +174,7 @@ __all__ = [
     "TextDelta",
     "TextStream",
     "Timeouts",
+    "TokenCount",
     "Tool",
     "ToolCall",
     "ToolCallFinished",
@@ -148,24 +183,46 @@ __all__ = [
     "ToolError",
     "ToolRecord",
     "Transport",
+    "TrueFalse",
     "__version__",
     "ask_user",
     "collect",
+    "discover",
     "enable_logging",
     "image_part",
+    "pick_tools",
+    "progress_of",
     "split_reasoning",
     "text_of",
 ]
 
 # The modules of the names that are imported at their first use.
 _LAZY: Final = {
+    "Gate": "lmbridge.agent",
+    "pick_tools": "lmbridge.agent",
+    "PromptCacheLost": "lmbridge.agent",
+    "ModelLoading": "lmbridge.client.progress",
+    "PromptProgress": "lmbridge.client.progress",
+    "progress_of": "lmbridge.client.progress",
+    "DownloadProgress": "lmbridge.client.model_managers",
+    "TrueFalse": "lmbridge.client.questions",
+    "Score": "lmbridge.client.questions",
+    "Decisions": "lmbridge.client.decisions",
+    "DecisionAnswer": "lmbridge.client.decisions",
+    "Choice": "lmbridge.client.questions",
     "Agent": "lmbridge.agent",
     "CacheStats": "lmbridge.client.models",
     "ChatClient": "lmbridge.agent",
     "ChatClientPool": "lmbridge.agent",
     "ChunkStream": "lmbridge.agent",
     "ClientStats": "lmbridge.transport.stats",
+    "CompactionStep": "lmbridge.agent",
+    "ContextCompacted": "lmbridge.agent",
     "DynamicAutonomousAgent": "lmbridge.mcp.dynamic",
+    "FoundServer": "lmbridge.client.discovery",
+    "Journal": "lmbridge.agent.journal",
+    "JournalEntry": "lmbridge.agent.journal",
+    "JournaledRun": "lmbridge.agent.journal",
     "LLMClientPool": "lmbridge.client.pool",
     "LocalServer": "lmbridge.local",
     "ModelInfo": "lmbridge.client.server_info",
@@ -196,6 +253,7 @@ _LAZY: Final = {
     "StreamedText": "lmbridge.client.text",
     "TextDelta": "lmbridge.agent",
     "TextStream": "lmbridge.client.completions",
+    "TokenCount": "lmbridge.client.token_count",
     "Tool": "lmbridge.agent",
     "ToolCall": "lmbridge.agent",
     "ToolCallFinished": "lmbridge.agent",
@@ -203,6 +261,7 @@ _LAZY: Final = {
     "ToolContext": "lmbridge.agent",
     "ToolRecord": "lmbridge.agent",
     "ask_user": "lmbridge.agent",
+    "discover": "lmbridge.client.discovery",
     "enable_logging": "lmbridge.log",
     "image_part": "lmbridge.client.images",
     "split_reasoning": "lmbridge.client.reasoning",

@@ -58,7 +58,7 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
 
     @property
     def _name(self) -> str:
-        return getattr(self._coroutine, "__qualname__", "the method")
+        return getattr(self._coroutine, "__name__", "the method")
 
     def __getattr__(self, name: str) -> Any:
         # asyncio and debuggers read `cr_frame` and similar attributes.
@@ -70,7 +70,7 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
     def _misused(self, example: str) -> NoReturn:
         # A coroutine that was used in one of these ways is not awaited afterwards, and Python would warn about it too.
         self._coroutine.close()
-        raise TypeError(f"`await` is missing: write `{example.format(self._name.rpartition('.')[2])}`")
+        raise TypeError(f"`await` is missing: write `{example.format(self._name)}`")
 
     def __getitem__(self, key: object) -> NoReturn:
         # Python also asks for item 0 in `for` loops and for `in`, because there is no `__iter__`.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Protocol, TypeGuard, TypeVar
 
 from lmbridge._text import shorten
-from lmbridge.errors import LLMValidationError
+from lmbridge.errors import LLMValidationError, ModelNotFoundError
 
 _T = TypeVar("_T")
 
@@ -39,6 +39,16 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
     """
     shown = shorten(repr(value), _SHOWN_CHARACTERS)
     return LLMValidationError(f"{name} must be {expected}, not {shown}", hint=hint or _default_hint(name))
+
+
+def is_usage_error(error: BaseException) -> bool:
+    """True if the arguments of a program made no sense, so that the program ends with status 2 and has sent nothing.
+
+    The class alone does not say so: a server raises the same class of error when it refuses a request, with a status,
+    and when it does not have the model.
+    """
+    is_refused = isinstance(error, ModelNotFoundError)
+    return isinstance(error, LLMValidationError) and error.status is None and not is_refused
 
 
 def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidationError:
@@ -96,7 +106,7 @@ def check_integer(
         name: The argument's name, as the user knows it.
         value: The argument.
         minimum: The smallest integer that is accepted.
-        maximum: The largest integer that is accepted. By default there is no upper bound.
+        maximum: The largest integer that is accepted. The default, None, means any integer.
         optional: Whether None is accepted as well.
         keyword: A string that is accepted as well, such as "auto".
         hint: The hint of the error. By default it suggests leaving the argument out.

@@ -43,7 +43,7 @@ class ScheduledRun:
         learn about the end of the run from another thread. None stands for any loop."""
         self.number: Final = next_order_number() if number is None else number
         """The position of the run in the order of all runs and requests; the lowest goes first. By default runs and
-        requests are in the order of their arrival. A number of one's own makes sense only where all have one."""
+        requests are in the order of their arrival. Passing a number makes sense only if all runs have one."""
         self.is_over: bool = False
         """Whether the run has ended. A request that asks for a permit after that does not belong to the run."""
         self._on_end: list[Callable[[ScheduledRun], None]] = []

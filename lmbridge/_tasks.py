@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sized
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Iterable
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar, cast
 
 import attrs
 
@@ -31,10 +32,52 @@ MANY: Final = 100
 """The number of things after which a task that works through them lets other tasks run."""
 
 
-async def let_others_run(things: Sized) -> None:
-    """Lets other tasks run between two steps that each work through these things, if they are many."""
-    if len(things) > MANY:
+LARGE: Final = 100_000
+"""The number of characters or bytes after whose processing other tasks run. It takes about a millisecond."""
+
+
+async def pause_after(size: int) -> None:
+    """Lets other tasks run if a step before has processed so many characters or bytes that they have had to wait.
+
+    A step that consists of one call of C code, such as decoding JSON, cannot be divided. In a thread, it would hold up
+    the event loop for as long, because such code keeps the global interpreter lock. But a reply of 10 MB takes a dozen
+    of such calls, one after the other.
+    """
+    if size > LARGE:
         await asyncio.sleep(0)
+
+
+async def list_in_slices(items: Iterable[_T]) -> list[_T]:
+    """Returns a list of the items, and lets other tasks run after every 100 of them.
+
+    It is for an iterator that works for each item, such as a `map`, or a generator::
+
+        calls = await list_in_slices(map(read_call, entries))
+
+    With fewer items it does not wait at all. On cancellation of the caller, which can come only between two slices, the
+    items so far are dropped.
+    """
+    iterator = iter(items)
+    listed = list(islice(iterator, MANY))
+    added = len(listed)
+    while added == MANY:
+        await asyncio.sleep(0)
+        before = len(listed)
+        listed += islice(iterator, MANY)
+        added = len(listed) - before
+    return listed
+
+
+def run_at_once(slices: Generator[None, None, _T]) -> _T:
+    """Runs a generator that yields after each slice of its work, and returns its result. No other task runs meanwhile.
+
+    If a part of the work has been done already, this does the rest.
+    """
+    try:
+        while True:
+            next(slices)
+    except StopIteration as end:
+        return cast("_T", end.value)
 
 
 async def settle(work: Awaitable[_T]) -> _T:
@@ -67,7 +110,7 @@ async def end_task(task: asyncio.Future[Any], *, grace: float | None = None) -> 
 
     Args:
         task: A task that lmbridge has created.
-        grace: The most seconds to wait. By default there is no limit. A task that is still running after the grace
+        grace: The most seconds to wait. The default, None, means no limit. A task that is still running after the grace
             period is kept alive until it ends, and its result or exception is dropped.
 
     Returns:

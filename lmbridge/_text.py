@@ -77,10 +77,17 @@ def replace_lone_surrogates(value: _T) -> _T:
     arrived in different chunks, they are joined into the character that they stand for. Otherwise it becomes a question
     mark.
     """
+    if not has_lone_surrogates(value):
+        return value
+    joined = json.loads(json.dumps(value))
+    replaced: _T = json.loads(json.dumps(joined, ensure_ascii=False).encode("utf-8", "replace"))
+    return replaced
+
+
+def has_lone_surrogates(value: object) -> bool:
+    """Returns whether a string, or another JSON value, has a text that cannot be encoded as UTF-8."""
     try:
         msgspec.json.encode(value)
     except UnicodeEncodeError:
-        joined = json.loads(json.dumps(value))
-        replaced: _T = json.loads(json.dumps(joined, ensure_ascii=False).encode("utf-8", "replace"))
-        return replaced
-    return value
+        return True
+    return False

@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import math
 import os
+import socket
 from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -35,8 +36,8 @@ DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 
 
 QUESTION_HEADER: Final = ("X-Lmbridge-Purpose", "limits")
-"""The header of requests that a client sends to find out the limits of its server although nobody has asked for it. It
-tells the reader of a log what they are for, and `lmbridge.testing.ScriptedServer` does not list them."""
+"""The header of requests that a client sends to find out the limits of its server without being asked to. It
+explains them to the reader of a log, and `lmbridge.testing.ScriptedServer` does not list them."""
 
 
 class Unset(enum.Enum):
@@ -127,7 +128,7 @@ class Limits:
     active longest then gets no new requests, and makes room as soon as it has finished those in flight. A lower value
     is fairer, and makes the server load models more often. With None, no request ever becomes overdue, so it waits
     until some active model happens to be idle. It is also the time in which the priority of a waiting request rises by
-    one, and after which the first request of a run waits no longer for other runs (see `max_begun_runs`)."""
+    one."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
     # pyright takes the default of such a field for any string.
@@ -143,8 +144,9 @@ class Limits:
     )
     """The most runs of agents that have begun and not ended, so that the server still has their conversations in its
     cache. The first request of a further run waits until one of these runs ends, or has had no request for as long as
-    the server took to begin its answer to the first one (at most 3 seconds), because its tools take longer. It never
-    waits for longer than `max_wait`, and not for runs of a lower priority. Permits may stay free in the meantime.
+    the server took to begin its answer to the first one (at most 3 seconds), because its tools take longer. It does
+    not wait for runs of a lower priority, nor while a request for another model is overdue. Permits may stay free in
+    the meantime.
     "auto", the default, stands for `max_concurrency`, and for None with `order="request"`. With None, a run begins
     whenever a permit is free."""
 
@@ -287,6 +289,11 @@ def normalize_api_base(api_base: str) -> str:
         hint = hint_for(api_base, _MISPLACED_IN_API_BASE, hint) or hint
         raise LLMValidationError(f"api_base must be a URL, not {shown}", hint=hint)
     if (path := socket_path_of(api_base)) is not None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise LLMValidationError(
+                f"api_base {shown} is a Unix socket, which Python cannot use on this system",
+                hint="let the server listen on a port, and use its URL",
+            )
         if not path.startswith("/") or path.endswith("/"):
             raise LLMValidationError(
                 f"api_base {shown} does not name a Unix socket", hint="write it like 'unix:///run/llm.sock'"

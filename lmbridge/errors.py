@@ -18,6 +18,7 @@
         ModelChangedDuringExecutionError
       RunIncompleteError                 an agent's run ended for a reason other than "stop"
         MaxRoundsExceededError
+      JournalError                       a journal of agent runs cannot be used: `.problem` says why
       ToolError
       MCPError
         MCPConnectionError
@@ -37,7 +38,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, Self, TypedDict, Unpack
+from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
 from lmbridge._similar_names import close_matches
 
@@ -70,8 +71,8 @@ class LLMError(Exception):
         hint: What the user can do about the error.
         context: What was attempted: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
         status: The status of the HTTP response that reported the error, or None if there was no response.
-        body: The text of that response, or of the event in a stream that reported the error. Of a text of more than
-            250,000 bytes, it is only the beginning.
+        body: The text of that response, or of the event in a stream that reported the error. Of a reply that broke off,
+            it is what had arrived. Of a text of more than 250,000 bytes, it is only the beginning.
         partial: What had arrived before the error. For a stream it is the dict that `collect` would have returned (None
             before the first chunk), for an agent's run it is the `RunResult` so far.
 
@@ -429,6 +430,41 @@ class RunIncompleteError(LLMError):
 
 class MaxRoundsExceededError(RunIncompleteError):
     """An agent's run reached `max_rounds` without a final answer."""
+
+
+JournalProblem = Literal[
+    "missing", "foreign", "version", "damaged", "unwritable", "full", "busy", "run", "in_use", "mismatch"
+]
+"""Why a journal cannot be used.
+
+"missing": the file does not exist. "foreign": it is a file of another program. "version": it was written by another
+version of lmbridge. "damaged": a part of the file is missing or was overwritten. "unwritable": it cannot be opened or
+written. "full": the disk is full. "busy": another process holds the file. "run": the journal does not have the run, or
+has several among which one must be named. "in_use": the run is in progress. "mismatch": the run cannot go on, because
+its model, its tools or its options are missing or different.
+"""
+
+
+class JournalError(LLMError):
+    """A journal of agent runs cannot be read or written, or a run cannot go on from it.
+
+    Attributes:
+        problem: Why, as one of the words of `JournalProblem`.
+        path: The path of the journal.
+    """
+
+    def __init__(
+        self,
+        message: str = "the journal cannot be used",
+        original_exception: BaseException | None = None,
+        *,
+        problem: JournalProblem = "damaged",
+        path: str | None = None,
+        **details: Unpack[ErrorDetails],
+    ) -> None:
+        super().__init__(message, original_exception, **details)
+        self.problem: JournalProblem = problem
+        self.path = path
 
 
 class ToolError(LLMError):

@@ -6,19 +6,20 @@ A library must not configure logging by itself, and a program has its own config
 from __future__ import annotations
 
 import logging
-from typing import Final
+from typing import Final, TextIO
 
-from lmbridge._checks import check_choice
+from lmbridge._checks import check_bool, check_choice
+from lmbridge.errors import LLMValidationError
 
 _LEVELS: Final = ("debug", "info", "warning", "error")
 _FORMAT: Final = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
-class _ScriptHandler(logging.StreamHandler):  # type: ignore[type-arg]  # its stream is standard error
+class _ScriptHandler(logging.StreamHandler[TextIO]):
     """The handler that `enable_logging` installs; its class distinguishes it from the handlers of the program."""
 
 
-def enable_logging(level: str = "info") -> None:
+def enable_logging(level: str = "info", *, prompts: bool = False) -> None:
     """Writes lmbridge's log lines to standard error; for scripts that do not configure logging.
 
     For example::
@@ -33,12 +34,18 @@ def enable_logging(level: str = "info") -> None:
     Args:
         level: "debug", "info", "warning" or "error", in any case. "info", the default, writes one line for each
             request; "debug" also writes about retries and waits.
+        prompts: Whether the bodies of requests are written, too, which contain the prompts; only with the level
+            "debug". Keys are replaced. Default: False. A program that configures logging itself calls
+            `logging.getLogger("lmbridge.prompts").setLevel("DEBUG")` in place of it.
 
     Raises:
-        LLMValidationError: The level is not one of these words.
+        LLMValidationError: The level is not one of these words, or prompts are asked for with another one than "debug".
     """
     name = level.lower() if isinstance(level, str) else level
     check_choice("level", name, _LEVELS)
+    if check_bool("prompts", prompts) and name != "debug":
+        raise LLMValidationError(f"prompts are not written at level {name!r}", hint="pass level='debug'")
+    logging.getLogger("lmbridge.prompts").setLevel("DEBUG" if prompts else "NOTSET")
     logger = logging.getLogger("lmbridge")
     for handler in [each for each in logger.handlers if isinstance(each, _ScriptHandler)]:
         logger.removeHandler(handler)

@@ -40,10 +40,12 @@ CLASSES_OF_FILE: Final = {
         ClassSpec("lmbridge.client.completions", "TextStream", "Stream"),
         ClassSpec("lmbridge.client.responses", "ResponseStream", "Stream"),
         ClassSpec("lmbridge.client.lmstudio", "LMStudio", "Wrapper"),
+        ClassSpec("lmbridge.client.model_management", "Models", "Wrapper"),
         ClassSpec("lmbridge.client.raw", "RawResponses", "Wrapper"),
         ClassSpec("lmbridge.client.llm", "LLMClient", "Owner"),
         ClassSpec("lmbridge.client.pool", "LLMClientPool", "Owner"),
     ],
+    "_journal": [ClassSpec("lmbridge.agent.journal.journal", "Journal", "Wrapper")],
     "_agent": [
         ClassSpec("lmbridge.agent.runs", "RunStream", "Stream"),
         ClassSpec("lmbridge.agent.runs", "RunHandle", "Wrapper"),
@@ -52,9 +54,10 @@ CLASSES_OF_FILE: Final = {
     "_mcp": [ClassSpec("lmbridge.mcp.dynamic", "DynamicAutonomousAgent", "Owner")],
 }
 FILE_OF_CLASS: Final = {spec.name: file for file, specs in CLASSES_OF_FILE.items() for spec in specs}
-BLOCKING_ALTERNATIVES: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool"}
+BLOCKING_ALTERNATIVES: Final = {"ChatClient": "LLMClient", "ChatClientPool": "LLMClientPool", "AnyJournal": "Journal"}
 """The blocking class that is accepted in place of an object that follows an asynchronous protocol."""
 OMITTED_METHODS: Final = {"aclose", "asend", "athrow", "close", "collect", "wait_begun"}
+KEPT_DECORATORS: Final = ("overload", "property", "classmethod")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -111,6 +114,8 @@ class AnnotationTranslator(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id == "AbstractAsyncContextManager":
             return ast.Name("AbstractContextManager")
+        if node.id == "StreamedText":
+            return ast.Subscript(ast.Name("Iterator"), ast.Name("str"))
         if node.id in BLOCKING_ALTERNATIVES:
             return ast.BinOp(ast.Name(BLOCKING_ALTERNATIVES[node.id]), ast.BitOr(), node)
         return self._type_variables.get(node.id, node)
@@ -175,7 +180,7 @@ class FileWriter:
     def _method(self, owner: Module, node: Function, variables: dict[str, ast.expr], spec: ClassSpec) -> str:
         decorators = [ast.unparse(each) for each in node.decorator_list]
         is_manager = "asynccontextmanager" in decorators
-        kept = [each for each in decorators if each in ("overload", "property") or each.endswith(".setter")]
+        kept = [each for each in decorators if each in KEPT_DECORATORS or each.endswith(".setter")]
         arguments = ast.unparse(self._arguments(node.args, owner, variables))
         returns = "None" if node.returns is None else self._annotation(node.returns, owner, variables)
         if is_manager:
@@ -199,6 +204,10 @@ class FileWriter:
             self._runtime_imports.add(f"import {spec.module} as {_alias(spec)}")
             return f"self._set_wrapped({_alias(spec)}.{spec.name}{call})"
         target = f"self.wrapped.{node.name}"
+        waiting = "self._await"
+        if "classmethod" in kept:
+            self._runtime_imports.add(f"import {spec.module} as {_alias(spec)}")
+            target, waiting = f"{_alias(spec)}.{spec.name}.{node.name}", "cls._await"
         if any(each.endswith(".setter") for each in kept):
             return f'self._call(lambda: setattr(self.wrapped, "{node.name}", {node.args.args[1].arg}))'
         if is_manager:
@@ -207,7 +216,7 @@ class FileWriter:
         if "property" in kept:
             expression = f"self._call(lambda: {target})"
         elif isinstance(node, ast.AsyncFunctionDef):
-            expression = f"self._await(lambda: {target}{call})"
+            expression = f"{waiting}(lambda: {target}{call})"
         else:
             expression = f"self._call(lambda: {target}{call})"
         expression = re.sub(r"lambda: ([\w.]+)\(\)\)$", r"\1)", expression)
@@ -301,7 +310,7 @@ def _functions(node: ast.ClassDef) -> list[Function]:
     ]
 
 
-PUBLIC_CONSTRUCTORS: Final = {"LLMClient", "LLMClientPool", "Agent", "DynamicAutonomousAgent"}
+PUBLIC_CONSTRUCTORS: Final = {"LLMClient", "LLMClientPool", "Agent", "DynamicAutonomousAgent", "Journal"}
 
 
 def _all_arguments(arguments: ast.arguments) -> Iterable[ast.arg]:

@@ -10,11 +10,16 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import settings
 
 from lmbridge import LLMClient
 from lmbridge.testing import ScriptedServer
 
 pytest_plugins = ["lmbridge.testing.fixtures"]
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("lmbridge", deadline=None)
+settings.load_profile("lmbridge")
 
 _ENVIRONMENT = (
     "DEFAULT_MODEL",
@@ -52,9 +57,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def restored_logger() -> Iterator[None]:
     """A test, or a page of the documentation, may call `enable_logging`; the next one has the logger as it was."""
-    logger = logging.getLogger("lmbridge")
+    logger, prompts = logging.getLogger("lmbridge"), logging.getLogger("lmbridge.prompts")
     level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    prompts_level = prompts.level
     yield
+    prompts.setLevel(prompts_level)
     logger.setLevel(level)
     logger.propagate = propagate
     logger.handlers[:] = handlers
@@ -63,7 +70,12 @@ def restored_logger() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_blocking_calls() -> Iterator[BlockBuster]:
     """Fails a test in which the package makes a blocking call in the event loop."""
-    with blockbuster_ctx("lmbridge") as blockbuster:
+    # A cassette is a small file that a test reads and writes in an ordinary `with`.
+    cassettes = ["lmbridge.testing.cassette", "lmbridge.testing.cassette_file"]
+    with blockbuster_ctx("lmbridge", excluded_modules=cassettes) as blockbuster:
+        for function in blockbuster.functions.values():
+            # A program that writes a picture of its session has asked for it.
+            function.can_block_in("lmbridge/observe/timeline.py", {"write"})
         yield blockbuster
 
 

@@ -86,11 +86,9 @@ async def test_a_call_that_is_used_without_await_is_a_sentence(
 async def test_the_methods_of_a_dict_are_missing_with_a_sentence(client: LLMClient) -> None:
     call: Any = client.chat_completion(MESSAGES)
     for name in ("get", "keys", "items", "text"):
-        with pytest.raises(
-            AttributeError, match=r"^`await` is missing before LLMClient\.chat_completion\(\.\.\.\): it"
-        ):
+        with pytest.raises(AttributeError, match=r"^`await` is missing before chat_completion\(\.\.\.\): it"):
             getattr(call, name)
-    assert repr(call) == "<a call of LLMClient.chat_completion() that has not been awaited>"
+    assert repr(call) == "<a call of chat_completion() that has not been awaited>"
     with pytest.raises(Exception, match="reply must be the dict of a reply, not PendingCall"):
         text_of(call)
 
@@ -179,7 +177,7 @@ async def test_a_task_of_a_call_is_shown_by_its_method_and_line() -> None:
     client = LLMClient(transport=MockTransport(handler))
     task = asyncio.create_task(client.chat_completion(MESSAGES))
     await started.wait()
-    assert "LLMClient.chat_completion() running at " in repr(task)
+    assert ".chat_completion() running at " in repr(task)
     assert task.get_stack()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -196,7 +194,7 @@ async def test_a_call_that_fails_raises_its_error_in_a_task() -> None:
 
 
 def test_a_call_that_is_dropped_is_warned_about_as_by_python(client: LLMClient) -> None:
-    with pytest.warns(RuntimeWarning, match=r"coroutine 'LLMClient\.chat_completion' was never awaited"):  # noqa: PT031 - as above
+    with pytest.warns(RuntimeWarning, match=r"coroutine '\w+\.chat_completion' was never awaited"):  # noqa: PT031 - as above
         client.chat_completion(MESSAGES)
         gc.collect()
 

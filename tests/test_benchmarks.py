@@ -52,6 +52,12 @@ def test_every_row_of_the_growth_has_a_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_row_of_the_steps_has_a_figure(tmp_path: Path) -> None:
+    results = measure(tmp_path, "steps")
+    assert set(results) == cells([row.key for row in TABLES["steps"].rows], ["decoding", "lmbridge"])
+
+
+@pytest.mark.slow
 def test_every_row_of_the_agents_has_a_figure(tmp_path: Path) -> None:
     results = measure(tmp_path, "agents", "--peers=limit,plain,lmbridge")
     rows = ["calls-1", "calls-20", "calls-100", "memory"]
@@ -99,9 +105,27 @@ def test_every_row_of_the_cost_of_the_gateway_has_a_figure(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_every_row_of_the_load_has_a_figure(tmp_path: Path) -> None:
+    kinds = ["streams", "queued", "through_gateway"]
+    # The limit is a client, and has no agent.
+    without_agent = ("runs / limit", "runs-growth / limit")
+    results = measure(tmp_path, "load", "--peers=limit,lmbridge", not_measured=without_agent)
+    rows = [*kinds, *(f"{kind}-growth" for kind in kinds)]
+    assert set(results) == cells(rows, ["limit", "lmbridge"]) | cells(["runs", "runs-growth"], ["lmbridge"])
+
+
+@pytest.mark.slow
 def test_the_agent_solves_tasks_in_spite_of_mistakes(tmp_path: Path) -> None:
     results = measure(tmp_path, "solving", "--peers=lmbridge")
     assert [each["figures"]["0"]["solved"] for each in results.values()] == [4] * 5
+
+
+@pytest.mark.slow
+def test_long_tasks_are_solved_with_notes_and_not_without(tmp_path: Path) -> None:
+    results = measure(tmp_path, "long-tasks", "--peers=lmbridge,lmbridge-drop")
+    solved = {cell: result["figures"]["0"]["solved"] for cell, result in results.items()}
+    assert set(solved.values()) == {0, 3}
+    assert all((count == 3) == cell.endswith("/ lmbridge") for cell, count in solved.items())
 
 
 def test_every_table_has_its_sections_in_the_documentation() -> None:

@@ -330,3 +330,10 @@ def test_an_invalid_key_is_refused_and_never_repeated(key: Any) -> None:
 )
 def test_loopback_urls_are_recognized(url: str, loopback: bool) -> None:
     assert is_loopback(url) is loopback
+
+
+def test_a_unix_socket_on_a_system_without_them_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python has none on Windows.
+    monkeypatch.delattr("socket.AF_UNIX")
+    with pytest.raises(LLMValidationError, match="is a Unix socket, which Python cannot use on this system"):
+        normalize_api_base("unix:///run/llm.sock")

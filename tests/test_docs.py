@@ -8,6 +8,7 @@ comment on the line before a block changes that:
 - `<!-- program -->`: the block is a complete program and runs in a separate interpreter.
 - `<!-- file: NAME -->`: the block is a file for pytest, which runs once all files of the page have been written.
 - `<!-- real -->`: the block uses the embedded server and runs in a separate test.
+- `<!-- peer -->`: the block is for another library. It is only compiled; `nox -s migrations` checks its types.
 
 A `text` block directly after a Python block is its expected output. Ports and seconds are not compared.
 """
@@ -21,8 +22,10 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,7 +39,19 @@ from lmbridge.testing.completions import completion_chunk
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+# The modules from which users import; `lmbridge.errors` and others are where names of the root are defined.
+PUBLIC_MODULES = [
+    "lmbridge",
+    "lmbridge.fleet",
+    "lmbridge.gateway",
+    "lmbridge.mcp",
+    "lmbridge.observe",
+    "lmbridge.sync",
+    "lmbridge.testing",
+    "lmbridge.types",
+]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>\w+)(?:: (?P<value>[^\n]+))? -->\n)?"
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```$"
@@ -74,8 +89,15 @@ def all_blocks(page: Path) -> list[Block]:
     ]
 
 
+def as_parameter(page: Path, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
+    name = page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT).as_posix()
+    return pytest.param(page, id=name, marks=marks)
+
+
 def pages(*marks: str | None) -> list[Any]:
-    return [pytest.param(page, id=page.name) for page in PAGES if blocks(page, *marks)]
+    # Importing the frameworks of that page takes seconds.
+    slow = {"interop.md": [pytest.mark.slow, pytest.mark.timeout(180)]}
+    return [as_parameter(page, slow.get(page.name, ())) for page in PAGES if blocks(page, *marks)]
 
 
 async def execute(block: Block, page: Path, namespace: dict[str, Any]) -> None:
@@ -131,7 +153,10 @@ async def test_the_blocks_of_a_page_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     second_server: ScriptedServer,
+    tmp_path: Path,
 ) -> None:
+    # A block may write files.
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LMBRIDGE_API_BASE", scripted_server.api_base)
     monkeypatch.setenv("SECOND_API_BASE", second_server.api_base)
     monkeypatch.setenv("DEFAULT_MODEL", "test-model")
@@ -164,6 +189,12 @@ async def test_the_blocks_of_a_page_run_on_the_embedded_server(
         await close_clients(namespace)
 
 
+@pytest.mark.parametrize("page", pages("peer"))
+def test_the_code_for_other_libraries_can_be_compiled(page: Path) -> None:
+    for block in blocks(page, "peer"):
+        compile(block.code, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
+
 @pytest.mark.parametrize("page", pages("program"))
 async def test_the_programs_of_a_page_run(page: Path, scripted_server: ScriptedServer) -> None:
     env = os.environ | {"LMBRIDGE_API_BASE": scripted_server.api_base, "DEFAULT_MODEL": "test-model"}
@@ -191,7 +222,7 @@ def test_the_files_of_a_page_run_in_pytest(page: Path, pytester: pytest.Pytester
 def test_every_code_block_has_a_known_language_and_mark() -> None:
     for page in PAGES:
         found = all_blocks(page)
-        assert {block.mark for block in found} <= {None, "before", "program", "file", "real"}, page.name
+        assert {block.mark for block in found} <= {None, "before", "program", "file", "real", "peer"}, page.name
         assert {block.language for block in found} <= {"python", "shell", "text"}, page.name
         outputs = sum(block.output is not None for block in found)
         assert page.read_text().count("```") == 2 * (len(found) + outputs), page.name
@@ -208,7 +239,7 @@ def test_the_readme_begins_with_the_purpose_and_the_two_commands() -> None:
     assert any("examples/quickstart.py" in block.code for block in blocks_of_readme if block.language == "shell")
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+@pytest.mark.parametrize("page", [as_parameter(page) for page in PAGES])
 def test_commands_name_existing_targets_extras_groups_sessions_and_files(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -217,13 +248,13 @@ def test_commands_name_existing_targets_extras_groups_sessions_and_files(page: P
     for block in all_blocks(page):
         if block.language == "shell":
             assert set(re.findall(r"^make (?:\w+=\S+ )?([\w-]+)", block.code, re.MULTILINE)) <= targets
-            assert {name for names in re.findall(r"\[([\w,]+)\]", block.code) for name in names.split(",")} <= extras
+            assert {name for names in re.findall(r"\[([\w,-]+)\]", block.code) for name in names.split(",")} <= extras
             assert set(re.findall(r"--group (\w+)", block.code)) <= groups
             assert set(re.findall(r"nox -s (\w+)", block.code)) <= sessions
             assert all((ROOT / path).is_file() for path in re.findall(r"\b(?:examples|tests)/\S+\.py", block.code))
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in (*PAGES, ROOT / "CHANGELOG.md")])
+@pytest.mark.parametrize("page", [as_parameter(page) for page in (*PAGES, ROOT / "CHANGELOG.md")])
 def test_links_lead_to_existing_files_and_headings(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
         linked = page.parent / target if target else page
@@ -246,11 +277,40 @@ def test_the_architecture_page_names_code_and_tests_that_exist() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text()
-    assert all(f": {page.name}\n" in navigation for page in PAGES if page.parent.name == "docs")
+    listed = re.findall(r"- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS))
 
 
 def test_every_exported_name_occurs_in_the_documentation() -> None:
-    spans = re.findall(r"`([^`\n]+)`", "".join(page.read_text() for page in PAGES if page.parent.name == "docs"))
+    spans = re.findall(r"`([^`\n]+)`", "".join(page.read_text() for page in PAGES if page.parent == DOCS))
     words = {word for span in spans for word in re.findall(r"\w+", span)}
     assert set(lmbridge.__all__) - words == set()
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_the_reference_has_every_public_name_once(module: str) -> None:
+    text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    listed = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", text, re.MULTILINE)
+    names = set(import_module(module).__all__) - {"__version__"}
+    if module != "lmbridge":
+        names -= set(lmbridge.__all__) if module != "lmbridge.sync" else set()
+    assert sorted(listed) == sorted(names)
+
+
+def test_the_reference_names_only_what_exists() -> None:
+    for page in (DOCS / "reference").glob("*.md"):
+        for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            assert hasattr(import_module(module), name), f"{page.name}: {path}"
+
+
+def test_the_site_has_the_texts_of_all_pages_for_programs(tmp_path: Path) -> None:
+    run_path(str(ROOT / "scripts" / "site_text.py"))["write_texts"](tmp_path)
+    index = (tmp_path / "llms.txt").read_text()
+    linked = re.findall(r"\]\((\S+?)\)", index)
+    assert len(linked) == len([page for page in PAGES if page.is_relative_to(DOCS)])
+    # What is generated from docstrings is only on the site.
+    assert all((tmp_path / path).is_file() for path in linked if not re.match(r"reference/\w+/$", path))
+    whole = (tmp_path / "llms-full.txt").read_text()
+    assert "\n# Why streams break\n" in whole
+    assert "<!-- before:" not in whole

@@ -14,6 +14,7 @@ from lmbridge import errors
 from lmbridge.errors import (
     ContextLengthExceededError,
     ErrorDetails,
+    JournalError,
     LLMAuthenticationError,
     LLMConnectionError,
     LLMError,
@@ -52,6 +53,7 @@ BASES: dict[type[LLMError], tuple[type[BaseException], ...]] = {
     ModelChangedDuringExecutionError: (TaskCancelledError,),
     RunIncompleteError: (LLMError,),
     MaxRoundsExceededError: (RunIncompleteError,),
+    JournalError: (LLMError,),
     ToolError: (LLMError,),
     MCPError: (LLMError,),
     MCPConnectionError: (MCPError,),

@@ -53,8 +53,16 @@ def test_the_contracts_are_kept() -> None:
         ("aiohttp", ["lmbridge/gateway/http_server.py", "lmbridge/transport/session.py"]),
         ("backoff", ["lmbridge/transport/retry.py"]),
         ("cachetools", ["lmbridge/client/models.py"]),
+        ("agents", ["lmbridge/interop/openai_agents.py"]),
+        ("httpx2", ["lmbridge/interop/openai.py"]),
         ("jsonschema", ["lmbridge/agent/schemas.py"]),
+        ("langchain_core", ["lmbridge/interop/langchain.py"]),
+        ("openai", ["lmbridge/interop/openai.py", "lmbridge/interop/pydantic_ai.py"]),
+        ("opentelemetry", ["lmbridge/observe/otel.py"]),
         ("prometheus_client", ["lmbridge/gateway/metrics.py"]),
+        ("pydantic_ai", ["lmbridge/interop/pydantic_ai.py"]),
+        ("ray", ["lmbridge/fleet/ray_backend.py"]),
+        ("uvicorn", ["lmbridge/mcp/sdk/http_service.py"]),
     ],
 )
 def test_only_one_file_of_a_layer_imports_the_library(library: str, expected: list[str]) -> None:
@@ -65,7 +73,14 @@ def test_only_one_folder_imports_the_mcp_sdk() -> None:
     assert {Path(importer).parent.as_posix() for importer in importers("mcp")} == {"lmbridge/mcp/sdk"}
 
 
-@pytest.mark.parametrize("library", ["aioresponses", "pytest", "requests", "rich", "typer"])
+@pytest.mark.parametrize("library", ["prompt_toolkit", "rich", "typer"])
+def test_only_the_command_line_imports_the_library(library: str) -> None:
+    # The progress bar of fleets is for the terminal as well.
+    others = [importer for importer in importers(library) if importer != "lmbridge/fleet/progress_bar.py"]
+    assert {Path(importer).parent.as_posix() for importer in others} == {"lmbridge/cli"}
+
+
+@pytest.mark.parametrize("library", ["aioresponses", "pytest", "requests"])
 def test_no_file_imports_the_library(library: str) -> None:
     assert importers(library) == []
 

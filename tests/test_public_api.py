@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -11,15 +12,44 @@ from types import ModuleType
 import pytest
 
 import lmbridge
+import lmbridge.types
 from lmbridge.client.llm import ClientOptions
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(lmbridge.__path__, "lmbridge."))
-LAZY = {"aiohttp_sse_client", "jsonschema", "mcp", "opentelemetry", "pytest", "rich", "typer", "xllamacpp"}
+LAZY = {"aiohttp_sse_client", "jsonschema", "mcp", "opentelemetry", "pytest", "ray", "rich", "typer", "xllamacpp"} | {
+    "agents",
+    "httpx2",
+    "langchain_core",
+    "openai",
+    "pydantic_ai",
+}
 
 
-def python(code: str) -> str:
+# Imports the modules that it is called with, each in a process of its own, and prints the tracebacks. What `import
+# lmbridge` loads is loaded before each of them in any case, so it is loaded once, as are the libraries of others that
+# many modules import.
+_IMPORT_EACH_ALONE = """
+import contextlib, os, sys, traceback
+for library in ("openai", "prompt_toolkit", "rich", "typer"):
+    with contextlib.suppress(ImportError):
+        __import__(library)
+import lmbridge
+for module in sys.argv[1:]:
+    if module in sys.modules:
+        continue
+    if not (child := os.fork()):
+        try:
+            __import__(module)
+        except BaseException:
+            print(module, traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def python(code: str, *arguments: str) -> str:
     """Returns what a new interpreter prints."""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -43,6 +73,10 @@ def test_all_lists_exactly_what_the_root_exports() -> None:
     assert exported | set(lmbridge._LAZY) | {"__version__"} == set(lmbridge.__all__)
 
 
+def test_the_types_of_requests_and_replies_have_names_of_their_own() -> None:
+    assert set(lmbridge.types.__all__).isdisjoint(lmbridge.__all__)
+
+
 def test_an_unknown_name_raises_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'lmbridge' has no attribute 'LMClient'"):
         _ = lmbridge.LMClient
@@ -60,11 +94,12 @@ def test_importing_the_local_server_does_not_load_llama_cpp() -> None:
     assert python(code).split() == ["LocalServer", "False"]
 
 
-# It starts an interpreter for each module.
 @pytest.mark.slow
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_can_be_imported_alone(module: str) -> None:
-    python(f"import {module}")
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+def test_every_module_can_be_imported_alone() -> None:
+    failed = python(_IMPORT_EACH_ALONE, *MODULES)
+    assert failed == ""
 
 
 def test_the_options_of_a_pool_are_those_of_a_client() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from types import TracebackType
@@ -48,3 +50,15 @@ class ThreadedServer:
 
     def _run(self, coroutine: Coroutine[Any, Any, object]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+
+def run_program(program: str, *arguments: str, warnings: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a Python of its own, and returns what it wrote. The test fails if it ends with an error.
+
+    Args:
+        program: The source of the program.
+        arguments: Its arguments.
+        warnings: Which warnings it shows, as the option `-W` of Python takes it.
+    """
+    command = [sys.executable, "-W", warnings, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)

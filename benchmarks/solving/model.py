@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from benchmarks.solving.mistakes import MISTAKES, Mistake, Reply, arguments_of
@@ -42,30 +42,22 @@ class FallibleModel:
     async def __call__(self, exchange: Exchange) -> None:
         """Replies to a request."""
         messages: list[Mapping[str, Any]] = exchange.request.json["messages"]
-        found = next(filter(None, (_TASK.search(_text_of(each)) for each in messages if each["role"] == "user")))
+        found = next(filter(None, (_TASK.search(text_of(each)) for each in messages if each["role"] == "user")))
         task = make_task(int(found[1]))
         if (problem := find_problem(messages)) is not None:
             self.invalid_histories.setdefault(task.number, problem)
-        reply = self._reply(task, messages)
-        ids = reply.ids or tuple(f"call_{len(messages)}_{place}" for place in range(len(reply.calls)))
-        calls = [
-            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for call_id, (name, arguments) in zip(ids, reply.calls, strict=True)
-        ]
-        finish_reason = reply.finish_reason or ("tool_calls" if calls else "stop")
-        await answer(reply.text, tool_calls=calls, reasoning=reply.reasoning or None, finish_reason=finish_reason)(
-            exchange
-        )
+        reply = self._reply(task, messages, offered_tools(exchange.request.json))
+        await send_reply(reply, exchange)
 
-    def _reply(self, task: Task, messages: Sequence[Mapping[str, Any]]) -> Reply:
-        conversation = "\n".join(_text_of(each) for each in messages if each["role"] != "assistant")
+    def _reply(self, task: Task, messages: Sequence[Mapping[str, Any]], tools: Collection[str]) -> Reply:
+        conversation = "\n".join(text_of(each) for each in messages if each["role"] != "assistant")
         step = next((each for each in task.steps if task.receipt(each) not in conversation), None)
         right = (
-            Reply(text=f"All steps are done. The last receipt is {task.receipt(task.steps[-1])}.")
+            make_answer(f"All steps are done. The last receipt is {task.receipt(task.steps[-1])}.", tools)
             if step is None
             else Reply(calls=((step.tool, arguments_of(step)),))
         )
-        last = _text_of(messages[-1])
+        last = text_of(messages[-1])
         is_told = not (_TASK.search(last) or "receipt-" in last)
         chance = random.Random(f"{self._seed} {task.number} {len(messages)}")
         if is_told or chance.random() >= self._rate:
@@ -79,6 +71,31 @@ class FallibleModel:
     def _choose(self, chance: random.Random, step: Step | None) -> Mistake | None:
         possible = [each for each in self.mistakes if step is not None or each.for_answers]
         return chance.choice(possible) if possible else None
+
+
+def offered_tools(request: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the tools in a request."""
+    return [each["function"]["name"] for each in request.get("tools") or ()]
+
+
+def make_answer(text: str, tools: Collection[str]) -> Reply:
+    """Returns a reply with an answer, which is the call of the tool `respond` if there is one."""
+    return Reply(calls=(("respond", json.dumps({"message": text})),)) if "respond" in tools else Reply(text=text)
+
+
+async def send_reply(reply: Reply, exchange: Exchange, usage: Mapping[str, int] | None = None) -> None:
+    """Sends a reply as a chat completion."""
+    number = len(exchange.request.json["messages"])
+    ids = reply.ids or tuple(f"call_{number}_{place}" for place in range(len(reply.calls)))
+    calls = [
+        {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for call_id, (name, arguments) in zip(ids, reply.calls, strict=True)
+    ]
+    finish_reason = reply.finish_reason or ("tool_calls" if calls else "stop")
+    counted = None if usage is None else {**usage, "total_tokens": sum(usage.values())}
+    await answer(
+        reply.text, tool_calls=calls, reasoning=reply.reasoning or None, finish_reason=finish_reason, usage=counted
+    )(exchange)
 
 
 def find_problem(messages: Sequence[Mapping[str, Any]]) -> str | None:
@@ -110,6 +127,7 @@ def _is_valid_call(call: Mapping[str, Any]) -> bool:
     return is_object and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", call["function"]["name"]) is not None
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
+def text_of(message: Mapping[str, Any]) -> str:
+    """Returns the text of a message."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part.get("text") or "" for part in content)

@@ -44,6 +44,11 @@ class Task:
     receipts: list[str] = attrs.field(factory=list)
     """The receipts of all calls that were made, in order."""
 
+    max_rounds: int = 25
+    """How many times the model may be asked."""
+    context_length: int | None = None
+    """The tasks are small enough for any context."""
+
     @property
     def prompt(self) -> str:
         """The text for the model. The scripted model finds the number of the task in it."""

@@ -17,11 +17,20 @@ SOLVERS: Final[Mapping[str, PeerInfo]] = {
     "openai-agents": PeerInfo("openai-agents", "openai_agents", "agents", ("openai-agents",)),
     "pydantic-ai": PeerInfo("pydantic-ai", "pydantic_ai", "pydantic_ai", ("pydantic-ai-slim",)),
     "langchain": PeerInfo("langchain", "langchain", "langchain", ("langchain", "langchain-openai")),
+    "forge": PeerInfo("forge", "forge", "forge", ("forge-guardrails",), python=(3, 12)),
     "by-hand": PeerInfo("by hand, careful", "by_hand", "openai", ("openai",)),
 }
+
+LONG_TASK_SOLVERS: Final[Mapping[str, PeerInfo]] = {
+    "lmbridge": SOLVERS["lmbridge"],
+    "lmbridge-shorten": PeerInfo('lmbridge, "shorten"', "lmbridge_shorten", "lmbridge"),
+    "lmbridge-drop": PeerInfo('lmbridge, "drop"', "lmbridge_drop", "lmbridge"),
+    **{name: info for name, info in SOLVERS.items() if name != "lmbridge"},
+}
+"""The same, and lmbridge with the other values of its option `compaction`."""
 
 
 def make_solver(name: str, base: str) -> Solver:
     """Makes an agent that uses the API at `base`."""
-    solver: Solver = importlib.import_module(f"benchmarks.solving_peers.{SOLVERS[name].module}").Solver(base)
+    solver: Solver = importlib.import_module(f"benchmarks.solving_peers.{LONG_TASK_SOLVERS[name].module}").Solver(base)
     return solver

@@ -8,7 +8,6 @@ from typing import Any
 
 import openai
 
-from benchmarks.solving.tasks import Task
 from benchmarks.solving_peers import base
 from lmbridge.agent import Tool
 
@@ -17,7 +16,7 @@ class Solver(base.Solver):
     def __init__(self, base: str) -> None:
         self._client = openai.AsyncOpenAI(base_url=base, api_key="none")
 
-    async def solve(self, task: Task) -> str:
+    async def solve(self, task: base.Task) -> str:
         tools = {tool.__name__: tool for tool in task.tools()}
         definitions: Any = [
             {
@@ -34,7 +33,7 @@ class Solver(base.Solver):
             {"role": "system", "content": base.SYSTEM},
             {"role": "user", "content": task.prompt},
         ]
-        for _ in range(base.MAX_ROUNDS):
+        for _ in range(task.max_rounds):
             completion = await self._client.chat.completions.create(
                 model=base.MODEL, messages=messages, tools=definitions, temperature=0
             )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import lmbridge
-from benchmarks.solving.tasks import Task
 from benchmarks.solving_peers import base
+from lmbridge.agent.settings import CompactionMode
 
 
 class Solver(base.Solver):
+    compaction: CompactionMode = "summarize"
+    """The default, which other columns replace."""
+
     def __init__(self, base: str) -> None:
         self._client = lmbridge.LLMClient(base)
 
-    async def solve(self, task: Task) -> str:
+    async def solve(self, task: base.Task) -> str:
         agent = lmbridge.Agent(
             self._client,
             tools=task.tools(),
             system_prompt=base.SYSTEM,
-            max_rounds=base.MAX_ROUNDS,
+            max_rounds=task.max_rounds,
             temperature=0,
+            compaction=self.compaction,
         )
         return (await agent.run(task.prompt, model=base.MODEL)).text

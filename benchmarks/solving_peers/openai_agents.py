@@ -5,7 +5,6 @@ from __future__ import annotations
 import openai
 from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
 
-from benchmarks.solving.tasks import Task
 from benchmarks.solving_peers import base
 
 
@@ -14,7 +13,7 @@ class Solver(base.Solver):
         set_tracing_disabled(True)
         self._client = openai.AsyncOpenAI(base_url=base, api_key="none")
 
-    async def solve(self, task: Task) -> str:
+    async def solve(self, task: base.Task) -> str:
         agent = Agent(
             "worker",
             instructions=base.SYSTEM,
@@ -22,4 +21,4 @@ class Solver(base.Solver):
             model=OpenAIChatCompletionsModel(model=base.MODEL, openai_client=self._client),
             model_settings=ModelSettings(temperature=0),
         )
-        return str((await Runner.run(agent, task.prompt, max_turns=base.MAX_ROUNDS)).final_output)
+        return str((await Runner.run(agent, task.prompt, max_turns=task.max_rounds)).final_output)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from benchmarks.specification import OURS, PeerInfo, Row, Table
 
-_TURNS: Final = 3
+_TURNS: Final = 5
 
 
 def _row(key: str, title: str, unit: str, workload: str, conversations: int, **options: Any) -> Row:
@@ -17,7 +17,7 @@ def _row(key: str, title: str, unit: str, workload: str, conversations: int, **o
         workload=workload,
         is_absolute=True,
         fresh_process=True,
-        full={"conversations": conversations, "turns": _TURNS, "words": 250},
+        full={"conversations": conversations, "turns": _TURNS, "words": 80},
         tiny={"conversations": 2, "turns": 2, "words": 20},
         bound=600.0,
         **options,
@@ -38,9 +38,9 @@ NODES_TABLE: Final = Table(
     rounds=3,
     uses_stub=False,
     rows=(
-        _row("first-token", "time to the first token of a later turn", "ms", "first_token", 4),
-        _row("prompt", "tokens of the prompt that are read for a later turn", "tokens", "tokens_read", 4),
-        _row("first-token", "time to the first token of a later turn", "ms", "first_token", 8),
-        _row("prompt", "tokens of the prompt that are read for a later turn", "tokens", "tokens_read", 8),
+        _row("first-token", "time to the first token of a later turn", "ms", "first_token", 3),
+        _row("prompt", "tokens of the prompt that are read for a later turn", "tokens", "tokens_read", 3),
+        _row("first-token", "time to the first token of a later turn", "ms", "first_token", 6),
+        _row("prompt", "tokens of the prompt that are read for a later turn", "tokens", "tokens_read", 6),
     ),
 )

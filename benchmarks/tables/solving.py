@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from benchmarks.results import Results
-from benchmarks.solving_peers import SOLVERS
+from benchmarks.solving_peers import LONG_TASK_SOLVERS, SOLVERS
 from benchmarks.specification import Row, Table, TableLines
 
 TASKS: Final = 60
@@ -55,10 +55,35 @@ SOLVING_TABLE: Final = Table(
     page="small-models.md",
     format=format_solved,
     rows=(
-        _row("none", "no mistakes", _ALL, 0.0),
-        _row("structured-10", "mistakes in calls, one reply in ten", ("structured",), 0.1),
-        _row("all-10", "all mistakes, one reply in ten", _ALL, 0.1),
-        _row("structured-30", "mistakes in calls, three replies in ten", ("structured",), 0.3),
         _row("all-30", "all mistakes, three replies in ten", _ALL, 0.3),
+        _row("structured-30", "mistakes in calls, three replies in ten", ("structured",), 0.3),
+        _row("all-10", "all mistakes, one reply in ten", _ALL, 0.1),
+        _row("structured-10", "mistakes in calls, one reply in ten", ("structured",), 0.1),
+        _row("none", "no mistakes", _ALL, 0.0),
+    ),
+)
+
+LONG_TASKS_TABLE: Final = Table(
+    name="long-tasks",
+    about="long tasks that agents solve with a model whose context they fill several times",
+    peers=LONG_TASK_SOLVERS,
+    baseline="lmbridge",
+    worker="benchmarks.workers.solving",
+    uses_stub=False,
+    rounds=1,
+    page="small-models.md",
+    format=format_solved,
+    rows=tuple(
+        Row(
+            key=f"pages-{pages}",
+            title=f"{pages} pages, {pages // 8} times the context",
+            unit="solved",
+            workload="solve_long",
+            full={"tasks": 30, "pages": pages},
+            tiny={"tasks": 3},
+            renews_client=False,
+            bound=600.0,
+        )
+        for pages in (16, 32, 48)
     ),
 )

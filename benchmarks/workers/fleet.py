@@ -60,8 +60,8 @@ async def _lmbridge(server: FleetServer, slots: int, **limits: Any) -> AsyncIter
 @asynccontextmanager
 async def _openai_agents(server: FleetServer, slots: int, *, has_semaphore: bool) -> AsyncIterator[Run]:
     # Imported here, as the comment above says.
-    import openai  # noqa: PLC0415
-    from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled  # noqa: PLC0415
+    import openai  # noqa: PLC0415 - see above
+    from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled  # noqa: PLC0415 - see above
 
     set_tracing_disabled(True)
     async with openai.AsyncOpenAI(base_url=server.api_base, api_key="none", timeout=None) as client:

@@ -1,8 +1,13 @@
-"""The workload of several servers: conversations with a long beginning on two embedded servers with two slots each."""
+"""The workload of several servers: conversations with a long beginning on two embedded servers with two slots each.
+
+A person reads each answer for a while. Without these pauses, a conversation would come back at the moment at which it
+leaves a server, which is then the least loaded one, and both ways to choose a server would be the same.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -13,7 +18,10 @@ from benchmarks.workers import serve
 from lmbridge import Limits, LLMClient, LocalServer, NodePool, Transport
 
 _SLOTS: Final = 2
-_ANSWER_TOKENS: Final = 16
+_ANSWER_TOKENS: Final = (8, 32)
+"""The fewest and the most tokens of an answer."""
+_PAUSE_SECONDS: Final = 1.5
+"""The mean of the pauses between an answer and the next question."""
 
 
 class _Turn(NamedTuple):
@@ -59,19 +67,22 @@ class NodeWorkloads:
 
 async def _converse(client: LLMClient, number: int, turns: int, words: int) -> list[_Turn]:
     opening = " ".join(f"{(number + 1) * (word + 7) % 9973}" for word in range(words))
+    # Both ways to choose a server get the same conversations.
+    choose = random.Random(number)
     messages: list[dict[str, str]] = [{"role": "user", "content": f"Remember these numbers: {opening}"}]
     measured = []
     for _ in range(turns):
-        turn, text = await _ask(client, messages)
+        turn, text = await _ask(client, messages, choose.randint(*_ANSWER_TOKENS))
         measured.append(turn)
         messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "And what else?"}]
+        await asyncio.sleep(choose.expovariate(1 / _PAUSE_SECONDS))
     return measured[1:]
 
 
-async def _ask(client: LLMClient, messages: list[dict[str, str]]) -> tuple[_Turn, str]:
+async def _ask(client: LLMClient, messages: list[dict[str, str]], max_tokens: int) -> tuple[_Turn, str]:
     began, first_token, text = time.perf_counter(), 0.0, ""
     timings: dict[str, Any] = {}
-    async with client.stream_chat(messages, max_tokens=_ANSWER_TOKENS, temperature=0) as stream:
+    async with client.stream_chat(messages, max_tokens=max_tokens, temperature=0) as stream:
         async for chunk in stream:
             fields: dict[str, Any] = {**chunk}
             timings = fields.get("timings") or timings

@@ -3,8 +3,11 @@
 from lmbridge.agent.agent import Agent
 from lmbridge.agent.ask_user import ask_user
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ChunkStream
+from lmbridge.agent.decision_gate import Gate, pick_tools
 from lmbridge.agent.events import (
+    ContextCompacted,
     ModelNudged,
+    PromptCacheLost,
     ReasoningDelta,
     RoundFinished,
     RoundStarted,
@@ -14,7 +17,7 @@ from lmbridge.agent.events import (
     ToolCallFinished,
     ToolCallStarted,
 )
-from lmbridge.agent.result import Nudge, Round, RunResult, ToolRecord
+from lmbridge.agent.result import CompactionStep, Nudge, Round, RunResult, ToolRecord
 from lmbridge.agent.run_tools import RunInfo, RunTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.tools import Tool, ToolCall, ToolContext
@@ -24,8 +27,12 @@ __all__ = [
     "ChatClient",
     "ChatClientPool",
     "ChunkStream",
+    "CompactionStep",
+    "ContextCompacted",
+    "Gate",
     "ModelNudged",
     "Nudge",
+    "PromptCacheLost",
     "ReasoningDelta",
     "Round",
     "RoundFinished",
@@ -45,4 +52,5 @@ __all__ = [
     "ToolContext",
     "ToolRecord",
     "ask_user",
+    "pick_tools",
 ]

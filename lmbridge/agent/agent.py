@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Unpack, overload
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Unpack, overload
 
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_model_name
 from lmbridge._copying import NotCopyable
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
+from lmbridge.agent.decision_gate import Gate, GatedApproval, as_gate
+from lmbridge.agent.definition_budget import MaxDefinitionTokens
 from lmbridge.agent.history import History
 from lmbridge.agent.result import RunResult
 from lmbridge.agent.run_tools import AnyTool, OpenTools, ToolSources
@@ -16,20 +19,47 @@ from lmbridge.agent.runs import RunHandle, RunStream, current_permit
 from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import (
     Approve,
+    CompactionMode,
     MaxTokens,
     OnLimit,
     ReadTextCalls,
     SendReasoning,
     Settings,
     Task,
+    ToolSearch,
     check_task,
 )
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit, SwitchPolicy
+from lmbridge.client.context_overflow import ContextOverflow
+from lmbridge.client.questions import TrueFalse
 from lmbridge.config import Priority
 from lmbridge.errors import LLMValidationError
+from lmbridge.observe.observer import Observer
+
+if TYPE_CHECKING:
+    from lmbridge.agent.journal import Journal, JournalEntry
 
 _OutputT = TypeVar("_OutputT")
+
+AnyJournal: TypeAlias = "JournalEntry | Journal | str | os.PathLike[str]"
+"""What `journal=` accepts: the path of a journal, a `Journal`, or the place of a run in one."""
+FindTools: TypeAlias = Callable[[Mapping[str, Any]], OpenTools]
+"""Returns the `open_tools` of a run that goes on, given the `JournalEntry.extra` that it was begun with."""
+
+
+class AgentRunOptions(SamplingOptions, total=False):
+    """The keyword arguments of a run, which the docstring of `Agent.run` describes, apart from two.
+
+    `output_type` decides the type of the result, and the blocking methods accept another class for `journal`.
+    """
+
+    model: str | None
+    tools: Sequence[AnyTool] | None
+    messages: Sequence[Mapping[str, Any]] | None
+    max_rounds: int | None
+    max_tokens: MaxTokens | None
+    open_tools: OpenTools | None
 
 
 class Agent(NotCopyable):
@@ -65,13 +95,21 @@ class Agent(NotCopyable):
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
+        compaction: How room is made when the conversation does not fit into the model's context any more. "summarize"
+            shortens old results of tools; if that is not enough, it asks the model for notes on its oldest calls, which
+            replace them. "shorten" leaves them out without notes, and "drop" leaves them out without shortening any
+            result before. `RunResult.messages` keeps everything. Default: "summarize".
+        context_overflow: What happens if a prompt is longer than the model's context although all that can be left out
+            was left out, or if the server has cut a prompt without a word, as Ollama does. "warn" adds a warning to
+            `RunResult.warnings`, and "raise" raises `ContextLengthExceededError`. Default: "warn".
         max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
-        on_limit: What happens when `max_rounds` or `max_total_tokens` is used up. "answer" asks the model for its best
-            answer in one more round without tools, and returns the result, whose `stop_reason` is the limit. With
-            "raise", `max_rounds` raises a `MaxRoundsExceededError`, and `max_total_tokens` returns the run so far.
-            Default: "raise".
-        max_nudges: How many times in one round the model is told what is wrong with a reply that is neither an answer
-            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. 0
+        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. "answer" asks the
+            model for its best answer in one more round without tools, and returns the result, whose `stop_reason` is
+            the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the others return the run so
+            far. Default: "raise".
+        max_nudges: How many times in one round the model reads what is wrong with a reply that is neither an answer
+            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. If
+            it has results by then, and still writes calls that cannot be made, the last question offers no tools. 0
             means never. Default: 2.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
@@ -80,11 +118,24 @@ class Agent(NotCopyable):
             False if a call may be meant to be made several times, like the throw of a die. Default: True.
         read_text_calls: Which calls are made that the model wrote as text, because the server did not recognize them:
             "always" reads them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
-            and "never" reads none. The tool has to be one that was offered. Default: "always".
+            and "never" reads none. The tool has to be one of the run. Default: "always".
         repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
             are valid then: almost-JSON such as single quotes or a missing bracket, and names such as `getWeather` for
             `get_weather`. The call has `repaired` set, which `approve` sees. Arguments that were cut off are never
             completed. Default: True.
+        constrain_retries: Whether the reply after an invalid call is constrained to the JSON schema of its tool, by a
+            `response_format`, so that the model corrects the call and does nothing else. This is done once after each
+            such call. A server that refuses it is not asked for it again. Default: True.
+        tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
+            model gets a tool `find_tools` with which it finds them, and those that it finds or calls by their names are
+            offered for the rest of the run. With "never", all tools are offered, except those of MCP servers that do
+            not fit, which are left out. Default: "auto".
+        max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
+            half of the model's context if its length is known, or else no limit, and None means no limit. Default:
+            "auto".
+        embedding_model: A model of the same server that ranks tools for `find_tools` by their meaning. Do not name one
+            if the server can hold only one model, because it would have to swap them for each search. Default: None,
+            which means that tools are found by the words in their names and descriptions.
         send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
@@ -92,6 +143,9 @@ class Agent(NotCopyable):
             returns False, the call is not made, and the model gets a refusal; a text is a refusal that gives the
             model this reason. A `ToolCall` is made in place of the requested one. A plain function must return
             quickly. An exception that it raises ends the run. Default: every call is made.
+        gate: A question about each call, before `approve` is asked: a `Gate`, a `TrueFalse`, or the text of one. A
+            model answers it (see `LLMClient.decide`), and the call is made only if the answer is true with at least
+            the `threshold` of the gate. Default: none.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
@@ -110,6 +164,8 @@ class Agent(NotCopyable):
         priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
             `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
             client.
+        observers: Objects that are notified of what happens in each run, such as `lmbridge.observe.TimelineObserver`.
+            Pass them to the client as well to see its requests. Default: none.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -132,15 +188,22 @@ class Agent(NotCopyable):
         tool_timeout: float | None = 60,
         max_parallel_tools: int = 4,
         max_tool_output: int = 20_000,
+        compaction: CompactionMode = "summarize",
         max_bad_calls: int = 5,
+        context_overflow: ContextOverflow = "warn",
         on_limit: OnLimit = "raise",
         max_nudges: int = 2,
         repetition_limit: int | None = 5,
         deduplicate_calls: bool = True,
         read_text_calls: ReadTextCalls = "always",
         repair_calls: bool = True,
+        constrain_retries: bool = True,
+        tool_search: ToolSearch = "auto",
+        max_definition_tokens: MaxDefinitionTokens = "auto",
+        embedding_model: str | None = None,
         send_reasoning: SendReasoning = "auto",
         approve: Approve | None = None,
+        gate: Gate | TrueFalse | str | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         temperature: float | None = None,
@@ -151,6 +214,7 @@ class Agent(NotCopyable):
         parallel_tool_calls: bool | None = None,
         extra_body: Mapping[str, Any] | None = None,
         priority: Priority | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._source = ClientSource(client)
         self._settings = Settings(
@@ -164,17 +228,24 @@ class Agent(NotCopyable):
             tool_timeout=tool_timeout,
             max_parallel_tools=max_parallel_tools,
             max_tool_output=max_tool_output,
+            compaction=compaction,
             max_bad_calls=max_bad_calls,
+            context_overflow=context_overflow,
             on_limit=on_limit,
             max_nudges=max_nudges,
             repetition_limit=repetition_limit,
             deduplicate_calls=deduplicate_calls,
             read_text_calls=read_text_calls,
             repair_calls=repair_calls,
+            constrain_retries=constrain_retries,
+            tool_search=tool_search,
+            max_definition_tokens=max_definition_tokens,
+            embedding_model=embedding_model,
             send_reasoning=send_reasoning,
-            approve=approve,
+            approve=approve if gate is None else GatedApproval(self._source, as_gate(gate), approve),
             output_type=output_type,
             priority=priority,
+            observers=observers,
             sampling={
                 "temperature": temperature,
                 "top_p": top_p,
@@ -185,6 +256,8 @@ class Agent(NotCopyable):
                 "extra_body": extra_body,
             },
         )
+        if embedding_model is not None:
+            self._source.check_embeds()
         self._tool_sources = ToolSources(tools, open_tools)
         self._admission = RunAdmission(switch_policy, self._source.model if model is None else model)
 
@@ -201,28 +274,18 @@ class Agent(NotCopyable):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunResult[_OutputT]: ...
     @overload
     async def run(
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunResult[Any]: ...
     @explains_missing_await
     async def run(
@@ -235,6 +298,7 @@ class Agent(NotCopyable):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunResult[Any]:
@@ -251,6 +315,8 @@ class Agent(NotCopyable):
             max_rounds: The limit of this run, in place of the agent's.
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
+            journal: A file that keeps each step of the run, so that `Agent.resume` can let it go on after its program
+                was interrupted: its path, a `Journal`, or a `JournalEntry` with an id for the run. Default: none.
             output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
             **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
                 this run, in place of the agent's.
@@ -266,7 +332,8 @@ class Agent(NotCopyable):
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
                 models.
-            ContextLengthExceededError: The conversation does not fit into the context, and cannot be trimmed further.
+            ContextLengthExceededError: The conversation does not fit into the context, and cannot be made to fit.
+            JournalError: A step could not be written to the journal, or the journal cannot be used.
             LLMError: A request failed. Every error of a run that has begun holds the run so far in `.partial`.
         """
         handle = self._create_run(
@@ -277,6 +344,7 @@ class Agent(NotCopyable):
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            journal=journal,
             output_type=output_type,
             sampling=sampling,
             is_muted=True,
@@ -288,28 +356,18 @@ class Agent(NotCopyable):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunStream[_OutputT]: ...
     @overload
     def stream(
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunStream[Any]: ...
     def stream(
         self,
@@ -321,6 +379,7 @@ class Agent(NotCopyable):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunStream[Any]:
@@ -344,6 +403,7 @@ class Agent(NotCopyable):
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            journal=journal,
             output_type=output_type,
             **sampling,
         )
@@ -354,28 +414,18 @@ class Agent(NotCopyable):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunHandle[_OutputT]: ...
     @overload
     def start(
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunHandle[Any]: ...
     def start(
         self,
@@ -387,6 +437,7 @@ class Agent(NotCopyable):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunHandle[Any]:
@@ -407,6 +458,7 @@ class Agent(NotCopyable):
             max_rounds=max_rounds,
             max_tokens=max_tokens,
             open_tools=open_tools,
+            journal=journal,
             output_type=output_type,
             sampling=sampling,
             is_muted=False,
@@ -422,6 +474,7 @@ class Agent(NotCopyable):
         max_rounds: int | None,
         max_tokens: MaxTokens | None,
         open_tools: OpenTools | None,
+        journal: AnyJournal | None,
         output_type: Any,
         sampling: SamplingOptions,
         is_muted: bool,
@@ -429,18 +482,123 @@ class Agent(NotCopyable):
         settings = self._settings.for_run(
             max_rounds=max_rounds, max_tokens=max_tokens, output_type=output_type, sampling=sampling
         )
+        return self._create_run_with(
+            settings,
+            check_task(task),
+            model=check_model_name(model),
+            tools=tools,
+            messages=messages,
+            open_tools=open_tools,
+            journal=journal,
+            is_muted=is_muted,
+        )
+
+    def _create_run_with(
+        self,
+        settings: Settings,
+        task: str | list[Any],
+        *,
+        model: str | None,
+        tools: Sequence[AnyTool] | None,
+        messages: Sequence[Mapping[str, Any]] | None,
+        open_tools: OpenTools | None,
+        journal: AnyJournal | None,
+        is_muted: bool,
+    ) -> RunHandle[Any]:
         sources = self._tool_sources
         if tools is not None or open_tools is not None:
             sources = ToolSources(
                 sources.tools if tools is None else tools, sources.open_tools if open_tools is None else open_tools
             )
+        history = History(task, system_prompt=settings.system_prompt, messages=messages)
+        recorder = None
+        if journal is not None:
+            # Most programs keep no journal, and need not import sqlite3.
+            from lmbridge.agent.journal.resuming import new_recorder  # noqa: PLC0415
+
+            recorder = new_recorder(journal, task=task, messages=messages, model=model, settings=settings)
         return RunHandle(
-            check_model_name(model),
+            model,
             source=self._source,
             admission=self._admission,
             settings=settings,
             tool_sources=sources,
-            history=History(check_task(task), system_prompt=settings.system_prompt, messages=messages),
+            history=history,
+            is_muted=is_muted,
+            journal=recorder,
+            task=task,
+        )
+
+    @classmethod
+    async def resume(
+        cls,
+        path: Journal | str | os.PathLike[str],
+        *,
+        client: ChatClient | ChatClientPool,
+        tools: Sequence[AnyTool] = (),
+        run_id: str | None = None,
+        open_tools: OpenTools | None = None,
+        approve: Approve | None = None,
+        output_type: Any = None,
+    ) -> RunResult[Any]:
+        """Lets a run go on whose program was interrupted, and returns its result.
+
+        The run has the same options, model and id as before, and its conversation, usage and limits go on where they
+        were. A call of a tool that had ended is not made again. If a call had started, and it is not known whether it
+        ended, the model reads that it may have happened, unless the tool is `idempotent`: then it is made again. If
+        the run is finished already, its result is returned. So this can be called again until it returns::
+
+            result = await Agent.resume("runs.db", client=client, tools=[read_report])
+
+        Args:
+            path: The journal of the run, or its path.
+            client: The client, as for `Agent`.
+            tools: The tools of the run, which have to include those that it began with.
+            run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
+            open_tools: Opens the tools of the run, as for `Agent`.
+            approve: Decides about calls, as for `Agent`. It is required if the run began with such a function.
+            output_type: The type of the output. It is required if the run began with one.
+
+        Returns:
+            The result, as `run` returns it. The calls in its `log` that were made before the interruption have no
+            `raw`. The result of a run that was finished already has no `log`.
+
+        Raises:
+            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
+                or it cannot go on as it began.
+            LLMError: The run failed, as for `run`.
+        """
+        agent = cls(client, tools=tools, open_tools=open_tools, approve=approve, output_type=output_type)
+        handle = await agent._start_again(path, run_id)
+        return await handle.result()
+
+    async def _start_again(
+        self,
+        journal: Journal | str | os.PathLike[str],
+        run_id: str | None,
+        open_tools: FindTools | None = None,
+        *,
+        is_muted: bool = True,
+    ) -> RunHandle[Any]:
+        """Lets a run go on, in the background, with the client, the tools and the functions of this agent.
+
+        Args:
+            journal: The journal.
+            run_id: The id of the run; None as for `resume`.
+            open_tools: Returns what opens the tools of the run, given what its program kept for that.
+            is_muted: Whether the events of the run will not be read. Otherwise they have to be read at once.
+        """
+        from lmbridge.agent.journal.resuming import find  # noqa: PLC0415 - as above
+
+        found = await find(journal, run_id)
+        return self._create_run_with(
+            found.settings(self._settings),
+            found.start.task,
+            model=found.model,
+            tools=None,
+            messages=found.start.messages,
+            open_tools=None if open_tools is None else open_tools(found.start.extra),
+            journal=found.entry,
             is_muted=is_muted,
         )
 

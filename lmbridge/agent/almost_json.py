@@ -74,7 +74,7 @@ def read_almost_json(text: str, position: int = 0, *, may_be_cut: bool = True) -
     Raises:
         ValueError: The value cannot be read, or not in one way only.
     """
-    reader = _Reader(text, position, may_be_cut=may_be_cut)
+    reader = _ValueReader(text, position, may_be_cut=may_be_cut)
     reader.read()
     rest = _TRAILING_BRACKETS.match(text, reader.position)
     end = reader.position
@@ -106,7 +106,7 @@ def repair_arguments(text: str, *, may_be_cut: bool) -> str:
     return found.text
 
 
-class _Reader:
+class _ValueReader:
     """Reads one value, without recursion, and writes it as JSON into `pieces`."""
 
     def __init__(self, text: str, position: int, *, may_be_cut: bool) -> None:
@@ -217,7 +217,7 @@ class _Reader:
         self._open.clear()
 
     def _read_string(self) -> str | None:
-        """Returns the text at this position with quotes around it, or None if there is none."""
+        """Returns the text at this position with quotes around it, or None."""
         character = self._peek()
         if character not in ('"', "'", "\u201c", "<"):
             return None

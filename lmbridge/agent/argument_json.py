@@ -58,7 +58,7 @@ def write_json(value: Any) -> str:
     return json.dumps(value)
 
 
-def decode_json(text: str, inexact: set[float]) -> Any:
+def decode_argument_json(text: str, inexact: set[float]) -> Any:
     """Returns the value of a JSON text.
 
     Args:
@@ -82,7 +82,7 @@ def decode_json(text: str, inexact: set[float]) -> Any:
         return WrittenNumber(written)
 
     value = msgspec.json.decode(text)
-    # Nothing can be lost of an object that has as many keys as its text has colons, and neither floats nor lists in it.
+    # An object with as many keys as colons in its text, and without floats and lists, has lost nothing.
     is_flat = (
         type(value) is dict and text.count(":") == len(value) and _EXACT_TYPES.issuperset(map(type, value.values()))
     )
@@ -95,7 +95,7 @@ def decode_json(text: str, inexact: set[float]) -> Any:
 
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
-    """Returns whether a JSON value has lists or objects within one another on more than a number of levels."""
+    """Returns whether the lists and objects of a JSON value are nested more deeply than a limit."""
     containers: list[Any] = [[value]]
     for _ in range(levels + 1):
         items = chain.from_iterable(each.values() if isinstance(each, dict) else each for each in containers)

@@ -66,7 +66,7 @@ class Region(NamedTuple):
     calls: list[TextCall]
     """The calls in it."""
     is_bare: bool
-    """Whether the calls have no words around them that only calls have, so that they could be ordinary JSON or code."""
+    """Whether nothing marks them as calls, as tags do, so that they could be ordinary JSON or code."""
 
 
 class CallReader:
@@ -391,7 +391,7 @@ def _call_in(value: Any, *, name_as_key: bool) -> tuple[str, str | None]:
     if name is None and isinstance(value.get("function"), str):
         name = value["function"]
     if name is not None:
-        arguments = arguments_of(value)
+        arguments = arguments_in(value)
         is_text = arguments is None or isinstance(arguments, str)
         return name, arguments if is_text else write_json(arguments)
     if name_as_key and len(value) == 1 and not value.keys() & {*CALL_KEYS, *ARGUMENT_KEYS}:
@@ -401,7 +401,7 @@ def _call_in(value: Any, *, name_as_key: bool) -> tuple[str, str | None]:
     raise UnreadableCallError("a call names no tool")
 
 
-def arguments_of(call: Mapping[str, Any]) -> Any:
+def arguments_in(call: Mapping[str, Any]) -> Any:
     """Returns the arguments of a call, or None if it has none.
 
     If its two keys hold different arguments, both are returned as a list. No tool accepts a list, so the model reads
@@ -429,6 +429,6 @@ def _is_bare_call(value: Any) -> bool:
     if not value.keys() <= {*CALL_KEYS, *ARGUMENT_KEYS, *OTHER_CALL_KEYS}:
         return False
     names = [value[key] for key in (*CALL_KEYS, "function") if isinstance(value.get(key), str)]
-    arguments = arguments_of(value)
+    arguments = arguments_in(value)
     is_schema = isinstance(arguments, dict) and isinstance(arguments.get("properties"), dict)
     return len(names) == 1 and arguments is not None and not is_schema

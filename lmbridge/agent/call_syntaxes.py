@@ -169,7 +169,7 @@ CALL_SYNTAXES: Final = (
         re.compile(rf"[ \t]*({NAME})[ \t]*\r?\n+Action Input:[ \t]*(?:```\w*)?\s*"),
     ),
 )
-"""The syntaxes whose calls begin with words of their own. One may be within another."""
+"""The syntaxes whose calls begin with words that mean nothing else. One may be within another."""
 
 AT_LINE_START: Final = (
     ">>>",
@@ -189,7 +189,7 @@ class ParameterSyntax(NamedTuple):
     """What precedes the value, with the name of the parameter as its group `key`. A group `json` matches if the value
     is JSON, and not a text."""
     closing: str
-    """What follows the value."""
+    """The text that follows the value."""
 
 
 PARAMETERS: Final = (
@@ -233,7 +233,7 @@ NAME_ALONE: Final = re.compile(rf"\s*({NAME})\s*(?=</tool_call>)")
 DISCARDED: Final = re.compile(
     r"\s*(?:```\w{0,20}(?=\s)|<\|plugin\|>|<\|interpreter\|>|<\uff5ctool[\u2581_]sep\uff5c>|\]<\]minimax\[>\[)"
 )
-"""What may stand between an opening and the call without a meaning of its own."""
+"""The text that may stand between an opening and the call, and that means nothing."""
 
 CALL_KEYS: Final = ("name", "tool_name")
 """The keys of a call in JSON that may hold the name of the tool."""
@@ -251,13 +251,13 @@ _BARE_CALLS: Final = {
     # A list of such objects, or of calls in the syntax of Python: Llama 3.2 and 4, LFM2, and ToolACE.
     "[": (rf"\s{{0,50}}\{{{_BARE_OBJECT}", r"\s{0,20}[A-Za-z_][\w.]{0,99}\("),
 }
-"""How calls begin that have no words of their own, by their first character and what follows it."""
+"""How calls without such words begin, by their first character and what follows it."""
 
 
 def _opening_pattern(openings: Iterable[str]) -> re.Pattern[str]:
     """Returns the pattern that finds openings and bare calls.
 
-    The alternatives begin with different characters, because `re` looks only at places with one of these then.
+    Each alternative begins with another character, because `re` then skips all places without one of these.
     """
     rest_of: dict[str, list[str]] = {first: list(rest) for first, rest in _BARE_CALLS.items()}
     # Of two openings, the longer one comes first.
@@ -270,7 +270,7 @@ SYNTAX_OF: Final = {each.opening: each for each in CALL_SYNTAXES}
 OPENING: Final = _opening_pattern(SYNTAX_OF)
 """Finds everything with which a call can begin."""
 WORDS: Final = tuple(opening for opening in SYNTAX_OF if opening[0].isalpha())
-"""The openings that begin like words, which are frequent."""
+"""The openings that begin with a letter. Nearly every text has their first letters, which makes the search slow."""
 OPENING_WITHOUT_WORDS: Final = _opening_pattern(opening for opening in SYNTAX_OF if opening not in WORDS)
 """Finds the same in a text that has none of `WORDS`, in a fifth of the time."""
 CLOSING: Final = re.compile(

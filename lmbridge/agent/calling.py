@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import attrs
 
 from lmbridge._tasks import mark_exception_retrieved
-from lmbridge._text import replace_lone_surrogates
 from lmbridge.agent.result_images import split_images
-from lmbridge.agent.tool_results import result_as_text
+from lmbridge.agent.tool_results import result_as_text, truncate_output
 from lmbridge.errors import ToolError
 
 if TYPE_CHECKING:
@@ -270,19 +269,3 @@ def _describe_exception(error: BaseException) -> str:
     if isinstance(error, ToolError):
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def truncate_output(text: str, limit: int) -> str:
-    """Returns the text, or its beginning and end around a note that says how many characters were omitted.
-
-    Half a surrogate pair, which no request can contain, becomes a question mark.
-
-    Args:
-        text: The output of a tool.
-        limit: The number of characters of the text that are kept.
-    """
-    if len(text) > limit:
-        tail = limit // 2
-        omitted = len(text) - limit
-        text = f"{text[: limit - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
-    return replace_lone_surrogates(text)

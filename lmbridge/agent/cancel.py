@@ -24,13 +24,9 @@ class OwnTask(Generic[T]):
     Args:
         coroutine: The work of the task.
         name: The name of the task, for debuggers.
-        complete: Called with the error of a cancellation, to add what is known only when the task has ended.
     """
 
-    def __init__(
-        self, coroutine: Coroutine[Any, Any, T], *, name: str, complete: Callable[[TaskCancelledError], None]
-    ) -> None:
-        self._complete = complete
+    def __init__(self, coroutine: Coroutine[Any, Any, T], *, name: str) -> None:
         self._error: TaskCancelledError | None = None
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(coroutine, name=name)
@@ -89,8 +85,13 @@ class OwnTask(Generic[T]):
             await self.end(TaskCancelledError("the run was cancelled, because a task that awaited it was cancelled"))
             raise
 
-    def outcome(self) -> T:
+    def outcome(self, complete: Callable[[TaskCancelledError], None]) -> T:
         """Returns the result of the task, or raises the error that ended it.
+
+        Args:
+            complete: Called with the error of a cancellation, to add what is known only when the task has ended. It is
+                not kept, because the task belongs to what it is a method of: such a cycle would stay in memory until
+                the garbage collector runs.
 
         Raises:
             TaskCancelledError: The task was cancelled.
@@ -98,13 +99,10 @@ class OwnTask(Generic[T]):
         """
         if not self._task.cancelled():
             return self._task.result()
-        raise self._cancellation_error()
-
-    def _cancellation_error(self) -> TaskCancelledError:
         self._error = self._error or TaskCancelledError("the run was cancelled, because its event loop is being closed")
         if self._error.partial is None:
-            self._complete(self._error)
-        return self._error
+            complete(self._error)
+        raise self._error
 
     def raise_if_cancelled(self) -> None:
         """Raises the cancellation again, in case a tool or a callback has suppressed it. Call it within the task.

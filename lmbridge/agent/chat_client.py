@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
+    from lmbridge.client.token_count import TokenCount
 
 
 class ChunkStream(Protocol):
@@ -34,7 +35,8 @@ class ChunkStream(Protocol):
 class ChatClient(Protocol):
     """A client that an agent can use, such as `LLMClient`.
 
-    A client that also has `server_info()` (see `ReportsServerInfo`) is asked for the context length of its models.
+    A client that also has `server_info()` (see `ReportsServerInfo`) is asked for the context length of its models, and
+    one that has `count_tokens()` (see `CountsTokens`) for the size of a prompt that nearly fills it.
     """
 
     @property
@@ -70,4 +72,28 @@ class ReportsServerInfo(Protocol):
 
     async def server_info(self) -> ServerInfo:
         """Returns what is known of the server and its models."""
+        ...
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A client that can count the tokens of a prompt."""
+
+    async def count_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> TokenCount:
+        """Returns how many tokens a prompt has, and whether the number is exact."""
+        ...
+
+
+@runtime_checkable
+class EmbedsTexts(Protocol):
+    """A client that can embed texts, which `Agent(embedding_model=...)` needs."""
+
+    async def embeddings(self, input: Any, *, model: str | None = None) -> Mapping[str, Any]:  # noqa: A002 - as in the API
+        """Returns the server's reply, whose `data` has an `embedding` for each text of a list, in its order."""
         ...

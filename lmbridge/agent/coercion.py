@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import attrs
 
-from lmbridge.agent.argument_json import decode_json
-from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
+from lmbridge.agent.argument_json import decode_argument_json
+from lmbridge.agent.pattern_syntax import UnsupportedPatternError
+from lmbridge.agent.patterns import compile_pattern
 from lmbridge.agent.step_limit import spend_steps
 from lmbridge.client.subschemas import resolve_reference
 
@@ -39,9 +40,9 @@ _STEPS_OF_SCHEMA: Final = 10
 _MOST_PARTS: Final = 1_000
 """The number of parts of a schema beyond which its alternatives are not put together. References can multiply them."""
 _SCALARS: Final = ("", True, 1, 1.5, None)
-"""A value of each class that has no parts."""
+"""An example of each class of values without parts."""
 _FORMATS_OF_VALUES: Final = ("date", "date-time", "time", "duration", "uuid", "uri", "url", "email", "ipv4", "ipv6")
-"""Formats that neither an empty text nor "null" has."""
+"""Formats that an empty text and "null" do not satisfy."""
 
 
 @attrs.frozen(eq=False)
@@ -181,7 +182,7 @@ class Coercer:
 
     def _only_reading(self, value: Any, alternatives: Sequence[_Alternative], inexact: set[float]) -> Any:
         is_boolean = any(each.fits(truth) for each in alternatives for truth in (True, False))
-        # 1 may stand for true, so it becomes no text where the schema accepts a boolean.
+        # 1 may stand for true, so it does not become a text where the schema accepts a boolean.
         may_be_text = not is_boolean and not (isinstance(value, int | float) and value in inexact)
         readings = (each for each in _readings(value, inexact) if may_be_text or not isinstance(each, str))
         return next((each for each in readings if any(one.fits(each) for one in alternatives)), value)
@@ -303,7 +304,7 @@ def _readings_of_text(text: str, inexact: set[float]) -> Iterator[Any]:
         yield None
     elif text[:1] in ("[", "{") or _JSON_NUMBER.fullmatch(text):
         try:
-            value = decode_json(text, inexact)
+            value = decode_argument_json(text, inexact)
         except (ValueError, RecursionError):
             return
         yield value

@@ -6,8 +6,9 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from lmbridge.agent.result import Nudge, Round, RunResult, ToolRecord
+from lmbridge.agent.result import CompactionStep, Nudge, Round, RunResult, ToolRecord
 from lmbridge.agent.tools import ToolCall
+from lmbridge.client.progress import ModelLoading, PromptProgress
 
 
 @attrs.frozen
@@ -18,6 +19,18 @@ class RoundStarted:
     """The number of the round; the first one is 1."""
     model: str | None
     """The model of the run; None if the server chooses it."""
+
+
+@attrs.frozen
+class PromptCacheLost:
+    """The server has evaluated much of the prompt again, although it had it in its cache after the last request.
+
+    Only llama.cpp and other servers that report the tokens from their cache make this event possible.
+    """
+
+    index: int | None
+    """The first of the sent messages that has changed since the last request; None if none has, so that the server has
+    dropped its cache."""
 
 
 @attrs.frozen
@@ -41,7 +54,15 @@ class ModelNudged:
     """The reply was neither an answer nor a call, and the model is asked again. The text so far is not its answer."""
 
     nudge: Nudge
-    """What was wrong with the reply, and what the model is told, as in `Round.nudges`."""
+    """What was wrong with the reply, and what the model reads about it, as in `Round.nudges`."""
+
+
+@attrs.frozen
+class ContextCompacted:
+    """The prompt did not fit into the model's context any more, and was made smaller."""
+
+    step: CompactionStep
+    """What was done, as in `Round.compactions`."""
 
 
 @attrs.frozen
@@ -93,6 +114,11 @@ class ToolCallFinished:
         return self.record.repaired
 
     @property
+    def constrained(self) -> bool:
+        """Whether the reply with this call was constrained to the schema of the tool, after an invalid call."""
+        return self.record.constrained
+
+    @property
     def is_duplicate(self) -> bool:
         """Whether the reply had an identical call before this one, so that the tool was called only once for both."""
         return self.record.is_duplicate
@@ -116,9 +142,13 @@ class RunFinished:
 
 RunEvent: TypeAlias = (
     RoundStarted
+    | ModelLoading
+    | PromptProgress
+    | PromptCacheLost
     | TextDelta
     | ReasoningDelta
     | ModelNudged
+    | ContextCompacted
     | ToolCallStarted
     | ToolCallFinished
     | RoundFinished

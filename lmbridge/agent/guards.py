@@ -39,7 +39,7 @@ class RepetitionGuard:
         self.tripped: bool = False
 
     def note(self, name: str, arguments: Any, result: str, images: Sequence[Mapping[str, Any]] = ()) -> str:
-        """Counts a call that has its result, once for each reply. Other images make it another result.
+        """Counts a call that has its result, once for each reply. A result with other images counts as another one.
 
         Returns:
             The result for the model, followed by a warning if the model has repeated the call too often.
@@ -59,6 +59,10 @@ class RepetitionGuard:
             f"{result}\n\n[This call was made {times} times, with the same arguments and the same result each time."
             " Do something else, or answer with what you have.]"
         )
+
+    def forgive(self) -> None:
+        """Counts one reply less for each call, because its result may not be in the prompt any more."""
+        self._counts -= Counter(self._counts.keys())
 
     def end_reply(self) -> None:
         """Records that all calls of a reply have been counted."""

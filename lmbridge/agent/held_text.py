@@ -1,8 +1,8 @@
 """`HeldText`: keeps back the text of a reply that may be a call, so that a stream does not show it as an answer.
 
 Text is held from the place on where a call may begin, until it is clear that none does, or until the reply has ended
-and its calls have been read. An answer that has something similar to a call in it is shown without delay up to there,
-and the rest of it at its end.
+and its calls have been read. If an answer contains something that resembles a call, the text before that is shown
+without delay, and the rest at the end of the reply.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class HeldText:
     Args:
         is_tool: Returns whether a name can be meant for one of the tools.
         is_whole: Whether calls count only if nothing precedes them.
+        holds_all: Whether the whole text is held, because it is expected to be a call. Default: False.
     """
 
-    def __init__(self, is_tool: Callable[[str], object], *, is_whole: bool) -> None:
+    def __init__(self, is_tool: Callable[[str], object], *, is_whole: bool, holds_all: bool = False) -> None:
         self._is_tool = is_tool
         self._is_whole = is_whole
         self._passed: list[str] = []
@@ -45,7 +46,7 @@ class HeldText:
         self._held = ""
         self._position = 0
         # Once a call has begun, its text is only collected.
-        self._rest: list[str] | None = None
+        self._rest: list[str] | None = [] if holds_all else None
 
     def feed(self, text: str) -> str:
         """Returns what may be shown after the next piece of the reply."""

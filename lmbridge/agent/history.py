@@ -1,4 +1,4 @@
-"""`History`: the conversation of a run, valid at every moment, and trimmed to what fits into the context.
+"""`History`: the conversation of a run, valid at every moment, and a compacted form of it that fits into the context.
 
 A conversation that a server accepts has rules: one leading system message, a result directly after every call,
 arguments that are valid JSON, and no content that is null. A run breaks them for as long as its tools are running, and
@@ -7,31 +7,37 @@ a cancelled run would break them for ever. So the assistant message whose calls 
 for the missing results. The alternative was to repair the conversation afterwards, which each caller would have had to
 do.
 
-The messages to send and the messages that the user sees are two views of one list. Trimming removes messages only from
-the former, in whole groups: an exchange before the task, or a turn with its results. The remaining messages never
-change, not by a single byte, so that a server can reuse its prompt cache. Summarising old messages was considered and
-rejected: it costs a generation, and loses facts without a trace.
+The messages to send and the messages that the user sees are two lists. Compaction changes only the former: it shortens
+results of tools, and leaves out whole groups, which are an exchange before the task, or a turn with its results. A call
+is never sent without its result. What compaction has not touched never changes, not by a single byte, so that a server
+can reuse its prompt cache. `compaction` decides when that happens, and how much.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from operator import itemgetter
+from typing import Any, Final, cast
 
 import attrs
 import msgspec
 
 from lmbridge._checks import MAPPING_TYPES
+from lmbridge._tasks import MANY, list_in_slices
+from lmbridge.agent.conversation import (
+    Message,
+    call_signature,
+    group_by_user_message,
+    read_messages,
+    sendable_name,
+)
 from lmbridge.agent.result_images import NOT_SHOWN, ImagePlace, image_messages
-from lmbridge.agent.tool_names import LONGEST_NAME
-from lmbridge.client.inputs import CheckedList, check_messages
+from lmbridge.agent.tool_results import truncate_output
+from lmbridge.client.inputs import CheckedList
 from lmbridge.client.json_codec import encode_body
-from lmbridge.errors import LLMValidationError
-
-Message = dict[str, Any]
+from lmbridge.client.token_count import size_of
 
 _STILL_RUNNING_RESULT: Final = "No result: the tool is still running."
 _NOT_CALLED_RESULT: Final = "Not called: the run ended first."
@@ -39,15 +45,8 @@ _INTERRUPTED_RESULT: Final = (
     "No result: the run ended while the tool was running. It may still be running, and it may or may not have had"
     " its effect."
 )
-_IMAGE_BYTES: Final = 3_000
-"""The size that an image counts as, in bytes. It stands for about 1,000 tokens, which is more than most models use."""
-_UNSENDABLE: Final = re.compile(r"[^A-Za-z0-9_-]+")
-"""Characters that a name in a call may not have. Servers refuse the whole conversation with such a name, for ever."""
-_NAMELESS: Final = "unknown"
-"""The name of a call whose own name has no character that may be sent."""
-_PAIRS_HINT: Final = (
-    "each call of an assistant message must be answered by a message with role 'tool' directly after it"
-)
+_OMISSION_BYTES: Final = 60
+"""The bytes that the note about omitted characters takes at most."""
 
 
 @attrs.define
@@ -56,20 +55,27 @@ class Turn:
 
     message: Message
     """The assistant message."""
-    results: dict[str, str | None]
-    """The results, in order. The keys are the ids of the calls; a call that has no result yet has None."""
+    results: dict[str, Message | None]
+    """The messages with the results, without their images, in order. The keys are the ids of the calls; a call that has
+    no result yet has None."""
+    size: int
+    """The bytes of the assistant message and of the results; see `size_of`."""
     begun: set[str] = attrs.field(factory=set)
     """The ids of the calls that have been started."""
     images: dict[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
     """The images of the results, as content parts. The keys are the ids of the calls."""
 
-    def begin(self, call_id: str) -> None:
-        """Records that a call has been started."""
-        self.begun.add(call_id)
+    def begin(self, call_ids: Iterable[str]) -> None:
+        """Records that calls have been started."""
+        self.begun.update(call_ids)
 
     def answer(self, call_id: str, text: str, images: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Adds the result of a call, and its images as content parts."""
-        self.results[call_id] = text
+        """Adds the result of a call, and its images as content parts.
+
+        Each result is encoded when it arrives. If there are thousands of them, the end of the turn takes no time then.
+        """
+        message = self.results[call_id] = _result_message(call_id, text)
+        self.size += size_of(message)
         if images:
             self.images[call_id] = images
 
@@ -77,20 +83,41 @@ class Turn:
         """Yields the message, its results, with placeholders for results that are missing, and their images."""
         yield self.message
         for call_id, result in self.results.items():
-            text = self._placeholder(call_id, ended=ended) if result is None else result
-            images = self.images.get(call_id, ())
-            if images and image_place == "tool":
-                yield _result_message(call_id, [{"type": "text", "text": text}, *images])
+            images = self.images.get(call_id) if self.images else None
+            if result is None:
+                yield _result_message(call_id, self._placeholder(call_id, ended=ended))
+            elif images and image_place == "tool":
+                yield _result_message(call_id, [{"type": "text", "text": result["content"]}, *images])
+            elif images and image_place == "none":
+                yield _result_message(call_id, f"{result['content']}\n{NOT_SHOWN}")
             else:
-                yield _result_message(call_id, f"{text}\n{NOT_SHOWN}" if images and image_place == "none" else text)
-        if image_place == "user":
+                yield result
+        if self.images and image_place == "user":
             names = [call["function"]["name"] for call in self.message["tool_calls"]]
             yield from image_messages(names, [self.images.get(call_id, ()) for call_id in self.results])
+
+    def plain_messages(self) -> list[Message] | None:
+        """Returns the message and its results, if no result is missing and none has images; otherwise None.
+
+        `size` is the size of these messages. There may be thousands of results, so no loop in Python collects them.
+        """
+        results = list(self.results.values())
+        return None if self.images or None in results else [self.message, *cast("list[Message]", results)]
 
     def _placeholder(self, call_id: str, *, ended: bool) -> str:
         if not ended:
             return _STILL_RUNNING_RESULT
         return _INTERRUPTED_RESULT if call_id in self.begun else _NOT_CALLED_RESULT
+
+
+@attrs.frozen
+class Groups:
+    """The messages to send apart from the system message and the task, in groups that are left out together."""
+
+    before_task: list[list[Message]]
+    """The exchanges before the task, oldest first."""
+    after_task: list[list[Message]]
+    """The turns after the task, oldest first."""
 
 
 class History:
@@ -120,12 +147,12 @@ class History:
         # Encoding and decoding turns subclasses of str into plain strings, and refuses what JSON does not have.
         given = msgspec.json.decode(encode_body({"task": task, "system_prompt": system_prompt}))
         task, system_prompt = given["task"], given["system_prompt"]
-        system, before = _read_messages(messages) if messages else ("", [])
+        system, before = read_messages(messages) if messages else ("", [])
         system = system if system_prompt is None else system_prompt
         self._head: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = before
-        # Groups of messages that trimming leaves out together, oldest first: those before the task, and those after it.
-        self._groups_before_task = _group_by_user_message(before)
+        # Groups of messages that are left out together, oldest first: those before the task, and those after it.
+        self._groups_before_task = group_by_user_message(before)
         if before and before[-1]["role"] == "user":
             # Many chat templates refuse two user messages in a row.
             self._task = {"role": "user", "content": _join_contents(before.pop()["content"], task)}
@@ -133,7 +160,11 @@ class History:
         else:
             self._task = {"role": "user", "content": task}
         before.append(self._task)
+        # The task in the form that is sent, which may have a note about what is left out after it.
+        self._sent_task = self._task
         self._groups_after_task: list[list[Message]] = []
+        # The names and arguments of the calls whose results were shortened.
+        self._shortened_calls: set[tuple[str, str]] = set()
         self._turn: Turn | None = None
         self.image_place: ImagePlace = "user"
         self._turn_with_images: Turn | None = None
@@ -157,10 +188,16 @@ class History:
         self._head = [{"role": "system", "content": content}]
         self.size += size_of(self._head[0])
 
+    @property
+    def task_text(self) -> str:
+        """What the user wants, or an empty text if that is not a text alone."""
+        content = self._task["content"]
+        return content if isinstance(content, str) else ""
+
     def to_send(self) -> CheckedList:
         """Returns the messages of the next request: a new list of the same dicts, which must not be changed."""
         if self._to_send is None:
-            groups = (self._head, *self._groups_before_task, [self._task], *self._groups_after_task)
+            groups = (self._head, *self._groups_before_task, [self._sent_task], *self._groups_after_task)
             self._to_send = CheckedList(message for group in groups for message in group)
         messages = CheckedList(self._to_send)
         messages += self._nudges
@@ -172,9 +209,21 @@ class History:
         Args:
             ended: True if the run has ended, so that the missing results will never arrive.
         """
-        turn = [] if self._turn is None else self._turn.as_messages(ended=ended, image_place=self.image_place)
-        copied: list[Message] = _deep_copy([*self._head, *self._messages, *turn])
+        return [_copy_message(message) for message in self._conversation(ended=ended)]
+
+    async def snapshot_in_slices(self) -> list[Message]:
+        """Returns the same copy of a conversation that has ended, without making the event loop stand still."""
+        copied = await list_in_slices(map(_copy_without_calls, self._conversation(ended=True)))
+        for number, message in enumerate(copied, 1):
+            if calls := message.get("tool_calls"):
+                message["tool_calls"] = await list_in_slices(map(_copy_call, calls))
+            if number % MANY == 0:
+                await asyncio.sleep(0)
         return copied
+
+    def _conversation(self, *, ended: bool) -> list[Message]:
+        turn = [] if self._turn is None else self._turn.as_messages(ended=ended, image_place=self.image_place)
+        return [*self._head, *self._messages, *turn]
 
     def send_reasoning(self, demanded_field: str | None = None) -> bool:
         """Makes the model's reasoning a part of its messages, of those before and of those to come.
@@ -218,10 +267,11 @@ class History:
         """
         self._reasoning[len(self._messages)] = reasoning or {}
         answer = self._with_reasoning({"role": "assistant", "content": text}, reasoning or {})
-        self._append([answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}])
+        added = [answer] if follow_up is None else [answer, {"role": "user", "content": follow_up}]
+        self._append(added, sum(map(size_of, added)))
 
     def add_nudge(self, reply: str, nudge: str, *, reasoning: Mapping[str, str] | None = None) -> None:
-        """Adds a flawed reply and what the model is told about it to the messages to send, until `drop_nudges`.
+        """Adds a flawed reply, and what the model reads about it, to the messages to send, until `drop_nudges`.
 
         Args:
             reply: The text of the reply, which must not be empty.
@@ -245,21 +295,26 @@ class History:
 
         Args:
             text: The text of the reply.
-            calls: Its calls, each with a unique id. A name that servers refuse is replaced by one that resembles
-                it, and arguments that are not an object by an empty one.
+            calls: Its calls, as `resendable_call` returns them. Each has a unique id.
             reasoning: The fields that send the reasoning back; they become a part of the message if it is to be sent.
         """
-        wire = [_resendable_call(call) for call in calls]
         self._reasoning[len(self._messages)] = reasoning or {}
-        message = self._with_reasoning({"role": "assistant", "content": text, "tool_calls": wire}, reasoning or {})
-        self._turn = Turn(message, {call["id"]: None for call in wire})
+        message = self._with_reasoning(
+            {"role": "assistant", "content": text, "tool_calls": list(calls)}, reasoning or {}
+        )
+        results: dict[str, Message | None] = dict.fromkeys(map(itemgetter("id"), message["tool_calls"]))
+        self._turn = Turn(message, results, size_of(message))
         return self._turn
 
     def end_turn(self) -> None:
         """Adds the turn to the conversation. Calls without a result keep a placeholder."""
         turn, self._turn = self._turn, None
         if turn is not None:
-            self._append(list(turn.as_messages(ended=True, image_place=self.image_place)))
+            if (plain := turn.plain_messages()) is not None:
+                self._append(plain, turn.size)
+            else:
+                messages = list(turn.as_messages(ended=True, image_place=self.image_place))
+                self._append(messages, sum(map(size_of, messages)))
             self._turn_with_images = turn if turn.images else None
 
     @property
@@ -280,41 +335,116 @@ class History:
         old[:] = new
         self._to_send = None
 
-    def trim(self, excess: int) -> bool:
-        """Removes the oldest exchanges and turns from the messages to send, but never the task and the last turn.
+    @property
+    def fixed_size(self) -> int:
+        """The bytes of the messages that are always sent: the system message and the task."""
+        return sum(map(size_of, (*self._head, self._sent_task)))
+
+    def groups(self) -> Groups:
+        """Returns the groups as they are sent now, which later changes do not affect."""
+        return Groups([[*group] for group in self._groups_before_task], [[*group] for group in self._groups_after_task])
+
+    def with_head_and_task(self, groups: Groups) -> CheckedList:
+        """Returns a conversation of the system message, the task in the sent form, and these groups around it."""
+        parts = (self._head, *groups.before_task, [self._sent_task], *groups.after_task)
+        return CheckedList(message for part in parts for message in part)
+
+    def shorten_results(self, goal: int, *, longer_than: int, kept: int) -> int:
+        """Shortens the oldest results of tools in the messages to send, but never those of the last turn.
+
+        A result that was shortened before, and for which the model has made the same call again, stays whole: there is
+        something in it that the model needs.
 
         Args:
-            excess: How many bytes to leave out, as `size` counts them.
+            goal: The size at which to stop.
+            longer_than: The number of characters above which a result is shortened.
+            kept: How many of its characters are kept.
 
         Returns:
-            Whether anything was left out.
+            How many results were shortened.
         """
-        goal, initial_size = self.size - excess, self.size
-        while self.size > goal and self._groups_before_task:
-            self._drop(self._groups_before_task.pop(0))
-        while self.size > goal and len(self._groups_after_task) > 1:
-            self._drop(self._groups_after_task.pop(0))
-        return self.size < initial_size
+        count = 0
+        for group in (*self._groups_before_task, *self._groups_after_task[:-1]):
+            for place, call in _results_of_calls(group):
+                if self.size <= goal:
+                    return count
+                if len(group[place]["content"]) > longer_than and call not in self._shortened_calls:
+                    self._replace_result(group, place, kept)
+                    self._shortened_calls.add(call)
+                    count += 1
+        return count
 
-    def _append(self, messages: list[Message]) -> None:
+    def shorten_last_results(self, goal: int, *, kept: int) -> int:
+        """Shortens the results of the last turn in the messages to send, as far as needed.
+
+        Args:
+            goal: The size to reach.
+            kept: The number of characters that are kept of a result in any case.
+
+        Returns:
+            How many results were shortened.
+        """
+        group = self._groups_after_task[-1] if self._groups_after_task else []
+        lengths = {
+            place: length for place, _ in _results_of_calls(group) if (length := len(group[place]["content"])) > kept
+        }
+        excess, total, count = self.size - goal, sum(lengths.values()), 0
+        for place, length in lengths.items():
+            # Each character takes at least a byte. The note about the omitted ones takes some as well.
+            left = max(kept, length - excess * length // total - _OMISSION_BYTES)
+            if excess > 0 and length > left + _OMISSION_BYTES:
+                self._replace_result(group, place, left)
+                count += 1
+        return count
+
+    def count_oldest(self, goal: int) -> tuple[int, int]:
+        """Returns how many of the oldest groups have to be left out to reach a size; the last turn is never one.
+
+        Args:
+            goal: The size to reach.
+
+        Returns:
+            The number of groups before the task, and of those after it.
+        """
+        size, counts = self.size, [0, 0]
+        for kind, groups in enumerate((self._groups_before_task, self._groups_after_task[:-1])):
+            for group in groups:
+                if size <= goal:
+                    break
+                size -= sum(map(size_of, group))
+                counts[kind] += 1
+        return counts[0], counts[1]
+
+    def leave_out(self, before_task: int, after_task: int, *, note: str = "") -> None:
+        """Leaves the oldest groups out of the messages to send.
+
+        Args:
+            before_task: The number of groups before the task.
+            after_task: The number of groups after the task.
+            note: What the task is followed by, in place of an earlier note; by default, nothing is changed about it.
+        """
+        for groups, count in ((self._groups_before_task, before_task), (self._groups_after_task, after_task)):
+            self.size -= sum(size_of(message) for group in groups[:count] for message in group)
+            del groups[:count]
+        if note:
+            self.size -= size_of(self._sent_task)
+            self._sent_task = {**self._task, "content": _join_contents(self._task["content"], note)}
+            self.size += size_of(self._sent_task)
+        self._to_send = None
+
+    def _replace_result(self, group: list[Message], place: int, kept: int) -> None:
+        old = group[place]
+        group[place] = {**old, "content": truncate_output(old["content"], kept)}
+        self.size += size_of(group[place]) - size_of(old)
+        self._to_send = None
+
+    def _append(self, messages: list[Message], size: int) -> None:
         self._turn_with_images = None
         self._messages.extend(messages)
         self._groups_after_task.append(messages)
         if self._to_send is not None:
             self._to_send += messages
-        self.size += sum(map(size_of, messages))
-
-    def _drop(self, messages: list[Message]) -> None:
-        self._to_send = None
-        self.size -= sum(map(size_of, messages))
-
-
-def size_of(message: Mapping[str, Any]) -> int:
-    """Returns the bytes that a message takes as JSON. An image counts as 3,000 bytes, whatever its size."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return sum(_IMAGE_BYTES if part.get("type") == "image_url" else len(_encode(part)) for part in content)
-    return len(_encode(message))
+        self.size += size
 
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -337,110 +467,65 @@ def valid_arguments(arguments: object) -> str:
     return str(arguments) if isinstance(value, dict) else "{}"
 
 
-def _resendable_call(call: Mapping[str, Any]) -> Message:
-    """Returns a call that can be sent again. Malformed arguments would make llama.cpp answer 500 for ever (#25510)."""
+def resendable_call(call: Mapping[str, Any]) -> Message:
+    """Returns a call that can be sent again.
+
+    A name that servers refuse is replaced by one that resembles it, and arguments that are not an object by an empty
+    one: malformed arguments would make llama.cpp answer 500 for ever (#25510).
+    """
     function = call["function"]
-    sent = {"name": _sendable_name(function["name"]), "arguments": valid_arguments(function["arguments"])}
-    return {"id": str(call["id"]), "type": "function", "function": sent, **_signature(call)}
-
-
-def _sendable_name(name: str) -> str:
-    """Returns the name of a call, or one that resembles it if servers would refuse it."""
-    name = _UNSENDABLE.sub("_", name[: 2 * LONGEST_NAME])[:LONGEST_NAME]
-    return name if name.strip("_-") else _NAMELESS
-
-
-def _signature(call: Mapping[str, Any]) -> Message:
-    """Returns the field in which Gemini keeps the signature of its reasoning, and without which it refuses a call."""
-    return {"extra_content": call["extra_content"]} if call.get("extra_content") else {}
+    sent = {"name": sendable_name(function["name"]), "arguments": valid_arguments(function["arguments"])}
+    return {"id": str(call["id"]), "type": "function", "function": sent, **call_signature(call)}
 
 
 def _result_message(call_id: str, content: str | list[Mapping[str, Any]]) -> Message:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-# The conversation that a run continues
+def _results_of_calls(group: Sequence[Message]) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yields the place of each result that is a text, with the name and the arguments of its call.
+
+    Only the last message with calls counts, because an id may come back in another turn.
+    """
+    calls: dict[str, tuple[str, str]] = {}
+    for place, message in enumerate(group):
+        if message.get("tool_calls"):
+            calls = {
+                call["id"]: (call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]
+            }
+        elif message["role"] == "tool" and isinstance(message["content"], str):
+            yield place, calls[message["tool_call_id"]]
+
+
+# Copies
+
+
+def _copy_message(message: Message) -> Message:
+    copied = _copy_without_calls(message)
+    if calls := copied.get("tool_calls"):
+        copied["tool_calls"] = list(map(_copy_call, calls))
+    return copied
+
+
+def _copy_without_calls(message: Message) -> Message:
+    """Returns a copy of a message that shares the calls with it, which may be thousands."""
+    return {
+        key: value if key == "tool_calls" or not isinstance(value, (dict, list)) else _deep_copy(value)
+        for key, value in message.items()
+    }
+
+
+def _copy_call(call: Message) -> Message:
+    """Returns a copy of a call in the form of `resendable_call`. It shares the texts, so that their length is free."""
+    copied = {**call, "function": {**call["function"]}}
+    if "extra_content" in call:
+        copied["extra_content"] = _deep_copy(call["extra_content"])
+    return copied
 
 
 def _deep_copy(value: Any) -> Any:
     """Copies a JSON value by encoding and decoding it, which is faster than `copy.deepcopy`."""
     return msgspec.json.decode(_encode(value))
-
-
-def _read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Message]]:
-    """Returns the system prompt, and copies of the other messages in the form that all servers accept."""
-    check_messages(messages)
-    read: list[Message] = msgspec.json.decode(encode_body({"messages": messages}))["messages"]
-    system = [_plain_text(each) for each in read if each["role"] in ("system", "developer")]
-    others = [
-        _normalize(each, number) for number, each in enumerate(read) if each["role"] not in ("system", "developer")
-    ]
-    check_pairs(others)
-    return "\n\n".join(filter(None, system)), others
-
-
-def _normalize(message: Message, number: int) -> Message:
-    message["content"] = "" if message.get("content") is None else message["content"]
-    if not message.get("tool_calls"):
-        message.pop("tool_calls", None)
-        return message
-    try:
-        message["tool_calls"] = [_normalize_call(call) for call in message["tool_calls"]]
-    except (KeyError, TypeError, ValueError) as exc:
-        raise LLMValidationError(
-            f"messages[{number}] has a tool call without an id, a name, or arguments that are a JSON object",
-            exc,
-            hint="leave out the call and its result",
-        ) from exc
-    return message
-
-
-def _normalize_call(call: Mapping[str, Any]) -> Message:
-    function = call["function"]
-    arguments = function["arguments"]
-    if isinstance(arguments, dict):
-        arguments = _encode(arguments).decode()
-    if not isinstance(msgspec.json.decode(arguments), dict) or not function["name"] or not call["id"]:
-        raise ValueError("not a tool call")
-    sent = {"name": _sendable_name(function["name"]), "arguments": arguments}
-    return {"id": call["id"], "type": "function", "function": sent, **_signature(call)}
-
-
-def check_pairs(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that every call has exactly one result, directly after its message.
-
-    Raises:
-        LLMValidationError: A result is missing, or belongs to no call.
-    """
-    # How many results each id of a call still lacks. The keys are texts in quotes, because an id may be any value.
-    pending: Counter[str] = Counter()
-    for message in messages:
-        if message["role"] == "tool":
-            call_id = repr(message.get("tool_call_id"))
-            if call_id not in pending:
-                raise LLMValidationError(
-                    f"messages have a result for the call {call_id}, but no such call before it",
-                    hint=_PAIRS_HINT,
-                )
-            pending[call_id] -= 1
-            if not pending[call_id]:
-                del pending[call_id]
-        elif pending:
-            break
-        else:
-            pending = Counter(repr(call["id"]) for call in message.get("tool_calls") or ())
-    if pending:
-        raise LLMValidationError(f"messages have no result for the call {next(iter(pending))}", hint=_PAIRS_HINT)
-
-
-def _group_by_user_message(messages: list[Message]) -> list[list[Message]]:
-    """Returns the messages in groups, each of which begins with a user message."""
-    groups: list[list[Message]] = []
-    for message in messages:
-        if not groups or message["role"] == "user":
-            groups.append([])
-        groups[-1].append(message)
-    return groups
 
 
 def _join_contents(before: str | list[Any], task: str | list[Any]) -> str | list[Any]:
@@ -451,8 +536,3 @@ def _join_contents(before: str | list[Any], task: str | list[Any]) -> str | list
 
 def _as_parts(content: str | list[Any]) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-
-
-def _plain_text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)

@@ -5,75 +5,50 @@ as some agent frameworks have it, was considered and rejected: the order of the 
 show it in a stack trace. The state behind the decisions is kept in other modules and tested separately: the
 conversation in `history`, tokens in `tokens`, and calls and the reasons to stop that they give in `turns`.
 
-Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
-they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
-for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a pool of
-ten clients, and a tool that runs another agent would wait for itself.
+The model is asked in three steps, from the outside to the inside. This module asks it again if its reply is neither an
+answer nor a call. `prompt_sender` sends the prompt in another form if it is too long or the server refuses it, and
+`generation_runner` requests a single generation and reads its stream.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
+import attrs
 import msgspec
 
+from lmbridge._tasks import pause_after
 from lmbridge.agent.channel import Channel
-from lmbridge.agent.chat_client import ChunkStream
-from lmbridge.agent.events import (
-    ModelNudged,
-    ReasoningDelta,
-    RoundFinished,
-    RoundStarted,
-    RunEvent,
-    TextDelta,
-)
+from lmbridge.agent.compaction import Compactor
+from lmbridge.agent.constrained_retry import ConstrainedRetry
+from lmbridge.agent.events import ContextCompacted, ModelNudged, RoundFinished, RoundStarted, RunEvent
+from lmbridge.agent.generation_runner import GenerationRunner
 from lmbridge.agent.guards import TokenBudget
-from lmbridge.agent.held_text import HeldText
-from lmbridge.agent.nudges import Nudges, find_flaw, text_or_placeholder
+from lmbridge.agent.nudges import AFTER_CALLS, Nudges, find_flaw, request_answer, text_or_placeholder
 from lmbridge.agent.output import OutputReader
 from lmbridge.agent.pause import PauseGate
-from lmbridge.agent.reasoning_replay import demanded_field
+from lmbridge.agent.prompt_sender import PromptSender
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply
-from lmbridge.agent.result import Nudge, NudgeKind, Round, StopReason, ToolRecord
-from lmbridge.agent.result_images import ImagePlace, next_place, place_after
-from lmbridge.agent.sampling import allows_calls, sampling_params
+from lmbridge.agent.result import CompactionStep, Nudge, NudgeKind, Round, StopReason, ToolRecord
+from lmbridge.agent.run_journal import RunJournal
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
-from lmbridge.agent.text_calls import may_have_calls
+from lmbridge.agent.summary import Summarizer
+from lmbridge.agent.thinking import THOUGHT_TOO_LONG, can_stop_thinking
 from lmbridge.agent.tokens import ContextBudget
 from lmbridge.agent.toolset import Toolset
 from lmbridge.agent.turns import TurnRunner
-from lmbridge.agent.unread_calls import describe_markup
-from lmbridge.client.chat_accumulator import ChatAccumulator
-from lmbridge.client.names import is_same_model
-from lmbridge.client.reasoning import Piece, ReasoningSplitter
-from lmbridge.client.stream import ReplyStream
-from lmbridge.client.structured import InvalidAnswerError, answer_in_reasoning
-from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves
-from lmbridge.errors import (
-    ContextLengthExceededError,
-    LLMResponseError,
-    LLMStreamError,
-    ModelChangedDuringExecutionError,
-)
+from lmbridge.agent.unread_calls import describe_markup, first_json_call
+from lmbridge.client.structured import InvalidAnswerError
+from lmbridge.errors import LLMResponseError
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
-_BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
-"""Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
-_LIMIT_REACHED: Final = "(The limit on tool calls was reached.)"
-_LAST_QUESTION: Final = (
-    "You cannot call any more tools. Give the best answer that you can from what you know so far, and say what is"
-    " missing in it."
-)
-_LARGE_TEXT: Final = 20_000
-"""The number of characters beyond which a reply is searched for calls in a thread."""
 _EMPTY_ANSWER_HINT: Final = "describe the task in more detail, offer fewer tools, or use another model"
 _MISSING_CALL_HINT: Final = "check that the server's tool parser and the chat template fit the model"
 
@@ -92,6 +67,7 @@ class RunLoop:
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
         gate: Holds the run before each generation and each call while the run is paused.
+        journal: Keeps the steps of the run, and repeats those from before an interruption. None without a journal.
     """
 
     def __init__(
@@ -106,8 +82,12 @@ class RunLoop:
         channel: Channel[RunEvent],
         is_stopping: Callable[[], bool],
         gate: PauseGate,
+        journal: RunJournal | None = None,
     ) -> None:
-        self._gate = gate
+        self._seconds = seconds = time.monotonic if journal is None else journal.seconds
+        # When the run began to ask its model, by its own clock.
+        self._began = began = seconds()
+        self._reply_seconds = 0.0
         self._source = source
         self._settings = settings
         self._toolset = toolset
@@ -122,9 +102,21 @@ class RunLoop:
         )
         has_tools = bool(toolset.definitions)
         self._output = None if settings.output_type is None else OutputReader(settings.output_type, has_tools=has_tools)
-        self._may_call = True
         self._token_budget = TokenBudget(settings.max_total_tokens)
-        self._nudges = Nudges(toolset, settings.max_nudges, settings.read_text_calls != "never")
+        self._retry = ConstrainedRetry(toolset, source, is_enabled=settings.constrain_retries)
+        self._generations = GenerationRunner(
+            source=source,
+            settings=settings,
+            toolset=toolset,
+            record=record,
+            channel=channel,
+            context=self._context,
+            token_budget=self._token_budget,
+            retry=self._retry,
+            output=self._output,
+        )
+        # The functions that the parts of the loop call do not refer to the loop. Otherwise all that a run leaves behind
+        # would stay in memory until the garbage collector runs.
         self._turns = TurnRunner(
             run_id,
             settings=settings,
@@ -133,19 +125,44 @@ class RunLoop:
             channel=channel,
             is_stopping=is_stopping,
             gate=gate,
+            clock=lambda: seconds() - began,
+            journal=journal,
         )
-        record.history.image_place = source.image_places.get(record.model, "user")
-        self._has_shown_images = False
-        # Set while a reply arrives whose text may have calls in it.
-        self._held_text: HeldText | None = None
-        field = source.demanded_reasoning_fields.get(record.model)
-        if settings.send_reasoning is True or (settings.send_reasoning == "auto" and field is not None):
-            record.history.send_reasoning(field)
+        compactor = Compactor(
+            record.history,
+            self._context,
+            mode=settings.compaction,
+            summarize=Summarizer(
+                source=source,
+                settings=settings,
+                toolset=toolset,
+                record=record,
+                token_budget=self._token_budget,
+                estimate=self._context.tokens_of,
+                journal=journal,
+            ),
+            report=partial(_report_compaction, record, channel, self._turns),
+        )
+        self._prompts = PromptSender(
+            source=source,
+            settings=settings,
+            toolset=toolset,
+            record=record,
+            context=self._context,
+            compactor=compactor,
+            retry=self._retry,
+            generations=self._generations,
+            gate=gate,
+            journal=journal,
+        )
+        self._nudges = Nudges(toolset, settings.max_nudges, settings.read_text_calls != "never")
 
     async def run(self) -> StopReason:
         """Runs rounds until there is an answer, or a reason to end without one."""
         while self._record.rounds < self._settings.max_rounds:
             stop = await self._round()
+            if stop == "repetition":
+                return await self._end_at_limit(stop)
             if stop is not None:
                 return stop
             if self._token_budget.is_spent:
@@ -153,16 +170,18 @@ class RunLoop:
         return await self._end_at_limit("max_rounds")
 
     async def _round(self) -> StopReason | None:
-        began = time.monotonic()
+        began = self._seconds()
         await self._begin_round()
         if await self._toolset.add_new_tools():
             self._context.tools_size = _definitions_size(self._toolset)
             if self._output is not None:
                 self._output.add_tools()
         reply = await self._get_reply()
+        self._reply_seconds = self._seconds() - began
         records: Sequence[ToolRecord] = ()
         if reply.calls and not reply.has_cut_call:
             records = await self._turns.run(reply)
+            self._retry.note_calls(self._turns.wrong_tool, reply)
             stop = self._turns.stop_reason
             if self._output is not None:
                 self._output.allow_tools()
@@ -173,32 +192,42 @@ class RunLoop:
 
     async def _begin_round(self) -> None:
         self._record.begin_round()
+        if (watch := self._record.watch) is not None:
+            watch.round_begun(self._record.rounds, self._record.model)
         if self._channel.has_listener:
             await self._channel.put(RoundStarted(self._record.rounds, self._record.model))
 
     async def _end_round(self, reply: ModelReply, records: Sequence[ToolRecord], began: float) -> None:
-        finished = self._log_round(reply, records, time.monotonic() - began)
+        finished = self._log_round(reply, records, began)
+        if (watch := self._record.watch) is not None:
+            watch.round_ended(finished.text)
         if self._channel.has_listener:
             await self._channel.put(RoundFinished(finished))
 
     async def _end_at_limit(self, stop: StopReason) -> StopReason:
         """Ends the run at a limit, after a last round without tools if the user wants an answer in any case."""
-        if self._settings.on_limit == "raise":
-            return stop
-        self._may_call = False
+        if self._settings.on_limit == "answer" and (reply := await self._get_last_words()) is not None:
+            self._record.has_last_words = True
+            if reply.finish_reason == "length":
+                self._record.warn("the last answer of the run was cut off at max_tokens")
+        return stop
+
+    async def _get_last_words(self) -> ModelReply | None:
+        """Returns the reply of a last round without tools; None without an answer, or if it is not the output."""
+        self._generations.may_call = False
         if self._output is not None:
             self._output.forbid_tools()
-        self._history.add_nudge(_LIMIT_REACHED, _LAST_QUESTION)
-        began = time.monotonic()
+        self._history.add_nudge(AFTER_CALLS, request_answer(self._history.task_text))
+        began = self._seconds()
         await self._begin_round()
-        reply = await self._ask_model()
-        if reply.text.strip() and not reply.calls:
-            self._record.has_last_words = self._read_output(reply)
-            if reply.finish_reason == "length":
-                self._warn("the last answer of the run was cut off at max_tokens")
+        reply = await self._prompts.send()
+        self._reply_seconds = self._seconds() - began
+        has_answer = bool(reply.text.strip() and not reply.calls)
+        if has_answer:
+            has_answer = self._read_output(reply)
             self._history.add_answer(reply.text, reasoning=reply.reasoning_fields)
         await self._end_round(reply, (), began)
-        return stop
+        return reply if has_answer else None
 
     def _read_output(self, reply: ModelReply) -> bool:
         """Reads the output from the last answer, and returns False if it is not valid."""
@@ -239,14 +268,9 @@ class RunLoop:
         if markup is None:
             return
         warning = f"{markup}; the server's tool parser or the chat template may not fit the model"
-        self._warn(warning)
+        self._record.warn(warning)
 
-    def _warn(self, warning: str) -> None:
-        if warning not in self._record.warnings:
-            logger.warning("%s; run with model %r", warning, self._record.served_model or self._record.model)
-            self._record.warnings.append(warning)
-
-    def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], seconds: float) -> Round:
+    def _log_round(self, reply: ModelReply, records: Sequence[ToolRecord], began: float) -> Round:
         record = self._record
         finished = Round(
             number=record.rounds,
@@ -256,8 +280,11 @@ class RunLoop:
             finish_reason=reply.finish_reason,
             tool_calls=tuple(records),
             usage=record.round_usage,
-            seconds=seconds,
+            seconds=self._seconds() - began,
+            started=began - self._began,
+            reply_seconds=self._reply_seconds,
             nudges=tuple(record.round_nudges),
+            compactions=tuple(record.round_compactions),
         )
         record.log.append(finished)
         return finished
@@ -274,11 +301,23 @@ class RunLoop:
         """
         self._nudges.begin_round()
         while True:
-            reply = await self._ask_model()
+            reply = await self._prompts.send()
+            self._generations.stops_thinking, self._generations.may_call = False, True
             flaw = find_flaw(reply, self._toolset)
+            await pause_after(len(reply.text) + len(reply.reasoning))
             nudge = None
             if flaw is not None and not self._token_budget.is_spent:
-                nudge = self._nudges.next(flaw, reply, max_tokens=self._context.max_tokens())
+                nudge = self._nudges.next(
+                    flaw,
+                    reply,
+                    task=self._history.task_text,
+                    max_tokens=self._context.max_tokens(),
+                    has_results=self._turns.has_results,
+                    is_repetition=self._repeats_call(reply),
+                )
+            if nudge is not None and nudge.kind in THOUGHT_TOO_LONG:
+                stops = can_stop_thinking(self._source.server_kinds.get(self._record.model))
+                nudge = attrs.evolve(nudge, without_thinking=stops)
             if nudge is None:
                 break
             if nudge.kind == "unreadable_call":
@@ -289,13 +328,27 @@ class RunLoop:
         if flaw == "missing_call" or (flaw in ("empty", "only_reasoning") and not self._record.calls):
             raise self._unusable(flaw, reply)
         if flaw == "promise":
-            self._warn("the answer announces a tool call that was not made")
+            self._record.warn("the answer announces a tool call that was not made")
         return reply
 
+    def _repeats_call(self, reply: ModelReply) -> bool:
+        """Returns whether a reply begins with a call, written as text, whose result the model has already."""
+        call = first_json_call(reply.text)
+        return call is not None and self._turns.has_result_of(call.name, call.arguments)
+
     async def _send_nudge(self, nudge: Nudge, reply: ModelReply) -> None:
-        logger.info("the model is asked again, because its reply has the flaw %r: %s", nudge.kind, nudge.message)
+        self._generations.stops_thinking = nudge.without_thinking
+        how = " without thinking" if nudge.without_thinking else ""
+        if nudge.without_tools:
+            self._generations.may_call = False
+            how += " without tools"
+            # Replies full of calls would be an example that the model follows. Nothing of the cache is lost: without
+            # the definitions of the tools, it is a new prompt in any case.
+            self._history.drop_nudges()
+        logger.info("the model is asked again%s, because its reply has the flaw %r: %s", how, nudge.kind, nudge.message)
         self._record.round_nudges.append(nudge)
-        self._history.add_nudge(text_or_placeholder(reply), nudge.message, reasoning=reply.reasoning_fields)
+        said = AFTER_CALLS if nudge.without_tools else text_or_placeholder(reply)
+        self._history.add_nudge(said, nudge.message, reasoning=reply.reasoning_fields)
         if self._channel.has_listener:
             await self._channel.put(ModelNudged(nudge))
 
@@ -310,217 +363,14 @@ class RunLoop:
             context={"operation": "agent run", "model": self._record.model},
         )
 
-    async def _ask_model(self) -> ModelReply:
-        if self._gate.is_closed:
-            await self._gate.wait()
-        self._context.trim()
-        has_made_room = False
-        first_place = self._history.image_place
-        refusals: list[LLMResponseError | LLMStreamError] = []
-        while True:
-            try:
-                reply = await self._generate()
-            except ContextLengthExceededError as error:
-                if has_made_room or not self._context.make_room(error):
-                    raise
-                has_made_room = True
-                logger.info("the prompt was too long for the model's context; it is trimmed and sent again")
-            except (LLMResponseError, LLMStreamError) as error:
-                if self._add_demanded_reasoning(error):
-                    continue
-                if not self._move_refused_images(error):
-                    raise
-                refusals.append(error)
-            else:
-                self._learn_image_place(first_place, refusals)
-                return reply
 
-    def _add_demanded_reasoning(self, error: LLMResponseError | LLMStreamError) -> bool:
-        """Adds the reasoning to the messages if the server demands it, and returns whether they have changed."""
-        field = demanded_field(error)
-        if self._settings.send_reasoning is False or field is None or not self._history.send_reasoning(field):
-            return False
-        self._source.demanded_reasoning_fields[self._record.model] = field
-        logger.info("the server demands the model's reasoning; the messages are sent again with it")
-        return True
-
-    def _move_refused_images(self, error: LLMResponseError | LLMStreamError) -> bool:
-        """Moves the images of the last results if the server has refused them. Returns whether they were moved."""
-        place = next_place(self._history.image_place, error) if self._history.ends_with_images else None
-        if place is None or self._record.text:
-            return False
-        consequence = (
-            "the model reads that it cannot see them" if place == "none" else "they are sent in the tool message"
-        )
-        logger.info("the server refused the images of a result (%s); %s", error, consequence)
-        self._history.move_images(place)
-        return True
-
-    def _learn_image_place(self, place: ImagePlace, refusals: Sequence[LLMResponseError | LLMStreamError]) -> None:
-        """Remembers for later runs where the server takes images, if it has refused the first ones of this run.
-
-        If it has taken others before, it may only limit their number.
-
-        Args:
-            place: The place in which the images were sent first.
-            refusals: The errors after which they were sent elsewhere.
-        """
-        learned = place_after(place, refusals)
-        if learned != place and not self._has_shown_images:
-            self._source.image_places[self._record.model] = learned
-        self._has_shown_images |= self._history.ends_with_images
-
-    async def _generate(self) -> ModelReply:
-        """Requests one generation. A client is leased for its duration only."""
-        record, prompt_size = self._record, self._context.prompt_size
-        params: dict[str, Any] = {
-            "max_tokens": self._context.max_tokens(),
-            "stream_options": {"include_usage": True},
-        }
-        response_format = None if self._output is None else self._output.response_format
-        if response_format is not None:
-            params["response_format"] = response_format
-        elif self._toolset.definitions and self._may_call:
-            params["tools"] = self._toolset.definitions
-        params |= sampling_params(
-            self._settings.sampling, has_tools="tools" in params, is_first_round=self._record.rounds <= 1
-        )
-        record.begin_reply()
-        mode = self._settings.read_text_calls
-        may_hold = mode != "never" and not self._channel.is_muted and allows_calls(params)
-        self._held_text = HeldText(self._toolset.resolve_name, is_whole=mode == "whole") if may_hold else None
-        async with self._source.lease(record.model) as client:
-            stream = await client.chat_completion(self._history.to_send(), model=record.model, stream=True, **params)
-            reply = await self._read_stream(stream)
-        reply.max_tokens, reply.has_stop_texts = params["max_tokens"], "stop" in params
-        self._check_complete(reply)
-        if self._output is not None and reply.is_only_reasoning and not reply.calls:
-            reply.text = answer_in_reasoning(reply.reasoning)
-        self._count_tokens(reply, prompt_size)
-        reply.may_call = allows_calls(params)
-        has_read = not reply.calls and reply.may_call and await self._read_text_calls(reply)
-        await self._send_held_text(reply.text if has_read else None)
-        record.end_reply(reply.text, reply.reasoning)
-        return reply
-
-    async def _read_text_calls(self, reply: ModelReply) -> bool:
-        """Takes the calls out of a reply that the model has written as text. Returns whether there were any."""
-        settings = self._settings
-        size = len(reply.text) + len(reply.reasoning)
-        if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
-            return False
-        find = partial(
-            self._toolset.find_text_calls,
-            reply.text,
-            reasoning=reply.reasoning,
-            mode=settings.read_text_calls,
-            repairs=settings.repair_calls,
-            may_be_cut=reply.may_be_cut,
-        )
-        found = find() if size <= _LARGE_TEXT else await asyncio.to_thread(find)
-        if found is not None:
-            logger.info("the model wrote its tool calls as text, and they are read from there")
-            reply.text, reply.calls = found
-        return found is not None
-
-    def _check_complete(self, reply: ModelReply) -> None:
-        """Checks that the server has not aborted the answer.
-
-        Raises:
-            LLMResponseError: The finish reason says that the answer was aborted.
-        """
-        if reply.finish_reason in _BROKEN_FINISH_REASONS:
-            raise LLMResponseError(
-                f"the server aborted the answer, with the finish reason {reply.finish_reason!r}",
-                hint="check the server's log; what had arrived is in .partial",
-                context={"operation": "agent run", "model": self._record.model},
-            )
-
-    async def _read_stream(self, stream: ChunkStream) -> ModelReply:
-        """Reads a stream to its end. Any exception closes the stream, so that the server stops generating."""
-        # A stream of lmbridge's own client accumulates its chunks. Those of another client are accumulated here.
-        accumulator = ChatAccumulator()
-        own = stream if isinstance(stream, ReplyStream) else None
-        arrived = accumulator if own is None else own
-
-        def reply_so_far() -> Any:
-            if own is not None:
-                return own.partial
-            return accumulator.reply() if accumulator.has_begun else None
-
-        self._record.attach_stream(reply_so_far)
-        splitter = None if self._channel.is_muted else ReasoningSplitter()
-        halves: Halves = {}
-        served_model: str | None = None
-        try:
-            async for chunk in stream:
-                if own is None:
-                    chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
-                # Proxies name themselves while they load a model, so a name counts only once there is some answer.
-                name = chunk.get("model")
-                if name != served_model and isinstance(name, str) and arrived.has_answer:
-                    may_change = own is not None and own.ignores_model_names
-                    self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
-                    served_model = name
-                if splitter is not None:
-                    await self._send_deltas(splitter.feed(chunk))
-        except BaseException:
-            # The caller no longer reads the stream, so the server should stop generating now.
-            await stream.aclose()
-            raise
-        if splitter is not None:
-            if (rest := rest_of_halves(halves)) is not None:
-                await self._send_deltas(splitter.feed(rest))
-            await self._send_deltas(splitter.close())
-        return ModelReply.from_completion(reply_so_far() or {})
-
-    async def _send_deltas(self, pieces: Sequence[Piece]) -> None:
-        if self._channel.has_listener:
-            for piece in pieces:
-                if piece.kind == "reasoning":
-                    await self._channel.put(ReasoningDelta(piece.text))
-                elif text := self._held_text.feed(piece.text) if self._held_text is not None else piece.text:
-                    await self._channel.put(TextDelta(text))
-
-    async def _send_held_text(self, text_before_calls: str | None) -> None:
-        """Sends the text that was held because it could be a call.
-
-        Args:
-            text_before_calls: The text before the calls that the reply had in its text; None if it had none.
-        """
-        held, self._held_text = self._held_text, None
-        if held is not None and self._channel.has_listener and (text := held.rest(text_before_calls)):
-            await self._channel.put(TextDelta(text))
-
-    def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
-        """Compares the model that a reply names with the model of the previous rounds, unless it may change.
-
-        Raises:
-            ModelChangedDuringExecutionError: The reply names another model.
-        """
-        first = self._record.served_model
-        if not name or first is None:
-            self._record.served_model = name or first
-        elif not (may_change or is_same_model(first, name) or is_same_model(name, first)):
-            if begins_reply:
-                # Nothing of this reply was written by the model of the run.
-                self._record.begin_reply()
-            raise ModelChangedDuringExecutionError(
-                f"the run began with model {first!r} and went on with {name!r}",
-                first,
-                name,
-                hint="the server swapped models between two rounds; pass a model name; see Limits.max_loaded_models",
-                context={"operation": "agent run", "model": self._record.model},
-            )
-
-    def _count_tokens(self, reply: ModelReply, prompt_size: int) -> None:
-        """Adds the tokens of a reply, or an estimate if the server did not count them."""
-        usage = reply.usage or {}
-        if reply.usage:
-            self._record.add_usage(reply.usage)
-        estimated = self._context.tokens_of(prompt_size) + len(reply.text + reply.reasoning) // 3
-        self._token_budget.spend(usage.get("total_tokens") or estimated)
-        self._context.learn(prompt_size, usage.get("prompt_tokens"))
+async def _report_compaction(
+    record: RunRecord, channel: Channel[RunEvent], turns: TurnRunner, step: CompactionStep
+) -> None:
+    record.round_compactions.append(step)
+    turns.forgive_repetitions()
+    if channel.has_listener:
+        await channel.put(ContextCompacted(step))
 
 
 def _definitions_size(toolset: Toolset) -> int:

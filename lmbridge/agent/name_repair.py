@@ -21,7 +21,7 @@ _SHORTEST_FOR_SUBSTITUTIONS: Final = 6
 
 
 def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
-    """Returns the only name that a model can have meant, or None if there is none, or more than one.
+    """Returns the only name that a model can have meant, or None if not exactly one is possible.
 
     Upper and lower case, the characters between words, a prefix such as `functions.` and a suffix such as
     `<|channel|>commentary` do not count. Failing that, the names may differ by one letter that is missing, doubled,
@@ -45,7 +45,7 @@ def find_meant_name(asked: str, names: Iterable[str]) -> str | None:
 
 
 def _key_of(name: str) -> str:
-    """Returns a name without what does not count."""
+    """Returns a name in lower case and without the characters between its words."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 

@@ -30,8 +30,17 @@ from lmbridge.agent.unread_calls import find_unread_call
 
 _EXAMINED_CHARACTERS: Final = 400
 """How many characters at the end of a reply may be its last sentence."""
-_EMPTY_REPLY: Final = "(The reply was empty.)"
-"""Stands for a reply without text, because some servers refuse a message without content."""
+_EMPTY_REPLY: Final = "..."
+"""Stands for a reply without text, because some servers refuse a message without content.
+
+A sentence would be an example: asked again after "(The reply was empty.)", a small model answers "The reply was empty."
+"""
+AFTER_CALLS: Final = "I have called the tools."
+"""Stands for what a model replied before it is asked to answer without tools. As an answer it is at least true."""
+_WRITES_CALLS: Final[tuple[NudgeKind, ...]] = ("unreadable_call", "promise")
+"""The flaws of a model that goes on to call tools, for which it is asked for its answer in the end."""
+_LONGEST_TASK: Final = 500
+"""How many characters a task may have to be repeated at the end of a conversation."""
 
 _MESSAGES: Final[Mapping[NudgeKind, str]] = {
     "empty": "Your reply was empty. Now {action}.",
@@ -57,6 +66,8 @@ _WORK: Final = (
 _FUTURE: Final = (
     r"(?:I[^\w\s]ll|I will|I am going to|I[^\w\s]m going to|I[^\w\s]m about to|let me|let[^\w\s]s|let us)\s+"
 )
+_FIRST_PERSON: Final = re.compile(r"\b(?:I|let)\b", re.IGNORECASE)
+"""Matches in every sentence in which one of the next three patterns matches, but not in most others."""
 _PROMISE: Final = re.compile(rf"\b{_FUTURE}{_ADVERBS}{_WORK}", re.IGNORECASE)
 _ANNOUNCEMENT: Final = re.compile(rf"\b{_FUTURE}.*:\W*$", re.IGNORECASE)
 _USE: Final = re.compile(
@@ -92,7 +103,7 @@ class Nudges:
     _most_per_round: int
     _reads_text_calls: bool
     _left: int = attrs.field(init=False, default=attrs.Factory(_most_in_run, takes_self=True))
-    _given: set[NudgeKind] = attrs.field(init=False, factory=set)
+    _given: list[NudgeKind] = attrs.field(init=False, factory=list)
 
     def begin_round(self) -> None:
         """Allows each kind of nudge once more."""
@@ -102,22 +113,36 @@ class Nudges:
         """Returns whether the model was already asked again for this reason in this round."""
         return kind in self._given
 
-    def next(self, kind: NudgeKind, reply: ModelReply, *, max_tokens: int) -> Nudge | None:
-        """Returns what to tell the model about a flawed reply; None if the limits are reached.
+    def next(
+        self, kind: NudgeKind, reply: ModelReply, *, task: str, max_tokens: int, has_results: bool, is_repetition: bool
+    ) -> Nudge | None:
+        """Returns the nudge for a flawed reply; None if the limits are reached.
+
+        A model that has the results that it needs, and goes on to write or to promise calls, rarely stops by itself.
+        So if a nudge about that has not helped, or if the reply begins with a call whose result the model has, the next
+        nudge asks for an answer without tools.
 
         Args:
             kind: What is wrong with the reply, as `find_flaw` returned it.
             reply: The reply.
-            max_tokens: The limit on its tokens.
+            task: What the user wants, or an empty text.
+            max_tokens: The limit on the tokens of the reply.
+            has_results: Whether a tool has returned something in this run.
+            is_repetition: Whether the reply begins with a call that has returned something in this run.
         """
-        if kind in self._given or len(self._given) >= self._most_per_round or not self._left:
+        has_failed = kind in self._given
+        goes_on_calling = has_results and has_failed and kind in _WRITES_CALLS
+        asks_to_answer = reply.may_call and (is_repetition or goes_on_calling)
+        if (has_failed and not asks_to_answer) or len(self._given) >= self._most_per_round or not self._left:
             return None
-        self._given.add(kind)
+        self._given.append(kind)
         self._left -= 1
+        if asks_to_answer:
+            return Nudge(kind=kind, message=request_answer(task), reply=reply.text, without_tools=True)
         message = _MESSAGES[kind].format(
             action="call a tool or give your answer" if reply.may_call else "give your answer",
             again=self._way_to_call(reply.text or reply.reasoning) if kind == "unreadable_call" else "",
-            max_tokens=max_tokens,
+            max_tokens=_tokens_at_limit(reply, max_tokens),
         )
         return Nudge(kind=kind, message=message, reply=reply.text)
 
@@ -133,6 +158,25 @@ class Nudges:
         properties = definition.get("parameters", {}).get("properties", {})
         arguments = {each: _placeholder(schema) for each, schema in properties.items()}
         return f"<tool_call>\n{msgspec.json.encode({'name': name, 'arguments': arguments}).decode()}\n</tool_call>"
+
+
+def request_answer(task: str) -> str:
+    """Returns the message that asks a model for its answer, in a request without tools.
+
+    A small model that is lost in its calls has lost its task as well. Reminded of it, it mostly answers.
+
+    Args:
+        task: What the user wants, or an empty text.
+    """
+    if 0 < len(task.strip()) <= _LONGEST_TASK:
+        return f"Now answer from the results above, without tools: {task.strip()}"
+    return "Now give the best answer that you can from the results above, without tools, and say what is missing in it."
+
+
+def _tokens_at_limit(reply: ModelReply, max_tokens: int) -> int:
+    """Returns how many tokens a reply has that was cut off. The server may have a smaller limit than the request."""
+    tokens = (reply.usage or {}).get("completion_tokens")
+    return min(tokens, max_tokens) if tokens else max_tokens
 
 
 def text_or_placeholder(reply: ModelReply) -> str:
@@ -151,7 +195,7 @@ def find_flaw(reply: ModelReply, toolset: Toolset) -> NudgeKind | None:
     if reply.announces_calls:
         return "missing_call"
     if reply.may_call and find_unread_call(reply.text or reply.reasoning, toolset.names):
-        # A call that can be read, but was not, is quoted. The model must not be told to make it.
+        # A call that can be read, but was not, is quoted. The nudge must not ask the model to make it.
         unread: NudgeKind = "promise" if has_quoted_calls(reply.text) else "unreadable_call"
         return "cut_call" if is_cut else unread
     if reply.text.strip():
@@ -167,7 +211,11 @@ def is_promise(text: str, tool_names: Collection[str]) -> bool:
     sentence = _SENTENCE_END.split(end)[-1]
     if _TO_THE_READER.search(sentence):
         return False
-    if any(each.search(sentence) for each in (_PROMISE, _ANNOUNCEMENT, _PROGRESS, _WAIT)):
+    if _PROGRESS.search(sentence) or _WAIT.search(sentence):
+        return True
+    if not _FIRST_PERSON.search(sentence):
+        return False
+    if _PROMISE.search(sentence) or _ANNOUNCEMENT.search(sentence):
         return True
     names_tool = _TOOL.search(sentence) is not None or any(name in sentence for name in tool_names)
     return names_tool and _USE.search(sentence) is not None

@@ -84,7 +84,7 @@ def is_quoted(before: str, after: str, *, is_bare: bool) -> bool:
     Args:
         before: The text before the calls, up to the calls before them.
         after: The text after them.
-        is_bare: Whether they have no words around them that only calls have.
+        is_bare: Whether nothing marks them as calls, as tags do.
     """
     line = before[before.rfind("\n") + 1 :]
     if line.lstrip().startswith(">") or _QUOTED_OR_LISTED.search(line) or _LOG_OR_TRANSCRIPT.search(line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -9,10 +10,14 @@ import attrs
 
 from lmbridge._text import replace_lone_surrogates
 from lmbridge.agent.history import History
-from lmbridge.agent.result import Nudge, Round, RunResult, StopReason
+from lmbridge.agent.result import CompactionStep, Nudge, Round, RunResult, StopReason
 from lmbridge.agent.tools import ToolCall
 from lmbridge.client.reasoning import SplitReply, split_reasoning
+from lmbridge.client.usage import cached_tokens
+from lmbridge.observe.watches import RunWatch
 from lmbridge.types import RunUsage, Usage
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _EMPTY_REPLY: Final = SplitReply("", "")
 
@@ -49,8 +54,12 @@ class RunRecord:
     """Tokens of all rounds, as far as the server counted them."""
     round_nudges: list[Nudge] = attrs.field(factory=list)
     """The nudges of the current round."""
+    round_compactions: list[CompactionStep] = attrs.field(factory=list)
+    """The steps that made room in the context in the current round."""
     round_usage: RunUsage | None = None
     """Tokens of the current round; None if the server has not counted any."""
+    watch: RunWatch | None = None
+    """Notifies the observers of the run; None if it has none."""
     _last_reply: SplitReply = _EMPTY_REPLY
     _reply_so_far: Callable[[], Mapping[str, Any] | None] | None = None
     _is_replying: bool = False
@@ -70,10 +79,17 @@ class RunRecord:
         """The reasoning of the last reply."""
         return self.last_reply.reasoning
 
+    def warn(self, warning: str) -> None:
+        """Adds a warning to the result, and logs it, unless the run has this warning already."""
+        if warning not in self.warnings:
+            logger.warning("%s; run with model %r", warning, self.served_model or self.model)
+            self.warnings.append(warning)
+
     def begin_round(self) -> None:
         """Counts a round that begins."""
         self.rounds += 1
         self.round_nudges = []
+        self.round_compactions = []
         self.round_usage = None
 
     def begin_reply(self) -> None:
@@ -104,14 +120,21 @@ class RunRecord:
             self.history.add_answer(replace_lone_surrogates(self.text))
         self._is_replying = False
 
-    def result(self, stop_reason: StopReason) -> RunResult:
-        """Returns a snapshot of the run."""
+    def result(self, stop_reason: StopReason, messages: list[dict[str, Any]] | None = None) -> RunResult:
+        """Returns a snapshot of the run.
+
+        Args:
+            stop_reason: Why the run ended, or "running".
+            messages: A copy of the conversation; by default one is made.
+        """
+        if messages is None:
+            messages = self.history.snapshot(ended=stop_reason != "running")
         return RunResult(
             text=self.text,
             model=self.model or self.served_model,
             rounds=self.rounds,
             stop_reason=stop_reason,
-            messages=self.history.snapshot(ended=stop_reason != "running"),
+            messages=messages,
             tool_calls=tuple(self.calls),
             usage=RunUsage(**self.usage),
             reasoning=self.reasoning,
@@ -123,8 +146,12 @@ class RunRecord:
 
 
 def _add_usages(one: RunUsage, other: Usage) -> RunUsage:
-    return {
+    added: RunUsage = {
         "prompt_tokens": one["prompt_tokens"] + (other.get("prompt_tokens") or 0),
         "completion_tokens": one["completion_tokens"] + (other.get("completion_tokens") or 0),
         "total_tokens": one["total_tokens"] + (other.get("total_tokens") or 0),
     }
+    cached = cached_tokens(other)
+    if cached is not None or "cached" in one:
+        added["cached"] = one.get("cached", 0) + (cached or 0)
+    return added

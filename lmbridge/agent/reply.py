@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import attrs
 import msgspec
 
-from lmbridge._text import replace_lone_surrogates
+from lmbridge._checks import is_integer
+from lmbridge._tasks import list_in_slices, pause_after
 from lmbridge.agent.reasoning_replay import reasoning_fields
 from lmbridge.agent.text_calls import without_repetition
 from lmbridge.client.reasoning import split_reasoning
@@ -41,30 +42,40 @@ class ModelReply:
     """Why the server stopped generating; None if it did not say."""
     usage: Usage | None
     """The tokens of the request, as the server counted them; None if it did not count them."""
+    constrained_to: str | None = None
+    """The tool, by its name in requests, to whose schema the reply was constrained; None if it was a free reply."""
     may_call: bool = False
     """Whether the request offered tools, and did not forbid the model to call them."""
     max_tokens: int | None = None
     """The limit on the tokens of the reply, as it was requested; None if it is unknown."""
     has_stop_texts: bool = False
     """Whether the request named texts at which the server ends a reply, wherever they are."""
+    tokens: int = 0
+    """The tokens of prompt and reply, as the server counted them, or as they were estimated."""
 
     @classmethod
-    def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
-        """Reads a complete chat completion."""
-        completion = replace_lone_surrogates(completion)
+    async def from_completion(cls, completion: Mapping[str, Any]) -> ModelReply:
+        """Reads a complete chat completion. If it is very large, other tasks run between the steps of this.
+
+        Args:
+            completion: A reply whose texts have no halves of surrogate pairs; the accumulators have replaced them.
+        """
         choices = completion.get("choices")
         choice = _as_object(next(iter(choices), None) if isinstance(choices, list) else None)
         message = _as_object(choice.get("message"))
+        size = sum(len(value) for value in message.values() if isinstance(value, str))
+        await pause_after(size)
         reasoning, text = split_reasoning({"choices": [{"message": message}]})
+        await pause_after(size)
         finish_reason = choice.get("finish_reason")
         return cls(
             text=text,
             reasoning=reasoning,
             is_only_reasoning=bool(reasoning) and not message.get("content"),
             reasoning_fields=reasoning_fields(message, reasoning),
-            calls=_read_calls(message),
+            calls=await list_in_slices(_read_calls(message)),
             finish_reason=finish_reason if isinstance(finish_reason, str) else None,
-            usage=_read_usage(completion.get("usage")),
+            usage=_read_usage(completion),
         )
 
     @property
@@ -105,8 +116,8 @@ class ModelReply:
         return arguments is None
 
 
-def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
-    """Returns the calls in a message, each with a unique id.
+def _read_calls(message: Mapping[str, Any]) -> Iterator[WireCall]:
+    """Yields the calls in a message, each with a unique id.
 
     Two calls with the same id are two calls, because some servers give every call the same one. An entry that is not an
     object becomes a call without a name, so that the model learns about it.
@@ -116,7 +127,6 @@ def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
     legacy = _as_object(message.get("function_call"))
     if not entries and (legacy.get("name") or legacy.get("arguments")):
         entries = [{"function": legacy}]
-    calls: list[WireCall] = []
     taken: set[str] = set()
     for entry in map(_as_object, entries):
         function, call_id = _as_object(entry.get("function")), entry.get("id")
@@ -130,8 +140,7 @@ def _read_calls(message: Mapping[str, Any]) -> list[WireCall]:
         read = {"name": name if isinstance(name, str) else "", "arguments": arguments}
         # The signature of Gemini's reasoning, which has to be sent back with the call.
         extra = {"extra_content": entry["extra_content"]} if entry.get("extra_content") else {}
-        calls.append({"id": call_id, "type": "function", "function": read, **extra})
-    return calls
+        yield {"id": call_id, "type": "function", "function": read, **extra}
 
 
 def _read_arguments(text: str) -> str:
@@ -143,10 +152,18 @@ def _read_arguments(text: str) -> str:
     return text
 
 
-def _read_usage(usage: Any) -> Usage | None:
-    """Returns the counts that are numbers, or None if none of them is."""
-    counts = _as_object(usage)
-    counted = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
+def _read_usage(completion: Mapping[str, Any]) -> Usage | None:
+    """Returns the counts that are numbers, or None if none of them is.
+
+    The tokens from the prompt cache are where OpenAI has them (`prompt_tokens_details`), or in the `timings` of older
+    versions of llama.cpp.
+    """
+    counts = _as_object(completion.get("usage"))
+    counted: dict[str, Any] = {name: counts[name] for name in _COUNTS if isinstance(counts.get(name), int)}
+    cached = _as_object(counts.get("prompt_tokens_details")).get("cached_tokens")
+    cached = _as_object(completion.get("timings")).get("cache_n") if cached is None else cached
+    if counted and is_integer(cached):
+        counted["prompt_tokens_details"] = {"cached_tokens": cached}
     return cast("Usage", counted) if counted else None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal
 
 import attrs
@@ -13,6 +15,8 @@ from lmbridge.types import RunUsage
 if TYPE_CHECKING:
     # Only type checkers need the default, which lets `RunResult` stand for `RunResult[Any]`.
     from typing_extensions import TypeVar
+
+    from lmbridge.observe.timeline import Timeline
 
     OutputT = TypeVar("OutputT", default=Any)
 else:
@@ -57,11 +61,35 @@ class Nudge:
     """A short message to the model about a reply that was neither an answer nor a call."""
 
     kind: NudgeKind
-    """What was wrong with the reply."""
+    """The flaw of the reply."""
     message: str
     """The message to the model, which is not a part of the conversation afterwards."""
     reply: str
     """The text of the reply, which is not a part of the conversation either."""
+    without_thinking: bool = False
+    """Whether the next request asked for an answer without thinking, because the reply had only reasoning."""
+    without_tools: bool = False
+    """Whether the next request offered no tools, because the model had results, and went on to write calls."""
+
+
+CompactionKind = Literal["shorten", "summarize", "drop"]
+"""How room was made in the context: results were shortened, or messages were summarized, or left out."""
+
+
+@attrs.frozen(kw_only=True)
+class CompactionStep:
+    """A step that made room in the model's context. `RunResult.messages` still has all messages as they were."""
+
+    kind: CompactionKind
+    """How room was made."""
+    messages: int
+    """The number of messages that were shortened, or that are not sent any more."""
+    tokens_before: int
+    """The estimated tokens of the prompt before the step."""
+    tokens_after: int
+    """The estimated tokens of the prompt after the step."""
+    summary: str = ""
+    """The model's summary of the messages that are not sent any more; empty if the kind is another one."""
 
 
 @attrs.frozen(kw_only=True)
@@ -80,10 +108,15 @@ class ToolRecord:
     """The images of the result, as content parts, whether or not the model can see them."""
     seconds: float = 0.0
     """How long the call took, in seconds."""
+    started: float = 0.0
+    """When the call began, in seconds since the run began to ask its model; 0 if the tool was not called."""
     repaired: bool = False
     """Whether the model wrote the call with small mistakes, which were put right: `call` is the repaired call."""
     edited: ToolCall | None = None
     """The call that was made instead, because `approve` returned it; None if the call was made as requested."""
+    constrained: bool = False
+    """Whether the reply with this call was constrained to the schema of the tool, because the call before it was
+    invalid; see `Agent(constrain_retries=...)`."""
     is_duplicate: bool = False
     """Whether the reply had an identical call before this one, so that the tool was called only once for both."""
 
@@ -108,8 +141,14 @@ class Round:
     """The tokens of the round, as the server counted them; None if it did not count them."""
     seconds: float
     """How long the round took, including its tools, in seconds."""
+    started: float = 0.0
+    """When the round began, in seconds since the run began to ask its model."""
+    reply_seconds: float = 0.0
+    """How long the model's reply took, in seconds, with the wait for its permit and all replies that were not used."""
     nudges: tuple[Nudge, ...] = ()
     """The messages after which the model replied again in this round."""
+    compactions: tuple[CompactionStep, ...] = ()
+    """The steps that made room in the context before the reply."""
 
 
 @attrs.frozen(kw_only=True)
@@ -142,3 +181,42 @@ class RunResult(Generic[OutputT]):
     warnings: tuple[str, ...] = ()
     """What may be wrong with the answer although the run ended well, such as a tool call at its end that could not be
     read. Each is also a WARNING in the log."""
+
+    def timeline(self, path: str | PathLike[str] | None = None) -> Timeline:
+        """Returns the rounds of the run and their tool calls on a time axis.
+
+        A notebook shows the timeline itself. It contains what the result knows; `lmbridge.observe.TimelineObserver`
+        also knows how long requests waited, and why they were sent again.
+
+        Args:
+            path: The HTML file to write it to. Default: it is not written.
+        """
+        # Imported here because few programs draw their runs.
+        from lmbridge.observe.timeline import Bar, Row, Timeline  # noqa: PLC0415
+
+        bars: list[Bar] = []
+        for each in self.log:
+            text = "\n\n".join(filter(None, (each.reasoning, each.text)))
+            end = each.started + each.reply_seconds
+            bars.append(Bar(kind="reply", start=each.started, end=end, label=f"round {each.number}", text=text))
+            bars += [
+                Bar(
+                    kind="tool",
+                    start=record.started,
+                    end=record.started + record.seconds,
+                    label=record.call.name,
+                    text=f"{record.call.arguments!r}\n{record.text}",
+                )
+                for record in each.tool_calls
+                if record.seconds and not record.is_duplicate
+            ]
+        has_failed = self.stop_reason in ("error", "max_rounds")
+        row = Row(label=f"{self.stop_reason}: {self.text}", bars=bars, has_failed=has_failed)
+        rounds = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
+        timeline = Timeline(title=f"Run with {self.model}, {rounds}", rows=[row])
+        if path is not None:
+            timeline.write(path)
+        return timeline
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.text)}</pre>{self.timeline()._repr_html_()}"

@@ -33,7 +33,7 @@ _CONCERNS_MESSAGES: Final = re.compile(
     r"\bimages?\b|\bvision\b|\bmulti-?modal|\bmmproj\b|\bmessages\b|\bcontent\b|\brole|\btool|\bassistant\b|\btemplate\b",
     re.IGNORECASE,
 )
-"""Finds the words of an error that is about the messages. Other errors, such as that of a driver, may pass."""
+"""Matches errors that are about the messages. Others, such as that of a driver, may not occur again."""
 _SAYS_WHERE: Final = re.compile(r"\brole|\btool|\bassistant\b", re.IGNORECASE)
 
 
@@ -47,9 +47,9 @@ def split_images(result: Any) -> tuple[Any, tuple[Mapping[str, Any], ...]]:
         return result, tuple(getattr(result, "image_parts", ()))
     parts = result if isinstance(result, list | tuple) else [result]
     images = tuple(each for each in parts if _is_image(each))
-    if not images or not all(_is_image(each) or _text_of(each) is not None for each in parts):
+    if not images or not all(_is_image(each) or _part_text(each) is not None for each in parts):
         return result, ()
-    return "\n".join(_describe_image(each) if _is_image(each) else _text_of(each) or "" for each in parts), images
+    return "\n".join(_describe_image(each) if _is_image(each) else _part_text(each) or "" for each in parts), images
 
 
 def next_place(place: ImagePlace, error: LLMError) -> ImagePlace | None:
@@ -97,7 +97,7 @@ def _is_image(part: Any) -> bool:
     return isinstance(image, Mapping) and isinstance(image.get("url"), str)
 
 
-def _text_of(part: Any) -> str | None:
+def _part_text(part: Any) -> str | None:
     if isinstance(part, Mapping) and part.get("type") == "text":
         part = part.get("text")
     return part if isinstance(part, str) else None

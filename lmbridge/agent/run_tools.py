@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, TypeAlias, TypeGuard
+from functools import cached_property
+from typing import Any, Final, TypeAlias, TypeGuard
 
 import attrs
 
 from lmbridge._checks import check_callable, check_instance
+from lmbridge.agent.definition_budget import definition_tokens
+from lmbridge.agent.tool_search import ToolSearchOptions
 from lmbridge.agent.tools import Tool, ToolProvider, as_tool
-from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.toolset import Toolset, collect_tools
 from lmbridge.errors import LLMError, LLMValidationError, ToolError
 
 AnyTool: TypeAlias = Tool | Callable[..., Any] | ToolProvider
@@ -64,6 +67,9 @@ class OpenedTools:
     """The errors of tool sources; see `RunTools.errors`."""
 
 
+_NO_SEARCH: Final = ToolSearchOptions()
+
+
 class ToolSources:
     """The `tools` and `open_tools` of an agent or of a run.
 
@@ -89,22 +95,32 @@ class ToolSources:
         self._fixed_toolset = Toolset([each for each in self.tools if isinstance(each, Tool)])
         self._is_fixed = open_tools is None and all(isinstance(each, Tool) for each in self.tools)
 
+    @cached_property
+    def _fixed_tokens(self) -> int:
+        return sum(definition_tokens(each) for each in self.tools if isinstance(each, Tool))
+
     @asynccontextmanager
-    async def open(self, run: RunInfo) -> AsyncIterator[OpenedTools]:
+    async def open(self, run: RunInfo, search: ToolSearchOptions = _NO_SEARCH) -> AsyncIterator[OpenedTools]:
         """Yields the tools of a run; those that were opened for it are closed when the block is left.
+
+        Args:
+            run: The run.
+            search: What happens to tools whose definitions do not fit. By default, all of them are offered.
 
         Raises:
             LLMValidationError: Two tools have the same name, or the context manager yielded something other than
                 `RunTools`.
             ToolError: A provider or `open_tools` raised an error that is not an `LLMError`.
         """
-        if self._is_fixed:
+        limit = search.limit(run.context_length)
+        if self._is_fixed and (limit is None or self._fixed_tokens <= limit):
             await self._fixed_toolset.prepare()
             yield OpenedTools(self._fixed_toolset)
             return
         async with AsyncExitStack() as stack:
             opened = await self._enter(stack, run)
-            toolset = await Toolset.collect([*self.tools, *opened.tools])
+            toolset = search.toolset(*await collect_tools([*self.tools, *opened.tools]), limit=limit)
+            await toolset.prepare()
             yield OpenedTools(toolset, opened.note, opened.errors)
 
     async def _enter(self, stack: AsyncExitStack, run: RunInfo) -> RunTools:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, Generic, Self
+
+import attrs
 
 from lmbridge._copying import NotCopyable
 from lmbridge._scheduled_run import ScheduledRun, current_run
@@ -20,12 +22,17 @@ from lmbridge.agent.loop import RunLoop
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.result import ENDINGS, OutputT, RunResult, StopReason
+from lmbridge.agent.run_journal import FinishedRun, RunJournal
 from lmbridge.agent.run_tools import RunInfo, ToolSources
 from lmbridge.agent.settings import Settings
 from lmbridge.agent.source import ClientSource
 from lmbridge.agent.switching import RunAdmission, RunPermit
+from lmbridge.agent.tool_ranking import EmbeddingRanker, KeywordRanker
+from lmbridge.agent.tool_search import ToolSearchOptions
 from lmbridge.agent.toolset import Toolset
-from lmbridge.errors import LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
+from lmbridge.client.structured import answer_format_of
+from lmbridge.errors import JournalError, LLMError, MaxRoundsExceededError, RunIncompleteError, TaskCancelledError
+from lmbridge.observe.watches import RunWatch
 
 # The variable refers to the permit and not to the run, because sockets and timers keep the context in which they were
 # created. With the run, they would keep its whole conversation alive.
@@ -62,10 +69,15 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         tool_sources: ToolSources,
         history: History,
         is_muted: bool = False,
+        journal: RunJournal | None = None,
+        task: str | list[Any] = "",
     ) -> None:
         # Without a running loop, this raises an error before a coroutine is created that would never be awaited.
         loop = asyncio.get_running_loop()
-        self.id: Final = os.urandom(16).hex()
+        self.id: Final = os.urandom(16).hex() if journal is None else journal.run_id
+        self._journal = journal
+        # The result from a journal, if the run was finished before.
+        self._finished: RunResult | None = None
         self._has_begun = False
         self._begun_waiter: asyncio.Future[None] | None = None
         self._source = source
@@ -73,6 +85,9 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._settings = settings
         self._tool_sources = tool_sources
         self._record = RunRecord(history)
+        self._task_text = task
+        if settings.observers is not None:
+            self._record.watch = RunWatch(settings.observers, self.id)
         self._channel: Channel[RunEvent] = Channel(is_muted=is_muted)
         self.permit: Final = RunPermit(requested_model=model, parent=current_permit.get(), cancel=self._cancel)
         inherited = current_run.get()
@@ -84,7 +99,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         self._time_limit: asyncio.Timeout | None = None
         # The rest of max_seconds, while the run is paused.
         self._seconds_left: float | None = None
-        self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}", complete=self._complete_error)
+        self._task = OwnTask(self._main(), name=f"lmbridge-run-{self.id}")
         self._task.add_done_callback(self._on_end)
         _runs_in_flight.add(self)
 
@@ -104,12 +119,12 @@ class RunHandle(NotCopyable, Generic[OutputT]):
     @property
     def messages(self) -> list[dict[str, Any]]:
         """A copy of the conversation so far, which is valid at any moment and can be continued by another run."""
-        return self._record.history.snapshot(ended=self.done)
+        return self.partial.messages if self._finished else self._record.history.snapshot(ended=self.done)
 
     @property
     def partial(self) -> RunResult:
         """The run so far. While the run is in progress, the `stop_reason` of this result is "running"."""
-        return self._record.result(self._stop_reason)
+        return self._finished or self._record.result(self._stop_reason)
 
     def cancel(self) -> bool:
         """Cancels the run, without waiting for its end. `await handle.result()` waits for it, and raises.
@@ -189,7 +204,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         if self._is_called_by_own_tool():
             raise LLMError("a run cannot wait for itself", hint="await the result outside of the tools of this run")
         await self._task.wait()
-        return self._task.outcome()
+        return self._outcome()
 
     async def wait_begun(self) -> None:
         """Waits until the run has been admitted and has its tools, or has ended."""
@@ -214,10 +229,66 @@ class RunHandle(NotCopyable, Generic[OutputT]):
     async def _main(self) -> RunResult:
         current_permit.set(self.permit)
         current_run.set(self._scheduled_run)
+        result = await (self._run_observed(watch) if (watch := self._record.watch) else self._run())
+        self._channel.put_last(RunFinished(result))
+        return result
+
+    async def _run(self) -> RunResult:
+        return await (self._run_to_result() if self._journal is None else self._run_with_journal(self._journal))
+
+    async def _run_observed(self, watch: RunWatch) -> RunResult:
+        """Runs, and notifies the observers of the beginning and of any kind of end."""
+        watch.begun(model=self.permit.requested_model, task=_task_text(self._task_text))
+        error: BaseException | None = None
+        try:
+            return await self._run()
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            record = self._record
+            model = record.model or record.served_model
+            watch.ended(self._stop_reason, error, model=model, rounds=record.rounds, usage=record.usage)
+
+    async def _run_with_journal(self, journal: RunJournal) -> RunResult:
+        """Runs, and records any kind of end in the journal of the run. A cancelled run can go on."""
+        try:
+            if (finished := await journal.open()) is not None:
+                return self._repeat_result(finished)
+            try:
+                result = await self._run_to_result()
+            except RunIncompleteError as error:
+                await journal.end(FinishedRun(error.result, self._record.has_last_words))
+                raise
+            except Exception as error:
+                # Whatever ended the run, the journal lists it as failed, unless the journal itself is the reason.
+                if not isinstance(error, JournalError):
+                    await journal.fail(error)
+                raise
+            await journal.end(FinishedRun(result, self._record.has_last_words))
+        except JournalError as error:
+            self._stop_reason = "error"
+            error.completed(partial=self.partial)
+            raise
+        finally:
+            await journal.close()
+        return result
+
+    def _repeat_result(self, finished: FinishedRun) -> RunResult:
+        """Returns the result of a run that was finished before, or raises the error that it ended with."""
+        self._stop_reason, self._record.has_last_words = finished.result.stop_reason, finished.has_last_words
+        result, output_type = finished.result, self._settings.output_type
+        if output_type is not None and (result.stop_reason == "stop" or finished.has_last_words):
+            result = attrs.evolve(result, output=answer_format_of(output_type).decode(result.text))
+        self._finished = result
+        return self._checked(result)
+
+    async def _run_to_result(self) -> RunResult:
         try:
             stop = await self._run_within_max_seconds()
             # A tool or a provider may have suppressed the cancellation.
             self._task.raise_if_cancelled()
+            messages = await self._record.history.snapshot_in_slices()
         except asyncio.CancelledError as error:
             self._stop_reason = "cancelled" if self._task.stopping else "error"
             if self._task.stopping:
@@ -236,7 +307,15 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 error.completed(partial=self.partial)
             raise
         self._stop_reason = stop
-        result = self.partial
+        return self._checked(self._record.result(stop, messages))
+
+    def _checked(self, result: RunResult) -> RunResult:
+        """Returns the result of a run that has ended.
+
+        Raises:
+            RunIncompleteError: The run has used up its rounds, or lacks its output.
+        """
+        stop = result.stop_reason
         if stop == "max_rounds" and not self._record.has_last_words:
             raise MaxRoundsExceededError(
                 f"the run did not come to an answer within {result.rounds} rounds",
@@ -253,13 +332,13 @@ class RunHandle(NotCopyable, Generic[OutputT]):
                 hint=f"{hint}; the run so far is in .result",
                 context={"operation": "agent run", "model": result.model},
             )
-        self._channel.put_last(RunFinished(result))
         return result
 
     async def _run_within_max_seconds(self) -> StopReason:
         if self._settings.max_seconds is None:
             return await self._run_when_admitted()
-        self._time_limit = time_limit = asyncio.timeout(self._settings.max_seconds)
+        spent = 0.0 if self._journal is None else self._journal.seconds_spent
+        self._time_limit = time_limit = asyncio.timeout(max(0.0, self._settings.max_seconds - spent))
         try:
             async with time_limit:
                 if self._gate.is_closed:
@@ -278,9 +357,11 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             model = self._record.model = self.permit.model
             context_length = await self._source.context_length(model)
             info = RunInfo(run_id=self.id, model=model, context_length=context_length)
-            async with self._tool_sources.open(info) as opened:
+            async with self._tool_sources.open(info, self._search_options()) as opened:
                 self._record.errors = opened.errors
                 self._record.history.add_system_note(opened.note)
+                if self._journal is not None:
+                    await self._journal.begin(model, opened.toolset.all_names)
                 self._mark_begun()
                 return await self._loop(opened.toolset, context_length).run()
             # Reached only if the context manager of open_tools has suppressed the exception that ended the run.
@@ -293,6 +374,21 @@ class RunHandle(NotCopyable, Generic[OutputT]):
         finally:
             self._admission.leave(self.permit)
 
+    def _search_options(self) -> ToolSearchOptions:
+        settings = self._settings
+        choice = settings.sampling.get("tool_choice")
+        function = choice.get("function") if isinstance(choice, Mapping) else None
+        return ToolSearchOptions(
+            mode=settings.tool_search,
+            max_definition_tokens=settings.max_definition_tokens,
+            ranker=(
+                KeywordRanker()
+                if settings.embedding_model is None
+                else EmbeddingRanker(self._source, settings.embedding_model)
+            ),
+            pinned=function.get("name") if isinstance(function, Mapping) else None,
+        )
+
     def _loop(self, toolset: Toolset, context_length: int | None) -> RunLoop:
         return RunLoop(
             self.id,
@@ -304,7 +400,11 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             channel=self._channel,
             is_stopping=lambda: self._task.stopping,
             gate=self._gate,
+            journal=self._journal,
         )
+
+    def _outcome(self) -> RunResult:
+        return self._task.outcome(self._complete_error)
 
     def _complete_error(self, error: TaskCancelledError) -> None:
         self._stop_reason = "cancelled"
@@ -368,7 +468,7 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
     def _end_of_events(self) -> Exception:
         """Returns the exception that ends the iteration, or raises the error that ended the run."""
         if self._run.done:
-            self._run._task.outcome()  # noqa: SLF001 - the stream and its run share a module
+            self._run._outcome()  # noqa: SLF001 - the stream and its run share a module
         if self._has_finished:
             return StopAsyncIteration()
         return TaskCancelledError("the events of the run were closed before its end", partial=self._run.partial)
@@ -415,6 +515,11 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
             error = TaskCancelledError("the run was cancelled, because its event stream was dropped")
             self._run._task.cancel_from_anywhere(error)  # noqa: SLF001 - the stream and its run share a module
         self._loop.call_soon_threadsafe(self._events.leave)
+
+
+def _task_text(task: str | list[Any]) -> str:
+    """Returns the text of a task that may have other content parts."""
+    return task if isinstance(task, str) else "\n".join(part["text"] for part in task if "text" in part)
 
 
 def _ignore_cancel(_error: TaskCancelledError) -> None:

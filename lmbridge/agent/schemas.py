@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import attrs
 
 from lmbridge._text import excerpt
-from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
+from lmbridge.agent.pattern_syntax import UnsupportedPatternError
+from lmbridge.agent.patterns import compile_pattern
 from lmbridge.agent.step_limit import STEPS_FOR_SCHEMA, StepLimit, StepLimitError, spend_steps
 from lmbridge.client.subschemas import map_subschemas, resolve_reference, schemas_within
 

@@ -18,21 +18,28 @@ from lmbridge._checks import (
     check_text,
     invalid_argument,
 )
+from lmbridge.agent.definition_budget import MaxDefinitionTokens
 from lmbridge.agent.sampling import check_sampling
 from lmbridge.agent.switching import SwitchPolicy
 from lmbridge.agent.tools import ToolCall
+from lmbridge.client.context_overflow import ContextOverflow
 from lmbridge.client.structured import answer_format_of
 from lmbridge.config import check_priority
 from lmbridge.errors import LLMValidationError
+from lmbridge.observe.observer import Observer, Observers, as_observers
 
 Approve: TypeAlias = Callable[[ToolCall], bool | str | ToolCall | Awaitable[bool | str | ToolCall]]
 """A function that decides whether a call is made: True, False, the reason why not, or the call to make instead."""
+CompactionMode: TypeAlias = Literal["summarize", "shorten", "drop"]
+"""How room is made in a context that is full: by shortening old results, by a summary, and by leaving out messages."""
 MaxTokens: TypeAlias = int | Literal["auto"]
 """A limit on the tokens of a reply; "auto" derives it from the model's context."""
 OnLimit: TypeAlias = Literal["raise", "answer"]
 """What happens when a run has used up its rounds or its tokens."""
 SendReasoning: TypeAlias = bool | Literal["auto"]
 """Whether the model's reasoning is sent back to it; "auto" sends it to a server that has demanded it."""
+ToolSearch: TypeAlias = Literal["auto", "never"]
+"""Whether the model can search for tools whose definitions do not fit; "auto" lets it if there are any."""
 ReadTextCalls: TypeAlias = Literal["always", "whole", "never"]
 """Which calls are read that a model wrote as text: all, those that are the whole reply, or none."""
 Task: TypeAlias = str | Sequence[Mapping[str, Any]]
@@ -53,6 +60,14 @@ def _check_send_reasoning(_instance: Any, attribute: attrs.Attribute[Any], value
 
 def _check_model(_instance: Any, _attribute: attrs.Attribute[Any], value: Any) -> None:
     check_model_name(value)
+
+
+def _check_embedding_model(_instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    check_model_name(value, name=attribute.name)
+
+
+def _to_observers(value: Sequence[Observer] | Observers | None) -> Observers | None:
+    return value if value is None or isinstance(value, Observers) else as_observers(value)
 
 
 _POSITIVE_INTEGER: Final = as_validator(check_integer)
@@ -84,6 +99,14 @@ class Settings:
     tool_timeout: float | None = attrs.field(default=60, validator=_OPTIONAL_SECONDS)
     max_parallel_tools: int = attrs.field(default=4, validator=_POSITIVE_INTEGER)
     max_tool_output: int = attrs.field(default=20_000, validator=_POSITIVE_INTEGER)
+    # As for `max_tokens`.
+    compaction: CompactionMode = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="summarize", validator=as_validator(check_choice, choices=get_args(CompactionMode))
+    )
+    # As for `max_tokens`.
+    context_overflow: ContextOverflow = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="warn", validator=as_validator(check_choice, choices=get_args(ContextOverflow))
+    )
     max_bad_calls: int = attrs.field(default=5, validator=_POSITIVE_INTEGER)
     # As for `max_tokens`.
     on_limit: OnLimit = attrs.field(  # pyright: ignore[reportAssignmentType]
@@ -99,12 +122,23 @@ class Settings:
         default="always", validator=as_validator(check_choice, choices=get_args(ReadTextCalls))
     )
     repair_calls: bool = attrs.field(default=True, validator=as_validator(check_bool))
+    constrain_retries: bool = attrs.field(default=True, validator=as_validator(check_bool))
+    # As for `max_tokens`.
+    tool_search: ToolSearch = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="auto", validator=as_validator(check_choice, choices=get_args(ToolSearch))
+    )
+    # As for `max_tokens`.
+    max_definition_tokens: MaxDefinitionTokens = attrs.field(  # pyright: ignore[reportAssignmentType]
+        default="auto", validator=as_validator(check_integer, keyword="auto", optional=True)
+    )
+    embedding_model: str | None = attrs.field(default=None, validator=_check_embedding_model)
     send_reasoning: SendReasoning = attrs.field(default="auto", validator=_check_send_reasoning)
     approve: Approve | None = attrs.field(
         default=None, validator=as_validator(check_callable, optional=True, hint=_APPROVE_HINT)
     )
     output_type: Any = attrs.field(default=None, validator=_check_output_type)
     priority: int | None = attrs.field(default=None, converter=attrs.converters.optional(check_priority))
+    observers: Observers | None = attrs.field(default=None, converter=_to_observers)
     sampling: Mapping[str, Any] = attrs.field(factory=dict, converter=check_sampling)
 
     def for_run(

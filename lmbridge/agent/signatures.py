@@ -22,8 +22,9 @@ import msgspec
 
 from lmbridge._docstrings import read_docstring
 from lmbridge.agent.tool_results import as_plain_json
-from lmbridge.client.stand_ins import convert, describe_fault, supported_type
+from lmbridge.client.stand_ins import convert, supported_type
 from lmbridge.client.type_schemas import description_of, json_schema
+from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMValidationError
 
 _ACCEPTED_TOOLS_HINT: Final = "pass an async or plain function, a Tool, or an object with `async list_tools()`"
@@ -122,10 +123,12 @@ def _underlying_function(function: Callable[..., Any]) -> Any:
 
 
 def _default_name(code: Any) -> str:
-    owner, _, name = getattr(code, "__qualname__", "").rpartition(".")
+    # A program that makes functions in a loop names them by `__name__`, which leaves `__qualname__` as it was.
+    name: str = getattr(code, "__name__", "")
     if name == "__call__":
         # A callable object is named after its class, in snake case.
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", owner.rpartition(".")[2]).lower()
+        owner = getattr(code, "__qualname__", "").rpartition(".")[0].rpartition(".")[2]
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", owner).lower()
     if not name or name == "<lambda>":
         hint = "write a function, or pass a name: Tool.from_function(function, name=...)"
         raise LLMValidationError("a tool has no name: it is a lambda, or an object without a name", hint=hint)

@@ -6,14 +6,16 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from lmbridge._checks import hint_for, is_blocking
-from lmbridge.agent.chat_client import ChatClient, ChatClientPool, ReportsServerInfo
+from lmbridge.agent.chat_client import ChatClient, ChatClientPool, CountsTokens, EmbedsTexts, ReportsServerInfo
 from lmbridge.agent.result_images import ImagePlace
 from lmbridge.client.names import is_same_model
+from lmbridge.client.server_info import context_length_of
 from lmbridge.errors import LLMError, LLMValidationError
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
 _DISCOVERY_SECONDS: Final = 5.0
-"""The time limit of the request for the context length, in seconds."""
+"""The time limit of a request for the context length, in seconds."""
+_COUNT_SECONDS: Final = 5.0
+"""The time limit of a request for the tokens of a prompt, in seconds."""
 _ASK_AGAIN_SECONDS: Final = 60.0
 """Seconds after which an unknown context length is requested again."""
 
@@ -46,8 +50,12 @@ class ClientSource:
 
     Attributes:
         demanded_reasoning_fields: For each model whose server has demanded its reasoning, the field for it.
+        embeddings: The embeddings of the definitions of tools, by the embedding model and the text.
+        models_without_schemas: The models whose server refuses to constrain the retry of a call to a schema.
         image_places: For each model that cannot see images, or whose server has refused them in the usual place,
             where they are sent.
+        server_kinds: For each model, the kind of its server, if the server has been asked.
+        unloaded_models: The models that were not loaded when their server was asked.
     """
 
     def __init__(self, client: ChatClient | ChatClientPool, *, timer: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +70,12 @@ class ClientSource:
         self._timer = timer
         self._context_lengths: dict[str | None, tuple[int | None, float]] = {}
         self.demanded_reasoning_fields: dict[str | None, str] = {}
+        self.embeddings: dict[tuple[str, str], array[float]] = {}
+        self.models_without_schemas: set[str | None] = set()
         self.image_places: dict[str | None, ImagePlace] = {}
+        self._cannot_count: set[str | None] = set()
+        self.server_kinds: dict[str | None, str] = {}
+        self.unloaded_models: set[str | None] = set()
         self._locks: dict[str | None, asyncio.Lock] = {}
 
     @property
@@ -75,6 +88,18 @@ class ClientSource:
         if self._is_pool:
             return self._client.client(model)  # type: ignore[no-any-return]  # a ChatClientPool
         return nullcontext(self._client)
+
+    def check_embeds(self) -> None:
+        """Checks that the client can embed texts. The clients of a pool are checked when they are used.
+
+        Raises:
+            LLMValidationError: It cannot.
+        """
+        if not (self._is_pool or isinstance(self._client, EmbedsTexts)):
+            raise LLMValidationError(
+                f"embedding_model needs a client with a method embeddings(), not {self._client!r}",
+                hint="use an LLMClient, or leave embedding_model out",
+            )
 
     async def context_length(self, model: str | None) -> int | None:
         """Returns how many tokens fit into the model's context, the answer included; None if the server does not say.
@@ -89,6 +114,28 @@ class ClientSource:
                     self._context_lengths[model] = await self._request_context_length(model), self._timer()
         return self._context_lengths[model][0]
 
+    async def count_tokens(
+        self, model: str | None, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> int | None:
+        """Returns how many tokens a prompt has, or None if the server cannot count them exactly.
+
+        A server that cannot is not asked again. An error of this request is only logged: the generation that follows
+        meets the same problem, and reports it.
+        """
+        if model in self._cannot_count:
+            return None
+        try:
+            async with asyncio.timeout(_COUNT_SECONDS), self.lease(model) as client:
+                if isinstance(client, CountsTokens):
+                    count = await client.count_tokens(messages, model=model, tools=tools)
+                    if count.exact:
+                        return count.tokens
+        except (LLMError, TimeoutError) as error:
+            logger.debug("the tokens of a prompt for model %r are not known exactly: %s", model, error)
+            return None
+        self._cannot_count.add(model)
+        return None
+
     def _is_known(self, model: str | None) -> bool:
         context_length, requested_at = self._context_lengths.get(model, (None, -math.inf))
         return context_length is not None or self._timer() - requested_at < _ASK_AGAIN_SECONDS
@@ -99,9 +146,13 @@ class ClientSource:
                 if not isinstance(client, ReportsServerInfo):
                     return None
                 info = await client.server_info()
+                self.server_kinds[model] = info.kind
+                named = [each for each in info.models if model is not None and is_same_model(model, each.id)]
+                if named and all(each.loaded is False for each in named):
+                    self.unloaded_models.add(model)
                 if _is_blind(info, model):
                     self.image_places[model] = "none"
-                return _context_length_in(info, model)
+                return context_length_of(info, model)
         except (LLMError, TimeoutError) as error:
             logger.debug("the context length of model %r is unknown: %s", model, error)
             return None
@@ -114,12 +165,3 @@ def _is_blind(info: ServerInfo, model: str | None) -> bool:
     """Returns whether the server says that the model cannot see images; without a name, that no model can."""
     named = [each for each in info.models if model is None or is_same_model(model, each.id)]
     return bool(named) and all(each.vision is False for each in named)
-
-
-def _context_length_in(info: ServerInfo, model: str | None) -> int | None:
-    named = [each for each in info.models if model is not None and is_same_model(model, each.id)]
-    for each in named:
-        if each.context_length is not None:
-            return each.context_length
-    # The context length of a loaded model says nothing about a model that is not loaded yet.
-    return None if any(each.loaded is False for each in named) else info.context_length

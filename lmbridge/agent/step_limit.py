@@ -45,7 +45,7 @@ class StepLimit:
 
 
 def spend_steps(steps: int) -> None:
-    """Counts steps. Outside of `StepLimit`, there is no limit.
+    """Counts steps. Outside of `StepLimit`, any number is allowed.
 
     Raises:
         StepLimitError: There are no steps left.

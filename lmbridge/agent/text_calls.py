@@ -23,6 +23,10 @@ _TEMPLATE_TOKEN: Final = re.compile(
     r"<\|(?!python|tool|sep\|)[\w/-]{1,40}\|>|</?s>|<(?:end|start)_of_turn>|<\uff5c(?!tool)[^\uff5c<>\n]{1,40}\uff5c>"
 )
 _LONGEST_TOKEN: Final = 44
+_MOST_TOKENS: Final = 1_000
+"""How many tokens of a chat template are left out at the end of a text."""
+_SPACES_AT_ONCE: Final = 1_000
+"""How many characters at the end of a text are searched for white space at a time, without a copy of the whole text."""
 _FENCE_LINE: Final = re.compile(r"^[ \t]{0,3}(`{3,}+|~{3,}+)[ \t]*+([^\n`]*+)$", re.MULTILINE)
 _FENCES_OF_CALLS: Final = ("", "json", "jsonc", "json5", "xml", "text", "txt", "plaintext", "tool", "python", "py")
 _NEXT_OBJECT: Final = re.compile(r"\s*\{")
@@ -45,9 +49,9 @@ class TextCalls(NamedTuple):
     has_prose: bool
     """Whether there is any text before, between or after them."""
     ends_text: bool
-    """Whether the reply ends in them."""
+    """True if the reply ends in these calls."""
     is_bare: bool
-    """Whether one of them has no words around it that only calls have."""
+    """Whether nothing marks one of them as a call, as tags do."""
 
 
 class _Fence(NamedTuple):
@@ -111,7 +115,7 @@ def read_text_calls(text: str, *, repairs: bool = True, may_be_cut: bool = False
     if first is None:
         return None
     if first.start() > 0:
-        # Only now, because tags of reasoning that appear inside the arguments of a call must stay there.
+        # This comes last, because tags of reasoning that appear inside the arguments of a call must stay there.
         text = split_reasoning({"choices": [{"message": {"content": text}}]}).text.strip()
     reader = CallReader(text, repairs=repairs, may_be_cut=may_be_cut)
     try:
@@ -227,14 +231,23 @@ def _calls_of(text: str, regions: Sequence[Region]) -> TextCalls | None:
 
 def without_template_tokens(text: str) -> str:
     """Returns a text without tokens of a chat template at its end, such as `<|im_end|>`, and the white space there."""
-    end = len(text)
-    while True:
-        while end and text[end - 1].isspace():
-            end -= 1
+    end = _end_before_spaces(text, len(text))
+    for _ in range(_MOST_TOKENS):
         begin = text.rfind("<", max(0, end - _LONGEST_TOKEN), end)
         if begin < 0 or not _TEMPLATE_TOKEN.fullmatch(text, begin, end):
-            return text[:end]
+            break
+        end = _end_before_spaces(text, begin)
+    return text[:end]
+
+
+def _end_before_spaces(text: str, end: int) -> int:
+    """Returns where the text up to `end` would end without the white space at its end."""
+    while end:
+        begin = max(0, end - _SPACES_AT_ONCE)
+        if rest := text[begin:end].rstrip():
+            return begin + len(rest)
         end = begin
+    return 0
 
 
 def without_repetition(arguments: str) -> str:

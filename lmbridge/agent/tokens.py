@@ -1,8 +1,9 @@
 """Estimates the tokens of a conversation, and divides the model's context between the prompt and the answer.
 
 The exact number would need the model's own tokenizer and chat template, which the server has and a client does not. So
-the number is estimated from the size of the JSON, and corrected with the server's count in each reply. A request to
-`/tokenize` before every round was the alternative; few servers have it, and it would cost a round trip.
+the number is estimated from the size of the JSON, and corrected with the server's count in each reply. A request for
+the exact count before every round was the alternative; few servers can answer it, and it would cost a round trip. So it
+is sent only when it decides something: before messages would be left out, or nearly so.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Final
 
 from lmbridge.agent.history import History
 from lmbridge.agent.settings import MaxTokens
+from lmbridge.client.context_overflow import PromptSize
+from lmbridge.client.token_count import BYTES_PER_TOKEN
 from lmbridge.errors import ContextLengthExceededError
 
 _DEFAULT_MAX_TOKENS: Final = 8192
@@ -18,9 +21,11 @@ _MIN_MAX_TOKENS: Final = 16
 _TEMPLATE_TOKENS: Final = 64
 """Tokens that a chat template may add beyond the estimate."""
 _ANSWER_RESERVE: Final = 1024
-"""Tokens that trimming the history keeps free for the answer, or a quarter of the context if that is less."""
+"""Tokens that compaction keeps free for the answer, or a quarter of the context if that is less."""
 _MIN_BYTES_TO_LEARN_FROM: Final = 2_000
 """The size in bytes above which a prompt shows the tokens per byte. In a smaller prompt, the template dominates."""
+_NEARLY_FULL: Final = 0.9
+"""The share of the room for the prompt beyond which the server is asked how many tokens the prompt really has."""
 
 
 class TokenEstimate:
@@ -33,11 +38,15 @@ class TokenEstimate:
     def __init__(self) -> None:
         self._known_size = 0
         self._known_tokens = 0
-        self._tokens_per_byte = 1 / 3
+        self._tokens_per_byte = 1 / BYTES_PER_TOKEN
 
     def tokens(self, size: int) -> int:
         """Returns the tokens of a prompt of that many bytes of JSON, tools included."""
         return max(0, self._known_tokens + round((size - self._known_size) * self._tokens_per_byte))
+
+    def is_known(self, size: int) -> bool:
+        """Returns whether the server has counted a prompt of exactly this size."""
+        return size == self._known_size
 
     def size(self, tokens: int) -> int:
         """Returns how many bytes that many tokens of a prompt take."""
@@ -55,7 +64,7 @@ class ContextBudget:
     """Divides the context of a run's model between the prompt and the answer.
 
     Args:
-        history: The conversation, which is trimmed if it does not fit.
+        history: The conversation.
         tools_size: Bytes of the definitions of the tools, which are sent with every request.
         context_length: The number of tokens in the context, the answer included; None if it is unknown.
         max_tokens: The option `max_tokens` of the run.
@@ -90,24 +99,52 @@ class ContextBudget:
         """Records how many tokens the server counted for a prompt of this size; None if it did not count them."""
         self._estimate.learn(prompt_size, prompt_tokens)
 
-    def trim(self) -> None:
-        """Leaves out old messages until prompt and answer fit, if the context length is known."""
-        if self._context_length is not None:
-            self._trim(self._context_length)
+    @property
+    def needs_exact_count(self) -> bool:
+        """Whether the prompt may be too long, according to an estimate that an exact count would replace."""
+        if self._context_length is None or self._estimate.is_known(self.prompt_size):
+            return False
+        return self._estimate.tokens(self.prompt_size) > _NEARLY_FULL * self._room(self._context_length)
 
-    def make_room(self, error: ContextLengthExceededError) -> bool:
-        """Learns from a prompt that was too long, and returns whether the next request will be smaller."""
+    def compared(self, prompt_size: int) -> PromptSize | None:
+        """Returns the tokens of a prompt of that many bytes, with the context length; None if that is unknown."""
+        if self._context_length is None:
+            return None
+        exact = self._estimate.is_known(prompt_size)
+        return PromptSize(self._estimate.tokens(prompt_size), exact=exact, context_length=self._context_length)
+
+    def is_shorter_than(self, tokens: int) -> bool:
+        """Returns whether the context has fewer tokens than that, or an unknown number."""
+        return self._context_length is None or self._context_length < tokens
+
+    def size_of(self, tokens: int) -> int:
+        """Returns how many bytes that many tokens of a prompt take."""
+        return self._estimate.size(tokens)
+
+    def tokens_left(self, messages_size: int) -> int:
+        """Returns how many tokens of the context a prompt with messages of that size leaves."""
+        prompt_tokens = self._estimate.tokens(messages_size + self.tools_size)
+        return (self._context_length or 0) - prompt_tokens - _TEMPLATE_TOKENS
+
+    def excess(self, *, at_least: int = 0) -> int:
+        """Returns how many tokens of the prompt have to be removed, so that prompt and answer fit; 0 if unknown.
+
+        Args:
+            at_least: The number that is returned if it is larger.
+        """
+        if self._context_length is None:
+            return 0
+        return max(at_least, self._estimate.tokens(self.prompt_size) - self._room(self._context_length), 0)
+
+    def learn_overflow(self, error: ContextLengthExceededError) -> int:
+        """Learns from a prompt that was too long, and returns how many tokens of it have to be removed."""
         self._estimate.learn(self.prompt_size, error.prompt_tokens)
-        prompt_tokens, max_tokens = self._estimate.tokens(self.prompt_size), self.max_tokens()
+        prompt_tokens = self._estimate.tokens(self.prompt_size)
         self._context_length = error.context_length or self._context_length or prompt_tokens
         # If the prompt would have fitted according to the estimate, the estimate is wrong, and a quarter is left out.
         estimate_is_wrong = error.prompt_tokens is None and prompt_tokens < self._context_length
-        has_trimmed = self._trim(self._context_length, at_least=prompt_tokens // 4 if estimate_is_wrong else 0)
-        return has_trimmed or self.max_tokens() < max_tokens
+        return self.excess(at_least=prompt_tokens // 4 if estimate_is_wrong else 0)
 
-    def _trim(self, context_length: int, *, at_least: int = 0) -> bool:
-        """Leaves out old messages until prompt and answer fit, and at least `at_least` tokens of them."""
-        reserve = min(_ANSWER_RESERVE, context_length // 4)
-        room = context_length - reserve - _TEMPLATE_TOKENS
-        excess = max(at_least, self._estimate.tokens(self.prompt_size) - room)
-        return excess > 0 and self._history.trim(self._estimate.size(excess))
+    def _room(self, context_length: int) -> int:
+        """Returns how many tokens the prompt may have, so that there is some context left for the answer."""
+        return context_length - min(_ANSWER_RESERVE, context_length // 4) - _TEMPLATE_TOKENS

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from lmbridge._text import replace_lone_surrogates
 from lmbridge.errors import ToolError
 
 _BINARY_TYPES: Final = (bytes, bytearray, memoryview)
@@ -36,6 +37,22 @@ def result_as_text(result: Any) -> str:
         # The lines of msgspec's message before its last one explain how to extend msgspec.
         reason = str(exc).rpartition("\n")[2]
         raise ToolError(f"it ran, but its result ({type(result).__name__}) is not JSON: {reason}", exc) from exc
+
+
+def truncate_output(text: str, limit: int) -> str:
+    """Returns the text, or its beginning and end around a note that says how many characters were omitted.
+
+    Half a surrogate pair, which no request can contain, becomes a question mark.
+
+    Args:
+        text: The output of a tool.
+        limit: The number of characters of the text that are kept.
+    """
+    if len(text) > limit:
+        tail = limit // 2
+        omitted = len(text) - limit
+        text = f"{text[: limit - tail]}\n[... {omitted} characters omitted]\n{text[len(text) - tail :]}"
+    return replace_lone_surrogates(text)
 
 
 def as_plain_json(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import attrs
 import msgspec
 
-from lmbridge._checks import check_seconds
+from lmbridge._checks import check_bool, check_seconds
 from lmbridge.agent.coercion import Coercer
 from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.signatures import first_parameter_is, parameters_of_type, read_signature
@@ -75,6 +75,9 @@ class Tool:
             names: `async def call(context: ToolContext, /, **arguments)`.
         annotations: Further information about the tool, such as the hints of an MCP server. An `approve` callback can
             read it.
+        idempotent: Whether making the same call twice has the same effect as making it once. A run that goes on after
+            an interruption makes such a call again if it had started. The hint `idempotentHint` in `annotations` means
+            the same. Default: False.
         server: The name of the server that the tool comes from. It becomes part of the tool's name in a run where
             several tools have the same name.
         timeout: The time limit of a call in seconds. The default, "agent", stands for the agent's `tool_timeout`. None
@@ -95,6 +98,7 @@ class Tool:
         default=None, kw_only=True, repr=False, alias="_convert"
     )
     timeout: float | Literal["agent"] | None = attrs.field(default="agent", kw_only=True)
+    idempotent: bool = attrs.field(default=False, kw_only=True, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -107,6 +111,7 @@ class Tool:
             raise self._invalid(f"its parameters must be a JSON schema, not {self.parameters!r}", "pass a dict")
         if self.timeout != "agent":
             check_seconds(f"timeout of tool {self.name!r}", self.timeout)
+        check_bool(f"idempotent of tool {self.name!r}", self.idempotent)
         try:
             _ = self.sent_parameters
         except (ValueError, TypeError, RecursionError) as exc:
@@ -120,6 +125,7 @@ class Tool:
         name: str | None = None,
         description: str | None = None,
         timeout: float | Literal["agent"] | None = "agent",
+        idempotent: bool = False,
     ) -> Self:
         """Makes a tool from the type hints and the docstring of a function.
 
@@ -130,6 +136,7 @@ class Tool:
             name: The name of the tool. Default: the name of the function.
             description: What the tool does. Default: the docstring up to its first section.
             timeout: The time limit of a call in seconds, "agent" or None; see `Tool`.
+            idempotent: Whether making the same call twice has the same effect as making it once; see `Tool`.
 
         Raises:
             LLMValidationError: The object is not a function, or a parameter has no type hint, has a type that JSON
@@ -142,6 +149,7 @@ class Tool:
             signature.schema,
             function,
             timeout=timeout,
+            idempotent=idempotent,
             _convert=signature.convert,
         )
 
@@ -177,6 +185,11 @@ class Tool:
         return self._convert or build_validator(self.parameters, self.sent_parameters)
 
     @property
+    def is_idempotent(self) -> bool:
+        """Whether a call may be made again: `idempotent` is set, or the annotations have `idempotentHint`."""
+        return self.idempotent or self.annotations.get("idempotentHint") is True
+
+    @property
     def has_converter(self) -> bool:
         """Whether the tool was created with its own converter. If not, the first `convert` imports jsonschema."""
         return self._convert is not None
@@ -192,11 +205,11 @@ class ToolCall:
     id: str
     """The id of the call, as the model or the server gave it."""
     name: str
-    """The name of the tool in this run, or the name that the model used if there is no such tool."""
+    """The name of the tool in this run, or the name that the model used if no tool has it."""
     arguments: Mapping[str, Any] | None
     """The arguments as JSON values, or None if they could not be read."""
     tool: Tool | None = attrs.field(default=None, repr=False)
-    """The tool, or None if there is no tool with this name."""
+    """The tool, or None if no tool has this name."""
     repaired: bool = False
     """Whether the model wrote the name or the arguments with small mistakes, which were put right; see
     `Agent(repair_calls=...)`."""

@@ -11,18 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 
-from lmbridge._checks import MAPPING_TYPES, invalid_argument
+from lmbridge._checks import invalid_argument
 from lmbridge._tasks import MANY
 from lmbridge._text import shorten
-from lmbridge.agent.almost_json import repair_arguments
-from lmbridge.agent.argument_json import DuplicateKeyError, decode_json, is_nested_deeper
+from lmbridge.agent.argument_json import is_nested_deeper
+from lmbridge.agent.call_arguments import (
+    LONGEST_PROBLEM,
+    arguments_of,
+    asked_name,
+    decode_arguments,
+    describe_parameters,
+    read_encoded_twice,
+    repaired_call,
+    without_arguments,
+)
 from lmbridge.agent.calling import ToolOutcome, call_tool
 from lmbridge.agent.name_repair import find_meant_name
 from lmbridge.agent.settings import ReadTextCalls
@@ -46,17 +54,11 @@ __all__ = ["InvalidCall", "ReadyCall", "ToolOutcome", "Toolset"]
 _MOST_LEVELS: Final = 200
 """The number of levels of nested arguments beyond which a call is not made. Deeper ones could not always be encoded."""
 _QUOTED_CHARACTERS: Final = 200
-"""The number of characters that an error text quotes of malformed arguments or of an unknown name."""
+"""The number of characters that an error text quotes of an unknown name."""
 _LISTED_NAMES: Final = 50
-"""The number of tools or parameters that an error text lists."""
-_LONGEST_PROBLEM: Final = 2_000
-"""The number of characters of a description of wrong arguments that the model receives; it may quote their values."""
+"""The number of tools that an error text lists."""
 _LARGE_ARGUMENTS: Final = 50_000
 """The number of characters of arguments, or of their keys, beyond which a call is read in a thread."""
-_LARGE_REPAIR: Final = 10_000
-"""The number of characters of malformed arguments beyond which they are repaired in a thread."""
-_MOST_ENCODINGS: Final = 3
-"""How often arguments may be encoded as JSON, one encoding within the other."""
 
 
 @attrs.define
@@ -68,7 +70,7 @@ class ReadyCall:
     arguments: Mapping[str, Any] = attrs.field(repr=False)
     """The keyword arguments for the function of the tool, converted to the types that it expects."""
     written: str | None = attrs.field(default=None, repr=False)
-    """The JSON of the arguments as the model should have written them; None if it has."""
+    """The JSON of the arguments as the model should have written them; None if they need no repair."""
 
 
 @attrs.frozen
@@ -83,6 +85,8 @@ class InvalidCall:
     """The text for the model, which says what is wrong and what would be right."""
     bad_arguments: bool
     """True if the arguments are not a JSON object. They must not be sent again: llama.cpp answers 500 to them."""
+    tool: str | None = None
+    """The name in requests of the tool whose arguments are wrong; None if the tool does not exist."""
 
 
 class Toolset:
@@ -90,27 +94,36 @@ class Toolset:
 
     Args:
         tools: The tools, in the order in which requests list them.
+        growing: Providers that may add tools during the run. Default: none.
 
     Raises:
         LLMValidationError: Two tools would have the same name.
 
     Attributes:
         definitions: The value of `tools` in requests.
-        names: The names of the tools in requests, in the same order.
+        names: The names in requests of the tools that are offered, in the same order.
+        finder: The tool with which the model finds further tools, or None.
     """
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
-        run_names = names_in_run(tools)
-        self._request_names = names_in_requests(run_names)
-        self.names: list[str] = [self._request_names[name] for name in run_names]
-        self.definitions: CheckedList = CheckedList(
-            _definition(name, tool) for name, tool in zip(self.names, tools, strict=True)
-        )
-        self._run_names = dict(zip(self.names, run_names, strict=True))
-        self._tools = dict(zip(self.names, tools, strict=True))
-        self._unprepared = [tool for tool in tools if not tool.has_converter]
-        self._growing: list[GrowingToolProvider] = []
+    finder: Tool | None = None
+
+    def __init__(self, tools: Sequence[Tool], growing: Sequence[GrowingToolProvider] = ()) -> None:
+        self.names: list[str] = []
+        self.definitions: CheckedList = CheckedList()
+        self._request_names: dict[str, str] = {}
+        self._run_names: dict[str, str] = {}
+        self._tools: dict[str, Tool] = {}
+        self._unprepared: list[Tool] = []
+        self._growing = growing
         self._seen = set(tools)
+        self._has_grown = False
+        self._add(dict(zip(names_in_run(tools), tools, strict=True)))
+        self._has_grown = False
+
+    @property
+    def all_names(self) -> list[str]:
+        """The names in requests of all tools of the run, except for the one that finds others."""
+        return [name for name, tool in self._tools.items() if tool is not self.finder]
 
     @classmethod
     async def collect(cls, tools: Sequence[Tool | Callable[..., Any] | ToolProvider]) -> Toolset:
@@ -121,24 +134,15 @@ class Toolset:
             LLMError: A provider raised this error.
             ToolError: A provider raised an exception of another class, which is the cause.
         """
-        if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
-            raise invalid_argument("tools", "a list of functions, Tools or providers", tools)
-        collected: list[Tool] = []
-        for each in tools:
-            # A class with a method `list_tools` passes the check of the protocol, but only its instances are providers.
-            if not isinstance(each, type) and isinstance(each, ToolProvider):
-                collected += await _call_provider(each, each.list_tools)
-            else:
-                collected.append(as_tool(each))
-        toolset = cls(collected)
-        toolset._growing = [
-            each for each in tools if not isinstance(each, type) and isinstance(each, GrowingToolProvider)
-        ]
+        toolset = cls(*await collect_tools(tools))
         await toolset.prepare()
         return toolset
 
     async def add_new_tools(self) -> bool:
-        """Adds the tools that providers have added since the last time, and returns whether there were any.
+        """Adds the tools that providers have added since the last time.
+
+        Returns:
+            Whether more tools are offered than the last time, for whatever reason.
 
         Raises:
             LLMError: A provider raised this error.
@@ -158,19 +162,28 @@ class Toolset:
         if added:
             self._add(added)
             await self.prepare()
-        return bool(added)
+        has_grown, self._has_grown = self._has_grown, False
+        return has_grown
 
     def _add(self, added: Mapping[str, Tool]) -> None:
-        """Adds tools, given by their names within the run, at the end of the list."""
-        request_names = names_in_requests(added, self.names)
+        """Adds tools, given by their names within the run, and offers them at the end of the list."""
+        self._offer(self._register(added))
+
+    def _register(self, added: Mapping[str, Tool]) -> list[str]:
+        """Adds tools without offering them, and returns their names in requests."""
+        request_names = names_in_requests(added, self._tools)
         self._request_names |= request_names
         for name, tool in added.items():
-            sent_name = request_names[name]
-            self._run_names[sent_name], self._tools[sent_name] = name, tool
-            self.names = [*self.names, sent_name]
-            # Not changed in place, because the list may be part of a request that is being retried.
-            self.definitions = CheckedList([*self.definitions, _definition(sent_name, tool)])
-        self._unprepared = [*self._unprepared, *(tool for tool in added.values() if not tool.has_converter)]
+            self._run_names[request_names[name]], self._tools[request_names[name]] = name, tool
+        return [request_names[name] for name in added]
+
+    def _offer(self, names: Sequence[str]) -> None:
+        """Offers tools of the run, given by their names in requests, at the end of the list."""
+        # Not changed in place, because the list may be part of a request that is being retried.
+        self.names = [*self.names, *names]
+        self.definitions = CheckedList([*self.definitions, *(_definition(name, self._tools[name]) for name in names)])
+        self._unprepared += (tool for tool in map(self._tools.__getitem__, names) if not tool.has_converter)
+        self._has_grown = True
 
     async def prepare(self) -> None:
         """Builds the validators of the tools in a thread, because the import of jsonschema would block the event loop.
@@ -178,8 +191,9 @@ class Toolset:
         Once they are there, this does nothing.
         """
         if self._unprepared:
-            await asyncio.to_thread(_build_validators, self._unprepared)
-            self._unprepared = []
+            prepared = tuple(self._unprepared)
+            await asyncio.to_thread(_build_validators, prepared)
+            self._unprepared = [tool for tool in self._unprepared if tool not in prepared]
 
     async def read_all(
         self, calls: Sequence[Mapping[str, Any]], *, repairs: bool = False, may_be_cut: bool = True
@@ -197,7 +211,7 @@ class Toolset:
         read: list[ReadyCall | InvalidCall] = []
         for number, call in enumerate(calls, 1):
             try:
-                arguments = _arguments_of(call)
+                arguments = arguments_of(call)
                 is_large = isinstance(arguments, (str, list, dict)) and len(arguments) > _LARGE_ARGUMENTS
                 read.append(
                     await asyncio.to_thread(self.read, call, **options)
@@ -229,11 +243,11 @@ class Toolset:
         Raises:
             StepLimitError: It takes more steps than are allowed, and may be tried again with more of them.
         """
-        asked = _asked_name(call)
+        asked = asked_name(call)
         name = self.resolve_name(asked) if repairs else self.find_request_name(asked)
         read = self._read_arguments(call, name, steps)
         if repairs and name is not None and isinstance(read, InvalidCall):
-            repaired = _repaired_call(call, may_be_cut=may_be_cut, in_thread=steps >= STEPS_IN_THREAD)
+            repaired = repaired_call(call, may_be_cut=may_be_cut, in_thread=steps >= STEPS_IN_THREAD)
             if repaired is not None and isinstance(again := self._read_arguments(repaired, name, steps), ReadyCall):
                 again.written = repaired["function"]["arguments"]
                 read = again
@@ -247,24 +261,24 @@ class Toolset:
 
         Args:
             call: The call.
-            name: The name in requests of its tool; None if there is no such tool.
+            name: The name in requests of its tool; None if the tool does not exist.
             steps: The number of steps that this may take.
 
         Raises:
             StepLimitError: It takes more steps.
         """
-        call_id, asked = str(call.get("id") or ""), _asked_name(call)
-        decoded, problem, inexact = _decode_arguments(_arguments_of(call))
+        call_id, asked = str(call.get("id") or ""), asked_name(call)
+        decoded, problem, inexact = decode_arguments(arguments_of(call))
         bad_arguments = not isinstance(decoded, dict) or is_nested_deeper(decoded, _MOST_LEVELS)
         if name is None:
             return InvalidCall(call_id, asked, self._describe_unknown(asked), bad_arguments=bad_arguments)
         tool = self._tools[name]
         if decoded is None and problem is None:
-            decoded, problem = _without_arguments(tool)
+            decoded, problem = without_arguments(tool)
         if problem is None:
             try:
                 with StepLimit(steps):
-                    values = tool.coercer.coerce(_read_encoded_twice(decoded, inexact), inexact=inexact)
+                    values = tool.coercer.coerce(read_encoded_twice(decoded, inexact), inexact=inexact)
                     if values is not decoded and is_nested_deeper(values, _MOST_LEVELS):
                         raise RecursionError
                     return ReadyCall(ToolCall(call_id, self._run_names[name], values, tool), tool.convert(values))
@@ -276,9 +290,9 @@ class Toolset:
                 problem = "they are nested too deeply"
             except Exception as exc:  # noqa: BLE001 - the constructor of a user's type may raise anything
                 problem = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
-        problem = shorten(problem, _LONGEST_PROBLEM)
-        text = f"the arguments for {name!r} are wrong: {problem}; {_describe_parameters(tool)}"
-        return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments)
+        problem = shorten(problem, LONGEST_PROBLEM)
+        text = f"the arguments for {name!r} are wrong: {problem}; {describe_parameters(tool)}"
+        return InvalidCall(call_id, asked, text, bad_arguments=bad_arguments, tool=name)
 
     def find_text_calls(
         self,
@@ -353,12 +367,16 @@ class Toolset:
             raise LLMValidationError(f"there is no tool {ready.call.name!r}", hint="pass a call that read() returned")
         return call_tool(tool, ready.arguments, context, timeout=timeout, max_output=max_output)
 
+    def sent_parameters(self, name: str) -> Mapping[str, Any]:
+        """Returns the JSON schema that servers receive for the arguments of a tool, given its name in requests."""
+        return self._tools[name].sent_parameters
+
     def find_request_name(self, asked: str) -> str | None:
         """Returns the name in requests of a tool, given that name or the one in the run; None for an unknown name."""
         return asked if asked in self._tools else self._request_names.get(asked)
 
     def resolve_name(self, asked: str) -> str | None:
-        """Returns the name in requests of the only tool that a name can be meant for; None if there is none."""
+        """Returns the name in requests of the tool that a name is meant for; None if not exactly one is possible."""
         exact = self.find_request_name(asked)
         if exact is not None or not asked:
             return exact
@@ -370,10 +388,35 @@ class Toolset:
         problem = f"there is no tool {shorten(asked, _QUOTED_CHARACTERS)!r}" if asked else "the call names no tool"
         if not self.names:
             return f"{problem}: there are no tools"
-        similar = difflib.get_close_matches(asked[:LONGEST_NAME].lower(), self.names)
+        similar = difflib.get_close_matches(asked[:LONGEST_NAME].lower(), self._tools)
         names = [*similar, *(name for name in self.names if name not in similar)]
         more = f", and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
         return f"{problem}; there are: {', '.join(names[:_LISTED_NAMES])}{more}"
+
+
+async def collect_tools(
+    tools: Sequence[Tool | Callable[..., Any] | ToolProvider],
+) -> tuple[list[Tool], list[GrowingToolProvider]]:
+    """Returns tools and those of providers, and the providers that may add others during the run.
+
+    Raises:
+        LLMValidationError: An object is not a tool.
+        LLMError: A provider raised this error.
+        ToolError: A provider raised an exception of another class, which is the cause.
+    """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
+        raise invalid_argument("tools", "a list of functions, Tools or providers", tools)
+    collected: list[Tool] = []
+    growing: list[GrowingToolProvider] = []
+    for each in tools:
+        # A class with a method `list_tools` passes the check of the protocol, but only its instances are providers.
+        if not isinstance(each, type) and isinstance(each, ToolProvider):
+            collected += await _call_provider(each, each.list_tools)
+            if isinstance(each, GrowingToolProvider):
+                growing.append(each)
+        else:
+            collected.append(as_tool(each))
+    return collected, growing
 
 
 async def _call_provider(provider: ToolProvider, method: Callable[[], Awaitable[Sequence[Tool]]]) -> list[Tool]:
@@ -403,124 +446,3 @@ def _definition(name: str, tool: Tool) -> dict[str, Any]:
     description = str.__str__(tool.description)
     function = {"name": str.__str__(name), "description": description, "parameters": tool.sent_parameters}
     return {"type": "function", "function": function}
-
-
-def _asked_name(call: Mapping[str, Any]) -> str:
-    function = call.get("function")
-    return str(function.get("name") or "") if isinstance(function, MAPPING_TYPES) else ""
-
-
-def _arguments_of(call: Mapping[str, Any]) -> Any:
-    function = call.get("function")
-    return function.get("arguments") if isinstance(function, MAPPING_TYPES) else None
-
-
-def _decode_arguments(arguments: Any) -> tuple[Any, str | None, set[float]]:
-    """Returns the JSON value of a call's arguments, which is None if it has none, or None and what is wrong.
-
-    The third part of the result contains the numbers whose text differs from their `repr` in Python, such as 3.10.
-    """
-    if not isinstance(arguments, str):
-        return arguments, None, set()
-    if not arguments.strip():
-        return None, None, set()
-    inexact: set[float] = set()
-    try:
-        return decode_json(arguments, inexact), None, inexact
-    except DuplicateKeyError as exc:
-        return None, str(exc), set()
-    except (ValueError, RecursionError) as exc:
-        return None, f"not valid JSON: {_locate_json_error(arguments, exc)}", set()
-
-
-def _without_arguments(tool: Tool) -> tuple[dict[str, Any] | None, str | None]:
-    """Returns the arguments of a call that has none, or None and what is wrong with it.
-
-    Only a tool without parameters is called. Otherwise the arguments may have been lost on the way, and the tool would
-    do something else than the model wanted.
-    """
-    if not (tool.sent_parameters["properties"] or tool.sent_parameters.get("additionalProperties")):
-        return {}, None
-    is_optional = not tool.sent_parameters.get("required")
-    return None, "the call has none" + ("; send {} to use the default of each of them" if is_optional else "")
-
-
-def _repaired_call(call: Mapping[str, Any], *, may_be_cut: bool, in_thread: bool) -> dict[str, Any] | None:
-    """Returns a call with its arguments in valid JSON, or None if they cannot be repaired, or need not be.
-
-    Raises:
-        StepLimitError: This takes so long that it has to be done in a thread.
-    """
-    function = call.get("function")
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(arguments, str):
-        return None
-    if len(arguments) > _LARGE_REPAIR and not in_thread:
-        raise StepLimitError
-    text = arguments
-    for _ in range(_MOST_ENCODINGS):
-        try:
-            value = decode_json(text, set())
-        except DuplicateKeyError:
-            return None
-        except (ValueError, RecursionError):
-            try:
-                text = repair_arguments(text, may_be_cut=may_be_cut)
-                value = decode_json(text, set())
-            except (ValueError, RecursionError):
-                return None
-        if not isinstance(value, str):
-            break
-        text = value
-    return None if text == arguments else {**call, "function": {**function, "arguments": text}}
-
-
-def _read_encoded_twice(decoded: Any, inexact: set[float]) -> dict[str, Any]:
-    """Returns the arguments as a dict. A string is decoded once more, because some models encode their JSON twice.
-
-    Args:
-        decoded: The value of the arguments.
-        inexact: Receives the numbers in a string whose text differs from their `repr` in Python.
-
-    Raises:
-        ValueError: The arguments are not an object, or an object has a key twice.
-    """
-    values = decoded
-    if isinstance(decoded, str):
-        try:
-            values = decode_json(decoded, inexact)
-        except DuplicateKeyError:
-            raise
-        except (ValueError, RecursionError):
-            # The text is an ordinary one, which the error quotes.
-            values = decoded
-    values = values if isinstance(values, dict) else decoded
-    if not isinstance(values, dict):
-        shown = shorten(json.dumps(values), _QUOTED_CHARACTERS)
-        raise ValueError(f"they have to be a JSON object, not {shown}")  # noqa: TRY004 - callers expect a ValueError
-    return values
-
-
-def _locate_json_error(text: str, error: Exception) -> str:
-    """Describes why a text is not valid JSON, where the error is, and what the text says there.
-
-    The message comes from the `json` module if it refuses the text as well, because msgspec reports only a byte offset.
-    """
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as exc:
-        begin = max(0, exc.pos - _QUOTED_CHARACTERS // 2)
-        position = f"line {exc.lineno} column {exc.colno} (character {exc.pos})"
-        return f"{exc.msg} at {position}, near {text[begin : begin + _QUOTED_CHARACTERS]!r}"
-    except (ValueError, RecursionError):
-        # The text is nested too deeply or contains a huge number; msgspec has described that already.
-        pass
-    return f"{error}, in {shorten(text, _QUOTED_CHARACTERS)!r}"
-
-
-def _describe_parameters(tool: Tool) -> str:
-    """Lists the parameters of a tool for a model that got its arguments wrong."""
-    required = tool.sent_parameters.get("required", ())
-    names = [name if name in required else f"{name} (optional)" for name in tool.sent_parameters["properties"]]
-    listed = shorten(", ".join(names[:_LISTED_NAMES]), _LONGEST_PROBLEM)
-    return f"it takes: {listed}" if names else "it takes no arguments"

@@ -10,26 +10,29 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 import msgspec
 
-from lmbridge._tasks import MANY, let_others_run
+from lmbridge._tasks import MANY, list_in_slices, pause_after
+from lmbridge.agent.calling import ToolOutcome
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.events import RunEvent, ToolCallFinished, ToolCallStarted
 from lmbridge.agent.guards import BadCallGuard, RepetitionGuard
-from lmbridge.agent.history import Turn
+from lmbridge.agent.history import Turn, resendable_call
 from lmbridge.agent.pause import PauseGate
 from lmbridge.agent.record import RunRecord
 from lmbridge.agent.reply import ModelReply, WireCall
 from lmbridge.agent.result import StopReason, ToolRecord
+from lmbridge.agent.run_journal import UNCERTAIN_RESULT, RecordedCall, RecordedResult, RunJournal
 from lmbridge.agent.sampling import forbids_calls
 from lmbridge.agent.settings import Approve, Settings
 from lmbridge.agent.tools import ToolCall, ToolContext
 from lmbridge.agent.toolset import InvalidCall, ReadyCall, Toolset
-from lmbridge.errors import LLMError
+from lmbridge.errors import JournalError, LLMError
+from lmbridge.observe.watches import RunWatch
 
 logger: logging.Logger = logging.getLogger("lmbridge.agent")
 
@@ -44,7 +47,7 @@ _FORBIDDEN: Final = "Not called: this run does not allow calls of tools (tool_ch
 _encode_sorted: Final = msgspec.json.Encoder(order="sorted").encode
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _PlannedCall:
     """A call to make or to refuse, with all calls of the reply that its result answers."""
 
@@ -53,9 +56,13 @@ class _PlannedCall:
     places: list[int]
     """The places of this call and of its duplicates among the calls of the reply."""
     refusal: str | None = None
-    """What the model is told if the user does not allow the call; None if the call is allowed."""
+    """The refusal that the model reads if the user does not allow the call; None if the call is allowed."""
     edited: ReadyCall | None = None
     """The call that the user wants in its place, or None."""
+    recorded: RecordedResult | None = None
+    """The result that the journal has from before an interruption, so that the call is not made; else None."""
+    is_uncertain: bool = False
+    """Whether the call had started before an interruption, and is not known to have ended, so that it is not made."""
 
 
 class TurnRunner:
@@ -70,6 +77,13 @@ class TurnRunner:
         is_stopping: Returns True if the run has been cancelled. Tools in threads poll it, because threads cannot be
             cancelled.
         gate: Holds the run before each call while the run is paused.
+        clock: Returns the seconds since the run began to ask its model.
+        journal: Keeps the steps of the run, and repeats those from before an interruption. None without a journal.
+
+    Attributes:
+        wrong_tool: If all calls of the last reply were of one tool, and had wrong arguments, the name of that tool in
+            requests; otherwise None.
+        has_results: Whether a tool has returned something so far, without an error.
     """
 
     def __init__(
@@ -82,8 +96,12 @@ class TurnRunner:
         channel: Channel[RunEvent],
         is_stopping: Callable[[], bool],
         gate: PauseGate,
+        clock: Callable[[], float],
+        journal: RunJournal | None = None,
     ) -> None:
         self._gate = gate
+        self._clock = clock
+        self._journal = journal
         self._run_id = run_id
         self._settings = settings
         self._toolset = toolset
@@ -94,33 +112,45 @@ class TurnRunner:
         self._most_at_once = settings.max_parallel_tools if in_parallel else 1
         self._repetition = RepetitionGuard(settings.repetition_limit)
         self._bad_calls = BadCallGuard(settings.max_bad_calls)
+        self.wrong_tool: str | None = None
+        self.has_results: bool = False
+        # The calls whose results, which are no errors, are in the conversation.
+        self._answered: set[tuple[str, bytes]] = set()
 
     @property
     def stop_reason(self) -> StopReason | None:
         """The reason why the run has to end after the calls so far, or None if it may go on."""
         return "bad_calls" if self._bad_calls.tripped else "repetition" if self._repetition.tripped else None
 
+    def has_result_of(self, name: str, arguments: Any) -> bool:
+        """Returns whether the model has the result of such a call, and the result is not an error."""
+        return (name, _encode_sorted(arguments)) in self._answered
+
+    def forgive_repetitions(self) -> None:
+        """Allows each call once more, because the model may have lost its result when the context was compacted."""
+        self._repetition.forgive()
+        self._answered.clear()
+
     async def run(self, reply: ModelReply) -> list[ToolRecord]:
         """Makes the calls of a reply concurrently, and returns their records in the order of the calls."""
-        # Each step takes milliseconds for a thousand calls. If the run is cancelled between them, its history is valid.
-        await let_others_run(reply.calls)
-        turn = self._begin_turn(reply, reply.calls)
-        await let_others_run(reply.calls)
+        # There may be thousands of calls, so each step works through them in slices. If the run is cancelled between
+        # two slices, its history has either none of the calls, or all of them, with a result or a placeholder for each.
+        turn = await self._begin_turn(reply, reply.calls)
         read = await self._read(reply)
-        if any(isinstance(each, ReadyCall) and each.call.repaired for each in read):
-            turn = self._begin_turn(reply, list(map(_as_meant, reply.calls, read)))
-        calls = [_to_tool_call(each) for each in read]
+        if any(await list_in_slices(isinstance(each, ReadyCall) and each.call.repaired for each in read)):
+            turn = await self._begin_turn(reply, map(_as_meant, reply.calls, read))
+        calls = await list_in_slices(map(_to_tool_call, read))
         self._record.calls += calls
-        await let_others_run(calls)
-        planned = self._plan(read)
-        await let_others_run(calls)
-        await self._ask_for_approval(planned)
-        records = await self._answer_all(planned, calls, turn)
-        await let_others_run(calls)
+        planned = await self._plan(read)
+        await self._decide(planned)
+        records = await self._answer_all(planned, calls, turn, is_constrained=reply.constrained_to is not None)
+        await pause_after(turn.size)
         self._record.history.end_turn()
-        await let_others_run(calls)
+        await pause_after(turn.size)
         self._repetition.end_reply()
-        self._bad_calls.note(bad=all(isinstance(each, InvalidCall) for each in read))
+        self._bad_calls.note(bad=all(await list_in_slices(isinstance(each, InvalidCall) for each in read)))
+        wrong_tools = set(await list_in_slices(each.tool if isinstance(each, InvalidCall) else None for each in read))
+        self.wrong_tool = wrong_tools.pop() if len(wrong_tools) == 1 else None
         return records
 
     async def _read(self, reply: ModelReply) -> Sequence[ReadyCall | InvalidCall]:
@@ -128,13 +158,15 @@ class TurnRunner:
         if not forbids_calls(self._settings.sampling):
             repairs, may_be_cut = self._settings.repair_calls, reply.may_have_cut_call
             return await self._toolset.read_all(reply.calls, repairs=repairs, may_be_cut=may_be_cut)
-        return [
+        return await list_in_slices(
             InvalidCall(each["id"], each["function"]["name"], _FORBIDDEN, bad_arguments=False) for each in reply.calls
-        ]
+        )
 
-    def _begin_turn(self, reply: ModelReply, calls: Iterable[WireCall]) -> Turn:
-        sent_calls = map(self._as_sent, calls)
-        return self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
+    async def _begin_turn(self, reply: ModelReply, calls: Iterable[WireCall]) -> Turn:
+        sent_calls = await list_in_slices(resendable_call(self._as_sent(each)) for each in calls)
+        turn = self._record.history.begin_turn(reply.text, sent_calls, reasoning=reply.reasoning_fields)
+        await pause_after(turn.size)
+        return turn
 
     def _as_sent(self, call: WireCall) -> WireCall:
         """Returns a call with the name that the tool has in requests, which the model may have got wrong."""
@@ -142,23 +174,52 @@ class TurnRunner:
         name = self._toolset.find_request_name(function["name"])
         return call if name in (None, function["name"]) else {**call, "function": {**function, "name": name}}
 
-    def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
+    async def _plan(self, read: Sequence[ReadyCall | InvalidCall]) -> list[_PlannedCall]:
         """Returns the calls to make, each once if identical calls are to be made once."""
         if len(read) == 1 or not self._settings.deduplicate_calls:
-            return [_PlannedCall(each, [place]) for place, each in enumerate(read)]
-        planned: dict[Any, _PlannedCall] = {}
-        for place, each in enumerate(read):
-            key: Any = place
-            if isinstance(each, ReadyCall):
-                key = each.call.name, _encode_sorted(each.call.arguments)
-            planned.setdefault(key, _PlannedCall(each, [])).places.append(place)
-        return list(planned.values())
+            return await list_in_slices(_PlannedCall(each, [place]) for place, each in enumerate(read))
+        return list(dict.fromkeys(await list_in_slices(_unite_identical(read))))
+
+    async def _decide(self, planned: Sequence[_PlannedCall]) -> None:
+        """Decides which calls are made: anew, or as the journal has it from before an interruption."""
+        if self._journal is None:
+            await self._ask_for_approval(planned)
+        elif recorded := self._journal.calls_of_reply():
+            for each in planned:
+                self._repeat_decision(each, recorded)
+        else:
+            await self._ask_for_approval(planned)
+            await self._journal.plan(await list_in_slices(map(_describe_plan, planned)))
+
+    def _repeat_decision(self, planned: _PlannedCall, recorded: Mapping[int, RecordedCall]) -> None:
+        """Takes the state of a call from the journal.
+
+        Raises:
+            JournalError: The journal does not have the call.
+        """
+        call = recorded.get(planned.places[0])
+        if call is None:
+            raise JournalError(
+                "the journal does not have all calls of a reply",
+                problem="mismatch",
+                hint="let the run go on with the options and the version of lmbridge that began it",
+            )
+        planned.recorded, planned.refusal = call.result, call.refusal
+        if not isinstance(planned.read, ReadyCall):
+            return
+        if call.edited is not None:
+            planned.edited = self._read_edited(call.edited, planned.read.call)
+        tool = (planned.edited or planned.read).call.tool
+        planned.is_uncertain = call.has_started and not (tool is not None and tool.is_idempotent)
 
     async def _ask_for_approval(self, planned: Iterable[_PlannedCall]) -> None:
         approve = self._settings.approve
         if approve is not None:
-            for each in planned:
-                if isinstance(each.read, ReadyCall):
+            for number, each in enumerate(planned, 1):
+                if number % MANY == 0:
+                    await asyncio.sleep(0)
+                # A search does nothing that somebody could want to refuse.
+                if isinstance(each.read, ReadyCall) and each.read.call.tool is not self._toolset.finder:
                     decision = await self._ask(approve, each.read.call)
                     if isinstance(decision, ToolCall) and decision != each.read.call:
                         each.edited = self._read_edited(decision, each.read.call)
@@ -173,8 +234,9 @@ class TurnRunner:
             return await answer if inspect.isawaitable(answer) else answer
         # `approve` is a function of the program, so it may raise anything.
         except Exception as exc:
+            option = getattr(approve, "option_name", "approve")
             raise LLMError(
-                f"approve raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
+                f"{option} raised {type(exc).__name__} for a call of {call.name!r}: {exc}",
                 exc,
                 hint=_APPROVE_HINT,
                 context={"operation": "agent run", "model": self._record.model},
@@ -198,7 +260,7 @@ class TurnRunner:
         )
 
     async def _answer_all(
-        self, planned: Sequence[_PlannedCall], calls: Sequence[ToolCall], turn: Turn
+        self, planned: Sequence[_PlannedCall], calls: Sequence[ToolCall], turn: Turn, *, is_constrained: bool
     ) -> list[ToolRecord]:
         records: dict[int, ToolRecord] = {}
         waiting = iter(planned)
@@ -206,6 +268,8 @@ class TurnRunner:
         async def answer_waiting() -> None:
             for each in waiting:
                 record = await self._record_of(each, calls, turn)
+                if is_constrained:
+                    record = attrs.evolve(record, constrained=True)
                 for place in each.places:
                     is_first = place == each.places[0]
                     records[place] = (
@@ -222,43 +286,72 @@ class TurnRunner:
         if len(planned) == 1:
             await answer_waiting()
         else:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(planned), self._most_at_once)):
-                    group.create_task(answer_waiting())
-        return [records[place] for place in range(len(calls))]
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(len(planned), self._most_at_once)):
+                        group.create_task(answer_waiting())
+            except BaseExceptionGroup as errors:
+                # A step that could not be written has cancelled the other calls.
+                error = next((each for each in errors.exceptions if isinstance(each, JournalError)), None)
+                if error is None:
+                    raise
+                raise error from errors
+        return await list_in_slices(records[place] for place in range(len(calls)))
 
     async def _record_of(self, planned: _PlannedCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
         read = planned.read
         if isinstance(read, InvalidCall):
-            return ToolRecord(call=_to_tool_call(read), text=read.text, is_error=True)
+            return _refused(planned, read.text) if planned.recorded is None else _recorded(planned, planned.recorded)
+        return self._with_repetition_warning(await self._make(planned, read, calls, turn))
+
+    async def _make(self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn) -> ToolRecord:
+        """Makes a call and keeps its result in the journal, unless the result is known or the call is not allowed."""
+        if planned.recorded is not None:
+            if read.call.tool is self._toolset.finder:
+                # The tools that a search had found have to be offered again.
+                await self._toolset.call(read, self._context_of(read.call), timeout=None, max_output=1)
+            return _recorded(planned, planned.recorded)
         if planned.refusal is not None:
-            record = ToolRecord(call=read.call, text=planned.refusal, is_error=True, repaired=read.call.repaired)
-            return self._with_repetition_warning(record)
+            return _refused(planned, planned.refusal)
+        if planned.is_uncertain:
+            record = _refused(planned, UNCERTAIN_RESULT)
+        else:
+            record = await self._make_anew(planned, read, calls, turn)
+        if self._journal is not None:
+            await self._journal.finish(planned.places[0], RecordedResult.of(record))
+        return record
+
+    async def _make_anew(
+        self, planned: _PlannedCall, read: ReadyCall, calls: Sequence[ToolCall], turn: Turn
+    ) -> ToolRecord:
         if self._gate.is_closed:
             await self._gate.wait()
         if read.call.repaired:
             logger.info("a call of %r had small mistakes, and was repaired", read.call.name)
-        for place in planned.places:
-            turn.begin(calls[place].id)
+        turn.begin([calls[place].id for place in planned.places])
+        if self._journal is not None:
+            await self._journal.start(planned.places[0])
         if planned.edited is None:
-            return self._with_repetition_warning(await self._call_tool(read))
+            return await self._call_tool(read)
         made = planned.edited.call
         record = await self._call_tool(planned.edited)
         # Without this note, the model would take the result for that of the call that it has requested.
         note = f"[The user changed this call: {made.name}({_encode_sorted(made.arguments).decode()}) was made.]"
-        record = attrs.evolve(
-            record, call=read.call, repaired=read.call.repaired, edited=made, text=f"{note}\n{record.text}"
-        )
-        return self._with_repetition_warning(record)
+        text = f"{note}\n{record.text}"
+        return attrs.evolve(record, call=read.call, repaired=read.call.repaired, edited=made, text=text)
+
+    def _context_of(self, call: ToolCall) -> ToolContext:
+        return ToolContext(self._run_id, call.id, call.name, self._is_stopping, self._settings.tool_timeout)
 
     async def _call_tool(self, ready: ReadyCall) -> ToolRecord:
         call, settings = ready.call, self._settings
         if self._channel.has_listener:
             await self._channel.put(ToolCallStarted(call))
-        context = ToolContext(self._run_id, call.id, call.name, self._is_stopping, settings.tool_timeout)
-        outcome = await self._toolset.call(
-            ready, context, timeout=settings.tool_timeout, max_output=settings.max_tool_output
+        started = self._clock()
+        run = self._toolset.call(
+            ready, self._context_of(call), timeout=settings.tool_timeout, max_output=settings.max_tool_output
         )
+        outcome = await (run if (watch := self._record.watch) is None else _observe(run, call, watch))
         return ToolRecord(
             call=call,
             text=outcome.text,
@@ -266,12 +359,65 @@ class TurnRunner:
             raw=outcome.raw,
             images=outcome.images,
             seconds=outcome.seconds,
+            started=started,
             repaired=call.repaired,
         )
 
     def _with_repetition_warning(self, record: ToolRecord) -> ToolRecord:
+        if not record.is_error:
+            self.has_results = True
+            self._answered.add((record.call.name, _encode_sorted(record.call.arguments)))
         text = self._repetition.note(record.call.name, record.call.arguments, record.text, record.images)
         return record if text is record.text else attrs.evolve(record, text=text)
+
+
+def _unite_identical(read: Sequence[ReadyCall | InvalidCall]) -> Iterator[_PlannedCall]:
+    """Yields a planned call for each call of a reply; for calls that are identical, it is the same one."""
+    planned: dict[Any, _PlannedCall] = {}
+    for place, each in enumerate(read):
+        key: Any = place
+        if isinstance(each, ReadyCall):
+            key = each.call.name, _encode_sorted(each.call.arguments)
+        if key not in planned:
+            planned[key] = _PlannedCall(each, [])
+        planned[key].places.append(place)
+        yield planned[key]
+
+
+def _refused(planned: _PlannedCall, text: str) -> ToolRecord:
+    """Returns the record of a call that is not made, with the reason for the model."""
+    call = _to_tool_call(planned.read)
+    return ToolRecord(call=call, text=text, is_error=True, repaired=call.repaired)
+
+
+def _recorded(planned: _PlannedCall, result: RecordedResult) -> ToolRecord:
+    """Returns the record of a call that was made before an interruption."""
+    call = _to_tool_call(planned.read)
+    return ToolRecord(
+        call=call,
+        text=result.text,
+        is_error=result.is_error,
+        images=result.images,
+        seconds=result.seconds,
+        repaired=call.repaired,
+        edited=None if planned.edited is None else planned.edited.call,
+    )
+
+
+def _describe_plan(planned: _PlannedCall) -> RecordedCall:
+    """Returns a call as the journal keeps it before it is made. One that cannot be made has its result at once."""
+    read = planned.read
+    call = _to_tool_call(read)
+    result = RecordedResult(text=read.text, is_error=True) if isinstance(read, InvalidCall) else None
+    return RecordedCall(
+        place=planned.places[0],
+        id=call.id,
+        name=call.name,
+        arguments=call.arguments,
+        refusal=planned.refusal,
+        edited=None if planned.edited is None else planned.edited.call,
+        result=result,
+    )
 
 
 def _to_tool_call(read: ReadyCall | InvalidCall) -> ToolCall:
@@ -284,3 +430,15 @@ def _as_meant(call: WireCall, read: ReadyCall | InvalidCall) -> WireCall:
         return call
     function = {**call["function"], "name": read.call.name}
     return {**call, "function": function if read.written is None else {**function, "arguments": read.written}}
+
+
+async def _observe(run: Coroutine[Any, Any, ToolOutcome], call: ToolCall, watch: RunWatch) -> ToolOutcome:
+    """Awaits the call of a tool, and notifies the observers of its beginning and its end."""
+    watch.call_begun(call.id, call.name, call.arguments or {})
+    try:
+        outcome = await run
+    except BaseException:
+        watch.call_ended(call.id, call.name, "cancelled")
+        raise
+    watch.call_ended(call.id, call.name, "error" if outcome.is_error else "result", outcome.text)
+    return outcome

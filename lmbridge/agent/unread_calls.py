@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+from lmbridge.agent.call_reader import arguments_in
 from lmbridge.agent.call_syntaxes import AT_LINE_START, CALL_SYNTAXES
 from lmbridge.agent.text_calls import without_template_tokens
 
@@ -28,14 +29,20 @@ _UNREAD_SYNTAXES: Final = tuple(
     each for each in CALL_SYNTAXES if each.opening not in AT_LINE_START or each.opening.startswith("```")
 )
 """The syntaxes whose calls are recognized even if they name no tool."""
+_SIGNS: Final = ("<", "[", "`", "func")
+"""The opening of each of these syntaxes contains at least one of these."""
 _JSON: Final = re.compile(r"\s*[\[{]")
 _WORD: Final = re.compile(r"[^\W_]")
 _PYTHONIC: Final = re.compile(r"^[ \t]*\[\s*([\w.-]{1,100})\(", re.MULTILINE)
 _REACT: Final = re.compile(r"Action:[ \t]*([\w.-]{1,100})\s*\Z")
-_NAME_KEYS: Final = ('"name"', '"tool"', '"tool_name"', '"function"', '"action"')
+_NAMES: Final = ("name", "tool", "tool_name", "function", "action")
+_NAME_KEYS: Final = tuple(f'"{each}"' for each in _NAMES)
 """Keys under which models write the name of a tool in a JSON object."""
 _BRACE: Final = re.compile(r'"(?:[^"\\\n]|\\.)*"|[{}]')
 """Finds the braces of JSON, and skips those in its texts."""
+_JSON_AT_START: Final = re.compile(r"\s*(?:```\w*\s*)?\{")
+_ANOTHER_OBJECT: Final = re.compile(r"\s*(?:```\s*)?(?:```\w*\s*|[,;]\s*)?\{")
+_LINE_OF_PROSE: Final = re.compile(r"^[ \t]*(?!(?:true|false|null)\b)[^\W\d_]", re.MULTILINE)
 _CHARACTERS_BEFORE_NAME: Final = 20_000
 """How many characters before the name of a tool are searched for the beginning of its object."""
 _JSON_NAME: Final = re.compile(r'"\w+"\s*:\s*"([^"\\]{1,100})"')
@@ -69,12 +76,54 @@ def find_unread_call(text: str, tool_names: Collection[str]) -> str | None:
         tool_names: The names of the tools. Some syntaxes are those of ordinary texts, unless they name a tool.
     """
     text = without_template_tokens(text[-_EXAMINED_CHARACTERS:])
-    for syntax in _UNREAD_SYNTAXES:
+    # Nearly every answer has none of the signs, and so none of the openings.
+    has_signs = any(sign in text for sign in _SIGNS)
+    for syntax in [each for each in _UNREAD_SYNTAXES if each.opening in text] if has_signs else ():
         for position in _last_mentions(text, syntax.opening):
             content = position + len(syntax.opening)
             if syntax.content.match(text, content) and _is_last(text, content, syntax.closings):
                 return syntax.opening
-    return _plain_call(text, tool_names) if tool_names else None
+    if not tool_names:
+        return None
+    return _plain_call(text, tool_names) or _only_calls(text, tool_names)
+
+
+class JsonCall(NamedTuple):
+    """A call that a model wrote as a JSON object at the beginning of a text."""
+
+    name: str
+    """The name of the tool."""
+    arguments: Any
+    """The arguments, which may be anything."""
+    end: int
+    """The position after the object."""
+
+
+def first_json_call(text: str) -> JsonCall | None:
+    """Returns the call that a text begins with, or None if it begins with something else."""
+    begin = _JSON_AT_START.match(text)
+    if begin is None:
+        return None
+    try:
+        call, end = _decode_at(text, begin.end() - 1)
+    except (ValueError, RecursionError):
+        return None
+    name = next((call[key] for key in _NAMES if isinstance(call.get(key), str)), None)
+    if name is None or _ARGUMENTS.search(text, begin.end(), end) is None:
+        return None
+    return JsonCall(name, arguments_in(call), end)
+
+
+def _only_calls(text: str, tool_names: Collection[str]) -> str | None:
+    """Returns the syntax of an answer that has nothing but calls in JSON, of which the first one names a tool.
+
+    The last one need not: a small model that goes on to write calls makes up tools, and arguments that are not JSON.
+    """
+    first = first_json_call(text)
+    if first is None or first.name not in tool_names:
+        return None
+    is_followed_by_json = _ANOTHER_OBJECT.match(text, first.end) and not _LINE_OF_PROSE.search(text, first.end)
+    return "JSON" if is_followed_by_json else None
 
 
 def _last_mentions(text: str, words: str) -> Iterator[int]:
@@ -105,8 +154,9 @@ def _without_closing_tags(rest: str) -> str:
 
 
 def _plain_call(text: str, tool_names: Collection[str]) -> str | None:
-    """Returns what a call looks like that has no tags but names a tool: JSON, Python's syntax, or ReAct's."""
-    for position in (each for key in _NAME_KEYS for each in _last_mentions(text, key)):
+    """Returns the syntax of a call that has no tags but names a tool: JSON, Python's, or ReAct's."""
+    keys = [key for key in _NAME_KEYS if key in text]
+    for position in (each for key in keys for each in _last_mentions(text, key)):
         name = _JSON_NAME.match(text, position)
         if name is None or name[1] not in tool_names:
             continue

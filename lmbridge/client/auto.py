@@ -63,7 +63,7 @@ def default_limits(max_concurrency: int | None = None) -> LimitFinder:
     """Returns what a transport does if no limits are given.
 
     It asks only a server nearby, when it first matters, and only what is needed to recognize LM Studio and llama.cpp.
-    Any other server gets the defaults: those have a queue of their own, and finish what they have begun.
+    Any other server gets the defaults: those have their own queue, and finish what they have begun.
 
     Args:
         max_concurrency: The most concurrent generations. Default: that of the server, or of `Limits()`.

@@ -18,14 +18,16 @@ sequence of three chunks.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
+from collections.abc import Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from lmbridge._checks import MAPPING_TYPES
+from lmbridge._tasks import MANY, list_in_slices
 from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.client import failures
 from lmbridge.client.completeness import aborted_error, complete_chunk, error_in_choice
 from lmbridge.client.content import flatten_content, text_of_part
+from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.tool_call_accumulator import (
     FunctionCallAccumulator,
     ToolCallAccumulator,
@@ -147,12 +149,22 @@ class ChatAccumulator:
         except (AttributeError, KeyError, TypeError, ValueError):
             # The chunk has another shape.
             pass
+        return self._add_by_slow_path(chunk)
+
+    def add_in_slices(self, chunk: Mapping[str, Any]) -> Generator[None, None, Mapping[str, Any]]:
+        """Does what `add` does, as a generator that yields after every 100 choices or pieces of tool calls.
+
+        Until it has ended, the reply so far has the beginning of the chunk, and nothing else may be added.
+        """
         try:
-            completed, parts = self._add_by_slow_path(chunk)
+            completed, parts = self._begin_chunk(chunk)
+            for number, part in enumerate(parts, 1):
+                self.has_delta |= yield from self._choice_of(part).add_in_slices(part)
+                if number % MANY == 0:
+                    yield
         except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise _unknown_shape_error(chunk, exc) from exc
-        for part in parts:
-            _check_not_broken(part)
+        self._end_chunk(completed, parts)
         return completed
 
     def _extend(self, choice: Mapping[str, Any]) -> bool:
@@ -175,8 +187,19 @@ class ChatAccumulator:
         """Returns the choices of a completed chunk as those of a chat completion. `sent` is the chunk as it arrived."""
         return choices
 
-    def _add_by_slow_path(self, sent: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-        """Adds any chunk, and returns the chunk for the caller, and its choices as those of a chat completion."""
+    def _add_by_slow_path(self, chunk: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Adds any chunk, and returns the chunk for the caller; see `add`."""
+        try:
+            completed, parts = self._begin_chunk(chunk)
+            for part in parts:
+                self.has_delta |= self._choice_of(part).add(part)
+        except (AttributeError, TypeError, ValueError, RecursionError) as exc:
+            raise _unknown_shape_error(chunk, exc) from exc
+        self._end_chunk(completed, parts)
+        return completed
+
+    def _begin_chunk(self, sent: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Merges the fields of a chunk, and returns it completed, and its choices as those of a chat completion."""
         chunk = complete_chunk(sent, self._FIELD)
         parts = self._as_chat_choices(chunk["choices"], sent)
         self.has_begun = True
@@ -191,32 +214,57 @@ class ChatAccumulator:
         usage = chunk.get("usage")
         if usage and isinstance(usage, MAPPING_TYPES):
             self.usage = usage
-        for part in parts:
-            index = part.get("index") or 0
-            choice = self._choices.get(index)
-            if choice is None:
-                choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
-                self._choices[index] = choice
-            was_finished, finishes = choice.finish_reason is not None, bool(part.get("finish_reason"))
-            if was_finished or finishes:
-                has_text = _has_text(part["delta"])
-                self._goes_on |= was_finished and has_text
-                if finishes:
-                    self.ends_with_text = has_text
-                    self._finished_choices += not was_finished
-            self.has_delta |= choice.add(part)
+        return chunk, parts
+
+    def _choice_of(self, part: Mapping[str, Any]) -> _ChoiceAccumulator:
+        """Returns the accumulator of a choice of a chunk, after noting whether the choice is or was finished."""
+        index = part.get("index") or 0
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = _ChoiceAccumulator(self._first_content if index == 0 else io.StringIO())
+            self._choices[index] = choice
+        was_finished, finishes = choice.finish_reason is not None, part.get("finish_reason")
+        if was_finished or finishes:
+            has_text = _has_text(part["delta"])
+            self._goes_on |= was_finished and has_text
+            if finishes:
+                self.ends_with_text = has_text
+                self._finished_choices += not was_finished
+        return choice
+
+    def _end_chunk(self, chunk: Mapping[str, Any], parts: Iterable[Mapping[str, Any]]) -> None:
+        """Decides whether the next chunk may take the fast path, after the whole of this one was added.
+
+        Raises:
+            LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
+        """
         # The fast path neither creates choices nor merges fields, so it is only for chunks that have the same fields as
         # this one. Nor does it notice that an answer goes on after its finish reason.
         first = self._choices.get(0)
         is_open = first is not None and first.finish_reason is None
-        self._fast_path_fields = len(chunk) if is_open and not usage else -1
-        return chunk, parts
+        self._fast_path_fields = len(chunk) if is_open and not chunk.get("usage") else -1
+        for part in parts:
+            if part.get("finish_reason") or "error" in part or "error" in part["delta"] or "message" in part:
+                _check_not_broken(part)
 
     def reply(self) -> ChatCompletion:
-        """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
-        choices = [choice.as_dict(index) for index, choice in sorted(self._choices.items())]
+        """Returns the reply so far as a new dict. Without a chunk that has it, `usage` is None."""
+        choices = [choice.as_dict(index, choice.calls()) for index, choice in sorted(self._choices.items())]
+        reply: ChatCompletion = self._reply(choices)
+        return reply
+
+    async def reply_in_slices(self) -> ChatCompletion:
+        """Returns the same for a reply that is complete, without making the event loop stand still."""
+        choices = [
+            choice.as_dict(index, await list_in_slices(choice.calls()))
+            for index, choice in sorted(self._choices.items())
+        ]
+        reply: ChatCompletion = self._reply(choices)
+        return reply
+
+    def _reply(self, choices: list[dict[str, Any]]) -> Any:
         reply = {**self._fields, "object": "chat.completion", "choices": choices, "usage": self.usage}
-        return cast("ChatCompletion", replace_lone_surrogates(reply))
+        return replace_lone_surrogates(reply)
 
 
 class TextAccumulator(ChatAccumulator):
@@ -246,12 +294,16 @@ class TextAccumulator(ChatAccumulator):
         ]
 
     def reply(self) -> Any:
-        """Returns the reply so far as a new dict. `usage` is None if no chunk had it."""
-        reply: dict[str, Any] = {**super().reply(), "object": "text_completion"}
-        reply["choices"] = [
-            {"text": choice.pop("message")["content"], "logprobs": None, **choice} for choice in reply["choices"]
-        ]
-        return reply
+        """Returns the reply so far as a new dict. Without a chunk that has it, `usage` is None."""
+        return super().reply()
+
+    async def reply_in_slices(self) -> Any:
+        """Returns the same for a reply that is complete."""
+        return await super().reply_in_slices()
+
+    def _reply(self, choices: list[dict[str, Any]]) -> Any:
+        as_texts = [{"text": choice.pop("message")["content"], "logprobs": None, **choice} for choice in choices]
+        return {**super()._reply(as_texts), "object": "text_completion"}
 
 
 def accumulator_for(chunk: object) -> ChatAccumulator:
@@ -313,31 +365,53 @@ class _ChoiceAccumulator:
 
     def add(self, part: Mapping[str, Any]) -> bool:
         """Adds a choice of a completed chunk, and returns whether its delta had any field."""
-        delta = part["delta"]
-        if not delta and part.get("message") and isinstance(part["message"], Mapping) and not self.has_content:
-            # Some servers answer a request for a stream with a whole reply in one event.
-            delta = dict(part["message"])
-            flatten_content(delta)
+        delta = part["delta"] or self._whole_message_in(part)
         for key, value in delta.items():
-            if value is not None:
+            if value is None:
+                continue
+            if key == "tool_calls":
+                self._add_calls(value)
+            else:
                 self._add_message_field(key, value)
         self.finish_reason = part.get("finish_reason") or self.finish_reason
-        for key, value in part.items():
-            if value is not None and key not in _CHOICE_FIELDS:
+        for key in part:
+            if key not in _CHOICE_FIELDS and part[key] is not None:
                 self._choice_fields = self._choice_fields or {}
-                merge_field(self._choice_fields, key, value, joins_texts=False)
+                merge_field(self._choice_fields, key, part[key], joins_texts=False)
         return bool(delta)
+
+    def add_in_slices(self, part: Mapping[str, Any]) -> Generator[None, None, bool]:
+        """Does what `add` does, as a generator that yields after every 100 pieces of tool calls."""
+        delta = part["delta"] or self._whole_message_in(part)
+        pieces = delta.get("tool_calls")
+        if not isinstance(pieces, list) or len(pieces) <= MANY:
+            return self.add(part)
+        for begin in range(0, len(pieces), MANY):
+            self._add_calls(pieces[begin : begin + MANY])
+            yield
+        self.add({**part, "delta": {key: value for key, value in delta.items() if key != "tool_calls"}})
+        return True
+
+    def _whole_message_in(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the message that some servers send in place of all deltas; without one, an empty dict."""
+        message = part.get("message")
+        if not message or not isinstance(message, Mapping) or self.has_content:
+            return {}
+        whole = dict(message)
+        flatten_content(whole)
+        return whole
+
+    def _add_calls(self, value: Any) -> None:
+        self._tool_calls = self._tool_calls or ToolCallAccumulator()
+        # Some servers send a single call without a list around it.
+        for piece in [value] if isinstance(value, MAPPING_TYPES) and "function" in value else value:
+            self._tool_calls.add(piece)
 
     def _add_message_field(self, key: str, value: Any) -> None:
         if key == "content":
             self._content.write(value)
         elif key == "role":
             self._role = value if value and isinstance(value, str) else self._role
-        elif key == "tool_calls":
-            self._tool_calls = self._tool_calls or ToolCallAccumulator()
-            # Some servers send a single call without a list around it.
-            for piece in [value] if isinstance(value, MAPPING_TYPES) and "function" in value else value:
-                self._tool_calls.add(piece)
         elif key == "function_call":
             self._function_call = self._function_call or FunctionCallAccumulator()
             self._function_call.extend(value)
@@ -349,14 +423,19 @@ class _ChoiceAccumulator:
             self._message_fields = self._message_fields or {}
             merge_field(self._message_fields, key, value)
 
-    def as_dict(self, index: int) -> dict[str, Any]:
+    def calls(self) -> Iterable[dict[str, Any]]:
+        """Returns an iterator over the calls so far, each of which is put together when its turn comes."""
+        return () if self._tool_calls is None else self._tool_calls.calls()
+
+    def as_dict(self, index: int, calls: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the choice with these calls, which `calls` has returned."""
         message: dict[str, Any] = {"role": self._role, "content": join_surrogates(self._content.getvalue())}
         if self._other_texts is not None:
             message |= {key: join_surrogates(text.getvalue()) for key, text in self._other_texts.items()}
         if self._message_fields is not None:
             message |= copy_fields(self._message_fields)
-        if self._tool_calls is not None and (calls := self._tool_calls.calls()):
-            message["tool_calls"] = calls
+        if listed := list(calls):
+            message["tool_calls"] = listed
         if self._function_call is not None:
             message["function_call"] = self._function_call.function()
         choice = {"index": index, "message": message, "finish_reason": self.finish_reason}
@@ -384,11 +463,8 @@ def _check_not_broken(choice: Mapping[str, Any]) -> None:
     Raises:
         LLMError: It reports an error, or a finish reason that says so.
     """
-    delta, message = choice["delta"], choice.get("message")
-    if not choice.get("finish_reason") and "error" not in choice and "error" not in delta and message is None:
-        return
     if (body := error_in_choice(choice)) is not None:
-        raise failures.error_from_event(failures.parse_error_body(body), {})
+        raise failures.error_from_event(parse_error_body(body), {})
     if (error := aborted_error(choice)) is not None:
         raise error
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from lmbridge.client import failures
+from lmbridge._tasks import LARGE
 from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.error_body import Redact, is_error_object
 from lmbridge.client.json_codec import decode_strictly
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.reasoning import Piece, ReasoningSplitter
-from lmbridge.client.stream import ReplyStream
+from lmbridge.client.stream import ReplyStream, is_large
 from lmbridge.client.surrogates import join_halves, may_hold_surrogates
 from lmbridge.client.text import StreamedText
 from lmbridge.errors import LLMError
@@ -38,13 +39,39 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         Raises:
             LLMError: The object reports an error, or another model continues the reply.
         """
-        if failures.is_error_object(value):
-            raise self._server_error(data.strip().decode("utf-8", "replace"))
+        self._check_no_error_object(value, data)
         try:
             chunk = self._add_from_model(value, value.get("model"), value.get("id"))
         except LLMError as error:
             self._fail(error)
             raise
+        return self._with_whole_characters(chunk, data)
+
+    def _object_in_slices(
+        self,
+        value: dict[str, Any],
+        name: str,  # noqa: ARG002 - chunks need no name
+        data: bytes,
+    ) -> Generator[None, None, _Chunk]:
+        yield
+        self._check_no_error_object(value, data)
+        try:
+            self._check_model(value.get("model"), value.get("id"))
+            # Text completions have a subclass of it.
+            accumulator = cast("ChatAccumulator", self._accumulator)
+            chunk = yield from accumulator.add_in_slices(value)
+            self._note_model(value.get("model"), value.get("id"))
+        except LLMError as error:
+            self._fail(error)
+            raise
+        yield
+        return self._with_whole_characters(chunk, data)
+
+    def _check_no_error_object(self, value: dict[str, Any], data: bytes) -> None:
+        if is_error_object(value):
+            raise self._server_error(data.strip().decode("utf-8", "replace"))
+
+    def _with_whole_characters(self, chunk: Mapping[str, Any], data: bytes) -> _Chunk:
         if self._halves or may_hold_surrogates(data):
             chunk = join_halves(chunk, self._halves)
         return cast("_Chunk", chunk)
@@ -80,9 +107,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
 
     __slots__ = ()
 
-    def __init__(
-        self, events: EventStream, mismatch_policy: MismatchPolicy, redact: failures.Redact, choices: int = 1
-    ) -> None:
+    def __init__(self, events: EventStream, mismatch_policy: MismatchPolicy, redact: Redact, choices: int = 1) -> None:
         super().__init__(events, mismatch_policy, redact, ChatAccumulator(choices))
 
     def text(self) -> StreamedText:
@@ -111,7 +136,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 for event in self._pending:
                     chunk: Any = None
                     try:
-                        chunk = decode_strictly(event)  # type: ignore[arg-type]  # a named event is a TypeError
+                        # A named event is a TypeError, as None is.
+                        chunk = decode_strictly(event) if len(event) <= LARGE else None  # type: ignore[arg-type]
                         (choice,) = chunk["choices"]
                         continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk
                     except (KeyError, TypeError, ValueError, RecursionError):
@@ -124,7 +150,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                             raise
                     if isinstance(chunk, dict):
                         return self._read_object(chunk, "", cast("bytes", event))
-                    if (item := self._read_event(event)) is not None:
+                    item = await self._read_large_event(event) if is_large(event) else self._read_event(event)
+                    if item is not None:
                         return item
                 await self._receive()
         except (LLMError, StopAsyncIteration) as ending:

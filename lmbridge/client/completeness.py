@@ -63,7 +63,8 @@ def _complete_message(choice: dict[str, Any]) -> bool:
     if not isinstance(message, dict):
         return False
     flatten_content(message)
-    if not isinstance(message.setdefault("content", None), str | None):
+    content = message.setdefault("content", None)
+    if content is not None and not isinstance(content, str):
         return False
     if isinstance(calls := message.get("tool_calls"), dict):
         calls = message["tool_calls"] = [calls]
@@ -74,6 +75,12 @@ def _complete_call(call: object) -> bool:
     """Fills in the missing fields of a call; returns whether it is a call at all."""
     if not isinstance(call, dict):
         return False
+    function = call.get("function")
+    # The fast path, because there may be thousands of calls.
+    if type(function) is dict and type(function.get("name")) is str and type(function.get("arguments")) is str:
+        call_id = call.get("id")
+        if call_id and type(call_id) is str and call.get("type") == "function":
+            return True
     # Calls of other types belong to tools that only OpenAI has, and have no function.
     if not call.get("type"):
         call["type"] = "function"
@@ -83,7 +90,7 @@ def _complete_call(call: object) -> bool:
         call["id"] = generated_call_id()
     elif not isinstance(call["id"], str | int):
         return False
-    function = call.get("function") or {}
+    function = function or {}
     if not isinstance(function, dict):
         return False
     call["function"] = function
@@ -116,12 +123,10 @@ def complete_chunk(chunk: Mapping[str, Any], field: Literal["delta", "text"]) ->
 
 
 def _has_delta(choice: Any) -> bool:
-    return (
-        type(choice) is dict
-        and type(delta := choice.get("delta")) is dict
-        and ((content := delta.get("content")) is None or isinstance(content, str))
-        and _has_plain_fields(choice)
-    )
+    if type(choice) is not dict or type(delta := choice.get("delta")) is not dict:
+        return False
+    content = delta.get("content")
+    return (content is None or isinstance(content, str)) and _has_plain_fields(choice)
 
 
 def _has_text(choice: Any) -> bool:
@@ -218,7 +223,9 @@ def is_broken_reason(reason: object) -> bool:
 
 
 def _error_of(choice: Mapping[str, Any]) -> object:
-    for holder in (choice, choice.get("delta"), choice.get("message")):
-        if isinstance(holder, MAPPING_TYPES) and (error := holder.get("error")):
+    if error := choice.get("error"):
+        return error
+    for holder in (choice.get("delta"), choice.get("message")):
+        if holder is not None and isinstance(holder, MAPPING_TYPES) and (error := holder.get("error")):
             return error
     return None

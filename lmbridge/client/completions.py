@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from lmbridge._text import replace_lone_surrogates
-from lmbridge.client import failures
 from lmbridge.client.chat_accumulator import TextAccumulator
 from lmbridge.client.chat_stream import CompletionStream
 from lmbridge.client.completeness import complete_text_reply
+from lmbridge.client.error_body import Redact
 from lmbridge.client.inputs import check_texts
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.server_api import ServerApi
@@ -27,9 +26,7 @@ class TextStream(CompletionStream[TextCompletionChunk, TextCompletion]):
 
     __slots__ = ()
 
-    def __init__(
-        self, events: EventStream, mismatch_policy: MismatchPolicy, redact: failures.Redact, choices: int = 1
-    ) -> None:
+    def __init__(self, events: EventStream, mismatch_policy: MismatchPolicy, redact: Redact, choices: int = 1) -> None:
         super().__init__(events, mismatch_policy, redact, TextAccumulator(choices))
 
     def text(self) -> StreamedText:
@@ -48,7 +45,7 @@ async def request_text_completion(
         choices = prompts * (n if isinstance(n, int) else 1)
         return TextStream(await server.stream(request), server.mismatch_policy, server.redact, choices)
     reply = await server.request(request)
-    value = replace_lone_surrogates(await server.read_object(reply))
+    value = await server.read_object(reply)
     if not complete_text_reply(value) or len(value["choices"]) < prompts:
         raise server.unexpected_reply(
             reply, "a text completion" if prompts == 1 else f"text completions of {prompts} prompts"

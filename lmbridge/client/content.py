@@ -68,7 +68,8 @@ def flatten_content(message: dict[str, Any]) -> None:
     `content_parts`, so that nothing is lost.
     """
     content = message.get("content")
-    if not isinstance(content, list | tuple | Mapping):
+    # Nearly every content is a text, or none.
+    if content is None or isinstance(content, str) or not isinstance(content, list | tuple | Mapping):
         return
     text, reasoning, refusal, other_parts = sort_content(content)
     message["content"] = text

@@ -35,7 +35,7 @@ class EmbeddedValue(NamedTuple):
 
 
 def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
-    """Returns the only JSON object or array in a text, or None if there is none, or more than one.
+    """Returns the JSON object or array in a text, or None if it has not exactly one.
 
     The same value may be there several times. A text that is valid JSON as a whole has nothing around a value, so that
     the result is None as well.

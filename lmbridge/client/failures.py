@@ -7,8 +7,7 @@ servers or in their issue trackers, and the tests quote each of them, in `tests/
 in `tests/data`.
 
 A body may also be hostile, or simply huge. So every search looks at a limited part of it and takes time that is
-proportional to that part: no pattern may begin at many places of a text and go on from each of them to its end. Of a
-body of more than 50,000 bytes, only the fields that are read are decoded.
+proportional to that part: no pattern may begin at many places of a text and go on from each of them to its end.
 
 Matching texts is fragile, but there is no field that all servers fill in. A text that no pattern matches does no harm:
 the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a stream.
@@ -16,18 +15,13 @@ the error is then a plain `LLMResponseError`, or an `LLMStreamError` inside a st
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any, Final
 
-import attrs
-import msgspec
-
-from lmbridge._text import excerpt, join_surrogates, redacted_beginning
-from lmbridge.client.json_codec import decode_json
+from lmbridge._text import excerpt
+from lmbridge.client.error_body import ErrorBody, Redact, parse_error_body, unredacted
+from lmbridge.client.text_patterns import TextPatterns
 from lmbridge.errors import (
     ContextLengthExceededError,
     ErrorDetails,
@@ -42,45 +36,17 @@ from lmbridge.errors import (
     ModelNotFoundError,
 )
 from lmbridge.transport import Call, Reply, Verdict
-
-_SEARCHED_CHARACTERS: Final = 10_000
-"""The number of characters of a message, from its beginning, that are searched for patterns."""
-_SMALL_BODY: Final = 50_000
-"""The most bytes of JSON that are decoded as they are. Of larger JSON, only the fields that are read are decoded."""
-_LARGEST_OUTLINE: Final = 16 * 1024 * 1024
-"""The most bytes of JSON that are searched for those fields. A larger body is taken for text."""
-
-
-class _Patterns:
-    """A group of regular expressions that mean the same.
-
-    They are compiled at the first search, because compiling all of them takes milliseconds and most programs never see
-    an error.
-    """
-
-    def __init__(self, *patterns: str) -> None:
-        self.pattern: Final = "|".join(patterns)
-
-    @cached_property
-    def _compiled(self) -> re.Pattern[str]:
-        return re.compile(self.pattern, re.IGNORECASE | re.DOTALL)
-
-    def search(self, text: str) -> re.Match[str] | None:
-        return self._compiled.search(text)
-
-    def match(self, text: str) -> re.Match[str] | None:
-        return self._compiled.match(text)
-
+from lmbridge.transport.sse import begins_event_stream
 
 # The texts of errors. They are searched for in `ErrorBody.searched_text`, never in a successful reply.
 
-_NO_MODEL_LOADED: Final = _Patterns(
+_NO_MODEL_LOADED: Final = TextPatterns(
     r"\bno models? (are |is )?(currently )?loaded\b",  # LM Studio
     r"\bmodel is not loaded\b",  # llama.cpp's router with autoload off
 )
-_MODEL_EVICTED: Final = _Patterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
-_MODEL_PROCESS_ENDED: Final = _Patterns(r"\bproxy error: failed to read connection\b")  # llama.cpp's router
-_MODEL_LOAD_FAILED: Final = _Patterns(
+_MODEL_EVICTED: Final = TextPatterns(r"\bmodel (is |was |has been )?unloaded\b")  # LM Studio
+_MODEL_PROCESS_ENDED: Final = TextPatterns(r"\bproxy error: failed to read connection\b")  # llama.cpp's router
+_MODEL_LOAD_FAILED: Final = TextPatterns(
     r"\binsufficient system resources\b",  # LM Studio's guardrails
     r"\brequires more (system |gpu )?memory\b",  # Ollama
     r"\bout of memory\b",
@@ -93,7 +59,7 @@ _MODEL_LOAD_FAILED: Final = _Patterns(
     r"\bunknown exception during inferencing\b",  # older LM Studio, for a crash
     r"\brunner (process )?has (terminated|unexpectedly stopped)\b",  # Ollama
 )
-_CONTEXT_EXCEEDED: Final = _Patterns(
+_CONTEXT_EXCEEDED: Final = TextPatterns(
     r"\bexceed_context_size_error\b",  # llama.cpp
     r"\bcontext_length_exceeded\b",  # OpenAI, llama-cpp-python
     # "must not exceed the context length" is excluded, because it is about a parameter and not about the prompt.
@@ -106,7 +72,7 @@ _CONTEXT_EXCEEDED: Final = _Patterns(
     r"\bcontext (the )?overflows\b",  # LM Studio: "when context the overflows"
     r"\breached context length of \d",  # LM Studio
 )
-_MODEL_NOT_FOUND: Final = _Patterns(
+_MODEL_NOT_FOUND: Final = TextPatterns(
     r"\bmodel_not_found\b",
     r"\binvalid model identifier\b",  # LM Studio
     r"\bmodel ['\"`][^'\"`\n]{1,200}['\"`] (was )?(not found|does not exist)\b",  # LM Studio, Ollama, llama.cpp, vLLM
@@ -116,17 +82,17 @@ _MODEL_NOT_FOUND: Final = _Patterns(
     r"\bcould not find (real )?modelid for\b",  # llama-swap
     r"\binvalid model name passed\b",  # litellm
 )
-_STILL_LOADING: Final = _Patterns(r"\bloading\b")
-_NO_LONGER_LOADING: Final = _Patterns(
+_STILL_LOADING: Final = TextPatterns(r"\bloading\b")
+_NO_LONGER_LOADING: Final = TextPatterns(
     _MODEL_LOAD_FAILED.pattern, r"\b(failed|failure|stopped|aborted)\b", r"\berror loading\b"
 )
 # These are searched for in the type and the code alone, because a message may mention them for other reasons.
-_AUTHENTICATION: Final = _Patterns(r"invalid_api_key", r"authentication_?error", r"unauthorized")
-_RATE_LIMIT: Final = _Patterns(r"rate_?limit")
+_AUTHENTICATION: Final = TextPatterns(r"invalid_api_key", r"authentication_?error", r"unauthorized")
+_RATE_LIMIT: Final = TextPatterns(r"rate_?limit")
 
 # Mistakes in the request that llama.cpp and its chat templates report with status 500. The same request would fail in
 # the same way every time, so it is not sent again.
-_REQUEST_MISTAKE: Final = _Patterns(
+_REQUEST_MISTAKE: Final = TextPatterns(
     r"\[json\.exception\.",
     r"\bjinja\b",
     r"\btemplate\b",
@@ -144,15 +110,7 @@ _REQUEST_MISTAKE: Final = _Patterns(
     r"\btool with name .{1,80} not found\b",  # llama-cpp-python
     r"\bcan only concatenate str\b",  # llama-cpp-python
 )
-# After such a beginning, a message quotes a part of the request, so the words in it may be the caller's.
-_QUOTES_REQUEST: Final = _Patterns(r"failed to parse\b", r"\d+ validation errors?\b", r"\[\{'type'")
-# An HTML page or truncated JSON is not an error message, so the words in it mean nothing.
-_HTML_PAGE: Final = _Patterns(r"\s*<(!doctype|\?xml|html|head|body)\b")
-_BROKEN_JSON: Final = _Patterns(r"\s*(\{|\[\s*[\[{\"])")
-
-_HTTP_STATUS: Final = _Patterns(r"[1-5]\d\d\Z")
-
-_UNKNOWN_PATH: Final = _Patterns(
+_UNKNOWN_PATH: Final = TextPatterns(
     r"unexpected endpoint or method",  # LM Studio, with status 200
     r"^((file|page|route|path) )?not found\.?$",  # llama.cpp, FastAPI
     r"^404 page not found$",  # Ollama
@@ -161,21 +119,21 @@ _UNKNOWN_PATH: Final = _Patterns(
     r"^cannot (get|post) /",
 )
 
-_TLS_EXPECTED: Final = _Patterns(
+_TLS_EXPECTED: Final = TextPatterns(
     r"\bhttp request (was sent )?to (an )?https (server|port)\b",  # Go, nginx
     r"\bspeaking plain http to an ssl-enabled\b",  # Apache
 )
 
 # The beginnings of the parts of messages that list the models which exist, and the ends of these parts.
 _MODEL_LISTS: Final = (
-    (_Patterns(r"\(e\.g\.,? "), ")"),  # "... a valid downloaded model (e.g., a, b)"
-    (_Patterns(r"your models:"), None),  # one name on each line
+    (TextPatterns(r"\(e\.g\.,? "), ")"),  # "... a valid downloaded model (e.g., a, b)"
+    (TextPatterns(r"your models:"), None),  # one name on each line
 )
-_QUOTED_NAME: Final = _Patterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
+_QUOTED_NAME: Final = TextPatterns(r"['\"`]([^'\"`\n]{1,200})['\"`]")
 # A number of 19 digits may be too large for 64 bits, and a run of digits is not searched from each of its digits.
 _NUMBER: Final = r"(?<!\d)(\d{1,18})(?!\d)"
 _PROMPT_TOKENS: Final = tuple(
-    _Patterns(pattern)
+    TextPatterns(pattern)
     for pattern in (
         rf"\bn_prompt_tokens\W+{_NUMBER}",  # llama.cpp's field, in a message that quotes its JSON
         rf"\bn_keep: ?{_NUMBER}",
@@ -187,7 +145,7 @@ _PROMPT_TOKENS: Final = tuple(
     )
 )
 _CONTEXT_LENGTH: Final = tuple(
-    _Patterns(pattern)
+    TextPatterns(pattern)
     for pattern in (
         rf"\bn_ctx\W+{_NUMBER}",
         rf"\bcontext (?:length|size|window)(?: (?:of|is|only|supports))* \(?{_NUMBER}",
@@ -198,6 +156,7 @@ _CONTEXT_LENGTH: Final = tuple(
 # Hints
 
 _SERVER_HINT: Final = "check that api_base is an OpenAI-compatible server"
+_STREAM_HINT: Final = "pass stream=True, because the server streams in any case"
 _PATH_HINT: Final = "the server does not know this path; check api_base"
 _TLS_HINT: Final = "the server expects TLS; api_base must begin with https://"
 _PROXY_LOGIN_HINT: Final = "put a user and a password into the URL of the proxy: http://user:password@host:port"
@@ -222,7 +181,7 @@ _HINTS: Final[Mapping[type[LLMError], str]] = {
 
 
 def report_lost_model(call: Call, error: LLMError) -> None:
-    """Tells the scheduler if the error of a call shows that the server has not, or no longer, loaded the model."""
+    """Informs the scheduler if the error of a call shows that the server has not, or no longer, loaded the model."""
     if isinstance(error, ModelLoadError | ModelMismatchError | ModelChangedDuringExecutionError):
         call.mark_unloaded()
     if isinstance(error, ModelLoadError) and _MODEL_EVICTED.search(error.message):
@@ -232,218 +191,11 @@ def report_lost_model(call: Call, error: LLMError) -> None:
 
 
 def report_loss(call: Call, status: int, body: bytes) -> None:
-    """Does the same for an error reply that nobody reads, because another server gets the request.
+    """Informs the scheduler likewise about an error reply that no caller gets, because another server is asked instead.
 
     The transport calls it as the `report_loss` of a request.
     """
-    report_lost_model(call, error_from_reply(Reply(call=call, status=status, headers={}, body=body), _unchanged))
-
-
-Redact = Callable[[str], str]
-"""Removes secrets from a text. A server may repeat the key that it refuses."""
-
-
-def _unchanged(text: str) -> str:
-    return text
-
-
-# Parsing
-
-
-@attrs.frozen
-class ErrorBody:
-    """The body of an error, in one shape for all servers."""
-
-    message: str
-    """The error's message, or the whole text where no message was found. Of a long one, it is only the beginning."""
-    text: str
-    """The body as it was received, without secrets. Of a long body, it is only the beginning."""
-    type_and_code: str = ""
-    """The fields `type` and `code`, separated by a space."""
-    code: int | None = None
-    """The field `code` if it is an HTTP status, else None."""
-    fields: Mapping[str, Any] = attrs.field(factory=dict)
-    """The JSON object that holds the message, or an empty one."""
-    is_text: bool = False
-    """Whether the body is not a JSON object."""
-    size: int = 0
-    """The size of a large body in bytes, or 0 if the body is small."""
-
-    @property
-    def searched_text(self) -> str:
-        """The text that the patterns search: message, type and code, or type and code alone.
-
-        The message is left out if it quotes the request or is not an error message at all. Otherwise a word in the
-        caller's prompt could decide the class of the error.
-        """
-        is_unreliable = (
-            _QUOTES_REQUEST.match(self.message)
-            or _HTML_PAGE.match(self.message)
-            or (self.is_text and _BROKEN_JSON.match(self.message))
-        )
-        if is_unreliable:
-            return self.type_and_code
-        return f"{self.message[:_SEARCHED_CHARACTERS]} {self.type_and_code}"
-
-
-def parse_error_body(body: bytes | str, redact: Redact = _unchanged) -> ErrorBody:
-    """Parses the body of an error: JSON of any of the known shapes, or plain text.
-
-    Args:
-        body: The body, or the data of an event.
-        redact: Removes the secrets from everything that the result contains.
-    """
-    data = body.encode("utf-8", "replace") if isinstance(body, str) else body
-    text = redacted_beginning(data, redact)
-    stripped = text.removeprefix("\ufeff").strip()
-    size = len(data) if len(data) > _SMALL_BODY else 0
-    try:
-        value = _outline(data) if size else decode_json(data)
-    except ValueError:
-        return ErrorBody(stripped, text, is_text=True, size=size)
-    if not isinstance(value, Mapping):
-        message = redacted_beginning(join_surrogates(value.strip()), redact) if isinstance(value, str) else stripped
-        return ErrorBody(message, text, is_text=True, size=size)
-    error = value.get("error")
-    if isinstance(error, str) and error:
-        message, fields = error, value
-    else:
-        fields = error if isinstance(error, Mapping) else value
-        fallback = _to_json(error) if isinstance(error, Mapping | list) and error else stripped
-        message = next(_messages_in(fields, value), fallback)
-    kind, code = _short_text(fields.get("type")), _short_text(fields.get("code"))
-    return ErrorBody(
-        redacted_beginning(join_surrogates(message), redact),
-        text,
-        redact(join_surrogates(f"{kind} {code}")),
-        int(code) if _HTTP_STATUS.match(code) else None,
-        fields,
-        size=size,
-    )
-
-
-class _Outline(msgspec.Struct):
-    """The fields that are read of a large JSON object. The others are skipped without creating objects for them."""
-
-    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    detail: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    details: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    type: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    code: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    n_prompt_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    n_ctx: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class _ValidationError(msgspec.Struct, gc=False):
-    """An item of FastAPI's list of validation errors without the part of the request that it quotes."""
-
-    loc: msgspec.Raw
-    msg: str
-
-
-def _outline(data: bytes | memoryview, depth: int = 0) -> dict[str, Any]:
-    """Returns the fields that are read of a large JSON object.
-
-    Raises:
-        ValueError: The data is not a JSON object, or too large.
-    """
-    if len(data) > _LARGEST_OUTLINE:
-        raise ValueError("too large")
-    try:
-        outline = msgspec.json.decode(data, type=_Outline)
-    except RecursionError as exc:
-        raise ValueError("too deep") from exc
-    fields = ((name, getattr(outline, name)) for name in outline.__struct_fields__)
-    return {name: _large_field(memoryview(raw), depth) for name, raw in fields if raw is not msgspec.UNSET}
-
-
-def _large_field(data: memoryview, depth: int) -> Any:
-    """Returns the value of a field of a large JSON object, or a few words in place of a value that is too large."""
-    if len(data) <= _SMALL_BODY:
-        return decode_json(bytes(data))
-    kind = bytes(data[:1])
-    if kind == b'"':
-        return _beginning_of_string(bytes(data[:_SMALL_BODY]))
-    # Each level is searched anew, so the depth is limited.
-    if kind == b"{" and depth < _DEEPEST_MESSAGE:
-        return _outline(data, depth + 1)
-    with suppress(ValueError, RecursionError):
-        if kind == b"[":
-            items = msgspec.json.decode(data, type=list[_ValidationError])
-            return decode_json(msgspec.json.encode(items[:_ITEMS_SHOWN]))
-    return f"{len(data)} bytes of JSON"
-
-
-def _beginning_of_string(data: bytes) -> str:
-    r"""Returns a large JSON string whose end was cut off, perhaps in the middle of an escape such as `\u00e9`.
-
-    Raises:
-        ValueError: The string contains something that is not valid.
-    """
-    for end in range(len(data), len(data) - _LONGEST_ESCAPE, -1):
-        with suppress(ValueError):
-            return str(decode_json(data[:end] + b'"'))
-    raise ValueError("not a string")
-
-
-_LONGEST_ESCAPE: Final = 6
-_DEEPEST_MESSAGE: Final = 2
-"""The number of objects around the message of a large error, without the outermost one."""
-_ITEMS_SHOWN: Final = 20
-"""The number of items of a large list of errors that are read."""
-_MESSAGE_FIELDS: Final = ("message", "detail", "details")
-"""Fields that may hold the message of an error: those of OpenAI, vLLM, FastAPI and their proxies."""
-
-
-def _messages_in(*objects: Mapping[str, Any]) -> Iterator[str]:
-    for value in (fields.get(key) for fields in objects for key in _MESSAGE_FIELDS):
-        if isinstance(value, Mapping) and value:
-            yield next(_messages_in(value), _to_json(value))
-        elif isinstance(value, list) and value:
-            yield _to_json([_without_input(item) for item in value])
-        elif isinstance(value, str) and value:
-            yield value
-
-
-def _without_input(item: object) -> object:
-    """Returns an item of FastAPI's list of validation errors without the part of the request that it quotes."""
-    return {key: value for key, value in item.items() if key != "input"} if isinstance(item, Mapping) else item
-
-
-def _to_json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _short_text(value: object) -> str:
-    return str(value)[:100] if isinstance(value, str | int) else ""
-
-
-def is_error_object(value: Mapping[str, Any]) -> bool:
-    """Returns whether a JSON object, of a whole body or of an event, reports an error instead of being a reply."""
-    error = value.get("error")
-    # The first branch is the fast path: nearly every object is a completion.
-    if error is None and "choices" in value and value.get("object") != "error":
-        return False
-    if error or value.get("object") == "error":
-        return True
-    if any(key in value for key in ("choices", "data", "output", "models")):
-        return False
-    if error not in (None, False) or value.get("detail"):
-        return True
-    return any(isinstance(value.get(key), str) and value[key] for key in _MESSAGE_FIELDS)
-
-
-def reports_error(data: bytes) -> bool:
-    """Returns whether a body with a good status, or the data of an event, reports an error or is not a JSON object."""
-    try:
-        value = decode_json(data)
-    except ValueError:
-        return True
-    # llama.cpp sends a null before the first chunk of each of several prompts.
-    if value is None:
-        return False
-    return not isinstance(value, dict) or is_error_object(value)
+    report_lost_model(call, error_from_reply(Reply(call=call, status=status, headers={}, body=body), unredacted))
 
 
 # Deciding
@@ -478,7 +230,7 @@ def concerns_server(status: int, body: bytes) -> bool:
 
 
 def _is_request_mistake(error_body: ErrorBody) -> bool:
-    return bool(_QUOTES_REQUEST.match(error_body.message) or _REQUEST_MISTAKE.search(error_body.searched_text))
+    return bool(error_body.quotes_request or _REQUEST_MISTAKE.search(error_body.searched_text))
 
 
 def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | None:
@@ -497,7 +249,7 @@ def error_class(error_body: ErrorBody, status: int | None) -> type[LLMError] | N
     return next((kind for patterns, kind in _ERROR_CLASSES if patterns.search(text)), None)
 
 
-_ERROR_CLASSES: Final[tuple[tuple[_Patterns, type[LLMError]], ...]] = (
+_ERROR_CLASSES: Final[tuple[tuple[TextPatterns, type[LLMError]], ...]] = (
     (_CONTEXT_EXCEEDED, ContextLengthExceededError),
     (_NO_MODEL_LOADED, ModelLoadError),
     (_MODEL_EVICTED, ModelLoadError),
@@ -519,6 +271,11 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
         details = {**details, "hint": _REDIRECT_HINT, "body": error_body.text}
         return LLMResponseError(f"the server redirects ({reply.status}) to {target}", **details)
     kind = error_class(error_body, reply.status) or LLMResponseError
+    # An event stream that was asked for does not become a `Reply`.
+    if reply.status < 300 and kind is LLMResponseError and begins_event_stream(reply.body):
+        details = {**details, "hint": _STREAM_HINT, "body": error_body.text}
+        text = excerpt(error_body.message, error_body.size)
+        return LLMResponseError(f"the server answered {reply.status} with an event stream: {text}", **details)
     sender = "proxy" if reply.status == _PROXY_LOGIN_REQUIRED else "server"
     message = f"the {sender} answered {reply.status}{_describe_body(error_body, reply.status, kind)}"
     error = _make_error(kind, message, error_body, details)
@@ -527,13 +284,20 @@ def error_from_reply(reply: Reply, redact: Redact) -> LLMError:
     return error
 
 
-def error_from_event(error_body: ErrorBody, context: Mapping[str, Any]) -> LLMError:
-    """Returns the error for an event, or for plain text, that ends a stream."""
+def error_from_event(error_body: ErrorBody, context: Mapping[str, Any], *, is_broken_json: bool = False) -> LLMError:
+    """Returns the error for an event, or for plain text, that ends a stream.
+
+    Args:
+        error_body: What the server sent.
+        context: The context of the request.
+        is_broken_json: Whether it is an event that was damaged on its way, and not the report of an error.
+    """
     kind = error_class(error_body, None) or LLMStreamError
     reason = (
         f": {excerpt(error_body.message, error_body.size)}" if error_body.message else " with an error that has no text"
     )
-    return _make_error(kind, f"the server ended the stream{reason}", error_body, ErrorDetails(context=context))
+    happened = "the server sent an event that is not valid JSON" if is_broken_json else "the server ended the stream"
+    return _make_error(kind, f"{happened}{reason}", error_body, ErrorDetails(context=context))
 
 
 def _describe_body(error_body: ErrorBody, status: int, kind: type[LLMError]) -> str:
@@ -551,7 +315,7 @@ def _make_error(kind: type[LLMError], message: str, error_body: ErrorBody, detai
     details = {**details, "body": error_body.text, "hint": _hint(kind, error_body, details.get("status"))}
     if kind is ModelNotFoundError:
         asked = (details.get("context") or {}).get("model")
-        if asked is None and (quoted := _QUOTED_NAME.search(error_body.message[:_SEARCHED_CHARACTERS])):
+        if asked is None and (quoted := _QUOTED_NAME.search(error_body.searched_message)):
             asked = quoted[1]
         return ModelNotFoundError(asked, _models_listed_in(error_body), **details)
     if kind is ContextLengthExceededError:
@@ -571,12 +335,12 @@ def _hint(kind: type[LLMError], error_body: ErrorBody, status: int | None) -> st
 
 def _hint_for_other_error(error_body: ErrorBody, status: int | None) -> str | None:
     """Returns the hint for an error whose class says nothing about its cause."""
-    text = error_body.message[:_SEARCHED_CHARACTERS]
+    text = error_body.searched_message
     if status == _PROXY_LOGIN_REQUIRED:
         return _PROXY_LOGIN_HINT
     if _TLS_EXPECTED.search(text):
         return _TLS_HINT
-    has_no_message = not text or _HTML_PAGE.match(text)
+    has_no_message = not text or error_body.is_html_page
     if _UNKNOWN_PATH.search(text) or (status in (404, 405) and has_no_message):
         return _PATH_HINT
     if status is not None and status < 300 and error_body.is_text:
@@ -600,14 +364,14 @@ def _models_listed_in(error_body: ErrorBody) -> list[str]:
 def _token_counts(error_body: ErrorBody) -> tuple[int | None, int | None]:
     """Returns the tokens of the prompt and of the context, from llama.cpp's fields or from the text of the message."""
     prompt, length = error_body.fields.get("n_prompt_tokens"), error_body.fields.get("n_ctx")
-    text = error_body.message[:_SEARCHED_CHARACTERS]
+    text = error_body.searched_message
     return (
         prompt if isinstance(prompt, int) else _first_number(_PROMPT_TOKENS, text),
         length if isinstance(length, int) else _first_number(_CONTEXT_LENGTH, text),
     )
 
 
-def _first_number(groups: tuple[_Patterns, ...], text: str) -> int | None:
+def _first_number(groups: tuple[TextPatterns, ...], text: str) -> int | None:
     found = next(filter(None, (patterns.search(text) for patterns in groups)), None)
     return int(found[1]) if found else None
 

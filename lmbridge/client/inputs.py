@@ -36,7 +36,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     """Checks that the messages of a chat have the right shape.
 
     Raises:
-        LLMValidationError: There is no message, or a message has no role, or content that is neither a text nor a list.
+        LLMValidationError: The list is empty, or a message has no role, or content that is neither a text nor a list.
     """
     if type(messages) is CheckedList:
         return
@@ -73,7 +73,7 @@ def check_texts(name: str, value: Texts, *, allow_empty: bool = False) -> Sequen
         allow_empty: Whether a text may be an empty string.
 
     Raises:
-        LLMValidationError: There is no text, or a text is empty, or an item is not a text.
+        LLMValidationError: The list is empty, or a text is empty, or an item is not a text.
     """
     if isinstance(value, str):
         _check_text_or_tokens(name, value, allow_empty)

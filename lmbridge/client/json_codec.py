@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from lmbridge._text import shorten
+from lmbridge._text import replace_lone_surrogates, shorten
 from lmbridge.client.inputs import CheckedList
 from lmbridge.errors import LLMValidationError
 
@@ -23,7 +23,6 @@ _encode = msgspec.json.Encoder().encode
 decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().decode
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
-_KEY_TYPES: Final = frozenset({str})
 _FLAT_TYPES: Final = frozenset({str, int, bool, type(None), CheckedList})
 """The classes of values that can be sent as they are, without a look at what they consist of."""
 _DEEPEST: Final = 200
@@ -59,12 +58,14 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
     Raises:
         LLMValidationError: The body contains a value that JSON does not have; the text says where.
     """
-    if _is_plain(body):
-        try:
-            return _encode(body)
-        except (TypeError, ValueError, RecursionError):
-            # It holds half of a surrogate pair, or a checked list holds more than plain values.
-            pass
+    try:
+        # A body that contains itself cannot be encoded, so the check that follows always ends.
+        data = _encode(body)
+        if _is_plain(body):
+            return data
+    except (TypeError, ValueError, RecursionError):
+        # It holds a value that msgspec refuses, half of a surrogate pair, or itself.
+        pass
     try:
         return _encode(_as_plain(body, "", 0))
     except RecursionError as exc:
@@ -74,31 +75,28 @@ def encode_body(body: Mapping[str, Any]) -> bytes:
 def _is_plain(body: Mapping[str, Any]) -> bool:
     """Returns whether a body consists only of dicts, lists, strings and finite numbers, and of no subclass of these.
 
-    This is the fast path of a request. It looks at the types alone, and at those of all values of a dict at once.
+    This is the fast path of a request. The body must not contain itself.
     """
     if type(body) is not dict:
         return False
-    level: list[Any] = [body]
-    for _ in range(_DEEPEST):
-        below: list[Any] = []
-        for container in level:
-            values = container
-            if type(container) is dict:
-                if not _KEY_TYPES.issuperset(map(type, container)):
+    containers: list[Any] = [body]
+    # The list grows in the loop.
+    for container in containers:
+        values = container
+        if type(container) is dict:
+            for key in container:
+                if type(key) is not str:
                     return False
-                values = container.values()
-            if _FLAT_TYPES.issuperset(map(type, values)):
+            values = container.values()
+        for value in values:
+            kind = type(value)
+            if kind in _FLAT_TYPES:
                 continue
-            for value in values:
-                kind = type(value)
-                if kind is dict or kind is list:
-                    below.append(value)
-                elif kind not in _FLAT_TYPES and (kind is not float or not math.isfinite(value)):
-                    return False
-        if not below:
-            return True
-        level = below
-    return False
+            if kind is dict or kind is list:
+                containers.append(value)
+            elif kind is not float or not math.isfinite(value):
+                return False
+    return True
 
 
 def _as_plain(value: Any, path: str, depth: int) -> Any:
@@ -197,3 +195,16 @@ def decode_json(data: bytes) -> Any:
         reason = str(exc)
     # This is raised outside of the `except`, because an exception of `json` contains the whole text.
     raise ValueError(reason)
+
+
+def decode_whole_characters(data: bytes) -> Any:
+    """Does what `decode_json` does, but replaces each half of a surrogate pair by a question mark.
+
+    Raises:
+        ValueError: The data is not JSON.
+    """
+    try:
+        # msgspec refuses such halves, so the text need not be searched for them.
+        return decode_strictly(data)
+    except (ValueError, RecursionError):
+        return replace_lone_surrogates(decode_json(data))

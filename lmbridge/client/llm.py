@@ -1,30 +1,24 @@
 """`LLMClient`: the API of a server, as dicts and streams of dicts.
 
-The client has one method for each endpoint. The modules behind endpoints that many programs never call are imported by
-their methods, because together they would take a tenth of the time of `import lmbridge`.
+The client has one method for each endpoint. Those that ask a model are in `chat_methods` and `endpoints`. This file has
+the options of a client, its servers, what it can find out about them, and how it is closed.
 """
 
 from __future__ import annotations
 
 import ssl as ssl_module
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast
 
 from lmbridge._awaiting import explains_missing_await
-from lmbridge._checks import check_instance, check_integer, check_model_name, hint_for
-from lmbridge._copying import NotCopyable
-from lmbridge._text import replace_lone_surrogates
+from lmbridge._checks import check_choice, check_instance, check_integer, check_model_name, hint_for
 from lmbridge.client.auto import resolve_limits
-from lmbridge.client.call_options import RequestOptions, take_options, take_request_options
-from lmbridge.client.chat_stream import ChatStream
-from lmbridge.client.completeness import complete_chat_reply
-from lmbridge.client.inputs import check_messages
+from lmbridge.client.call_options import RequestOptions, take_request_options
+from lmbridge.client.chat_methods import ChatMethods
 from lmbridge.client.model_lists import model_ids
 from lmbridge.client.names import MismatchMode, MismatchPolicy
-from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams, shows_params
 from lmbridge.client.server_api import ServerApi
 from lmbridge.client.servers import answers_of, ask_each, combined_info, connect
 from lmbridge.config import (
@@ -39,20 +33,16 @@ from lmbridge.config import (
     normalize_api_base,
 )
 from lmbridge.errors import LLMConnectionError, LLMError, LLMTimeoutError, LLMValidationError
-from lmbridge.transport import BaseTransport, Transport, Verdict
+from lmbridge.observe.observer import Observer, as_observers
+from lmbridge.transport import BaseTransport, Interpreter, Transport, Verdict
 from lmbridge.transport.headers import check_headers
 
 if TYPE_CHECKING:
-    from lmbridge.client.completions import TextStream
-    from lmbridge.client.inputs import Texts
     from lmbridge.client.lmstudio import LMStudio
+    from lmbridge.client.model_management import Models
     from lmbridge.client.raw import RawResponses
-    from lmbridge.client.responses import ResponseInput, ResponseStream
     from lmbridge.client.server_info import ServerInfo
     from lmbridge.transport.stats import ClientStats
-    from lmbridge.types import ChatCompletion, Embeddings, Response, TextCompletion
-
-_T = TypeVar("_T")
 
 HEALTH_CHECK_SECONDS: Final = 5.0
 """The most seconds that a health check may take."""
@@ -75,6 +65,7 @@ class ClientOptions(TypedDict, total=False):
     max_retries: int
     limits: Limits | Literal["auto"] | None
     model_mismatch: MismatchMode
+    context_overflow: Literal["raise", "warn"] | None
     headers: Mapping[str, str] | None
     auth: tuple[str, str] | None
     proxy: str | None
@@ -83,9 +74,10 @@ class ClientOptions(TypedDict, total=False):
     trust_env: bool
     max_reply_bytes: int | None
     transport: BaseTransport | None
+    observers: Sequence[Observer]
 
 
-class LLMClient(NotCopyable):
+class LLMClient(ChatMethods):
     """A client of one server with an OpenAI-compatible `/v1`.
 
     It opens with its first request. `close`, or leaving its `async with` block, closes its connections; a later request
@@ -129,6 +121,10 @@ class LLMClient(NotCopyable):
             even if another model continues an answer in the middle of a stream.
         ssl: The context for https, for example with a certificate authority of your own. Default: the usual
             verification.
+        context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
+            `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
+            prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
+            length once a minute, and for an exact count of a prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
@@ -138,6 +134,8 @@ class LLMClient(NotCopyable):
             clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
             and remains open when the client is closed.
             Default: the client makes a transport for itself.
+        observers: Objects that are notified of what happens to each request, such as
+            `lmbridge.observe.TimelineObserver`. Default: none.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -156,6 +154,7 @@ class LLMClient(NotCopyable):
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
+        context_overflow: Literal["raise", "warn"] | None = None,
         headers: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         proxy: str | None = None,
@@ -164,6 +163,7 @@ class LLMClient(NotCopyable):
         trust_env: bool = False,
         max_reply_bytes: int | None = None,
         transport: BaseTransport | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         model = check_model_name(default_model() if model is None else model)
         timeouts = Timeouts() if isinstance(timeout, Unset) else as_timeouts(timeout)
@@ -198,6 +198,8 @@ class LLMClient(NotCopyable):
             max_retries=max_retries,
             mismatch_policy=mismatch_policy,
             priority=check_priority(priority),
+            context_overflow=_check_context_overflow(context_overflow),
+            observers=as_observers(observers),
         )
         self._attach(server, model)
 
@@ -283,6 +285,21 @@ class LLMClient(NotCopyable):
         return self._lmstudio
 
     @property
+    def models(self) -> Models:
+        """The models of the server. On LM Studio, llama.cpp's router and Ollama, they can be loaded and unloaded.
+
+        With several servers, this raises `LLMValidationError`: take `client.at_server(url).models`.
+        """
+        if len(self._server.transport.nodes) > 1:
+            raise LLMValidationError(
+                f"this client has {len(self.servers)} servers, and each of them has models of its own",
+                hint="use client.at_server(url).models, or client.list_models() for the names of all",
+            )
+        from lmbridge.client.model_management import Models
+
+        return Models(self._server)
+
+    @property
     def with_raw_response(self) -> RawResponses:
         """The methods of this client, with the status and headers of each HTTP response beside its reply."""
         from lmbridge.client.raw import RawResponses
@@ -296,6 +313,7 @@ class LLMClient(NotCopyable):
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int | Unset = UNSET,
         model_mismatch: MismatchMode | Unset = UNSET,
+        context_overflow: Literal["raise", "warn"] | Unset | None = UNSET,
         extra_headers: Mapping[str, str] | Unset | None = UNSET,
         priority: Priority | Unset = UNSET,
     ) -> LLMClient:
@@ -313,6 +331,8 @@ class LLMClient(NotCopyable):
             timeout: The timeouts, a number of seconds for each wait, or None for no limits. Default: this client's.
             max_retries: How often a request is sent again. Default: this client's.
             model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
+            context_overflow: What happens to a prompt that is too long: "raise", "warn", or None for no check.
+                Default: this client's.
             extra_headers: Headers of every request, in addition to this client's or in their place.
             priority: How urgent the requests are: "interactive", "normal", "batch", or an integer. Default: this
                 client's.
@@ -328,458 +348,14 @@ class LLMClient(NotCopyable):
             mismatch_policy=None if isinstance(model_mismatch, Unset) else MismatchPolicy(model_mismatch),
             headers=None if isinstance(extra_headers, Unset) else check_headers("extra_headers", extra_headers),
             priority=None if isinstance(priority, Unset) else check_priority(priority),
+            context_overflow=context_overflow
+            if isinstance(context_overflow, Unset)
+            else _check_context_overflow(context_overflow),
         )
         # The constructor would make a transport, and would read the environment.
         client = LLMClient.__new__(LLMClient)
         client._attach(server, self._model if isinstance(model, Unset) else check_model_name(model))  # noqa: SLF001 - same class
         return client
-
-    @overload
-    async def chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        stream: Literal[False] = False,
-        **params: Unpack[ChatParams],
-    ) -> ChatCompletion: ...
-
-    @overload
-    async def chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        stream: Literal[True],
-        **params: Unpack[ChatParams],
-    ) -> ChatStream: ...
-
-    @overload
-    async def chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        stream: Literal[False] = False,
-        **params: Any,
-    ) -> ChatCompletion: ...
-
-    @overload
-    async def chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        stream: Literal[True],
-        **params: Any,
-    ) -> ChatStream: ...
-
-    @overload
-    async def chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        stream: bool,
-        **params: Any,
-    ) -> ChatCompletion | ChatStream: ...
-
-    @shows_params(ChatParams)
-    @explains_missing_await
-    async def chat_completion(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, stream: bool = False, **params: Any
-    ) -> ChatCompletion | ChatStream:
-        """Asks for the next message of a chat (`POST /v1/chat/completions`).
-
-        Args:
-            messages: The chat so far: dicts with `role` and `content`, at least one.
-            model: The model to ask. Default: the client's model.
-            stream: Whether to return a `ChatStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API, as `lmbridge.client.params.ChatParams` describes them: `temperature`,
-                `top_p`, `max_tokens`, `stop`, `seed`, `n`, `tools`, `tool_choice`, `response_format`, ... Others are
-                sent as well. Those that are not given are not sent, and None is sent as `null`. `timeout`,
-                `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` are options of this call.
-
-        Returns:
-            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
-
-        Raises:
-            LLMValidationError: An argument is not valid; nothing was sent.
-            LLMConnectionError: The server cannot be reached, or the connection broke.
-            LLMTimeoutError: A timeout or the queue limit ran out; `phase` says which one.
-            LLMResponseError: The server reported an error, or sent something that is not a chat completion. Its
-                subclasses are more specific.
-            ModelNotFoundError: The server does not have the model.
-            ModelMismatchError: Another model answered (only with `model_mismatch="raise"`).
-            TaskCancelledError: The client was closed in the meantime.
-        """
-        check_messages(messages)
-        server, body = self._prepare({"messages": messages}, params, model, stream=stream)
-        request = server.build_post("chat completion", "/chat/completions", body, body.get("model"))
-        if stream:
-            choices = body.get("n")
-            events = await server.stream(request)
-            return ChatStream(events, server.mismatch_policy, server.redact, choices if isinstance(choices, int) else 1)
-        reply = await server.request(request)
-        value = replace_lone_surrogates(await server.read_object(reply))
-        if not complete_chat_reply(value):
-            raise server.unexpected_reply(reply, "a chat completion")
-        server.check_choices(reply, value)
-        server.check_served_model(reply, value)
-        return cast("ChatCompletion", value)
-
-    @overload
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Unpack[ChatParams]
-    ) -> AbstractAsyncContextManager[ChatStream]: ...
-
-    @overload
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
-    ) -> AbstractAsyncContextManager[ChatStream]: ...
-
-    @shows_params(ChatParams)
-    @asynccontextmanager
-    async def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, model: str | None = None, **params: Any
-    ) -> AsyncGenerator[ChatStream, None]:
-        """Opens the stream of a chat completion, and closes it at the end of the `async with` block.
-
-        For example::
-
-            async with client.stream_chat(messages, temperature=0) as stream:
-                async for text in stream.text():
-                    print(text, end="", flush=True)
-
-        The arguments and the errors are those of `chat_completion`, of which `stream=True` is left out.
-        """
-        async with await self.chat_completion(messages, model=model, stream=True, **params) as stream:
-            yield stream
-
-    @overload
-    async def ask(self, question: str, *, model: str | None = None, **params: Unpack[ChatParams]) -> str: ...
-
-    @overload
-    async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str: ...
-
-    @shows_params(ChatParams)
-    @explains_missing_await
-    async def ask(self, question: str, *, model: str | None = None, **params: Any) -> str:
-        """Asks a single question, and returns the text of the answer, without the reasoning before it.
-
-        For example::
-
-            print(await client.ask("What is the capital of France?"))
-
-        Args:
-            question: The question, which is sent as the message of a user.
-            model: The model to ask. Default: the client's model.
-            **params: Parameters and options of the call, as for `chat_completion`, except `n` and `stream`.
-
-        Raises:
-            LLMValidationError: An argument is not valid, and nothing was sent; or the answer has no text, or was cut
-                off although no limit was given: `.partial` is the whole reply.
-            LLMError: The same errors as `chat_completion`.
-        """
-        from lmbridge.client.text import check_answer, check_question
-
-        messages = check_question(question, params)
-        reply = await self.chat_completion(messages, model=model, stream=False, **params)
-        return check_answer(reply, has_limit=bool(params.get("max_tokens") or params.get("max_completion_tokens")))
-
-    @overload
-    async def text_completion(
-        self,
-        prompt: Texts,
-        *,
-        model: str | None = None,
-        stream: Literal[False] = False,
-        **params: Unpack[TextParams],
-    ) -> TextCompletion: ...
-
-    @overload
-    async def text_completion(
-        self,
-        prompt: Texts,
-        *,
-        model: str | None = None,
-        stream: Literal[True],
-        **params: Unpack[TextParams],
-    ) -> TextStream: ...
-
-    @overload
-    async def text_completion(
-        self,
-        prompt: Texts,
-        *,
-        model: str | None = None,
-        stream: Literal[False] = False,
-        **params: Any,
-    ) -> TextCompletion: ...
-
-    @overload
-    async def text_completion(
-        self,
-        prompt: Texts,
-        *,
-        model: str | None = None,
-        stream: Literal[True],
-        **params: Any,
-    ) -> TextStream: ...
-
-    @overload
-    async def text_completion(
-        self,
-        prompt: Texts,
-        *,
-        model: str | None = None,
-        stream: bool,
-        **params: Any,
-    ) -> TextCompletion | TextStream: ...
-
-    @shows_params(TextParams)
-    @explains_missing_await
-    async def text_completion(
-        self, prompt: Texts, *, model: str | None = None, stream: bool = False, **params: Any
-    ) -> TextCompletion | TextStream:
-        """Asks for the continuation of a text, without a chat template (`POST /v1/completions`).
-
-        Args:
-            prompt: A string or a list of token ids, or a list of such prompts. The reply has `n` choices for each
-                prompt, in the order of their `index`.
-            model: The model to ask. Default: the client's model.
-            stream: Whether to return a `TextStream` at once instead of the whole reply at its end.
-            **params: Parameters of the API: `max_tokens`, `temperature`, `stop`, ..., and the options of a call that
-                `chat_completion` describes.
-
-        Returns:
-            The server's reply as a plain dict, or a stream of its chunks as plain dicts.
-
-        Raises:
-            LLMError: The same errors as `chat_completion`.
-        """
-        from lmbridge.client.completions import request_text_completion
-
-        server, body = self._prepare({"prompt": prompt}, params, model, stream=stream)
-        return await request_text_completion(server, body, stream=stream)
-
-    @overload
-    async def embeddings(
-        self,
-        input: Texts,
-        *,
-        model: str | None = None,
-        batch_size: int | None = None,
-        **params: Unpack[EmbeddingsParams],
-    ) -> Embeddings: ...
-
-    @overload
-    async def embeddings(
-        self, input: Texts, *, model: str | None = None, batch_size: int | None = None, **params: Any
-    ) -> Embeddings: ...
-
-    @shows_params(EmbeddingsParams)
-    @explains_missing_await
-    async def embeddings(
-        self,
-        input: Texts,  # noqa: A002 - the API's own name
-        *,
-        model: str | None = None,
-        batch_size: int | None = None,
-        **params: Any,
-    ) -> Embeddings:
-        """Asks for the embeddings of texts (`POST /v1/embeddings`).
-
-        Args:
-            input: A string or a list of token ids, or a list of such texts. No text may be empty.
-            model: The model to ask. Default: the client's model.
-            batch_size: The most texts that one request may hold. More texts are sent in several requests, one after
-                another, and their replies are merged: the indices are consecutive, and the usage is summed up.
-                Default: all texts in one request.
-            **params: Parameters of the API: `encoding_format`, `dimensions`, ..., and the options of a call that
-                `chat_completion` describes.
-
-        Returns:
-            The server's reply; its `data` has one embedding for each text, in the order of the texts.
-
-        Raises:
-            LLMResponseError: An embedding is missing, or contains anything but finite numbers.
-            LLMError: The same errors as `chat_completion`. A part of the embeddings is never returned.
-        """
-        from lmbridge.client.embeddings import request_embeddings
-
-        server, body = self._prepare({"input": input}, params, model)
-        return await request_embeddings(server, body, batch_size)
-
-    @overload
-    async def create_response(
-        self,
-        input: ResponseInput,
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: Literal[False] = False,
-        **params: Unpack[ResponseParams],
-    ) -> Response: ...
-
-    @overload
-    async def create_response(
-        self,
-        input: ResponseInput,
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: Literal[True],
-        **params: Unpack[ResponseParams],
-    ) -> ResponseStream: ...
-
-    @overload
-    async def create_response(
-        self,
-        input: ResponseInput,
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: Literal[False] = False,
-        **params: Any,
-    ) -> Response: ...
-
-    @overload
-    async def create_response(
-        self,
-        input: ResponseInput,
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: Literal[True],
-        **params: Any,
-    ) -> ResponseStream: ...
-
-    @overload
-    async def create_response(
-        self,
-        input: ResponseInput,
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: bool,
-        **params: Any,
-    ) -> Response | ResponseStream: ...
-
-    @shows_params(ResponseParams)
-    @explains_missing_await
-    async def create_response(
-        self,
-        input: ResponseInput,  # noqa: A002 - the API's own name
-        *,
-        model: str | None = None,
-        previous_response_id: str | None = None,
-        stream: bool = False,
-        **params: Any,
-    ) -> Response | ResponseStream:
-        """Asks for a response, which the server may store and continue later (`POST /v1/responses`).
-
-        A response that the server stores must not be created twice. Therefore, unless `store=False` is given, a request
-        is sent again only after a refused connection, a 429 or a 503.
-
-        Args:
-            input: A string, or a list of items: messages, and results of function calls.
-            model: The model to ask. Default: the client's model.
-            previous_response_id: The `id` of the stored response to continue.
-            stream: Whether to return a `ResponseStream` of named events at once instead of the whole response at its
-                end.
-            **params: Parameters of the API: `instructions`, `max_output_tokens`, `tools` (in the flat form of this
-                API), `store`, ..., and the options of a call that `chat_completion` describes.
-
-        Returns:
-            The response, or a stream of its events. Its `status` is "completed" or "incomplete".
-
-        Raises:
-            LLMError: The same errors as `chat_completion`, also for a response that failed.
-        """
-        from lmbridge.client.responses import request_response
-
-        given: dict[str, Any] = {"input": input}
-        if previous_response_id is not None:
-            given["previous_response_id"] = previous_response_id
-        server, body = self._prepare(given, params, model, stream=stream)
-        return await request_response(server, body, stream=stream)
-
-    def _prepare(
-        self, body: dict[str, Any], params: dict[str, Any], model: str | None, *, stream: bool = False
-    ) -> tuple[ServerApi, dict[str, Any]]:
-        """Returns the server with the options of a call, and the body of its request.
-
-        Args:
-            body: The fields that the method itself has as arguments.
-            params: The other arguments of the call: parameters of the API, and options of lmbridge.
-            model: The model of the call.
-            stream: Whether a stream is asked for.
-        """
-        options = take_options(params)
-        body.update(params)
-        asked = check_model_name(model) or self._model
-        if asked is not None:
-            body["model"] = asked
-        if stream:
-            body["stream"] = True
-        if options is None:
-            return self._server, body
-        if options.body:
-            body.update(options.body)
-            check_model_name(body.get("model"), name="extra_body['model']")
-        return self._server.for_call(options), body
-
-    @overload
-    async def parse(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        type_: type[_T],
-        *,
-        model: str | None = ...,
-        **params: Unpack[ChatParams],
-    ) -> _T: ...
-    @overload
-    async def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
-    ) -> _T: ...
-    @overload
-    async def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
-    ) -> Any: ...
-    @shows_params(ChatParams)
-    @explains_missing_await
-    async def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
-    ) -> Any:
-        """Asks for an answer of a certain type. The request contains its JSON schema, and the answer is validated.
-
-        An answer that is not valid is sent back to the model once, together with a description of the mistake. The
-        request is streamed, so that the server stops generating if the call is cancelled.
-
-        Args:
-            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
-                show the schema to the model.
-            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
-                object in JSON is sent as the field `answer` of one, and its value is returned.
-            model: The model to ask. Default: the client's model.
-            **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
-                `chat_completion` describes.
-
-        Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
-            for `Literal` and for a union.
-
-        Raises:
-            LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
-                its text, `.partial` the whole reply, and `.context["path"]` the place of the fault.
-            LLMError: The same errors as `chat_completion`, and those that iterating its stream raises.
-        """
-        from lmbridge.client import structured
-
-        params = {"model": model, **params}
-        return await structured.parse(self.chat_completion, messages, type_, params, url=self.api_base)
 
     @explains_missing_await
     async def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
@@ -807,8 +383,8 @@ class LLMClient(NotCopyable):
 
         Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
-        loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
-        generations.
+        loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take 10 s, and none
+        queues behind generations.
 
         With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
         ones, and `kind` is "unknown". `server_infos` has them one by one.
@@ -885,7 +461,11 @@ class LLMClient(NotCopyable):
 
 async def _is_ready(server: ServerApi) -> bool:
     request = server.build_get(
-        "health check", "/models", max_seconds=HEALTH_CHECK_SECONDS, max_retries=0, classify=_never_retry
+        "health check",
+        "/models",
+        max_seconds=HEALTH_CHECK_SECONDS,
+        max_retries=0,
+        interpreter=Interpreter(classify=_never_retry),
     )
     try:
         reply = await server.request(request)
@@ -895,6 +475,10 @@ async def _is_ready(server: ServerApi) -> bool:
         return False
     server.json_object(reply)
     return True
+
+
+def _check_context_overflow(value: Literal["raise", "warn"] | None) -> Literal["raise", "warn"] | None:
+    return None if value is None else check_choice("context_overflow", value, ("raise", "warn"))
 
 
 def _check_transport(transport: object) -> None:

@@ -19,10 +19,10 @@ from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import check_text, is_number
 from lmbridge._copying import NotCopyable
 from lmbridge._text import excerpt
-from lmbridge.client import failures
 from lmbridge.client.call_options import CallOptions, RequestOptions, take_options, take_request_options
+from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.model_lists import add_available_models, entries_of
-from lmbridge.client.server_api import ServerApi
+from lmbridge.client.server_api import ServerApi, is_damaged
 from lmbridge.errors import LLMError, LLMResponseError, LLMTimeoutError, ModelNotFoundError, TaskCancelledError
 from lmbridge.transport import Reply
 from lmbridge.types import DownloadStatus, LMStudioLoad, LMStudioModel, LMStudioUnload
@@ -132,7 +132,13 @@ class LMStudio(NotCopyable):
             if error.phase != "first_byte":
                 raise
             raise LLMTimeoutError(
-                error.message, error, phase="load", hint=_LOAD_HINT, context=error.context, status=error.status
+                error.message,
+                error,
+                phase="load",
+                hint=_LOAD_HINT,
+                context=error.context,
+                status=error.status,
+                body=error.body,
             ) from error
         return cast("LMStudioLoad", value)
 
@@ -328,7 +334,7 @@ async def find_lmstudio(server: ServerApi) -> FoundLMStudio:
     """Asks a server for LM Studio's list of models: one request, or two for an LM Studio before 0.4.0.
 
     Raises:
-        LLMError: The server did not answer.
+        LLMError: The server did not answer, or its answer was damaged on the way.
     """
     reply = await server.request(server.build_get("model list", _V1_MODELS, below_root=True))
     models = _listed_models(server, reply, "models", {"key": str, "loaded_instances": list})
@@ -352,13 +358,15 @@ def _listed_models(
     try:
         return entries_of(server.json_object(reply), field, shape)
     except LLMError:
+        if is_damaged(reply):
+            raise
         # The caller has the reply, and raises an error about it if this is not LM Studio.
         return None
 
 
 def _is_unknown_path(reply: Reply) -> bool:
     """Returns whether a reply is LM Studio's answer to an unknown path. No other server uses these words."""
-    error_body = failures.parse_error_body(reply.body)
+    error_body = parse_error_body(reply.body)
     return not error_body.is_text and _UNKNOWN_PATH_MESSAGE in error_body.message.lower()
 
 

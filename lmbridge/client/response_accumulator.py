@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
+from lmbridge._tasks import list_in_slices
 from lmbridge._text import join_surrogates, replace_lone_surrogates, shorten
 from lmbridge.errors import LLMStreamError
 from lmbridge.types import Response
@@ -197,6 +198,14 @@ class ResponseAccumulator:
     def reply(self) -> Response:
         """Returns the response so far as a new dict."""
         output = list(self._final_output) or [item.as_dict() for item in self._items]
+        return self._reply(output)
+
+    async def reply_in_slices(self) -> Response:
+        """Returns the same for a response that is complete, without making the event loop stand still."""
+        output = list(self._final_output) or await list_in_slices(item.as_dict() for item in self._items)
+        return self._reply(output)
+
+    def _reply(self, output: list[Any]) -> Response:
         return cast("Response", replace_lone_surrogates({"object": "response", **self._response, "output": output}))
 
 
@@ -282,7 +291,7 @@ class _ItemAccumulator:
         return {**_with_plain_texts(self._fields), **lists}
 
     def _position(self, list_name: str, index: int | None) -> int | None:
-        """Returns the position of a part in its list, or None if there is no such part."""
+        """Returns the position of a part in its list, or None if it is not there."""
         count = len(self._part_list(list_name))
         if index is None:
             return count - 1 if count else None

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import attrs
 
 from lmbridge._checks import check_text, wrong_type
-from lmbridge._text import replace_lone_surrogates
 from lmbridge.client import failures
 from lmbridge.client.completeness import is_broken_reason
+from lmbridge.client.error_body import Redact, is_error_object, parse_error_body
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.response_accumulator import ResponseAccumulator
 from lmbridge.client.server_api import ServerApi
@@ -71,7 +71,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
         self,
         events: EventStream,
         mismatch_policy: MismatchPolicy,
-        redact: failures.Redact,
+        redact: Redact,
         event_class: Callable[..., MessageEvent],
     ) -> None:
         super().__init__(events, mismatch_policy, redact, ResponseAccumulator())
@@ -81,7 +81,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
 
     def text(self) -> StreamedText:
         """Returns an iterator over the pieces of the text of the answer."""
-        return StreamedText(self, _text_in)
+        return StreamedText(self, _event_text)
 
     def _read_object(self, value: dict[str, Any], name: str, data: bytes) -> ResponseEvent:
         """Adds an event to the response and returns it.
@@ -120,7 +120,7 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
             self._pending = iter(())
 
     def _error_of_failed_event(self, error: object, text: str) -> LLMError:
-        error_body = failures.parse_error_body(json.dumps({"error": error or _FAILED_WITHOUT_REASON}), self._redact)
+        error_body = parse_error_body(json.dumps({"error": error or _FAILED_WITHOUT_REASON}), self._redact)
         return failures.error_from_event(attrs.evolve(error_body, text=self._redact(text)), self._events.call.context())
 
     def _on_done(self) -> None:
@@ -131,10 +131,10 @@ class ResponseStream(ReplyStream[ResponseEvent, Response]):
 def _is_error_event(value: Mapping[str, Any]) -> bool:
     if value.get("error") or value.get("type") == "error":
         return True
-    return not value.get("type") and failures.is_error_object(value)
+    return not value.get("type") and is_error_object(value)
 
 
-def _text_in(event: ResponseEvent) -> str:
+def _event_text(event: ResponseEvent) -> str:
     delta = event.data.get("delta") if event.event.type == "response.output_text.delta" else None
     return delta if isinstance(delta, str) else ""
 
@@ -148,6 +148,8 @@ def _message_event_class() -> type[MessageEvent]:
 async def request_response(server: ServerApi, body: dict[str, Any], *, stream: bool) -> Response | ResponseStream:
     """Sends the request of `LLMClient.create_response`, and returns its reply or stream."""
     _check_arguments(body["input"], body.get("previous_response_id"), body.get("tools"))
+    # `transformers serve` streams a response by default.
+    body.setdefault("stream", False)
     # A response that the server keeps must not be created twice by a retry.
     request = server.build_post(
         "response", "/responses", body, body.get("model"), repeatable=body.get("store") is False
@@ -156,7 +158,7 @@ async def request_response(server: ServerApi, body: dict[str, Any], *, stream: b
         event_class = _message_event_class()
         return ResponseStream(await server.stream(request), server.mismatch_policy, server.redact, event_class)
     reply = await server.request(request)
-    value = replace_lone_surrogates(await server.read_object(reply))
+    value = await server.read_object(reply)
     output = value.get("output")
     if not isinstance(output, list) or not all(isinstance(item, dict) for item in output):
         raise server.unexpected_reply(reply, "a response")

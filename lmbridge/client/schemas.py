@@ -260,14 +260,14 @@ def _merge_properties(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     schemas_by_name: dict[str, dict[str, Any]] = {}
     for part in parts:
         for name, schema in part.get("properties", {}).items():
-            schemas_by_name.setdefault(name, {}).setdefault(_text_of(schema), schema)
+            schemas_by_name.setdefault(name, {}).setdefault(_schema_text(schema), schema)
     return {
         name: next(iter(known.values())) if len(known) == 1 else {"anyOf": list(known.values())}
         for name, known in schemas_by_name.items()
     }
 
 
-def _text_of(schema: Any) -> str:
+def _schema_text(schema: Any) -> str:
     """Returns a text that is the same for equal schemas, even with defaults that JSON does not have."""
     return json.dumps(schema, default=repr, skipkeys=True)
 

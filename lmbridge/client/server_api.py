@@ -9,28 +9,40 @@ JSON.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import attrs
 
+from lmbridge._tasks import pause_after
 from lmbridge._text import excerpt, redacted_beginning
 from lmbridge.client import failures
 from lmbridge.client.call_options import CallSettings
 from lmbridge.client.completeness import aborted_error, error_in_choice
-from lmbridge.client.json_codec import decode_json, encode_body
+from lmbridge.client.error_body import is_error_object, reports_error
+from lmbridge.client.json_codec import decode_json, decode_whole_characters, encode_body
 from lmbridge.client.model_lists import add_available_models
 from lmbridge.client.names import MismatchPolicy
 from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
-from lmbridge.config import Timeouts
+from lmbridge.config import UNSET, Timeouts, Unset
 from lmbridge.errors import LLMError, LLMResponseError, LLMValidationError, ModelNotFoundError
-from lmbridge.transport import BaseTransport, EventStream, Reply, Request, Transport
+from lmbridge.observe.observer import Observers
+from lmbridge.transport import BaseTransport, EventStream, Interpreter, Reply, Request, Transport
 from lmbridge.transport.headers import merge_headers
 
 PROBE_SECONDS: Final = 10.0
 """The most seconds that a request about the server itself may take, unless `Timeouts.first_byte` is shorter."""
 PROBE_BYTES: Final = 16 * 1024 * 1024
 """The most bytes that the reply to such a request may have."""
+_GENERATION_INTERPRETER: Final = Interpreter(
+    classify=failures.classify,
+    reports_error=reports_error,
+    read_usage=usage_in_body,
+    concerns_server=failures.concerns_server,
+    report_loss=failures.report_loss,
+    find_models=find_models,
+)
+_PROBE_INTERPRETER: Final = Interpreter(classify=failures.classify)
 
 
 class ServerApi:
@@ -46,6 +58,8 @@ class ServerApi:
         headers: Headers of every request, in addition to those of the transport or in their place.
         query: Query parameters of every request.
         priority: How urgent the requests are; a higher number goes first.
+        context_overflow: What happens if a prompt does not fit into the context: "raise", "warn", or None for nothing.
+        observers: The observers of every request, or None.
         parent: The object that owns the transport, if this one was derived from it.
     """
 
@@ -60,6 +74,8 @@ class ServerApi:
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, Any] | None = None,
         priority: int = 0,
+        context_overflow: Literal["raise", "warn"] | None = None,
+        observers: Observers | None = None,
         parent: ServerApi | None = None,
     ) -> None:
         self._transport = transport
@@ -67,8 +83,10 @@ class ServerApi:
         self._headers: Mapping[str, str] = headers or {}
         self._query: Mapping[str, Any] = query or {}
         self._priority = priority
+        self._observers = observers
         self._caps_probes = True
         self.mismatch_policy: Final = mismatch_policy
+        self.context_overflow: Final = context_overflow
         self.on_response: Callable[[int, Mapping[str, str]], None] | None = None
         """Called with status and headers of each whole reply, if it is set."""
         self._make_transport = make_transport
@@ -87,6 +105,7 @@ class ServerApi:
         headers: Mapping[str, str] | None = None,
         query: Mapping[str, Any] | None = None,
         priority: int | None = None,
+        context_overflow: Literal["raise", "warn"] | Unset | None = UNSET,
     ) -> Self:
         """Returns a `ServerApi` with the same transport, which owns nothing and closes nothing.
 
@@ -99,6 +118,7 @@ class ServerApi:
             headers: Headers in addition to those of this object, or in their place.
             query: Query parameters in addition to those of this object, or in their place.
             priority: The priority, in place of that of this object.
+            context_overflow: What happens if a prompt is too long, in place of what this object says.
         """
         return type(self)(
             self._transport,
@@ -109,6 +129,8 @@ class ServerApi:
             headers=merge_headers(self._headers, headers) if headers else self._headers,
             query={**self._query, **query} if query else self._query,
             priority=self._priority if priority is None else priority,
+            context_overflow=self.context_overflow if isinstance(context_overflow, Unset) else context_overflow,
+            observers=self._observers,
             parent=self,
         )
 
@@ -137,6 +159,11 @@ class ServerApi:
         server._caps_probes = options.timeouts is None  # noqa: SLF001 - its own copy
         server.on_response = self.on_response
         return server
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The timeouts of every request."""
+        return self._timeouts
 
     @property
     def transport(self) -> BaseTransport:
@@ -203,23 +230,19 @@ class ServerApi:
             LLMValidationError: The body contains something that JSON cannot express.
         """
         return Request(
-            operation=operation,
-            method="POST",
-            path=path,
-            body=encode_body(body),
-            model=model,
-            timeouts=self._timeouts,
-            max_retries=self._max_retries,
-            classify=failures.classify,
-            concerns_server=failures.concerns_server,
-            report_loss=failures.report_loss,
-            find_models=find_models,
-            reports_error=failures.reports_error,
-            read_usage=usage_in_body,
+            operation,
+            "POST",
+            path,
+            _GENERATION_INTERPRETER,
+            self._timeouts,
+            self._max_retries,
+            encode_body(body),
+            model,
             priority=self._priority,
             complete_error=self.complete_error,
             headers=self._headers,
             query=self._query,
+            observers=self._observers,
             **fields,
         )
 
@@ -244,11 +267,12 @@ class ServerApi:
             path=path,
             timeouts=timeouts,
             max_retries=self._max_retries,
-            classify=failures.classify,
+            interpreter=_PROBE_INTERPRETER,
             queued=False,
             max_bytes=PROBE_BYTES,
             headers=self._headers,
             query=self._query,
+            observers=self._observers,
         )
         return attrs.evolve(request, **fields)
 
@@ -264,6 +288,7 @@ class ServerApi:
         reply = await self.transport.request(request)
         if self.on_response is not None:
             self.on_response(reply.status, reply.headers)
+        await pause_after(len(reply.body))
         return reply
 
     async def stream(self, request: Request) -> EventStream:
@@ -308,13 +333,15 @@ class ServerApi:
     # Replies
 
     async def read_object(self, reply: Reply) -> dict[str, Any]:
-        """Returns what `json_object` returns. An error for a missing model gets the models that there are.
+        """Returns what `json_object` returns, with "?" in place of each half of a surrogate pair.
+
+        An error for a missing model gets the models that there are.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.
         """
         try:
-            return self.json_object(reply)
+            return self.json_object(reply, decode_whole_characters)
         except LLMError as error:
             await self.complete_error(error)
             raise
@@ -333,13 +360,17 @@ class ServerApi:
         is_open = closing is not None and not closing.done() and not self.refuses_requests
         return is_open and self.transport.owns_url(str(error.context.get("url")))
 
-    def json_object(self, reply: Reply) -> dict[str, Any]:
+    def json_object(self, reply: Reply, decode: Callable[[bytes], Any] = decode_json) -> dict[str, Any]:
         """Returns the JSON object that a reply consists of.
+
+        Args:
+            reply: The reply.
+            decode: Decodes JSON, and raises a ValueError for anything else.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.
         """
-        value = _json_object_in(reply)
+        value = _json_object_in(reply, decode)
         if value is None:
             raise self._error_from(reply)
         return value
@@ -412,12 +443,43 @@ class ServerApi:
         return error
 
 
-def _json_object_in(reply: Reply) -> dict[str, Any] | None:
+def is_damaged(reply: Reply) -> bool:
+    """Returns whether a reply calls itself successful and JSON, but is not JSON.
+
+    A server that does not have a path says so: with another status, with an error, or with the page of a web interface.
+    So who asks whether a server has something must not take such a reply for a no.
+    """
+    content_type = reply.headers.get("Content-Type", "").lower()
+    if not 200 <= reply.status < 300 or not content_type.startswith("application/json"):
+        return False
+    try:
+        decode_json(reply.body)
+    except ValueError:
+        return True
+    return False
+
+
+def is_unknown_path(error: LLMError, reply: Reply) -> bool:
+    """Returns whether an error says that the server does not have the path of the request.
+
+    LM Studio answers 200 to such a request, with a message (lmstudio-bug-tracker#618).
+    """
+    if type(error) is not LLMResponseError:
+        return False
+    if reply.status == 200:
+        return _UNKNOWN_PATH_OF_LM_STUDIO in (error.body or "")[:1000].lower()
+    return reply.status in (404, 405, 501)
+
+
+_UNKNOWN_PATH_OF_LM_STUDIO: Final = "unexpected endpoint or method"
+
+
+def _json_object_in(reply: Reply, decode: Callable[[bytes], Any]) -> dict[str, Any] | None:
     """Returns the JSON object of a reply, or None if the reply reports an error or is not a JSON object."""
     if not 200 <= reply.status < 300:
         return None
     try:
-        value = decode_json(reply.body)
+        value = decode(reply.body)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and not failures.is_error_object(value) else None
+    return value if isinstance(value, dict) and not is_error_object(value) else None

@@ -6,15 +6,17 @@ path that only this kind has confirms it. Bodies decide, never statuses, because
 - LM Studio: `owned_by` is "organization_owner" (reference of its REST API); then see `lmstudio.find_lmstudio`.
 - llama.cpp: "llamacpp"; `/props` has `total_slots`, the context of a slot and `build_info`. A router lists a `status`
   for each model; its `/props` has `max_instances`, and with `?model=` it is that of the model (recorded from both;
-  "Using multiple models" in llama.cpp's tools/server/README.md).
-- Ollama: the namespace of the model, mostly "library"; `/api/version`, and `/api/ps` with the loaded models
-  (https://docs.ollama.com/api).
+  "Using multiple models" in llama.cpp's tools/server/README.md). The size of a loaded model is its `meta.size`.
+- Ollama: the namespace of the model, mostly "library"; `/api/version`, `/api/ps` with the loaded models and their
+  context lengths, and `/api/tags` with the sizes of the files (the `size` of `/api/ps` is that in memory). For the
+  client's own model, `/api/show` has the `num_ctx` of its Modelfile if it is not loaded (https://docs.ollama.com/api).
 - vLLM: "vllm", with `max_model_len` (vllm/entrypoints/openai/serving_models.py); `/version`.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import quote
@@ -25,7 +27,7 @@ from lmbridge._checks import is_integer
 from lmbridge.client.lmstudio import find_lmstudio
 from lmbridge.client.model_lists import fetch_models
 from lmbridge.client.names import is_same_model
-from lmbridge.client.server_api import ServerApi
+from lmbridge.client.server_api import PROBE_SECONDS, ServerApi, is_damaged
 from lmbridge.errors import LLMError
 from lmbridge.types import LMStudioModel
 
@@ -51,6 +53,12 @@ class ModelInfo:
     """Whether the model makes embeddings instead of text."""
     vision: bool | None = None
     """Whether the model can see images. LM Studio and llama.cpp report it."""
+    status: str | None = None
+    """What a llama.cpp router says of the model: "loaded", "unloaded", "loading", "sleeping" (it is loaded again when
+    it is asked) or "downloading". None for other servers."""
+    size_bytes: int | None = None
+    """The size of the model in bytes: that of its files for LM Studio and Ollama, that of its weights for llama.cpp. A
+    model needs about as much memory, and its context needs more."""
 
 
 @attrs.frozen(kw_only=True)
@@ -69,6 +77,11 @@ class ServerInfo:
     """The slots of the client's own model if the server lists it, else the smallest number of all its models."""
     max_loaded_models: int | None = None
     """The number of models that a llama.cpp router can keep loaded at the same time."""
+
+    @property
+    def is_router(self) -> bool:
+        """Whether the server is llama.cpp's router, which loads and unloads models."""
+        return any(each.status is not None for each in self.models)
 
     @property
     def loaded_models(self) -> tuple[str, ...] | None:
@@ -95,6 +108,8 @@ async def describe(server: ServerApi, model: str | None) -> ServerInfo:
             break
     else:
         info = ServerInfo(kind="unknown", models=_models_from(entries))
+    if info.kind == "ollama" and model is not None:
+        info = await _with_num_ctx(server, info, model)
     return _summarized(info, model)
 
 
@@ -129,11 +144,17 @@ def _summarized(info: ServerInfo, model: str | None) -> ServerInfo:
 
 
 async def _ask(server: ServerApi, path: str) -> _Entry:
-    """Returns the JSON object at a path outside of `/v1`, or an empty dict if the server does not offer it."""
+    """Returns the JSON object at a path outside of `/v1`, or an empty dict if the server does not offer it.
+
+    Raises:
+        LLMError: The server did not answer, or its answer was damaged on the way.
+    """
     reply = await server.request(server.build_get("server info", path, below_root=True))
     try:
         return server.json_object(reply)
     except LLMError as error:
+        if is_damaged(reply):
+            raise
         logger.debug("the server does not report %s: %s", path, error)
         return {}
 
@@ -153,17 +174,19 @@ def _lmstudio_instances(models: Iterable[LMStudioModel]) -> Iterator[ModelInfo]:
     for model in models:
         embeds = model.get("type") == "embedding"
         vision = _as_flag(_as_mapping(model.get("capabilities")).get("vision"))
+        size = _as_count(model.get("size_bytes"))
         if not model["loaded_instances"]:
-            yield ModelInfo(id=model["key"], loaded=False, embeds=embeds, vision=vision)
+            yield ModelInfo(id=model["key"], loaded=False, embeds=embeds, vision=vision, size_bytes=size)
         for instance in model["loaded_instances"]:
             config = _as_mapping(_as_mapping(instance).get("config"))
             yield ModelInfo(
-                id=_as_text(_as_mapping(instance).get("id")) or model["key"],
+                id=_string_or_none(_as_mapping(instance).get("id")) or model["key"],
                 loaded=True,
                 context_length=_as_count(config.get("context_length")),
                 slots=_as_count(config.get("parallel")),
                 embeds=embeds,
                 vision=vision,
+                size_bytes=size,
             )
 
 
@@ -177,7 +200,7 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
     version = props.get("build_info")
     return ServerInfo(
         kind="llama.cpp",
-        version=None if version == _UNKNOWN_BUILD else _as_text(version),
+        version=None if version == _UNKNOWN_BUILD else _string_or_none(version),
         models=tuple(models),
         max_loaded_models=_as_count(props.get("max_instances")),
     )
@@ -188,15 +211,16 @@ async def _routed_models(server: ServerApi, entries: Sequence[_Entry]) -> list[M
     models: list[ModelInfo] = []
     asked = 0
     for entry in entries:
-        if _as_mapping(entry.get("status")).get("value") not in _LOADED_STATES:
-            models.append(ModelInfo(id=entry["id"], loaded=False))
+        status = _string_or_none(_as_mapping(entry.get("status")).get("value"))
+        if status not in _LOADED_STATES:
+            models.append(ModelInfo(id=entry["id"], loaded=False, status=status or "unloaded"))
             continue
         # JSON can contain half a surrogate pair, which has no UTF-8 form.
         name = quote(entry["id"], safe="", errors="replace")
         # The model may have been unloaded in the meantime, and this request must not load it again.
         props = await _ask(server, f"/props?model={name}&autoload=false") if asked < _MOST_ASKED else {}
         asked += 1
-        models.append(_llama_cpp_model(entry, props))
+        models.append(attrs.evolve(_llama_cpp_model(entry, props), status=status))
     return models
 
 
@@ -208,27 +232,62 @@ def _llama_cpp_model(entry: _Entry, props: _Entry) -> ModelInfo:
         context_length=context or _listed_context(entry),
         slots=_as_count(props.get("total_slots")),
         vision=_as_flag(_as_mapping(props.get("modalities")).get("vision")),
+        size_bytes=_as_count(_as_mapping(entry.get("meta")).get("size")),
     )
 
 
 async def _probe_ollama(server: ServerApi, entries: Sequence[_Entry]) -> ServerInfo | None:
-    version = _as_text((await _ask(server, "/api/version")).get("version"))
+    version = _string_or_none((await _ask(server, "/api/version")).get("version"))
     if version is None:
         return None
-    running = (await _ask(server, "/api/ps")).get("models")
-    if not isinstance(running, list):
-        return ServerInfo(kind="ollama", version=version, models=_models_from(entries))
-    loaded = {_with_tag(each["name"]): each for each in running if _as_text(_as_mapping(each).get("name"))}
-    names = dict.fromkeys([*(_with_tag(entry["id"]) for entry in entries), *loaded])
+    running = _by_name(await _ask(server, "/api/ps"))
+    downloaded = _by_name(await _ask(server, "/api/tags")) or {}
+    names = dict.fromkeys([*(_with_tag(entry["id"]) for entry in entries), *(running or ())])
     models = (
-        ModelInfo(id=name, loaded=name in loaded, context_length=_as_count(loaded.get(name, {}).get("context_length")))
+        ModelInfo(
+            id=name,
+            loaded=None if running is None else name in running,
+            context_length=_as_count((running or {}).get(name, {}).get("context_length")),
+            size_bytes=_as_count(downloaded.get(name, {}).get("size")),
+        )
         for name in names
     )
     return ServerInfo(kind="ollama", version=version, models=tuple(models))
 
 
+def _by_name(listed: _Entry) -> dict[str, _Entry] | None:
+    """Returns the entries of one of Ollama's lists by the names of the models, or None if the list is missing."""
+    models = listed.get("models")
+    if not isinstance(models, list):
+        return None
+    return {_with_tag(each["name"]): each for each in models if _string_or_none(_as_mapping(each).get("name"))}
+
+
+async def _with_num_ctx(server: ServerApi, info: ServerInfo, model: str) -> ServerInfo:
+    """Adds the context length with which Ollama will load a model that is not loaded, if its Modelfile sets it."""
+    named = entries_named(info.models, model)
+    if not named or any(each.context_length is not None for each in named):
+        return info
+    request = server.build_post("server info", "/api/show", {"model": model}, model, below_root=True, queued=False)
+    request.timeouts = attrs.evolve(request.timeouts, first_byte=PROBE_SECONDS)
+    reply = await server.request(request)
+    try:
+        parameters = server.json_object(reply).get("parameters")
+    except LLMError as error:
+        if is_damaged(reply):
+            raise
+        logger.debug("the server does not show %r: %s", model, error)
+        return info
+    found = _NUM_CTX.search(parameters) if isinstance(parameters, str) else None
+    if found is None:
+        return info
+    length = int(found[1])
+    models = (attrs.evolve(each, context_length=length) if each in named else each for each in info.models)
+    return attrs.evolve(info, models=tuple(models))
+
+
 async def _probe_vllm(server: ServerApi, entries: Sequence[_Entry]) -> ServerInfo:
-    version = _as_text((await _ask(server, "/version")).get("version"))
+    version = _string_or_none((await _ask(server, "/version")).get("version"))
     return ServerInfo(kind="vllm", version=version, models=_models_from(entries, loaded=True))
 
 
@@ -242,6 +301,8 @@ _PROBES: Final[Mapping[str, Sequence[_Probe]]] = {
 """The functions to try, in this order, by the owner of the first model."""
 _OTHER_PROBES: Final[Sequence[_Probe]] = (_probe_lmstudio, _probe_ollama)
 
+_NUM_CTX: Final = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
+"""The line of Ollama's `parameters` with the context length: `num_ctx    8192`."""
 _UNKNOWN_BUILD: Final = "b0-unknown"
 """The `build_info` of a llama.cpp that was built outside of its repository."""
 _MOST_ASKED: Final = 50
@@ -267,6 +328,16 @@ def entries_named(models: Iterable[ModelInfo], model: str) -> list[ModelInfo]:
     return [each for each in models if _has_name(each.id, model)]
 
 
+def context_length_of(info: ServerInfo, model: str | None) -> int | None:
+    """Returns the context length of a model, or of the server's models if no name is given; None if it is unknown."""
+    named = [] if model is None else entries_named(info.models, model)
+    for each in named:
+        if each.context_length is not None:
+            return each.context_length
+    # The context length of a loaded model says nothing about a model that is not loaded yet.
+    return None if any(each.loaded is False for each in named) else info.context_length
+
+
 def _relevant_models(models: Sequence[ModelInfo], model: str | None) -> Iterator[ModelInfo]:
     """Yields the client's own model, or every model if the client has none or the server does not list it."""
     own = [] if model is None else entries_named(models, model)
@@ -290,7 +361,7 @@ def _as_mapping(value: object) -> _Entry:
     return value if isinstance(value, Mapping) else {}
 
 
-def _as_text(value: object) -> str | None:
+def _string_or_none(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.node import ModelState
 
 _T = TypeVar("_T")
-_URLS_HINT: Final = "for example ['http://127.0.0.1:1234/v1', 'http://127.0.0.1:8080/v1']"
+_URLS_HINT: Final = "for example ['http://127.0.0.1:1234/v1', 'http://127.0.0.1:9931/v1']"
 
 
 def connect(api_base: str | Sequence[str] | None, **options: Any) -> BaseTransport:

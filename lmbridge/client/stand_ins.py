@@ -7,8 +7,7 @@ the value. A class with such a field is represented by a stand-in as well, becau
 fields are read by a struct, and it is then created by its constructor.
 
 The alternative was pydantic's `TypeAdapter` for everything. But lmbridge does not depend on pydantic, and a program
-that does not import it must not pay for it. So pydantic is never imported here: its models are recognised by their
-methods, and its other types only if the program has imported pydantic itself.
+that does not import it must not pay for it.
 """
 
 from __future__ import annotations
@@ -17,39 +16,19 @@ import enum
 import functools
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Final, NamedTuple, NotRequired, Protocol, Required, Union
+from typing import Annotated, Any, NamedTuple, NotRequired, Protocol, Required, Union
 
 import msgspec
 
-from lmbridge._text import excerpt
-
-_PYDANTIC_PACKAGES: Final = ("pydantic", "pydantic_core", "annotated_types")
-_PYDANTIC_METHODS: Final = ("__pydantic_core_schema__", "__get_pydantic_core_schema__")
-_MSGSPEC_FAULT: Final = re.compile(r"(?P<fault>.*) - at (?P<path>`.*`)", re.DOTALL)
-_LISTED_FAULTS: Final = 3
-"""The largest number of mistakes, and of alternatives of a union, that one error text describes."""
+from lmbridge.client.pydantic_types import PydanticReader, is_read_by_pydantic
+from lmbridge.client.value_faults import LISTED_FAULTS, ValueFaultError, as_value_fault, describe_alternative
 
 
-class ValueFaultError(ValueError):
-    """A value that does not fit a type that a stand-in represents.
-
-    Attributes:
-        path: Where the mistake is within the value, such as `.items[2]`; empty if it is the value as a whole.
-        fault: What is wrong there.
-    """
-
-    def __init__(self, path: str, fault: str) -> None:
-        super().__init__(fault)
-        self.path: str = path
-        self.fault: str = fault
-
-
-class _Reader(Protocol):
+class _TypeReader(Protocol):
     """What msgspec needs to know about a type that it does not support."""
 
     @property
@@ -73,7 +52,7 @@ class StandInType(type):
         return True
 
 
-def _stand_in(reader: _Reader) -> Any:
+def _stand_in(reader: _TypeReader) -> Any:
     return StandInType("StandIn", (), {"reader": reader})
 
 
@@ -97,7 +76,7 @@ def read_stand_in(type_: Any, value: Any) -> Any:
     """Converts a value for msgspec to the type that a stand-in represents."""
     if not isinstance(type_, StandInType):
         raise NotImplementedError
-    reader: _Reader = type_.__dict__["reader"]
+    reader: _TypeReader = type_.__dict__["reader"]
     return reader.read(value)
 
 
@@ -111,7 +90,7 @@ def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for ea
         NameError: An annotation of a class refers to a name that does not exist.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if _is_read_by_pydantic(annotation):
+    if is_read_by_pydantic(annotation):
         return _pydantic_stand_in(annotation)
     if isinstance(annotation, type) and issubclass(annotation, PurePath):
         return _stand_in(_PathReader(annotation))
@@ -149,33 +128,6 @@ def _is_odd_enum(annotation: Any) -> bool:
     return isinstance(annotation, enum.EnumType) and len(annotation) > 0 and not _msgspec_supports(annotation)
 
 
-def _is_read_by_pydantic(annotation: Any) -> bool:
-    """Returns whether a type is a pydantic model, another type of pydantic, or annotated with its constraints."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json"):
-            return True
-        if _is_old_model(annotation):
-            return True
-        return "pydantic" in sys.modules and any(hasattr(annotation, name) for name in _PYDANTIC_METHODS)
-    if typing.get_origin(annotation) is not Annotated or "pydantic" not in sys.modules:
-        return False
-    metadata = (each for each in typing.get_args(annotation)[1:] if _package_of(each) in _PYDANTIC_PACKAGES)
-    # A `Field` that has no constraints describes the value, and does not validate it.
-    return any(getattr(each, "metadata", True) for each in metadata)
-
-
-def _is_old_model(annotation: type) -> bool:
-    """Returns whether a class is a model of pydantic 1, which is also in `pydantic.v1`."""
-    # A model of pydantic 2 has these as well, and warns about their use.
-    return not hasattr(annotation, "model_fields") and all(
-        hasattr(annotation, name) for name in ("__fields__", "parse_raw", "schema")
-    )
-
-
-def _package_of(value: object) -> str:
-    return type(value).__module__.partition(".")[0]
-
-
 def has_fields(annotation: Any) -> bool:
     """Returns whether a type is a dataclass, an attrs class, a TypedDict, a named tuple or a msgspec.Struct."""
     if not isinstance(annotation, type) or isinstance(annotation, types.GenericAlias):
@@ -197,7 +149,7 @@ def _needs_stand_in(class_: type) -> bool:
 
 def _is_unsupported(annotation: Any) -> bool:
     """Returns whether msgspec does not support an annotation; the fields of classes in it are not looked at."""
-    if _is_read_by_pydantic(annotation):
+    if is_read_by_pydantic(annotation):
         return True
     if (isinstance(annotation, type) and issubclass(annotation, PurePath)) or _is_odd_enum(annotation):
         return True
@@ -215,7 +167,7 @@ def classes_within(annotations: Iterable[Any]) -> list[type]:
     remaining = list(annotations)
     while remaining:
         annotation = remaining.pop()
-        if _is_read_by_pydantic(annotation):
+        if is_read_by_pydantic(annotation):
             continue
         if has_fields(annotation):
             if annotation not in found:
@@ -331,15 +283,14 @@ class _UnionReader:
             try:
                 return convert(value, self.parts[number])
             except msgspec.ValidationError as exc:
-                faults.append(_describe(exc))
-        raise ValueFaultError("", f"No alternative fits ({' or '.join(faults[:_LISTED_FAULTS])})")
+                faults.append(describe_alternative(exc))
+        raise ValueFaultError("", f"No alternative fits ({' or '.join(faults[:LISTED_FAULTS])})")
 
 
 def _field_names(member: Any) -> set[str]:
     reader = member.__dict__["reader"] if isinstance(member, StandInType) else None
-    if isinstance(reader, _PydanticReader):
-        fields = getattr(reader.annotation, "__fields__" if reader.is_old else "model_fields", {})
-        return {*fields, *(getattr(each, "alias", None) or "" for each in fields.values())}
+    if isinstance(reader, PydanticReader):
+        return reader.field_names
     class_ = reader.class_ if isinstance(reader, _ClassReader) else member
     return set(annotations_of(class_)) if has_fields(class_) else set()
 
@@ -383,7 +334,7 @@ class _ClassReader:
         try:
             read = convert(value, struct)
         except msgspec.ValidationError as exc:
-            raise _as_fault(exc) from exc
+            raise as_value_fault(exc) from exc
         fields = {name: getattr(read, name) for name in struct.__struct_fields__}
         return self.class_(**{name: each for name, each in fields.items() if each is not msgspec.UNSET})
 
@@ -431,61 +382,6 @@ def _constructor_fields(class_: Any) -> Iterator[_ConstructorField]:
             yield _ConstructorField(name, annotations.get(name, Any), name not in class_._field_defaults)
 
 
-class _PydanticReader:
-    """Reads values with pydantic: a model, a pydantic dataclass, or a type with pydantic's constraints."""
-
-    parts: Sequence[Any] = ()
-
-    def __init__(self, annotation: Any) -> None:
-        self.annotation: Any = annotation
-        self._is_model = hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json")
-        self.is_old: bool = not self._is_model and isinstance(annotation, type) and _is_old_model(annotation)
-        """Whether the type is a model of pydantic 1."""
-
-    @functools.cached_property
-    def _adapter(self) -> Any:
-        return sys.modules["pydantic"].TypeAdapter(self.annotation)
-
-    def schema(self, _parts: Sequence[Mapping[str, Any]], name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        template = f"#/$defs/{name}.{{model}}"
-        try:
-            if self.is_old:
-                make = self.annotation.schema
-            else:
-                make = self.annotation.model_json_schema if self._is_model else self._adapter.json_schema
-            schema = dict(make(ref_template=template))
-        except Exception as exc:
-            # pydantic raises errors of several classes for types that JSON does not have.
-            raise TypeError(str(exc).partition("\n")[0]) from exc
-        definitions = schema.pop("definitions" if self.is_old else "$defs", {})
-        return schema, {f"{name}.{each}": part for each, part in definitions.items()}
-
-    def read(self, value: Any) -> Any:
-        # Read as JSON, where a string is a valid date for a strict model as well.
-        text = msgspec.json.encode(value)
-        try:
-            if self.is_old:
-                return self.annotation.parse_raw(text)
-            return self.annotation.model_validate_json(text) if self._is_model else self._adapter.validate_json(text)
-        except ValueError as exc:
-            raise _pydantic_fault(exc) from exc
-
-
-def _pydantic_fault(error: Exception) -> ValueFaultError:
-    errors = getattr(error, "errors", None)
-    details: Any = errors() if callable(errors) else ()
-    if not details:
-        return ValueFaultError("", str(error))
-    faults = [(_pydantic_path(each.get("loc", ())), str(each.get("msg", ""))) for each in details]
-    path, fault = faults[0]
-    further = [f"{where or 'as a whole'}: {text}" for where, text in faults[1:_LISTED_FAULTS]]
-    return ValueFaultError(path, "; ".join([fault, *further]))
-
-
-def _pydantic_path(location: Iterable[int | str]) -> str:
-    return "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in location)
-
-
 @functools.lru_cache(maxsize=512)
 def _enum_stand_in(class_: enum.EnumType) -> Any:
     return _stand_in(_EnumReader(class_))
@@ -498,38 +394,9 @@ def _class_stand_in(type_: Any) -> Any:
 
 
 def _pydantic_stand_in(annotation: Any) -> Any:
-    return _model_stand_in(annotation) if isinstance(annotation, type) else _stand_in(_PydanticReader(annotation))
+    return _model_stand_in(annotation) if isinstance(annotation, type) else _stand_in(PydanticReader(annotation))
 
 
 @functools.lru_cache(maxsize=512)
 def _model_stand_in(model: type) -> Any:
-    return _stand_in(_PydanticReader(model))
-
-
-# Mistakes
-
-
-def describe_fault(error: Exception) -> tuple[str, str]:
-    """Returns where a value does not fit its type, such as `$.items[2].price`, and what is wrong there.
-
-    msgspec says both in the text of its error, and nowhere else. Within a part that a stand-in represents, the error
-    of its reader says it.
-    """
-    text = str(error)
-    if not isinstance(error, msgspec.ValidationError):
-        return "$", f"it is not valid JSON: {text}"
-    found = _MSGSPEC_FAULT.fullmatch(text)
-    path, fault = (found["path"].replace("`", ""), found["fault"]) if found else ("$", text)
-    if isinstance(cause := error.__cause__, ValueFaultError):
-        path, fault = f"{path}{cause.path}", cause.fault
-    return path, excerpt(fault[:1].lower() + fault[1:])
-
-
-def _as_fault(error: msgspec.ValidationError) -> ValueFaultError:
-    path, fault = describe_fault(error)
-    return ValueFaultError(path.removeprefix("$"), fault)
-
-
-def _describe(error: msgspec.ValidationError) -> str:
-    path, fault = describe_fault(error)
-    return fault if path == "$" else f"{path.removeprefix('$').removeprefix('.')}: {fault}"
+    return _stand_in(PydanticReader(model))

@@ -1,4 +1,4 @@
-"""Streamed replies: the base class of the streams of all endpoints, and `collect`.
+"""`ReplyStream`: the base class of the streams of all endpoints.
 
 A stream is an instance of a class, and not an `async def` function with a `yield` in it, for three reasons:
 
@@ -12,22 +12,22 @@ A stream is an instance of a class, and not an `async def` function with a `yiel
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, Self, TypeVar, overload
+from typing import Any, Final, Generic, Self, TypeVar, cast
 
-from lmbridge._checks import wrong_type
 from lmbridge._copying import NotCopyable
+from lmbridge._tasks import LARGE, run_at_once
 from lmbridge.client import failures
-from lmbridge.client.chat_accumulator import ChatAccumulator, accumulator_for
+from lmbridge.client.accumulator import Accumulator
+from lmbridge.client.error_body import Redact, parse_error_body
 from lmbridge.client.json_codec import decode_json
 from lmbridge.client.names import MismatchPolicy, are_different_models
 from lmbridge.client.surrogates import Halves, rest_of_halves
-from lmbridge.client.usage import usage_in_stream
+from lmbridge.client.usage import StreamUsage
 from lmbridge.errors import (
     LLMError,
     LLMStreamError,
@@ -39,9 +39,6 @@ from lmbridge.errors import (
 from lmbridge.transport import Event, EventStream, NamedEvent
 from lmbridge.transport.events import DRAIN_SECONDS
 
-if TYPE_CHECKING:
-    from lmbridge.types import ChatCompletion
-
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 _DONE: Final = b"[DONE]"
@@ -51,60 +48,14 @@ _GRACE_AFTER_TEXT: Final = 2.0
 Some servers put a finish reason into every chunk, and a slow model may need this long for the next one.
 """
 _NO_EVENTS: Final[Iterator[Event]] = iter(())
+_DAMAGED_LINE: Final = "a line of the stream is damaged, so that a part of the answer may be missing"
+_DAMAGED_LINE_HINT: Final = (
+    "the server, or a proxy in front of it, does not send the events as they should be; .partial has the rest"
+)
+_READER_CANCELLED: Final = "the stream was closed: its reader was cancelled"
 
 _Item = TypeVar("_Item")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
-
-
-class Accumulator(Protocol[_Reply_co]):
-    """The interface of the accumulators, which merge the events of a stream into the reply so far."""
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether an event has been added to the reply."""
-        ...
-
-    @property
-    def has_delta(self) -> bool:
-        """Whether any of the events held a piece of an answer."""
-        ...
-
-    @property
-    def has_content(self) -> bool:
-        """Whether any of the events held a piece of an answer that is not empty."""
-        ...
-
-    @property
-    def has_answer(self) -> bool:
-        """Whether any of the events held a piece of an answer that is more than reasoning."""
-        ...
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the reply is complete, even if the stream breaks now."""
-        ...
-
-    @property
-    def ends_with_text(self) -> bool:
-        """Whether the newest finish reason arrived together with a piece of an answer, so that more may follow."""
-        ...
-
-    @property
-    def usage(self) -> Any:
-        """The token usage that the server has sent so far, or None."""
-        ...
-
-    def add(self, chunk: Mapping[str, Any], /) -> Mapping[str, Any]:
-        """Adds the data of an event, and returns the event for the caller, with the fields that lmbridge guarantees.
-
-        Raises:
-            LLMError: The shape of the data is unknown, or it reports an error.
-        """
-        ...
-
-    def reply(self) -> _Reply_co:
-        """Returns the reply so far as a new dict."""
-        ...
 
 
 class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
@@ -131,6 +82,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         "_redact",
         "_reply_id",
         "_served_model",
+        "_unfinished_event",
     )
 
     _EXPECTED_END: str = "[DONE] or a finish reason"
@@ -140,7 +92,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         self,
         events: EventStream,
         mismatch_policy: MismatchPolicy,
-        redact: failures.Redact,
+        redact: Redact,
         accumulator: Accumulator[_Reply_co],
     ) -> None:
         self._events = events
@@ -154,7 +106,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         self._pending: Iterator[Event] = _NO_EVENTS
         # This must not be a method of the stream: the call would then keep the stream alive, and dropping the stream
         # would no longer close its connection.
-        events.call.read_usage = functools.partial(usage_in_stream, accumulator)
+        events.call.read_usage = StreamUsage(accumulator)
         # The model that the events have named last, and the id of the reply in these events.
         self._named_model: str | None = None
         self._reply_id: object = None
@@ -162,6 +114,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         self._served_model: str | None = None
         # The halves of characters that have been held back until their other halves arrive.
         self._halves: Halves = {}
+        # The rest of the work for a large event, while other tasks run before it is done.
+        self._unfinished_event: Generator[None, None, _Item | None] | None = None
         self._is_complete = False
         self._failure: LLMError | None = None
 
@@ -202,7 +156,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             while True:
                 # `_pending` is an iterator, so the loop continues after the event for which the last call returned.
                 for event in self._pending:
-                    if (item := self._read_event(event)) is not None:
+                    item = await self._read_large_event(event) if is_large(event) else self._read_event(event)
+                    if item is not None:
                         return item
                 await self._receive()
         except (LLMError, StopAsyncIteration) as ending:
@@ -288,14 +243,14 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             if not self._accumulator.is_finished:
                 self._fail(error)
                 raise
+            self._mark_complete()
             self._log_missing_end(error)
-            self._is_complete = True
             return
         except LLMError as error:
             self._fail(error)
             raise
         except asyncio.CancelledError:
-            self._break_off(TaskCancelledError("the stream was closed: its reader was cancelled"))
+            self._break_off(TaskCancelledError(_READER_CANCELLED))
             raise
         if self._failure is not None:
             # Another task has closed the stream, while these events were arriving.
@@ -326,7 +281,12 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             return self._make_last_item(rest)
         if isinstance(ending, ModelNotFoundError):
             await self._complete_error(ending)
-        raise ending
+        try:
+            raise ending
+        finally:
+            # The traceback of the exception refers to this frame. If the frame referred to the exception as well, only
+            # the garbage collector could free them, and the whole stream with them.
+            del ending
 
     def _make_last_item(self, rest: dict[str, Any]) -> _Item:
         """Returns the item for the last piece of a stream, which no event had."""
@@ -339,8 +299,48 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         if complete_error is not None:
             await complete_error(error)
 
+    async def _read_large_event(self, event: Event) -> _Item | None:
+        """Does what `_read_event` does for a large event, and lets other tasks run between the slices of the work.
+
+        If the stream is closed meanwhile, or the caller is cancelled, the event is not handed out any more. The rest of
+        it is added to the reply all the same, so that `.partial` has everything that has arrived.
+        """
+        if (decoded := self._decode_event(event)) is None:
+            return None
+        slices = self._unfinished_event = self._object_in_slices(*decoded)
+        try:
+            while True:
+                next(slices)
+                await asyncio.sleep(0)
+                if self._failure is not None:
+                    # Another task has closed the stream.
+                    raise self._failure
+        except StopIteration as end:
+            self._unfinished_event = None
+            return cast("_Item | None", end.value)
+        except asyncio.CancelledError:
+            self._break_off(TaskCancelledError(_READER_CANCELLED))
+            raise
+
+    def _object_in_slices(self, value: dict[str, Any], name: str, data: bytes) -> Generator[None, None, _Item | None]:
+        """Does what `_read_object` does, as a generator that yields when the work has taken long enough.
+
+        It yields first of all, because decoding a large event has taken some time.
+        """
+        yield
+        return self._read_object(value, name, data)
+
     def _read_event(self, event: Event) -> _Item | None:
         """Returns the item for an event, or None for `[DONE]` and for events that the iteration skips.
+
+        Raises:
+            LLMError: The event reports an error, or is not JSON.
+        """
+        decoded = self._decode_event(event)
+        return None if decoded is None else self._read_object(*decoded)
+
+    def _decode_event(self, event: Event) -> tuple[dict[str, Any], str, bytes] | None:
+        """Returns the object of an event, its name and its text; or None for `[DONE]` and for events to be skipped.
 
         Raises:
             LLMError: The event reports an error, or is not JSON.
@@ -356,10 +356,11 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             value = decode_json(data)
         except ValueError:
             text = data.decode("utf-8", "replace")
-            if self._events.ended and name != "error" and text.startswith(("{", "[")):
+            is_broken_json = name != "error" and text.startswith(("{", "["))
+            if is_broken_json and self._events.ended:
                 # The end of the body cut this event off. `_end_of_body` raises the error that says so.
                 return None
-            raise self._server_error(text) from None
+            raise self._server_error(text, is_broken_json=is_broken_json) from None
         if value == "[DONE]":
             self._on_done()
             return None
@@ -367,14 +368,10 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             return None
         if not isinstance(value, dict) or name == "error":
             raise self._server_error(data.decode("utf-8", "replace"))
-        return self._read_object(value, name, data)
+        return value, name, data
 
     def _add_from_model(self, value: dict[str, Any], model: object, reply_id: object) -> Mapping[str, Any]:
         """Adds an event to the reply, and returns the event for the caller.
-
-        As soon as there is any delta, the model in the event is compared with the one that was asked for. As soon as
-        there is an answer, it is compared with the one that earlier events named. Until then, a name means little:
-        some proxies announce with events that name the proxy that they load a model.
 
         Args:
             value: The event.
@@ -386,17 +383,40 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
             LLMError: The event reports an error, or its shape is unknown.
         """
+        if model is not None and model == self._served_model:
+            # The model has been compared already, so there is nothing to check, and nothing to keep.
+            return self._add(value)
+        self._check_model(model, reply_id)
+        added = self._add(value)
+        self._note_model(model, reply_id)
+        return added
+
+    def _check_model(self, model: object, reply_id: object) -> None:
+        """Compares the model that an event names with the one that earlier events named, before the event is added.
+
+        That is done only as soon as there is an answer. Until then, a name means little: some proxies announce with
+        events that name the proxy that they load a model.
+
+        Raises:
+            ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
+        """
         if isinstance(model, str) and model and model != self._served_model:
             self._check_same_model(model, reply_id)
-            added = self._add(value)
+
+    def _note_model(self, model: object, reply_id: object) -> None:
+        """Keeps the model that an event names, after the event was added.
+
+        As soon as there is any delta, the model is compared with the one that was asked for.
+
+        Raises:
+            ModelMismatchError: The model is not the one that was asked for, and `model_mismatch` is "raise".
+        """
+        if isinstance(model, str) and model and model != self._served_model:
             self._named_model, self._reply_id = model, reply_id
-        else:
-            added = self._add(value)
         if self._named_model != self._served_model and self._accumulator.has_delta:
             if not self._mismatch_policy.check(self._events.call.request.model, self._named_model):
                 self._events.call.mark_unloaded()
             self._served_model = self._named_model
-        return added
 
     def _check_same_model(self, model: str, reply_id: object) -> None:
         """Checks that an event does not continue the answer of another model.
@@ -424,7 +444,7 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         async with self:
             async for _ in self:
                 pass
-        return self._accumulator.reply()
+        return await self._accumulator.reply_in_slices()
 
     # Ending the stream
 
@@ -437,10 +457,16 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         """Marks the reply as complete.
 
         Raises:
-            LLMError: The reply is not complete, because the body contained an error as bare text, or no answer at all.
+            LLMError: The reply is not complete, because the body contained an error as bare text, a line that was
+                damaged on its way, or no answer at all.
         """
-        if (bare_text := self._events.bare_text) and not self._accumulator.is_finished:
-            raise self._server_error(bare_text)
+        if bare_text := self._events.bare_text:
+            if not self._accumulator.is_finished:
+                raise self._server_error(bare_text)
+            # The decoder skips a line such as `eata: {"choices": ...}`, as the standard says. What the server says in
+            # plain words after a whole answer does not matter, but JSON outside of an event is a part of the answer.
+            if '"' in bare_text:
+                raise self._fail(LLMStreamError(_DAMAGED_LINE, hint=_DAMAGED_LINE_HINT))
         if not self._accumulator.has_delta:
             raise self._fail(
                 LLMStreamError(
@@ -469,10 +495,11 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
                 )
             )
 
-    def _server_error(self, text: str) -> LLMError:
+    def _server_error(self, text: str, *, is_broken_json: bool = False) -> LLMError:
         """Ends the stream with the error that the server reported, and returns that error."""
-        error_body = failures.parse_error_body(text, self._redact)
-        return self._fail(failures.error_from_event(error_body, self._events.call.context()))
+        error_body = parse_error_body(text, self._redact)
+        context = self._events.call.context()
+        return self._fail(failures.error_from_event(error_body, context, is_broken_json=is_broken_json))
 
     def _break_off(self, error: LLMError) -> None:
         """Ends the stream with an error that no event has caused. `.partial` then has everything that has arrived."""
@@ -484,6 +511,8 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         """Adds the events that will not be read to the `.partial` of the error that the stream has ended with."""
         # What an event reports does not matter any longer, and what follows such an event is not part of the answer.
         with suppress(LLMError):
+            if self._unfinished_event is not None:
+                run_at_once(self._unfinished_event)
             for event in events:
                 self._read_event(event)
         error.completed(partial=self.partial)
@@ -508,59 +537,11 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         return error
 
 
+def is_large(event: Event) -> bool:
+    """Returns whether an event takes so long to read that other tasks have to run meanwhile."""
+    return len(event.data if isinstance(event, NamedEvent) else event) > LARGE
+
+
 def _says_nothing(value: object) -> bool:
     """Returns whether the data of an event is empty, such as the null that llama.cpp puts before several answers."""
     return value is None or value in ("", [])
-
-
-@overload
-async def collect(stream: ReplyStream[Any, _Reply_co]) -> _Reply_co: ...
-
-
-@overload
-async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> ChatCompletion: ...
-
-
-async def collect(stream: AsyncIterable[Mapping[str, Any]]) -> Any:
-    """Reads a stream to its end, and returns the dict that the plain call would have returned.
-
-    For example::
-
-        stream = await client.chat_completion(messages, stream=True)
-        reply = await collect(stream)
-        print(reply["choices"][0]["message"]["content"])
-
-    Content, reasoning and tool calls are joined; usage and finish reason are kept. Servers send the usage of a stream
-    only when asked, with `stream_options={"include_usage": True}`; otherwise it is None. If an error or a cancellation
-    interrupts the reading, the stream is closed.
-
-    Args:
-        stream: A `ChatStream`, `TextStream` or `ResponseStream`. The result is the whole reply, even if you have read a
-            part of the stream, or all of it, before. Any other asynchronous iterable of the chunks of a chat or text
-            completion is accepted as well; then the result contains only the chunks that it still yields.
-
-    Raises:
-        LLMStreamError: A chunk has an unknown shape, or the iterable yielded no chunk.
-        LLMError: The errors that iterating the stream raises.
-    """
-    if not hasattr(stream, "__aiter__"):
-        is_reply = isinstance(stream, Mapping)
-        hint = "it is a whole reply already" if is_reply else "pass what a call with stream=True returns"
-        raise wrong_type("stream", "a stream", stream, hint)
-    if isinstance(stream, ReplyStream):
-        return await stream._read_to_end()  # noqa: SLF001 - it has accumulated what was read before
-    accumulator: ChatAccumulator | None = None
-    try:
-        async for chunk in stream:
-            accumulator = accumulator or accumulator_for(chunk)
-            accumulator.add(chunk)
-    except BaseException as error:
-        # A cancellation, too, has to end the generation.
-        if isinstance(error, LLMError) and error.partial is None and accumulator is not None and accumulator.has_begun:
-            error.completed(partial=accumulator.reply())
-        if isinstance(stream, AsyncGenerator):
-            await stream.aclose()
-        raise
-    if accumulator is None:
-        raise LLMStreamError("there was no chunk to collect", hint="the stream may have been read before")
-    return accumulator.reply()

@@ -17,12 +17,12 @@ import msgspec
 
 from lmbridge._text import excerpt, replace_lone_surrogates, shorten
 from lmbridge.client.chat_stream import ChatStream
+from lmbridge.client.collecting import collect
 from lmbridge.client.embedded_json import find_only_value, is_json
 from lmbridge.client.reasoning import split_reasoning
 from lmbridge.client.schemas import simplify_answer_schema
-from lmbridge.client.stand_ins import describe_fault
-from lmbridge.client.stream import collect
 from lmbridge.client.typed_json import TypedJson
+from lmbridge.client.value_faults import describe_fault
 from lmbridge.errors import LLMValidationError
 from lmbridge.types import ChatCompletion
 

@@ -72,7 +72,7 @@ def references_in(schema: Any) -> Iterator[str]:
 
 
 def resolve_reference(root: Mapping[str, Any], ref: str) -> Any:
-    """Returns the target of a reference within a schema, such as `#/$defs/Point` or `#`, or None if there is none."""
+    """Returns the target of a reference within a schema, such as `#/$defs/Point` or `#`, or None."""
     if not ref.startswith("#"):
         return None
     target: Any = root

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-from lmbridge._text import join_surrogates, replace_lone_surrogates
+from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates
 
 Halves: TypeAlias = dict[tuple[Any, ...], str]
 """The halves that a stream has held back, by the text that they belong to. It is empty nearly always."""
 
+_BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "?"
 """The text that replaces a half whose other half never arrived."""
 _EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
@@ -25,8 +26,9 @@ _OF_EVENT: Final = "event"
 
 
 def may_hold_surrogates(data: bytes) -> bool:
-    """Returns whether the text of an event has the escape of a surrogate."""
-    return b"\\ud" in data or b"\\uD" in data
+    """Returns whether a JSON text has the escape of a surrogate."""
+    # A single byte, given as a number, is found much faster than a longer pattern, and most texts have no escapes.
+    return _BACKSLASH in data and (b"\\ud" in data or b"\\uD" in data)
 
 
 def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
@@ -36,6 +38,9 @@ def join_halves(event: Mapping[str, Any], halves: Halves) -> Mapping[str, Any]:
         event: A chunk of a completion, or an event of a response.
         halves: What was held back before. The function updates it.
     """
+    if not halves and not has_lone_surrogates(event):
+        # The escapes in the event are those of whole characters.
+        return event
     if isinstance(choices := event.get("choices"), list):
         others = replace_lone_surrogates({key: value for key, value in event.items() if key != "choices"})
         joined = [_join_in_choice(choice, halves) for choice in choices]

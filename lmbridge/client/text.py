@@ -67,7 +67,7 @@ def check_answer(reply: Mapping[str, Any], *, has_limit: bool) -> str:
     """Returns the text of the answer to a question.
 
     Raises:
-        LLMValidationError: There is no text, or it was cut off although the caller gave no limit.
+        LLMValidationError: The text is empty, or it was cut off although the caller gave no limit.
     """
     text = text_of(reply)
     if not text.strip():

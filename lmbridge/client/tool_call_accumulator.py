@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -82,9 +82,9 @@ class ToolCallAccumulator:
         call.add(piece, call_id, name, arguments)
         self._register(call)
 
-    def calls(self) -> list[dict[str, Any]]:
-        """Returns the calls so far, in the order in which they began. A call without an id gets a generated one."""
-        return [call.as_dict() for call in self._calls]
+    def calls(self) -> Iterator[dict[str, Any]]:
+        """Yields the calls so far, in the order in which they began. A call without an id gets a generated one."""
+        return (call.as_dict() for call in self._calls)
 
     def _register(self, call: _PartialCall) -> None:
         if call.index is not None:
@@ -131,6 +131,8 @@ def _id_in(piece: Mapping[str, Any]) -> str | None:
         TypeError: It is neither a string nor a number.
     """
     call_id = piece.get("id")
+    if type(call_id) is str:
+        return call_id or None
     if not isinstance(call_id, str | int | None):
         raise TypeError("the id of a tool call is not a string")
     return None if call_id is None or call_id == "" else str(call_id)
@@ -198,7 +200,8 @@ class _PartialCall:
         if self.id is None and not self._generated_id:
             self._generated_id = generated_call_id()
         call_id = join_surrogates(self.id or self._generated_id)
-        return {"id": call_id, "type": "function", "function": self.function()} | copy_fields(self._other_fields)
+        call = {"id": call_id, "type": "function", "function": self.function()}
+        return call | copy_fields(self._other_fields) if self._other_fields else call
 
     def function(self) -> dict[str, Any]:
         return {"name": join_surrogates(self.name), "arguments": join_surrogates(self.arguments.getvalue())}

@@ -25,9 +25,23 @@ def usage_in_body(body: bytes) -> TokenUsage | None:
     return usage_in_reply(reply) if isinstance(reply, Mapping) else None
 
 
-def usage_in_stream(accumulator: _HasUsage) -> TokenUsage | None:
-    """Returns the number of tokens that the chunks of a stream have reported so far."""
-    return _token_usage(accumulator.usage)
+class StreamUsage:
+    """A function that returns the number of tokens that the chunks of a stream have reported so far.
+
+    Each open stream has one. Therefore this is a class with a slot, which takes a third of the memory of a `partial`.
+
+    Args:
+        accumulator: The accumulator of the chunks.
+    """
+
+    __slots__ = ("_accumulator",)
+
+    def __init__(self, accumulator: _HasUsage) -> None:
+        self._accumulator = accumulator
+
+    def __call__(self) -> TokenUsage | None:
+        """Returns the numbers so far, or None."""
+        return _token_usage(self._accumulator.usage)
 
 
 def usage_in_reply(reply: Mapping[str, Any]) -> TokenUsage | None:
@@ -40,4 +54,13 @@ def _token_usage(usage: object) -> TokenUsage | None:
         return None
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
     completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
-    return TokenUsage(prompt, completion) if isinstance(prompt, int) and isinstance(completion, int) else None
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    return TokenUsage(prompt, completion, cached_tokens(usage))
+
+
+def cached_tokens(usage: Mapping[str, Any] | None) -> int | None:
+    """Returns how many tokens of the prompt came from the server's cache; None if the server does not say."""
+    details = (usage or {}).get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    return cached if isinstance(cached, int) and not isinstance(cached, bool) else None

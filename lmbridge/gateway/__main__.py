@@ -1,4 +1,4 @@
-"""`python -m lmbridge.gateway`: a gateway that runs until it is told to stop."""
+"""`python -m lmbridge.gateway`: a gateway that runs until a signal stops it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Final
 
+from lmbridge._checks import is_usage_error
 from lmbridge._version import __version__
 from lmbridge.config import Limits
 from lmbridge.errors import LLMError
@@ -21,20 +22,24 @@ it prints in place of the server's own.
 
 The first SIGTERM or Ctrl-C lets the requests in flight finish and refuses new ones; a second one ends the gateway at
 once."""
-_KEY_VARIABLE: Final = "LMBRIDGE_GATEWAY_KEY"
+KEY_VARIABLE: Final = "LMBRIDGE_GATEWAY_KEY"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a gateway until a signal arrives. After an error the process ends with status 1 and one line on stderr."""
+    """Runs a gateway until a signal arrives.
+
+    After an error the process ends with one line on stderr and status 1, or status 2 if the arguments make no sense.
+    """
     options = _parser().parse_args(argv)
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        asyncio.run(_serve(_gateway(options)))
+        asyncio.run(serve(_gateway(options)))
     except LLMError as error:
-        sys.exit(f"lmbridge gateway: {error}")
+        sys.stderr.write(f"lmbridge gateway: {error}\n")
+        sys.exit(2 if is_usage_error(error) else 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--api-key",
         help=f"the key that clients have to send. Other users of the machine can see arguments, so rather set"
-        f" {_KEY_VARIABLE} in the environment",
+        f" {KEY_VARIABLE} in the environment",
     )
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a further name of the gateway, such as my-pc"
@@ -78,13 +83,20 @@ def _gateway(options: argparse.Namespace) -> Gateway:
         options.upstreams or None,
         host=options.host,
         port=options.port,
-        api_key=options.api_key or os.environ.get(_KEY_VARIABLE) or None,
+        api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
         allowed_hosts=options.allow_host,
         limits=Limits(**given) if given else "auto",
     )
 
 
-async def _serve(gateway: Gateway) -> None:
+async def serve(gateway: Gateway) -> None:
+    """Runs a gateway until SIGINT or SIGTERM has arrived and the requests in flight have finished.
+
+    A second signal ends it at once. It must be called in the main thread, and replaces the handlers of both signals.
+
+    Raises:
+        LLMError: The gateway cannot listen.
+    """
     loop = asyncio.get_running_loop()
     first, second = asyncio.Event(), asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""What a gateway is doing: the requests that wait, are in flight or have finished, and how fast everything goes."""
+"""What a gateway is doing: its waiting, running and finished requests, and its rates of requests and tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MINUTE: Final = 60
 _TOKEN_SECONDS: Final = 10
 """The seconds over which the rate of tokens is averaged."""
 _NAMED_MODELS: Final = 100
-"""The number of models that are counted by name. Clients choose the names, and each would take memory forever."""
+"""The number of models that are counted by name. Clients choose the names, and each name takes memory forever."""
 _OTHER_MODELS: Final = "other"
 BUCKETS: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """The upper bounds, in seconds, of the classes in which durations are counted."""
@@ -57,16 +57,16 @@ class Entry:
     tokens: int | None = None
     """The number of tokens that the server has generated, if it has reported that."""
     status: int | str | None = None
-    """The HTTP status of the response, or the reason why there is none; None while it has not begun."""
+    """The HTTP status of the response, or why the request had none; None while it has not begun."""
     ended_at: float = 0.0
     """The time at which the request was over."""
 
 
 class RateCounter:
-    """Counts what has happened in the last seconds.
+    """Counts the events of the last seconds.
 
     Args:
-        seconds: The length of the time.
+        seconds: How many seconds count.
     """
 
     def __init__(self, seconds: int) -> None:
@@ -74,7 +74,7 @@ class RateCounter:
         self._counts: deque[list[int]] = deque()
 
     def add(self, now: float, count: int = 1) -> None:
-        """Adds a number of events."""
+        """Counts events that have just happened."""
         second = int(now)
         if self._counts and self._counts[-1][0] == second:
             self._counts[-1][1] += count
@@ -83,7 +83,7 @@ class RateCounter:
             self._drop_old(second)
 
     def total(self, now: float) -> int:
-        """Returns the number of events."""
+        """Returns how many events the last seconds had."""
         self._drop_old(int(now))
         return sum(count for _, count in self._counts)
 
@@ -108,7 +108,7 @@ class Histogram:
 
 
 class Activity:
-    """Keeps the books of a gateway."""
+    """Remembers and counts the requests of a gateway."""
 
     def __init__(self) -> None:
         self.started_at: Final = time.monotonic()
@@ -186,7 +186,7 @@ class Activity:
         return [entry for entry in self.entries.values() if entry.admitted_at is not None]
 
     def waiting(self) -> list[Entry]:
-        """Returns the requests that wait for their admission, about in the order in which they will be admitted."""
+        """Returns the requests that wait for their admission, roughly in the order of their admission."""
         waiting = [entry for entry in self.entries.values() if entry.admitted_at is None]
         return sorted(waiting, key=lambda entry: (-entry.priority, entry.place.number, entry.id))
 

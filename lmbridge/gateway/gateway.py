@@ -8,32 +8,28 @@ byte. Nothing is translated, so every endpoint, field and event of the server wo
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
-from urllib.parse import unquote
 
 from lmbridge._checks import check_integer, check_seconds, check_text, wrong_type
 from lmbridge._copying import NotCopyable
+from lmbridge._http_access import bracketed, is_host_name
 from lmbridge.client.auto import resolve_limits
-from lmbridge.client.failures import classify
-from lmbridge.client.json_codec import decode_json
 from lmbridge.config import Limits, Timeouts, as_timeouts, check_api_key, default_api_base, is_loopback
 from lmbridge.errors import LLMError, LLMValidationError
-from lmbridge.gateway.access import Access, bracketed
+from lmbridge.gateway.access import Access
 from lmbridge.gateway.activity import Activity
-from lmbridge.gateway.generations import ENDPOINTS, ForwardingOptions, Generations
-from lmbridge.gateway.http_server import Answer, HttpServer, IncomingRequest, origin_of
+from lmbridge.gateway.generations import COUNTS, ENDPOINTS, ForwardingOptions, Generations
+from lmbridge.gateway.http_server import HttpServer, IncomingRequest, RequestHandler, origin_of
 from lmbridge.gateway.metrics import load_prometheus, metrics_page
-from lmbridge.gateway.passing import end_to_end
+from lmbridge.gateway.model_catalog import MODELS_PATH, ModelCatalog
 from lmbridge.gateway.patience import FIRST_COMMENT_SECONDS
 from lmbridge.gateway.problems import RETRY_AFTER, Problem, problem_of
-from lmbridge.gateway.status import KnownModels, status_of
+from lmbridge.gateway.status import status_of
 from lmbridge.gateway.status_page import StatusPage, load_status_page
-from lmbridge.transport import Request, Transport
+from lmbridge.transport import Transport
 from lmbridge.transport.interface import BaseTransport
 from lmbridge.transport.nodes import NodePool
 
@@ -46,21 +42,11 @@ MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 """The default of the option `max_body_bytes`."""
 CLIENT_SECONDS: Final = 60.0
 """The default of the option `client_timeout`."""
-_LIST_SECONDS: Final = 10.0
-"""The most seconds that a server may take to list its models."""
-_LIST_AGE: Final = 10.0
-"""The seconds after which the status page asks for the models again."""
 _HIGHEST_PORT: Final = 65535
-_MODELS: Final = "/v1/models"
-_JSON_HEADERS: Final = {
-    "Content-Type": "application/json",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 _UNKNOWN_HINT: Final = (
     "the gateway passes on POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages,"
-    " /v1/decisions and /v1/systemone, and answers GET /v1/models, /health, /metrics, /status and /status.json;"
-    " send other requests to the server itself"
+    " /v1/decisions, /v1/systemone and counts of tokens, and answers GET /v1/models, /health, /metrics, /status and"
+    " /status.json; send other requests to the server itself"
 )
 
 
@@ -80,7 +66,7 @@ class Gateway(NotCopyable):
 
     Args:
         upstreams: The URL of the server, or several of them in a list, of which each request goes to the one that is
-            best suited for it. A `Transport` or a `NodePool` in their place is used as it is, with its own limits and
+            best suited for it. A `Transport` or a `NodePool` in their place is used unchanged, with its own limits and
             key, and stays open when the gateway closes. By default the URL comes from the environment, as that of an
             `LLMClient` does.
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
@@ -141,9 +127,6 @@ class Gateway(NotCopyable):
         self._server_url: str | None = None
         self._is_draining = False
         self._activity = Activity()
-        self._known_models = KnownModels(self._servers)
-        self._listed_at = -_LIST_AGE
-        self._listing: asyncio.Task[None] | None = None
         self._access = Access(host, api_key, _names(allowed_hosts))
         options = ForwardingOptions(
             timeouts=Timeouts() if timeout is None else as_timeouts(timeout),
@@ -152,18 +135,18 @@ class Gateway(NotCopyable):
             comment_seconds=FIRST_COMMENT_SECONDS,
             passes_credentials=api_key is None and not any(each.has_credentials for each in self._servers),
         )
-        self._passes_credentials = options.passes_credentials
+        self._catalog = ModelCatalog(self._servers, passes_credentials=options.passes_credentials)
         self._generations = Generations(self._upstream, self._activity, self._access, options)
         self._client_timeout = client_timeout
         self._http: HttpServer | None = None
         self._page = StatusPage(b"", {})
         self._prometheus: Any = None
         self._idle = asyncio.Event()
-        # The generations that were accepted and are not over, those whose body has yet to arrive included.
+        # The number of accepted generations that have not ended, including those whose body is still arriving.
         self._accepted = 0
-        self._open_pages: dict[str, Answer] = {"/health": self._answer_health, "/status": self._answer_page}
-        self._pages: dict[str, Answer] = {
-            _MODELS: self._answer_models,
+        self._open_pages: dict[str, RequestHandler] = {"/health": self._answer_health, "/status": self._answer_page}
+        self._pages: dict[str, RequestHandler] = {
+            MODELS_PATH: self._catalog.answer_list,
             "/status.json": self._answer_status,
             "/metrics": self._answer_metrics,
         }
@@ -242,9 +225,7 @@ class Gateway(NotCopyable):
         self._is_draining = True
         http, self._server_url = self._http, None
         try:
-            if self._listing is not None:
-                self._listing.cancel()
-                await asyncio.wait({self._listing})
+            await self._catalog.close()
         finally:
             try:
                 if self._is_own:
@@ -278,18 +259,18 @@ class Gateway(NotCopyable):
                 incoming, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
             )
 
-    def _route(self, incoming: IncomingRequest) -> Answer:
+    def _route(self, incoming: IncomingRequest) -> RequestHandler:
         """Returns the method that answers a request.
 
         Raises:
-            Problem: Nothing answers it, or the client may not have the answer.
+            Problem: The gateway does not have the path or the method, it is draining, or the client lacks the key.
         """
         method, path = incoming.method, incoming.path
         # The page itself says nothing about the gateway; it asks for a key where its data needs one.
         if method == "GET" and path in self._open_pages:
             return self._open_pages[path]
         self._access.check_key(incoming.headers)
-        if path in ENDPOINTS:
+        if path in ENDPOINTS or path in COUNTS:
             if method != "POST":
                 raise Problem(405, f"{path} takes only POST", code="method_not_allowed")
             if self._is_draining:
@@ -297,8 +278,8 @@ class Gateway(NotCopyable):
             return self._answer_generation
         if method == "GET" and path in self._pages:
             return self._pages[path]
-        if method == "GET" and path.startswith(f"{_MODELS}/"):
-            return self._answer_model
+        if method == "GET" and path.startswith(f"{MODELS_PATH}/"):
+            return self._catalog.answer_entry
         raise Problem(404, f"the gateway has no {method} {path[:200]}", code="unknown_url", hint=_UNKNOWN_HINT)
 
     async def _answer_generation(self, incoming: IncomingRequest) -> None:
@@ -312,135 +293,27 @@ class Gateway(NotCopyable):
 
     async def _answer_health(self, incoming: IncomingRequest) -> None:
         status = 503 if self._is_draining else 200
-        await _respond_json(incoming, {"status": "draining" if self._is_draining else "ok"}, status)
+        await incoming.respond_json({"status": "draining" if self._is_draining else "ok"}, status)
 
     async def _answer_page(self, incoming: IncomingRequest) -> None:
         await incoming.respond(200, self._page.headers.items(), self._page.body)
 
     async def _answer_status(self, incoming: IncomingRequest) -> None:
-        self._refresh_models()
-        status = status_of(self._activity, self._upstream, self._known_models, draining=self._is_draining)
-        await _respond_json(incoming, status)
+        self._catalog.refresh()
+        status = status_of(self._activity, self._upstream, self._catalog, draining=self._is_draining)
+        await incoming.respond_json(status)
 
     async def _answer_metrics(self, incoming: IncomingRequest) -> None:
         kind, page = metrics_page(self._prometheus, self._activity, self._servers)
         await incoming.respond(200, {"Content-Type": kind, "Cache-Control": "no-store"}.items(), page)
 
-    # Models
-
-    async def _answer_models(self, incoming: IncomingRequest) -> None:
-        if len(self._servers) == 1:
-            headers = self._client_credentials(incoming)
-            async with await self._servers[0].forward(_list_request(headers)) as response:
-                body = response.whole_body or b"".join([part async for part in _parts(response.read)])
-                if response.status == 200:
-                    self._known_models.listed(self._servers[0], [each["id"] for each in _entries_in(body)])
-                kept = [each for each in end_to_end(response.headers) if each[0].lower() != "content-length"]
-                await incoming.respond(response.status, kept, body)
-            return
-        await _respond_json(incoming, {"object": "list", "data": await self._list_models(incoming)})
-
-    async def _answer_model(self, incoming: IncomingRequest) -> None:
-        name = unquote(incoming.path.removeprefix(f"{_MODELS}/"))
-        entry = next((each for each in await self._list_models(incoming) if each["id"] == name), None)
-        if entry is None:
-            hint = "GET /v1/models lists the models that there are"
-            raise Problem(404, f"no server has the model {name[:200]!r}", code="model_not_found", hint=hint)
-        await _respond_json(incoming, entry)
-
-    async def _list_models(self, incoming: IncomingRequest | None) -> list[Mapping[str, Any]]:
-        """Returns the models of all servers that answer, each once.
-
-        Raises:
-            LLMError: No server answers.
-        """
-        headers = {} if incoming is None else self._client_credentials(incoming)
-        lists = await asyncio.gather(*(self._ask_for_models(each, headers) for each in self._servers))
-        if errors := [each for each in lists if isinstance(each, LLMError)]:
-            if len(errors) == len(lists):
-                raise errors[0]
-            logger.warning("a server did not list its models: %s", errors[0])
-        merged: dict[str, Mapping[str, Any]] = {}
-        for entries in lists:
-            for entry in entries if not isinstance(entries, LLMError) else []:
-                merged.setdefault(entry["id"], entry)
-        return list(merged.values())
-
-    async def _ask_for_models(
-        self, server: Transport, headers: Mapping[str, str]
-    ) -> list[Mapping[str, Any]] | LLMError:
-        try:
-            reply = await server.request(_list_request(headers))
-        except LLMError as error:
-            self._known_models.failed(server)
-            return error
-        if reply.status != 200:
-            return LLMError(f"{server.api_base} answered {reply.status} when it was asked for its models")
-        entries = _entries_in(reply.body)
-        self._known_models.listed(server, [entry["id"] for entry in entries])
-        return entries
-
-    def _client_credentials(self, incoming: IncomingRequest) -> dict[str, str]:
-        if not self._passes_credentials:
-            return {}
-        return {name: incoming.headers[name] for name in ("Authorization", "X-Api-Key") if name in incoming.headers}
-
-    def _refresh_models(self) -> None:
-        """Asks the servers for their models if that was long ago. Nobody waits for the answer."""
-        now = asyncio.get_running_loop().time()
-        if self._listing is None and now - self._listed_at >= _LIST_AGE:
-            self._listed_at = now
-            self._listing = asyncio.get_running_loop().create_task(self._list_quietly())
-
-    async def _list_quietly(self) -> None:
-        try:
-            with contextlib.suppress(LLMError):
-                await self._list_models(None)
-        finally:
-            self._listing = None
-
-
-def _list_request(headers: Mapping[str, str]) -> Request:
-    return Request(
-        operation="model list",
-        method="GET",
-        path="/models",
-        classify=classify,
-        timeouts=Timeouts(first_byte=_LIST_SECONDS),
-        max_retries=0,
-        queued=False,
-        # The list is read here as well as passed on.
-        headers={**headers, "Accept-Encoding": "identity"},
-    )
-
-
-async def _parts(read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[bytes]:
-    while part := await read():
-        yield part
-
-
-def _entries_in(body: bytes) -> list[Mapping[str, Any]]:
-    """Returns the entries of a list of models, without those that are something else."""
-    try:
-        value = decode_json(body)
-    except ValueError:
-        return []
-    entries = value.get("data") if isinstance(value, Mapping) else None
-    if not isinstance(entries, list):
-        return []
-    return [each for each in entries if isinstance(each, Mapping) and isinstance(each.get("id"), str)]
-
 
 async def _respond_problem(incoming: IncomingRequest, problem: Problem) -> None:
     if incoming.has_begun:
-        # Nothing else can be said any more, and the client must not take what it has for the whole response.
+        # It is too late for another response, and the client must not take the beginning of this one for all of it.
         incoming.abort()
     else:
         await incoming.respond(problem.status, problem.headers.items(), problem.body(incoming.path))
-
-
-async def _respond_json(incoming: IncomingRequest, value: object, status: int = 200) -> None:
-    await incoming.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
 
 def _load_page_and_prometheus() -> tuple[StatusPage, Any]:
@@ -450,7 +323,12 @@ def _load_page_and_prometheus() -> tuple[StatusPage, Any]:
 def _names(allowed_hosts: Iterable[str]) -> tuple[str, ...]:
     if isinstance(allowed_hosts, str):
         raise wrong_type("allowed_hosts", "a list of names", allowed_hosts, "for example allowed_hosts=['my-pc.lan']")
-    return tuple(check_text("allowed_hosts", name) for name in allowed_hosts)
+    names = tuple(check_text("allowed_hosts", name) for name in allowed_hosts)
+    for name in names:
+        if not is_host_name(name):
+            hint = "pass names such as 'my-pc.lan', without a scheme, a port or a wildcard"
+            raise LLMValidationError(f"allowed_hosts contains {name!r}, which is not the name of a host", hint=hint)
+    return names
 
 
 def _make_upstream(
@@ -458,10 +336,10 @@ def _make_upstream(
     limits: Limits | Literal["auto"] | None,
     api_key: str | None,
 ) -> BaseTransport:
-    """Returns what requests are passed on to.
+    """Returns the server, or the pool of servers, that requests are passed on to.
 
     Raises:
-        LLMValidationError: There is no server, or something that is not one.
+        LLMValidationError: No server was passed, or something that is not one.
     """
     if isinstance(upstreams, Transport | NodePool):
         return upstreams

@@ -13,6 +13,7 @@ import attrs
 
 from lmbridge._scheduled_run import current_run
 from lmbridge.client import failures
+from lmbridge.client.error_body import parse_error_body
 from lmbridge.client.servers import find_models
 from lmbridge.client.usage import usage_in_body
 from lmbridge.config import Priority, Timeouts, check_priority
@@ -30,7 +31,7 @@ from lmbridge.gateway.passing import (
 from lmbridge.gateway.patience import Patience
 from lmbridge.gateway.problems import Problem, problem_of
 from lmbridge.gateway.request_fields import read_fields
-from lmbridge.transport import Call, ForwardedResponse, Request
+from lmbridge.transport import Call, ForwardedResponse, Interpreter, Request
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.interface import BaseTransport
 
@@ -44,18 +45,37 @@ ENDPOINTS: Final = frozenset(
         "embeddings",
         "responses",
         "messages",
-        "messages/count_tokens",
         "decisions",
         "systemone",
     )
 )
 """The paths whose requests are admitted by model."""
-_NEVER_STREAMED: Final = frozenset({"/v1/embeddings", "/v1/messages/count_tokens"})
+COUNTS: Final = frozenset(
+    {
+        "/v1/chat/completions/input_tokens",
+        "/v1/messages/count_tokens",
+        "/v1/responses/input_tokens",
+        "/apply-template",
+        "/detokenize",
+        "/tokenize",
+    }
+)
+"""The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. They
+take a server milliseconds and no slot, so they are not admitted, but they go to the server that has the model."""
+_NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
 """The paths whose answers are whole even if a request asks for a stream. Comments would spoil them."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
 _NOT_PASSED_ON: Final = frozenset({"host", "content-length", "expect", "accept-encoding", "x-lmbridge-priority"})
 """Headers of a request that are for the gateway, or that the connection to the server determines."""
 _CREDENTIALS: Final = frozenset({"authorization", "x-api-key"})
+_INTERPRETER: Final = Interpreter(
+    classify=failures.classify,
+    reports_error=begins_with_error,
+    read_usage=usage_in_body,
+    concerns_server=failures.concerns_server,
+    report_loss=failures.report_loss,
+    find_models=find_models,
+)
 _READABLE_ENCODINGS: Final = ("gzip", "deflate")
 
 
@@ -79,9 +99,9 @@ class Generations:
     """Answers the requests that make a model work.
 
     Args:
-        upstream: What the requests are passed on to.
-        activity: The books of the gateway.
-        access: Names the clients.
+        upstream: The server, or the pool of servers, that requests are passed on to.
+        activity: Where each request is recorded.
+        access: Returns the names of clients.
         options: How requests are passed on.
     """
 
@@ -119,14 +139,17 @@ class Generations:
             arrived_at=time.monotonic(),
         )
         request = self._request(incoming, body, headers, entry)
-        # The transport drops the body when the response has begun. Many open streams may have long prompts.
+        if incoming.path in COUNTS:
+            self._admit_at_once(entry, request)
+        # The transport drops the body when the response has begun. This reference would keep the long prompts of many
+        # open streams in memory.
         del body
         with self._recorded(entry):
             await self._forward(incoming, entry, request)
 
     @contextmanager
     def _recorded(self, entry: Entry) -> Iterator[None]:
-        """Keeps a request in the books, and its place in the order, for as long as it is being answered."""
+        """Records a request, and keeps its place in the order, until it has been answered."""
         token = current_run.set(entry.place)
         self._activity.enter(entry)
         try:
@@ -166,16 +189,20 @@ class Generations:
             priority=entry.priority,
             timeouts=self._options.timeouts,
             max_retries=self._options.max_retries,
-            classify=failures.classify,
-            reports_error=begins_with_error,
-            concerns_server=failures.concerns_server,
-            report_loss=failures.report_loss,
-            find_models=find_models,
-            read_usage=usage_in_body,
+            interpreter=_INTERPRETER,
             headers=headers,
             query=incoming.query,
             on_admitted=on_admitted,
         )
+
+    def _admit_at_once(self, entry: Entry, request: Request) -> None:
+        """Lets a request pass without a permit."""
+        entry.admitted_at = entry.arrived_at
+        self._order.leave(entry.client, entry.priority, entry.place)
+        request.queued = False
+        request.below_root = not entry.endpoint.startswith("/v1/")
+        # Without a permit, llama.cpp's router must not load a model for it, and unload that of a generation.
+        request.query = {**request.query, "autoload": "false"}
 
     def _headers_for_server(self, incoming: IncomingRequest, *, streams: bool) -> dict[str, str]:
         headers: dict[str, str] = {}
@@ -188,8 +215,8 @@ class Generations:
             except UnicodeEncodeError as exc:
                 raise Problem(400, f"the header {name} is not UTF-8", code="invalid_header") from exc
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        # A stream is never compressed, because a compressor holds events back, and nothing is compressed in a way that
-        # the gateway could not read: it has to know what an error says.
+        # A stream is never compressed, because a compressor holds events back. Other answers may be compressed only in
+        # ways that the gateway can read, because it has to know what an error says.
         accepted = incoming.headers.get("Accept-Encoding", "").lower()
         readable = [] if streams else [name for name in _READABLE_ENCODINGS if name in accepted]
         return headers | {"Accept-Encoding": ", ".join(readable) or "identity"}
@@ -201,10 +228,10 @@ class Generations:
         except LLMError as error:
             if patience is not None:
                 await patience.stop()
-            await _report(incoming, entry, problem_of(error))
+            await _report_problem(incoming, entry, problem_of(error))
             return
         except BaseException:
-            # Nobody may go on sending comments, not even after a cancellation.
+            # The comments have to stop, even after a cancellation.
             if patience is not None:
                 await patience.give_up()
             raise
@@ -258,11 +285,11 @@ def server_of(call: Call) -> str:
     return call.url.removesuffix(call.request.path)
 
 
-async def _report(incoming: IncomingRequest, entry: Entry, problem: Problem) -> None:
-    """Tells the client about a problem: with a response, or in an event if the response has begun.
+async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Problem) -> None:
+    """Reports a problem to the client: with a response, or in an event if the response has begun.
 
     Raises:
-        Problem: The response has not begun, so that whoever answers all problems answers this one as well.
+        Problem: The response has not begun. The caller turns every problem into a response.
     """
     if not incoming.has_begun:
         raise problem
@@ -274,7 +301,7 @@ async def _report(incoming: IncomingRequest, entry: Entry, problem: Problem) -> 
 def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> bytes:
     """Returns the event for a response that should have been an event stream, after a stream has begun."""
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
-    error = failures.parse_error_body(plain)
+    error = parse_error_body(plain)
     message = error.message or "nothing that can be read"
     return Problem(
         response.status if response.status >= 400 else 502,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import socket
@@ -22,8 +23,8 @@ from typing import Final
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
+from lmbridge._http_access import bracketed
 from lmbridge._tasks import settle
-from lmbridge.gateway.access import bracketed
 from lmbridge.gateway.problems import Problem
 from lmbridge.gateway.request_fields import body_too_large
 from lmbridge.transport.deadline import DeadlineTimer
@@ -39,9 +40,14 @@ _connection_logger.addFilter(
 _BACKLOG: Final = 1024
 _SHUTDOWN_SECONDS: Final = 1.0
 """The most seconds that requests may take to end after the gateway has closed its upstream connections."""
+_JSON_HEADERS: Final = {
+    "Content-Type": "application/json",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
 
 Headers = Iterable[tuple[str, str]]
-Answer = Callable[["IncomingRequest"], Awaitable[None]]
+RequestHandler = Callable[["IncomingRequest"], Awaitable[None]]
 
 
 class IncomingRequest:
@@ -81,7 +87,7 @@ class IncomingRequest:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the request. Their names are case-insensitive, and `items()` has repeated ones."""
+        """The headers of the request. Names are case-insensitive, and `items()` yields repeated headers separately."""
         return self._request.headers
 
     @property
@@ -91,7 +97,7 @@ class IncomingRequest:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the response has begun."""
+        """True once the response has begun."""
         return self._response is not None
 
     async def read_body(self, max_bytes: int) -> bytes:
@@ -133,6 +139,10 @@ class IncomingRequest:
         self._response = response
         await self._send(response.prepare(self._request))
         await self.finish()
+
+    async def respond_json(self, value: object, status: int = 200) -> None:
+        """Sends a whole response that consists of JSON, and that browsers neither cache nor take for something else."""
+        await self.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
     async def begin(self, status: int, headers: Headers) -> None:
         """Sends the head of a response whose body follows in parts."""
@@ -182,7 +192,7 @@ class HttpServer:
         client_seconds: The most seconds that a client may take to go on sending or reading.
     """
 
-    def __init__(self, answer: Answer, *, client_seconds: float) -> None:
+    def __init__(self, answer: RequestHandler, *, client_seconds: float) -> None:
         self._answer = answer
         self._client_seconds = client_seconds
         self._incoming: set[IncomingRequest] = set()
@@ -229,6 +239,11 @@ class HttpServer:
         self._incoming.add(incoming)
         try:
             await self._answer(incoming)
+        except ConnectionError:
+            # The client has left. aiohttp would log this exception as an error of the gateway, with a traceback.
+            incoming.abort()
+            if not incoming.has_begun:
+                return web.Response(status=400)
         finally:
             self._incoming.discard(incoming)
         return incoming.begun_response()
@@ -237,7 +252,7 @@ class HttpServer:
 def origin_of(host: str, port: int) -> str:
     """Returns the URL at which a program on the same machine reaches a server."""
     with contextlib.suppress(OSError):
-        # An address that stands for all addresses of the machine is not one that can be connected to.
+        # 0.0.0.0 stands for all addresses of the machine, so a program cannot connect to it.
         if socket.inet_pton(socket.AF_INET, host) == bytes(4):
             host = "127.0.0.1"
     return f"http://{bracketed('::1' if host == '::' else host)}:{port}"

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from lmbridge.client import failures
+from lmbridge.client.error_body import reports_error
 from lmbridge.errors import LLMStreamError
 from lmbridge.transport import ForwardedResponse
 from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
@@ -130,7 +131,7 @@ class PassingBody:
 
     def _look_at(self, part: bytes) -> None:
         if b'"error"' in part:
-            for data in filter(failures.reports_error, _data_lines(part)):
+            for data in filter(reports_error, _data_lines(part)):
                 failures.report_loss(self._response.call, self._response.status, data)
         if b'"usage"' in part or b'"timings"' in part:
             self._last_usage = part
@@ -146,7 +147,7 @@ def begins_with_error(data: bytes) -> bool:
         return True
     for line in _data_lines(text):
         # The line may be cut off, so it need not be JSON.
-        return b'"error"' in line and failures.reports_error(line)
+        return b'"error"' in line and reports_error(line)
     return text.startswith((b'{"error"', b'{ "error"'))
 
 
@@ -156,7 +157,7 @@ def _data_lines(part: bytes) -> Iterator[bytes]:
             yield line[5:].strip()
 
 
-class _Usage(msgspec.Struct):
+class _TokenCounts(msgspec.Struct):
     completion_tokens: int | None = None
     output_tokens: int | None = None
 
@@ -166,20 +167,20 @@ class _Timings(msgspec.Struct):
 
 
 class _Inner(msgspec.Struct):
-    usage: _Usage | None = None
+    usage: _TokenCounts | None = None
 
 
-class _Reply(msgspec.Struct):
+class _UsageFields(msgspec.Struct):
     """The fields in which servers report the number of tokens: those of OpenAI, Anthropic and llama.cpp."""
 
-    usage: _Usage | None = None
+    usage: _TokenCounts | None = None
     timings: _Timings | None = None
     response: _Inner | None = None
 
 
 def _tokens_in(data: bytes) -> int | None:
     try:
-        reply = msgspec.json.decode(data, type=_Reply)
+        reply = msgspec.json.decode(data, type=_UsageFields)
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
     for usage in (reply.usage, None if reply.response is None else reply.response.usage):

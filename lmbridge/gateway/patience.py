@@ -1,8 +1,8 @@
 """Comments for clients whose streams have not begun yet, so that their read timeouts do not run out.
 
-A request may wait for minutes until its model is loaded, and clients give up when nothing arrives for a while. Once a
-stream has been waited for long enough, its response is begun with status 200, and comments follow. All parsers of
-event streams skip them. What goes wrong from then on can only be reported by an event.
+A request may wait for minutes until its model is loaded, and clients give up when nothing arrives for a while. So when
+a client has waited for a stream for some seconds, the gateway begins the response with status 200 and sends comments,
+which all parsers of event streams skip. From then on, an error can only be reported by an event.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _HEADERS: Final = (
 
 
 class Patience:
-    """Sends comments from some time on, until it is stopped.
+    """Sends comments to a waiting client, until it is stopped.
 
     Args:
-        incoming: The request whose response is waited for.
+        incoming: The request whose response has not arrived yet.
         seconds: The seconds until the first comment, and between two of them.
     """
 
@@ -43,7 +43,7 @@ class Patience:
         self._task = asyncio.get_running_loop().create_task(self._send_comments())
 
     async def stop(self) -> None:
-        """Sends no further comments. What is being written is written to its end: nothing may come in between.
+        """Stops the comments. A comment that is being written is completed first, so that it is not split.
 
         Raises:
             ConnectionError: The client has left.
@@ -55,7 +55,7 @@ class Patience:
             await self._task
 
     async def give_up(self) -> None:
-        """Ends everything at once, because there is nobody to write to any more."""
+        """Ends everything at once, because the client has left."""
         self._timer.cancel()
         if self._task is not None:
             await end_task(self._task)

@@ -1,4 +1,4 @@
-"""What the gateway answers when it cannot pass on what a server says: errors in the shape that clients expect.
+"""The errors of the gateway itself, for requests that no server has answered, in the shape that clients expect.
 
 The errors have the shape of OpenAI's API, with a `hint` beside the message, or Anthropic's below `/v1/messages`.
 Inside an event stream they are an event, in the form for which the official clients of both raise their `APIError`.

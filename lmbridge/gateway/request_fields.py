@@ -14,7 +14,7 @@ from lmbridge.transport.decompression import (
 )
 
 
-class _Outline(msgspec.Struct):
+class _RequestOutline(msgspec.Struct):
     """The fields that are read. If one is repeated, the last one counts, as it does for the servers."""
 
     model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -46,7 +46,7 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
         raise Problem(400, "the request has no body", code="invalid_json", hint="send a JSON object with a model")
     text = _decompressed(body, content_encoding, max_bytes)
     try:
-        outline = msgspec.json.decode(text, type=_Outline)
+        outline = msgspec.json.decode(text, type=_RequestOutline)
         model = None if outline.model is msgspec.UNSET else msgspec.json.decode(outline.model)
         stream = False if outline.stream is msgspec.UNSET else msgspec.json.decode(outline.stream)
     except (msgspec.DecodeError, ValueError, RecursionError) as exc:

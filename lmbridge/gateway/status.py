@@ -1,7 +1,6 @@
 """The data of the status page: `GET /status.json`.
 
-The page in status.html reads this object. All times are numbers of seconds, and all of what happened in the past is
-given by how long ago it was::
+The page in status.html reads this object. All times are in seconds, and `at` says how long ago something happened::
 
     {
       "version": str,
@@ -43,17 +42,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lmbridge._version import __version__
 from lmbridge.gateway.activity import Activity, Entry
+from lmbridge.gateway.model_catalog import ModelCatalog
 from lmbridge.transport import Transport
 from lmbridge.transport.interface import BaseTransport
 from lmbridge.transport.stats import ServerStats
 
 
-def status_of(activity: Activity, upstream: BaseTransport, known_models: KnownModels, *, draining: bool) -> Any:
+def status_of(activity: Activity, upstream: BaseTransport, catalog: ModelCatalog, *, draining: bool) -> Any:
     """Returns the object that `/status.json` consists of."""
     now = time.monotonic()
     servers, by_server = upstream.nodes, upstream.stats().by_server
@@ -61,8 +61,8 @@ def status_of(activity: Activity, upstream: BaseTransport, known_models: KnownMo
         "version": __version__,
         "uptime": now - activity.started_at,
         "draining": draining,
-        "servers": [_server(server, by_server[server.api_base], known_models) for server in servers],
-        "models": [model for server in servers for model in _models(server, activity, known_models)],
+        "servers": [_server(server, by_server[server.api_base], catalog) for server in servers],
+        "models": [model for server in servers for model in _models(server, activity, catalog)],
         "in_flight": [_in_flight(entry, now) for entry in activity.in_flight()],
         "waiting": [
             {**_described(entry, now), "place": place} for place, entry in enumerate(activity.waiting(), start=1)
@@ -76,40 +76,11 @@ def status_of(activity: Activity, upstream: BaseTransport, known_models: KnownMo
     }
 
 
-class KnownModels:
-    """The models that each server has listed most recently, and whether it answered.
-
-    Args:
-        servers: The transports of the servers.
-    """
-
-    def __init__(self, servers: Sequence[Transport]) -> None:
-        self._names: dict[Transport, tuple[str, ...]] = dict.fromkeys(servers, ())
-        self._unreachable: set[Transport] = set()
-
-    def listed(self, server: Transport, names: Sequence[str]) -> None:
-        """Records the models that a server has listed."""
-        self._names[server] = tuple(names)
-        self._unreachable.discard(server)
-
-    def failed(self, server: Transport) -> None:
-        """Records that a server could not be reached."""
-        self._unreachable.add(server)
-
-    def names(self, server: Transport) -> tuple[str, ...]:
-        """Returns the models that a server has."""
-        return self._names[server]
-
-    def is_healthy(self, server: Transport) -> bool:
-        """Returns whether a server answered when it was asked for its models."""
-        return server not in self._unreachable
-
-
-def _server(server: Transport, stats: ServerStats, known_models: KnownModels) -> dict[str, Any]:
+def _server(server: Transport, stats: ServerStats, catalog: ModelCatalog) -> dict[str, Any]:
     limits = server.limits
     return {
         "url": server.api_base,
-        "healthy": stats.is_available and known_models.is_healthy(server),
+        "healthy": stats.is_available and catalog.is_healthy(server),
         "limits": {"max_concurrency": limits.max_concurrency, "max_loaded_models": limits.max_loaded_models},
         "in_flight": stats.in_flight,
         "queued": stats.queued,
@@ -118,13 +89,13 @@ def _server(server: Transport, stats: ServerStats, known_models: KnownModels) ->
     }
 
 
-def _models(server: Transport, activity: Activity, known_models: KnownModels) -> Iterator[dict[str, Any]]:
+def _models(server: Transport, activity: Activity, catalog: ModelCatalog) -> Iterator[dict[str, Any]]:
     scheduled = {model.name: model for model in server.scheduled_models()}
-    for name in dict.fromkeys([*scheduled, *known_models.names(server)]):
+    for name in dict.fromkeys([*scheduled, *catalog.names(server)]):
         model = scheduled.get(name)
         state = None if model is None else model.state
         if state is None:
-            # Without a limit on models the schedule does not know. Then it is by what the model has done so far.
+            # Without a limit on models, the scheduler does not know the state, so it is guessed from earlier answers.
             has_answered = (name or "") in activity.answered_models
             state = "loaded" if has_answered else "loading" if model is not None and model.in_flight else "cold"
             if server.limits.max_loaded_models is not None:

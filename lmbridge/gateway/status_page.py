@@ -1,7 +1,7 @@
 """The status page: one file without any data, and the headers that it is served with.
 
-The page shows names that clients and servers have chosen. It sets them as text; and should it ever fail to, the policy
-lets a browser run the script of the page alone, which it knows by its hash.
+The page shows names that clients and servers have chosen. It inserts them as text. If it ever failed to, the content
+security policy would still stop the browser from running any script but that of the page, which it knows by its hash.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ import shlex
 import sys
 from typing import Any
 
+from lmbridge._checks import is_usage_error
 from lmbridge._tasks import run_until_signal
 from lmbridge.errors import LLMConnectionError, LLMError
 from lmbridge.local.local_server import LocalServer
 
-_API_KEY_VARIABLE = "LMBRIDGE_LOCAL_API_KEY"
+API_KEY_VARIABLE = "LMBRIDGE_LOCAL_API_KEY"
 _EXAMPLE_MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 _USAGE = """\
 {model} is served at {base}, until Ctrl-C.
@@ -50,15 +51,18 @@ With lmbridge:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the server until SIGINT or SIGTERM, and returns the exit status: 0, or 1 after an error."""
+    """Runs the server until SIGINT or SIGTERM, and returns the exit status.
+
+    It is 0, or 1 after an error, or 2 if the arguments make no sense.
+    """
     options = vars(_parser().parse_args(argv))
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lmbridge").setLevel(logging.INFO)
     try:
-        asyncio.run(run_until_signal(_serve(options, os.environ.get(_API_KEY_VARIABLE) or None)))
+        asyncio.run(run_until_signal(serve(options, os.environ.get(API_KEY_VARIABLE) or None)))
     except (LLMError, ImportError, OSError) as error:
         sys.stderr.write(f"lmbridge.local: {error}\n")
-        return 1
+        return 2 if is_usage_error(error) else 1
     return 0
 
 
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lmbridge.local",
         description="Runs a real llama.cpp server on the loopback interface, for any OpenAI client, until Ctrl-C.",
-        epilog=f"To require an API key, set {_API_KEY_VARIABLE}. There is no option for it, because other users of the"
+        epilog=f"To require an API key, set {API_KEY_VARIABLE}. There is no option for it, because other users of the"
         " machine can see the options of a running command.",
         # Options that are not given are not passed on, so that the defaults are those of LocalServer.
         argument_default=argparse.SUPPRESS,
@@ -81,7 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _serve(options: dict[str, Any], api_key: str | None) -> None:
+async def serve(options: dict[str, Any], api_key: str | None) -> None:
+    """Runs a server until it is cancelled, and prints how to use it.
+
+    Args:
+        options: Options of `LocalServer`.
+        api_key: The key that each request has to send, or None.
+
+    Raises:
+        ImportError: The extra `local` is not installed.
+        LLMError: The server did not start, or has ended unexpectedly.
+    """
     progress = _show_progress if sys.stderr.isatty() else None
     async with LocalServer(**options, api_key=api_key, progress=progress) as server:
         sys.stdout.write(_usage(server, with_key=api_key is not None))
@@ -98,14 +112,14 @@ def _show_progress(done: int, total: int) -> None:
 
 def _usage(server: LocalServer, *, with_key: bool) -> str:
     body = {"model": server.model, "messages": _EXAMPLE_MESSAGES, "temperature": 0, "max_tokens": 50}
-    key = f'os.environ["{_API_KEY_VARIABLE}"]'
+    key = f'os.environ["{API_KEY_VARIABLE}"]'
     return _USAGE.format(
         model=server.model,
         name=json.dumps(server.model),
         base=server.api_base,
         messages=json.dumps(_EXAMPLE_MESSAGES),
         body=shlex.quote(json.dumps(body)),
-        header=f' -H "Authorization: Bearer ${_API_KEY_VARIABLE}"' if with_key else "",
+        header=f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if with_key else "",
         import_os="    import os\n" if with_key else "",
         openai_key=key if with_key else '"none"',
         lmbridge_key=f", {key}" if with_key else "",

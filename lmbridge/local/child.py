@@ -2,8 +2,9 @@
 
 It is run by its path and imports nothing from lmbridge. The parent writes the options to stdin, as one line of JSON,
 because command lines are visible to every user of the machine and the options contain the API key. The child answers
-with one line: `{"address": "http://127.0.0.1:35981"}` when the model is loaded, or `{"error": "..."}` if it cannot be
-loaded. After that it exits when stdin ends, which happens when the parent closes it and also when the parent dies.
+with one line: `{"address": "http://127.0.0.1:35981"}` when the model is loaded, `{"error": "..."}` if it cannot be
+loaded, or `{"import_error": "..."}` if llama.cpp itself cannot be loaded. After that it exits when stdin ends, which
+happens when the parent closes it and also when the parent dies.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def main() -> None:
     options = json.loads(sys.stdin.buffer.readline())
     _die_with_parent(options["parent"])
     # Imported here, because the import may print.
-    bindings: Any = importlib.import_module("xllamacpp")
+    try:
+        bindings: Any = importlib.import_module("xllamacpp")
+    except ImportError as exc:
+        _send_reply(reply, {"import_error": str(exc)})
+        sys.exit(1)
 
     try:
         # This call holds the GIL until the model is loaded, so a Python thread could not watch stdin in the meantime.

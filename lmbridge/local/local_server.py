@@ -33,6 +33,7 @@ _FOLDER = Path(__file__).parent
 _HOST = "127.0.0.1"
 # The child exits as soon as it notices that its stdin has ended. It has this much time to notice.
 _EXIT_GRACE_SECONDS = 1.0
+_LIBGOMP_HINT = "install the system's OpenMP library: apt install libgomp1, dnf install libgomp, or apk add libgomp"
 # The instruction sets for which xllamacpp's wheels for x86-64 are compiled.
 _CPU_FEATURES = frozenset({"avx2", "f16c", "fma"})
 _POOLING_BY_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
@@ -239,6 +240,10 @@ class LocalServer(NotCopyable):
             reason = f"it {describe_exit(process.returncode)} before it was ready"
             raise await self._startup_error(LLMConnectionError, reason, process, log)
         reply = _parse_reply(line)
+        if isinstance(import_error := reply.get("import_error"), str):
+            await end_process(process, grace=_EXIT_GRACE_SECONDS)
+            hint = _LIBGOMP_HINT if "libgomp" in import_error else "pip install --force-reinstall xllamacpp"
+            raise LLMConnectionError(f"xllamacpp cannot be loaded: {import_error}", hint=hint, context=self._context)
         if "error" in reply:
             failure = await self._startup_error(
                 ModelLoadError, f"llama.cpp cannot load {options['model']}", process, log

@@ -29,7 +29,7 @@ from typing import IO, NamedTuple
 
 from lmbridge._tasks import settle
 from lmbridge.errors import LLMConnectionError, LLMError, ModelLoadError, ModelNotFoundError
-from lmbridge.local.process import describe_exit, read_tail, run_command
+from lmbridge.local.process import describe_exit, read_tail, run_to_end
 from lmbridge.local.threads import in_thread
 
 logger: logging.Logger = logging.getLogger("lmbridge.local")
@@ -115,8 +115,21 @@ def _find_file(model: PackagedModel, cached: Path) -> Path | None:
     # find_spec finds the package without importing it. An import would also import llm and llama_cpp.
     spec = importlib.util.find_spec(model.module)
     folders = (spec and spec.submodule_search_locations) or ()
-    candidates = [*(Path(folder) / model.file for folder in folders), cached]
+    candidates = [*(Path(folder) / model.file for folder in folders), *([cached] if _is_ours(cached) else [])]
     return next((path for path in candidates if path.is_file() and path.stat().st_size == model.size), None)
+
+
+def _is_ours(cached: Path) -> bool:
+    """Returns whether a file, or the link that it is, was made by this user or by root.
+
+    The digest of a cached model is not computed at every start, so another user who may write to the folder could put
+    another model there, or a link to one. The user's own link is fine.
+    """
+    try:
+        owner = cached.lstat().st_uid
+    except OSError:
+        return False
+    return not hasattr(os, "geteuid") or owner in (os.geteuid(), 0)
 
 
 async def _download_to_cache(model: PackagedModel, cached: Path, progress: Progress | None) -> Path:
@@ -198,7 +211,7 @@ async def _download(model: PackagedModel, cached: Path, folder: Path, meter: _Pr
     # pip and uv use this folder for their temporary files, because it is removed even if they are killed.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
     async with in_thread(_open_file(folder / "log.txt", "w+b")) as log:
-        status = await run_command(*command, log=log, env=env, poll=meter.update if meter else None)
+        status = await run_to_end(*command, log=log, env=env, poll=meter.update if meter else None)
         if status:
             log_tail = await settle(asyncio.to_thread(read_tail, log))
             raise LLMConnectionError(
@@ -269,7 +282,7 @@ def _open_file(path: Path, mode: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _lock_file(cached: Path) -> Iterator[IO[bytes]]:
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # The file is never removed, because another process may just have opened it.
     with cached.with_suffix(".lock").open("ab") as file:
         yield file

@@ -76,7 +76,7 @@ async def start_process(program: str | None, *arguments: str, **options: Any) ->
         raise LLMConnectionError(f"could not start {program}: {reason}", exc, hint=hint) from exc
 
 
-async def run_command(
+async def run_to_end(
     *command: str, log: IO[bytes], env: Mapping[str, str], poll: Callable[[], Awaitable[None]] | None = None
 ) -> int:
     """Runs a command to its end, and returns its exit status.

@@ -8,8 +8,11 @@ Importing this package does not need the extra; starting the first server does.
 """
 
 from lmbridge.mcp.config.files import McpConfig, ServerSpec, load_config
+from lmbridge.mcp.config.server_spec import ClientCredentials
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
+from lmbridge.mcp.servers.elicitation import Elicitation, ElicitationAnswer
 from lmbridge.mcp.servers.events import (
+    ElicitationCompleted,
     McpEvent,
     ServerLog,
     ServerStarting,
@@ -25,7 +28,11 @@ from lmbridge.mcp.servers.managed_server import ServerState, ServerStatus
 from lmbridge.mcp.servers.results import McpText
 
 __all__ = [
+    "ClientCredentials",
     "DynamicAutonomousAgent",
+    "Elicitation",
+    "ElicitationAnswer",
+    "ElicitationCompleted",
     "McpConfig",
     "McpEvent",
     "McpHub",

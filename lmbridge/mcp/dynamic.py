@@ -10,31 +10,30 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack, overload
 
 from lmbridge._awaiting import explains_missing_await
 from lmbridge._checks import wrong_type
 from lmbridge._copying import NotCopyable
-from lmbridge.agent.agent import Agent
+from lmbridge.agent.agent import Agent, AnyJournal
 from lmbridge.agent.chat_client import ChatClient, ChatClientPool
 from lmbridge.agent.result import ENDINGS, RunResult
-from lmbridge.agent.run_tools import RunInfo, RunTools
+from lmbridge.agent.run_tools import OpenTools
 from lmbridge.agent.runs import RunHandle, RunStream
 from lmbridge.agent.sampling import SamplingOptions
 from lmbridge.agent.settings import MaxTokens, Task
 from lmbridge.client import LLMClient
 from lmbridge.errors import (
     LLMValidationError,
-    MCPConnectionError,
     MCPError,
-    MultiMCPError,
     RunIncompleteError,
     TaskCancelledError,
 )
+from lmbridge.mcp.config.server_spec import HeadersFunction
 from lmbridge.mcp.options import (
     AgentOptions,
     CompleteRunOptions,
@@ -47,22 +46,18 @@ from lmbridge.mcp.options import (
     check_server_name,
     check_server_names,
 )
+from lmbridge.mcp.server_selection import ServerSelection
+from lmbridge.mcp.servers.elicitation import OnElicitation
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.hub import McpHub
+
+if TYPE_CHECKING:
+    from lmbridge.agent.journal import Journal
 
 _CONFIG_HINT: Final = (
     "pass the path of the configuration file: DynamicAutonomousAgent(config_path='mcp.json');"
     " write a dict to a file first"
 )
-_OnServerError: TypeAlias = Literal["raise", "continue", "single"]
-"""What a run does if a server cannot be started.
-
-"single" is for a run with one server: its error is raised as a `MCPConnectionError`, without a `MultiMCPError` around
-it.
-"""
-
-_MAX_DEFINITIONS_SHARE: Final = 0.5
-"""The largest part of the model's context that tool definitions may take, if the length of the context is known."""
 _CLOSED_MESSAGE: Final = "the run was cancelled because its agent was closed"
 
 
@@ -89,6 +84,10 @@ class DynamicAutonomousAgent(NotCopyable):
             `McpHub`.
         on_mcp_event: A function that is called with each event of a server: changes of its state and of its tools, log
             messages, and the progress of calls. Default: None.
+        mcp_headers: For the names of servers on HTTP, functions that return further headers, as `headers` of `McpHub`.
+            Default: none.
+        on_elicitation: A function, async or plain, that asks the user the question of a server (an `Elicitation`) and
+            returns the answer, as for `McpHub`. Default: None, which declines every question.
         **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the
             servers.
 
@@ -106,6 +105,8 @@ class DynamicAutonomousAgent(NotCopyable):
         trust_project: bool = False,
         connect_timeout: float | None = None,
         on_mcp_event: Callable[[McpEvent], None] | None = None,
+        mcp_headers: Mapping[str, HeadersFunction] | None = None,
+        on_elicitation: OnElicitation | None = None,
         **agent_options: Unpack[AgentOptions],
     ) -> None:
         self._default_client: LLMClient | None = None
@@ -116,8 +117,15 @@ class DynamicAutonomousAgent(NotCopyable):
         if client is None:
             client = self._default_client = LLMClient(limits="auto")
         self._agent = Agent(client, **agent_options)
+        self._agent_options = agent_options
         self._make_hub = partial(
-            McpHub, config_path, trust_project=trust_project, connect_timeout=connect_timeout, on_event=on_mcp_event
+            McpHub,
+            config_path,
+            trust_project=trust_project,
+            connect_timeout=connect_timeout,
+            on_event=on_mcp_event,
+            headers=mcp_headers,
+            on_elicitation=on_elicitation,
         )
         self._hub = self._make_hub()
         self._runs: weakref.WeakSet[RunHandle] = weakref.WeakSet()
@@ -176,6 +184,7 @@ class DynamicAutonomousAgent(NotCopyable):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -192,6 +201,7 @@ class DynamicAutonomousAgent(NotCopyable):
             model: The model of this run. Default: the agent's model.
             output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
                 text is JSON. Default: the agent's `output_type`.
+            journal: A file that keeps each step of the run, so that `resume` can let it go on, as for `Agent.run`.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
@@ -213,9 +223,14 @@ class DynamicAutonomousAgent(NotCopyable):
         """
         check_server_name(mcp_name)
         options = CompleteRunOptions(
-            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
+            model=model,
+            output_type=output_type,
+            journal=journal,
+            sampling=sampling,
         )
-        return await self._run((mcp_name,), "single", task, options, stream=stream, full=full)
+        return await self._run(ServerSelection((mcp_name,), "single"), task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_with_multiple_mcps(
@@ -268,6 +283,7 @@ class DynamicAutonomousAgent(NotCopyable):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -286,9 +302,14 @@ class DynamicAutonomousAgent(NotCopyable):
         """
         names, on_error = check_server_names(mcp_names), check_on_mcp_error(on_mcp_error)
         options = CompleteRunOptions(
-            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
+            model=model,
+            output_type=output_type,
+            journal=journal,
+            sampling=sampling,
         )
-        return await self._run(names, on_error, task, options, stream=stream, full=full)
+        return await self._run(ServerSelection(names, on_error), task, options, stream=stream, full=full)
 
     @overload
     async def autonomous_discover_and_execute(
@@ -321,6 +342,7 @@ class DynamicAutonomousAgent(NotCopyable):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -336,9 +358,54 @@ class DynamicAutonomousAgent(NotCopyable):
         """
         on_error = check_on_mcp_error(on_mcp_error)
         options = CompleteRunOptions(
-            max_rounds=max_rounds, max_tokens=max_tokens, model=model, output_type=output_type, sampling=sampling
+            max_rounds=max_rounds,
+            max_tokens=max_tokens,
+            model=model,
+            output_type=output_type,
+            journal=journal,
+            sampling=sampling,
         )
-        return await self._run(None, on_error, task, options, stream=stream, full=full)
+        return await self._run(ServerSelection(None, on_error), task, options, stream=stream, full=full)
+
+    @overload
+    async def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: LiteralFalse = ...
+    ) -> str: ...
+    @overload
+    async def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: LiteralTrue
+    ) -> RunResult: ...
+    @overload
+    async def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: bool
+    ) -> str | RunResult: ...
+    @explains_missing_await
+    async def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = None, full: bool = False
+    ) -> str | RunResult:
+        """Lets a run go on whose program was interrupted, with the MCP servers that it was begun with.
+
+        `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
+        and the functions `approve` and `output_type` are those of this agent.
+
+        Args:
+            path: The journal of the run, or its path.
+            run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
+            full: Whether to return the whole `RunResult` instead of the text. Default: False.
+
+        Raises:
+            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
+                or it cannot go on as it began.
+            LLMError: As for `autonomous_with_mcp`.
+        """
+        hub = self._hub
+        # The two kinds of agents share how a run goes on.
+        handle = await self._agent._start_again(path, run_id, partial(self._open_again, hub))  # noqa: SLF001
+        if hub is not self._hub:
+            await handle.aclose(_CLOSED_MESSAGE)
+        self._runs.add(handle)
+        result: RunResult = await handle.result()
+        return result if full else _answer_text(result)
 
     async def close(self) -> None:
         """Cancels the runs in flight, stops all MCP servers, and closes the client if the agent created it.
@@ -371,15 +438,14 @@ class DynamicAutonomousAgent(NotCopyable):
 
     async def _run(
         self,
-        names: Sequence[str] | None,
-        on_error: _OnServerError,
+        servers: ServerSelection,
         task: Task,
         options: CompleteRunOptions,
         *,
         stream: bool,
         full: bool,
     ) -> str | RunResult | RunStream:
-        """Starts a run with the tools of some servers (all enabled ones if `names` is None) and returns its outcome."""
+        """Starts a run with the tools of some servers, and returns its outcome."""
         if stream and full:
             raise LLMValidationError(
                 "stream and full cannot both be set",
@@ -387,16 +453,20 @@ class DynamicAutonomousAgent(NotCopyable):
             )
         hub = self._hub
         try:
-            await _check_servers_exist(hub, names)
+            await servers.check_exist(hub)
         except MCPError:
             if hub is self._hub:
                 raise
         # `close` was called in the meantime. It cancels all runs, and this one had already begun.
         if hub is not self._hub:
             raise TaskCancelledError(_CLOSED_MESSAGE)
+        journal = options["journal"]
+        if journal is not None:
+            journal = servers.kept_in(journal)
         handle = self._agent.start(
             task,
-            open_tools=partial(self._open_tools, hub, names, on_error),
+            journal=journal,
+            open_tools=self._open_tools(hub, servers),
             model=options["model"],
             max_rounds=options["max_rounds"],
             max_tokens=None if options["max_tokens"] == "auto" else options["max_tokens"],
@@ -409,48 +479,16 @@ class DynamicAutonomousAgent(NotCopyable):
         result = await handle.result()
         return result if full else _answer_text(result)
 
-    @asynccontextmanager
-    async def _open_tools(
-        self, hub: McpHub, names: Sequence[str] | None, on_error: _OnServerError, run: RunInfo
-    ) -> AsyncIterator[RunTools]:
-        """Starts the servers of a run and yields its tools; the servers are released when the run ends."""
-        max_definition_tokens = None if run.context_length is None else int(run.context_length * _MAX_DEFINITIONS_SHARE)
-        hub_on_error: OnMcpError = "raise" if on_error == "single" else on_error
-        try:
-            tools = await hub.tools(names, on_error=hub_on_error, max_definition_tokens=max_definition_tokens)
-        except MultiMCPError as failed:
-            if on_error != "single":
-                raise
-            single = _single_server_error(failed)
-            raise single from single.__cause__
-        try:
-            yield RunTools(tools=[tools], note=_missing_servers_note(tools.errors), errors=tools.errors)
-        finally:
-            tools.release()
+    def _open_again(self, hub: McpHub, extra: Mapping[str, Any]) -> OpenTools:
+        """Returns what opens the tools of a run that goes on, given what its journal has kept."""
+        return self._open_tools(hub, ServerSelection.from_journal(extra))
 
-
-async def _check_servers_exist(hub: McpHub, names: Sequence[str] | None) -> None:
-    """Checks the names before the run is created, because a new run may cancel others (`switch_policy="cancel"`).
-
-    Raises:
-        MCPError: A name does not belong to an enabled server, or no server is enabled.
-    """
-    config = await hub.reload()
-    if unknown := [name for name in names or () if name not in config.names]:
-        raise config.unknown_server(unknown[0])
-    if names is None and not await hub.names():
-        raise config.no_server_enabled()
-
-
-def _single_server_error(failed: MultiMCPError) -> MCPConnectionError:
-    """Returns the error of a run's only server, as an `MCPConnectionError`."""
-    ((name, error),) = failed.errors.items()
-    if isinstance(error, MCPConnectionError):
-        return error
-    hint = error.hint if isinstance(error, MCPError) else None
-    return MCPConnectionError(
-        f"MCP server {name!r} could not be started: {error.args[0]}", error, server=name, hint=hint
-    )
+    def _open_tools(self, hub: McpHub, servers: ServerSelection) -> OpenTools:
+        """Returns what starts the servers of a run and opens their tools."""
+        # With another `tool_search`, the agent offers as many tools as fit, and lets the model find the others.
+        is_limited = self._agent_options.get("tool_search") == "never"
+        limit = self._agent_options.get("max_definition_tokens", "auto") if is_limited else None
+        return partial(servers.open, hub, limit)
 
 
 async def _wait_for_start(stream: RunStream) -> RunStream:
@@ -484,13 +522,3 @@ def _answer_text(result: RunResult) -> str:
         hint=f"{hint}; the run so far is in .result",
         context={"operation": "agent run", "model": result.model},
     )
-
-
-def _missing_servers_note(errors: Mapping[str, MCPError]) -> str:
-    """Returns the sentence for the system message that names the missing servers.
-
-    It leaves out the reasons, because those may quote the server's output, which must not reach the system message.
-    """
-    if not errors:
-        return ""
-    return f"The tools of these MCP servers are missing, because the servers could not be started: {', '.join(errors)}."

@@ -6,11 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias, TypedDict, get_args
 
 from lmbridge._checks import check_choice, invalid_argument
+from lmbridge.agent.agent import AnyJournal
+from lmbridge.agent.decision_gate import Gate
+from lmbridge.agent.definition_budget import MaxDefinitionTokens
 from lmbridge.agent.run_tools import AnyTool
 from lmbridge.agent.sampling import SamplingOptions
-from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, ReadTextCalls, SendReasoning
+from lmbridge.agent.settings import (
+    Approve,
+    CompactionMode,
+    MaxTokens,
+    OnLimit,
+    ReadTextCalls,
+    SendReasoning,
+    ToolSearch,
+)
 from lmbridge.agent.switching import SwitchPolicy
+from lmbridge.client.context_overflow import ContextOverflow
+from lmbridge.client.questions import TrueFalse
 from lmbridge.config import Priority
+from lmbridge.observe.observer import Observer
 
 OnMcpError: TypeAlias = Literal["raise", "continue"]
 """What happens to a run if some of its MCP servers cannot be started."""
@@ -35,6 +49,8 @@ class AgentOptions(TypedDict, total=False):
     tool_timeout: float | None
     max_parallel_tools: int
     max_tool_output: int
+    compaction: CompactionMode
+    context_overflow: ContextOverflow
     max_bad_calls: int
     on_limit: OnLimit
     max_nudges: int
@@ -42,9 +58,15 @@ class AgentOptions(TypedDict, total=False):
     deduplicate_calls: bool
     read_text_calls: ReadTextCalls
     repair_calls: bool
+    constrain_retries: bool
+    tool_search: ToolSearch
+    max_definition_tokens: MaxDefinitionTokens
+    embedding_model: str | None
     send_reasoning: SendReasoning
     approve: Approve | None
+    gate: Gate | TrueFalse | str | None
     priority: Priority | None
+    observers: Sequence[Observer]
     output_type: Any
     temperature: float | None
     top_p: float | None
@@ -62,6 +84,7 @@ class RunOptions(SamplingOptions, total=False):
     max_tokens: MaxTokens
     model: str | None
     output_type: Any
+    journal: AnyJournal | None
 
 
 class CompleteRunOptions(TypedDict):
@@ -71,6 +94,7 @@ class CompleteRunOptions(TypedDict):
     max_tokens: MaxTokens
     model: str | None
     output_type: Any
+    journal: AnyJournal | None
     sampling: SamplingOptions
 
 

@@ -15,31 +15,41 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from lmbridge.sync._client import ChatStream, LLMClient, LLMClientPool, LMStudio, ResponseStream, TextStream
+from lmbridge.sync._client import ChatStream, LLMClient, LLMClientPool, LMStudio, Models, ResponseStream, TextStream
 
 if TYPE_CHECKING:
     from lmbridge.sync._agent import Agent, RunHandle, RunStream
+    from lmbridge.sync._discovery import discover
+    from lmbridge.sync._journal import Journal
     from lmbridge.sync._mcp import DynamicAutonomousAgent
+    from lmbridge.sync._tool_choice import pick_tools
 
 __all__ = [
     "Agent",
     "ChatStream",
     "DynamicAutonomousAgent",
+    "Journal",
     "LLMClient",
     "LLMClientPool",
     "LMStudio",
+    "Models",
     "ResponseStream",
     "RunHandle",
     "RunStream",
     "TextStream",
+    "discover",
+    "pick_tools",
 ]
 
-# The classes of agents are imported on first use. Those for MCP servers also need an extra.
+# What a program may never use is imported on first use. The agents for MCP servers also need an extra.
 _LAZY: Final = {
     "Agent": "_agent",
+    "Journal": "_journal",
     "RunHandle": "_agent",
     "RunStream": "_agent",
     "DynamicAutonomousAgent": "_mcp",
+    "discover": "_discovery",
+    "pick_tools": "_tool_choice",
 }
 
 

@@ -10,18 +10,34 @@ from lmbridge.agent.result import OutputT
 from lmbridge.sync._wrap import Stream, Wrapper, unwrap
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping, Sequence
     from typing import Unpack
 
-    from lmbridge.agent.agent import _OutputT
+    from lmbridge.agent.agent import AgentRunOptions, AnyJournal, _OutputT
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
+    from lmbridge.agent.decision_gate import Gate
+    from lmbridge.agent.definition_budget import MaxDefinitionTokens
     from lmbridge.agent.result import RunResult, StopReason
     from lmbridge.agent.run_tools import AnyTool, OpenTools
     from lmbridge.agent.sampling import SamplingOptions
-    from lmbridge.agent.settings import Approve, MaxTokens, OnLimit, ReadTextCalls, SendReasoning, Task
+    from lmbridge.agent.settings import (
+        Approve,
+        CompactionMode,
+        MaxTokens,
+        OnLimit,
+        ReadTextCalls,
+        SendReasoning,
+        Task,
+        ToolSearch,
+    )
     from lmbridge.agent.switching import SwitchPolicy
+    from lmbridge.client.context_overflow import ContextOverflow
+    from lmbridge.client.questions import TrueFalse
     from lmbridge.config import Priority
+    from lmbridge.observe.observer import Observer
     from lmbridge.sync._client import LLMClient, LLMClientPool
+    from lmbridge.sync._journal import Journal
 
 
 class RunStream(Stream[RunEvent], Generic[OutputT]):
@@ -167,13 +183,21 @@ class Agent(Wrapper):
         max_parallel_tools: How many calls of one reply run at the same time. Default: 4.
         max_tool_output: How many characters of a call's result the model gets. The middle of a longer result is left
             out. Default: 20,000.
+        compaction: How room is made when the conversation does not fit into the model's context any more. "summarize"
+            shortens old results of tools; if that is not enough, it asks the model for notes on its oldest calls, which
+            replace them. "shorten" leaves them out without notes, and "drop" leaves them out without shortening any
+            result before. `RunResult.messages` keeps everything. Default: "summarize".
+        context_overflow: What happens if a prompt is longer than the model's context although all that can be left out
+            was left out, or if the server has cut a prompt without a word, as Ollama does. "warn" adds a warning to
+            `RunResult.warnings`, and "raise" raises `ContextLengthExceededError`. Default: "warn".
         max_bad_calls: A run ends after this many consecutive replies without a single valid call. Default: 5.
-        on_limit: What happens when `max_rounds` or `max_total_tokens` is used up. "answer" asks the model for its best
-            answer in one more round without tools, and returns the result, whose `stop_reason` is the limit. With
-            "raise", `max_rounds` raises a `MaxRoundsExceededError`, and `max_total_tokens` returns the run so far.
-            Default: "raise".
-        max_nudges: How many times in one round the model is told what is wrong with a reply that is neither an answer
-            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. 0
+        on_limit: What happens when `max_rounds`, `max_total_tokens` or `repetition_limit` is used up. "answer" asks the
+            model for its best answer in one more round without tools, and returns the result, whose `stop_reason` is
+            the limit. With "raise", `max_rounds` raises a `MaxRoundsExceededError`, and the others return the run so
+            far. Default: "raise".
+        max_nudges: How many times in one round the model reads what is wrong with a reply that is neither an answer
+            nor a call, and is asked again: at most once for each reason, and three times as often in the whole run. If
+            it has results by then, and still writes calls that cannot be made, the last question offers no tools. 0
             means never. Default: 2.
         repetition_limit: A run ends when this many replies had the same call with the same result. From the third such
             reply on, the model gets a warning with the result. None allows any number and gives no warning, for tasks
@@ -182,11 +206,24 @@ class Agent(Wrapper):
             False if a call may be meant to be made several times, like the throw of a die. Default: True.
         read_text_calls: Which calls are made that the model wrote as text, because the server did not recognize them:
             "always" reads them wherever they are meant as calls, "whole" only if the reply consists of nothing else,
-            and "never" reads none. The tool has to be one that was offered. Default: "always".
+            and "never" reads none. The tool has to be one of the run. Default: "always".
         repair_calls: Whether a call with small mistakes is made if there is only one way to read it, and its arguments
             are valid then: almost-JSON such as single quotes or a missing bracket, and names such as `getWeather` for
             `get_weather`. The call has `repaired` set, which `approve` sees. Arguments that were cut off are never
             completed. Default: True.
+        constrain_retries: Whether the reply after an invalid call is constrained to the JSON schema of its tool, by a
+            `response_format`, so that the model corrects the call and does nothing else. This is done once after each
+            such call. A server that refuses it is not asked for it again. Default: True.
+        tool_search: What happens to tools whose definitions do not fit into `max_definition_tokens`. With "auto", the
+            model gets a tool `find_tools` with which it finds them, and those that it finds or calls by their names are
+            offered for the rest of the run. With "never", all tools are offered, except those of MCP servers that do
+            not fit, which are left out. Default: "auto".
+        max_definition_tokens: About how many tokens the definitions of tools may take in each request. "auto" means
+            half of the model's context if its length is known, or else no limit, and None means no limit. Default:
+            "auto".
+        embedding_model: A model of the same server that ranks tools for `find_tools` by their meaning. Do not name one
+            if the server can hold only one model, because it would have to swap them for each search. Default: None,
+            which means that tools are found by the words in their names and descriptions.
         send_reasoning: Whether the model's reasoning is sent back to it as part of its messages. "auto" sends it once a
             server has refused a request because it was missing, and remembers that for the model. Some servers refuse
             requests that have it. Default: "auto".
@@ -194,6 +231,9 @@ class Agent(Wrapper):
             returns False, the call is not made, and the model gets a refusal; a text is a refusal that gives the
             model this reason. A `ToolCall` is made in place of the requested one. A plain function must return
             quickly. An exception that it raises ends the run. Default: every call is made.
+        gate: A question about each call, before `approve` is asked: a `Gate`, a `TrueFalse`, or the text of one. A
+            model answers it (see `LLMClient.decide`), and the call is made only if the answer is true with at least
+            the `threshold` of the gate. Default: none.
         open_tools: A function that returns an async context manager with the `RunTools` of one run, for tools that
             need a connection or a process. It is called with a `RunInfo` when the run has been admitted, and the
             context manager is exited when the run ends, however it ends. Default: none.
@@ -212,6 +252,8 @@ class Agent(Wrapper):
         priority: How urgent the requests of the agent's runs are: "interactive", "normal", "batch" or an integer, as in
             `LLMClient`. A run that a tool starts has the priority of the run that called the tool. Default: that of the
             client.
+        observers: Objects that are notified of what happens in each run, such as `lmbridge.observe.TimelineObserver`.
+            Pass them to the client as well to see its requests. Default: none.
 
     Raises:
         LLMValidationError: An argument is invalid.
@@ -234,15 +276,22 @@ class Agent(Wrapper):
         tool_timeout: float | None = 60,
         max_parallel_tools: int = 4,
         max_tool_output: int = 20000,
+        compaction: CompactionMode = "summarize",
         max_bad_calls: int = 5,
+        context_overflow: ContextOverflow = "warn",
         on_limit: OnLimit = "raise",
         max_nudges: int = 2,
         repetition_limit: int | None = 5,
         deduplicate_calls: bool = True,
         read_text_calls: ReadTextCalls = "always",
         repair_calls: bool = True,
+        constrain_retries: bool = True,
+        tool_search: ToolSearch = "auto",
+        max_definition_tokens: MaxDefinitionTokens = "auto",
+        embedding_model: str | None = None,
         send_reasoning: SendReasoning = "auto",
         approve: Approve | None = None,
+        gate: Gate | TrueFalse | str | None = None,
         open_tools: OpenTools | None = None,
         output_type: Any = None,
         temperature: float | None = None,
@@ -253,6 +302,7 @@ class Agent(Wrapper):
         parallel_tool_calls: bool | None = None,
         extra_body: Mapping[str, Any] | None = None,
         priority: Priority | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._set_wrapped(
             _agent.Agent(
@@ -268,15 +318,22 @@ class Agent(Wrapper):
                 tool_timeout=tool_timeout,
                 max_parallel_tools=max_parallel_tools,
                 max_tool_output=max_tool_output,
+                compaction=compaction,
                 max_bad_calls=max_bad_calls,
+                context_overflow=context_overflow,
                 on_limit=on_limit,
                 max_nudges=max_nudges,
                 repetition_limit=repetition_limit,
                 deduplicate_calls=deduplicate_calls,
                 read_text_calls=read_text_calls,
                 repair_calls=repair_calls,
+                constrain_retries=constrain_retries,
+                tool_search=tool_search,
+                max_definition_tokens=max_definition_tokens,
+                embedding_model=embedding_model,
                 send_reasoning=send_reasoning,
                 approve=approve,
+                gate=gate,
                 open_tools=open_tools,
                 output_type=output_type,
                 temperature=temperature,
@@ -287,6 +344,7 @@ class Agent(Wrapper):
                 parallel_tool_calls=parallel_tool_calls,
                 extra_body=extra_body,
                 priority=priority,
+                observers=observers,
             )
         )
 
@@ -301,14 +359,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunResult[_OutputT]: ...
 
     @overload
@@ -316,14 +369,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunResult[Any]: ...
 
     def run(
@@ -336,6 +384,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: Journal | AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunResult[Any]:
@@ -352,6 +401,8 @@ class Agent(Wrapper):
             max_rounds: The limit of this run, in place of the agent's.
             max_tokens: The limit of this run, in place of the agent's.
             open_tools: Opens tools for this run, in place of the agent's `open_tools`.
+            journal: A file that keeps each step of the run, so that `Agent.resume` can let it go on after its program
+                was interrupted: its path, a `Journal`, or a `JournalEntry` with an id for the run. Default: none.
             output_type: The type of this run's `result.output`, in place of the agent's `output_type`.
             **sampling: `temperature`, `top_p`, `seed`, `stop`, `tool_choice`, `parallel_tool_calls` and `extra_body` of
                 this run, in place of the agent's.
@@ -367,7 +418,8 @@ class Agent(Wrapper):
             MaxRoundsExceededError: The run used up its rounds.
             ModelChangedDuringExecutionError: The `switch_policy` refused or cancelled the run, or the server swapped
                 models.
-            ContextLengthExceededError: The conversation does not fit into the context, and cannot be trimmed further.
+            ContextLengthExceededError: The conversation does not fit into the context, and cannot be made to fit.
+            JournalError: A step could not be written to the journal, or the journal cannot be used.
             LLMError: A request failed. Every error of a run that has begun holds the run so far in `.partial`.
         """
         result: RunResult[Any] = self._await(
@@ -379,6 +431,7 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                journal=unwrap(journal),
                 output_type=output_type,
                 **sampling,
             )
@@ -390,14 +443,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunStream[_OutputT]: ...
 
     @overload
@@ -405,14 +453,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunStream[Any]: ...
 
     def stream(
@@ -425,6 +468,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: Journal | AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunStream[Any]:
@@ -449,6 +493,7 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                journal=unwrap(journal),
                 output_type=output_type,
                 **sampling,
             )
@@ -460,14 +505,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: type[_OutputT],
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunHandle[_OutputT]: ...
 
     @overload
@@ -475,14 +515,9 @@ class Agent(Wrapper):
         self,
         task: Task,
         *,
-        model: str | None = ...,
-        tools: Sequence[AnyTool] | None = ...,
-        messages: Sequence[Mapping[str, Any]] | None = ...,
-        max_rounds: int | None = ...,
-        max_tokens: MaxTokens | None = ...,
-        open_tools: OpenTools | None = ...,
+        journal: Journal | AnyJournal | None = ...,
         output_type: Any = ...,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[AgentRunOptions],
     ) -> RunHandle[Any]: ...
 
     def start(
@@ -495,6 +530,7 @@ class Agent(Wrapper):
         max_rounds: int | None = None,
         max_tokens: MaxTokens | None = None,
         open_tools: OpenTools | None = None,
+        journal: Journal | AnyJournal | None = None,
         output_type: Any = None,
         **sampling: Unpack[SamplingOptions],
     ) -> RunHandle[Any]:
@@ -516,8 +552,61 @@ class Agent(Wrapper):
                 max_rounds=max_rounds,
                 max_tokens=max_tokens,
                 open_tools=open_tools,
+                journal=unwrap(journal),
                 output_type=output_type,
                 **sampling,
+            )
+        )
+        return result
+
+    @classmethod
+    def resume(
+        cls,
+        path: Journal | str | os.PathLike[str],
+        *,
+        client: LLMClient | ChatClient | (LLMClientPool | ChatClientPool),
+        tools: Sequence[AnyTool] = (),
+        run_id: str | None = None,
+        open_tools: OpenTools | None = None,
+        approve: Approve | None = None,
+        output_type: Any = None,
+    ) -> RunResult[Any]:
+        """Lets a run go on whose program was interrupted, and returns its result.
+
+        The run has the same options, model and id as before, and its conversation, usage and limits go on where they
+        were. A call of a tool that had ended is not made again. If a call had started, and it is not known whether it
+        ended, the model reads that it may have happened, unless the tool is `idempotent`: then it is made again. If
+        the run is finished already, its result is returned. So this can be called again until it returns::
+
+            result = Agent.resume("runs.db", client=client, tools=[read_report])
+
+        Args:
+            path: The journal of the run, or its path.
+            client: The client, as for `Agent`.
+            tools: The tools of the run, which have to include those that it began with.
+            run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
+            open_tools: Opens the tools of the run, as for `Agent`.
+            approve: Decides about calls, as for `Agent`. It is required if the run began with such a function.
+            output_type: The type of the output. It is required if the run began with one.
+
+        Returns:
+            The result, as `run` returns it. The calls in its `log` that were made before the interruption have no
+            `raw`. The result of a run that was finished already has no `log`.
+
+        Raises:
+            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
+                or it cannot go on as it began.
+            LLMError: The run failed, as for `run`.
+        """
+        result: RunResult[Any] = cls._await(
+            lambda: _agent.Agent.resume(
+                unwrap(path),
+                client=unwrap(client),
+                tools=tools,
+                run_id=run_id,
+                open_tools=open_tools,
+                approve=approve,
+                output_type=output_type,
             )
         )
         return result

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from typing import Literal, Unpack
 
     from lmbridge.client.call_options import CallOptions, RequestOptions
+    from lmbridge.client.chat_methods import _T
+    from lmbridge.client.decisions import Decisions
     from lmbridge.client.inputs import Texts
-    from lmbridge.client.llm import _T, ClientOptions
+    from lmbridge.client.llm import ClientOptions
+    from lmbridge.client.model_managers import Capability, DownloadProgress, LoadProgress
     from lmbridge.client.names import MismatchMode
     from lmbridge.client.params import ChatParams, EmbeddingsParams, ResponseParams, TextParams
     from lmbridge.client.pool import PoolStats
+    from lmbridge.client.progress import ModelLoading
+    from lmbridge.client.questions import Question
     from lmbridge.client.raw import RawResponse
     from lmbridge.client.responses import ResponseInput
-    from lmbridge.client.server_info import ServerInfo
-    from lmbridge.client.text import StreamedText
+    from lmbridge.client.server_info import ModelInfo, ServerInfo
+    from lmbridge.client.token_count import TokenCount
     from lmbridge.config import Limits, Priority, Timeouts, Unset
     from lmbridge.errors import LLMError
+    from lmbridge.observe.observer import Observer
     from lmbridge.transport import BaseTransport
     from lmbridge.transport.stats import ClientStats
     from lmbridge.types import (
@@ -68,7 +74,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
 
     wraps = "lmbridge.client.chat_stream:ChatStream"
 
-    def text(self) -> StreamedText:
+    def text(self) -> Iterator[str]:
         """Returns an iterator over the pieces of the answer's text, without the reasoning before it.
 
         For example::
@@ -80,7 +86,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
         Of several answers, only the first one counts. The pieces of a stream that was read in part begin where that
         reading ended.
         """
-        result: StreamedText = self._call(self.wrapped.text)
+        result: Iterator[str] = self._call(self.wrapped.text)
         return result
 
     @property
@@ -123,9 +129,9 @@ class TextStream(Stream[TextCompletionChunk]):
 
     wraps = "lmbridge.client.completions:TextStream"
 
-    def text(self) -> StreamedText:
+    def text(self) -> Iterator[str]:
         """Returns an iterator over the pieces of the text; of several answers, only the first one counts."""
-        result: StreamedText = self._call(self.wrapped.text)
+        result: Iterator[str] = self._call(self.wrapped.text)
         return result
 
     @property
@@ -174,9 +180,9 @@ class ResponseStream(Stream[ResponseEvent]):
 
     wraps = "lmbridge.client.responses:ResponseStream"
 
-    def text(self) -> StreamedText:
+    def text(self) -> Iterator[str]:
         """Returns an iterator over the pieces of the text of the answer."""
-        result: StreamedText = self._call(self.wrapped.text)
+        result: Iterator[str] = self._call(self.wrapped.text)
         return result
 
     @property
@@ -321,6 +327,116 @@ class LMStudio(Wrapper):
         return result
 
 
+class Models(Wrapper):
+    """The models of a server, as `client.models`.
+
+    LM Studio, llama.cpp's router and Ollama load and unload models; the first two download them as well. `capabilities`
+    says what a server can do, and the other methods raise an `LLMResponseError` that says what it cannot. The requests
+    do not queue behind generations. Besides their own errors, all methods raise those of `LLMClient.chat_completion`.
+    """
+
+    wraps = "lmbridge.client.model_management:Models"
+
+    def list(self, **options: Unpack[RequestOptions]) -> tuple[ModelInfo, ...]:
+        """Returns the models of the server, as `LLMClient.server_info` does.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
+        """
+        result: tuple[ModelInfo, ...] = self._await(lambda: self.wrapped.list(**options))
+        return result
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Returns what this server can do: "list", "load", "unload", "download" and "load progress"."""
+        result: frozenset[Capability] = self._await(self.wrapped.capabilities)
+        return result
+
+    def load(self, model: str, *, progress: LoadProgress | None = None, **options: Any) -> ModelInfo:
+        """Loads a model, and returns when it is loaded, which may take minutes; the limit is `Timeouts.load`.
+
+        A model that is loaded already is not loaded again, unless LM Studio gets options for another instance of it.
+        The request is not repeated once the server may have begun.
+
+        For example::
+
+            client.models.load("qwen3-4b", progress=lambda fraction: print(fraction))
+
+        Args:
+            model: The name of the model, as `list` returns it.
+            progress: Called in the event loop with the fraction that has been loaded, from 0 to 1. llama.cpp's router
+                reports it; for the other servers it is called once, with None.
+            **options: Options of the server, sent unchanged: for LM Studio `context_length`, `flash_attention`, ...;
+                for Ollama `keep_alive` (how long the model stays loaded, such as "10m" or -1) and `options`; and
+                `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
+
+        Returns:
+            The loaded model. Its `id` is the name to ask for, which on LM Studio may be that of a new instance.
+
+        Raises:
+            LLMValidationError: An argument is not valid; nothing was sent.
+            ModelNotFoundError: The server does not have the model.
+            ModelLoadError: The model could not be loaded.
+            LLMTimeoutError: Phase "load". The server may go on loading the model.
+            LLMResponseError: The server cannot load models.
+        """
+        result: ModelInfo = self._await(lambda: self.wrapped.load(model, progress=progress, **options))
+        return result
+
+    def unload(self, model: str, **options: Unpack[CallOptions]) -> None:
+        """Unloads a model, even if it is generating. On LM Studio, all instances of the model are unloaded.
+
+        For a model that is not loaded, nothing happens.
+
+        Args:
+            model: The name of the model, as `list` returns it, or of an instance of LM Studio.
+            **options: `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call.
+
+        Raises:
+            LLMValidationError: An argument is not valid; nothing was sent.
+            ModelNotFoundError: The server does not have the model.
+            LLMResponseError: The server cannot unload models.
+        """
+        self._await(lambda: self.wrapped.unload(model, **options))
+
+    def loading(self, model: str | None = None) -> Iterator[ModelLoading]:
+        """Yields the progress of the models that llama.cpp's router loads, also for other programs (`/models/sse`).
+
+        It goes on until it is left::
+
+            for loading in client.models.loading():
+                print(loading.model, loading.fraction)
+
+        Args:
+            model: The model to watch. Default: all models.
+
+        Raises:
+            LLMResponseError: The server has no such events.
+        """
+        result: Iterator[ModelLoading] = self._await(lambda: self.wrapped.loading(model))
+        return result
+
+    def download(self, model: str, **options: Any) -> Iterator[DownloadProgress]:
+        """Downloads a model, and yields the progress about once a second.
+
+        The server downloads on its own: leaving the iteration, or cancelling it, does not stop the download. Calling
+        `download` again yields the progress of the download that is running.
+
+        Args:
+            model: The name of the model: for LM Studio one of its catalogue or a link to Hugging Face, for llama.cpp's
+                router `user/model:quantization`.
+            **options: Options of the server, sent unchanged; and `timeout`, `max_retries`, `extra_headers`,
+                `extra_query` and `extra_body` of these requests.
+
+        Raises:
+            LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
+                all other errors.
+            LLMResponseError: The download failed, or the server cannot download models.
+            TaskCancelledError: The client was closed meanwhile.
+        """
+        result: Iterator[DownloadProgress] = self._call(lambda: self.wrapped.download(model, **options))
+        return result
+
+
 class RawResponses(Wrapper):
     """The methods of a client, as `client.with_raw_response`: each returns a `RawResponse`.
 
@@ -455,6 +571,10 @@ class LLMClient(Owner):
             even if another model continues an answer in the middle of a stream.
         ssl: The context for https, for example with a certificate authority of your own. Default: the usual
             verification.
+        context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
+            `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
+            prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
+            length once a minute, and for an exact count of a prompt that may be too long. Default: None, no check.
         trust_env: Whether the proxies and the netrc file of the environment are used. A server on the loopback
             interface is never reached through a proxy. Default: False.
         max_reply_bytes: The most bytes that a whole reply or the body of an error may have, after decompression; a
@@ -464,6 +584,8 @@ class LLMClient(Owner):
             clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
             and remains open when the client is closed.
             Default: the client makes a transport for itself.
+        observers: Objects that are notified of what happens to each request, such as
+            `lmbridge.observe.TimelineObserver`. Default: none.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -482,6 +604,7 @@ class LLMClient(Owner):
         max_retries: int = 2,
         limits: Limits | Literal["auto"] | None = None,
         model_mismatch: MismatchMode = "warn",
+        context_overflow: Literal["raise", "warn"] | None = None,
         headers: Mapping[str, str] | None = None,
         auth: tuple[str, str] | None = None,
         proxy: str | None = None,
@@ -490,6 +613,7 @@ class LLMClient(Owner):
         trust_env: bool = False,
         max_reply_bytes: int | None = None,
         transport: BaseTransport | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._set_wrapped(
             _llm.LLMClient(
@@ -501,6 +625,7 @@ class LLMClient(Owner):
                 max_retries=max_retries,
                 limits=limits,
                 model_mismatch=model_mismatch,
+                context_overflow=context_overflow,
                 headers=headers,
                 auth=auth,
                 proxy=proxy,
@@ -509,6 +634,7 @@ class LLMClient(Owner):
                 trust_env=trust_env,
                 max_reply_bytes=max_reply_bytes,
                 transport=transport,
+                observers=observers,
             )
         )
 
@@ -568,6 +694,15 @@ class LLMClient(Owner):
         return result
 
     @property
+    def models(self) -> Models:
+        """The models of the server. On LM Studio, llama.cpp's router and Ollama, they can be loaded and unloaded.
+
+        With several servers, this raises `LLMValidationError`: take `client.at_server(url).models`.
+        """
+        result: Models = self._call(lambda: self.wrapped.models)
+        return result
+
+    @property
     def with_raw_response(self) -> RawResponses:
         """The methods of this client, with the status and headers of each HTTP response beside its reply."""
         result: RawResponses = self._call(lambda: self.wrapped.with_raw_response)
@@ -580,6 +715,7 @@ class LLMClient(Owner):
         timeout: Timeouts | float | Unset | None = UNSET,
         max_retries: int | Unset = UNSET,
         model_mismatch: MismatchMode | Unset = UNSET,
+        context_overflow: Literal["raise", "warn"] | Unset | None = UNSET,
         extra_headers: Mapping[str, str] | Unset | None = UNSET,
         priority: Priority | Unset = UNSET,
     ) -> LLMClient:
@@ -597,6 +733,8 @@ class LLMClient(Owner):
             timeout: The timeouts, a number of seconds for each wait, or None for no limits. Default: this client's.
             max_retries: How often a request is sent again. Default: this client's.
             model_mismatch: What happens if another model answers: "warn", "raise" or "ignore". Default: this client's.
+            context_overflow: What happens to a prompt that is too long: "raise", "warn", or None for no check.
+                Default: this client's.
             extra_headers: Headers of every request, in addition to this client's or in their place.
             priority: How urgent the requests are: "interactive", "normal", "batch", or an integer. Default: this
                 client's.
@@ -610,10 +748,93 @@ class LLMClient(Owner):
                 timeout=timeout,
                 max_retries=max_retries,
                 model_mismatch=model_mismatch,
+                context_overflow=context_overflow,
                 extra_headers=extra_headers,
                 priority=priority,
             )
         )
+        return result
+
+    def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
+        """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
+
+        With several servers, each is asked at the same time, and the models of those that answer are merged.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
+                attempt may take 10 s.
+
+        Raises:
+            LLMError: The same errors as `chat_completion`.
+        """
+        result: list[str] = self._await(lambda: self.wrapped.list_models(**options))
+        return result
+
+    def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
+        """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
+
+        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
+        LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
+        loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take 10 s, and none
+        queues behind generations.
+
+        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
+        ones, and `kind` is "unknown". `server_infos` has them one by one.
+
+        Args:
+            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
+
+        Returns:
+            The server and its models. What the server does not report is None.
+
+        Raises:
+            LLMAuthenticationError: The server refused the key.
+            LLMError: The same errors as `chat_completion`.
+        """
+        result: ServerInfo = self._await(lambda: self.wrapped.server_info(**options))
+        return result
+
+    def server_infos(self, **options: Unpack[RequestOptions]) -> dict[str, ServerInfo | LLMError]:
+        """Asks each server what `server_info` asks, all at the same time.
+
+        Args:
+            **options: The options of `server_info`.
+
+        Returns:
+            What each server reports, by its URL with `/v1`; or the error, for a server that does not answer.
+
+        Raises:
+            LLMError: The client was given back to its pool.
+        """
+        result: dict[str, ServerInfo | LLMError] = self._await(lambda: self.wrapped.server_infos(**options))
+        return result
+
+    def stats(self) -> ClientStats:
+        """Returns the numbers of requests in flight and queued, of swaps and of retries, in total and by model.
+
+        The numbers are those of the client's transport, so they include other clients that share it. Setting `api_base`
+        resets them.
+        """
+        result: ClientStats = self._call(self.wrapped.stats)
+        return result
+
+    def health_check(self, **options: Unpack[RequestOptions]) -> bool:
+        """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
+
+        With several servers, each is asked, and one that is ready is enough.
+
+        Args:
+            **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.
+
+        Returns:
+            True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
+
+        Raises:
+            LLMAuthenticationError: The server is running, but refuses the key.
+            LLMResponseError: Something that is not a model server answers at this address.
+            LLMError: The client was given back to its pool.
+        """
+        result: bool = self._await(lambda: self.wrapped.health_check(**options))
         return result
 
     @overload
@@ -737,6 +958,140 @@ class LLMClient(Owner):
             LLMError: The same errors as `chat_completion`.
         """
         result: str = self._await(lambda: self.wrapped.ask(question, model=model, **params))
+        return result
+
+    @overload
+    def parse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        type_: type[_T],
+        *,
+        model: str | None = ...,
+        **params: Unpack[ChatParams],
+    ) -> _T: ...
+
+    @overload
+    def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
+    ) -> _T: ...
+
+    @overload
+    def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
+    ) -> Any: ...
+
+    def parse(
+        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
+    ) -> Any:
+        """Asks for an answer of a certain type. The request contains its JSON schema, and the answer is validated.
+
+        An answer that is not valid is sent back to the model once, together with a description of the mistake. The
+        request is streamed, so that the server stops generating if the call is cancelled.
+
+        Args:
+            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
+                show the schema to the model.
+            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
+                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
+                object in JSON is sent as the field `answer` of one, and its value is returned.
+            model: The model to ask. Default: the client's model.
+            **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
+                `chat_completion` describes.
+
+        Returns:
+            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
+            for `Literal` and for a union.
+
+        Raises:
+            LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
+                its text, `.partial` the whole reply, and `.context["path"]` the place of the fault.
+            LLMError: The same errors as `chat_completion`, and those that iterating its stream raises.
+        """
+        result: Any = self._await(lambda: self.wrapped.parse(messages, type_, model=model, **params))
+        return result
+
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question | Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        fallback: bool = True,
+        **options: Unpack[CallOptions],
+    ) -> Decisions:
+        """Answers typed questions about a text or a JSON value, with the probability of each possible answer.
+
+        Decision models do this in a single pass and without writing anything (`POST /v1/systemone`, else `POST
+        /v1/decisions`). If the model is an ordinary chat model, it is asked for the label of an answer, and the
+        probabilities are those of the labels (`logprobs`); then `calibrated` is False, and a warning is logged once.
+
+        For example::
+
+            decisions = client.decide(
+                "I was charged twice, and nobody answers.",
+                {
+                    "team": Choice("Which team should handle this?", ["billing", "shipping", "technical"]),
+                    "angry": TrueFalse("Is the customer angry?"),
+                },
+            )
+            print(decisions.answers["team"].winner, decisions.answers["angry"].expected)
+
+        Args:
+            state: What the questions are about: a string, or a JSON value that the model reads as its text.
+            questions: The questions by names of your choice: `Choice`, `Score` and `TrueFalse`, or dicts as either
+                endpoint takes them.
+            model: The model to ask. Default: the client's model.
+            fallback: Whether an ordinary chat model may answer. With False, that is an error.
+            **options: `timeout`, `max_retries`, `priority`, `extra_headers`, `extra_query` and `extra_body` of each
+                request.
+
+        Raises:
+            LLMValidationError: An argument is not valid, and nothing was sent; or a chat model was asked a question
+                with more than 20 options.
+            ModelMismatchError: The model is not a decision model (only with `fallback=False`).
+            LLMResponseError: The server has no endpoint for decisions (only with `fallback=False`), or it does not
+                report the log probabilities of a chat model.
+            LLMError: The same errors as `chat_completion`.
+        """
+        result: Decisions = self._await(
+            lambda: self.wrapped.decide(state, questions, model=model, fallback=fallback, **options)
+        )
+        return result
+
+    def count_tokens(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **params: Any,
+    ) -> TokenCount:
+        """Counts the tokens of a prompt, with the chat template and the tools, without generating anything.
+
+        llama.cpp (`POST /v1/chat/completions/input_tokens`) and vLLM (`POST /tokenize`) count exactly. LM Studio and
+        Ollama cannot; for them the result is an estimate, with `exact=False`, and so it is for a model that llama.cpp's
+        router has not loaded, because a count never loads a model. The request does not queue behind generations.
+
+        For example::
+
+            count = client.count_tokens(messages)
+            print(count.tokens, "tokens" if count.exact else "tokens, more or less")
+
+        Args:
+            messages: The chat: dicts with `role` and `content`, at least one.
+            model: The model whose tokenizer counts. Default: the client's model.
+            tools: The tools that the model may call, which are a part of the prompt.
+            **params: Other parameters of the API that change the prompt, such as `chat_template_kwargs`; and
+                `timeout`, `max_retries`, `extra_headers`, `extra_query` and `extra_body` of this call. An attempt may
+                take 10 s at most.
+
+        Raises:
+            LLMValidationError: An argument is not valid; nothing was sent.
+            LLMError: The same errors as `chat_completion`. A server that cannot count does not raise an error.
+        """
+        result: TokenCount = self._await(
+            lambda: self.wrapped.count_tokens(messages, model=model, tools=tools, **params)
+        )
         return result
 
     @overload
@@ -918,138 +1273,6 @@ class LLMClient(Owner):
                 input, model=model, previous_response_id=previous_response_id, stream=stream, **params
             )
         )
-        return result
-
-    @overload
-    def parse(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        type_: type[_T],
-        *,
-        model: str | None = ...,
-        **params: Unpack[ChatParams],
-    ) -> _T: ...
-
-    @overload
-    def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: type[_T], *, model: str | None = ..., **params: Any
-    ) -> _T: ...
-
-    @overload
-    def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = ..., **params: Any
-    ) -> Any: ...
-
-    def parse(
-        self, messages: Sequence[Mapping[str, Any]], type_: Any, *, model: str | None = None, **params: Any
-    ) -> Any:
-        """Asks for an answer of a certain type. The request contains its JSON schema, and the answer is validated.
-
-        An answer that is not valid is sent back to the model once, together with a description of the mistake. The
-        request is streamed, so that the server stops generating if the call is cancelled.
-
-        Args:
-            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
-                show the schema to the model.
-            type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
-                object in JSON is sent as the field `answer` of one, and its value is returned.
-            model: The model to ask. Default: the client's model.
-            **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
-                `chat_completion` describes.
-
-        Returns:
-            An instance of the type. Type checkers infer it for classes and for forms such as `list[Book]`, and Any
-            for `Literal` and for a union.
-
-        Raises:
-            LLMValidationError: An argument is not valid, and nothing was sent; or the answer is not valid: `.body` is
-                its text, `.partial` the whole reply, and `.context["path"]` the place of the fault.
-            LLMError: The same errors as `chat_completion`, and those that iterating its stream raises.
-        """
-        result: Any = self._await(lambda: self.wrapped.parse(messages, type_, model=model, **params))
-        return result
-
-    def list_models(self, **options: Unpack[RequestOptions]) -> list[str]:
-        """Returns the ids of the server's models (`GET /v1/models`). The request does not queue behind generations.
-
-        With several servers, each is asked at the same time, and the models of those that answer are merged.
-
-        Args:
-            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of this call. Without a `timeout`, an
-                attempt may take 10 s.
-
-        Raises:
-            LLMError: The same errors as `chat_completion`.
-        """
-        result: list[str] = self._await(lambda: self.wrapped.list_models(**options))
-        return result
-
-    def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
-        """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
-
-        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
-        LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
-        loaded model), Ollama `/api/version` and `/api/ps`, vLLM `/version`. Each may take 10 s, and none queues behind
-        generations.
-
-        With several servers, the result has the models of all that answer. Where they differ, numbers are the smallest
-        ones, and `kind` is "unknown". `server_infos` has them one by one.
-
-        Args:
-            **options: `timeout`, `max_retries`, `extra_headers` and `extra_query` of each of the requests.
-
-        Returns:
-            The server and its models. What the server does not report is None.
-
-        Raises:
-            LLMAuthenticationError: The server refused the key.
-            LLMError: The same errors as `chat_completion`.
-        """
-        result: ServerInfo = self._await(lambda: self.wrapped.server_info(**options))
-        return result
-
-    def server_infos(self, **options: Unpack[RequestOptions]) -> dict[str, ServerInfo | LLMError]:
-        """Asks each server what `server_info` asks, all at the same time.
-
-        Args:
-            **options: The options of `server_info`.
-
-        Returns:
-            What each server reports, by its URL with `/v1`; or the error, for a server that does not answer.
-
-        Raises:
-            LLMError: The client was given back to its pool.
-        """
-        result: dict[str, ServerInfo | LLMError] = self._await(lambda: self.wrapped.server_infos(**options))
-        return result
-
-    def stats(self) -> ClientStats:
-        """Returns the numbers of requests in flight and queued, of swaps and of retries, in total and by model.
-
-        The numbers are those of the client's transport, so they include other clients that share it. Setting `api_base`
-        resets them.
-        """
-        result: ClientStats = self._call(self.wrapped.stats)
-        return result
-
-    def health_check(self, **options: Unpack[RequestOptions]) -> bool:
-        """Asks whether the server is running and ready. The request is not queued or repeated, and takes at most 5 s.
-
-        With several servers, each is asked, and one that is ready is enough.
-
-        Args:
-            **options: `timeout` (in place of the 5 s), `extra_headers` and `extra_query` of this call.
-
-        Returns:
-            True if the server is ready; False if nothing answers, or the server is still loading or failing (5xx).
-
-        Raises:
-            LLMAuthenticationError: The server is running, but refuses the key.
-            LLMResponseError: Something that is not a model server answers at this address.
-            LLMError: The client was given back to its pool.
-        """
-        result: bool = self._await(lambda: self.wrapped.health_check(**options))
         return result
 
 

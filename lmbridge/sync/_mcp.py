@@ -9,13 +9,15 @@ from lmbridge.sync._wrap import Owner, unwrap
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Unpack
 
+    from lmbridge.agent.agent import AnyJournal
     from lmbridge.agent.chat_client import ChatClient, ChatClientPool
     from lmbridge.agent.result import RunResult
     from lmbridge.agent.sampling import SamplingOptions
     from lmbridge.agent.settings import MaxTokens, Task
+    from lmbridge.mcp.config.server_spec import HeadersFunction
     from lmbridge.mcp.options import (
         AgentOptions,
         LiteralFalse,
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
         OnMcpError,
         RunOptions,
     )
+    from lmbridge.mcp.servers.elicitation import OnElicitation
     from lmbridge.mcp.servers.events import McpEvent
     from lmbridge.sync._agent import RunStream
     from lmbridge.sync._client import LLMClient, LLMClientPool
+    from lmbridge.sync._journal import Journal
 
 
 class DynamicAutonomousAgent(Owner):
@@ -52,6 +56,10 @@ class DynamicAutonomousAgent(Owner):
             `McpHub`.
         on_mcp_event: A function that is called with each event of a server: changes of its state and of its tools, log
             messages, and the progress of calls. Default: None.
+        mcp_headers: For the names of servers on HTTP, functions that return further headers, as `headers` of `McpHub`.
+            Default: none.
+        on_elicitation: A function, async or plain, that asks the user the question of a server (an `Elicitation`) and
+            returns the answer, as for `McpHub`. Default: None, which declines every question.
         **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the
             servers.
 
@@ -69,6 +77,8 @@ class DynamicAutonomousAgent(Owner):
         trust_project: bool = False,
         connect_timeout: float | None = None,
         on_mcp_event: Callable[[McpEvent], None] | None = None,
+        mcp_headers: Mapping[str, HeadersFunction] | None = None,
+        on_elicitation: OnElicitation | None = None,
         **agent_options: Unpack[AgentOptions],
     ) -> None:
         self._set_wrapped(
@@ -78,6 +88,8 @@ class DynamicAutonomousAgent(Owner):
                 trust_project=trust_project,
                 connect_timeout=connect_timeout,
                 on_mcp_event=on_mcp_event,
+                mcp_headers=mcp_headers,
+                on_elicitation=on_elicitation,
                 **agent_options,
             )
         )
@@ -136,6 +148,7 @@ class DynamicAutonomousAgent(Owner):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: Journal | AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -152,6 +165,7 @@ class DynamicAutonomousAgent(Owner):
             model: The model of this run. Default: the agent's model.
             output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
                 text is JSON. Default: the agent's `output_type`.
+            journal: A file that keeps each step of the run, so that `resume` can let it go on, as for `Agent.run`.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
@@ -179,6 +193,7 @@ class DynamicAutonomousAgent(Owner):
                 max_tokens=max_tokens,
                 model=model,
                 output_type=output_type,
+                journal=unwrap(journal),
                 stream=stream,
                 full=full,
                 **sampling,
@@ -240,6 +255,7 @@ class DynamicAutonomousAgent(Owner):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: Journal | AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -265,6 +281,7 @@ class DynamicAutonomousAgent(Owner):
                 max_tokens=max_tokens,
                 model=model,
                 output_type=output_type,
+                journal=unwrap(journal),
                 stream=stream,
                 full=full,
                 **sampling,
@@ -306,6 +323,7 @@ class DynamicAutonomousAgent(Owner):
         max_tokens: MaxTokens = "auto",
         model: str | None = None,
         output_type: Any = None,
+        journal: Journal | AnyJournal | None = None,
         stream: bool = False,
         full: bool = False,
         **sampling: Unpack[SamplingOptions],
@@ -327,9 +345,46 @@ class DynamicAutonomousAgent(Owner):
                 max_tokens=max_tokens,
                 model=model,
                 output_type=output_type,
+                journal=unwrap(journal),
                 stream=stream,
                 full=full,
                 **sampling,
             )
         )
+        return result
+
+    @overload
+    def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: LiteralFalse = ...
+    ) -> str: ...
+
+    @overload
+    def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: LiteralTrue
+    ) -> RunResult: ...
+
+    @overload
+    def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = ..., full: bool
+    ) -> str | RunResult: ...
+
+    def resume(
+        self, path: Journal | str | os.PathLike[str], *, run_id: str | None = None, full: bool = False
+    ) -> str | RunResult:
+        """Lets a run go on whose program was interrupted, with the MCP servers that it was begun with.
+
+        `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
+        and the functions `approve` and `output_type` are those of this agent.
+
+        Args:
+            path: The journal of the run, or its path.
+            run_id: The id of the run. Default: the only run that has no result yet, or the only run of the journal.
+            full: Whether to return the whole `RunResult` instead of the text. Default: False.
+
+        Raises:
+            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
+                or it cannot go on as it began.
+            LLMError: As for `autonomous_with_mcp`.
+        """
+        result: str | RunResult = self._await(lambda: self.wrapped.resume(unwrap(path), run_id=run_id, full=full))
         return result

@@ -81,11 +81,16 @@ class Portal:
         def cancel() -> None:
             for task in tasks:
                 task.cancel()
+            if not tasks and not finished.done():
+                # The interrupt came before the coroutine was handed over, so nothing will set the result.
+                finished.set_exception(asyncio.CancelledError())
 
         # The coroutine runs in a copy of the caller's context. If a tool starts a run, the context says to which run
         # the tool belongs.
-        loop.call_soon_threadsafe(start, context=contextvars.copy_context())
+        context = contextvars.copy_context()
         try:
+            # An interrupt may come as soon as this returns, so it belongs to the block.
+            loop.call_soon_threadsafe(start, context=context)
             return finished.result()
         except BaseException:
             # The exception was raised in this thread (a KeyboardInterrupt, for example) or is that of the task. Nothing
@@ -172,9 +177,7 @@ class Portal:
             )
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="lmbridge-sync", daemon=True)
-                self._thread.start()
+                self._loop, self._thread = _started_loop()
             return self._loop
 
 
@@ -187,6 +190,21 @@ def _forget_closing_task(task: asyncio.Task[object]) -> None:
     if not task.cancelled():
         # The task is never awaited. Reading its exception keeps asyncio from logging that it was never retrieved.
         task.exception()
+
+
+def _started_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
+    """Returns a loop that runs in a thread. If the caller is interrupted before that, nothing is left of both."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=_run_loop, args=(loop,), name="lmbridge-sync", daemon=True)
+    try:
+        thread.start()
+    except BaseException:
+        if thread.ident is None:
+            loop.close()
+        else:
+            loop.call_soon_threadsafe(loop.stop)
+        raise
+    return loop, thread
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:

@@ -55,7 +55,8 @@ class Wrapper(NotCopyable):
         """Takes over the asynchronous object of a constructor. Making it needed no event loop."""
         self.wrapped = wrapped
 
-    def _await(self, make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    @staticmethod
+    def _await(make_coroutine: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Runs a coroutine in the background loop, and wraps its result."""
         return wrap(portal.run(make_coroutine))
 
@@ -136,7 +137,7 @@ class Stream(Wrapper, Iterator[_Item_co], Generic[_Item_co]):
 
     def collect(self) -> Any:
         """Reads the stream to its end, and returns the dict that the plain call would have returned."""
-        from lmbridge.client.stream import collect  # noqa: PLC0415 - streams of runs never need it
+        from lmbridge.client.collecting import collect  # noqa: PLC0415 - streams of runs never need it
 
         reply = portal.run(lambda: collect(self.wrapped))
         self._is_finished = True

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from lmbridge.testing import wire
-from lmbridge.testing.completions import completion, completion_chunk, usage_chunk
+from lmbridge.testing.completions import call_parts, completion, completion_chunk, split_words, usage_chunk
 from lmbridge.testing.exchange import Behaviour, Exchange, encode_event
-
-# The number of characters of the arguments of a tool call that one delta carries.
-_FRAGMENT_LENGTH = 8
 
 
 def answer(
@@ -46,13 +42,13 @@ def answer(
         tool_calls: The tool calls in the form that a message has: `{"id", "type", "function": {"name", "arguments"}}`.
         reasoning: The text of `reasoning_content`. By default the reply has none.
         gate: An event that lets a test hold the reply back until it sets the event. A stream awaits it after the first
-            chunk of content, or before the finish reason if there is no content. A plain reply awaits it first.
+            chunk of content, or before the finish reason if the reply has no content. A plain reply awaits it first.
         pace: The seconds to wait before each chunk of content. A plain reply takes as long as all chunks together.
         extra: Further fields for the completion, or for each chunk.
     """
-    return _Answer(
+    return _AnswerBehaviour(
         text=text,
-        chunks=_split_words(text) if chunks is None else list(chunks),
+        chunks=split_words(text) if chunks is None else list(chunks),
         model=model,
         finish_reason=("tool_calls" if tool_calls else "stop") if finish_reason == "" else finish_reason,
         usage=usage,
@@ -65,7 +61,7 @@ def answer(
 
 
 @attrs.frozen(kw_only=True)
-class _Answer:
+class _AnswerBehaviour:
     """The behaviour that `answer` returns. The fields are the arguments of that function."""
 
     text: str
@@ -122,12 +118,12 @@ class _Answer:
 
     def _deltas(self) -> Iterator[dict[str, Any]]:
         yield {"role": "assistant", "content": None}
-        for piece in _split_words(self.reasoning or ""):
+        for piece in split_words(self.reasoning or ""):
             yield {"reasoning_content": piece}
         for piece in self.chunks:
             yield {"content": piece}
         for index, call in enumerate(self.tool_calls):
-            for part in _call_parts(index, call):
+            for part in call_parts(index, call):
                 yield {"tool_calls": [part]}
 
     def _usage(self) -> Mapping[str, Any]:
@@ -143,20 +139,6 @@ class _Answer:
     async def _wait_for_gate(self) -> None:
         if self.gate is not None:
             await self.gate.wait()
-
-
-def _split_words(text: str) -> list[str]:
-    """Splits a text into its words, each with the space before it."""
-    return re.findall(r"\s*\S+|\s+", text)
-
-
-def _call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a tool call in the parts that a stream sends: first the name, then fragments of the arguments."""
-    function = call.get("function") or {}
-    arguments = function.get("arguments") or ""
-    yield {"index": index, **call, "function": {**function, "arguments": ""}}
-    for start in range(0, len(arguments), _FRAGMENT_LENGTH):
-        yield {"index": index, "function": {"arguments": arguments[start : start + _FRAGMENT_LENGTH]}}
 
 
 def reply(
@@ -245,8 +227,8 @@ def stall(after: Sequence[Mapping[str, Any] | str | bytes] = ()) -> Behaviour:
     """Sends nothing, or nothing after some events, until the client disconnects.
 
     Args:
-        after: The events to send first, in the form that `sse` takes. If there are none, not even the head is sent. Use
-            `after=("",)` to send only the head.
+        after: The events to send first, in the form that `sse` takes. With an empty list, not even the head is sent.
+            Use `after=("",)` to send only the head.
     """
 
     async def behave(exchange: Exchange) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 CREATED: Final = 1_767_225_600
 """The `created` time of every reply. It is fixed (2026-01-01), so that replies are the same in every run."""
+_FRAGMENT_LENGTH: Final = 8
+"""The number of characters of the arguments of a tool call that one delta carries."""
 
 
 def completion(
@@ -44,6 +47,20 @@ def model_list(models: list[str], owner: str = "lmbridge.testing") -> dict[str, 
 def error_body(message: str, kind: str) -> dict[str, Any]:
     """Returns the body of an error reply."""
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def split_words(text: str) -> list[str]:
+    """Splits a text into its words, each with the space before it."""
+    return re.findall(r"\s*\S+|\s+", text)
+
+
+def call_parts(index: int, call: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields a tool call in the parts that a stream sends: first the name, then fragments of the arguments."""
+    function = call.get("function") or {}
+    arguments = function.get("arguments") or ""
+    yield {"index": index, **call, "function": {**function, "arguments": ""}}
+    for start in range(0, len(arguments), _FRAGMENT_LENGTH):
+        yield {"index": index, "function": {"arguments": arguments[start : start + _FRAGMENT_LENGTH]}}
 
 
 def _head(reply_id: str, model: str, kind: str) -> dict[str, Any]:

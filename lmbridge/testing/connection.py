@@ -15,6 +15,13 @@ from lmbridge.testing.wire import RecordedRequest, RequestParser
 _NO_LINGER: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
+def reset_transport(transport: asyncio.WriteTransport) -> None:
+    """Breaks a connection with a TCP reset at once."""
+    linger = transport.get_extra_info("socket").setsockopt
+    linger(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    transport.abort()
+
+
 class ChangeNotifier:
     """Wakes all tasks that wait for something to change.
 
@@ -151,9 +158,7 @@ class Connection(asyncio.Protocol):
         """Breaks the connection with a TCP reset at once."""
         if not self.is_disconnected and self._transport is not None:
             self.server_disconnected = True
-            linger = self._transport.get_extra_info("socket").setsockopt
-            linger(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            self._transport.abort()
+            reset_transport(self._transport)
             self._notify()
 
     def abandon(self) -> None:

@@ -83,7 +83,7 @@ class MockResponse:
     status: int = 200
     """The HTTP status."""
     json: Any = attrs.field(default=None, kw_only=True)
-    """A value that is sent as JSON. With None, the default, there is no JSON body."""
+    """A value that is sent as JSON. Default: None, so that `body` or `events` is sent."""
     body: bytes | str = attrs.field(default=b"", kw_only=True)
     """A body that is sent unchanged, for a reply that is not JSON."""
     events: MockEvents | None = attrs.field(default=None, kw_only=True)
@@ -91,7 +91,7 @@ class MockResponse:
     done: bool = attrs.field(default=True, kw_only=True)
     """Whether the stream ends with `data: [DONE]`. Set it to False to play a stream that was cut off."""
     headers: Mapping[str, str] = attrs.field(factory=dict, kw_only=True)
-    """The headers of the response. A Content-Type is added if there is none."""
+    """The headers of the response. A Content-Type is added if it is missing."""
 
     def __attrs_post_init__(self) -> None:
         if sum((self.json is not None, bool(self.body), self.events is not None)) > 1:

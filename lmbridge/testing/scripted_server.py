@@ -21,6 +21,10 @@ GENERATIONS: Final = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "embeddings", "messages", "responses")
 )
 """The paths for which a model has to generate something."""
+TOKEN_COUNTS: Final = frozenset(("/v1/chat/completions/input_tokens", "/tokenize"))
+"""The paths that llama.cpp and vLLM have for counting tokens. An agent may ask for them between two generations."""
+running_origins: Final[set[str]] = set()
+"""The origins of the servers that are running in this process, which `forbid_real_requests` allows."""
 
 
 class ScriptedServer:
@@ -29,7 +33,8 @@ class ScriptedServer:
     The first of these behaviours that exists answers a request:
 
     1. the behaviour for its path (`on_path`), whatever its method;
-    2. for a GET: `/v1/models` lists `models`, and any other path gets status 404;
+    2. for a GET: `/v1/models` lists `models`, and any other path gets status 404, as does a request that counts
+       tokens;
     3. the next behaviour of the script (`script`);
     4. the behaviour for its model (`on_model`);
     5. `default`, or status 404 if OpenAI's API does not have the path.
@@ -46,7 +51,7 @@ class ScriptedServer:
             `Keep-Alive: timeout=5, max=100`. llama.cpp does this.
         keep_alive: Set it to False to close the connection after each reply, although the reply does not announce that.
         max_requests_per_connection: The number of replies after which a connection is closed, although the last reply
-            does not announce that. By default there is no limit.
+            does not announce that. Default: no limit.
 
     Attributes:
         models: The names of the models. The list may be changed at any time.
@@ -55,7 +60,7 @@ class ScriptedServer:
             connection instead of replying, as if it had been dead. These requests are recorded as `refused`, and take
             no behaviour from the script.
         requests: All requests in the order in which they arrived, except those by which a client without `limits` finds
-            out what the server can do, as long as no behaviour is set for their path.
+            out what the server can do, and those that count tokens, as long as no behaviour is set for their path.
         aborts: The requests whose client disconnected before the reply was complete.
         errors: The exceptions that behaviours have raised. `close` raises them, so clear the list if you expected them.
         in_flight: The number of requests that are being answered, not counting GETs.
@@ -95,6 +100,7 @@ class ScriptedServer:
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(self._accept, _HOST, 0, backlog=1024)
         self._port = self._listener.sockets[0].getsockname()[1]
+        running_origins.add(self.origin)
         return self
 
     async def __aexit__(
@@ -117,7 +123,8 @@ class ScriptedServer:
         if self._listener is None:
             return
         listener, self._listener = self._listener, None
-        await _close_listener(listener)
+        running_origins.discard(self.origin)
+        await close_listener(listener)
         for connection in self._connections:
             connection.abandon()
         tasks = [connection.task for connection in self._connections if connection.task is not None]
@@ -214,7 +221,8 @@ class ScriptedServer:
 
     async def _handle(self, connection: Connection, request: RecordedRequest) -> None:
         name, purpose = QUESTION_HEADER
-        if request.path in self._by_path or request.headers.get(name) != purpose:
+        is_question = request.path in TOKEN_COUNTS or request.headers.get(name) == purpose
+        if request.path in self._by_path or not is_question:
             self.requests.append(request)
         if connection.request_count and self.hang_up_reused > 0:
             self.hang_up_reused -= 1
@@ -256,6 +264,8 @@ class ScriptedServer:
             return self._by_path[request.path]
         if request.method == "GET":
             return self._answer_get(request)
+        if request.path in TOKEN_COUNTS:
+            return self._not_found(request)
         if self._script:
             return self._script.popleft()
         model = request.fields.get("model")
@@ -317,7 +327,7 @@ class ScriptedServer:
         )
 
 
-async def _close_listener(listener: asyncio.Server) -> None:
+async def close_listener(listener: asyncio.Server) -> None:
     """Stops accepting connections before it closes the listener.
 
     Otherwise asyncio may lose a connection that it is just accepting (python/cpython#109564).

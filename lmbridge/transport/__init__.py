@@ -8,6 +8,7 @@ from lmbridge.transport.calls import Call, Reply, Request, TokenUsage
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.interface import BaseTransport
+from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder
 from lmbridge.transport.transport import Transport
@@ -18,6 +19,7 @@ __all__ = [
     "Event",
     "EventStream",
     "ForwardedResponse",
+    "Interpreter",
     "NamedEvent",
     "Reply",
     "Request",

@@ -21,6 +21,7 @@ from lmbridge.config import Limits
 from lmbridge.errors import LLMError, LLMTimeoutError
 from lmbridge.transport.evictions import Evictions
 from lmbridge.transport.permits import Permit
+from lmbridge.transport.schedule_view import Swap
 from lmbridge.transport.scheduler import Scheduler
 
 
@@ -70,11 +71,8 @@ class Admission:
 
     def acquire_now(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit | None:
         """Returns a permit if a quick check shows that the request need not wait. If it returns None, use `acquire`."""
-        now = self._loop.time()
-        holder = None if plain else _weak_reference(asyncio.current_task(self._loop))
-        run = self._current_run()
-        permit = Permit(model, now, holder, priority=_priority_in(run, priority), run=run)
-        return permit if self.scheduler.admit_now(permit, now) else None
+        permit = self._new_permit(model, plain=plain, priority=priority)
+        return permit if self.scheduler.admit_now(permit, permit.arrived_at) else None
 
     async def acquire(self, model: str | None, *, plain: bool = False, priority: int = 0) -> Permit:
         """Waits for a permit.
@@ -92,9 +90,7 @@ class Admission:
                 only after the calling task has returned permits that it holds itself.
         """
         loop, task = self._loop, asyncio.current_task(self._loop)
-        holder = None if plain else _weak_reference(task)
-        run = self._current_run()
-        permit = Permit(model, loop.time(), holder, priority=_priority_in(run, priority), run=run)
+        permit = self._new_permit(model, plain=plain, priority=priority)
         permit.is_nested = any(each.is_held_by(task) for each in self.scheduler.in_flight)
         self.scheduler.arrive(permit)
         self._admit()
@@ -158,6 +154,13 @@ class Admission:
         if self._evictions.add(permit.model, loaded, limits):
             self.set_limits(limits)
 
+    def swaps_for(self, permit: Permit) -> list[Swap]:
+        """Returns the swaps that were made to admit a request, which has just been admitted."""
+        if not permit.is_first_request:
+            return []
+        recent = self.scheduler.recent_swaps
+        return [each for each in recent if each.after == permit.model and each.at == permit.admitted_at]
+
     def fail_waiters(self, make_error: Callable[[], LLMError]) -> None:
         """Ends every wait with an error. `make_error` is called once for each waiting request."""
         waiting = list(self.scheduler.waiting)
@@ -166,6 +169,13 @@ class Admission:
             _fail_wait(permit, make_error())
         for permit in waiting:
             self.release(permit)
+
+    def _new_permit(self, model: str | None, *, plain: bool, priority: int) -> Permit:
+        task = None if plain else asyncio.current_task(self._loop)
+        run = self._current_run()
+        if run is not None and run.priority is not None:
+            priority = run.priority
+        return Permit(model, self._loop.time(), None if task is None else weakref.ref(task), priority, run)
 
     def _current_run(self) -> ScheduledRun | None:
         """Returns the run to which the current task belongs, and makes sure that its end is noticed."""
@@ -239,14 +249,6 @@ class Admission:
             hint="close streams that are no longer read, or raise Limits.max_concurrency or Limits.max_queue",
             context={"holders": holders},
         )
-
-
-def _priority_in(run: ScheduledRun | None, priority: int) -> int:
-    return priority if run is None or run.priority is None else run.priority
-
-
-def _weak_reference(task: asyncio.Task[object] | None) -> weakref.ref[asyncio.Task[object]] | None:
-    return None if task is None else weakref.ref(task)
 
 
 def _fail_wait(permit: Permit, error: LLMError) -> None:

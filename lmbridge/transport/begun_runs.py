@@ -4,7 +4,7 @@ Why runs are limited at all: an agent's run sends its whole conversation in each
 cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it can be better to
 leave its slot idle than to let another run begin in it, because then the conversation has to be processed again. For
 how long is it better? For as long as that takes, which the scheduler knows: it is the time until the server began to
-answer the first request of the run. A run whose tool takes longer loses its place. So nobody loses more by waiting than
+answer the first request of the run. A run whose tool takes longer loses its place. So no run loses more by waiting than
 processing the conversation would have cost, and with a server that answers at once, no place is kept at all. The
 alternatives were a fixed number of seconds, which either wastes a fast server or is too short for a slow one, and no
 limit, where every round of every run may process its conversation anew.
@@ -56,12 +56,12 @@ class BegunRuns:
         """Returns whether a run has begun, even if it does not count at present."""
         return run is not None and run in self._patience
 
-    def have_room(self, priority: int) -> bool:
-        """Returns whether a run may begin with a request of a priority. Runs with a lower one do not count."""
+    def have_room(self, level: int) -> bool:
+        """Returns whether a run may begin with a request of a level. Runs with a lower priority do not count."""
         limit = self.limit
         if limit is None or self.total < limit:
             return True
-        return sum(count for each, count in self._totals.items() if each >= priority) < limit
+        return sum(count for each, count in self._totals.items() if each >= level) < limit
 
     def add_request(self, run: ScheduledRun, priority: int, now: float) -> None:
         """Records that a request of a run has arrived. A run that has begun counts again."""

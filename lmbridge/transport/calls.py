@@ -18,12 +18,13 @@ from lmbridge.transport.admission import Admission
 from lmbridge.transport.deadline import Deadline, DeadlineTimer
 from lmbridge.transport.decompression import decompressed_beginning
 from lmbridge.transport.faults import Phase, timed_out
+from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.permits import Permit
 from lmbridge.transport.retry import (
     MAX_RETRIES,
     MAX_RETRY_AFTER,
-    Classify,
     Verdict,
+    WaitScale,
     parse_retry_after,
     poll_waits,
     retry_waits,
@@ -31,29 +32,14 @@ from lmbridge.transport.retry import (
 from lmbridge.transport.sse import Event, NamedEvent
 
 if TYPE_CHECKING:
+    from lmbridge.observe.observer import Observers
+    from lmbridge.observe.watches import RequestWatch
     from lmbridge.transport.failover import Failover
-    from lmbridge.transport.node import FindModels
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 MAX_REPLY_BYTES: Final = 256 * 1024**2
 """The default of the option `max_reply_bytes`."""
-
-
-def _never_reports_error(_data: bytes) -> bool:
-    return False
-
-
-def _finds_no_usage(_body: bytes) -> TokenUsage | None:
-    return None
-
-
-def _reports_no_loss(_call: Call, _status: int, _body: bytes) -> None:
-    pass
-
-
-def _never_concerns_server(_status: int, _body: bytes) -> bool:
-    return False
 
 
 @attrs.frozen
@@ -64,9 +50,11 @@ class TokenUsage:
     """The number of tokens in the prompt."""
     completion: int
     """The number of tokens that were generated."""
+    cached: int | None = None
+    """The number of tokens of the prompt that came from the server's cache, or None if the server does not say."""
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(eq=False)
 class Request:
     """A request as the client layer describes it: what to send, and how to treat it."""
 
@@ -76,8 +64,8 @@ class Request:
     """The HTTP method in capital letters."""
     path: str
     """The path below `/v1`, such as "/chat/completions"."""
-    classify: Classify
-    """Decides from the status, the headers and the body of an error reply whether the request is sent again."""
+    interpreter: Interpreter
+    """Interprets what the server says."""
     timeouts: Timeouts
     """The time limits of this request."""
     max_retries: int
@@ -96,10 +84,6 @@ class Request:
     Set it to False if repeating the request has an effect on the server. It is then sent on a fresh connection, because
     a kept connection may turn out to be dead only after the request has been sent.
     """
-    reports_error: Callable[[bytes], bool] = _never_reports_error
-    """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
-    read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
-    """Finds the numbers of tokens in the body of a reply. They go into the log."""
     complete_error: Callable[[LLMError], Awaitable[None]] | None = None
     """Adds to an error inside a stream what another request can find out, before the reader of the stream gets it."""
     max_bytes: int | None = None
@@ -114,16 +98,10 @@ class Request:
     """Whether the body of the reply is left as the server sends it, even if it is compressed."""
     on_admitted: Callable[[Call], None] | None = None
     """Called when the request gets its permit, and once more for each server that it is passed on to."""
-    concerns_server: Callable[[int, bytes], bool] = _never_concerns_server
-    """Decides from the status and the body of an error reply whether another server may answer the request, because
-    this one does not have the model, for example. It is asked only if there are several servers."""
-    report_loss: Callable[[Call, int, bytes], None] = _reports_no_loss
-    """Tells the schedule of a server, from the status and the body of an error reply, that the server has lost a model.
-    It is called if another server gets the request, because nobody reads the reply then."""
-    find_models: FindModels | None = attrs.field(default=None, repr=False)
-    """Asks a server which models it has. It is called only if there are several servers, and never for each request."""
+    observers: Observers | None = attrs.field(default=None, repr=False)
+    """The observers of the request, or None."""
     failover: Failover | None = attrs.field(default=None, repr=False)
-    """Decides whether another server gets the request when an attempt has failed; None if there is no other server."""
+    """Decides whether another server gets the request when an attempt has failed; None if there is only one."""
 
 
 class Call:
@@ -140,7 +118,6 @@ class Call:
 
     __slots__ = (
         "_admission",
-        "_attempt_started",
         "_earlier_seconds",
         "_is_logged",
         "_load_deadline",
@@ -148,14 +125,17 @@ class Call:
         "_polls",
         "_started",
         "_waits",
+        "arrived",
         "attempts",
         "deadline_timer",
+        "first_byte_deadline",
         "permit",
         "read_usage",
         "request",
         "retries",
         "total_deadline",
         "url",
+        "watch",
     )
 
     def __init__(
@@ -180,25 +160,39 @@ class Call:
         """The number of attempts that count as retries. Polls of a server that is loading do not."""
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
+        self.arrived: Reply | None = None
+        """What had arrived of the reply to this attempt if it broke off. Of a large body, it has only the beginning."""
         self._admission = admission
         self._max_reply_bytes = max_reply_bytes
         self._started = deadline_timer.time()
-        self._attempt_started = self._started
         self._earlier_seconds = 0.0 if earlier is None else earlier.seconds
         self.total_deadline: float = self._started + _or_infinity(request.timeouts.total) - self._earlier_seconds
         """The time at which `Timeouts.total` runs out, by the clock of the event loop."""
+        self.first_byte_deadline: float = math.inf
+        """The time until which the first event of this attempt, or its whole plain reply, has to arrive."""
         self._load_deadline = math.inf
         self._waits: Iterator[float] | None = None
         self._polls: Iterator[float] | None = None
         self._is_logged = False
+        self.watch: RequestWatch | None = None
+        """Notifies the observers of the request; None if it has none."""
+        if request.observers is not None:
+            # Imported here because most programs have no observers.
+            from lmbridge.observe.watches import RequestWatch  # noqa: PLC0415 - see above
+
+            self.watch = RequestWatch(request.observers, operation=request.operation, url=url, model=request.model)
 
     def admit(self, permit: Permit) -> None:
         """Stores the permit, and starts the clock of the time limits, which do not include the time in the queue."""
         self.permit = permit
-        self._started = self.deadline_timer.time()
-        self.total_deadline = self._started + _or_infinity(self.request.timeouts.total) - self._earlier_seconds
+        self.total_deadline += permit.admitted_at - self._started
+        self._started = permit.admitted_at
         if self.request.on_admitted is not None:
             self.request.on_admitted(self)
+        if self.watch is not None:
+            self.watch.admitted()
+            for swap in self._admission.swaps_for(permit):
+                self.watch.swapped(swap.before, swap.after)
 
     @property
     def seconds(self) -> float:
@@ -241,13 +235,15 @@ class Call:
     def begin_attempt(self) -> Deadline:
         """Counts a new attempt, and returns a context manager that limits the wait for its reply."""
         self.attempts += 1
-        self._attempt_started = self.deadline_timer.time()
-        return Deadline(self.deadline_timer, self.first_byte_deadline)
-
-    @property
-    def first_byte_deadline(self) -> float:
-        """The time until which the first event of this attempt, or its whole plain reply, has to arrive."""
-        return min(self._attempt_started + _or_infinity(self.request.timeouts.first_byte), self.total_deadline)
+        self.arrived = None
+        if self.watch is not None:
+            self.watch.attempt(self.attempts)
+        deadline = self.total_deadline
+        limit = self.request.timeouts.first_byte
+        if limit is not None and (first_byte := self.deadline_timer.time() + limit) < deadline:
+            deadline = first_byte
+        self.first_byte_deadline = deadline
+        return Deadline(self.deadline_timer, deadline)
 
     def wait_before_next(self, verdict: Verdict, retry_after: float | None) -> float | None:
         """Returns the seconds to wait before the next attempt, or None if there must not be another one.
@@ -269,6 +265,7 @@ class Call:
             wait = next(self._waits) + (retry_after or 0.0)
         else:
             return None
+        wait *= WaitScale.factor
         if now + wait >= self.total_deadline:
             return None
         self._load_deadline = self._load_deadline if verdict is Verdict.POLL else math.inf
@@ -299,17 +296,19 @@ class Call:
         """Whether other requests wait until the reply to this one shows that the model is loaded."""
         return self.permit is not None and self.permit.is_first_request
 
-    def note_first_event(self, first: Event) -> None:
+    def note_first_event(self, first: Event, *, is_stream: bool = True) -> None:
         """Records that the first event of a stream, or a whole plain reply, has arrived, so the model is loaded.
 
         If `first` reports an error, the model is not, and the next request for it goes alone again.
         """
+        if self.watch is not None:
+            self.watch.first_event(is_stream=is_stream)
         if self.permit is None:
             return
         self.permit.has_answered = True
         if self.permit.is_first_request or self.permit.begins_run:
             name, data = (first.name, first.data) if isinstance(first, NamedEvent) else ("", first)
-            if name != "error" and not self.request.reports_error(data):
+            if name != "error" and not self.request.interpreter.reports_error(data):
                 self._admission.mark_loaded(self.permit)
 
     def mark_unloaded(self) -> None:
@@ -348,23 +347,39 @@ class Call:
         if self._is_logged:
             return
         self._is_logged = True
-        if not logger.isEnabledFor(logging.INFO):
+        is_shown = logger.isEnabledFor(logging.INFO)
+        if self.watch is None and not is_shown:
             return
         usage = self.read_usage() if self.read_usage is not None else None
+        if self.watch is not None:
+            tokens = None if usage is None else (usage.prompt, usage.completion, usage.cached)
+            self.watch.ended(outcome, attempts=self.attempts, tokens=tokens)
+        if not is_shown:
+            return
+        seconds = self.deadline_timer.time() - self._started
         logger.info(
             "%s %s model=%s %s in %.2f s%s, %d attempt%s",
             self.request.method,
             self.url,
             self.request.model,
             outcome,
-            self.deadline_timer.time() - self._started,
+            seconds,
             f", {usage.prompt} + {usage.completion} tokens" if usage is not None else "",
             self.attempts,
             "" if self.attempts == 1 else "s",
+            extra={
+                "lmbridge_operation": self.request.operation,
+                "lmbridge_model": self.request.model,
+                "lmbridge_outcome": outcome,
+                "lmbridge_seconds": seconds,
+                "lmbridge_attempts": self.attempts,
+                "lmbridge_prompt_tokens": None if usage is None else usage.prompt,
+                "lmbridge_completion_tokens": None if usage is None else usage.completion,
+            },
         )
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(eq=False)
 class Reply:
     """A complete reply, whatever its status."""
 

@@ -114,7 +114,7 @@ def decompressor_for(content_encoding: str | None) -> Decompressor | None:
     """Returns a decompressor for the body of a response, or None if the body is not compressed.
 
     Args:
-        content_encoding: The value of the header `Content-Encoding`, or None if there is none.
+        content_encoding: The value of the header `Content-Encoding`, or None.
 
     Raises:
         UnsupportedEncoding: The body is compressed in another way.
@@ -132,7 +132,7 @@ def decompressed_beginning(body: bytes, content_encoding: str | None) -> bytes:
 
     Args:
         body: The body as it was received. If it is not compressed, it is returned whole.
-        content_encoding: The value of the header `Content-Encoding`, or None if there is none.
+        content_encoding: The value of the header `Content-Encoding`, or None.
     """
     try:
         decompressor = decompressor_for(content_encoding)

@@ -3,7 +3,7 @@
 What may be sent to another server, and what it costs:
 
 - A request that a server has certainly not seen, because no connection was made, goes on to the next server that has
-  not been tried. So does one that the server has refused for a reason of its own: it does not have the model, cannot
+  not been tried. So does one that only this server would refuse: it does not have the model, cannot
   load it, does not accept the key, or did not give the response that is to be continued. Neither counts as a retry.
 - A request that broke off before the first event of its answer, or that failed with a temporary error, goes on as well
   if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from lmbridge.transport.calls import Reply
 from lmbridge.transport.failover import MovedToAnotherServer
+from lmbridge.transport.forwarding import ForwardedResponse
 from lmbridge.transport.node import Node, with_model
-from lmbridge.transport.prefix import Conversation
+from lmbridge.transport.prefix import SentConversation
 from lmbridge.transport.retry import MAX_RETRIES, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmbridge.transport.calls import Call, Reply, Request
+    from lmbridge.transport.calls import Call, Request
+    from lmbridge.transport.events import EventStream
     from lmbridge.transport.http import ConnectionFailed
 
 _REFUSED_BEFORE_WORK: Final = (429, 503)
@@ -44,7 +47,7 @@ class Delivery:
         conversation: What the request repeats of earlier ones.
     """
 
-    def __init__(self, nodes: Sequence[Node], request: Request, conversation: Conversation) -> None:
+    def __init__(self, nodes: Sequence[Node], request: Request, conversation: SentConversation) -> None:
         self.request: Final = request
         """The request."""
         self.conversation: Final = conversation
@@ -72,7 +75,7 @@ class Delivery:
         with_it = with_model(self._nodes, self.request.model)
         if self._is_listed is None:
             self._is_listed = bool(with_it)
-        # A server that turns out not to have the model is no reason to ask those that do not list it.
+        # If a server turns out not to have the model, those that do not list it are still not asked.
         return with_it if self._is_listed and with_it else list(self._nodes)
 
     def begin_at(self, node: Node) -> None:
@@ -108,7 +111,7 @@ class Delivery:
 
     def on_error_reply(self, call: Call, reply: Reply) -> None:
         """Moves the request on after a temporary error, if it may be sent again."""
-        verdict = call.request.classify(reply.status, reply.headers, reply.plain_body)
+        verdict = call.request.interpreter.classify(reply.status, reply.headers, reply.plain_body)
         if verdict is Verdict.POLL:
             if self._has_alternative(call, state="loaded"):
                 self._note(f"status {reply.status}, loading")
@@ -121,17 +124,9 @@ class Delivery:
             if may_repeat and self._has_budget(call) and self._has_alternative(call):
                 self._move(call, is_retry=True)
 
-    def check_answer(self, call: Call, status: int, body: bytes | None) -> None:
-        """Moves the request on if an answer says that this server cannot give it, while another one may.
-
-        Args:
-            call: The call.
-            status: The status of the answer.
-            body: The whole body, or None if it has only begun.
-
-        Raises:
-            MovedToAnotherServer: Another server gets the request.
-        """
+    def on_answer(self, call: Call, answer: Reply | EventStream | ForwardedResponse) -> None:
+        """Moves the request on if an answer says that this server cannot give it, while another one may."""
+        status, body = answer.status, whole_body(answer)
         if body is None or not self._is_refusal(status, body):
             if status < 500:
                 self._node.note_success()
@@ -141,20 +136,20 @@ class Delivery:
             self._node.note_failure(call.deadline_timer.time(), f"status {status}, which refuses the key")
         else:
             self._node.note_success()
-            if self.request.concerns_server(status, body):
+            if self.request.interpreter.concerns_server(status, body):
                 self._node.refuse(self.request.model)
         may_repeat = self.request.repeatable or status < 500 or status in _REFUSED_BEFORE_WORK
         if may_repeat and self._has_alternative(call):
-            self.request.report_loss(call, status, body)
+            self.request.interpreter.report_loss(call, status, body)
             self._move(call)
 
     def _is_refusal(self, status: int, body: bytes) -> bool:
         """Returns whether an answer is an error that concerns this server and not the request."""
-        if status < 400 and (len(body) > _SMALL_REPLY or not self.request.reports_error(body)):
+        if status < 400 and (len(body) > _SMALL_REPLY or not self.request.interpreter.reports_error(body)):
             return False
         if self.conversation.previous_response_id is not None and status in (400, 404):
             return True
-        return self.request.concerns_server(status, body)
+        return self.request.interpreter.concerns_server(status, body)
 
     # Moving
 
@@ -182,3 +177,10 @@ class Delivery:
         self.retries = call.retries + is_retry
         self.seconds = call.seconds + wait
         raise MovedToAnotherServer(wait)
+
+
+def whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
+    """Returns the body of an answer, or None if it has only begun."""
+    if isinstance(answer, Reply):
+        return answer.body
+    return answer.whole_body if isinstance(answer, ForwardedResponse) else None

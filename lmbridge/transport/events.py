@@ -141,12 +141,18 @@ class EventStream:
         self._reading = True
         try:
             self._begin_wait(self._loop.time())
+            arrived: list[Event] | None = None
             if self._read_ahead is not None:
                 arrived = await self._finish_reading_ahead(self._read_ahead)
             else:
-                first, self._unread = self._unread, b""
-                arrived = await _read_events(self._response, self._decoder, first)
-            if arrived is None:
+                # This is what `_read_events` does, but another coroutine would cost memory for each stream that waits.
+                if self._decoder.failure is not None:
+                    raise self._decoder.failure
+                data = self._unread or await self._response.read_some()
+                self._unread = b""
+                while data and not (arrived := self._decoder.feed(data)):
+                    data = await self._response.read_some()
+            if not arrived:
                 self._finish()
                 return self._decoder.close()
             if not self._has_events:
@@ -179,7 +185,7 @@ class EventStream:
     def take_arrived(self) -> list[Event]:
         """Returns the events that had arrived when the stream was closed, and that `read` has not returned yet.
 
-        While a task is reading, there are none: that task gets them.
+        While a task is reading, the list is empty: that task gets them.
         """
         if self._reading:
             return []
@@ -272,14 +278,15 @@ class EventStream:
             raise call.timed_out("total")
         if call.permit is not None:
             call.permit.note_read(now, asyncio.current_task(call.deadline_timer.loop))
+        deadline = call.total_deadline
         if not self._has_events:
-            self.deadline = call.first_byte_deadline
-        elif self._idle_limit is None:
-            self.deadline = call.total_deadline
-        else:
-            self.deadline = min(now + self._idle_limit, call.total_deadline)
-        self.deadline = min(self.deadline, self._end_deadline)
-        call.deadline_timer.wake_at(self.deadline)
+            deadline = call.first_byte_deadline
+        elif self._idle_limit is not None and now + self._idle_limit < deadline:
+            deadline = now + self._idle_limit
+        if self._end_deadline < math.inf:
+            deadline = min(deadline, self._end_deadline)
+        self.deadline = deadline
+        call.deadline_timer.wake_at(deadline)
 
     def on_deadline(self) -> None:
         """Ends a read that has taken too long. The deadline timer calls this method."""

@@ -16,7 +16,7 @@ class Evictions:
     """The generations that a server has killed, and how many models it holds, as far as they show it.
 
     Whatever the limits say, a server that kills a generation cannot hold the models that were in use. So from then on
-    requests are scheduled by model, even if nobody has asked for it.
+    requests are scheduled by model, even if the user has not asked for it.
     """
 
     def __init__(self) -> None:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from lmbridge.transport.calls import Call, Reply
+    from lmbridge.transport.events import EventStream
+    from lmbridge.transport.forwarding import ForwardedResponse
     from lmbridge.transport.http import ConnectionFailed
 
 
 class Failover(Protocol):
-    """Decides what becomes of a request whose attempt at one of several servers has failed."""
+    """Decides how a request goes on whose attempt at one of several servers has failed."""
 
     @property
     def attempts(self) -> int:
@@ -68,6 +70,14 @@ class Failover(Protocol):
 
         Raises:
             MovedToAnotherServer: Another server gets the request.
+        """
+        ...
+
+    def on_answer(self, call: Call, answer: Reply | EventStream | ForwardedResponse) -> None:
+        """Called when no further attempt will be made at this server, before the call is finished.
+
+        Raises:
+            MovedToAnotherServer: The answer says that this server cannot give it, and another server gets the request.
         """
         ...
 

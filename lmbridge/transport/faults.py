@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Final, Literal
 
@@ -281,7 +282,9 @@ def describe_os_error(exc: BaseException) -> str:
     if isinstance(exc, socket.gaierror):
         return exc.strerror or str(exc)
     if isinstance(exc, OSError) and exc.errno is not None and exc.errno > 0:
-        return os.strerror(exc.errno)
+        # The C library of Windows has no text for the errors of its sockets, but the exception has the system's own.
+        # Elsewhere, the exception may have one of asyncio's, such as "Connect call failed ('127.0.0.1', 1234)".
+        return (sys.platform == "win32" and exc.strerror) or os.strerror(exc.errno)
     return str(exc) or type(exc).__name__
 
 

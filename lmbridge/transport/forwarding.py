@@ -6,7 +6,7 @@ nor parsed, so that they can be passed on as they arrive, with the status and th
 
 A response is handed out when the first part of its body has arrived. Until then nothing has been passed on, so a failed
 attempt can be repeated. JSON is handed out when it is complete, because a model server sends a whole reply at once at
-the end of its work, and nobody should get a part of it if it breaks off. A very large body of JSON is handed out in
+the end of its work, and no client should get a part of it if it breaks off. A very large body of JSON is handed out in
 parts.
 
 The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request. Until
@@ -28,6 +28,7 @@ from lmbridge.errors import LLMError, LLMStreamError
 from lmbridge.transport.calls import Call, Reply
 from lmbridge.transport.faults import Phase
 from lmbridge.transport.http import ConnectionFailed, HttpResponse
+from lmbridge.transport.receive import note_arrived
 
 _LARGEST_WHOLE_BODY: Final = 1024 * 1024
 """The most bytes of JSON that are read before the response is handed out."""
@@ -207,15 +208,19 @@ async def receive_forwarded(call: Call, response: HttpResponse) -> ForwardedResp
     parts: list[bytes] = []
     size = 0
     source: HttpResponse | None = response
-    while size < wanted:
-        if not (part := await response.read_some()):
-            source = None
-            break
-        parts.append(part)
-        size += len(part)
+    try:
+        while size < wanted:
+            if not (part := await response.read_some()):
+                source = None
+                break
+            parts.append(part)
+            size += len(part)
+    except BaseException:
+        note_arrived(call, response, parts)
+        raise
     first = b"".join(parts)
     call.note_first_event(first)
     if source is None:
-        call.read_usage = partial(call.request.read_usage, first)
+        call.read_usage = partial(call.request.interpreter.read_usage, first)
         call.finish(response.status)
     return ForwardedResponse(call, response.status, response.headers, first, source)

@@ -1,16 +1,19 @@
 """Limits what a server sends besides the body of a response, whatever parses it.
 
 aiohttp limits the length of each line and, in newer versions, the number of headers. But a server may also send "100
-Continue", empty lines, an extension of a chunk, or the zeros of a chunk's size forever, and nobody would notice. So all
+Continue", empty lines, an extension of a chunk, or the zeros of a chunk's size forever, without being noticed. So all
 bytes are counted here, between the transport and aiohttp's protocol, and nothing of the parser has to be known. An
 asyncio transport can change its protocol at any time.
+
+The guard stays for as long as the connection is open. A guard for each response would be simpler, but to put it in
+place and to remove it again, for the head and then for the body, took a tenth of the time of a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final
+import weakref
+from typing import Any, Final, Protocol
 
 HEAD_BYTES: Final = 64 * 1024
 """The most bytes that may arrive until the head of a response is complete, interim responses (1xx) included.
@@ -19,41 +22,154 @@ It is also the most bytes of chunk sizes, their extensions and trailers that may
 """
 
 
-class _Guard(asyncio.Protocol):
-    """Receives what arrives on a connection in place of aiohttp's protocol, and passes it on, until it is detached.
+class Body(Protocol):
+    """The body of a response, as aiohttp receives it."""
+
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes of it have been received."""
+        ...
+
+
+class Watcher(Protocol):
+    """Has to know if a connection is lost."""
+
+    def on_connection_lost(self) -> None:
+        """Called once, after aiohttp has been told."""
+
+
+class ConnectionGuard(asyncio.Protocol):
+    """Receives what arrives on a connection in place of aiohttp's protocol, and passes it on.
+
+    It closes the connection if the head of a response takes too many bytes, or if too many bytes arrive without a part
+    of the body. Use `guard_of` to get the guard of a connection.
 
     Args:
-        transport: The transport of the connection, or None if there is none any more.
-        error: The exception for a server that exceeds the limit. aiohttp's protocol gets it as the reason why the
-            connection was lost.
+        transport: The transport of the connection, or None after it was lost.
+        protocol: The protocol of aiohttp, or None as well.
+        was_used: Whether a request has been sent on the connection before.
     """
 
-    def __init__(self, transport: asyncio.BaseTransport | None, error: Exception) -> None:
+    __slots__ = (
+        "_body",
+        "_body_size",
+        "_error",
+        "_held_back",
+        "_room",
+        "_transport",
+        "_was_used",
+        "_watcher",
+        "failure",
+        "protocol",
+    )
+
+    def __init__(self, transport: asyncio.BaseTransport | None, protocol: Any, *, was_used: bool = False) -> None:
         self.failure: BaseException | None = None
         """Why the connection was closed, if aiohttp does not say it to the reader of the body."""
-        self._error = error
-        self._transport: Any = None
-        self.protocol: Any = None
-        """The protocol of aiohttp, or None if there is no connection any more."""
-        # A TLS transport that is closing has forgotten its protocol.
-        if transport is not None and not transport.is_closing():
-            self._transport = transport
-            protocol: Any = transport.get_protocol()
-            # One guard takes the place of another: that for the body, and that for a request through a proxy, whose
-            # answer was limited in case that it is asked for a tunnel.
-            self.protocol = protocol.protocol if isinstance(protocol, _Guard) else protocol
-            transport.set_protocol(self)
-
-    def detach(self) -> None:
-        """Lets aiohttp receive everything that arrives from now on, unless another guard has taken the place."""
-        transport, self._transport = self._transport, None
-        if transport is not None and not transport.is_closing() and transport.get_protocol() is self:
-            transport.set_protocol(self.protocol)
-
-    def _on_limit(self) -> None:
+        self.protocol: Any = protocol
+        """The protocol of aiohttp, or None once the connection is lost."""
+        self._was_used = was_used
+        self._watcher: Watcher | None = None
         # The transports of uvloop are not instances of asyncio.Transport.
+        self._transport: Any = transport
+        # The bytes that may still arrive, or None if what arrives is not limited.
+        self._room: int | None = None
+        self._error: type[Exception] = Exception
+        # The body whose framing is limited, and the bytes of it that had arrived before.
+        self._body: Body | None = None
+        self._body_size = 0
+        # The bytes beyond the limit on a head, until it is known whether they belong to the body.
+        self._held_back = b""
+
+    def note_request(self) -> bool:
+        """Records that a request is sent on the connection, and returns whether one had been sent on it before."""
+        was_used, self._was_used = self._was_used, True
+        if not was_used and self._transport is not None:
+            _used_transports.add(self._transport)
+        return was_used
+
+    def limit_head(self, error: type[Exception]) -> None:
+        """Limits what arrives until `end_head` is called.
+
+        Whether bytes belong to the head is known only after the task that waits for it has had a chance to run: bytes
+        beyond the limit are held back for one turn of the event loop.
+
+        Args:
+            error: The class of the exception for a server that exceeds the limit. aiohttp's protocol gets it as the
+                reason why the connection was lost.
+        """
+        self._room, self._error, self._body, self._watcher = HEAD_BYTES, error, None, None
+
+    @property
+    def has_received(self) -> bool:
+        """Whether a part of the head has arrived."""
+        return self._room is not None and self._room < HEAD_BYTES
+
+    def end_head(self) -> None:
+        """Ends the limit on the head, which is complete or will never be, and passes on what was held back."""
+        if self._body is None:
+            self._room = None
+        if self._held_back and self.failure is None:
+            data, self._held_back = self._held_back, b""
+            self.data_received(data)
+
+    def limit_framing(self, body: Body, error: type[Exception]) -> None:
+        """Limits what arrives without lengthening the body: sizes of chunks, extensions of these, and trailers.
+
+        Args:
+            body: The body, whose chunks have such a framing.
+            error: The class of the exception for a server that exceeds the limit.
+        """
+        self._room, self._error, self._body, self._body_size = HEAD_BYTES, error, body, body.total_bytes
+
+    def watch(self, watcher: Watcher) -> None:
+        """Calls a watcher when the connection is lost, unless the next head begins before that."""
+        if self._transport is None:
+            # It is being lost, or has been.
+            asyncio.get_running_loop().call_soon(watcher.on_connection_lost)
+        else:
+            self._watcher = watcher
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Ends the limit on framing, and forgets the watcher, unless the connection has a new one."""
+        if self._watcher is watcher:
+            self._room = self._body = self._watcher = None
+
+    def data_received(self, data: bytes) -> None:
+        """Passes the bytes on if they are within the limits."""
+        if self._room is None:
+            self.protocol.data_received(data)
+        elif self._body is not None:
+            self._receive_body(self._body, self._room, data)
+        elif self.failure is None:
+            self._receive_head(self._room, data)
+
+    def _receive_head(self, room: int, data: bytes) -> None:
+        self._room = max(0, room - len(data))
+        if room:
+            self.protocol.data_received(data if len(data) <= room else data[:room])
+        if len(data) > room:
+            if not self._held_back:
+                asyncio.get_running_loop().call_soon(self._on_long_head)
+            self._held_back += data[room:]
+
+    def _on_long_head(self) -> None:
+        if self._held_back:
+            self._abort()
+
+    def _receive_body(self, body: Body, room: int, data: bytes) -> None:
+        self.protocol.data_received(data)
+        size = body.total_bytes
+        if size != self._body_size:
+            self._body_size, self._room = size, HEAD_BYTES
+            return
+        self._room = room - len(data)
+        if self._room < 0:
+            self._abort()
+
+    def _abort(self) -> None:
         if self._transport is not None:
-            self.failure = self._error
+            self.failure = self._error()
             self._transport.abort()
 
     def eof_received(self) -> bool | None:
@@ -62,8 +178,16 @@ class _Guard(asyncio.Protocol):
         return result
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Passes on to aiohttp that the connection is closed."""
+        """Passes on to aiohttp that the connection is closed, and remembers the error of its parser.
+
+        aiohttp keeps that error for the reader of the next head, and replaces it when the connection is closed.
+        """
+        parser_error = None if self._body is None else self.protocol.exception()
         self.protocol.connection_lost(self.failure or exc)
+        self.failure = self.failure or parser_error
+        watcher, self._transport, self._watcher = self._watcher, None, None
+        if watcher is not None:
+            watcher.on_connection_lost()
 
     def pause_writing(self) -> None:
         """Makes aiohttp stop writing the request for now."""
@@ -74,78 +198,19 @@ class _Guard(asyncio.Protocol):
         self.protocol.resume_writing()
 
 
-class HeadGuard(_Guard):
-    """Closes a connection on which the head of a response takes too many bytes.
-
-    When it is detached, aiohttp has parsed the head. So whether bytes belong to the head is known only after the task
-    that waits for it has had a chance to run: bytes beyond the limit are held back for one turn of the event loop.
-    """
-
-    def __init__(self, transport: asyncio.BaseTransport | None, error: Exception) -> None:
-        super().__init__(transport, error)
-        self._room = HEAD_BYTES
-        self._held_back = bytearray()
-
-    @property
-    def has_received(self) -> bool:
-        """Whether a part of the response has arrived."""
-        return self._room < HEAD_BYTES
-
-    def detach(self) -> None:
-        """Passes on what was held back, and lets aiohttp or the next guard receive what arrives from now on."""
-        transport = self._transport
-        super().detach()
-        if transport is not None and self._held_back and self.failure is None:
-            receiver = self.protocol if transport.is_closing() else transport.get_protocol()
-            receiver.data_received(bytes(self._held_back))
-
-    def data_received(self, data: bytes) -> None:
-        """Passes on what is within the limit, and holds the rest back until it is known to belong to the body."""
-        if self.failure is not None:
-            return
-        room, self._room = self._room, max(0, self._room - len(data))
-        if room:
-            self.protocol.data_received(data if len(data) <= room else data[:room])
-        if len(data) > room:
-            if not self._held_back:
-                asyncio.get_running_loop().call_soon(self._on_limit)
-            self._held_back += data[room:]
+def guard_of(transport: asyncio.BaseTransport | None) -> ConnectionGuard:
+    """Returns the guard of a connection. The first call for the connection puts it in place."""
+    # A TLS transport that is closing has forgotten its protocol.
+    if transport is None or transport.is_closing():
+        return ConnectionGuard(None, None, was_used=transport in _used_transports)
+    with_protocol: Any = transport
+    protocol = with_protocol.get_protocol()
+    if isinstance(protocol, ConnectionGuard):
+        return protocol
+    guard = ConnectionGuard(transport, protocol)
+    with_protocol.set_protocol(guard)
+    return guard
 
 
-class FramingGuard(_Guard):
-    """Closes a connection on which too many bytes arrive without a part of the body.
-
-    What arrives and does not lengthen the body is the size of a chunk, an extension of it, or a trailer.
-
-    Args:
-        transport: The transport of the connection, or None if there is none any more.
-        error: The exception for a server that exceeds the limit.
-        body_size: Returns how many bytes of the body aiohttp has received.
-    """
-
-    def __init__(self, transport: asyncio.BaseTransport | None, error: Exception, body_size: Callable[[], int]) -> None:
-        super().__init__(transport, error)
-        self._body_size = body_size
-        self._last_size = body_size()
-        self._framing_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Passes on what arrived, and counts it unless a part of the body was in it."""
-        self.protocol.data_received(data)
-        size = self._body_size()
-        if size != self._last_size:
-            self._last_size = size
-            self._framing_bytes = 0
-            return
-        self._framing_bytes += len(data)
-        if self._framing_bytes > HEAD_BYTES:
-            self._on_limit()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Passes on to aiohttp that the connection is closed, and remembers the error of its parser.
-
-        aiohttp keeps that error for the reader of the next head, and replaces it when the connection is closed.
-        """
-        parser_error = self.protocol.exception()
-        super().connection_lost(exc)
-        self.failure: BaseException | None = self.failure or parser_error
+# The references are weak. The guards themselves cannot be found once their transports are closing.
+_used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSet()

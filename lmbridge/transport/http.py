@@ -23,7 +23,7 @@ from lmbridge.errors import LLMError
 from lmbridge.transport.retry import Verdict
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(eq=False)
 class HttpRequest:
     """A request in the form in which a session sends it."""
 
@@ -84,7 +84,7 @@ class HttpResponse(Protocol):
 class HttpSession(Protocol):
     """Sends requests to one server, in one event loop."""
 
-    async def send(self, request: HttpRequest) -> HttpResponse:
+    def send(self, request: HttpRequest) -> Coroutine[Any, Any, HttpResponse]:
         """Sends a request once, and returns the response as soon as its head has been read.
 
         On cancellation of the caller, the connection is closed.

@@ -1,14 +1,14 @@
 """`BaseTransport`: what the client layer knows of the transport below it.
 
-There are two implementations. `Transport` sends to one server, and `NodePool` to one of several. Whoever is above need
+There are two implementations. `Transport` sends to one server, and `NodePool` to one of several. The layers above need
 not know which of them it has, unless it asks about a single server; then it goes through `nodes`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lmbridge.transport.calls import Reply, Request
 from lmbridge.transport.events import EventStream
@@ -64,16 +64,16 @@ class BaseTransport(Protocol):
         """Returns the text without the keys, and without the values of the headers."""
         ...
 
-    async def request(self, request: Request) -> Reply:
+    def request(self, request: Request) -> Coroutine[Any, Any, Reply]:
         """Sends a request, and returns the complete reply, whatever its status."""
         ...
 
-    async def stream(self, request: Request) -> EventStream | Reply:
+    def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
         """Sends a request for an event stream, and returns the stream, or the reply if it is something else."""
         ...
 
     async def forward(self, request: Request) -> ForwardedResponse:
-        """Sends a request, and returns the response to be passed on as it is, whatever its status."""
+        """Sends a request, and returns the response to be passed on unchanged, whatever its status."""
         ...
 
     async def close(self) -> None:

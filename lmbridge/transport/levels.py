@@ -56,6 +56,11 @@ class Levels:
 
     def update_rank(self, permit: Permit) -> None:
         """Computes the rank of a request from its level."""
-        # A level above the highest priority that waits would change nothing but the order of runs.
-        level = min(permit.level, self.highest_priority)
-        permit.rank = -level, permit.order_number, permit.arrival_number
+        permit.rank = -self.capped_level(permit), permit.order_number, permit.arrival_number
+
+    def capped_level(self, permit: Permit) -> int:
+        """Returns the level of a waiting request, but at most the highest priority that waits.
+
+        A level above it would change nothing but the order of runs.
+        """
+        return min(permit.level, self.highest_priority)

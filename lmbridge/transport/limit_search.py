@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
 
 PATIENCE: Final = 2.0
-"""The seconds for which requests wait for an answer to a question that nobody has asked for explicitly."""
+"""The seconds for which requests wait for an answer to a question that the user has not asked for."""
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +38,7 @@ class LimitFinder:
     """The limits that are in force as long as the server has not answered."""
     only_when_needed: bool = False
     """Whether the server is asked only when a request would be in flight beside another one. Then requests wait for the
-    answer for no longer than `PATIENCE`, and it is not worth a warning if there is none."""
+    answer for no longer than `PATIENCE`, and its absence is not worth a warning."""
 
 
 class LimitSearch:
@@ -68,7 +68,7 @@ class LimitSearch:
 
         Args:
             was_stale: Whether only a kept connection turned out to be dead. Some servers close each connection after an
-                answer, so this is no reason to repeat a question that nobody has asked for explicitly.
+                answer, so a question that the user has not asked for is not repeated.
         """
         if was_stale and self._finder.only_when_needed:
             return

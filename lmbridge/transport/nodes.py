@@ -1,6 +1,6 @@
 """`NodePool`: several servers behind the interface of one transport.
 
-Each server has a `Transport` of its own, with its own connections, limits and schedule; the pool only decides which of
+Each server has its own `Transport`, with its own connections, limits and schedule; the pool only decides which of
 them gets a request. `node.py` has the rules of the choice, and `delivery.py` those of what happens after a failure. The
 division is that of elastic-transport, whose node pool knows nothing of requests, and whose nodes know nothing of each
 other.
@@ -31,12 +31,13 @@ from lmbridge._tasks import LoopGuard, mark_exception_retrieved, settle
 from lmbridge.config import Timeouts
 from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError, TaskCancelledError
 from lmbridge.transport.calls import Reply, Request
-from lmbridge.transport.delivery import Delivery
+from lmbridge.transport.delivery import Delivery, whole_body
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.failover import MovedToAnotherServer
 from lmbridge.transport.forwarding import ForwardedResponse
+from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.node import FindModels, Node, choose_node
-from lmbridge.transport.prefix import Conversation, WarmPrefixes, conversation_in, response_key
+from lmbridge.transport.prefix import SentConversation, WarmPrefixes, conversation_in, response_key
 from lmbridge.transport.retry import Verdict
 from lmbridge.transport.transport import Transport
 
@@ -83,10 +84,10 @@ class NodePool(NotCopyable):
             the cache. The default is True.
 
     Raises:
-        LLMValidationError: There is no transport, or two of them lead to the same server.
+        LLMValidationError: No transport was passed, or two of them lead to the same server.
     """
 
-    _instead_of_a_copy = "pass the pool itself on, and create one of its own in each process"
+    _instead_of_a_copy = "pass the pool itself on, and create another one in each process"
 
     def __init__(self, transports: Sequence[Transport], *, prefer_warm: bool = True) -> None:
         self.nodes: Final[tuple[Transport, ...]] = _checked(transports)
@@ -180,7 +181,7 @@ class NodePool(NotCopyable):
         return await self._deliver(request, lambda transport, request: transport.stream(request))
 
     async def forward(self, request: Request) -> ForwardedResponse:
-        """Sends a request to one of the servers, and returns the response to be passed on as it is.
+        """Sends a request to one of the servers, and returns the response to be passed on unchanged.
 
         On cancellation of the caller, the connection is closed and the permit is returned.
 
@@ -244,7 +245,6 @@ class NodePool(NotCopyable):
         node.underway += 1
         try:
             answer = await send(node.transport, request)
-            delivery.check_answer(answer.call, answer.status, _whole_body(answer))
         except LLMTimeoutError as error:
             # The server may have hung, so it is asked whether it still answers before it gets further requests.
             if error.phase == "first_byte":
@@ -252,12 +252,12 @@ class NodePool(NotCopyable):
             raise
         finally:
             node.underway -= 1
-        self._note_answer(node, delivery, answer.status, _whole_body(answer))
+        self._note_answer(node, delivery, answer.status, whole_body(answer))
         return answer
 
-    def _conversation_of(self, request: Request) -> Conversation:
+    def _conversation_of(self, request: Request) -> SentConversation:
         if not request.queued or request.path.endswith("/embeddings"):
-            return Conversation()
+            return SentConversation()
         return conversation_in(request.body)
 
     def _choose(self, delivery: Delivery) -> Node:
@@ -298,16 +298,17 @@ class NodePool(NotCopyable):
         """
         now = asyncio.get_running_loop().time()
         waited_for = []
-        needs_models = request.queued and request.model is not None and request.find_models is not None
+        # Also a count of tokens, which waits for no permit, belongs to the server that has the model.
+        needs_models = request.model is not None and request.interpreter.find_models is not None
         is_missing = needs_models and all(node.state_of(request.model) == "missing" for node in self._nodes)
         for node in self._nodes:
             if node.is_down:
                 if now >= node.check_at:
-                    self._start_look_up(node, request.find_models, now)
+                    self._start_look_up(node, request.interpreter.find_models, now)
                 continue
             age = now - node.asked_at
             if needs_models and (is_missing or age > MODELS_AGE) and now - node.look_up_at >= LOOK_UP_PAUSE:
-                self._start_look_up(node, request.find_models, now)
+                self._start_look_up(node, request.interpreter.find_models, now)
             if node.look_up is not None and (is_missing or node.models is None):
                 waited_for.append(node.look_up)
         if waited_for:
@@ -355,13 +356,6 @@ class NodePool(NotCopyable):
         return self._closing
 
 
-def _whole_body(answer: Reply | EventStream | ForwardedResponse) -> bytes | None:
-    """Returns the body of an answer, or None if it has only begun."""
-    if isinstance(answer, Reply):
-        return answer.body
-    return answer.whole_body if isinstance(answer, ForwardedResponse) else None
-
-
 async def _check(transport: Transport) -> None:
     """Asks a server whether it works.
 
@@ -372,7 +366,7 @@ async def _check(transport: Transport) -> None:
         operation="health check",
         method="GET",
         path="/models",
-        classify=lambda _status, _headers, _body: Verdict.FAIL,
+        interpreter=Interpreter(classify=lambda _status, _headers, _body: Verdict.FAIL),
         timeouts=Timeouts(connect=CHECK_SECONDS, first_byte=CHECK_SECONDS),
         max_retries=0,
         queued=False,

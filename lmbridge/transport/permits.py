@@ -35,16 +35,16 @@ class Permit:
     The reference is weak because a task's result, or the traceback of its exception, may hold the very stream whose
     garbage collection returns the permit.
     """
+    priority: int = 0
+    """How urgent the request is; a higher number goes first."""
+    run: ScheduledRun | None = None
+    """The position of the request's run in the order of runs, or None if the request does not belong to a run."""
     admitted_at: float = math.inf
     """The time at which the request was admitted; infinity while it waits."""
     last_read_at: float = math.inf
     """The time at which the stream was last read, or at which the request was admitted if it never was."""
     state: Literal["new", "waiting", "in flight", "over"] = "new"
     """Where the request is: not in the schedule yet, waiting for admission, in flight, or no longer in the schedule."""
-    priority: int = 0
-    """How urgent the request is; a higher number goes first."""
-    run: ScheduledRun | None = None
-    """The position of the request's run in the order of runs, or None if the request does not belong to a run."""
     level: int = 0
     """The priority, plus one for each `max_wait` seconds of waiting."""
     is_nested: bool = False

@@ -27,7 +27,7 @@ MOST_CONVERSATIONS: Final = 10_000
 """The most conversations that are remembered. It is one short key for each of them."""
 
 
-class _Body(msgspec.Struct):
+class _PromptFields(msgspec.Struct):
     """The fields of a request that the prompt is made of, in all APIs."""
 
     model: msgspec.Raw = msgspec.Raw(b"")
@@ -41,7 +41,7 @@ class _Body(msgspec.Struct):
 
 
 @attrs.frozen
-class Conversation:
+class SentConversation:
     """What a request repeats of earlier ones."""
 
     keys: tuple[bytes, ...] = ()
@@ -50,19 +50,19 @@ class Conversation:
     """The id of a response that only the server which gave it can continue."""
 
 
-def conversation_in(body: bytes | None) -> Conversation:
+def conversation_in(body: bytes | None) -> SentConversation:
     """Returns the conversation in the JSON body of a request. A body without one has no keys.
 
     It reads `messages` (chat completions, and Anthropic's API), `prompt` (completions) and `input` (responses). The
     model, the tools and the system prompt are a part of each key, because the prompt begins with them.
     """
     if not body:
-        return Conversation()
+        return SentConversation()
     try:
-        fields = msgspec.json.decode(body, type=_Body)
+        fields = msgspec.json.decode(body, type=_PromptFields)
         parts = _parts_of(fields)
     except (msgspec.DecodeError, RecursionError):
-        return Conversation()
+        return SentConversation()
     digest = blake2b(digest_size=_KEY_BYTES)
     for head in (fields.model, fields.tools, fields.system, fields.instructions):
         _add(digest, bytes(head))
@@ -70,7 +70,7 @@ def conversation_in(body: bytes | None) -> Conversation:
     for part in parts:
         _add(digest, part)
         keys.append(digest.digest())
-    return Conversation(tuple(keys), fields.previous_response_id)
+    return SentConversation(tuple(keys), fields.previous_response_id)
 
 
 def response_key(response_id: str) -> bytes:
@@ -78,7 +78,7 @@ def response_key(response_id: str) -> bytes:
     return blake2b(response_id.encode("utf-8", "replace"), digest_size=_KEY_BYTES, person=b"response").digest()
 
 
-def _parts_of(fields: _Body) -> list[bytes]:
+def _parts_of(fields: _PromptFields) -> list[bytes]:
     raw = next((bytes(each) for each in (fields.messages, fields.input, fields.prompt) if bytes(each)), b"")
     if raw[:1] == b"[":
         return [bytes(each) for each in msgspec.json.decode(raw, type=list[msgspec.Raw])]
@@ -116,7 +116,7 @@ class WarmPrefixes(Generic[_T]):
         return None
 
     def remember(self, key: bytes, entry: _T) -> None:
-        """Records who has answered a conversation."""
+        """Records which server has answered a conversation."""
         self._entries[key] = entry
         self._entries.move_to_end(key)
         while len(self._entries) > self._most:

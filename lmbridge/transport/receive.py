@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from lmbridge.transport.calls import Call, Reply
@@ -12,6 +13,8 @@ from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_s
 
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
+_KEPT_BYTES: Final = 1024**2
+"""The number of bytes after which the rest of a reply that has broken off is dropped. An error quotes fewer."""
 
 
 async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
@@ -23,10 +26,14 @@ async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Re
     # The body may still be an event stream that has the wrong Content-Type, or it is something else, such as an error
     # with status 200. The first bytes decide.
     first = b""
-    while (is_stream := begins_event_stream(first)) is None and len(first) < _UNDECIDED_BYTES:
-        if not (more := await response.read_some()):
-            break
-        first += more
+    try:
+        while (is_stream := begins_event_stream(first)) is None and len(first) < _UNDECIDED_BYTES:
+            if not (more := await response.read_some()):
+                break
+            first += more
+    except BaseException:
+        note_arrived(call, response, [first])
+        raise
     return EventStream(call, response, first) if is_stream else await receive_reply(call, response, first)
 
 
@@ -56,23 +63,43 @@ async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStrea
 
 def _reports_error_of_server(call: Call, event: Event) -> bool:
     data = _data_of(event)
-    return call.request.reports_error(data) and call.request.concerns_server(200, data)
+    interpreter = call.request.interpreter
+    return interpreter.reports_error(data) and interpreter.concerns_server(200, data)
 
 
 def _data_of(event: Event) -> bytes:
     return event.data if isinstance(event, NamedEvent) else event
 
 
+def note_arrived(call: Call, response: HttpResponse, parts: Iterable[bytes]) -> None:
+    """Keeps the beginning of a reply that has broken off, for the error.
+
+    A time limit breaks off a reply by a cancellation, so this is called for any exception.
+    """
+    body = b""
+    for part in parts:
+        if len(body) > _KEPT_BYTES:
+            break
+        body += part
+    call.arrived = Reply(call, response.status, response.headers, body)
+
+
 async def receive_reply(call: Call, response: HttpResponse, first: bytes = b"") -> Reply:
     """Reads a body to its end. `first` is the part of it that has been read already.
+
+    If that fails, `Call.arrived` is what had arrived.
 
     Raises:
         LLMResponseError: It has more bytes than a reply to this call may have.
     """
     parts, size = [first], len(first)
-    while part := await response.read_some():
-        parts.append(part)
-        size += len(part)
-        if size > call.max_bytes:
-            raise call.too_large(response.status)
-    return Reply(call=call, status=response.status, headers=response.headers, body=b"".join(parts))
+    try:
+        while part := await response.read_some():
+            parts.append(part)
+            size += len(part)
+            if size > call.max_bytes:
+                raise call.too_large(response.status)
+    except BaseException:
+        note_arrived(call, response, parts)
+        raise
+    return Reply(call, response.status, response.headers, b"".join(parts))

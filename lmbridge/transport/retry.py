@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Final
+from typing import ClassVar, Final
 
 import backoff
 
@@ -30,6 +30,13 @@ _FIRST_POLL_WAIT: Final = 0.5
 """The wait before the first poll of a server that is loading, in seconds."""
 _LONGEST_POLL_WAIT: Final = 2.0
 """The longest wait between two polls, in seconds."""
+
+
+class WaitScale:
+    """The factor by which all waits before a further attempt are multiplied."""
+
+    factor: ClassVar[float] = 1.0
+    """It is 1, but `lmbridge.testing.retry_without_waiting` sets it to 0."""
 
 
 class Verdict(enum.Enum):

@@ -28,8 +28,9 @@ The rules in full:
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
   another run waits until one of them ends, or has had no request for as long as the server took to begin its answer to
-  the first one, because its tools take longer (`lmbridge.transport.begun_runs` has the reasons). Begun runs of a lower
-  priority do not count, and no request waits for that longer than `max_wait`.
+  the first one, because its tools take longer (`lmbridge.transport.begun_runs` has the reasons). Begun runs whose
+  priority is lower than the level of the request do not count. While a request is overdue (see below), no request waits
+  for runs, because the drain would have to wait for them, too.
 - With `max_loaded_models`, at most that many models are *active*, and only requests for active models are in flight. A
   model becomes active if there is room for it, or by taking the slot of a model that has nothing in flight and no
   request that may go.
@@ -264,7 +265,7 @@ class Scheduler:
     def next_change(self, now: float) -> float:
         """Returns when `admit` has to be called because time has passed, or infinity if it need not be.
 
-        A request becomes overdue, or need not wait any longer until its run may begin, or a run has been idle for long.
+        A request becomes overdue, or rises to a level at which fewer runs hold it back, or a run is idle for too long.
         """
         moments = []
         first = self._first(self._models.next_overdue, now)
@@ -313,8 +314,8 @@ class Scheduler:
     def _first_of(self, ready: PermitHeap, newcomers: PermitHeap, now: float) -> Permit | None:
         """Returns the first request of two heaps that may go."""
         first, newcomer = self._first(ready, now), self._first(newcomers, now)
-        # The first newcomer has the highest priority of all newcomers. If its run may not begin, no other may.
-        if newcomer is None or not self._runs.have_room(newcomer.priority):
+        # The first newcomer has the highest level of all newcomers. If its run may not begin, no other may.
+        if newcomer is None or not (self._has_overdue or self._runs.have_room(self._levels.capped_level(newcomer))):
             return first
         return newcomer if first is None or newcomer.rank < first.rank else first
 
@@ -328,7 +329,6 @@ class Scheduler:
         """Raises the requests that have waited for another `max_wait` seconds."""
         while (permit := self._first(self._rising, now)) is not None and permit.rises_at <= now:
             self._levels.update(permit, now)
-            self._let_in(permit)
             self._rising.push(permit)
             self._models.push(permit)
 

@@ -13,21 +13,18 @@ and everything that is done about them is in this module:
   (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
   was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
 - *It limits each line of a response's head, but not the whole head, nor what stands between two parts of a body.* A
-  server may send "100 Continue" or an extension of a chunk forever. So `HeadGuard` stands between a connection and
-  aiohttp until the head of the response has arrived, and `FramingGuard` until the end of a chunked body. The answer of
-  a proxy to `CONNECT` is read before anything public is called, so `_Connector` overrides a private method for it; a
-  test notices if that method is no longer called.
+  server may send "100 Continue" or an extension of a chunk forever. So a `ConnectionGuard` stands between each
+  connection and aiohttp. The answer of a proxy to `CONNECT` is read before anything public is called, so `_Connector`
+  overrides a private method for it; a test notices if that method is no longer called.
 - *It decompresses without a limit*, or without noticing that the end is missing; see
   `lmbridge.transport.decompression`, which does it instead.
 - *It limits connecting, but not the resolution of a name.* `_Resolver` does.
 - *It forgets the reader of a body with broken chunk framing.* Its compiled parser closes the connection and puts the
   error on the protocol object, where only the reader of a *head* looks, so the reader of the body waits until a time
-  limit of minutes runs out. `_AiohttpResponse` therefore watches `response.connection.protocol.closed`, a future that
-  aiohttp itself awaits when a session is closed. It has no leading underscore, but it is not documented either, and it
-  is the only thing of that kind that lmbridge uses. Its documented alternative is `response.connection.transport`,
-  whose `is_closing()` would have to be polled for as long as a stream is silent. `TraceConfig` has no signal for it,
-  and `sock_read` is a limit on silence, which may last for minutes. tests/transport/test_session.py shows what happens
-  with and without it, with the installed version of aiohttp; `make test-slow` runs it with the oldest as well.
+  limit of minutes runs out. The `ConnectionGuard` therefore informs `_AiohttpResponse` that the connection was lost.
+  `response.connection.protocol.closed` would do the same, but is not documented, and costs a future and two callbacks
+  for each connection. tests/transport/test_session.py shows what happens with and without it, with the installed
+  version of aiohttp; `make test-slow` runs it with the oldest as well.
 - *It forgets what has arrived when a connection breaks.* Its `StreamReader` raises the exception at once, even if a
   slow reader has left much of the body in the buffer. `_AiohttpResponse.take_arrived` sets the exception aside in order
   to read the rest of the buffer. `StreamReader._read_nowait` would be shorter, but it is private.
@@ -38,21 +35,20 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl as ssl_module
-import weakref
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp import hdrs
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
 from aiohttp.http_exceptions import LineTooLong
 
-from lmbridge._tasks import mark_exception_retrieved
 from lmbridge.config import environment_proxy
 from lmbridge.transport import faults, socks
 from lmbridge.transport.decompression import (
@@ -62,8 +58,9 @@ from lmbridge.transport.decompression import (
     UnsupportedEncoding,
     decompressor_for,
 )
-from lmbridge.transport.head_guard import FramingGuard, HeadGuard
+from lmbridge.transport.head_guard import ConnectionGuard, guard_of
 from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, StaleConnection
+from lmbridge.transport.interception import interceptors
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -120,7 +117,7 @@ class AiohttpSession:
         socket_path: str | None = None,
     ) -> None:
         self._socks_proxy = proxy if socks.is_socks(proxy) else None
-        self._socks_errors = () if self._socks_proxy is None else socks.connection_errors()
+        self._socks_errors = () if self._socks_proxy is None else socks.socks_errors()
         # The proxy of each request, which aiohttp uses; the connector knows a SOCKS proxy instead.
         self._proxy = proxy if self._socks_proxy is None else None
         self._socket_path = socket_path
@@ -131,8 +128,12 @@ class AiohttpSession:
         self._pooled = self._make_session(keep_connections=True)
         self._unpooled: aiohttp.ClientSession | None = None
 
-    async def send(self, request: HttpRequest) -> HttpResponse:
+    def send(self, request: HttpRequest) -> Coroutine[Any, Any, HttpResponse]:
         """Sends a request once; see `HttpSession.send`."""
+        # It is not a coroutine itself, because each layer of coroutines costs time whenever the request waits.
+        return interceptors[-1](request, self._send) if interceptors else self._send(request)
+
+    async def _send(self, request: HttpRequest) -> HttpResponse:
         _connect_timeout.set(request.connect_timeout)
         try:
             response = await self._session_for(request).request(
@@ -156,7 +157,7 @@ class AiohttpSession:
                 raise
             failure = faults.connection_failed(faults.BROKEN_BEFORE_RESPONSE)
         else:
-            return _open_response(cast(_ResponseOnConnection, response), request)
+            return _open_response(response, request)
         # Raised outside the `except` clauses, so that aiohttp's exception does not become the `__context__`: it may
         # contain the headers of the request, and these contain the key.
         raise failure
@@ -289,16 +290,24 @@ def _start_closing(connector: aiohttp.BaseConnector) -> None:
     closing.close()
 
 
-def _open_response(response: _ResponseOnConnection, request: HttpRequest) -> HttpResponse:
+def _open_response(response: aiohttp.ClientResponse, request: HttpRequest) -> HttpResponse:
     """Returns a response whose body can be read.
 
     Raises:
-        ConnectionFailed: The body is compressed in a way that is not supported.
+        ConnectionFailed: The body is compressed, or divided, in a way that is not supported.
     """
-    if request.keeps_compression:
+    transfer_coding = response.headers.get(hdrs.TRANSFER_ENCODING, "chunked")
+    # aiohttp reads a body with any other coding until the connection ends, as if it were not encoded.
+    if transfer_coding.strip().lower() not in ("chunked", "identity"):
+        response.close()
+        raise faults.connection_failed(
+            faults.NOT_HTTP, "its Transfer-Encoding is not 'chunked'", status=response.status
+        )
+    content_encoding = response.headers.get(hdrs.CONTENT_ENCODING)
+    if content_encoding is None or request.keeps_compression:
         return _AiohttpResponse(response, None)
     try:
-        return _AiohttpResponse(response, decompressor_for(response.headers.get("Content-Encoding")))
+        return _AiohttpResponse(response, decompressor_for(content_encoding))
     except UnsupportedEncoding as exc:
         response.close()
         raise faults.unsupported_encoding(str(exc), response.status) from None
@@ -307,16 +316,19 @@ def _open_response(response: _ResponseOnConnection, request: HttpRequest) -> Htt
 class _AiohttpResponse:
     """An `HttpResponse` that aiohttp has begun to receive."""
 
-    __slots__ = ("_connection_closed", "_content", "_decompressor", "_response", "headers", "status")
+    __slots__ = ("_content", "_decompressor", "_guard", "_response", "headers", "status")
 
-    def __init__(self, response: _ResponseOnConnection, decompressor: Decompressor | None) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, decompressor: Decompressor | None) -> None:
         self.status = response.status
         self.headers: Mapping[str, str] = response.headers
         self._response = response
         self._content = response.content
         self._decompressor = decompressor
-        self._connection_closed: asyncio.Future[None] | None = None
-        self._watch_connection()
+        # A library that replaces aiohttp's responses in tests, such as aioresponses, creates plain ones.
+        self._guard = response.guard if isinstance(response, _ResponseOnConnection) else guard_of(None)
+        # The connection is gone if the end of the body arrived together with the head.
+        if response.connection is not None:
+            self._guard.watch(self)
 
     def read_some(self) -> Coroutine[Any, Any, bytes]:
         # It is not a coroutine itself, because it is called for every chunk, and each layer of coroutines costs time.
@@ -329,7 +341,7 @@ class _AiohttpResponse:
             failure = self._failure(exc)
         else:
             if not data:
-                self._unwatch_connection()
+                self._guard.unwatch(self)
             return data
         if arrived := self._take_raw():
             return arrived
@@ -373,13 +385,12 @@ class _AiohttpResponse:
         return part
 
     def close(self) -> None:
-        self._unwatch_connection()
+        self._guard.unwatch(self)
         self._response.close()
 
     def _failure(self, exc: Exception) -> ConnectionFailed:
         cause = None if isinstance(exc, aiohttp.ClientResponseError) else exc
-        guard = self._response.framing_guard
-        reason = exc if guard is None or guard.failure is None else guard.failure
+        reason = self._guard.failure or exc
         parser_error = _find_cause(reason, HttpProcessingError)
         fault = faults.NOT_HTTP if parser_error is None else _protocol_fault(parser_error)
         if isinstance(reason, _TooMuchFraming):
@@ -388,26 +399,8 @@ class _AiohttpResponse:
             fault = faults.BROKEN_IN_BODY
         return faults.connection_failed(fault, cause=cause, status=self.status)
 
-    def _watch_connection(self) -> None:
-        """Makes sure that a reader wakes up when the connection is lost; the docstring of the module says why."""
-        connection = self._response.connection
-        # There is no connection any more if the end of the body arrived together with the head.
-        if connection is None or connection.protocol is None:
-            return
-        self._connection_closed = connection.protocol.closed
-        if self._connection_closed is not None:
-            # The future outlives this response if the connection is kept, and asyncio logs exceptions that are never
-            # retrieved. Removed first, so that a connection has one such callback, and not one for each response.
-            self._connection_closed.remove_done_callback(mark_exception_retrieved)
-            self._connection_closed.add_done_callback(mark_exception_retrieved)
-            self._connection_closed.add_done_callback(self._on_connection_closed)
-
-    def _unwatch_connection(self) -> None:
-        if self._connection_closed is not None:
-            self._connection_closed.remove_done_callback(self._on_connection_closed)
-            self._connection_closed = None
-
-    def _on_connection_closed(self, _closed: asyncio.Future[None]) -> None:
+    def on_connection_lost(self) -> None:
+        """Makes sure that a reader wakes up; the docstring of the module says why."""
         if not self._content.is_eof():
             self._response.close()
 
@@ -418,30 +411,22 @@ class _ResponseOnConnection(aiohttp.ClientResponse):
     The latter matters if the connection turns out to be dead.
     """
 
-    framing_guard: FramingGuard | None = None
-    """What limits the framing of the body, if it is chunked."""
+    guard: ConnectionGuard
+    """The guard of the connection."""
 
     async def start(self, connection: Connection) -> aiohttp.ClientResponse:
-        transport = connection.transport
-        was_kept = transport in _used_transports
-        if transport is not None and not was_kept:
-            _used_transports.add(transport)
-        guard = HeadGuard(transport, _HeadTooLarge())
+        self.guard = guard = guard_of(connection.transport)
+        was_kept = guard.note_request()
+        guard.limit_head(_HeadTooLarge)
         try:
             await super().start(connection)
-            if "chunked" in self.headers.get("Transfer-Encoding", "").lower() and not self.content.is_eof():
-                self._limit_framing(transport)
+            if "chunked" in self.headers.get(hdrs.TRANSFER_ENCODING, "").lower() and not self.content.is_eof():
+                guard.limit_framing(self.content, _TooMuchFraming)
         except _LOST_CONNECTION_ERRORS as exc:
             raise _LostConnection(exc, may_be_stale=was_kept and not guard.has_received) from exc
         finally:
-            guard.detach()
+            guard.end_head()
         return self
-
-    def _limit_framing(self, transport: asyncio.BaseTransport | None) -> None:
-        content = self.content
-        self.framing_guard = FramingGuard(transport, _TooMuchFraming(), lambda: content.total_bytes)
-        # aiohttp may notice the end of a body outside the guard, when a slow reader goes on.
-        content.on_eof(self.framing_guard.detach)
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -451,7 +436,7 @@ class _Connector(aiohttp.TCPConnector):
         transport, protocol = await super()._create_direct_connection(*args, **options)
         if options.get("client_error") is aiohttp.ClientProxyConnectionError:
             # The guard ends with the handshake of TLS, or with the request to a server without TLS.
-            HeadGuard(transport, _TunnelHeadTooLarge())
+            guard_of(transport).limit_head(_TunnelHeadTooLarge)
         return transport, protocol
 
 
@@ -498,11 +483,6 @@ class _Resolver(AbstractResolver):
 _connect_timeout: Final[ContextVar[float | None]] = ContextVar("_connect_timeout", default=None)
 
 
-# One set for all sessions, because aiohttp accepts a class for its responses, and not a function that would know the
-# session. The set holds weak references.
-_used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSet()
-
-
 class _LostConnection(aiohttp.ClientError):
     """Wraps an exception, so that the `except` clause in which aiohttp would send the request again misses it."""
 
@@ -538,7 +518,7 @@ def _protocol_fault(exc: Exception) -> faults.Fault:
     if _find_cause(exc, LineTooLong) is not None:
         return faults.HEAD_TOO_LARGE
     text = _describe_reason(exc).lower()
-    # There is no exception class for this.
+    # aiohttp has no exception class for this.
     if "too many headers" in text or "too many trailers" in text:
         return faults.TOO_MANY_HEADERS
     # A TLS server answers a request that is not TLS with an alert, whose bytes aiohttp quotes.
@@ -556,4 +536,7 @@ def _describe_reason(exc: Exception) -> str:
         return ""
     if (tls_error := _find_cause(exc, ssl_module.SSLError)) is not None:
         return faults.describe_os_error(tls_error)
+    # aiohttp 3.13 does not set `os_error` in this subclass of `ClientConnectorError`.
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return faults.describe_os_error(exc.certificate_error)
     return faults.describe_os_error(exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc)

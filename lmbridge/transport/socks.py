@@ -69,7 +69,7 @@ def make_connector(proxy: str, **options: Any) -> Any:
     return ProxyConnector.from_url(url, rdns=True, **options)
 
 
-def connection_errors() -> tuple[type[Exception], ...]:
+def socks_errors() -> tuple[type[Exception], ...]:
     """Returns the exceptions that such a connector raises besides those of aiohttp."""
     import aiohttp_socks  # noqa: PLC0415 - it may not be installed
 
@@ -78,7 +78,7 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFailed:
     """Returns the failure that one of these exceptions stands for."""
-    refused, unreachable, _ = connection_errors()
+    refused, unreachable, _ = socks_errors()
     if isinstance(exc, refused):
         return faults.connection_failed(_refusal(exc), str(exc), exc)
     if isinstance(exc, unreachable):

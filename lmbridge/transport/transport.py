@@ -1,9 +1,10 @@
-"""Sends requests to one server, and decides when each is admitted, how often it is sent, and how long it may take.
+"""`Transport`: sends requests to one server, and decides when each is admitted.
 
 `Transport._perform` takes a request through three steps:
 
 1. *Admission*: a generation waits for a permit from the scheduler. Model lists and health checks do not.
-2. *Attempts*: the request is sent, and sent again as long as the failure is one that a further attempt may overcome.
+2. *Attempts*: the request is sent, and sent again as long as the failure is one that a further attempt may overcome
+   (`lmbridge.transport.attempts`).
 3. *The reply*: when `request` returns, the reply is complete and the permit has been returned. The `EventStream` that
    `stream` returns holds the permit until it is closed.
 
@@ -23,15 +24,13 @@ import logging
 import ssl as ssl_module
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from lmbridge._checks import check_instance, check_integer
 from lmbridge._copying import NotCopyable
-from lmbridge._text import redacted_beginning
-from lmbridge._version import __version__
 from lmbridge.config import (
     Limits,
     check_api_key,
@@ -44,26 +43,22 @@ from lmbridge.config import (
     socket_path_of,
     split_credentials,
 )
-from lmbridge.errors import LLMError, LLMTimeoutError, LLMValidationError
+from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.transport.admission import Admission
+from lmbridge.transport.attempts import Attempts, Receive
 from lmbridge.transport.calls import MAX_REPLY_BYTES, Call, Reply, Request
+from lmbridge.transport.credentials import Credentials
 from lmbridge.transport.events import EventStream
 from lmbridge.transport.evictions import Evictions
 from lmbridge.transport.forwarding import ForwardedResponse, receive_forwarded
 from lmbridge.transport.headers import (
-    add_query,
-    basic_auth,
     check_headers,
-    merge_headers,
-    secret_pattern,
-    secrets_in,
 )
-from lmbridge.transport.http import ConnectionFailed, HttpRequest, HttpResponse, HttpSession, StaleConnection
+from lmbridge.transport.http import HttpSession
 from lmbridge.transport.limit_search import LimitFinder, LimitSearch, as_finder
-from lmbridge.transport.open_state import OpenState, closed_error
-from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth, own_secrets
+from lmbridge.transport.open_state import OpenState
+from lmbridge.transport.options import api_roots, check_any_proxy, choose_auth
 from lmbridge.transport.receive import receive_begun_stream, receive_reply, receive_stream
-from lmbridge.transport.retry import Verdict
 from lmbridge.transport.schedule_view import ScheduledModel, Swap, models_in
 from lmbridge.transport.session import AiohttpSession
 
@@ -74,19 +69,12 @@ logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 _EXTRA_CONNECTIONS: Final = 2
 """The number of connections beyond `max_concurrency`. They are for requests that do not need a permit."""
-_REFUSED_BEFORE_WORK: Final = (429, 503)
-"""The statuses with which a server refuses a request before it starts to work on it."""
 _ENVIRONMENT_PROXY: Final = "HTTP_PROXY or HTTPS_PROXY in the environment"
 _SSL_HINT: Final = "to trust a certificate of your own, pass ssl.create_default_context(cafile='ca.pem')"
-_NOT_RESENT_HINT: Final = (
-    "the request was not sent again, because the server may have started to work on it;"
-    " check its effect before you repeat it"
-)
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound="Reply | EventStream | ForwardedResponse")
 FindLimits = Callable[["Transport"], Awaitable[Limits]]
 """An async function that asks the server of a transport how many requests and models it can handle at the same time."""
-_Receive = Callable[[Call, HttpResponse], Awaitable[_T]]
 
 
 class Transport(NotCopyable):
@@ -147,7 +135,7 @@ class Transport(NotCopyable):
         self._api_root, self._server_root = api_roots(self.api_base)
         auth = choose_auth(check_auth(auth), url_auth, api_key)
         if api_key is None and auth is None:
-            api_key = default_api_key()
+            api_key = self.default_key()
         self.api_key: Final = check_api_key(api_key)
         self._proxy = check_any_proxy(proxy, "proxy")
         if self._proxy is not None and self._socket_path is not None:
@@ -164,20 +152,14 @@ class Transport(NotCopyable):
             self._proxy = None if (found or "").startswith("http://") else check_any_proxy(found, _ENVIRONMENT_PROXY)
         check_integer("max_reply_bytes", max_reply_bytes, optional=True)
         self._max_reply_bytes = MAX_REPLY_BYTES if max_reply_bytes is None else max_reply_bytes
-        given_headers = check_headers("headers", headers)
-        self._key_pattern = secret_pattern(own_secrets(self.api_key, auth, self._proxy))
-        self._header_pattern = secret_pattern(secrets_in(given_headers))
-        self._headers = {"User-Agent": f"lmbridge/{__version__}"}
-        if self.api_key is not None:
-            self._headers["Authorization"] = f"Bearer {self.api_key}"
-        elif auth is not None:
-            self._headers["Authorization"] = basic_auth(*auth)
-        self._headers = merge_headers(self._headers, given_headers)
-        self._json_headers = merge_headers({"Content-Type": "application/json"}, self._headers)
+        self._credentials = Credentials(self.api_key, auth, self._proxy, check_headers("headers", headers))
         self._open_state: OpenState | None = None
         self._retries: Counter[str | None] = Counter()
         self._swaps: Counter[str | None] = Counter()
         self._evictions = Evictions()
+        self._attempts = Attempts(
+            self._credentials, self._retries, api_base=self.api_base, socket_path=self._socket_path
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.api_base}>"
@@ -195,6 +177,10 @@ class Transport(NotCopyable):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def default_key(self) -> str | None:
+        """Returns the key that is sent if none was passed: that of the environment. A subclass may know better."""
+        return default_api_key()
 
     def open_session(self) -> HttpSession:
         """Creates the session that sends the requests. It is called when the transport opens, in its event loop.
@@ -263,7 +249,7 @@ class Transport(NotCopyable):
     @property
     def has_credentials(self) -> bool:
         """Whether requests have a header with a key that belongs to the transport."""
-        return any(name.lower() in ("authorization", "x-api-key") for name in self._headers)
+        return self._credentials.has_key
 
     @property
     def limits(self) -> Limits:
@@ -318,17 +304,11 @@ class Transport(NotCopyable):
             text: A text for an error or a log line.
             headers: The headers of one request. Their values are replaced by "[header]".
         """
-        if self._key_pattern is not None:
-            text = self._key_pattern.sub("[api_key]", text)
-        if self._header_pattern is not None:
-            text = self._header_pattern.sub("[header]", text)
-        if headers and (pattern := secret_pattern(secrets_in(headers))) is not None:
-            text = pattern.sub("[header]", text)
-        return text
+        return self._credentials.redact(text, headers)
 
     # Requests
 
-    async def request(self, request: Request) -> Reply:
+    def request(self, request: Request) -> Coroutine[Any, Any, Reply]:
         """Sends a request, and returns the complete reply, whatever its status.
 
         On cancellation of the caller, the connection is closed and the permit is returned.
@@ -338,9 +318,10 @@ class Transport(NotCopyable):
             LLMTimeoutError: A time limit has run out.
             TaskCancelledError: The transport was closed before the reply was complete.
         """
-        return await self._perform(self._ensure_open(), request, receive_reply, plain=True)
+        # It is not a coroutine itself, because each layer of coroutines costs time whenever the request waits.
+        return self._perform(self._ensure_open(), request, receive_reply, plain=True)
 
-    async def stream(self, request: Request) -> EventStream | Reply:
+    def stream(self, request: Request) -> Coroutine[Any, Any, EventStream | Reply]:
         """Sends a request for an event stream, and returns the stream. It holds the permit until it is closed.
 
         If the response is not an event stream, it is read to its end and returned as a `Reply`.
@@ -352,15 +333,11 @@ class Transport(NotCopyable):
             LLMTimeoutError: A time limit has run out.
             TaskCancelledError: The transport was closed before the response had begun.
         """
-        state = self._ensure_open()
         receive = receive_stream if request.failover is None else receive_begun_stream
-        answer = await self._perform(state, request, receive, plain=False)
-        if isinstance(answer, EventStream):
-            state.adopt(answer)
-        return answer
+        return self._perform(self._ensure_open(), request, receive, plain=False)
 
     async def forward(self, request: Request) -> ForwardedResponse:
-        """Sends a request whose response is passed on as it is, and returns the response, whatever its status.
+        """Sends a request whose response is passed on unchanged, and returns the response, whatever its status.
 
         The request is admitted, sent again and polled for like any other. The response is returned when the first part
         of its body has arrived, and its body is not decompressed; `lmbridge.transport.forwarding` has the details. It
@@ -375,12 +352,8 @@ class Transport(NotCopyable):
             TaskCancelledError: The transport was closed before the response had begun.
         """
         request.keeps_compression = True
-        state = self._ensure_open()
-        answer = await self._perform(state, request, receive_forwarded, plain=False)
-        if isinstance(answer, Reply):
-            return ForwardedResponse.from_reply(answer)
-        state.adopt(answer)
-        return answer
+        answer = await self._perform(self._ensure_open(), request, receive_forwarded, plain=False)
+        return ForwardedResponse.from_reply(answer) if isinstance(answer, Reply) else answer
 
     async def close(self) -> None:
         """Ends every request and stream with a `TaskCancelledError`, and closes all connections.
@@ -403,16 +376,22 @@ class Transport(NotCopyable):
 
     # One request
 
-    async def _perform(self, state: OpenState, request: Request, receive: _Receive[_T], *, plain: bool) -> _T | Reply:
+    async def _perform(self, state: OpenState, request: Request, receive: Receive[_T], *, plain: bool) -> _T | Reply:
         url = f"{self._server_root if request.below_root else self._api_root}{request.path}"
         call = Call(request, url, state.admission, state.deadline_timer, self._max_reply_bytes)
         state.requests += 1
         try:
             if request.queued:
-                await self._admit(state, call, plain=plain)
+                search = state.limit_search
+                if search is not None and not search.is_over:
+                    await search.wait(partial(self._ask_for_limits, state))
+                if not self._admit_now(state, call, plain=plain):
+                    await self._admit(state, call, plain=plain)
                 if request.failover is not None:
                     request.failover.on_admission(call)
-            answer = await self._attempt_until_final(state, call, receive)
+            answer = await self._attempts.run_until_final(state, call, receive)
+            if request.failover is not None:
+                request.failover.on_answer(call, answer)
         except BaseException as exc:
             # Whatever ends the call, a cancellation included, its permit has to be returned.
             call.finish(type(exc).__name__)
@@ -421,30 +400,35 @@ class Transport(NotCopyable):
             state.requests -= 1
         if isinstance(answer, Reply):
             _finish_with_reply(call, answer)
+        else:
+            state.adopt(answer)
         return answer
+
+    def _admit_now(self, state: OpenState, call: Call, *, plain: bool) -> bool:
+        """Gives a permit to the call if it need not wait. Returns whether it got one."""
+        model = call.request.model
+        # This makes `stats` list every model that was ever requested.
+        self._retries.setdefault(model, 0)
+        permit = state.admission.acquire_now(model, plain=plain, priority=call.request.priority)
+        if permit is None:
+            return False
+        call.admit(permit)
+        return True
 
     async def _admit(self, state: OpenState, call: Call, *, plain: bool) -> None:
         """Waits for a permit, and gives it to the call."""
-        model, priority = call.request.model, call.request.priority
-        # This makes `stats` list every model that was ever requested.
-        self._retries.setdefault(model, 0)
-        search = state.limit_search
-        if search is not None and not search.is_over:
-            await search.wait(partial(self._ask_for_limits, state))
-        permit = state.admission.acquire_now(model, plain=plain, priority=priority)
-        if permit is None:
-            logger.debug(
-                "%s model=%s waits for a permit: %d in flight, %d waiting before it",
-                call.request.operation,
-                model,
-                state.admission.in_flight,
-                state.admission.queued,
-            )
-            try:
-                permit = await state.admission.acquire(model, plain=plain, priority=priority)
-            except LLMError as error:
-                context = {"operation": call.request.operation, "url": call.url, "model": model}
-                raise error.completed(context=context)  # noqa: B904 - it is the same error
+        model, operation, admission = call.request.model, call.request.operation, state.admission
+        logger.debug(
+            "%s model=%s waits for a permit: %d in flight, %d waiting before it",
+            operation,
+            model,
+            admission.in_flight,
+            admission.queued,
+        )
+        try:
+            permit = await admission.acquire(model, plain=plain, priority=call.request.priority)
+        except LLMError as error:
+            raise error.completed(context={"operation": operation, "url": call.url, "model": model})  # noqa: B904 - it is the same error
         call.admit(permit)
 
     async def _ask_for_limits(self, state: OpenState, finder: LimitFinder) -> bool:
@@ -468,129 +452,6 @@ class Transport(NotCopyable):
             state.read_first_events()
         return True
 
-    async def _attempt_until_final(self, state: OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
-        """Sends the request until an attempt succeeds, or fails in a way that a further attempt cannot overcome.
-
-        An attempt fails either with a reply that reports an error, or because no complete reply arrives.
-        """
-        while True:
-            if state.closed.done():
-                raise closed_error(call)
-            error: LLMError | None = None
-            try:
-                answer = await self._attempt(state, call, receive)
-            except ConnectionFailed as failure:
-                if state.closed.done():
-                    error, wait = closed_error(call), None
-                else:
-                    self._note_failure(state, call, failure)
-                    error, wait = self._complete_error(call, failure), self._wait_after_failure(call, failure)
-            else:
-                if not isinstance(answer, Reply) or answer.status < 400:
-                    return answer
-                if call.request.failover is not None:
-                    call.request.failover.on_error_reply(call, answer)
-                wait = self._wait_after_reply(call, answer)
-                if wait is None:
-                    return answer
-            if error is not None and wait is None:
-                # Raised outside the `except` clause, so that the failure does not become its `__context__`.
-                raise error
-            # This is a sleep that ends early if the transport is closed.
-            await asyncio.wait((state.closed,), timeout=wait)
-
-    async def _attempt(self, state: OpenState, call: Call, receive: _Receive[_T]) -> _T | Reply:
-        """Sends the request once, and reads as much of the response as `receive` does.
-
-        Raises:
-            ConnectionFailed: No response arrived, or only a part of it.
-            LLMTimeoutError: With phase "first_byte" or "total".
-        """
-        status: int | None = None
-        try:
-            with call.begin_attempt():
-                response = await self._send(state, call)
-                status = response.status
-                try:
-                    if status >= 400:
-                        return await receive_reply(call, response)
-                    return await receive(call, response)
-                except BaseException:
-                    # Part of the response may not have been read, so the connection cannot be used again.
-                    response.close()
-                    raise
-        except TimeoutError as exc:
-            raise call.attempt_timed_out(exc).completed(status=status) from exc
-
-    async def _send(self, state: OpenState, call: Call) -> HttpResponse:
-        request = call.request
-        headers = self._headers if request.body is None else self._json_headers
-        # HTTP over a Unix socket needs some host, and servers expect this one.
-        url = call.url if self._socket_path is None else f"http://localhost{call.url[len(self.api_base) :]}"
-        http_request = HttpRequest(
-            method=request.method,
-            url=add_query(url, request.query) if request.query else url,
-            headers=merge_headers(headers, request.headers) if request.headers else headers,
-            body=request.body,
-            connect_timeout=request.timeouts.connect,
-            fresh_connection=not request.repeatable,
-            keeps_compression=request.keeps_compression,
-        )
-        try:
-            return await state.session.send(http_request)
-        except StaleConnection:
-            if state.closed.done():
-                raise
-        # A kept connection was dead before any byte of a response had arrived. That is normal: llama.cpp, for example,
-        # closes the connection after every stream although it announces keep-alive. So the request is sent once more at
-        # once, and this does not count as a retry.
-        state.forget_server(was_stale=True)
-        return await state.session.send(http_request)
-
-    def _wait_after_reply(self, call: Call, reply: Reply) -> float | None:
-        """Returns the seconds to wait before the next attempt, or None if this reply is final."""
-        verdict = call.request.classify(reply.status, reply.headers, reply.plain_body)
-        if verdict is Verdict.RETRY and not call.request.repeatable and reply.status not in _REFUSED_BEFORE_WORK:
-            return None
-        try:
-            wait = call.wait_before_next(verdict, reply.retry_after)
-        except LLMTimeoutError as error:
-            body = redacted_beginning(reply.plain_body, partial(self.redact, headers=call.request.headers))
-            raise error.completed(status=reply.status, body=body)  # noqa: B904 - it is the same error
-        self._record_wait(call, verdict, wait, f"status {reply.status}")
-        return wait
-
-    def _note_failure(self, state: OpenState, call: Call, failure: ConnectionFailed) -> None:
-        if failure.verdict is Verdict.RETRY:
-            state.forget_server()
-        if (failover := call.request.failover) is not None:
-            failover.on_failure(call, failure, self.redact(failure.error.message, call.request.headers))
-
-    def _wait_after_failure(self, call: Call, failure: ConnectionFailed) -> float | None:
-        """Returns the seconds to wait before the next attempt, or None if this failure is final."""
-        if failure.verdict is not Verdict.RETRY:
-            return None
-        if not call.request.repeatable and not failure.unsent:
-            failure.error.hint = _NOT_RESENT_HINT
-            return None
-        wait = call.wait_before_next(failure.verdict, None)
-        self._record_wait(call, failure.verdict, wait, failure.error.message)
-        return wait
-
-    def _record_wait(self, call: Call, verdict: Verdict, wait: float | None, reason: str) -> None:
-        if wait is not None:
-            self._retries[call.request.model] += verdict is Verdict.RETRY
-            logger.debug("%s: %s; %s in %.2f s", call.request.operation, reason, verdict.value, wait)
-
-    def _complete_error(self, call: Call, failure: ConnectionFailed) -> LLMError:
-        """Returns the error of a failure, with its context and without the key."""
-        error = failure.error
-        # The errors of the HTTP parser quote the response, and the response may quote the key.
-        headers = call.request.headers
-        if error.__cause__ is not None and self.redact(repr(error.__cause__), headers) != repr(error.__cause__):
-            error.__cause__ = None
-        return error.completed(self.redact(error.message, headers), context=call.context())
-
     # The state in an event loop
 
     def _ensure_open(self) -> OpenState:
@@ -609,8 +470,8 @@ class Transport(NotCopyable):
 
 def _finish_with_reply(call: Call, reply: Reply) -> None:
     if reply.status < 400:
-        call.note_first_event(reply.body)
-    call.read_usage = partial(call.request.read_usage, reply.body)
+        call.note_first_event(reply.body, is_stream=False)
+    call.read_usage = partial(call.request.interpreter.read_usage, reply.body)
     call.finish(reply.status)
 
 

@@ -14,9 +14,9 @@ the class says. All other fields may be missing, because servers leave out what 
 
 from lmbridge.types.lmstudio import DownloadStatus, LMStudioInstance, LMStudioLoad, LMStudioModel, LMStudioUnload
 from lmbridge.types.replies import (
+    ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
-    Choice,
     ChunkChoice,
     CompletionEnvelope,
     Delta,
@@ -70,10 +70,10 @@ __all__ = [
     "AssistantMessage",
     "AudioData",
     "AudioPart",
+    "ChatChoice",
     "ChatCompletion",
     "ChatCompletionChunk",
     "ChatMessage",
-    "Choice",
     "ChunkChoice",
     "CompletionEnvelope",
     "ContentPart",

@@ -4,7 +4,7 @@ The annotations are evaluated (there is no `from __future__ import annotations` 
 annotations are strings does not know at run time which of its fields are required.
 """
 
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 
 class FunctionCall(TypedDict):
@@ -123,6 +123,9 @@ class RunUsage(TypedDict):
     """The number of tokens that the model generated."""
     total_tokens: int
     """The sum of both."""
+    cached: NotRequired[int]
+    """How many tokens of the prompts came from the server's cache, so that they were not evaluated again. The field is
+    missing if the server does not report it."""
 
 
 class CompletionEnvelope(TypedDict, total=False):
@@ -144,7 +147,7 @@ class CompletionEnvelope(TypedDict, total=False):
     """What llama.cpp measured, such as the tokens per second."""
 
 
-class Choice(TypedDict, total=False):
+class ChatChoice(TypedDict, total=False):
     """One choice of a plain reply; there are several with the parameter `n`."""
 
     index: int
@@ -173,7 +176,7 @@ class ChunkChoice(TypedDict, total=False):
 class ChatCompletion(CompletionEnvelope):
     """A plain reply of `/v1/chat/completions`."""
 
-    choices: list[Choice]
+    choices: list[ChatChoice]
     """The answers, of which there is at least one."""
 
 

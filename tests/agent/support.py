@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from lmbridge import Agent
-from lmbridge.agent.history import check_pairs
+from lmbridge.agent.conversation import check_pairs
+from lmbridge.agent.history import History, Turn, resendable_call
+from lmbridge.agent.reply import ModelReply
 from lmbridge.testing import Behaviour, RecordedRequest, ScriptedServer, answer
 
 
@@ -61,6 +65,20 @@ def check_valid(messages: Sequence[Mapping[str, Any]]) -> None:
             assert isinstance(json.loads(call["function"]["arguments"]), dict)
             assert call["function"]["name"]
             assert call["id"]
+
+
+def read_reply(completion: Mapping[str, Any]) -> ModelReply:
+    """Returns what a run reads from a reply with few calls, for which it does not wait."""
+    reading = ModelReply.from_completion(completion)
+    with pytest.raises(StopIteration) as stop:
+        reading.send(None)
+    read: ModelReply = stop.value.value
+    return read
+
+
+def begin_turn(history: History, text: str, tool_calls: Iterable[Mapping[str, Any]], **options: Any) -> Turn:
+    """Begins a turn with calls as a model writes them."""
+    return history.begin_turn(text, list(map(resendable_call, tool_calls)), **options)
 
 
 class Gate:

@@ -144,6 +144,7 @@ def read(unit: str, size: int) -> None:
             continue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     ["1, ", "'x', ", '"', "'", '"""', "{'a':", "[", "/* ", "{//\n", '\\"', "{} ", "\u201c", "<escape>", "}", "\\d"],

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, Tool, ToolContext, ToolError
 from lmbridge.agent import calling
-from lmbridge.agent.calling import ToolOutcome, call_tool, truncate_output
+from lmbridge.agent.calling import ToolOutcome, call_tool
+from lmbridge.agent.tool_results import truncate_output
 from tests.support import cancel_at_each_step, turns
 
 

@@ -25,6 +25,19 @@ def test_the_third_repetition_warns_and_the_fifth_ends_the_run() -> None:
     assert guard.tripped
 
 
+def test_a_repetition_that_is_forgiven_does_not_count() -> None:
+    guard = RepetitionGuard(3)
+    for _ in range(10):
+        guard.note("read", {"page": 1}, "text")
+        guard.end_reply()
+        guard.forgive()
+    assert not guard.tripped
+    for _ in range(3):
+        guard.note("read", {"page": 1}, "text")
+        guard.end_reply()
+    assert guard.tripped
+
+
 def test_a_cycle_of_two_calls_is_a_repetition_too() -> None:
     guard = RepetitionGuard(5)
     for _ in range(4):

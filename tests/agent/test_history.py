@@ -12,25 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmbridge import Agent, LLMClient, LLMValidationError
-from lmbridge.agent.history import History, check_pairs, size_of, valid_arguments
+from lmbridge.agent.conversation import check_pairs
+from lmbridge.agent.history import History, valid_arguments
+from lmbridge.client.token_count import size_of
 from lmbridge.testing import ScriptedServer, answer
-from tests.agent.support import asks, asks_raw, check_valid, tool_texts
+from tests.agent.support import asks, asks_raw, begin_turn, check_valid, tool_texts
 from tests.support import assert_linear
 
 
 def turn(history: History, *call_ids: str, text: str = "result") -> None:
-    opened = history.begin_turn("", [asks("f", call_id) for call_id in call_ids])
+    opened = begin_turn(history, "", [asks("f", call_id) for call_id in call_ids])
     for call_id in call_ids:
-        opened.begin(call_id)
+        opened.begin([call_id])
         opened.answer(call_id, text)
     history.end_turn()
 
 
 def test_an_open_turn_has_placeholders_for_missing_results() -> None:
     history = History("Go.")
-    opened = history.begin_turn("So:", [asks("f", "1"), asks("f", "2"), asks("f", "3")])
-    opened.begin("1")
-    opened.begin("2")
+    opened = begin_turn(history, "So:", [asks("f", "1"), asks("f", "2"), asks("f", "3")])
+    opened.begin(["1", "2"])
     opened.answer("2", "two")
     for ended, texts in (
         (False, ["still running", "two", "still running"]),
@@ -67,7 +68,7 @@ def test_an_open_turn_has_placeholders_for_missing_results() -> None:
 )
 def test_a_name_that_servers_refuse_is_not_sent(name: str, sent: str) -> None:
     history = History("Go.")
-    turn = history.begin_turn("", [asks_raw(name, "{}", "x")])
+    turn = begin_turn(history, "", [asks_raw(name, "{}", "x")])
     turn.answer("x", "there is no such tool")
     history.end_turn()
     (assistant, result) = history.to_send()[1:]
@@ -103,7 +104,7 @@ def test_a_conversation_with_a_name_that_servers_refuse_can_be_continued() -> No
 
 def test_the_signature_of_a_call_is_sent_back() -> None:
     history = History("Go.")
-    history.begin_turn("", [{**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}, "index": 0}])
+    begin_turn(history, "", [{**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}, "index": 0}])
     (call,) = history.snapshot(ended=True)[1]["tool_calls"]
     assert call == {**asks("f"), "extra_content": {"google": {"thought_signature": "abc"}}}
 
@@ -111,7 +112,7 @@ def test_the_signature_of_a_call_is_sent_back() -> None:
 @pytest.mark.parametrize("arguments", ['{"a": 1', "", "null", "[1]", "3", '"x"', "\ud800", "[" * 100_000])
 def test_malformed_arguments_are_replaced_by_an_empty_object(arguments: str) -> None:
     history = History("Go.")
-    history.begin_turn("", [asks_raw("f", arguments), asks_raw("", "{}", "2")])
+    begin_turn(history, "", [asks_raw("f", arguments), asks_raw("", "{}", "2")])
     message = history.snapshot(ended=True)[1]
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
     assert message["tool_calls"][1]["function"]["name"] == "unknown"
@@ -190,6 +191,13 @@ def test_messages_that_no_server_accepts_are_refused(messages: Any) -> None:
     assert caught.value.hint
 
 
+def trim(history: History, excess: int) -> bool:
+    """Leaves out the oldest groups, at least so many bytes if there are enough, and returns whether there were any."""
+    before, after = history.count_oldest(history.size - excess)
+    history.leave_out(before, after)
+    return bool(before or after)
+
+
 def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -> None:
     before = [
         message
@@ -201,7 +209,7 @@ def test_trimming_leaves_out_the_oldest_and_keeps_the_task_and_the_last_turn() -
         turn(history, f"{number}a", f"{number}b", text=f"r{number}")
     whole = history.snapshot(ended=True)
     sizes = [history.size]
-    while history.trim(1):
+    while trim(history, 1):
         check_valid(history.to_send())
         assert history.size == sum(map(size_of, history.to_send())) < sizes[-1]
         sizes.append(history.size)
@@ -219,7 +227,7 @@ def test_an_image_counts_as_a_fixed_size() -> None:
 
 def test_numeric_ids_and_endless_names_are_made_acceptable() -> None:
     history = History("Go.")
-    turn = history.begin_turn("", [{"id": 7, "function": {"name": "n" * 10_000, "arguments": "{}"}}])
+    turn = begin_turn(history, "", [{"id": 7, "function": {"name": "n" * 10_000, "arguments": "{}"}}])
     turn.answer("7", "done")
     history.end_turn()
     messages = history.snapshot(ended=True)
@@ -271,13 +279,13 @@ def test_the_messages_to_send_are_the_whole_conversation_except_for_trimmed_ones
             turn(history, f"call {number}")
         elif step == "begin":
             history.end_turn()
-            history.begin_turn("", [asks("f", f"call {number}")])
+            begin_turn(history, "", [asks("f", f"call {number}")])
         elif step == "end":
             history.end_turn()
         elif step == "tell":
             history.add_system_note(f"Note {number}.")
         else:
-            history.trim(1 if step == "trim" else history.size)
+            trim(history, 1 if step == "trim" else history.size)
         sent = history.to_send()
         groups = (history._head, *history._groups_before_task, [history._task], *history._groups_after_task)
         assert sent == [message for group in groups for message in group]
@@ -287,12 +295,13 @@ def test_the_messages_to_send_are_the_whole_conversation_except_for_trimmed_ones
         sent.clear()
 
 
+@pytest.mark.slow
 def test_the_time_for_turns_grows_with_their_number() -> None:
     def take(turns: int) -> None:
         history = History("Go.")
         for number in range(turns):
             turn(history, f"call {number}")
-            history.trim(0)
+            trim(history, 0)
         history.snapshot(ended=True)
 
     assert_linear(take, 500)
@@ -351,6 +360,7 @@ async def test_a_run_refuses_a_task_that_json_does_not_have(scripted_server: Scr
     assert scripted_server.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_conversation_with_very_many_calls_is_checked_in_linear_time(reverse: bool) -> None:
     def conversation(count: int) -> list[dict[str, Any]]:

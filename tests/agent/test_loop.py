@@ -339,6 +339,20 @@ async def test_a_repeated_call_with_the_same_result_ends_the_run(
     assert (result.stop_reason, result.rounds) == ("repetition", 5)
     warned = ["[This call was made" in text for text in tool_texts(result.messages)]
     assert warned == [False, False, True, True, True]
+    check_valid(result.messages)
+
+
+async def test_a_run_that_ends_by_repetition_may_answer_at_its_limit(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(*[calls(asks("add", a=1, b=2))] * 5, answer("It is 3."))
+    result = await Agent(client, tools=[add], on_limit="answer").run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds) == ("It is 3.", "repetition", 6)
+    last = sent(scripted_server)
+    assert "tools" not in last
+    assert last["messages"][-1]["content"] == "Now answer from the results above, without tools: 1 + 2?"
+    check_valid(last["messages"])
+    check_valid(result.messages)
 
 
 async def test_a_poll_whose_result_changes_goes_on(scripted_server: ScriptedServer, client: LLMClient) -> None:
@@ -452,7 +466,7 @@ async def test_two_empty_first_answers_are_an_error(scripted_server: ScriptedSer
 
 
 async def test_an_empty_answer_after_a_tool_ends_the_run(scripted_server: ScriptedServer, client: LLMClient) -> None:
-    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""), answer(""))
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer(""), answer(""), answer(""))
     result = await Agent(client, tools=[add]).run("Add them, and say nothing.")
     assert (result.text, result.stop_reason, result.rounds) == ("", "stop", 2)
     check_valid(result.messages)

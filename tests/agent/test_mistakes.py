@@ -11,6 +11,7 @@ from lmbridge import Agent, LLMClient
 from lmbridge.testing import ScriptedServer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[each.name for each in MISTAKES])
 async def test_a_mistake_in_each_reply_loses_no_task(
     scripted_server: ScriptedServer, client: LLMClient, mistake: Mistake

@@ -14,7 +14,7 @@ from lmbridge.agent.nudges import find_flaw, is_promise
 from lmbridge.agent.reply import ModelReply
 from lmbridge.agent.toolset import Toolset
 from lmbridge.testing import Behaviour, ScriptedServer, answer
-from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, sent
+from tests.agent.support import add, asks, asks_raw, calls, check_valid, generations, read_reply, sent
 
 CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
 UNREADABLE = "<function=add>{a: 1, b: "
@@ -24,7 +24,7 @@ def reply(
     text: str = "", reasoning: str = "", *, reason: Any = "stop", may_call: bool = True, **message: Any
 ) -> ModelReply:
     choice = {"message": {"content": text, "reasoning_content": reasoning, **message}, "finish_reason": reason}
-    read = ModelReply.from_completion({"choices": [choice]})
+    read = read_reply({"choices": [choice]})
     read.may_call = may_call
     return read
 
@@ -228,6 +228,104 @@ async def test_without_nudges_the_model_is_not_asked_again(
     else:
         await agent.run("1 + 2?")
     assert len(generations(scripted_server)) == 1
+
+
+# Asking for an answer without tools
+
+RESULT = calls(asks("add", a=1, b=2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flawed"),
+    [("promise", answer("I will call add now.")), ("unreadable_call", answer(UNREADABLE))],
+)
+async def test_a_model_with_results_that_goes_on_to_call_is_asked_to_answer_without_tools(
+    scripted_server: ScriptedServer, client: LLMClient, kind: str, flawed: Behaviour
+) -> None:
+    scripted_server.script(RESULT, flawed, flawed, answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason, result.rounds) == ("It is 3.", "stop", 2)
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [(kind, False), (kind, True)]
+    requests = [request.json for request in generations(scripted_server)]
+    assert ["tools" in request for request in requests] == [True, True, True, False]
+    # The flawed replies and the first nudge are not in the last prompt.
+    assert requests[3]["messages"][:-2] == requests[1]["messages"]
+    assert requests[3]["messages"][-2:] == [
+        {"role": "assistant", "content": "I have called the tools."},
+        {"role": "user", "content": "Now answer from the results above, without tools: 1 + 2?"},
+    ]
+    check_valid(requests[3]["messages"])
+    check_valid(result.messages)
+
+
+@pytest.mark.parametrize("flawed", [answer(""), answer("", reasoning="Hm.")])
+async def test_a_model_with_results_that_adds_nothing_is_asked_again_once(
+    scripted_server: ScriptedServer, client: LLMClient, flawed: Behaviour
+) -> None:
+    scripted_server.script(RESULT, flawed, flawed)
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason) == ("", "stop")
+    assert [nudge.without_tools for nudge in result.log[1].nudges] == [False]
+
+
+async def test_a_long_task_is_not_repeated(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    flawed = answer("I will call add now.")
+    scripted_server.script(RESULT, flawed, flawed, answer("It is 3."))
+    await Agent(client, tools=[add]).run("1 + 2?" + " Think twice." * 50)
+    question = sent(scripted_server)["messages"][-1]["content"]
+    assert question.startswith("Now give the best answer")
+    assert "Think" not in question
+
+
+async def test_without_results_the_model_is_never_asked_to_make_up_an_answer(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("add", a="one")), answer(UNREADABLE), answer(UNREADABLE))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert result.text == UNREADABLE
+    assert all("tools" in request.json for request in generations(scripted_server))
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("stop", "unreadable_call"), ("length", "cut_call")])
+async def test_a_reply_that_begins_with_a_known_call_is_followed_by_a_request_for_the_answer(
+    scripted_server: ScriptedServer, client: LLMClient, reason: str, kind: str
+) -> None:
+    flawed = answer(f'{CALL}\n{{"name": "response", "arguments": [[3,]]}}\n{{', finish_reason=reason)
+    scripted_server.script(RESULT, flawed, answer("It is 3."))
+    result = await Agent(client, tools=[add]).run("1 + 2?")
+    assert (result.text, result.stop_reason) == ("It is 3.", "stop")
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [(kind, True)]
+
+
+async def test_a_call_that_has_failed_may_be_written_again(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    scripted_server.script(
+        calls(asks("fail", a=1)),
+        answer('{"name": "fail", "arguments": {"a": 1}}\n{"name": "response", "arguments": [[3,]]}'),
+        answer("It is broken."),
+    )
+
+    def fail(a: int) -> str:
+        """Fails."""
+        raise OSError(f"{a} is busy")
+
+    result = await Agent(client, tools=[fail]).run("Go.")
+    assert [(nudge.kind, nudge.without_tools) for nudge in result.log[1].nudges] == [("unreadable_call", False)]
+    assert "tools" in sent(scripted_server)
+
+
+async def test_tools_are_offered_again_after_a_reply_without_them(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(RESULT, answer(UNREADABLE), answer(UNREADABLE), RESULT, answer("It is 3."))
+    await Agent(client, tools=[add]).run("1 + 2?")
+    assert ["tools" in request.json for request in generations(scripted_server)] == [True, True, True, False, True]
+
+
+async def test_a_cut_call_is_told_how_many_tokens_it_had(scripted_server: ScriptedServer, client: LLMClient) -> None:
+    usage = {"prompt_tokens": 50, "completion_tokens": 128, "total_tokens": 178}
+    scripted_server.script(calls(asks_raw("add", '{"a": 1'), finish_reason="length", usage=usage), answer("It is 3."))
+    await Agent(client, tools=[add]).run("1 + 2?")
+    assert "cut off at 128 tokens" in sent(scripted_server)["messages"][-1]["content"]
 
 
 async def test_a_run_without_tokens_left_is_not_nudged(scripted_server: ScriptedServer, client: LLMClient) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.agent.patterns import UnsupportedPatternError, compile_pattern
+from lmbridge.agent.pattern_syntax import UnsupportedPatternError
+from lmbridge.agent.patterns import compile_pattern
 from lmbridge.agent.step_limit import StepLimit, StepLimitError
 from tests.support import assert_linear
 

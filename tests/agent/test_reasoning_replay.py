@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from lmbridge import Agent, LLMClient, LLMError, LLMResponseError, LLMValidationError
-from lmbridge.agent.history import History, size_of
+from lmbridge.agent.history import History
 from lmbridge.agent.reasoning_replay import demanded_field
+from lmbridge.client.token_count import size_of
 from lmbridge.testing import Exchange, ScriptedServer, answer, reply, sse
-from tests.agent.support import add, asks, calls, check_valid, generations, sent, tool_texts
+from tests.agent.support import add, asks, begin_turn, calls, check_valid, generations, sent, tool_texts
 from tests.support import piece
 
 DEMANDS = [
@@ -183,10 +184,10 @@ def test_an_invalid_option_is_refused(client: LLMClient, value: Any) -> None:
 def test_reasoning_belongs_to_the_messages_that_are_trimmed() -> None:
     history = History("Go.", messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     for number in range(3):
-        turn = history.begin_turn("", [asks("f", str(number))], reasoning={"reasoning_content": f"r{number}" * 50})
+        turn = begin_turn(history, "", [asks("f", str(number))], reasoning={"reasoning_content": f"r{number}" * 50})
         turn.answer(str(number), "x")
         history.end_turn()
-    assert history.trim(1)
+    history.leave_out(1, 0)
     assert history.send_reasoning("reasoning_content")
     assert history.size == sum(map(size_of, history.to_send()))
     assert not history.send_reasoning("reasoning_content"), "nothing changes a second time"
@@ -194,6 +195,7 @@ def test_reasoning_belongs_to_the_messages_that_are_trimmed() -> None:
         f"r{number}" * 50 for number in range(3)
     ]
     assert len(history.snapshot(ended=True)) == 9
-    while history.trim(1):
+    while history.count_oldest(0) != (0, 0):
+        history.leave_out(*history.count_oldest(history.size - 1))
         assert history.size == sum(map(size_of, history.to_send()))
         check_valid(history.to_send())

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from lmbridge.agent.reply import ModelReply
-from tests.agent.support import asks, asks_raw
+from tests.agent.support import asks, asks_raw, read_reply
 
 
 def read(message: Any, finish_reason: Any = "stop", **fields: Any) -> ModelReply:
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    return ModelReply.from_completion({"choices": [choice], **fields})
+    return read_reply({"choices": [choice], **fields})
 
 
 def test_two_calls_with_one_id_are_two_calls() -> None:
@@ -98,7 +98,7 @@ def test_an_entry_that_is_not_a_call_becomes_a_call_without_a_name(entry: Any) -
     ],
 )
 def test_a_reply_without_content_has_no_text(completion: Any) -> None:
-    reply = ModelReply.from_completion(completion)
+    reply = read_reply(completion)
     assert (reply.text, reply.calls, reply.announces_calls) == ("", [], False)
 
 

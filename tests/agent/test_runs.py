@@ -25,9 +25,10 @@ from lmbridge import (
     ToolError,
 )
 from lmbridge.agent.channel import CAPACITY, Channel
+from lmbridge.agent.loop import RunLoop
 from lmbridge.testing import ScriptedServer, answer, reply
 from tests.agent.support import Gate, add, asks, calls, check_valid, our_tasks, tool_texts
-from tests.support import assert_linear, in_flight, piece
+from tests.support import assert_linear, in_flight, living, piece
 
 
 async def test_a_handle_shows_the_run_while_it_is_in_progress(
@@ -101,6 +102,26 @@ async def test_a_run_goes_on_without_a_reference_to_it_or_to_its_agent() -> None
     while our_tasks():
         await asyncio.sleep(0)
     assert received == ["found"]
+
+
+async def test_what_a_run_leaves_behind_does_not_wait_for_the_garbage_collector(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("add", a=1, b=2)), answer("3"))
+    others = living(RunLoop)
+    gc.disable()
+    try:
+        handle = Agent(client, tools=[add]).start("Add.")
+        assert (await handle.result()).text == "3"
+        ended = weakref.ref(handle)
+        del handle
+        while our_tasks():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert ended() is None
+        assert [each for each in gc.get_objects() if type(each) is RunLoop and each not in others] == []
+    finally:
+        gc.enable()
 
 
 async def test_a_stream_whose_channel_was_closed_has_no_more_events(client: LLMClient) -> None:

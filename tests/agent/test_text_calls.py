@@ -337,6 +337,7 @@ UNITS = (
 """Pieces of which hostile texts consist."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["<tool_call>", "So:\n", "```json\n", '{"name": "add", "arguments": {"a": [1, '])
 def test_the_time_to_look_for_calls_is_linear(before: str) -> None:
     def read(size: int) -> None:

@@ -442,3 +442,14 @@ def test_a_docstring_is_split_into_description_and_parameters(
     text: str | None, description: str, parameters: dict[str, str]
 ) -> None:
     assert read_docstring(text) == (description, parameters)
+
+
+def test_a_function_that_was_made_in_a_loop_has_the_name_that_it_was_given() -> None:
+    def make(name: str) -> Callable[..., str]:
+        def tool() -> str:
+            return name
+
+        tool.__name__ = name
+        return tool
+
+    assert [Tool.from_function(make(name)).name for name in ("open_door", "close_door")] == ["open_door", "close_door"]

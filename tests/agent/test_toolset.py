@@ -335,6 +335,7 @@ async def test_arguments_of_the_wrong_type_are_reported_with_their_path() -> Non
         "weather",
         "the arguments for 'weather' are wrong: $.city: expected `str`, got `bool`; it takes: city, days (optional)",
         bad_arguments=False,
+        tool="weather",
     )
     wrong = await read_invalid(tool("weather", parameters=CITY), name="weather", arguments='{"city": true}')
     assert wrong.text.startswith("the arguments for 'weather' are wrong: $.city: True is not of type 'string'; ")
@@ -596,6 +597,7 @@ def _calls_with_unknown_name(size: int) -> str:
     return CALL * size + replaced(CALL, "weather", "forecast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text_of",
     [

@@ -8,7 +8,16 @@ from typing import Any
 import attrs
 import pytest
 
-from lmbridge import Agent, LLMClient, LLMError, LLMValidationError, ToolCall, ToolCallFinished, ToolCallStarted
+from lmbridge import (
+    Agent,
+    LLMClient,
+    LLMError,
+    LLMValidationError,
+    TaskCancelledError,
+    ToolCall,
+    ToolCallFinished,
+    ToolCallStarted,
+)
 from lmbridge.agent.channel import Channel
 from lmbridge.agent.history import History
 from lmbridge.agent.pause import PauseGate
@@ -30,7 +39,7 @@ from tests.agent.support import (
     sent,
     tool_texts,
 )
-from tests.support import assert_linear, piece
+from tests.support import Steps, assert_linear, cancel_at_each_step, piece
 
 
 class Die:
@@ -119,7 +128,7 @@ async def test_nine_identical_calls_in_each_of_five_replies_do_end_the_run(
 ) -> None:
     scripted_server.default = calls(*numbered(9, "add", a=1, b=2))
     result = await Agent(client, tools=[add]).run("Go.")
-    assert (result.stop_reason, result.rounds) == ("repetition", 5)
+    assert (result.stop_reason, result.rounds) == ("repetition", 6)
     warned = ["[This call was made" in text for text in tool_texts(result.messages)]
     assert warned == [False] * 18 + [True] * 27
     check_valid(result.messages)
@@ -221,7 +230,7 @@ async def test_building_after_each_edit_may_give_the_same_result(
     assert set(tool_texts(result.messages)) == {"edited", "1 error"}
     scripted_server.default = calls(asks("build"))
     limited = await Agent(client, tools=[build], repetition_limit=3).run("Make it build.")
-    assert (limited.stop_reason, limited.rounds) == ("repetition", 3)
+    assert (limited.stop_reason, limited.rounds) == ("repetition", 4)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +310,8 @@ async def test_an_id_may_come_back_in_another_reply(scripted_server: ScriptedSer
 # Very many calls
 
 
-async def answer_calls(count: int) -> RunRecord:
-    """Makes a number of calls of one reply, with every third one twice and every fourth one unusable."""
+async def many_calls(count: int) -> tuple[TurnRunner, ModelReply, RunRecord]:
+    """Returns what makes a number of calls of one reply, with every third one twice and every fourth one unusable."""
 
     async def double(number: int) -> int:
         """Doubles a number."""
@@ -321,9 +330,17 @@ async def answer_calls(count: int) -> RunRecord:
         record=record,
         channel=Channel(is_muted=True),
         is_stopping=lambda: False,
+        clock=lambda: 0.0,
         gate=PauseGate(),
     )
-    await runner.run(ModelReply.from_completion({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
+    completion = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    return runner, await ModelReply.from_completion(completion), record
+
+
+async def answer_calls(count: int) -> RunRecord:
+    """Makes a number of calls of one reply."""
+    runner, reply, record = await many_calls(count)
+    await runner.run(reply)
     assert runner.stop_reason is None
     return record
 
@@ -338,6 +355,43 @@ async def test_thousands_of_calls_with_one_id_are_all_answered() -> None:
             assert "not valid JSON" in text
         else:
             assert text == str(2 * (number - number % 3 // 2))
+
+
+async def test_a_turn_that_is_cancelled_between_two_slices_leaves_a_valid_history() -> None:
+    lengths = set()
+    runner, reply, record = await many_calls(250)
+
+    def check_history(_: object = None) -> None:
+        check_valid(record.history.snapshot(ended=False))
+        messages = record.history.snapshot(ended=True)
+        check_valid(messages)
+        lengths.add(len(messages))
+
+    async def run() -> None:
+        nonlocal runner, record
+        runner, _, record = await many_calls(250)
+        await Steps(runner.run(reply), check_history)
+
+    async def after_cancellation() -> None:
+        check_history()
+
+    await cancel_at_each_step(run, after_cancellation, at_least=9)
+    assert lengths == {1, 252}, "either none of the calls are there, or all of them with their results"
+
+
+async def test_a_run_that_is_cancelled_while_its_result_is_made_has_the_whole_conversation(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(*numbered(250, "nothing")), answer("Done."))
+    handle = Agent(client, tools=[add]).start("Go.")
+    while handle.messages[-1]["content"] != "Done.":
+        await asyncio.sleep(0)
+    assert handle.cancel()
+    with pytest.raises(TaskCancelledError) as caught:
+        await handle.result()
+    result = caught.value.partial
+    assert (result.stop_reason, len(result.messages), result.text) == ("cancelled", 253, "Done.")
+    check_valid(result.messages)
 
 
 def test_the_time_for_calls_grows_with_their_number() -> None:
@@ -432,7 +486,7 @@ async def test_other_tasks_run_between_the_calls_of_a_run_without_a_listener(
     await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 1)
     counter = asyncio.create_task(count())
     await started.wait()
-    await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 2)
+    await scripted_server.wait_until(lambda: len(generations(scripted_server)) == 2, timeout=50)
     counter.cancel()
     await run
     assert turns >= 60

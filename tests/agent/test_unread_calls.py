@@ -9,7 +9,7 @@ import pytest
 
 from lmbridge import Agent, LLMClient
 from lmbridge.agent.text_calls import read_text_calls, without_repetition, without_template_tokens
-from lmbridge.agent.unread_calls import describe_markup
+from lmbridge.agent.unread_calls import _SIGNS, _UNREAD_SYNTAXES, describe_markup
 from lmbridge.testing import ScriptedServer, answer
 from tests.agent.support import add, asks_raw, calls, check_valid, sent, tool_texts
 from tests.support import assert_linear
@@ -20,6 +20,16 @@ REQUEST = f"[TOOL_REQUEST]{CALL}[END_TOOL_REQUEST]"
 
 
 # Read
+
+
+async def test_a_call_that_is_written_several_times_is_one_call(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    other = CALL.replace("2", "5")
+    for deduplicate, results in ((True, ["3", "6"]), (False, ["3", "6", "3"])):
+        scripted_server.script(answer(f"{CALL}\n{other}\n{CALL}"), answer("ok"))
+        result = await Agent(client, tools=[add], deduplicate_calls=deduplicate).run("Go.")
+        assert tool_texts(result.messages) == results
 
 
 @pytest.mark.parametrize(
@@ -227,6 +237,35 @@ ORDINARY = [
 ]
 
 
+ONLY_CALLS = [
+    # Qwen2.5-Coder-0.5B-Instruct after the result of a call, which it repeats.
+    f'{CALL}\n{{"name": "response", "arguments": [[3,]]}}',
+    f'{CALL}\n{{"name": "subtract", "arguments": {{"a": 1, "b": 2}}}}\n{{"name": "mod", "arguments',
+    f'```json\n{CALL}\n```\n```json\n{{"name": "divide", "arguments": {{"a": 1, "b": 2}}}}\n```',
+    f'{CALL}; {{"name": "divide", "arguments": {{}}}}',
+]
+
+
+@pytest.mark.parametrize("text", ONLY_CALLS)
+def test_an_answer_that_has_only_calls_is_noticed_even_if_the_last_one_names_no_tool(text: str) -> None:
+    assert describe_markup(text, ["add"]) == "the answer ends in a tool call that could not be read (JSON)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{CALL}\n{{"result": 3}}\nThese are the request and its result.',
+        f'{CALL}\n\nThe answer is {{"sum": 3}}.',
+        ONLY_CALLS[0].replace('"add"', '"divide"'),
+        '{"name": "add", "description": "Adds."}\n{"name": "divide", "description": "Divides."}',
+        '{"name": "add"} {',
+        "{}{",
+    ],
+)
+def test_other_answers_that_begin_with_json_have_no_warning(text: str) -> None:
+    assert describe_markup(text, ["add"]) is None
+
+
 @pytest.mark.parametrize("text", ORDINARY)
 def test_an_ordinary_answer_has_no_warning(text: str) -> None:
     assert describe_markup(text, ["add"]) is None
@@ -250,7 +289,7 @@ async def test_a_call_in_the_reasoning_of_an_empty_answer_is_noticed(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     again = answer("", reasoning="Again. <tool_call>{")
-    scripted_server.script(calls(asks_raw("add", '{"a": 1, "b": 2}')), again, again)
+    scripted_server.script(calls(asks_raw("add", '{"a": 1, "b": 2}')), again, again, again)
     result = await Agent(client, tools=[add]).run("1 + 2?")
     assert (result.text, len(result.warnings)) == ("", 1)
 
@@ -287,3 +326,8 @@ async def test_an_ordinary_run_has_no_warnings(scripted_server: ScriptedServer, 
 )
 def test_the_time_to_look_for_markup_is_linear(piece: str) -> None:
     assert_linear(lambda size: describe_markup(piece * size, ["add"]), 5_000)
+
+
+@pytest.mark.parametrize("opening", [each.opening for each in _UNREAD_SYNTAXES])
+def test_no_syntax_is_missed_by_the_quick_look(opening: str) -> None:
+    assert any(sign in opening for sign in _SIGNS)

@@ -26,11 +26,11 @@ from lmbridge import (
     Timeouts,
     collect,
 )
-from lmbridge.testing import Behaviour, Exchange, MockTransport, ScriptedServer
+from lmbridge.testing import Behaviour, Exchange, MockTransport, ScriptedServer, raw
 from lmbridge.testing.exchange import encode_event
 from lmbridge.transport.session import _AiohttpResponse
 from lmbridge.transport.sse import MAX_EVENT_SIZE, SSEDecoder
-from tests.support import MESSAGES, in_flight, opened, piece, turns
+from tests.support import MESSAGES, in_flight, opened, piece, replaced, turns
 
 WORDS = [f"{number} " for number in range(20)]
 TEXT = "".join(WORDS)
@@ -552,3 +552,32 @@ async def test_a_cancelled_run_keeps_everything_that_has_arrived(
     with pytest.raises(TaskCancelledError) as caught:
         await handle.result()
     assert caught.value.partial.text == TEXT * 5
+
+
+# Lines that were damaged on their way
+
+
+@pytest.mark.parametrize("endpoint", CHUNKS)
+@pytest.mark.parametrize("damage", [(b"data", b"eata"), (b"data", b"\x0bdata"), (b'data: {"', b"")])
+@pytest.mark.parametrize("has_done", [True, False])
+async def test_an_event_whose_field_name_is_damaged_is_missed(
+    scripted_server: ScriptedServer, endpoint: str, damage: tuple[bytes, bytes], has_done: bool
+) -> None:
+    events = [encode_event(event) for event in (*CHUNKS[endpoint], *ENDS[endpoint])]
+    events[5] = replaced(events[5], *damage)
+
+    body = b"".join([*events, *([b"data: [DONE]\n\n"] if has_done else [])])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    scripted_server.script(raw(head, body))
+    async with LLMClient(scripted_server.api_base, "test-model") as client:
+        with pytest.raises(LLMStreamError, match="a line of the stream is damaged") as caught:
+            await collect(await open_stream(client, endpoint))
+    assert caught.value.partial is not None
+
+
+async def test_plain_words_after_a_whole_answer_do_not_matter(scripted_server: ScriptedServer) -> None:
+    events = b"".join([encode_event(event) for event in (*CHAT, *ENDS["chat"])])
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    scripted_server.script(raw(head, events, b"proxy error: Failed to read connection\n"))
+    async with LLMClient(scripted_server.api_base, "test-model") as client:
+        assert (await collect(await open_stream(client, "chat")))["choices"][0]["message"]["content"] == TEXT

@@ -412,7 +412,7 @@ def test_the_fast_path_of_text_completions_gives_the_result_of_the_slow_path() -
         fast, slow = TextAccumulator(), TextAccumulator()
         for piece in chosen:
             chunk = a_chunk({"index": 0, "finish_reason": None, **piece})
-            handed_out, _ = slow._add_by_slow_path(chunk)
+            handed_out = slow._add_by_slow_path(chunk)
             assert fast.add(chunk) == handed_out
             assert (fast.has_begun, fast.has_delta, fast.is_finished) == (
                 slow.has_begun,
@@ -853,6 +853,7 @@ def many_calls(**fields: Any) -> Callable[[int], None]:
     return accumulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -869,6 +870,7 @@ def test_the_time_for_many_calls_grows_with_their_number(fields: dict[str, Any])
     assert_linear(many_calls(**fields), 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character", ["x", "}", "{", '"', "[]", " "])
 def test_the_time_for_a_long_call_grows_with_its_length(character: str) -> None:
     def accumulate(count: int) -> None:
@@ -881,6 +883,7 @@ def test_the_time_for_a_long_call_grows_with_its_length(character: str) -> None:
     assert_linear(accumulate, 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["content", "reasoning", "thinking", "a_text_of_the_future", "audio"])
 def test_the_time_for_a_long_text_grows_with_its_length(key: str) -> None:
     def accumulate(count: int) -> None:

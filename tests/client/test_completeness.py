@@ -27,11 +27,11 @@ from lmbridge import (
     split_reasoning,
     text_of,
 )
-from lmbridge.agent.reply import ModelReply
 from lmbridge.client.chat_accumulator import ChatAccumulator, TextAccumulator
 from lmbridge.client.completeness import complete_chat_reply, complete_text_reply
 from lmbridge.client.reasoning import ReasoningSplitter
 from lmbridge.testing import Behaviour, ScriptedServer, reply, sse
+from tests.agent.support import read_reply
 from tests.support import HALF, MESSAGES, opened, piece
 
 
@@ -226,7 +226,7 @@ def test_any_chunk_has_the_right_shape_afterwards_or_is_a_named_error(chunks: li
             reply_so_far: Any = accumulator.reply()
             assert not reply_so_far["choices"] or isinstance(text_of(reply_so_far), str)
             split_reasoning(reply_so_far)
-            ModelReply.from_completion(reply_so_far)
+            read_reply(reply_so_far)
             for choice in reply_so_far["choices"]:
                 assert isinstance(choice["text"] if kind is str else choice["message"]["content"], str)
     # "nan" is not equal to itself, so the texts are compared.
@@ -241,7 +241,7 @@ def test_any_plain_reply_has_the_right_shape_or_is_refused(value: Any) -> None:
         return
     for text in split_reasoning(value):
         assert isinstance(text, str)
-    ModelReply.from_completion(value)
+    read_reply(value)
     if complete_chat_reply(copied := copy.deepcopy(value)):
         for choice in copied["choices"]:
             assert isinstance(choice["message"]["content"], str | None)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import attrs
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lmbridge import (
     ContextLengthExceededError,
@@ -33,20 +31,13 @@ from lmbridge import (
 )
 from lmbridge.client import failures
 from lmbridge.client.chat_stream import ChatStream
+from lmbridge.client.error_body import parse_error_body
 from lmbridge.testing import Behaviour, ScriptedServer, answer, reply, sse
-from lmbridge.transport import Transport, Verdict
-from tests.support import MESSAGES, assert_linear, piece, text_of
-
-Body = str | Mapping[str, Any] | list[Any]
+from lmbridge.transport import Verdict
+from tests.client.error_texts import ALARMING_TEXTS, Body, openai_error
+from tests.support import MESSAGES, piece, text_of
 
 POLL, RETRY, FAIL = Verdict.POLL, Verdict.RETRY, Verdict.FAIL
-
-
-def openai_error(
-    message: str, kind: str | None = "invalid_request_error", code: Any = None, **fields: Any
-) -> dict[str, Any]:
-    """Returns an error body in the shape of OpenAI's."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code, **fields}}
 
 
 @attrs.frozen
@@ -591,7 +582,7 @@ def test_a_500_about_a_mistake_in_the_request_is_not_retried(text: str) -> None:
     body = json.dumps(openai_error(text, "server_error", 500)).encode()
     assert failures.classify(500, {}, body) is FAIL
     assert failures.classify(503, {}, body) is RETRY
-    assert failures.error_class(failures.parse_error_body(body.decode()), 500) is None
+    assert failures.error_class(parse_error_body(body.decode()), 500) is None
 
 
 def test_a_500_whose_type_is_a_mistake_in_the_request_is_not_retried() -> None:
@@ -600,25 +591,6 @@ def test_a_500_whose_type_is_a_mistake_in_the_request_is_not_retried() -> None:
 
 
 # Texts that are not errors
-
-ALARMING_TEXTS: Final = (
-    "CUDA out of memory",
-    "model 'x' not found",
-    "Loading model",
-    "No models loaded. Please load a model",
-    "Model unloaded.",
-    "The model has crashed without additional information.",
-    "This model's maximum context length is 8 tokens",
-    "exceed_context_size_error",
-    "invalid_api_key",
-    "proxy error: Failed to read connection",
-    '{"error": {"message": "model crashed", "code": 500}}',
-    '{"error": "model crashed"}',
-    'data: {"error": "model crashed"}\n\nevent: error\ndata: {"message": "model crashed"}\n\n',
-    "error",
-    "[DONE]",
-    "data: [DONE]\n\n",
-)
 
 
 @pytest.mark.parametrize("text", ALARMING_TEXTS)
@@ -711,7 +683,7 @@ def test_a_quoted_request_does_not_decide_the_error(text: str, status: int) -> N
         {"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required", "input": text}]},
     ]
     for body in bodies:
-        error_body = failures.parse_error_body(json.dumps(body))
+        error_body = parse_error_body(json.dumps(body))
         assert failures.error_class(error_body, status) is None
         assert failures.classify(status, {}, error_body.text.encode()) in (FAIL, RETRY)
 
@@ -749,38 +721,6 @@ async def test_a_completion_in_place_of_a_stream_does_not_decide_the_error(
     error = await error_of_request(scripted_server, reply(200, body, content_type="application/json"), stream=True)
     assert type(error) is LLMResponseError
     assert error.body == body
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ({"error": "x"}, True),
-        ({"error": {"message": "x"}}, True),
-        ({"error": {"message": "x"}, "choices": []}, True),
-        ({"error": {}}, True),
-        ({"error": ""}, True),
-        ({"error": None}, False),
-        ({"error": False}, False),
-        ({"error": {}, "choices": []}, False),
-        ({"object": "error", "message": "x"}, True),
-        ({"object": "error"}, True),
-        ({"message": "x"}, True),
-        ({"detail": "x"}, True),
-        ({"detail": [{"msg": "x"}]}, True),
-        ({"code": 400, "details": "x"}, True),
-        ({"message": ""}, False),
-        ({"message": {"role": "assistant", "content": "x"}}, False),
-        ({"message": "x", "choices": []}, False),
-        ({"message": "x", "data": []}, False),
-        ({"message": "x", "output": []}, False),
-        ({"message": "x", "models": []}, False),
-        ({"details": {"family": "llama"}, "model_info": {}}, False),
-        ({}, False),
-        ({"status": "ok"}, False),
-    ],
-)
-def test_errors_are_distinguished_from_replies(value: dict[str, Any], expected: bool) -> None:
-    assert failures.is_error_object(value) is expected
 
 
 # Errors in a stream
@@ -883,6 +823,17 @@ async def test_an_error_in_a_stream_is_never_taken_for_its_end(
     assert (error.partial or {}).get("choices", [{}])[0].get("message", {}).get("content") == (
         "Hello" if before else None
     )
+
+
+@pytest.mark.parametrize("data", ['{"choices": [{"delta": {"content": "model unlo', "[{]"])
+async def test_an_event_of_broken_json_is_named_and_is_not_taken_for_the_servers_report(
+    scripted_server: ScriptedServer, data: str
+) -> None:
+    error, _ = await error_of_stream(scripted_server, sse(piece("Hi"), f"data: {data}\n\n", piece(" there")))
+    assert type(error) is LLMStreamError
+    assert error.message.startswith("the server sent an event that is not valid JSON: ")
+    assert error.body == data
+    assert error.partial["choices"][0]["message"]["content"] == "Hi"
 
 
 async def test_lines_that_are_not_events_explain_why_a_stream_was_cut_off(scripted_server: ScriptedServer) -> None:
@@ -1036,6 +987,19 @@ async def test_a_reply_that_is_not_a_completion_raises(
     assert (error.status, error.body) == (200, body.decode())
 
 
+@pytest.mark.parametrize("content_type", ["text/event-stream", "application/json"])
+@pytest.mark.parametrize("start", ["", "event: response.created\n", "\ufeff\r\n: ping\n\n"])
+async def test_a_stream_that_nobody_asked_for_is_called_by_its_name(
+    scripted_server: ScriptedServer, start: str, content_type: str
+) -> None:
+    body = f'{start}data: {{"choices": []}}\n\n'
+    error = await error_of_request(scripted_server, reply(200, body, content_type=content_type))
+    assert type(error) is LLMResponseError
+    assert error.message.startswith("the server answered 200 with an event stream: ")
+    assert error.hint == "pass stream=True, because the server streams in any case"
+    assert (error.status, error.body) == (200, body)
+
+
 # Names of models
 
 FITTING_NAMES: Final = [
@@ -1134,156 +1098,7 @@ async def test_chunks_without_a_name_change_nothing(scripted_server: ScriptedSer
         assert [text_of(each) async for each in stream] == ["a", "a", "b", "c"]
 
 
-# Arbitrary bodies
-
-JSON: Final = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ALARMING_TEXTS),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["error", "message", "detail", "type", "code", "choices", "n_ctx", "object"]), inner
-        )
-    ),
-    max_leaves=10,
-)
-
-
-@given(JSON, st.sampled_from([200, 400, 401, 429, 500, 503]))
-def test_any_json_can_be_parsed(value: Any, status: int) -> None:
-    error_body = failures.parse_error_body(json.dumps(value))
-    assert isinstance(error_body.message, str)
-    assert isinstance(failures.classify(status, {}, json.dumps(value).encode()), Verdict)
-    kind = failures.error_class(error_body, status)
-    assert kind is None or issubclass(kind, LLMError)
-    assert isinstance(failures.error_from_event(error_body, {}), kind if status == 200 and kind else LLMError)
-    if isinstance(value, dict):
-        assert failures.is_error_object(value) in (True, False)
-
-
-@given(st.binary())
-def test_any_bytes_can_be_parsed(body: bytes) -> None:
-    assert isinstance(failures.classify(500, {}, body), Verdict)
-    assert failures.parse_error_body(body.decode("utf-8", "replace")).text == body.decode("utf-8", "replace")
-
-
-def as_message(text: str) -> str:
-    return json.dumps({"error": {"message": text}})
-
-
-HOSTILE: Final[Mapping[str, Callable[[int], str]]] = {
-    "brackets": lambda size: "[" * size,
-    "nested errors": lambda size: '{"error":' * (size // 9),
-    "an error at the bottom": lambda size: '{"error":' * 900 + json.dumps("a" * size) + "}" * 900,
-    "digits": lambda size: as_message("exceed_context_size_error " + "1" * size),
-    "digits as text": lambda size: "exceed_context_size_error " + "1" * size,
-    "numbers": lambda size: as_message("exceed_context_size_error n_ctx: " + "9 " * (size // 2)),
-    "examples": lambda size: as_message("model_not_found " + "(e.g. " * (size // 6)),
-    "lists of models": lambda size: as_message("model_not_found " + "your models:" * (size // 12)),
-    "models": lambda size: as_message(f"model 'x' not found (e.g., {', '.join(map(str, range(size // 7)))})"),
-    "similar models": lambda size: as_message(
-        f"model 'x{'a' * 80}' not found (e.g. {','.join('a' * 70 + str(i) for i in range(size // 75))})"
-    ),
-    "models on lines": lambda size: "Your models:" + "\n-" * (size // 2) + " model 'x' not found",
-    "a name": lambda size: as_message("model " + "1" * size),
-    "names": lambda size: as_message("model 1" * (size // 7)),
-    "quotes": lambda size: as_message("model '" * (size // 7)),
-    "words": lambda size: as_message("exceeds " + "a " * (size // 2)),
-    "context of": lambda size: as_message("context length exceeded: context length" + " of" * (size // 3)),
-    "expected": lambda size: as_message("expected " * (size // 9)),
-    "spaces": lambda size: as_message("a" + " " * size),
-    "spaces as text": lambda size: " " * size,
-    "escapes": lambda size: '{"error": {"message": "' + "\\u00e9" * (size // 6) + '"}}',
-    "backslashes": lambda size: '{"error": {"message": "' + "\\\\" * (size // 2) + '"}}',
-    "keys": lambda size: json.dumps({"error": {f"key{i}": i for i in range(size // 14)}}),
-    "numbers in a list": lambda size: json.dumps({"error": [1] * (size // 3)}),
-    "validation errors": lambda size: json.dumps({"detail": [{"loc": [], "msg": ""}] * (size // 22)}),
-    "validation error": lambda size: "1" * size + " validation errors",
-    "an HTML page": lambda size: "<html>" + "<p>model not found" * (size // 18),
-    "secrets": lambda size: "sk-secre" * (size // 8),
-}
-"""Bodies of errors on which a careless reader would spend time that grows faster than their size."""
-
-
-@pytest.mark.timeout(10)
-@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
-def test_the_time_for_a_hostile_body_does_not_grow_faster_than_its_size(hostile: Callable[[int], str]) -> None:
-    redact = Transport("http://127.0.0.1:1", api_key="sk-secret").redact
-
-    def read(size: int) -> None:
-        body = hostile(size)
-        for status in (400, 500, 503):
-            failures.classify(status, {}, body.encode())
-        str(failures.error_from_event(failures.parse_error_body(body, redact), {"model": "qwen"}))
-
-    assert_linear(read, 10_000)
-
-
-def test_an_error_that_names_a_hundred_thousand_models_is_a_missing_model() -> None:
-    names = [f"qwen3-{number}b" for number in range(100_000)]
-    body = as_message(f'Invalid model identifier "qwen". Please specify a downloaded model (e.g., {", ".join(names)}).')
-    error = failures.error_from_event(failures.parse_error_body(body), {"model": "QWEN3-1B"})
-    assert isinstance(error, ModelNotFoundError)
-    assert error.available_models == names[: len(error.available_models)]
-    assert len(error.available_models) > 1000
-    assert "did you mean 'qwen3-1b'" in str(error)
-
-
-LARGE: Final = 2_000_000
-
-
-@pytest.mark.parametrize(
-    ("body", "kind", "message"),
-    [
-        (openai_error("x" * LARGE), LLMStreamError, "x" * 500),
-        ({"error": "x" * LARGE}, LLMStreamError, "x" * 500),
-        ({"detail": "x" * LARGE}, LLMStreamError, "x" * 500),
-        ("x" * LARGE, LLMStreamError, "x" * 500),
-        (openai_error("The model has crashed.", data="x" * LARGE), ModelLoadError, "The model has crashed."),
-        ({"data": ["x"] * 500_000, "error": "model crashed"}, ModelLoadError, "model crashed"),
-        ({"message": {"details": {"message": "model crashed"}}, "z": "x" * LARGE}, ModelLoadError, "model crashed"),
-        (openai_error("\u00e9 \U0001f600" * (LARGE // 20)), LLMStreamError, "stream: \u00e9 \U0001f600"),
-        (
-            {"detail": [{"loc": ["body", "model"], "msg": "Field required", "input": "model crashed " * 100_000}]},
-            LLMStreamError,
-            '[{"loc": ["body", "model"], "msg": "Field required"}]',
-        ),
-        ({"error": {"message": ["model crashed"] * 100_000}}, LLMStreamError, " bytes of JSON"),
-        ({"error": {"type": "exceed_context_size_error", "n_ctx": 8, "n_prompt_tokens": 9, "message": "x" * LARGE}},
-         ContextLengthExceededError, "x" * 500),
-    ],
-    ids=["object", "string", "detail", "text", "field", "list", "nested", "escapes", "input", "array", "code"],
-)  # fmt: skip
-def test_a_large_body_becomes_the_error_that_its_message_names(body: Body, kind: type[LLMError], message: str) -> None:
-    text = body if isinstance(body, str) else json.dumps(body)
-    error = failures.error_from_event(failures.parse_error_body(text), {})
-    assert type(error) is kind
-    assert message in error.message
-    assert len(str(error)) < 1000
-    assert error.body is not None
-    assert text.startswith(error.body)
-    assert len(error.body) < 250_000
-
-
-def test_a_large_error_says_how_large_it_was() -> None:
-    body = json.dumps({"error": "no " * 100_000})
-    error = failures.error_from_event(failures.parse_error_body(body), {})
-    assert error.message.endswith(f"... (from a body of {len(body)} bytes)")
-
-
-def test_the_numbers_of_a_large_error_are_found() -> None:
-    fields = {"type": "exceed_context_size_error", "message": "x" * LARGE, "n_ctx": 8, "n_prompt_tokens": 9}
-    error = failures.error_from_event(failures.parse_error_body(json.dumps({"error": fields})), {})
-    assert isinstance(error, ContextLengthExceededError)
-    assert (error.prompt_tokens, error.context_length) == (9, 8)
-
-
-@pytest.mark.parametrize("position", [0, 249_995, 249_999, 400_000])
-@pytest.mark.parametrize("make", [str, as_message], ids=["text", "json"])
-def test_a_key_in_a_large_body_is_redacted(position: int, make: Callable[[str], str]) -> None:
-    redact = Transport("http://127.0.0.1:1", api_key="sk-secret").redact
-    body = make("." * position + "sk-secret" + "." * LARGE)
-    error = failures.error_from_event(failures.parse_error_body(body, redact), {})
-    assert "sk-" not in f"{error}{error.body}"
+# Huge errors
 
 
 async def test_a_huge_error_of_a_server_is_read(scripted_server: ScriptedServer) -> None:
@@ -1293,7 +1108,7 @@ async def test_a_huge_error_of_a_server_is_read(scripted_server: ScriptedServer)
 
 
 async def test_a_huge_error_in_a_stream_is_read(scripted_server: ScriptedServer) -> None:
-    huge = openai_error("The model has crashed.", data="x" * LARGE)
+    huge = openai_error("The model has crashed.", data="x" * 2_000_000)
     error, _ = await error_of_stream(scripted_server, sse(piece("Hi"), huge))
     assert type(error) is ModelLoadError
     assert error.message == "the server ended the stream: The model has crashed."

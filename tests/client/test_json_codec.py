@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmbridge.client.json_codec import decode_json, decode_strictly, encode_body
+from lmbridge.client.json_codec import decode_json, decode_strictly, decode_whole_characters, encode_body
 from lmbridge.errors import LLMValidationError
 
 USER = {"role": "user", "content": "Hello"}
@@ -335,3 +335,22 @@ def test_invalid_json_is_a_value_error_that_does_not_repeat_the_data(data: bytes
 def test_the_strict_decoder_raises_a_type_error_for_an_event_object() -> None:
     with pytest.raises(TypeError):
         decode_strictly(Odd())  # type: ignore[arg-type]  # what the test is about
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (rb'"a\ud83d"', "a?"),
+        (rb'"\uDE42b"', "?b"),
+        (rb'"\ud83d\ude42"', "\U0001f642"),
+        (b'"\xed\xa0\xbd"', "\ufffd" * 3),
+    ],
+)
+def test_a_half_of_a_surrogate_pair_can_be_replaced(data: bytes, text: str) -> None:
+    assert decode_whole_characters(data) == text
+
+
+def test_nan_is_accepted_whether_halves_are_replaced_or_not() -> None:
+    assert math.isnan(decode_whole_characters(b"NaN"))
+    with pytest.raises(ValueError, match="Expecting value"):
+        decode_whole_characters(b"no JSON")

@@ -11,7 +11,7 @@ import pytest
 from lmbridge import Limits, LLMClient, LLMError, LLMValidationError, Transport, collect
 from lmbridge.testing import ScriptedServer, answer
 from tests.support import MESSAGES, read_text
-from tests.threaded_server import ThreadedServer
+from tests.threaded_server import ThreadedServer, run_program
 
 
 async def test_a_client_that_closes_leaves_the_streams_of_a_shared_transport_alone(
@@ -75,13 +75,7 @@ asyncio.run(ask_and_close())
 def test_a_client_that_was_not_closed_before_its_loop_warns_and_works_on() -> None:
     # In a process of its own: asyncio and aiohttp warn as well, whenever the dead loop's sockets are collected.
     with ThreadedServer() as server:
-        run = subprocess.run(
-            [sys.executable, "-W", "default::ResourceWarning", "-c", UNCLOSED, server.api_base],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=True,
-        )
+        run = run_program(UNCLOSED, server.api_base, warnings="default::ResourceWarning")
     assert run.stdout.split() == ["test-model"] * 3
     assert run.stderr.count("ResourceWarning: an lmbridge client was still open when its event loop was closed") == 2
 

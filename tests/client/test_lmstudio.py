@@ -401,6 +401,19 @@ async def test_a_load_may_take_as_long_as_the_load_timeout(server: ScriptedServe
     assert len(server.requests) == 1
 
 
+async def test_a_load_that_takes_too_long_has_what_had_arrived(server: ScriptedServer) -> None:
+    async def begin(exchange: Exchange) -> None:
+        await exchange.start(200, {"Content-Length": "1000"}, chunked=False)
+        await exchange.send(b'{"instance_id": ')
+        await exchange.client_left()
+
+    server.on_path(LOAD, begin)
+    async with LLMClient(server.api_base, timeout=Timeouts(load=0.2)) as client:
+        with pytest.raises(LLMTimeoutError) as caught:
+            await client.lmstudio.load("x")
+    assert (caught.value.phase, caught.value.status, caught.value.body) == ("load", 200, '{"instance_id": ')
+
+
 async def test_the_load_timeout_does_not_apply_to_unload(server: ScriptedServer) -> None:
     server.on_path(UNLOAD, stall())
     async with LLMClient(server.api_base, timeout=Timeouts(load=60, first_byte=0.05)) as client:

@@ -743,6 +743,7 @@ def test_the_default_server_comes_from_the_environment(monkeypatch: pytest.Monke
 # Long lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ["list", "info", "known", "unknown"])
 def test_the_time_for_a_long_list_of_models_does_not_grow_faster_than_the_list(ask: str) -> None:
     async def read(size: int) -> None:

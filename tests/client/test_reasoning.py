@@ -119,6 +119,7 @@ def test_markers_that_are_not_pairs_are_refused(markers: Any) -> None:
         split_reasoning(a_reply("x"), markers=markers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part", ["<think>", "</think>", " ", "[THINK]", "<", "<|channel|>analysis<|message|>a<|end|>", "<|channel|>"]
 )

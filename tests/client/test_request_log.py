@@ -204,3 +204,17 @@ async def test_nothing_is_counted_if_nobody_listens(
         async with LLMClient(scripted_server.api_base, "test-model") as client:
             await client.chat_completion(MESSAGES)
     assert lines(log) == []
+
+
+async def test_a_line_has_its_numbers_as_fields(caplog: pytest.LogCaptureFixture) -> None:
+    await client_of(lambda _: COMPLETION).chat_completion(MESSAGES)
+    fields = {name: value for name, value in vars(caplog.records[0]).items() if name.startswith("lmbridge_")}
+    assert fields.pop("lmbridge_seconds") >= 0
+    assert fields == {
+        "lmbridge_operation": "chat completion",
+        "lmbridge_model": "m",
+        "lmbridge_outcome": 200,
+        "lmbridge_attempts": 1,
+        "lmbridge_prompt_tokens": 12,
+        "lmbridge_completion_tokens": 34,
+    }

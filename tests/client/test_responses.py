@@ -115,7 +115,7 @@ async def test_the_reply_is_the_dict_that_the_server_sent(scripted_server: Scrip
     assert await client.create_response("Say hello.") == sent
 
 
-async def test_nothing_is_added_to_a_request(scripted_server: ScriptedServer) -> None:
+async def test_nothing_is_added_to_a_request_except_whether_it_streams(scripted_server: ScriptedServer) -> None:
     scripted_server.default = reply(200, WHOLE)
     items = [{"role": "user", "content": "Hi"}, {"type": "function_call_output", "call_id": "c", "output": "3"}]
     async with LLMClient(scripted_server.api_base) as client:
@@ -124,8 +124,15 @@ async def test_nothing_is_added_to_a_request(scripted_server: ScriptedServer) ->
         scripted_server.script(sse(*ALL))
         await collect(await client.create_response("", stream=True))
     assert [request.json for request in scripted_server.requests] == [
-        {"input": "Hi"},
-        {"input": items, "model": "m", "previous_response_id": "resp_1", "tools": [FLAT], "store": True},
+        {"input": "Hi", "stream": False},
+        {
+            "input": items,
+            "model": "m",
+            "previous_response_id": "resp_1",
+            "tools": [FLAT],
+            "store": True,
+            "stream": False,
+        },
         {"input": "", "stream": True},
     ]
     assert {request.path for request in scripted_server.requests} == {"/v1/responses"}

@@ -47,6 +47,7 @@ PATHS: Final = {
     "v0": "/api/v0/models",
     "ollama": "/api/version",
     "ps": "/api/ps",
+    "tags": "/api/tags",
     "version": "/version",
 }
 
@@ -73,7 +74,9 @@ async def test_llama_cpp_reports_its_slots_and_the_context_of_a_slot(
     assert result == ServerInfo(
         kind="llama.cpp",
         version=version,
-        models=(ModelInfo(id="smollm2", loaded=True, context_length=2048, slots=4, vision=False),),
+        models=(
+            ModelInfo(id="smollm2", loaded=True, context_length=2048, slots=4, vision=False, size_bytes=96_576_768),
+        ),
         context_length=2048,
         slots=4,
     )
@@ -93,7 +96,7 @@ async def test_properties_that_llama_cpp_does_not_show_are_none(scripted_server:
     error = {"error": {"code": status, "message": "This server does not support it.", "type": "not_supported_error"}}
     scripted_server.on_path("/props", reply(status, error))
     result = await info(scripted_server, models=CAPTURES["auth/models_nokey"])
-    model = ModelInfo(id="smol", loaded=True, context_length=2048)
+    model = ModelInfo(id="smol", loaded=True, context_length=2048, size_bytes=96_576_768)
     assert result == ServerInfo(kind="llama.cpp", models=(model,), context_length=2048)
     assert len(scripted_server.requests) == 2
 
@@ -124,7 +127,7 @@ async def test_a_router_without_a_loaded_model_has_no_context_length(scripted_se
     assert result == ServerInfo(
         kind="llama.cpp",
         version="b1-7e4c0a9",
-        models=tuple(ModelInfo(id=name, loaded=False) for name in names),
+        models=tuple(ModelInfo(id=name, loaded=False, status="unloaded") for name in names),
         max_loaded_models=1,
     )
     assert result.loaded_models == ()
@@ -147,8 +150,8 @@ async def test_a_router_is_asked_about_each_loaded_model(
     scripted_server.on_path("/props", router_props)
     result = await info(scripted_server, model, models=router_models(smol_a="loaded", smol_b="sleeping"))
     assert result.loaded_models == ("smol-a", "smol-b")
-    assert result.models[2] == ModelInfo(id="smol-a", loaded=True, context_length=2048, slots=2)
-    assert result.models[3] == ModelInfo(id="smol-b", loaded=True, context_length=1024, slots=3)
+    assert result.models[2] == ModelInfo(id="smol-a", loaded=True, context_length=2048, slots=2, status="loaded")
+    assert result.models[3] == ModelInfo(id="smol-b", loaded=True, context_length=1024, slots=3, status="sleeping")
     assert (result.context_length, result.slots) == (context, slots)
     assert requested_paths(scripted_server)[2:] == [
         f"/props?model={name}&autoload=false" for name in ("smol-a", "smol-b")
@@ -299,7 +302,36 @@ async def test_ollama_reports_its_version_and_running_models(scripted_server: Sc
         ),
         context_length=4096,
     )
-    assert requested_paths(scripted_server) == ["/v1/models", "/api/version", "/api/ps"]
+    assert requested_paths(scripted_server) == ["/v1/models", "/api/version", "/api/ps", "/api/tags"]
+
+
+async def test_ollama_reports_the_sizes_of_files_and_not_of_memory(scripted_server: ScriptedServer) -> None:
+    running = {"models": [{"name": "llama3.2:latest", "size": 3_000_000_000, "context_length": 8192}]}
+    downloaded = {"models": [{"name": "llama3.2:latest", "size": 2_019_393_189}, {"name": "qwen3:8b", "size": "big"}]}
+    result = await info(scripted_server, models=TAGS, ollama={"version": "0.12.6"}, ps=running, tags=downloaded)
+    assert result.models == (
+        ModelInfo(id="llama3.2:latest", loaded=True, context_length=8192, size_bytes=2_019_393_189),
+        ModelInfo(id="qwen3:8b", loaded=False),
+    )
+
+
+async def test_lm_studio_reports_the_size_of_a_model_also_for_its_instances(scripted_server: ScriptedServer) -> None:
+    models = lmstudio_models(
+        {
+            "key": "qwen3-4b",
+            "size_bytes": 2_497_281_120,
+            "loaded_instances": [instance("a", 8192), instance("b", 4096)],
+        },
+        {"key": "gpt-oss-20b", "size_bytes": 12_109_565_632},
+        {"key": "odd", "size_bytes": "big"},
+    )
+    result = await info(scripted_server, models=LMSTUDIO_LIST, v1=models)
+    assert [(each.id, each.size_bytes) for each in result.models] == [
+        ("a", 2_497_281_120),
+        ("b", 2_497_281_120),
+        ("gpt-oss-20b", 12_109_565_632),
+        ("odd", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -351,6 +383,42 @@ async def test_vllm_reports_its_version_and_the_context_of_its_model(scripted_se
         context_length=40960,
     )
     assert requested_paths(scripted_server) == ["/v1/models", "/version"]
+
+
+# Replies that are damaged
+
+
+_DAMAGED: Final = reply(200, '{"half": ', {"Content-Type": "application/json"})
+_WEB_PAGE: Final = reply(200, "<!doctype html>", {"Content-Type": "text/html"})
+
+
+@pytest.mark.parametrize(
+    ("owner", "path"),
+    [
+        ("llamacpp", "/props"),
+        ("organization_owner", "/api/v1/models"),
+        ("organization_owner", "/api/v0/models"),
+        ("library", "/api/version"),
+        ("library", "/api/ps"),
+        ("library", "/api/tags"),
+        ("library", "/api/show"),
+        ("vllm", "/version"),
+    ],
+)
+async def test_a_damaged_reply_is_an_error_and_not_a_missing_endpoint(
+    scripted_server: ScriptedServer, owner: str, path: str
+) -> None:
+    older = {"v1": lmstudio_unknown_path("/api/v1/models")} if path == "/api/v0/models" else {}
+    serve(scripted_server, models=models_list({"id": "m:latest", "owned_by": owner}), **older)
+    serve(scripted_server, ollama={"version": "0.35.0"}, ps={"models": []}, tags={"models": []})
+    scripted_server.on_path(path, _DAMAGED)
+    async with LLMClient(scripted_server.api_base, "m") as client:
+        with pytest.raises(LLMResponseError) as caught:
+            await client.server_info()
+        assert caught.value.body == '{"half": '
+        # A web interface answers to every path.
+        scripted_server.on_path(path, _WEB_PAGE)
+        await client.server_info()
 
 
 # Others

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -189,6 +190,22 @@ async def test_a_stream_is_an_async_generator(scripted_server: ScriptedServer, c
         await stream.athrow(KeyError("thrown in"))
     await scripted_server.wait_until(lambda: scripted_server.aborts or scripted_server.requests[0].finished)
     assert in_flight(client) == 0
+
+
+async def test_a_stream_that_was_read_to_its_end_is_freed_without_the_garbage_collector(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(answer("one two"))
+    stream = await opened(client)
+    freed = weakref.ref(stream._events)
+    gc.disable()
+    try:
+        async for _ in stream:
+            pass
+        del stream
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 # Incomplete streams
@@ -481,9 +498,10 @@ async def test_a_timeout_of_the_caller_closes_the_connection(
     scripted_server: ScriptedServer, client: LLMClient
 ) -> None:
     scripted_server.script(stall(after=HALF))
+    stream = await opened(client)
     with pytest.raises(TimeoutError) as caught:
         async with asyncio.timeout(0.05):
-            await read_text(await opened(client))
+            await read_text(stream)
     assert not isinstance(caught.value, LLMTimeoutError)
     await scripted_server.wait_until(lambda: scripted_server.aborts)
 

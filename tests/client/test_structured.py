@@ -350,9 +350,10 @@ async def test_a_wrong_answer_is_sent_back_once_with_what_is_wrong(
         (Point, '{"x": 1', "$", "it is not valid JSON: Input data was truncated"),
         (
             Point,
-            '{"x": 1, "z": ' + "[" * 20_000 + "]" * 20_000 + "}",
+            '{"x": 1, "z": ' + "[" * 1_000_000 + "]" * 1_000_000 + "}",
             "$",
-            "it is not valid JSON: maximum recursion depth",
+            # The words for this have changed in Python 3.14, and since then the size of the stack is the limit.
+            "it is not valid JSON: ",
         ),
     ],
 )
@@ -505,7 +506,7 @@ async def test_parameters_that_parse_sets_itself_are_refused(
         (HoldsPlain, "HoldsPlain: type <class '.*Plain'> is not supported"),
         (HoldsUnknown, "HoldsUnknown: name 'Unknown' is not defined"),
         (dataclasses.make_dataclass("Odd", [("x", Annotated[str, Meta(ge=0)])]), "Odd: Can only set `ge` on a numeric"),
-        ("Point", "Point: Type ''Point'' is not supported"),
+        ("Point", "Point: Type '.*Point.*' is not supported"),
         ({"type": "object"}, "unhashable type: 'dict'"),
         (None, "None: it has no value but null"),
     ],
@@ -561,7 +562,11 @@ def test_a_recursive_type_keeps_its_reference() -> None:
         "additionalProperties": False,
     }
     assert schema_of(Node) == {**node, "$defs": {"Node": node}}
-    assert field(Node | None) == {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}
+    # The order depends on the version of msgspec.
+    assert field(Node | None) in (
+        {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+        {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/Node"}]},
+    )
 
 
 def test_mutually_recursive_types_keep_their_references() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hmac
 import json
 import re
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -319,8 +319,9 @@ async def test_a_client_that_waits_for_100_continue_gets_it(gateway: Gateway) ->
     assert await client.status() == 200
 
 
+@pytest.mark.slow
 async def test_slow_clients_are_not_waited_for(scripted_server: ScriptedServer) -> None:
-    async with Gateway(scripted_server.api_base, client_timeout=0.1) as gateway:
+    async with Gateway(scripted_server.api_base, client_timeout=1) as gateway:
         silent, half_head, half_body, idle = [await Client.connect(gateway) for _ in range(4)]
         half_head.writer.write(b"POST /v1/chat")
         half_body.send(f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Length: 1000", b'{"model":')
@@ -338,7 +339,7 @@ async def test_a_client_that_does_not_read_is_cut_off(scripted_server: ScriptedS
             await exchange.send(b"data: " + b"x" * 100_000 + b"\n\n")
 
     scripted_server.script(endless)
-    async with Gateway(scripted_server.api_base, limits=Limits(), client_timeout=0.2) as gateway:
+    async with Gateway(scripted_server.api_base, limits=Limits(), client_timeout=1) as gateway:
         client = await Client.connect(gateway)
         client.post(STREAM)
         await scripted_server.wait_until(lambda: scripted_server.aborts)
@@ -353,7 +354,7 @@ async def test_a_client_that_does_not_read_the_end_is_cut_off(
     answer = b'{"x": "' + b"x" * 20_000_000 + b'"}'
     head = b"HTTP/1.1 %d Odd\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(answer))
     scripted_server.script(raw(head, answer))
-    async with Gateway(scripted_server.api_base, limits=Limits(), client_timeout=0.2) as gateway:
+    async with Gateway(scripted_server.api_base, limits=Limits(), client_timeout=1) as gateway:
         client = await Client.connect(gateway)
         client.post(BODY)
         while "it is cut off" not in caplog.text:
@@ -389,15 +390,19 @@ async def test_the_answers_to_requests_in_one_packet_are_in_order(gateway: Gatew
     assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"404", b"200"]
 
 
-def test_a_key_takes_as_long_to_compare_wherever_it_differs() -> None:
+@pytest.mark.parametrize("guess", ["k" * 99, "x" * 100, "k" * 100_000, "\udcff"])
+def test_a_key_takes_as_long_to_compare_wherever_it_differs(monkeypatch: pytest.MonkeyPatch, guess: str) -> None:
     # The function that compares is the standard library's; here it is enough that all keys go through it.
-    access = Access("127.0.0.1", "k" * 100)
-    started = time.process_time()
-    for guess in ("", "k" * 99, "x" * 100, "k" * 100_000, "\udcff"):
-        if guess:
-            with pytest.raises(Problem):
-                access.check_key({"X-Api-Key": guess})
-    assert time.process_time() - started < 5
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare_digest(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(hmac, "compare_digest", compare_digest)
+    with pytest.raises(Problem):
+        Access("127.0.0.1", "k" * 100).check_key({"X-Api-Key": guess})
+    assert len(compared) == 1
 
 
 async def test_a_flood_of_connections_is_served(gateway: Gateway, http: aiohttp.ClientSession) -> None:

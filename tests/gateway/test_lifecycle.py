@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import pytest
 from lmbridge import Limits, LLMError, LLMValidationError
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.__main__ import main
+from lmbridge.gateway.http_server import HttpServer, IncomingRequest
 from lmbridge.testing import Exchange, MockTransport, ScriptedServer, answer, hang_up, reply, stall
 from lmbridge.transport.nodes import NodePool
 from lmbridge.transport.transport import Transport
@@ -69,6 +71,9 @@ async def test_a_port_that_is_taken_is_an_error(scripted_server: ScriptedServer,
         {"client_timeout": None},
         {"allowed_hosts": "a"},
         {"allowed_hosts": [1]},
+        {"allowed_hosts": ["my-pc.lan:8080"]},
+        {"allowed_hosts": ["http://my-pc.lan"]},
+        {"allowed_hosts": ["*"]},
         {"api_key": ""},
         {"limits": "all"},
         {"timeout": -1},
@@ -314,7 +319,7 @@ async def test_the_program_drains_on_a_signal(scripted_server: ScriptedServer, h
         assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 async def test_a_second_signal_ends_the_program_at_once(
     scripted_server: ScriptedServer, http: aiohttp.ClientSession, number: signal.Signals
 ) -> None:
@@ -343,7 +348,43 @@ async def test_a_second_signal_ends_the_program_at_once(
         (["http://127.0.0.1:1", "--max-concurrency", "0"], "max_concurrency"),
     ],
 )
-def test_mistakes_are_explained_in_a_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_explained_in_a_line_and_status_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
-    with pytest.raises(SystemExit, match=f"lmbridge gateway: .*{message}"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"lmbridge gateway: .*{message}", line)
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_error_in_the_log(
+    has_begun: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    answered = asyncio.Event()
+
+    async def answer(incoming: IncomingRequest) -> None:
+        try:
+            if has_begun:
+                await incoming.begin(200, [])
+            transport = incoming._request.transport
+            assert transport is not None
+            # It is closing from now on, and what is written raises aiohttp's `ClientConnectionResetError`.
+            transport.close()
+            await (incoming.write(b"late") if has_begun else incoming.begin(200, []))
+        finally:
+            answered.set()
+
+    server = HttpServer(answer, client_seconds=5)
+    port = await server.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")
+    await answered.wait()
+    await reader.read()
+    writer.close()
+    await server.close()
+    assert [record.message for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -6,7 +6,6 @@ import asyncio
 import gzip
 import inspect
 import itertools
-import json
 
 import aiohttp
 import pytest
@@ -17,7 +16,7 @@ from multidict import CIMultiDict
 from lmbridge import Limits
 from lmbridge.gateway import Gateway
 from lmbridge.testing import Exchange, ScriptedServer, raw, reply, stall
-from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch, fetch_json
+from tests.gateway.support import BODY, CHAT, PATHS, SSE_HEAD, STREAM, Client, chunk, fetch
 from tests.support import HALF
 
 ODD_BODIES = {
@@ -201,37 +200,6 @@ async def test_a_chunked_request_is_passed_on(
     async with http.post(gateway.origin + CHAT, data=parts()) as response:
         assert response.status == 200
     assert scripted_server.requests[0].body == BODY
-
-
-async def test_models_are_those_of_the_server(
-    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
-) -> None:
-    body = b'{"object": "list",  "data": [{"id": "a/b", "x": 1}], "models": []}'
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Odd: 1\r\nContent-Length: %d\r\n\r\n" % len(body)
-    scripted_server.on_path("/v1/models", raw(head, body))
-    status, headers, received = await fetch(http, gateway, "/v1/models", method="GET")
-    assert (status, headers["X-Odd"], received) == (200, "1", body)
-    status, _, received = await fetch(http, gateway, "/v1/models/a/b", method="GET")
-    assert (status, json.loads(received)) == (200, {"id": "a/b", "x": 1})
-    status, _, received = await fetch(http, gateway, "/v1/models/c", method="GET")
-    assert (status, json.loads(received)["error"]["code"]) == (404, "model_not_found")
-
-
-async def test_a_list_of_models_is_never_compressed(
-    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
-) -> None:
-    await fetch(http, gateway, "/v1/models", method="GET")
-    assert scripted_server.requests[-1].headers["Accept-Encoding"] == "identity"
-
-
-async def test_a_refused_list_of_models_leaves_those_that_are_known(
-    scripted_server: ScriptedServer, gateway: Gateway, http: aiohttp.ClientSession
-) -> None:
-    await fetch(http, gateway, "/v1/models", method="GET")
-    scripted_server.on_path("/v1/models", reply(401, {"error": {"message": "no key"}}))
-    status, _, _ = await fetch(http, gateway, "/v1/models", method="GET")
-    assert status == 401
-    assert (await fetch_json(http, gateway, "/status.json"))["models"]
 
 
 async def test_the_body_of_a_request_is_not_kept_while_its_answer_arrives(

@@ -9,11 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from lmbridge import Limits
 from lmbridge.gateway import Gateway
 from lmbridge.gateway.activity import Activity, Entry, Histogram, RateCounter
 from lmbridge.gateway.fair_order import FairOrder
-from lmbridge.testing import OneModelServer, ScriptedServer, reply, sse, stall
+from lmbridge.testing import ScriptedServer, reply, sse, stall
 from tests.gateway.support import BODY, CHAT, STREAM, fetch, fetch_json
 from tests.support import HALF, piece
 
@@ -76,18 +75,6 @@ async def test_finished_requests_have_their_tokens(
     assert [each["tokens"] for each in finished] == [2, 3, 2, 4, 3, 5, None, None]
     assert [each["status"] for each in finished] == [200] * 7 + [400]
     assert all(each["seconds"] >= each["queued_seconds"] >= 0 for each in finished)
-
-
-async def test_the_status_lists_models_that_nobody_has_asked_for(http: aiohttp.ClientSession) -> None:
-    async with (
-        OneModelServer(["a", "b"]) as server,
-        Gateway(server.api_base, limits=Limits(max_loaded_models=1)) as gateway,
-    ):
-        await fetch(http, gateway, CHAT, BODY.replace(b"test-model", b"a"))
-        status = await fetch_json(http, gateway, "/status.json")
-        while len(status["models"]) < 2:
-            status = await fetch_json(http, gateway, "/status.json")
-        assert {model["name"]: model["state"] for model in status["models"]} == {"a": "loaded", "b": "cold"}
 
 
 async def test_a_server_that_is_gone_is_not_healthy(http: aiohttp.ClientSession) -> None:

@@ -128,6 +128,14 @@ async def test_a_model_that_cannot_be_loaded_is_reported_in_the_reply(stand_in: 
     assert process.returncode == 1
 
 
+async def test_a_library_that_cannot_be_imported_is_reported_in_the_reply(tmp_path: Path) -> None:
+    (tmp_path / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    process = await _start(os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert await _reply(process) == {"import_error": "libgomp.so.1: cannot open shared object file"}
+    await _end(process)
+    assert process.returncode == 1
+
+
 async def test_it_ends_if_the_parent_died_before_the_handshake(stand_in: StandIn) -> None:
     process = await _start(stand_in("pass"), parent=os.getppid())
     out, _ = await _end(process)

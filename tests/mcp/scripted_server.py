@@ -14,6 +14,11 @@ first time if `once` is a path), `deaf_at` (close stdin), `deep_at` (return a de
 number of bytes in the result of `big`. `work` reports progress `reports` times, every `pause` seconds, and then ends
 unless `reports` is negative, which means for ever, or `hangs` is set.
 
+The result of `meta`, if `tools` has it, is the metadata of the call. A call of `ask` sends the `question` (the
+parameters of `elicitation/create`), and its result is the reply as JSON; with `withdraws`, the question is cancelled at
+once, and with `leaves`, the call is answered without waiting for the reply. A call of `visit` is refused until there
+was one before, with the `urls` that the user should visit first, and with `visited`, the visit of them is reported.
+
 About messages that are not as the protocol says: `answers` (messages, or lines, to send in place of the answer to a
 method, or to the call of a tool; "$id" stands for the id of the request, and "$text_id" for the same as a text),
 `flood_of` (a message that is sent without end from a call of `flood` on, or from the start with `floods_at_once`),
@@ -46,6 +51,7 @@ NAMES = ["echo", "die", "sleep", "big", "fails", "refuses", "nothing", "env", "c
 lock = threading.Lock()
 added: list[dict[str, Any]] = []
 descriptions: dict[str, str] = {}
+asking: list[Any] = []
 SLEEPER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
@@ -117,6 +123,19 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
     if name in OPTIONS.get("deaf_at", ()):
         os.close(0)
         time.sleep(600)
+    if name == "ask":
+        asking.append(request_id)
+        send({"id": f"question {request_id}", "method": "elicitation/create", "params": OPTIONS["question"]})
+        if OPTIONS.get("withdraws"):
+            send({"method": "notifications/cancelled", "params": {"requestId": f"question {request_id}"}})
+        return send({"id": request_id, "result": text("left")}) if OPTIONS.get("leaves") else None
+    if name == "visit" and not asking:
+        asking.append(request_id)
+        data = {"elicitations": OPTIONS["urls"]}
+        send({"id": request_id, "error": {"code": -32042, "message": "visit it first", "data": data}})
+        for each in OPTIONS["urls"] if OPTIONS.get("visited") else ():
+            send({"method": "notifications/elicitation/complete", "params": {"elicitationId": each["elicitationId"]}})
+        return None
     if name == "work":
         threading.Thread(target=work, args=(request_id, meta), daemon=True).start()
         return None
@@ -143,6 +162,8 @@ def call(request_id: Any, name: str, arguments: dict[str, Any], meta: dict[str, 
         for _ in range(300):
             value = {"a": value}
         result = text(structuredContent=value)
+    if name == "meta":
+        result = text(json.dumps(meta))
     if name == "parts":
         result = text("one", "two")
     if name == "progress":
@@ -198,6 +219,8 @@ def handle(message: dict[str, Any]) -> None:
         start_flood(OPTIONS["flood_of"])
         send({"id": request_id, "result": text("flooding")})
     elif method == "initialize":
+        if "notes" in OPTIONS and "question" in OPTIONS:
+            note(f"capabilities {json.dumps(params['capabilities'])}")
         if OPTIONS.get("hang"):
             return
         if OPTIONS.get("unterminated"):
@@ -218,6 +241,12 @@ def handle(message: dict[str, Any]) -> None:
             os._exit(0)
     elif method == "tools/call":
         call(request_id, params["name"], params.get("arguments") or {}, params.get("_meta") or {})
+    elif method is None:
+        if "notes" in OPTIONS:
+            note(f"reply {json.dumps(message.get('result', message.get('error')))}")
+        # A request of a flood is answered as well, but no call waits for that.
+        if asking and not OPTIONS.get("leaves"):
+            send({"id": asking.pop(), "result": text(json.dumps(message.get("result", message.get("error"))))})
     elif method == "notifications/cancelled" and "notes" in OPTIONS:
         note(f"cancelled {params.get('requestId')}")
     elif request_id is not None:

@@ -156,7 +156,7 @@ def test_agent_options_names_every_option_of_agent() -> None:
 
 WITHOUT_ANSWER: dict[str, tuple[list[Behaviour], dict[str, Any]]] = {
     "length": ([answer("Once upon", finish_reason="length")], {}),
-    "repetition": ([calls(asks("echo", text="again"))] * 5, {}),
+    "repetition": ([calls(asks("echo", text="again"))] * 6, {}),
     "bad_calls": ([calls(asks_raw("echo", "{"))] * 5, {}),
     "budget": ([calls(asks("echo", text="x"))], {"max_total_tokens": 1}),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -113,7 +114,8 @@ async def test_new_tools_have_to_fit_into_what_is_left_for_definitions(
     scripted_server.script(calls(asks("change")), answer("done"))
     await make_agent({"a": {"tools": ["change"]}}).autonomous_with_mcp("a", "Go.")
     assert sent_tool_names(scripted_server) == ["change"]
-    assert "tool 'new' is left out: its definition takes about" in caplog.text
+    # There is not even room for a search.
+    assert "1 of 2 tools are left out, because the definitions do not fit into 35 tokens: new" in caplog.text
 
 
 async def test_a_new_tool_with_a_name_that_is_taken_gets_the_name_of_its_server(
@@ -143,18 +145,46 @@ async def test_approve_can_read_the_hints_of_a_tool(scripted_server: ScriptedSer
     assert made == "count"
 
 
+@pytest.mark.parametrize(
+    ("tool_search", "names", "logged"),
+    [
+        ("auto", ["echo", "small", "find_tools"], "1 of 3 tools are left out"),
+        ("never", ["echo", "small"], "tool 'big_one' is left out: its definition takes about"),
+    ],
+)
 async def test_definitions_take_at_most_half_of_a_known_context(
-    scripted_server: ScriptedServer, make_agent: MakeAgent, caplog: pytest.LogCaptureFixture
+    scripted_server: ScriptedServer,
+    make_agent: MakeAgent,
+    caplog: pytest.LogCaptureFixture,
+    tool_search: Literal["auto", "never"],
+    names: list[str],
+    logged: str,
 ) -> None:
     models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 2048}]}
     scripted_server.on_path("/v1/models", reply(200, models))
     big = {"name": "big_one", "description": "x " * 1_600, "inputSchema": {"type": "object"}}
     small = {"name": "small", "description": "", "inputSchema": {"type": "object"}}
-    agent = make_agent({"a": {"tools": ["echo"], "more_tools": [big, small]}})
+    agent = make_agent({"a": {"tools": ["echo"], "more_tools": [big, small]}}, tool_search=tool_search)
     await agent.autonomous_with_mcp("a", "Go.")
-    assert sent_tool_names(scripted_server) == ["echo", "small"]
-    assert "tool 'big_one' is left out: its definition takes about" in caplog.text
-    assert "of the 1024 for all" in caplog.text
+    assert sent_tool_names(scripted_server) == names
+    assert logged in caplog.text
+    assert "1024" in caplog.text
+    assert "big_one" in caplog.text
+
+
+async def test_a_tool_of_a_server_that_does_not_fit_is_found_and_called(
+    scripted_server: ScriptedServer, make_agent: MakeAgent
+) -> None:
+    others = [
+        {"name": f"other_{number}", "description": "Paints. " * 60, "inputSchema": {"type": "object"}}
+        for number in range(9)
+    ]
+    count = {"name": "count", "description": "Counts the stars. " * 20, "inputSchema": {"type": "object"}}
+    agent = make_agent({"a": {"tools": [], "more_tools": [*others, count]}}, max_definition_tokens=700)
+    scripted_server.script(calls(asks("find_tools", query="stars")), calls(asks("count")), answer("Nine."))
+    result = await agent.autonomous_with_mcp("a", "Go.", full=True)
+    assert tool_texts(result.messages)[1] == "count"
+    assert sent_tool_names(scripted_server)[-2:] == ["find_tools", "count"]
 
 
 async def test_all_definitions_are_sent_if_the_context_length_is_unknown(
@@ -196,12 +226,12 @@ async def test_tool_timeout_covers_a_call(scripted_server: ScriptedServer, make_
 async def test_tool_timeout_does_not_cover_a_restart(
     scripted_server: ScriptedServer, make_agent: MakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmbridge.mcp.servers.managed_server._FIRST_BACKOFF_SECONDS", 1.0)
-    agent = make_agent({"a": {}}, tool_timeout=0.5)
+    monkeypatch.setattr("lmbridge.mcp.servers.managed_server._FIRST_BACKOFF_SECONDS", 2.5)
+    agent = make_agent({"a": {}}, tool_timeout=1.5)
     scripted_server.script(calls(asks("die")), calls(asks("echo", text="on")), answer("done"))
     result = await agent.autonomous_with_mcp("a", "Go.", full=True)
     assert tool_texts(result.messages)[1] == "on"
-    assert result.log[1].tool_calls[0].seconds > 0.5
+    assert result.log[1].tool_calls[0].seconds > 1.5
 
 
 async def test_the_call_timeout_in_the_file_overrides_tool_timeout(
@@ -214,11 +244,11 @@ async def test_the_call_timeout_in_the_file_overrides_tool_timeout(
 
 
 async def test_progress_extends_tool_timeout(scripted_server: ScriptedServer, make_agent: MakeAgent) -> None:
-    agent = make_agent({"a": {"tools": ["work"], "reports": 6, "pause": 0.1}}, tool_timeout=0.35)
+    agent = make_agent({"a": {"tools": ["work"], "reports": 9, "pause": 0.2}}, tool_timeout=1.5)
     scripted_server.script(calls(asks("work")), answer("done"))
     result = await agent.autonomous_with_mcp("a", "Go.", full=True)
     assert tool_texts(result.messages) == ["worked"]
-    assert result.log[0].tool_calls[0].seconds > 0.35
+    assert result.log[0].tool_calls[0].seconds > 1.5
 
 
 async def test_connect_timeout_limits_the_start_of_a_server(make_agent: MakeAgent) -> None:
@@ -231,9 +261,13 @@ async def test_a_run_with_a_server_that_floods_its_client_goes_on(
     scripted_server: ScriptedServer, make_agent: MakeAgent, method: str
 ) -> None:
     message = {"jsonrpc": "2.0", "method": method, "params": {"level": "info", "data": "x"}}
-    flooding = {"flood_of": message | ({"id": 1} if method == "ping" else {}), "tools": ["flood", "sleep"]}
+    flooding = {
+        "flood_of": message | ({"id": 1} if method == "ping" else {}),
+        "tools": ["flood", "sleep"],
+        "lmbridge": {"toolTimeouts": {"sleep": 0.5}},
+    }
     events: Recorder[McpEvent] = Recorder()
-    agent = make_agent({"a": flooding, "b": {"tools": ["echo"]}}, tool_timeout=0.5, on_mcp_event=events)
+    agent = make_agent({"a": flooding, "b": {"tools": ["echo"]}}, on_mcp_event=events)
     scripted_server.script(calls(asks("flood")), calls(asks("sleep")), calls(asks("echo", text="on")), answer("done"))
     result = await agent.autonomous_with_multiple_mcps(["a", "b"], "Go.", full=True)
     texts = tool_texts(result.messages)

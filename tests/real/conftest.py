@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from benchmarks.routers import LLAMA_SERVER_VARIABLE
 from lmbridge import Limits, LLMClient, LocalServer
+from lmbridge.local import local_server as local_server_module
 from lmbridge.mcp import McpHub
 from tests.mcp.conftest import MakeHub
 
 API_KEY = "sk-local-test"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def other_llama_server() -> Iterator[None]:
+    """Makes every `LocalServer` run the llama-server that the environment names, if it names one.
+
+    The tests that name none run the one of the extra `local`. `make test-llama-server` runs the folder on Debian's.
+    """
+    if not os.environ.get(LLAMA_SERVER_VARIABLE):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalServer, "_child", Path(__file__).with_name("llama_server_child.py"))
+        patch.setattr(local_server_module, "_check_machine", lambda: None)
+        yield
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -215,3 +215,33 @@ async def test_a_conversation_longer_than_the_context_is_trimmed(client: LLMClie
     assert len(result.messages) == 82
     assert result.log[0].usage is not None
     assert result.log[0].usage["prompt_tokens"] < 8192
+
+
+class FirstReplyClient(GreedyClient):
+    """A client whose first reply is scripted; the others come from the model."""
+
+    def __init__(self, client: LLMClient, first: dict[str, Any]) -> None:
+        super().__init__(client)
+        self._first: dict[str, Any] | None = first
+
+    async def chat_completion(self, messages: Any, *, model: str | None, stream: Any, **params: Any) -> Any:
+        first, self._first = self._first, None
+        if first is None:
+            return await super().chat_completion(messages, model=model, stream=stream, **params)
+
+        async def chunks() -> AsyncGenerator[dict[str, Any]]:
+            yield {"choices": [{"index": 0, "delta": first, "finish_reason": "tool_calls"}]}
+
+        return chunks()
+
+
+async def test_a_constrained_retry_corrects_a_call(client: LLMClient) -> None:
+    function = {"name": "get_weather", "arguments": '{"town": "Paris"}'}
+    first = {"tool_calls": [{"index": 0, "id": "1", "type": "function", "function": function}]}
+    agent = Agent(FirstReplyClient(client, first), tools=[add, get_weather], max_rounds=2, on_limit="answer")
+    result = await agent.run("What is the weather in Paris?")
+    wrong, corrected = (record for entry in result.log for record in entry.tool_calls)
+    assert wrong.is_error
+    assert corrected.constrained
+    assert corrected.call.arguments == {"city": "Paris"}
+    check_valid(result.messages)

@@ -13,8 +13,15 @@ pytestmark = pytest.mark.real
 
 
 async def test_llama_cpp_reports_its_slots_and_its_context_length(local_server: LocalServer, client: LLMClient) -> None:
-    model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4, vision=False)
-    assert await client.server_info() == ServerInfo(kind="llama.cpp", models=(model,), context_length=4096, slots=4)
+    info = await client.server_info()
+    (size,) = (each.size_bytes for each in info.models)
+    # The small model has 135 million weights, quantized to fewer than two bytes each.
+    assert size is not None
+    assert 50_000_000 < size < 270_000_000
+    model = ModelInfo(id=local_server.model, loaded=True, context_length=4096, slots=4, vision=False, size_bytes=size)
+    # A build of Debian has a version, and that of xllamacpp has none.
+    expected = ServerInfo(kind="llama.cpp", models=(model,), context_length=4096, slots=4, version=info.version)
+    assert info == expected
 
 
 async def test_a_wrong_api_key_raises_an_authentication_error(local_server: LocalServer) -> None:

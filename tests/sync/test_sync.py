@@ -18,10 +18,10 @@ import pytest
 from blockbuster import BlockBuster
 
 import lmbridge
-from lmbridge import LLMConnectionError, LLMError, LLMValidationError, RunFinished, sync
+from lmbridge import LLMConnectionError, LLMError, LLMValidationError, RunFinished, Tool, sync
 from lmbridge.sync import Agent, DynamicAutonomousAgent, LLMClient, LLMClientPool
 from lmbridge.testing import answer, reply, stall
-from tests.agent.support import tool_texts
+from tests.agent.support import asks, tool_texts
 from tests.threaded_server import ThreadedServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -166,6 +166,18 @@ def test_an_agent_reads_calls_from_a_text_and_repairs_them(server: ThreadedServe
     assert never.run("Add 17 and 25.").text == text
 
 
+def test_an_agent_finds_tools_that_do_not_fit_by_embeddings(server: ThreadedServer, client: LLMClient) -> None:
+    empty = {"type": "object", "properties": {}}
+    tools = [Tool(f"paint_{number}", "Paints a picture. " * 20, empty, lambda: "painted") for number in range(6)]
+    vectors = [{"index": number, "embedding": [1.0, float(number)]} for number in range(7)]
+    server.scripted.script(
+        answer("", tool_calls=[asks("find_tools", query="paint")]), reply(200, {"data": vectors}), answer("Done.")
+    )
+    agent = Agent(client, tools=tools, max_definition_tokens=400, embedding_model="embedder", constrain_retries=False)
+    (found,) = tool_texts(agent.run("Paint.").messages)
+    assert found.startswith("You can call these tools now:\n- paint_")
+
+
 def test_the_events_of_a_run_are_an_iterator(server: ThreadedServer, client: LLMClient) -> None:
     server.answer(answer("Done."))
     agent = Agent(client)
@@ -275,7 +287,7 @@ def test_the_generated_classes_are_up_to_date() -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["Agent", "DynamicAutonomousAgent", "LLMClient", "LLMClientPool"])
+@pytest.mark.parametrize("name", ["Agent", "DynamicAutonomousAgent", "Journal", "LLMClient", "LLMClientPool"])
 def test_a_blocking_class_has_every_public_name_of_the_asynchronous_one(name: str) -> None:
     blocking, asynchronous = getattr(sync, name), getattr(lmbridge, name)
     public = {each for each in dir(asynchronous) if not each.startswith("_")}
@@ -288,3 +300,13 @@ def test_it_refuses_to_wait_for_itself() -> None:
 
     with pytest.raises(LLMError, match="inside its own event loop"):
         portal.call(lambda: portal.call(lambda: None))
+
+
+def test_decisions_counts_and_models_are_plain_calls(server: ThreadedServer, client: LLMClient) -> None:
+    answers = {"ok": {"type": "noul", "noul": 0.9}}
+    server.scripted.on_path("/v1/systemone", reply(200, {"model": "test-model", "answers": answers}))
+    assert client.decide("Fine.", {"ok": lmbridge.TrueFalse("Is it fine?")}).answers["ok"].winner is True
+    assert not client.count_tokens(HELLO).exact
+    assert [each.id for each in client.models.list()] == ["test-model"]
+    with pytest.raises(LLMError, match="cannot download"):
+        next(client.models.download("other"))

@@ -26,7 +26,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("mode", ["auto", "strict"])
+@pytest.mark.parametrize("mode", [pytest.param("auto", marks=pytest.mark.slow), "strict"])
 def test_the_fixture_serves_and_fails_a_test_whose_behaviours_raised(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(TESTS)

@@ -194,12 +194,14 @@ class ReferenceSchedule:
 
     def waits_for_runs(self, request: ReferenceRequest, now: float) -> bool:
         """Whether a request has to wait because too many other runs have begun."""
-        limit, max_wait = self.limits.begun_runs, self.limits.max_wait
-        has_waited = bool(max_wait) and request.arrived + (max_wait or 0) <= now
-        if limit is None or has_waited or request.is_nested or request.run in self.begun:
+        limit = self.limits.begun_runs
+        if limit is None or request.is_nested or request.run in self.begun:
             return False
-        runs = [run for run, priority in self.begun.items() if priority >= request.priority]
-        others = [each for each in self.in_flight if each.run is None and each.priority >= request.priority]
+        if any(self._is_overdue(each, now) for each in self.waiting):
+            return False
+        level = self._level(request, now)
+        runs = [run for run, priority in self.begun.items() if priority >= level]
+        others = [each for each in self.in_flight if each.run is None and each.priority >= level]
         return len([run for run in runs if self._counts(run, now)]) + len(others) >= limit
 
     def _counts(self, run: ScheduledRun, now: float) -> bool:
@@ -210,11 +212,14 @@ class ReferenceSchedule:
     def _requests_of(self, run: ScheduledRun) -> list[ReferenceRequest]:
         return [each for each in self.waiting + self.in_flight if each.run is run]
 
-    def _rank(self, request: ReferenceRequest, now: float) -> tuple[int, int, int]:
+    def _level(self, request: ReferenceRequest, now: float) -> int:
         level, limit = request.priority, self.limits.max_wait
         while limit and request.arrived + (level - request.priority + 1) * limit <= now:
             level += 1
-        level = min(level, max(each.priority for each in self.waiting))
+        return min(level, max(each.priority for each in self.waiting))
+
+    def _rank(self, request: ReferenceRequest, now: float) -> tuple[int, int, int]:
+        level = self._level(request, now)
         by_run = request.run is not None and self.limits.order == "run"
         return -level, request.run.number if request.run is not None and by_run else request.number, request.number
 

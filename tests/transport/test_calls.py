@@ -16,6 +16,7 @@ from lmbridge.transport.admission import Admission
 from lmbridge.transport.calls import Call, Reply, Request
 from lmbridge.transport.deadline import DeadlineTimer
 from lmbridge.transport.faults import Phase
+from lmbridge.transport.interpreter import Interpreter
 from lmbridge.transport.retry import Verdict
 from tests.transport.clock import Clock
 
@@ -34,7 +35,7 @@ def a_call(timeouts: Timeouts = UNLIMITED, *, max_retries: int = 5, **options: A
         operation="chat completion",
         method="POST",
         path="/chat/completions",
-        classify=lambda *_: FAIL,
+        interpreter=Interpreter(classify=lambda *_: FAIL),
         timeouts=timeouts,
         max_retries=max_retries,
         model="m",

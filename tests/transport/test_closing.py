@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from lmbridge.testing import ScriptedServer, reply, stall
 from lmbridge.transport import transport
 from lmbridge.transport.receive import receive_stream
 from tests.support import HALF, MESSAGES, in_flight, opened, piece, read_text
-from tests.threaded_server import ThreadedServer
+from tests.threaded_server import ThreadedServer, run_program
 
 
 async def test_closing_ends_requests_that_wait_for_a_connection(scripted_server: ScriptedServer) -> None:
@@ -90,13 +88,7 @@ del stream
 
 def test_a_stream_that_outlives_its_loop_is_dropped_with_a_warning_and_no_traceback() -> None:
     with ThreadedServer() as server:
-        run = subprocess.run(
-            [sys.executable, "-W", "always::ResourceWarning", "-c", LEFT, server.api_base],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=True,
-        )
+        run = run_program(LEFT, server.api_base, warnings="always::ResourceWarning")
     assert "ResourceWarning: unclosed stream of chat completion" in run.stderr
     assert "Exception ignored in: <function EventStream.__del__" not in run.stderr
 
@@ -119,13 +111,7 @@ asyncio.run(read())
 
 def test_reading_a_stream_after_its_loop_was_closed_is_a_clear_error() -> None:
     with ThreadedServer() as server:
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", KEPT, server.api_base],
-            capture_output=True,
-            text=True,
-            timeout=50,
-            check=True,
-        )
+        run = run_program(KEPT, server.api_base, warnings="ignore")
     assert "the event loop in which it was opened is closed" in run.stdout
 
 

@@ -13,7 +13,7 @@ import pytest_asyncio
 from lmbridge import Limits, LLMConnectionError, LLMStreamError, LLMTimeoutError, TaskCancelledError, Timeouts
 from lmbridge.client import failures
 from lmbridge.testing import Behaviour, Exchange, ScriptedServer, hang_up, raw, reply, reset, sse, stall
-from lmbridge.transport import ForwardedResponse, Request, Transport
+from lmbridge.transport import ForwardedResponse, Interpreter, Request, Transport
 from tests.support import HALF, piece
 from tests.transport.test_attempts import LOADING
 
@@ -26,7 +26,7 @@ def request(body: bytes = b'{"model": "test-model"}', **fields: Any) -> Request:
         "operation": "chat completion",
         "method": "POST",
         "path": "/chat/completions",
-        "classify": failures.classify,
+        "interpreter": Interpreter(classify=failures.classify),
         "timeouts": Timeouts(),
         "max_retries": 2,
         "model": "test-model",

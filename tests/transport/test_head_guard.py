@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmbridge.transport.head_guard import HEAD_BYTES, FramingGuard, HeadGuard
+from lmbridge.transport.head_guard import HEAD_BYTES, ConnectionGuard, guard_of
 from tests.support import turns
 
 
@@ -32,6 +32,10 @@ class Exceeded(Exception):  # noqa: N818 - it stands for any exception
     pass
 
 
+class TooLong(Exceeded):
+    pass
+
+
 class FakeTransport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
@@ -51,28 +55,27 @@ class FakeTransport(asyncio.Transport):
         self.is_aborted = True
 
 
-def guarded() -> tuple[FakeTransport, Protocol, HeadGuard]:
+def guarded() -> tuple[FakeTransport, Protocol, ConnectionGuard]:
     transport = FakeTransport()
     protocol = transport.protocol
     assert isinstance(protocol, Protocol)
-    return transport, protocol, HeadGuard(transport, Exceeded())
+    guard = guard_of(transport)
+    guard.limit_head(Exceeded)
+    return transport, protocol, guard
 
 
 @given(st.lists(st.integers(0, HEAD_BYTES), max_size=6), st.integers(0, 5))
-def test_everything_arrives_once_and_in_order(sizes: list[int], detach_after: int) -> None:
+def test_everything_arrives_once_and_in_order(sizes: list[int], end_after: int) -> None:
     async def run() -> None:
         transport, protocol, guard = guarded()
         sent = b""
         for number, size in enumerate(sizes):
-            if number == detach_after:
-                guard.detach()
+            if number == end_after:
+                guard.end_head()
             data = bytes([number]) * size
             sent += data
-            receiver = transport.get_protocol()
-            assert isinstance(receiver, asyncio.Protocol)
-            receiver.data_received(data)
-        guard.detach()
-        assert transport.get_protocol() is protocol
+            guard.data_received(data)
+        guard.end_head()
         assert protocol.received == sent
         await turns()
         assert not transport.is_aborted
@@ -89,8 +92,54 @@ async def test_the_connection_is_closed_if_the_head_goes_on_beyond_the_limit() -
     await turns()
     assert transport.is_aborted
     assert isinstance(guard.failure, Exceeded)
-    guard.detach()
+    guard.data_received(b"z" * HEAD_BYTES)
+    guard.end_head()
     assert protocol.received == b"x" * HEAD_BYTES
+
+
+async def test_a_head_that_ends_in_time_costs_the_next_one_nothing() -> None:
+    transport, protocol, guard = guarded()
+    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    guard.end_head()
+    guard.limit_head(Exceeded)
+    assert not guard.has_received
+    guard.data_received(b"y" * HEAD_BYTES)
+    assert guard.has_received
+    await turns()
+    assert not transport.is_aborted
+    assert len(protocol.received) == 2 * HEAD_BYTES + 1
+
+
+async def test_what_is_held_back_counts_for_the_framing_of_the_body() -> None:
+    transport, protocol, guard = guarded()
+    guard.data_received(b"x" * (2 * HEAD_BYTES))
+    body = Body()
+    guard.limit_framing(body, TooLong)
+    guard.end_head()
+    assert len(protocol.received) == 2 * HEAD_BYTES
+    assert not transport.is_aborted
+    guard.data_received(b"y")
+    assert isinstance(guard.failure, TooLong)
+
+
+async def test_a_connection_keeps_its_guard() -> None:
+    transport, protocol, guard = guarded()
+    assert not guard.note_request()
+    guard.end_head()
+    assert guard_of(transport) is guard
+    assert guard.note_request()
+    assert guard.protocol is protocol
+
+
+async def test_a_connection_that_is_closing_is_known_to_have_been_used() -> None:
+    transport, _protocol, guard = guarded()
+    unused = FakeTransport()
+    guard_of(unused)
+    guard.note_request()
+    for each in (transport, unused):
+        each.abort()
+    assert guard_of(transport).note_request()
+    assert not guard_of(unused).note_request()
 
 
 class OtherTransport:
@@ -105,7 +154,8 @@ class OtherTransport:
 
 async def test_a_transport_of_another_event_loop_is_closed_as_well() -> None:
     transport: Any = OtherTransport()
-    guard = HeadGuard(transport, Exceeded())
+    guard = guard_of(transport)
+    guard.limit_head(Exceeded)
     guard.data_received(b"x" * (HEAD_BYTES + 1))
     await turns()
     assert transport.is_aborted
@@ -115,59 +165,106 @@ async def test_a_transport_of_another_event_loop_is_closed_as_well() -> None:
 
 
 async def test_a_transport_that_is_gone_needs_no_guard() -> None:
-    HeadGuard(None, Exceeded()).detach()
+    guard = guard_of(None)
+    assert not guard.note_request()
+    guard.limit_head(Exceeded)
+    guard.end_head()
     transport = FakeTransport()
     transport.abort()
     protocol = transport.protocol
-    HeadGuard(transport, Exceeded()).detach()
+    guard_of(transport).limit_head(Exceeded)
     assert transport.protocol is protocol
 
 
-async def test_a_guard_takes_the_place_of_the_one_for_a_proxy() -> None:
+class Body:
+    def __init__(self) -> None:
+        self.total_bytes = 0
+
+
+def with_limited_framing() -> tuple[FakeTransport, Protocol, ConnectionGuard, Body]:
     transport, protocol, guard = guarded()
-    second = HeadGuard(transport, Exceeded())
-    second.data_received(b"x" * HEAD_BYTES)
-    second.detach()
-    assert transport.protocol is protocol
-    guard.detach()
-    await turns()
-    assert not transport.is_aborted
-
-
-def with_framing_guard() -> tuple[FakeTransport, Protocol, FramingGuard, list[int]]:
-    transport = FakeTransport()
-    protocol = transport.protocol
-    assert isinstance(protocol, Protocol)
-    size = [0]
-    return transport, protocol, FramingGuard(transport, Exceeded(), lambda: size[0]), size
+    body = Body()
+    guard.limit_framing(body, TooLong)
+    guard.end_head()
+    return transport, protocol, guard, body
 
 
 async def test_bytes_without_a_body_close_the_connection_beyond_the_limit() -> None:
-    transport, protocol, guard, size = with_framing_guard()
+    transport, protocol, guard, body = with_limited_framing()
     for _ in range(3):
         guard.data_received(b"x" * HEAD_BYTES)
         assert not transport.is_aborted
         # A part of the body has arrived.
-        size[0] += 1
+        body.total_bytes += 1
         guard.data_received(b"y")
     guard.data_received(b"x" * HEAD_BYTES)
     guard.data_received(b"z")
     assert transport.is_aborted
-    assert isinstance(guard.failure, Exceeded)
+    assert isinstance(guard.failure, TooLong)
     guard.connection_lost(None)
     assert protocol.lost == [guard.failure]
 
 
 async def test_the_error_of_the_parser_is_remembered() -> None:
-    _transport, protocol, guard, _size = with_framing_guard()
+    _transport, protocol, guard, _body = with_limited_framing()
     protocol.error = ValueError("not a chunk")
     guard.connection_lost(None)
     assert protocol.lost == [None]
     assert guard.failure is protocol.error
 
 
-async def test_a_detached_guard_leaves_the_connection_alone() -> None:
-    transport, protocol, guard, _size = with_framing_guard()
-    guard.detach()
-    guard.detach()
-    assert transport.protocol is protocol
+class Watcher:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def on_connection_lost(self) -> None:
+        self.calls += 1
+
+
+async def test_what_follows_a_body_is_not_limited() -> None:
+    transport, protocol, guard, _body = with_limited_framing()
+    watcher = Watcher()
+    guard.watch(watcher)
+    guard.unwatch(watcher)
+    guard.data_received(b"x" * (2 * HEAD_BYTES))
+    await turns()
+    assert not transport.is_aborted
+    assert len(protocol.received) == 2 * HEAD_BYTES
+    protocol.error = ValueError("not a head")
+    guard.connection_lost(None)
+    assert guard.failure is None
+    assert watcher.calls == 0
+
+
+async def test_the_reader_of_one_body_does_not_lift_the_limit_on_the_next_head() -> None:
+    transport, _protocol, guard, _body = with_limited_framing()
+    late, next_reader = Watcher(), Watcher()
+    guard.watch(late)
+    guard.limit_head(Exceeded)
+    guard.unwatch(late)
+    guard.data_received(b"x" * (HEAD_BYTES + 1))
+    await turns()
+    assert transport.is_aborted
+    guard.watch(next_reader)
+    guard.connection_lost(None)
+    assert (late.calls, next_reader.calls) == (0, 1)
+
+
+async def test_a_watcher_is_told_once_that_the_connection_is_lost() -> None:
+    _transport, protocol, guard, _body = with_limited_framing()
+    watcher = Watcher()
+    guard.watch(watcher)
+    for _ in range(2):
+        guard.connection_lost(None)
+    assert len(protocol.lost) == 2
+    assert watcher.calls == 1
+
+
+async def test_a_watcher_of_a_lost_connection_is_told_as_well() -> None:
+    _transport, _protocol, guard, _body = with_limited_framing()
+    guard.connection_lost(None)
+    for each in (guard, guard_of(None)):
+        watcher = Watcher()
+        each.watch(watcher)
+        await turns()
+        assert watcher.calls == 1

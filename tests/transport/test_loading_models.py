@@ -191,7 +191,7 @@ async def test_requests_that_wait_for_a_first_event_go_on_if_it_takes_too_long(
 
     def start_late(stream: EventStream) -> Any:
         # The head has arrived in time, whatever the machine is doing, and the time limit is nearly over.
-        stream.call._attempt_started -= 60
+        stream.call.first_byte_deadline -= 60
         return start_reading_ahead(stream)
 
     monkeypatch.setattr(EventStream, "start_reading_ahead", start_late)

@@ -27,7 +27,7 @@ from lmbridge import (
     Transport,
 )
 from lmbridge.testing import MockResponse, ScriptedServer, answer, hang_up, reply, sse, stall
-from lmbridge.transport import Request, Verdict
+from lmbridge.transport import Interpreter, Request, Verdict
 from tests.support import MESSAGES, cancel_at_each_step, piece, turns
 from tests.transport.fake_servers import FakeServer, client_of, pool_of
 from tests.transport.support import ask
@@ -453,6 +453,27 @@ async def test_a_server_that_does_not_answer_in_time_gets_no_further_requests() 
     assert sum(each.is_available for each in client.stats().by_server.values()) == 1
 
 
+def _has_none(server: ScriptedServer) -> bool:
+    return server.open_connections == 0
+
+
+async def test_a_close_that_is_cancelled_closes_the_connections_to_every_server(servers: list[ScriptedServer]) -> None:
+    pool = NodePool([Transport(server.api_base) for server in servers])
+    client = LLMClient(transport=pool, model="test-model")
+
+    async def connect() -> None:
+        await asyncio.gather(*(client.at_server(url).list_models() for url in client.servers))
+        assert [server.open_connections for server in servers] == [1, 1, 1]
+
+    async def is_closed() -> None:
+        for server in servers:
+            await server.wait_until(partial(_has_none, server))
+        await connect()
+
+    await connect()
+    await cancel_at_each_step(pool.close, is_closed, at_least=1)
+
+
 async def test_a_pool_closes_while_a_request_waits_for_its_next_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backoff.full_jitter", lambda _ceiling: 1000.0)
     one, two = FakeServer("one"), FakeServer("two")
@@ -496,7 +517,7 @@ async def test_a_forwarded_request_goes_to_another_server_as_well() -> None:
         operation="chat completion",
         method="POST",
         path="/chat/completions",
-        classify=lambda _status, _headers, _body: Verdict.FAIL,
+        interpreter=Interpreter(classify=lambda _status, _headers, _body: Verdict.FAIL),
         timeouts=Timeouts(),
         max_retries=2,
         body=body,

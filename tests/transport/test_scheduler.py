@@ -637,14 +637,53 @@ def test_a_run_that_pauses_lets_the_next_begin_at_once() -> None:
     assert harness.reference.in_flight == [lone]
 
 
-def test_a_request_waits_for_other_runs_no_longer_than_max_wait() -> None:
+def test_a_request_waits_for_other_runs_for_as_long_as_they_go_on() -> None:
     harness = a_harness(2, None, begun=1)
-    harness.arrive("a", run=ScheduledRun())
+    run = ScheduledRun()
+    harness.arrive("a", run=run)
     (lone,) = arrive(harness, "a")
-    harness.wait(29.9)
+    harness.wait(300.0)
     assert harness.reference.waiting == [lone]
-    harness.wait(0.1)
+    harness.end_run(run)
     assert lone in harness.reference.in_flight
+
+
+def test_a_request_that_rises_above_the_priority_of_a_run_does_not_wait_for_it() -> None:
+    harness = a_harness(2, 1, begun=1)
+    harness.answer(harness.arrive("a", run=ScheduledRun()))
+    (patient,) = arrive(harness, "a")
+    harness.wait(10)
+    # It has to wait for its model, and others may rise up to its level in the meantime.
+    urgent = harness.arrive("b", priority=1)
+    harness.wait(19.9)
+    assert harness.reference.waiting == [patient, urgent]
+    harness.wait(0.1)
+    assert harness.reference.waiting == [urgent]
+
+
+def test_an_overdue_request_does_not_wait_for_runs() -> None:
+    harness = a_harness(2, 1, begun=1)
+    first = harness.arrive("a", run=ScheduledRun())
+    answer_after(harness, 3, first)
+    (other,) = arrive(harness, "b")
+    harness.wait(30)
+    finish(harness, first)
+    # The run still counts, because its tool may answer soon.
+    assert harness.reference.in_flight == [other]
+
+
+def test_a_batch_does_not_wait_for_runs_while_a_request_is_overdue() -> None:
+    harness = a_harness(2, 1, begun=1)
+    (before,) = load(harness, "z")
+    first = harness.arrive("a", run=ScheduledRun())
+    (member,) = arrive(harness, "a")
+    finish(harness, before)
+    harness.answer(first)
+    (other,) = arrive(harness, "b")
+    harness.wait(29.9)
+    assert harness.reference.waiting == [member, other]
+    harness.wait(0.1)
+    assert harness.reference.in_flight == [first, member]
 
 
 def test_a_begun_run_of_a_lower_priority_does_not_hold_up_a_request() -> None:

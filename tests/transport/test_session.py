@@ -59,6 +59,18 @@ async def test_a_body_is_read_in_parts(scripted_server: ScriptedServer, http_ses
     assert scripted_server.connections == 1
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", 'chunk{"choices": []}', ""])
+async def test_a_body_that_is_divided_in_an_unknown_way_is_refused(
+    scripted_server: ScriptedServer, http_session: AiohttpSession, coding: str
+) -> None:
+    head = f"HTTP/1.1 200 OK\r\nTransfer-Encoding: {coding}\r\n\r\n"
+    scripted_server.script(raw(head.encode(), b"2\r\n{}\r\n0\r\n\r\n"))
+    with pytest.raises(ConnectionFailed) as caught:
+        await http_session.send(post(scripted_server))
+    assert "not valid HTTP" in str(caught.value.error)
+    await scripted_server.wait_until(lambda: scripted_server.open_connections == 0)
+
+
 # aiohttp repeats a GET by itself
 
 
@@ -178,16 +190,16 @@ async def test_aiohttp_would_not_wake_it(
     parsers: Any = aiohttp.http_parser
     if parsers.HttpResponseParser is parsers.HttpResponseParserPy:
         pytest.skip("aiohttp's parser in Python wakes the reader")
-    monkeypatch.setattr(session._AiohttpResponse, "_watch_connection", lambda _: None)
+    monkeypatch.setattr(session._AiohttpResponse, "on_connection_lost", lambda _: None)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await read_body_with_broken_framing(scripted_server, http_session)
 
 
-async def test_kept_connections_do_not_collect_callbacks(
+async def test_a_kept_connection_forgets_the_responses_that_were_read(
     scripted_server: ScriptedServer, http_session: AiohttpSession
 ) -> None:
-    watched = set()
+    guards = set()
     for _ in range(5):
         gate = asyncio.Event()
         scripted_server.script(answer("one two three", gate=gate))
@@ -195,16 +207,15 @@ async def test_kept_connections_do_not_collect_callbacks(
         request.body = b'{"stream": true}'
         response = await http_session.send(request)
         assert isinstance(response, session._AiohttpResponse)
-        closed = response._connection_closed
-        assert closed is not None
-        watched.add(closed)
+        guard = response._guard
+        guards.add(guard)
+        assert guard._watcher is response
         gate.set()
         while await response.read_some():
             pass
-        assert response._connection_closed is None
-    # One connection, one future. Its owner may have a callback, but not one for each of the responses.
-    (closed,) = watched
-    assert len(closed._callbacks or []) <= 1
+        assert guard._watcher is None
+        assert guard._body is None
+    assert len(guards) == 1
 
 
 async def test_a_kept_connection_that_is_reset_logs_nothing(
@@ -222,13 +233,13 @@ async def test_a_kept_connection_that_is_reset_logs_nothing(
     scripted_server.script(reply_and_reset)
     response = await http_session.send(post(scripted_server))
     assert isinstance(response, session._AiohttpResponse)
-    closed = response._connection_closed
-    assert closed is not None
+    guard = response._guard
     gate.set()
     while await response.read_some():
         pass
-    await asyncio.wait((closed,))
-    del closed, response
+    while guard._transport is not None:
+        await asyncio.sleep(0)
+    del guard, response
     gc.collect()
     assert not caplog.records
 

@@ -9,12 +9,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
 from lmbridge import LLMClient, LLMConnectionError, LLMError
 from lmbridge.testing import MockTransport
 from lmbridge.transport import faults
+from lmbridge.transport.session import _describe_reason
 from tests.support import MESSAGES
 
 DATA = Path(__file__).parents[1] / "data" / "tls"
@@ -132,6 +134,13 @@ async def test_the_error_says_what_is_wrong_with_a_certificate(
     assert hint in (error.hint or "")
     assert "CERTIFICATE_VERIFY_FAILED" in error.message
     assert isinstance(error.__cause__, ssl.SSLError)
+
+
+def test_a_certificate_error_without_a_cause_is_described() -> None:
+    # aiohttp 3.13.0 does not set `os_error` in this class.
+    # The error needs no key for its text.
+    error = aiohttp.ClientConnectorCertificateError(None, certificate_error(18))  # type: ignore[arg-type]
+    assert _describe_reason(error).endswith("certificate verify failed (the reason)")
 
 
 def certificate_error(code: int) -> ssl.SSLCertVerificationError:

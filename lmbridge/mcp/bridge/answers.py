@@ -24,7 +24,7 @@ _CUT_OFF_NOTE: Final = (
 _UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: the server ended it with the finish reason {reason!r}.]"
 _EMPTY_ANSWER_NOTE: Final = "[The model gave an empty answer.]"
 _NAMES_ATTRIBUTE: Final = re.compile(r"(?<!\w)\.(partial|result|body|errors)\b")
-"""What the clauses of a hint have in common that only help Python code, because they name an attribute of the error."""
+"""Matches in the clauses of a hint that help only Python code, because they name an attribute of the error."""
 
 
 def from_completion(reply: Mapping[str, Any]) -> HostAnswer:

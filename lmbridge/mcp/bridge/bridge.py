@@ -20,10 +20,11 @@ from lmbridge.agent.runs import RunStream
 from lmbridge.agent.tools import Tool
 from lmbridge.agent.toolset import InvalidCall, Toolset
 from lmbridge.client import LLMClient
-from lmbridge.client.stream import ReplyStream, collect
+from lmbridge.client.collecting import collect
+from lmbridge.client.stream import ReplyStream
 from lmbridge.errors import LLMError, LLMValidationError
 from lmbridge.mcp.bridge import answers
-from lmbridge.mcp.bridge.progress import ProgressReporter, current_progress
+from lmbridge.mcp.bridge.progress import HostProgressReporter, current_progress
 from lmbridge.mcp.dynamic import DynamicAutonomousAgent
 from lmbridge.mcp.sdk.server_session import HostAnswer, ReportProgress
 
@@ -126,7 +127,7 @@ class Bridge:
         call = self._toolset.read({"function": {"name": name, "arguments": dict(arguments)}})
         if isinstance(call, InvalidCall):
             return HostAnswer([call.text], is_error=True)
-        progress = ProgressReporter(report)
+        progress = HostProgressReporter(report)
         current_progress.set(progress)
         await progress.step("started")
         try:

@@ -29,7 +29,7 @@ _UNANSWERED_METHODS: Final = frozenset({"subscriptions/listen"})
 _INTERNAL_ERROR: Final = -32603
 
 
-class _Reply(msgspec.Struct):
+class _ReplyHead(msgspec.Struct):
     """The part of a message to the host that says which request it answers."""
 
     id: Any = None
@@ -69,7 +69,7 @@ class PatientLink:
         Raises:
             ConnectionError: The host no longer reads.
         """
-        reply = msgspec.json.decode(message, type=_Reply)
+        reply = msgspec.json.decode(message, type=_ReplyHead)
         answered = None if reply.method is not None else reply.id
         if self._has_given_up and answered is not None:
             return

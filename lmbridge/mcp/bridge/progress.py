@@ -12,7 +12,7 @@ _REPORT_INTERVAL_SECONDS: Final = 0.5
 """The minimum time between two notifications while an answer streams in, in seconds."""
 
 
-class ProgressReporter:
+class HostProgressReporter:
     """Reports the progress of one call to the host.
 
     The total is not known in advance, so the reported number only counts what has happened so far.
@@ -41,5 +41,5 @@ class ProgressReporter:
             self._count += 1
 
 
-current_progress: Final[ContextVar[ProgressReporter]] = ContextVar("lmbridge_bridge_progress")
+current_progress: Final[ContextVar[HostProgressReporter]] = ContextVar("lmbridge_bridge_progress")
 """The progress reporter of the current call. The bridge sets it before it calls the function of a tool."""

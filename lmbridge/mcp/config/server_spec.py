@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import attrs
@@ -37,13 +39,23 @@ _TRANSPORT_NAMES: Final[Mapping[str, TransportKind]] = {
     "streamablehttp": "http",
     "sse": "sse",
 }
-_LMBRIDGE_KEYS: Final = ("allow", "deny", "connectTimeout", "callTimeout", "toolTimeouts", "maxCallTimeout")
+HeadersFunction: TypeAlias = Callable[[], Mapping[str, str] | Awaitable[Mapping[str, str]]]
+"""A function, async or plain, that returns the headers of a server on HTTP."""
+
+_LMBRIDGE_KEYS: Final = (
+    "allow",
+    "deny",
+    "connectTimeout",
+    "callTimeout",
+    "toolTimeouts",
+    "maxCallTimeout",
+    "clientCredentials",
+)
 """The keys of the object `lmbridge` in an entry. Each may also be written with underscores, as in `call_timeout`."""
 _UNSUPPORTED_KEYS: Final = (
     "auth",
     "disabledTools",
     "envFile",
-    "headersHelper",
     "oauth",
     "sandbox",
     "sandboxEnabled",
@@ -56,6 +68,25 @@ _SHORTEST_SECRET: Final = 6
 """The minimum length of a value that is redacted. Shorter values are often ordinary words, such as "true" or "en"."""
 _LONGEST_SHOWN_STRING: Final = 20
 """The maximum length of an invalid string that an error repeats. A longer string may be a secret."""
+
+
+_CREDENTIALS_KEYS: Final = ("clientId", "clientSecret", "issuer", "scope")
+_REMEMBERED_SECRETS: Final = 32
+"""How many secrets are redacted that a server was sent although its entry does not have them: the latest ones."""
+
+
+@attrs.frozen(kw_only=True)
+class ClientCredentials:
+    """The credentials with which a token for a server is requested, by OAuth's grant "client_credentials"."""
+
+    client_id: str
+    """The name under which the authorization server knows this program."""
+    client_secret: str = attrs.field(repr=False)
+    """The secret that belongs to it."""
+    issuer: str
+    """The URL of the authorization server, the only one that gets the secret."""
+    scope: str | None = None
+    """The scopes to ask for, with spaces between them. Default: None, for those that the server names."""
 
 
 @attrs.frozen(kw_only=True)
@@ -81,6 +112,12 @@ class ServerSpec:
     """The URL of an HTTP or SSE server."""
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     """HTTP headers that are sent with every request, such as Authorization."""
+    headers_helper: str = attrs.field(default="", repr=False)
+    """A command that writes further headers to stdout, as a JSON object; it is run by the shell in the folder `cwd`."""
+    headers_function: HeadersFunction | None = attrs.field(default=None, repr=False)
+    """A function that returns further headers, which a program gives to `McpHub` for this server."""
+    client_credentials: ClientCredentials | None = attrs.field(default=None, repr=False)
+    """The credentials with which a token for the server is requested; None if it needs no token."""
     allow: tuple[str, ...] | None = None
     """Glob patterns: only tools whose name matches one of them are offered. Default: None, which allows all."""
     deny: tuple[str, ...] = ()
@@ -96,6 +133,9 @@ class ServerSpec:
     max_call_timeout: float | None = None
     """The most seconds that a call may take in all if the server reports progress. Default: ten times the limit of the
     call."""
+    _secrets: deque[str] = attrs.field(
+        factory=partial(deque, maxlen=_REMEMBERED_SECRETS), init=False, eq=False, repr=False
+    )
 
     def offers(self, tool: str) -> bool:
         """Returns True if the configuration allows a tool and does not deny it."""
@@ -110,9 +150,21 @@ class ServerSpec:
         matching = (seconds for pattern, seconds in self.tool_timeouts.items() if fnmatchcase(tool, pattern))
         return self.tool_timeouts.get(tool) or next(matching, self.call_timeout)
 
+    @property
+    def has_changing_headers(self) -> bool:
+        """Whether some headers come from a function or a command."""
+        return bool(self.headers_helper) or self.headers_function is not None
+
+    def remember_secrets(self, values: Iterable[str]) -> None:
+        """Notes values that are sent to the server, so that `redact` removes them from now on."""
+        self._secrets.extend(each for each in values if each not in self._secrets)
+
     def redact(self, text: str) -> str:
-        """Returns the text with `***` in place of the values of `env` and `headers` and the secret parts of the URL."""
-        secrets = {part for value in (*self.env.values(), *self.headers.values()) for part in (value, *value.split())}
+        """Returns the text with `***` in place of secrets: in `env`, in headers, in the URL, and of OAuth."""
+        values = (*self.env.values(), *self.headers.values(), *self._secrets)
+        secrets = {part for value in values for part in (value, *value.split())}
+        if self.client_credentials is not None:
+            secrets.add(self.client_credentials.client_secret)
         if self.url:
             parts = urlsplit(self.url)
             secrets |= {parts.query, parts.password or ""}
@@ -168,7 +220,16 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
     )
     reader.warn_unsupported(name)
     if transport != "stdio":
-        return attrs.evolve(spec, url=reader.url(name), headers=reader.headers())
+        return attrs.evolve(
+            spec,
+            url=reader.url(name),
+            headers=reader.headers(),
+            headers_helper=(helper := reader.headers_helper()),
+            cwd=str(folder) if helper else None,
+            client_credentials=_read_credentials(options, reader),
+        )
+    reader.check_only_for_url("headersHelper")
+    options.check_only_for_url("clientCredentials")
     cwd = reader.string("cwd")
     return attrs.evolve(
         spec,
@@ -176,6 +237,27 @@ def read_spec(name: str, entry: Any, location: str, folder: Path, environ: Mappi
         args=reader.strings("args"),
         env=reader.mapping("env"),
         cwd=None if cwd is None else str(folder / expand_home(Path(cwd))),
+    )
+
+
+def _read_credentials(options: _EntryReader, reader: _EntryReader) -> ClientCredentials | None:
+    """Returns the client credentials of a server, or None if it has none."""
+    if not options.has("clientCredentials"):
+        return None
+    if reader.has("headersHelper"):
+        raise options.error("clientCredentials", "is given beside headersHelper", "keep one of them")
+    values = options.nested("clientCredentials", _CREDENTIALS_KEYS)
+    found = {key: values.string(key) for key in _CREDENTIALS_KEYS}
+    if missing := [key for key in _CREDENTIALS_KEYS[:3] if not found[key]]:
+        raise options.error("clientCredentials", f"has no {missing[0]}", "give clientId, clientSecret and issuer")
+    issuer = found["issuer"] or ""
+    if not issuer.startswith("https://") and not (issuer.startswith("http://") and is_loopback(issuer)):
+        raise values.error("issuer", "is not an https URL", "give the URL of the authorization server")
+    return ClientCredentials(
+        client_id=found["clientId"] or "",
+        client_secret=found["clientSecret"] or "",
+        issuer=issuer,
+        scope=found["scope"],
     )
 
 
@@ -269,6 +351,20 @@ class _EntryReader:
     def string(self, key: str) -> str | None:
         return None if key not in self._entry else self._fill_in(key, self._entry[key])
 
+    def has(self, key: str) -> bool:
+        return key in self._entry
+
+    def check_only_for_url(self, key: str) -> None:
+        if key in self._entry:
+            raise self.error(key, "is given for a program", 'remove it, or give a "url"')
+
+    def headers_helper(self) -> str:
+        """Returns the command for the headers, or an empty string. The shell expands its variables."""
+        command = self._entry.get("headersHelper", "")
+        if not isinstance(command, str) or ("headersHelper" in self._entry and not command.strip()) or "\0" in command:
+            raise self.error("headersHelper", f"is {_show_value(command)}", "give a command for the shell")
+        return command
+
     def strings(self, key: str) -> tuple[str, ...]:
         values = self._entry.get(key, [])
         if not isinstance(values, list):
@@ -304,7 +400,8 @@ class _EntryReader:
             raise self.error("url", f"is not a valid URL: {exc}", example) from exc
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise self.error("url", "is not an http or https URL", example)
-        if parts.scheme == "http" and "headers" in self._entry and not is_loopback(url):
+        has_headers = "headers" in self._entry or "headersHelper" in self._entry
+        if parts.scheme == "http" and has_headers and not is_loopback(url):
             logger.warning(
                 "MCP server %r: its headers are sent over the network without encryption; use an https URL", name
             )

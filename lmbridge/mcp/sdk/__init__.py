@@ -8,8 +8,10 @@ imports `config` and `lmbridge.mcp.jsonrpc`. `servers` uses what is exported her
 from lmbridge.mcp.sdk.client_session import UNUSABLE_REASON, McpSession, open_mcp_session
 from lmbridge.mcp.sdk.exchange import NotificationHandlers
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2, load_sdk
+from lmbridge.mcp.sdk.sent_requests import CallListener
 from lmbridge.mcp.sdk.session_errors import (
     BadReplyError,
+    InvalidQuestionError,
     RefusedError,
     RequestLostError,
     RequestRejectedError,
@@ -22,6 +24,8 @@ __all__ = [
     "LMBRIDGE_NAME",
     "UNUSABLE_REASON",
     "BadReplyError",
+    "CallListener",
+    "InvalidQuestionError",
     "McpSession",
     "NotificationHandlers",
     "RefusedError",

@@ -15,25 +15,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
 
 from lmbridge._version import __version__
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageLink
-from lmbridge.mcp.sdk.exchange import (
-    MessageExchange,
-    NotificationHandlers,
-    ProgressCallback,
-    SentRequest,
-    has_name,
-    track_request,
-)
+from lmbridge.mcp.sdk.exchange import MessageExchange, NotificationHandlers, has_name
 from lmbridge.mcp.sdk.http import open_http_connection
+from lmbridge.mcp.sdk.http_auth import FetchHeaders
 from lmbridge.mcp.sdk.package import LMBRIDGE_NAME, is_v2
-from lmbridge.mcp.sdk.session_errors import BadReplyError, RefusedError, SessionLostError, describe_error
+from lmbridge.mcp.sdk.sent_requests import CallListener, SentRequest, track_request
+from lmbridge.mcp.sdk.session_errors import (
+    BadReplyError,
+    RefusedError,
+    SessionLostError,
+    UrlsRequiredError,
+    describe_error,
+)
 from lmbridge.mcp.sdk.streams import ClientConnection, LinkConnection, Streams, client_streams
+from lmbridge.observe.watches import CallWatch, observed_call
 
 UNUSABLE_REASON: Final = "lmbridge/unusable"
 """A key that `list_page` adds to the definition of a tool that must not be called; its value is the reason."""
@@ -61,7 +65,7 @@ class McpSession(Protocol):
         """Returns a page of the list of tools, as the server sent it: `tools`, and `nextCursor` if there are more."""
         ...
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
+    async def call(self, tool: str, arguments: Mapping[str, Any], listener: CallListener) -> Mapping[str, Any]:
         """Calls a tool and returns the result as the server sent it: `content`, `structuredContent`, `isError`.
 
         If the caller is cancelled, the server is notified that the call was cancelled.
@@ -78,14 +82,18 @@ class McpSession(Protocol):
 
 @asynccontextmanager
 async def open_mcp_session(
-    spec: ServerSpec, link: MessageLink | None, handlers: NotificationHandlers
+    spec: ServerSpec,
+    link: MessageLink | None,
+    handlers: NotificationHandlers,
+    fetch_headers: FetchHeaders | None = None,
 ) -> AsyncIterator[McpSession]:
     """Opens a session with a server, and closes it at the end of the block. One task must enter and leave the block.
 
     Args:
         spec: The server.
         link: The connection to the server's process; None for a server on HTTP.
-        handlers: The functions that are called with what the server sends on its own account.
+        handlers: The functions that are called with what the server sends on its own initiative.
+        fetch_headers: Returns the headers that change, if the server on HTTP has such.
 
     Raises:
         SessionLostError: The server on HTTP answered with an error status or a redirect.
@@ -96,7 +104,8 @@ async def open_mcp_session(
     async with AsyncExitStack() as stack:
         connection: ClientConnection
         if link is None:
-            connection = await stack.enter_async_context(open_http_connection(spec, exchange.report, handlers.on_lost))
+            opening_connection = open_http_connection(spec, exchange.report, handlers.on_lost, fetch_headers)
+            connection = await stack.enter_async_context(opening_connection)
         else:
             connection = LinkConnection(link)
         stack.push_async_callback(exchange.close)
@@ -109,7 +118,7 @@ async def open_mcp_session(
             if (reason := exchange.failure or connection.end) is not None:
                 raise reason from exc
             raise
-        session.connection = connection
+        session.connection, session.spec = connection, spec
         yield session
 
 
@@ -124,9 +133,33 @@ async def _open_v2(spec: ServerSpec, streams: Streams, exchange: MessageExchange
     sdk: Any = mcp
     # In the mode "auto", a stdio server that ignores the probe of the newest protocol takes ten seconds to connect.
     mode = "auto" if spec.transport == "http" else "legacy"
-    async with sdk.Client(transport(), mode=mode, cache=None, client_info=_client_info()) as client:
+    client = sdk.Client(
+        transport(),
+        mode=mode,
+        cache=None,
+        client_info=_client_info(),
+        # The exchange says in each request whether anybody can be asked, and declines if not.
+        elicitation_callback=_make_elicitation_callback(exchange),
+    )
+    async with client:
         exchange.is_modern = _is_modern(client)
         yield _SessionV2(client, exchange, client.server_info, client.protocol_version, client.server_capabilities)
+
+
+def _make_elicitation_callback(exchange: MessageExchange) -> Callable[[Any, Any], Awaitable[Any]]:
+    """Returns the function that SDK 2.x calls with the questions in a result, in the revision 2026-07-28."""
+    from mcp import types
+
+    sdk: Any = types
+
+    async def ask(_context: Any, params: Any) -> Any:
+        question = params.model_dump(by_alias=True, mode="json", exclude_none=True)
+        outcome = await exchange.questions.ask_in_call(question)
+        if "error" in outcome:
+            return sdk.ErrorData.model_validate(outcome["error"])
+        return sdk.ElicitResult.model_validate(outcome["result"])
+
+    return ask
 
 
 @asynccontextmanager
@@ -153,6 +186,7 @@ class _SessionBase:
     has_tools: bool
     declares_changes: bool
     connection: ClientConnection
+    spec: ServerSpec
 
     def __init__(self, client: Any, exchange: MessageExchange, info: Any, protocol: Any, capabilities: Any) -> None:
         self._client, self._exchange = client, exchange
@@ -168,7 +202,7 @@ class _SessionBase:
             page = await self._make_request(self._sdk_list_tools(cursor, request), request)
         return _mark_unusable(request.result or {}, {tool.name for tool in page.tools})
 
-    async def call(self, tool: str, arguments: Mapping[str, Any], on_progress: ProgressCallback) -> Mapping[str, Any]:
+    async def call(self, tool: str, arguments: Mapping[str, Any], listener: CallListener) -> Mapping[str, Any]:
         from pydantic_core import to_json
 
         try:
@@ -178,9 +212,34 @@ class _SessionBase:
             json.dumps(arguments, default=str, allow_nan=False)
         except (ValueError, RecursionError) as exc:
             raise RefusedError(f"the arguments cannot be sent: {exc}") from exc
-        with track_request("tools/call", on_progress) as request:
+        try:
+            return await self._call_once(tool, arguments, listener)
+        except UrlsRequiredError as exc:
+            if not await self._exchange.questions.have_urls_visited(exc.questions, listener):
+                raise
+        # The server has not processed the call before the user has visited the URLs.
+        return await self._call_once(tool, arguments, listener)
+
+    async def _call_once(self, tool: str, arguments: Mapping[str, Any], listener: CallListener) -> Mapping[str, Any]:
+        with track_request("tools/call", listener) as request:
+            if (watch := observed_call.get()) is not None:
+                self._observe(request, watch)
             await self._make_request(self._sdk_call_tool(tool, dict(arguments), request), request)
         return request.result or {}
+
+    def _observe(self, request: SentRequest, watch: CallWatch) -> None:
+        """Lets the observers of a run take note of a request, and add the context of a trace to it."""
+        url = urlsplit(self.spec.url)
+        request.meta = watch.trace_context()
+        request.on_sent = partial(
+            watch.mcp_request,
+            method=request.method,
+            server=self.spec.name,
+            transport=self.spec.transport,
+            host=url.hostname,
+            port=url.port,
+            protocol=self.protocol,
+        )
 
     async def watch(self) -> None:
         """Waits until it is cancelled. In older revisions of the protocol, notifications arrive without a request."""

@@ -16,9 +16,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import attrs
@@ -27,10 +25,8 @@ from lmbridge._tasks import end_task
 from lmbridge._text import shorten
 from lmbridge.mcp.sdk.normalize import normalize_handshake, read_answer
 from lmbridge.mcp.sdk.package import known_handshake_versions
-from lmbridge.mcp.sdk.session_errors import RefusedError
-
-ProgressCallback = Callable[[float, float | None, str | None], None]
-"""Called with the progress of a call: the amount done, the total if it is known, and a message if there is one."""
+from lmbridge.mcp.sdk.questions import AskUser, Questions, refusal_error
+from lmbridge.mcp.sdk.sent_requests import SentRequest, current_request
 
 _ID_BITS: Final = 31
 """The size of request ids. Servers in typed languages read them as 32-bit integers."""
@@ -44,6 +40,12 @@ _MOST_PENDING_REPLIES: Final = 64
 _CLOSE_SECONDS: Final = 1.0
 """How long a reply that is given up may take to end, in seconds."""
 _METHOD_NOT_FOUND: Final = -32601
+_CAPABILITIES_KEY: Final = "io.modelcontextprotocol/clientCapabilities"
+"""The key of the metadata of a request that has our capabilities, in the revision 2026-07-28."""
+_ELICITATION_CAPABILITY: Final[Mapping[str, Any]] = {"form": {}, "url": {}}
+_INPUT_REQUIRED: Final = "input_required"
+"""The type of a result with which a server asks for input, in the revision 2026-07-28. The SDK then sends the request
+again, with the answers of the user."""
 _PLACEHOLDER_ERROR: Final = {"code": 0, "message": "see the failure of the request"}
 _LONGEST_DETAIL: Final = 200
 """The length to which the description of an unexpected message is shortened, in characters."""
@@ -51,7 +53,6 @@ _MODERN_NOTIFICATIONS: Final = ("notifications/subscriptions/acknowledged", "not
 """The notifications that the SDK needs for a subscription to changes."""
 _KNOWN_NOTIFICATIONS: Final = (
     *_MODERN_NOTIFICATIONS,
-    "notifications/elicitation/complete",
     "notifications/initialized",
     "notifications/prompts/list_changed",
     "notifications/resources/list_changed",
@@ -66,9 +67,12 @@ _HEADER_DEPTH: Final = 16
 """How many levels of nested properties are searched for these keys."""
 
 
+def _ignore(_: str) -> None: ...
+
+
 @attrs.frozen
 class NotificationHandlers:
-    """Functions that are called with what a server sends on its own account."""
+    """Functions that are called with what a server sends on its own initiative."""
 
     on_tools_changed: Callable[[], None]
     """Called when the server's list of tools has changed."""
@@ -79,43 +83,17 @@ class NotificationHandlers:
     on_unexpected: Callable[[str, str], None]
     """Called with the kind and the description of something that the protocol does not allow, or that is ignored. It is
     called once for each kind of such messages in a session."""
-
-
-@attrs.define(eq=False)
-class SentRequest:
-    """A request of this task, with what became of it."""
-
-    method: str
-    """The method of the request."""
-    on_progress: ProgressCallback | None = None
-    """Called with the progress of the request."""
-    sdk_id: Any = None
-    """The id that the SDK gave the request, or None if it has not been sent."""
-    result: dict[str, Any] | None = None
-    """The result as the protocol specifies it, once it has arrived."""
-    failure: Exception | None = None
-    """The error that the caller gets, if the server refused the request or did not answer it."""
-
-
-_current_request: Final[ContextVar[SentRequest | None]] = ContextVar("current_request", default=None)
-
-
-@contextmanager
-def track_request(method: str, on_progress: ProgressCallback | None = None) -> Iterator[SentRequest]:
-    """Connects the request of a method that is sent within the block, by this task, with a `SentRequest`."""
-    request = SentRequest(method, on_progress)
-    token = _current_request.set(request)
-    try:
-        yield request
-    finally:
-        _current_request.reset(token)
+    ask: AskUser | None = None
+    """Asks the user a question of the server. With None, every question is declined."""
+    on_visited: Callable[[str], None] = _ignore
+    """Called with the id of a question when the server reports that the user has finished at its URL."""
 
 
 class MessageExchange:
     """Tracks the requests of a session, and filters and normalizes the messages that arrive.
 
     Args:
-        handlers: The functions that are called with what the server sends on its own account.
+        handlers: The functions that are called with what the server sends on its own initiative.
     """
 
     def __init__(self, handlers: NotificationHandlers) -> None:
@@ -131,6 +109,8 @@ class MessageExchange:
         self._pending: dict[Any, tuple[SentRequest, Any]] = {}
         self._finished: deque[Any] = deque(maxlen=REMEMBERED_REQUESTS)
         self._replies: set[asyncio.Future[None]] = set()
+        self.questions: Questions = Questions(handlers.ask, handlers.on_visited, self.report, self._send_reply)
+        """The questions of the server to the user."""
         self._reported: set[str] = set()
 
     def report(self, kind: str, detail: Any = "") -> None:
@@ -157,17 +137,31 @@ class MessageExchange:
         return message
 
     def _outgoing_request(self, message: dict[str, Any], method: str, params: dict[str, Any]) -> dict[str, Any]:
-        request = _current_request.get()
-        if request is None or request.method != method:
-            request = SentRequest(method)
+        request = current_request(method)
         request.sdk_id = message["id"]
         # The SDK's own strings are subscription ids, which notifications repeat.
         wire_id = message["id"] if isinstance(message["id"], str) else self._new_id()
         self._pending[wire_id] = (request, message["id"])
+        if method == "initialize":
+            params = {**params, "capabilities": self._with_elicitation(params.get("capabilities") or {})}
         meta = params.get("_meta") or {}
+        if _CAPABILITIES_KEY in meta:
+            meta = {**meta, _CAPABILITIES_KEY: self._with_elicitation(meta[_CAPABILITIES_KEY] or {})}
+            params = {**params, "_meta": meta}
+        if request.meta:
+            # SDK 2.x may have put the context of its own span there, which is below ours.
+            meta = {**request.meta, **meta}
+            params = {**params, "_meta": meta}
         if "progressToken" in meta:
             params = {**params, "_meta": {**meta, "progressToken": wire_id}}
+        if request.on_sent is not None:
+            request.on_sent(wire_id)
         return {**message, "id": wire_id} | ({"params": params} if params else {})
+
+    def _with_elicitation(self, capabilities: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns our capabilities, with that for questions to the user only if there is somebody to ask."""
+        others = {key: value for key, value in capabilities.items() if key != "elicitation"}
+        return others if not self.questions.can_ask else {**others, "elicitation": _ELICITATION_CAPABILITY}
 
     def _new_id(self) -> int:
         # Zero and one are left to the servers that answer everything under a constant.
@@ -175,10 +169,11 @@ class MessageExchange:
 
     def _finish_sdk_id(self, sdk_id: Any) -> Any:
         """Ends a request that the SDK has given up, and returns the id under which it was sent; None if it is over."""
-        for wire_id, (_, pending_sdk_id) in self._pending.items():
+        for wire_id, (request, pending_sdk_id) in self._pending.items():
             if pending_sdk_id == sdk_id:
                 del self._pending[wire_id]
                 self._finished.append(wire_id)
+                self.questions.on_request_over(request)
                 return wire_id
         return None
 
@@ -189,14 +184,14 @@ class MessageExchange:
     # Messages from the server.
 
     def incoming(self, message: dict[str, Any]) -> dict[str, Any] | None:
-        """Handles a message that has arrived, and returns what the SDK gets of it, or None."""
+        """Handles a message that has arrived, and returns the part of it that the SDK gets, or None."""
         if is_answer(message):
             return self._incoming_answer(message)
         method = message["method"]
         if not isinstance(method, str):
             self.report("a message whose method is not a text", method)
         elif message.get("id") is not None:
-            self._incoming_request(message["id"], method)
+            self._incoming_request(message, method)
         elif not isinstance(message.get("params", {}), dict | None):
             self.report("a malformed notification", method)
         else:
@@ -209,6 +204,7 @@ class MessageExchange:
             return None
         request, sdk_id = pending
         self._finished.append(wire_id)
+        self.questions.on_request_over(request)
         request.failure = self.failure = failure
         return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR}
 
@@ -220,16 +216,18 @@ class MessageExchange:
             return None
         request, sdk_id = self._pending.pop(wire_id)
         self._finished.append(wire_id)
+        self.questions.on_request_over(request)
         answer = read_answer(message, request.method)
         for note in answer.notes:
             self.report(note, request.method)
         if answer.result is None:
-            request.failure = self.failure = RefusedError(answer.refusal)
+            request.failure = self.failure = refusal_error(answer.refusal, answer.error)
             # Only in a handshake does the SDK act on what the error says.
             is_call = request.method in ("tools/call", "tools/list")
             return {"jsonrpc": "2.0", "id": sdk_id, "error": _PLACEHOLDER_ERROR if is_call else answer.error}
         self.failure = None
-        request.result = answer.result
+        if answer.result.get("resultType") != _INPUT_REQUIRED:
+            request.result = answer.result
         return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
 
     def _match_id(self, answered_id: Any) -> Any:
@@ -256,27 +254,34 @@ class MessageExchange:
             self.report(note, method)
         return sdk_result
 
-    def _incoming_request(self, request_id: Any, method: str) -> None:
+    def _incoming_request(self, message: Mapping[str, Any], method: str) -> None:
+        request_id = message["id"]
         if isinstance(request_id, bool) or not isinstance(request_id, str | int):
             self.report("a request without a usable id", method)
-            return
-        if len(self._replies) >= _MOST_PENDING_REPLIES:
+        elif len(self._replies) >= _MOST_PENDING_REPLIES:
             self.report("more requests than the server reads replies to", method)
-            return
-        reply: dict[str, Any] = {"jsonrpc": "2.0", "id": request_id}
-        if method == "ping":
-            reply["result"] = {}
+        elif method == "elicitation/create":
+            self.questions.open(request_id, message.get("params"), (request for request, _ in self._pending.values()))
+        elif method == "ping":
+            self._reply(request_id, {"result": {}})
         else:
             self.report("a request for something that lmbridge does not offer", method)
             problem = f"lmbridge does not support {shorten(method, _LONGEST_DETAIL)}"
-            reply["error"] = {"code": _METHOD_NOT_FOUND, "message": problem}
+            self._reply(request_id, {"error": {"code": _METHOD_NOT_FOUND, "message": problem}})
+
+    def _reply(self, request_id: Any, outcome: Mapping[str, Any]) -> None:
+        """Sends the reply to a request of the server, in a task."""
+        task = asyncio.ensure_future(self._send_reply(request_id, outcome))
+        self._replies.add(task)
+        task.add_done_callback(self._replies.discard)
+
+    async def _send_reply(self, request_id: Any, outcome: Mapping[str, Any]) -> None:
         if self.send_reply is not None:
-            task = asyncio.ensure_future(self.send_reply(reply))
-            self._replies.add(task)
-            task.add_done_callback(self._replies.discard)
+            await self.send_reply({"jsonrpc": "2.0", "id": request_id, **outcome})
 
     async def close(self) -> None:
-        """Gives up the replies that the server has not read."""
+        """Gives up the questions to the user, and the replies that the server has not read."""
+        await self.questions.close()
         if self._replies:
             # Cancelling the future that gathers them cancels all of them at once.
             await end_task(asyncio.gather(*self._replies, return_exceptions=True), grace=_CLOSE_SECONDS)
@@ -290,6 +295,10 @@ class MessageExchange:
             self._handlers.on_log(str(params.get("level") or "info"), params.get("data", params.get("message")))
         elif method == "notifications/tools/list_changed":
             self._handlers.on_tools_changed()
+        elif method == "notifications/elicitation/complete":
+            self.questions.on_visited(params.get("elicitationId"))
+        elif method == "notifications/cancelled" and not self.is_modern:
+            self.questions.cancel(params.get("requestId"))
         elif self.is_modern and method in _MODERN_NOTIFICATIONS:
             return {**message, "jsonrpc": "2.0"}
         elif method not in _KNOWN_NOTIFICATIONS:
@@ -304,9 +313,11 @@ class MessageExchange:
                 self.report("progress of a request that was not sent", params.get("progressToken"))
         elif progress is None:
             self.report("progress that is not a number", params.get("progress"))
-        elif (on_progress := self._pending[wire_id][0].on_progress) is not None:
+        elif (listener := self._pending[wire_id][0].listener) is not None:
             message = params.get("message")
-            on_progress(progress, _as_number(params.get("total")), message if isinstance(message, str) else None)
+            listener.on_progress(
+                progress, _as_number(params.get("total")), message if isinstance(message, str) else None
+            )
 
 
 def read_id(value: Any) -> str | int | None:

@@ -1,8 +1,8 @@
-"""Tells from an answer whether the server may have forgotten the session.
+"""Recognizes answers of a server that may have forgotten the session.
 
 Whether a server has forgotten a session is not guessed from its words. A plain 404 says so by the protocol. After any
-other refusal that may mean it, the server is asked with a `ping`. An error with a status of success comes from a server
-that has accepted the request, so it has to speak of an unknown session before the server is asked.
+other refusal that may mean it, the server is asked with a `ping`. If an error comes with a status of success, the
+server has accepted the request, so it is asked only if the error speaks of an unknown session.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _METHOD_NOT_FOUND: Final = -32601
 _SESSION_NOT_FOUND: Final = -32001
 """The code that servers use for a session that they do not know."""
 _SESSION_WORDS: Final = re.compile("session|initiali[sz]ed", re.IGNORECASE)
-"""What the error of a refused request contains that may mean that the server does not know the session."""
+"""Words in the error of a refused request that may mean that the server does not know the session."""
 _UNKNOWN_SESSION: Final = re.compile(
     r"\b(?:no|unknown|invalid|expired|missing)\b.{0,30}\bsession"
     r"|\b(?:not |un)initiali[sz]ed"
@@ -28,9 +28,9 @@ _UNKNOWN_SESSION: Final = re.compile(
     r"|expired|terminated|missing|required)\b",
     re.IGNORECASE | re.DOTALL,
 )
-"""What an error contains that says that the server does not know the session."""
+"""Words in an error which say that the server does not know the session."""
 _TIMED_OUT: Final = re.compile("timed?[ -]?out", re.IGNORECASE)
-"""What an error under the code of an unknown session contains that has another meaning: some servers share the code."""
+"""Words in errors that have the code of an unknown session, but another meaning. Some servers share the code."""
 
 
 def is_suspicious(found: tuple[Any, Mapping[str, Any]] | None, request_id: Any, status: int) -> bool:

@@ -33,13 +33,14 @@ from lmbridge.mcp.sdk.forgotten_sessions import (
     names_unknown_session,
     shows_forgotten,
 )
+from lmbridge.mcp.sdk.http_auth import FetchHeaders
 from lmbridge.mcp.sdk.http_client import (
     check_redirect,
     connection_errors,
-    is_event_stream,
     make_http_client,
     read_body,
     read_events,
+    sends_events,
     unsent_errors,
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, find_error, quote_body, status_hint, status_reason
@@ -92,7 +93,7 @@ _ACCEPTS_ALL: Final = {"accept": "application/json, text/event-stream", "content
 
 
 @attrs.define(eq=False)
-class _Reply:
+class _PendingReply:
     """What has arrived in the responses to a request."""
 
     request: dict[str, Any]
@@ -107,7 +108,10 @@ class _Reply:
 
 @asynccontextmanager
 async def open_http_connection(
-    spec: ServerSpec, report: Callable[[str, str], None], on_lost: Callable[[str], None]
+    spec: ServerSpec,
+    report: Callable[[str, str], None],
+    on_lost: Callable[[str], None],
+    fetch_headers: FetchHeaders | None = None,
 ) -> AsyncIterator[HttpConnection]:
     """Opens a connection to a server on HTTP, and closes it at the end of the block.
 
@@ -115,9 +119,10 @@ async def open_http_connection(
         spec: The server.
         report: Called with the kind and the description of something that the protocol does not allow.
         on_lost: Called with the reason when the stream of the older SSE transport ends.
+        fetch_headers: Returns the headers that change, if the server has such.
     """
     # The client is created in a thread, because that reads certificates from the disk.
-    client = await asyncio.to_thread(make_http_client, spec)
+    client = await asyncio.to_thread(make_http_client, spec, fetch_headers)
     async with client:
         connection = HttpConnection(spec, client, report, on_lost)
         try:
@@ -192,7 +197,7 @@ class HttpConnection:
                 # Cancelling the future that gathers them cancels all of them at once.
                 await end_task(asyncio.gather(*self._tasks, return_exceptions=True), grace=_CLOSE_SECONDS)
         if self._session_id and self.end is None:
-            with suppress(*self._connection_errors):
+            with suppress(SessionLostError, *self._connection_errors):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._client.delete(self._spec.url, headers=self._headers(_ACCEPTS_ALL, {}))
 
@@ -307,8 +312,8 @@ class HttpConnection:
             return
         if method == "initialize":
             self._session_id = response.headers.get("mcp-session-id") or ""
-        reply = _Reply(message)
-        if is_event_stream(response):
+        reply = _PendingReply(message)
+        if sends_events(response):
             await self._read_reply_stream(response, reply)
         else:
             await self._read_reply_body(response, reply)
@@ -318,7 +323,7 @@ class HttpConnection:
             reason = _NO_EVENT_ID if is_unnamed else _REPLY_CUT_OFF
             await self._fail(request_id, RefusedError(f"{reason}{_after_call(message)}"))
 
-    async def _read_reply_body(self, response: Any, reply: _Reply) -> None:
+    async def _read_reply_body(self, response: Any, reply: _PendingReply) -> None:
         body = await read_body(response, LARGEST_MESSAGE)
         if not body.strip():
             return
@@ -337,7 +342,7 @@ class HttpConnection:
             + "; check the path of its URL"
         )
 
-    async def _read_reply_stream(self, response: Any, reply: _Reply) -> None:
+    async def _read_reply_stream(self, response: Any, reply: _PendingReply) -> None:
         """Reads a stream of events until the reply has arrived, or the stream has ended and is not opened again."""
         try:
             await self._read_events(response, reply)
@@ -348,7 +353,7 @@ class HttpConnection:
             reply.position, lambda resumed: self._read_events(resumed, reply), lambda: reply.is_answered
         )
 
-    async def _read_events(self, response: Any, reply: _Reply) -> None:
+    async def _read_events(self, response: Any, reply: _PendingReply) -> None:
         """Delivers the messages of a stream of events until the reply to a request has arrived."""
         async with aclosing(read_events(response)) as events:
             async for event in events:
@@ -365,7 +370,7 @@ class HttpConnection:
             self._report("an event that is not a message", event.data[:_QUOTED_BYTES].decode(errors="replace"))
         return values
 
-    async def _deliver_all(self, values: list[Any], reply: _Reply) -> None:
+    async def _deliver_all(self, values: list[Any], reply: _PendingReply) -> None:
         """Delivers the messages that have arrived in the response to a request, except the answers to others."""
         for value in values:
             if not isinstance(value, dict) or not is_answer(value):
@@ -380,7 +385,7 @@ class HttpConnection:
             elif answered_id not in self._finished and reply.misaddressed is None:
                 reply.misaddressed = value
 
-    async def _deliver_answer(self, answer: dict[str, Any], reply: _Reply) -> None:
+    async def _deliver_answer(self, answer: dict[str, Any], reply: _PendingReply) -> None:
         request, is_opening = reply.request, reply.request["method"] == "initialize"
         if self._means_unknown_session(answer, request) and await self._has_forgotten_session():
             raise SessionForgottenError(_FORGOTTEN, self._spec.redact(error_words(answer["error"])))
@@ -390,8 +395,8 @@ class HttpConnection:
             self._protocol = named if _HEADER_VALUE.fullmatch(named) else ""
         await self._arrived.put(answer)
 
-    async def _accept_misaddressed(self, reply: _Reply) -> None:
-        """Takes an answer under an unknown id for that to the request, if its response has brought no other."""
+    async def _accept_misaddressed(self, reply: _PendingReply) -> None:
+        """Takes an answer with an unknown id as the answer to the request, if its response contained no other."""
         if not reply.is_answered and reply.misaddressed is not None:
             self._report("an answer with a wrong id", str(reply.misaddressed.get("id")))
             await self._deliver_answer({**reply.misaddressed, "id": reply.request["id"]}, reply)
@@ -450,7 +455,7 @@ class HttpConnection:
                 is_refused: bool = response.status_code >= HTTPStatus.BAD_REQUEST
                 if is_refused and response.status_code not in SESSION_STATUSES:
                     return False
-                if is_event_stream(response):
+                if sends_events(response):
                     async with aclosing(read_events(response)) as events:
                         async for event in events:
                             if (forgotten := shows_forgotten(parse_json(event.data), ping_id)) is not None:

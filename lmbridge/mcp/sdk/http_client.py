@@ -15,25 +15,33 @@ from typing import Any, Final
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageTooLargeError
 from lmbridge.mcp.sdk.event_stream import Event, EventReader
+from lmbridge.mcp.sdk.http_auth import FetchHeaders, make_auth
 from lmbridge.mcp.sdk.package import is_v2
-from lmbridge.mcp.sdk.session_errors import RequestLostError, RequestRejectedError
+from lmbridge.mcp.sdk.session_errors import RefusedError, RequestLostError, RequestRejectedError
 
 _CONNECT_TIMEOUT: Final = 30.0
 """The time limit for opening a connection, and for writing a request, in seconds."""
 _RETRY_MILLISECONDS: Final = 1000
 """After how long a stream that has ended is opened again, if the server does not say."""
 _SHORTEST_RETRY_MILLISECONDS: Final = 10
+_ENCODINGS: Final = ("gzip", "deflate")
+"""The compressions that are asked for, whatever else the HTTP client could decompress."""
 
 
-def make_http_client(spec: ServerSpec) -> Any:
+def make_http_client(spec: ServerSpec, fetch_headers: FetchHeaders | None = None) -> Any:
     """Returns an HTTP client that does not follow redirects and does not use proxies from the environment.
 
     It reads certificates from the disk, so it should be called in a thread.
+
+    Args:
+        spec: The server.
+        fetch_headers: Returns the headers that change, if the server has such.
     """
     httpx = _load_httpx()
     return httpx.AsyncClient(
-        headers=dict(spec.headers),
-        # There is no read timeout: each call has its own time limit, and an event stream may be silent for any time.
+        headers={"accept-encoding": ", ".join(_ENCODINGS), **spec.headers},
+        auth=make_auth(httpx, spec, fetch_headers),
+        # Reading has no timeout: each call has its own time limit, and an event stream may be silent for any time.
         timeout=httpx.Timeout(_CONNECT_TIMEOUT, read=None, pool=None),
         limits=httpx.Limits(max_connections=None),
         follow_redirects=False,
@@ -66,7 +74,7 @@ def _load_httpx() -> Any:
     return import_module("httpx2" if is_v2() else "httpx")
 
 
-def is_event_stream(response: Any) -> bool:
+def sends_events(response: Any) -> bool:
     """Returns whether the body of a response is a stream of events."""
     kind: str = response.headers.get("content-type", "")
     return kind.lower().startswith("text/event-stream")
@@ -86,12 +94,27 @@ def check_redirect(response: Any) -> None:
         raise RequestRejectedError(reason, hint="if that is the server you mean, give that URL in the configuration")
 
 
+def _check_encoding(response: Any) -> None:
+    """Raises `RefusedError` if a body has another compression than was asked for.
+
+    The HTTP client would decompress all that it can. With gzip, a piece of 64 KiB becomes 64 MiB at most before the
+    limit ends the response; with others it may become as large as the server likes.
+    """
+    encodings = {each.strip().lower() for each in response.headers.get("content-encoding", "").split(",")}
+    if unknown := encodings - {"", "identity", *_ENCODINGS}:
+        raise RefusedError(f"it compressed its answer as {', '.join(sorted(unknown))}, which was not asked for")
+    if response.headers.get("content-encoding", "").count(","):
+        raise RefusedError("it compressed its answer more than once, which was not asked for")
+
+
 async def read_body(response: Any, limit: int) -> bytes:
     """Returns the body of a response.
 
     Raises:
+        RefusedError: The body has a compression that was not asked for.
         MessageTooLargeError: The body has more than `limit` bytes.
     """
+    _check_encoding(response)
     body = bytearray()
     async with aclosing(response.aiter_bytes()) as pieces:
         async for piece in pieces:
@@ -105,8 +128,10 @@ async def read_events(response: Any) -> AsyncGenerator[Event, None]:
     """Yields the events of a response. It has to be closed, for example by `contextlib.aclosing`.
 
     Raises:
+        RefusedError: The stream has a compression that was not asked for.
         MessageTooLargeError: An event is too large.
     """
+    _check_encoding(response)
     reader = EventReader()
     async with aclosing(response.aiter_bytes()) as pieces:
         async for piece in pieces:

@@ -32,7 +32,7 @@ _STATUS_HINTS: Final[Mapping[int, str]] = {
 
 
 def find_error(body: bytes) -> tuple[Any, Mapping[str, Any]] | None:
-    """Returns the id and the error of the JSON-RPC error in the body of a response, or None if there is none."""
+    """Returns the id and the error of the JSON-RPC error in the body of a response, or None."""
     return _find_error(parse_json(body))
 
 
@@ -89,7 +89,10 @@ def status_hint(status: int, spec: ServerSpec, challenge: str) -> str:
 
 
 def _token_hint(spec: ServerSpec, challenge: str) -> str:
+    if spec.has_changing_headers or spec.client_credentials is not None:
+        return "it does not accept the credentials, although they have just been fetched again"
     if any(name.lower() == "authorization" for name in spec.headers):
         return 'the value of "Authorization" in its "headers" is wrong or has expired; put a valid one there'
-    oauth = "; it offers OAuth, which lmbridge does not support" if "resource_metadata" in challenge else ""
+    offer = '; it offers OAuth, for which lmbridge needs "clientCredentials"'
+    oauth = offer if "resource_metadata" in challenge else ""
     return f'give it a token with "headers": {{"Authorization": "Bearer ${{TOKEN}}"}} in the configuration{oauth}'

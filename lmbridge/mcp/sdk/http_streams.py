@@ -1,8 +1,8 @@
 """`EventStreams`: the streams of events that a client on HTTP opens with GET.
 
-There are two kinds. In one of them, the server sends what belongs to no request. The other one continues the stream in
-which a request is answered: the server may end that early, and say with `retry:` or an event id when and where the
-client should go on.
+There are two kinds. In one of them, the server sends messages that belong to no request. The other one continues the
+stream in which a request is answered: the server may end that early, and say with `retry:` or an event id when and
+where the client should go on.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import attrs
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.jsonrpc import MessageTooLargeError
 from lmbridge.mcp.sdk.event_stream import Event
-from lmbridge.mcp.sdk.http_client import connection_errors, is_event_stream, pause_before_retry, read_events
+from lmbridge.mcp.sdk.http_client import connection_errors, pause_before_retry, read_events, sends_events
 from lmbridge.mcp.sdk.http_statuses import status_reason
-from lmbridge.mcp.sdk.session_errors import RefusedError, describe_error
+from lmbridge.mcp.sdk.session_errors import RefusedError, SessionLostError, describe_error
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -58,7 +58,7 @@ class EventStreams:
     Args:
         spec: The server.
         client: The HTTP client, which the caller closes.
-        headers: Returns the headers of a request, from those for the kind of its answer and further ones.
+        headers: Returns the headers of a request, given those for the kind of its answer and further ones.
         report: Called with the kind and the description of something that the protocol does not allow.
     """
 
@@ -72,10 +72,10 @@ class EventStreams:
         self._spec, self._client, self._headers, self._report = spec, client, headers, report
         self._connection_errors = connection_errors()
         self.is_listening: bool = False
-        """Whether the stream is open in which the server sends what belongs to no request."""
+        """Whether the stream of messages that belong to no request is open."""
 
     async def listen(self, deliver: Callable[[Event], Awaitable[None]]) -> None:
-        """Receives what belongs to no request, until the server refuses the stream or several attempts have failed.
+        """Receives messages that belong to no request, until the server refuses the stream or several attempts fail.
 
         Args:
             deliver: Called with each event.
@@ -92,7 +92,7 @@ class EventStreams:
                             position.update(event)
                             empty_streams = 0 if event.data else empty_streams
                             await deliver(event)
-            except RefusedError:
+            except (RefusedError, SessionLostError):
                 return
             except MessageTooLargeError as exc:
                 self._report("a message that is too large", str(exc))
@@ -113,7 +113,7 @@ class EventStreams:
             read: Reads a response that has just been opened.
             is_answered: Returns whether the answer has arrived.
         """
-        broken: tuple[type[Exception], ...] = (RefusedError, *self._connection_errors)
+        broken: tuple[type[Exception], ...] = (RefusedError, SessionLostError, *self._connection_errors)
         failures = 0
         while failures < _MOST_FAILED_POLLS and not is_answered() and position.is_given:
             await pause_before_retry(position.retry)
@@ -147,6 +147,6 @@ class EventStreams:
         extra = {} if last_id is None else {"last-event-id": last_id}
         headers = self._headers(_ACCEPTS_EVENTS, extra)
         async with self._client.stream("GET", self._spec.url, headers=headers) as response:
-            if response.status_code != HTTPStatus.OK or not is_event_stream(response):
+            if response.status_code != HTTPStatus.OK or not sends_events(response):
                 raise RefusedError(status_reason(response.status_code))
             yield response

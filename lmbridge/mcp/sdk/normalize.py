@@ -29,7 +29,7 @@ _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
 @attrs.frozen
-class Answer:
+class ServerAnswer:
     """The answer to a request: either a result or a refusal."""
 
     result: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ class Answer:
     """What had to be changed, each in a few words."""
 
 
-def read_answer(message: Mapping[str, Any], method: str) -> Answer:
+def read_answer(message: Mapping[str, Any], method: str) -> ServerAnswer:
     """Reads the answer to a request.
 
     Args:
@@ -56,7 +56,7 @@ def read_answer(message: Mapping[str, Any], method: str) -> Answer:
     has_error = error is not None if "result" not in message else error not in (None, False, "", {}, [])
     if has_error:
         normalized = normalize_error(error, notes)
-        return Answer(refusal=describe_refusal(normalized), error=normalized, notes=notes)
+        return ServerAnswer(refusal=describe_refusal(normalized), error=normalized, notes=notes)
     if "error" in message and "result" in message:
         notes.append("a result with an empty error beside it")
     if "result" not in message:
@@ -64,19 +64,19 @@ def read_answer(message: Mapping[str, Any], method: str) -> Answer:
         return _unreadable("its answer has neither a result nor an error", notes)
     result = message["result"]
     if method == "tools/call":
-        return Answer(normalize_call_result(result, notes), notes=notes)
+        return ServerAnswer(normalize_call_result(result, notes), notes=notes)
     if method == "tools/list":
         page = normalize_tool_page(result, notes)
-        return _unreadable("its list of tools is not valid", notes) if page is None else Answer(page, notes=notes)
+        return _unreadable("its list of tools is not valid", notes) if page is None else ServerAnswer(page, notes=notes)
     if not isinstance(result, dict):
         notes.append("a result that is not an object")
         return _unreadable(f"its answer to {method!r} is not an object", notes)
-    return Answer(result, notes=notes)
+    return ServerAnswer(result, notes=notes)
 
 
-def _unreadable(problem: str, notes: list[str]) -> Answer:
+def _unreadable(problem: str, notes: list[str]) -> ServerAnswer:
     """Returns the refusal that stands for an answer without anything that could be used."""
-    return Answer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
+    return ServerAnswer(refusal=problem, error={"code": 0, "message": problem}, notes=notes)
 
 
 def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _has_content(block: Mapping[str, Any]) -> bool:
 
 
 def normalize_tool_page(result: Any, notes: list[str]) -> dict[str, Any] | None:
-    """Returns a page of tools with a list as `tools`, or None if there is no list of tools in it."""
+    """Returns a page of tools with a list as `tools`, or None if it has no list of tools."""
     page = dict(result) if isinstance(result, dict) else {"tools": result}
     tools = page.get("tools", ())
     if isinstance(tools, dict):

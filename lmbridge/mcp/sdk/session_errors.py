@@ -18,6 +18,23 @@ class RefusedError(Exception):
     """The server answered with an error; the text is the code and the message of that error."""
 
 
+class UrlsRequiredError(RefusedError):
+    """The server has not processed a call, because the user has to visit URLs first.
+
+    Args:
+        reason: The code and the message of the server's error.
+        questions: The questions with the URLs, as the server sent them.
+    """
+
+    def __init__(self, reason: str, questions: list[Any]) -> None:
+        super().__init__(reason)
+        self.questions: list[Any] = questions
+
+
+class InvalidQuestionError(Exception):
+    """A server has asked the user a question that is not valid; the text says what is wrong with it."""
+
+
 class BadReplyError(Exception):
     """The server answered with something that is not a valid reply; the text says what is wrong with it."""
 

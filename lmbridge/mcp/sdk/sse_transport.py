@@ -17,13 +17,13 @@ from lmbridge.mcp.sdk.event_stream import Event
 from lmbridge.mcp.sdk.http_client import (
     check_redirect,
     connection_errors,
-    is_event_stream,
     is_valid_url,
     read_body,
     read_events,
+    sends_events,
 )
 from lmbridge.mcp.sdk.http_statuses import ERROR_BODY_LIMIT, quote_body, status_hint, status_reason
-from lmbridge.mcp.sdk.session_errors import RequestRejectedError, SessionLostError, describe_error
+from lmbridge.mcp.sdk.session_errors import RefusedError, RequestRejectedError, SessionLostError, describe_error
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -74,7 +74,7 @@ class SseStream:
 
     async def _read(self) -> None:
         end = SessionLostError("it closed its event stream")
-        failures: tuple[type[Exception], ...] = (*connection_errors(), MessageTooLargeError)
+        failures: tuple[type[Exception], ...] = (*connection_errors(), MessageTooLargeError, RefusedError)
         try:
             async with self._client.stream("GET", self._spec.url, headers={"accept": "text/event-stream"}) as response:
                 await self._check(response)
@@ -104,7 +104,7 @@ class SseStream:
             words = self._spec.redact(quote_body(await read_body(response, ERROR_BODY_LIMIT)))
             hint = status_hint(response.status_code, self._spec, response.headers.get("www-authenticate", ""))
             raise RequestRejectedError(status_reason(response.status_code), words, hint)
-        if not is_event_stream(response):
+        if not sends_events(response):
             raise RequestRejectedError(
                 "it did not answer with a stream of events, so it does not use the SSE transport",
                 hint='use "type": "http" in the configuration if it uses streamable HTTP',

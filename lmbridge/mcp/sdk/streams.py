@@ -149,7 +149,7 @@ def client_streams(connection: ClientConnection, exchange: MessageExchange) -> S
     import anyio
     from mcp.shared.message import SessionMessage
 
-    parse = _message_parser()
+    parse = message_parser()
 
     async def send_reply(reply: dict[str, Any]) -> None:
         # The server may be gone by now.
@@ -204,7 +204,7 @@ async def streams_over_link(link: MessageLink) -> AsyncIterator[Streams]:
     import anyio
     from mcp.shared.message import SessionMessage
 
-    parse = _message_parser()
+    parse = message_parser()
 
     async def receive() -> Any:
         while (message := await link.receive()) is not None:
@@ -233,7 +233,7 @@ def _expects_reply(message: Mapping[str, Any]) -> bool:
     return "method" in message and isinstance(request_id, str | int) and not isinstance(request_id, bool)
 
 
-def _message_parser() -> Callable[[Mapping[str, Any]], Any]:
+def message_parser() -> Callable[[Mapping[str, Any]], Any]:
     """Returns the SDK's function that parses a message; it raises `ValueError` if the message is not valid."""
     if is_v2():
         from mcp_types import jsonrpc_message_adapter

@@ -4,6 +4,9 @@ A call that builds a project or searches a large folder may take minutes. With a
 would also wait for minutes for a server that hangs. So the limit applies to the time since the last report of progress,
 if the server sends any. A second limit applies to the whole call, as the protocol recommends, because a server that
 reports progress for ever must not hold up a run for ever.
+
+While the server waits for the user's answer to a question, the first limit is suspended: the server does nothing that
+could hang, and a person needs more time than a tool. The second limit goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import asyncio
 from typing import Any, Final
 
 LONGEST_CALL_FACTOR: Final = 10
-"""How many times its limit a call may take in all if the server reports progress, unless the configuration says more
-or less."""
+"""How many times its limit a call may take in all if the server reports progress, unless the configuration sets
+another limit."""
 
 
 class CallTimeoutError(TimeoutError):
@@ -34,6 +37,8 @@ class CallTimer:
         self._give_up_at: float | None = None
         self._timeout: asyncio.Timeout | None = None
         self._has_progressed = False
+        self._open_questions = 0
+        self._was_suspended = False
 
     async def wait(self, future: asyncio.Future[Any]) -> None:
         """Waits until the future is done, or the time is up. In the second case, the future is cancelled."""
@@ -44,20 +49,30 @@ class CallTimer:
                 await future
         except TimeoutError:
             # The caller sees that the future is not done, and knows what to stop.
-            pass
+            self._was_suspended = bool(self._open_questions)
         finally:
             self._timeout = None
 
     def extend(self) -> None:
         """Starts the limit again, because the server has reported progress."""
         self._has_progressed = True
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(self._deadline())
+        self._reschedule()
+
+    def suspend(self) -> None:
+        """Suspends the limit, because the server waits for an answer of the user. Each call needs one of `resume`."""
+        self._open_questions += 1
+        self._reschedule()
+
+    def resume(self) -> None:
+        """Starts the limit again, because the user has answered."""
+        self._open_questions -= 1
+        self._reschedule()
 
     def error(self) -> CallTimeoutError:
         """Returns the error that says which of the limits was reached."""
         if self._is_over():
             end = ", although it reported progress" if self._has_progressed else ""
+            end = ", and waited for an answer of the user" if self._was_suspended else end
             return CallTimeoutError(f"did not answer within {self._longest:g} seconds{end}")
         if self._has_progressed and self._limit is not None:
             return CallTimeoutError(f"reported no progress for {self._limit:g} seconds")
@@ -65,9 +80,14 @@ class CallTimer:
             return CallTimeoutError("gave up the request without an answer")
         return CallTimeoutError(f"did not answer within {self._limit:g} seconds")
 
+    def _reschedule(self) -> None:
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(self._deadline())
+
     def _is_over(self) -> bool:
         return self._give_up_at is not None and asyncio.get_running_loop().time() >= self._give_up_at
 
     def _deadline(self) -> float | None:
-        next_report = None if self._limit is None else asyncio.get_running_loop().time() + self._limit
+        limit = None if self._open_questions else self._limit
+        next_report = None if limit is None else asyncio.get_running_loop().time() + limit
         return min((each for each in (next_report, self._give_up_at) if each is not None), default=None)

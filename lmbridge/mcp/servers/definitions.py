@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
-import msgspec
 
 from lmbridge._text import shorten
+from lmbridge.agent.definition_budget import DefinitionBudget, definition_tokens
 from lmbridge.agent.tools import Tool, ToolContext
 from lmbridge.client.subschemas import map_subschemas
 from lmbridge.errors import LLMValidationError
@@ -22,8 +22,6 @@ from lmbridge.mcp.servers.managed_server import ManagedServer
 from lmbridge.mcp.servers.results import McpText, result_text
 from lmbridge.mcp.servers.sanitize import sanitize_text
 
-_BYTES_PER_TOKEN: Final = 3
-"""An estimate, which is the same as the agent's estimate for prompts."""
 _LONGEST_DESCRIPTION: Final = 4_000
 """The length to which a tool's description is shortened, in characters."""
 _TEXT_KEYS: Final = ("description", "title")
@@ -151,26 +149,15 @@ def fit_budget(tools: Sequence[Tool], max_tokens: int | None, left_out: list[Lef
         max_tokens: The approximate number of tokens that all definitions together may take; None means no limit.
         left_out: A list to which the tools that do not fit are added.
     """
-    if max_tokens is None:
-        return list(tools)
+    budget = DefinitionBudget(max_tokens)
     kept: list[Tool] = []
-    spent = 0
     for tool in tools:
-        tokens = estimate_tokens(tool)
-        if spent + tokens <= max_tokens:
-            spent += tokens
+        if budget.take(tool):
             kept.append(tool)
         else:
             reason = (
-                f"its definition takes about {tokens} tokens, but only {max_tokens - spent} of the {max_tokens} for "
-                "all definitions are left"
+                f"its definition takes about {definition_tokens(tool)} tokens, but only {budget.left} of the"
+                f" {max_tokens} for all definitions are left"
             )
             left_out.append(LeftOutTool(str(tool.server), tool.name, reason))
     return kept
-
-
-def estimate_tokens(tool: Tool) -> int:
-    """Returns about how many tokens the definition of a tool takes in a request."""
-    size = len(msgspec.json.encode([tool.name, tool.description, tool.sent_parameters]))
-    # Negating twice rounds up.
-    return -(-size // _BYTES_PER_TOKEN)

@@ -28,7 +28,7 @@ class ServerStarting:
     seconds: float
     """How long the start has taken so far, in seconds."""
     downloader: str | None = None
-    """The program that may be downloading the server, such as "npx" or "uvx", or None if there is none."""
+    """The program that may be downloading the server, such as "npx" or "uvx", or None."""
 
 
 @attrs.frozen
@@ -83,6 +83,16 @@ class ToolDefinitionChanged:
 
 
 @attrs.frozen
+class ElicitationCompleted:
+    """A server has reported that the user has finished at the URL of a question."""
+
+    server: str
+    """The name of the server."""
+    elicitation_id: str
+    """The id of the question, as in `Elicitation.elicitation_id`."""
+
+
+@attrs.frozen
 class UnexpectedMessage:
     """A server has sent something that the protocol does not allow, or that lmbridge ignores.
 
@@ -105,5 +115,6 @@ McpEvent = (
     | ToolProgress
     | ToolsChanged
     | ToolDefinitionChanged
+    | ElicitationCompleted
     | UnexpectedMessage
 )

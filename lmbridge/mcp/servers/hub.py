@@ -15,14 +15,26 @@ import asyncio
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from lmbridge._checks import check_bool, check_callable, check_choice, check_path, check_seconds, invalid_argument
+import attrs
+
+from lmbridge._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_path,
+    check_seconds,
+    invalid_argument,
+    wrong_type,
+)
 from lmbridge._tasks import LoopGuard
 from lmbridge.errors import MCPError, MultiMCPError
 from lmbridge.mcp.config.files import McpConfig, file_fingerprint, find_config, load_config, warn_untrusted
+from lmbridge.mcp.config.server_spec import HeadersFunction
+from lmbridge.mcp.servers.elicitation import OnElicitation
 from lmbridge.mcp.servers.events import McpEvent
 from lmbridge.mcp.servers.leased_tools import McpTools
 from lmbridge.mcp.servers.managed_server import ManagedServer, ServerStatus
@@ -31,6 +43,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _DEFAULT_IDLE_LINGER: Final = 300.0
 """Seconds after which a server that no run uses is closed."""
+_HEADERS_HINT: Final = 'put headers that do not change into the configuration file, as "headers" of the server'
 
 
 class McpHub:
@@ -55,6 +68,12 @@ class McpHub:
         idle_linger: Seconds after which a server that no run uses is closed; None to keep it until `close()`.
             Default: 300.
         on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
+        headers: Functions, async or plain, that return further headers, by the names of servers on HTTP. One is called
+            at each connection, and once more after the status 401, and has ten seconds; a plain function is called in a
+            thread. Default: none. The configuration file can name a command instead (`headersHelper`).
+        on_elicitation: A function, async or plain, that is called with each `Elicitation`, the question of a server to
+            the user, and returns the answer. A plain function is called in a thread, so it may wait for the user.
+            Default: None, which declines every question.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -68,6 +87,8 @@ class McpHub:
         connect_timeout: float | None = None,
         idle_linger: float | None = _DEFAULT_IDLE_LINGER,
         on_event: Callable[[McpEvent], None] | None = None,
+        headers: Mapping[str, HeadersFunction] | None = None,
+        on_elicitation: OnElicitation | None = None,
     ) -> None:
         self._config_path = check_path("config_path", config_path, optional=True)
         # A string such as "no" counts as true in Python, and would start programs that are not trusted.
@@ -75,6 +96,8 @@ class McpHub:
         self._connect_timeout = check_seconds("connect_timeout", connect_timeout)
         self._idle_linger = check_seconds("idle_linger", idle_linger)
         self._on_event = check_callable("on_event", on_event, optional=True)
+        self._headers = _check_headers(headers)
+        self._on_elicitation = check_callable("on_elicitation", on_elicitation, optional=True)
         self._config: McpConfig | None = None
         self._loaded_fingerprint: object = None
         self._servers: dict[str, ManagedServer] = {}
@@ -173,7 +196,11 @@ class McpHub:
         self._is_closed = True
         if self._loop_guard.loop is not None and not self._loop_guard.loop.is_closed():
             self._loop_guard.check()
-            await asyncio.gather(*(server.close() for server in [*self._servers.values(), *self._retired]))
+            servers = [*self._servers.values(), *self._retired]
+            for server in servers:
+                # A cancel may come before the tasks below have begun, and the processes have to end all the same.
+                server.begin_close()
+            await asyncio.gather(*(server.close() for server in servers))
         self._servers, self._retired = {}, []
 
     def _load_config(self) -> McpConfig:
@@ -184,7 +211,24 @@ class McpHub:
             return self._config
         # Stored before the file is read, so that a broken file is reported once and not at each use.
         self._loaded_fingerprint = seen
-        return load_config(self._config_path, trust_project=self._trust_project)
+        return self._with_headers(load_config(self._config_path, trust_project=self._trust_project))
+
+    def _with_headers(self, config: McpConfig) -> McpConfig:
+        """Returns a configuration whose servers have the functions for their headers.
+
+        Raises:
+            MCPError: There is a function for a server that does not exist, or that is not on HTTP.
+        """
+        servers = dict(config.servers)
+        for name, function in self._headers.items():
+            if name in servers and servers[name].transport != "stdio" and not servers[name].headers_helper:
+                servers[name] = attrs.evolve(servers[name], headers_function=function)
+            elif name in servers:
+                kind = "has a headersHelper as well" if servers[name].headers_helper else "is not on HTTP"
+                raise MCPError(f"headers are given for MCP server {name!r}, which {kind}", hint="leave one of them out")
+            elif name not in config.broken and name not in config.disabled:
+                raise config.unknown_server(name)
+        return attrs.evolve(config, servers=servers)
 
     def _apply_config(self, config: McpConfig) -> None:
         if config.untrusted is not None and config.untrusted not in self._warned_files:
@@ -226,7 +270,11 @@ class McpHub:
             spec = config.servers[name]
             timeout = spec.connect_timeout or self._connect_timeout
             self._servers[name] = ManagedServer(
-                spec, self._emit, connect_timeout=timeout, idle_linger=self._idle_linger
+                spec,
+                self._emit,
+                connect_timeout=timeout,
+                idle_linger=self._idle_linger,
+                on_elicitation=self._on_elicitation,
             )
         return self._servers[name]
 
@@ -278,6 +326,14 @@ class McpHub:
     def _check_not_closed(self) -> None:
         if self._is_closed:
             raise MCPError("this McpHub is closed", hint="create another one")
+
+
+def _check_headers(headers: Any) -> dict[str, HeadersFunction]:
+    if headers is None:
+        return {}
+    if not isinstance(headers, Mapping) or not all(isinstance(name, str) for name in headers):
+        raise wrong_type("headers", "a dict of functions by the names of servers", headers, _HEADERS_HINT)
+    return {name: check_callable(f"headers[{name!r}]", function) for name, function in headers.items()}
 
 
 def _is_lmbridge(config: McpConfig, name: str) -> bool:

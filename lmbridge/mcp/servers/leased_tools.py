@@ -12,9 +12,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lmbridge.agent.definition_budget import definition_tokens
 from lmbridge.agent.tools import Tool
 from lmbridge.errors import MCPError
-from lmbridge.mcp.servers.definitions import LeftOutTool, estimate_tokens, fit_budget, make_tools
+from lmbridge.mcp.servers.definitions import LeftOutTool, fit_budget, make_tools
 from lmbridge.mcp.servers.managed_server import ManagedServer
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
@@ -95,7 +96,7 @@ class McpTools:
         known = {(tool.server, tool.name) for tool in self.tools}
         added = fit_budget([tool for tool in found if (tool.server, tool.name) not in known], self._budget, left_out)
         if self._budget is not None:
-            self._budget -= sum(map(estimate_tokens, added))
+            self._budget -= sum(map(definition_tokens, added))
         named = {(each.server, each.tool) for each in self.left_out}
         for each in left_out:
             if (each.server, each.tool) not in named:

@@ -33,9 +33,11 @@ from lmbridge.mcp.sdk import (
     SessionForgottenError,
     SessionLostError,
     describe_error,
+    load_sdk,
 )
 from lmbridge.mcp.servers.call_timer import CallTimeoutError, CallTimer
 from lmbridge.mcp.servers.definition_changes import DefinitionChanges
+from lmbridge.mcp.servers.elicitation import OnElicitation
 from lmbridge.mcp.servers.environment import missing_variables
 from lmbridge.mcp.servers.events import McpEvent, ServerStarting, ServerStateChanged
 from lmbridge.mcp.servers.package_runners import package_runner_of, start_patience
@@ -108,6 +110,7 @@ class ManagedServer:
         connect_timeout: Seconds for connecting to the server and listing its tools; None for the default, which is
             longer for programs that download a server before they start it.
         idle_linger: Seconds after which the server is closed if no run uses it; None to keep it.
+        on_elicitation: Asks the user the questions of the server; None to decline them.
     """
 
     def __init__(
@@ -117,8 +120,10 @@ class ManagedServer:
         *,
         connect_timeout: float | None,
         idle_linger: float | None,
+        on_elicitation: OnElicitation | None = None,
     ) -> None:
         self.spec = spec
+        self._on_elicitation = on_elicitation
         self._emit, self._idle_linger = emit, idle_linger
         self._patience = start_patience(spec, connect_timeout)
         self._list_timeout = connect_timeout or DEFAULT_CONNECT_TIMEOUT
@@ -177,9 +182,13 @@ class ManagedServer:
         if not self._use_count:
             self._shut_down(ServerState.CLOSED)
 
+    def begin_close(self) -> None:
+        """Closes the server, even if it is in use, without waiting for its processes."""
+        self._shut_down(ServerState.CLOSED)
+
     async def close(self) -> None:
         """Closes the server, even if it is in use, and waits until its processes are gone."""
-        self._shut_down(ServerState.CLOSED)
+        self.begin_close()
         if self._owners:
             await asyncio.wait(list(self._owners), timeout=_CLOSE_SECONDS)
         for task in self._owners:
@@ -362,11 +371,14 @@ class ManagedServer:
         try:
             await self._back_off()
             self._change_state(ServerState.STARTING)
-            session = SessionOwner(self.spec, self._emit)
+            # The SDK is imported in a thread, because that takes half a second, and before the time of the server
+            # begins, because on a busy machine it takes far longer.
+            await asyncio.to_thread(load_sdk)
+            session = SessionOwner(self.spec, self._emit, self._on_elicitation)
             self._owners[session.task] = session
             session.task.add_done_callback(self._forget_owner)
             timeout_reason = await self._wait_until_ready(session)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ImportError):
             if session is not None:
                 session.stop()
             if self._state is not ServerState.CLOSED:
@@ -376,9 +388,6 @@ class ManagedServer:
             session.stop(timeout_reason)
             raise self._record_start_failure(session, None)
         error = session.ready.exception()
-        if isinstance(error, ImportError):
-            self._change_state(ServerState.IDLE)
-            raise error
         if error is not None:
             raise self._record_start_failure(session, error)
         self._starts += 1

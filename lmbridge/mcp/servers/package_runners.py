@@ -43,7 +43,7 @@ _PREFIXES: Final = _WRAPPERS | {"if", "then", "else", "do", "while", "sudo", "co
 _OPTIONS_WITH_VALUE: Final = ("-u", "-C", "-n")
 """The options of wrappers whose value is the next word, as in `env -u NAME` and `nice -n 5`."""
 _BEFORE_PROGRAM: Final = re.compile(r"-|/[a-zA-Z]$|\d+$|\w+=")
-"""What the words before a program look like that are options, numbers or variables. `/c` is an option of cmd."""
+"""Matches the words before a program that are options, numbers or variables. `/c` is an option of cmd."""
 _RUNNER_SILENCE_SECONDS: Final = 120.0
 """Seconds for which a package runner may write nothing to stderr, unless a connect timeout was given."""
 _RUNNER_START_SECONDS: Final = 300.0
@@ -74,7 +74,7 @@ class StartPatience:
 
 
 def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
-    """Returns the name of the program that may download a server before it starts it, or None if there is none.
+    """Returns the name of the program that may download a server before it starts it, or None.
 
     It is the command itself, or the program that a shell or a wrapper starts, as in `sh -c "npx -y x"`, `cmd /c npx x`
     and `env A=1 uvx x`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -72,13 +71,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
 
         Raises:
             OSError: The process cannot be started.
-            MCPError: The operating system is Windows, which has no process groups.
+            MCPError: The event loop cannot start processes.
         """
-        if sys.platform == "win32":
-            raise MCPError(
-                "MCP servers on stdio cannot be used on Windows, which has no process groups",
-                hint='use a server with a "url"',
-            )
         starting = asyncio.ensure_future(
             asyncio.get_running_loop().subprocess_exec(
                 lambda: self,
@@ -92,10 +86,11 @@ class ServerProcess(asyncio.SubprocessProtocol):
         try:
             # A process that has been created must not be lost, even if the caller is cancelled more than once.
             await settle(starting)
-        finally:
-            if not starting.cancelled() and starting.exception() is None:
-                self._transport = starting.result()[0]
-                process_groups.add(self._transport.get_pid())
+        except NotImplementedError as exc:
+            loop = type(asyncio.get_running_loop()).__name__
+            raise MCPError(
+                f"the event loop ({loop}) cannot start processes", exc, hint="use the default event loop of asyncio"
+            ) from exc
 
     @property
     def pid(self) -> int | None:
@@ -153,6 +148,14 @@ class ServerProcess(asyncio.SubprocessProtocol):
         return None if stdout is None or stdout.is_closing() else stdout
 
     # The following methods are called by asyncio.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Stores the transport of the new process.
+
+        Its output may arrive before `start` goes on, and may be so much that reading has to be paused.
+        """
+        self._transport = cast("asyncio.SubprocessTransport", transport)
+        process_groups.add(self._transport.get_pid())
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """Passes on the output of the process."""

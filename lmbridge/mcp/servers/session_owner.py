@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
@@ -34,9 +35,20 @@ from lmbridge.mcp import sdk
 from lmbridge.mcp.config.server_spec import ServerSpec
 from lmbridge.mcp.sdk import McpSession, SessionLostError
 from lmbridge.mcp.servers.call_timer import CallTimer
-from lmbridge.mcp.servers.events import McpEvent, ServerLog, ToolProgress, ToolsChanged, UnexpectedMessage
+from lmbridge.mcp.servers.changing_headers import ChangingHeaders
+from lmbridge.mcp.servers.elicitation import Elicitor, OnElicitation
+from lmbridge.mcp.servers.events import (
+    ElicitationCompleted,
+    McpEvent,
+    ServerLog,
+    ToolProgress,
+    ToolsChanged,
+    UnexpectedMessage,
+)
 from lmbridge.mcp.servers.sanitize import sanitize_text
-from lmbridge.mcp.servers.stdio import StdioLink
+from lmbridge.mcp.servers.stdio import ServerLink, StdioLink
+from lmbridge.mcp.servers.windows_stdio import WindowsStdioLink
+from lmbridge.transport.interception import link_makers
 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
@@ -86,9 +98,12 @@ class SessionOwner:
     Args:
         spec: The server.
         emit: Called with the events of the server.
+        on_elicitation: Asks the user the questions of the server; None to decline them.
     """
 
-    def __init__(self, spec: ServerSpec, emit: Callable[[McpEvent], None]) -> None:
+    def __init__(
+        self, spec: ServerSpec, emit: Callable[[McpEvent], None], on_elicitation: OnElicitation | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         """Completed when the session can be used; fails if the session cannot be opened."""
@@ -99,7 +114,8 @@ class SessionOwner:
         self.opened_at: float = loop.time()
         """The time at which the opening began, as the clock of the event loop measures it."""
         self._spec, self._emit = spec, emit
-        self._link = StdioLink(spec, self._mark_lost) if spec.transport == "stdio" else None
+        self._elicitor = None if on_elicitation is None else Elicitor(spec.name, on_elicitation)
+        self._link = _link_to_process(spec, self._mark_lost) if spec.transport == "stdio" else None
         self._session: McpSession | None = None
         self._pending_requests: set[asyncio.Future[None]] = set()
         self._forgotten_reason = ""
@@ -206,7 +222,11 @@ class SessionOwner:
             timer.extend()
             self._emit(ToolProgress(self._spec.name, tool, done, total, message))
 
-        call = partial(self._live_session().call, tool, arguments, report_progress)
+        def note_question(is_open: bool) -> None:
+            (timer.suspend if is_open else timer.resume)()
+
+        listener = sdk.CallListener(report_progress, note_question)
+        call = partial(self._live_session().call, tool, arguments, listener)
         result: Mapping[str, Any] = await self._make_request(call, timer)
         return result
 
@@ -282,15 +302,20 @@ class SessionOwner:
     async def _hold_session(self) -> None:
         try:
             async with AsyncExitStack() as stack:
-                # The SDK is imported in a thread, because that takes half a second.
-                await asyncio.to_thread(sdk.load_sdk)
                 if self._link is not None:
                     stack.push_async_callback(self._end_server_process, self._link)
                     await self._link.start()
                 handlers = sdk.NotificationHandlers(
-                    self._on_tools_changed, self._on_log, self._mark_lost, self._on_unexpected
+                    self._on_tools_changed,
+                    self._on_log,
+                    self._mark_lost,
+                    self._on_unexpected,
+                    None if self._elicitor is None else self._elicitor.ask,
+                    lambda elicitation_id: self._emit(ElicitationCompleted(self._spec.name, elicitation_id)),
                 )
-                self._session = await stack.enter_async_context(sdk.open_mcp_session(self._spec, self._link, handlers))
+                fetch_headers = ChangingHeaders(self._spec).fetch if self._spec.has_changing_headers else None
+                opening = sdk.open_mcp_session(self._spec, self._link, handlers, fetch_headers)
+                self._session = await stack.enter_async_context(opening)
                 if self._session.server_name == sdk.LMBRIDGE_NAME:
                     raise sdk.RefusedError("it is lmbridge itself")
                 await self._read_tools()
@@ -314,16 +339,13 @@ class SessionOwner:
         self._mark_ended(end)
         if self.ready.done():
             return
-        if isinstance(error, ImportError):
-            failure: Exception = error
-        else:
-            failure = SessionLostError(self.ended.result().reason)
-            failure.__cause__ = error
+        failure = SessionLostError(self.ended.result().reason)
+        failure.__cause__ = error
         self.ready.set_exception(failure)
         # The caller may have been cancelled meanwhile; asyncio would log an exception that was never retrieved.
         self.ready.exception()
 
-    async def _end_server_process(self, link: StdioLink) -> None:
+    async def _end_server_process(self, link: ServerLink) -> None:
         """Ends the server's process, with time to end by itself only if the session was closed on request."""
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
@@ -391,6 +413,15 @@ class SessionOwner:
             "MCP server %r sent %s (later ones are not logged)%s", self._spec.name, kind, detail and f": {detail}"
         )
         self._emit(UnexpectedMessage(self._spec.name, kind, detail))
+
+
+def _link_to_process(spec: ServerSpec, on_end: Callable[[str], None]) -> ServerLink:
+    # Windows has no process groups, by which `StdioLink` ends a server and what it has started.
+    kind: type[WindowsStdioLink | StdioLink] = WindowsStdioLink if sys.platform == "win32" else StdioLink
+    if link_makers:
+        link: ServerLink = link_makers[-1](spec.name, spec.redact, partial(kind, spec, on_end), on_end)
+        return link
+    return kind(spec, on_end)
 
 
 async def _run_and_wake(request: Callable[[], Awaitable[Any]], wake: asyncio.Future[None]) -> Any:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from lmbridge.mcp.config.server_spec import ServerSpec
-from lmbridge.mcp.jsonrpc import MessageInbox, MessageTooLargeError
+from lmbridge.mcp.jsonrpc import MessageInbox, MessageLink, MessageTooLargeError
 from lmbridge.mcp.servers.environment import redact_proxy_passwords
 from lmbridge.mcp.servers.sanitize import sanitize_text
 from lmbridge.mcp.servers.server_process import ServerProcess
@@ -28,8 +28,40 @@ _LOGGED_BYTES: Final = 200
 """How much of a line that contains no message is shown in the log, in bytes."""
 
 
+class ServerLink(MessageLink, Protocol):
+    """A `MessageLink` to a server that runs as a child process."""
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process, or None if it has not started or the id is not known."""
+        ...
+
+    @property
+    def stderr_excerpt(self) -> str:
+        """The first and last lines that the server wrote to stderr, without secrets and control characters."""
+        ...
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last lines that the server wrote to stderr, without secrets and control characters."""
+        ...
+
+    @property
+    def last_stderr_at(self) -> float | None:
+        """The time of the event loop at which the server last wrote to stderr, or None if it has not."""
+        ...
+
+    async def start(self) -> None:
+        """Starts the process."""
+        ...
+
+    async def end(self, *, patience: float | None = None) -> None:
+        """Ends the process and those that it has started."""
+        ...
+
+
 class StdioLink:
-    """A `MessageLink` to a server that runs as a child process.
+    """A `ServerLink` to a server that runs as a child process.
 
     Args:
         spec: The server.

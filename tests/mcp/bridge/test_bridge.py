@@ -12,7 +12,7 @@ import pytest
 from lmbridge import LLMError
 from lmbridge.mcp.bridge import answers
 from lmbridge.mcp.bridge.bridge import Bridge
-from lmbridge.mcp.bridge.progress import ProgressReporter
+from lmbridge.mcp.bridge.progress import HostProgressReporter
 from lmbridge.mcp.sdk.server_session import HostAnswer
 from lmbridge.testing import ScriptedServer, answer, reply, sse
 from tests.mcp.bridge.support import (
@@ -378,7 +378,7 @@ async def test_steps_are_reported_at_once_and_ticks_at_intervals(monkeypatch: py
     async def report(progress: float, message: str) -> None:
         reported.append((progress, message))
 
-    progress = ProgressReporter(report)
+    progress = HostProgressReporter(report)
     monkeypatch.setattr("lmbridge.mcp.bridge.progress._REPORT_INTERVAL_SECONDS", 1e9)
     await progress.tick("first")
     await progress.tick("too early")

@@ -69,6 +69,7 @@ async def test_the_official_client_lists_and_calls_the_tools(scripted_server: Sc
     assert [done for done, _ in progress] == sorted({done for done, _ in progress})
 
 
+@pytest.mark.slow
 async def test_calls_run_concurrently(scripted_server: ScriptedServer, tmp_path: Path) -> None:
     all_arrived = asyncio.Event()
 
@@ -85,6 +86,7 @@ async def test_calls_run_concurrently(scripted_server: ScriptedServer, tmp_path:
     assert [wire_form(each)["content"][0]["text"] for each in got] == ["Hello."] * 3
 
 
+@pytest.mark.slow
 async def test_the_newest_protocol_version_supports_progress_and_cancellation(
     scripted_server: ScriptedServer, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ async def test_the_newest_protocol_version_supports_progress_and_cancellation(
 # Driven byte by byte
 
 
+@pytest.mark.slow
 async def test_any_value_is_accepted_as_a_progress_token(start: StartBridge) -> None:
     host = await start()
     tokens: list[int | str] = [0, "", "a"]
@@ -139,6 +142,7 @@ async def test_a_cancelled_call_stops_the_generation(start: StartBridge, scripte
     assert await host.end() == (0, "", b"")
 
 
+@pytest.mark.slow
 async def test_cancelling_a_run_cancels_its_calls_of_mcp_servers(
     start: StartBridge, scripted_server: ScriptedServer, config: WriteConfig, notes: Path
 ) -> None:
@@ -158,6 +162,7 @@ async def test_cancelling_a_run_cancels_its_calls_of_mcp_servers(
     assert await host.end() == (0, "", b"")
 
 
+@pytest.mark.slow
 async def test_a_call_that_is_cancelled_at_once_sends_nothing(
     start: StartBridge, scripted_server: ScriptedServer
 ) -> None:
@@ -170,7 +175,7 @@ async def test_a_call_that_is_cancelled_at_once_sends_nothing(
     assert all(request.path != "/v1/chat/completions" for request in scripted_server.requests)
 
 
-@pytest.mark.parametrize("ending", ["stdin", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("ending", ["stdin", "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 async def test_the_process_ends_at_once_with_calls_in_flight(
     start: StartBridge, scripted_server: ScriptedServer, config: WriteConfig, notes: Path, ending: str
 ) -> None:
@@ -228,6 +233,7 @@ async def test_piped_requests_are_answered_before_the_process_exits(
     assert [replies[each]["content"][0]["text"] for each in (1, 2)] == ["Hello."] * 2
 
 
+@pytest.mark.slow
 async def test_a_long_call_is_answered_after_the_end_of_the_input(
     start: StartBridge, scripted_server: ScriptedServer
 ) -> None:
@@ -247,6 +253,7 @@ async def test_a_long_call_is_answered_after_the_end_of_the_input(
     assert await host.end() == (0, "", b"")
 
 
+@pytest.mark.slow
 async def test_nobody_waits_for_answers_that_nobody_reads(start: StartBridge, scripted_server: ScriptedServer) -> None:
     scripted_server.script(stall([*HALF]))
     host = await start("-m", "lmbridge.mcp", "--eof-timeout", "1000")
@@ -286,6 +293,7 @@ async def test_stdout_carries_only_messages(start: StartBridge) -> None:
     assert "Traceback" in errors
 
 
+@pytest.mark.slow
 async def test_lines_that_are_not_messages_are_skipped_and_logged_once(start: StartBridge) -> None:
     host = await start()
     host.stdin.write(b"hello?\n\xff\xfe\n[]\n{}\n" + b'{"jsonrpc": "2.0", "id": 5}\n')
@@ -302,6 +310,7 @@ async def test_lines_that_are_not_messages_are_skipped_and_logged_once(start: St
     assert await host.end() == (0, warning, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"method": "ping", "params": []}, {"method": 5}, {"method": "ping", "jsonrpc": "1"}])
 async def test_an_invalid_request_is_answered_with_an_error(start: StartBridge, wrong: dict[str, Any]) -> None:
     host = await start()
@@ -313,6 +322,7 @@ async def test_an_invalid_request_is_answered_with_an_error(start: StartBridge, 
     assert (await host.receive())["id"] == 3
 
 
+@pytest.mark.slow
 async def test_each_request_of_a_batch_is_answered(start: StartBridge) -> None:
     host = await start()
     host.stdin.write(json.dumps([{"jsonrpc": "2.0", "id": each, "method": "ping"} for each in (1, 2)]).encode() + b"\n")
@@ -328,6 +338,7 @@ main([])
 """
 
 
+@pytest.mark.slow
 async def test_a_message_that_is_too_large_ends_the_process_with_one_line(start: StartBridge) -> None:
     host = await start("-c", BRIDGE_WITH_SMALL_MESSAGES)
     host.stdin.write(b"x" * 2000)
@@ -336,27 +347,30 @@ async def test_a_message_that_is_too_large_ends_the_process_with_one_line(start:
     assert errors == "lmbridge-mcp: the connection to the host was closed: it sent a message of more than 1,000 bytes\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("args", "env", "expected"),
+    ("args", "env", "status", "expected"),
     [
-        (("-m", "lmbridge.mcp"), {"LMBRIDGE_API_BASE": "ftp://x"}, "api_base 'ftp://x' is not an http or https URL"),
+        (("-m", "lmbridge.mcp"), {"LMBRIDGE_API_BASE": "ftp://x"}, 2, "api_base 'ftp://x' is not an http or https URL"),
         (
             ("-c", "import sys; sys.modules['mcp'] = None; from lmbridge.mcp.__main__ import main; main([])"),
             {},
+            1,
             "the bridge needs the official MCP SDK: pip install 'lmbridge[mcp]'",
         ),
     ],
 )
 async def test_an_error_at_the_start_is_one_line(
-    start: StartBridge, args: tuple[str, ...], env: dict[str, str], expected: str
+    start: StartBridge, args: tuple[str, ...], env: dict[str, str], status: int, expected: str
 ) -> None:
     host = await start(*args, initialise=False, **env)
-    status, errors, output = await host.end()
-    assert (status, output) == (1, b"")
+    ended_with, errors, output = await host.end()
+    assert (ended_with, output) == (status, b"")
     assert errors.startswith(f"lmbridge-mcp: {expected}")
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-"])
 async def test_without_stdin_or_stdout_the_process_ends_with_one_line(start: StartBridge, closed: str) -> None:
     program = f'import os; os.execlp("sh", "sh", "-c", "exec {sys.executable} -m lmbridge.mcp {closed}")'
@@ -367,6 +381,7 @@ async def test_without_stdin_or_stdout_the_process_ends_with_one_line(start: Sta
     )
 
 
+@pytest.mark.slow
 async def test_command_line_options_override_the_environment(
     start: StartBridge, scripted_server: ScriptedServer
 ) -> None:
@@ -379,6 +394,7 @@ async def test_command_line_options_override_the_environment(
     assert await version.end() == (0, "", f"lmbridge {__version__}\n".encode())
 
 
+@pytest.mark.slow
 async def test_our_own_hub_refuses_the_bridge_under_any_name(make_hub: MakeHub) -> None:
     disguised = "from lmbridge.mcp.__main__ import main; main([])"
     hub = make_hub({"stranger": {"command": sys.executable, "args": ["-c", disguised]}})

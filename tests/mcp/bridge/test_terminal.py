@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
 from tests.mcp.bridge.support import INITIALIZE, NO_SERVER_URL, StartBridge
@@ -64,6 +65,7 @@ async def test_it_says_what_it_is_and_how_to_connect_a_host(terminal: Terminal) 
     assert "Press Ctrl-D or Ctrl-C" in text
 
 
+@pytest.mark.slow
 async def test_ctrl_d_ends_it(terminal: Terminal) -> None:
     await terminal.read_help()
     os.write(terminal.keyboard, b"\x04")
@@ -88,6 +90,7 @@ def json_line() -> bytes:
     return json.dumps({"jsonrpc": "2.0", **INITIALIZE}).encode() + b"\n"
 
 
+@pytest.mark.slow
 async def test_a_host_with_pipes_sees_nothing_of_it(start: StartBridge) -> None:
     host = await start()
     host.stdin.close()

@@ -34,7 +34,8 @@ def planned_calls(tools: Iterable[Tool]) -> list[tuple[str, Mapping[str, Any]]]:
 async def main(url: str) -> None:
     config = Path(tempfile.mkdtemp()) / "mcp.json"
     config.write_text(json.dumps({"mcpServers": {"suite": {"url": url, "type": "http"}}}))
-    hub = McpHub(config)
+    # The suite expects a user who accepts each form as it is shown.
+    hub = McpHub(config, on_elicitation=lambda question: question.accept(question.defaults))
     try:
         lease = await hub.tools()
         print([tool.name for tool in lease.tools], lease.left_out)

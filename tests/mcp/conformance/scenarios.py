@@ -19,6 +19,7 @@ RUN: Final[Mapping[Role, Mapping[str, Sequence[str]]]] = {
         "initialize": [REVISION_2025],
         "tools_call": BOTH_REVISIONS,
         "sse-retry": [REVISION_2025],
+        "elicitation-sep1034-client-defaults": [REVISION_2025],
         "request-metadata": [REVISION_2026],
         "sep-2322-client-request-state": [REVISION_2026],
         "http-standard-headers": [REVISION_2026],
@@ -45,15 +46,9 @@ RUN: Final[Mapping[Role, Mapping[str, Sequence[str]]]] = {
 }
 """The scenarios that are run, each with the revisions of the protocol in which it is run."""
 
-_NO_ELICITATION: Final = "it needs a client that passes questions of a server to a person (elicitation)"
 _NO_SUCH_TOOL: Final = "it needs a tool of the suite that asks its caller or sends log messages, which ours do not"
 _NO_PROMPTS_OR_RESOURCES: Final = "the server has no prompts and no resources"
 EXCUSED: Final[Mapping[str, Mapping[str, str]]] = {
-    "sep-2322-client-request-state": {
-        "sep-2322-client-request-state-echoed": _NO_ELICITATION,
-        "sep-2322-client-jsonrpc-id-different": _NO_ELICITATION,
-        "sep-2322-client-no-state-omitted": _NO_ELICITATION,
-    },
     "server-stateless": {
         "ServerRejectsUndeclaredCapability": _NO_SUCH_TOOL,
         "MissingCapabilityHttp400": _NO_SUCH_TOOL,
@@ -71,7 +66,7 @@ EXCUSED: Final[Mapping[str, Mapping[str, str]]] = {
 _TEXT_ONLY: Final = "the server's results are text"
 _NEVER_ASKS: Final = "the server never sends requests to its client"
 NOT_RUN: Final[Mapping[Role, Mapping[str, str]]] = {
-    "client": {"elicitation-sep1034-client-defaults": _NO_ELICITATION},
+    "client": {},
     "server": {
         "logging-set-level": "the server sends no log messages",
         "tools-call-with-logging": "the server sends no log messages",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from aiohttp import web
 
 from lmbridge import ToolError
@@ -22,14 +21,6 @@ from tests.mcp.http_server import HttpServer, answer, body, error, event, events
 from tests.mcp.support import Recorder, function_of
 
 CRASHED = "the order was placed, then the browser session crashed"
-
-
-@pytest_asyncio.fixture
-async def server() -> AsyncIterator[HttpServer]:
-    server = HttpServer()
-    await server.start()
-    yield server
-    await server.stop()
 
 
 async def break_off(request: web.Request, beginning: str, kind: str) -> web.StreamResponse:

@@ -362,3 +362,19 @@ async def test_without_the_sdk_the_error_names_the_package_to_install(
         await hub.tools()
     # The error of Python itself stays visible in the traceback.
     assert isinstance(missing.value.__cause__, ImportError)
+
+
+async def test_a_close_that_is_cancelled_at_once_ends_the_processes_all_the_same(make_hub: MakeHub) -> None:
+    hub = make_hub({"a": {}, "b": {}})
+    (await hub.tools()).release()
+    pids = [status.pid for status in hub.status().values()]
+    closing = asyncio.create_task(hub.close())
+    # By now, there is a task for each server, which has not begun.
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    async with asyncio.timeout(10):
+        for pid in pids:
+            assert pid is not None
+            await wait_until_gone(pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -20,16 +21,60 @@ from tests.mcp.conftest import MakeHub
 from tests.mcp.http_server import HttpServer, answer, body, error, event, events, text
 from tests.mcp.support import Recorder, function_of, names
 
-
-@pytest_asyncio.fixture
-async def server() -> AsyncIterator[HttpServer]:
-    server = HttpServer()
-    await server.start()
-    yield server
-    await server.stop()
-
-
 # Bodies
+
+
+def endless(piece: bytes, content_type: str, **headers: str) -> Callable[[Any, web.Request], Any]:
+    """Returns a response that repeats a piece until the client has gone."""
+
+    async def respond(_: Any, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": content_type, **headers})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(piece)
+        return response
+
+    return respond
+
+
+BOMB = gzip.compress(b" " * 40_000_000)
+"""A body of 39 KB that becomes 40 MB."""
+
+
+@pytest.mark.parametrize(
+    "respond",
+    [
+        endless(b" " * 65_536, "application/json"),
+        endless(b"data: " + b" " * 65_536, "text/event-stream"),
+        endless(b"data: x\n" * 8_192, "text/event-stream"),
+        lambda *_: web.Response(body=BOMB, headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}),
+        lambda *_: web.Response(body=BOMB, headers={"Content-Type": "text/event-stream", "Content-Encoding": "gzip"}),
+    ],
+    ids=["body", "line", "event", "compressed body", "compressed line"],
+)
+async def test_a_message_without_end_is_an_error_that_names_the_limit(
+    make_hub: MakeHub, server: HttpServer, respond: Callable[[Any, web.Request], Any]
+) -> None:
+    hub = make_hub({"a": {"url": server.url}})
+    lease = await hub.tools()
+    server.responses["tools/call"] = respond
+    with pytest.raises(ToolError, match="it sent a message of more than 16,777,216 bytes"):
+        await function_of(lease, "echo")()
+    del server.responses["tools/call"]
+    assert await function_of(lease, "echo")() == "on"
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+async def test_a_compression_that_was_not_asked_for_is_refused(
+    make_hub: MakeHub, server: HttpServer, encoding: str
+) -> None:
+    lease = await make_hub({"a": {"url": server.url}}).tools()
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    server.responses["tools/call"] = lambda *_: web.Response(body=b"{}", headers=headers)
+    with pytest.raises(ToolError, match=r"it compressed its answer .*, which was not asked for"):
+        await function_of(lease, "echo")()
+    assert server.requests[-1].headers["Accept-Encoding"] == "gzip, deflate"
 
 
 @pytest.mark.parametrize(
@@ -414,7 +459,7 @@ async def test_a_server_that_wants_oauth_says_so(make_hub: MakeHub, server: Http
     challenge = {"WWW-Authenticate": 'Bearer resource_metadata="http://x/.well-known/oauth-protected-resource"'}
     for method in ("server/discover", "initialize"):
         server.responses[method] = lambda *_: body(401, "", **challenge)
-    with pytest.raises(MultiMCPError, match="it offers OAuth, which lmbridge does not support"):
+    with pytest.raises(MultiMCPError, match='it offers OAuth, for which lmbridge needs "clientCredentials"'):
         await make_hub({"a": {"url": server.url}}).tools()
 
 

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import json
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import pytest
 
@@ -133,7 +134,7 @@ async def test_an_answer_in_an_irregular_envelope_is_read(make_hub: MakeHub, ans
     [
         '{"jsonrpc": "2.0", "id": "$id", "result": {"content": [{"type": "text", "text": "half',
         '{"jsonrpc": "2.0", "id": "$id", "result": {"content": [{"type": "text", "text": "a \\x"}]}}',
-        '{"result": {"a": ' + "[" * 20_000 + "]" * 20_000 + '}, "id": "$id", "jsonrpc": "2.0"}',
+        '{"result": {"a": ' + "[" * 60_000 + "]" * 60_000 + '}, "id": "$id", "jsonrpc": "2.0"}',
     ],
 )
 async def test_an_answer_that_cannot_be_read_fails_its_call_at_once(make_hub: MakeHub, line: str) -> None:
@@ -280,24 +281,24 @@ async def test_irregular_notifications_are_used_as_far_as_possible(
     ]
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"jsonrpc": "2.0", "method": "vendor/heartbeat", "params": {}},
-        {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x"}},
-        {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 1, "progress": 1}},
-        {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": 5}},
-        {"jsonrpc": "2.0", "id": 1, "method": "ping"},
-        {"jsonrpc": "2.0", "id": "x", "method": "sampling/createMessage", "params": {}},
-        {"jsonrpc": "2.0", "id": None, "method": "roots/list"},
-        {"jsonrpc": "2.0", "id": 1, "result": {}},
-        {"jsonrpc": "2.0", "id": None, "error": "x"},
-        {"jsonrpc": "2.0", "id": "9" * 5_000, "result": {}},
-        {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"},
-        {"level": "info", "text": "a log line on stdout"},
-        [],
-    ],
+FLOODS: Final[Sequence[Any]] = (
+    {"jsonrpc": "2.0", "method": "vendor/heartbeat", "params": {}},
+    {"jsonrpc": "2.0", "id": 1, "method": "ping"},
+    {"jsonrpc": "2.0", "id": 1, "result": {}},
+    {"jsonrpc": "2.0", "id": "x", "method": "sampling/createMessage", "params": {}},
+    {"level": "info", "text": "a log line on stdout"},
+    {"jsonrpc": "2.0", "method": "notifications/message", "params": {"level": "info", "data": "x"}},
+    {"jsonrpc": "2.0", "method": "notifications/progress", "params": {"progressToken": 1, "progress": 1}},
+    {"jsonrpc": "2.0", "method": "notifications/resources/updated", "params": {"uri": 5}},
+    {"jsonrpc": "2.0", "id": None, "method": "roots/list"},
+    {"jsonrpc": "2.0", "id": None, "error": "x"},
+    {"jsonrpc": "2.0", "id": "9" * 5_000, "result": {}},
+    {"jsonrpc": "2.0", "method": "notifications/tools/list_changed"},
+    [],
 )
+
+
+@pytest.mark.parametrize("message", [*FLOODS[:5], *(pytest.param(each, marks=pytest.mark.slow) for each in FLOODS[5:])])
 async def test_a_server_that_floods_its_client_delays_neither_its_own_calls_nor_others(
     make_hub: MakeHub, message: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,8 +315,9 @@ async def test_a_server_that_floods_its_client_delays_neither_its_own_calls_nor_
 
 async def test_a_call_to_a_server_that_floods_ends_at_its_time_limit(make_hub: MakeHub) -> None:
     message = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
-    hub = make_hub({"a": {"flood_of": message, "tools": ["flood", "sleep"]}})
-    lease = await hub.tools(call_timeout=0.3)
+    limits = {"toolTimeouts": {"sleep": 0.3}}
+    hub = make_hub({"a": {"flood_of": message, "tools": ["flood", "sleep"], "lmbridge": limits}})
+    lease = await hub.tools(call_timeout=20)
     assert await function_of(lease, "flood")() == "flooding"
     with pytest.raises(ToolError, match=r"did not answer within 0.3 seconds"):
         await function_of(lease, "sleep")()

@@ -74,10 +74,10 @@ async def start_host(hosts: list[subprocess.Popen[str]], tmp_path: Path, *words:
     ("number", "words"),
     [
         (signal.SIGTERM, ()),
-        (signal.SIGINT, ()),
         (signal.SIGINT, ("close",)),
         (signal.SIGKILL, ()),
-        (signal.SIGHUP, ()),
+        pytest.param(signal.SIGINT, (), marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, (), marks=pytest.mark.slow),
     ],
 )
 async def test_no_server_outlives_its_host(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.servers import server_process
 from lmbridge.mcp.servers.stdio import StdioLink
 
 PING = {"jsonrpc": "2.0", "method": "ping"}
@@ -31,9 +32,23 @@ async def test_sending_to_a_process_that_ended_fails_after_the_reason_is_known()
     await link.end()
 
 
-async def test_a_server_that_sends_faster_than_its_messages_are_handled_has_to_wait() -> None:
+@pytest.mark.parametrize("is_early", [False, True])
+async def test_a_server_that_sends_faster_than_its_messages_are_handled_has_to_wait(
+    monkeypatch: pytest.MonkeyPatch, *, is_early: bool
+) -> None:
     link = link_to("yes '" + json.dumps(PING) + "' | head -n 50000", lambda _: None)
+    if is_early:
+        # On a busy machine, output arrives before the task that starts the process goes on.
+        async def settle_late(starting: asyncio.Future[object]) -> None:
+            await starting
+            while not len(link._inbox):
+                await asyncio.sleep(0)
+            for _ in range(200):
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(server_process, "settle", settle_late)
     await link.start()
+    monkeypatch.undo()
     while link._process._pipe(1).is_reading():
         await asyncio.sleep(0)
     assert len(link._inbox) < 20_000

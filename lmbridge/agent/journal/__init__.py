@@ -1,0 +1,6 @@
+"""Journals: files that keep the steps of agent runs, so that a run can go on after its program was interrupted."""
+
+from lmbridge.agent.journal.journal import Journal, JournaledRun
+from lmbridge.agent.journal.resuming import JournalEntry
+
+__all__ = ["Journal", "JournalEntry", "JournaledRun"]

@@ -1,0 +1,274 @@
+"""The SQLite database behind a journal, and the translation of its errors.
+
+A journal is an ordinary SQLite database, so that `sqlite3 runs.db` and every other tool for it can read it. Its steps
+are rows that are only ever added, in the order in which they happened; nothing is updated but the state of a run.
+
+The file is recognised before SQLite opens it, by the first bytes: SQLite would create its own files beside a database
+of another program, and would take an empty file for a new database. A new journal is made under another name and then
+linked to its own, so that a program that is killed in between does not leave half a journal.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from lmbridge.agent.journal.locks import RunLocks
+from lmbridge.errors import JournalError, JournalProblem
+
+_APPLICATION_ID: Final = 0x6C6D626A
+"""The number in the header of a SQLite database that says what it is: "lmbj"."""
+_VERSION: Final = 1
+"""The version of the schema and of the steps. A change that older or newer versions cannot read raises it."""
+_HEADER_BYTES: Final = 100
+_MAGIC: Final = b"SQLite format 3\x00"
+_MODE: Final = 0o600
+_BUSY_SECONDS: Final = 60.0
+"""How long a write waits for another process, in seconds. A write of a journal takes milliseconds."""
+
+_SCHEMA: Final = f"""
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_VERSION};
+PRAGMA journal_mode = WAL;
+CREATE TABLE runs (id TEXT PRIMARY KEY, began REAL NOT NULL, state TEXT NOT NULL, start TEXT NOT NULL);
+CREATE TABLE steps (
+  run TEXT NOT NULL REFERENCES runs, number INTEGER NOT NULL, kind TEXT NOT NULL, at REAL NOT NULL, data TEXT NOT NULL,
+  PRIMARY KEY (run, number)
+) WITHOUT ROWID;
+"""
+
+_PROBLEMS: Final[dict[int, tuple[JournalProblem, str]]] = {
+    sqlite3.SQLITE_FULL: ("full", "make room on the disk, and let the run go on with Agent.resume"),
+    sqlite3.SQLITE_IOERR: ("unwritable", "check the disk, and let the run go on with Agent.resume"),
+    sqlite3.SQLITE_READONLY: ("unwritable", "the file and its folder must be writable for this user"),
+    sqlite3.SQLITE_CANTOPEN: ("unwritable", "the folder must exist, and must be writable for this user"),
+    sqlite3.SQLITE_PERM: ("unwritable", "the file and its folder must be writable for this user"),
+    sqlite3.SQLITE_BUSY: ("busy", "another process holds the file for minutes; look for a program that has it open"),
+    sqlite3.SQLITE_LOCKED: ("busy", "another process holds the file for minutes; look for a program that has it open"),
+    sqlite3.SQLITE_CORRUPT: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
+    sqlite3.SQLITE_NOTADB: ("damaged", "a part of it is missing or was overwritten; nothing was written to it"),
+}
+"""What the primary error codes of SQLite mean for a journal, and what to do."""
+
+
+class StoredRun(NamedTuple):
+    """A row of the table of runs."""
+
+    id: str
+    began: float
+    state: str
+    start: str
+
+
+class StoredStep(NamedTuple):
+    """A row of the table of steps."""
+
+    number: int
+    kind: str
+    at: float
+    data: str
+
+
+_Row = TypeVar("_Row", StoredRun, StoredStep)
+
+
+class Database:
+    """An open journal. All methods block, and must be called in the thread that has opened it.
+
+    Args:
+        path: The path of the file.
+        create: Whether the file is created if it does not exist.
+
+    Raises:
+        JournalError: The file does not exist, is not a journal of this version, or cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        self._path = path
+        with self._translated("open"):
+            if not path.exists():
+                if not create:
+                    raise self._error("missing", "does not exist", "check the path; a run with journal= creates it")
+                _create(path)
+            self._check_header()
+            self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._connection.execute("SELECT count(*) FROM runs WHERE id = ''")
+            except BaseException:
+                self._connection.close()
+                raise
+        self.locks: Final = RunLocks(path)
+
+    def _check_header(self) -> None:
+        with self._path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+        if not header:
+            raise self._error("damaged", "is empty", "a journal never is; delete the file to begin a new one")
+        if not header.startswith(_MAGIC[: len(header)]):
+            raise self._error("foreign", "is not a journal", "name another file; nothing was written to this one")
+        if len(header) < _HEADER_BYTES:
+            raise self._error("damaged", "is cut off", "a part of it is missing; nothing was written to it")
+        if int.from_bytes(header[68:72], "big") != _APPLICATION_ID:
+            hint = "name another file; nothing was written to this one"
+            raise self._error("foreign", "is a database of another program", hint)
+        version = int.from_bytes(header[60:64], "big")
+        if version != _VERSION:
+            raise self._error(
+                "version",
+                f"has version {version}, and this version of lmbridge reads version {_VERSION}",
+                "let its runs go on with the version of lmbridge that began them; nothing was written to it",
+            )
+
+    @property
+    def path(self) -> str:
+        """The path of the file."""
+        return str(self._path)
+
+    def close(self) -> None:
+        """Closes the file, and releases the runs."""
+        self._connection.close()
+        self.locks.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Makes a transaction of the block: either all that it writes is stored, or nothing.
+
+        Raises:
+            JournalError: It could not be written.
+        """
+        with self._translated("write to"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # SQLite may have ended the transaction by itself, for example because the disk is full.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def runs(self) -> list[StoredRun]:
+        """Returns all runs, the oldest first."""
+        rows = self._execute("SELECT id, began, state, start FROM runs ORDER BY began, rowid")
+        return [self._checked(StoredRun, row) for row in rows]
+
+    def run(self, run_id: str) -> StoredRun | None:
+        """Returns a run, or None if the journal does not have it."""
+        rows = self._execute("SELECT id, began, state, start FROM runs WHERE id = ?", run_id)
+        return self._checked(StoredRun, rows[0]) if rows else None
+
+    def steps(self, run_id: str) -> list[StoredStep]:
+        """Returns the steps of a run, in order."""
+        rows = self._execute("SELECT number, kind, at, data FROM steps WHERE run = ? ORDER BY number", run_id)
+        return [self._checked(StoredStep, row) for row in rows]
+
+    def first_step(self, run_id: str) -> StoredStep | None:
+        """Returns the first step of a run, or None if it has none."""
+        rows = self._execute("SELECT number, kind, at, data FROM steps WHERE run = ? AND number = 0", run_id)
+        return self._checked(StoredStep, rows[0]) if rows else None
+
+    def last_step(self, run_id: str) -> StoredStep | None:
+        """Returns the last step of a run, or None if it has none."""
+        query = "SELECT number, kind, at, data FROM steps WHERE run = ? ORDER BY number DESC LIMIT 1"
+        rows = self._execute(query, run_id)
+        return self._checked(StoredStep, rows[0]) if rows else None
+
+    def add_run(self, run_id: str, state: str, start: str) -> None:
+        """Adds a run."""
+        self._execute("INSERT INTO runs VALUES (?, ?, ?, ?)", run_id, time.time(), state, start)
+
+    def add_steps(self, run_id: str, first_number: int, steps: Sequence[tuple[str, str]]) -> None:
+        """Adds steps to a run. Each is a kind and its data."""
+        now = time.time()
+        for number, (kind, data) in enumerate(steps, first_number):
+            self._execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?)", run_id, number, kind, now, data)
+
+    def set_state(self, run_id: str, state: str) -> None:
+        """Changes the state of a run."""
+        self._execute("UPDATE runs SET state = ? WHERE id = ?", state, run_id)
+
+    def error(self, problem: JournalProblem, message: str, hint: str) -> JournalError:
+        """Returns an error about a run of this journal."""
+        return JournalError(message, problem=problem, hint=hint, path=str(self._path))
+
+    def _checked(self, kind: type[_Row], row: tuple[Any, ...]) -> _Row:
+        """Returns a row whose columns have the types that lmbridge writes; SQLite stores a value of any type."""
+        try:
+            return msgspec.convert(row, kind)
+        except ValueError as exc:
+            raise self._error(
+                "damaged", f"has a row that cannot be read: {exc}", "something else has changed it"
+            ) from exc
+
+    def _error(self, problem: JournalProblem, what: str, hint: str) -> JournalError:
+        return self.error(problem, f"the journal {str(self._path)!r} {what}", hint)
+
+    def _execute(self, query: str, *values: Any) -> list[Any]:
+        with self._translated("use"), closing(self._connection.execute(query, values)) as cursor:
+            return cursor.fetchall()
+
+    @contextmanager
+    def _translated(self, action: str) -> Iterator[None]:
+        """Translates the errors of SQLite and of the system.
+
+        Raises:
+            JournalError: One of them was raised.
+        """
+        try:
+            yield
+        except sqlite3.Error as exc:
+            code = getattr(exc, "sqlite_errorcode", None) or 0
+            # The lowest byte is the primary code, which the others refine.
+            problem, hint = _PROBLEMS.get(code & 0xFF, ("damaged", "nothing was written to it"))
+            raise JournalError(
+                f"could not {action} the journal {str(self._path)!r}: {exc}",
+                exc,
+                problem=problem,
+                hint=hint,
+                path=str(self._path),
+            ) from exc
+        except OSError as exc:
+            raise JournalError(
+                f"could not {action} the journal {str(self._path)!r}: {exc.strerror or exc}",
+                exc,
+                problem="unwritable",
+                hint="it must be a file in an existing folder, and both must be writable for this user",
+                path=str(self._path),
+            ) from exc
+
+
+def _create(path: Path) -> None:
+    """Creates a journal without runs, unless another process creates it at the same time."""
+    draft = path.with_name(f"{path.name}-{os.urandom(4).hex()}.new")
+    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _MODE))
+    try:
+        with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+            connection.executescript(_SCHEMA)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return
+        _sync(path.parent)
+    finally:
+        draft.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Makes sure that the entries of a folder are on the disk. Windows cannot open folders, and does it by itself."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,388 @@
+"""The steps of a run as JSON, and the records of a run that are read from its steps.
+
+A journal has these kinds of steps:
+
+========  ==========================================================================================
+begun     the run was admitted: its model, and the names of its tools
+reply     the model has replied: the whole reply, with its calls and its usage
+summary   the model has written a summary, because its context was full
+planned   the calls of the last reply are about to be made, or will not be made, with the reason
+started   a call is about to be made
+done      a call has ended: its result
+failed    the run ended with an error, and can go on
+ended     the run has ended: its stop reason and its answer
+========  ==========================================================================================
+
+The step "reply" and all steps of its calls have the number of the reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import attrs
+import msgspec
+
+from lmbridge.agent.journal.database import StoredStep
+from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.result import RunResult, StopReason
+from lmbridge.agent.result_images import ImagePlace
+from lmbridge.agent.run_journal import FinishedRun, RecordedCall, RecordedReply, RecordedResult
+from lmbridge.agent.tools import ToolCall
+from lmbridge.errors import LLMError
+from lmbridge.types import RunUsage
+
+_T = TypeVar("_T")
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+@attrs.frozen(kw_only=True)
+class RunStart:
+    """The task and the options with which a run was begun, and what is needed to continue it."""
+
+    task: Any
+    """The task, as a string or as content parts."""
+    messages: list[dict[str, Any]] | None
+    """The conversation that the run continues."""
+    model: str | None
+    """The model that was requested for this run; None means the agent's."""
+    settings: dict[str, Any]
+    """The options of the agent and of the run, except for functions and types."""
+    has_approve: bool
+    """True if calls had to be approved."""
+    output_schema: Any
+    """The JSON schema of the output; None if the run has no output type."""
+    extra: dict[str, Any]
+    """What the program that began the run needs to open its tools again, such as names of MCP servers."""
+    version: str
+    """The version of lmbridge."""
+
+
+@attrs.frozen(kw_only=True)
+class Begun:
+    """The data of the step "begun"."""
+
+    model: str | None
+    tools: list[str]
+
+
+@attrs.frozen(kw_only=True)
+class ReplyStep:
+    """The data of the step "reply"."""
+
+    number: int
+    round: int
+    seconds: float
+    served_model: str | None
+    image_place: ImagePlace
+    reply: ModelReply
+
+
+@attrs.frozen(kw_only=True)
+class Summary:
+    """The data of the step "summary"."""
+
+    number: int
+    """The number of the next reply."""
+    seconds: float
+    reply: ModelReply
+
+
+@attrs.frozen(kw_only=True)
+class EditedCall:
+    """The call that the user wanted in place of another one."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """The result of a call."""
+
+    text: str
+    is_error: bool
+    images: list[dict[str, Any]]
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class JournaledCall:
+    """A call in the step "planned"."""
+
+    place: int
+    id: str
+    name: str
+    arguments: dict[str, Any] | None
+    refusal: str | None
+    edited: EditedCall | None
+    result: Result | None
+
+
+@attrs.frozen(kw_only=True)
+class Planned:
+    """The data of the step "planned"."""
+
+    number: int
+    seconds: float
+    calls: list[JournaledCall]
+
+
+@attrs.frozen(kw_only=True)
+class Started:
+    """The data of the step "started"."""
+
+    number: int
+    place: int
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class Done:
+    """The data of the step "done"."""
+
+    number: int
+    place: int
+    seconds: float
+    result: Result
+
+
+@attrs.frozen(kw_only=True)
+class Failed:
+    """The data of the step "failed"."""
+
+    seconds: float
+    error: str
+    kind: str
+    dropped: list[int]
+    """The numbers of the replies because of which the run failed, and which the model has to give again."""
+
+
+@attrs.frozen(kw_only=True)
+class RequestedCall:
+    """A call in the step "ended"."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] | None
+    repaired: bool
+
+
+@attrs.frozen(kw_only=True)
+class Ended:
+    """The data of the step "ended"."""
+
+    seconds: float
+    stop_reason: StopReason
+    has_last_words: bool
+    model: str | None
+    rounds: int
+    text: str
+    reasoning: str
+    usage: RunUsage
+    messages: list[dict[str, Any]]
+    tool_calls: list[RequestedCall]
+    warnings: list[str]
+    errors: dict[str, str]
+
+
+Step = Begun | ReplyStep | Summary | Planned | Started | Done | Failed | Ended
+
+_KINDS: Final[Mapping[str, type[Any]]] = {
+    "begun": Begun,
+    "reply": ReplyStep,
+    "summary": Summary,
+    "planned": Planned,
+    "started": Started,
+    "done": Done,
+    "failed": Failed,
+    "ended": Ended,
+}
+_NAMES: Final = {kind: name for name, kind in _KINDS.items()}
+
+
+def encode(value: object) -> str:
+    """Returns a start or the data of a step as JSON."""
+    return _encode(value).decode()
+
+
+def decode(data: str, kind: type[_T]) -> _T:
+    """Returns a start or the data of a step.
+
+    Raises:
+        ValueError: The JSON is not that of such an object.
+    """
+    return msgspec.json.decode(data, type=kind)
+
+
+def encode_step(step: Step) -> tuple[str, str]:
+    """Returns the kind and the data of a step, as they are stored."""
+    return _NAMES[type(step)], encode(step)
+
+
+def decode_step(stored: StoredStep) -> Step:
+    """Returns a step.
+
+    Raises:
+        ValueError: Its kind is unknown, or its data are not those of that kind.
+    """
+    if stored.kind not in _KINDS:
+        raise ValueError(f"unknown kind of step: {stored.kind!r}")
+    step: Step = decode(stored.data, _KINDS[stored.kind])
+    return step
+
+
+def describe_call(call: RecordedCall) -> JournaledCall:
+    """Returns a call as a part of the step "planned"."""
+    edited = call.edited
+    return JournaledCall(
+        place=call.place,
+        id=call.id,
+        name=call.name,
+        arguments=None if call.arguments is None else dict(call.arguments),
+        refusal=call.refusal,
+        edited=None if edited is None else EditedCall(name=edited.name, arguments=dict(edited.arguments or {})),
+        result=None if call.result is None else describe_result(call.result),
+    )
+
+
+def describe_result(result: RecordedResult) -> Result:
+    """Returns the result of a call as a part of a step."""
+    images = [dict(image) for image in result.images]
+    return Result(text=result.text, is_error=result.is_error, images=images, seconds=result.seconds)
+
+
+def describe_end(finished: FinishedRun, seconds: float) -> Ended:
+    """Returns the step "ended" of a run."""
+    result = finished.result
+    calls = [
+        RequestedCall(
+            id=call.id,
+            name=call.name,
+            arguments=None if call.arguments is None else dict(call.arguments),
+            repaired=call.repaired,
+        )
+        for call in result.tool_calls
+    ]
+    return Ended(
+        seconds=seconds,
+        stop_reason=result.stop_reason,
+        has_last_words=finished.has_last_words,
+        model=result.model,
+        rounds=result.rounds,
+        text=result.text,
+        reasoning=result.reasoning,
+        usage=result.usage,
+        messages=result.messages,
+        tool_calls=calls,
+        warnings=list(result.warnings),
+        errors={name: str(error) for name, error in result.errors.items()},
+    )
+
+
+def _finished_run(ended: Ended) -> FinishedRun:
+    result: RunResult = RunResult(
+        text=ended.text,
+        model=ended.model,
+        rounds=ended.rounds,
+        stop_reason=ended.stop_reason,
+        messages=ended.messages,
+        tool_calls=tuple(
+            ToolCall(call.id, call.name, call.arguments, repaired=call.repaired) for call in ended.tool_calls
+        ),
+        usage=ended.usage,
+        reasoning=ended.reasoning,
+        errors={name: LLMError(text) for name, text in ended.errors.items()},
+        warnings=tuple(ended.warnings),
+    )
+    return FinishedRun(result, ended.has_last_words)
+
+
+@attrs.define
+class Recording:
+    """The steps of a run from before an interruption, in the form in which they are repeated."""
+
+    begun: Begun | None = None
+    finished: FinishedRun | None = None
+    """The result of the run; None if it has not ended."""
+    replies: list[tuple[ReplyStep, RecordedReply]] = attrs.field(factory=list)
+    """The replies, in order."""
+    summaries: dict[int, list[ModelReply]] = attrs.field(factory=dict)
+    """The replies with summaries, by the number of the next reply."""
+    calls: dict[int, dict[int, RecordedCall]] = attrs.field(factory=dict)
+    """The planned calls, by the number of their reply and their place in it."""
+    call_seconds: dict[int, float] = attrs.field(factory=dict)
+    """How long the run had been working at the last step of the calls of each reply, in seconds."""
+    seconds: float = 0.0
+    """How long the run had been working at its last step, in seconds."""
+
+    @classmethod
+    def of(cls, steps: Sequence[Step]) -> Recording:
+        """Reads the steps of a run.
+
+        Raises:
+            ValueError: The steps contradict each other.
+        """
+        recording = cls()
+        for step in steps:
+            recording._add(step)
+        return recording
+
+    def _add(self, step: Step) -> None:
+        if isinstance(step, Begun):
+            self.begun = step
+            return
+        self.seconds = max(self.seconds, step.seconds)
+        if isinstance(step, Planned | Started | Done):
+            self._add_call_step(step)
+        elif isinstance(step, ReplyStep):
+            if step.number != len(self.replies):
+                raise ValueError(f"the reply {len(self.replies)} is missing")
+            recorded = RecordedReply(
+                round=step.round,
+                reply=step.reply,
+                served_model=step.served_model,
+                image_place=step.image_place,
+            )
+            self.replies.append((step, recorded))
+        elif isinstance(step, Summary):
+            self.summaries.setdefault(step.number, []).append(step.reply)
+        elif isinstance(step, Ended):
+            self.finished = _finished_run(step)
+        else:
+            for number in step.dropped:
+                reply, recorded = self.replies[number]
+                self.replies[number] = reply, attrs.evolve(recorded, is_dropped=True)
+
+    def _add_call_step(self, step: Planned | Started | Done) -> None:
+        self.call_seconds[step.number] = step.seconds
+        if isinstance(step, Planned):
+            self.calls[step.number] = {call.place: _recorded_call(call) for call in step.calls}
+            return
+        call = self.calls.get(step.number, {}).get(step.place)
+        if call is None:
+            raise ValueError(f"the call {step.place} of the reply {step.number} was not planned")
+        call.has_started = True
+        if isinstance(step, Done):
+            call.result = _recorded_result(step.result)
+
+
+def _recorded_call(call: JournaledCall) -> RecordedCall:
+    edited = call.edited
+    return RecordedCall(
+        place=call.place,
+        id=call.id,
+        name=call.name,
+        arguments=call.arguments,
+        refusal=call.refusal,
+        edited=None if edited is None else ToolCall(call.id, edited.name, edited.arguments),
+        result=None if call.result is None else _recorded_result(call.result),
+    )
+
+
+def _recorded_result(result: Result) -> RecordedResult:
+    return RecordedResult(
+        text=result.text, is_error=result.is_error, images=tuple(result.images), seconds=result.seconds
+    )

@@ -1,0 +1,74 @@
+"""`ProgressReporter`: the events about a prompt that is processed, and about a model that is loaded, for a listener.
+
+Progress is requested only if the run has a listener and the server is known to report progress.
+Another server might refuse the field, and without a listener the additional chunks would only cost time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lmbridge.agent.channel import Channel
+from lmbridge.agent.events import RunEvent
+from lmbridge.agent.source import ClientSource
+from lmbridge.client.progress import ModelLoading, PromptProgress, progress_of
+from lmbridge.errors import LLMError
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
+
+
+class ProgressReporter:
+    """Reports the progress of one run.
+
+    Args:
+        source: What is known of the server.
+        channel: Carries the events of the run.
+        model: The model of the run.
+    """
+
+    def __init__(self, source: ClientSource, channel: Channel[RunEvent], model: str | None) -> None:
+        self._source = source
+        self._channel = channel
+        self._model = model
+
+    def params(self) -> dict[str, Any]:
+        """Returns the parameters of a request that make the server report its progress."""
+        if self._channel.has_listener and self._source.server_kinds.get(self._model) == "llama.cpp":
+            return {"return_progress": True}
+        return {}
+
+    async def report(self, chunk: Mapping[str, Any]) -> None:
+        """Sends the progress of the prompt, if a chunk reports any."""
+        if "prompt_progress" in chunk and self._channel.has_listener:
+            progress = progress_of(chunk)
+            if isinstance(progress, PromptProgress):
+                await self._channel.put(progress)
+
+    def watch_loading(self, client: Any) -> asyncio.Task[None] | None:
+        """Reports that the model is loaded, in a task, until it is cancelled; None if there is nothing to report.
+
+        Args:
+            client: The client that is about to send a request to a model which is perhaps not loaded.
+        """
+        if not self._channel.has_listener or self._model not in self._source.unloaded_models:
+            return None
+        self._source.unloaded_models.discard(self._model)
+        return asyncio.create_task(self._report_loading(client))
+
+    async def _report_loading(self, client: Any) -> None:
+        await self._channel.put(ModelLoading(self._model, None))
+        if self._source.server_kinds.get(self._model) != "llama.cpp" or not hasattr(type(client), "models"):
+            return
+        last: float | None = None
+        try:
+            async for loading in client.models.loading(self._model):
+                # The router repeats itself.
+                if loading.fraction not in (None, last):
+                    last = loading.fraction
+                    await self._channel.put(loading)
+        except LLMError as error:
+            # The load itself goes on, and the request that has caused it reports whether it fails.
+            logger.debug("the progress of loading %r is unknown: %s", self._model, error)

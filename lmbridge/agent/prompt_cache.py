@@ -1,0 +1,68 @@
+"""`PromptCacheWatch`: notices when a server has evaluated a prompt again that it had in its cache.
+
+A server keeps the tokens of the last prompt of a slot, and evaluates only what comes after the part that is the same.
+So a run sends its messages unchanged, and adds new ones at the end. If much more than the new messages was evaluated
+all the same, either something at the beginning has changed, which this module finds, or the server has dropped the
+cache, for example because another conversation needed the slot.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+
+from lmbridge.agent.events import PromptCacheLost
+from lmbridge.client.usage import cached_tokens
+from lmbridge.types import Usage
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
+
+_NOTICED_TOKENS: Final = 256
+"""How many tokens have to be evaluated again to be worth an event. Servers reuse their caches in blocks."""
+
+
+@attrs.define
+class PromptCacheWatch:
+    """Compares the tokens that a server has evaluated with those that were new, request by request."""
+
+    _messages: Sequence[Mapping[str, Any]] = attrs.field(init=False, default=())
+    _tools: object = attrs.field(init=False, default=None)
+    _prompt_tokens: int = attrs.field(init=False, default=0)
+
+    def compare(
+        self, messages: Sequence[Mapping[str, Any]], tools: object, usage: Usage | None
+    ) -> PromptCacheLost | None:
+        """Records a request that was answered, and returns what was lost since the one before it, if it was much.
+
+        Args:
+            messages: The messages that were sent.
+            tools: The definitions of the tools that were sent.
+            usage: The tokens that the server has counted.
+        """
+        before, tools_before, expected = self._messages, self._tools, self._prompt_tokens
+        prompt_tokens = (usage or {}).get("prompt_tokens") or 0
+        self._messages, self._tools, self._prompt_tokens = messages, tools, prompt_tokens
+        cached = cached_tokens(usage)
+        # If more than half of it came from the cache, only its end has changed, as when a long nudge is left out again.
+        if cached is None or not before or expected - cached < _NOTICED_TOKENS or cached > expected // 2:
+            return None
+        index = 0 if tools != tools_before else _first_difference(before, messages)
+        logger.info(
+            "the server has evaluated %s tokens of a prompt of %s, of which at least %s were in its cache before; %s",
+            prompt_tokens - cached,
+            prompt_tokens,
+            expected,
+            "nothing that was sent has changed" if index is None else f"message {index} is the first that has changed",
+        )
+        return PromptCacheLost(index)
+
+
+def _first_difference(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> int | None:
+    """Returns the index of the first message that is not what it was; None if messages were only added."""
+    for index, (old, new) in enumerate(zip(before, after, strict=False)):
+        if old is not new and old != new:
+            return index
+    return len(after) if len(after) < len(before) else None

@@ -1,0 +1,130 @@
+"""`Summarizer`: asks the model for the summary that replaces old turns of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from lmbridge.agent.chat_client import ChunkStream
+from lmbridge.agent.conversation import Message
+from lmbridge.agent.guards import TokenBudget
+from lmbridge.agent.record import RunRecord
+from lmbridge.agent.reply import ModelReply
+from lmbridge.agent.run_journal import RunJournal
+from lmbridge.agent.sampling import sampling_params
+from lmbridge.agent.settings import Settings
+from lmbridge.agent.source import ClientSource
+from lmbridge.agent.toolset import Toolset
+from lmbridge.agent.unread_calls import describe_markup
+from lmbridge.client.chat_accumulator import ChatAccumulator
+from lmbridge.client.inputs import CheckedList
+from lmbridge.client.token_count import size_of
+from lmbridge.errors import LLMConnectionError, LLMResponseError, LLMStreamError, LLMTimeoutError
+
+logger: logging.Logger = logging.getLogger("lmbridge.agent")
+
+_FAILURES: Final = (LLMConnectionError, LLMResponseError, LLMStreamError, LLMTimeoutError)
+"""The errors after which a run goes on without a summary. If the server is gone, the next request reports it."""
+
+
+class Summarizer:
+    """Asks the model of one run for summaries, until one of them fails.
+
+    Args:
+        source: Lends the client for each generation.
+        settings: The options of the run.
+        toolset: The tools of the run.
+        record: Everything that the run has done; the tokens of a summary are added to it.
+        token_budget: The tokens that the run may use.
+        estimate: Returns the estimated tokens of a prompt of that many bytes, if the server does not count them.
+        journal: Keeps the summaries, and repeats those from before an interruption. None without a journal.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ClientSource,
+        settings: Settings,
+        toolset: Toolset,
+        record: RunRecord,
+        token_budget: TokenBudget,
+        estimate: Callable[[int], int],
+        journal: RunJournal | None = None,
+    ) -> None:
+        self._journal = journal
+        self._source = source
+        self._settings = settings
+        self._toolset = toolset
+        self._record = record
+        self._token_budget = token_budget
+        self._estimate = estimate
+        self._has_failed = False
+
+    async def __call__(self, messages: list[Message], max_tokens: int) -> str:
+        """Returns the summary, or an empty text if the model gives none; then it is not asked again in this run."""
+        if self._has_failed or self._token_budget.is_spent:
+            return ""
+        try:
+            reply = await self._next_reply(messages, max_tokens)
+        except _FAILURES as error:
+            problem: str | None = str(error)
+        else:
+            if reply is None:
+                return ""
+            problem = self._problem_of(reply)
+            if problem is None:
+                return reply.text.strip()
+        self._has_failed = True
+        logger.warning("old messages are left out without a summary: %s", problem)
+        return ""
+
+    def _problem_of(self, reply: ModelReply) -> str | None:
+        if reply.calls or describe_markup(reply.text, self._toolset.names) is not None:
+            return "the model called a tool where it was asked for a summary"
+        return None if reply.text.strip() else "the model wrote none"
+
+    async def _next_reply(self, messages: list[Message], max_tokens: int) -> ModelReply | None:
+        """Returns the reply with the summary: the one that the journal has from before an interruption, or a new one.
+
+        None means that there was none at this point of a run that is being repeated.
+        """
+        reply = None if self._journal is None else self._journal.next_summary()
+        if reply is None:
+            if self._journal is not None and self._journal.is_repeating:
+                return None
+            reply = await self._generate(messages, max_tokens)
+            if self._journal is not None:
+                await self._journal.add_summary(reply)
+        if reply.usage:
+            self._record.add_usage(reply.usage)
+        self._token_budget.spend(reply.tokens)
+        return reply
+
+    async def _generate(self, messages: list[Message], max_tokens: int) -> ModelReply:
+        # With the same tools as in the rounds, the server has most of the prompt in its cache.
+        has_tools = bool(self._toolset.definitions)
+        params: dict[str, Any] = {"max_tokens": max_tokens, "stream_options": {"include_usage": True}}
+        params |= sampling_params(self._settings.sampling, has_tools=has_tools, is_first_round=False)
+        if has_tools:
+            params |= {"tools": self._toolset.definitions, "tool_choice": "none"}
+        async with self._source.lease(self._record.model) as client:
+            stream = await client.chat_completion(
+                CheckedList(messages), model=self._record.model, stream=True, **params
+            )
+            reply = await ModelReply.from_completion(await _collect(stream))
+        estimated = self._estimate(sum(map(size_of, messages))) + len(reply.text) // 3
+        reply.tokens = (reply.usage or {}).get("total_tokens") or estimated
+        return reply
+
+
+async def _collect(stream: ChunkStream) -> Mapping[str, Any]:
+    """Reads a stream to its end. Any exception closes it, so that the server stops generating."""
+    accumulator = ChatAccumulator()
+    try:
+        async for chunk in stream:
+            accumulator.add(chunk)
+    except BaseException:
+        await stream.aclose()
+        raise
+    return accumulator.reply() if accumulator.has_begun else {}

@@ -1,0 +1,66 @@
+"""`--schema FILE`: the JSON schema that an answer has to follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lmbridge.cli.running import CommandError, UsageError
+from lmbridge.client.schemas import simplify_parameters
+from lmbridge.client.structured import without_fence
+
+
+@attrs.frozen
+class AnswerSchema:
+    """A JSON schema, and the form in which it is sent."""
+
+    response_format: Mapping[str, Any]
+    """The parameter of the request."""
+    _validate: Callable[[Mapping[str, Any]], object]
+
+    @classmethod
+    def from_file(cls, path: Path) -> AnswerSchema:
+        """Reads a schema.
+
+        Raises:
+            UsageError: The file cannot be read, or it is not the JSON schema of an object.
+        """
+        # It imports jsonschema, which takes as long as everything else together.
+        from lmbridge.agent.schemas import build_validator  # noqa: PLC0415 - see above
+
+        try:
+            schema = json.loads(path.read_text("utf-8"))
+        except OSError as exc:
+            raise UsageError(f"cannot read the schema: {exc}") from exc
+        except ValueError as exc:
+            raise UsageError(f"{path} is not JSON: {exc}", "--schema takes a file with a JSON schema") from exc
+        if not isinstance(schema, dict) or schema.get("type") != "object":
+            raise UsageError(
+                f"{path} is not the JSON schema of an object",
+                'it looks like {"type": "object", "properties": {...}, "required": [...]}',
+            )
+        name = "".join(each if each.isascii() and each.isalnum() else "_" for each in path.stem)[:64] or "answer"
+        wire = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
+        return cls(wire, build_validator(schema, simplify_parameters(schema)))
+
+    def read(self, text: str) -> dict[str, Any]:
+        """Returns the object in an answer.
+
+        Raises:
+            CommandError: The answer is not JSON, or does not follow the schema.
+        """
+        try:
+            value = json.loads(without_fence(text))
+            if not isinstance(value, dict):
+                raise ValueError("it is not an object")  # noqa: TRY004 - the value comes from the model
+            self._validate(value)
+        except ValueError as exc:
+            raise CommandError(
+                f"the answer does not follow the schema: {exc}; it is {text!r}",
+                "say in the prompt what the fields mean, or use a larger model",
+            ) from exc
+        return value

@@ -1,0 +1,40 @@
+"""The arguments of `lmbridge chat`, which its one answer and its conversation share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from lmbridge.cli.answer_schema import AnswerSchema
+from lmbridge.cli.answer_view import ReasoningMode
+from lmbridge.cli.options import ServerOptions
+from lmbridge.cli.tool_options import ToolOptions
+
+
+@attrs.frozen(kw_only=True)
+class ChatOptions:
+    """The arguments of `lmbridge chat`."""
+
+    server: ServerOptions
+    """The server and the model."""
+    tools: ToolOptions
+    """The MCP servers whose tools the model gets."""
+    system: str | None
+    """The system message."""
+    images: Sequence[Path]
+    """The images that are shown with the first prompt."""
+    schema: AnswerSchema | None
+    """The schema of the answer."""
+    as_json: bool
+    """Whether the whole reply is printed as JSON."""
+    continues: bool
+    """Whether the last conversation goes on."""
+    logs: bool
+    """Whether the conversation is written to the log."""
+    reasoning: ReasoningMode
+    """True if reasoning is shown."""
+    params: Mapping[str, Any]
+    """The parameters of the requests."""

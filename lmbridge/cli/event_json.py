@@ -1,0 +1,51 @@
+"""The events of a run as JSON, for `lmbridge run --json`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from lmbridge.agent.events import RunEvent
+from lmbridge.agent.tools import Tool
+from lmbridge.errors import LLMError
+
+
+def event_as_json(event: RunEvent) -> dict[str, Any]:
+    """Returns an event: its `type`, such as "text_delta", and its fields."""
+    return {"type": _snake_case(type(event).__name__), **_fields(event)}
+
+
+def error_as_json(error: LLMError) -> dict[str, Any]:
+    """Returns the error that ended a run, as its last line."""
+    return {"type": "error", "error": type(error).__name__, "message": str(error)}
+
+
+_HIDDEN = frozenset({"raw", "log", "images"})
+"""Fields that are left out: objects of Python, rounds that have been reported when they ended, and large data."""
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    names = [each.name for each in attrs.fields(type(value)) if each.name not in _HIDDEN]
+    return {name: _plain(getattr(value, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value that JSON can hold. The value that a tool returned is left out, because its text is there."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Tool):
+        return value.name
+    if attrs.has(type(value)):
+        return _fields(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,57 @@
+"""What `lmbridge doctor` finds, and how it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+import attrs
+from rich.text import Text
+
+from lmbridge.cli.terminal import Terminal, one_line
+
+FindingState = Literal["ok", "warning", "broken", "skipped"]
+"""Whether something works, works with a reservation, does not work, or was not tried."""
+
+_MARKS: Final[dict[FindingState, tuple[str, str]]] = {
+    "ok": ("ok", "green"),
+    "warning": ("warning", "yellow"),
+    "broken": ("BROKEN", "bold red"),
+    "skipped": ("skipped", "dim"),
+}
+
+
+@attrs.frozen
+class Finding:
+    """The outcome of one check."""
+
+    check: str
+    """What was checked, in one or two words."""
+    state: FindingState
+    """The result of the check."""
+    text: str
+    """A description of the result."""
+    fix: str | None = None
+    """What to do about it; None if there is nothing to do."""
+
+
+def show_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
+    """Writes a table, and what to do about each finding."""
+    rows = [(each.check, Text(*_MARKS[each.state]), one_line(each.text)) for each in findings]
+    terminal.table(("check", "state", "finding"), rows)
+    fixes = [each for each in findings if each.fix]
+    if fixes:
+        terminal.line()
+        terminal.line("What to do:", "bold")
+    for each in fixes:
+        terminal.line(f"  {each.check}: {each.fix}")
+
+
+def findings_as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Returns the findings for `--json`."""
+    return {"broken": any_broken(findings), "findings": [attrs.asdict(each) for each in findings]}
+
+
+def any_broken(findings: Sequence[Finding]) -> bool:
+    """Returns whether something does not work."""
+    return any(each.state == "broken" for each in findings)

@@ -1,0 +1,52 @@
+"""The check of `lmbridge doctor` that the MCP servers of the configuration can be started."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from lmbridge._tasks import settle
+from lmbridge.cli.findings import Finding
+from lmbridge.cli.tool_options import ToolOptions
+from lmbridge.errors import MCPError, MultiMCPError
+
+if TYPE_CHECKING:
+    from lmbridge.mcp.servers.hub import McpHub
+
+
+async def check_mcp_servers(options: ToolOptions) -> list[Finding]:
+    """Starts each enabled server of the configuration, lists its tools, and stops it."""
+    try:
+        from lmbridge.mcp.sdk import load_sdk  # noqa: PLC0415 - the extra may be missing
+
+        await settle(asyncio.to_thread(load_sdk))
+    except ImportError as error:
+        return [Finding("MCP servers", "skipped", str(error))]
+    from lmbridge.mcp.servers.hub import McpHub  # noqa: PLC0415 - as above
+
+    hub = McpHub(options.config, trust_project=options.trust_project)
+    try:
+        config = await hub.reload()
+        names = await hub.names()
+        if not names:
+            where = f" in {config.path}" if config.path else ""
+            return [Finding("MCP servers", "skipped", f"none is configured{where}")]
+        return [await _check_server(hub, name) for name in names]
+    except MCPError as error:
+        return [Finding("MCP servers", "broken", error.message, error.hint)]
+    finally:
+        await hub.close()
+
+
+async def _check_server(hub: McpHub, name: str) -> Finding:
+    try:
+        lease = await hub.tools([name])
+    except MultiMCPError as failed:
+        error = failed.errors[name]
+        hint = error.hint if isinstance(error, MCPError) else None
+        return Finding(f"MCP: {name}", "broken", error.message if isinstance(error, MCPError) else str(error), hint)
+    try:
+        tools = await lease.list_tools()
+    finally:
+        lease.release()
+    return Finding(f"MCP: {name}", "ok", f"{len(tools)} tool{'' if len(tools) == 1 else 's'}")

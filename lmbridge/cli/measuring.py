@@ -1,0 +1,174 @@
+"""Measures how fast a server is with several requests at the same time, for `lmbridge bench`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+
+from lmbridge.client import LLMClient
+from lmbridge.client.reasoning import ReasoningSplitter
+from lmbridge.client.server_info import Kind
+
+_WORDS: Final = ("amber", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour", "island", "jacket")
+_TOKENS_OF_WORD: Final = 1.3
+"""About how many tokens a word of the prompts has, with the tokenizers of common models."""
+_TASK: Final = "Write a long story in which each of these words occurs:"
+_GOOD_ENOUGH: Final = 0.95
+"""The share of the highest throughput at which a lower concurrency is preferred."""
+_IGNORES_EOS: Final[frozenset[Kind]] = frozenset({"llama.cpp", "vllm"})
+"""The servers that can be told to generate beyond the end of the answer, so that all answers are equally long."""
+
+
+@attrs.frozen(kw_only=True)
+class Workload:
+    """How long the prompts and the answers are, and how many requests are sent."""
+
+    prompt_tokens: int
+    """About how many tokens each prompt has."""
+    answer_tokens: int
+    """The most tokens of each answer."""
+    rounds: int
+    """How many requests each of the concurrent clients sends, one after the other."""
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """One request."""
+
+    first_token_seconds: float
+    """The seconds until the first piece of the answer."""
+    seconds: float
+    """The seconds until its end."""
+    prompt_tokens: int
+    """The tokens of the prompt, as the server counted them."""
+    answer_tokens: int
+    """The tokens of the answer, as the server counted them."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How fast the answer was written."""
+        writing = self.seconds - self.first_token_seconds
+        return (self.answer_tokens - 1) / writing if writing > 0 and self.answer_tokens > 1 else math.nan
+
+
+@attrs.frozen(kw_only=True)
+class Measurement:
+    """The measurements for one number of concurrent requests."""
+
+    concurrency: int
+    """The number of requests at the same time."""
+    samples: tuple[Sample, ...]
+    """The requests."""
+    seconds: float
+    """How long they took together."""
+
+    @property
+    def first_token_seconds(self) -> float:
+        """The median time to the first token."""
+        return statistics.median(each.first_token_seconds for each in self.samples)
+
+    @property
+    def answer_speed(self) -> float:
+        """The median speed of one answer, in tokens per second."""
+        speeds = [each.tokens_per_second for each in self.samples if not math.isnan(each.tokens_per_second)]
+        return statistics.median(speeds) if speeds else math.nan
+
+    @property
+    def throughput(self) -> float:
+        """The tokens per second of all answers together."""
+        return sum(each.answer_tokens for each in self.samples) / self.seconds
+
+    @property
+    def prompt_speed(self) -> float:
+        """The tokens of prompts per second until the first token of each answer, of all requests in flight together."""
+        speeds = [each.prompt_tokens / each.first_token_seconds for each in self.samples]
+        return statistics.median(speeds) * self.concurrency
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the numbers for `--json`; what could not be measured is None."""
+        numbers = {
+            "first_token_seconds": self.first_token_seconds,
+            "answer_tokens_per_second": self.answer_speed,
+            "total_tokens_per_second": self.throughput,
+            "prompt_tokens_per_second": self.prompt_speed,
+        }
+        measured = {name: None if math.isnan(each) else round(each, 3) for name, each in numbers.items()}
+        return {"concurrency": self.concurrency, "requests": len(self.samples), **measured}
+
+
+async def measure(
+    client: LLMClient, kind: Kind, concurrency: int, workload: Workload, prompts: Iterator[str]
+) -> Measurement:
+    """Sends requests, a fixed number of them at the same time, and measures them.
+
+    Args:
+        client: A client that lets that many requests go at the same time.
+        kind: The kind of the server.
+        concurrency: The number of requests at the same time.
+        workload: What is asked.
+        prompts: Prompts. Each is used only once.
+
+    Raises:
+        LLMError: A request failed.
+    """
+    samples: list[Sample] = []
+
+    async def ask_in_turn() -> None:
+        samples.extend(
+            [await _ask(client, kind, next(prompts), workload.answer_tokens) for _ in range(workload.rounds)]
+        )
+
+    started = time.monotonic()
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(ask_in_turn())
+    except ExceptionGroup as failed:
+        # One error is enough, and the others are most likely the same.
+        error = failed.exceptions[0]
+        raise error from error.__cause__
+    return Measurement(concurrency=concurrency, samples=tuple(samples), seconds=time.monotonic() - started)
+
+
+async def _ask(client: LLMClient, kind: Kind, prompt: str, answer_tokens: int) -> Sample:
+    params: dict[str, Any] = {"max_tokens": answer_tokens, "stream_options": {"include_usage": True}, "temperature": 0}
+    if kind in _IGNORES_EOS:
+        params["ignore_eos"] = True
+    splitter, pieces, first = ReasoningSplitter(), 0, None
+    started = time.monotonic()
+    async with client.stream_chat([{"role": "user", "content": prompt}], **params) as stream:
+        async for chunk in stream:
+            if splitter.feed(chunk):
+                pieces += 1
+                first = first or time.monotonic()
+        ended = time.monotonic()
+        usage: Mapping[str, Any] = (stream.partial or {"usage": None}).get("usage") or {}
+    return Sample(
+        first_token_seconds=(first or ended) - started,
+        seconds=ended - started,
+        prompt_tokens=usage.get("prompt_tokens") or round(len(prompt.split()) * _TOKENS_OF_WORD),
+        # Servers that do not count the tokens of a stream send one token in each piece.
+        answer_tokens=usage.get("completion_tokens") or pieces,
+    )
+
+
+def make_prompts(tokens: int, seed: int = 0) -> Iterator[str]:
+    """Yields prompts of about equal length. They differ from the first word on, so that no cache helps."""
+    chosen = random.Random(seed)
+    words = max(1, round(tokens / _TOKENS_OF_WORD) - len(_TASK.split()))
+    for number in itertools.count(1):
+        yield f"{number}. {_TASK} {' '.join(chosen.choices(_WORDS, k=words))}"
+
+
+def recommended_concurrency(measurements: Sequence[Measurement]) -> int:
+    """Returns the lowest concurrency with (nearly) the highest throughput: with more, answers only become slower."""
+    best = max(each.throughput for each in measurements)
+    return min(each.concurrency for each in measurements if each.throughput >= best * _GOOD_ENOUGH)

@@ -1,0 +1,57 @@
+"""The prompt of a command: its argument, and what is piped into it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from concurrent.futures import Future
+
+from lmbridge.cli.running import UsageError
+
+
+async def whole_prompt(prompt: str | None) -> str | None:
+    """Returns the prompt with what is piped into the command; None if a conversation begins.
+
+    Raises:
+        UsageError: There is neither a prompt nor a person who could type one.
+    """
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _decode_prompt(await _read_stdin())
+    text = "\n\n".join(each for each in (prompt or "", piped.rstrip("\n")) if each.strip())
+    if text:
+        return text
+    if prompt is not None:
+        raise UsageError("the prompt is empty")
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+        raise UsageError("there is no prompt, and no terminal for a conversation", 'lmbridge chat "your question"')
+    return None
+
+
+async def _read_stdin() -> bytes:
+    """Returns all that is piped into the command.
+
+    The thread that reads is a daemon, because a signal could otherwise not end the command before the pipe ends. It
+    reads the file itself: a thread that holds the lock of the buffer aborts the interpreter at its end.
+    """
+    file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    whole: Future[bytes] = Future()
+    # Now only the thread sets it, even if no task waits for it any more.
+    whole.set_running_or_notify_cancel()
+
+    def read() -> None:
+        try:
+            data = file.read()
+        except BaseException as error:  # noqa: BLE001 - raised by the coroutine that waits
+            whole.set_exception(error)
+        else:
+            whole.set_result(data)
+
+    threading.Thread(target=read, name="lmbridge-stdin", daemon=True).start()
+    return await asyncio.wrap_future(whole)
+
+
+def _decode_prompt(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"what is piped in is not text: {exc}", "show images with --image FILE") from exc

@@ -1,0 +1,94 @@
+"""One turn of a conversation: a question, and its answer, with or without tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lmbridge.cli.answer_view import AnswerView
+from lmbridge.cli.answering import StreamedAnswer, stream_answer
+from lmbridge.cli.connection import ServerConnection
+from lmbridge.cli.exit_status import OF_STOP_REASON, ExitStatus
+from lmbridge.cli.terminal import Terminal
+from lmbridge.cli.tool_access import ToolAccess
+
+if TYPE_CHECKING:
+    from lmbridge.agent.result import RunResult
+    from lmbridge.agent.runs import RunStream
+
+_CUT_HINT = "raise --max-tokens, or load the model with a longer context"
+
+
+class ChatTurn:
+    """A question that is being answered.
+
+    Args:
+        messages: The conversation, with the question at its end.
+    """
+
+    def __init__(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._asked = [dict(each) for each in messages]
+        self._stream: RunStream | None = None
+        self._result: RunResult | None = None
+        self.answer: StreamedAnswer = StreamedAnswer()
+        """The answer without tools, or the part that has arrived."""
+
+    async def take(
+        self, connection: ServerConnection, view: AnswerView, params: Mapping[str, Any], tools: ToolAccess | None
+    ) -> None:
+        """Asks the model, and shows the answer. If it is cancelled, `messages` has what had arrived.
+
+        Args:
+            connection: The server and the model.
+            view: Shows the answer.
+            params: Parameters of the requests.
+            tools: The tools that the model may use, or None.
+
+        Raises:
+            LLMError: The server, or a tool server, failed.
+        """
+        if tools is None or not tools.names:
+            await stream_answer(connection.client, self._asked, view, self.answer, params)
+            return
+        # Agents take a while to import, and most answers need no tools.
+        from lmbridge.agent.agent import Agent  # noqa: PLC0415 - see above
+        from lmbridge.cli.run_view import show_events  # noqa: PLC0415 - see above
+
+        agent = Agent(connection.client, open_tools=tools.open_tools, approve=tools.approve, **params)
+        *past, question = self._asked
+        async with agent.stream(question["content"], messages=past) as stream:
+            self._stream = stream
+            self._result = await show_events(stream, view)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation after the turn. A question without any answer is left out, so that it can be asked again."""
+        if self._stream is not None:
+            messages = [dict(each) for each in self._stream.handle.messages]
+        elif self.answer.text:
+            messages = [*self._asked, {"role": "assistant", "content": self.answer.text}]
+        else:
+            messages = list(self._asked)
+        while messages and messages[-1].get("role") == "user":
+            messages.pop()
+        return messages
+
+    def status_line(self, context_length: int | None) -> str:
+        """Returns what is known about the answer: its tokens, its speed, and how full the context is."""
+        if self._result is None:
+            return self.answer.status(context_length)
+        usage = self._result.usage
+        rounds = self._result.rounds
+        return f"{usage['completion_tokens']} tokens in {rounds} round{'' if rounds == 1 else 's'}"
+
+    def exit_status(self, terminal: Terminal) -> ExitStatus:
+        """Returns the exit status for the turn, after a warning if the answer is not complete."""
+        reason = self.answer.finish_reason if self._result is None else self._result.stop_reason
+        if reason == "length":
+            terminal.problem("the answer was cut off", _CUT_HINT, kind="warning")
+        elif self._result is not None and reason != "stop":
+            from lmbridge.agent.result import ENDINGS  # noqa: PLC0415 - see `take`
+
+            what, hint = ENDINGS[self._result.stop_reason]
+            terminal.problem(f"the run ended without an answer: {what}", hint, kind="warning")
+        return OF_STOP_REASON.get(reason or "stop", ExitStatus.OK)

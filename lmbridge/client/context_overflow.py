@@ -1,0 +1,180 @@
+"""Prompts that are longer than the context, on servers that cut them without a word.
+
+Ollama leaves out the beginning of a prompt that does not fit, answers as if nothing had happened, and counts the tokens
+after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM report an error. So with
+`context_overflow`, a prompt is compared with the context before it is sent, exactly where the server can count, and the
+server's count is compared with it afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Final, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import attrs
+
+from lmbridge._checks import is_integer
+from lmbridge.client.server_api import ServerApi
+from lmbridge.client.server_info import context_length_of, describe
+from lmbridge.client.token_count import count_tokens, estimate_tokens
+from lmbridge.errors import ContextLengthExceededError, LLMError
+from lmbridge.transport import BaseTransport
+
+logger: logging.Logger = logging.getLogger("lmbridge.client")
+
+ContextOverflow: TypeAlias = Literal["raise", "warn"]
+"""What happens if a prompt does not fit into the model's context."""
+
+_CLEARLY_TOO_LONG: Final = 1.5
+"""How many times the context an estimate has to be for the prompt to be longer than the context in any language."""
+_MAY_BE_TOO_LONG: Final = 0.6
+"""The share of the context from which the server is asked for an exact count."""
+_TOKENS_TO_LEARN_FROM: Final = 500
+"""The least tokens of a prompt that shows how far estimates are off. In a smaller one, the template dominates."""
+_LEAST_FACTOR: Final = 3 / 8
+_GREATEST_FACTOR: Final = 6.0
+"""The bounds of what is learned, for servers that count wrongly: 8 bytes, or half a byte, for one token."""
+_ASK_AGAIN_SECONDS: Final = 60.0
+"""Seconds after which the context length is requested again, because the model may have been loaded anew."""
+OVERFLOW_HINT: Final = (
+    "shorten the prompt, or load the model with a longer context; on Ollama, set num_ctx in a Modelfile or"
+    " OLLAMA_CONTEXT_LENGTH"
+)
+
+
+@attrs.frozen
+class PromptSize:
+    """The size of a prompt, and of the context that it has to fit into."""
+
+    tokens: int
+    """How many tokens the prompt has."""
+    exact: bool
+    """Whether the server has counted them."""
+    context_length: int
+    """How many tokens fit into the context, the answer included."""
+
+    @property
+    def is_too_long(self) -> bool:
+        """True if the prompt does not fit."""
+        return self.tokens > self.context_length
+
+    @property
+    def is_clearly_too_long(self) -> bool:
+        """Whether the prompt does not fit even if an estimate is as high as it can be."""
+        return self.tokens > (self.context_length if self.exact else _CLEARLY_TOO_LONG * self.context_length)
+
+    def describe(self) -> str:
+        """Returns a sentence about a prompt that does not fit."""
+        about = "" if self.exact else "about "
+        return f"the prompt has {about}{self.tokens} tokens, and the model's context {self.context_length}"
+
+    def was_cut(self, counted: object) -> bool:
+        """Returns whether the server has left out a part of the prompt, by the tokens that it has read.
+
+        A prompt that fills the whole context leaves no room for an answer, so it is what is left of a longer one.
+        """
+        if not is_integer(counted) or counted <= 0:
+            return False
+        return counted >= self.context_length or (self.is_clearly_too_long and counted < self.tokens)
+
+
+def describe_cut(counted: int, context_length: int) -> str:
+    """Returns a sentence about a prompt of which the server has left out a part."""
+    return f"the server has cut the prompt to {counted} tokens without a word; the model's context has {context_length}"
+
+
+def _learned_factors(server: ServerApi) -> dict[str | None, float]:
+    """Returns how many times an estimate the tokens were that the server has counted, for each model."""
+    return _all_factors().setdefault(server.transport, {})
+
+
+@cache
+def _all_factors() -> WeakKeyDictionary[BaseTransport, dict[str | None, float]]:
+    return WeakKeyDictionary()
+
+
+@cache
+def _context_lengths() -> WeakKeyDictionary[BaseTransport, dict[str | None, tuple[int | None, float]]]:
+    """The context lengths of the models of each server, and when they were asked for."""
+    return WeakKeyDictionary()
+
+
+async def check_prompt(
+    server: ServerApi, body: Mapping[str, Any], *, timer: Callable[[], float] = time.monotonic
+) -> PromptSize | None:
+    """Compares the prompt of a chat completion with the context of its model, as `context_overflow` asks for.
+
+    Returns:
+        The size of the prompt, or None if the context length is unknown.
+
+    Raises:
+        ContextLengthExceededError: The prompt does not fit, and `context_overflow` is "raise".
+    """
+    context_length = await _context_length(server, body.get("model"), timer)
+    if context_length is None:
+        return None
+    estimate = round(estimate_tokens(body) * _learned_factors(server).get(body.get("model"), 1.0))
+    size = PromptSize(estimate, exact=False, context_length=context_length)
+    if size.tokens > _MAY_BE_TOO_LONG * context_length:
+        prompt = {name: body[name] for name in ("messages", "tools", "model") if name in body}
+        count = await count_tokens(server, prompt)
+        if count.exact:
+            size = attrs.evolve(size, tokens=count.tokens, exact=True)
+    if size.is_too_long:
+        _report_overflow(server, size.describe(), size, body.get("model"))
+    return size
+
+
+def check_reply(server: ServerApi, size: PromptSize, body: Mapping[str, Any], reply: Mapping[str, Any]) -> None:
+    """Compares the tokens that the server has read with the prompt that it was sent, and learns from the difference.
+
+    Raises:
+        ContextLengthExceededError: The server has cut the prompt, and `context_overflow` is "raise".
+    """
+    usage = reply.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    if not is_integer(counted) or counted <= 0:
+        return
+    estimate = estimate_tokens(body)
+    if not size.was_cut(counted):
+        if estimate > _TOKENS_TO_LEARN_FROM:
+            _learned_factors(server)[body.get("model")] = min(max(counted / estimate, _LEAST_FACTOR), _GREATEST_FACTOR)
+    else:
+        _report_overflow(server, describe_cut(counted, size.context_length), size, reply.get("model"), reply)
+
+
+def _report_overflow(
+    server: ServerApi, message: str, size: PromptSize, model: object, partial: Mapping[str, Any] | None = None
+) -> None:
+    if server.context_overflow == "warn":
+        logger.warning("%s; model %r", message, model)
+        return
+    raise ContextLengthExceededError(
+        message,
+        prompt_tokens=size.tokens,
+        context_length=size.context_length,
+        hint=OVERFLOW_HINT,
+        context={"operation": "chat completion", "url": server.transport.api_base, "model": model},
+        partial=partial,
+    )
+
+
+async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
+    """Returns the context length of a model; the server is asked again after a minute, because it may load it anew."""
+    known = _context_lengths().setdefault(server.transport, {})
+    length, asked_at = known.get(model, (None, -_ASK_AGAIN_SECONDS))
+    if timer() - asked_at < _ASK_AGAIN_SECONDS:
+        return length
+    try:
+        infos = [await describe(each, model) for each in server.each()]
+    except LLMError as error:
+        # The generation that follows meets the same problem, and reports it.
+        logger.debug("the context length of model %r is unknown: %s", model, error)
+        return None
+    lengths = [each for each in (context_length_of(info, model) for info in infos) if each is not None]
+    known[model] = min(lengths, default=None), timer()
+    return known[model][0]

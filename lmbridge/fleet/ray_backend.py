@@ -1,0 +1,295 @@
+"""`RayBackend`: the runs of a fleet in the processes of a Ray cluster. The only importer of Ray.
+
+Ray Core does all that a fleet of processes needs: it places the processes, starts a new one when one dies, repeats the
+calls that were lost with it, and ends all of them with the program. Each process is an async actor, which has one
+agent, so one client and one pool of connections, and as many runs at the same time as its share of `max_in_flight`.
+`ray.data` was the alternative; it works on tables, in batches, and would need to learn how to cancel a generation.
+
+The checkpoint is a file on one machine, so an actor on the machine of the program has it, and the others write through
+it.
+
+Facts about Ray: https://docs.ray.io/en/latest/ray-core/fault_tolerance/actors.html (restarts and repeated calls),
+https://docs.ray.io/en/latest/ray-core/actors/async_api.html (async actors, cancellation).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import pickle
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Final, Self
+
+import attrs
+
+from lmbridge._tasks import settle
+from lmbridge.agent.journal import Journal, JournalEntry
+from lmbridge.agent.journal.database import StoredStep
+from lmbridge.agent.journal.journal import JournalState
+from lmbridge.agent.journal.run_store import FileStore, RunStore
+from lmbridge.agent.journal.steps import RunStart, Step
+from lmbridge.agent.result import RunResult
+from lmbridge.errors import LLMError
+from lmbridge.fleet.attempts import AgentFactory, FleetTask, RunsTasks, opened_agent, run_task
+from lmbridge.fleet.outcome import Outcome
+
+try:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError as _error:
+    raise ImportError("the backend 'ray' needs Ray: pip install 'lmbridge[ray]'", name="ray") from _error
+
+_CLOSE_SECONDS: Final = 30.0
+"""How long the runs of a fleet that is left early have for their clean-up, in seconds."""
+_OTHER_CALLS: Final = 4
+"""The calls that an actor can take besides its runs."""
+
+
+class _Keeper:
+    """The actor that has the checkpoint. Errors are returned, because Ray would wrap those that are raised."""
+
+    def __init__(self, path: str) -> None:
+        self._store = FileStore(path)
+
+    async def open_run(self, run_id: str, start: RunStart) -> Any:
+        return await _returned(self._store.open_run(run_id, start))
+
+    async def add_step(self, run_id: str, number: int, step: Step, state: JournalState | None) -> Any:
+        return await _returned(self._store.add_step(run_id, number, step, state))
+
+    async def release_run(self, run_id: str) -> Any:
+        return await _returned(self._store.release_run(run_id))
+
+
+class _RemoteStore:
+    """Writes the steps of runs through the actor that has the file. It implements `RunStore`."""
+
+    def __init__(self, path: str, keeper: Any) -> None:
+        self._path = path
+        self._keeper = keeper
+
+    @property
+    def path(self) -> str:
+        return self._path
+
+    async def open_run(self, run_id: str, start: RunStart) -> list[StoredStep]:
+        steps: list[StoredStep] = _raised(await self._keeper.open_run.remote(run_id, start))
+        return steps
+
+    async def add_step(self, run_id: str, number: int, step: Step, state: JournalState | None) -> None:
+        _raised(await self._keeper.add_step.remote(run_id, number, step, state))
+
+    async def release_run(self, run_id: str) -> None:
+        _raised(await self._keeper.release_run.remote(run_id))
+
+
+@attrs.frozen
+class _RemoteEntry(JournalEntry):
+    """The place of a run in a journal that another process has."""
+
+    store: RunStore | None = attrs.field(default=None, kw_only=True)
+
+    def open_store(self) -> RunStore:
+        return super().open_store() if self.store is None else self.store
+
+
+@attrs.frozen
+class _Checkpoint:
+    """Where the checkpoint is. Its actor is known by a name, because a handle would not survive a restart."""
+
+    path: str
+    keeper: str
+
+
+async def _find_entries(checkpoint: _Checkpoint) -> Callable[[str], JournalEntry]:
+    """Returns a function that returns the place of a run in the checkpoint."""
+    keeper = await asyncio.to_thread(ray.get_actor, checkpoint.keeper)
+    journal, store = Journal(checkpoint.path), _RemoteStore(checkpoint.path, keeper)
+    return lambda run_id: _RemoteEntry(journal, run_id=run_id, store=store)
+
+
+class _Worker:
+    """The actor that has an agent and some of the runs."""
+
+    def __init__(self, factory: AgentFactory, retries: int, checkpoint: _Checkpoint | None) -> None:
+        self._factory = factory
+        self._retries = retries
+        self._checkpoint = checkpoint
+        self._entry: Callable[[str], JournalEntry] | None = None
+        self._stack = AsyncExitStack()
+        self._agent: RunsTasks | None = None
+        self._opening = asyncio.Lock()
+        self._runs: set[asyncio.Task[Outcome]] = set()
+
+    async def run(self, task: FleetTask) -> Outcome | Exception:
+        """Returns the outcome of a task, or the error of the factory."""
+        try:
+            async with self._opening:
+                if self._agent is None:
+                    self._entry = None if self._checkpoint is None else await _find_entries(self._checkpoint)
+                    self._agent = await self._stack.enter_async_context(opened_agent(self._factory))
+        # The program gets the error that the factory raises, whatever it is.
+        except Exception as error:  # noqa: BLE001
+            return _portable_error(error)
+        run = asyncio.ensure_future(run_task(self._agent, task, retries=self._retries, entry=self._entry))
+        self._runs.add(run)
+        try:
+            return _portable(await run)
+        finally:
+            self._runs.discard(run)
+
+    async def close(self) -> None:
+        """Cancels the runs, awaits their ends, and closes the agent."""
+        for run in self._runs:
+            run.cancel()
+        if self._runs:
+            await asyncio.wait(self._runs)
+        await self._stack.aclose()
+
+
+class RayBackend:
+    """Has the runs in async actors of a Ray cluster: one for each of its processors.
+
+    If the program has not connected to a cluster by `ray.init`, this does, and leaves it at the end.
+
+    Args:
+        factory: Makes the agent, in each process. It is sent there by Ray, so it must not hold a connection.
+        slots: How many runs may be in progress at the same time.
+        retries: How many times a run that failed, or that was lost with its process, is tried again.
+        checkpoint: The path of the journal of the fleet, or None.
+    """
+
+    def __init__(self, factory: AgentFactory, *, slots: int, retries: int, checkpoint: str | None) -> None:
+        self._factory = factory
+        self._slots = slots
+        self._retries = retries
+        self._checkpoint = checkpoint
+        self._owns_connection = False
+        self._keeper: Any = None
+        self._workers: list[Any] = []
+
+    async def __aenter__(self) -> Self:
+        await settle(asyncio.to_thread(self._start))
+        return self
+
+    def _start(self) -> None:
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+            self._owns_connection = True
+        checkpoint = None
+        if self._checkpoint is not None:
+            checkpoint = _Checkpoint(self._checkpoint, f"lmbridge-checkpoint-{os.urandom(8).hex()}")
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            # Its calls are not repeated: a step whose writing is uncertain makes its run fail, and go on from the file.
+            options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000, "scheduling_strategy": here}
+            self._keeper = ray.remote(_Keeper).options(name=checkpoint.keeper, **options).remote(checkpoint.path)
+        # This function of Ray has no types.
+        cluster: Any = ray
+        processors = int(cluster.cluster_resources().get("CPU", 1))
+        number = max(1, min(processors, self._slots))
+        share = -(-self._slots // number)
+        actor = ray.remote(_Worker).options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=self._retries,
+            max_concurrency=share + _OTHER_CALLS,
+            scheduling_strategy="SPREAD",
+        )
+        self._workers = [actor.remote(self._factory, self._retries, checkpoint) for _ in range(number)]
+
+    async def run(self, slot: int, task: FleetTask) -> Outcome:
+        """See `Backend`."""
+        worker = self._workers[slot % len(self._workers)]
+        try:
+            outcome: Outcome | Exception = await worker.run.remote(task)
+        except RayError as error:
+            lost = LLMError(
+                f"the process of the run was lost: {error}",
+                error,
+                hint="see the log of Ray; the run can go on from the checkpoint, if there is one",
+                context={"operation": "agent run"},
+            )
+            return Outcome(index=task.index, task=task.task, error=lost, attempts=self._retries + 1)
+        if isinstance(outcome, Exception):
+            raise outcome
+        # The task itself has not changed on its way.
+        return attrs.evolve(outcome, task=task.task)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await settle(self._close())
+
+    async def _close(self) -> None:
+        closing = [asyncio.ensure_future(_awaited(worker.close.remote())) for worker in self._workers]
+        if closing:
+            await asyncio.wait(closing, timeout=_CLOSE_SECONDS)
+        for each in closing:
+            each.cancel()
+        await asyncio.to_thread(self._kill)
+
+    def _kill(self) -> None:
+        for actor in itertools.chain(self._workers, [] if self._keeper is None else [self._keeper]):
+            ray.kill(actor, no_restart=True)
+        if self._owns_connection:
+            ray.shutdown()
+
+
+async def _awaited(reference: Awaitable[Any]) -> None:
+    try:
+        await reference
+    except RayError:
+        # The process is gone, and its connections with it.
+        return
+
+
+async def _returned(work: Awaitable[Any]) -> Any:
+    """Returns the result of some work, or its error."""
+    try:
+        return await work
+    except LLMError as error:
+        return error
+
+
+def _raised(value: Any) -> Any:
+    """Returns a value, or raises it if it is an error."""
+    if isinstance(value, LLMError):
+        raise value
+    return value
+
+
+def _portable(outcome: Outcome) -> Outcome:
+    """Returns an outcome that can be sent to another process: without functions, and without raw results of tools."""
+    result = None if outcome.result is None else _portable_result(outcome.result)
+    error = None if outcome.error is None else _portable_error(outcome.error)
+    return attrs.evolve(outcome, result=result, error=error)
+
+
+def _portable_result(result: RunResult) -> RunResult:
+    calls = tuple(attrs.evolve(call, tool=None) for call in result.tool_calls)
+    rounds = tuple(
+        attrs.evolve(
+            each,
+            tool_calls=tuple(
+                attrs.evolve(record, call=attrs.evolve(record.call, tool=None), raw=None, edited=None)
+                for record in each.tool_calls
+            ),
+        )
+        for each in result.log
+    )
+    return attrs.evolve(result, tool_calls=calls, log=rounds)
+
+
+def _portable_error(error: Exception) -> Exception:
+    """Returns an error that can be sent to another process: the error itself, if possible."""
+    if isinstance(error, LLMError) and isinstance(error.partial, RunResult):
+        error.partial = _portable_result(error.partial)
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - the bytes come from this line
+    except Exception:  # noqa: BLE001 - a foreign class may raise anything here
+        return LLMError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,182 @@
+"""Headers that change while a server on HTTP is used: those that a function or a command gives, and OAuth tokens.
+
+Both are an `Auth` of the HTTP client, because that is where one request can be followed by another: all requests of a
+connection, streams included, pass through it, and one that was answered with 401 is sent again with new headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, Final
+
+from lmbridge.mcp.config.server_spec import ClientCredentials, ServerSpec
+from lmbridge.mcp.sdk.session_errors import RequestRejectedError
+
+FetchHeaders = Callable[[], Awaitable[Mapping[str, str]]]
+"""Returns the current headers of a server. It raises `RequestRejectedError`."""
+
+_REFUSED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+
+def make_auth(httpx: Any, spec: ServerSpec, fetch_headers: FetchHeaders | None) -> Any:
+    """Returns the `Auth` of the HTTP client for a server, or None if it needs none.
+
+    Args:
+        httpx: The module of the HTTP client.
+        spec: The server.
+        fetch_headers: Returns the headers that change, if the server has such.
+    """
+    if fetch_headers is not None:
+        return _as_auth(httpx, _RefreshedHeaders(fetch_headers).flow)
+    if spec.client_credentials is not None:
+        return _as_auth(httpx, _ClientCredentialsFlow(spec, spec.client_credentials).flow)
+    return None
+
+
+def _as_auth(httpx: Any, flow: Callable[[Any], AsyncGenerator[Any, Any]]) -> Any:
+    class Auth(httpx.Auth):  # type: ignore[misc]  # the module is httpx or httpx2
+        def async_auth_flow(self, request: Any) -> AsyncGenerator[Any, Any]:
+            return flow(request)
+
+    return Auth()
+
+
+class _RefreshedHeaders:
+    """Sends the headers that a function returns, which is called for the first request, and again after a 401."""
+
+    def __init__(self, fetch: FetchHeaders) -> None:
+        self._fetch = fetch
+        self._headers: Mapping[str, str] = {}
+        self._version = self._refused_version = 0
+        self._lock = asyncio.Lock()
+
+    async def flow(self, request: Any) -> AsyncGenerator[Any, Any]:
+        version = await self._refresh(0)
+        request.headers.update(self._headers)
+        response = yield request
+        # Headers that were refused although they had just been fetched are not fetched again for each further request.
+        if response.status_code == HTTPStatus.UNAUTHORIZED and version != self._refused_version:
+            version = await self._refresh(version)
+            request.headers.update(self._headers)
+            response = yield request
+            if response.status_code == HTTPStatus.UNAUTHORIZED:
+                self._refused_version = version
+
+    async def _refresh(self, seen: int) -> int:
+        """Fetches the headers, unless another request has fetched newer ones than those `seen`. Returns the version."""
+        async with self._lock:
+            if self._version == seen:
+                self._headers = await self._fetch()
+                self._version += 1
+            return self._version
+
+
+class _ClientCredentialsFlow:
+    """Gets a token by the SDK's own implementation of the grant, and sends it.
+
+    The SDK's provider sends each request itself and lets no other one pass before that is answered, so that a call of a
+    minute would hold up all others. So it only gets the refusals, one at a time, and gives a token.
+    """
+
+    def __init__(self, spec: ServerSpec, credentials: ClientCredentials) -> None:
+        self._provider = _make_provider(spec, credentials)
+        self._lock = asyncio.Lock()
+
+    async def flow(self, request: Any) -> AsyncGenerator[Any, Any]:
+        token = self._add_token(request)
+        response = yield request
+        if response.status_code not in _REFUSED:
+            return
+        async with self._lock:
+            if token == self._token:
+                async with aclosing(self._get_token(request, response)) as requests:
+                    asked = await anext(requests, None)
+                    while asked is not None:
+                        answer = yield asked
+                        try:
+                            asked = await requests.asend(answer)
+                        except StopAsyncIteration:
+                            break
+        if self._add_token(request) not in (None, token):
+            yield request
+
+    async def _get_token(self, request: Any, refusal: Any) -> AsyncGenerator[Any, Any]:
+        """Yields the requests that the provider sends until it has a token or gives up."""
+        from mcp.client.auth import OAuthFlowError
+
+        has_refusal = False
+        async with aclosing(self._provider.async_auth_flow(request)) as requests:
+            try:
+                asked = await anext(requests)
+                while True:
+                    if asked is not request:
+                        answer = yield asked
+                    elif has_refusal:
+                        return
+                    else:
+                        answer, has_refusal = refusal, True
+                    asked = await requests.asend(answer)
+            except StopAsyncIteration:
+                return
+            except OAuthFlowError as exc:
+                hint = 'check "clientCredentials" in the configuration: the id, the secret, the issuer and the scope'
+                raise RequestRejectedError(f"could not get a token for it: {exc}", hint=hint) from exc
+
+    @property
+    def _token(self) -> str | None:
+        context = self._provider.context
+        return context.current_tokens.access_token if context.is_token_valid() else None
+
+    def _add_token(self, request: Any) -> str | None:
+        """Adds the token to a request, if there is one, and returns it."""
+        if (token := self._token) is not None:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return token
+
+
+class _Tokens:
+    """Keeps the token of a server in memory, for as long as the connection lasts."""
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self._spec = spec
+        self._tokens: Any = None
+
+    async def get_tokens(self) -> Any:
+        return self._tokens
+
+    async def set_tokens(self, tokens: Any) -> None:
+        self._spec.remember_secrets([tokens.access_token])
+        self._tokens = tokens
+
+    async def get_client_info(self) -> Any:
+        """Returns None, because the client is the one of the configuration and is not registered."""
+        return None
+
+    async def set_client_info(self, client_info: Any) -> None:
+        """Does nothing, for the same reason."""
+
+
+def _make_provider(spec: ServerSpec, credentials: ClientCredentials) -> Any:
+    from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
+
+    provider: Any = ClientCredentialsOAuthProvider
+    names = inspect.signature(provider).parameters
+    if "issuer" not in names:
+        # Without it, the server would decide who gets the secret.
+        raise RequestRejectedError(
+            "the installed version of mcp does not check who gets the client secret", hint="pip install -U mcp"
+        )
+    # SDK 1.x has the plural.
+    scope = {"scope" if "scope" in names else "scopes": credentials.scope}
+    return provider(
+        spec.url,
+        _Tokens(spec),
+        credentials.client_id,
+        credentials.client_secret,
+        issuer=credentials.issuer,
+        **scope,
+    )

@@ -1,0 +1,152 @@
+"""Gets the headers of a server that change while it is used: from a function, or from a command (`headersHelper`).
+
+The command is that of Claude Code: a line for the shell, which writes a JSON object of strings to stdout within ten
+seconds (https://code.claude.com/docs/en/mcp). Its output is a secret, so neither that nor its stderr ever appears in a
+log or an error. Because it is run by the shell of the user, for whom it fetches credentials, it gets the whole
+environment, unlike a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from lmbridge._tasks import settle
+from lmbridge.mcp.config.server_spec import ServerSpec
+from lmbridge.mcp.sdk import RequestRejectedError
+from lmbridge.mcp.servers.process_groups import end_group, process_groups
+from lmbridge.mcp.servers.user_functions import call_function
+
+_MOST_SECONDS: Final = 10.0
+"""How long a function or a command may take, in seconds."""
+_LARGEST_OUTPUT: Final = 2**16
+"""The most bytes of output of a command."""
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OWN_NAMES: Final = frozenset(
+    {
+        "accept",
+        "connection",
+        "content-length",
+        "content-type",
+        "host",
+        "last-event-id",
+        "mcp-protocol-version",
+        "mcp-session-id",
+        "transfer-encoding",
+    }
+)
+"""The headers that belong to the protocol."""
+
+
+class ChangingHeaders:
+    """Fetches the headers of one server.
+
+    Args:
+        spec: The server, which has a `headers_function` or a `headers_helper`.
+    """
+
+    def __init__(self, spec: ServerSpec) -> None:
+        self._spec = spec
+        self._source = "the function for its headers" if spec.headers_function is not None else "its headersHelper"
+
+    async def fetch(self) -> Mapping[str, str]:
+        """Returns the headers.
+
+        Raises:
+            RequestRejectedError: They cannot be fetched. The text says why, but not what the function or command gave.
+        """
+        function = self._spec.headers_function
+        try:
+            async with asyncio.timeout(_MOST_SECONDS):
+                headers = await (self._run_helper() if function is None else call_function(function))
+        except TimeoutError as exc:
+            raise self._error(f"did not end within {_MOST_SECONDS:g} seconds") from exc
+        except RequestRejectedError:
+            raise
+        # A function of the program may raise anything, and its text may have a secret in it.
+        except Exception as exc:
+            raise self._error(f"raised {type(exc).__name__}") from exc
+        return self._checked(headers)
+
+    def _error(self, problem: str) -> RequestRejectedError:
+        hint = "" if self._spec.headers_function is not None else "run the command in a terminal to see what is wrong"
+        return RequestRejectedError(f"{self._source} {problem}", hint=hint)
+
+    def _checked(self, headers: Any) -> dict[str, str]:
+        if not isinstance(headers, Mapping):
+            raise self._error("must give an object of headers")
+        for name, value in headers.items():
+            if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(value, str):
+                raise self._error("must give names of headers with strings as their values")
+            if not value.isascii() or not value.isprintable():
+                raise self._error(f"gives a value of {name} that is not printable ASCII")
+            if name.lower() in _OWN_NAMES:
+                raise self._error(f"gives the header {name}, which belongs to the protocol")
+        self._spec.remember_secrets(headers.values())
+        return dict(headers)
+
+    async def _run_helper(self) -> Any:
+        """Runs the command, and returns the JSON value that it writes."""
+        if sys.platform == "win32":
+            raise self._error("cannot be run on Windows; give a function for the headers instead")
+        named = {"MCP_SERVER_NAME": self._spec.name, "MCP_SERVER_URL": self._spec.url}
+        # Under the first name, scripts that were written for Claude Code find them.
+        names = {f"{prefix}_{key}": value for prefix in ("CLAUDE_CODE", "LMBRIDGE") for key, value in named.items()}
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_shell(
+                self._spec.headers_helper,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env={**os.environ, **names},
+                cwd=self._spec.cwd,
+                start_new_session=True,
+            )
+        )
+        try:
+            # A process that has been created must not be lost, even if the caller is cancelled.
+            await settle(starting)
+        except BaseException:
+            if not starting.cancelled() and starting.exception() is None:
+                await _end(starting.result())
+            raise
+        process = starting.result()
+        process_groups.add(process.pid)
+        try:
+            output = await _read(process)
+            status = await process.wait()
+        except BaseException:
+            await _end(process)
+            raise
+        process_groups.discard(process.pid)
+        if output is None:
+            raise self._error(f"wrote more than {_LARGEST_OUTPUT:,} bytes")
+        if status:
+            raise self._error(f"ended with status {status}")
+        try:
+            return msgspec.json.decode(output)
+        except msgspec.DecodeError as exc:
+            # The text of this exception, unlike that of the standard library's, has none of the output in it.
+            raise self._error("did not write a JSON object to stdout") from exc
+
+
+async def _read(process: asyncio.subprocess.Process) -> bytes | None:
+    """Returns what a process writes to stdout, or None if it is too much, in which case the process is ended."""
+    output = b""
+    while process.stdout is not None and (piece := await process.stdout.read(_LARGEST_OUTPUT)):
+        output += piece
+        if len(output) > _LARGEST_OUTPUT:
+            await _end(process)
+            return None
+    return output
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    await end_group(process.pid, patience=0.0)
+    await process.wait()

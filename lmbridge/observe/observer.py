@@ -1,0 +1,106 @@
+"""`Observer`, the interface, and `Observers`, which passes an event to several of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from lmbridge._checks import wrong_type
+
+if TYPE_CHECKING:
+    from lmbridge.observe.events import ObservedEvent
+
+logger: logging.Logger = logging.getLogger("lmbridge.observe")
+
+_HINT = "pass a list of objects with a method on_event(event), such as [TimelineObserver()]"
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """An object that is notified of what requests and runs do.
+
+    ::
+
+        class Printer:
+            def on_event(self, event: ObservedEvent) -> None:
+                if isinstance(event, RequestEnded):
+                    print(event.outcome, event.attempts)
+
+        client = LLMClient(observers=[Printer()])
+    """
+
+    def on_event(self, event: ObservedEvent) -> None:
+        """Takes note of an event.
+
+        It is called synchronously at the place where the event happens, mostly in the thread of the event loop, so it
+        must return at once. If it raises an exception, the exception is logged, and the client or agent in question
+        does not notify this observer again; nothing else is affected.
+        """
+        ...
+
+
+@runtime_checkable
+class ContextPropagator(Protocol):
+    """An observer that also adds the context of a trace to requests, as `OpenTelemetryObserver` does."""
+
+    def trace_context(self, request_id: int | None) -> Mapping[str, str]:
+        """Returns what is added to a request, such as `{"traceparent": "00-..."}`.
+
+        They become headers of a request to a model server, and metadata of a request to an MCP server. It is called
+        like `on_event`, for each attempt.
+
+        Args:
+            request_id: The id of a request to a model server. None stands for whatever the current task does, which
+                is a call of a tool.
+        """
+        ...
+
+
+class Observers:
+    """The observers of a client or an agent."""
+
+    __slots__ = ("_active",)
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._active = tuple(observers)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._active!r}>"
+
+    def tell(self, event: ObservedEvent) -> None:
+        """Passes an event to each observer. An observer that raises an exception is switched off."""
+        for observer in self._active:
+            try:
+                observer.on_event(event)
+            except Exception as error:  # noqa: BLE001 - a mistake in it must not break what it observes
+                self._switch_off(observer, error)
+
+    def trace_context(self, request_id: int | None) -> dict[str, str]:
+        """Returns what the observers add to a request. An observer that raises an exception is switched off."""
+        context: dict[str, str] = {}
+        for observer in self._active:
+            if isinstance(observer, ContextPropagator):
+                try:
+                    context.update(observer.trace_context(request_id))
+                except Exception as error:  # noqa: BLE001 - a mistake in it must not break what it observes
+                    self._switch_off(observer, error)
+        return context
+
+    def _switch_off(self, observer: Observer, error: Exception) -> None:
+        self._active = tuple(each for each in self._active if each is not observer)
+        text = "%r has raised an exception, and is not told of any further events"
+        logger.error(text, observer, exc_info=error)
+
+
+def as_observers(observers: Sequence[Observer]) -> Observers | None:
+    """Returns the observers to notify, or None.
+
+    Raises:
+        LLMValidationError: The argument is not a list of observers.
+    """
+    given: Any = observers
+    is_list = isinstance(given, Sequence | set | frozenset) and not isinstance(given, str | bytes)
+    if not is_list or not all(isinstance(each, Observer) and not isinstance(each, type) for each in given):
+        raise wrong_type("observers", "a list of observers", observers, _HINT)
+    return Observers(given) if given else None

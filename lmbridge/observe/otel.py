@@ -1,0 +1,293 @@
+"""`OpenTelemetryObserver`: spans and metrics of requests, runs and tool calls. Only this file imports opentelemetry.
+
+It uses OpenTelemetry's API alone. Where the spans go is decided by the SDK that the program has set up; without one,
+nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextvars import Token
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+
+try:
+    from opentelemetry import context, metrics, trace
+    from opentelemetry.propagate import inject
+    from opentelemetry.trace import Span, SpanKind, StatusCode
+except ImportError as _error:
+    raise ImportError("OpenTelemetryObserver needs opentelemetry-api: pip install 'lmbridge[otel]'") from _error
+
+from lmbridge._checks import check_bool, check_text
+from lmbridge._version import __version__
+from lmbridge.observe import otel_names as names
+from lmbridge.observe.events import (
+    FirstEventArrived,
+    McpRequestSent,
+    ModelSwapped,
+    ObservedEvent,
+    RequestAdmitted,
+    RequestEnded,
+    RequestQueued,
+    RetryPlanned,
+    RunBegun,
+    RunEnded,
+    ToolCallBegun,
+    ToolCallEnded,
+)
+
+_Attributes = dict[str, str | int | float | bool]
+
+
+@attrs.define(eq=False)
+class _RequestSpan:
+    """A request that has a span."""
+
+    span: Span
+    began: float
+    metric_attributes: _Attributes
+
+
+@attrs.define(eq=False)
+class _OpenScope:
+    """A run or the call of a tool, whose span is the current one of its task."""
+
+    span: Span
+    token: Token[context.Context]
+
+
+class OpenTelemetryObserver:
+    """Records spans and metrics by the semantic conventions for generative AI.
+
+    ::
+
+        observer = OpenTelemetryObserver()
+        async with LLMClient(observers=[observer]) as client:
+            agent = Agent(client, tools=[...], observers=[observer])
+
+    A request has a span `chat MODEL`, `text_completion MODEL` or `embeddings MODEL`, a run has `invoke_agent`, and the
+    call of a tool has `execute_tool NAME`. The span of a run is the parent of those of its requests and calls, and the
+    span of a call is the current one in the tool, even if the tool runs in a thread. The span of a call to an MCP
+    server has the attributes of MCP as well. Metrics are the durations, the times to the first chunk of streams, and
+    the tokens.
+
+    Args:
+        capture_content: Whether the arguments and results of tools are recorded, which may be confidential. Prompts and
+            answers never are. Default: False.
+        propagate: Whether servers get the context of the trace: model servers and the gateway as headers such as
+            `traceparent`, and MCP servers as metadata of a call. Default: True.
+        provider: The value of `gen_ai.provider.name`. Default: "openai_compatible", because the conventions have no
+            name for the servers that people run themselves.
+        tracer_provider: Where spans go. Default: OpenTelemetry's global provider.
+        meter_provider: Where metrics go. Default: OpenTelemetry's global provider.
+
+    Raises:
+        LLMValidationError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        capture_content: bool = False,
+        propagate: bool = True,
+        provider: str = "openai_compatible",
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+    ) -> None:
+        self._captures = check_bool("capture_content", capture_content)
+        self._propagates = check_bool("propagate", propagate)
+        self._provider: Final = check_text("provider", provider)
+        self._tracer = trace.get_tracer("lmbridge", __version__, tracer_provider)
+        meter = metrics.get_meter("lmbridge", __version__, meter_provider)
+        self._duration = meter.create_histogram(
+            names.DURATION_METRIC, "s", "GenAI operation duration.", explicit_bucket_boundaries_advisory=_DURATIONS
+        )
+        self._first_chunk = meter.create_histogram(
+            names.FIRST_CHUNK_METRIC, "s", "Time to the first chunk.", explicit_bucket_boundaries_advisory=_DURATIONS
+        )
+        self._tokens = meter.create_histogram(
+            names.TOKENS_METRIC,
+            "{token}",
+            "Number of input and output tokens used.",
+            explicit_bucket_boundaries_advisory=list(map(float, names.TOKENS_BUCKETS)),
+        )
+        self._requests: dict[int, _RequestSpan] = {}
+        self._scopes: dict[tuple[str, str | None], _OpenScope] = {}
+
+    def on_event(self, event: ObservedEvent) -> None:
+        """Begins, changes or ends a span."""
+        match event:
+            case RequestQueued():
+                self._begin_request(event)
+            case RequestAdmitted() | ModelSwapped() | RetryPlanned() | FirstEventArrived():
+                if (request := self._requests.get(event.request_id)) is not None:
+                    self._note_progress(request, event)
+            case RequestEnded():
+                if (request := self._requests.pop(event.request_id, None)) is not None:
+                    self._end_request(request, event)
+            case RunBegun():
+                self._begin_run(event)
+            case RunEnded():
+                self._end_run(event)
+            case ToolCallBegun():
+                self._begin_call(event)
+            case McpRequestSent():
+                self._note_mcp_request(event)
+            case ToolCallEnded():
+                self._end_call(event)
+            case _:
+                # Attempts and rounds have no spans in the conventions.
+                pass
+
+    def trace_context(self, request_id: int | None) -> Mapping[str, str]:
+        """Returns what the propagators of OpenTelemetry add to a request; see `ContextPropagator`."""
+        carrier: dict[str, str] = {}
+        if self._propagates:
+            request = None if request_id is None else self._requests.get(request_id)
+            inject(carrier, None if request is None else trace.set_span_in_context(request.span))
+        return carrier
+
+    # Requests
+
+    def _begin_request(self, event: RequestQueued) -> None:
+        operation = names.OPERATIONS.get(event.operation)
+        if operation is None:
+            return
+        url = urlsplit(event.url)
+        attributes: _Attributes = {names.OPERATION: operation, names.PROVIDER: self._provider}
+        if event.model is not None:
+            attributes[names.REQUEST_MODEL] = event.model
+        if url.hostname is not None:
+            attributes[names.SERVER_ADDRESS] = url.hostname
+            attributes[names.SERVER_PORT] = url.port or (443 if url.scheme == "https" else 80)
+        ids: _Attributes = {} if event.run_id is None else {names.CONVERSATION_ID: event.run_id}
+        name = operation if event.model is None else f"{operation} {event.model}"
+        span = self._tracer.start_span(name, kind=SpanKind.CLIENT, attributes=attributes | ids)
+        self._requests[event.request_id] = _RequestSpan(span, event.at, attributes)
+
+    def _note_progress(
+        self, request: _RequestSpan, event: RequestAdmitted | ModelSwapped | RetryPlanned | FirstEventArrived
+    ) -> None:
+        match event:
+            case RequestAdmitted():
+                request.span.set_attribute(names.QUEUE_SECONDS, event.waited)
+            case ModelSwapped():
+                request.span.add_event(names.SWAP_EVENT, {names.SWAP_BEFORE: str(event.before)})
+            case RetryPlanned():
+                request.span.add_event(
+                    names.RETRY_EVENT, {names.RETRY_REASON: event.reason, names.RETRY_WAIT: event.wait}
+                )
+            case FirstEventArrived():
+                if event.is_stream:
+                    seconds = event.at - request.began
+                    request.span.set_attribute(names.TIME_TO_FIRST_CHUNK, seconds)
+                    self._first_chunk.record(seconds, request.metric_attributes)
+
+    def _end_request(self, request: _RequestSpan, event: RequestEnded) -> None:
+        span, attributes = request.span, dict(request.metric_attributes)
+        span.set_attributes({names.OUTCOME: event.outcome, names.ATTEMPTS: event.attempts})
+        if event.status is not None:
+            span.set_attribute(names.STATUS, event.status)
+        for count, name, token_type in (
+            (event.prompt_tokens, names.INPUT_TOKENS, "input"),
+            (event.completion_tokens, names.OUTPUT_TOKENS, "output"),
+        ):
+            if count is not None:
+                span.set_attribute(name, count)
+                self._tokens.record(count, attributes | {names.TOKEN_TYPE: token_type})
+        if event.cached_tokens is not None:
+            span.set_attribute(names.CACHED_TOKENS, event.cached_tokens)
+        if event.outcome == "error":
+            error = event.error or str(event.status)
+            attributes[names.ERROR_TYPE] = error
+            _mark_failed(span, error)
+        self._duration.record(event.at - request.began, attributes)
+        span.end()
+
+    # Runs and tool calls
+
+    def _begin_run(self, event: RunBegun) -> None:
+        attributes: _Attributes = {
+            names.OPERATION: names.INVOKE_AGENT,
+            names.PROVIDER: self._provider,
+            names.CONVERSATION_ID: event.run_id,
+        }
+        if event.model is not None:
+            attributes[names.REQUEST_MODEL] = event.model
+        self._enter((event.run_id, None), names.INVOKE_AGENT, attributes)
+
+    def _end_run(self, event: RunEnded) -> None:
+        scope = self._leave((event.run_id, None))
+        if scope is None:
+            return
+        span = scope.span
+        span.set_attributes({names.STOP_REASON: event.stop_reason, names.ROUNDS: event.rounds})
+        if event.prompt_tokens or event.completion_tokens:
+            span.set_attributes({names.INPUT_TOKENS: event.prompt_tokens, names.OUTPUT_TOKENS: event.completion_tokens})
+        if event.model is not None:
+            span.set_attribute(names.REQUEST_MODEL, event.model)
+        if event.error is not None and event.stop_reason != "cancelled":
+            _mark_failed(span, event.error)
+        span.end()
+
+    def _begin_call(self, event: ToolCallBegun) -> None:
+        attributes: _Attributes = {
+            names.OPERATION: names.EXECUTE_TOOL,
+            names.TOOL_NAME: event.name,
+            names.TOOL_TYPE: "function",
+            names.TOOL_CALL_ID: event.call_id,
+        }
+        if self._captures:
+            attributes[names.TOOL_ARGUMENTS] = json.dumps(dict(event.arguments), ensure_ascii=False, default=repr)
+        self._enter((event.run_id, event.call_id), f"{names.EXECUTE_TOOL} {event.name}", attributes)
+
+    def _note_mcp_request(self, event: McpRequestSent) -> None:
+        """Adds the attributes of MCP to the span of the call, in place of another span, as the conventions ask for."""
+        if (scope := self._scopes.get((event.run_id, event.call_id))) is None:
+            return
+        attributes: _Attributes = {
+            names.MCP_METHOD: event.method,
+            names.MCP_PROTOCOL: event.protocol,
+            names.MCP_SERVER: event.server,
+            names.JSONRPC_ID: event.request_id,
+            names.NETWORK_TRANSPORT: "pipe" if event.transport == "stdio" else "tcp",
+        }
+        if event.host is not None:
+            attributes[names.SERVER_ADDRESS] = event.host
+        if event.port is not None:
+            attributes[names.SERVER_PORT] = event.port
+        scope.span.set_attributes(attributes)
+
+    def _end_call(self, event: ToolCallEnded) -> None:
+        scope = self._leave((event.run_id, event.call_id))
+        if scope is None:
+            return
+        scope.span.set_attribute(names.OUTCOME, event.outcome)
+        if self._captures:
+            scope.span.set_attribute(names.TOOL_RESULT, event.text)
+        if event.outcome == "error":
+            _mark_failed(scope.span, "tool_error")
+        scope.span.end()
+
+    def _enter(self, key: tuple[str, str | None], name: str, attributes: Mapping[str, Any]) -> None:
+        """Begins a span and makes it the current one of this task, and of the threads and tasks that it starts."""
+        span = self._tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes)
+        self._scopes[key] = _OpenScope(span, context.attach(trace.set_span_in_context(span)))
+
+    def _leave(self, key: tuple[str, str | None]) -> _OpenScope | None:
+        """Makes the span before it the current one again. Both events of a run or a call come from one task."""
+        scope = self._scopes.pop(key, None)
+        if scope is not None:
+            context.detach(scope.token)
+        return scope
+
+
+_DURATIONS: Final = list(names.DURATION_BUCKETS)
+
+
+def _mark_failed(span: Span, error: str) -> None:
+    span.set_attribute(names.ERROR_TYPE, error)
+    span.set_status(StatusCode.ERROR, error)

@@ -1,0 +1,75 @@
+"""The names of OpenTelemetry's semantic conventions for generative AI, and lmbridge's own, in one place.
+
+The conventions are in development and change. These are of semantic-conventions-genai v0.1.0:
+https://github.com/open-telemetry/semantic-conventions-genai/tree/v0.1.0/docs/gen-ai
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+OPERATION: Final = "gen_ai.operation.name"
+PROVIDER: Final = "gen_ai.provider.name"
+REQUEST_MODEL: Final = "gen_ai.request.model"
+INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+CACHED_TOKENS: Final = "gen_ai.usage.cache_read.input_tokens"
+TIME_TO_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
+CONVERSATION_ID: Final = "gen_ai.conversation.id"
+TOOL_NAME: Final = "gen_ai.tool.name"
+TOOL_TYPE: Final = "gen_ai.tool.type"
+TOOL_CALL_ID: Final = "gen_ai.tool.call.id"
+TOOL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
+TOOL_RESULT: Final = "gen_ai.tool.call.result"
+TOKEN_TYPE: Final = "gen_ai.token.type"  # noqa: S105 - the name of an attribute
+ERROR_TYPE: Final = "error.type"
+SERVER_ADDRESS: Final = "server.address"
+SERVER_PORT: Final = "server.port"
+STATUS: Final = "http.response.status_code"
+NETWORK_TRANSPORT: Final = "network.transport"
+JSONRPC_ID: Final = "jsonrpc.request.id"
+MCP_METHOD: Final = "mcp.method.name"
+MCP_PROTOCOL: Final = "mcp.protocol.version"
+
+INVOKE_AGENT: Final = "invoke_agent"
+EXECUTE_TOOL: Final = "execute_tool"
+OPERATIONS: Final[Mapping[str, str]] = {
+    "chat completion": "chat",
+    "response": "chat",
+    "text completion": "text_completion",
+    "embeddings": "embeddings",
+}
+"""The names of lmbridge's operations. Others, such as model lists, do not generate anything and have no span."""
+
+DURATION_METRIC: Final = "gen_ai.client.operation.duration"
+TOKENS_METRIC: Final = "gen_ai.client.token.usage"
+FIRST_CHUNK_METRIC: Final = "gen_ai.client.operation.time_to_first_chunk"
+DURATION_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+TOKENS_BUCKETS: Final = (
+    *(1, 4, 16, 64, 256, 1024, 4096, 16384, 65536),
+    *(262144, 1048576, 4194304, 16777216, 67108864),
+)
+
+QUEUE_SECONDS: Final = "lmbridge.queue.seconds"
+"""How long the request waited for its permit."""
+ATTEMPTS: Final = "lmbridge.attempts"
+"""How often the request was sent."""
+OUTCOME: Final = "lmbridge.outcome"
+"""How the request or the call of a tool ended."""
+ROUNDS: Final = "lmbridge.rounds"
+"""How many rounds the run had."""
+STOP_REASON: Final = "lmbridge.stop_reason"
+"""Why the run ended."""
+RETRY_EVENT: Final = "lmbridge.retry"
+"""An event of a request that will be sent again."""
+RETRY_REASON: Final = "lmbridge.retry.reason"
+"""Why it will be sent again."""
+RETRY_WAIT: Final = "lmbridge.retry.wait_seconds"
+"""How long it waits before it is sent again."""
+SWAP_EVENT: Final = "lmbridge.model_swap"
+"""An event of a request for which the server swaps models."""
+MCP_SERVER: Final = "lmbridge.mcp.server"
+"""The name of the MCP server in the configuration."""
+SWAP_BEFORE: Final = "lmbridge.model_swap.before"
+"""The model that is replaced."""

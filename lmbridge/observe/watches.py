@@ -1,0 +1,235 @@
+"""`RequestWatch` and `RunWatch`: they notify the observers of each event of a request or run exactly once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any, Final, Literal
+
+from lmbridge.observe.events import (
+    AttemptBegun,
+    FirstEventArrived,
+    McpRequestSent,
+    ModelSwapped,
+    RequestAdmitted,
+    RequestEnded,
+    RequestOutcome,
+    RequestQueued,
+    RetryPlanned,
+    RoundBegun,
+    RoundEnded,
+    RunBegun,
+    RunEnded,
+    ToolCallBegun,
+    ToolCallEnded,
+)
+from lmbridge.observe.observer import Observers
+
+observed_run: Final[ContextVar[str | None]] = ContextVar("lmbridge_observed_run", default=None)
+"""The id of the run with observers to which the current task belongs, or None."""
+observed_call: Final[ContextVar[CallWatch | None]] = ContextVar("lmbridge_observed_call", default=None)
+"""The call of a tool to which the current task belongs, if its run has observers."""
+_numbers: Final = itertools.count(1)
+_OUTCOMES: Final[Mapping[str, RequestOutcome]] = {
+    "closed early": "cancelled",
+    "dropped unclosed": "dropped",
+    "CancelledError": "cancelled",
+    "TaskCancelledError": "cancelled",
+    "GeneratorExit": "cancelled",
+    "MovedToAnotherServer": "moved",
+}
+"""The outcomes of requests without a status, by the argument of `Call.finish`. All others are errors."""
+
+
+class RequestWatch:
+    """A request that has observers. Creating it notifies them that the request was made."""
+
+    __slots__ = ("_has_begun", "_has_ended", "_id", "_observers", "_queued_at")
+
+    def __init__(self, observers: Observers, *, operation: str, url: str, model: str | None) -> None:
+        self._observers = observers
+        self._id = next(_numbers)
+        self._has_begun = self._has_ended = False
+        self._queued_at = monotonic()
+        observers.tell(
+            RequestQueued(
+                at=self._queued_at,
+                request_id=self._id,
+                operation=operation,
+                url=url,
+                model=model,
+                run_id=observed_run.get(),
+            )
+        )
+
+    def admitted(self) -> None:
+        """The request has its permit."""
+        now = monotonic()
+        self._observers.tell(RequestAdmitted(at=now, request_id=self._id, waited=now - self._queued_at))
+
+    def swapped(self, before: str | None, after: str | None) -> None:
+        """The request makes the server swap models."""
+        self._observers.tell(ModelSwapped(at=monotonic(), request_id=self._id, before=before, after=after))
+
+    def attempt(self, number: int) -> None:
+        """The request is sent."""
+        self._observers.tell(AttemptBegun(at=monotonic(), request_id=self._id, number=number))
+
+    def retry(self, *, reason: str, wait: float, is_poll: bool) -> None:
+        """The request will be sent again."""
+        self._observers.tell(
+            RetryPlanned(at=monotonic(), request_id=self._id, reason=reason, wait=wait, is_poll=is_poll)
+        )
+
+    def first_event(self, *, is_stream: bool) -> None:
+        """The reply has begun. Calling it again does nothing."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._observers.tell(FirstEventArrived(at=monotonic(), request_id=self._id, is_stream=is_stream))
+
+    def trace_context(self) -> dict[str, str]:
+        """Returns the headers that observers add to the request."""
+        return self._observers.trace_context(self._id)
+
+    def ended(self, outcome: int | str, *, attempts: int, tokens: tuple[int, int, int | None] | None) -> None:
+        """The request has ended. Calling it again does nothing.
+
+        Args:
+            outcome: The status of the reply, or why it is missing, as `Call.finish` is given it.
+            attempts: How often the request was sent.
+            tokens: The tokens of the prompt and of the completion, and those of the prompt that came from the cache,
+                or None if they are not known.
+        """
+        if self._has_ended:
+            return
+        self._has_ended = True
+        kind: RequestOutcome
+        if isinstance(outcome, int):
+            status, error = outcome, None
+            kind = "answer" if outcome < 400 else "error"
+        else:
+            status, kind = None, _OUTCOMES.get(outcome, "error")
+            error = outcome if kind == "error" else None
+        prompt, completion, cached = tokens or (None, None, None)
+        self._observers.tell(
+            RequestEnded(
+                at=monotonic(),
+                request_id=self._id,
+                outcome=kind,
+                status=status,
+                error=error,
+                attempts=attempts,
+                prompt_tokens=prompt,
+                completion_tokens=completion,
+                cached_tokens=cached,
+            )
+        )
+
+
+class CallWatch:
+    """The call of a tool in a run that has observers, for the code that makes the call."""
+
+    __slots__ = ("_call_id", "_observers", "_run_id")
+
+    def __init__(self, observers: Observers, run_id: str, call_id: str) -> None:
+        self._observers, self._run_id, self._call_id = observers, run_id, call_id
+
+    def trace_context(self) -> dict[str, str]:
+        """Returns the metadata that observers add to a request of this task."""
+        return self._observers.trace_context(None)
+
+    def mcp_request(
+        self,
+        request_id: object,
+        *,
+        method: str,
+        server: str,
+        transport: Literal["stdio", "http", "sse"],
+        host: str | None,
+        port: int | None,
+        protocol: str,
+    ) -> None:
+        """A request to an MCP server is sent."""
+        self._observers.tell(
+            McpRequestSent(
+                at=monotonic(),
+                run_id=self._run_id,
+                call_id=self._call_id,
+                method=method,
+                request_id=str(request_id),
+                server=server,
+                transport=transport,
+                host=host,
+                port=port,
+                protocol=protocol,
+            )
+        )
+
+
+class RunWatch:
+    """A run that has observers."""
+
+    __slots__ = ("_observers", "_parent", "_round", "run_id")
+
+    def __init__(self, observers: Observers, run_id: str) -> None:
+        self._observers = observers
+        self._parent = observed_run.get()
+        self._round: int | None = None
+        self.run_id: Final = run_id
+        """The id of the run."""
+
+    def begun(self, *, model: str | None, task: str) -> None:
+        """The run has begun. It has to be called by the task of the run."""
+        observed_run.set(self.run_id)
+        self._observers.tell(
+            RunBegun(at=monotonic(), run_id=self.run_id, parent_run_id=self._parent, model=model, task=task)
+        )
+
+    def round_begun(self, number: int, model: str | None) -> None:
+        """A round has begun."""
+        self._round = number
+        self._observers.tell(RoundBegun(at=monotonic(), run_id=self.run_id, number=number, model=model))
+
+    def round_ended(self, text: str, *, is_complete: bool = True) -> None:
+        """The round has ended. Does nothing if no round is open."""
+        number, self._round = self._round, None
+        if number is not None:
+            self._observers.tell(
+                RoundEnded(at=monotonic(), run_id=self.run_id, number=number, text=text, is_complete=is_complete)
+            )
+
+    def call_begun(self, call_id: str, name: str, arguments: Mapping[str, Any]) -> None:
+        """A tool is called. It has to be called by the task that calls the tool."""
+        observed_call.set(CallWatch(self._observers, self.run_id, call_id))
+        self._observers.tell(
+            ToolCallBegun(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, arguments=arguments)
+        )
+
+    def call_ended(
+        self, call_id: str, name: str, outcome: Literal["result", "error", "cancelled"], text: str = ""
+    ) -> None:
+        """The call has ended."""
+        observed_call.set(None)
+        self._observers.tell(
+            ToolCallEnded(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, outcome=outcome, text=text)
+        )
+
+    def ended(
+        self, stop_reason: str, error: BaseException | None, *, model: str | None, rounds: int, usage: Mapping[str, Any]
+    ) -> None:
+        """The run has ended, and so has the round that was open."""
+        self.round_ended("", is_complete=False)
+        self._observers.tell(
+            RunEnded(
+                at=monotonic(),
+                run_id=self.run_id,
+                stop_reason=stop_reason,
+                error=None if error is None else type(error).__name__,
+                model=model,
+                rounds=rounds,
+                prompt_tokens=usage["prompt_tokens"],
+                completion_tokens=usage["completion_tokens"],
+            )
+        )

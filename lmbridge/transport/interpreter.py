@@ -1,0 +1,50 @@
+"""`Interpreter`: what the client layer knows about the words of servers, for a transport that knows only bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from lmbridge.transport.retry import Classify
+
+if TYPE_CHECKING:
+    from lmbridge.transport.calls import Call, TokenUsage
+    from lmbridge.transport.node import FindModels
+
+
+def _never_reports_error(_data: bytes) -> bool:
+    return False
+
+
+def _finds_no_usage(_body: bytes) -> TokenUsage | None:
+    return None
+
+
+def _reports_no_loss(_call: Call, _status: int, _body: bytes) -> None:
+    pass
+
+
+def _never_concerns_server(_status: int, _body: bytes) -> bool:
+    return False
+
+
+@attrs.frozen(kw_only=True)
+class Interpreter:
+    """Functions of the client layer that interpret what a server says. Many requests share the same ones."""
+
+    classify: Classify
+    """Decides from the status, the headers and the body of an error reply whether the request is sent again."""
+    reports_error: Callable[[bytes], bool] = _never_reports_error
+    """Decides whether the body of a reply, or the data of an event, is an error although its status is not."""
+    read_usage: Callable[[bytes], TokenUsage | None] = _finds_no_usage
+    """Finds the numbers of tokens in the body of a reply. They go into the log."""
+    concerns_server: Callable[[int, bytes], bool] = _never_concerns_server
+    """Decides from the status and the body of an error reply whether another server may answer the request, because
+    this one does not have the model, for example. It is asked only if there are several servers."""
+    report_loss: Callable[[Call, int, bytes], None] = _reports_no_loss
+    """Informs the schedule of a server if the status and the body of an error reply show that it has lost a model.
+    It is called if another server gets the request, because the reply is not read then."""
+    find_models: FindModels | None = None
+    """Asks a server which models it has. It is called only if there are several servers, and never for each request."""

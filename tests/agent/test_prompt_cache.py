@@ -1,0 +1,233 @@
+"""What a run sends only grows at its end, and what the server did not find in its cache is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmbridge import Agent, LLMClient, LLMResponseError, PromptCacheLost, Tool
+from lmbridge.agent.prompt_cache import PromptCacheWatch
+from lmbridge.client.usage import cached_tokens
+from lmbridge.testing import Behaviour, Exchange, ScriptedServer, answer, reply
+from tests.agent.support import asks, asks_raw, calls, collect_events, generations
+
+MODELS = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 3000}]}
+
+
+@pytest_asyncio.fixture
+async def client(scripted_server: ScriptedServer) -> AsyncIterator[LLMClient]:
+    async with LLMClient(scripted_server.api_base, "test-model") as client:
+        yield client
+
+
+def usage(prompt: int, cached: int | None) -> Any:
+    """Returns the usage of a reply; with None, the server does not report its cache."""
+    counted: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": 10, "total_tokens": prompt + 10}
+    return counted if cached is None else {**counted, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def read(page: int) -> str:
+    """Reads a page."""
+    return f"page {page}"
+
+
+# What is sent
+
+KINDS = ("call", "two calls", "bad call", "unknown tool", "empty", "promise", "reasoning")
+
+
+def turn(kind: str, number: int) -> Behaviour:
+    """Returns a reply of a model, good or flawed."""
+    match kind:
+        case "call":
+            return calls(asks("read", f"c{number}", page=number), text="Let us see.")
+        case "two calls":
+            return calls(asks("read", f"c{number}", page=number), asks("read", f"d{number}", page=number + 100))
+        case "bad call":
+            return calls(asks_raw("read", "{page: ", f"c{number}"))
+        case "unknown tool":
+            return calls(asks("write", f"c{number}", page=number))
+        case "empty":
+            return answer("")
+        case "promise":
+            return answer("I will now call read.")
+    return answer("", reasoning="Hm.")
+
+
+def encoded(request: Any) -> tuple[list[bytes], bytes]:
+    """Returns the messages and the tools of a request as the bytes of their JSON."""
+    body = json.loads(request.body)
+    return [json.dumps(each).encode() for each in body["messages"]], json.dumps(body.get("tools")).encode()
+
+
+def without_nudges(messages: Sequence[bytes]) -> list[bytes]:
+    """Returns the messages without those at the end that ask for another reply, which are sent only once."""
+    kept = list(messages)
+    while len(kept) > 2 and kept[-1].startswith(b'{"role": "user"'):
+        del kept[-2:]
+    return kept
+
+
+async def check_that_it_only_grows(kinds: Sequence[str]) -> None:
+    """Runs an agent whose model gives these replies, and compares what was sent from request to request."""
+    async with ScriptedServer() as server, LLMClient(server.api_base, "test-model") as client:
+        server.script(*(turn(kind, number) for number, kind in enumerate(kinds)))
+        server.default = answer("Done.")
+        # A model whose first replies are all empty ends the run, which changes nothing in what was sent.
+        with contextlib.suppress(LLMResponseError):
+            await Agent(client, tools=[read], system_prompt="Be brief.", max_bad_calls=9).run("Read.")
+        requests = [encoded(request) for request in generations(server)]
+    # The request for an answer without tools is the exception: a model that goes on to call would not stop otherwise.
+    assert len({tools for _, tools in requests} - {b"null"}) == 1
+    for (before, _), (after, _) in itertools.pairwise(requests):
+        grown = without_nudges(before)
+        assert after[: len(grown)] == grown
+
+
+async def test_what_is_sent_only_grows_at_its_end_byte_for_byte() -> None:
+    await check_that_it_only_grows(["call", *KINDS, "call"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=25, deadline=None)
+@given(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=6))
+async def test_what_any_run_sends_only_grows_at_its_end(kinds: list[str]) -> None:
+    await check_that_it_only_grows(kinds)
+
+
+def counted(call: Mapping[str, Any]) -> Behaviour:
+    """Returns a reply with a call, whose usage counts four bytes as one token."""
+
+    async def behave(exchange: Exchange) -> None:
+        await calls(call, usage=usage(len(exchange.request.body) // 4, None))(exchange)
+
+    return behave
+
+
+async def check_that_one_block_is_left_out(sizes: Sequence[int]) -> int:
+    """Runs an agent with results of these sizes in a small context, and returns how often something was left out."""
+
+    def long(words: int) -> str:
+        """Returns many words."""
+        return "word " * words
+
+    async with ScriptedServer() as server, LLMClient(server.api_base, "test-model") as client:
+        server.on_path("/v1/models", reply(200, MODELS))
+        turns = [counted(asks("long", f"c{number}", words=size)) for number, size in enumerate(sizes)]
+        server.script(*turns, answer("Done."))
+        agent = Agent(client, tools=[long], system_prompt="Be brief.", compaction="drop", repetition_limit=None)
+        await agent.run("Go.")
+        requests = [encoded(request)[0] for request in generations(server)]
+    times = 0
+    for before, after in itertools.pairwise(requests):
+        if after[: len(before)] != before:
+            times += 1
+            kept = next(index for index, message in enumerate(before) if after[index] != message)
+            assert kept == 2, "the system message and the task stay"
+            rest = before[before.index(after[kept]) :] if after[kept] in before else []
+            assert after[kept : kept + len(rest)] == rest, "and one block behind them is missing"
+    return times
+
+
+async def test_what_is_left_out_is_one_block_behind_the_task() -> None:
+    assert await check_that_one_block_is_left_out([500, 400, 20, 500, 300, 500]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(1, 500), min_size=4, max_size=10))
+async def test_what_any_run_leaves_out_is_one_block_behind_the_task(sizes: list[int]) -> None:
+    await check_that_one_block_is_left_out(sizes)
+
+
+async def test_the_definitions_of_tools_have_the_order_in_which_they_were_given(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    tools = [Tool(name, "A tool.", {"type": "object", "properties": {}}, lambda: "") for name in ("b", "c", "a")]
+    agent = Agent(client, tools=tools)
+    for _ in range(3):
+        await agent.run("Go.")
+    bodies = {json.dumps(json.loads(request.body)["tools"]) for request in generations(scripted_server)}
+    assert len(bodies) == 1
+    assert [each["function"]["name"] for each in json.loads(bodies.pop())] == ["b", "c", "a"]
+
+
+# What comes from the cache
+
+
+async def test_the_tokens_from_the_cache_are_counted_in_a_run_and_in_each_round(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    scripted_server.script(calls(asks("read", page=1), usage=usage(1000, 0)), answer("Done.", usage=usage(1100, 1005)))
+    result = await Agent(client, tools=[read]).run("Go.")
+    assert result.usage == {"prompt_tokens": 2100, "completion_tokens": 20, "total_tokens": 2120, "cached": 1005}
+    assert [each.usage and each.usage.get("cached") for each in result.log] == [0, 1005]
+
+
+async def test_the_count_of_an_older_llama_cpp_is_in_its_timings(
+    scripted_server: ScriptedServer, client: LLMClient
+) -> None:
+    counted = answer("Done.", usage=usage(1100, None), extra={"timings": {"cache_n": 900, "prompt_n": 200}})
+    scripted_server.script(counted)
+    assert (await Agent(client).run("Go.")).usage.get("cached") == 900
+
+
+async def test_a_server_that_does_not_report_its_cache_leaves_the_field_out(client: LLMClient) -> None:
+    assert "cached" not in (await Agent(client).run("Go.")).usage
+
+
+@pytest.mark.parametrize(
+    ("cached", "lost"), [(1000, []), (400, [PromptCacheLost(None)]), (None, [])], ids=["warm", "cold", "unknown"]
+)
+async def test_a_listener_learns_that_the_server_has_dropped_its_cache(
+    scripted_server: ScriptedServer, client: LLMClient, cached: int | None, lost: list[PromptCacheLost]
+) -> None:
+    scripted_server.script(
+        calls(asks("read", page=1), usage=usage(1000, 0)), answer("Done.", usage=usage(1100, cached))
+    )
+    events = await collect_events(Agent(client, tools=[read]))
+    assert [event for event in events if isinstance(event, PromptCacheLost)] == lost
+
+
+def message(text: str) -> Mapping[str, Any]:
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("after", "tools", "index"),
+    [
+        (["a", "b", "c", "d"], None, None),
+        (["a", "x", "c"], None, 1),
+        (["a", "c"], None, 1),
+        (["a", "b"], None, 2),
+        (["a", "b", "c", "d"], ["new"], 0),
+    ],
+    ids=["only grown", "changed", "left out", "cut", "other tools"],
+)
+def test_the_first_message_that_has_changed_is_named(after: list[str], tools: Any, index: int | None) -> None:
+    watch = PromptCacheWatch()
+    assert watch.compare([message(each) for each in "abc"], None, usage(5000, 0)) is None
+    lost = watch.compare([message(each) for each in after], tools, usage(5100, 10))
+    assert lost == PromptCacheLost(index)
+
+
+def test_a_small_loss_is_not_worth_a_word() -> None:
+    watch = PromptCacheWatch()
+    watch.compare([message("a")], None, usage(300, 0))
+    assert watch.compare([message("b")], None, usage(300, 100)) is None
+
+
+def test_only_numbers_are_counts() -> None:
+    assert cached_tokens({"prompt_tokens_details": {"cached_tokens": 5}}) == 5
+    for other in (None, {}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {"cached_tokens": True}}):
+        assert cached_tokens(other) is None

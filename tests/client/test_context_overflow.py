@@ -1,0 +1,177 @@
+"""Prompts that are longer than the context: raised or warned of before they are sent, and noticed afterwards."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from lmbridge import Agent, ContextLengthExceededError, LLMClient, LLMValidationError
+from lmbridge.client.context_overflow import PromptSize
+from lmbridge.testing import ScriptedServer, answer, reply
+from tests.support import MESSAGES
+
+CHAT = "/v1/chat/completions"
+COUNTS = "/v1/chat/completions/input_tokens"
+LONG = [{"role": "user", "content": "word " * 3000}]
+"""About 3,000 tokens, which are estimated as 5,000."""
+
+
+def ollama(server: ScriptedServer, *, context: int | None = None, parameters: str = "") -> None:
+    """Makes a server answer like Ollama, with a model that is loaded with a context, or is not loaded."""
+    server.on_path("/v1/models", reply(200, {"data": [{"id": "qwen3:4b", "owned_by": "library"}]}))
+    server.on_path("/api/version", reply(200, {"version": "0.35.0"}))
+    running = [] if context is None else [{"name": "qwen3:4b", "context_length": context}]
+    server.on_path("/api/ps", reply(200, {"models": running}))
+    server.on_path("/api/show", reply(200, {"parameters": parameters, "model_info": {"qwen3.context_length": 262144}}))
+
+
+def counted_answer(prompt_tokens: int) -> Any:
+    return answer("Hello.", usage={"prompt_tokens": prompt_tokens, "completion_tokens": 2, "total_tokens": 9})
+
+
+def chats(server: ScriptedServer) -> int:
+    """Returns how many chat completions the server was asked for."""
+    return [request.path for request in server.requests].count(CHAT)
+
+
+async def test_a_prompt_that_is_too_long_is_raised_before_it_is_sent(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", context_overflow="raise") as client:
+        for stream in (False, True):
+            with pytest.raises(ContextLengthExceededError, match="tokens, and the model's context 4096") as caught:
+                await client.chat_completion(LONG, stream=stream)
+            assert caught.value.context_length == 4096
+            assert "num_ctx" in str(caught.value)
+    assert chats(scripted_server) == 0
+
+
+async def test_an_exact_count_decides_where_the_server_can_count(scripted_server: ScriptedServer) -> None:
+    models = {"data": [{"id": "test-model", "owned_by": "vllm", "max_model_len": 4096}]}
+    scripted_server.on_path("/v1/models", reply(200, models))
+    scripted_server.on_path(COUNTS, reply(200, {"input_tokens": 3001}))
+    scripted_server.default = counted_answer(3001)
+    async with LLMClient(scripted_server.api_base, "test-model", context_overflow="raise") as client:
+        assert await client.chat_completion(LONG)
+        scripted_server.on_path(COUNTS, reply(200, {"input_tokens": 5000}))
+        with pytest.raises(ContextLengthExceededError, match="has 5000 tokens"):
+            await client.chat_completion(LONG)
+        assert await client.chat_completion(MESSAGES)
+    paths = [request.path for request in scripted_server.requests]
+    assert paths.count(COUNTS) == 2, "a short prompt is not counted"
+    assert paths.count("/v1/models") == 1, "the context length is remembered"
+
+
+async def test_a_warning_names_the_numbers_and_the_request_is_sent(
+    scripted_server: ScriptedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama(scripted_server, context=4096)
+    async with LLMClient(
+        scripted_server.api_base, "qwen3:4b", context_overflow="warn", model_mismatch="ignore"
+    ) as client:
+        with caplog.at_level(logging.WARNING, "lmbridge.client"):
+            await client.chat_completion(LONG)
+    assert "the model's context 4096" in caplog.text
+    assert chats(scripted_server) == 1
+
+
+async def test_without_the_option_nothing_is_asked_or_checked(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=10)
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", model_mismatch="ignore") as client:
+        await client.chat_completion(LONG)
+    assert [request.path for request in scripted_server.requests] == [CHAT]
+
+
+async def test_a_prompt_that_ollama_has_cut_is_noticed_by_its_count(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=8192)
+    usage = {"prompt_tokens": 8192, "completion_tokens": 5, "total_tokens": 8197}
+    message = {"role": "assistant", "content": "I see only the end."}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    scripted_server.script(reply(200, {"model": "qwen3:4b", "choices": choices, "usage": usage}))
+    async with LLMClient(scripted_server.api_base, "qwen3:4b") as plain:
+        client = plain.with_options(context_overflow="raise")
+        with pytest.raises(ContextLengthExceededError, match="cut the prompt to 8192 tokens") as caught:
+            await client.chat_completion([{"role": "user", "content": "字" * 5_000}])
+    assert caught.value.partial["choices"] == choices
+
+
+async def test_a_reply_teaches_how_far_the_estimate_is_off(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    scripted_server.script(counted_answer(2001), counted_answer(3001))
+    options: dict[str, Any] = {"context_overflow": "raise", "model_mismatch": "ignore"}
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", **options) as client:
+        with pytest.raises(ContextLengthExceededError):
+            await client.chat_completion(LONG)
+        await client.chat_completion([{"role": "user", "content": "word " * 2000}])
+        assert await client.chat_completion(LONG)
+        with pytest.raises(ContextLengthExceededError):
+            await client.chat_completion(LONG * 2)
+
+
+async def test_num_ctx_of_a_model_that_ollama_has_not_loaded_is_its_context(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, parameters='stop    "<|im_end|>"\nnum_ctx                        2048\n')
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", context_overflow="raise") as client:
+        assert (await client.server_info()).context_length == 2048
+        with pytest.raises(ContextLengthExceededError):
+            await client.chat_completion(LONG)
+        ollama(scripted_server)
+        assert (await client.server_info()).context_length is None
+
+
+async def test_a_server_that_does_not_describe_itself_is_no_obstacle(scripted_server: ScriptedServer) -> None:
+    scripted_server.on_path("/v1/models", reply(500, "broken"))
+    async with LLMClient(scripted_server.api_base, "m", context_overflow="raise", max_retries=0) as client:
+        assert await client.chat_completion(LONG)
+
+
+def test_the_option_is_checked() -> None:
+    with pytest.raises(LLMValidationError, match="context_overflow"):
+        LLMClient(context_overflow="ignore")  # type: ignore[arg-type]  # the wrong value is the case
+    with pytest.raises(LLMValidationError, match="context_overflow"):
+        Agent(LLMClient(), context_overflow="no")  # type: ignore[arg-type]  # the wrong value is the case
+
+
+@pytest.mark.parametrize(
+    ("tokens", "exact", "counted", "cut"),
+    [
+        (900, True, 900, False),
+        (900, False, 1000, True),
+        (1200, True, 700, True),
+        (1200, False, 900, False),
+        (1600, False, 900, True),
+        (1600, False, None, False),
+    ],
+    ids=["fits", "pinned", "exactly counted", "perhaps overestimated", "far too long", "not counted"],
+)
+def test_a_cut_is_recognized_by_the_tokens_that_were_read(
+    tokens: int, exact: bool, counted: int | None, cut: bool
+) -> None:
+    assert PromptSize(tokens, exact=exact, context_length=1000).was_cut(counted) is cut
+
+
+# Agents
+
+
+async def test_an_agent_warns_once_and_raises_if_asked_to(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", model_mismatch="ignore") as client:
+        scripted_server.script(counted_answer(3001))
+        assert (await Agent(client).run(LONG[0]["content"])).warnings == (), "the estimate was too high"
+        scripted_server.script(answer(""), answer("Hello."))
+        result = await Agent(client).run(2 * LONG[0]["content"])
+        [warning] = result.warnings
+        assert "the model's context 4096" in warning
+        with pytest.raises(ContextLengthExceededError):
+            await Agent(client, context_overflow="raise").run(LONG[0]["content"])
+    assert chats(scripted_server) == 3
+
+
+async def test_an_agent_notices_that_its_prompt_was_cut(scripted_server: ScriptedServer) -> None:
+    ollama(scripted_server, context=4096)
+    scripted_server.default = counted_answer(4096)
+    async with LLMClient(scripted_server.api_base, "qwen3:4b", model_mismatch="ignore") as client:
+        [warning] = (await Agent(client).run("字" * 1500)).warnings
+        assert warning.startswith("the server has cut the prompt to 4096 tokens")
+        with pytest.raises(ContextLengthExceededError, match="cut the prompt"):
+            await Agent(client, context_overflow="raise").run("字" * 1500)
