@@ -9,6 +9,7 @@ measured again, and counts only if it is too large each time.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from tests.fuzz.targets import Target
@@ -24,7 +25,9 @@ _ATTEMPTS: Final = 5
 """How often a ratio that is too large is measured before it counts."""
 
 
-def check_growth(target: Target, unit: bytes, before: bytes = b"", after: bytes = b"") -> None:
+def check_growth(
+    target: Target, unit: bytes, before: bytes = b"", after: bytes = b"", *, clock: Callable[[], float] = time.thread_time
+) -> None:
     """Raises an `AssertionError` if a target takes much more time for a longer input.
 
     Args:
@@ -32,6 +35,7 @@ def check_growth(target: Target, unit: bytes, before: bytes = b"", after: bytes 
         unit: The piece that is repeated.
         before: What comes before it.
         after: What comes after it.
+        clock: Returns the seconds that this thread has used.
     """
     if not unit:
         return
@@ -43,19 +47,19 @@ def check_growth(target: Target, unit: bytes, before: bytes = b"", after: bytes 
             f"{target.name}: {before!r} + {unit!r} * n + {after!r} takes {min(ratios):.0f} times as long for"
             f" {_FACTOR} times n"
         )
-        seconds = _seconds(target, large)
+        seconds = _seconds(target, large, clock)
         if seconds <= _UNIMPORTANT_SECONDS:
             return
-        ratios.append(seconds / max(_seconds(target, small), 1e-6))
+        ratios.append(seconds / max(_seconds(target, small, clock), 1e-6))
 
 
-def _seconds(target: Target, data: bytes) -> float:
+def _seconds(target: Target, data: bytes, clock: Callable[[], float]) -> float:
     """Returns the shortest of several times, or the first one that is too short to matter."""
     best = float("inf")
     for _ in range(_TIMES):
-        began = time.thread_time()
+        began = clock()
         target.run(data)
-        best = min(best, time.thread_time() - began)
+        best = min(best, clock() - began)
         if best <= _UNIMPORTANT_SECONDS / _FACTOR:
             break
     return best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,10 +45,15 @@ def test_a_longer_input_takes_proportionally_longer(target: Target) -> None:
             check_growth(target, unit)
 
 
-def test_a_quadratic_target_is_noticed() -> None:
-    def read_again_and_again(data: bytes) -> None:
-        for end in range(0, len(data), 30):
-            data[:end].count(b"x")
+@pytest.mark.parametrize(("power", "is_noticed"), [(1, False), (2, True)])
+def test_a_quadratic_target_is_noticed(power: int, is_noticed: bool) -> None:
+    used = 0.0
 
-    with pytest.raises(AssertionError, match="times as long for 8 times n"):
-        check_growth(Target("quadratic", read_again_and_again, [b"x"]), b"x")
+    def use_time(data: bytes) -> None:
+        nonlocal used
+        used += (len(data) / 10_000) ** power
+
+    target = Target("target", use_time, [b"x"])
+    noticed = pytest.raises(AssertionError, match="64 times as long for 8 times n")
+    with noticed if is_noticed else contextlib.nullcontext():
+        check_growth(target, b"x", clock=lambda: used)
