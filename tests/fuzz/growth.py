@@ -26,7 +26,12 @@ _ATTEMPTS: Final = 5
 
 
 def check_growth(
-    target: Target, unit: bytes, before: bytes = b"", after: bytes = b"", *, clock: Callable[[], float] = time.thread_time
+    target: Target,
+    unit: bytes,
+    before: bytes = b"",
+    after: bytes = b"",
+    *,
+    clock: Callable[[], float] = time.thread_time,
 ) -> None:
     """Raises an `AssertionError` if a target takes much more time for a longer input.
 
