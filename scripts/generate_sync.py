@@ -277,10 +277,17 @@ def _class_with_bases(
         if home is None or name.id not in home.classes:
             continue
         parent = home.classes[name.id]
-        given = base.slice.elts if isinstance(base, ast.Subscript) and isinstance(base.slice, ast.Tuple) else []
+        given = _arguments_of(base)
         known = variables or {}
         given = [known.get(ast.unparse(each), each) for each in given]
         yield from _class_with_bases(home, parent, dict(zip(_type_variables(parent), given, strict=False)))
+
+
+def _arguments_of(base: ast.expr) -> list[ast.expr]:
+    """Returns the types in the brackets of a base class."""
+    if not isinstance(base, ast.Subscript):
+        return []
+    return base.slice.elts if isinstance(base.slice, ast.Tuple) else [base.slice]
 
 
 def _type_variables(node: ast.ClassDef) -> list[str]:
@@ -295,7 +302,7 @@ def _item_type(node: ast.ClassDef, variables: dict[str, ast.expr]) -> ast.expr |
     """Returns the type of the items of an asynchronous stream: the first argument of its base `AsyncGenerator[...]`."""
     for base in node.bases:
         if isinstance(base, ast.Subscript) and ast.unparse(base.value) == "AsyncGenerator":
-            item = base.slice.elts[0] if isinstance(base.slice, ast.Tuple) else base.slice
+            item = _arguments_of(base)[0]
             return variables.get(ast.unparse(item), item)
     return None
 

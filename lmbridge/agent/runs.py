@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
-from types import TracebackType
-from typing import Any, Final, Generic, Self
+from typing import Any, Final, Generic
 
 import attrs
 
+from lmbridge._closable_stream import ClosableStream
 from lmbridge._copying import NotCopyable
 from lmbridge._scheduled_run import ScheduledRun, current_run
 from lmbridge.agent.cancel import OwnTask
@@ -424,7 +424,7 @@ class RunHandle(NotCopyable, Generic[OutputT]):
             self._own_scheduled_run.end()
 
 
-class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
+class RunStream(ClosableStream[RunEvent], Generic[OutputT]):
     """The events of a run, as `agent.stream` and `handle.events()` return them.
 
     It is iterated once, by one task at a time, and is also an async context manager. It ends after `RunFinished`. If
@@ -451,9 +451,6 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._run!r}>"
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> RunEvent:
         try:
             event = await self._events.get()
@@ -473,18 +470,6 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
             return StopAsyncIteration()
         return TaskCancelledError("the events of the run were closed before its end", partial=self._run.partial)
 
-    async def asend(self, value: None) -> RunEvent:
-        """Returns the next event; values cannot be sent to the stream."""
-        if value is not None:
-            raise TypeError(f"a {type(self).__name__} does not accept values; iterate it")
-        return await self.__anext__()
-
-    async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> RunEvent:
-        """Leaves the stream, and raises the given exception."""
-        await self.aclose()
-        error = typ if isinstance(typ, BaseException) else typ() if val is None else val
-        raise error.with_traceback(tb) if tb is not None else error
-
     async def aclose(self) -> None:
         """Leaves the stream, from any task. It is idempotent."""
         self._has_left = True
@@ -493,14 +478,6 @@ class RunStream(NotCopyable, AsyncGenerator[RunEvent, None], Generic[OutputT]):
             await self._run.aclose("the run was cancelled, because its event stream was closed before its end")
         if not self._owns_run or self._run.done:
             self._events.leave()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     def __del__(self) -> None:
         if getattr(self, "_has_left", True) or self._has_finished or self._run.done or self._loop.is_closed():

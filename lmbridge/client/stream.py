@@ -14,12 +14,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
-from lmbridge._copying import NotCopyable
+from lmbridge._closable_stream import ClosableStream
 from lmbridge._tasks import LARGE, run_at_once
 from lmbridge.client import failures
 from lmbridge.client.accumulator import Accumulator
@@ -58,7 +57,7 @@ _Item = TypeVar("_Item")
 _Reply_co = TypeVar("_Reply_co", covariant=True)
 
 
-class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Reply_co]):
+class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     """The base class of the streams of all endpoints: an async generator of the pieces of one reply.
 
     Iterate it once, from one task at a time. It is also an async context manager. Leaving it early, in any way, closes
@@ -148,9 +147,6 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         state = "failed" if self._failure else "ended" if self._events.closed else "open"
         return f"<{type(self).__name__} model={self._served_model!r} {state}>"
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> _Item:
         try:
             while True:
@@ -163,18 +159,6 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
         except (LLMError, StopAsyncIteration) as ending:
             return await self._last_item(ending)
 
-    async def asend(self, value: None) -> _Item:
-        """Returns the next item. Only None can be sent, because a stream takes no values."""
-        if value is not None:
-            raise TypeError(f"a {type(self).__name__} takes no values; iterate it")
-        return await self.__anext__()
-
-    async def athrow(self, typ: Any, val: Any = None, tb: TracebackType | None = None) -> _Item:
-        """Closes the stream and raises the exception."""
-        await self.aclose()
-        error = typ if isinstance(typ, BaseException) else typ() if val is None else val
-        raise error.with_traceback(tb) if tb is not None else error
-
     async def aclose(self) -> None:
         """Closes the stream; may be called from any task, and more than once.
 
@@ -185,14 +169,6 @@ class ReplyStream(NotCopyable, AsyncGenerator[_Item, None], Generic[_Item, _Repl
             await self._events.drain()
         elif self._failure is None:
             self._break_off(TaskCancelledError("the stream was closed before its end"))
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def collect(self) -> _Reply_co:
         """Reads the stream to its end, and returns the dict that the plain call would have returned.
