@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmbridge import LLMValidationError, MCPError, Tool, ToolCall, ToolContext, ToolError
+from lmbridge.agent.schemas import build_validator
 from lmbridge.agent.step_limit import STEPS_AT_ONCE, spend_steps
 from lmbridge.agent.text_calls import read_text_calls
 from lmbridge.agent.tool_names import names_in_requests, names_in_run
@@ -713,3 +714,28 @@ async def test_an_error_of_a_provider_that_is_asked_for_new_tools_is_raised() ->
     toolset = await Toolset.collect([Broken()])
     with pytest.raises(ToolError, match=r"\(Broken\) raised OSError: gone.*its new_tools\(\) has to return"):
         await toolset.add_new_tools()
+
+
+# Validators
+
+
+async def test_the_validators_of_hand_made_tools_are_built_outside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[tuple[Any, threading.Thread]] = []
+
+    def build(parameters: Any, sent_parameters: Any) -> Any:
+        built.append((parameters, threading.current_thread()))
+        return build_validator(parameters, sent_parameters)
+
+    monkeypatch.setattr("lmbridge.agent.tools.build_validator", build)
+    provider = GrowingProvider(tool("at_first", parameters=CITY))
+    toolset = await Toolset.collect([weather, provider])
+    provider.new = [tool("later", parameters={"type": "object", "properties": {}})]
+    await toolset.add_new_tools()
+    read = await toolset.read_all(
+        [wire("at_first", {"city": "Oslo"}), wire("later"), wire("weather", {"city": "Oslo"})]
+    )
+    assert [type(each) for each in read] == [ReadyCall] * 3
+    assert [set(parameters["properties"]) for parameters, _ in built] == [{"city", "days"}, set()]
+    assert threading.current_thread() not in [thread for _, thread in built]
