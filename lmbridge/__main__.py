@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line, and ends the process with an exit status."""
+    """Runs the command line, and ends the process with its exit status."""
     try:
         from lmbridge.cli.application import main as run  # noqa: PLC0415 - the extra may be missing
     except ModuleNotFoundError as error:

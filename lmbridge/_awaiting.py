@@ -68,7 +68,7 @@ class PendingCall(NotCopyable, Coroutine[Any, Any, _T]):
             raise AttributeError(f"`await` is missing before {self._name}(...): it has no {name!r} yet") from None
 
     def _misused(self, example: str) -> NoReturn:
-        # A coroutine that was used in one of these ways is not awaited afterwards, and Python would warn about it too.
+        # Nothing will await the coroutine any more. Unless it is closed, Python warns about that in addition.
         self._coroutine.close()
         raise TypeError(f"`await` is missing: write `{example.format(self._name)}`")
 

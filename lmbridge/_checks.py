@@ -42,13 +42,13 @@ def invalid_argument(name: str, expected: str, value: object, hint: str | None =
 
 
 def is_usage_error(error: BaseException) -> bool:
-    """True if the arguments of a program made no sense, so that the program ends with status 2 and has sent nothing.
+    """Returns whether an error means that the arguments of a program make no sense, so that nothing was sent.
 
-    The class alone does not say so: a server raises the same class of error when it refuses a request, with a status,
-    and when it does not have the model.
+    Such a program ends with status 2. The class of the error alone does not decide, because an `LLMValidationError` is
+    also raised when a server refuses a request (then the error has a status), or does not have the model.
     """
-    is_refused = isinstance(error, ModelNotFoundError)
-    return isinstance(error, LLMValidationError) and error.status is None and not is_refused
+    is_missing_model = isinstance(error, ModelNotFoundError)
+    return isinstance(error, LLMValidationError) and error.status is None and not is_missing_model
 
 
 def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidationError:
@@ -61,11 +61,11 @@ def wrong_type(name: str, expected: str, value: object, hint: str) -> LLMValidat
 
 
 def hint_for(value: object, hints: Mapping[str, str], default: str | None = None) -> str | None:
-    """Returns the hint for an argument in the wrong place, by its class or a class that it inherits from.
+    """Returns the hint for an argument that was passed in the wrong place, chosen by its class or a base class.
 
     Args:
         value: The argument.
-        hints: A hint for each name of a class. The names save this module from importing the classes.
+        hints: The hints, by the names of the classes. Names are used so that this module need not import the classes.
         default: The hint for a value of any other class.
     """
     if isinstance(value, type):
@@ -76,7 +76,7 @@ def hint_for(value: object, hints: Mapping[str, str], default: str | None = None
 
 
 def is_blocking(value: object) -> bool:
-    """Returns whether a value is an object of `lmbridge.sync`, which looks like the asynchronous one."""
+    """Returns whether a value is an object of `lmbridge.sync`, whose classes have the same names as the async ones."""
     return type(value).__module__.startswith("lmbridge.sync.")
 
 
@@ -106,7 +106,7 @@ def check_integer(
         name: The argument's name, as the user knows it.
         value: The argument.
         minimum: The smallest integer that is accepted.
-        maximum: The largest integer that is accepted. The default, None, means any integer.
+        maximum: The largest integer that is accepted. The default, None, means no limit.
         optional: Whether None is accepted as well.
         keyword: A string that is accepted as well, such as "auto".
         hint: The hint of the error. By default it suggests leaving the argument out.
@@ -144,7 +144,7 @@ def check_seconds(name: str, value: _T, *, optional: bool = True, hint: str | No
 def check_text(name: str, value: _T, *, optional: bool = False, secret: bool = False, hint: str | None = None) -> _T:
     """Returns the value if it is a string that is not blank, or None with `optional`.
 
-    Set `secret` if the value may be one, such as a key: then the error does not quote it.
+    Set `secret` if the value may be a secret, such as a key; then the error does not quote it.
 
     Raises:
         LLMValidationError: The value is neither.

@@ -1,7 +1,7 @@
 """Refuses to copy or pickle objects that hold connections or tasks.
 
 A copy would share the connections of the original, or would have none and count permits that it does not hold; a pickle
-would contain the key. Without this, some copies fail later, with an error of a lock or of an event loop that says
+would contain the key. Without this check, some copies fail later, with an error of a lock or of an event loop that says
 nothing about copies, and others seem to work.
 """
 
@@ -13,7 +13,8 @@ from typing import ClassVar, NoReturn, SupportsIndex
 class NotCopyable:
     """The base class of objects that belong to one event loop, and can neither be copied nor pickled.
 
-    `copy.copy`, `copy.deepcopy` and `pickle` raise a `TypeError`, for an object that contains such an object as well.
+    `copy.copy`, `copy.deepcopy` and `pickle` raise a `TypeError`. So do `copy.deepcopy` and `pickle` for any object
+    that contains such an object.
     """
 
     __slots__ = ()

@@ -1,8 +1,8 @@
-"""Reads a docstring for the parts that describe a function or a class to a model.
+"""Reads the parts of a docstring that describe a function or a class to a model.
 
 The three common styles are recognised: sections with a colon (Google), sections that are underlined (NumPy), and
-fields such as `:param name:` (Sphinx). Everything before the first of them is the description. A library for
-docstrings would know more styles, but their entries for parameters are all that is needed here.
+fields such as `:param name:` (Sphinx). Everything before the first section or field is the description. A library for
+docstrings would know more styles, but the description and the entries for parameters are all that is needed here.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _indented_lines(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _google_entries(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yields the entries of a section in Google style. Lines that are indented further continue the entry before."""
+    """Yields the entries of a section in Google style. Lines that are indented further continue the entry above."""
     texts: list[str] | None = None
     name = ""
     indentation = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)

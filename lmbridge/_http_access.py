@@ -1,8 +1,9 @@
-"""Who may use a server of lmbridge on HTTP: by which names it may be addressed, and with which key.
+"""Decides who may use an HTTP server of lmbridge: by which names it may be addressed, and with which key.
 
-A browser sends requests of any web page to any address, also to the loopback interface. A page cannot read the answers
-of another site, but a name that it owns and lets point to 127.0.0.1 (DNS rebinding) makes the server its own site. So
-the name in `Host` has to be one of the server's, and `Origin`, if there is one, has to name the same host.
+A browser lets any web page send requests to any address, including the loopback interface. A page cannot read the
+answers of another site. But its author can make a domain name point to 127.0.0.1 (DNS rebinding), and the browser then
+takes the server for the page's own site. So the name in `Host` has to be one of the server's, and `Origin`, if it is
+sent, has to name the same host.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class HostNames:
 
     def __init__(self, host: str, allowed: Iterable[str] = ()) -> None:
         self._names = {name.lower().strip("[]") for name in (host, *allowed)}
-        self._takes_addresses = not is_loopback(f"http://{bracketed(host)}")
+        self._accepts_other_addresses = not is_loopback(f"http://{bracketed(host)}")
 
     def accepts(self, host: str) -> bool:
         """Returns whether the value of the header `Host` names the server."""
@@ -43,8 +44,9 @@ class HostNames:
             address = ipaddress.ip_address(name)
         except ValueError:
             return name == "localhost"
-        # A number cannot be made to point elsewhere, so it is as good as the address that the server listens on.
-        return address.is_loopback or self._takes_addresses
+        # Unlike a domain name, an IP address cannot be made to point to another host, so it is always accepted by a
+        # server that listens on more than the loopback interface.
+        return address.is_loopback or self._accepts_other_addresses
 
 
 def is_same_origin(origin: str, host: str) -> bool:
@@ -62,7 +64,7 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def is_same_key(sent: str, key: str) -> bool:
-    """Returns whether a client has sent the right key, in the same time wherever the first difference is."""
+    """Returns whether a client has sent the right key. It takes the same time wherever the first difference is."""
     return hmac.compare_digest(sent.encode("utf-8", "replace"), key.encode("utf-8", "replace"))
 
 

@@ -1,9 +1,10 @@
 """`ScheduledRun`: an agent's run as the scheduler of the transport knows it.
 
-The agent layer creates one for each run and ends it with the run; the transport reads it when a request asks for a
-permit. They share nothing else, so it is a module of the ground floor. It reaches the transport in a context variable,
-and not as an argument, because an agent works with any object that has `chat_completion`, and because the tasks that a
-tool starts inherit the variable: what a tool generates belongs to the run that called the tool.
+The agent layer creates a `ScheduledRun` for each run and ends it with the run; the transport reads it when a request
+asks for a permit. The two layers share nothing else, so this module belongs to the ground floor below both of them. A
+`ScheduledRun` reaches the transport in a context variable, and not as an argument, because an agent works with any
+object that has `chat_completion`, and because the tasks that a tool starts inherit the variable: the requests that a
+tool sends belong to the run that called the tool.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class ScheduledRun:
         number: int | None = None,
     ) -> None:
         self.priority: Final = priority
-        """The priority of all requests of the run, or None for that of the client that sends them."""
+        """The priority of all requests of the run. With None, each has the priority of the client that sends it."""
         self.loop: Final = loop
-        """The event loop of the run. In another one, a request of a tool does not belong to the run: it would have to
-        learn about the end of the run from another thread. None stands for any loop."""
+        """The event loop of the run, or None for any loop. A request that a tool sends from another loop does not
+        belong to the run, because that loop would have to learn about the end of the run from another thread."""
         self.number: Final = next_order_number() if number is None else number
         """The position of the run in the order of all runs and requests; the lowest goes first. By default runs and
         requests are in the order of their arrival. Passing a number makes sense only if all runs have one."""
@@ -52,15 +53,15 @@ class ScheduledRun:
     def add_callbacks(
         self, *, on_end: Callable[[ScheduledRun], None], on_pause: Callable[[ScheduledRun], None]
     ) -> None:
-        """Makes `end` and `pause` call functions. They must not raise."""
+        """Registers functions that `end` and `pause` call with the run. The functions must not raise."""
         self._on_end.append(on_end)
         self._on_pause.append(on_pause)
 
     def pause(self) -> None:
         """Records that the run waits for something other than its tools, so that others may begin in its place.
 
-        It lasts until the next request of the run. Without it, runs could wait for something that other runs hold,
-        which in turn wait until they may begin.
+        The pause lasts until the next request of the run. Without it, a run could wait for something that another run
+        holds, while that run waits until it may begin.
         """
         for callback in self._on_pause:
             callback(self)

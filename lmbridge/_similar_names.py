@@ -1,7 +1,7 @@
-"""Names that are similar to one that does not exist: the "did you mean" of errors.
+"""Finds names that are similar to one that does not exist, for the "did you mean" of errors.
 
-It imports only the standard library, because `errors.py` does. The work is limited, because a server decides how many
-names there are and how long they are.
+`errors.py` imports this module, and belongs to the ground floor, so this module imports only the standard library. The
+work is limited, because a server decides how many names there are and how long they are.
 """
 
 from __future__ import annotations

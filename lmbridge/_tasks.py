@@ -29,19 +29,22 @@ _unfinished: Final[set[asyncio.Future[Any]]] = set()
 
 
 MANY: Final = 100
-"""The number of things after which a task that works through them lets other tasks run."""
+"""The number of items after which a task that works through a list of them lets other tasks run."""
 
 
 LARGE: Final = 100_000
-"""The number of characters or bytes after whose processing other tasks run. It takes about a millisecond."""
+"""The number of characters or bytes that a task processes, in about a millisecond, before it lets other tasks run."""
 
 
 async def pause_after(size: int) -> None:
-    """Lets other tasks run if a step before has processed so many characters or bytes that they have had to wait.
+    """Lets other tasks run after a step that has processed more than `LARGE` characters or bytes.
 
-    A step that consists of one call of C code, such as decoding JSON, cannot be divided. In a thread, it would hold up
-    the event loop for as long, because such code keeps the global interpreter lock. But a reply of 10 MB takes a dozen
-    of such calls, one after the other.
+    A step that consists of one call of C code, such as decoding JSON, cannot be divided. Running it in a thread would
+    hold up the event loop for just as long, because such code keeps the global interpreter lock. But a reply of 10 MB
+    takes a dozen such steps, and other tasks can run between them.
+
+    Args:
+        size: The number of characters or bytes that the step has processed.
     """
     if size > LARGE:
         await asyncio.sleep(0)
@@ -50,12 +53,12 @@ async def pause_after(size: int) -> None:
 async def list_in_slices(items: Iterable[_T]) -> list[_T]:
     """Returns a list of the items, and lets other tasks run after every 100 of them.
 
-    It is for an iterator that works for each item, such as a `map`, or a generator::
+    Use it for an iterable that computes each item when it is asked for, such as a `map` or a generator::
 
         calls = await list_in_slices(map(read_call, entries))
 
-    With fewer items it does not wait at all. On cancellation of the caller, which can come only between two slices, the
-    items so far are dropped.
+    With fewer items it does not wait at all. The caller can be cancelled only between two slices; then the items so far
+    are dropped.
     """
     iterator = iter(items)
     listed = list(islice(iterator, MANY))
@@ -71,7 +74,7 @@ async def list_in_slices(items: Iterable[_T]) -> list[_T]:
 def run_at_once(slices: Generator[None, None, _T]) -> _T:
     """Runs a generator that yields after each slice of its work, and returns its result. No other task runs meanwhile.
 
-    If a part of the work has been done already, this does the rest.
+    If some slices have been done already, this does the rest.
     """
     try:
         while True:

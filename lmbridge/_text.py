@@ -33,7 +33,8 @@ def excerpt(text: str, body_size: int = 0) -> str:
 
     Args:
         text: The text.
-        body_size: The number of bytes of the body that the text is a part of, to be named in place of the length.
+        body_size: The number of bytes of the body that the text is a part of. If it is given, the result names it
+            instead of the length of the text.
     """
     if len(text) <= _EXCERPT_CHARACTERS:
         return text
@@ -57,7 +58,7 @@ def redacted_beginning(text: bytes | str, redact: Callable[[str], str]) -> str:
 
 
 def join_surrogates(text: str) -> str:
-    """Returns a text whose surrogate pairs are joined, and in which a half without the other is a question mark."""
+    """Returns a text in which surrogate pairs are joined, and a question mark replaces each lone half of a pair."""
     # For a text in ASCII, this costs nothing.
     if text.isascii():
         return text

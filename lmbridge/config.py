@@ -36,8 +36,9 @@ DEFAULT_API_BASE: Final = "http://127.0.0.1:1234/v1"
 
 
 QUESTION_HEADER: Final = ("X-Lmbridge-Purpose", "limits")
-"""The header of requests that a client sends to find out the limits of its server without being asked to. It
-explains them to the reader of a log, and `lmbridge.testing.ScriptedServer` does not list them."""
+"""The header (name and value) of the requests by which a client finds out the limits of its server on its own
+initiative. It explains these requests to the reader of the server's log, and `lmbridge.testing.ScriptedServer` does not
+list them."""
 
 
 class Unset(enum.Enum):
@@ -131,24 +132,24 @@ class Limits:
     one."""
     max_queue: float | None = _duration("Limits", 600.0)
     """The most seconds that a request may wait until it is admitted. None switches the limit off."""
-    # pyright takes the default of such a field for any string.
+    # pyright infers the type `str` for the default of such a field, which is wider than the literal.
     order: Literal["run", "request"] = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="run", validator=as_validator(check_choice, owner="Limits", choices=("run", "request"))
     )
     """Which of the waiting requests with the same priority goes first. With "run", the default, it is the one whose run
     of an agent is oldest, so that runs finish one after the other, and the server still has their prompts in its cache.
     A request outside of a run counts as a run that begins with it. With "request" it is the one that arrived first."""
-    # As for `order`.
+    # pyright infers the type `str`, as it does for `order`.
     max_begun_runs: int | Literal["auto"] | None = attrs.field(  # pyright: ignore[reportAssignmentType]
         default="auto", validator=as_validator(check_integer, owner="Limits", optional=True, keyword="auto")
     )
-    """The most runs of agents that have begun and not ended, so that the server still has their conversations in its
-    cache. The first request of a further run waits until one of these runs ends, or has had no request for as long as
-    the server took to begin its answer to the first one (at most 3 seconds), because its tools take longer. It does
-    not wait for runs of a lower priority, nor while a request for another model is overdue. Permits may stay free in
-    the meantime.
-    "auto", the default, stands for `max_concurrency`, and for None with `order="request"`. With None, a run begins
-    whenever a permit is free."""
+    """The most runs of agents that may have begun and not ended. With few such runs, the server still has their
+    conversations in its cache. The first request of a further run waits until one of these runs ends, or until one of
+    them has sent no request for as long as the server took to begin its answer to that run's first request (at most 3
+    seconds), because its tools take longer. It does not wait for runs of a lower priority, nor while a request for
+    another model is overdue. Permits may stay free in the meantime.
+    "auto", the default, stands for the value of `max_concurrency` with `order="run"`, and for None with
+    `order="request"`. With None, a run begins whenever a permit is free."""
 
     @property
     def begun_runs(self) -> int | None:
@@ -160,8 +161,8 @@ class Limits:
 
 Priority: TypeAlias = Literal["interactive", "normal", "batch"] | int
 """How urgent the requests of a client or an agent are. The names stand for the numbers 1, 0 and -1; a higher number
-goes first. Waiting requests rise by one for each `Limits.max_wait` seconds, up to the highest priority that waits, so
-that urgent requests cannot keep others waiting forever."""
+goes first. The priority of a waiting request rises by one for each `Limits.max_wait` seconds, up to the highest
+priority among the waiting requests, so that urgent requests cannot keep others waiting forever."""
 
 _PRIORITIES: Final = {"interactive": 1, "normal": 0, "batch": -1}
 
@@ -269,13 +270,13 @@ _MISPLACED_IN_API_BASE: Final = {
 
 
 def normalize_api_base(api_base: str) -> str:
-    """Returns a server's base URL without a trailing slash, and with `/v1` appended if it ends with no version.
+    """Returns a server's base URL without a trailing slash, and with `/v1` appended if it does not end with a version.
 
     If a URL ends with `#`, nothing is appended to it. This is for servers whose paths have no version. The path of a
     Unix socket, such as `unix:///run/llm.sock`, is returned unchanged, and requests go to `/v1` on it.
 
     A URL may contain a secret by mistake. So an error quotes the URL only if it contains none of the characters that
-    introduce a password, a query or a fragment (`@`, `?`, `#`).
+    mark credentials, a query or a fragment (`@`, `?`, `#`).
 
     Raises:
         LLMValidationError: The text is not an http or https URL, or it has credentials, a query or a fragment.
@@ -401,7 +402,7 @@ _CARRIER_NETWORK: Final = ipaddress.ip_network("100.64.0.0/10")
 
 
 def is_near(url: str) -> bool:
-    """Returns whether the host in a URL is this machine or one in a private network, as far as its name says.
+    """Returns whether the host in a URL is this machine or one in a private network, judging by its name or address.
 
     Addresses of private networks are near, and so are those that Tailscale uses, names without a dot, and names that
     end as those of local networks do. A Unix socket is near as well.

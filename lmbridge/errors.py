@@ -71,8 +71,8 @@ class LLMError(Exception):
         hint: What the user can do about the error.
         context: What was attempted: `operation`, `url`, `model`, `attempts`, `seconds`, and whatever else is known.
         status: The status of the HTTP response that reported the error, or None if there was no response.
-        body: The text of that response, or of the event in a stream that reported the error. Of a reply that broke off,
-            it is what had arrived. Of a text of more than 250,000 bytes, it is only the beginning.
+        body: The text of that response, or of the event in a stream that reported the error. If the reply broke off, it
+            is the part that had arrived. If the text has more than 250,000 bytes, it is only the beginning.
         partial: What had arrived before the error. For a stream it is the dict that `collect` would have returned (None
             before the first chunk), for an agent's run it is the `RunResult` so far.
 
@@ -188,7 +188,7 @@ def _rebuild(
 
 
 def _picklable(value: Any) -> Any:
-    """Returns the value if it can be pickled, and otherwise a copy in which texts replace the parts that cannot be."""
+    """Returns the value if it can be pickled, and otherwise a copy in which texts replace the parts that cannot."""
     if isinstance(value, LLMError) and type(value).__module__ == __name__:
         # LLMError.__reduce__ makes the error's own parts picklable.
         return value
@@ -215,7 +215,7 @@ def _describe_exception(error: BaseException) -> str:
 
 
 class LLMConnectionError(LLMError, ConnectionError):
-    """No server answers at this address, or the connection broke before the reply had begun or was complete."""
+    """No server answers at this address, or the connection broke before a stream had begun or a reply was complete."""
 
 
 class LLMTimeoutError(LLMError, TimeoutError):
@@ -449,7 +449,7 @@ class JournalError(LLMError):
     """A journal of agent runs cannot be read or written, or a run cannot go on from it.
 
     Attributes:
-        problem: Why, as one of the words of `JournalProblem`.
+        problem: Why the journal cannot be used, as one of the words of `JournalProblem`.
         path: The path of the journal.
     """
 

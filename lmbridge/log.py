@@ -32,14 +32,14 @@ def enable_logging(level: str = "info", *, prompts: bool = False) -> None:
     instead: `logging.getLogger("lmbridge").setLevel("INFO")`.
 
     Args:
-        level: "debug", "info", "warning" or "error", in any case. "info", the default, writes one line for each
-            request; "debug" also writes about retries and waits.
-        prompts: Whether the bodies of requests are written, too, which contain the prompts; only with the level
+        level: "debug", "info", "warning" or "error", in upper or lower case. "info", the default, writes one line for
+            each request; "debug" also writes about retries and waits.
+        prompts: Whether the bodies of requests, which contain the prompts, are written as well. This requires the level
             "debug". Keys are replaced. Default: False. A program that configures logging itself calls
-            `logging.getLogger("lmbridge.prompts").setLevel("DEBUG")` in place of it.
+            `logging.getLogger("lmbridge.prompts").setLevel("DEBUG")` instead.
 
     Raises:
-        LLMValidationError: The level is not one of these words, or prompts are asked for with another one than "debug".
+        LLMValidationError: The level is not one of these words, or `prompts` is set and the level is not "debug".
     """
     name = level.lower() if isinstance(level, str) else level
     check_choice("level", name, _LEVELS)
@@ -49,7 +49,7 @@ def enable_logging(level: str = "info", *, prompts: bool = False) -> None:
     logger = logging.getLogger("lmbridge")
     for handler in [each for each in logger.handlers if isinstance(each, _ScriptHandler)]:
         logger.removeHandler(handler)
-    # A new handler, because standard error may be another stream than the last time.
+    # The handler is created anew, because a program may have replaced `sys.stderr` since the last call.
     handler = _ScriptHandler()
     handler.setFormatter(logging.Formatter(_FORMAT))
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""`Accumulator`: the interface of what merges the events of a stream into the reply so far."""
+"""`Accumulator`: the interface that `ReplyStream` expects of the accumulators of all endpoints."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ class Accumulator(Protocol[_Reply_co]):
         ...
 
     async def reply_in_slices(self) -> _Reply_co:
-        """Returns the same for a reply that is complete, without making the event loop stand still."""
+        """Returns what `reply` returns for a complete reply, and lets other tasks run between parts of the work."""
         ...

@@ -1,4 +1,4 @@
-"""The limits that a client asks its server for, with `limits="auto"` or if none are given."""
+"""Finds the limits of a server, for clients with `limits="auto"` and for clients without the option `limits`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from lmbridge.client.server_info import ServerInfo
 
 DEFAULT_SLOTS: Final = 4
-"""The slots of an LM Studio or a llama.cpp router that does not report them: both have this default."""
+"""The number of slots of an LM Studio or a llama.cpp router that does not report it: both have this default."""
 
 
 def limits_of(info: ServerInfo) -> Limits:
     """Returns the limits that fit a server.
 
-    - LM Studio: the slots of its model, and as many models as are loaded, at least one. LM Studio unloads a model that
-      it loaded on demand when the next one is requested, even in the middle of a generation. This is its setting
+    - LM Studio: as many models as are loaded, at least one, and the slots of all of them. LM Studio unloads a model
+      that it loaded on demand when the next one is requested, even in the middle of a generation. This is its setting
       Auto-Evict, which is on by default and which no API reports.
     - llama.cpp with one model: the slots of the model.
     - llama.cpp's router: the number of models that it holds, and the slots of all of them.
@@ -44,7 +44,7 @@ def limits_of(info: ServerInfo) -> Limits:
 
 
 def auto_limits(at_most: float = math.inf) -> LimitFinder:
-    """Returns what a transport does with `limits="auto"`: it asks the server before the first request.
+    """Returns the `LimitFinder` for `limits="auto"`, which asks the server before the first request.
 
     Args:
         at_most: The limit on concurrent generations that applies even if the server can handle more. Default: no limit.
@@ -60,10 +60,11 @@ def auto_limits(at_most: float = math.inf) -> LimitFinder:
 
 
 def default_limits(max_concurrency: int | None = None) -> LimitFinder:
-    """Returns what a transport does if no limits are given.
+    """Returns the `LimitFinder` for a client without the option `limits`.
 
-    It asks only a server nearby, when it first matters, and only what is needed to recognize LM Studio and llama.cpp.
-    Any other server gets the defaults: those have their own queue, and finish what they have begun.
+    It asks only a server on this machine or in a private network, only when the limits first matter, and only what is
+    needed to recognize LM Studio and llama.cpp. For any other server, it returns the defaults: such a server has a
+    queue of its own, and finishes what it has begun.
 
     Args:
         max_concurrency: The most concurrent generations. Default: that of the server, or of `Limits()`.

@@ -1,8 +1,9 @@
 """Options of a single call, and the options of other libraries that are mistaken for parameters.
 
 A call takes options of lmbridge (`timeout`, `extra_headers`, ...) beside the parameters of the API, which are sent
-unchanged, whether lmbridge knows them or not. An option of another library would therefore be sent to the server, even
-an API key, and would have no effect. So the names of such options are refused, and the error names the right option.
+unchanged, whether lmbridge knows them or not. An option of another library, which may be an API key, would therefore be
+sent to the server, and would have no effect. So the names of such options are refused, and the error names the right
+option.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class RequestOptions(TypedDict, total=False):
     """The timeouts of this call, in place of the client's. A number of seconds limits each wait:
     `Timeouts(connect=min(5, t), first_byte=t, idle=t)`. None switches all limits off."""
     max_retries: int
-    """How often this request is sent again, in place of the client's `max_retries`."""
+    """How often this request may be sent again, in place of the client's `max_retries`."""
     extra_headers: Mapping[str, str] | None
     """Headers of this request, in addition to the client's or in their place. Errors and logs never repeat them."""
     extra_query: Mapping[str, Any] | None
@@ -119,6 +120,11 @@ def take_options(params: dict[str, Any]) -> CallSettings | None:
 
 def take_request_options(options: dict[str, Any], method: str, *, retries: bool = True) -> CallSettings | None:
     """Returns the options of a call without parameters, such as `list_models`, or None if none is set.
+
+    Args:
+        options: The keyword arguments of the call.
+        method: The name of the method, for the error.
+        retries: Whether the method accepts `max_retries`.
 
     Raises:
         LLMValidationError: An option is not valid.

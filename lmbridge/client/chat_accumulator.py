@@ -84,7 +84,7 @@ class ChatAccumulator:
     )
 
     _FIELD: ClassVar[Literal["delta", "text"]] = "delta"
-    """The field of a choice that holds what it adds."""
+    """The field of a choice that holds the piece of the answer."""
 
     def __init__(self, choices: int = 1) -> None:
         self.has_begun: bool = False
@@ -99,7 +99,8 @@ class ChatAccumulator:
         self._fields: dict[str, Any] = {}
         # The content of choice 0, which the fast path writes to without looking the choice up.
         self._first_content = io.StringIO()
-        # The number of fields that a chunk must have to take the fast path: that of the chunk before it, or -1.
+        # The number of fields of the last chunk. The next chunk can take the fast path only if it has as many. With -1,
+        # it takes the slow path in any case.
         self._fast_path_fields = -1
 
     @property
@@ -119,7 +120,8 @@ class ChatAccumulator:
     def is_finished(self) -> bool:
         """Whether every answer that was asked for, and every other one that began, has its finish reason.
 
-        If an answer has gone on after its finish reason, that means nothing, and the reply never counts as finished.
+        If an answer has gone on after its finish reason, the finish reasons of this server mean nothing. Then the reply
+        never counts as finished.
         """
         return self._expected_choices <= len(self._choices) == self._finished_choices and not self._goes_on
 
@@ -134,7 +136,7 @@ class ChatAccumulator:
             LLMStreamError: The chunk does not have the shape of a chat completion chunk.
             LLMError: A choice of the chunk reports an error, or that the server has broken the answer off.
         """
-        # The fast path. It checks for usage, because some servers send it in every chunk, or begin to in mid-stream.
+        # The fast path. It checks for usage, because some servers send it in every chunk, or from some chunk on.
         try:
             (choice,) = chunk["choices"]
             if (
@@ -154,7 +156,8 @@ class ChatAccumulator:
     def add_in_slices(self, chunk: Mapping[str, Any]) -> Generator[None, None, Mapping[str, Any]]:
         """Does what `add` does, as a generator that yields after every 100 choices or pieces of tool calls.
 
-        Until it has ended, the reply so far has the beginning of the chunk, and nothing else may be added.
+        Until the generator has ended, the reply so far has only the beginning of the chunk, and no other chunk may be
+        added.
         """
         try:
             completed, parts = self._begin_chunk(chunk)
@@ -248,13 +251,13 @@ class ChatAccumulator:
                 _check_not_broken(part)
 
     def reply(self) -> ChatCompletion:
-        """Returns the reply so far as a new dict. Without a chunk that has it, `usage` is None."""
+        """Returns the reply so far as a new dict. Its `usage` is None if no chunk had any."""
         choices = [choice.as_dict(index, choice.calls()) for index, choice in sorted(self._choices.items())]
         reply: ChatCompletion = self._reply(choices)
         return reply
 
     async def reply_in_slices(self) -> ChatCompletion:
-        """Returns the same for a reply that is complete, without making the event loop stand still."""
+        """Returns what `reply` returns for a complete reply, and lets other tasks run after every 100 tool calls."""
         choices = [
             choice.as_dict(index, await list_in_slices(choice.calls()))
             for index, choice in sorted(self._choices.items())
@@ -294,11 +297,11 @@ class TextAccumulator(ChatAccumulator):
         ]
 
     def reply(self) -> Any:
-        """Returns the reply so far as a new dict. Without a chunk that has it, `usage` is None."""
+        """Returns the reply so far as a new dict. Its `usage` is None if no chunk had any."""
         return super().reply()
 
     async def reply_in_slices(self) -> Any:
-        """Returns the same for a reply that is complete."""
+        """Returns what `reply` returns for a complete reply, and lets other tasks run in between."""
         return await super().reply_in_slices()
 
     def _reply(self, choices: list[dict[str, Any]]) -> Any:
@@ -393,7 +396,7 @@ class _ChoiceAccumulator:
         return True
 
     def _whole_message_in(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the message that some servers send in place of all deltas; without one, an empty dict."""
+        """Returns the message that some servers send in place of all deltas; an empty dict if there is none."""
         message = part.get("message")
         if not message or not isinstance(message, Mapping) or self.has_content:
             return {}
@@ -428,7 +431,7 @@ class _ChoiceAccumulator:
         return () if self._tool_calls is None else self._tool_calls.calls()
 
     def as_dict(self, index: int, calls: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the choice with these calls, which `calls` has returned."""
+        """Returns the choice as a dict, with the tool calls that the method `calls` has returned."""
         message: dict[str, Any] = {"role": self._role, "content": join_surrogates(self._content.getvalue())}
         if self._other_texts is not None:
             message |= {key: join_surrogates(text.getvalue()) for key, text in self._other_texts.items()}
@@ -461,7 +464,7 @@ def _check_not_broken(choice: Mapping[str, Any]) -> None:
     """Checks that a choice does not say that its answer will never be finished.
 
     Raises:
-        LLMError: It reports an error, or a finish reason that says so.
+        LLMError: The choice reports an error, or has a finish reason that says that the server broke the answer off.
     """
     if (body := error_in_choice(choice)) is not None:
         raise failures.error_from_event(parse_error_body(body), {})

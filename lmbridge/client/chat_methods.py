@@ -154,7 +154,7 @@ class ChatMethods(EndpointMethods):
                 async for text in stream.text():
                     print(text, end="", flush=True)
 
-        The arguments and the errors are those of `chat_completion`, of which `stream=True` is left out.
+        The arguments and the errors are those of `chat_completion`, except for the argument `stream`.
         """
         async with await self.chat_completion(messages, model=model, stream=True, **params) as stream:
             yield stream
@@ -218,11 +218,11 @@ class ChatMethods(EndpointMethods):
         request is streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
-                show the schema to the model.
+            messages: The chat so far: dicts with `role` and `content`. Describe the fields of the type in a message,
+                because few servers show the schema to the model.
             type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
-                object in JSON is sent as the field `answer` of one, and its value is returned.
+                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. For a type that is
+                not an object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
                 `chat_completion` describes.

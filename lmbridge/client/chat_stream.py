@@ -53,11 +53,12 @@ class CompletionStream(ReplyStream[_Chunk, _Reply_co]):
         name: str,  # noqa: ARG002 - chunks need no name
         data: bytes,
     ) -> Generator[None, None, _Chunk]:
+        """Does what `_read_object` does, as a generator that yields whenever other tasks should run."""
         yield
         self._check_no_error_object(value, data)
         try:
             self._check_model(value.get("model"), value.get("id"))
-            # Text completions have a subclass of it.
+            # The accumulator of text completions is a subclass of that of chats.
             accumulator = cast("ChatAccumulator", self._accumulator)
             chunk = yield from accumulator.add_in_slices(value)
             self._note_model(value.get("model"), value.get("id"))
@@ -119,8 +120,8 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 async for text in stream.text():
                     print(text, end="", flush=True)
 
-        Of several answers, only the first one counts. The pieces of a stream that was read in part begin where that
-        reading ended.
+        Of several answers, only the first one counts. If a part of the stream has been read already, the pieces begin
+        after that part.
         """
         splitter = ReasoningSplitter()
         return StreamedText(self, lambda chunk: _text_in(splitter.feed(chunk)), lambda: _text_in(splitter.close()))
@@ -136,7 +137,7 @@ class ChatStream(CompletionStream["ChatCompletionChunk", "ChatCompletion"]):
                 for event in self._pending:
                     chunk: Any = None
                     try:
-                        # A named event is a TypeError, as None is.
+                        # A named event, and None, raise a TypeError here.
                         chunk = decode_strictly(event) if len(event) <= LARGE else None  # type: ignore[arg-type]
                         (choice,) = chunk["choices"]
                         continues = chunk["model"] == self._served_model and choice["delta"] and "error" not in chunk

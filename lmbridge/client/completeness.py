@@ -110,7 +110,8 @@ def complete_chunk(chunk: Mapping[str, Any], field: Literal["delta", "text"]) ->
 
     Args:
         chunk: The chunk.
-        field: The field of a choice that holds what it adds: "delta" of a chat completion, "text" of a text completion.
+        field: The field of a choice that holds the piece of the answer: "delta" for a chat completion, "text" for a
+            text completion.
 
     Raises:
         TypeError, ValueError, AttributeError: The chunk holds something of the wrong kind, which cannot be ignored.

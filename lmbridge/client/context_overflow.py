@@ -1,9 +1,10 @@
 """Prompts that are longer than the context, on servers that cut them without a word.
 
 Ollama leaves out the beginning of a prompt that does not fit, answers as if nothing had happened, and counts the tokens
-after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM report an error. So with
-`context_overflow`, a prompt is compared with the context before it is sent, exactly where the server can count, and the
-server's count is compared with it afterwards.
+after the cut (ollama#3839, little-coder#128). llama.cpp, LM Studio and vLLM report an error. So with the option
+`context_overflow`, the size of a prompt is compared with the context before the prompt is sent. The size is exact if
+the server can count tokens, and an estimate otherwise. After a plain reply, the number of tokens that the server says
+it has read is compared with that size.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ ContextOverflow: TypeAlias = Literal["raise", "warn"]
 """What happens if a prompt does not fit into the model's context."""
 
 _CLEARLY_TOO_LONG: Final = 1.5
-"""How many times the context an estimate has to be for the prompt to be longer than the context in any language."""
+"""An estimate of more than this many times the context means that the prompt is too long, whatever its language."""
 _MAY_BE_TOO_LONG: Final = 0.6
-"""The share of the context from which the server is asked for an exact count."""
+"""If an estimate exceeds this share of the context, the server is asked for an exact count."""
 _TOKENS_TO_LEARN_FROM: Final = 500
-"""The least tokens of a prompt that shows how far estimates are off. In a smaller one, the template dominates."""
+"""Only larger prompts show how far estimates are off. In a smaller prompt, the chat template dominates."""
 _LEAST_FACTOR: Final = 3 / 8
 _GREATEST_FACTOR: Final = 6.0
-"""The bounds of what is learned, for servers that count wrongly: 8 bytes, or half a byte, for one token."""
+"""The bounds of a learned factor, in case a server counts wrongly: 8 bytes for one token, and half a byte."""
 _ASK_AGAIN_SECONDS: Final = 60.0
 """Seconds after which the context length is requested again, because the model may have been loaded anew."""
 OVERFLOW_HINT: Final = (
@@ -59,12 +60,12 @@ class PromptSize:
 
     @property
     def is_too_long(self) -> bool:
-        """True if the prompt does not fit."""
+        """Whether the prompt does not fit."""
         return self.tokens > self.context_length
 
     @property
     def is_clearly_too_long(self) -> bool:
-        """Whether the prompt does not fit even if an estimate is as high as it can be."""
+        """Whether the prompt does not fit even if the estimate is as far too high as estimates can be."""
         return self.tokens > (self.context_length if self.exact else _CLEARLY_TOO_LONG * self.context_length)
 
     def describe(self) -> str:
@@ -83,12 +84,12 @@ class PromptSize:
 
 
 def describe_cut(counted: int, context_length: int) -> str:
-    """Returns a sentence about a prompt of which the server has left out a part."""
+    """Returns a sentence about a prompt that the server has cut."""
     return f"the server has cut the prompt to {counted} tokens without a word; the model's context has {context_length}"
 
 
 def _learned_factors(server: ServerApi) -> dict[str | None, float]:
-    """Returns how many times an estimate the tokens were that the server has counted, for each model."""
+    """Returns, for each model, the ratio between the tokens that the server has counted and the estimate of them."""
     return _all_factors().setdefault(server.transport, {})
 
 
@@ -164,7 +165,7 @@ def _report_overflow(
 
 
 async def _context_length(server: ServerApi, model: str | None, timer: Callable[[], float]) -> int | None:
-    """Returns the context length of a model; the server is asked again after a minute, because it may load it anew."""
+    """Returns the context length of a model. It is requested again after a minute, because it may have changed."""
     known = _context_lengths().setdefault(server.transport, {})
     length, asked_at = known.get(model, (None, -_ASK_AGAIN_SECONDS))
     if timer() - asked_at < _ASK_AGAIN_SECONDS:

@@ -145,7 +145,7 @@ async def _ask_decision_model(
 
 
 def _refusal_in(error: LLMError, reply: Reply, model: str | None) -> LLMError | None:
-    """Returns what an error says if the model is not a decision model, or if the server has no such endpoint."""
+    """Returns the error to report if the model is not a decision model or the server has no such endpoint, or None."""
     text = (error.body or "")[:10_000]
     if reply.status == _NOT_IMPLEMENTED or _NO_DECISION_MODEL.search(text):
         subject = "the server's model" if model is None else f"model {model!r}"

@@ -1,7 +1,7 @@
 """`discover`: finds the model servers that run on this machine.
 
-Local servers do not register anywhere, so the ports are tried on which they listen by default. Each answer is judged by
-its body, because anything may listen there: port 8000 is also that of Django, and 8080 that of many proxies.
+Local servers do not register anywhere, so the ports on which they listen by default are tried. Each answer is judged by
+its body, because any program may listen there: port 8000 is also that of Django, and 8080 that of many proxies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FoundServer:
     api_base: str
     """The URL for `LLMClient`, such as "http://127.0.0.1:1234/v1"."""
     info: ServerInfo
-    """What the server reports about itself. If it does not yet, `kind` is "unknown", and `error` says why."""
+    """What the server reports about itself. If it has reported nothing, `kind` is "unknown", and `error` says why."""
     error: LLMError | None = None
     """Why the server did not describe itself: it requires a key (`LLMAuthenticationError`), or is loading its model.
     None, the default, means that it did."""
@@ -57,9 +57,9 @@ class KeylessTransport(Transport):
 async def discover(ports: Iterable[int] = DEFAULT_PORTS, timeout: float = 0.5) -> list[FoundServer]:
     """Returns the model servers that run on this machine, in the order of the ports.
 
-    All ports are tried at the same time, on the address 127.0.0.1. What listens there without being a model server is
-    left out. No key is sent, because the programs on these ports may be any; a server that requires one is listed
-    with an `error`. For example::
+    All ports are tried at the same time, on the address 127.0.0.1. Programs that are not model servers are left out. No
+    key is sent, because any program may listen on these ports; a server that requires a key is listed with an `error`.
+    For example::
 
         for server in await lmbridge.discover():
             print(server.api_base, server.info.kind, server.info.loaded_models)
@@ -93,7 +93,7 @@ def _check_ports(ports: Any) -> list[int]:
 async def _look(port: int, timeout: float) -> FoundServer | None:
     """Returns the model server that listens on a port, or None."""
     url = f"http://127.0.0.1:{port}/v1"
-    # A server that is loading its model answers so at once, and is not waited for.
+    # A server that is loading its model says so at once. It is not waited for.
     timeouts = Timeouts(connect=timeout, load=1e-9, first_byte=timeout, idle=timeout)
     async with KeylessTransport(url, limits=Limits()) as transport:
         server = ServerApi(

@@ -35,10 +35,10 @@ class EmbeddedValue(NamedTuple):
 
 
 def find_only_value(text: str, *, with_arrays: bool) -> EmbeddedValue | None:
-    """Returns the JSON object or array in a text, or None if it has not exactly one.
+    """Returns the JSON object or array in a text, or None unless there is exactly one.
 
-    The same value may be there several times. A text that is valid JSON as a whole has nothing around a value, so that
-    the result is None as well.
+    The same value may occur several times. The result is None as well for a text that is valid JSON as a whole, because
+    there is nothing around the value.
 
     Args:
         text: The text.

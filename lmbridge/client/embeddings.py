@@ -103,8 +103,8 @@ def _is_embedding(value: object) -> bool:
 
 
 def _is_finite(numbers: list[Any]) -> bool:
-    # One number that is not finite makes the sum infinite or NaN. A null, which servers send in place of NaN, is a
-    # TypeError; an integer that does not fit into a float is an OverflowError.
+    # One number that is not finite makes the sum infinite or NaN. A null, which servers send in place of NaN, raises a
+    # TypeError, and an integer that does not fit into a float raises an OverflowError.
     try:
         return math.isfinite(sum(numbers))
     except (TypeError, OverflowError):

@@ -253,7 +253,7 @@ class EndpointMethods(NotCopyable):
     def _prepare(
         self, body: dict[str, Any], params: dict[str, Any], model: str | None, *, stream: bool = False
     ) -> tuple[ServerApi, dict[str, Any]]:
-        """Returns the server with the options of a call, and the body of its request.
+        """Returns a `ServerApi` with the options of a call, and the body of the request.
 
         Args:
             body: The fields that the method itself has as arguments.

@@ -1,7 +1,7 @@
 """`ErrorBody`: the body of an error in one shape, whatever its JSON looks like on the server that sent it.
 
-A body may also be hostile, or simply huge. So of a body of more than 50,000 bytes, only the fields that are read are
-decoded.
+A body may also be hostile, or simply huge. So of a body of more than 50,000 bytes, only the fields that lmbridge needs
+are decoded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lmbridge.client.text_patterns import TextPatterns
 _SEARCHED_CHARACTERS: Final = 10_000
 """The number of characters of a message, from its beginning, that are searched for patterns."""
 _SMALL_BODY: Final = 50_000
-"""The most bytes of JSON that are decoded as they are. Of larger JSON, only the fields that are read are decoded."""
+"""The most bytes of JSON that are decoded as a whole. Of larger JSON, only the fields that lmbridge needs are."""
 _LARGEST_OUTLINE: Final = 16 * 1024 * 1024
-"""The most bytes of JSON that are searched for those fields. A larger body is taken for text."""
+"""The most bytes of JSON that are searched for these fields. A larger body is treated as text."""
 _LONGEST_ESCAPE: Final = 6
 _DEEPEST_MESSAGE: Final = 2
 """The number of objects around the message of a large error, without the outermost one."""
@@ -47,7 +47,7 @@ Redact = Callable[[str], str]
 
 
 def unredacted(text: str) -> str:
-    """Returns the text itself. It is the `Redact` of a body that is not shown to anyone."""
+    """Returns the text itself. Use it as the `Redact` for a body that is not shown to anyone."""
     return text
 
 
@@ -135,7 +135,7 @@ def parse_error_body(body: bytes | str, redact: Redact = unredacted) -> ErrorBod
 
 
 class _ErrorOutline(msgspec.Struct):
-    """The fields that are read of a large JSON object. The others are skipped without creating objects for them."""
+    """The fields of a large JSON object that lmbridge needs. No objects are created for the other fields."""
 
     error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -155,7 +155,7 @@ class _ValidationError(msgspec.Struct, gc=False):
 
 
 def _outline(data: bytes | memoryview, depth: int = 0) -> dict[str, Any]:
-    """Returns the fields that are read of a large JSON object.
+    """Returns the fields of a large JSON object that lmbridge needs.
 
     Raises:
         ValueError: The data is not a JSON object, or too large.

@@ -191,9 +191,9 @@ def report_lost_model(call: Call, error: LLMError) -> None:
 
 
 def report_loss(call: Call, status: int, body: bytes) -> None:
-    """Informs the scheduler likewise about an error reply that no caller gets, because another server is asked instead.
+    """Does what `report_lost_model` does for an error reply that no caller gets, because another server is asked.
 
-    The transport calls it as the `report_loss` of a request.
+    The transport calls this function as the `report_loss` of a request.
     """
     report_lost_model(call, error_from_reply(Reply(call=call, status=status, headers={}, body=body), unredacted))
 
@@ -204,7 +204,7 @@ def report_loss(call: Call, status: int, body: bytes) -> None:
 def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
     """Decides whether a request that was answered with an HTTP error is sent again.
 
-    The transport calls it as the `classify` of a request.
+    The transport calls this function as the `classify` of a request.
     """
     error_body = parse_error_body(body)
     text = error_body.searched_text
@@ -222,8 +222,8 @@ def classify(status: int, _headers: Mapping[str, str], body: bytes) -> Verdict:
 def concerns_server(status: int, body: bytes) -> bool:
     """Decides whether an error concerns the server and not the request, so that another server may answer the request.
 
-    The server does not have the model, cannot load it, has unloaded it, or does not accept the key. The transport calls
-    it as the `concerns_server` of a request.
+    That is so if the server does not have the model, cannot load it, has unloaded it, or does not accept the key. The
+    transport calls this function as the `concerns_server` of a request.
     """
     kind = error_class(parse_error_body(body), status)
     return kind in (ModelNotFoundError, ModelLoadError, LLMAuthenticationError)

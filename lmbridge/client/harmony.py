@@ -37,7 +37,7 @@ _CUT_HEADER: Final = re.compile(
 _CHANNELS: Final = ("analysis", "commentary", "final")
 _RECIPIENT: Final = re.compile(r"\bto=")
 _LONGEST_HEADER: Final = 500
-"""What is longer than that is not the header of a message."""
+"""A text of this length without the token that ends a header is not a header."""
 
 
 class HarmonyReader:
@@ -72,7 +72,7 @@ class HarmonyReader:
             self._emit_up_to(len(self._text))
 
     def close(self) -> None:
-        """Emits what was held back, because it could have become a token. Call it at the end of the reply."""
+        """Emits what was held back because it could have become a token. Call it at the end of the reply."""
         if self._state == "header" and self._has_message:
             self._skip_cut_header()
         if self._state == "body" or not self._has_message:

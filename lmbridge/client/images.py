@@ -19,7 +19,7 @@ _FORMATS: Final = {
     "image/gif": re.compile(rb"GIF8[79]a"),
     "image/webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
 }
-"""How the files of each format begin that servers read."""
+"""How files begin, for each format that servers read."""
 _OTHER_FORMATS: Final = {
     "a HEIC": re.compile(rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL),
     "an AVIF": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
@@ -29,7 +29,7 @@ _OTHER_FORMATS: Final = {
     "an SVG": re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg\b", re.DOTALL),
     "a PDF": re.compile(rb"%PDF-"),
 }
-"""How the files of other formats begin, which errors name."""
+"""How files of other formats begin, so that errors can name the format."""
 _MEDIA_TYPES: Final = frozenset({*_FORMATS, "image/jpg"})
 _QUOTED_ARGUMENT_CHARACTERS: Final = 200
 """The number of characters of an argument that an error quotes."""
@@ -46,9 +46,9 @@ def image_part(source: str | os.PathLike[str] | bytes) -> ImagePart:
         question = {"type": "text", "text": "What is in this picture?"}
         await client.chat_completion([{"role": "user", "content": [question, image_part("picture.png")]}])
 
-    The image is a PNG, JPEG, GIF or WebP. Its first bytes decide which of them, not the name of the file or the media
+    The image is a PNG, JPEG, GIF or WebP. Its first bytes decide which one it is, not the name of the file or the media
     type of a data URL. All servers with a vision model read PNG and JPEG, but some refuse WebP or GIF (llama.cpp and
-    several versions of LM Studio do not read WebP), and of an animation a model sees one picture at most.
+    several versions of LM Studio do not read WebP). Of an animation, a model sees one picture at most.
 
     URLs on the web are refused, because local servers do not fetch them (LM Studio answers them with 400).
 

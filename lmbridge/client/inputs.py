@@ -28,7 +28,7 @@ _CONTENT_TYPES = (str, list, tuple)
 class CheckedList(list[dict[str, Any]]):
     """Messages or tools that are known to be valid, and plain JSON, so that the checks of a request skip them.
 
-    An agent uses it, which checks each message and each tool once, instead of all of them at each request.
+    An agent uses this class: it checks each message and each tool once, instead of all of them at each request.
     """
 
 

@@ -24,7 +24,7 @@ decode_strictly: Final[Callable[[bytes | str], Any]] = msgspec.json.Decoder().de
 """Decodes strict JSON, fast. It raises `ValueError`, or `TypeError` for an argument that is not bytes or a string."""
 
 _FLAT_TYPES: Final = frozenset({str, int, bool, type(None), CheckedList})
-"""The classes of values that can be sent as they are, without a look at what they consist of."""
+"""The classes of values that can be sent as they are, without a check of their contents."""
 _DEEPEST: Final = 200
 """The number of lists and dicts inside each other that a body may have. A list that contains itself has more."""
 _QUOTED_KEY_CHARACTERS: Final = 50
@@ -100,7 +100,7 @@ def _is_plain(body: Mapping[str, Any]) -> bool:
 
 
 def _as_plain(value: Any, path: str, depth: int) -> Any:
-    """Returns a value of which `_is_plain` is true.
+    """Returns a value as plain JSON types, in the form that `_is_plain` accepts.
 
     Args:
         value: The value.
@@ -141,7 +141,7 @@ def _as_text(value: str | UserString, path: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # The two halves of a pair, which a program may have put together from two chunks, are the same text joined.
+        # A program may have put the two halves of a pair together from two chunks. Joined, they are a valid text.
         joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         try:
             joined.encode()

@@ -2,11 +2,11 @@
 
 The model is asked for a JSON object that has only a label, with a schema that allows nothing else, and the server
 reports the most likely tokens at each place (`logprobs`, `top_logprobs`). At the place of the label, these are the
-labels and how likely the model finds each of them. The same is done by vLLM's `/v1/systemone` on the server's side
+labels and how likely the model finds each of them. vLLM's `/v1/systemone` does the same on the server's side
 (vllm/entrypoints/generate/structured_decisions). The alternatives were to let the model write a number, which small
-models make up, and to ask several times, which takes as long as it is imprecise.
+models make up, and to ask several times, which is both slow and imprecise.
 
-These probabilities rank the options, but they are no frequencies: nothing has calibrated the model for them, and most
+These probabilities rank the options, but they are not frequencies: nothing has calibrated the model for them, and most
 models prefer some labels over others.
 """
 
@@ -55,7 +55,7 @@ def label_messages(state: str, question: Question) -> list[dict[str, Any]]:
 
 
 def check_option_counts(questions: Mapping[str, Question]) -> None:
-    """Checks that no question has more options than the most likely tokens that servers report.
+    """Checks that no question has more options than servers report tokens for each place.
 
     Raises:
         LLMValidationError: A question has more.
@@ -118,7 +118,7 @@ def read_label(question: Question, reply: Mapping[str, Any]) -> DecisionAnswer:
     candidates = [each for each in listed if _has_logprob(each)] if isinstance(listed, list) else []
     for candidate in filter(_has_logprob, (entry, *candidates)):
         if (label := _label_in(candidate["token"], prefix, labels)) is not None:
-            # The chosen token is mostly among the candidates, too, and counts once.
+            # The chosen token is usually among the candidates as well. It counts once.
             likelihoods[label] = max(likelihoods.get(label, 0.0), _likelihood(candidate))
     if not likelihoods or not candidates:
         raise UnreadableAnswerError("the server sends no log probabilities of the labels")
@@ -140,7 +140,7 @@ def _likelihood(candidate: Mapping[str, Any]) -> float:
 
 
 def _token_at(entries: Sequence[Mapping[str, Any]], position: int) -> tuple[Mapping[str, Any], str]:
-    """Returns the token that has the character at a position of the text, and what it has before that character."""
+    """Returns the token that contains the character at a position of the text, and its part before that character."""
     start = 0
     for entry in entries:
         end = start + len(entry["token"])
@@ -151,7 +151,7 @@ def _token_at(entries: Sequence[Mapping[str, Any]], position: int) -> tuple[Mapp
 
 
 def _label_in(token: str, prefix: str, labels: Sequence[str]) -> str | None:
-    """Returns the label that a token begins, or is; None if not exactly one is possible."""
+    """Returns the label that a token is, or is the beginning of; None unless exactly one label is possible."""
     if not token.startswith(prefix):
         return None
     written, quote, _ = token[len(prefix) :].partition('"')

@@ -104,8 +104,8 @@ class LLMClient(ChatMethods):
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits
             before the first request, as docs/model-scheduling.md describes. By default a server on this machine or in a
-            private network is asked as soon as two requests meet, and any other has those of `Limits()`. Pass
-            `Limits()` for no question at all.
+            private network is asked as soon as two requests meet, and any other server has the limits of `Limits()`.
+            Pass `Limits()` so that no server is asked.
         base_url: Another name of `api_base`, which other libraries use.
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.
@@ -114,13 +114,13 @@ class LLMClient(ChatMethods):
             user and a password. Default: none.
         priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
             stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first. A waiting
-            one rises by 1 for every `Limits.max_wait` seconds, up to the highest that waits. It is not sent to the
-            server.
+            request rises by 1 for every `Limits.max_wait` seconds, up to the highest priority among those that wait.
+            The priority is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
-        ssl: The context for https, for example with a certificate authority of your own. Default: the usual
-            verification.
+        ssl: The TLS context for https, for example with a certificate authority of your own. Default: aiohttp's default
+            context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
             prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
@@ -131,9 +131,9 @@ class LLMClient(ChatMethods):
             larger one is an `LLMResponseError`. Streams are not limited, but no event of a stream may exceed 100 MiB.
             Default: 256 MiB.
         transport: A `Transport`, or a `NodePool` of several, whose connections and limits are shared with other
-            clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
-            and remains open when the client is closed.
-            Default: the client makes a transport for itself.
+            clients. It cannot be combined with `api_base`, `api_key`, `limits`, `headers`, `auth`, `proxy`, `ssl`,
+            `trust_env` and `max_reply_bytes`, and it remains open when the client is closed. Default: the client makes
+            a transport for itself.
         observers: Objects that are notified of what happens to each request, such as
             `lmbridge.observe.TimelineObserver`. Default: none.
 
@@ -269,9 +269,10 @@ class LLMClient(ChatMethods):
 
     @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise.
+        """LM Studio's own API: lists, loads, unloads and downloads models.
 
-        With several servers, this raises `LLMValidationError`: take `client.at_server(url).lmstudio`.
+        With another server, its methods raise `LLMResponseError`. With several servers, this property raises
+        `LLMValidationError`: use `client.at_server(url).lmstudio`.
         """
         if len(self._server.transport.nodes) > 1:
             raise LLMValidationError(
@@ -288,7 +289,7 @@ class LLMClient(ChatMethods):
     def models(self) -> Models:
         """The models of the server. On LM Studio, llama.cpp's router and Ollama, they can be loaded and unloaded.
 
-        With several servers, this raises `LLMValidationError`: take `client.at_server(url).models`.
+        With several servers, this property raises `LLMValidationError`: use `client.at_server(url).models`.
         """
         if len(self._server.transport.nodes) > 1:
             raise LLMValidationError(
@@ -381,7 +382,8 @@ class LLMClient(ChatMethods):
     async def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
         """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
 
-        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
+        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server that its reply
+        suggests:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
         loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take 10 s, and none
         queues behind generations.

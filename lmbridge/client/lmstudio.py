@@ -103,7 +103,7 @@ class LMStudio(NotCopyable):
         """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
         If this call has a `timeout` in seconds, that is the limit. A model that is already loaded is loaded a second
-        time. The request is sent again only if the server refused it before it did any work.
+        time. The request is sent again only if the server cannot have begun to work on it.
 
         Args:
             model: The `key` of a downloaded model.
@@ -182,8 +182,8 @@ class LMStudio(NotCopyable):
             LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
                 all other errors.
             LLMResponseError: The download failed; `partial` is the last status.
-            TaskCancelledError: The client was closed, given back to its pool, or sent to another server, while LM
-                Studio goes on with the download.
+            TaskCancelledError: The client was closed or given back to its pool, or its `api_base` was set. LM Studio
+                goes on with the download.
         """
         check_text("model", model, hint=_NAME_HINT)
         api, body = self._for_call({"model": model}, options)
@@ -256,10 +256,11 @@ class LMStudio(NotCopyable):
         return await self._checked_object(await self._server.request(request), field)
 
     async def _checked_object(self, reply: Reply, field: str) -> dict[str, Any]:
-        """Returns the object in a reply that has the field which LM Studio's replies have.
+        """Returns the JSON object in a reply, which must have a certain field of type string.
 
         Raises:
-            LLMError: The reply is an error, or the server is not LM Studio; one more request finds out which.
+            LLMError: The reply is an error, or the server is not LM Studio. One more request finds out which of the two
+                it is.
         """
         try:
             error = self._ambiguous_error(reply)
@@ -283,7 +284,7 @@ class LMStudio(NotCopyable):
             The error, or None if the reply reports none.
 
         Raises:
-            LLMError: The error has another cause, which its class or a status of 500 or more shows.
+            LLMError: The error has another cause, as its class or its status (500 or more) shows.
         """
         try:
             self._server.json_object(reply)

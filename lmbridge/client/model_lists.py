@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 LOOK_UP_SECONDS: Final = 2.0
-"""The most seconds that an error waits for the list of the models that it suggests."""
+"""The most seconds that an error is held back until the list of models has arrived, from which it suggests names."""
 
 
 async def fetch_models(server: ServerApi, operation: str) -> list[dict[str, Any]]:
@@ -66,7 +66,8 @@ async def add_available_models(
     try:
         async with asyncio.timeout(LOOK_UP_SECONDS):
             names = list(await list_models(server.shared(max_retries=0)))
-    # The handler of a MockTransport may raise anything, and must not replace the error that the caller is about to get.
+    # The handler of a MockTransport may raise any exception. It must not replace the error that the caller is about to
+    # get.
     except Exception as failure:  # noqa: BLE001 - see above
         logger.debug("the models that exist are not known, because the server did not list them: %s", failure)
         return

@@ -96,7 +96,7 @@ class Models(NotCopyable):
                 name = await manager.load(model, body, progress)
         except TimeoutError as exc:
             if not limit.expired():
-                # It is the timeout of a single request.
+                # This is the timeout of a single request.
                 raise
             raise LLMTimeoutError(
                 f"model {model!r} was not loaded within {server.timeouts.load:g} s",
@@ -130,9 +130,9 @@ class Models(NotCopyable):
         await manager.unload(model, body)
 
     async def loading(self, model: str | None = None) -> AsyncGenerator[ModelLoading, None]:
-        """Yields the progress of the models that llama.cpp's router loads, also for other programs (`/models/sse`).
+        """Yields the progress of the models that llama.cpp's router loads, even for other programs (`/models/sse`).
 
-        It goes on until it is left::
+        The iteration goes on until you leave it, or until the router closes the stream::
 
             async for loading in client.models.loading():
                 print(loading.model, loading.fraction)
@@ -164,7 +164,7 @@ class Models(NotCopyable):
             LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
                 all other errors.
             LLMResponseError: The download failed, or the server cannot download models.
-            TaskCancelledError: The client was closed meanwhile.
+            TaskCancelledError: The client was closed in the meantime.
         """
         check_text("model", model, hint=_NAME_HINT)
         server, body = self._for_call(options)

@@ -1,14 +1,14 @@
-"""How the models of each kind of server are listed, loaded, unloaded and downloaded; `model_management` calls it.
+"""How the models of each kind of server are loaded, unloaded and downloaded; `model_management` uses this module.
 
 - LM Studio: its REST API; see `lmstudio`.
 - llama.cpp's router: `POST /models/load`, `/models/unload` and `/models` (download), which return at once. `GET
-  /models` says how far it is, and `GET /models/sse` reports the progress of a load (section "Using multiple models" of
-  tools/server/README.md, and recorded from the router of llama-server b10434).
+  /models` reports the state of each model, and `GET /models/sse` the progress of a load (section "Using multiple
+  models" of tools/server/README.md, and recorded from the router of llama-server b10434).
 - Ollama: `POST /api/generate` without a prompt loads a model, and with `keep_alive: 0` unloads it
   (https://docs.ollama.com/api/generate).
 
-A llama.cpp or vLLM server with a single model can only list it. What ends a wait is always the list of models, and
-never an event, because events may be missed, and older routers name them differently.
+A llama.cpp or vLLM server with a single model can only list it. Only the list of models decides when a wait is over,
+and never an event, because events may be missed, and older routers name them differently.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lmbridge.transport import Event
 logger: logging.Logger = logging.getLogger("lmbridge.client")
 
 LoadProgress: TypeAlias = Callable[[float | None], object]
-"""Called while a model is loaded, with the fraction that has been loaded, or None if the server does not say."""
+"""Called while a model is being loaded, with the fraction that has been loaded, or None if it is not known."""
 Capability = Literal["list", "load", "unload", "download", "load progress"]
 
 _LOAD_POLL_SECONDS: Final = 0.2
@@ -46,7 +46,7 @@ class DownloadProgress:
     """How far a download is."""
 
     status: Literal["downloading", "paused", "completed"]
-    """What the server is doing. "completed" is the last status, also of a model that was downloaded before."""
+    """What the server is doing. "completed" is the last status, and the only one if the model was downloaded before."""
     downloaded_bytes: int | None = None
     """The number of bytes that have arrived, if the server reports it."""
     total_bytes: int | None = None
@@ -54,7 +54,7 @@ class DownloadProgress:
 
 
 def manager_of(server: ServerApi, info: ServerInfo) -> ModelManager:
-    """Returns how the models of a server are managed."""
+    """Returns the manager for the models of a server, by its kind."""
     if info.kind == "lmstudio":
         return _LMStudioManager(server, info)
     if info.kind == "ollama":
@@ -65,7 +65,7 @@ def manager_of(server: ServerApi, info: ServerInfo) -> ModelManager:
 
 
 class ModelManager:
-    """How the models of a server are managed. This one only lists them; a subclass can do more."""
+    """Manages the models of a server. This class is for a server that can only list them; a subclass can do more."""
 
     capabilities: frozenset[Capability] = frozenset({"list"})
 
@@ -77,7 +77,7 @@ class ModelManager:
         """Checks that the server has a capability.
 
         Raises:
-            LLMResponseError: It does not.
+            LLMResponseError: The server does not have the capability.
         """
         if capability not in self.capabilities:
             kind = "this server" if self._info.kind == "unknown" else f"this {self._info.kind} server"
@@ -103,7 +103,7 @@ class ModelManager:
         """Checks that the server has a model.
 
         Raises:
-            ModelNotFoundError: It does not.
+            ModelNotFoundError: The server does not have the model.
         """
         if not entries_named(self._info.models, model):
             raise ModelNotFoundError(model, [each.id for each in self._info.models])
@@ -111,7 +111,7 @@ class ModelManager:
     async def _post(self, operation: str, path: str, body: Mapping[str, Any], model: str) -> None:
         request = self._server.build_post(operation, path, body, model, below_root=True, queued=False, repeatable=False)
         if operation == "model load":
-            # Ollama answers when the model is loaded, and the caller limits the time of that.
+            # Ollama answers only when the model is loaded, and the caller limits the time until then.
             request.timeouts = attrs.evolve(request.timeouts, first_byte=None)
         await self._server.read_object(await self._server.request(request))
 
@@ -172,7 +172,7 @@ class _RouterManager(ModelManager):
 
     async def load(self, model: str, body: Mapping[str, Any], progress: LoadProgress | None) -> str:
         self._check_known(model)
-        # The events only report the progress. If they end or fail, the wait goes on.
+        # The events only report the progress. If their stream ends or fails, the wait goes on.
         watching = None if progress is None else asyncio.create_task(self._report_progress(model, progress))
         try:
             await self._begin_load(model, body)
@@ -234,7 +234,7 @@ class _RouterManager(ModelManager):
             return
         await self._post("model download", "/models", {**body, "model": model}, model)
         while (status := (await self._statuses()).get(model, {})).get("value") == "downloading":
-            done, total = _sums(status.get("progress"))
+            done, total = _byte_counts(status.get("progress"))
             yield DownloadProgress(status="downloading", downloaded_bytes=done, total_bytes=total)
             await self._pause(POLL_SECONDS, "downloaded")
         if not status:
@@ -254,10 +254,10 @@ class _RouterManager(ModelManager):
         return {each["id"]: each["status"] for each in entries}
 
     async def _pause(self, seconds: float, done: str) -> None:
-        """Waits before the next look at the list.
+        """Waits before the list of models is requested again.
 
         Raises:
-            TaskCancelledError: The client was closed, which another request would open again.
+            TaskCancelledError: The client was closed, and another request would open it again.
         """
         closing = self._server.transport.closing
         if closing is not None:
@@ -294,7 +294,7 @@ def _decoded(event: Event) -> Any:
         return None
 
 
-def _sums(progress: Any) -> tuple[int | None, int | None]:
+def _byte_counts(progress: Any) -> tuple[int | None, int | None]:
     """Returns the bytes that have arrived and the bytes in total, of all files of a download."""
     files = [each for each in progress.values() if isinstance(each, Mapping)] if isinstance(progress, Mapping) else []
     if not files or not all(is_integer(each.get("done")) and is_integer(each.get("total")) for each in files):

@@ -1,7 +1,8 @@
 """`ModelValidator`: checks which models a server has, with a list that is cached for some minutes.
 
-No other module imports `cachetools`. Its `TTLCache` is used as a plain mapping whose entries expire. Its decorators
-cannot be used: they would cache coroutines instead of results, and do not let concurrent callers share one request.
+No other module imports `cachetools`. Its `TTLCache` is used as a plain mapping whose entries expire. The decorators of
+`cachetools` cannot be used: they would cache coroutines instead of results, and do not let concurrent callers share one
+request.
 """
 
 from __future__ import annotations

@@ -85,10 +85,10 @@ class LLMClientPool(NotCopyable):
         pool_size: The most clients that can be in use at the same time. Default: 10.
         **options: The options of the clients, which `LLMClient` documents, as keyword arguments. Some apply to the
             whole pool: `model` is the model of clients that are requested without one. The `max_concurrency` of
-            `limits` is never more than `pool_size`, and is `pool_size` unless `limits` or a server nearby, which is
-            asked if no `limits` are given, say less. With `model_mismatch="warn"`, each pair of
-            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
-            it stays open when the pool is closed.
+            `limits` is never more than `pool_size`. Without `limits` it is `pool_size`, or less if a server on this
+            machine or in a private network reports fewer slots. With `model_mismatch="warn"`, each pair of names is
+            logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays
+            open when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -112,7 +112,7 @@ class LLMClientPool(NotCopyable):
         # still known while the client is being collected, when the weak reference may already be dead.
         self._leases: dict[int, weakref.ref[PooledClient]] = {}
         self._waiters: dict[_Waiter, None] = {}
-        # The same in order. Those that have left are skipped.
+        # A heap of the same waiters, in the order in which they are served. Those that have left are skipped.
         self._next_waiters: list[tuple[int, int, _Waiter]] = []
         self._loop_guard = LoopGuard("this pool")
         self._closed = False
@@ -173,7 +173,7 @@ class LLMClientPool(NotCopyable):
             number = next_order_number()
         else:
             number = run.number
-            # The clients may be in use by runs that wait until this one no longer counts as begun.
+            # The clients may be in use by runs that wait until this run no longer counts as begun.
             run.pause()
         waiter = _Waiter(model, asyncio.get_running_loop().create_future(), number)
         self._waiters[waiter] = None
@@ -184,7 +184,7 @@ class LLMClientPool(NotCopyable):
         return waiter
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back. The caller that has waited longest gets the slot.
+        """Gives a client back. The first of the callers that wait gets the slot.
 
         Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 
@@ -260,7 +260,7 @@ class LLMClientPool(NotCopyable):
         return client
 
     def _free_slot(self, client: PooledClient) -> bool:
-        """Frees the slot of a client; returns whether the client had one."""
+        """Frees the slot of a client. Returns whether the client had one."""
         if self._leases.pop(id(client), None) is None:
             return False
         if not self._closed:
@@ -288,7 +288,7 @@ class LLMClientPool(NotCopyable):
     def _serve_waiters(self) -> None:
         while self._waiters and len(self._leases) < self._size:
             _, _, waiter = heapq.heappop(self._next_waiters)
-            # It is not there any more if its caller was cancelled.
+            # A waiter whose caller was cancelled is still in the heap, but no longer in `_waiters`.
             if waiter not in self._waiters:
                 continue
             del self._waiters[waiter]

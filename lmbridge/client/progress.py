@@ -19,7 +19,7 @@ from lmbridge._checks import is_integer, is_number
 
 @attrs.frozen
 class PromptProgress:
-    """How far the server is with a prompt. No text can arrive before it is done."""
+    """How far the server is with a prompt. No text can arrive before the whole prompt is processed."""
 
     processed: int
     """How many tokens of the prompt are done, those from the prompt cache included."""
@@ -30,14 +30,14 @@ class PromptProgress:
 
     @property
     def fraction(self) -> float:
-        """How much of the work is done, from 0 to 1. The tokens from the cache are no work."""
+        """How much of the work is done, from 0 to 1. Tokens from the cache do not count as work."""
         work = self.total - self.cached
         return 1.0 if work <= 0 else min(1.0, max(0.0, (self.processed - self.cached) / work))
 
 
 @attrs.frozen
 class ModelLoading:
-    """The server is loading a model. No answer can arrive before it is done."""
+    """The server is loading a model. No answer can arrive before the model is loaded."""
 
     model: str | None
     """The model, or None if it is not known."""

@@ -1,4 +1,4 @@
-"""Types that pydantic reads: its models, those of pydantic 1, its other types, and types with its constraints.
+"""Types that pydantic reads: models of pydantic 2 and 1, its other types, and types with its constraints.
 
 pydantic is never imported here, because lmbridge does not depend on it, and a program that does not import it must not
 pay for it. Its models are recognised by their methods, and its other types only if the program has imported pydantic.
@@ -22,7 +22,7 @@ _PYDANTIC_METHODS: Final = ("__pydantic_core_schema__", "__get_pydantic_core_sch
 
 
 def is_read_by_pydantic(annotation: Any) -> bool:
-    """Returns whether a type is a pydantic model, another type of pydantic, or annotated with its constraints."""
+    """Returns whether a type is a pydantic model, another type of pydantic, or has constraints of pydantic."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         if hasattr(annotation, "model_json_schema") and hasattr(annotation, "model_validate_json"):
             return True
@@ -38,7 +38,7 @@ def is_read_by_pydantic(annotation: Any) -> bool:
 
 def _is_old_model(annotation: type) -> bool:
     """Returns whether a class is a model of pydantic 1, which is also in `pydantic.v1`."""
-    # A model of pydantic 2 has these as well, and warns about their use.
+    # A model of pydantic 2 has the attributes of pydantic 1 as well, and warns about their use.
     return not hasattr(annotation, "model_fields") and all(
         hasattr(annotation, name) for name in ("__fields__", "parse_raw", "schema")
     )
@@ -90,7 +90,7 @@ class PydanticReader:
         Raises:
             ValueFaultError: The value does not fit the type.
         """
-        # Read as JSON, where a string is a valid date for a strict model as well.
+        # The value is read as a JSON text, in which even a strict model accepts a string as a date.
         text = msgspec.json.encode(value)
         try:
             if self._is_old:

@@ -56,7 +56,7 @@ def _as_levels(levels: Any) -> tuple[str, ...]:
 
 @attrs.frozen
 class Question:
-    """What the three types of questions have in common. It is not a question itself."""
+    """The base class of the three types of questions. It cannot be asked itself."""
 
     question: str = attrs.field(validator=_check_question)
     """The question."""
@@ -98,9 +98,9 @@ class TrueFalse(Question):
     """
 
     true: str | None = None
-    """What true means, if the question does not say it."""
+    """What the answer "true" means, if the question does not say it."""
     false: str | None = None
-    """What false means, if the question does not say it."""
+    """What the answer "false" means, if the question does not say it."""
 
 
 def check_questions(questions: Any) -> dict[str, Question]:

@@ -34,7 +34,7 @@ class RawResponse(Generic[_Reply]):
     status: int
     """The HTTP status code."""
     headers: Mapping[str, str] = attrs.field(repr=False)
-    """The headers of the response. Upper and lower case do not matter in their names."""
+    """The headers of the response. Their names are case-insensitive."""
 
 
 class RawResponses(NotCopyable):

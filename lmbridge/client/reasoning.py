@@ -20,8 +20,8 @@ class ReasoningMarkers(NamedTuple):
     closing: str
     """The text after the reasoning."""
     is_opened_by_prompt: bool = True
-    """Whether chat templates open the block in the prompt, so that a reply may contain only the closing text. Then
-    everything before that text is reasoning, in a whole reply. Default: True."""
+    """Whether chat templates open the block in the prompt, so that a reply may contain only the closing text. If so,
+    everything before the closing text of a whole reply is reasoning. Default: True."""
 
 
 HARMONY: Final = ReasoningMarkers("<|channel|>analysis<|message|>", "<|end|>", is_opened_by_prompt=False)
@@ -124,7 +124,7 @@ class ReasoningSplitter:
         return pieces
 
     def close(self) -> list[Piece]:
-        """Returns the pieces that were held back, as they could have become a marker. Call it after the last chunk."""
+        """Returns pieces that were held back because they could have become a marker. Call it after the last chunk."""
         if self._harmony is not None:
             self._harmony.close()
             return self._take_pieces()
@@ -202,7 +202,7 @@ class ReasoningSplitter:
 def split_reasoning(
     reply: Mapping[str, Any], *, markers: Iterable[tuple[str, str] | ReasoningMarkers] | None = None
 ) -> SplitReply:
-    """Returns the reasoning and the text of a whole reply, of a plain call or from `collect`.
+    """Returns the reasoning and the text of a whole reply, which a plain call or `collect` has returned.
 
     For example::
 
@@ -213,7 +213,7 @@ def split_reasoning(
     time the tag arrives.
 
     Args:
-        reply: A chat completion. It is not changed. What is not of the shape that a reply has counts as missing.
+        reply: A chat completion. It is not changed. Parts that do not have the shape of a reply count as missing.
         markers: The markers around reasoning in the content: `ReasoningMarkers`, or pairs of an opening and a closing
             text. Default: `ReasoningSplitter.DEFAULT_MARKERS`.
 
@@ -236,7 +236,7 @@ def split_reasoning(
 
 
 def _begins_in_block(content: str, markers: tuple[ReasoningMarkers, ...]) -> bool:
-    """Returns whether the content has a closing marker that was never opened, but may have been in the prompt."""
+    """Returns whether the content has a closing marker whose opening marker may have been in the prompt instead."""
     openable = tuple(marker for marker in markers if marker.is_opened_by_prompt)
     begin, closing = _first_of(_closings(openable), content)
     return bool(closing) and all(
@@ -276,9 +276,9 @@ def _closings(markers: tuple[ReasoningMarkers, ...]) -> tuple[str, ...]:
 
 
 def _first_of(closings: tuple[str, ...], content: str) -> tuple[int, str]:
-    """Returns where the first of these markers begins in the content, and which it is; an empty one if there is none.
+    """Returns where the first of these markers begins in the content, and the marker; "" if there is none.
 
-    In a long text, a search for each of them is much faster than a regular expression for all of them.
+    In a long text, a search for each marker is much faster than a regular expression for all of them.
     """
     first, found = len(content), ""
     for closing in closings:

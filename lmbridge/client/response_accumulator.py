@@ -55,7 +55,7 @@ _FINISHED_PART_EVENTS: Final = {
 class ResponseAccumulator:
     """Merges the events of a response into the response so far.
 
-    An item is known by its id and by its `output_index`, of which the latter decides if the two contradict each other:
+    An item is known by its id and by its `output_index`. If the two contradict each other, the index decides, because
     some servers give an item another id in each event. Others leave ids or indices out (llama.cpp leaves out all
     indices). A piece without either belongs to the newest item, and to the newest part of it.
 
@@ -72,7 +72,7 @@ class ResponseAccumulator:
         self._response: dict[str, Any] = {}
         self._final_output: list[Any] = []
         self._items: list[_ItemAccumulator] = []
-        # The newest item with an id, or with an id and an index; and the newest item with an index.
+        # The newest item with each id, and with each pair of an id and an index; and the newest item with each index.
         self._by_id: dict[Any, _ItemAccumulator] = {}
         self._by_index: dict[int, _ItemAccumulator] = {}
 
@@ -140,7 +140,7 @@ class ResponseAccumulator:
         item_id, index = event["item"].get("id"), _output_index(event)
         known = self._find_item(item_id, index)
         if known is not None and not known.is_announced:
-            # Its pieces have arrived first.
+            # Pieces of the item have arrived before it was announced.
             known.announce(event["item"])
             self._index(known, item_id, index)
         elif item_id is None or index is None or (item_id, index) not in self._by_id:
@@ -151,7 +151,7 @@ class ResponseAccumulator:
         item_id, index = event["item"].get("id"), _output_index(event)
         found = self._find_item(item_id, index)
         if found is None and index is None and self._items:
-            # The id is a new one. If the newest item is of the same type and still open, it is that item.
+            # The id is unknown. If the newest item is of the same type and still open, it is the one that is finished.
             newest = self._items[-1]
             found = None if newest.is_finished or newest.type != event["item"].get("type") else newest
         return found or self._register(_ItemAccumulator({}), item_id, index)
@@ -161,7 +161,7 @@ class ResponseAccumulator:
         item_id, index = event.get("item_id"), _output_index(event)
         found = self._find_item(item_id, index)
         if found is None and index is None and self._items and not self._items[-1].has_pieces:
-            # The id is another one than that with which the item was announced.
+            # The id is unknown, so the server has announced the newest item with another id.
             found = self._items[-1]
             self._by_id[item_id] = found
         if found is None:
@@ -201,7 +201,7 @@ class ResponseAccumulator:
         return self._reply(output)
 
     async def reply_in_slices(self) -> Response:
-        """Returns the same for a response that is complete, without making the event loop stand still."""
+        """Returns what `reply` returns for a complete response, and lets other tasks run after every 100 items."""
         output = list(self._final_output) or await list_in_slices(item.as_dict() for item in self._items)
         return self._reply(output)
 

@@ -42,8 +42,8 @@ class ResponseEvent(NamedTuple):
     """An event of a streamed response.
 
     Attributes:
-        event: The event as the server sent it. Its name is in `type`, its text in `data`.
-        data: The text, parsed as JSON.
+        event: The event as the server sent it. Its `type` is the name of the event, and its `data` the text.
+        data: The text of the event, parsed as JSON.
     """
 
     event: MessageEvent

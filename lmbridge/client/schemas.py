@@ -1,4 +1,4 @@
-"""JSON schemas, simplified so that every local server accepts them.
+"""Simplifies JSON schemas, so that every local server accepts them.
 
 Servers turn a schema into a grammar, and each kind of server has other limits. llama.cpp refuses patterns that are not
 anchored, large bounds and some combinations of keywords, llguidance refuses unknown formats, and MLX in LM Studio
@@ -63,8 +63,8 @@ _ANNOTATIONS: Final = ("description", "default", "examples")
 def simplify_answer_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the schema of a type as local servers accept it in a `response_format`.
 
-    References are replaced by their targets, except those to types that contain themselves: llama.cpp follows these.
-    Objects allow no additional fields.
+    References are replaced by their targets, except references to types that contain themselves, which llama.cpp
+    follows. Objects allow no additional fields.
 
     Args:
         schema: The schema of the type, as `json_schema` returns it.
@@ -197,7 +197,7 @@ class _Simplifier:
         return [self.simplify(part, path) for part in _possible_schemas(value)] or None
 
     def items(self, value: Any, path: tuple[str, ...]) -> Any:
-        """Simplifies `items`; a list of them, as in drafts before 2020, is dropped."""
+        """Simplifies `items`; a list of schemas, as in drafts before 2020, is dropped."""
         return self.simplify(value, path) if isinstance(value, Mapping) else None
 
     def additional_properties(self, value: Any, path: tuple[str, ...]) -> Any:
@@ -223,7 +223,7 @@ _SCHEMA_KEYWORDS: Final[Mapping[str, Callable[[_Simplifier, Any, tuple[str, ...]
 
 
 def _possible_schemas(value: Any) -> list[Any]:
-    """Returns the schemas of a list that some value can satisfy."""
+    """Returns those schemas of a list that at least one value can satisfy."""
     return [part for part in value if isinstance(part, Mapping) or part is True] if isinstance(value, list) else []
 
 

@@ -88,7 +88,7 @@ class ServerApi:
         self.mismatch_policy: Final = mismatch_policy
         self.context_overflow: Final = context_overflow
         self.on_response: Callable[[int, Mapping[str, str]], None] | None = None
-        """Called with status and headers of each whole reply, if it is set."""
+        """A function that is called with the status and the headers of each whole reply, or None."""
         self._make_transport = make_transport
         self._timeouts = timeouts
         self._max_retries = max_retries
@@ -118,7 +118,7 @@ class ServerApi:
             headers: Headers in addition to those of this object, or in their place.
             query: Query parameters in addition to those of this object, or in their place.
             priority: The priority, in place of that of this object.
-            context_overflow: What happens if a prompt is too long, in place of what this object says.
+            context_overflow: What happens if a prompt is too long, in place of the setting of this object.
         """
         return type(self)(
             self._transport,
@@ -335,7 +335,7 @@ class ServerApi:
     async def read_object(self, reply: Reply) -> dict[str, Any]:
         """Returns what `json_object` returns, with "?" in place of each half of a surrogate pair.
 
-        An error for a missing model gets the models that there are.
+        If the server does not have the model, the error lists the models that it has.
 
         Raises:
             LLMError: The reply reports an error, or is not a JSON object.
@@ -347,14 +347,15 @@ class ServerApi:
             raise
 
     async def complete_error(self, error: LLMError) -> None:
-        """Adds to an error what another request can find out: for a missing model, the models that there are."""
+        """Completes an error by another request: for a missing model, it adds the models that the server has."""
         if isinstance(error, ModelNotFoundError):
             await add_available_models(self, error)
 
     def can_look_up(self, error: LLMError) -> bool:
         """Returns whether another request may be sent to the server that reported an error.
 
-        It may not if `api_base` was set meanwhile, or if the client was closed, which the request would open again.
+        No request may be sent if `api_base` was set in the meantime, or if the client was closed, because the request
+        would open it again.
         """
         closing = self.transport.closing
         is_open = closing is not None and not closing.done() and not self.refuses_requests
@@ -383,7 +384,7 @@ class ServerApi:
         Args:
             reply: The reply.
             expected: The kind of reply that was expected, with an article: "a chat completion".
-            message: The text of the error, if it can be more specific than that.
+            message: The text of the error. Default: a text that names what was expected.
             hint: The advice to the user. Default: to check `api_base`.
         """
         body = self.body_text(reply)
@@ -444,10 +445,10 @@ class ServerApi:
 
 
 def is_damaged(reply: Reply) -> bool:
-    """Returns whether a reply calls itself successful and JSON, but is not JSON.
+    """Returns whether a reply claims to be successful and to be JSON, but is not JSON.
 
     A server that does not have a path says so: with another status, with an error, or with the page of a web interface.
-    So who asks whether a server has something must not take such a reply for a no.
+    So a caller that asks whether a server has something must not take a damaged reply for a no.
     """
     content_type = reply.headers.get("Content-Type", "").lower()
     if not 200 <= reply.status < 300 or not content_type.startswith("application/json"):

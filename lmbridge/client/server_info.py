@@ -1,15 +1,17 @@
 """Finds out which kind of server answers, which models it has, and how many requests it can handle at a time.
 
 Every server answers `GET /v1/models`. The `owned_by` of the models there suggests a kind of server, and the answer to a
-path that only this kind has confirms it. Bodies decide, never statuses, because LM Studio answers 200 to any path.
+path that only this kind has confirms it. Only the bodies of answers decide, never their statuses, because LM Studio
+answers 200 to any path.
 
 - LM Studio: `owned_by` is "organization_owner" (reference of its REST API); then see `lmstudio.find_lmstudio`.
 - llama.cpp: "llamacpp"; `/props` has `total_slots`, the context of a slot and `build_info`. A router lists a `status`
-  for each model; its `/props` has `max_instances`, and with `?model=` it is that of the model (recorded from both;
-  "Using multiple models" in llama.cpp's tools/server/README.md). The size of a loaded model is its `meta.size`.
-- Ollama: the namespace of the model, mostly "library"; `/api/version`, `/api/ps` with the loaded models and their
-  context lengths, and `/api/tags` with the sizes of the files (the `size` of `/api/ps` is that in memory). For the
-  client's own model, `/api/show` has the `num_ctx` of its Modelfile if it is not loaded (https://docs.ollama.com/api).
+  for each model; its own `/props` has `max_instances`, and `/props?model=` returns the `/props` of a loaded model
+  (recorded from both; "Using multiple models" in llama.cpp's tools/server/README.md). The size of a loaded model is its
+  `meta.size`.
+- Ollama: the namespace of the model, usually "library"; `/api/version`, `/api/ps` with the loaded models and their
+  context lengths, and `/api/tags` with the sizes of the files (the `size` in `/api/ps` is the size in memory). If the
+  client's own model is not loaded, `/api/show` has the `num_ctx` of its Modelfile (https://docs.ollama.com/api).
 - vLLM: "vllm", with `max_model_len` (vllm/entrypoints/openai/serving_models.py); `/version`.
 """
 
@@ -54,11 +56,11 @@ class ModelInfo:
     vision: bool | None = None
     """Whether the model can see images. LM Studio and llama.cpp report it."""
     status: str | None = None
-    """What a llama.cpp router says of the model: "loaded", "unloaded", "loading", "sleeping" (it is loaded again when
-    it is asked) or "downloading". None for other servers."""
+    """What a llama.cpp router reports about the model: "loaded", "unloaded", "loading", "sleeping" (the next request
+    loads it again) or "downloading". None for other servers."""
     size_bytes: int | None = None
-    """The size of the model in bytes: that of its files for LM Studio and Ollama, that of its weights for llama.cpp. A
-    model needs about as much memory, and its context needs more."""
+    """The size of the model in bytes: the size of its files for LM Studio and Ollama, and of its weights for llama.cpp.
+    A loaded model takes about as much memory, and its context takes more in addition."""
 
 
 @attrs.frozen(kw_only=True)
@@ -85,7 +87,7 @@ class ServerInfo:
 
     @property
     def loaded_models(self) -> tuple[str, ...] | None:
-        """The ids of the models that are loaded, or None if the server does not report it."""
+        """The ids of the models that are loaded, or None if the server does not report which ones are."""
         if any(each.loaded is None for each in self.models):
             return None
         return tuple(each.id for each in self.models if each.loaded)
@@ -117,7 +119,7 @@ async def describe_if_local(server: ServerApi) -> ServerInfo | None:
     """Asks a server about itself, with as few requests as possible, if it is LM Studio or llama.cpp.
 
     Returns:
-        What the server reports, or None if it is of another kind.
+        What the server reports, or None if it is neither LM Studio nor llama.cpp.
 
     Raises:
         LLMError: The server did not answer, or refused the key.
@@ -207,7 +209,7 @@ async def _probe_llama_cpp(server: ServerApi, entries: Sequence[_Entry]) -> Serv
 
 
 async def _routed_models(server: ServerApi, entries: Sequence[_Entry]) -> list[ModelInfo]:
-    """Returns the models of a router. Each of the loaded ones is asked about, up to `_MOST_ASKED` of them."""
+    """Returns the models of a router, with one request for each loaded model, but for at most `_MOST_ASKED` of them."""
     models: list[ModelInfo] = []
     asked = 0
     for entry in entries:
@@ -306,7 +308,7 @@ _NUM_CTX: Final = re.compile(r"^num_ctx\s+(\d{1,9})\s*$", re.MULTILINE)
 _UNKNOWN_BUILD: Final = "b0-unknown"
 """The `build_info` of a llama.cpp that was built outside of its repository."""
 _MOST_ASKED: Final = 50
-"""The most loaded models of a router that are asked about, far beyond what fits into memory."""
+"""The most loaded models of a router that get a request each, which is far more than fit into memory."""
 _LOADED_STATES: Final = ("loaded", "sleeping")
 """The values of a llama.cpp router's `status` that mean that the model is in memory."""
 

@@ -1,4 +1,4 @@
-"""Several servers in one client: making their transports, and what is asked of all of them together.
+"""Several servers in one client: how their transports are made, and how a question is put to all of them.
 
 Requests that generate something go through a `NodePool`, which chooses a server. Questions about servers, such as the
 list of models, are asked of each server, and this module puts the answers together.
@@ -115,8 +115,8 @@ async def answers_of(server: ServerApi, ask: Callable[[ServerApi], Awaitable[_T]
 def combined_info(infos: Sequence[ServerInfo]) -> ServerInfo:
     """Returns what several servers have in common, and the models of all of them.
 
-    A model that several servers have is listed once, with the smallest context length, and is loaded if any of them has
-    loaded it. So a request that fits into its context fits at every server.
+    A model that several servers have is listed once, with the smallest context length, so that a request which fits
+    into it fits at every server. The model counts as loaded if any of the servers has loaded it.
     """
     if len(infos) == 1:
         return infos[0]

@@ -2,9 +2,10 @@
 
 msgspec generates the JSON schema of most types, and converts JSON values to them. It does not know pydantic models,
 paths, unions of several classes, such as `Cat | Dog`, or enums with values of several types. Wherever one of these
-occurs, the type that msgspec gets to see has a stand-in for it: a class whose `reader` provides the schema and converts
-the value. A class with such a field is represented by a stand-in as well, because its annotation cannot be changed: its
-fields are read by a struct, and it is then created by its constructor.
+occurs, the type that is passed to msgspec has a stand-in for it: a class whose `reader` provides the schema and
+converts the value. A class with a field of such a type is represented by a stand-in as well, because the annotation of
+the field cannot be changed: msgspec reads the fields into a struct, from which the constructor then creates the
+instance.
 
 The alternative was pydantic's `TypeAdapter` for everything. But lmbridge does not depend on pydantic, and a program
 that does not import it must not pay for it.
@@ -41,12 +42,15 @@ class _TypeReader(Protocol):
         ...
 
     def read(self, value: Any, /) -> Any:
-        """Converts a JSON value. It raises a `ValueError` if the value does not fit."""
+        """Converts a JSON value. Raises a `ValueError` if the value does not fit."""
         ...
 
 
 class StandInType(type):
-    """The type of stand-ins. Every object is an instance of them: msgspec checks what a reader returned."""
+    """The metaclass of stand-ins.
+
+    Any object counts as an instance of a stand-in, because msgspec checks the class of what a reader has returned.
+    """
 
     def __instancecheck__(cls, instance: object) -> bool:
         return True
@@ -94,7 +98,7 @@ def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for ea
         return _pydantic_stand_in(annotation)
     if isinstance(annotation, type) and issubclass(annotation, PurePath):
         return _stand_in(_PathReader(annotation))
-    if _is_odd_enum(annotation):
+    if _is_unsupported_enum(annotation):
         return _enum_stand_in(annotation)
     if has_fields(annotation) or has_fields(origin):
         if _needs_stand_in(annotation if origin is None else origin):
@@ -117,14 +121,14 @@ def supported_type(annotation: Any) -> Any:  # noqa: PLR0911 - one return for ea
 def _msgspec_supports(annotation: Any) -> bool:
     try:
         msgspec.json.Decoder(annotation)
-    # The second one is for integers beyond 64 bits.
+    # msgspec raises a NotImplementedError for an enum with an integer of more than 64 bits.
     except (TypeError, NotImplementedError):
         return False
     return True
 
 
-def _is_odd_enum(annotation: Any) -> bool:
-    """Returns whether a type is an enum with other values than only strings, or only integers of 64 bits."""
+def _is_unsupported_enum(annotation: Any) -> bool:
+    """Returns whether a type is an enum whose values are neither all strings nor all integers of 64 bits."""
     return isinstance(annotation, enum.EnumType) and len(annotation) > 0 and not _msgspec_supports(annotation)
 
 
@@ -148,10 +152,10 @@ def _needs_stand_in(class_: type) -> bool:
 
 
 def _is_unsupported(annotation: Any) -> bool:
-    """Returns whether msgspec does not support an annotation; the fields of classes in it are not looked at."""
+    """Returns whether msgspec does not support an annotation, without looking at the fields of the classes in it."""
     if is_read_by_pydantic(annotation):
         return True
-    if (isinstance(annotation, type) and issubclass(annotation, PurePath)) or _is_odd_enum(annotation):
+    if (isinstance(annotation, type) and issubclass(annotation, PurePath)) or _is_unsupported_enum(annotation):
         return True
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -217,7 +221,7 @@ class _PathReader:
 
 
 class _EnumReader:
-    """Reads a member of an enum by its value, or by its name if JSON does not have the values of all members."""
+    """Reads a member of an enum by its value, or by its name if JSON cannot express or distinguish all values."""
 
     parts: Sequence[Any] = ()
 
@@ -264,8 +268,8 @@ def _is_same_scalar(one: object, other: object) -> bool:
 class _UnionReader:
     """Reads a value as the first member of a union that it fits.
 
-    An object is first tried as the members that know most of its fields, because most classes ignore fields that they
-    do not know.
+    For an object, the members that know most of its fields are tried first, because most classes ignore fields that
+    they do not know.
     """
 
     def __init__(self, members: Sequence[Any]) -> None:
@@ -364,7 +368,7 @@ def _constructor_fields(class_: Any) -> Iterator[_ConstructorField]:
     elif hasattr(class_, "__attrs_attrs__"):
         for each in class_.__attrs_attrs__:
             if each.init:
-                # attrs uses NOTHING for a field without a default, and so does its representation.
+                # The default of a field without one is the object NOTHING of attrs, which is recognized by its repr.
                 is_required = repr(each.default) == "NOTHING"
                 yield _ConstructorField(each.alias or each.name, annotations.get(each.name, Any), is_required)
     elif hasattr(class_, "__dataclass_fields__"):
@@ -389,7 +393,7 @@ def _enum_stand_in(class_: enum.EnumType) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _class_stand_in(type_: Any) -> Any:
-    # pyright takes a `cached_property` for something else than a property.
+    # pyright does not accept a `cached_property` in place of the property of the protocol.
     return _stand_in(_ClassReader(type_))  # pyright: ignore[reportArgumentType]
 
 

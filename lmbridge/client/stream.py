@@ -113,7 +113,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
         self._served_model: str | None = None
         # The halves of characters that have been held back until their other halves arrive.
         self._halves: Halves = {}
-        # The rest of the work for a large event, while other tasks run before it is done.
+        # The rest of the work on a large event, which is done in slices between which other tasks run.
         self._unfinished_event: Generator[None, None, _Item | None] | None = None
         self._is_complete = False
         self._failure: LLMError | None = None
@@ -140,7 +140,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Upper and lower case do not matter in their names."""
+        """The headers of the response. Their names are case-insensitive."""
         return self._events.headers
 
     def __repr__(self) -> str:
@@ -173,7 +173,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     async def collect(self) -> _Reply_co:
         """Reads the stream to its end, and returns the dict that the plain call would have returned.
 
-        What was read before is a part of it.
+        The dict includes what was read before.
 
         Raises:
             LLMError: The same errors as the iteration.
@@ -246,9 +246,10 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             logger.debug("the body did not end after the finish reason, when the reply was complete: %s", error)
 
     async def _last_item(self, ending: LLMError | StopAsyncIteration) -> _Item:
-        """Returns what the stream still holds back when it ends, or raises the ending if that is nothing.
+        """Returns the piece that the stream still holds back when it ends.
 
-        The next call then meets the same ending.
+        If there is no such piece, this raises the exception that has ended the stream. Otherwise the next call of
+        `__anext__` raises it.
         """
         may_go_on = isinstance(ending, StopAsyncIteration) or (
             ending is self._failure and not isinstance(ending, TaskCancelledError)
@@ -265,11 +266,11 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             del ending
 
     def _make_last_item(self, rest: dict[str, Any]) -> _Item:
-        """Returns the item for the last piece of a stream, which no event had."""
+        """Returns the item for the last piece of a stream, which was held back and belongs to no event."""
         raise NotImplementedError
 
     async def _complete_error(self, error: LLMError) -> None:
-        """Adds to an error of this stream, once, what another request can find out."""
+        """Completes an error of this stream, once, with what another request finds out."""
         request = self._events.call.request
         complete_error, request.complete_error = request.complete_error, None
         if complete_error is not None:
@@ -278,8 +279,8 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     async def _read_large_event(self, event: Event) -> _Item | None:
         """Does what `_read_event` does for a large event, and lets other tasks run between the slices of the work.
 
-        If the stream is closed meanwhile, or the caller is cancelled, the event is not handed out any more. The rest of
-        it is added to the reply all the same, so that `.partial` has everything that has arrived.
+        If the stream is closed in the meantime, or the caller is cancelled, the event is not handed out any more. The
+        rest of the event is added to the reply all the same, so that `.partial` has everything that has arrived.
         """
         if (decoded := self._decode_event(event)) is None:
             return None
@@ -299,9 +300,9 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
             raise
 
     def _object_in_slices(self, value: dict[str, Any], name: str, data: bytes) -> Generator[None, None, _Item | None]:
-        """Does what `_read_object` does, as a generator that yields when the work has taken long enough.
+        """Does what `_read_object` does, as a generator that yields whenever other tasks should run.
 
-        It yields first of all, because decoding a large event has taken some time.
+        It yields before it does anything, because decoding a large event has taken some time already.
         """
         yield
         return self._read_object(value, name, data)
@@ -370,8 +371,8 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     def _check_model(self, model: object, reply_id: object) -> None:
         """Compares the model that an event names with the one that earlier events named, before the event is added.
 
-        That is done only as soon as there is an answer. Until then, a name means little: some proxies announce with
-        events that name the proxy that they load a model.
+        The two are compared only once there is an answer. Until then, a name means little: some proxies announce that
+        they are loading a model, in events that name the proxy as the model.
 
         Raises:
             ModelChangedDuringExecutionError: Another model continues the answer, and `model_mismatch` is not "ignore".
@@ -397,11 +398,11 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
     def _check_same_model(self, model: str, reply_id: object) -> None:
         """Checks that an event does not continue the answer of another model.
 
-        Proxies send their progress as reasoning, under another id or under none. So reasoning under another id
-        may precede the answer of any model.
+        Proxies send their progress as reasoning, under another id or under none. So reasoning under another id may
+        precede the answer of any model.
 
         Raises:
-            ModelChangedDuringExecutionError: It does.
+            ModelChangedDuringExecutionError: The event continues the answer of another model.
         """
         named, accumulator = self._named_model, self._accumulator
         if named is None or self._mismatch_policy.ignores_names:
@@ -485,7 +486,7 @@ class ReplyStream(ClosableStream[_Item], Generic[_Item, _Reply_co]):
 
     def _add_to_partial(self, error: LLMError, events: Iterable[Event]) -> None:
         """Adds the events that will not be read to the `.partial` of the error that the stream has ended with."""
-        # What an event reports does not matter any longer, and what follows such an event is not part of the answer.
+        # An error that one of these events reports no longer matters, and what follows it is not part of the answer.
         with suppress(LLMError):
             if self._unfinished_event is not None:
                 run_at_once(self._unfinished_event)

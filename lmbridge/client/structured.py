@@ -1,8 +1,9 @@
 """Structured answers: a request contains the schema of a type, and the answer becomes an instance of that type.
 
-Servers accept a schema only if it describes an object. The schema of any other type, such as a list or a union, is sent
-as that of an object with one field, and the value of that field is returned. An answer that is not such an object is
-still read as the type itself: a server that ignores the schema has not shown the model the name of the field.
+Servers accept a schema only if it describes an object. The schema of any other type, such as a list or a union, is
+wrapped in the schema of an object with one field, and the value of that field is returned. An answer that is not such
+an object is still read as the type itself: a server that ignores the schema has not shown the model the name of the
+field.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 _RESERVED_PARAMETERS: Final = ("n", "response_format", "stream")
 _WRAPPER_FIELD: Final = "answer"
-"""The field that holds the value of a type that is not an object, in the object which the schema describes."""
+"""The field of the wrapping object that holds the value of a type that is not an object."""
 _TYPES_HINT: Final = (
     "give a dataclass, a pydantic model, an attrs class, a TypedDict or a msgspec.Struct, or a list or a union of these"
 )
@@ -193,10 +194,10 @@ def _answer_text(reply: ChatCompletion) -> str:
 
 
 def answer_in_reasoning(reasoning: str) -> str:
-    """Returns the reasoning of a reply without any text if it is the answer, or else an empty string.
+    """Returns the reasoning if it is in fact the answer, and otherwise an empty string.
 
-    Servers that expect reasoning take the whole output for it if the model did not reason. So it is the answer if it is
-    JSON, or ends with the only JSON value in it.
+    It is meant for a reply without any text. A server that expects reasoning takes the whole output for reasoning if
+    the model did not reason. So the reasoning is the answer if it is JSON, or ends with the only JSON value in it.
     """
     text = without_fence(reasoning)
     value = find_only_value(text, with_arrays=True)
@@ -237,7 +238,7 @@ def answer_format_of(type_: Any) -> AnswerFormat[Any]:
     """Returns the format of answers of a type, which is computed once for each type.
 
     Raises:
-        LLMValidationError: JSON has nothing for the type, or for a field of it.
+        LLMValidationError: The type, or a field of it, cannot be expressed in JSON.
     """
     try:
         return _cached_answer_format(type_)

@@ -19,7 +19,7 @@ _NAME_KEYWORDS: Final = frozenset(
 """The keywords whose values are objects that have names as their keys, and schemas as their values."""
 
 _LONGEST_INDEX: Final = 10
-"""The number of digits from which on a number is no longer read as an index. Python refuses to read thousands."""
+"""A number with this many digits is not read as an index, because Python refuses to read thousands of digits."""
 
 
 def map_subschemas(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def map_subschemas(schema: Mapping[str, Any], change: Callable[[Mapping[str, Any
 
     Args:
         schema: The schema.
-        change: Returns the replacement of a schema within it. It calls `map_subschemas` again to go deeper.
+        change: Returns the replacement of a schema. To go deeper, it has to call `map_subschemas` itself.
     """
 
     def changed(part: Any) -> Any:

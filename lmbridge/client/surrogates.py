@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 from lmbridge._text import has_lone_surrogates, join_surrogates, replace_lone_surrogates
 
 Halves: TypeAlias = dict[tuple[Any, ...], str]
-"""The halves that a stream has held back, by the text that they belong to. It is empty nearly always."""
+"""The halves that a stream has held back, by the text that they belong to. The dict is nearly always empty."""
 
 _BACKSLASH: Final = ord("\\")
 _REPLACEMENT: Final = "?"
@@ -22,7 +22,7 @@ _REPLACEMENT: Final = "?"
 _EVENT_KEYS: Final = ("type", "item_id", "output_index", "content_index", "summary_index")
 """The fields by which the texts in a streamed response differ."""
 _OF_EVENT: Final = "event"
-"""The first key of the path of a text in an event of a response; for a chunk, that is the index of a choice."""
+"""The first key of the path of a text in an event of a response. In a chunk, the first key is the index of a choice."""
 
 
 def may_hold_surrogates(data: bytes) -> bool:
@@ -117,7 +117,8 @@ def _join(text: str, path: tuple[Any, ...], halves: Halves) -> str:
 def _append(fields: dict[str, Any], path: tuple[Any, ...], text: str) -> None:
     """Appends a text to the one at a path of keys, and creates the dicts on the way that do not exist.
 
-    Nothing is changed if a list is on the way, because its items may be others by now, or if anything but a dict is.
+    If the path leads through a list, nothing is changed, because the items of the list may be other ones by now. Nor is
+    anything changed if the path leads through a value that is not a dict.
     """
     if not all(isinstance(key, str) for key in path):
         return

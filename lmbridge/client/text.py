@@ -73,7 +73,7 @@ def check_answer(reply: Mapping[str, Any], *, has_limit: bool) -> str:
     if not text.strip():
         message, hint = "the answer has no text", "use chat_completion(); the whole reply is in .partial"
     elif reply["choices"][0].get("finish_reason") == "length" and not has_limit:
-        message, hint = "the answer was cut off", "load the model with a longer context; what there is is in .partial"
+        message, hint = "the answer was cut off", "load the model with a longer context; what arrived is in .partial"
     else:
         return text
     context = {"operation": "chat completion", "model": reply.get("model")}

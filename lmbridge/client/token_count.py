@@ -9,8 +9,8 @@ and its tools, without generating anything:
   vllm/entrypoints/serve/tokenize/protocol.py).
 
 LM Studio and Ollama have no such endpoint. A tokenizer on the client's side was the alternative: it would be a large
-dependency, would have to be downloaded for each model, and still would not know the template. So what these servers are
-sent is estimated from the size of its JSON.
+dependency, would have to be downloaded for each model, and still would not know the template. So for these servers, the
+number is estimated from the size of the messages and tools as JSON.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ async def _counted_by(server: ServerApi, body: Mapping[str, Any]) -> int | None:
         if is_integer(tokens := value.get(endpoint.field)):
             known[transport] = (endpoint,)
             return tokens
-        # An older llama.cpp has an endpoint for other things at the path of vLLM's. Of any other object, the field may
-        # have been damaged on the way, so the next call asks again.
+        # At the path of vLLM's endpoint, an older llama.cpp has another one, which returns only `tokens`. In any other
+        # object, the field may have been damaged on the way, so the next call asks again.
         is_certain &= value.keys() == {"tokens"}
     # If a known endpoint is missing now, another server has taken its place, and all are tried again at the next call.
     if not known.pop(transport, ()) and is_certain:
@@ -120,7 +120,7 @@ async def _counted_by(server: ServerApi, body: Mapping[str, Any]) -> int | None:
 
 
 def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Returns about how many tokens the messages and tools in the body of a chat completion have."""
+    """Returns an estimate of the tokens that the messages and tools in the body of a chat completion have."""
     size = sum(map(size_of, body["messages"])) + (len(_encode(body["tools"])) if body.get("tools") else 0)
     return -(-size // BYTES_PER_TOKEN)
 

@@ -29,8 +29,8 @@ _LABEL_ENDINGS: Final = ("_id", "_type", "_name", "_role", "_model", "_format", 
 class ToolCallAccumulator:
     """The tool calls of one answer, as far as their pieces have arrived.
 
-    OpenAI's rule is that each piece carries the index of its call, and the first piece also the id. Servers break it
-    in every way: Ollama sends no ids, others number every call 0 or not at all or give all of them one id,
+    OpenAI's rule is that each piece carries the index of its call, and the first piece also the id. Servers break this
+    rule in every way: Ollama sends no ids, others give every call the index 0, or no index, or the same id,
     llama-cpp-python repeats the name in each piece, and some send the arguments as an object, all in one piece. A piece
     is therefore matched by its id first, then by its index, and otherwise belongs to the last call. A new id begins a
     new call whatever the index is, and so does a known id with another index or another name. Where there is no id, a
@@ -42,8 +42,9 @@ class ToolCallAccumulator:
 
     def __init__(self) -> None:
         self._calls: list[_PartialCall] = []
-        # The newest call with an id, an id and an index, or an id and a name; and the newest call with an index.
-        # A search among all calls for each piece would take seconds for thousands of calls.
+        # The newest call with each id, with each pair of an id and an index, and with each pair of an id and a name;
+        # and the newest call with each index. Searching all calls for each piece would take seconds for thousands of
+        # calls.
         self._by_id: dict[Any, _PartialCall] = {}
         self._by_index: dict[Any, _PartialCall] = {}
 
@@ -128,7 +129,7 @@ def _id_in(piece: Mapping[str, Any]) -> str | None:
     """Returns the id in a piece, or None.
 
     Raises:
-        TypeError: It is neither a string nor a number.
+        TypeError: The id is neither a string nor a number.
     """
     call_id = piece.get("id")
     if type(call_id) is str:
@@ -174,7 +175,7 @@ class _PartialCall:
             self.arguments.write(arguments_text(arguments))
 
     def is_ended_by_name(self, name: str) -> bool:
-        """Returns whether a name that arrives without an id begins a new call, so that this one has ended.
+        """Returns whether a name that arrives without an id begins a new call, so that this call has ended.
 
         That is so if the arguments of this call are complete JSON, or if the server sends no ids and this call has
         another name.

@@ -19,7 +19,7 @@ def json_schema(annotation: Any) -> dict[str, Any]:
     """Returns the JSON schema of a type. Its fields have the descriptions that the classes give them.
 
     Raises:
-        TypeError: JSON has nothing for the type, or for a part of it.
+        TypeError: The type, or a part of it, cannot be expressed in JSON.
         NameError: An annotation of a class refers to a name that does not exist.
     """
     names: dict[Any, str] = {}
@@ -33,7 +33,7 @@ def json_schema(annotation: Any) -> dict[str, Any]:
 
     parts += classes_within(parts)
     while True:
-        # All in one call, so that two classes with the same name get different names.
+        # All parts are passed in one call, so that two classes with the same name get different names.
         schemas, definitions = msgspec.json.schema_components(parts, schema_hook=refer)
         needed = [each for stand_in in list(names) for each in stand_in.reader.parts]
         missing = [each for each in (*needed, *classes_within(needed)) if not _is_among(each, parts)]

@@ -20,7 +20,7 @@ class TypedJson(Generic[T]):
         type_: The type: a class, or a form such as `list[int]` or `Cat | Dog`.
 
     Raises:
-        TypeError: JSON has nothing for the type, or for a part of it.
+        TypeError: The type, or a part of it, cannot be expressed in JSON.
         NameError: An annotation of a class refers to a name that does not exist.
     """
 

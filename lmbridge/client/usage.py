@@ -10,7 +10,7 @@ from lmbridge.transport import TokenUsage
 
 
 class _HasUsage(Protocol):
-    """An accumulator, of which only the usage is needed."""
+    """The part of an accumulator that this module needs."""
 
     @property
     def usage(self) -> Any: ...

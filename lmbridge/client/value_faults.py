@@ -1,4 +1,4 @@
-"""Where a value does not fit its type, and what is wrong there: in words that a model or a user can act on."""
+"""Describes where a value does not fit its type and what is wrong there, in words that a model or a user can act on."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ValueFaultError(ValueError):
 def describe_fault(error: Exception) -> tuple[str, str]:
     """Returns where a value does not fit its type, such as `$.items[2].price`, and what is wrong there.
 
-    msgspec says both in the text of its error, and nowhere else. Within a part that a stand-in represents, the error
-    of its reader says it.
+    msgspec says both in the text of its error, and nowhere else. Within a part that a stand-in represents, the error of
+    the stand-in's reader says both.
     """
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):

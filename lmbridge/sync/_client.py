@@ -83,8 +83,8 @@ class ChatStream(Stream[ChatCompletionChunk]):
                 for text in stream.text():
                     print(text, end="", flush=True)
 
-        Of several answers, only the first one counts. The pieces of a stream that was read in part begin where that
-        reading ended.
+        Of several answers, only the first one counts. If a part of the stream has been read already, the pieces begin
+        after that part.
         """
         result: Iterator[str] = self._call(self.wrapped.text)
         return result
@@ -115,7 +115,7 @@ class ChatStream(Stream[ChatCompletionChunk]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Upper and lower case do not matter in their names."""
+        """The headers of the response. Their names are case-insensitive."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -160,7 +160,7 @@ class TextStream(Stream[TextCompletionChunk]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Upper and lower case do not matter in their names."""
+        """The headers of the response. Their names are case-insensitive."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -211,7 +211,7 @@ class ResponseStream(Stream[ResponseEvent]):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers of the response. Upper and lower case do not matter in their names."""
+        """The headers of the response. Their names are case-insensitive."""
         result: Mapping[str, str] = self._call(lambda: self.wrapped.headers)
         return result
 
@@ -265,7 +265,7 @@ class LMStudio(Wrapper):
         """Loads a model (`POST /api/v1/models/load`), which may take minutes; the limit is `Timeouts.load`.
 
         If this call has a `timeout` in seconds, that is the limit. A model that is already loaded is loaded a second
-        time. The request is sent again only if the server refused it before it did any work.
+        time. The request is sent again only if the server cannot have begun to work on it.
 
         Args:
             model: The `key` of a downloaded model.
@@ -320,8 +320,8 @@ class LMStudio(Wrapper):
             LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
                 all other errors.
             LLMResponseError: The download failed; `partial` is the last status.
-            TaskCancelledError: The client was closed, given back to its pool, or sent to another server, while LM
-                Studio goes on with the download.
+            TaskCancelledError: The client was closed or given back to its pool, or its `api_base` was set. LM Studio
+                goes on with the download.
         """
         result: Iterator[DownloadStatus] = self._call(lambda: self.wrapped.download(model, **options))
         return result
@@ -399,9 +399,9 @@ class Models(Wrapper):
         self._await(lambda: self.wrapped.unload(model, **options))
 
     def loading(self, model: str | None = None) -> Iterator[ModelLoading]:
-        """Yields the progress of the models that llama.cpp's router loads, also for other programs (`/models/sse`).
+        """Yields the progress of the models that llama.cpp's router loads, even for other programs (`/models/sse`).
 
-        It goes on until it is left::
+        The iteration goes on until you leave it, or until the router closes the stream::
 
             for loading in client.models.loading():
                 print(loading.model, loading.fraction)
@@ -431,7 +431,7 @@ class Models(Wrapper):
             LLMValidationError: An argument is not valid; nothing was sent. The call raises this; the iteration raises
                 all other errors.
             LLMResponseError: The download failed, or the server cannot download models.
-            TaskCancelledError: The client was closed meanwhile.
+            TaskCancelledError: The client was closed in the meantime.
         """
         result: Iterator[DownloadProgress] = self._call(lambda: self.wrapped.download(model, **options))
         return result
@@ -554,8 +554,8 @@ class LLMClient(Owner):
             count as 5. Default: 2.
         limits: How many requests and models may be active at the same time. "auto" asks the server for its limits
             before the first request, as docs/model-scheduling.md describes. By default a server on this machine or in a
-            private network is asked as soon as two requests meet, and any other has those of `Limits()`. Pass
-            `Limits()` for no question at all.
+            private network is asked as soon as two requests meet, and any other server has the limits of `Limits()`.
+            Pass `Limits()` so that no server is asked.
         base_url: Another name of `api_base`, which other libraries use.
         headers: Headers of every request, in addition to those of lmbridge or in their place. Errors and logs never
             repeat their values.
@@ -564,13 +564,13 @@ class LLMClient(Owner):
             user and a password. Default: none.
         priority: How urgent the requests are: "interactive", "normal" (the default), "batch", or an integer; the names
             stand for 1, 0 and -1. When requests wait for a permit, those with a higher number go first. A waiting
-            one rises by 1 for every `Limits.max_wait` seconds, up to the highest that waits. It is not sent to the
-            server.
+            request rises by 1 for every `Limits.max_wait` seconds, up to the highest priority among those that wait.
+            The priority is not sent to the server.
         model_mismatch: What happens if the model that answers is not the one that was asked for. "warn", the default,
             logs a warning for each pair of names, "raise" raises `ModelMismatchError`, and "ignore" does nothing, not
             even if another model continues an answer in the middle of a stream.
-        ssl: The context for https, for example with a certificate authority of your own. Default: the usual
-            verification.
+        ssl: The TLS context for https, for example with a certificate authority of your own. Default: aiohttp's default
+            context.
         context_overflow: What happens to a chat whose prompt is longer than the model's context: "raise" raises
             `ContextLengthExceededError` before anything is sent, and "warn" logs a warning. Ollama would cut such a
             prompt without a word; after a plain reply, this is noticed as well. The server is asked for the context
@@ -581,9 +581,9 @@ class LLMClient(Owner):
             larger one is an `LLMResponseError`. Streams are not limited, but no event of a stream may exceed 100 MiB.
             Default: 256 MiB.
         transport: A `Transport`, or a `NodePool` of several, whose connections and limits are shared with other
-            clients. It replaces the options `api_base`, `api_key`, `limits`, `ssl`, `trust_env` and `max_reply_bytes`,
-            and remains open when the client is closed.
-            Default: the client makes a transport for itself.
+            clients. It cannot be combined with `api_base`, `api_key`, `limits`, `headers`, `auth`, `proxy`, `ssl`,
+            `trust_env` and `max_reply_bytes`, and it remains open when the client is closed. Default: the client makes
+            a transport for itself.
         observers: Objects that are notified of what happens to each request, such as
             `lmbridge.observe.TimelineObserver`. Default: none.
 
@@ -686,9 +686,10 @@ class LLMClient(Owner):
 
     @property
     def lmstudio(self) -> LMStudio:
-        """LM Studio's own API: lists, loads, unloads and downloads models. With another server its methods raise.
+        """LM Studio's own API: lists, loads, unloads and downloads models.
 
-        With several servers, this raises `LLMValidationError`: take `client.at_server(url).lmstudio`.
+        With another server, its methods raise `LLMResponseError`. With several servers, this property raises
+        `LLMValidationError`: use `client.at_server(url).lmstudio`.
         """
         result: LMStudio = self._call(lambda: self.wrapped.lmstudio)
         return result
@@ -697,7 +698,7 @@ class LLMClient(Owner):
     def models(self) -> Models:
         """The models of the server. On LM Studio, llama.cpp's router and Ollama, they can be loaded and unloaded.
 
-        With several servers, this raises `LLMValidationError`: take `client.at_server(url).models`.
+        With several servers, this property raises `LLMValidationError`: use `client.at_server(url).models`.
         """
         result: Models = self._call(lambda: self.wrapped.models)
         return result
@@ -773,7 +774,8 @@ class LLMClient(Owner):
     def server_info(self, **options: Unpack[RequestOptions]) -> ServerInfo:
         """Finds out which kind of server answers, which models it has loaded, and their context lengths and slots.
 
-        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server it suggests:
+        Nothing is cached. The first request is `GET /v1/models`. The others depend on the kind of server that its reply
+        suggests:
         LM Studio `/api/v1/models` (before 0.4.0 also `/api/v0/models`), llama.cpp `/props` (a router once more for each
         loaded model), Ollama `/api/version`, `/api/ps` and `/api/tags`, vLLM `/version`. Each may take 10 s, and none
         queues behind generations.
@@ -930,7 +932,7 @@ class LLMClient(Owner):
                 for text in stream.text():
                     print(text, end="", flush=True)
 
-        The arguments and the errors are those of `chat_completion`, of which `stream=True` is left out.
+        The arguments and the errors are those of `chat_completion`, except for the argument `stream`.
         """
         return entered(lambda: self.wrapped.stream_chat(messages, model=model, **params))
 
@@ -989,11 +991,11 @@ class LLMClient(Owner):
         request is streamed, so that the server stops generating if the call is cancelled.
 
         Args:
-            messages: The chat so far: dicts with `role` and `content`. Describe the fields in it, because few servers
-                show the schema to the model.
+            messages: The chat so far: dicts with `role` and `content`. Describe the fields of the type in a message,
+                because few servers show the schema to the model.
             type_: A dataclass, a pydantic model, an attrs class, a TypedDict, a msgspec.Struct, or a form of these such
-                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. A type that is not an
-                object in JSON is sent as the field `answer` of one, and its value is returned.
+                as `list[Book]`, `dict[str, int]`, `Cat | Dog`, `Literal["yes", "no"]` or an enum. For a type that is
+                not an object in JSON, the schema describes an object with one field, `answer`, whose value is returned.
             model: The model to ask. Default: the client's model.
             **params: Parameters of the API, except `n`, `response_format` and `stream`, and the options of a call that
                 `chat_completion` describes.
@@ -1293,10 +1295,10 @@ class LLMClientPool(Owner):
         pool_size: The most clients that can be in use at the same time. Default: 10.
         **options: The options of the clients, which `LLMClient` documents, as keyword arguments. Some apply to the
             whole pool: `model` is the model of clients that are requested without one. The `max_concurrency` of
-            `limits` is never more than `pool_size`, and is `pool_size` unless `limits` or a server nearby, which is
-            asked if no `limits` are given, say less. With `model_mismatch="warn"`, each pair of
-            names is logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and
-            it stays open when the pool is closed.
+            `limits` is never more than `pool_size`. Without `limits` it is `pool_size`, or less if a server on this
+            machine or in a private network reports fewer slots. With `model_mismatch="warn"`, each pair of names is
+            logged once for the whole pool. A `transport` is shared beyond the pool: its own limits apply, and it stays
+            open when the pool is closed.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -1328,7 +1330,7 @@ class LLMClientPool(Owner):
         return result
 
     def release_client(self, client: LLMClient) -> None:
-        """Gives a client back. The caller that has waited longest gets the slot.
+        """Gives a client back. The first of the callers that wait gets the slot.
 
         Streams that the client has opened go on to their end. A further request raises an `LLMError`.
 

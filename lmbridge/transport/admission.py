@@ -41,7 +41,7 @@ class Admission:
         limits: How many requests and models may be in flight at the same time.
         swaps: A counter to which the swaps to each model are added. Pass the same one to several admissions to count
             their swaps together. By default a new counter is created.
-        evictions: What is known about generations that the server has killed, which is shared in the same way.
+        evictions: What is known about generations that the server has killed. It is shared in the same way.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Admission:
         return permit
 
     def release(self, permit: Permit) -> None:
-        """Returns a permit, or leaves the queue. Calling it again does nothing."""
+        """Returns a permit, or removes its request from the queue. Calling it again does nothing."""
         if self.scheduler.leave(permit, self._loop.time()) and self.scheduler.waiting:
             self._admit()
 
@@ -143,7 +143,8 @@ class Admission:
 
         Args:
             permit: The permit of the generation, even if it was returned already.
-            is_certain: Whether the server has said so. Otherwise, it is only believed if other models are in use.
+            is_certain: Whether the server has reported it. Otherwise the call has an effect only if other models are in
+                use.
         """
         others = [each for each in self.scheduler.in_flight if each.model != permit.model]
         if not is_certain and not others:

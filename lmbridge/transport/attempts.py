@@ -27,9 +27,9 @@ from lmbridge.transport.receive import receive_reply
 from lmbridge.transport.retry import Verdict
 
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
-# Prompts are confidential, so a program that sets all of its loggers to DEBUG has not asked for them yet. They are
-# written only if this logger itself has a level. To give it another one here would not last: `logging.config` takes it
-# away again.
+# Prompts are confidential, and a program that sets the level of a parent logger to DEBUG has not asked for them. So
+# they are written only if this logger itself has a level. Setting a higher level here would not keep them out of the
+# log, because `logging.config` resets it.
 prompt_logger: logging.Logger = logging.getLogger("lmbridge.prompts")
 
 _REFUSED_BEFORE_WORK: Final = (429, 503)
@@ -51,7 +51,7 @@ class Attempts:
 
     Args:
         credentials: The headers of every request.
-        retries: The number of retries so far, by model, which is kept up to date.
+        retries: The number of retries so far, by model. Each retry is added to it.
         api_base: The URL of the server, with `/v1`.
         socket_path: The path of the server's Unix socket; None if it has none.
     """
@@ -214,7 +214,7 @@ class Attempts:
         return self._with_arrived(error, call)
 
     def _with_arrived(self, error: LLMError, call: Call) -> LLMError:
-        """Adds to an error what had arrived of a plain reply that broke off, and returns the error."""
+        """Adds to an error the part of a plain reply that had arrived before it broke off, and returns the error."""
         if (arrived := call.arrived) is None:
             return error
         return error.completed(status=arrived.status, body=self._body_text(arrived) or None)

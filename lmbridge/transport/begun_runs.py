@@ -1,13 +1,14 @@
 """`BegunRuns`: which runs have begun and not ended, so that their number can be limited.
 
-Why runs are limited at all: an agent's run sends its whole conversation in each round. A server still has it in the
-cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it can be better to
-leave its slot idle than to let another run begin in it, because then the conversation has to be processed again. For
-how long is it better? For as long as that takes, which the scheduler knows: it is the time until the server began to
-answer the first request of the run. A run whose tool takes longer loses its place. So no run loses more by waiting than
-processing the conversation would have cost, and with a server that answers at once, no place is kept at all. The
-alternatives were a fixed number of seconds, which either wastes a fast server or is too short for a slow one, and no
-limit, where every round of every run may process its conversation anew.
+Why runs are limited at all: an agent's run sends its whole conversation in each round. The server still has this
+conversation in the cache of a slot if nothing else has used the slot in the meantime. So while a run calls a tool, it
+can be better to leave its slot idle than to let another run begin in it, because then the conversation has to be
+processed again. That pays for as long as processing the conversation would take, and the scheduler knows how long that
+is: the time until the server began to answer the first request of the run. A run whose tool takes longer no longer
+counts. So a slot is never kept idle for longer than processing the conversation would take, and with a server that
+answers at once, no slot is kept idle at all. The alternatives were a fixed number of seconds, which either wastes a
+fast server or is too short for a slow one, and no limit, where every round of every run may process its conversation
+anew.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class BegunRuns:
     """The runs that have begun and count towards `Limits.max_begun_runs`.
 
     A run begins when its first request is admitted. It counts until it ends, or until it has had no request for as long
-    as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. Then it counts again
-    from its next request on. A request outside of a run counts while it is in flight.
+    as the server took to begin the answer to its first one, but at most `RUN_PATIENCE` seconds. In the latter case, it
+    counts again from its next request on. A request that belongs to no run counts while it is in flight.
 
     Args:
         limit: The highest number of runs that count, or None for no limit.
@@ -43,8 +44,8 @@ class BegunRuns:
         self._totals: dict[int, int] = {}
         # The runs that count, with the priority of the request by which they began to count.
         self._counted: dict[ScheduledRun, int] = {}
-        # When those of them that have no request stop to count, and the same in the order of time. Entries of the heap
-        # that are no longer true are skipped.
+        # The times at which those of them that have no request stop counting, and a heap of the same times. Entries of
+        # the heap that are out of date are skipped.
         self._idle: dict[ScheduledRun, float] = {}
         self._next_idle: list[tuple[float, int, ScheduledRun]] = []
         # All runs that have begun, even if they do not count at present, and for how long each counts while it is idle.
@@ -57,7 +58,7 @@ class BegunRuns:
         return run is not None and run in self._patience
 
     def have_room(self, level: int) -> bool:
-        """Returns whether a run may begin with a request of a level. Runs with a lower priority do not count."""
+        """Returns whether a run may begin with a request of this level. Runs with a lower priority do not count."""
         limit = self.limit
         if limit is None or self.total < limit:
             return True

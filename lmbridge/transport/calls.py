@@ -1,4 +1,4 @@
-"""Requests, replies, and the bookkeeping of a call: its attempts, deadlines, waits, and its line in the log.
+"""Requests, replies, and the bookkeeping of a call: its attempts, its deadlines, its waits and its line in the log.
 
 Nothing in this module sends or receives anything, so all of it can be tested with a fake clock.
 """
@@ -65,7 +65,7 @@ class Request:
     path: str
     """The path below `/v1`, such as "/chat/completions"."""
     interpreter: Interpreter
-    """Interprets what the server says."""
+    """The functions that interpret what the server says."""
     timeouts: Timeouts
     """The time limits of this request."""
     max_retries: int
@@ -81,11 +81,12 @@ class Request:
     repeatable: bool = True
     """Whether the request may be sent again even if the server may have started to work on it.
 
-    Set it to False if repeating the request has an effect on the server. It is then sent on a fresh connection, because
-    a kept connection may turn out to be dead only after the request has been sent.
+    Set it to False if sending the request twice has another effect on the server than sending it once. It is then sent
+    on a fresh connection, because a kept connection may turn out to be dead only after the request has been sent.
     """
     complete_error: Callable[[LLMError], Awaitable[None]] | None = None
-    """Adds to an error inside a stream what another request can find out, before the reader of the stream gets it."""
+    """Completes an error of a stream with what another request to the server finds out, such as the models that exist.
+    It is awaited before the reader of the stream gets the error."""
     max_bytes: int | None = None
     """The most bytes that the body of a whole reply may have, or None for the `max_reply_bytes` of the transport."""
     below_root: bool = False
@@ -161,7 +162,8 @@ class Call:
         self.read_usage: Callable[[], TokenUsage | None] | None = None
         """A function that returns the numbers of tokens, if they are known. It is called when the call is over."""
         self.arrived: Reply | None = None
-        """What had arrived of the reply to this attempt if it broke off. Of a large body, it has only the beginning."""
+        """The part of the reply that had arrived when the last attempt broke off, or None. Of a large body, it is only
+        the beginning."""
         self._admission = admission
         self._max_reply_bytes = max_reply_bytes
         self._started = deadline_timer.time()
@@ -299,7 +301,7 @@ class Call:
     def note_first_event(self, first: Event, *, is_stream: bool = True) -> None:
         """Records that the first event of a stream, or a whole plain reply, has arrived, so the model is loaded.
 
-        If `first` reports an error, the model is not, and the next request for it goes alone again.
+        If `first` reports an error, the model is not loaded, and the next request for it goes alone again.
         """
         if self.watch is not None:
             self.watch.first_event(is_stream=is_stream)
@@ -320,7 +322,8 @@ class Call:
         """Records that the server has killed the generation to load another model.
 
         Args:
-            is_certain: Whether the server has said so. Otherwise, it is only believed if other models are in use.
+            is_certain: Whether the server has reported it. Otherwise the call has an effect only if other models are in
+                use.
         """
         if self.permit is not None:
             self._admission.note_eviction(self.permit, is_certain=is_certain)
@@ -394,9 +397,10 @@ class Reply:
 
     @property
     def plain_body(self) -> bytes:
-        """The body, decompressed if the request has left it compressed; of a large body, only the beginning.
+        """The body in plain text.
 
-        A body that cannot be decompressed is taken for an empty one.
+        If the request left the body compressed, it is decompressed here, and only the beginning of a large body is
+        returned. A body that cannot be decompressed counts as empty.
         """
         if not self.call.request.keeps_compression:
             return self.body

@@ -1,12 +1,12 @@
 """Decompresses the bodies of responses in bounded steps.
 
 A kilobyte of gzip can stand for a megabyte. aiohttp would decompress whatever has arrived in a single step (until its
-version 3.14), and hand out the rest of a compressed body that was cut off as if it were whole (in all versions). So it
-passes bodies on as they are, and they are decompressed here, a limited number of bytes at a time.
+version 3.14), and hand out the rest of a compressed body that was cut off as if it were whole (in all versions). So
+aiohttp is set to pass bodies on as they are, and they are decompressed here, a limited number of bytes at a time.
 
 Only gzip and deflate are supported, and requests announce only these two. aiohttp would announce br and zstd as well
-if the libraries for them are installed; but for the replies of a model server on the same machine or in the same
-network they gain nothing, and the sizes of their steps are limited only by new versions of these libraries.
+if the libraries for them are installed. But these gain nothing for the replies of a model server on the same machine or
+in the same network, and only new versions of the libraries can limit how much a step decompresses.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""`Delivery`: the way of one request through several servers, until one of them answers or none is left to try.
+"""`Delivery`: the path of one request through several servers, until one of them answers or none is left to try.
 
-What may be sent to another server, and what it costs:
+Which requests may be sent to another server, and which of them count as retries:
 
 - A request that a server has certainly not seen, because no connection was made, goes on to the next server that has
-  not been tried. So does one that only this server would refuse: it does not have the model, cannot
-  load it, does not accept the key, or did not give the response that is to be continued. Neither counts as a retry.
+  not been tried. So does a request that only this server refuses, because it does not have the model, cannot load it,
+  does not accept the key, or does not have the response that is to be continued. Neither counts as a retry.
 - A request that broke off before the first event of its answer, or that failed with a temporary error, goes on as well
   if it may be sent again at all. It counts as a retry, and all servers share `max_retries`.
 - If every server was tried, the request waits as it would with one server, and is sent again.
-- Once an answer has begun, it is never sent again.
+- Once an answer has begun, its request is never sent again.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ class Delivery:
     Args:
         nodes: All servers.
         request: The request.
-        conversation: What the request repeats of earlier ones.
+        conversation: The conversation that the request continues, by which its server is recognized.
     """
 
     def __init__(self, nodes: Sequence[Node], request: Request, conversation: SentConversation) -> None:
         self.request: Final = request
         """The request."""
         self.conversation: Final = conversation
-        """What the request repeats of earlier ones."""
+        """The conversation that the request continues, by which its server is recognized."""
         self.attempts: int = 0
         self.retries: int = 0
         self.seconds: float = 0.0
         self.tried: list[str] = []
         self._nodes = nodes
         self._failed: set[Node] = set()
-        # Whether any server may have the model, by what was known when the first one was chosen.
+        # Whether any server may have the model, judged when the first server was chosen; None before that.
         self._is_listed: bool | None = None
         self._node = nodes[0]
 
     def candidates(self) -> list[Node]:
         """Returns the servers that may have the model, without those that have failed in this round of attempts.
 
-        If all of them have failed, it returns them again. If no server has the model, it returns all servers, so that
-        the error is that of a server, or the model is one that it does not list.
+        If all of them have failed, it returns them again. If no server has the model, it returns all servers: then the
+        error comes from a server, unless a server has the model without listing it.
         """
         with_it = self._with_model()
         return [node for node in with_it if node not in self._failed] or with_it
@@ -125,7 +125,7 @@ class Delivery:
                 self._move(call, is_retry=True)
 
     def on_answer(self, call: Call, answer: Reply | EventStream | ForwardedResponse) -> None:
-        """Moves the request on if an answer says that this server cannot give it, while another one may."""
+        """Moves the request on if an answer shows that this server cannot serve the request, while another one may."""
         status, body = answer.status, whole_body(answer)
         if body is None or not self._is_refusal(status, body):
             if status < 500:
@@ -154,7 +154,13 @@ class Delivery:
     # Moving
 
     def _has_alternative(self, call: Call, state: str | None = None, *, may_be_down: bool = False) -> bool:
-        """Returns whether a server that was not tried, may have the model, and works can get the request."""
+        """Returns whether there is another server for the request: it works, has not failed, and may have the model.
+
+        Args:
+            call: The call at the current server.
+            state: The state that the model must have at the other server. Default: any but "missing".
+            may_be_down: Whether a server that is down counts as well.
+        """
         if call.deadline_timer.time() >= call.total_deadline:
             return False
         if self._is_listed and not with_model(self._nodes, self.request.model):
@@ -172,6 +178,11 @@ class Delivery:
         self.tried.append(f"{self._node.transport.api_base}: {reason}")
 
     def _move(self, call: Call, *, is_retry: bool = False, wait: float = 0.0) -> None:
+        """Takes the request away from the current server.
+
+        Raises:
+            MovedToAnotherServer: Always. The pool catches it, and chooses the next server.
+        """
         self._failed.add(self._node)
         self.attempts = call.attempts
         self.retries = call.retries + is_retry

@@ -1,4 +1,4 @@
-"""Event streams: reading their events, limiting how long a read may take, and giving everything back at the end.
+"""Event streams: how their events are read, how each read is limited in time, and how everything is given back.
 
 A stream holds a connection and a permit, and the server's model is generating for it. So both are given back at once
 however a stream is left: by its end, by an error, by cancelling a read, by `abort`, and even by garbage collection.
@@ -97,7 +97,7 @@ class EventStream:
 
     @property
     def is_unread(self) -> bool:
-        """Whether nothing has read from the stream yet, nor waits for its first event."""
+        """Whether the stream is open, and nothing has read from it or is reading from it."""
         return not (self._reading or self._has_events or self.closed) and self._read_ahead is None
 
     def start_reading_ahead(self) -> asyncio.Task[list[Event] | Exception | None]:
@@ -175,7 +175,7 @@ class EventStream:
         return self._read_closed()
 
     def _read_closed(self) -> list[Event]:
-        """Does what `read` does, after the stream was closed."""
+        """Does what `read` does for a stream that has been closed."""
         if self.ended:
             return []
         if events := self.take_arrived():
@@ -190,7 +190,7 @@ class EventStream:
         if self._reading:
             return []
         events: list[Event] = []
-        # An event that is too large ends what had arrived.
+        # The list ends before an event that is too large.
         with suppress(LLMStreamError):
             if self._read_ahead is not None and self._read_ahead.done():
                 task, self._read_ahead = self._read_ahead, None
@@ -250,7 +250,7 @@ class EventStream:
 
     def _close(self, outcome: int | str) -> None:
         if self._loop is not None:
-            # A task that is still reading gets what has arrived by itself.
+            # A task that is still reading takes what has arrived itself.
             is_read = self._reading or (self._read_ahead is not None and not self._read_ahead.done())
             if not is_read and not self._loop.is_closed():
                 self._unread += self._response.take_arrived()

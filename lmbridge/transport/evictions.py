@@ -13,17 +13,18 @@ logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 
 class Evictions:
-    """The generations that a server has killed, and how many models it holds, as far as they show it.
+    """The generations that a server has killed, and what they show about the number of models that it can hold.
 
-    Whatever the limits say, a server that kills a generation cannot hold the models that were in use. So from then on
-    requests are scheduled by model, even if the user has not asked for it.
+    Whatever the limits say, a server that kills a generation cannot hold all the models that were in use. So from then
+    on, requests are scheduled by model, even if the user has not asked for that.
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str | None] = Counter()
         """How many generations with each model were killed."""
         self.max_loaded_models: int | None = None
-        """The most models that the server held when it killed a generation; None if it has never killed one."""
+        """The number of models that the server held when it killed a generation, which is taken for the most that it
+        can hold. If it has killed several, the lowest number counts. None if it has never killed one."""
 
     def add(self, model: str | None, loaded: int, limits: Limits) -> bool:
         """Records that a generation was killed.

@@ -1,12 +1,13 @@
 """How a request leaves a server for another one: the seam between a `Transport` and the `NodePool` above it.
 
 The transport of a server repeats a failed request by itself, and holds the permit in the meantime. If there are other
-servers, the pool may want the request back. So the pool passes a `Failover` with the request, the transport reports
-each failed attempt to it, and an exception from there ends the work of this transport on the request. A transport
-whose requests have no `Failover` works as if there were no other server.
+servers, the pool may want the request back. So the pool passes a `Failover` with the request, and the transport reports
+each failed attempt to it. If the `Failover` raises `MovedToAnotherServer`, the transport gives the request up. A
+transport whose requests have no `Failover` works as if there were no other server.
 
-The alternative was a pool that allows each transport a single attempt, and repeats requests itself. It would have to
-know again what the transport knows about retries, and would return the permit of a server that is loading a model.
+The alternative was a pool that allows each transport a single attempt, and repeats requests itself. Such a pool would
+have to duplicate what the transport knows about retries, and would return the permit at a server that is still loading
+the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Failover(Protocol):
-    """Decides how a request goes on whose attempt at one of several servers has failed."""
+    """Decides whether a request leaves a server after an attempt there has failed."""
 
     @property
     def attempts(self) -> int:
@@ -58,7 +59,7 @@ class Failover(Protocol):
         Args:
             call: The call.
             failure: What went wrong.
-            reason: The same in words, without secrets.
+            reason: What went wrong, in words and without secrets.
 
         Raises:
             MovedToAnotherServer: Another server gets the request.
@@ -77,7 +78,8 @@ class Failover(Protocol):
         """Called when no further attempt will be made at this server, before the call is finished.
 
         Raises:
-            MovedToAnotherServer: The answer says that this server cannot give it, and another server gets the request.
+            MovedToAnotherServer: The answer shows that this server cannot serve the request, and another server gets
+                it.
         """
         ...
 

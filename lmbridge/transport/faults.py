@@ -130,7 +130,7 @@ _HANDSHAKE_FAULTS: Final[Iterable[tuple[tuple[str, ...], str, str]]] = (
 
 
 def tls_fault(exc: ssl.SSLError) -> Fault:
-    """Returns the fault that an error of TLS stands for, by its reason."""
+    """Returns the fault that an error of TLS stands for, judging by the reason that OpenSSL gives."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         for codes, what, hint in _CERTIFICATE_FAULTS:
             if getattr(exc, "verify_code", 0) in codes:

@@ -1,4 +1,4 @@
-"""Responses that are passed on to somebody else as they are.
+"""Responses that are passed on to another client exactly as the server sent them.
 
 `Transport.forward` treats a request like any other: it waits for a permit, is sent again after failures that a further
 attempt may overcome, and is polled while the server is loading. But the bytes of its response are neither decompressed
@@ -9,9 +9,9 @@ attempt can be repeated. JSON is handed out when it is complete, because a model
 the end of its work, and no client should get a part of it if it breaks off. A very large body of JSON is handed out in
 parts.
 
-The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request. Until
-`first_byte` runs out, the first part of the body has to arrive, or the whole of it if it is JSON or an error. `idle`
-limits the silence between two parts of the body, whatever they contain.
+The limits of `Timeouts` mean the following here. `connect`, `load` and `total` are those of any other request.
+`first_byte` limits the time until the first part of the body has arrived, or the whole body if it is JSON or an error.
+`idle` limits the silence between two parts of the body, whatever they contain.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class ForwardedResponse:
         self.status: Final = status
         """The HTTP status."""
         self.headers: Final = headers
-        """The headers as the server sent them. Their names are case-insensitive, and `items()` has repeated ones."""
+        """The headers as the server sent them. Their names are case-insensitive, and `items()` lists a header as often
+        as it was sent."""
         self.whole_body: Final = first if source is None else None
         """The whole body, or None if a part of it has yet to arrive. `read` returns the same bytes."""
         self.deadline: float = math.inf
@@ -88,7 +89,7 @@ class ForwardedResponse:
 
     @classmethod
     def from_reply(cls, reply: Reply) -> Self:
-        """Returns the response that a whole reply stands for."""
+        """Returns a response whose status, headers and body are those of a whole reply."""
         return cls(reply.call, reply.status, reply.headers, reply.body, None)
 
     async def __aenter__(self) -> Self:

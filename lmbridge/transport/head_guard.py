@@ -2,11 +2,11 @@
 
 aiohttp limits the length of each line and, in newer versions, the number of headers. But a server may also send "100
 Continue", empty lines, an extension of a chunk, or the zeros of a chunk's size forever, without being noticed. So all
-bytes are counted here, between the transport and aiohttp's protocol, and nothing of the parser has to be known. An
-asyncio transport can change its protocol at any time.
+bytes are counted here, between asyncio's transport and aiohttp's protocol, without depending on the parser. This works
+because an asyncio transport can change its protocol at any time.
 
-The guard stays for as long as the connection is open. A guard for each response would be simpler, but to put it in
-place and to remove it again, for the head and then for the body, took a tenth of the time of a request.
+The guard stays for as long as the connection is open. A guard for each response would be simpler, but putting it in
+place and removing it again, for the head and then for the body, took a tenth of the time of a request.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Body(Protocol):
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes of it have been received."""
+        """How many bytes of the body have been received."""
         ...
 
 
 class Watcher(Protocol):
-    """Has to know if a connection is lost."""
+    """An object that has to know when a connection is lost."""
 
     def on_connection_lost(self) -> None:
-        """Called once, after aiohttp has been told."""
+        """Called once, after aiohttp has been informed."""
 
 
 class ConnectionGuard(asyncio.Protocol):
@@ -46,7 +46,7 @@ class ConnectionGuard(asyncio.Protocol):
 
     Args:
         transport: The transport of the connection, or None after it was lost.
-        protocol: The protocol of aiohttp, or None as well.
+        protocol: The protocol of aiohttp, or None after the connection was lost.
         was_used: Whether a request has been sent on the connection before.
     """
 
@@ -65,7 +65,7 @@ class ConnectionGuard(asyncio.Protocol):
 
     def __init__(self, transport: asyncio.BaseTransport | None, protocol: Any, *, was_used: bool = False) -> None:
         self.failure: BaseException | None = None
-        """Why the connection was closed, if aiohttp does not say it to the reader of the body."""
+        """Why the connection was closed, if the reader of the body does not learn it from aiohttp."""
         self.protocol: Any = protocol
         """The protocol of aiohttp, or None once the connection is lost."""
         self._was_used = was_used
@@ -123,9 +123,9 @@ class ConnectionGuard(asyncio.Protocol):
         self._room, self._error, self._body, self._body_size = HEAD_BYTES, error, body, body.total_bytes
 
     def watch(self, watcher: Watcher) -> None:
-        """Calls a watcher when the connection is lost, unless the next head begins before that."""
+        """Makes the guard call a watcher when the connection is lost, unless the next head begins before that."""
         if self._transport is None:
-            # It is being lost, or has been.
+            # The connection is being lost, or has been lost already.
             asyncio.get_running_loop().call_soon(watcher.on_connection_lost)
         else:
             self._watcher = watcher
@@ -212,5 +212,6 @@ def guard_of(transport: asyncio.BaseTransport | None) -> ConnectionGuard:
     return guard
 
 
-# The references are weak. The guards themselves cannot be found once their transports are closing.
+# The transports of the connections on which a request has been sent, as weak references. They are remembered apart from
+# the guards, because the guard of a transport that is closing cannot be found any more.
 _used_transports: Final[weakref.WeakSet[asyncio.BaseTransport]] = weakref.WeakSet()

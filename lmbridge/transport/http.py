@@ -100,7 +100,7 @@ class HttpSession(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Closes what can be closed without waiting, and does not report what cannot.
+        """Closes what can be closed without waiting, and does not warn about the rest.
 
         The transport calls it if it was dropped without being closed, or if its event loop has been closed. Nothing can
         be awaited then, and the transport has already issued a warning.

@@ -1,10 +1,9 @@
-"""What stands between a session and its socket, or an MCP server's process, in a test.
+"""Hooks for tests between a session and its socket, and between an MCP session and the process of its server.
 
-It is a recording, or a refusal of real requests.
-
-`AiohttpSession.send` looks here before each request that would go out over a socket. The alternatives were to replace
-the session of a transport when it opens, which misses clients that are open already, such as one that all tests share,
-and to patch aiohttp, which breaks with any release of aiohttp. The list belongs to the process and not to a context,
+`lmbridge.testing` uses them to record traffic and play it back, and to refuse real requests. `AiohttpSession.send`
+looks for a hook before each request that would go out over a socket. The alternatives were to replace the session of a
+transport when it opens, which misses clients that are open already, such as one that all tests share, and to patch
+aiohttp, which breaks with any release of aiohttp. The lists of hooks belong to the process and not to a context,
 because the blocking classes of `lmbridge.sync` send their requests in another thread.
 
 Only `lmbridge.testing` adds anything here.
@@ -23,12 +22,12 @@ Interceptor: TypeAlias = Callable[[HttpRequest, Send], Coroutine[Any, Any, HttpR
 """Answers a request, refuses it by raising an exception, or sends it with the function that it is given."""
 
 interceptors: Final[list[Interceptor]] = []
-"""The interceptors in force. The last one, which was added last, decides alone."""
+"""The interceptors in force. The one that was added last decides alone."""
 
 LinkMaker: TypeAlias = Callable[[str, Callable[[str], str], Callable[[], Any], Callable[[str], None]], Any]
-"""Returns the link to the process of an MCP server. It is called with the name of the server, with a function that
-replaces the secrets of its configuration in a text, with one that makes the real link, and with one to call with the
-reason when the process has ended."""
+"""Returns the link to the process of an MCP server. It is called with the name of the server and with three functions:
+the first replaces the secrets of the server's configuration in a text, the second makes the real link, and the third
+has to be called when the process has ended, with the reason."""
 
 link_makers: Final[list[LinkMaker]] = []
-"""The link makers in force. The last one, which was added last, decides alone."""
+"""The link makers in force. The one that was added last decides alone."""

@@ -1,7 +1,7 @@
 """`BaseTransport`: what the client layer knows of the transport below it.
 
-There are two implementations. `Transport` sends to one server, and `NodePool` to one of several. The layers above need
-not know which of them it has, unless it asks about a single server; then it goes through `nodes`.
+There are two implementations. `Transport` sends to one server, and `NodePool` to one of several. A layer above need
+not know which of the two it has. If it asks about each server, it goes through `nodes`.
 """
 
 from __future__ import annotations

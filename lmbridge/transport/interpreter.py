@@ -45,6 +45,6 @@ class Interpreter:
     this one does not have the model, for example. It is asked only if there are several servers."""
     report_loss: Callable[[Call, int, bytes], None] = _reports_no_loss
     """Informs the schedule of a server if the status and the body of an error reply show that it has lost a model.
-    It is called if another server gets the request, because the reply is not read then."""
+    It is called if another server gets the request, because then nothing else reads the reply."""
     find_models: FindModels | None = None
     """Asks a server which models it has. It is called only if there are several servers, and never for each request."""

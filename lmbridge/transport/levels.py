@@ -46,7 +46,7 @@ class Levels:
             permit.level, permit.rises_at = permit.priority, math.inf
         else:
             periods = max(0, int((now - permit.arrived_at) / limit))
-            # The division may be wrong in the last bit; these two sums decide.
+            # The division may be off by a rounding error, so the two sums below decide.
             while permit.arrived_at + (periods + 1) * limit <= now:
                 periods += 1
             while periods and permit.arrived_at + periods * limit > now:
@@ -61,6 +61,6 @@ class Levels:
     def capped_level(self, permit: Permit) -> int:
         """Returns the level of a waiting request, but at most the highest priority that waits.
 
-        A level above it would change nothing but the order of runs.
+        A level above that priority would change nothing but the order of runs.
         """
         return min(permit.level, self.highest_priority)

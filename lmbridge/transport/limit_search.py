@@ -4,8 +4,8 @@ The limits of a server decide what happens when requests meet: how many of them 
 models. A request that is alone need not know them. So by default the server is asked as soon as a request would be in
 flight beside another one, and a program that sends one request after the other never asks. The alternative was to ask
 before the first request in any case. It would cost a script that sends a single request another round trip, and it
-would surprise everybody who counts the requests that a server gets. Who passes `limits="auto"` wants exactly that, so
-this is what the option does.
+would surprise everybody who counts the requests that a server gets. A user who passes `limits="auto"` has asked for
+this question, so with that option the server is asked before the first request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lmbridge.transport.transport import Transport
 
 PATIENCE: Final = 2.0
-"""The seconds for which requests wait for an answer to a question that the user has not asked for."""
+"""The most seconds that requests wait for the limits of a server if the user has not asked for this question."""
 
 
 @attrs.frozen(kw_only=True)
@@ -42,10 +42,10 @@ class LimitFinder:
 
 
 class LimitSearch:
-    """The question to one server, while its transport is open.
+    """Asks one server for its limits, while its transport is open.
 
     Args:
-        finder: When to ask.
+        finder: How and when to ask.
         admission: The requests that are in flight or wait.
     """
 
@@ -88,7 +88,7 @@ class LimitSearch:
         try:
             if not self._has_waited:
                 self._has_waited = True
-                # After one step of the event loop, all requests are here that were started together with this one.
+                # After one step of the event loop, all requests that were started together with this one have arrived.
                 await asyncio.sleep(0)
             # The client may have been closed in the meantime, and a question would open it again.
             if not self.is_over and (self._arriving > 1 or self._admission.in_flight or self._admission.queued):
@@ -112,13 +112,13 @@ class LimitSearch:
         self.is_over = await ask(self._finder)
 
     async def close(self) -> None:
-        """Ends the question, and waits until it has ended. No other one is asked after that."""
+        """Cancels a question in progress, and waits until it has ended. The server is not asked again after that."""
         self.is_over = True
         await self._question.cancel_all()
 
 
 def as_finder(limits: Any) -> LimitFinder | None:
-    """Returns the option `limits` of a transport as a way to find limits, or None if it is not one."""
+    """Returns the option `limits` of a transport as a `LimitFinder`, or None if it does not find limits."""
     if isinstance(limits, LimitFinder):
         return limits
     return LimitFinder(find=cast("Callable[[Transport], Awaitable[Limits]]", limits)) if callable(limits) else None

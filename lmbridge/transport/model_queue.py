@@ -31,13 +31,13 @@ class ModelQueue:
     waiting: OrderedDict[Permit, None] = attrs.field(factory=OrderedDict)
     """The waiting requests in the order of their arrival. In an OrderedDict, any of them can be removed quickly."""
     ready: PermitHeap = attrs.field(init=False)
-    """The waiting requests of runs that have begun; the one that goes first comes first."""
+    """The waiting requests that need not wait for other runs; the one that goes first comes first."""
     newcomers: PermitHeap = attrs.field(init=False)
-    """The waiting requests whose runs may have to wait until they may begin."""
+    """The waiting requests with which a run would begin, which may have to wait for other runs."""
     ready_in_batch: PermitHeap = attrs.field(init=False)
-    """The members of the batch whose runs have begun."""
+    """The members of the batch that are also in `ready`."""
     newcomers_in_batch: PermitHeap = attrs.field(init=False)
-    """The members of the batch whose runs may have to wait until they may begin."""
+    """The members of the batch that are also in `newcomers`."""
     idle_since: float = -math.inf
     """The time at which a request for the model last ended."""
     is_surplus: bool = False
@@ -82,11 +82,13 @@ class ActiveModels:
         self.ready: PermitHeap = PermitHeap(
             waiting, lambda permit: permit.rank if _waits_inactive(permit) and not permit.is_newcomer else None
         )
-        """The requests whose model is not active and whose run has begun; the one that goes first comes first."""
+        """The requests whose model is not active and that need not wait for other runs. The one that goes first comes
+        first."""
         self.newcomers: PermitHeap = PermitHeap(
             waiting, lambda permit: permit.rank if _waits_inactive(permit) and permit.is_newcomer else None
         )
-        """The requests whose model is not active and whose run may have to wait until it may begin."""
+        """The requests whose model is not active and with which a run would begin, which may have to wait for other
+        runs."""
         self.next_overdue: PermitHeap = PermitHeap(
             waiting, lambda permit: (permit.arrived_at, permit.arrival_number) if _waits_inactive(permit) else None
         )
@@ -125,7 +127,7 @@ class ActiveModels:
         return queue.is_surplus or queue is self.draining
 
     def push(self, permit: Permit) -> None:
-        """Sorts a waiting request in where it belongs now."""
+        """Adds a waiting request to the heaps that it belongs to now."""
         if permit.queue is not None:
             permit.queue.push(permit)
             if not permit.queue.is_active:

@@ -8,11 +8,11 @@ slots.
 - A server that has not read the beginning of the conversation yet, while another one has, costs a round more.
 - A server that has to load the model first costs 8 rounds more, and one whose models are not known costs 4.
 
-So the order is the one that one would expect while slots are free: a server that has the model loaded, among these the
-one where the conversation is warm, then the one with the smallest part of its slots taken, and a server that would have
-to load the model comes last. And where it is full, the numbers say how long it is worth waiting for: a conversation
-leaves its server when more than about a round waits there and another server is idle, and a model is loaded a second
-time when 8 rounds wait for it.
+So while slots are free, the order is the expected one. First come the servers that have loaded the model: among them,
+the one where the conversation is warm, and then the one with the smallest share of its slots taken. A server that would
+have to load the model comes last. When the preferred server is full, the costs decide how long waiting for it is
+worthwhile: a conversation leaves its server when more than about one round of requests waits there and another server
+is idle, and a model is loaded on a second server when 8 rounds of requests wait for it on the first.
 
 The alternatives were a strict order, which piles all requests for a model, or of one long conversation, on one server
 while the others are idle, and a random choice between two servers, which forgets prompts and loads models everywhere.
@@ -50,7 +50,7 @@ class ModelDirectory(Protocol):
     """The models of a server at one moment."""
 
     def state_of(self, model: str) -> ModelState:
-        """Returns whether the server has a model, which may be named in any of the ways that the server accepts."""
+        """Returns what is known of a model. It may be named in any of the ways that the server accepts."""
         ...
 
 
@@ -80,7 +80,7 @@ class Node:
     check_at: float = -math.inf
     """The time at which a server that is down is asked whether it works again."""
     restarts: int = 0
-    """How often the server has come back. Prompts from before are not in its cache any more."""
+    """How often the server has come back after a failure. Its cache may have lost the prompts from before."""
 
     # Models
 
@@ -138,12 +138,12 @@ class Node:
         self._refused.clear()
 
     def expect(self, model: str | None) -> None:
-        """Records that the server gets a request for a model, so it will have loaded it soon."""
+        """Records that the server gets a request for a model, so that the model will soon be loaded there."""
         if model is not None:
             self._expected.add(model)
 
     def refuse(self, model: str | None) -> None:
-        """Records that the server has refused a request for a model. Its list of models may be wrong."""
+        """Records that the server has refused a request for a model, so its list of models may be wrong."""
         if model is not None:
             self._refused.add(model)
             self._expected.discard(model)

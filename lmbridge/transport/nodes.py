@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("lmbridge.transport")
 
 LOOK_UP_SECONDS: Final = 1.0
-"""The most seconds that a request waits until the servers have listed their models. Then it goes by what is known."""
+"""The most seconds that a request waits for servers to list their models. After that, what is known decides."""
 MODELS_AGE: Final = 60.0
-"""The seconds after which a list of models is asked for again, while requests go on by the old one."""
+"""The seconds after which a list of models is requested again. Meanwhile, requests are distributed by the old list."""
 LOOK_UP_PAUSE: Final = 5.0
 """The least seconds between two look-ups at one server."""
 CHECK_SECONDS: Final = 5.0
-"""The most seconds that a check of a server may take that does not list its models."""
+"""The most seconds that a check may take that only asks whether a server works."""
 
 _Answer = TypeVar("_Answer", Reply, EventStream | Reply, ForwardedResponse)
 _Send = Callable[[Transport, Request], Awaitable[_Answer]]
@@ -64,7 +64,7 @@ class _ResponseId(msgspec.Struct):
 
 
 class NodePool(NotCopyable):
-    """Several servers, of which each request goes to the one that is best suited for it.
+    """Several servers. Each request goes to the one that is best suited for it.
 
     `LLMClient(api_base=[...])` makes one with the same options for each server. Make it yourself if the servers have
     different options, or if several clients share it::
@@ -278,7 +278,8 @@ class NodePool(NotCopyable):
     def _note_answer(self, node: Node, delivery: Delivery, status: int, body: bytes | None) -> None:
         """Records which server has the prompt of a conversation in its cache, and which one a stored response."""
         if body is None:
-            # As a transport does with its own copy of the request: many open streams may have long prompts.
+            # The body will not be sent again, and many open streams may have long prompts. `OpenState.adopt` drops the
+            # body of the transport's own copy of the request for the same reason.
             delivery.request.body = None
         if status >= 400:
             return
@@ -292,13 +293,13 @@ class NodePool(NotCopyable):
     # Models and health
 
     async def _learn_models(self, request: Request) -> None:
-        """Asks servers about their models where that is due, and waits for the answers if nothing is known yet.
+        """Asks servers about their models if that is due, and waits briefly for those that nothing is known about.
 
         On cancellation of the caller, the look-ups go on.
         """
         now = asyncio.get_running_loop().time()
         waited_for = []
-        # Also a count of tokens, which waits for no permit, belongs to the server that has the model.
+        # A count of tokens waits for no permit, but it has to go to a server that has the model as well.
         needs_models = request.model is not None and request.interpreter.find_models is not None
         is_missing = needs_models and all(node.state_of(request.model) == "missing" for node in self._nodes)
         for node in self._nodes:

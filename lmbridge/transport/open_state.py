@@ -44,7 +44,7 @@ class OpenState:
     session: HttpSession
     admission: Admission
     limit_search: LimitSearch | None = None
-    """The question to the server for its limits, or None if the limits are fixed."""
+    """Asks the server for its limits; None if the limits are fixed."""
     loop: asyncio.AbstractEventLoop = attrs.field(init=False, factory=asyncio.get_running_loop)
     loop_guard: LoopGuard = attrs.field(init=False, factory=_create_loop_guard)
     closed: asyncio.Future[None] = attrs.field(init=False, factory=_create_future)
@@ -88,7 +88,7 @@ class OpenState:
             self._read_ahead(stream)
 
     def read_first_events(self) -> None:
-        """Starts to read the first events that other requests wait for, after the limits have changed."""
+        """Starts reading the first events that other requests wait for since the limits have changed."""
         for stream in list(self.streams):
             if isinstance(stream, EventStream) and stream.call.is_first_request and stream.is_unread:
                 self._read_ahead(stream)
@@ -118,7 +118,7 @@ class OpenState:
         self.closed.set_result(None)
         for stream in list(self.streams):
             stream.abort(closed_error(stream.call))
-        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while it was queued"))
+        self.admission.fail_waiters(lambda: TaskCancelledError("the client was closed while the request was queued"))
         try:
             if self.limit_search is not None:
                 await self.limit_search.close()

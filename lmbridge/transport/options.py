@@ -1,4 +1,4 @@
-"""Checks the options of a transport that depend on each other, and finds what follows from them."""
+"""Checks the options of a transport that depend on each other, and derives URLs and secrets from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_any_proxy(proxy: str | None, name: str) -> str | None:
     """Returns the URL of an HTTP or SOCKS proxy, or None for no proxy.
 
     Raises:
-        LLMValidationError: It cannot be used.
+        LLMValidationError: The value is not such a URL, or the proxy cannot be used.
     """
     if isinstance(proxy, str) and is_socks(proxy):
         return check_socks_proxy(proxy, name=name)

@@ -25,8 +25,8 @@ class Permit:
     """One request in the schedule: it waits for its admission, then holds the permit to generate, then returns it."""
 
     model: str | None
-    """The model that the request names. If it leaves the choice to the server, this is None, which is scheduled like
-    one more model."""
+    """The model that the request names, or None if it leaves the choice to the server. Requests without a model are
+    scheduled as if None were one more model."""
     arrived_at: float
     """The time at which the request arrived, by the clock of the event loop."""
     holder: weakref.ref[asyncio.Task[object]] | None = None
@@ -38,7 +38,7 @@ class Permit:
     priority: int = 0
     """How urgent the request is; a higher number goes first."""
     run: ScheduledRun | None = None
-    """The position of the request's run in the order of runs, or None if the request does not belong to a run."""
+    """The run that the request belongs to, or None if it belongs to no run."""
     admitted_at: float = math.inf
     """The time at which the request was admitted; infinity while it waits."""
     last_read_at: float = math.inf
@@ -110,7 +110,7 @@ class PermitHeap:
         return len(self._entries)
 
     def push(self, permit: Permit) -> None:
-        """Adds a request, which must have a key."""
+        """Adds a request, unless it has no key."""
         key = self._key(permit)
         if key is not None:
             heapq.heappush(self._entries, (key, permit))

@@ -22,9 +22,9 @@ _T = TypeVar("_T")
 
 _KEY_BYTES: Final = 16
 _TEXT_BLOCK: Final = 1024
-"""The bytes of a block of a prompt that is one string. Its beginning is recognized in whole blocks."""
+"""The bytes of a block. The beginning of a prompt that is one string is recognized in whole blocks."""
 MOST_CONVERSATIONS: Final = 10_000
-"""The most conversations that are remembered. It is one short key for each of them."""
+"""The most conversations that are remembered. Each takes one short key."""
 
 
 class _PromptFields(msgspec.Struct):
@@ -42,12 +42,12 @@ class _PromptFields(msgspec.Struct):
 
 @attrs.frozen
 class SentConversation:
-    """What a request repeats of earlier ones."""
+    """The conversation that a request continues, in a form in which it can be recognized."""
 
     keys: tuple[bytes, ...] = ()
     """A key for each beginning of the conversation; the last one stands for the whole of it."""
     previous_response_id: str | None = None
-    """The id of a response that only the server which gave it can continue."""
+    """The id of the stored response that the request continues. Only the server that created the response has it."""
 
 
 def conversation_in(body: bytes | None) -> SentConversation:
@@ -94,7 +94,7 @@ def _add(digest: blake2b, part: bytes) -> None:
 
 
 class WarmPrefixes(Generic[_T]):
-    """Remembers for each conversation who answered it last. The one that was not used for longest is forgotten first.
+    """Remembers who answered each conversation last. The one that has not been used for longest is forgotten first.
 
     Args:
         most: The most conversations that are remembered.

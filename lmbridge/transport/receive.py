@@ -14,7 +14,7 @@ from lmbridge.transport.sse import Event, NamedEvent, SSEDecoder, begins_event_s
 _UNDECIDED_BYTES: Final = 4096
 """The most bytes of a body, such as line feeds, that may leave it open whether it is an event stream."""
 _KEPT_BYTES: Final = 1024**2
-"""The number of bytes after which the rest of a reply that has broken off is dropped. An error quotes fewer."""
+"""If more bytes of a reply that has broken off are kept already, further parts are dropped. An error quotes fewer."""
 
 
 async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
@@ -38,7 +38,7 @@ async def receive_stream(call: Call, response: HttpResponse) -> EventStream | Re
 
 
 async def receive_begun_stream(call: Call, response: HttpResponse) -> EventStream | Reply:
-    """Does what `receive_stream` does, but waits for the first event, until which another server can take the request.
+    """Does what `receive_stream` does, but waits for the first event. Before it, another server can take the request.
 
     Some servers send the head of a response before they have looked at the request. If the first event reports an error
     that concerns only this server, it is returned as a `Reply`.

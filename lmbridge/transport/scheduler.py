@@ -22,8 +22,8 @@ The rules in full:
 
 - At most `max_concurrency` requests are in flight. Among those that may go, the one with the highest *level* goes
   first. The level is the priority, plus one for each `max_wait` seconds of waiting, but not more than the highest
-  priority that waits. So a patient request goes at last before urgent ones that arrive later, and the levels do not
-  disturb the order of runs where all have the same priority.
+  priority among the waiting requests. So a request that has waited long enough goes before urgent ones that arrive
+  later. If all requests have the same priority, the levels do not disturb the order of runs.
 - Within a level, requests of the run that is oldest go first, and those of a run in the order of their arrival. A
   request that belongs to no run counts as a run with one request. With `order="request"`, runs do not count.
 - A run *begins* when its first request is admitted. While as many runs as `begun_runs` have begun, the first request of
@@ -128,13 +128,13 @@ class Scheduler:
 
     @property
     def active_models(self) -> frozenset[str | None]:
-        """The models that requests may be in flight for, if their number is limited."""
+        """The models that requests may be in flight for. It means something only if their number is limited."""
         return frozenset(queue.model for queue in self._models.active)
 
     def _find_first_requests(self) -> None:
-        """Finds the requests in flight whose answer shows that their model is loaded.
+        """Finds, for each model that has not answered yet, the request whose answer will show that it is loaded.
 
-        Without a limit on models, it did not matter.
+        Without a limit on models, this was not recorded.
         """
         known = {permit.model for permit in self.in_flight if permit.has_answered}
         for permit in self.in_flight:
@@ -305,7 +305,7 @@ class Scheduler:
         if self._models.is_held_back(queue) or (not queue.is_loaded and queue.first_request is not None):
             return None
         if self._has_overdue:
-            # The batch has to be admitted before the drain can begin, so nothing overtakes it any longer.
+            # The batch has to be admitted before the drain can begin, so from now on nothing overtakes it.
             member = self._first_of(queue.ready_in_batch, queue.newcomers_in_batch, now)
             if member is not None:
                 return member
@@ -326,7 +326,7 @@ class Scheduler:
         return permit
 
     def _raise_levels(self, now: float) -> None:
-        """Raises the requests that have waited for another `max_wait` seconds."""
+        """Raises the level of the requests that have waited for another `max_wait` seconds."""
         while (permit := self._first(self._rising, now)) is not None and permit.rises_at <= now:
             self._levels.update(permit, now)
             self._rising.push(permit)
@@ -347,7 +347,7 @@ class Scheduler:
             return False
         return not self._runs.has_begun(permit.run)
 
-    def _let_in(self, permit: Permit) -> None:
+    def _stop_waiting_for_runs(self, permit: Permit) -> None:
         """Records that a waiting request need not wait any longer until its run may begin."""
         if permit.is_newcomer:
             permit.is_newcomer = False
@@ -369,7 +369,7 @@ class Scheduler:
         permit.begins_run = self._runs.begin(permit.run, permit.priority)
         # The other requests of the run need not wait any longer.
         for each in list(self._newcomers.get(permit.run, ())):
-            self._let_in(each)
+            self._stop_waiting_for_runs(each)
             self._models.push(each)
 
     def _enqueue(self, permit: Permit) -> None:
@@ -388,7 +388,7 @@ class Scheduler:
             self._models.next_overdue.push(permit)
 
     def _dequeue(self, permit: Permit, queue: ModelQueue) -> None:
-        self._let_in(permit)
+        self._stop_waiting_for_runs(permit)
         del self.waiting[permit]
         if self._levels.remove(permit):
             self._sort_by_new_highest_priority()

@@ -9,9 +9,10 @@ and everything that is done about them is in this module:
   request, and so would the private attribute `ClientSession._retry_connection`.
 - *It does not say whether a failed request was sent on a kept connection.* Only then does lmbridge send it again
   silently. `_ResponseOnConnection`, which aiohttp creates for each request because it is the session's
-  `response_class`, sees the connection in `start` and remembers which ones have been used. aiohttp's tracing
-  (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each request, which
-  was a tenth of its time. A subclass of `TCPConnector` would have to override a private method.
+  `response_class`, gets the connection in `start`, and the guard of the connection remembers whether it has been used.
+  aiohttp's tracing (`TraceConfig.on_connection_reuseconn`) reports the same, but calls a dozen coroutines for each
+  request, which took a tenth of the time of a request. A subclass of `TCPConnector` would have to override a private
+  method.
 - *It limits each line of a response's head, but not the whole head, nor what stands between two parts of a body.* A
   server may send "100 Continue" or an extension of a chunk forever. So a `ConnectionGuard` stands between each
   connection and aiohttp. The answer of a proxy to `CONNECT` is read before anything public is called, so `_Connector`
@@ -65,7 +66,7 @@ from lmbridge.transport.interception import interceptors
 _Error = TypeVar("_Error", bound=BaseException)
 
 KEEPALIVE_SECONDS: Final = 4.0
-"""How long an idle connection is kept. LM Studio and llama.cpp close idle connections after 5 seconds."""
+"""The seconds for which an idle connection is kept. LM Studio and llama.cpp close idle connections after 5 seconds."""
 
 _MOST_LINE_BYTES: Final = 1024**2
 """The most bytes of a line of HTTP that aiohttp parses."""
@@ -118,7 +119,7 @@ class AiohttpSession:
     ) -> None:
         self._socks_proxy = proxy if socks.is_socks(proxy) else None
         self._socks_errors = () if self._socks_proxy is None else socks.socks_errors()
-        # The proxy of each request, which aiohttp uses; the connector knows a SOCKS proxy instead.
+        # The HTTP proxy that aiohttp uses for each request. A SOCKS proxy is given to the connector instead.
         self._proxy = proxy if self._socks_proxy is None else None
         self._socket_path = socket_path
         self._connection_limit = connection_limit
@@ -204,7 +205,8 @@ class AiohttpSession:
             proxy=self._proxy,
             headers={"Accept-Encoding": ACCEPTED_ENCODINGS},
             auto_decompress=False,
-            # The guards notice first what is too long, and say so; the parser of aiohttp hides it in some places.
+            # These limits are so high that the guards notice first what is too long. The guards always report it, and
+            # the parser of aiohttp hides it in some places.
             max_line_size=_MOST_LINE_BYTES,
             max_field_size=_MOST_LINE_BYTES,
             response_class=_ResponseOnConnection,
@@ -400,7 +402,7 @@ class _AiohttpResponse:
         return faults.connection_failed(fault, cause=cause, status=self.status)
 
     def on_connection_lost(self) -> None:
-        """Makes sure that a reader wakes up; the docstring of the module says why."""
+        """Wakes a reader that aiohttp has forgotten; the docstring of the module explains this."""
         if not self._content.is_eof():
             self._response.close()
 
@@ -408,7 +410,7 @@ class _AiohttpResponse:
 class _ResponseOnConnection(aiohttp.ClientResponse):
     """A response that limits its head and its framing, and finds out whether its connection had been used before.
 
-    The latter matters if the connection turns out to be dead.
+    The use before matters if the connection turns out to be dead.
     """
 
     guard: ConnectionGuard

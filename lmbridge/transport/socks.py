@@ -20,7 +20,7 @@ _SCHEMES: Final = {"socks5": "socks5", "socks5h": "socks5", "socks4": "socks4", 
 """The schemes of SOCKS proxies, and the names by which aiohttp-socks knows them."""
 _PORT: Final = 1080
 _LOGIN_TEXTS: Final = ("No acceptable authentication methods", "authentication failure", "authentication method:")
-"""Parts of the texts for a refused login. No field distinguishes it from a malformed reply."""
+"""Parts of the texts of exceptions for a refused login. No field distinguishes it from a malformed reply."""
 _HTTP_STATUSES: Final = {0x02: 403, 0x5C: 407, 0x5D: 407}
 """The status with which an HTTP proxy says what these codes of SOCKS 5 (below 0x5A) and SOCKS 4 say."""
 
@@ -70,14 +70,14 @@ def make_connector(proxy: str, **options: Any) -> Any:
 
 
 def socks_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that such a connector raises besides those of aiohttp."""
+    """Returns the exceptions that the connector for a SOCKS proxy raises besides those of aiohttp."""
     import aiohttp_socks  # noqa: PLC0415 - it may not be installed
 
     return (aiohttp_socks.ProxyError, aiohttp_socks.ProxyConnectionError, aiohttp_socks.ProxyTimeoutError)
 
 
 def failure_of(exc: Exception, connect_timeout: float | None) -> ConnectionFailed:
-    """Returns the failure that one of these exceptions stands for."""
+    """Returns the failure that one of the exceptions in `socks_errors` stands for."""
     refused, unreachable, _ = socks_errors()
     if isinstance(exc, refused):
         return faults.connection_failed(_refusal(exc), str(exc), exc)

@@ -53,7 +53,7 @@ class ServerStats:
 
 @attrs.frozen(kw_only=True)
 class ClientStats:
-    """What a client does at the moment and has done before, together with all clients that share its transport."""
+    """What a client, together with all clients that share its transport, is doing now and has done so far."""
 
     in_flight: int
     """The number of generations that are in flight at the moment."""

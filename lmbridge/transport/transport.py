@@ -96,8 +96,8 @@ class Transport(NotCopyable):
         api_key: The key that is sent as a bearer token. By default it is the environment variable `LM_API_TOKEN`.
         limits: How many requests and models may be in flight at the same time (by default `Limits()`), or an async
             function that asks the server. The function is called before the first request, and again after a
-            connection was refused or lost, because a different server may be running by then. A `LimitFinder` says more
-            about when it is called.
+            connection was refused or lost, because a different server may be running by then. Pass a `LimitFinder` to
+            determine when it is called.
         headers: Headers that are sent with every request. They replace headers of lmbridge that have the same name.
             Errors and logs never contain their values.
         auth: A user and a password for basic authentication, which is used instead of a key. They can also be a part of
@@ -179,7 +179,7 @@ class Transport(NotCopyable):
         await self.close()
 
     def default_key(self) -> str | None:
-        """Returns the key that is sent if none was passed: that of the environment. A subclass may know better."""
+        """Returns the key that is sent if none was passed: that of the environment. A subclass may override it."""
         return default_api_key()
 
     def open_session(self) -> HttpSession:

@@ -70,7 +70,7 @@ async def test_the_error_says_that_a_request_was_still_queued(scripted_server: S
     await scripted_server.wait_until(lambda: scripted_server.in_flight)
     await client.close()
     results = await asyncio.gather(*asked, return_exceptions=True)
-    assert "while it was queued" in str(results[1])
+    assert "while the request was queued" in str(results[1])
     assert scripted_server.api_base in str(results[1])
 
 
