@@ -4,7 +4,7 @@
 and a coroutine that does the work. What they share: `options.py` (options of several commands), `connection.py`
 (finding a server), `running.py` (signals, errors, exit statuses), `terminal.py` (everything that is written).
 
-typer was chosen over argparse because it writes the completion of three shells and takes the arguments from type
+typer was chosen over argparse because it generates the completion for three shells and reads the arguments from type
 hints, rich for tables and live views, and prompt_toolkit for the line editor of `chat`: history, several lines, and
 pasted text that is not sent at its first line break, which `input()` does not have.
 """

@@ -52,12 +52,12 @@ class RunView:
     as_json: bool
     """Whether each event is a line of JSON."""
     reasoning: ReasoningMode
-    """True if reasoning is shown."""
+    """Whether the reasoning of the model is shown."""
 
 
 def run_agent(
     task: Annotated[
-        str | None, typer.Argument(metavar="TASK", help="What to do. What is piped in stands behind it.")
+        str | None, typer.Argument(metavar="TASK", help="What to do. Text that is piped in is appended.")
     ] = None,
     mcp: McpNames = None,
     model: Model = None,
@@ -77,7 +77,7 @@ def run_agent(
     temperature: Temperature = None,
     journal: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep each step in this file, so that `lmbridge resume` can go on."),
+        typer.Option(metavar="FILE", help="Record each step in this file, for `lmbridge resume`."),
     ] = None,
     reasoning: Annotated[ReasoningMode, typer.Option(help="Whether reasoning is shown.")] = "show",
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON, for programs.")] = False,
@@ -118,7 +118,7 @@ def run_agent(
 
 
 def _entry(journal: Path | None, access: ToolAccess) -> JournalEntry | None:
-    """Returns the place of the run in a journal, which also keeps the names of its MCP servers."""
+    """Returns the journal entry of the run, which also records the names of its MCP servers."""
     if journal is None:
         return None
     from lmbridge.agent.journal import JournalEntry  # noqa: PLC0415 - as in `make_agent`
@@ -132,7 +132,7 @@ def open_tools(options: ToolOptions, view: RunView) -> ToolAccess:
 
 
 async def choose_tools(access: ToolAccess, terminal: Terminal) -> None:
-    """Replaces "all" by the names of all servers, and says which servers there are if none was named.
+    """Replaces "all" with the names of all enabled servers. If no server was named, it shows how to name one.
 
     Raises:
         MCPError: The configuration cannot be read.
@@ -140,7 +140,7 @@ async def choose_tools(access: ToolAccess, terminal: Terminal) -> None:
     if _ALL in access.names:
         access.names = await access.available()
     elif not access.names and terminal.shows_notices:
-        terminal.notice("the model has no tools; --mcp NAME gives it those of a server, and --mcp all those of all")
+        terminal.notice("the model has no tools; --mcp NAME gives it those of a server, --mcp all those of all servers")
 
 
 def make_agent(connection: ServerConnection, access: ToolAccess, settings: Mapping[str, Any]) -> Agent:
@@ -160,7 +160,7 @@ async def show_run(events: AsyncIterator[RunEvent], view: RunView, queue: QueueT
         queue: How long the requests of each round waited.
 
     Raises:
-        LLMError: The run failed. In JSON, the last line has said so.
+        LLMError: The run failed. With `--json`, the last line has reported the error.
     """
     if view.as_json:
         return await _print_events(events, view.terminal, queue)

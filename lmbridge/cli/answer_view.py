@@ -13,9 +13,9 @@ ReasoningMode = Literal["show", "hide"]
 """Whether the reasoning of a model is shown."""
 
 _ARGUMENT_CHARACTERS: Final = 200
-"""The most characters of a call's arguments that are shown."""
+"""How many characters of a call's arguments are shown at most."""
 _RESULT_CHARACTERS: Final = 200
-"""The most characters of a call's result that are shown."""
+"""How many characters of a call's result are shown at most."""
 
 
 class AnswerView:
@@ -38,7 +38,7 @@ class AnswerView:
         self._at_line_start = True
         self._hidden_characters = 0
         self._stack = ExitStack()
-        self._say: Callable[[str], None] = lambda _text: None
+        self._update_wait: Callable[[str], None] = lambda _text: None
         self._is_waiting = False
         self.has_shown_text: bool = False
         """True once any text has been shown."""
@@ -54,14 +54,14 @@ class AnswerView:
     def wait(self, text: str) -> None:
         """Shows what is being waited for, until the next piece arrives."""
         self._stop_waiting()
-        self._say = self._stack.enter_context(self._terminal.waiting(text))
+        self._update_wait = self._stack.enter_context(self._terminal.waiting(text))
         self._is_waiting = True
 
     def progress(self, text: str) -> None:
         """Shows the progress of what is being waited for, unless a piece of the answer has already arrived."""
         if self._part == "none":
             if self._is_waiting:
-                self._say(text)
+                self._update_wait(text)
             else:
                 self.wait(text)
 
@@ -84,7 +84,7 @@ class AnswerView:
         if self._reasoning == "hide":
             self._hidden_characters += len(piece)
             self._part = "reasoning"
-            self._say(f"thinking ... ({self._hidden_characters} characters)")
+            self._update_wait(f"thinking ... ({self._hidden_characters} characters)")
             return
         self._stop_waiting()
         if self._part != "reasoning":
@@ -156,7 +156,7 @@ class AnswerView:
 
     def _stop_waiting(self) -> None:
         self._stack.close()
-        self._say = lambda _text: None
+        self._update_wait = lambda _text: None
         self._is_waiting = False
 
 

@@ -16,7 +16,7 @@ from lmbridge.client.text import text_of
 
 @attrs.define(kw_only=True)
 class StreamedAnswer:
-    """An answer, or the part of one that had arrived when it was interrupted."""
+    """An answer, or the part of an answer that had arrived before an interruption."""
 
     reply: Mapping[str, Any] | None = None
     """The reply of the server, as `collect` returns it; None if nothing has arrived."""
@@ -43,7 +43,7 @@ class StreamedAnswer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast the model wrote, as the server measured it, or as it arrived."""
+        """How fast the model wrote, as the server measured it, or else computed from when the tokens arrived."""
         timings = (self.reply or {}).get("timings")
         if isinstance(timings, Mapping) and isinstance(measured := timings.get("predicted_per_second"), int | float):
             return float(measured)
@@ -51,7 +51,7 @@ class StreamedAnswer:
         if not isinstance(tokens, int) or tokens < 2 or self.first_token_seconds is None:
             return None
         writing = self.seconds - self.first_token_seconds
-        # The time runs from the first token on, so that token does not count.
+        # The time is measured from the first token on, so the first token does not count.
         return (tokens - 1) / writing if writing > 0 else None
 
     def status(self, context_length: int | None) -> str:
@@ -82,7 +82,7 @@ async def stream_answer(
         client: The client of the server.
         messages: The conversation.
         view: Shows the answer.
-        answer: Gets the answer. If this coroutine is cancelled, it gets what has arrived so far.
+        answer: Is filled with the answer. If this coroutine is cancelled, it contains what had arrived until then.
         params: Parameters of the request.
 
     Raises:

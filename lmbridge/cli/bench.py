@@ -33,7 +33,7 @@ def bench(
         int, typer.Option("--prompt-tokens", metavar="N", min=20, help="About how many tokens each prompt has.")
     ] = 256,
     rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", min=1, help="How many requests follow each other.")
+        int, typer.Option("--rounds", metavar="N", min=1, help="How many requests are sent one after the other.")
     ] = 2,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the chart to this file.")] = None,
     model: Model = None,
@@ -84,7 +84,7 @@ async def _measure_all(
 ) -> list[Measurement]:
     prompts = make_prompts(workload.prompt_tokens)
     measurements = []
-    # The client of the connection keeps to the limits that the server reports, and the benchmark has to exceed them.
+    # The client of the connection obeys the limits that the server reports, but the benchmark has to exceed them.
     limits, kind = Limits(max_concurrency=max(numbers)), connection.info.kind
     async with connection.open_separate_client(limits) as client:
         with terminal.waiting("warming up ...") as show:

@@ -19,7 +19,7 @@ def text_bars(values: Sequence[tuple[str, float]], width: int, unit: str) -> lis
     Args:
         values: The labels and the values, which are not negative.
         width: The columns of the longest bar.
-        unit: The unit behind each number.
+        unit: The unit after each number.
     """
     highest = max((value for _, value in values), default=0.0) or 1.0
     margin = max((len(label) for label, _ in values), default=0)
@@ -41,7 +41,7 @@ def svg_bars(values: Sequence[tuple[str, float]], *, title: str, subtitle: str, 
         values: The labels and the values.
         title: The first line.
         subtitle: The second line.
-        unit: The unit behind each number.
+        unit: The unit after each number.
         marked: The label of the bar that stands out.
     """
     highest = max((value for _, value in values), default=0.0) or 1.0

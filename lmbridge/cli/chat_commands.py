@@ -36,7 +36,7 @@ async def run_command(conversation: Conversation, line: str) -> bool:
 
     Raises:
         UsageError: The command is unknown, or its arguments make no sense.
-        CommandError, LLMError, OSError: It failed.
+        CommandError, LLMError, OSError: The command failed.
     """
     name, _, argument = line.removeprefix("/").partition(" ")
     if name in ("exit", "quit", "bye"):
@@ -127,7 +127,7 @@ async def _image(conversation: Conversation, argument: str) -> None:
     if not argument:
         raise UsageError("/image needs the name of a file", "for example /image photo.jpg")
     path = _path(argument)
-    # An error is reported now, and not with the next question.
+    # The image is read now, so that an error is reported at once and not with the next question.
     await asyncio.to_thread(image_part, path)
     conversation.images.append(path)
     conversation.terminal.notice(f"{one_line(str(path))} is shown with the next question")
@@ -150,7 +150,7 @@ async def _new(conversation: Conversation, _argument: str) -> None:
 
 
 async def _leave(_conversation: Conversation, _argument: str) -> None:
-    """Is never called, because `run_command` handles the command itself. The help and the completion list it."""
+    """Does nothing. `run_command` handles the command; the table lists it only for the help and the completion."""
 
 
 COMMANDS: Final[dict[str, ChatCommand]] = {

@@ -33,7 +33,10 @@ async def user_message(text: str, images: Sequence[Path]) -> dict[str, Any]:
 
 
 def begin_messages(past: LoggedConversation | None, system: str | None) -> list[dict[str, Any]]:
-    """Returns the messages before the first new one: those of a conversation that goes on, with its system message."""
+    """Returns the messages before the first new one: those of the continued conversation, if there is one.
+
+    If `system` is given, it is the system message, in place of that of the continued conversation.
+    """
     messages = [] if past is None else past.messages
     if system is None:
         return list(messages)
@@ -55,7 +58,7 @@ async def last_conversation(log: ConversationLog | None) -> LoggedConversation:
 def for_conversation(
     connection: ServerConnection, past: LoggedConversation | None, model: str | None
 ) -> ServerConnection:
-    """Returns the connection with the model of a conversation that goes on, if the server has it."""
+    """Returns the connection, with the model of the continued conversation if the server has it and none was named."""
     if past is None or past.model is None or model is not None or connection.is_local:
         return connection
     if not entries_named(connection.info.models, past.model):
@@ -72,7 +75,7 @@ async def save(
 ) -> int | None:
     """Writes a conversation to the log, and returns its number there.
 
-    A log that cannot be written is a warning, because the answer has been given all the same.
+    If the log cannot be written, a warning is shown and no error is raised, because the answer has been shown already.
     """
     if log is None:
         return None

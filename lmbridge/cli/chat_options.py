@@ -1,4 +1,4 @@
-"""The arguments of `lmbridge chat`, which its one answer and its conversation share."""
+"""The arguments of `lmbridge chat`, for a single answer as well as for a conversation."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ChatOptions:
     as_json: bool
     """Whether the whole reply is printed as JSON."""
     continues: bool
-    """Whether the last conversation goes on."""
+    """Whether the last conversation is continued."""
     logs: bool
     """Whether the conversation is written to the log."""
     reasoning: ReasoningMode
-    """True if reasoning is shown."""
+    """Whether the reasoning of the model is shown."""
     params: Mapping[str, Any]
     """The parameters of the requests."""

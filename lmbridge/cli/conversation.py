@@ -38,7 +38,7 @@ class Conversation:
         terminal: Where the conversation takes place.
         tools: The MCP servers whose tools the model may use.
         log: The log, or None if nothing is written to it.
-        past: The conversation that goes on, or None for a new one.
+        past: The conversation to continue, or None for a new one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Conversation:
         self.terminal = terminal
         self.tools = tools
         self.reasoning: ReasoningMode = options.reasoning
-        """True if reasoning is shown."""
+        """Whether the reasoning of the model is shown."""
         self.images: list[Path] = list(options.images)
         """The images that are shown with the next question."""
         self.connection: ServerConnection = for_conversation(connection, past, options.server.model)
@@ -78,10 +78,10 @@ class Conversation:
         async with ToolAccess(options.tools, terminal.ask) as tools:
             past = await last_conversation(log) if options.continues else None
             conversation = cls(options, connection, terminal, tools, log, past)
-            return await conversation._lead(signals)
+            return await conversation._take_turns(signals)
 
-    async def _lead(self, signals: Signals) -> ExitStatus:
-        # Imported here because its commands know this class.
+    async def _take_turns(self, signals: Signals) -> ExitStatus:
+        # Imported here because that module imports this one.
         from lmbridge.cli.chat_commands import COMMANDS, run_command  # noqa: PLC0415 - see above
 
         editor = LineEditor([f"/{name}" for name in COMMANDS], await self._past_prompts(), self._status_line)

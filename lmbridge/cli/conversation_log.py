@@ -39,13 +39,13 @@ CREATE TABLE IF NOT EXISTS messages (
 );
 """
 _BUSY_SECONDS: Final = 5.0
-"""How long a write waits for another process."""
+"""How long a write waits for another process that uses the file, in seconds."""
 
 
 def data_folder() -> Path:
     """Returns the folder for the data of the command line, which need not exist.
 
-    It is `$LMBRIDGE_DATA_HOME`, else the folder `lmbridge` where the system keeps the data of programs:
+    It is `$LMBRIDGE_DATA_HOME`, or else the folder `lmbridge` in the place where the system keeps the data of programs:
     `$XDG_DATA_HOME` or `~/.local/share`, `~/Library/Application Support` on macOS, `%LOCALAPPDATA%` on Windows.
     """
     if own := os.environ.get("LMBRIDGE_DATA_HOME"):
@@ -104,7 +104,7 @@ class ConversationLog:
     async def save(
         self, conversation: int | None, messages: Sequence[Mapping[str, Any]], *, server: str, model: str | None
     ) -> int:
-        """Writes a conversation, in place of what the log has of it.
+        """Writes a conversation, and replaces what the log already contains of it.
 
         Args:
             conversation: The number of the conversation; None for a new one.

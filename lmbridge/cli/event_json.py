@@ -14,17 +14,18 @@ from lmbridge.errors import LLMError
 
 
 def event_as_json(event: RunEvent) -> dict[str, Any]:
-    """Returns an event: its `type`, such as "text_delta", and its fields."""
+    """Returns an event as an object of JSON: its `type`, such as "text_delta", and its fields."""
     return {"type": _snake_case(type(event).__name__), **_fields(event)}
 
 
 def error_as_json(error: LLMError) -> dict[str, Any]:
-    """Returns the error that ended a run, as its last line."""
+    """Returns the error that ended a run, as the object of JSON that is printed last."""
     return {"type": "error", "error": type(error).__name__, "message": str(error)}
 
 
 _HIDDEN = frozenset({"raw", "log", "images"})
-"""Fields that are left out: objects of Python, rounds that have been reported when they ended, and large data."""
+"""Fields that are left out: `raw`, the value that a tool returned, because its text is there; `log`, because each round
+was reported when it ended; and `images`, because they are large."""
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value that JSON can hold. The value that a tool returned is left out, because its text is there."""
+    """Converts any object to a value that can be encoded as JSON."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, Tool):

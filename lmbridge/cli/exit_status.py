@@ -63,7 +63,7 @@ _OF_ERROR: Final[tuple[tuple[type[LLMError], ExitStatus], ...]] = (
     (LLMConnectionError, ExitStatus.NO_SERVER),
     (LLMTimeoutError, ExitStatus.TIMEOUT),
 )
-"""The most specific class first."""
+"""The exit status for each class of errors. The most specific classes come first."""
 
 
 def exit_status_of(error: BaseException) -> ExitStatus:

@@ -26,7 +26,7 @@ _LINES: Final[Mapping[str, tuple[str, ...]]] = {
         'lmbridge run --mcp time "What time is it in Tokyo?"',
         'lmbridge run --mcp files --approve none "Which of my notes mention the deadline?"',
         'lmbridge run --mcp all --max-rounds 10 --json "Tidy up the inbox" > events.jsonl',
-        'lmbridge run --journal run.db --mcp files "Sort my notes"    (goes on with: lmbridge resume run.db)',
+        'lmbridge run --journal run.db --mcp files "Sort my notes"    (continue it with: lmbridge resume run.db)',
         'cat error.log | lmbridge run --mcp git "Which commit broke this?"',
     ),
     "resume": (
@@ -80,6 +80,10 @@ _LINES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def examples(command: str) -> str:
-    """Returns the end of the help of a command, such as "models load"; that of `lmbridge` itself is named ""."""
+    """Returns the examples for the end of a command's help.
+
+    Args:
+        command: The command, such as "models load"; an empty string stands for `lmbridge` itself.
+    """
     # The first character makes typer keep the line breaks.
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in _LINES[command])])

@@ -12,7 +12,7 @@ from lmbridge.local import LocalServer
 
 @asynccontextmanager
 async def start_local(model: str | None, terminal: Terminal) -> AsyncIterator[LocalServer]:
-    """Yields a running embedded server, which is ended with the block.
+    """Yields a running embedded server, which is stopped at the end of the block.
 
     Args:
         model: The path of a GGUF file, or None for the small model that is downloaded once.

@@ -34,7 +34,7 @@ class Workload:
     prompt_tokens: int
     """About how many tokens each prompt has."""
     answer_tokens: int
-    """The most tokens of each answer."""
+    """The maximum number of tokens of each answer."""
     rounds: int
     """How many requests each of the concurrent clients sends, one after the other."""
 
@@ -88,7 +88,10 @@ class Measurement:
 
     @property
     def prompt_speed(self) -> float:
-        """The tokens of prompts per second until the first token of each answer, of all requests in flight together."""
+        """How many prompt tokens the server processes per second, for all requests in flight together.
+
+        The time until the first token of an answer counts as the time for its prompt.
+        """
         speeds = [each.prompt_tokens / each.first_token_seconds for each in self.samples]
         return statistics.median(speeds) * self.concurrency
 
@@ -155,7 +158,7 @@ async def _ask(client: LLMClient, kind: Kind, prompt: str, answer_tokens: int) -
         first_token_seconds=(first or ended) - started,
         seconds=ended - started,
         prompt_tokens=usage.get("prompt_tokens") or round(len(prompt.split()) * _TOKENS_OF_WORD),
-        # Servers that do not count the tokens of a stream send one token in each piece.
+        # If the server does not count the tokens of a stream, each piece is taken for one token.
         answer_tokens=usage.get("completion_tokens") or pieces,
     )
 

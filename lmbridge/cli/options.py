@@ -39,7 +39,7 @@ Debug: TypeAlias = Annotated[
     bool, typer.Option("--debug", help="Log everything to stderr, and show the tracebacks of errors.")
 ]
 MaxTokens: TypeAlias = Annotated[
-    int | None, typer.Option("--max-tokens", metavar="N", min=1, help="The most tokens of an answer.")
+    int | None, typer.Option("--max-tokens", metavar="N", min=1, help="The maximum number of tokens of an answer.")
 ]
 Temperature: TypeAlias = Annotated[
     float | None, typer.Option("--temperature", "-t", metavar="NUMBER", min=0, help="The randomness of the answer.")

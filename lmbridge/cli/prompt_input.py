@@ -11,7 +11,7 @@ from lmbridge.cli.running import UsageError
 
 
 async def whole_prompt(prompt: str | None) -> str | None:
-    """Returns the prompt with what is piped into the command; None if a conversation begins.
+    """Returns the prompt, followed by what is piped into the command; None if a conversation begins.
 
     Raises:
         UsageError: There is neither a prompt nor a person who could type one.
@@ -35,7 +35,7 @@ async def _read_stdin() -> bytes:
     """
     file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     whole: Future[bytes] = Future()
-    # Now only the thread sets it, even if no task waits for it any more.
+    # From now on the future cannot be cancelled, so the thread can set it even if no task waits for it any more.
     whole.set_running_or_notify_cancel()
 
     def read() -> None:

@@ -11,7 +11,7 @@ class QueueTimes:
     """Adds up, for each round of one run, the seconds for which its requests waited for their permits.
 
     It has to be an observer of the client, which reports the requests, and of the agent, which reports the rounds. The
-    events of the run itself would not do: they wait for the terminal, and the next round may have begun meanwhile.
+    events of the run itself cannot be used: they wait for the terminal, and the next round may have begun meanwhile.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class QueueTimes:
         self._seconds: defaultdict[int, float] = defaultdict(float)
 
     def on_event(self, event: ObservedEvent) -> None:
-        """Takes note of an event of the client or of the agent."""
+        """Counts the wait that an event of the client or of the agent reports."""
         match event:
             case RoundBegun():
                 self._round = event.number

@@ -1,4 +1,4 @@
-"""`lmbridge resume`: lets a run go on that `lmbridge run --journal` has begun."""
+"""`lmbridge resume`: continues a run that `lmbridge run --journal` has begun."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def resume(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Lets a run go on whose program was interrupted.
+    """Continues a run whose program was interrupted.
 
-    The run keeps its model, its options and its MCP servers. Calls that had ended are not made again; of a call that
-    may have happened, the model reads that. If the run is finished already, its answer is printed. It is shown as `run`
-    does; with --json, each event is a line.
+    The run keeps its model, its options and its MCP servers. Calls that had ended are not made again. If it is not
+    known whether a call has happened, the model is told so. If the run is finished already, its answer is printed. The
+    run is shown as by `lmbridge run`; with --json, each event is a line.
     """
     options = ToolOptions(config=mcp_config, trust_project=trust_project, approval=approve)
     server = ServerOptions(api_base=api_base, local=local)
@@ -64,7 +64,7 @@ def resume(
 async def _go_on(
     journal: Path, run_id: str | None, server: ServerOptions, options: ToolOptions, view: RunView
 ) -> ExitStatus:
-    """Lets the run go on, and shows it until its end.
+    """Continues the run, and shows it until its end.
 
     Raises:
         JournalError: The journal cannot be used, or does not have the run.

@@ -24,7 +24,7 @@ from lmbridge.cli.queue_times import QueueTimes
 from lmbridge.client.progress import ModelLoading, PromptProgress
 
 _NOTICEABLE_SECONDS: Final = 0.05
-"""From how many seconds on the wait in the queue is shown."""
+"""The shortest wait in the queue that is shown, in seconds."""
 _COMPACTIONS: Final = {
     "shorten": ("was shortened", "were shortened"),
     "summarize": ("was summarized", "were summarized"),
@@ -55,7 +55,7 @@ async def show_events(
         if isinstance(event, RoundFinished):
             queue_seconds = 0.0 if queue is None else queue.seconds(event.round.number)
             view.remark(meter.describe(event.round, queue_seconds))
-    raise RuntimeError("a run that ends well has a last event")
+    raise RuntimeError("the events of a run ended without RunFinished")
 
 
 class RoundMeter:
@@ -65,7 +65,7 @@ class RoundMeter:
         self._started = self._first = self._last = 0.0
 
     def see(self, event: RunEvent) -> None:
-        """Notes when an event has arrived."""
+        """Records when an event has arrived."""
         now = time.monotonic()
         if isinstance(event, RoundStarted):
             self._started, self._first, self._last = now, 0.0, 0.0
@@ -105,9 +105,9 @@ def show_event(event: RunEvent, view: AnswerView) -> None:
         case RoundStarted():
             view.wait(f"round {event.round}: waiting for the model ...")
         case ModelLoading():
-            view.progress(_share("loading the model", event.fraction))
+            view.progress(_with_percentage("loading the model", event.fraction))
         case PromptProgress():
-            view.progress(_share("reading the prompt", event.fraction))
+            view.progress(_with_percentage("reading the prompt", event.fraction))
         case ContextCompacted(step):
             view.remark(_describe_compaction(step))
         case ModelNudged():
@@ -118,7 +118,7 @@ def show_event(event: RunEvent, view: AnswerView) -> None:
             view.call_finished(event.call.name, event.text, is_error=event.is_error, seconds=event.seconds)
 
 
-def _share(what: str, fraction: float | None) -> str:
+def _with_percentage(what: str, fraction: float | None) -> str:
     return f"{what} ..." if fraction is None else f"{what} {fraction:.0%} ..."
 
 

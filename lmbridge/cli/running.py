@@ -1,8 +1,8 @@
 """Runs the coroutine of a command: signals, errors in one line, and the exit status.
 
 Ctrl-C cancels the task of the command, so that everything is cleaned up as after any cancellation: the stream is
-closed, and the server stops generating. A command that goes on after a Ctrl-C, such as `chat`, registers the task that
-is cancelled in place of the whole command; see `Signals.interrupting`.
+closed, and the server stops generating. A command that survives a Ctrl-C, such as `chat`, registers the task that is
+cancelled in place of the whole command; see `Signals.interrupting`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The checks of `lmbridge doctor` for what lets strangers use a server."""
+"""The checks of `lmbridge doctor` whether strangers can use a server."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def check_network(connection: ServerConnection) -> Finding:
             requires_key = isinstance(error, LLMError) and error.status in (401, 403)
             what = "other machines need a key" if requires_key else "other machines cannot reach the server"
             return Finding("network", "ok", what)
-    what = f"every machine in the network can use the server without a key, at {url}"
+    what = f"every machine on the network can use the server without a key, at {url}"
     return Finding("network", "warning", what, _ADDRESS_FIXES[connection.info.kind])
 
 

@@ -1,6 +1,6 @@
 """The checks of `lmbridge doctor` on a server: each tries one thing that programs rely on.
 
-A check returns what it has found. If it raises an error, the thing that it tries does not work.
+A check returns a finding. If a check raises an error, the feature that it tries does not work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORD_OF_THE_DAY: Final = "blue-tulip"
 _LONGEST_PROBE: Final = 40_000
 """The longest context, in tokens, that is filled to see what happens beyond it."""
 _LONG_ANSWER: Final = 400
-"""The tokens of an answer that is left after its first ones."""
+"""The maximum number of tokens of an answer whose stream is closed after the first few of them."""
 _JITTER_SECONDS: Final = 1.0
 """The seconds by which two short answers may differ for other reasons."""
 _READ_TOKENS: Final = 5
@@ -75,7 +75,7 @@ async def check_streaming(connection: ServerConnection) -> Finding:
 
 
 async def check_cancelling(connection: ServerConnection) -> Finding:
-    """Checks whether the slots of the server are free soon after as many streams were left."""
+    """Checks whether the server stops generating when streams are closed, so that its slots are free again soon."""
 
     async def seconds_of_short_answer() -> float:
         started = _now()
@@ -135,7 +135,7 @@ class _Capital:
 
 
 async def check_structured_output(connection: ServerConnection) -> Finding:
-    """Checks whether the server keeps an answer to a JSON schema."""
+    """Checks whether the server makes an answer follow a JSON schema."""
     messages = _question("The capital of France is Paris. Write this down.")
     try:
         await connection.client.parse(messages, _Capital, max_tokens=100, temperature=0)
@@ -160,10 +160,10 @@ async def check_embeddings(connection: ServerConnection) -> Finding:
 
 
 async def check_truncation(connection: ServerConnection) -> Finding:
-    """Checks whether a prompt that does not fit is refused, or cut without a word."""
+    """Checks whether a prompt that does not fit into the context is refused, or cut off without an error."""
     context = connection.context_length
     if context is None:
-        fix = "find out how long the context is: prompts that do not fit may be cut without a word"
+        fix = "find out how long the context is: prompts that do not fit may be cut off without an error"
         return Finding("long prompts", "skipped", "the server does not report its context length", fix)
     if context > _LONGEST_PROBE:
         return Finding("long prompts", "skipped", f"the context of {context} tokens would take too long to fill")
@@ -178,7 +178,7 @@ async def check_truncation(connection: ServerConnection) -> Finding:
         "load the model with a longer context (num_ctx or OLLAMA_CONTEXT_LENGTH for Ollama, the context length in LM"
         " Studio, -c for llama-server), and keep prompts shorter than it"
     )
-    what = f"a prompt of more than {context} tokens was cut without a word (it counted {counted})"
+    what = f"a prompt of more than {context} tokens was cut off without an error (the server counted {counted})"
     return Finding("long prompts", "warning", what, fix)
 
 

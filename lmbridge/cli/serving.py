@@ -78,13 +78,15 @@ def gateway(
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", help="The port to listen on.")] = _GATEWAY_PORT,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A further name of the gateway, such as my-pc.")
+        list[str] | None, typer.Option(metavar="NAME", help="Another name of the gateway, such as my-pc.")
     ] = None,
     max_concurrency: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The most generations at each server. Default: ask it.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many generations each server gets at a time. Default: ask it."),
     ] = None,
     max_loaded_models: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="The most models at each server. Default: ask it.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many models each server holds at a time. Default: ask it."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request to stderr.")] = False,
     debug: Debug = False,
@@ -93,8 +95,8 @@ def gateway(
 
     Every program on the machine can use it. It needs lmbridge[gateway].
 
-    Point the programs to the URL that it prints in place of the server's own. The first Ctrl-C lets the requests in
-    flight finish; a second one ends the gateway at once. To require a key, set LMBRIDGE_GATEWAY_KEY.
+    Point the programs to the URL that this command prints, in place of the server's own. The first Ctrl-C lets the
+    requests in flight finish; a second one ends the gateway at once. To require a key, set LMBRIDGE_GATEWAY_KEY.
     """
     limits = {"max_concurrency": max_concurrency, "max_loaded_models": max_loaded_models}
     given: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
@@ -143,11 +145,11 @@ def mcp(
         float | None,
         typer.Option(metavar="SECONDS", min=0, help="How long requests are processed after stdin was closed."),
     ] = None,
-    http: Annotated[bool, typer.Option("--http", help="Serve on streamable HTTP, for several hosts.")] = False,
+    http: Annotated[bool, typer.Option("--http", help="Serve over streamable HTTP, for several hosts.")] = False,
     host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The address to listen on, with --http.")] = None,
     port: Annotated[int | None, typer.Option(metavar="N", help="The port to listen on, with --http.")] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A further name of this machine, with --http.")
+        list[str] | None, typer.Option(metavar="NAME", help="Another name of this machine, with --http.")
     ] = None,
 ) -> None:
     """Offers the models to MCP hosts.
@@ -155,7 +157,7 @@ def mcp(
     Hosts are Claude Code, LM Studio, Cursor and others. It needs lmbridge[mcp].
 
     A host starts this command, and exchanges messages with it on stdin and stdout. With --http it serves any number of
-    hosts until Ctrl-C. To require a token on HTTP, set LMBRIDGE_MCP_TOKEN.
+    hosts until Ctrl-C. To require a token over HTTP, set LMBRIDGE_MCP_TOKEN.
     """
     from lmbridge.mcp.__main__ import main as serve_mcp  # noqa: PLC0415 - only this command needs it
 

@@ -164,9 +164,9 @@ class Terminal:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Shows that something is being waited for, until the block ends; on a terminal only.
+        """Shows until the end of the block that something is being waited for, but only on a terminal.
 
-        It yields a function that shows another text instead.
+        The context manager yields a function that replaces the text.
         """
         if not self.shows_notices or self._err.color_system is None:
             yield lambda _text: None

@@ -106,6 +106,6 @@ class ToolAccess:
 
 
 def may_destroy(tool: Tool) -> bool:
-    """Returns whether a tool may change or delete something, as far as its server says. It does unless it says no."""
+    """Returns whether a tool may change or delete something: always, unless the hints of its server deny it."""
     hints = tool.annotations
     return hints.get("readOnlyHint") is not True and hints.get("destructiveHint") is not False

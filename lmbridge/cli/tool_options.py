@@ -10,7 +10,7 @@ import attrs
 import typer
 
 ApprovalMode = Literal["ask", "all", "none"]
-"""Which calls are made that may change or delete something: those that a person approves, all, or none."""
+"""Which of the calls that may change or delete something are made: those that a person approves, all, or none."""
 
 McpNames: TypeAlias = Annotated[
     list[str] | None,
@@ -41,8 +41,8 @@ class ToolOptions:
     names: Sequence[str] = ()
     """The servers of the configuration whose tools the model gets."""
     config: Path | None = None
-    """The configuration file; None stands for the first of the usual ones that exists."""
+    """The configuration file; None stands for the first of the default files that exists."""
     trust_project: bool = False
     """True if `./.mcp.json` may be used."""
     approval: ApprovalMode = "ask"
-    """Which calls are made that may change something."""
+    """Which of the calls that may change or delete something are made."""

@@ -31,12 +31,12 @@ class ChatTurn:
         self._stream: RunStream | None = None
         self._result: RunResult | None = None
         self.answer: StreamedAnswer = StreamedAnswer()
-        """The answer without tools, or the part that has arrived."""
+        """The answer, or the part of it that has arrived, if the turn has no tools."""
 
     async def take(
         self, connection: ServerConnection, view: AnswerView, params: Mapping[str, Any], tools: ToolAccess | None
     ) -> None:
-        """Asks the model, and shows the answer. If it is cancelled, `messages` has what had arrived.
+        """Asks the model, and shows the answer. If this coroutine is cancelled, `messages` has what had arrived.
 
         Args:
             connection: The server and the model.

@@ -1,6 +1,6 @@
-"""The gateway: an HTTP server that puts the schedule of lmbridge in front of every program on the machine.
+"""The gateway: an HTTP server that schedules the requests of every program on the machine to the model servers.
 
-Importing it takes longer than importing `lmbridge`, because it needs the server side of aiohttp.
+Importing this package takes longer than importing `lmbridge`, because it needs the server side of aiohttp.
 """
 
 from lmbridge.gateway.gateway import Gateway

@@ -18,7 +18,7 @@ from lmbridge.gateway.gateway import Gateway
 
 _DESCRIPTION = """\
 Puts lmbridge's schedule in front of model servers, for every program on the machine. Point the programs to the URL that
-it prints in place of the server's own.
+this command prints, in place of the server's own.
 
 The first SIGTERM or Ctrl-C lets the requests in flight finish and refuses new ones; a second one ends the gateway at
 once."""
@@ -52,22 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8080, help="the port to listen on (default: %(default)s)")
     parser.add_argument(
         "--api-key",
-        help=f"the key that clients have to send. Other users of the machine can see arguments, so rather set"
-        f" {KEY_VARIABLE} in the environment",
+        help=f"the key that clients have to send. Other users of the machine can see arguments, so it is"
+        f" better to set {KEY_VARIABLE} in the environment",
     )
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further name of the gateway, such as my-pc"
+        "--allow-host", action="append", default=[], metavar="NAME", help="another name of the gateway, such as my-pc"
     )
-    # `Limits` are either given or asked for, so one of these options is enough for the server not to be asked.
+    # `Limits` are given as a whole or asked for as a whole, so the server is asked only if neither option is given.
     parser.add_argument(
         "--max-concurrency",
         type=int,
-        help="the most generations at each server (default: ask it; 10 if --max-loaded-models is given)",
+        help="how many generations each server gets at a time (default: ask it; 10 if --max-loaded-models is given)",
     )
     parser.add_argument(
         "--max-loaded-models",
         type=int,
-        help="the most models at each server (default: ask it; no limit if --max-concurrency is given)",
+        help="how many models each server holds at a time (default: ask it; no limit if --max-concurrency is given)",
     )
     parser.add_argument("--verbose", action="store_true", help="log every request to stderr")
     return parser
@@ -92,7 +92,8 @@ def _gateway(options: argparse.Namespace) -> Gateway:
 async def serve(gateway: Gateway) -> None:
     """Runs a gateway until SIGINT or SIGTERM has arrived and the requests in flight have finished.
 
-    A second signal ends it at once. It must be called in the main thread, and replaces the handlers of both signals.
+    A second signal ends the gateway at once. This function must be called in the main thread, and it replaces the
+    handlers of both signals.
 
     Raises:
         LLMError: The gateway cannot listen.

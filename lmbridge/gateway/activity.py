@@ -35,7 +35,7 @@ class Entry:
     endpoint: str
     """The path of the request."""
     priority: int
-    """How urgent the request is."""
+    """How urgent the request is, as a number. Higher numbers are admitted first."""
     priority_name: str
     """The priority as the client has sent it."""
     client: str
@@ -43,13 +43,13 @@ class Entry:
     streaming: bool
     """Whether the client has asked for an event stream."""
     place: ScheduledRun
-    """The place of the request in the order of requests."""
+    """The position of the request in the order of all requests."""
     arrived_at: float
     """The time of arrival, by the monotonic clock."""
     admitted_at: float | None = None
     """The time at which the request was admitted, or None while it waits."""
     server: str | None = None
-    """The URL of the server that works on the request."""
+    """The URL of the server that works on the request, or None while it waits."""
     chunks: int = 0
     """The number of parts of the body that have been passed on."""
     bytes: int = 0
@@ -57,9 +57,9 @@ class Entry:
     tokens: int | None = None
     """The number of tokens that the server has generated, if it has reported that."""
     status: int | str | None = None
-    """The HTTP status of the response, or why the request had none; None while it has not begun."""
+    """The HTTP status of the response, or why the request had no response; None before either is known."""
     ended_at: float = 0.0
-    """The time at which the request was over."""
+    """The time at which the request ended, by the monotonic clock; 0 before that."""
 
 
 class RateCounter:
@@ -97,7 +97,7 @@ class Histogram:
     """Durations, counted in classes."""
 
     counts: list[int] = attrs.field(factory=lambda: [0] * (len(BUCKETS) + 1))
-    """The number of durations in each class of `BUCKETS`, and of those above all of them."""
+    """The number of durations in each class of `BUCKETS`, and last the number of durations above all of its bounds."""
     total: float = 0.0
     """The sum of all durations."""
 
@@ -158,7 +158,8 @@ class Activity:
 
         Args:
             entry: The request.
-            counts_tokens: Whether its tokens have not been counted while they arrived.
+            counts_tokens: Whether its tokens are added to the rate of tokens now. Those of a stream were added as they
+                arrived.
         """
         del self.entries[entry.id]
         now = entry.ended_at = time.monotonic()
@@ -174,7 +175,7 @@ class Activity:
                 self._recent_tokens.add(now, entry.tokens)
 
     def tokens_per_second(self, now: float) -> float | None:
-        """Returns how many tokens a second have arrived lately, or None if none have."""
+        """Returns how many tokens a second have arrived in the last ten seconds, or None if none have."""
         return self._recent_tokens.total(now) / min(_TOKEN_SECONDS, max(1.0, now - self.started_at)) or None
 
     def requests_per_minute(self, now: float) -> float:

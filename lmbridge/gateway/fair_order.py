@@ -2,16 +2,17 @@
 
 Each request gets a *round* when it arrives: the round after the one that was admitted last, or after that of the
 client's last request that is still waiting, whichever is later. Requests are admitted by round, and within a round in
-the order of their arrival. So of a client that sends a hundred requests at once, one goes in each round, and the first
-request of another client waits for one request of each client before it. This is self-clocked fair queueing
-(S. J. Golestani, 1994) with requests of equal weight.
+the order of their arrival. So if a client sends a hundred requests at once, only one of them is admitted in each round,
+and the first request of another client waits for about one request of each client that came before it. This is
+self-clocked fair queueing (S. J. Golestani, 1994) with requests of equal weight.
 
-No client can starve: a request that arrives now has a round after the one that is being admitted, so only the requests
-that are there already, and those that arrive before its round is reached, go before it. Priorities are kept apart. The
-scheduler compares priorities and ages first, so its bounds on waiting hold here as well.
+No client can starve: a request that arrives now belongs to a later round than the current one, so only requests that
+were there before, or that arrive before its round is reached, are admitted earlier. A client's waiting requests of
+another priority do not delay the round of a request. The scheduler compares priorities and ages first, so its bounds on
+waiting hold here as well.
 
-The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler sorts by
-model, priority and age already, and it takes a number for an order, which is what a round is.
+The alternative was one queue for each client, which the scheduler would visit in turn. But the scheduler already sorts
+by model, priority and age, and then by a number that a request may bring along. A round is such a number.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class FairOrder:
     def enter(self, client: str, priority: int) -> ScheduledRun:
         """Returns the place of a request that arrives now.
 
-        When the request is over, the caller ends the place and calls `leave`, whether it was admitted or not.
+        When the request is over, the caller must call `ScheduledRun.end` and `leave`, whether it was admitted or not.
 
         Args:
             client: The name of the client.

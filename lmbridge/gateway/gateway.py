@@ -1,4 +1,4 @@
-"""`Gateway`: an HTTP server that puts lmbridge's schedule in front of every program on the machine.
+"""`Gateway`: an HTTP server that schedules the requests of every program on the machine to the model servers.
 
 Programs that share a model server do not know of each other's requests, so none of them can keep the model of another
 one loaded. The gateway knows them all: it admits each request by its model, as a client does, and passes it on byte for
@@ -59,16 +59,16 @@ class Gateway(NotCopyable):
             print(gateway.api_base)     # http://127.0.0.1:8080/v1
             await asyncio.Event().wait()
 
-    docs/gateway.md describes what it does with a request. `python -m lmbridge.gateway` starts one from a terminal.
+    docs/gateway.md describes what a gateway does with a request. `python -m lmbridge.gateway` starts one in a terminal.
 
     A gateway can be opened only once. It is closed by leaving its `async with` block, which breaks off the requests in
     flight; call `drain` before that to let them finish.
 
     Args:
-        upstreams: The URL of the server, or several of them in a list, of which each request goes to the one that is
-            best suited for it. A `Transport` or a `NodePool` in their place is used unchanged, with its own limits and
-            key, and stays open when the gateway closes. By default the URL comes from the environment, as that of an
-            `LLMClient` does.
+        upstreams: The URL of the server, or a list of URLs; each request then goes to the server that suits it best.
+            You can also pass a `Transport` or a `NodePool`: it is used unchanged, with its own limits and key, and
+            stays open when the gateway closes. By default the URL comes from the environment, like that of an
+            `LLMClient`.
         host: The address to listen on. By default only programs on the same machine can connect. Any other address
             needs an `api_key`.
         port: The port to listen on. With 0, the default, the system chooses one.
@@ -82,11 +82,11 @@ class Gateway(NotCopyable):
             `Timeouts()`.
         max_retries: How often a request may be sent again, as long as no byte of its response has arrived. The default
             is 2.
-        allowed_hosts: Names by which the gateway may be addressed, beside its own address and the names of the loopback
-            interface. Add the name of the machine if clients use it.
-        max_body_bytes: The most bytes that the body of a request may have. The default is 64 MiB.
-        client_timeout: The most seconds that a client may take to go on sending its request or reading its response,
-            and that an idle connection is kept. The default is 60.
+        allowed_hosts: Names by which the gateway may be addressed, in addition to its own address and the names of the
+            loopback interface. Add the name of the machine if clients use it.
+        max_body_bytes: The maximum size of the body of a request, in bytes. The default is 64 MiB.
+        client_timeout: How many seconds a client may pause while it sends its request or reads its response, and how
+            long an idle connection is kept open. The default is 60.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -117,7 +117,7 @@ class Gateway(NotCopyable):
         api_key = check_api_key(api_key)
         if api_key is None and not is_loopback(f"http://{bracketed(host)}"):
             raise LLMValidationError(
-                f"listening on {host} would let everybody in the network use the gateway",
+                f"listening on {host} would let everybody on the network use the gateway",
                 hint="pass api_key=, which clients then have to send, or listen on 127.0.0.1",
             )
         self._host, self._port = host, port
@@ -196,7 +196,7 @@ class Gateway(NotCopyable):
         On cancellation of the caller, nothing is left open.
 
         Raises:
-            LLMError: The address cannot be listened on, or the gateway has been opened before.
+            LLMError: The gateway cannot listen on its address, or has been opened before.
         """
         if self._http is not None:
             raise LLMError("a gateway can be opened only once", hint="create another one")
@@ -235,7 +235,7 @@ class Gateway(NotCopyable):
                     if http is not None:
                         await http.close()
                 finally:
-                    # A request that was accepted in the meantime would have opened it again.
+                    # A request that was accepted in the meantime would have opened the upstream connections again.
                     if self._is_own:
                         await self._upstream.close()
 
@@ -253,7 +253,7 @@ class Gateway(NotCopyable):
             # The client has left.
             raise
         except Exception:
-            # Whatever is wrong with the gateway itself is in the log, and the client gets an error like any other.
+            # This is a bug of the gateway. The log gets the traceback, and the client gets an error like any other.
             logger.exception("the gateway failed to answer %s %s", incoming.method, incoming.path)
             await _respond_problem(
                 incoming, Problem(500, "the gateway failed to answer; its log says why", code="internal_error")
@@ -266,7 +266,7 @@ class Gateway(NotCopyable):
             Problem: The gateway does not have the path or the method, it is draining, or the client lacks the key.
         """
         method, path = incoming.method, incoming.path
-        # The page itself says nothing about the gateway; it asks for a key where its data needs one.
+        # These pages need no key. The status page contains no data; its script asks for the key that the data needs.
         if method == "GET" and path in self._open_pages:
             return self._open_pages[path]
         self._access.check_key(incoming.headers)
@@ -310,7 +310,7 @@ class Gateway(NotCopyable):
 
 async def _respond_problem(incoming: IncomingRequest, problem: Problem) -> None:
     if incoming.has_begun:
-        # It is too late for another response, and the client must not take the beginning of this one for all of it.
+        # It is too late for another response, and the client must not mistake what it has for the whole response.
         incoming.abort()
     else:
         await incoming.respond(problem.status, problem.headers.items(), problem.body(incoming.path))

@@ -63,7 +63,7 @@ COUNTS: Final = frozenset(
 """The paths of requests about the tokens of a prompt: of llama.cpp, of Anthropic's and OpenAI's API, and of vLLM. They
 take a server milliseconds and no slot, so they are not admitted, but they go to the server that has the model."""
 _NEVER_STREAMED: Final = frozenset({"/v1/embeddings", *COUNTS})
-"""The paths whose answers are whole even if a request asks for a stream. Comments would spoil them."""
+"""The paths that are never answered with a stream, even if a request asks for one. Comments would corrupt an answer."""
 PRIORITY_HEADER: Final = "X-Lmbridge-Priority"
 _NOT_PASSED_ON: Final = frozenset({"host", "content-length", "expect", "accept-encoding", "x-lmbridge-priority"})
 """Headers of a request that are for the gateway, or that the connection to the server determines."""
@@ -88,7 +88,7 @@ class ForwardingOptions:
     max_retries: int
     """How often a failed request may be sent again."""
     max_body_bytes: int
-    """The most bytes that the body of a request may have."""
+    """The maximum size of the body of a request, in bytes."""
     passes_credentials: bool
     """Whether the keys that clients send are passed on to the server."""
     comment_seconds: float
@@ -201,7 +201,7 @@ class Generations:
         self._order.leave(entry.client, entry.priority, entry.place)
         request.queued = False
         request.below_root = not entry.endpoint.startswith("/v1/")
-        # Without a permit, llama.cpp's router must not load a model for it, and unload that of a generation.
+        # Loading a model could unload that of a generation, so llama.cpp's router must not do that without a permit.
         request.query = {**request.query, "autoload": "false"}
 
     def _headers_for_server(self, incoming: IncomingRequest, *, streams: bool) -> dict[str, str]:
@@ -299,10 +299,10 @@ async def _report_problem(incoming: IncomingRequest, entry: Entry, problem: Prob
 
 
 def _late_event(path: str, response: ForwardedResponse, whole: bytes | None) -> bytes:
-    """Returns the event for a response that should have been an event stream, after a stream has begun."""
+    """Returns an event that reports a response which is not a readable stream, after the client's stream has begun."""
     plain = decompressed_beginning(whole or b"", response.headers.get("Content-Encoding"))
     error = parse_error_body(plain)
-    message = error.message or "nothing that can be read"
+    message = error.message or "its body cannot be read"
     return Problem(
         response.status if response.status >= 400 else 502,
         f"the server answered {response.status}: {message}",
@@ -314,7 +314,7 @@ def _priority_in(header: str | None) -> tuple[str, int]:
     """Returns a priority by the name that the client has used, and as a number.
 
     Raises:
-        Problem: It is not a priority.
+        Problem: The header is not a priority.
     """
     if header is None:
         return "normal", 0

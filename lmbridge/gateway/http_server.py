@@ -39,7 +39,7 @@ _connection_logger.addFilter(
 
 _BACKLOG: Final = 1024
 _SHUTDOWN_SECONDS: Final = 1.0
-"""The most seconds that requests may take to end after the gateway has closed its upstream connections."""
+"""How many seconds requests may take to end after the gateway has closed its upstream connections."""
 _JSON_HEADERS: Final = {
     "Content-Type": "application/json",
     "X-Content-Type-Options": "nosniff",
@@ -56,7 +56,7 @@ class IncomingRequest:
     Args:
         request: The request.
         timer: The timer that ends writes to clients that do not read.
-        client_seconds: The most seconds that the client may take to go on sending or reading.
+        client_seconds: How many seconds the client may pause while it sends or reads.
     """
 
     __slots__ = ("__weakref__", "_client_seconds", "_request", "_response", "_timer", "deadline")
@@ -67,7 +67,7 @@ class IncomingRequest:
         self._timer = timer
         self._client_seconds = client_seconds
         self.deadline: float = math.inf
-        """The time until which the client has to read what is being written to it."""
+        """The time until which the client has to read what is being written to it, or infinity."""
 
     @property
     def method(self) -> str:
@@ -104,7 +104,7 @@ class IncomingRequest:
         """Reads the body of the request to its end.
 
         Raises:
-            Problem: It is too large, or the client does not go on sending it.
+            Problem: The body is too large, or the client does not continue to send it.
         """
         length = self._request.content_length
         if length is not None and length > max_bytes:
@@ -141,7 +141,7 @@ class IncomingRequest:
         await self.finish()
 
     async def respond_json(self, value: object, status: int = 200) -> None:
-        """Sends a whole response that consists of JSON, and that browsers neither cache nor take for something else."""
+        """Sends a whole response of JSON. Its headers forbid browsers to cache it or to treat it as another type."""
         await self.respond(status, _JSON_HEADERS.items(), json.dumps(value).encode())
 
     async def begin(self, status: int, headers: Headers) -> None:
@@ -152,7 +152,7 @@ class IncomingRequest:
 
     def write(self, data: bytes) -> Awaitable[None]:
         """Sends a part of the body."""
-        # It is not a coroutine itself, because it is called for every chunk, and each layer of coroutines costs time.
+        # This is not a coroutine function: it is called for every chunk, and each layer of coroutines costs time.
         return self._send(self.begun_response().write(data))
 
     async def finish(self) -> None:
@@ -160,7 +160,7 @@ class IncomingRequest:
         await self._send(self.begun_response().write_eof())
 
     def abort(self) -> None:
-        """Breaks the connection, so that the client does not take what it has for the whole response."""
+        """Breaks the connection, so that the client does not mistake what has arrived for the whole response."""
         if self._request.transport is not None:
             self._request.transport.abort()
 
@@ -185,11 +185,11 @@ class IncomingRequest:
 
 
 class HttpServer:
-    """Accepts connections, and has each request answered.
+    """Accepts connections, and calls a function that answers each request.
 
     Args:
         answer: An async function that answers an `IncomingRequest`.
-        client_seconds: The most seconds that a client may take to go on sending or reading.
+        client_seconds: How many seconds a client may pause while it sends or reads.
     """
 
     def __init__(self, answer: RequestHandler, *, client_seconds: float) -> None:
@@ -216,7 +216,7 @@ class HttpServer:
         On cancellation of the caller, it waits until the address is known, and then stops listening.
 
         Raises:
-            OSError: The address cannot be listened on.
+            OSError: The server cannot listen on the address.
         """
         await self._runner.setup()
         self._site = web.TCPSite(self._runner, host, port, backlog=_BACKLOG)

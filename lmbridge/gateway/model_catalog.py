@@ -25,9 +25,9 @@ logger: logging.Logger = logging.getLogger("lmbridge.gateway")
 
 MODELS_PATH: Final = "/v1/models"
 _LIST_SECONDS: Final = 10.0
-"""The most seconds that a server may take to list its models."""
+"""How many seconds a server may take to list its models."""
 _LIST_AGE: Final = 10.0
-"""The seconds after which the status page asks for the models again."""
+"""How old the list of models may become, in seconds, before the status page asks for it again."""
 
 
 class ModelCatalog:
@@ -82,7 +82,7 @@ class ModelCatalog:
         await incoming.respond_json(entry)
 
     def refresh(self) -> None:
-        """Asks the servers for their models if that was long ago. It does not wait for the answer."""
+        """Asks the servers for their models if the last time was ten seconds ago. It does not wait for the answer."""
         now = asyncio.get_running_loop().time()
         if self._listing is None and now - self._listed_at >= _LIST_AGE:
             self._listed_at = now
@@ -152,7 +152,7 @@ def _list_request(headers: Mapping[str, str]) -> Request:
         timeouts=Timeouts(first_byte=_LIST_SECONDS),
         max_retries=0,
         queued=False,
-        # The list is read here as well as passed on.
+        # The gateway not only passes the list on but also reads it, so it must not be compressed.
         headers={**headers, "Accept-Encoding": "identity"},
     )
 
@@ -163,7 +163,7 @@ async def _parts(read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[bytes]:
 
 
 def _entries_in(body: bytes) -> list[Mapping[str, Any]]:
-    """Returns the entries of a list of models, without those that are something else."""
+    """Returns the entries of a list of models. Items that are not objects with a name are left out."""
     try:
         value = decode_json(body)
     except ValueError:

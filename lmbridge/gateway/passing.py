@@ -23,7 +23,7 @@ from lmbridge.transport import ForwardedResponse
 from lmbridge.transport.decompression import BrokenCompression, Decompressor, UnsupportedEncoding, decompressor_for
 
 _LONGEST_LINE: Final = 64 * 1024
-"""The most bytes of a line that are held back until the line has ended."""
+"""How many bytes of a line are held back at most until the line has ended."""
 _HOP_BY_HOP: Final = frozenset(
     {
         "connection",
@@ -59,8 +59,8 @@ class PassingBody:
 
     Args:
         response: The response.
-        decompresses: Whether the body is decompressed, because the client has already been told that it is not
-            compressed.
+        decompresses: Whether the body is decompressed here, because the response to the client has already begun
+            without a `Content-Encoding`.
     """
 
     def __init__(self, response: ForwardedResponse, *, decompresses: bool = False) -> None:
@@ -70,7 +70,7 @@ class PassingBody:
         self._is_stream = is_event_stream(response)
         is_plain = (self._encoding or "identity").strip().lower() == "identity"
         self.is_readable: Final = is_plain or self._decompressor is not None
-        """Whether the parts of the body are not compressed, or no longer."""
+        """Whether the parts that `next_part` returns are not compressed."""
         self._has_length = not decompresses and "Content-Length" in response.headers
         self._line = b""
         self._last_usage = b""
@@ -87,7 +87,7 @@ class PassingBody:
         if not self._last_part.endswith((b"\n", b"\r")):
             return b"\n\n" if self._last_part else b""
         *_, last_event = b"\n".join([*self._last_part.splitlines(), b""]).rpartition(b"\n\n")
-        # An event that has only a name gets the data of the error, whose own name replaces it.
+        # If the last event has only a name so far, the error event continues it, and its own name replaces that one.
         return b"\n" if any(line.startswith(b"data") for line in last_event.splitlines()) else b""
 
     async def next_part(self) -> bytes:
@@ -140,13 +140,13 @@ class PassingBody:
 def begins_with_error(data: bytes) -> bool:
     """Returns whether the beginning of a body, plain or as events, reports an error.
 
-    Then the model is not taken for loaded.
+    If it does, the transport does not count the model as loaded.
     """
     text = data.lstrip()
     if text.startswith(b"event: error"):
         return True
     for line in _data_lines(text):
-        # The line may be cut off, so it need not be JSON.
+        # The line may be cut off, so it need not be valid JSON.
         return b'"error"' in line and reports_error(line)
     return text.startswith((b'{"error"', b'{ "error"'))
 
@@ -166,7 +166,9 @@ class _Timings(msgspec.Struct):
     predicted_n: int | None = None
 
 
-class _Inner(msgspec.Struct):
+class _UsageOfResponse(msgspec.Struct):
+    """The object `response` in an event of `/v1/responses`."""
+
     usage: _TokenCounts | None = None
 
 
@@ -175,7 +177,7 @@ class _UsageFields(msgspec.Struct):
 
     usage: _TokenCounts | None = None
     timings: _Timings | None = None
-    response: _Inner | None = None
+    response: _UsageOfResponse | None = None
 
 
 def _tokens_in(data: bytes) -> int | None:
@@ -197,7 +199,7 @@ def _decompressor(encoding: str | None) -> Decompressor | None:
 
 
 def _decompressed(decompressor: Decompressor, part: bytes) -> bytes:
-    """Returns what a part stands for. An empty part is the end of the body."""
+    """Returns the decompressed bytes of a part. An empty part stands for the end of the body."""
     decompressor.feed(part)
     parts = []
     try:

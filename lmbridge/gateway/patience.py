@@ -55,7 +55,7 @@ class Patience:
             await self._task
 
     async def give_up(self) -> None:
-        """Ends everything at once, because the client has left."""
+        """Stops the comments at once, even in the middle of one, because the client gets no response."""
         self._timer.cancel()
         if self._task is not None:
             await end_task(self._task)

@@ -1,7 +1,8 @@
 """The errors of the gateway itself, for requests that no server has answered, in the shape that clients expect.
 
 The errors have the shape of OpenAI's API, with a `hint` beside the message, or Anthropic's below `/v1/messages`.
-Inside an event stream they are an event, in the form for which the official clients of both raise their `APIError`.
+Inside an event stream, an error is sent as an event of the form on which the official clients of both APIs raise their
+`APIError`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Problem(Exception):  # noqa: N818 - it becomes a response and never reache
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that belong to the response."""
+        """The headers of the response that reports the problem."""
         headers = {"Content-Type": "application/json"}
         if self.retry_after is not None:
             headers["Retry-After"] = str(math.ceil(self.retry_after))

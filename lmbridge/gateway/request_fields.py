@@ -15,7 +15,7 @@ from lmbridge.transport.decompression import (
 
 
 class _RequestOutline(msgspec.Struct):
-    """The fields that are read. If one is repeated, the last one counts, as it does for the servers."""
+    """The fields that are read. If a field is repeated, its last value counts, as it does for the servers."""
 
     model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -37,7 +37,7 @@ def read_fields(body: bytes, content_encoding: str | None, max_bytes: int) -> Re
     Args:
         body: The body as the client sent it.
         content_encoding: The value of the header `Content-Encoding`, or None.
-        max_bytes: The most bytes that the body may have after decompression.
+        max_bytes: The maximum size of the body after decompression, in bytes.
 
     Raises:
         Problem: The body is not a JSON object, or its model is not a string.

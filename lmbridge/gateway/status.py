@@ -54,7 +54,7 @@ from lmbridge.transport.stats import ServerStats
 
 
 def status_of(activity: Activity, upstream: BaseTransport, catalog: ModelCatalog, *, draining: bool) -> Any:
-    """Returns the object that `/status.json` consists of."""
+    """Returns the object that `GET /status.json` sends, as the top of this module describes it."""
     now = time.monotonic()
     servers, by_server = upstream.nodes, upstream.stats().by_server
     return {
@@ -98,6 +98,7 @@ def _models(server: Transport, activity: Activity, catalog: ModelCatalog) -> Ite
             # Without a limit on models, the scheduler does not know the state, so it is guessed from earlier answers.
             has_answered = (name or "") in activity.answered_models
             state = "loaded" if has_answered else "loading" if model is not None and model.in_flight else "cold"
+            # With a limit, the scheduler knows all models that are loaded, so this one is not.
             if server.limits.max_loaded_models is not None:
                 state = "cold"
         yield {

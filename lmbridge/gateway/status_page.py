@@ -1,7 +1,7 @@
 """The status page: one file without any data, and the headers that it is served with.
 
-The page shows names that clients and servers have chosen. It inserts them as text. If it ever failed to, the content
-security policy would still stop the browser from running any script but that of the page, which it knows by its hash.
+The page shows names that clients and servers have chosen. Its script inserts them as text. Even if that failed, the
+content security policy would let the browser run only the script of the page, which it recognizes by its hash.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _ERRORS: Final[tuple[tuple[type[lmbridge.errors.LLMError], type[exceptions.Model
     (lmbridge.errors.TaskCancelledError, exceptions.ModelError),
     (lmbridge.errors.LLMResponseError, exceptions.ModelAPIError),
 )
-"""LangChain's class for each of lmbridge's."""
+"""The class of LangChain for each error class of lmbridge. The first class that an error is an instance of counts."""
 _USAGE: Final[dict[str, Any]] = {"stream_options": {"include_usage": True}}
 
 
@@ -77,7 +77,7 @@ class ChatLMBridge(BaseChatModel):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        # LangChain asks for it in an event loop, where a blocking client must not be called.
+        # LangChain reads this property in an event loop, where a blocking client must not be called.
         client: LLMClient = unwrap(self.client)
         return {"model": self.model or client.model, "api_base": client.api_base, "params": self.params}
 

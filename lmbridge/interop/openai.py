@@ -73,14 +73,15 @@ def openai_client(client: LLMClient) -> openai.AsyncOpenAI:
 
     Model scheduling, retries, timeouts, `model_mismatch` and observers are those of the `LLMClient`. A `timeout=` of a
     call limits each of its waits. Errors are those of openai-python; `__cause__` is the `LLMError`, with its `partial`.
-    Anything but a chat completion is an `LLMValidationError`. It need not be closed; close the `LLMClient`.
+    Any request other than a chat completion raises an `LLMValidationError`. The returned client need not be closed;
+    close the `LLMClient`.
 
     Args:
         client: The client that makes the requests.
     """
     base_url = client.api_base.partition(",")[0]
     transport = httpx2.AsyncClient(transport=_ClientTransport(client))
-    # The key is never sent. `timeout=None` says that a limit in a request is one of the call, and not a default.
+    # The key is never sent. With `timeout=None`, the time limit of a request comes from the call, not from a default.
     return openai.AsyncOpenAI(
         base_url=base_url, api_key="the key of the LLMClient", max_retries=0, timeout=None, http_client=transport
     )
@@ -129,7 +130,7 @@ class _Events(httpx2.AsyncByteStream):
 
 
 def _options(request: httpx2.Request) -> dict[str, Any]:
-    """Returns the options of the call: what the framework has added to the request."""
+    """Returns the options of `LLMClient.chat_completion` for what the framework has added to a request."""
     headers = {name: value for name, value in request.headers.items() if not _OWN_HEADERS.fullmatch(name)}
     options: dict[str, Any] = {"extra_headers": headers, "extra_query": dict(request.url.params)}
     timeout = request.extensions.get("timeout", {}).get("read")

@@ -64,8 +64,8 @@ class LMBridgeModel(OpenAIChatModel):
             print((await agent.run("What is the weather in Oslo?")).output)
 
     Model scheduling, retries, timeouts and `model_mismatch` are those of the client. What lmbridge raises arrives as
-    pydantic-ai's `ModelHTTPError` or `ModelAPIError`, so that `FallbackModel` works. The `LLMError` itself is a
-    `__cause__` further down.
+    pydantic-ai's `ModelHTTPError` or `ModelAPIError`, so that `FallbackModel` works. The `LLMError` itself is further
+    down the chain of `__cause__`.
 
     Args:
         client: The client. It has to be open as long as the model is used, and the program closes it.

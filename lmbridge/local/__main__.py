@@ -53,7 +53,7 @@ With lmbridge:
 def main(argv: list[str] | None = None) -> int:
     """Runs the server until SIGINT or SIGTERM, and returns the exit status.
 
-    It is 0, or 1 after an error, or 2 if the arguments make no sense.
+    The exit status is 0, or 1 after an error, or 2 if the arguments make no sense.
     """
     options = vars(_parser().parse_args(argv))
     logging.basicConfig(format="%(message)s")

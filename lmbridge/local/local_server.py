@@ -40,7 +40,7 @@ _POOLING_BY_MODEL, _POOLING_MEAN = -1, 1  # llama.h: enum llama_pooling_type
 
 
 class LocalServer(NotCopyable):
-    """A real llama.cpp server on a port of the loopback interface. It is ready when `async with` has entered.
+    """A real llama.cpp server on a port of the loopback interface. It is ready when the `async with` block begins.
 
     ::
 
@@ -72,8 +72,8 @@ class LocalServer(NotCopyable):
         progress: A function that is called in the event loop about ten times a second while the default model is
             downloaded. It gets the number of bytes that have arrived and the total number of bytes. It is not called if
             nothing has to be downloaded. By default, only one line in the log announces the download.
-        start_timeout: The most seconds that the server may take to load the model, without the time of the download.
-            The default is 120. None switches the limit off.
+        start_timeout: How many seconds the server may take to load the model, not counting the download. The default is
+            120. None switches the limit off.
 
     Attributes:
         model: The name of the model for requests. It is the name of the file without its suffix, or

@@ -1,8 +1,9 @@
 """MCP servers as tools for agents, and lmbridge as an MCP server for other programs (extra `mcp`).
 
-Its folders are layers, and imports go downwards only: `bridge` (what lmbridge is to a host program), `dynamic` (agents
-whose runs name their servers), `servers` (the servers that lmbridge connects to), `sdk` (the only importer of the
-official SDK), and at the bottom `config` (configuration files) and `jsonrpc` (messages on byte streams).
+The folders and modules of this package are layers, and imports go downwards only: `bridge` (lmbridge as a server for a
+host program), `dynamic` (agents whose runs name the servers that they need), `servers` (the servers that lmbridge
+connects to), `sdk` (the only importer of the official SDK), and at the bottom `config` (configuration files) and
+`jsonrpc` (messages on byte streams).
 
 Importing this package does not need the extra; starting the first server does.
 """

@@ -1,4 +1,4 @@
-"""The command `lmbridge-mcp`, or `python -m lmbridge.mcp`: the bridge as an MCP server, on stdio or on HTTP."""
+"""The command `lmbridge-mcp`, or `python -m lmbridge.mcp`: the bridge as an MCP server, over stdio or HTTP."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from lmbridge.mcp.sdk.server_session import build_server, serve
 
 _DESCRIPTION = """\
 Offers lmbridge's tools to an MCP host (Claude Code, LM Studio, Cursor, ...) on stdin and stdout, or with --http to any
-number of hosts, whose requests to the models then have one common schedule.
+number of hosts. The requests of all these hosts to the models are then scheduled together.
 
 Settings that are not given here come from the environment: LMBRIDGE_API_BASE (or LMSTUDIO_HOST and LMSTUDIO_PORT),
 LM_API_TOKEN, LMBRIDGE_MODEL, MCP_JSON_PATH, LMBRIDGE_TRUST_PROJECT. LMBRIDGE_MCP_TOKEN is the token that hosts have to
-send on HTTP. There is no option for it, because other users of the machine can see the options of a running command."""
+send over HTTP. It has no option, because other users of the machine can see the options of a running command."""
 
 _TERMINAL_HELP = """\
 lmbridge-mcp {version} is an MCP server: an MCP host (Claude Code, LM Studio, Cursor, ...) starts it and exchanges JSON
@@ -55,7 +55,7 @@ It now waits for messages on stdin. Press Ctrl-D or Ctrl-C to end it; `lmbridge-
 _EOF_TIMEOUT: Final = 10.0
 """How long requests are still processed after the host has closed stdin, in seconds; the default of `--eof-timeout`."""
 TOKEN_VARIABLE: Final = "LMBRIDGE_MCP_TOKEN"  # noqa: S105 - it is the name of a variable
-"""The environment variable with the token that hosts have to send on HTTP."""
+"""The environment variable with the token that hosts have to send over HTTP."""
 _HTTP_HOST: Final = "127.0.0.1"
 _HTTP_PORT: Final = 8090
 _HIGHEST_PORT: Final = 65535
@@ -114,11 +114,11 @@ def _argument_parser() -> argparse.ArgumentParser:
         default=_EOF_TIMEOUT,
         help="how long requests are still processed after stdin has been closed; default: %(default)g",
     )
-    parser.add_argument("--http", action="store_true", help="serve on streamable HTTP instead of stdin and stdout")
+    parser.add_argument("--http", action="store_true", help="serve over streamable HTTP instead of stdin and stdout")
     parser.add_argument("--host", metavar="ADDRESS", help=f"address to listen on; default: {_HTTP_HOST}")
     parser.add_argument("--port", metavar="N", type=int, help=f"port to listen on; default: {_HTTP_PORT}")
     parser.add_argument(
-        "--allow-host", metavar="NAME", action="append", help="a further name of this machine, such as my-pc"
+        "--allow-host", metavar="NAME", action="append", help="another name of this machine, such as my-pc"
     )
     return parser
 
@@ -173,7 +173,7 @@ async def _serve_http(
     check_integer("--port", port, minimum=0, maximum=_HIGHEST_PORT)
     if token is None and not is_loopback(f"http://{bracketed(host)}"):
         raise LLMValidationError(
-            f"listening on {host} would let everybody in the network use your models and MCP servers",
+            f"listening on {host} would let everybody on the network use your models and MCP servers",
             hint=f"set {TOKEN_VARIABLE}, which hosts then have to send, or listen on {_HTTP_HOST}",
         )
     if wrong := [name for name in allow_host if not is_host_name(name)]:

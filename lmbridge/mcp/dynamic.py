@@ -84,12 +84,12 @@ class DynamicAutonomousAgent(NotCopyable):
             `McpHub`.
         on_mcp_event: A function that is called with each event of a server: changes of its state and of its tools, log
             messages, and the progress of calls. Default: None.
-        mcp_headers: For the names of servers on HTTP, functions that return further headers, as `headers` of `McpHub`.
-            Default: none.
+        mcp_headers: A mapping from the names of HTTP servers to functions that return additional headers for them; see
+            `headers` of `McpHub`. Default: None, which adds no headers.
         on_elicitation: A function, async or plain, that asks the user the question of a server (an `Elicitation`) and
             returns the answer, as for `McpHub`. Default: None, which declines every question.
-        **agent_options: The options of `Agent`. Its `tools` are available in each run, in addition to those of the
-            servers.
+        **agent_options: The options of `Agent`. The `tools` among them are available in each run, in addition to the
+            tools of the servers.
 
     Raises:
         LLMValidationError: An argument is not valid.
@@ -201,7 +201,8 @@ class DynamicAutonomousAgent(NotCopyable):
             model: The model of this run. Default: the agent's model.
             output_type: The type of the answer, as for `Agent.run`. Set `full` or `stream` to get `result.output`; the
                 text is JSON. Default: the agent's `output_type`.
-            journal: A file that keeps each step of the run, so that `resume` can let it go on, as for `Agent.run`.
+            journal: A file that records each step of the run, so that `resume` can continue the run after its program
+                was interrupted; see `Agent.run`. Default: None, which records nothing.
             stream: Whether to return a stream of the run's events, as soon as the servers have been started. Default:
                 False.
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
@@ -217,7 +218,8 @@ class DynamicAutonomousAgent(NotCopyable):
             MCPError: No enabled server has that name, or the configuration file cannot be read. In both cases
                 nothing has been started.
             RunIncompleteError: The run ended without a final answer. With `full`, only its subclass
-                `MaxRoundsExceededError` is raised, and the stop reason of the result names all other cases.
+                `MaxRoundsExceededError` is raised; in all other cases the result is returned, and its `stop_reason`
+                says why there is no answer.
             LLMValidationError: An argument is not valid.
             LLMError: The run failed; `.partial` is the run so far.
         """
@@ -383,7 +385,7 @@ class DynamicAutonomousAgent(NotCopyable):
     async def resume(
         self, path: Journal | str | os.PathLike[str], *, run_id: str | None = None, full: bool = False
     ) -> str | RunResult:
-        """Lets a run go on whose program was interrupted, with the MCP servers that it was begun with.
+        """Continues a run whose program was interrupted, with the MCP servers that the run began with.
 
         `Agent.resume` describes what is restored, and what happens to calls that had started. The client, the tools,
         and the functions `approve` and `output_type` are those of this agent.
@@ -394,12 +396,12 @@ class DynamicAutonomousAgent(NotCopyable):
             full: Whether to return the whole `RunResult` instead of the text. Default: False.
 
         Raises:
-            JournalError: The journal cannot be used, it has no such run or several, the run is in progress elsewhere,
-                or it cannot go on as it began.
+            JournalError: The journal cannot be used; it contains no such run, or several that could be meant; the run
+                is in progress elsewhere; or the run cannot be continued in the way in which it began.
             LLMError: As for `autonomous_with_mcp`.
         """
         hub = self._hub
-        # The two kinds of agents share how a run goes on.
+        # Both kinds of agents continue a run in the same way; only the tools are opened differently.
         handle = await self._agent._start_again(path, run_id, partial(self._open_again, hub))  # noqa: SLF001
         if hub is not self._hub:
             await handle.aclose(_CLOSED_MESSAGE)
@@ -480,12 +482,13 @@ class DynamicAutonomousAgent(NotCopyable):
         return result if full else _answer_text(result)
 
     def _open_again(self, hub: McpHub, extra: Mapping[str, Any]) -> OpenTools:
-        """Returns what opens the tools of a run that goes on, given what its journal has kept."""
+        """Returns a function that opens the tools of a continued run, given the `extra` that its journal recorded."""
         return self._open_tools(hub, ServerSelection.from_journal(extra))
 
     def _open_tools(self, hub: McpHub, servers: ServerSelection) -> OpenTools:
-        """Returns what starts the servers of a run and opens their tools."""
-        # With another `tool_search`, the agent offers as many tools as fit, and lets the model find the others.
+        """Returns a function that starts the servers of a run and opens their tools."""
+        # Unless `tool_search` is "never", the agent applies the limit itself: it offers as many tools as fit, and lets
+        # the model search for the others.
         is_limited = self._agent_options.get("tool_search") == "never"
         limit = self._agent_options.get("max_definition_tokens", "auto") if is_limited else None
         return partial(servers.open, hub, limit)

@@ -32,7 +32,7 @@ _SURROGATE_START: Final = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER: Final = json.JSONDecoder()
 _ANSWER_ID: Final = re.compile(rb'"id"\s*:\s*(?P<id>\d{1,18})\s*[,}]')
 _SEARCHED_FOR_ID: Final = 1000
-"""How many bytes at either end of a line that cannot be read are searched for the id of the request it answers."""
+"""How many bytes at each end of an unreadable line are searched for the id of the request that the line answers."""
 _PARSE_ERROR: Final = -32700
 _SALVAGE_ATTEMPTS: Final = 8
 """How many positions in a broken line are tried as the beginning of a message.
@@ -96,7 +96,7 @@ class MessageReader:
         self._check_size(len(self._buffer))
 
     def end(self) -> list[dict[str, Any]]:
-        """Returns the messages in a last line without a line break. One that was cut off is dropped, not repaired."""
+        """Returns the messages in a last line without a line break. A message that was cut off is dropped."""
         if len(self._buffer) > self._largest:
             return []
         try:
@@ -134,7 +134,10 @@ def parse_json(data: bytes) -> list[Any]:
 
 
 def _stand_in_answer(line: bytes) -> list[dict[str, Any]]:
-    """Returns an error in place of an answer that cannot be read, so that its caller need not wait; or nothing."""
+    """Returns an error response in place of an answer that cannot be read, so that its caller does not wait for it.
+
+    The list is empty if the line does not look like an answer with a numeric id.
+    """
     ends = line if len(line) <= 2 * _SEARCHED_FOR_ID else line[:_SEARCHED_FOR_ID] + line[-_SEARCHED_FOR_ID:]
     if b'"jsonrpc"' not in ends or b'"method"' in ends or (found := _ANSWER_ID.search(ends)) is None:
         return []

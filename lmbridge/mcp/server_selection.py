@@ -1,4 +1,4 @@
-"""`ServerSelection`: the MCP servers of one run, and what the run does without those that cannot be started."""
+"""`ServerSelection`: the MCP servers of one run, and what the run does if some of them cannot be started."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 _OnServerError: TypeAlias = Literal["raise", "continue", "single"]
 """What a run does if a server cannot be started.
 
-"single" is for a run with one server: its error is raised as a `MCPConnectionError`, without a `MultiMCPError` around
+"single" is for a run with one server: its error is raised as an `MCPConnectionError`, without a `MultiMCPError` around
 it.
 """
 
 _NAMES_KEY: Final = "mcp_names"
 _ON_ERROR_KEY: Final = "on_mcp_error"
-"""The keys of what a journal keeps of a run, so that its servers can be started again."""
+"""The keys under which a journal records the servers of a run, so that a resumed run can start them again."""
 
 
 @attrs.frozen
@@ -40,18 +40,18 @@ class ServerSelection:
 
     @classmethod
     def from_journal(cls, extra: Mapping[str, Any]) -> ServerSelection:
-        """Returns the servers of a run that goes on, given the `JournalEntry.extra` that `kept_in` has made.
+        """Returns the servers of a continued run, given the `JournalEntry.extra` that `kept_in` created.
 
         Raises:
             JournalError: Another kind of agent began the run.
         """
         if _ON_ERROR_KEY not in extra:
             message = "the run was not begun by a DynamicAutonomousAgent"
-            raise JournalError(message, problem="mismatch", hint="let it go on with Agent.resume")
+            raise JournalError(message, problem="mismatch", hint="continue it with Agent.resume")
         return cls(extra[_NAMES_KEY], extra[_ON_ERROR_KEY])
 
     def kept_in(self, journal: AnyJournal) -> JournalEntry:
-        """Returns the place of a run in a journal, where the names of its servers are kept with it."""
+        """Returns the journal entry of a run, to which the names of its servers are added."""
         # Most programs keep no journal, and need not import sqlite3.
         from lmbridge.agent.journal import JournalEntry  # noqa: PLC0415 - see above
 

@@ -61,8 +61,8 @@ __all__ = [
     "ToolCallEnded",
 ]
 
-# Every client imports this package, so what most programs do not use is imported at its first use. All other names are
-# those of events.
+# Every client imports this package, so what most programs do not use is imported at its first use. Names that are not
+# listed here come from `events`.
 _LAZY: Final = {
     "Bar": "lmbridge.observe.timeline",
     "OpenTelemetryObserver": "lmbridge.observe.otel",

@@ -4,7 +4,7 @@ Each event names the request or the run that it belongs to, so an observer can f
 time. `at` is always the time of the event in seconds, by `time.monotonic`.
 
 The events of `agent.stream` are something else: they carry the texts of one run to a program that shows them, and they
-wait for a slow reader. Observers get no texts while they arrive, and nothing waits for them.
+wait for a slow reader. Observers do not get the text of a reply while it arrives, and must return at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ of its own.
 
 @attrs.frozen(kw_only=True)
 class RequestQueued:
-    """A request has been made. It is the first event of every request, also if it need not wait."""
+    """A request has been made. It is the first event of every request, even of one that need not wait."""
 
     at: float
     """When it happened."""

@@ -31,10 +31,10 @@ class Observer(Protocol):
     """
 
     def on_event(self, event: ObservedEvent) -> None:
-        """Takes note of an event.
+        """Handles an event.
 
-        It is called synchronously at the place where the event happens, mostly in the thread of the event loop, so it
-        must return at once. If it raises an exception, the exception is logged, and the client or agent in question
+        The method is called synchronously where the event happens, mostly in the thread of the event loop, so it must
+        return at once. If it raises an exception, the exception is logged, and the client or agent in question
         does not notify this observer again; nothing else is affected.
         """
         ...
@@ -47,8 +47,8 @@ class ContextPropagator(Protocol):
     def trace_context(self, request_id: int | None) -> Mapping[str, str]:
         """Returns what is added to a request, such as `{"traceparent": "00-..."}`.
 
-        They become headers of a request to a model server, and metadata of a request to an MCP server. It is called
-        like `on_event`, for each attempt.
+        The entries become headers of a request to a model server, or metadata of a request to an MCP server. The method
+        is called like `on_event`, once for each attempt.
 
         Args:
             request_id: The id of a request to a model server. None stands for whatever the current task does, which
@@ -73,7 +73,7 @@ class Observers:
         for observer in self._active:
             try:
                 observer.on_event(event)
-            except Exception as error:  # noqa: BLE001 - a mistake in it must not break what it observes
+            except Exception as error:  # noqa: BLE001 - a bug of an observer must not break what it observes
                 self._switch_off(observer, error)
 
     def trace_context(self, request_id: int | None) -> dict[str, str]:
@@ -83,18 +83,18 @@ class Observers:
             if isinstance(observer, ContextPropagator):
                 try:
                     context.update(observer.trace_context(request_id))
-                except Exception as error:  # noqa: BLE001 - a mistake in it must not break what it observes
+                except Exception as error:  # noqa: BLE001 - as in `tell`
                     self._switch_off(observer, error)
         return context
 
     def _switch_off(self, observer: Observer, error: Exception) -> None:
         self._active = tuple(each for each in self._active if each is not observer)
-        text = "%r has raised an exception, and is not told of any further events"
+        text = "%r has raised an exception, and is not notified of any further events"
         logger.error(text, observer, exc_info=error)
 
 
 def as_observers(observers: Sequence[Observer]) -> Observers | None:
-    """Returns the observers to notify, or None.
+    """Returns the observers to notify, or None if there are none.
 
     Raises:
         LLMValidationError: The argument is not a list of observers.

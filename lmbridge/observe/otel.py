@@ -245,7 +245,7 @@ class OpenTelemetryObserver:
         self._enter((event.run_id, event.call_id), f"{names.EXECUTE_TOOL} {event.name}", attributes)
 
     def _note_mcp_request(self, event: McpRequestSent) -> None:
-        """Adds the attributes of MCP to the span of the call, in place of another span, as the conventions ask for."""
+        """Adds the attributes of MCP to the span of the call. The conventions recommend this over another span."""
         if (scope := self._scopes.get((event.run_id, event.call_id))) is None:
             return
         attributes: _Attributes = {
@@ -278,7 +278,10 @@ class OpenTelemetryObserver:
         self._scopes[key] = _OpenScope(span, context.attach(trace.set_span_in_context(span)))
 
     def _leave(self, key: tuple[str, str | None]) -> _OpenScope | None:
-        """Makes the span before it the current one again. Both events of a run or a call come from one task."""
+        """Removes the scope of a run or a call, and makes the span that was current before it current again.
+
+        This works because both events of a run or a call come from the same task.
+        """
         scope = self._scopes.pop(key, None)
         if scope is not None:
             context.detach(scope.token)

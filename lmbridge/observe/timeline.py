@@ -22,11 +22,11 @@ BarKind: TypeAlias = Literal["queue", "prompt", "tokens", "reply", "tool", "retr
 tool, a wait before another attempt, a swap of models, or the error that ended something."""
 
 _MOST_ROWS: Final = 60
-"""The most rows that a page shows. If there are more, it shows totals, the rows that failed, and the longest ones."""
+"""How many rows a page shows at most. If there are more, it shows the rows that failed and the longest ones."""
 _BINS: Final = 240
 """The number of points of a chart of totals."""
 _MOST_TEXT: Final = 4000
-"""The most characters of the text of a bar that a page contains."""
+"""How many characters of the text of a bar a page contains at most."""
 _SHORTEST: Final = 1e-6
 _TOTALS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
     ("waiting", frozenset(("queue", "retry"))),
@@ -108,7 +108,7 @@ class Timeline:
         """Writes the page to a file, and returns its path.
 
         Raises:
-            LLMValidationError: The path is not a path.
+            LLMValidationError: `path` is neither a string nor a path object.
             OSError: The file cannot be written.
         """
         target = Path(check_path("path", path))
@@ -159,7 +159,7 @@ def _bar(bar: Bar, lane: int, start: float, seconds: float) -> str:
 
 
 def _lanes(bars: Sequence[Bar]) -> list[int]:
-    """Returns for each bar the lowest line of the row on which nothing else is at that time."""
+    """Returns the number of a lane for each bar: the first lane of the row that is free at that time."""
     ends: list[float] = []
     lanes = [0] * len(bars)
     for place in sorted(range(len(bars)), key=lambda each: bars[each].start):
@@ -180,7 +180,7 @@ def _totals(rows: Iterable[Row], start: float, seconds: float) -> str:
 
 
 def _total(name: str, bars: Sequence[Bar], start: float, seconds: float) -> str:
-    """Returns a chart of how many bars there are at each time."""
+    """Returns a chart that shows how many of the bars overlap at each time."""
     changes = [0] * (_BINS + 1)
     for bar in bars:
         first = min(int(_BINS * (bar.start - start) / seconds), _BINS - 1)

@@ -41,7 +41,7 @@ class _OpenRow:
 
 @attrs.define(eq=False)
 class _OpenRequest:
-    """A request that has not ended, and the bar that its last event has begun."""
+    """A request that has not ended, and the bar that began with its last event."""
 
     row: _OpenRow
     label: str
@@ -52,7 +52,7 @@ class _OpenRequest:
         """Ends the current bar."""
         self.row.bars.append(Bar(kind=self.kind, start=self.since, end=at, label=self.label, text=text))
 
-    def go_on(self, kind: BarKind, at: float, text: str = "") -> None:
+    def begin_next_bar(self, kind: BarKind, at: float, text: str = "") -> None:
         """Ends the current bar and begins another one."""
         self.close(at, text)
         self.kind, self.since = kind, at
@@ -69,11 +69,13 @@ class TimelineObserver:
             ...
         observer.write("session.html")
 
-    Each run has a row with its requests and tool calls, and so has each request outside of a run. With many rows, the
-    page shows how many requests waited and ran at each time, and the rows that failed or took longest.
+    Each run has a row, which shows its requests and tool calls. Each request outside of a run has a row of its own. The
+    page also shows how many requests waited and ran at each time. If there are many rows, it shows only those that
+    failed or took longest.
 
     Args:
-        max_rows: The most rows that are kept. Beyond it, the oldest rows that have ended are dropped. Default: 5000.
+        max_rows: How many rows are kept at most. If there are more, the oldest rows that have ended are dropped.
+            Default: 5000.
 
     Raises:
         LLMValidationError: `max_rows` is not a positive integer.
@@ -87,7 +89,7 @@ class TimelineObserver:
         self._calls: dict[tuple[str, str], ToolCallBegun] = {}
 
     def on_event(self, event: ObservedEvent) -> None:
-        """Takes note of an event."""
+        """Adds an event to the timeline."""
         match event:
             case RunBegun():
                 self._add_row(event.run_id, f"run: {event.task}")
@@ -106,7 +108,11 @@ class TimelineObserver:
                 pass
 
     def timeline(self, title: str = "lmbridge session") -> Timeline:
-        """Returns what has happened so far. Bars of what has not ended yet end at the present moment."""
+        """Returns the timeline of what has happened so far.
+
+        The bar of a request that has not ended yet ends at the present moment. A tool call has a bar only once it has
+        ended.
+        """
         now = monotonic()
         unfinished: dict[int, list[Bar]] = {}
         for request in self._requests.values():
@@ -185,11 +191,11 @@ def _note_progress(
 ) -> None:
     match event:
         case AttemptBegun():
-            request.go_on("prompt", event.at)
+            request.begin_next_bar("prompt", event.at)
         case FirstEventArrived():
-            request.go_on("tokens", event.at)
+            request.begin_next_bar("tokens", event.at)
         case RetryPlanned():
-            request.go_on("retry", event.at, event.reason)
+            request.begin_next_bar("retry", event.at, event.reason)
         case ModelSwapped():
             label = f"{event.before} -> {event.after}"
             request.row.bars.append(Bar(kind="swap", start=event.at, end=event.at, label=label))

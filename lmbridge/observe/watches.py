@@ -1,4 +1,4 @@
-"""`RequestWatch` and `RunWatch`: they notify the observers of each event of a request or run exactly once."""
+"""`RequestWatch`, `RunWatch` and `CallWatch` notify the observers of a request, a run or the call of a tool."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _OUTCOMES: Final[Mapping[str, RequestOutcome]] = {
 
 
 class RequestWatch:
-    """A request that has observers. Creating it notifies them that the request was made."""
+    """Notifies the observers of one request. Creating the object notifies them that the request was made."""
 
     __slots__ = ("_has_begun", "_has_ended", "_id", "_observers", "_queued_at")
 
@@ -65,26 +65,26 @@ class RequestWatch:
         )
 
     def admitted(self) -> None:
-        """The request has its permit."""
+        """Notifies the observers that the request has its permit."""
         now = monotonic()
         self._observers.tell(RequestAdmitted(at=now, request_id=self._id, waited=now - self._queued_at))
 
     def swapped(self, before: str | None, after: str | None) -> None:
-        """The request makes the server swap models."""
+        """Notifies the observers that the request makes the server swap models."""
         self._observers.tell(ModelSwapped(at=monotonic(), request_id=self._id, before=before, after=after))
 
     def attempt(self, number: int) -> None:
-        """The request is sent."""
+        """Notifies the observers that the request is being sent."""
         self._observers.tell(AttemptBegun(at=monotonic(), request_id=self._id, number=number))
 
     def retry(self, *, reason: str, wait: float, is_poll: bool) -> None:
-        """The request will be sent again."""
+        """Notifies the observers that the request will be sent again."""
         self._observers.tell(
             RetryPlanned(at=monotonic(), request_id=self._id, reason=reason, wait=wait, is_poll=is_poll)
         )
 
     def first_event(self, *, is_stream: bool) -> None:
-        """The reply has begun. Calling it again does nothing."""
+        """Notifies the observers that the reply has begun. Calling this method again does nothing."""
         if not self._has_begun:
             self._has_begun = True
             self._observers.tell(FirstEventArrived(at=monotonic(), request_id=self._id, is_stream=is_stream))
@@ -94,7 +94,7 @@ class RequestWatch:
         return self._observers.trace_context(self._id)
 
     def ended(self, outcome: int | str, *, attempts: int, tokens: tuple[int, int, int | None] | None) -> None:
-        """The request has ended. Calling it again does nothing.
+        """Notifies the observers that the request has ended. Calling this method again does nothing.
 
         Args:
             outcome: The status of the reply, or why it is missing, as `Call.finish` is given it.
@@ -129,7 +129,7 @@ class RequestWatch:
 
 
 class CallWatch:
-    """The call of a tool in a run that has observers, for the code that makes the call."""
+    """Lets the code that makes the call of a tool notify the observers of the run."""
 
     __slots__ = ("_call_id", "_observers", "_run_id")
 
@@ -137,7 +137,7 @@ class CallWatch:
         self._observers, self._run_id, self._call_id = observers, run_id, call_id
 
     def trace_context(self) -> dict[str, str]:
-        """Returns the metadata that observers add to a request of this task."""
+        """Returns the metadata that observers add to a request that the current task sends."""
         return self._observers.trace_context(None)
 
     def mcp_request(
@@ -151,7 +151,7 @@ class CallWatch:
         port: int | None,
         protocol: str,
     ) -> None:
-        """A request to an MCP server is sent."""
+        """Notifies the observers that a request to an MCP server is being sent."""
         self._observers.tell(
             McpRequestSent(
                 at=monotonic(),
@@ -169,7 +169,7 @@ class CallWatch:
 
 
 class RunWatch:
-    """A run that has observers."""
+    """Notifies the observers of one run."""
 
     __slots__ = ("_observers", "_parent", "_round", "run_id")
 
@@ -181,19 +181,19 @@ class RunWatch:
         """The id of the run."""
 
     def begun(self, *, model: str | None, task: str) -> None:
-        """The run has begun. It has to be called by the task of the run."""
+        """Notifies the observers that the run has begun. The task of the run has to call this method."""
         observed_run.set(self.run_id)
         self._observers.tell(
             RunBegun(at=monotonic(), run_id=self.run_id, parent_run_id=self._parent, model=model, task=task)
         )
 
     def round_begun(self, number: int, model: str | None) -> None:
-        """A round has begun."""
+        """Notifies the observers that a round has begun."""
         self._round = number
         self._observers.tell(RoundBegun(at=monotonic(), run_id=self.run_id, number=number, model=model))
 
     def round_ended(self, text: str, *, is_complete: bool = True) -> None:
-        """The round has ended. Does nothing if no round is open."""
+        """Notifies the observers that the current round has ended, if there is one."""
         number, self._round = self._round, None
         if number is not None:
             self._observers.tell(
@@ -201,7 +201,7 @@ class RunWatch:
             )
 
     def call_begun(self, call_id: str, name: str, arguments: Mapping[str, Any]) -> None:
-        """A tool is called. It has to be called by the task that calls the tool."""
+        """Notifies the observers that a tool is called. The task that calls the tool has to call this method."""
         observed_call.set(CallWatch(self._observers, self.run_id, call_id))
         self._observers.tell(
             ToolCallBegun(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, arguments=arguments)
@@ -210,7 +210,7 @@ class RunWatch:
     def call_ended(
         self, call_id: str, name: str, outcome: Literal["result", "error", "cancelled"], text: str = ""
     ) -> None:
-        """The call has ended."""
+        """Notifies the observers that the call of a tool has ended."""
         observed_call.set(None)
         self._observers.tell(
             ToolCallEnded(at=monotonic(), run_id=self.run_id, call_id=call_id, name=name, outcome=outcome, text=text)
@@ -219,7 +219,7 @@ class RunWatch:
     def ended(
         self, stop_reason: str, error: BaseException | None, *, model: str | None, rounds: int, usage: Mapping[str, Any]
     ) -> None:
-        """The run has ended, and so has the round that was open."""
+        """Notifies the observers that the run has ended, and before that the round that was open."""
         self.round_ended("", is_complete=False)
         self._observers.tell(
             RunEnded(

@@ -1,9 +1,9 @@
 """`Cassette`: records what a real server sends, and replays it without the server.
 
-The tape runs between the transport and the socket, so everything above is real when it is replayed: retries, errors,
+A cassette sits between the transport and the socket, so everything above it is real during a replay: retries, errors,
 time limits, the schedule, and streams, which arrive in the parts in which they were received. The alternative,
-recording the dicts that a client returns, would replay none of that. vcrpy patches the libraries below the socket; it
-gives up the boundaries of the parts, and with them what makes streams hard.
+recording the dicts that a client returns, would replay none of that. The library vcrpy does not record the boundaries
+of the parts, and so leaves out what makes streams difficult.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class Cassette:
                 reply = await client.chat_completion([{"role": "user", "content": "Hello!"}])
 
     It applies to all requests over sockets that lmbridge makes in this process while the block is open: those of
-    clients, pools and agents, also of the blocking ones. If several cassettes are open, the last one alone applies.
+    clients, pools and agents, including the blocking ones. If several cassettes are open, the last one alone applies.
     MCP servers on stdio whose sessions begin in the block are recorded as well, and a replay does not start them. A
     request to an MCP server that has no recorded exchange fails, and the block ends with a `CassetteError`. Requests to
     MCP servers on HTTP are not recorded.
 
     Each exchange is replayed once, in the order of the recording; a GET, such as a health check, any number of times. A
-    request that has no recorded exchange is a `CassetteError` that says how it differs from the closest one. What is
-    recorded is written at the end of the block, unless an exception leaves it: then the file stays as it was.
+    request that has no recorded exchange raises a `CassetteError` that says how it differs from the closest one. The
+    recording is written when the block ends. If an exception leaves the block, the file stays as it was.
 
     The file contains prompts and answers, but no header of a request. Keys are redacted wherever a request or a
     response quotes them.
@@ -82,8 +82,8 @@ class Cassette:
         match_on: What has to be equal for an exchange to answer a request: "method", "host", "path", "query", "body",
             or a function `(recorded, new) -> bool` of two `CassetteRequest`. By default it is everything but the host.
         redact: Further texts that the file must not contain, such as the name of a customer.
-        time_scale: By which factor the recorded waits are multiplied when they are replayed: 1 is the pace of the
-            server, and 0, the default, does not wait at all.
+        time_scale: The factor by which the recorded waits are multiplied in a replay: 1 is the pace of the server, and
+            with 0, the default, there are no waits.
 
     Raises:
         LLMValidationError: An argument cannot be used.
@@ -129,7 +129,7 @@ class Cassette:
 
     @property
     def all_played(self) -> bool:
-        """Whether every recorded exchange has been replayed, so that the program still makes all its requests."""
+        """Whether every recorded exchange has been replayed, so that no request of the recording is missing now."""
         return not self._unplayed and not self._mcp.unplayed
 
     def __enter__(self) -> Self:
@@ -175,7 +175,8 @@ class Cassette:
 
     async def _replay(self, request: HttpRequest) -> HttpResponse:
         if _is_own_question(request):
-            # Whether a client asks depends on the timing of its requests, so the replay does not depend on it.
+            # Whether a client asks depends on the timing of its requests, so these questions are neither recorded nor
+            # replayed.
             return _Replay(_NO_ANSWER, 0.0)
         new = self._redactor.read(request)
         exchange = self._take(new)
@@ -209,7 +210,7 @@ class Cassette:
 
 
 class _RecordedResponse:
-    """An `HttpResponse` that keeps what is read from another one."""
+    """An `HttpResponse` that passes on what it reads from another one, and records it."""
 
     def __init__(self, request: HttpRequest, response: HttpResponse, redactor: Redactor, seconds: float) -> None:
         self.status = response.status
@@ -255,7 +256,7 @@ class _RecordedResponse:
         """Returns what has been recorded."""
         end = self._end
         if end == "left" and self._parts and self._parts[-1].data.rstrip().endswith(b"[DONE]"):
-            # The stream was whole, and only the server did not end the body in time.
+            # The stream was complete. The client left before the server had ended the body.
             end = "complete"
         return RecordedExchange(
             request=self._request,
@@ -325,7 +326,7 @@ _NO_ANSWER: Final = RecordedExchange(
 
 
 def _is_own_question(request: HttpRequest) -> bool:
-    """Returns whether this is a request by which a client finds out the limits of its server."""
+    """Returns whether a client sends a request on its own initiative, to find out the limits of its server."""
     name, purpose = QUESTION_HEADER
     return request.headers.get(name) == purpose
 

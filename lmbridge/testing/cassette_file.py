@@ -1,7 +1,7 @@
 """The file of a `Cassette`: requests, and the parts of their responses as they arrived.
 
 A cassette is one JSON file, so that it can be read, compared in a review and edited by hand. Of a request it has the
-method, the URL and the body, but no header: headers are where keys are.
+method, the URL and the body, but no header, because headers contain keys.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ class RecordedExchange:
 
 
 class Redactor:
-    """Replaces secrets by "[redacted]".
+    """Replaces secrets with "[redacted]".
 
     Args:
-        texts: Texts that are replaced wherever they stand, in addition to the values of secret headers.
+        texts: Texts that are replaced wherever they occur, in addition to the values of secret headers.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ class Redactor:
         return secret_pattern((*self._texts, *secrets_in(request.headers)))
 
     def redact(self, text: str) -> str:
-        """Returns a text without the secrets that belong to no request."""
+        """Returns a text without the `texts` of this redactor. It does not look for the secrets of a request."""
         return redacted(text, secret_pattern(self._texts))
 
     def read(self, request: HttpRequest) -> CassetteRequest:
@@ -124,12 +124,12 @@ class Redactor:
 
 
 def redacted(text: str, pattern: re.Pattern[str] | None) -> str:
-    """Returns a text without what the pattern finds."""
+    """Returns a text in which everything that the pattern finds is replaced."""
     return text if pattern is None else pattern.sub(REDACTED, text)
 
 
 def redacted_parts(parts: Sequence[RecordedPart], pattern: re.Pattern[str] | None) -> list[RecordedPart]:
-    """Returns the parts of a body without what the pattern finds. If a secret spans parts, all parts become one."""
+    """Returns the parts of a body with all secrets replaced. If a secret spans several parts, all become one part."""
     whole = b"".join(part.data for part in parts).decode(errors="surrogateescape")
     if pattern is None or not pattern.search(whole):
         return list(parts)

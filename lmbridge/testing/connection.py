@@ -193,20 +193,20 @@ class Connection(asyncio.Protocol):
         self._notify()
 
     def eof_received(self) -> None:
-        """Notes that the client has left. Like real servers, it treats a half-closed connection as closed."""
+        """Records that the client has left: like real servers, this one treats a half-closed connection as closed."""
         self._note_client_left()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the signature is asyncio's
-        """Notes that the socket is closed."""
+        """Records that the socket is closed."""
         self.socket_closed = True
         self._note_client_left()
 
     def pause_writing(self) -> None:
-        """Notes that there are bytes which the client has not read yet."""
+        """Records that there are bytes which the client has not read yet."""
         self._unsent = True
 
     def resume_writing(self) -> None:
-        """Notes that all bytes have been sent."""
+        """Records that all bytes have been sent."""
         self._unsent = False
         self._notify()
 

@@ -2,7 +2,7 @@
 
 A `ScriptedServer` sends what a test has scripted. The proxy passes on what a real server, or a recording of one, sends,
 and knows nothing about HTTP, so it can damage a status line, the length of a chunk or a compressed body as well as a
-text. The place of the damage is an offset in the bytes of a connection, so that a test can try all of them.
+text. The place of the damage is an offset in the bytes of a connection, so that a test can try every offset.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class WireFault:
     | "reset" | the bytes before `at`, and then a TCP reset |
     | "stall" | the bytes before `at`, and then nothing, on a connection that stays open |
     | "flip" | all bytes, of which `length` bytes from `at` on have their lowest bit changed |
-    | "drop" | all bytes but `length` of them, from `at` on |
+    | "drop" | all bytes except the `length` bytes from `at` on |
     | "repeat" | all bytes, and the `length` bytes from `at` on twice |
     | "split" | all bytes, those from `at` on in pieces of `length` bytes, each in a separate packet |
 
@@ -55,7 +55,7 @@ class WireFault:
 
 
 class FaultProxy:
-    """A proxy on the loopback interface that passes everything on to a server, and back with a fault.
+    """A proxy on the loopback interface that passes bytes on to a server, and the server's bytes back with a fault.
 
     ::
 
@@ -131,7 +131,7 @@ class FaultProxy:
     def byte_counts(self) -> list[int]:
         """How many bytes the server has sent so far on each connection, in the order of the connections.
 
-        After a request without a fault, the last one says how many offsets there are.
+        After a request without a fault, the last number says how many offsets a test can try.
         """
         return list(self._byte_counts)
 
@@ -145,7 +145,7 @@ class FaultProxy:
         self._script.extend(faults)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # It is not a coroutine, because the task that asyncio would create for one cannot be awaited.
+        # This is not a coroutine function, because nobody could await the task that asyncio would create for it.
         relay = asyncio.create_task(self._relay(reader, writer))
         self._relays.add(relay)
         relay.add_done_callback(self._relays.discard)
@@ -199,7 +199,7 @@ class FaultProxy:
                         reset_transport(writer.transport)
                         return
                     case "stall":
-                        # It ends when the client leaves.
+                        # This task is cancelled when the client leaves.
                         await asyncio.Event().wait()
 
 

@@ -1,7 +1,7 @@
-"""`McpTape`: the part of a `Cassette` with what MCP servers on stdio send.
+"""`McpTape`: the part of a `Cassette` that records and replays what MCP servers on stdio send.
 
-The tape runs between the session and the process of the server, so a replay starts no process, and everything above is
-real: the SDK, the checks of what a server sends, time limits and cancellation. A recorded exchange is a request with
+The tape sits between the session and the process of the server, so a replay starts no process, and everything above it
+is real: the SDK, the checks of what a server sends, time limits and cancellation. A recorded exchange is a request with
 all messages up to its answer. The ids of requests are random, so the tape has the answers without them.
 """
 
@@ -18,7 +18,7 @@ import msgspec
 from lmbridge._text import shorten
 
 _REPEATABLE: Final = ("initialize", "tools/list", "ping")
-"""The methods of requests that may be made more often than when they were recorded, as how often depends on time."""
+"""The methods of requests that a replay may repeat, because their number depends on the timing of a program."""
 _NO_EXCHANGE: Final = -32000
 
 Redact = Callable[[str], str]
@@ -38,7 +38,7 @@ class McpExchange:
     messages: list[tuple[float, dict[str, Any]]] = attrs.field(factory=list)
     """What the server sent, each with the seconds since the request. An answer to the request has no id."""
     ended: tuple[float, str] | None = None
-    """When the process ended before it had answered, and the reason; None if it did not."""
+    """If the process ended before it had answered: the seconds since the request, and the reason. Otherwise None."""
 
 
 class McpTape:
@@ -47,7 +47,7 @@ class McpTape:
     Args:
         exchanges: What is replayed; None to record.
         redact: Replaces the secrets that the cassette knows.
-        time_scale: By which factor the recorded waits are multiplied.
+        time_scale: The factor by which the recorded waits are multiplied.
     """
 
     def __init__(self, exchanges: Sequence[McpExchange] | None, redact: Redact, time_scale: float) -> None:
@@ -56,19 +56,19 @@ class McpTape:
         self.exchanges: list[McpExchange] = list(exchanges or ())
         """The exchanges in the order of their requests."""
         self.unplayed: list[McpExchange] = list(self.exchanges)
-        """Those that have not been replayed."""
+        """The exchanges that have not been replayed."""
         self.problems: list[str] = []
-        """What was asked for and is not on the tape."""
+        """Descriptions of the requests that have no exchange on the tape."""
         self._redact = redact
         self._time_scale = time_scale
 
     def make_link(
         self, server: str, redact: Redact, make_real: Callable[[], Any], on_end: Callable[[str], None]
     ) -> Any:
-        """Returns the link to the process of a server, as `LinkMaker` says."""
+        """Returns the link to the process of a server; see `LinkMaker`."""
 
         def redact_all(value: Any) -> Any:
-            # Text by text, because a number in the configuration may also be a number in a message.
+            # Only texts are redacted, because a secret that is a number may also occur as a number in a message.
             return _map_texts(value, lambda text: self._redact(redact(text)))
 
         if self.is_recording:
@@ -95,7 +95,7 @@ class McpTape:
 
 
 class _RecordingLink:
-    """A link that keeps what is sent and received over another one."""
+    """A link that records what is sent and received over another one."""
 
     def __init__(self, tape: McpTape, server: str, redact: Callable[[Any], Any], real: Any) -> None:
         self._tape, self._server, self._redact, self._real = tape, server, redact, real
@@ -134,7 +134,7 @@ class _RecordingLink:
             began, exchange = self._pending[token]
             message = {**message, "params": {**params, "progressToken": None}} if params else message
         elif (found := next(iter(self._pending.values()), self._last)) is not None:
-            # It belongs to no request. In a replay, it arrives at about the same time.
+            # The message belongs to no request. In a replay, it arrives at about the same time.
             began, exchange = found
         else:
             return
@@ -172,7 +172,7 @@ class _ReplayLink:
     async def send(self, message: bytes) -> None:
         request = msgspec.json.decode(message)
         if "method" not in request or "id" not in request:
-            # Notifications, and replies to questions of the server, are answered by nothing.
+            # Notifications, and replies to questions of the server, get no answer.
             return
         method, params = request["method"], self._redact(_without_meta(request.get("params")))
         exchange = self._tape.take(self._server, method, params)

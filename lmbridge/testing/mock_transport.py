@@ -124,11 +124,11 @@ class MockTransport(Transport):
 
     A generator advances only when the client reads, and it is closed when the client leaves the stream.
 
-    It need not be closed, because it has no connections. If it is closed, handlers and generators that are still
-    running are cancelled.
+    The transport need not be closed, because it has no connections. If it is closed, handlers and generators that are
+    still running are cancelled.
 
     Args:
-        handler: Called with a `MockRequest` for each attempt of each request, also for model lists and health checks.
+        handler: Called with a `MockRequest` for each attempt of each request, including model lists and health checks.
         api_base: The base URL of the requests. Nothing has to listen there.
         api_key: The key that the handler finds in the headers. By default it is the environment variable
             `LM_API_TOKEN`.
@@ -264,7 +264,7 @@ class _StreamedResponse:
         self.headers: Mapping[str, str] = _with_content_type(response.headers, "text/event-stream")
         self._pieces = _encode_events(response.events or (), done=response.done)
         self._wanted = asyncio.Event()
-        # Pieces of the body, nothing at its end, or the exception that ends it.
+        # The pieces of the body, and then an empty piece at its end, or the exception that ends it.
         self._arrived: asyncio.Queue[bytes | Exception] = asyncio.Queue()
         self._task: asyncio.Task[object] | None = None
         self._ended = False
@@ -307,7 +307,7 @@ class _StreamedResponse:
         while not self._arrived.empty():
             piece = self._arrived.get_nowait()
             if isinstance(piece, Exception):
-                # It is the last one that arrives.
+                # An exception is the last thing that arrives.
                 self._arrived.put_nowait(piece)
                 break
             self._ended = not piece

@@ -31,7 +31,7 @@ def forbid_real_requests(allow: Sequence[str] = ()) -> Iterator[None]:
             with forbid_real_requests():
                 yield
 
-    The rule holds for all clients in this process, also for those that are open already. A `ScriptedServer` or a
+    The rule holds for all clients in this process, including those that are open already. A `ScriptedServer` or a
     `OneModelServer` that runs in this process stays allowed, and so does what needs no socket: `MockTransport`,
     `FakeChatClient`, and a `Cassette` that is opened inside the block, even if it records. Other servers on the
     loopback interface are refused, because that is where real models run. MCP servers are not affected.
@@ -40,7 +40,7 @@ def forbid_real_requests(allow: Sequence[str] = ()) -> Iterator[None]:
         allow: The `api_base` of further servers that may be asked, such as that of a `LocalServer`.
 
     Raises:
-        LLMValidationError: One of them is not a URL.
+        LLMValidationError: An item of `allow` is not a URL.
     """
     allowed = {_origin(normalize_api_base(url)) for url in allow}
 
@@ -62,10 +62,10 @@ def forbid_real_requests(allow: Sequence[str] = ()) -> Iterator[None]:
 
 @contextmanager
 def retry_without_waiting() -> Iterator[None]:
-    """Lets requests be sent again without a wait before, so that tests of retries take no time.
+    """Removes the wait before each retry, so that tests of retries take no time.
 
-    Nothing else changes: the number of retries, and which failures are retried. It holds for all clients in
-    this process, for the waits that `Retry-After` asks for, and for the polls of a server that is loading.
+    The number of retries, and which failures are retried, stay the same. This applies to all clients in this process,
+    to the waits that `Retry-After` asks for, and to the polls of a server that is loading.
     """
     before, WaitScale.factor = WaitScale.factor, 0.0
     try:

@@ -181,7 +181,7 @@ class ScriptedServer:
 
         Args:
             condition: A function that is called now, and again after everything that happens on the server.
-            timeout: The most seconds to wait.
+            timeout: How many seconds to wait at most.
 
         Raises:
             TimeoutError: The condition did not hold in time. The message lists what has happened on the server.

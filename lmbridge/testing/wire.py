@@ -16,9 +16,9 @@ import attrs
 import msgspec
 
 MAX_HEAD: Final = 256 * 1024
-"""The most bytes of a line, and of all header fields together."""
+"""The maximum size of a line, and of all header fields together, in bytes."""
 MAX_BODY: Final = 256 * 1024 * 1024
-"""The most bytes of the body of a request."""
+"""The maximum size of the body of a request, in bytes."""
 # int() would accept signs, prefixes and underscores as well.
 _DIGITS: Final = re.compile(r"[0-9A-Fa-f]+")
 

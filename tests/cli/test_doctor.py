@@ -160,7 +160,7 @@ async def test_a_prompt_that_is_cut_without_a_word_is_a_warning(
 ) -> None:
     finding = await check_truncation(connection)
     assert finding.state == "warning"
-    assert "cut without a word" in finding.text
+    assert "cut off without an error" in finding.text
     assert "num_ctx" in str(finding.fix)
 
 

@@ -61,7 +61,7 @@ def test_the_gateway_takes_all_servers_that_are_found_but_itself(
 def test_a_gateway_that_everybody_could_use_is_an_error_in_one_line(served: list[Any]) -> None:
     status, _, errors = RUN("gateway", "http://127.0.0.1:1234", "--host", "0.0.0.0")
     assert status == 2
-    assert errors.startswith("error: listening on 0.0.0.0 would let everybody in the network use the gateway\nhint: ")
+    assert errors.startswith("error: listening on 0.0.0.0 would let everybody on the network use the gateway\nhint: ")
     assert served == []
 
 

@@ -104,7 +104,7 @@ async def test_preflights_are_refused(gateway: Gateway, http: aiohttp.ClientSess
 
 def test_an_address_that_all_can_reach_needs_a_key() -> None:
     for host in ("0.0.0.0", "::", "192.168.1.2", "my-pc.lan"):
-        with pytest.raises(LLMValidationError, match="everybody in the network"):
+        with pytest.raises(LLMValidationError, match="everybody on the network"):
             Gateway("http://127.0.0.1:1", host=host)
         Gateway("http://127.0.0.1:1", host=host, api_key="x")
     for host in ("127.0.0.1", "localhost", "::1"):

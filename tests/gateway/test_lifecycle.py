@@ -343,7 +343,7 @@ async def test_a_second_signal_ends_the_program_at_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["http://127.0.0.1:1", "--host", "0.0.0.0"], "everybody in the network"),
+        (["http://127.0.0.1:1", "--host", "0.0.0.0"], "everybody on the network"),
         (["no URL"], "api_base"),
         (["http://127.0.0.1:1", "--max-concurrency", "0"], "max_concurrency"),
     ],

@@ -180,7 +180,7 @@ async def test_a_propagator_that_raises_is_switched_off(
         for _ in range(2):
             assert await client.ask("?")
     assert [record.message.partition(" has ")[2] for record in caplog.records if record.levelname == "ERROR"] == [
-        "raised an exception, and is not told of any further events"
+        "raised an exception, and is not notified of any further events"
     ]
 
 

@@ -24,7 +24,7 @@ _CUT_OFF_NOTE: Final = (
 _UNUSUAL_END_NOTE: Final = "[This may not be the whole answer: the server ended it with the finish reason {reason!r}.]"
 _EMPTY_ANSWER_NOTE: Final = "[The model gave an empty answer.]"
 _NAMES_ATTRIBUTE: Final = re.compile(r"(?<!\w)\.(partial|result|body|errors)\b")
-"""Matches in the clauses of a hint that help only Python code, because they name an attribute of the error."""
+"""Matches a clause of a hint that helps only Python code, because the clause names an attribute of the error."""
 
 
 def from_completion(reply: Mapping[str, Any]) -> HostAnswer:
@@ -112,7 +112,7 @@ def from_error(error: LLMError) -> HostAnswer:
 
 
 def with_model_note(answer: HostAnswer, asked: str | None) -> HostAnswer:
-    """Returns the answer, with a note if another model gave it.
+    """Returns the answer, with a note if it comes from another model than the one that was asked for.
 
     Servers that have one model loaded, such as LM Studio, accept any model name and answer with the loaded one.
 

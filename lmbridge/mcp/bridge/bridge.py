@@ -348,8 +348,8 @@ def _without_unset(**params: Any) -> dict[str, Any]:
 async def _read_whole_reply(opening: Awaitable[ReplyStream[Any, T]]) -> T:
     """Reads a stream to its end and returns the complete reply.
 
-    The tools stream even though they return a whole answer, because most servers only stop generating for a client
-    that has left when the reply is a stream.
+    The tools stream even though they return a whole answer: when a client disconnects, most servers stop generating
+    only if the reply is a stream.
     """
     progress = current_progress.get()
     async with await opening as stream:

@@ -25,7 +25,7 @@ _HOST_CHECK_SECONDS: Final = 0.1
 _LAST_ERRORS_SECONDS: Final = 1.0
 """How long the host may take to read the errors of the requests that are still open at the limit, in seconds."""
 _UNANSWERED_METHODS: Final = frozenset({"subscriptions/listen"})
-"""The requests that stay open for as long as the session, so their answers are not waited for."""
+"""The requests that stay open as long as the session does, so that waiting for their answers would be in vain."""
 _INTERNAL_ERROR: Final = -32603
 
 
@@ -41,7 +41,7 @@ class PatientLink:
 
     Args:
         link: The connection to the host.
-        patience: The most seconds to wait for the answers after the end of the input.
+        patience: How many seconds to wait at most for the answers after the end of the input.
     """
 
     def __init__(self, link: HostLink, patience: float) -> None:

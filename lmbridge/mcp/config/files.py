@@ -89,8 +89,8 @@ def load_config(path: str | os.PathLike[str] | None = None, *, trust_project: bo
     Args:
         path: The path of the file. Default: the first of the default files that exists. If `MCP_JSON_PATH` is set, its
             file must exist.
-        trust_project: Whether programs that `./.mcp.json` names may be started. The environment variable
-            `LMBRIDGE_TRUST_PROJECT=1` means the same.
+        trust_project: Whether `./.mcp.json` may be read. Default: False, because that file names programs to start, and
+            somebody else may have written it. The environment variable `LMBRIDGE_TRUST_PROJECT=1` has the same effect.
 
     Raises:
         MCPError: The file that `path` or `MCP_JSON_PATH` names does not exist, or the file cannot be read or parsed;

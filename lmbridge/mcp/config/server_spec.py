@@ -61,7 +61,7 @@ _UNSUPPORTED_KEYS: Final = (
     "sandboxEnabled",
     "timeout",
 )
-"""Keys that other programs read, that change what a server does, and that lmbridge ignores, with a warning."""
+"""Keys that other programs support and that change what a server does. lmbridge warns about them and ignores them."""
 _PLACEHOLDER: Final = re.compile(r"\$\{(?P<content>[^}]*)\}")
 _VARIABLE: Final = re.compile(r"(?:env:)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>.*))?", re.DOTALL)
 _SHORTEST_SECRET: Final = 6
@@ -72,7 +72,8 @@ _LONGEST_SHOWN_STRING: Final = 20
 
 _CREDENTIALS_KEYS: Final = ("clientId", "clientSecret", "issuer", "scope")
 _REMEMBERED_SECRETS: Final = 32
-"""How many secrets are redacted that a server was sent although its entry does not have them: the latest ones."""
+"""How many secrets are remembered that were sent to a server but are not in its entry, such as tokens. When there are
+more, the oldest ones are forgotten."""
 
 
 @attrs.frozen(kw_only=True)
@@ -82,11 +83,11 @@ class ClientCredentials:
     client_id: str
     """The name under which the authorization server knows this program."""
     client_secret: str = attrs.field(repr=False)
-    """The secret that belongs to it."""
+    """The secret that belongs to `client_id`."""
     issuer: str
-    """The URL of the authorization server, the only one that gets the secret."""
+    """The URL of the authorization server. The secret is sent to no other server."""
     scope: str | None = None
-    """The scopes to ask for, with spaces between them. Default: None, for those that the server names."""
+    """The scopes to ask for, separated by spaces. Default: None, which asks for the scopes that the server names."""
 
 
 @attrs.frozen(kw_only=True)
@@ -115,7 +116,7 @@ class ServerSpec:
     headers_helper: str = attrs.field(default="", repr=False)
     """A command that writes further headers to stdout, as a JSON object; it is run by the shell in the folder `cwd`."""
     headers_function: HeadersFunction | None = attrs.field(default=None, repr=False)
-    """A function that returns further headers, which a program gives to `McpHub` for this server."""
+    """A function that returns further headers. It comes from the argument `headers` of `McpHub`, not from the file."""
     client_credentials: ClientCredentials | None = attrs.field(default=None, repr=False)
     """The credentials with which a token for the server is requested; None if it needs no token."""
     allow: tuple[str, ...] | None = None
@@ -131,8 +132,8 @@ class ServerSpec:
     """The time limits of single tools in seconds, by their names or by glob patterns. They take precedence over
     `call_timeout`."""
     max_call_timeout: float | None = None
-    """The most seconds that a call may take in all if the server reports progress. Default: ten times the limit of the
-    call."""
+    """The time limit for the whole of a call in seconds, which reports of progress do not extend. Default: ten times
+    the limit that they extend."""
     _secrets: deque[str] = attrs.field(
         factory=partial(deque, maxlen=_REMEMBERED_SECRETS), init=False, eq=False, repr=False
     )
@@ -145,7 +146,7 @@ class ServerSpec:
     def timeout_of(self, tool: str) -> float | None:
         """Returns the time limit of a call of a tool in seconds, or None if the configuration does not set it.
 
-        The name of the tool takes precedence over patterns, and a pattern over those that follow it in the file.
+        The exact name of a tool takes precedence over patterns, and an earlier pattern in the file over later ones.
         """
         matching = (seconds for pattern, seconds in self.tool_timeouts.items() if fnmatchcase(tool, pattern))
         return self.tool_timeouts.get(tool) or next(matching, self.call_timeout)
@@ -156,11 +157,16 @@ class ServerSpec:
         return bool(self.headers_helper) or self.headers_function is not None
 
     def remember_secrets(self, values: Iterable[str]) -> None:
-        """Notes values that are sent to the server, so that `redact` removes them from now on."""
+        """Remembers values that are sent to the server, so that `redact` removes them from now on."""
         self._secrets.extend(each for each in values if each not in self._secrets)
 
     def redact(self, text: str) -> str:
-        """Returns the text with `***` in place of secrets: in `env`, in headers, in the URL, and of OAuth."""
+        """Returns the text with `***` in place of each secret.
+
+        The secrets are the values in `env` and `headers` and the words in them, the query and the password of the URL,
+        the secret of `client_credentials`, and what `remember_secrets` was given. Short ones are not replaced, because
+        they are often ordinary words.
+        """
         values = (*self.env.values(), *self.headers.values(), *self._secrets)
         secrets = {part for value in values for part in (value, *value.split())}
         if self.client_credentials is not None:
@@ -245,7 +251,7 @@ def _read_credentials(options: _EntryReader, reader: _EntryReader) -> ClientCred
     if not options.has("clientCredentials"):
         return None
     if reader.has("headersHelper"):
-        raise options.error("clientCredentials", "is given beside headersHelper", "keep one of them")
+        raise options.error("clientCredentials", "is given together with headersHelper", "keep one of them")
     values = options.nested("clientCredentials", _CREDENTIALS_KEYS)
     found = {key: values.string(key) for key in _CREDENTIALS_KEYS}
     if missing := [key for key in _CREDENTIALS_KEYS[:3] if not found[key]]:
@@ -280,7 +286,7 @@ def _resolve_command(reader: _EntryReader, folder: Path) -> str:
 
 
 def _is_command_line(command: str) -> bool:
-    """Returns whether the slash in a command is in one of its arguments, which should be in `args`."""
+    """Returns whether a command contains arguments, which belong in `args`, and its slash is in one of them."""
     program, *arguments = command.split()
     is_runner = program in ("npx", "uvx", "bunx", "docker", "node", "python", "python3", "deno")
     return bool(arguments) and "/" not in program and (is_runner or any(each[0] in "-@" for each in arguments))
@@ -356,7 +362,7 @@ class _EntryReader:
 
     def check_only_for_url(self, key: str) -> None:
         if key in self._entry:
-            raise self.error(key, "is given for a program", 'remove it, or give a "url"')
+            raise self.error(key, "does not apply to a server with a command", 'remove it, or give a "url"')
 
     def headers_helper(self) -> str:
         """Returns the command for the headers, or an empty string. The shell expands its variables."""
@@ -394,7 +400,7 @@ class _EntryReader:
         example = "write it like http://127.0.0.1:8000/mcp"
         try:
             parts = urlsplit(url)
-            # Reading the port checks it.
+            # Reading the property raises ValueError if the port is not valid.
             _ = parts.port
         except ValueError as exc:
             raise self.error("url", f"is not a valid URL: {exc}", example) from exc

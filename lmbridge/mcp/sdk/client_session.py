@@ -6,9 +6,9 @@ one of the errors in `session_errors`. The SDK's own models and exceptions do no
 Two properties of the SDK shape this module:
 
 - Its anyio cancel scopes have to be left in the task that entered them. Otherwise it raises `RuntimeError`, or the
-  event loop spins at full load for ever. So `open_mcp_session` must be entered and left by one task, which `servers`
-  provides.
-- SDK 1.x does not notify the server when a request is cancelled, so `_SessionV1` does.
+  event loop spins at full load for ever. So one task must enter and leave `open_mcp_session`: the task of
+  `lmbridge.mcp.servers.session_owner.SessionOwner`.
+- SDK 1.x does not notify the server when a request is cancelled, so `_SessionV1` notifies it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ async def open_mcp_session(
         spec: The server.
         link: The connection to the server's process; None for a server on HTTP.
         handlers: The functions that are called with what the server sends on its own initiative.
-        fetch_headers: Returns the headers that change, if the server on HTTP has such.
+        fetch_headers: Returns the current values of headers that change over time; None if the server has none.
 
     Raises:
         SessionLostError: The server on HTTP answered with an error status or a redirect.
@@ -138,7 +138,7 @@ async def _open_v2(spec: ServerSpec, streams: Streams, exchange: MessageExchange
         mode=mode,
         cache=None,
         client_info=_client_info(),
-        # The exchange says in each request whether anybody can be asked, and declines if not.
+        # `MessageExchange` declares in each request whether there is a user to ask, and declines if there is none.
         elicitation_callback=_make_elicitation_callback(exchange),
     )
     async with client:
@@ -228,7 +228,7 @@ class _SessionBase:
         return request.result or {}
 
     def _observe(self, request: SentRequest, watch: CallWatch) -> None:
-        """Lets the observers of a run take note of a request, and add the context of a trace to it."""
+        """Adds the observers' trace context to a request, and reports the request to the observers when it is sent."""
         url = urlsplit(self.spec.url)
         request.meta = watch.trace_context()
         request.on_sent = partial(
@@ -270,7 +270,8 @@ class _SessionBase:
                 self._exchange.forget(request)
 
     def _lost_error(self) -> Exception:
-        # The end may be the rejection of another request, which says nothing about this one.
+        # The connection may have ended because another request was rejected. That error would claim that this request
+        # has not run, so only its text is used.
         return SessionLostError(str(self.connection.end or _CONNECTION_CLOSED))
 
     async def _sdk_list_tools(self, cursor: str | None, request: SentRequest) -> Any:

@@ -23,7 +23,7 @@ class Event:
     id: str | None = None
     """The id of the event, from which the stream can be resumed; None if it has none."""
     retry: int | None = None
-    """After how many milliseconds the client should connect again if the stream ends, or None if it does not say."""
+    """After how many milliseconds the client should reconnect if the stream ends; None if the event does not say."""
 
 
 class EventReader:

@@ -1,11 +1,11 @@
 """`MessageExchange`: decides what happens to each message of a server, before the SDK sees any of it.
 
 The SDK is given only what it needs to match an answer to a request: a handshake that is valid, a list of tools reduced
-to their names, and empty results. The data goes past it. Otherwise the SDK would reject a whole list of tools for one
-bad definition, and the result of a tool that has run for one field; and its two major versions differ in what they
-reject. Notifications and requests of the server are handled here as well, because the SDK starts a task for each of
-them, and logs a traceback for each that is not valid. A server that floods its client with them would slow everything
-down.
+to their names, and empty results. The data bypasses the SDK. Otherwise one bad definition would make the SDK reject a
+whole list of tools, and one bad field the result of a call that has already run; and its two major versions differ in
+what they reject. Notifications and requests of the server are handled here as well, because the SDK starts a task for
+each of them, and logs a traceback for each that is not valid. A server that floods its client with them would slow
+everything down.
 
 Requests are sent under ids that cannot be guessed. So an answer to a request that has not been sent yet is recognized
 as forged, even while the session is being opened.
@@ -33,15 +33,14 @@ _ID_BITS: Final = 31
 _LONGEST_ID: Final = 20
 """The number of digits of an id, given as a text, that are read. Our own ids have ten."""
 REMEMBERED_REQUESTS: Final = 256
-"""How many requests that are over are remembered, so that a late answer to one of them is not reported."""
+"""How many finished requests are remembered, so that a late answer to one of them is not reported as unexpected."""
 _MOST_PENDING_REPLIES: Final = 64
-"""How many of our replies to requests of the server may wait until the server reads them. Further requests are dropped.
-"""
+"""How many replies may be waiting for the server to read them. Further requests of the server are dropped."""
 _CLOSE_SECONDS: Final = 1.0
-"""How long a reply that is given up may take to end, in seconds."""
+"""How long a cancelled reply may take to end, in seconds."""
 _METHOD_NOT_FOUND: Final = -32601
 _CAPABILITIES_KEY: Final = "io.modelcontextprotocol/clientCapabilities"
-"""The key of the metadata of a request that has our capabilities, in the revision 2026-07-28."""
+"""The key under which the metadata of a request holds our capabilities, in the revision 2026-07-28."""
 _ELICITATION_CAPABILITY: Final[Mapping[str, Any]] = {"form": {}, "url": {}}
 _INPUT_REQUIRED: Final = "input_required"
 """The type of a result with which a server asks for input, in the revision 2026-07-28. The SDK then sends the request
@@ -139,7 +138,7 @@ class MessageExchange:
     def _outgoing_request(self, message: dict[str, Any], method: str, params: dict[str, Any]) -> dict[str, Any]:
         request = current_request(method)
         request.sdk_id = message["id"]
-        # The SDK's own strings are subscription ids, which notifications repeat.
+        # An id that is a string names a subscription. It is not replaced, because notifications repeat it.
         wire_id = message["id"] if isinstance(message["id"], str) else self._new_id()
         self._pending[wire_id] = (request, message["id"])
         if method == "initialize":
@@ -149,7 +148,7 @@ class MessageExchange:
             meta = {**meta, _CAPABILITIES_KEY: self._with_elicitation(meta[_CAPABILITIES_KEY] or {})}
             params = {**params, "_meta": meta}
         if request.meta:
-            # SDK 2.x may have put the context of its own span there, which is below ours.
+            # SDK 2.x may have added the trace context of its own span, which takes precedence as a child of ours.
             meta = {**request.meta, **meta}
             params = {**params, "_meta": meta}
         if "progressToken" in meta:
@@ -159,16 +158,16 @@ class MessageExchange:
         return {**message, "id": wire_id} | ({"params": params} if params else {})
 
     def _with_elicitation(self, capabilities: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns our capabilities, with that for questions to the user only if there is somebody to ask."""
+        """Returns our capabilities, with elicitation (questions to the user) only if there is somebody to ask."""
         others = {key: value for key, value in capabilities.items() if key != "elicitation"}
         return others if not self.questions.can_ask else {**others, "elicitation": _ELICITATION_CAPABILITY}
 
     def _new_id(self) -> int:
-        # Zero and one are left to the servers that answer everything under a constant.
+        # The highest bit is always set, because some servers answer all requests under a constant id such as 0 or 1.
         return secrets.randbits(_ID_BITS) | 1 << (_ID_BITS - 1)
 
     def _finish_sdk_id(self, sdk_id: Any) -> Any:
-        """Ends a request that the SDK has given up, and returns the id under which it was sent; None if it is over."""
+        """Ends a request that the SDK has given up. Returns the id that it was sent with, or None if it has ended."""
         for wire_id, (request, pending_sdk_id) in self._pending.items():
             if pending_sdk_id == sdk_id:
                 del self._pending[wire_id]
@@ -231,7 +230,7 @@ class MessageExchange:
         return {"jsonrpc": "2.0", "id": sdk_id, "result": self._result_for_sdk(request.method, answer.result)}
 
     def _match_id(self, answered_id: Any) -> Any:
-        """Returns the id of the pending request that an answer names, or None. Some servers return it as a text."""
+        """Returns the id of the pending request that an answer names, or None. Some servers return the id as a text."""
         answered_id = read_id(answered_id)
         return answered_id if answered_id in self._pending else None
 
@@ -241,8 +240,8 @@ class MessageExchange:
         if method == "initialize":
             sdk_result, self.protocol = normalize_handshake(result, known_handshake_versions(), notes)
         elif method == "tools/list":
-            names = [_minimal_definition(each) for each in result["tools"] if has_name(each)]
-            sdk_result = {**_cache_hints(result), "tools": names}
+            definitions = [_minimal_definition(each) for each in result["tools"] if has_name(each)]
+            sdk_result = {**_cache_hints(result), "tools": definitions}
         elif method == "tools/call" and result.get("resultType", "complete") == "complete":
             sdk_result = {"content": []}
         else:
@@ -280,7 +279,7 @@ class MessageExchange:
             await self.send_reply({"jsonrpc": "2.0", "id": request_id, **outcome})
 
     async def close(self) -> None:
-        """Gives up the questions to the user, and the replies that the server has not read."""
+        """Cancels the questions to the user, and the replies that the server has not read."""
         await self.questions.close()
         if self._replies:
             # Cancelling the future that gathers them cancels all of them at once.
@@ -321,7 +320,10 @@ class MessageExchange:
 
 
 def read_id(value: Any) -> str | int | None:
-    """Returns an id as it was sent, or None if it is not an id. Some servers return a number as a text or a float."""
+    """Returns an id in the form in which it was sent, because some servers return a number as a text or a float.
+
+    Returns None if the value is not an id.
+    """
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value.isascii() and value.isdigit():
@@ -348,7 +350,7 @@ def has_name(definition: Any) -> bool:
 
 
 def _cache_hints(page: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a modern session requires of a page besides its tools. A page is not cached by the SDK."""
+    """Returns the fields besides `tools` that a modern session requires of a page. They forbid the SDK to cache it."""
     cursor = page.get("nextCursor")
     return {"ttlMs": 0, "cacheScope": "private"} | ({"nextCursor": cursor} if isinstance(cursor, str) else {})
 

@@ -30,13 +30,14 @@ _UNKNOWN_SESSION: Final = re.compile(
 )
 """Words in an error which say that the server does not know the session."""
 _TIMED_OUT: Final = re.compile("timed?[ -]?out", re.IGNORECASE)
-"""Words in errors that have the code of an unknown session, but another meaning. Some servers share the code."""
+"""Words in errors that have the code of an unknown session but report a timeout. Some servers use it for both."""
 
 
 def is_suspicious(found: tuple[Any, Mapping[str, Any]] | None, request_id: Any, status: int) -> bool:
     """Returns whether the refusal of a request may mean that the server does not know the session.
 
-    A server that does not know a session refuses a request before it reads its id.
+    A server that does not know the session refuses a request before it reads the request's id. So an error whose id is
+    not that of the request is suspicious, whatever it says.
 
     Args:
         found: The id and the error in the body of the refusal, or None.

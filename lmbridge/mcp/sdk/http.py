@@ -1,9 +1,10 @@
 """`HttpConnection`: exchanges messages with a server on HTTP, over streamable HTTP or the older SSE transport.
 
-The SDK has both transports, and they are not used, for these reasons. Its two majors treat a refusal, a session that
-the server has forgotten, and a response that ends without the reply in different ways, among them waiting for ever and
-keeping on using a dead session. They hide what the server said behind their own text. And they reject an answer
-with a wrong id, although the HTTP request says which one it belongs to.
+The SDK implements both transports, but lmbridge does not use them, for three reasons. First, the two majors of the SDK
+differ in how they treat a refusal, a session that the server has forgotten, and a response that ends without the reply;
+in some of these cases they wait forever, or go on using a dead session. Second, they hide what the server said behind
+their own text. Third, they reject an answer with a wrong id, although the HTTP response in which it arrives shows which
+request it belongs to.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ _CLOSE_SECONDS: Final = 2.0
 _PING_SECONDS: Final = 5.0
 """How long the server may take to show that it knows the session, in seconds."""
 _ENDPOINT_SECONDS: Final = 10.0
-"""How long a server may take to name its endpoint, when the older transport is tried in place of streamable HTTP."""
+"""How long a server may take to name its endpoint, when the older transport is tried, in seconds."""
 _BACKLOG_LIMIT: Final = 256
 """The number of unhandled messages beyond which streams are not read."""
 _QUOTED_BYTES: Final = 200
@@ -84,7 +85,7 @@ _NOT_SSE_STATUSES: Final = (
     HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
     HTTPStatus.TOO_MANY_REQUESTS,
 )
-"""The client errors that an SSE server at this URL would answer with as well."""
+"""The client errors after which the SSE transport is not tried, because an SSE server would answer the same."""
 _NO_EVENT_ID: Final = 'it ended its answer with "retry:" but gave no event id, so the rest cannot be asked for'
 _REPLY_CUT_OFF: Final = "its answer broke off"
 _MAY_HAVE_RUN: Final = ", and the tool may have run"
@@ -101,7 +102,7 @@ class _PendingReply:
     is_answered: bool = False
     """Whether the answer has been delivered."""
     misaddressed: dict[str, Any] | None = None
-    """An answer under an id that no request has, or None. It counts if the response ends without a better one."""
+    """An answer with an id that no request has, or None. It is used if no answer with the right id arrives."""
     position: StreamPosition = attrs.field(factory=StreamPosition)
     """Where the stream of events is resumed if it ends before the answer."""
 
@@ -119,7 +120,7 @@ async def open_http_connection(
         spec: The server.
         report: Called with the kind and the description of something that the protocol does not allow.
         on_lost: Called with the reason when the stream of the older SSE transport ends.
-        fetch_headers: Returns the headers that change, if the server has such.
+        fetch_headers: Returns the current values of headers that change over time; None if the server has none.
     """
     # The client is created in a thread, because that reads certificates from the disk.
     client = await asyncio.to_thread(make_http_client, spec, fetch_headers)
@@ -211,7 +212,7 @@ class HttpConnection:
         headers = {**accepts, **extra}
         if self._session_id:
             headers["mcp-session-id"] = self._session_id
-        # The SDK may have been told of another revision than the server named.
+        # The SDK may have been given another revision than the server named; see `normalize_handshake`.
         if self._protocol:
             headers["mcp-protocol-version"] = self._protocol
         return headers
@@ -277,7 +278,7 @@ class HttpConnection:
             await self._fail(message["id"], RequestLostError(reason))
 
     async def _post_notification(self, message: dict[str, Any], headers: Mapping[str, str]) -> None:
-        """Posts a notification or reply. That it fails is only reported, because no caller waits for it."""
+        """Posts a notification or a reply. A failure is only reported, because no caller waits for the outcome."""
         kind = "a notification or reply that the server refused"
         try:
             async with self._post(message, headers) as response:
@@ -371,7 +372,7 @@ class HttpConnection:
         return values
 
     async def _deliver_all(self, values: list[Any], reply: _PendingReply) -> None:
-        """Delivers the messages that have arrived in the response to a request, except the answers to others."""
+        """Delivers the messages that arrived in the response to a request, except answers to other requests."""
         for value in values:
             if not isinstance(value, dict) or not is_answer(value):
                 await self._deliver(value)
@@ -446,7 +447,7 @@ class HttpConnection:
     async def _has_forgotten_session(self) -> bool:
         """Returns whether the server refuses a ping because it does not know the session.
 
-        Anything else, such as a server that is busy, does not show that the request before it has not run.
+        After any other outcome, such as a server that is busy, the request before the ping may have run.
         """
         ping_id = secrets.randbits(_ID_BITS)
         ping = {"jsonrpc": "2.0", "id": ping_id, "method": "ping"}
@@ -465,7 +466,7 @@ class HttpConnection:
                 return is_refused if forgotten is None else forgotten
         return False
 
-    # What the server sends on its own account.
+    # Messages that the server sends on its own initiative.
 
     async def _deliver_event(self, event: Event) -> None:
         for value in self._read_event(event):
@@ -505,5 +506,5 @@ class HttpConnection:
 
 
 def _after_call(request: Mapping[str, Any]) -> str:
-    """Returns what the error of a request says about the tool, if the request was a call."""
+    """Returns the end of an error text: that the tool may have run if the request was a call, otherwise nothing."""
     return _MAY_HAVE_RUN if request["method"] == "tools/call" else ""

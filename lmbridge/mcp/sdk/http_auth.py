@@ -1,7 +1,7 @@
-"""Headers that change while a server on HTTP is used: those that a function or a command gives, and OAuth tokens.
+"""Headers that change while a server on HTTP is used: those that a function or command returns, and OAuth tokens.
 
-Both are an `Auth` of the HTTP client, because that is where one request can be followed by another: all requests of a
-connection, streams included, pass through it, and one that was answered with 401 is sent again with new headers.
+Both kinds are implemented as an `Auth` of the HTTP client. All requests of a connection, streams included, pass through
+its `Auth`, which can send a request again with new headers after the first response was a 401.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lmbridge.mcp.config.server_spec import ClientCredentials, ServerSpec
 from lmbridge.mcp.sdk.session_errors import RequestRejectedError
 
 FetchHeaders = Callable[[], Awaitable[Mapping[str, str]]]
-"""Returns the current headers of a server. It raises `RequestRejectedError`."""
+"""Returns the current headers of a server. It raises `RequestRejectedError` if they cannot be fetched."""
 
 _REFUSED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 
@@ -28,7 +28,7 @@ def make_auth(httpx: Any, spec: ServerSpec, fetch_headers: FetchHeaders | None) 
     Args:
         httpx: The module of the HTTP client.
         spec: The server.
-        fetch_headers: Returns the headers that change, if the server has such.
+        fetch_headers: Returns the current values of headers that change over time; None if the server has none.
     """
     if fetch_headers is not None:
         return _as_auth(httpx, _RefreshedHeaders(fetch_headers).flow)
@@ -46,7 +46,7 @@ def _as_auth(httpx: Any, flow: Callable[[Any], AsyncGenerator[Any, Any]]) -> Any
 
 
 class _RefreshedHeaders:
-    """Sends the headers that a function returns, which is called for the first request, and again after a 401."""
+    """Adds the headers that a function returns. It is called for the first request, and again after a 401."""
 
     def __init__(self, fetch: FetchHeaders) -> None:
         self._fetch = fetch
@@ -76,10 +76,11 @@ class _RefreshedHeaders:
 
 
 class _ClientCredentialsFlow:
-    """Gets a token by the SDK's own implementation of the grant, and sends it.
+    """Gets a token through the SDK's own implementation of the grant, and sends it.
 
-    The SDK's provider sends each request itself and lets no other one pass before that is answered, so that a call of a
-    minute would hold up all others. So it only gets the refusals, one at a time, and gives a token.
+    The SDK's provider would hold a lock while each request waits for its answer, so that a call of one minute would
+    delay all others. So requests do not pass through the provider: it gets only the refusals, one at a time, and
+    returns a token.
     """
 
     def __init__(self, spec: ServerSpec, credentials: ClientCredentials) -> None:
@@ -113,6 +114,7 @@ class _ClientCredentialsFlow:
             try:
                 asked = await anext(requests)
                 while True:
+                    # The provider first sends the request itself, and gets the refusal that has arrived already.
                     if asked is not request:
                         answer = yield asked
                     elif has_refusal:
@@ -153,7 +155,7 @@ class _Tokens:
         self._tokens = tokens
 
     async def get_client_info(self) -> Any:
-        """Returns None, because the client is the one of the configuration and is not registered."""
+        """Returns None, because the configuration already names the client, so that it is not registered."""
         return None
 
     async def set_client_info(self, client_info: Any) -> None:
@@ -166,7 +168,7 @@ def _make_provider(spec: ServerSpec, credentials: ClientCredentials) -> Any:
     provider: Any = ClientCredentialsOAuthProvider
     names = inspect.signature(provider).parameters
     if "issuer" not in names:
-        # Without it, the server would decide who gets the secret.
+        # Without the argument `issuer`, the server would decide who gets the secret.
         raise RequestRejectedError(
             "the installed version of mcp does not check who gets the client secret", hint="pip install -U mcp"
         )

@@ -31,11 +31,11 @@ _ENCODINGS: Final = ("gzip", "deflate")
 def make_http_client(spec: ServerSpec, fetch_headers: FetchHeaders | None = None) -> Any:
     """Returns an HTTP client that does not follow redirects and does not use proxies from the environment.
 
-    It reads certificates from the disk, so it should be called in a thread.
+    The function should be called in a thread, because it reads certificates from the disk.
 
     Args:
         spec: The server.
-        fetch_headers: Returns the headers that change, if the server has such.
+        fetch_headers: Returns the current values of headers that change over time; None if the server has none.
     """
     httpx = _load_httpx()
     return httpx.AsyncClient(
@@ -81,11 +81,11 @@ def sends_events(response: Any) -> bool:
 
 
 def check_redirect(response: Any) -> None:
-    """Raises an error if a response is a redirect, which could lead the headers to another server.
+    """Raises an error if a response is a redirect, because following it could send secret headers to another server.
 
     Raises:
         RequestLostError: The request may have run, because the redirect points to its outcome (303).
-        RequestRejectedError: The request has not run.
+        RequestRejectedError: It is any other redirect, so the request has not run.
     """
     if response.is_redirect:
         reason = f"it redirects to {response.headers.get('location')}, which is not followed"
@@ -95,10 +95,10 @@ def check_redirect(response: Any) -> None:
 
 
 def _check_encoding(response: Any) -> None:
-    """Raises `RefusedError` if a body has another compression than was asked for.
+    """Raises `RefusedError` if a body is compressed in a way that was not asked for.
 
-    The HTTP client would decompress all that it can. With gzip, a piece of 64 KiB becomes 64 MiB at most before the
-    limit ends the response; with others it may become as large as the server likes.
+    The HTTP client would decompress every format that it supports. With gzip, a received piece of 64 KiB expands to
+    64 MiB at most before the size limit ends the response; with other formats, there is no bound on the expansion.
     """
     encodings = {each.strip().lower() for each in response.headers.get("content-encoding", "").split(",")}
     if unknown := encodings - {"", "identity", *_ENCODINGS}:
@@ -125,7 +125,7 @@ async def read_body(response: Any, limit: int) -> bytes:
 
 
 async def read_events(response: Any) -> AsyncGenerator[Event, None]:
-    """Yields the events of a response. It has to be closed, for example by `contextlib.aclosing`.
+    """Yields the events of a response. The generator has to be closed, for example by `contextlib.aclosing`.
 
     Raises:
         RefusedError: The stream has a compression that was not asked for.
@@ -144,7 +144,7 @@ async def pause_before_retry(milliseconds: int | None, empty_streams: int = 0) -
 
     Args:
         milliseconds: The time that the server has named, or None.
-        empty_streams: How many streams in succession have brought nothing. The shortest pause doubles with each.
+        empty_streams: How many streams in succession have ended without data. The minimum pause doubles with each.
     """
     shortest = min(_SHORTEST_RETRY_MILLISECONDS << min(empty_streams, 10), _RETRY_MILLISECONDS)
     pause = _RETRY_MILLISECONDS if milliseconds is None else max(milliseconds, shortest)

@@ -1,8 +1,9 @@
-"""Serves our tools on streamable HTTP: the SDK's session manager, behind our own check of who may use it.
+"""Serves our tools over streamable HTTP: the SDK's session manager, behind our own check of who may use it.
 
-The SDK can check `Host` as well, but by a list of exact values, which a server that listens on all addresses of a
-machine does not know; and its check of tokens belongs to OAuth. uvicorn is the server of the SDK, of which every
-installation has it. Its handlers of signals are not used, because the program has its own.
+The SDK has checks too, but they do not fit. Its check of `Host` needs a list of exact values, which a server that
+listens on all addresses of a machine does not know, and its check of tokens requires OAuth. The HTTP server is uvicorn,
+because every installation of the SDK includes it. uvicorn's signal handlers are switched off, because the program has
+its own.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class HttpAccess:
 
 @asynccontextmanager
 async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) -> AsyncIterator[asyncio.Task[None]]:
-    """Serves any number of hosts, until the end of the block. Calls that are in flight then are cancelled.
+    """Serves any number of hosts until the end of the block, when the calls that are still in flight are cancelled.
 
     Args:
         server: The server that `build_server` returned.
@@ -68,7 +69,7 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
         access: Who may use it.
 
     Yields:
-        The task that serves. It ends only if it fails.
+        The task that serves. If it ends before the block does, it has failed.
     """
     import uvicorn
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
@@ -109,16 +110,16 @@ async def serve_http(server: Any, listening: socket.socket, access: HttpAccess) 
         if serving is not None:
             await asyncio.wait({serving}, timeout=2 * _CLOSE_SECONDS)
             await end_task(serving, grace=_CLOSE_SECONDS)
-        # uvicorn leaves connections open whose response has not ended in time.
+        # uvicorn leaves a connection open if its response has not ended in time.
         for connection in list(http.server_state.connections):
             connection.transport.abort()
 
 
 class _GuardedApp:
-    """Lets the requests pass that may use the tools.
+    """Passes on the requests that are allowed to use the tools, and refuses all others.
 
     Args:
-        app: The application behind it.
+        app: The application that answers the allowed requests.
         access: Who may use it.
     """
 

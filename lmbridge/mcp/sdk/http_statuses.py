@@ -1,4 +1,4 @@
-"""Says what a refusal of an HTTP server means, and what the user can do about it."""
+"""Describes the refusal of a request by an HTTP server, and what the user can do about it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`EventStreams`: the streams of events that a client on HTTP opens with GET.
 
-There are two kinds. In one of them, the server sends messages that belong to no request. The other one continues the
-stream in which a request is answered: the server may end that early, and say with `retry:` or an event id when and
-where the client should go on.
+There are two kinds. In one of them, the server sends messages that belong to no request. The other one continues a
+stream in which a request is being answered: the server may end such a stream early, and announce with `retry:` or an
+event id when and from where the client should continue it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ACCEPTS_EVENTS: Final = {"accept": "text/event-stream"}
 
 @attrs.define(eq=False)
 class StreamPosition:
-    """Where in the events of a server a stream is resumed."""
+    """The position in the events of a server from which a stream is resumed."""
 
     last_id: str | None = None
     """The id of the last event, or None if the server has not given any."""
@@ -47,7 +47,7 @@ class StreamPosition:
         return self.last_id is not None or self.retry is not None
 
     def update(self, event: Event) -> None:
-        """Notes the id and the retry time of an event."""
+        """Remembers the id and the retry time of an event."""
         self.last_id = event.id or self.last_id
         self.retry = self.retry if event.retry is None else event.retry
 
@@ -58,7 +58,7 @@ class EventStreams:
     Args:
         spec: The server.
         client: The HTTP client, which the caller closes.
-        headers: Returns the headers of a request, given those for the kind of its answer and further ones.
+        headers: Returns all headers of a request, given its `accept` header and further ones.
         report: Called with the kind and the description of something that the protocol does not allow.
     """
 
@@ -109,7 +109,8 @@ class EventStreams:
         """Opens the stream of a request again and again, until the answer has arrived or the attempts have failed.
 
         Args:
-            position: Where the stream goes on; `read` updates it. If the server has not given any, nothing happens.
+            position: Where the stream is resumed; `read` updates it. If the server has given neither an id nor a retry
+                time, nothing happens.
             read: Reads a response that has just been opened.
             is_answered: Returns whether the answer has arrived.
         """
@@ -117,7 +118,7 @@ class EventStreams:
         failures = 0
         while failures < _MOST_FAILED_POLLS and not is_answered() and position.is_given:
             await pause_before_retry(position.retry)
-            # A stream without an id may be another one than that which ended, and stay open for ever.
+            # Without an id, the server may open another stream than the one that ended, which may stay open for ever.
             is_unnamed = position.last_id is None
             try:
                 async with (

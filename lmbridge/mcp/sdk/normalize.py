@@ -86,7 +86,7 @@ def normalize_error(error: Any, notes: list[str]) -> dict[str, Any]:
         return {"code": 0, "message": _as_text(error)}
     code, message = error.get("code"), error.get("message")
     if not isinstance(code, int) or isinstance(code, bool) or not isinstance(message, str):
-        notes.append("an error without a numeric code and a message")
+        notes.append("an error without a numeric code or without a message")
     rest = {key: value for key, value in error.items() if key != "code"}
     words = message if isinstance(message, str) else _as_text(message if message is not None else rest or "no reason")
     normalized = {"code": _as_integer(code), "message": words}
@@ -124,7 +124,7 @@ def normalize_call_result(result: Any, notes: list[str]) -> dict[str, Any]:
     if structured is not None and not isinstance(structured, dict):
         notes.append("structured content that is not an object")
     if structured is not None and not any(_has_content(block) for block in fields["content"]):
-        # An empty text would stand in for the data.
+        # An empty text block would be shown to the model in place of the data.
         fields["content"] = []
     fields["isError"] = _is_true(fields.get("isError"))
     return fields
@@ -144,7 +144,7 @@ def _is_block(value: Any) -> bool:
 def _data_outside(fields: Mapping[str, Any]) -> Any:
     """Returns the data that a result has under keys that the protocol does not define, or None."""
     rest = {key: value for key, value in fields.items() if key not in _ENVELOPE_KEYS}
-    # The first revision of the protocol called it `toolResult`.
+    # In the first revision of the protocol, the data of a result was under the key `toolResult`.
     return rest.get("toolResult", rest or None)
 
 
@@ -233,9 +233,9 @@ def normalize_handshake(
 ) -> tuple[dict[str, Any], str]:
     """Returns the answer to `initialize` that the SDK accepts, and the protocol revision that the server named.
 
-    If the SDK does not know the revision, it is given the newest one that it knows and that is not newer than the
-    server's, or the newest of all if the server's is not a date. The messages that lmbridge uses are the same in all
-    revisions.
+    If the SDK does not know the server's revision, it is given another one: of the revisions that the SDK knows, the
+    newest that is older than the server's, or the oldest if none is older. If the server's revision is not a date, the
+    SDK is given the newest revision that it knows. The messages that lmbridge uses are the same in all revisions.
 
     Args:
         result: The server's answer.
@@ -264,7 +264,7 @@ def normalize_handshake(
 
 
 def _normalize_capabilities(given: Any, notes: list[str]) -> dict[str, Any]:
-    """Returns the only capability that lmbridge asks about, and whether the server announces changes of its tools."""
+    """Returns only the capability `tools`, the one that lmbridge uses, or nothing if the server does not have it."""
     if isinstance(given, list):
         notes.append("capabilities that are a list")
         given = {each: {} for each in given if isinstance(each, str)}

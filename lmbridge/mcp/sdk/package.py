@@ -1,7 +1,7 @@
 """The installed SDK package: loads it on first use, and says which of its two major versions it is.
 
-Both majors are supported, 2.x first, because other packages in a user's environment decide which one is installed:
-some require `mcp<2`, others `mcp>=2`.
+Both majors are supported, because other packages in a user's environment decide which one is installed: some require
+`mcp<2`, others `mcp>=2`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_sdk() -> Any:
 
 
 def is_v2() -> bool:
-    """Returns whether the installed SDK is of version 2.x, and not 1.x."""
+    """Returns True if version 2.x of the SDK is installed, and False if it is 1.x."""
     return hasattr(load_sdk(), "Client")
 
 

@@ -1,8 +1,9 @@
 """`Questions`: the questions that a server asks the user (elicitation), in all revisions of the protocol.
 
-In the revision 2026-07-28 a question is in the result of a call, and the SDK calls `ask_in_call`. Before that it is a
-request of the server, which does not say to which call it belongs. So it lasts as long as any of the calls that were in
-flight when it arrived. A server can also refuse a call until the user has visited URLs; such a call is made again.
+In the revision 2026-07-28, a question is part of the result of a call, and reaches `ask_in_call` through the SDK. In
+earlier revisions, it is a request of the server that does not say to which call it belongs. So it stays open as long as
+any of the calls that were in flight when it arrived. A server can also refuse a call until the user has visited URLs;
+such a call is made again after the visit.
 
 The specification: https://modelcontextprotocol.io/specification/2026-07-28/client/elicitation
 """
@@ -22,7 +23,8 @@ from lmbridge.mcp.sdk.sent_requests import CallListener, SentRequest, current_re
 from lmbridge.mcp.sdk.session_errors import InvalidQuestionError, RefusedError, UrlsRequiredError
 
 AskUser = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""Asks the user a question, and returns the result as the protocol specifies it. It raises `InvalidQuestionError`."""
+"""Asks the user a question, and returns the result as the protocol specifies it. An invalid question raises
+`InvalidQuestionError`."""
 
 _INVALID_PARAMS: Final = -32602
 _URLS_REQUIRED: Final = -32042
@@ -30,14 +32,14 @@ _URLS_REQUIRED: Final = -32042
 _MOST_OPEN_QUESTIONS: Final = 16
 """How many questions of a session may be open. Further ones are declined, because a person could not answer them."""
 _MOST_URLS: Final = 8
-"""The most URLs that a refused call may ask the user to visit."""
+"""How many URLs a refused call may ask the user to visit at most."""
 _VISIT_SECONDS: Final = 300.0
 """How long a refused call waits for the server to report that the user has finished at a URL, in seconds. Servers need
 not report it."""
 _REMEMBERED_VISITS: Final = 64
-"""How many reports that a visit is over are remembered."""
+"""How many reports are remembered by which a server said that the user has finished at a URL."""
 _CLOSE_SECONDS: Final = 1.0
-"""How long a question that is given up may take to end, in seconds."""
+"""How long a cancelled question may take to end, in seconds."""
 _DECLINED: Final[Mapping[str, Any]] = {"result": {"action": "decline"}}
 _CANCELLED: Final[Mapping[str, Any]] = {"result": {"action": "cancel"}}
 
@@ -51,13 +53,13 @@ class _OpenQuestion:
     calls: tuple[SentRequest, ...]
     """The calls in flight when the question arrived."""
     open_calls: set[SentRequest]
-    """Those of the calls that are not over."""
+    """The calls among them that are not over yet."""
     is_answered: bool = False
-    """True while the reply is being sent."""
+    """Whether the user has answered, so that the question is not cancelled while its reply is being sent."""
 
 
 class Questions:
-    """Asks the user what the server wants to know, and gives up questions that are no longer needed.
+    """Asks the user what the server wants to know, and cancels questions that are no longer needed.
 
     Args:
         ask: Asks the user. With None, every question is declined.
@@ -125,7 +127,7 @@ class Questions:
         task.add_done_callback(self._replies.discard)
 
     def on_request_over(self, request: SentRequest) -> None:
-        """Gives up the questions that can only have belonged to a call that is over."""
+        """Cancels the open questions that can only have belonged to calls that are over by now."""
         for request_id, question in self._open.items():
             if request in question.open_calls:
                 question.open_calls.discard(request)
@@ -134,14 +136,14 @@ class Questions:
                     self._start_reply(request_id, _CANCELLED)
 
     def cancel(self, request_id: Any) -> None:
-        """Gives up a question that the server no longer wants to be answered."""
+        """Cancels a question that the server has withdrawn."""
         question = self._open.get(request_id) if isinstance(request_id, str | int) else None
         if question is not None and not question.is_answered:
             question.open_calls.clear()
             question.task.cancel()
 
     async def close(self) -> None:
-        """Gives up all questions, and the replies that the server has not read."""
+        """Cancels all questions, and the replies that the server has not read."""
         tasks = [*(question.task for question in self._open.values()), *self._replies]
         if tasks:
             # Cancelling the future that gathers them cancels all of them at once.
@@ -161,7 +163,7 @@ class Questions:
     async def have_urls_visited(self, questions: list[Any], listener: CallListener) -> bool:
         """Asks the user to visit the URLs without which the server does not process a call.
 
-        It waits until the server reports that the user has finished there, for some minutes at most.
+        Afterwards it waits, for some minutes at most, until the server reports that the user has finished there.
 
         Args:
             questions: The questions as the server sent them.

@@ -1,7 +1,7 @@
-"""`SentRequest`: what is known about a request that is sent to a server, and how its sender finds it again.
+"""`SentRequest`: what is known about a request to a server, and how the code that sends it is connected with it.
 
-The SDK gives a request its id, and sends it in a separate call. So the request is connected with its sender by a
-context variable, which the tasks of the SDK inherit.
+Our code calls the SDK, which creates the message, gives it an id, and passes it to `MessageExchange`. The exchange
+finds the `SentRequest` of the calling code through a context variable, which the tasks of the SDK inherit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CallListener:
 
 @attrs.define(eq=False)
 class SentRequest:
-    """A request of this task, and its outcome."""
+    """A request to a server, and its outcome."""
 
     method: str
     """The method of the request."""
@@ -57,7 +57,7 @@ _current_request: Final[ContextVar[SentRequest | None]] = ContextVar("current_re
 
 @contextmanager
 def track_request(method: str, listener: CallListener | None = None) -> Iterator[SentRequest]:
-    """Connects the request of a method that is sent within the block, by this task, with a `SentRequest`."""
+    """Yields a `SentRequest` that stands for the request of this method that the task sends within the block."""
     request = SentRequest(method, listener)
     token = _current_request.set(request)
     try:
@@ -67,6 +67,6 @@ def track_request(method: str, listener: CallListener | None = None) -> Iterator
 
 
 def current_request(method: str) -> SentRequest:
-    """Returns the request of a method that this task sends, or a new one if it is not connected with any."""
+    """Returns what `track_request` yielded for this task and method, or else a new `SentRequest`."""
     request = _current_request.get()
     return SentRequest(method) if request is None or request.method != method else request

@@ -87,7 +87,7 @@ def build_server(service: ToolService) -> Any:
 
 
 async def serve(server: Any, link: MessageLink) -> None:
-    """Serves one host until it closes its end. A cancellation of the caller also cancels the calls in flight.
+    """Serves one host until the host closes its end. A cancellation of the caller also cancels the calls in flight.
 
     Args:
         server: The server that `build_server` returned.
@@ -102,7 +102,8 @@ async def serve(server: Any, link: MessageLink) -> None:
 def _restore_cancellation() -> Iterator[None]:
     """Raises the caller's cancellation where SDK 2.x raises a group of broken-stream errors instead.
 
-    The SDK does so when it is cancelled between reading a message and handling it.
+    The SDK does so when it is cancelled between reading a message and handling it. If the caller was not cancelled, the
+    errors only mean that the host has left, and are dropped.
     """
     import anyio
 

@@ -40,7 +40,7 @@ class BadReplyError(Exception):
 
 
 class RequestRejectedError(SessionLostError):
-    """The server rejected a request, which has not run, in a way that ends the session; the text is the reason.
+    """The server rejected a request in a way that ends the session. The request has not run; the text is the reason.
 
     Args:
         reason: The reason, as a clause about the server.
@@ -59,7 +59,7 @@ class SessionForgottenError(RequestRejectedError):
 
 
 class RequestLostError(SessionLostError):
-    """The connection of one request broke, which may have run. Requests that are in progress are not affected."""
+    """The connection of one request broke, so that request may or may not have run. Other requests are not affected."""
 
 
 def describe_error(error: BaseException) -> str:

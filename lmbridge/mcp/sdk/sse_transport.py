@@ -28,12 +28,12 @@ from lmbridge.mcp.sdk.session_errors import RefusedError, RequestRejectedError, 
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _END_SECONDS: Final = 2.0
-"""How long a stream that is given up may take to end, in seconds."""
+"""How long a stream that is being closed may take to end, in seconds."""
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
 class SseStream:
-    """The stream of a server, from which it is read in a task.
+    """The event stream of a server, which is read in a separate task.
 
     Args:
         spec: The server.
@@ -63,7 +63,7 @@ class SseStream:
         try:
             return await self._endpoint
         except BaseException:
-            # The caller does not get a transport that it could close.
+            # The caller gets no endpoint, and has nothing that it could close.
             await self.close()
             raise
 

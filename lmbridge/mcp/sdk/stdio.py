@@ -35,7 +35,7 @@ class SdkStdioLink:
 
     Args:
         spec: The server.
-        env: The environment variables that the server gets beside those that the SDK passes on.
+        env: The environment variables that the server gets, in addition to those that the SDK passes on.
         on_end: Called once, with the reason in words, when no more messages will arrive.
         on_stderr: Called in the event loop with each piece of bytes that the server writes to stderr.
     """
@@ -100,7 +100,7 @@ class SdkStdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. It is raised when `on_end` has been called with the reason.
+            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
         """
         import anyio
         from mcp.shared.message import SessionMessage

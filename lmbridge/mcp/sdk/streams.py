@@ -1,9 +1,9 @@
 """The message streams between a connection and the SDK.
 
-The SDK accepts any pair of streams in place of its transports, and its own ones are not used: messages on stdio come
-from our bounded reader (see `lmbridge.mcp.jsonrpc`), and those over HTTP from `lmbridge.mcp.sdk.http`. What a client
-receives passes through a `MessageExchange`. The alternatives were to do without the SDK, or to patch it; the streams
-are part of its public interface.
+The SDK accepts any pair of streams in place of its transports, and its own transports are not used: messages on stdio
+come from our bounded reader (see `lmbridge.mcp.jsonrpc`), and those over HTTP from `lmbridge.mcp.sdk.http`. What a
+client receives passes through a `MessageExchange`. The alternatives were to do without the SDK, or to patch it; the
+streams are part of its public interface.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _INVALID_REQUEST: Final = {
 }
 _UNREADABLE_ANSWER: Final = {"jsonrpc": "2.0", "error": {"code": 0, "message": "its answer is not valid"}}
 _MESSAGES_PER_TURN: Final = 50
-"""How many messages that the SDK does not get are handled in one turn of the event loop, so that a flood of them does
-not keep everything else waiting."""
+"""How many messages are handled in one turn of the event loop if none of them is passed on to the SDK. Without this
+limit, a flood of such messages would keep everything else waiting."""
 
 
 class ReadStream:
@@ -105,7 +105,7 @@ class ClientConnection(Protocol):
 
     @property
     def end(self) -> SessionLostError | None:
-        """Why the connection can no longer be used, or None if it can or if only its owner knows."""
+        """Why the connection can no longer be used; None while it can be, or if only its owner knows the reason."""
         ...
 
     async def receive(self) -> Any:

@@ -1,12 +1,12 @@
 """The time limit of a call, which the server extends by reporting progress.
 
-A call that builds a project or searches a large folder may take minutes. With a limit that is long enough for it, a run
-would also wait for minutes for a server that hangs. So the limit applies to the time since the last report of progress,
-if the server sends any. A second limit applies to the whole call, as the protocol recommends, because a server that
-reports progress for ever must not hold up a run for ever.
+A call that builds a project or searches a large folder may take minutes. If the limit were long enough for such calls,
+a run would also wait for minutes when a server hangs. So the limit applies to the time since the last report of
+progress, if the server sends any. A second limit applies to the whole call, as the protocol recommends, because a
+server that reports progress for ever must not hold up a run for ever.
 
 While the server waits for the user's answer to a question, the first limit is suspended: the server does nothing that
-could hang, and a person needs more time than a tool. The second limit goes on.
+could hang, and a person needs more time than a tool. The second limit is not suspended.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import asyncio
 from typing import Any, Final
 
 LONGEST_CALL_FACTOR: Final = 10
-"""How many times its limit a call may take in all if the server reports progress, unless the configuration sets
-another limit."""
+"""The limit for the whole of a call, as a multiple of the limit that progress extends, unless the configuration sets
+another one."""
 
 
 class CallTimeoutError(TimeoutError):
@@ -48,7 +48,7 @@ class CallTimer:
             async with asyncio.timeout_at(self._deadline()) as self._timeout:
                 await future
         except TimeoutError:
-            # The caller sees that the future is not done, and knows what to stop.
+            # The caller notices that the work behind the future is not done, and stops it.
             self._was_suspended = bool(self._open_questions)
         finally:
             self._timeout = None
@@ -59,12 +59,12 @@ class CallTimer:
         self._reschedule()
 
     def suspend(self) -> None:
-        """Suspends the limit, because the server waits for an answer of the user. Each call needs one of `resume`."""
+        """Suspends the limit, because the server waits for an answer of the user, until `resume` is called as often."""
         self._open_questions += 1
         self._reschedule()
 
     def resume(self) -> None:
-        """Starts the limit again, because the user has answered."""
+        """Starts the limit again, because the user has answered, unless another question is still open."""
         self._open_questions -= 1
         self._reschedule()
 

@@ -1,9 +1,9 @@
 """Gets the headers of a server that change while it is used: from a function, or from a command (`headersHelper`).
 
 The command is that of Claude Code: a line for the shell, which writes a JSON object of strings to stdout within ten
-seconds (https://code.claude.com/docs/en/mcp). Its output is a secret, so neither that nor its stderr ever appears in a
-log or an error. Because it is run by the shell of the user, for whom it fetches credentials, it gets the whole
-environment, unlike a server.
+seconds (https://code.claude.com/docs/en/mcp). Its output is a secret, so neither its stdout nor its stderr ever appears
+in a log or an error. Unlike a server, the command gets the whole environment, because it acts for the user: the user's
+shell runs it, and it fetches the user's credentials.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lmbridge.mcp.servers.user_functions import call_function
 _MOST_SECONDS: Final = 10.0
 """How long a function or a command may take, in seconds."""
 _LARGEST_OUTPUT: Final = 2**16
-"""The most bytes of output of a command."""
+"""The maximum size of the output of a command, in bytes."""
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_OWN_NAMES: Final = frozenset(
+_RESERVED_HEADERS: Final = frozenset(
     {
         "accept",
         "connection",
@@ -41,7 +41,7 @@ _OWN_NAMES: Final = frozenset(
         "transfer-encoding",
     }
 )
-"""The headers that belong to the protocol."""
+"""The headers that the protocol itself sets, so that a function or command must not."""
 
 
 class ChangingHeaders:
@@ -59,7 +59,7 @@ class ChangingHeaders:
         """Returns the headers.
 
         Raises:
-            RequestRejectedError: They cannot be fetched. The text says why, but not what the function or command gave.
+            RequestRejectedError: The headers cannot be fetched. The text says why, without quoting any of them.
         """
         function = self._spec.headers_function
         try:
@@ -69,7 +69,7 @@ class ChangingHeaders:
             raise self._error(f"did not end within {_MOST_SECONDS:g} seconds") from exc
         except RequestRejectedError:
             raise
-        # A function of the program may raise anything, and its text may have a secret in it.
+        # A function of the program may raise anything, and the text of its exception may contain a secret.
         except Exception as exc:
             raise self._error(f"raised {type(exc).__name__}") from exc
         return self._checked(headers)
@@ -86,7 +86,7 @@ class ChangingHeaders:
                 raise self._error("must give names of headers with strings as their values")
             if not value.isascii() or not value.isprintable():
                 raise self._error(f"gives a value of {name} that is not printable ASCII")
-            if name.lower() in _OWN_NAMES:
+            if name.lower() in _RESERVED_HEADERS:
                 raise self._error(f"gives the header {name}, which belongs to the protocol")
         self._spec.remember_secrets(headers.values())
         return dict(headers)
@@ -96,7 +96,7 @@ class ChangingHeaders:
         if sys.platform == "win32":
             raise self._error("cannot be run on Windows; give a function for the headers instead")
         named = {"MCP_SERVER_NAME": self._spec.name, "MCP_SERVER_URL": self._spec.url}
-        # Under the first name, scripts that were written for Claude Code find them.
+        # The names that begin with CLAUDE_CODE are for scripts that were written for Claude Code.
         names = {f"{prefix}_{key}": value for prefix in ("CLAUDE_CODE", "LMBRIDGE") for key, value in named.items()}
         starting = asyncio.ensure_future(
             asyncio.create_subprocess_shell(
@@ -132,7 +132,7 @@ class ChangingHeaders:
         try:
             return msgspec.json.decode(output)
         except msgspec.DecodeError as exc:
-            # The text of this exception, unlike that of the standard library's, has none of the output in it.
+            # Unlike the exceptions of the standard library, this one does not quote the output.
             raise self._error("did not write a JSON object to stdout") from exc
 
 

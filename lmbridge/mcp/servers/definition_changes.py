@@ -1,4 +1,4 @@
-"""Notices that a server describes a tool in another way than before."""
+"""Detects that a server describes a tool differently than before."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REVIEWED_KEYS: Final = ("title", "description", "inputSchema", "annotations")
 class DefinitionChanges:
     """Remembers the definitions of a server's tools over all of its sessions, and reports those that change.
 
-    A server may first offer a harmless tool, and describe it in another way once its user has come to trust it.
+    A server may first offer a harmless tool, and describe it differently once its user has come to trust it.
 
     Args:
         spec: The server. Tools that its configuration does not allow are not reported.
@@ -30,7 +30,7 @@ class DefinitionChanges:
         self._known: dict[str, Mapping[str, Any]] = {}
 
     def report(self, definitions: Sequence[Any]) -> None:
-        """Compares definitions that a run is about to get with those that runs got before, and remembers them.
+        """Compares the definitions that a run is about to get with those of earlier runs, and remembers the new ones.
 
         Args:
             definitions: The definitions as the server sent them.

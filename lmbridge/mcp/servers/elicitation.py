@@ -72,7 +72,7 @@ class Elicitation:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The default values of the fields of a form, with which it should be shown."""
+        """The default values of the fields of a form. Show the form with these values filled in."""
         properties = self.schema.get("properties")
         fields = properties if isinstance(properties, Mapping) else {}
         return {
@@ -80,7 +80,7 @@ class Elicitation:
         }
 
     def accept(self, content: Mapping[str, Any] | None = None) -> ElicitationAnswer:
-        """Returns the answer that the user has filled in the form, or agrees to visit the URL.
+        """Returns the answer for a user who has filled in the form, or agrees to visit the URL.
 
         Args:
             content: The values of the fields of a form. Default: none, as for a URL.
@@ -96,11 +96,11 @@ class Elicitation:
         return answer
 
     def decline(self) -> ElicitationAnswer:
-        """Returns the answer that the user does not want this."""
+        """Returns the answer for a user who refuses to fill in the form or to visit the URL."""
         return ElicitationAnswer("decline")
 
     def cancel(self) -> ElicitationAnswer:
-        """Returns the answer that the user has not decided, as when the form was closed."""
+        """Returns the answer for a user who has not decided, for example because the form was closed."""
         return ElicitationAnswer("cancel")
 
 
@@ -135,7 +135,7 @@ class Elicitor:
         try:
             answer = await call_function(self._callback, elicitation)
         except Exception:
-            # The question belongs to a call of the server, which goes on without an answer.
+            # The question belongs to a call of a tool, and the call can go on without an answer.
             logger.exception(
                 "MCP server %r: on_elicitation raised an exception, so the question is cancelled", self._server
             )
@@ -182,7 +182,7 @@ def _make_validator(schema: Mapping[str, Any]) -> _Validate:
 def _is_web_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        # Reading the port checks it.
+        # Reading the property raises ValueError if the port is not valid.
         _ = parts.port
     except ValueError:
         return False

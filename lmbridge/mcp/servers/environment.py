@@ -1,4 +1,4 @@
-"""Chooses the environment variables of a stdio server, and finds those that it may have missed.
+"""Chooses the environment variables of a stdio server, and finds those that it may have needed but did not get.
 
 A server gets the variables of its entry, and from this process only those that are listed here. The alternative, to
 pass on everything, would give each server the keys of all other services. The list begins with that of the official
@@ -72,9 +72,9 @@ def base_environment() -> dict[str, str]:
 def missing_variables(spec: ServerSpec, stderr: str) -> list[str]:
     """Returns the names of variables of this process that a server did not get and that it may have needed.
 
-    These are, in this order: those that its stderr mentions; those whose first word is in the server's name or command,
-    such as GITHUB_TOKEN for `server-github`; those that package runners read, if it is started by one; and the search
-    paths of modules.
+    These are, in this order: the variables that the server's stderr mentions; those whose first word is in the server's
+    name or command, such as GITHUB_TOKEN for `server-github`; if a package runner starts the server, those that the
+    runner reads; and the search paths of modules.
     """
     passed = {*base_environment(), *spec.env}
     missing = [name for name in os.environ if name not in passed]

@@ -21,7 +21,7 @@ class ServerStateChanged:
 
 @attrs.frozen
 class ServerStarting:
-    """A server is still being started. The event is sent every ten seconds of a start."""
+    """A server is still being started. The event is sent every ten seconds during the start."""
 
     server: str
     """The name of the server."""
@@ -69,7 +69,7 @@ class ToolsChanged:
 
 @attrs.frozen
 class ToolDefinitionChanged:
-    """A server describes a tool in another way than it did when a run was offered the tool before.
+    """A server describes a tool differently than it did when an earlier run was offered the tool.
 
     Runs in flight keep the old definition. Runs that start after this event get the new one.
     """

@@ -1,9 +1,9 @@
 """A small process that briefly outlives lmbridge, in order to end the servers that lmbridge has left behind.
 
 A program that is killed by SIGKILL, or that crashes, cannot clean up. Its servers would keep running, and so would the
-processes that they have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but only direct
-children, only when the very thread that started them ends, and not on macOS. Watching a pipe works for all: the kernel
-closes it when the program ends, whatever the reason.
+processes that they have started. Linux can signal children when their parent dies (`PR_SET_PDEATHSIG`), but the signal
+reaches only direct children, is sent as soon as the thread that started them ends, and does not exist on macOS.
+Watching a pipe has none of these limits: the kernel closes it when the program ends, whatever the reason.
 
 The guardian is run by its path, with `python -I -S`, and imports nothing of lmbridge, so that it starts in a few
 milliseconds and needs little memory. On stdin it reads lines: `+123` for a process group that has started, `-123` for

@@ -63,14 +63,15 @@ class McpHub:
         trust_project: Whether `./.mcp.json` may be used. Default: False, because it may have come with somebody else's
             repository, and names programs that are started.
         connect_timeout: Seconds for connecting to a server and listing its tools, unless the file says otherwise.
-            Default: 30. For a program that downloads a server before it starts it, such as `npx` and `uvx`, it limits
-            the time without any output on stderr (default: 120), and the whole start has at least 300 seconds.
+            Default: 30. For a program that downloads a server before starting it, such as `npx` and `uvx`, this limits
+            only the time without any output on stderr (default: 120), and the whole start has at least 300 seconds.
         idle_linger: Seconds after which a server that no run uses is closed; None to keep it until `close()`.
             Default: 300.
         on_event: A plain function that is called with each `McpEvent`. An exception that it raises is logged.
-        headers: Functions, async or plain, that return further headers, by the names of servers on HTTP. One is called
-            at each connection, and once more after the status 401, and has ten seconds; a plain function is called in a
-            thread. Default: none. The configuration file can name a command instead (`headersHelper`).
+        headers: A mapping from the names of HTTP servers to functions, async or plain, that return further headers. A
+            function is called when a connection is opened, and again after the status 401. It may take ten seconds; a
+            plain function is called in a thread. Default: None, which adds no headers. The configuration file can name
+            a command instead (`headersHelper`).
         on_elicitation: A function, async or plain, that is called with each `Elicitation`, the question of a server to
             the user, and returns the answer. A plain function is called in a thread, so it may wait for the user.
             Default: None, which declines every question.
@@ -169,8 +170,8 @@ class McpHub:
         read changes nothing, and a warning is logged.
 
         Raises:
-            MCPError: The configuration file cannot be read, and no earlier version of it has been read. Or the hub is
-                closed, or is in use in another event loop.
+            MCPError: The hub is closed, or is in use in another event loop; or the configuration file cannot be read,
+                and no earlier version of it has been read.
         """
         self._enter_loop()
         async with self._reload_lock:
@@ -198,7 +199,7 @@ class McpHub:
             self._loop_guard.check()
             servers = [*self._servers.values(), *self._retired]
             for server in servers:
-                # A cancel may come before the tasks below have begun, and the processes have to end all the same.
+                # The processes have to end even if the caller is cancelled before the tasks below have started.
                 server.begin_close()
             await asyncio.gather(*(server.close() for server in servers))
         self._servers, self._retired = {}, []
@@ -214,10 +215,10 @@ class McpHub:
         return self._with_headers(load_config(self._config_path, trust_project=self._trust_project))
 
     def _with_headers(self, config: McpConfig) -> McpConfig:
-        """Returns a configuration whose servers have the functions for their headers.
+        """Returns the configuration, with the functions of the argument `headers` added to its servers.
 
         Raises:
-            MCPError: There is a function for a server that does not exist, or that is not on HTTP.
+            MCPError: A function is for a server that does not exist, is not on HTTP, or has a `headersHelper`.
         """
         servers = dict(config.servers)
         for name, function in self._headers.items():

@@ -1,7 +1,7 @@
 """`McpTools`: the tools of some servers, leased for a run.
 
-What a run was offered stays as it was: a definition that a server changes in the middle of a run would otherwise
-replace the one that a person or a program has seen before. New tools are added, because a server may reveal them as a
+A tool that a run has been offered does not change during the run. Otherwise a server could replace a definition in the
+middle of a run, after a person or a program has reviewed it. New tools are added, because a server may reveal them as a
 result of a call, such as a login, and the run then cannot go on without them.
 """
 
@@ -24,7 +24,7 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 class McpTools:
     """The tools of some servers, leased for a run until `release()`.
 
-    It is a provider of tools, so it can be passed to an agent as one of its `tools`. `McpHub.tools` makes it.
+    `McpHub.tools` returns it. It is a provider of tools, so it can be passed to an agent as one of its `tools`.
 
     Attributes:
         tools: The tools. The definition of a tool stays the same; tools that a server announces later are added.
@@ -63,7 +63,7 @@ class McpTools:
     async def new_tools(self) -> list[Tool]:
         """Returns all tools that servers have announced since the lease began, which are also added to `tools`.
 
-        An agent calls it before each round. It asks a server only if that has announced other tools.
+        An agent calls this method before each round. A server is asked only if it has announced other tools.
         """
         changed: list[ManagedServer] = []
         # A copy, because the lease may be released meanwhile.
@@ -75,7 +75,7 @@ class McpTools:
             if definitions is not None:
                 self._definitions[server.spec.name] = definitions
                 changed.append(server)
-        # Several runs may use the lease, so each call returns all of them.
+        # Several runs may use the lease, so each call returns all tools that were announced, and not only new ones.
         self._announced += self._add(changed)
         return list(self._announced)
 
@@ -86,7 +86,7 @@ class McpTools:
             server.release()
 
     def _add(self, servers: Sequence[ManagedServer]) -> list[Tool]:
-        """Adds the tools of servers that have not been added before and fit into the budget, and returns them."""
+        """Adds those tools of the servers that are new and fit into the budget, and returns them."""
         left_out: list[LeftOutTool] = []
         found = [
             tool

@@ -202,7 +202,7 @@ class ManagedServer:
         if self._opening_task is not None:
             self._opening_task.cancel()
         self._session = None
-        # These may include a session that the server has forgotten, whose last calls are still running.
+        # The owners may include that of a session that the server has forgotten, whose last calls are still running.
         for session in self._owners.values():
             session.stop()
         self._change_state(state)
@@ -355,7 +355,7 @@ class ManagedServer:
             raise self._connection_error("was closed while it was starting") from exc
 
     async def _open_and_track(self) -> SessionOwner:
-        # `_shut_down` cannot cancel this task before its first step, because it does not know the task yet.
+        # `_shut_down` cannot cancel this task before this line, because `_opening_task` is not set yet.
         if self._state is ServerState.CLOSED:
             raise self._connection_error("was closed while it was starting")
         self._opening_task = asyncio.current_task()
@@ -371,8 +371,8 @@ class ManagedServer:
         try:
             await self._back_off()
             self._change_state(ServerState.STARTING)
-            # The SDK is imported in a thread, because that takes half a second, and before the time of the server
-            # begins, because on a busy machine it takes far longer.
+            # The SDK is imported in a thread, because the import takes half a second. It is imported before the time
+            # limit of the start begins, because on a busy machine the import takes far longer.
             await asyncio.to_thread(load_sdk)
             session = SessionOwner(self.spec, self._emit, self._on_elicitation)
             self._owners[session.task] = session
@@ -467,7 +467,8 @@ class ManagedServer:
 
         Args:
             session: The session.
-            reason: The reason, if the server has forgotten the session. Its other calls may then still be running.
+            reason: Why the session can no longer be used, if `ended` is not set yet. Other calls in it may then still
+                be running.
         """
         if self._session is not session:
             return

@@ -4,16 +4,16 @@ The first start with `npx` downloads a package and all that it depends on: 14 to
 line, minutes for one that brings a browser or a model. The rules follow from what npm 11.19 and uv 0.13 do:
 
 - npx writes nothing to stderr while it downloads, unless `npm_config_loglevel` is "http": then it writes one line for
-  each file. uvx writes a line when a large file begins, and another when it is complete.
+  each file. uvx writes a line when the download of a large file begins, and another when it is complete.
 - npx that is killed by SIGKILL in the middle leaves `_npx/<hash>/concurrency.lock` behind, and the next start waits
   in silence until the lock is 60 seconds old. It then repairs the rest by itself. After SIGTERM, no lock is left.
 - npm 10 has no lock. What a killed npx leaves there is in most cases repaired as well; otherwise each start fails
   (ENOTEMPTY, EEXIST, TAR_ENTRY_ERROR), or starts an incomplete package ("Cannot find module").
 
-So a package runner that is silent has two minutes, more than the lock's 60 seconds, and each line on stderr starts them
-again. There is also a limit for the whole start, because a server that logs and never answers would otherwise wait for
-ever. For all other programs, the connect timeout is the time for the whole start. Watching the processor or the network
-usage of the processes would work without the lines, but only on Linux.
+So a package runner may be silent for two minutes, more than the lock's 60 seconds, and each line on stderr restarts
+this limit. There is also a limit for the whole start; without it, a server that logs but never answers would be waited
+for forever. For all other programs, the connect timeout is the time for the whole start. Watching the processor or
+network usage of the processes would work without the lines, but only on Linux.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _FAILED_DOWNLOAD: Final = re.compile(
 )
 """What npx writes to stderr if it cannot reach the registry."""
 _INCOMPLETE_PACKAGE: Final = re.compile(r"Cannot find (?:module|package)|ERR_MODULE_NOT_FOUND|ENOENT")
-"""What an incomplete package writes to stderr. It may have other reasons, unless it names the cache."""
+"""What an incomplete package writes to stderr. Such a line may have other causes, unless it names the cache of npx."""
 
 
 @attrs.frozen
@@ -76,7 +76,7 @@ class StartPatience:
 def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
     """Returns the name of the program that may download a server before it starts it, or None.
 
-    It is the command itself, or the program that a shell or a wrapper starts, as in `sh -c "npx -y x"`, `cmd /c npx x`
+    This program is the command itself, or what a shell or a wrapper starts, as in `sh -c "npx -y x"`, `cmd /c npx x`
     and `env A=1 uvx x`.
     """
     program = _program_name(command)
@@ -92,7 +92,7 @@ def package_runner_of(command: str, args: Sequence[str] = ()) -> str | None:
 
 
 def _program_of(words: Sequence[str]) -> str | None:
-    """Returns the program that a command starts, after wrappers with their options, variables and numbers."""
+    """Returns the name of the program that a command starts. Wrappers and their options before it are skipped."""
     rest = iter(words)
     for word in rest:
         if word in _OPTIONS_WITH_VALUE:
@@ -143,14 +143,14 @@ def is_download_line(line: bytes) -> bool:
 
 
 def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
-    """Returns what to do about a failed start with npx if the network or its cache is the reason, or else None.
+    """Returns what to do about a failed start with npx if the network or the npx cache is the reason, or else None.
 
     The cache is damaged if npx was killed before, in the middle of a download.
 
     Args:
         spec: The server.
         stderr: What npx and the server wrote to stderr.
-        timed_out: Whether the start took too long, which may mean that npx waited for the lock of a killed one.
+        timed_out: Whether the start took too long, which may mean that npx waited for the lock of one that was killed.
     """
     if package_runner_of(spec.command, spec.args) not in _NPM_PROGRAMS:
         return None
@@ -165,8 +165,8 @@ def npx_hint(spec: ServerSpec, stderr: str, *, timed_out: bool) -> str | None:
         return "npx cannot download the server: check the network, HTTPS_PROXY and NODE_EXTRA_CA_CERTS"
     if timed_out:
         return (
-            "if npx was killed before while it downloaded, it may be waiting for a lock that was left behind: delete "
-            f"the folder {folder} and try again"
+            "if an earlier npx was killed during a download, this one may be waiting for the lock that it left behind: "
+            f"delete the folder {folder} and try again"
         )
     return None
 

@@ -80,7 +80,8 @@ class ProcessGroups:
 
     def _send_unsent(self) -> None:
         """Writes the lines that the guardian has not received yet, as far as its pipe has room."""
-        # A guardian that was stopped does not read, but it is alive: if its pipe were closed, it would end all groups.
+        # A guardian that is stopped (SIGSTOP) does not read, but its pipe must not be closed. Otherwise the guardian
+        # would end all groups as soon as it continues.
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
                 del self._unsent[: os.write(self._guardian_pipe, self._unsent)]

@@ -1,7 +1,7 @@
 """Turns the results of tool calls into text and images for the model.
 
-A model reads text. Images are passed on as well, for models that can see; of everything else that is not text, the
-model gets a line that describes it, unless its bytes are text after all, as those of a JSON or SVG file are.
+A model reads text. Images are passed on as well, for models that can see. Everything else that is not text becomes a
+line that describes it, unless its bytes are text after all, such as those of a JSON or SVG file.
 """
 
 from __future__ import annotations
@@ -54,13 +54,12 @@ class McpText(str):
     def image_parts(self) -> list[ImagePart]:
         """The images of the result that a model may be able to see, as content parts of a message.
 
-        Images of other formats than PNG, JPEG, GIF and WebP, and of more than 8 MiB, are left out, and so are all after
-        the first eight.
+        Only PNG, JPEG, GIF and WebP images of at most 8 MiB are returned, and of these only the first eight.
         """
         parts: list[ImagePart] = []
         for data in _image_data(self.result):
             if len(parts) < _MOST_IMAGES and (image := _decode_base64(data, _LARGEST_IMAGE)):
-                # Of an image in another format, the model gets only the line that describes it.
+                # An image in another format is left out here: the model gets only the line that describes it.
                 with suppress(LLMValidationError):
                     parts.append(image_part(image))
         return parts
@@ -129,7 +128,7 @@ def _decode_text(media_type: Any, data: Any) -> str:
 
 
 def _decode_base64(data: Any, largest: int) -> bytes:
-    """Returns the bytes that a string encodes, or no bytes if they are more than `largest`, or it is not base64.
+    """Returns the bytes that a base64 string encodes, or no bytes if it is not valid or encodes more than `largest`.
 
     Some servers send a whole data URL, break the lines, or leave out the padding.
     """

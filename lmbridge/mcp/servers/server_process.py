@@ -23,7 +23,7 @@ from lmbridge.mcp.servers.process_groups import KILL_WAIT_SECONDS, end_group, pr
 _EXIT_GRACE_SECONDS: Final = 1.0
 """How long a server may take to end by itself once its stdin is closed, before it gets SIGTERM, in seconds."""
 _LAST_OUTPUT_SECONDS: Final = 1.0
-"""How long the report of a process's end waits for its last output and its exit status, in seconds.
+"""How long the end of a process is not reported yet, to wait for its last output and its exit status, in seconds.
 
 The last output, the closing of the pipes and the exit status arrive separately and in any order.
 """
@@ -152,7 +152,8 @@ class ServerProcess(asyncio.SubprocessProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Stores the transport of the new process.
 
-        Its output may arrive before `start` goes on, and may be so much that reading has to be paused.
+        The output of the process may arrive before `start` returns, and may be so much that reading has to be paused,
+        which needs the transport.
         """
         self._transport = cast("asyncio.SubprocessTransport", transport)
         process_groups.add(self._transport.get_pid())

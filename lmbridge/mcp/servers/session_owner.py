@@ -55,10 +55,10 @@ logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 _MOST_PAGES: Final = 100
 """The maximum number of pages of a tool list that are read."""
 _ANNOUNCED_LIST_SECONDS: Final = 60.0
-"""The age in seconds from which the list of a server that announces changes is read again all the same: an announcement
+"""How old the list of a server that announces changes may become before it is read again, in seconds: an announcement
 may be lost. The list of a server that cannot announce changes is read again for each run."""
 _MODERN_PROTOCOL: Final = "2026-07-28"
-"""The first revision of the protocol in which a server on HTTP is listened to, and can announce changes reliably."""
+"""The first revision of the protocol in which a server on HTTP can announce changes reliably, while we listen to it."""
 _EXIT_REASON_SECONDS: Final = 1.0
 """How long the report of a lost session waits for the exit status of the process, in seconds."""
 _CANCEL_GRACE_SECONDS: Final = 2.0
@@ -119,7 +119,7 @@ class SessionOwner:
         self._session: McpSession | None = None
         self._pending_requests: set[asyncio.Future[None]] = set()
         self._forgotten_reason = ""
-        self._list = _ListState()
+        self._list_state = _ListState()
         self._is_watched = False
         self._refreshing = asyncio.Lock()
         self.ended.add_done_callback(self._wake_pending_requests)
@@ -172,7 +172,7 @@ class SessionOwner:
     @property
     def has_announced_tools(self) -> bool:
         """Whether the server has announced other tools, and reading them has not failed since."""
-        return self._list.is_outdated and not self._list.has_failed
+        return self._list_state.is_outdated and not self._list_state.has_failed
 
     async def refresh_tools(self, since: float) -> None:
         """Asks for the list of tools again if the server has announced another one, or the list may be out of date.
@@ -191,17 +191,18 @@ class SessionOwner:
         """
         async with self._refreshing:
             now = asyncio.get_running_loop().time()
-            if self._list.is_outdated or not (self._list.requested_at >= since or now < self._list.fresh_until):
+            state = self._list_state
+            if state.is_outdated or not (state.requested_at >= since or now < state.fresh_until):
                 try:
                     await self._make_request(self._read_tools, CallTimer(None))
                 except BaseException:
                     # A failed or cancelled refresh may have missed changes, so the next call reads the list again.
-                    self._list.is_outdated = True
+                    self._list_state.is_outdated = True
                     raise
 
     def mark_refresh_failed(self) -> None:
         """Records that the list could not be read, so that runs in flight do not ask for it again."""
-        self._list.is_outdated = self._list.has_failed = True
+        self._list_state.is_outdated = self._list_state.has_failed = True
 
     async def call(self, tool: str, arguments: Mapping[str, Any], timer: CallTimer) -> Mapping[str, Any]:
         """Calls a tool, and returns the result as the server sent it.
@@ -209,7 +210,7 @@ class SessionOwner:
         Args:
             tool: The name of the tool.
             arguments: The arguments of the call.
-            timer: The time limits of the call, which has its own timer.
+            timer: The time limits of this call. Each call needs a timer of its own.
 
         Raises:
             CallTimeoutError: The server has not answered in time. It has been notified that the call is cancelled.
@@ -250,7 +251,7 @@ class SessionOwner:
         loop = asyncio.get_running_loop()
         wake = loop.create_future()
         work = loop.create_task(_run_and_wake(request, wake))
-        # The request may fail at the very moment in which the caller is cancelled.
+        # The request may fail at the moment when the caller is cancelled, and then nobody retrieves its exception.
         work.add_done_callback(mark_exception_retrieved)
         self._pending_requests.add(wake)
         try:
@@ -346,15 +347,16 @@ class SessionOwner:
         self.ready.exception()
 
     async def _end_server_process(self, link: ServerLink) -> None:
-        """Ends the server's process, with time to end by itself only if the session was closed on request."""
+        """Ends the server's process. It gets time to end by itself only if the session was closed on request."""
         was_closed = self.ready.done() and self.ended.done() and self.ended.result().was_requested
         await link.end(patience=None if was_closed else 0.0)
 
     async def _read_tools(self) -> None:
-        """Reads the list of tools, and notes until when it counts as up to date."""
+        """Reads the list of tools, and records until when it counts as up to date."""
         loop, session = asyncio.get_running_loop(), self._opened_session()
-        # An announcement that arrives from now on may be about a change that the list does not have yet.
-        state = self._list = _ListState(requested_at=loop.time())
+        # The state is replaced before the request, because an announcement that arrives during the request may be about
+        # a change that the answer does not contain yet. It marks the new state as outdated.
+        state = self._list_state = _ListState(requested_at=loop.time())
         try:
             tools, ttl = await self._list_all_tools()
         except sdk.RefusedError:
@@ -401,7 +403,7 @@ class SessionOwner:
             logger.debug("MCP server %r: watching its changes failed: %s", self._spec.name, sdk.describe_error(exc))
 
     def _on_tools_changed(self) -> None:
-        self._list.is_outdated, self._list.has_failed = True, False
+        self._list_state.is_outdated, self._list_state.has_failed = True, False
         self._emit(ToolsChanged(self._spec.name))
 
     def _on_log(self, level: str, data: Any) -> None:

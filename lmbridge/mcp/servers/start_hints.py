@@ -1,4 +1,4 @@
-"""Says what the user can do about a server that could not be started."""
+"""Finds out what the user can do about a server that could not be started."""
 
 from __future__ import annotations
 

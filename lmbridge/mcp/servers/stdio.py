@@ -21,9 +21,9 @@ from lmbridge.mcp.servers.server_process import ServerProcess
 logger: logging.Logger = logging.getLogger("lmbridge.mcp")
 
 _LINES_AT_ONCE: Final = 1000
-"""The number of lines that are parsed at once. More of them would keep everything else waiting."""
+"""How many lines may be parsed at once. Parsing more of them would keep everything else waiting."""
 _SLICE_BYTES: Final = 2 * 2**10
-"""How many bytes are parsed at once if they contain more lines than that."""
+"""The size of the slices, in bytes, in which output is parsed that has more than `_LINES_AT_ONCE` lines."""
 _LOGGED_BYTES: Final = 200
 """How much of a line that contains no message is shown in the log, in bytes."""
 
@@ -128,7 +128,7 @@ class StdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. It is raised when `on_end` has been called with the reason.
+            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
         """
         try:
             await self._process.write(message + b"\n")
@@ -139,7 +139,7 @@ class StdioLink:
 
     def _on_output(self, data: bytes) -> None:
         if self._unparsed:
-            # asyncio may have read this before reading was paused.
+            # asyncio may have read this piece before reading was paused.
             self._unparsed += data
         elif data.count(b"\n") > _LINES_AT_ONCE:
             self._unparsed = data

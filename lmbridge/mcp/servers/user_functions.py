@@ -11,7 +11,7 @@ from typing import Any
 async def call_function(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function, async or plain, and returns its result.
 
-    A plain function is called in a thread. On cancellation of the caller, it goes on, and its result is dropped.
+    A plain function is called in a thread. If the caller is cancelled, the function runs on, and its result is dropped.
     """
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
     result = function(*args) if is_async else await asyncio.to_thread(function, *args)

@@ -1,4 +1,4 @@
-"""`WindowsStdioLink`: a stdio server on Windows, in the transport of the SDK; see `lmbridge.mcp.sdk.stdio`."""
+"""`WindowsStdioLink`: a stdio server on Windows, through the transport of the SDK; see `lmbridge.mcp.sdk.stdio`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class WindowsStdioLink:
 
     @property
     def pid(self) -> int | None:
-        """None, because the SDK does not reveal it."""
+        """The id of the process, which is always None, because the SDK does not reveal it."""
         return None
 
     @property
@@ -73,7 +73,7 @@ class WindowsStdioLink:
         """Sends a message, given as its JSON without a line break.
 
         Raises:
-            ConnectionError: The server no longer reads. It is raised when `on_end` has been called with the reason.
+            ConnectionError: The server no longer reads. `on_end` has been called with the reason before.
         """
         await self._link.send(message)
 

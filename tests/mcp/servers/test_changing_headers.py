@@ -251,8 +251,8 @@ async def test_what_a_server_quotes_of_the_headers_is_in_no_error(make_hub: Make
     [
         ({"url": "http://h/", "headersHelper": ""}, "headersHelper"),
         ({"url": "http://h/", "headersHelper": ["a"]}, "headersHelper"),
-        ({"command": "x", "headersHelper": "y"}, "headersHelper is given for a program"),
-        ({"command": "x", "lmbridge": {"clientCredentials": {}}}, "clientCredentials is given for a program"),
+        ({"command": "x", "headersHelper": "y"}, "headersHelper does not apply to a server with a command"),
+        ({"command": "x", "lmbridge": {"clientCredentials": {}}}, "clientCredentials does not apply to a server with"),
         ({"url": "http://h/", "lmbridge": {"clientCredentials": {"clientId": "a"}}}, "has no clientSecret"),
         (
             {
@@ -263,7 +263,7 @@ async def test_what_a_server_quotes_of_the_headers_is_in_no_error(make_hub: Make
         ),
         (
             {"url": "http://h/", "headersHelper": "x", "lmbridge": {"clientCredentials": {"clientId": "a"}}},
-            "is given beside headersHelper",
+            "is given together with headersHelper",
         ),
     ],
 )

@@ -146,7 +146,7 @@ async def test_a_package_runner_that_is_silent_fails(make_hub: MakeHub, tmp_path
         await make_hub({"a": entry}).tools()
     text = str(caught.value)
     assert "it did not answer, and wrote nothing to stderr for 0.3 seconds" in text
-    assert "waiting for a lock that was left behind: delete the folder" in text
+    assert "waiting for the lock that it left behind: delete the folder" in text
     assert '"connectTimeout"' in text
 
 
